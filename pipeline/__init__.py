@@ -1,0 +1,1 @@
+"""What crosses a stage boundary: recipe, records, run directory, lineage, model references. Nothing else."""

@@ -1,0 +1,68 @@
+"""What every `python -m <stage> RECIPE [--run DIR] [--<section>.<field> VALUE]…` has in common.
+
+Reads the command line and the recipe, turns errors into one line and an exit code. Each stage adds its own options
+to the parser and does its own work.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pipeline.errors import DistillError, UsageError
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.rundir import RunDir
+
+INTERRUPTED = 130
+
+
+def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what all stages take."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {stage}",
+        description=description,
+        epilog="Any recipe value can be overridden: --<section>.<field> VALUE, or DISTILL_<SECTION>__<FIELD>=VALUE.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML recipe, for example recipes/demo.yaml")
+    parser.add_argument("--run", type=Path, help="the run directory (default: runs/<name of the recipe>)")
+    return parser
+
+
+def parse_stage(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[Recipe, RunDir, argparse.Namespace]:
+    """Parses the command line; what the parser does not know must be a recipe value.
+
+    Raises RecipeError on a wrong recipe or an unknown flag.
+    """
+    options, flags = parser.parse_known_args(argv)
+    recipe = load_recipe(options.recipe, flags)
+    return recipe, RunDir(options.run or Path("runs") / recipe.name), options
+
+
+def run_stage(main: Callable[[], None]) -> NoReturn:
+    """Runs a stage's main and exits: one line and the code for a known error, 130 for an interrupt.
+
+    SIGTERM is treated as Ctrl-C is, so that a stage cleans up after either.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except DistillError as error:
+        label = "error" if isinstance(error, UsageError) or error.exit_code == 1 else "stopped"
+        print(f"{label}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

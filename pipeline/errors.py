@@ -1,0 +1,43 @@
+"""Every error a stage raises on purpose, and the exit code each ends with.
+
+    DistillError        1  failed
+    ├── UsageError      2  wrong usage, recipe or data: one clear line, no traceback
+    │   ├── RecipeError
+    │   └── DataError
+    ├── BudgetReached   3  stopped at a budget, resumable
+    └── RequestsFailed  4  finished, but some requests failed for good
+
+An interrupt (Ctrl-C, SIGTERM) ends with 130, resumable. A message names the thing, its value and the mend.
+"""
+
+
+class DistillError(Exception):
+    """The stage failed: what, with which value, and how to mend it."""
+
+    exit_code = 1
+
+
+class UsageError(DistillError):
+    """The command, the recipe or the data is wrong; nothing was overwritten."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe value is wrong: names the file (or flag, or variable), the key and the value."""
+
+
+class DataError(UsageError):
+    """A line or a file of data is wrong: `path:line: reason`."""
+
+
+class BudgetReached(DistillError):
+    """The next request could pass the budget. Raise it and run again: finished answers are kept."""
+
+    exit_code = 3
+
+
+class RequestsFailed(DistillError):
+    """The run is finished, but some requests failed for good (they are in failures.jsonl)."""
+
+    exit_code = 4

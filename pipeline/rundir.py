@@ -1,0 +1,120 @@
+"""A run directory: where each file of a run is, who may write to it, and how files appear in it.
+
+Journals (completions, failures) are append-only and belong to `generate`; every other file appears by rename, so
+that an interrupted stage leaves the old file or the new one.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def lineage(self) -> Path:
+        return self.path / "lineage.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.jsonl"
+
+    @property
+    def completions(self) -> Path:
+        return self.path / "completions.jsonl"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures.jsonl"
+
+    @property
+    def kept(self) -> Path:
+        return self.path / "kept.jsonl"
+
+    @property
+    def dropped(self) -> Path:
+        return self.path / "dropped.jsonl"
+
+    @property
+    def filter_report(self) -> Path:
+        return self.path / "filter_report.json"
+
+    @property
+    def held_out(self) -> Path:
+        """The kept rows that training never saw, written by `train`, read by `evaluate`."""
+        return self.path / "held_out.jsonl"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def student_init(self) -> Path:
+        """A student that had to be built first (`prune:<k>`), as it was before training."""
+        return self.path / "student-init"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; raises UsageError naming the holder if another has it.
+
+        The kernel drops the lock with the process, so a killed run never leaves a stale one.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UsageError(
+                    f"{self.path}: another process (pid {holder}) works on this run; wait for it, stop it, "
+                    "or choose another directory with --run"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Writes the recipe as resolved (YAML, environment and flags together). It holds no secret."""
+        with replacing(self.recipe) as file:
+            file.write(yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False).encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes the place of `path` when the block ends well, and leaves `path` alone otherwise."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
