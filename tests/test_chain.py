@@ -1,0 +1,123 @@
+"""The chain on the real thing: a real vLLM server, a real teacher, a student trained and measured, in one command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from chain.__main__ import main
+from pipeline.errors import RecipeError, UsageError
+from pipeline.records import Completion, Dropped, Kept, read_jsonl
+from pipeline.rundir import RunDir
+from serve.server import free_port
+
+PROMPTS = 24
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The demo's recipe, small: it passes nearly every answer, so that a handful of prompts is enough to train on."""
+    small = yaml.safe_load(Path("recipes/demo.yaml").read_text())
+    small["name"] = "small"
+    small["teacher"]["base_url"] = f"http://127.0.0.1:{free_port()}/v1"
+    small["student"] = {"model": "prune:2"}
+    small["prompts"]["count"] = PROMPTS
+    small["sampling"]["max_tokens"] = 120
+    small["generate"]["concurrency"] = 4
+    small["filters"]["rules"] = [{"rule": "length", "min_chars": 20, "max_chars": 2000}]
+    small["train"]["epochs"] = 1
+    small["evaluate"] = {"max_rows": 4, "speed_requests": 4, "speed_concurrency": 4, "speed_max_tokens": 8}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(small))
+    return path
+
+
+def start(recipe: Path, run: RunDir) -> subprocess.Popen[str]:
+    """`python -m chain` in a process group of its own, as a terminal would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def left_of(run: RunDir) -> list[str]:
+    """Command lines of processes that still work on the run: its server's, its stages'."""
+    marker = str(run.path)
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if marker in command or (process.info["environ"] or {}).get("CHAIN_TEST_RUN") == marker:
+            found.append(command)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_chain_interrupted_and_run_again_ends_with_a_measured_student(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    monkeypatch.setenv("CHAIN_TEST_RUN", str(run.path))  # marks every process that comes of it
+
+    first = start(recipe, run)
+    while lines(run.completions) < 3:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGINT)
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 130, output
+    monkeypatch.delenv("CHAIN_TEST_RUN")
+    assert left_of(run) == []
+    answered = lines(run.completions)
+    assert 3 <= answered < PROMPTS
+
+    second = start(recipe, run)
+    output = second.communicate()[0]
+    assert second.returncode == 0, output
+    assert str(run.report_html) in output.splitlines()[-1]
+
+    completions = list(read_jsonl(run.completions, Completion))
+    assert len(completions) == PROMPTS == len({completion.id for completion in completions})
+    kept, dropped = list(read_jsonl(run.kept, Kept)), list(read_jsonl(run.dropped, Dropped))
+    assert {row.id for row in kept} | {row.id for row in dropped} == {row.id for row in completions}
+    assert len(kept) + len(dropped) == PROMPTS and len(kept) > PROMPTS / 2
+    assert {completion.model for completion in completions} == {"embedded:smollm2-135m"}
+
+    lineage = json.loads(run.lineage.read_text())
+    assert {"generate", "filters", "train", "evaluate"} <= set(lineage)
+    assert json.loads((run.student / "config.json").read_text())["num_hidden_layers"] == 2
+    assert run.report.exists() and run.report_html.exists()
+
+    before = run.report.stat().st_mtime_ns
+    third = start(recipe, run)
+    output = third.communicate()[0]
+    assert third.returncode == 0, output
+    assert lines(run.completions) == PROMPTS and run.report.stat().st_mtime_ns == before
+
+
+def test_a_recipe_without_a_student_is_refused_before_anything_starts(recipe: Path, tmp_path: Path) -> None:
+    text = yaml.safe_load(recipe.read_text())
+    del text["student"]
+    recipe.write_text(yaml.safe_dump(text))
+    with pytest.raises(RecipeError, match="student is missing"):
+        main([str(recipe), "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_teacher_folder_stops_the_chain_with_one_line(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the folder is not there"):
+        main([str(recipe), "--run", str(tmp_path / "run"), "--teacher.model", str(tmp_path / "none")])

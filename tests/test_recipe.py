@@ -1,0 +1,100 @@
+"""Recipes: what overrides what, and what a wrong one says."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import load_recipe
+
+GOOD = """
+name: tiny
+teacher: {model: some/teacher}
+prompts: {count: 3, template: "{a}", slots: {a: [x, y]}}
+sampling: {top_p: 0.7}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def test_flags_override_the_environment_which_overrides_the_yaml(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_recipe(path).sampling.top_p == 0.7
+    monkeypatch.setenv("DISTILL_SAMPLING__TOP_P", "0.6")
+    assert load_recipe(path).sampling.top_p == 0.6
+    assert load_recipe(path, ["--sampling.top_p", "0.5"]).sampling.top_p == 0.5
+
+
+def test_what_is_not_overridden_stays(path: Path) -> None:
+    recipe = load_recipe(path, ["--teacher.base_url", "https://example.org/v1/", "--prompts.system", "null"])
+    assert recipe.teacher.model == "some/teacher"
+    assert recipe.teacher.base_url == "https://example.org/v1"
+    assert recipe.prompts.system is None
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "said"),
+    [
+        ("sampling: {top_p: 1.3}", [], "{path}: sampling.top_p should be less than or equal to 1, got 1.3"),
+        (
+            "sampling: {topp: 1}",
+            [],
+            "{path}: sampling.topp: no such key; there are temperature, top_p, max_tokens, seed",
+        ),
+        ("samplin: {}", [], "{path}: samplin: no such key; there are name, teacher, "),
+        ("sampling: {}", ["--sampling.top_p", "2"], "--sampling.top_p: sampling.top_p should be"),
+        ("sampling: {}", ["--sampling.topp", "2"], "unrecognized arguments: --sampling.topp"),
+        ("teacher: {model: m, base_url: localhost}", [], "{path}: teacher.base_url"),
+        ("prompts: {template: x}", [], "{path}: prompts a template needs `count`"),
+        ("prompts: {}", [], "{path}: prompts give either `template`"),
+        (
+            "prompts: {count: 1, template: x, slots: {a: {choose: 3, from: [b, c]}}}",
+            [],
+            "choose is 3, but `from` has only 2 different values",
+        ),
+        ("name: a/b", [], "{path}: name"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: list[str], said: str) -> None:
+    key = change.split(":")[0]
+    lines = [line for line in GOOD.splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, change]))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, flags)
+    assert said.format(path=path) in str(caught.value)
+
+
+def test_a_wrong_variable_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_SAMPLING__TOP_P", "9")
+    with pytest.raises(RecipeError, match=r"^DISTILL_SAMPLING__TOP_P: sampling\.top_p should be less"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "", "\x00"])
+def test_a_file_that_is_no_recipe_is_one_line(path: Path, text: str) -> None:
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_the_key_comes_from_the_environment_and_never_shows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    recipe = load_recipe(path)
+    key = recipe.teacher.api_key()
+    assert key is not None and key.get_secret_value() == "sk-very-secret"
+    assert "sk-very-secret" not in repr(recipe) + recipe.model_dump_json() + repr(key)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_valid(recipe: Path) -> None:
+    assert load_recipe(recipe).name == recipe.stem

@@ -1,0 +1,60 @@
+"""The set-up's errors: one line that names the cause, and no stamp left behind."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+setup_venv = runpy.run_path(str(ROOT / "setup_venv.py"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What the set-up needs of the repository, with no virtual environment yet."""
+    for name in ("Makefile", "setup_venv.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_a_missing_python_is_named(clone: Path) -> None:
+    done = subprocess.run(["make", "generate", "PYTHON=python-none"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode
+    assert "set-up failed: no python-none here; install Python 3.11 or newer" in done.stderr
+
+
+def test_an_old_python_is_named(clone: Path) -> None:
+    code = (
+        "import runpy, sys; sys.version_info = (3, 9, 2); sys.argv = ['setup_venv.py', 'base'];"
+        "runpy.run_path('setup_venv.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("set-up failed: Python 3.11 or newer is needed")
+
+
+def test_no_network_is_one_line_and_leaves_no_stamp(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nobody listens
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    done = subprocess.run(["make", "generate"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode
+    assert "set-up failed: no network, or no package index reachable" in done.stderr
+    assert not list(clone.glob(".venv/.ready-*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("ERROR: No matching distribution found for torch==9.9.9", "no build of torch==9.9.9 for this Python"),
+        ("WARNING: Retrying … Temporary failure in name resolution\nERROR: No matching distribution", "no network"),
+        ("noise\nERROR: something else\nnoise", "ERROR: something else; see .venv/setup.log"),
+    ],
+)
+def test_the_cause_is_found_in_what_pip_printed(output: str, cause: str) -> None:
+    assert setup_venv["explain"](output).startswith(cause)

@@ -1,0 +1,66 @@
+"""The structure that DESIGN promises: who imports whom, what stays light, who owns the package names."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+# A package and the ones of ours it may import. `chain` is the top: it may import all.
+MAY_IMPORT = {
+    "pipeline": set(),
+    "serve": {"pipeline"},
+    "generate": {"pipeline"},
+    "filters": {"generate", "pipeline"},
+    "train": {"pipeline"},
+    "evaluate": {"filters", "generate", "serve", "pipeline"},  # serve: it times models on the engine they run on
+    "chain": {"evaluate", "filters", "generate", "pipeline", "serve", "train"},
+}
+HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "trl", "vllm"}
+ROOT = Path(__file__).parents[1]
+
+
+def imports_of(package: str) -> set[str]:
+    found: set[str] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    ours = imports_of(package) & set(MAY_IMPORT) - {package}
+    assert ours <= MAY_IMPORT[package]
+
+
+def test_the_client_and_the_filters_stay_light() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for package in ("pipeline", "generate", "filters", "serve", "chain")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert {"generate", "filters"} <= loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_each_package_name_is_ours(package: str) -> None:
+    assert set(packages_distributions()[package]) == {"distillate"}
+
+
+def test_files_stay_small() -> None:
+    sizes = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {path: size for path, size in sizes.items() if size > 400} == {}
