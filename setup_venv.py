@@ -95,7 +95,7 @@ def install_cpu_torch():
     if code == 0:
         return []
     url = os.environ.get("TORCH_INDEX_URL", "")
-    if not url or "No matching distribution" not in output:
+    if not url or "No space left" in output:
         fail(explain(output))
     say("torch {} is not where pip looks; trying {}".format(build, url))
     code, output = pip(*asked, "--extra-index-url", url)
