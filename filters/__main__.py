@@ -1,0 +1,51 @@
+"""`python -m filters RECIPE [--run DIR]`: keeps the answers worth learning from, and says why it drops the others."""
+
+import sys
+
+from rich.console import Console
+
+from filters.dry_run import dry_run, print_dry_run
+from filters.report import FilterReport, print_report
+from filters.run import check_keep_rate, completions_size, filter_run, recipe_rules
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.rundir import RunDir
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = stage_parser("filters", "Keeps the answers worth learning from, and says why it drops the others.")
+    parser.add_argument("--allow-low-keep", action="store_true", help="end with 0 under filters.min_keep_rate too")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count lines that are no completions")
+    parser.add_argument("--dry-run", action="store_true", help="show which rows of a filtered run would change sides")
+    recipe, run, options = parse_stage(parser, argv)
+    console = Console()
+    if options.dry_run:
+        print_dry_run(dry_run(run, recipe_rules(recipe, options.recipe)), console)
+        return
+    completions_size(run.completions)  # before the lock, which would make the folder
+    with run.locked():
+        report = filter_run(recipe, run, options.recipe, skip_bad=options.skip_bad)
+    print_report(report, console)
+    _print_notices(report, run)
+    check_keep_rate(report, recipe.filters, options.recipe, allow_low_keep=options.allow_low_keep)
+
+
+def _print_notices(report: FilterReport, run: RunDir) -> None:
+    if not report.rules:
+        print("warning: filters.rules is empty: every answer is kept", file=sys.stderr)
+    if report.torn_last_line:
+        print(
+            f"notice: the last line of {run.completions} is cut off (generate was stopped while it wrote it) and is "
+            "left out; generate, run again, asks for that answer once more",
+            file=sys.stderr,
+        )
+    if report.bad_lines:
+        first = report.first_bad_lines[0]
+        print(
+            f"notice: {report.bad_lines:,} bad lines left out, listed in {run.filter_report}; the first is "
+            f"{run.completions}:{first.line}: {first.reason}",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,40 @@
+"""The answer as the rules see it, and what every rule's settings have in common. Reads and writes nothing."""
+
+import unicodedata
+from functools import partial
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.records import Completion, Slots
+
+
+nfc = partial(unicodedata.normalize, "NFC")
+
+
+class Answer(msgspec.Struct):
+    """One answer under judgement. `text` and `instruction` are in Unicode's form NFC; the record itself is not changed.
+
+    A teacher may write a Hangul syllable as one character or as two or three (NFD); NFC makes both one.
+    """
+
+    text: str
+    instruction: str  # the last user message, empty where there is none
+    finish_reason: str
+    slots: Slots  # what the prompt's template was filled with
+
+
+class RuleSettings(BaseModel):
+    """Base of a rule's settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def as_answer(row: Completion) -> Answer:
+    """The answer of a completion, normalised."""
+    instruction = ""
+    for message in reversed(row.messages):
+        if message.role == "user":
+            instruction = message.content
+            break
+    return Answer(nfc(row.text), nfc(instruction), row.finish_reason, row.slots)

@@ -1,0 +1,179 @@
+"""A JSONL file, chunk by chunk of whole lines, worked on by one process a core; what they make is written in order.
+
+Memory stays flat: a process holds two chunks. No answer travels between processes: a worker tells how many bytes it
+has for each output, is told where they go, and writes them there. What is done with the lines is the caller's.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from pipeline.errors import DistillError
+
+CHUNK = 1 << 19  # bytes; stays in a core's cache
+LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
+PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes are up
+MOST_PROCESSES = 16
+_SKIP = 1 << 20  # bytes read at once where a line is passed over
+
+Summary = TypeVar("Summary")
+Work = Callable[["Chunk"], tuple[Summary, tuple[bytes, ...]]]  # what the caller wants to know; what goes to each output
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The lines that begin in one stretch of a file, without their newlines.
+
+    None stands for a line over LONGEST_LINE. `torn` tells that the last line has no newline: the file ends in it.
+    """
+
+    lines: list[bytes | None]
+    torn: bool
+
+
+def read_chunk(file: BinaryIO, start: int, stop: int) -> Chunk:
+    """The lines that begin at an offset in [start, stop)."""
+    position = _first_line_start(file, start, stop)
+    if position >= stop:
+        return Chunk([], torn=False)
+    file.seek(position)
+    data = file.read(stop - position)
+    if not data.endswith(b"\n"):
+        data += file.readline(LONGEST_LINE + 1)
+    if not data:
+        return Chunk([], torn=False)
+    lines: list[bytes | None] = list(data.split(b"\n"))
+    last = lines.pop()
+    if last:  # no newline at its end: the end of the file, or a line too long to read on
+        lines.append(last)
+    lines = [line if line is None or len(line) <= LONGEST_LINE else None for line in lines]
+    return Chunk(lines, torn=bool(last) and lines[-1] is not None)
+
+
+def _first_line_start(file: BinaryIO, start: int, stop: int) -> int:
+    """The offset of the first line that begins at `start` or later; `stop` if none does before it."""
+    if start == 0:
+        return 0
+    position = start - 1
+    file.seek(position)
+    while position < stop:
+        piece = file.read(min(_SKIP, stop - position))
+        if not piece:
+            return stop
+        newline = piece.find(b"\n")
+        if newline >= 0:
+            return position + newline + 1
+        position += len(piece)
+    return stop
+
+
+def process(path: Path, size: int, work: Work[Summary], outputs: Sequence[BinaryIO]) -> Generator[Summary, None, None]:
+    """Works on each chunk of the first `size` bytes of a file; yields the summaries, and fills the outputs, in order.
+
+    Small files are done here; larger ones by one process a core, each taking every n-th chunk. What `work` raises is
+    raised here. Outputs are complete when the generator is at its end.
+    """
+    spans = [(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if sys.platform == "linux" else 1
+    if processes > 1 and size >= PARALLEL_FROM:
+        yield from _in_processes(path, spans, work, outputs, processes)
+        return
+    offsets = [0] * len(outputs)
+    with path.open("rb") as file:
+        for start, stop in spans:
+            summary, pieces = work(read_chunk(file, start, stop))
+            offsets = _write(outputs, pieces, offsets)
+            yield summary
+
+
+def _in_processes(
+    path: Path, spans: list[tuple[int, int]], work: Work[Summary], outputs: Sequence[BinaryIO], processes: int
+) -> Generator[Summary, None, None]:
+    fork = multiprocessing.get_context("fork")  # the rules need not be pickled: a user's function cannot be
+    ends: list[Connection] = []
+    workers = []
+    gc.freeze()  # so that the workers' collector leaves our pages alone
+    try:
+        for first in range(processes):
+            ours, theirs = fork.Pipe()
+            ends.append(ours)
+            arguments = (path, spans[first::processes], work, outputs, theirs, tuple(ends))
+            worker = fork.Process(target=_worker, args=arguments, daemon=True)
+            worker.start()
+            theirs.close()
+            workers.append(worker)
+        offsets = [0] * len(outputs)
+        for index in range(len(spans)):
+            end = ends[index % processes]
+            summary, sizes = _receive(end)
+            end.send(offsets)
+            offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+            yield summary
+        for end in ends:
+            _receive(end)  # its last chunk is written
+    finally:
+        gc.unfreeze()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+        for end in ends:
+            end.close()
+
+
+def _receive(end: Connection) -> Any:
+    try:
+        result = end.recv()
+    except (EOFError, ConnectionError):
+        raise DistillError("a filter process was killed (out of memory?); nothing was replaced, run again") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _worker(
+    path: Path,
+    spans: list[tuple[int, int]],
+    work: Work[Summary],
+    outputs: Sequence[BinaryIO],
+    parent: Connection,
+    others: tuple[Connection, ...],
+) -> None:
+    """Works on its chunks; writes each while the next is awaited. Ends by itself when its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for end in others:
+        end.close()  # the parent's ends: else we would wait for a parent that is gone
+    waiting: tuple[bytes, ...] | None = None  # made, but not yet placed
+    try:
+        with path.open("rb") as file:
+            for start, stop in spans:
+                summary, pieces = work(read_chunk(file, start, stop))
+                if waiting is not None:
+                    _write(outputs, waiting, parent.recv())
+                parent.send((summary, [len(piece) for piece in pieces]))
+                waiting = pieces
+        if waiting is not None:
+            _write(outputs, waiting, parent.recv())
+        parent.send(None)
+    except (EOFError, ConnectionError):
+        os._exit(1)
+    except Exception as error:  # carried to the parent, which raises it
+        parent.send(error)
+
+
+def _write(outputs: Sequence[BinaryIO], pieces: Sequence[bytes], offsets: list[int]) -> list[int]:
+    """Writes each piece at its output's offset; returns the offsets behind them."""
+    for output, piece, offset in zip(outputs, pieces, offsets, strict=True):
+        view = memoryview(piece)
+        while view:
+            written = os.pwrite(output.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+    return [offset + len(piece) for offset, piece in zip(offsets, pieces, strict=True)]

@@ -1,0 +1,176 @@
+"""filter_report.json, and the same as tables on the terminal: how many answers are kept, why the others are not."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from filters.ruleset import RuleSet
+from filters.tally import BIN, LAST_BIN, MOST_VALUES, Example, Tally
+
+FIRST_BAD_LINES = 100  # named in the report
+
+
+@dataclass(frozen=True)
+class RuleCount:
+    """What one rule dropped."""
+
+    rule: str
+    settings: dict[str, Any]
+    dropped: int  # answers it was the first to drop: these add up to all that are dropped
+    alone: int  # answers that no other rule would have dropped
+    together: int  # answers that others would have dropped too
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class SlotCount:
+    """How the answers to prompts with one value of a slot fared."""
+
+    rows: int
+    kept: int
+    keep_rate: float
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no completion, left out with --skip-bad; it stays in completions.jsonl as it is."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What the filters did with a run's answers."""
+
+    rows: int
+    kept: int
+    dropped: int
+    keep_rate: float
+    rules: list[RuleCount]
+    overlaps: dict[str, int]  # rules that dropped the same answers, joined by " + ": answers
+    slots: dict[str, dict[str, SlotCount]]  # slot, value; a slot with more than MOST_VALUES values is left out
+    lengths: dict[str, dict[str, int]]  # characters (`150-199`): kept, dropped
+    bad_lines: int = 0
+    first_bad_lines: list[BadLine] = field(default_factory=list)
+    torn_last_line: bool = False  # the run was stopped while it wrote its last answer; not counted in rows
+
+    def encoded(self) -> bytes:
+        """The report as indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+
+def make_report(tally: Tally, rules: RuleSet, bad: list[BadLine], bad_lines: int, *, torn: bool) -> FilterReport:
+    """Sums a tally up."""
+    rows = tally.kept + tally.dropped
+    first: Counter[str] = Counter()
+    every: Counter[str] = Counter()
+    for labels, count in tally.failed.items():
+        first[labels[0]] += count
+        for label in labels:
+            every[label] += count
+    counts = [
+        RuleCount(
+            rule=rule.label,
+            settings={key: value for key, value in rule.described().items() if key != "rule"},
+            dropped=first[rule.label],
+            alone=tally.failed[(rule.label,)],
+            together=every[rule.label] - tally.failed[(rule.label,)],
+            examples=tally.examples.get(rule.label, []),
+        )
+        for rule in rules.rules
+    ]
+    overlaps = [(" + ".join(labels), count) for labels, count in tally.failed.most_common() if len(labels) > 1]
+    return FilterReport(
+        rows=rows,
+        kept=tally.kept,
+        dropped=tally.dropped,
+        keep_rate=tally.kept / rows,
+        rules=counts,
+        overlaps=dict(overlaps),
+        slots=_slot_counts(tally),
+        lengths=_lengths(tally),
+        bad_lines=bad_lines,
+        first_bad_lines=bad,
+        torn_last_line=torn,
+    )
+
+
+def _slot_counts(tally: Tally) -> dict[str, dict[str, SlotCount]]:
+    slots: dict[str, dict[str, SlotCount]] = {}
+    for name in dict.fromkeys([*tally.kept_slots, *tally.dropped_slots]):
+        kept = tally.kept_slots.get(name, Counter())
+        rows = kept + tally.dropped_slots.get(name, Counter())
+        if len(rows) <= MOST_VALUES:
+            by_rate = sorted(rows, key=lambda value: (kept[value] / rows[value], value))
+            slots[name] = {value: SlotCount(rows[value], kept[value], kept[value] / rows[value]) for value in by_rate}
+    return slots
+
+
+def _lengths(tally: Tally) -> dict[str, dict[str, int]]:
+    lengths = {}
+    for index in sorted({*tally.kept_lengths, *tally.dropped_lengths}):
+        name = f"{index * BIN}+" if index == LAST_BIN else f"{index * BIN}-{index * BIN + BIN - 1}"
+        lengths[name] = {"kept": tally.kept_lengths[index], "dropped": tally.dropped_lengths[index]}
+    return lengths
+
+
+def print_report(report: FilterReport, console: Console) -> None:
+    """The drops by rule, the slot values that fare worst, the lengths, and last the keep rate."""
+    if report.rules:
+        table = Table("rule", "dropped", "alone", "with others")
+        table.add_column("for example", no_wrap=True)
+        for column in table.columns[1:4]:
+            column.justify = "right"
+        for rule in report.rules:
+            example = rule.examples[0].reason if rule.examples else ""
+            table.add_row(rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", _plain(example, 60))
+        console.print(table)
+    _print_slots(report, console)
+    _print_lengths(report, console)
+    console.print(
+        f"{report.rows:,} answers in, {report.kept:,} kept, {report.dropped:,} dropped: "
+        f"keep rate {report.keep_rate:.1%}",
+        highlight=False,
+    )
+
+
+def _print_slots(report: FilterReport, console: Console) -> None:
+    """The three values of each slot that are kept least, and the one that is kept most; all are in the JSON."""
+    table = Table("slot", "value", "answers", "kept", "keep rate")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, values in report.slots.items():
+        if len(values) < 2:
+            continue
+        shown = [*values.items()]
+        if len(shown) > 4:
+            shown = [*shown[:3], shown[-1]]
+        for value, count in shown:
+            table.add_row(name, _plain(value, 30), f"{count.rows:,}", f"{count.kept:,}", f"{count.keep_rate:.0%}")
+            name = ""
+        table.add_section()
+    if table.row_count:
+        console.print(table)
+
+
+def _print_lengths(report: FilterReport, console: Console) -> None:
+    table = Table("characters", "kept", "dropped", "")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    most = max((bar["kept"] + bar["dropped"] for bar in report.lengths.values()), default=0)
+    for name, bar in report.lengths.items():
+        kept, dropped = round(30 * bar["kept"] / most), round(30 * bar["dropped"] / most)
+        table.add_row(name, f"{bar['kept']:,}", f"{bar['dropped']:,}", "█" * kept + "░" * dropped)
+    if 1 < table.row_count <= 40:
+        console.print(table)
+
+
+def _plain(text: str, chars: int) -> str:
+    """One short line, safe to print: no line breaks, control characters or console markup."""
+    line = "".join(char if char.isprintable() else " " for char in text)
+    line = line if len(line) <= chars else line[: chars - 1] + "…"
+    return line.replace("[", r"\[")

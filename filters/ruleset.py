@@ -1,0 +1,151 @@
+"""The rules of a recipe, checked and ready: RuleSettings from the recipe's own words, a user's function from its file.
+
+Reads the recipe's `filters.rules` and the Python files they name. Every rule runs on every answer.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from filters.answer import Answer, RuleSettings
+from filters.rules import RULES
+from pipeline.errors import DistillError, RecipeError
+from pipeline.recipe import FiltersConfig, RuleConfig
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+FUNCTION = "function"  # the rule that is a user's own function
+
+
+class FunctionSettings(RuleSettings):
+    """A rule of the user's own: `{rule: function, file: my_rules.py, name: no_digits}`; further keys are its arguments.
+
+    The file is looked for beside the recipe. The function takes an Answer (and the further keys by name) and returns
+    the reason to drop it, or None. It is imported and run as it is: a recipe is trusted as code is.
+    """
+
+    file: Path
+    name: str = Field(min_length=1)
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class ActiveRule(NamedTuple):
+    """One rule of the recipe. `label` names it in reports: the rule's name, `#2` added where it stands twice."""
+
+    label: str
+    check: Callable[[Answer, Any], str | None]
+    settings: RuleSettings
+
+    def described(self) -> dict[str, Any]:
+        """Label and every setting, defaults included, for reports and lineage."""
+        return {"rule": self.label, **self.settings.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """All rules of a recipe, in its order."""
+
+    rules: tuple[ActiveRule, ...]
+
+    def reasons(self, answer: Answer) -> dict[str, str]:
+        """Why the answer is dropped: a reason by label, in the recipe's order; empty where it is kept."""
+        found = {}
+        for label, check, settings in self.rules:
+            reason = check(answer, settings)
+            if reason is not None:
+                found[label] = reason
+        return found
+
+
+def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:
+    """The recipe's rules, their settings checked.
+
+    `slots` are the slots that the recipe's prompts have, where that is known: `adherence` may name no other.
+    Raises RecipeError naming the recipe, filters.rules[i], the key and its value.
+    """
+    rules: list[ActiveRule] = []
+    taken: dict[str, int] = {}
+    for index, rule in enumerate(config.rules):
+        where = f"{recipe_path}: filters.rules[{index}]"
+        check, settings = _load_rule(rule, where, recipe_path)
+        if rule.rule == "adherence" and slots is not None:
+            _check_slots(getattr(settings, "slots", []), slots, where)
+        name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
+        taken[name] = taken.get(name, 0) + 1
+        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", check, settings))
+    return RuleSet(tuple(rules))
+
+
+def _load_rule(
+    rule: RuleConfig, where: str, recipe_path: Path
+) -> tuple[Callable[[Answer, Any], str | None], RuleSettings]:
+    if rule.rule != FUNCTION and rule.rule not in RULES:
+        raise RecipeError(f"{where}: no rule named `{rule.rule}`; there are {', '.join([*RULES, FUNCTION])}")
+    model = FunctionSettings if rule.rule == FUNCTION else RULES[rule.rule].settings
+    try:
+        settings = model.model_validate(rule.model_extra or {})
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem, where, rule.rule, model) for problem in error.errors())) from None
+    if isinstance(settings, FunctionSettings):
+        return _user_function(settings, where, recipe_path.parent), settings
+    return RULES[rule.rule].check, settings
+
+
+def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSettings]) -> str:
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields)
+        return f"{where}{key}: the rule `{rule}` has no such setting, got {problem['input']!r}; there are {known}"
+    if problem["type"] == "missing":
+        return f"{where}{key} is missing; the rule `{rule}` needs it"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{where}{key} {message}{shown}" if key else f"{where} ({rule}): {message}"
+
+
+def _check_slots(wanted: list[str], known: set[str], where: str) -> None:
+    for slot in wanted:
+        if slot not in known:
+            there = f"there are {', '.join(sorted(known))}" if known else "prompts.slots is empty"
+            raise RecipeError(f"{where}.slots: the prompts have no slot `{slot}`; {there}")
+
+
+def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], str | None]:
+    """Imports the user's function and checks that it can be called with the keys given."""
+    path = folder / settings.file
+    if not path.is_file():
+        raise RecipeError(f"{where}.file: {path}: no such file; it is looked for beside the recipe")
+    spec = importlib.util.spec_from_file_location(f"filters_of_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{where}.file: {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may raise, it is the file that is wrong
+        raise RecipeError(f"{where}.file: {path}: {type(error).__name__}: {error}") from error
+    function = getattr(module, settings.name, None)
+    if not callable(function):
+        raise RecipeError(f"{where}.name: {path} has no function `{settings.name}`")
+    arguments = settings.model_extra or {}
+    try:
+        inspect.signature(function).bind(None, **arguments)
+    except TypeError as error:
+        raise RecipeError(f"{where}: {path}: {settings.name}(answer, …): {error}; got {arguments}") from None
+
+    def check(answer: Answer, _: Any) -> str | None:
+        try:
+            reason = function(answer, **arguments)
+        except Exception as error:  # named with its file, else nobody finds it
+            message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
+            raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
+        if reason is not None and not isinstance(reason, str):
+            raise DistillError(f"{path}: {settings.name} returned {reason!r}; wanted a reason (text) or None")
+        return reason
+
+    return check

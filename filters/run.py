@@ -1,0 +1,197 @@
+"""One pass over a run's answers: reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json and the
+lineage section `filters`.
+
+A record is written as the teacher's line stands, the new fields added at its end: only what is judged is decoded, and
+nothing is written twice. The three files are staged beside the old ones and take their places together at the end.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from filters.answer import as_answer
+from filters.chunks import LONGEST_LINE, Chunk, process
+from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
+from filters.ruleset import RuleSet, load_rules
+from filters.tally import Tally
+from pipeline.errors import DataError, DistillError
+from pipeline.lineage import record_lineage, versions
+from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.records import Completion, Slots
+from pipeline.rundir import RunDir
+
+
+class LowKeepRate(DistillError):
+    """Fewer answers were kept than the recipe's floor; the files are written."""
+
+
+class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A completion and nothing else: a field that is not ours means another version's file, or one filtered already."""
+
+
+_decoder = msgspec.json.Decoder(_Row)
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass
+class Judged:
+    """What is known of a chunk when its lines are written."""
+
+    tally: Tally
+    lines: int
+    bad: list[BadLine]  # numbered from 1 in the chunk
+    torn: bool
+
+
+def recipe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
+    """The recipe's rules, checked; cheap enough to call before answers are asked for. Raises RecipeError."""
+    return load_rules(recipe.filters, recipe_path, set(recipe.prompts.slots) if recipe.prompts.template else None)
+
+
+def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool = False) -> FilterReport:
+    """Judges every answer of a run and writes the outcome.
+
+    Raises RecipeError for a wrong rule, DataError `path:line: reason` for a bad line (with `skip_bad` it is left out
+    and counted) or where there is nothing to judge; nothing is overwritten then.
+    """
+    rules = recipe_rules(recipe, recipe_path)
+    tally, bad_lines, bad, torn, lines = Tally(), 0, list[BadLine](), False, 0
+    size = completions_size(run.completions)
+    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file):
+        with closing(process(run.completions, size, partial(judge, rules=rules), (kept, dropped))) as chunks:
+            for judged in chunks:
+                for line in judged.bad:
+                    line = BadLine(lines + line.line, line.reason)
+                    if not skip_bad:
+                        mend = "mend the line, or leave bad lines out with --skip-bad"
+                        raise DataError(f"{run.completions}:{line.line}: {line.reason}; {mend}")
+                    if len(bad) < FIRST_BAD_LINES:
+                        bad.append(line)
+                bad_lines += len(judged.bad)
+                lines += judged.lines
+                torn = judged.torn
+                tally.add(judged.tally)
+        if not tally.kept + tally.dropped:
+            what = f"none of its {lines} lines is a completion" if lines else "the file is empty"
+            raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
+        report = make_report(tally, rules, bad, bad_lines, torn=torn)
+        report_file.write(report.encoded())
+    record_lineage(run, "filters", _lineage(report, rules))
+    return report
+
+
+def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[bytes, bytes]]:
+    """Runs every rule on every line of a chunk; also gives the lines of kept.jsonl and dropped.jsonl."""
+    tally, bad, torn = Tally(), list[BadLine](), False
+    kept: list[bytes] = []
+    dropped: list[bytes] = []
+    kept_lengths: list[int] = []
+    dropped_lengths: list[int] = []
+    kept_slots: list[Slots] = []
+    dropped_slots: list[Slots] = []
+    last = len(chunk.lines)
+    for number, line in enumerate(chunk.lines, start=1):
+        if line is None:
+            bad.append(BadLine(number, f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long"))
+            continue
+        if not line or line.isspace():
+            continue
+        try:
+            row = _decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if number == last and chunk.torn and not isinstance(error, msgspec.ValidationError):
+                torn = True
+            else:
+                bad.append(BadLine(number, str(error)))
+            continue
+        answer = as_answer(row)
+        reasons = rules.reasons(answer)
+        if not reasons:
+            kept.append(line.rstrip()[:-1] + b',"scores":{}}\n')
+            kept_lengths.append(len(answer.text))
+            kept_slots.append(row.slots)
+        else:
+            why = _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})
+            dropped.append(line.rstrip()[:-1] + b"," + why[1:] + b"\n")
+            dropped_lengths.append(len(answer.text))
+            dropped_slots.append(row.slots)
+            tally.note(row.id, answer, reasons)
+    tally.count_kept(kept_lengths, kept_slots)
+    tally.count_dropped(dropped_lengths, dropped_slots)
+    return Judged(tally, last, bad, torn), (b"".join(kept), b"".join(dropped))
+
+
+def check_keep_rate(
+    report: FilterReport, config: FiltersConfig, recipe_path: Path, *, allow_low_keep: bool = False
+) -> None:
+    """Warns under filters.warn_keep_rate; raises LowKeepRate under filters.min_keep_rate unless it is allowed."""
+    rate, floor = report.keep_rate, config.min_keep_rate
+    if floor is not None and rate < floor and not allow_low_keep:
+        raise LowKeepRate(
+            f"keep rate {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see which rules drop "
+            "what above, mend the prompts or the rules, or go on with --allow-low-keep"
+        )
+    if rate < config.warn_keep_rate:
+        print(
+            f"warning: keep rate {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate): "
+            "is this teacher good enough at this task?",
+            file=sys.stderr,
+        )
+
+
+def completions_size(completions: Path) -> int:
+    """Bytes of the file. Raises DataError if there is none."""
+    try:
+        return completions.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{completions}: no such file; run `python -m generate` first") from None
+
+
+def _lineage(report: FilterReport, rules: RuleSet) -> dict[str, object]:
+    return {
+        "rules": [rule.described() for rule in rules.rules],
+        "rows": report.rows,
+        "kept": report.kept,
+        "dropped": report.dropped,
+        "keep_rate": report.keep_rate,
+        "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
+        "bad_lines": report.bad_lines,
+        "versions": versions("msgspec", "pydantic", "py3langid"),
+    }
+
+
+@contextmanager
+def _staged(*paths: Path) -> Iterator[Sequence[BinaryIO]]:
+    """Opens files that take the places of `paths`, all of them, when the block ends well; none otherwise.
+
+    All are on disk before the first is renamed, and no signal comes between the renames.
+    """
+    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(temporary.open("wb")) for temporary in temporaries]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for temporary, path in zip(temporaries, paths, strict=True):
+                temporary.replace(path)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    except OSError as error:
+        raise DistillError(
+            f"{error.filename or paths[0].parent}: {error.strerror}; no old file was replaced"
+        ) from error
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)

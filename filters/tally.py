@@ -1,0 +1,87 @@
+"""What is counted while answers are judged: one tally a chunk, added up in order. Flat in memory; reads and writes
+nothing.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from filters.answer import Answer
+from pipeline.records import Slots
+
+BIN = 50  # characters a bar of the length histogram
+LAST_BIN = 100  # the last bar holds all that is longer
+EXAMPLES = 2  # kept of each rule
+EXAMPLE_CHARS = 600
+MOST_VALUES = 500  # distinct values of a slot; with more, a rate by value says nothing
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer that a rule dropped."""
+
+    id: str
+    reason: str
+    text: str  # its first EXAMPLE_CHARS characters
+
+
+@dataclass
+class Tally:
+    """Counts of kept and dropped answers."""
+
+    kept: int = 0
+    failed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # labels of the rules that dropped an answer
+    kept_lengths: Counter[int] = field(default_factory=Counter)  # by bin
+    dropped_lengths: Counter[int] = field(default_factory=Counter)
+    kept_slots: dict[str, Counter[str]] = field(default_factory=dict)  # slot, value: answers
+    dropped_slots: dict[str, Counter[str]] = field(default_factory=dict)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> int:
+        return self.failed.total()
+
+    def count_kept(self, lengths: list[int], slots: list[Slots]) -> None:
+        """Adds answers that every rule let pass."""
+        self.kept += len(lengths)
+        self.kept_lengths.update([min(length // BIN, LAST_BIN) for length in lengths])
+        _count_slots(self.kept_slots, slots)
+
+    def count_dropped(self, lengths: list[int], slots: list[Slots]) -> None:
+        """Adds the lengths and slots of answers whose rules `note` has had."""
+        self.dropped_lengths.update([min(length // BIN, LAST_BIN) for length in lengths])
+        _count_slots(self.dropped_slots, slots)
+
+    def note(self, row_id: str, answer: Answer, reasons: dict[str, str]) -> None:
+        """Adds the rules that dropped an answer."""
+        self.failed[tuple(reasons)] += 1
+        for label, reason in reasons.items():
+            examples = self.examples.setdefault(label, [])
+            if len(examples) < EXAMPLES:
+                examples.append(Example(row_id, reason, answer.text[:EXAMPLE_CHARS]))
+
+    def add(self, other: "Tally") -> None:
+        """Adds a later chunk's tally."""
+        self.kept += other.kept
+        self.failed.update(other.failed)
+        self.kept_lengths.update(other.kept_lengths)
+        self.dropped_lengths.update(other.dropped_lengths)
+        for mine, theirs in ((self.kept_slots, other.kept_slots), (self.dropped_slots, other.dropped_slots)):
+            for name, values in theirs.items():
+                counted = mine.setdefault(name, Counter())
+                if len(counted) <= MOST_VALUES:
+                    counted.update(values)
+        for label, examples in other.examples.items():
+            known = self.examples.setdefault(label, [])
+            known.extend(examples[: EXAMPLES - len(known)])
+
+
+def _count_slots(counts: dict[str, Counter[str]], slots: list[Slots]) -> None:
+    for name in {name: None for row in slots for name in row}:
+        values: list[str] = []
+        for row in slots:
+            value = row.get(name, ())
+            if isinstance(value, str):
+                values.append(value)
+            else:
+                values.extend(value)
+        counts.setdefault(name, Counter()).update(values)

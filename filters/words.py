@@ -1,0 +1,59 @@
+"""Words as they stand in a text: with Korean particles, English endings, or (Chinese, Japanese, Thai) no spaces at all.
+
+The Korean particles and the forms of the copula 이다 are those of the National Institute of Korean Language's standard
+grammar, as far as they follow a noun. Used by `banned_words` and `adherence`.
+"""
+
+import re
+from functools import lru_cache
+
+from filters.scripts import character_class
+
+# What may follow a Korean noun and leave it that noun, up to three in a row: 할머니-께서-는, 비-까지-도, 친구-들-에게.
+_PARTICLES = """
+    들 님 씨 이 가 은 는 을 를 의 에 에서 에게 에게서 한테 한테서 께 께서 로 으로 로서 으로서 로써 으로써
+    와 과 랑 이랑 하고 도 만 까지 부터 마저 조차 처럼 같이 만큼 보다 마다 밖에 대로 뿐 나 이나 든지 이든지
+    라도 이라도 아 야 여 이여 요 이요
+"""
+_COPULA = "(?:이|였|예|이에|이었|입니|이다|이야|이지|이고|이며|이라|라고|라는|라면|란|이란|인데)[가-힣]{0,5}"
+_AFTER_KOREAN = f"(?:(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}|{_COPULA})"
+_AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
+_UNSPACED = re.compile(f"[{character_class('han', 'kana', 'thai')}]")
+_HANGUL = re.compile("[가-힣]")
+_ARTICLES = {"a", "an", "the"}
+
+
+@lru_cache(maxsize=4096)
+def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -> re.Pattern[str]:
+    """Finds `word` as a word of its own: `비` in `비가 와요`, not in `나비` or `비밀`; `AI` in `AI가`, not in `PAIN`.
+
+    `endings` also allows English plurals and endings (carrots, rained). A word of a script that is written without
+    spaces is found anywhere.
+    """
+    flags = re.IGNORECASE if ignore_case else re.NOFLAG
+    core = re.escape(word)
+    if _UNSPACED.search(word):
+        return re.compile(core, flags)
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    if not re.search(r"\w$", word):
+        return re.compile(before + core, flags)
+    english = _AFTER_ENGLISH if endings and not _HANGUL.match(word[-1]) else ""
+    return re.compile(f"{before}{core}{english}{_AFTER_KOREAN}(?!\\w)", flags)
+
+
+def mentions(text: str, value: str) -> bool:
+    """Whether a text names a thing: `value` as it stands, or each of its words in any order (English articles apart).
+
+    A Korean word of two syllables or more may be part of a longer one (당근 in 당근밭); one of a single syllable must
+    stand alone with its particles, since 비 is also in 나비, 준비 and 비밀. Case does not matter.
+    """
+    if len(value) > 1 and _HANGUL.match(value[-1]) and value in text:
+        return True
+    words = [word for word in value.split() if word.lower() not in _ARTICLES] or value.split()
+    return all(_mentions_word(text, word) for word in words)
+
+
+def _mentions_word(text: str, word: str) -> bool:
+    if len(word) > 1 and _HANGUL.match(word):
+        return word in text
+    return whole_word(word, ignore_case=True, endings=True).search(text) is not None

@@ -1,0 +1,53 @@
+"""`python -m generate RECIPE [--run DIR] [--retry-failures] [--quiet]`: asks the teacher, writes its answers.
+
+Ends with 0 when every request is answered, 4 when some failed for good, 130 when interrupted, 1 when the run could not
+go on, 2 on wrong usage. Run it again after any of them: what is answered stays answered. The counts go to stdout.
+"""
+
+from generate.engine import Summary, generate
+from generate.progress import clock
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import DistillError, RequestsFailed
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+
+
+def main() -> None:
+    parser = stage_parser("generate", "Asks the teacher every prompt of the recipe, and goes on where it was stopped.")
+    parser.add_argument(
+        "--retry-failures",
+        action="store_true",
+        help="ask again what failed for good earlier (it is left alone otherwise)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
+    recipe, run, options = parse_stage(parser)
+    try:
+        with run.locked():
+            summary = generate(recipe, run, quiet=options.quiet, retry_failures=options.retry_failures)
+    except OSError as error:
+        raise DistillError(f"{error.filename or run.path}: {error.strerror or error}") from None
+    for line in describe(recipe, run, summary):
+        print(line)
+    if summary.failed:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.errors.items()))
+        raise RequestsFailed(
+            f"{summary.failed} of {summary.requests} requests failed for good"
+            + (f" (now: {kinds})" if kinds else "")
+            + f"; they are in {run.failures}, and --retry-failures asks them again"
+        )
+
+
+def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
+    """The final counts, in two lines."""
+    seconds = max(summary.wall_s, 1e-9)
+    tokens = summary.completion_tokens
+    return [
+        f"{recipe.name}: {summary.requests} requests, {summary.completed} answered ({summary.answered} now, "
+        f"{summary.resumed} earlier), {summary.failed} failed → {run.completions}",
+        f"{clock(summary.wall_s)} · {summary.answered / seconds:.1f} answers/s · "
+        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens · {tokens / seconds:,.0f} tok/s",
+    ]
+
+
+if __name__ == "__main__":
+    run_stage(main)

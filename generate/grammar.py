@@ -1,0 +1,141 @@
+"""A template and its slots: how many different prompts they make, and the prompt at each place.
+
+A prompt's place is a number in mixed radix, one digit a slot, so that a grammar of any size is counted and drawn from
+without being listed. Pure: reads and writes nothing. Everything rests on SHAKE-128 and BLAKE2 alone, so the same
+seed gives the same prompts with any Python, on any machine, whatever PYTHONHASHSEED is.
+"""
+
+import math
+from collections.abc import Iterator
+from hashlib import blake2b, shake_128
+from string import Formatter
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import ChooseSlot, PromptsConfig
+from pipeline.records import Slots
+
+ROUNDS = 3  # of the shuffle; each is two hashes
+
+
+class Grammar:
+    """The prompts that a template and its slots make. Raises RecipeError where the two do not fit."""
+
+    def __init__(self, config: PromptsConfig) -> None:
+        self._parts = _parse(config.template or "")
+        named = list(dict.fromkeys(name for _, name in self._parts if name is not None))
+        _check_names(named, list(config.slots))
+        self._digits = [_Digit(name, slot) for name, slot in config.slots.items()]
+        self.size = math.prod(digit.size for digit in self._digits)
+        """How many different prompts there are: `choose` counts combinations, a value given twice counts once."""
+
+    def at(self, place: int) -> tuple[str, Slots]:
+        """The text and the slots' values of the prompt at a place in [0, size)."""
+        slots: Slots = {}
+        rest = place
+        for digit in self._digits:
+            rest, value = divmod(rest, digit.size)
+            slots[digit.name] = digit.at(value, place)
+        return "".join(literal + _render(slots, name) for literal, name in self._parts), slots
+
+    def draw(self, count: int, seed: int) -> Iterator[tuple[str, Slots]]:
+        """`count` prompts in a random order that the seed decides: all that differ first, then all of them again.
+
+        A larger count begins with the same prompts.
+        """
+        for index in range(count):
+            turn, index_in_turn = divmod(index, self.size)
+            yield self.at(shuffled(index_in_turn, self.size, f"{seed}:{turn}"))
+
+
+class _Digit:
+    """One slot: its different values, or its combinations."""
+
+    def __init__(self, name: str, slot: list[str] | ChooseSlot) -> None:
+        self.name = name
+        self._values = list(dict.fromkeys(slot.from_ if isinstance(slot, ChooseSlot) else slot))
+        self._choose = slot.choose if isinstance(slot, ChooseSlot) else None
+        self.size = math.comb(len(self._values), 1 if self._choose is None else self._choose)
+
+    def at(self, value: int, place: int) -> str | list[str]:
+        """The slot's value; a combination is put into an order that depends on the prompt's place alone."""
+        if self._choose is None:
+            return self._values[value]
+        chosen = [self._values[i] for i in combination(value, len(self._values), self._choose)]
+        return sorted(chosen, key=lambda item: blake2b(f"{place}:{self.name}:{item}".encode()).digest())
+
+
+def combination(rank: int, n: int, k: int) -> list[int]:
+    """The combination of k numbers below n that has this rank in the combinatorial number system (Knuth 7.2.1.3)."""
+    chosen = []
+    for left in range(k, 0, -1):
+        n -= 1
+        while math.comb(n, left) > rank:
+            n -= 1
+        rank -= math.comb(n, left)
+        chosen.append(n)
+    return chosen[::-1]
+
+
+def shuffled(index: int, size: int, key: str) -> int:
+    """Where a keyed permutation of range(size) sends an index; nothing is kept, whatever the size.
+
+    A generalised Feistel network on two digits (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): the
+    grid is the smallest that holds the range, and an index that lands outside of it walks on.
+    """
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
+    while True:
+        left, right = divmod(index, columns)
+        for turn in range(ROUNDS):
+            left = (left + _hash(f"{key}:{turn}l:{right}", rows)) % rows
+            right = (right + _hash(f"{key}:{turn}r:{left}", columns)) % columns
+        index = left * columns + right
+        if index < size:
+            return index
+
+
+def _hash(text: str, below: int) -> int:
+    """A number below the bound; 8 bytes more than it needs, so that the remainder is even."""
+    return int.from_bytes(shake_128(text.encode()).digest(below.bit_length() // 8 + 9)) % below
+
+
+def _render(slots: Slots, name: str | None) -> str:
+    if name is None:
+        return ""
+    value = slots[name]
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def _parse(template: str) -> list[tuple[str, str | None]]:
+    """The template as (literal text, the slot that follows it or None)."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise RecipeError(f"prompts.template: {error}; write a brace that is text as {{{{ or }}}}") from None
+    for _, name, spec, conversion in parts:
+        if name is not None and (not name.isidentifier() or spec or conversion):
+            whole = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise RecipeError(
+                f"prompts.template: {{{whole}}} is not a slot: only {{name}} is; "
+                "write a brace that is text as {{ or }}"
+            )
+    return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _check_names(named: list[str], given: list[str]) -> None:
+    unknown = [name for name in named if name not in given]
+    if unknown:
+        known = ", ".join(given) or "none"
+        raise RecipeError(
+            f"prompts.template names {_listed(unknown)}, which prompts.slots does not have; there are: {known}"
+        )
+    unused = [name for name in given if name not in named]
+    if unused:
+        raise RecipeError(
+            f"prompts.slots has {_listed(unused)}, which prompts.template does not name; "
+            "put it in the template or take it out"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,133 @@
+"""Append-only journals: completions.jsonl and failures.jsonl, one line a request, safe against a kill at any byte.
+
+A line is written whole, in one write, the moment it is known; fsync follows in groups (`sync`, called at an interval
+and at the end), so a killed process loses nothing and a power cut at most the last interval. A journal is never
+rewritten: only a torn last line is cut off. A request that failed and was answered later stands in both files, and
+the answer counts; of two failures of one request the later counts.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from generate.idset import IdSet
+from pipeline.errors import DataError, DistillError
+from pipeline.records import Completion, Failure, encode_line
+
+
+@dataclass
+class Contents:
+    """What a journal held when it was read."""
+
+    ids: IdSet = field(default_factory=IdSet)
+    models: Counter[str] = field(default_factory=Counter)  # as the server named them, with their lines
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    good_bytes: int = 0  # up to the end of the last whole line
+    torn_bytes: int = 0  # what follows it, to be cut off
+    unended: bool = False  # the last line is whole but for its newline
+
+
+def read_journal(path: Path, kind: type[Completion] | type[Failure]) -> Contents:
+    """What the journal holds; changes nothing. A journal that is not there is empty.
+
+    Raises DataError `path:line: reason` at a line that is wrong, unless it is a last line without its end.
+    """
+    contents = Contents()
+    decoder = msgspec.json.Decoder(kind)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return contents
+    except OSError as error:
+        raise DistillError(f"{path}: {error.strerror or error}") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            ended = line.endswith(b"\n")
+            if ended and not line.strip():
+                contents.good_bytes += len(line)
+                continue
+            try:
+                record = decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                if not ended:
+                    contents.torn_bytes = len(line)
+                    break
+                raise DataError(f"{path}:{number}: {error}; take that line out and run again") from None
+            contents.good_bytes += len(line)
+            contents.unended = not ended
+            _count(contents, record)
+    return contents
+
+
+def _count(contents: Contents, record: Completion | Failure) -> None:
+    contents.ids.add(record.id)
+    contents.models[record.model] += 1
+    if isinstance(record, Completion):
+        contents.prompt_tokens += record.usage.prompt_tokens or 0
+        contents.completion_tokens += record.usage.completion_tokens or 0
+
+
+class Journal:
+    """A journal open for writing; use as a context manager. One process at a time: the run's lock sees to that."""
+
+    def __init__(self, path: Path, kind: type[Completion] | type[Failure]) -> None:
+        """Reads the journal, mends its end and opens it. Raises DataError or DistillError."""
+        self.path = path
+        self.found = read_journal(path, kind)
+        self._dirty = False
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            if self.found.torn_bytes:
+                os.ftruncate(self._fd, self.found.good_bytes)
+            self._end = self.found.good_bytes
+            if self.found.unended:
+                self._write(b"\n")
+        except OSError as error:
+            raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def append(self, record: Completion | Failure) -> None:
+        """Writes one line. Raises DistillError when the disk does not take it; the file then ends as it did before."""
+        try:
+            self._write(encode_line(record))
+        except OSError as error:
+            self._cut_back()
+            raise DistillError(
+                f"{self.path}: cannot be written: {error.strerror or error}; what was written before is whole. "
+                "Mend that and run the same command again"
+            ) from None
+
+    def sync(self) -> None:
+        """Makes sure that what was written survives a power cut (fsync). May run in another thread than `append`."""
+        if self._dirty:
+            self._dirty = False
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise DistillError(f"{self.path}: fsync failed: {error.strerror or error}; check the disk") from None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.sync()
+        finally:
+            os.close(self._fd)
+
+    def _write(self, line: bytes) -> None:
+        written = os.write(self._fd, line)
+        while written < len(line):  # the disk is nearly full, or a signal came: the next write says which
+            written += os.write(self._fd, line[written:])
+        self._end += len(line)
+        self._dirty = True
+
+    def _cut_back(self) -> None:
+        try:
+            os.ftruncate(self._fd, self._end)
+        except OSError:
+            return  # then the last line is torn, and the next run cuts it off

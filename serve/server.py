@@ -1,0 +1,255 @@
+"""A vLLM server as a context manager: checked, started, waited for, watched, measured, and ended with all its children.
+
+Reads nothing but the server's log and /proc; writes the log. `serve.command` decides how vLLM is called,
+`serve.checks` what is looked at first, and `serve.guard` that nothing outlives this process.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from pipeline.errors import DistillError, UsageError
+from pipeline.models import resolve_model
+from pipeline.recipe import ServeConfig
+from serve.checks import check_memory, check_port, check_vllm
+from serve.command import Command, build_command
+from serve.machine import detect
+from serve.model_facts import model_facts
+from serve.vllm_log import cause, last_line, tail
+
+POLL_S = 0.25
+SAMPLE_S = 0.5  # between two looks at the memory
+STOP_S = 40.0  # more than the guard takes at its slowest
+WRONG_USAGE = 2  # vLLM's exit code for a flag it does not know
+CAUSE_CHARS = 300
+
+Waiting = Callable[[float, str], None]  # seconds since the start, and the last line of vLLM's log
+
+
+class Server:
+    """A running server. Made by `serving`."""
+
+    def __init__(self, command: Command, guard: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.served_name = command.served_name
+        self.base_url = f"http://{_authority(command)}/v1"
+        self.log = log
+        self.startup_s = 0.0  # seconds from the start of the process until it was ready
+        self._guard = guard
+        self._seen: set[psutil.Process] = set()
+        self._peak = 0
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, name="server-memory", daemon=True)
+        self._sampler.start()
+
+    def peak_rss(self) -> int:
+        """Bytes of resident memory at its highest, summed over the processes of the server.
+
+        The larger of the highest sum sampled and the sum of the peaks (VmHWM) of the processes alive. Pages that
+        processes share are counted in each of them.
+        """
+        self._measure()
+        return self._peak
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Waits for the server to end by itself. Returns its exit code, or None after `timeout` seconds."""
+        try:
+            return self._guard.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def failure(self, when: str) -> DistillError:
+        """The error that says why the server ended."""
+        code = self._guard.wait()
+        text = tail(self.log)
+        reason = cause(text) or last_line(text) or "it printed nothing"
+        if code == 128 + 9:
+            reason = "it was killed; out of memory?"
+        kind = UsageError if code == WRONG_USAGE else DistillError
+        return kind(f"vLLM ended {when} (exit code {code}): {reason[:CAUSE_CHARS]}; its log: {self.log}")
+
+    def stop(self) -> None:
+        """Ends the server and everything it started; does nothing if it has ended."""
+        self._done.set()
+        self._sampler.join()
+        self._measure()
+        if self._guard.stdin:
+            with contextlib.suppress(OSError):
+                self._guard.stdin.close()
+        try:
+            self._guard.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+            self._guard.wait()
+        left = [process for process in self._seen if process.is_running()]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=STOP_S)
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLE_S):
+            self._measure()
+
+    def _measure(self) -> None:
+        if self._guard.poll() is not None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(self._guard.pid).children(recursive=True)
+            self._seen.update(tree)
+            sizes = [_memory(process) for process in tree]
+            self._peak = max(self._peak, sum(now for now, _ in sizes), sum(peak for _, peak in sizes))
+
+
+@contextmanager
+def serving(
+    model: str,
+    *,
+    port: int,
+    config: ServeConfig,
+    log: Path | None = None,
+    served_name: str | None = None,
+    host: str = "127.0.0.1",
+    waiting: Waiting | None = None,
+) -> Iterator[Server]:
+    """Serves a model reference with vLLM while the block runs, ready when it begins.
+
+    `served_name` is what clients ask for as `model`: the reference itself unless given. vLLM's log goes to `log`; where
+    none is given, to a temporary file that stays only if the server fails. `waiting` is called a few times a second
+    until the server is ready. Raises UsageError for what can be seen before the start, DistillError if vLLM ends before
+    it is ready or is not ready after `serve.ready_timeout_s`.
+    """
+    machine = detect()
+    resolved = resolve_model(model)
+    command = build_command(
+        resolved,
+        served_name=served_name or model,
+        host=host,
+        port=port,
+        config=config,
+        machine=machine,
+        facts=model_facts(resolved, ask_hub=True),
+        environ=os.environ,
+    )
+    check_vllm(command, machine)
+    check_port(command.host, command.port)
+    check_memory(command, machine)
+    temporary = log is None
+    if log is None:
+        handle, name = tempfile.mkstemp(prefix="vllm-", suffix=".log")
+        os.close(handle)
+        log = Path(name)
+    with open_log(log) as output:
+        server = Server(command, _start(command, output), log)
+    try:
+        _wait_until_ready(server, command, config.ready_timeout_s, waiting)
+        yield server
+        temporary = temporary and server.wait(0) is None
+    except DistillError:
+        temporary = False
+        raise
+    finally:
+        server.stop()
+        if temporary:
+            log.unlink(missing_ok=True)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Opens a new log for vLLM. Raises UsageError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot write vLLM's log ({error.strerror}); choose another folder") from None
+
+
+def _start(command: Command, output: BinaryIO) -> "subprocess.Popen[bytes]":
+    """Starts the guard, which starts vLLM. A session of its own: Ctrl-C reaches us, and we end the server in order."""
+    guard = Path(__file__).with_name("guard.py")
+    return subprocess.Popen(
+        [sys.executable, "-I", str(guard), *command.argv],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **command.env},
+        start_new_session=True,
+    )
+
+
+def _wait_until_ready(server: Server, command: Command, timeout_s: float, waiting: Waiting | None) -> None:
+    """Returns once /health answers and /v1/models names the model."""
+    start = time.monotonic()
+    while not _ready(command):
+        server.startup_s = time.monotonic() - start
+        if server.wait(POLL_S) is not None:
+            raise server.failure("before it was ready")
+        if server.startup_s > timeout_s:
+            raise DistillError(
+                f"vLLM was not ready after {timeout_s:.0f} s (serve.ready_timeout_s); its log: {server.log}; "
+                f"last line: {last_line(tail(server.log))}"
+            )
+        if waiting:
+            waiting(server.startup_s, last_line(tail(server.log)))
+    server.startup_s = time.monotonic() - start
+
+
+def _ready(command: Command) -> bool:
+    if _get(command, "/health") is None:
+        return False
+    body = _get(command, "/v1/models")
+    try:
+        return body is not None and command.served_name in [model["id"] for model in json.loads(body)["data"]]
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _get(command: Command, path: str) -> bytes | None:
+    """The body of a 200 answer, else None. Never through a proxy."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)
+    key = os.environ.get("VLLM_API_KEY")
+    connection = http.client.HTTPConnection(host, command.port, timeout=10)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        answer = connection.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return body if answer.status == http.client.OK else None
+
+
+def _authority(command: Command) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)
+    return f"[{host}]:{command.port}" if ":" in host else f"{host}:{command.port}"
+
+
+def _memory(process: psutil.Process) -> tuple[int, int]:
+    """Resident bytes of a process now and at its peak; 0 for one that has ended."""
+    try:
+        now = process.memory_info().rss
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return now, int(line.split()[1]) * 1024
+    except (psutil.Error, OSError):
+        return 0, 0
+    return now, now

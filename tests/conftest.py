@@ -1,0 +1,28 @@
+"""What several test files share: a real vLLM server of the embedded model, and small recipes and model folders."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.recipe import ServeConfig
+from serve.server import Server, free_port, serving
+
+EMBEDDED = "embedded:smollm2-135m"
+START_TIMEOUT_S = 900  # a first start on a busy machine
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that uses the real server is slow, and has time for its start."""
+    for item in items:
+        if "teacher_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+
+
+@pytest.fixture(scope="session")
+def teacher_server() -> Iterator[Server]:
+    """The embedded model behind a real vLLM, one for the whole session; it answers to `embedded:smollm2-135m`."""
+    with serving(EMBEDDED, port=free_port(), config=ServeConfig(kv_cache_gib=1)) as server:
+        yield server

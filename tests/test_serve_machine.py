@@ -1,0 +1,193 @@
+"""Detection of the machine, from files as the kernel writes them, and of a model, from its folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UsageError
+from serve.machine import cpu_flags, detect, free_memory, usable_cores, visible_gpus
+from serve.model_facts import facts_of, model_facts
+
+GIB = 1 << 30
+MEMINFO = f"MemTotal: 99999999 kB\nMemAvailable:   {8 * GIB // 1024} kB\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path):
+    """Builds a file system root out of paths and contents."""
+
+    def build(files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "flags"),
+    [
+        (
+            "processor : 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor : 1\nflags : none\n",
+            {"fpu", "avx2", "avx512_bf16"},
+        ),
+        ("processor : 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("", set()),
+    ],
+)
+def test_cpu_flags(cpuinfo, flags):
+    assert cpu_flags(cpuinfo) == flags
+
+
+def siblings(pairs: list[tuple[int, int]]) -> dict[str, str]:
+    return {
+        f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": f"{a},{b}\n"
+        for a, b in pairs
+        for cpu in (a, b)
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "affinity", "cores"),
+    [
+        ({}, {0, 1}, (0, 1)),
+        ({}, {3, 7}, (3, 7)),  # taskset
+        (siblings([(0, 2), (1, 3)]), {0, 1, 2, 3}, (0, 1)),  # one of each physical core
+        (siblings([(0, 2), (1, 3)]), {2, 3}, (2, 3)),
+        ({"sys/fs/cgroup/cpu.max": "150000 100000\n"}, {0, 1, 2, 3}, (0, 1)),
+        ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, {0, 1, 2, 3}, (0, 1, 2, 3)),
+        ({"sys/fs/cgroup/cpu.max": "1000 100000\n"}, {0, 1}, (0,)),
+        (
+            {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
+            {0, 1, 2},
+            (0, 1),
+        ),
+        (
+            {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
+            {0, 1, 2},
+            (0, 1, 2),
+        ),
+    ],
+)
+def test_usable_cores(root, files, affinity, cores):
+    assert usable_cores(affinity, root(files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("files", "gib"),
+    [
+        ({}, 8),
+        ({"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"}, 8),
+        ({"sys/fs/cgroup/memory.max": f"{4 * GIB}\n", "sys/fs/cgroup/memory.current": f"{GIB}\n"}, 3),
+        (
+            {
+                "sys/fs/cgroup/memory.max": f"{4 * GIB}\n",
+                "sys/fs/cgroup/memory.current": f"{3 * GIB}\n",
+                "sys/fs/cgroup/memory.stat": f"anon 5\ninactive_file {GIB}\n",  # cache that the kernel gives back
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/user/job\n",
+                "sys/fs/cgroup/user/memory.max": f"{2 * GIB}\n",  # a parent's limit
+                "sys/fs/cgroup/user/memory.current": "0\n",
+                "sys/fs/cgroup/user/job/memory.max": "max\n",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/job\n3:cpu,cpuacct:/other\n0::/\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{GIB}\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": f"{GIB // 2}\n",
+            },
+            0.5,
+        ),
+    ],
+)
+def test_free_memory(root, files, gib):
+    assert free_memory(root({"proc/meminfo": MEMINFO} | files)) == int(gib * GIB)
+
+
+@pytest.mark.parametrize(
+    ("variable", "seen"),
+    [(None, ["0", "1", "2"]), ("", []), ("1", ["1"]), ("0, 2", ["0", "2"]), ("-1", []), ("GPU-aa,GPU-bb", ["0", "1"])],
+)
+def test_visible_gpus(monkeypatch, variable, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible_gpus(["0", "1", "2"]) == seen
+
+
+def test_gpus_are_read_from_nvidia_smi(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=index,memory.free ] && printf "0, 100\\n1, 81000\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    machine = detect()
+    assert (machine.gpus, machine.gpu_memory_free) == (1, (81000 << 20,))
+    assert machine.cores
+    assert machine.memory_free > 0
+
+
+CONFIG = {
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+}
+
+
+def test_facts_of_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(100))
+    (tmp_path / "model-2.safetensors").write_bytes(bytes(20))
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
+    facts = model_facts(str(tmp_path), ask_hub=False)
+    assert facts.local
+    assert facts.weight_bytes == 120
+    assert facts.weight_bytes_as("float32") == 240
+    assert facts.weight_bytes_as(None) == 120
+    assert facts.max_positions == 512
+    assert facts.kv_values_per_token == 2 * 3 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "values"),
+    [
+        ({"torch_dtype": "float16", "dtype": None}, "float16", 192),
+        ({"head_dim": 32}, "bfloat16", 384),
+        ({"num_key_value_heads": None}, "bfloat16", 384),
+        ({"quantization_config": {"bits": 4}}, None, 192),
+        ({"hidden_size": None}, "bfloat16", None),
+        ({"text_config": CONFIG | {"num_hidden_layers": 1}}, "bfloat16", 64),
+    ],
+)
+def test_facts_of_a_configuration(change, dtype, values):
+    facts = facts_of(CONFIG | change, {"model.safetensors": 10})
+    assert (facts.dtype, facts.kv_values_per_token) == (dtype, values)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"), [("{", "not a model's configuration"), ("[]", "not an object"), ("{}", "no \\*.safetensors")]
+)
+def test_a_broken_folder_is_one_line(tmp_path, config, says):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UsageError, match=says) as error:
+        model_facts(str(tmp_path), ask_hub=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_model_that_is_not_cached_is_unknown_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    facts = model_facts("nobody/nothing", ask_hub=False)
+    assert facts.weight_bytes is None
+    assert not facts.local

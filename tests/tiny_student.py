@@ -1,0 +1,104 @@
+"""A tiny chat model and a run with kept rows, made on the spot, for the tests of training."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import Recipe
+from pipeline.records import Kept, Message, Usage, encode_line
+from pipeline.rundir import RunDir
+
+# As SmolLM2's: a blank follows the end-of-turn token, which is the EOS and the pad token too.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+START, END = 1, 2  # ids of <|im_start|> and <|im_end|>
+
+
+def tiny_tokenizer() -> Any:
+    """One token a byte, and the control tokens <unk>, <|im_start|>, <|im_end|>: ids can be counted by hand."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    control = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(control + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama") -> Path:
+    """Writes a model folder: hidden size 64, random weights, the tiny tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    configs = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config_class, model_class = configs[architecture]
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    model = model_class(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def kept_row(number: int, question: str, answer: str, **changes: Any) -> Kept:
+    values = {
+        "id": f"r{number}",
+        "prompt_id": f"p{number}",
+        "messages": [Message("user", question)],
+        "endpoint": "http://127.0.0.1:1/v1",
+        "sampling": {},
+        "text": answer,
+        "finish_reason": "stop",
+        "model": "teacher",
+        "usage": Usage(),
+        "latency_s": 0.1,
+        "attempts": 1,
+        "created": "2026-01-01T00:00:00Z",
+    }
+    return Kept(**{**values, **changes})
+
+
+def make_run(path: Path, rows: list[Kept]) -> RunDir:
+    path.mkdir(parents=True, exist_ok=True)
+    run = RunDir(path)
+    run.kept.write_bytes(b"".join(encode_line(row) for row in rows))
+    return run
+
+
+def story_rows(count: int) -> list[Kept]:
+    """Answers of growing length to distinct questions."""
+    return [kept_row(i, f"Story {i}?", "The cat sat. " * (1 + i % 5) + f"End {i}.") for i in range(count)]
+
+
+def make_recipe(student: str, teacher: str = "teacher", **train: Any) -> Recipe:
+    settings = {"method": "full", "epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 512, **train}
+    return Recipe(
+        name="tiny",
+        teacher={"model": teacher},
+        student={"model": student},
+        prompts={"template": "Hi", "count": 1},
+        train=settings,
+    )

@@ -1,0 +1,92 @@
+"""Rows to learn from: kept.jsonl to prompt/completion rows, split by prompt into training and held-out.
+
+Reads kept.jsonl, writes held_out.jsonl. Tokens, lengths and labels are train.tokens' business.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import DataError
+from pipeline.records import Kept, Message, encode_line, read_jsonl
+from pipeline.rundir import RunDir, replacing
+
+
+@dataclass(frozen=True)
+class Split:
+    """Kept rows by what they are for; no prompt is in both."""
+
+    train: list[Kept]
+    held_out: list[Kept]
+
+
+def read_rows(run: RunDir) -> list[Kept]:
+    """All kept rows, each one checked.
+
+    Raises DataError if the file is missing or empty, a line is not a kept row (a content that is not text, an image
+    for one), an answer is empty, or a conversation does not end with the user's turn.
+    """
+    rows = list(read_jsonl(run.kept, Kept))
+    if not rows:
+        raise DataError(f"{run.kept}: no rows; no answer passed the filters: see {run.filter_report.name} for why")
+    for number, row in enumerate(rows, start=1):
+        if fault := _fault(row):
+            raise DataError(f"{run.kept}: row {number} (id {row.id}): {fault}; remove it, or filter again")
+    return rows
+
+
+def split_rows(rows: list[Kept], *, share: float, seed: int) -> Split:
+    """Splits by prompt, so that no question of the held-out rows was trained on.
+
+    Distinct prompts are sorted by a hash of their messages and the seed; the first `share` of them, at least one and
+    never all, is held out. The same rows and seed give the same split, in whatever order the rows come.
+    Raises DataError if there are fewer than two distinct prompts.
+    """
+    order = sorted({_prompt_key(row.messages, seed) for row in rows})
+    if len(order) < 2:
+        raise DataError(
+            f"{len(rows)} kept rows answer {len(order)} distinct prompt; at least 2 are needed, one to train on and "
+            "one to hold out: generate more prompts"
+        )
+    count = min(max(1, math.ceil(round(share * len(order), 9))), len(order) - 1)
+    held = set(order[:count])
+    parts: dict[bool, list[Kept]] = {False: [], True: []}
+    for row in rows:
+        parts[_prompt_key(row.messages, seed) in held].append(row)
+    return Split(train=parts[False], held_out=parts[True])
+
+
+def to_examples(rows: Iterable[Kept]) -> list[dict[str, Any]]:
+    """TRL's conversational prompt-completion shape: loss falls on the completion only."""
+    return [
+        {
+            "prompt": [{"role": message.role, "content": message.content} for message in row.messages],
+            "completion": [{"role": "assistant", "content": row.text}],
+        }
+        for row in rows
+    ]
+
+
+def write_held_out(run: RunDir, rows: Iterable[Kept]) -> None:
+    """Writes the rows that training never sees, as they were in kept.jsonl."""
+    with replacing(run.held_out) as file:
+        file.writelines(encode_line(row) for row in rows)
+
+
+def _fault(row: Kept) -> str | None:
+    if not row.text.strip():
+        return "the answer is empty"
+    if not row.messages or row.messages[-1].role != "user":
+        last = row.messages[-1].role if row.messages else "none"
+        return f"the conversation must end with a user message, the last one is {last!r}"
+    if not row.messages[-1].content.strip():
+        return "the question is empty"
+    return None
+
+
+def _prompt_key(messages: list[Message], seed: int) -> str:
+    return hashlib.sha256(msgspec.json.encode([seed, messages])).hexdigest()

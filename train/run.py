@@ -1,0 +1,197 @@
+"""One straight line from kept.jsonl to student/: rows, split, checks, SFTTrainer, save.
+
+Reads kept.jsonl and the recipe; writes held_out.jsonl, student/ (by rename) and the `train` section of lineage.json.
+Checkpoints live in training/ until the student is saved: after a kill, the same command goes on from the last one.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from pipeline.errors import RecipeError, UsageError
+from pipeline.lineage import record_lineage, versions
+from pipeline.recipe import Recipe
+from pipeline.records import Kept
+from pipeline.rundir import RunDir
+from train.rows import read_rows, split_rows, to_examples, write_held_out
+from train.student import PRUNE, initial_student
+
+if TYPE_CHECKING:
+    from train.trainer import Prepared
+
+TRAINING_LOG = "training_log.json"
+FINGERPRINT = "fingerprint"  # in training/: what its checkpoints belong to
+SAME_RESULT = {"checkpoint_steps", "gradient_checkpointing"}  # settings that change no weight
+
+
+def train_run(recipe: Recipe, run: RunDir, *, force: bool = False) -> None:
+    """Trains the recipe's student on the run's kept rows, and saves it as run.student.
+
+    Returns at once if the student there was trained on these rows with these settings, unless `force`.
+    Raises RecipeError, DataError or DistillError, each with the mend; nothing is trained on faulty rows.
+    """
+    if recipe.student is None:
+        raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
+    console = Console(stderr=True)
+    rows = read_rows(run)
+    split = split_rows(rows, share=recipe.train.held_out, seed=recipe.train.seed)
+    fingerprint = training_fingerprint(recipe, run)
+    work = run.path / "training"
+    if not force and run.held_out.is_file() and _trained_from(run.student) == fingerprint:
+        console.print(f"{run.student}: the student is up to date (--force trains it again)")
+        shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
+        return
+    _warn_about_unfinished(rows, console)
+
+    prepare, examples = _trainer_parts()
+    checkpoint = _open_work(work, fingerprint, force=force, console=console)
+    student = initial_student(recipe, run)
+    parts = examples(train=to_examples(split.train), held_out=to_examples(split.held_out))
+    prepared: Prepared = prepare(student, parts, recipe.train, work, console)
+    train_rows = [split.train[index] for index in prepared.train_rows]
+    held_out = [split.held_out[index] for index in prepared.held_out_rows]
+    dropped = len(rows) - len(train_rows) - len(held_out)
+    if dropped:
+        console.print(f"{dropped} of {len(rows)} rows left out: longer than train.max_length {recipe.train.max_length}")
+    console.print(f"training {recipe.student.model} on {len(train_rows)} rows, {len(held_out)} held out")
+    write_held_out(run, held_out)
+
+    prepared.fit(checkpoint)
+
+    log = training_log(prepared, recipe, train_rows=len(train_rows), held_out_rows=len(held_out))
+    record_lineage(run, "train", _lineage_section(recipe, fingerprint, log, dropped=dropped, prepared=prepared))
+    _save(prepared, log, run, work)
+    print(
+        f"{run.student}: trained on {log['train_rows']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
+        f"held-out loss {log['eval'][-1]['loss']:.4f}"
+    )
+
+
+def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
+    """Hash of all that determines the trained student: the rows, the settings, the student, the teacher it is cut from."""
+    settings = {
+        "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT),
+        "student": recipe.student.model_dump(mode="json") if recipe.student else None,
+        "teacher": recipe.teacher.model,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with run.kept.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def training_log(prepared: "Prepared", recipe: Recipe, *, train_rows: int, held_out_rows: int) -> dict[str, Any]:
+    """The loss curve: mean loss a completion token for each step, held-out loss at each epoch's end; time in seconds."""
+    state = prepared.trainer.state
+    entries = state.log_history
+    return {
+        "loss": [
+            {name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")}
+            for entry in entries
+            if "loss" in entry
+        ],
+        "eval": [
+            {"step": entry["step"], "epoch": entry["epoch"], "loss": entry["eval_loss"]}
+            for entry in entries
+            if "eval_loss" in entry
+        ],
+        "train_rows": train_rows,
+        "held_out_rows": held_out_rows,
+        "tokens": state.num_input_tokens_seen,  # padding not counted
+        "wall_s": max((entry.get("elapsed_s", 0.0) for entry in entries), default=0.0),
+        "method": recipe.train.method,
+        "seed": recipe.train.seed,
+    }
+
+
+def _trainer_parts() -> tuple[Any, Any]:
+    try:
+        from train.trainer import Examples, prepare
+    except ImportError as error:
+        raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
+    return prepare, Examples
+
+
+def _trained_from(student: Path) -> str | None:
+    """The fingerprint of the training that a saved student came from."""
+    try:
+        lineage = json.loads((student / "lineage.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return lineage.get("train", {}).get("fingerprint")
+
+
+def _open_work(work: Path, fingerprint: str, *, force: bool, console: Console) -> Path | None:
+    """Prepares the folder of checkpoints; the last whole checkpoint of this very training, if there is one."""
+    mark = work / FINGERPRINT
+    if work.is_dir() and (force or not mark.is_file() or mark.read_text() != fingerprint):
+        if not force:
+            console.print(f"{work}: checkpoints of other rows or settings, removed")
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(fingerprint)
+    checkpoints = {int(folder.name.rpartition("-")[2]): folder for folder in work.glob("checkpoint-*")}
+    for step in sorted(checkpoints, reverse=True):
+        if _is_whole(checkpoints[step]):
+            return checkpoints[step]
+        shutil.rmtree(checkpoints[step])  # cut off while it was written
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The trainer writes its state last; a state that reads as JSON closes a checkpoint."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _save(prepared: "Prepared", log: dict[str, Any], run: RunDir, work: Path) -> None:
+    """The whole student folder at once, by rename; the checkpoints are then of no more use."""
+    folder = work / "student"
+    shutil.rmtree(folder, ignore_errors=True)
+    prepared.save(folder)
+    (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
+    shutil.copyfile(run.lineage, folder / run.lineage.name)
+    old = work / "old-student"
+    if run.student.exists():
+        run.student.rename(old)
+    folder.rename(run.student)
+    shutil.rmtree(work)
+
+
+def _warn_about_unfinished(rows: list[Kept], console: Console) -> None:
+    cut = sum(row.finish_reason != "stop" for row in rows)
+    if cut:
+        console.print(
+            f"[yellow]warning:[/] {cut} of {len(rows)} kept answers were cut off (finish_reason is not stop): the "
+            "student learns to stop there; filter them with the rule finish_reason"
+        )
+
+
+def _lineage_section(
+    recipe: Recipe, fingerprint: str, log: dict[str, Any], *, dropped: int, prepared: "Prepared"
+) -> dict[str, Any]:
+    assert recipe.student is not None
+    return {
+        "student": recipe.student.model,
+        "teacher": recipe.teacher.model,
+        "initialised_from": recipe.teacher.model if recipe.student.model.startswith(PRUNE) else recipe.student.model,
+        "method": recipe.train.method,
+        "hyperparameters": recipe.train.model_dump(mode="json"),
+        "rows": log["train_rows"],
+        "held_out": log["held_out_rows"],
+        "too_long_dropped": dropped,
+        "steps": log["loss"][-1]["step"],
+        "loss": log["loss"][-1]["loss"],
+        "held_out_loss": log["eval"][-1]["loss"],
+        "precision": prepared.precision,
+        "seed": recipe.train.seed,
+        "fingerprint": fingerprint,
+        "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),
+    }

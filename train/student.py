@@ -1,0 +1,95 @@
+"""The student before training: a model reference resolved, or `prune:<k>` built out of the teacher.
+
+Reads the recipe's `student.model` and `teacher.model`; for `prune:<k>` writes the run's student-init folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RecipeError
+from pipeline.models import resolve_model
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+
+PRUNE = "prune:"
+PRUNED = "pruned.json"  # in student-init: what it was built from
+
+
+def initial_student(recipe: Recipe, run: RunDir) -> str:
+    """A folder or a Hub id of the student as it is before training; builds it first where it has to be built.
+
+    Raises RecipeError if the recipe names no student, or `prune:<k>` asks for more layers than there are.
+    """
+    if recipe.student is None:
+        raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
+    reference = recipe.student.model
+    if not reference.startswith(PRUNE):
+        return resolve_model(reference)
+    wanted = {"teacher": recipe.teacher.model, "prune": _layer_count(reference)}
+    if _built_from(run.student_init) != wanted:
+        _prune(recipe.teacher.model, wanted["prune"], run.student_init, wanted)
+    return str(run.student_init.resolve())  # absolute: an adapter's base has to be found from any folder
+
+
+def layers_kept(total: int, k: int) -> list[int]:
+    """Indices of k layers out of `total`, evenly spaced from the first to the last.
+
+    For 6 of 12 these are 0, 2, 4, 7, 9 and 11, which is how DistilBERT was initialised (Sanh et al. 2019).
+    """
+    if k == 1:
+        return [0]
+    return [(2 * i * (total - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]  # rounded, halves up
+
+
+def _layer_count(reference: str) -> int:
+    count = reference.removeprefix(PRUNE)
+    if not count.isdecimal() or int(count) < 1:
+        raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
+    return int(count)
+
+
+def _built_from(folder: Path) -> dict[str, Any] | None:
+    try:
+        made: dict[str, Any] = json.loads((folder / PRUNED).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    made.pop("layers", None)
+    return made
+
+
+def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
+    """Writes a model folder with k of the teacher's layers, its tokenizer and chat template; appears by rename."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve_model(teacher)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"student.model {PRUNE}{k} needs the teacher's weights, and {teacher} has none here ({first}); "
+            "name a student model, or a teacher that is a folder or on the Hub"
+        ) from None
+    layers = getattr(model.base_model, "layers", None)
+    total = model.config.num_hidden_layers
+    if layers is None or len(layers) != total:
+        raise RecipeError(f"student.model {PRUNE}{k}: cannot tell the layers of {type(model).__name__}; name a student")
+    if k >= total:
+        raise RecipeError(f"student.model {PRUNE}{k}: {teacher} has {total} layers; choose 1 to {total - 1}")
+    chosen = layers_kept(total, k)
+    model.base_model.layers = type(layers)([layers[index] for index in chosen])
+    model.config.num_hidden_layers = k
+    for name in ("layer_types", "mlp_layer_types"):  # one entry a layer, where an architecture has them
+        if types := getattr(model.config, name, None):
+            setattr(model.config, name, [types[index] for index in chosen])
+
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    model.save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    (building / PRUNED).write_text(json.dumps({**origin, "layers": chosen}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)

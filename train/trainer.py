@@ -1,0 +1,243 @@
+"""From rows to a trained model: TRL's SFTTrainer, set up for this machine and this recipe.
+
+Reads a model and rows; keeps checkpoints in the folder it is given. What becomes of the trained model is train.run's
+business. Importing this module imports torch, transformers, peft and trl.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import torch
+import transformers
+from peft import LoraConfig
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.errors import DistillError, RecipeError
+from pipeline.recipe import TrainConfig
+from train.progress import Milestones, TrainProgress
+from train.tokens import check_batch, check_labels, differing_prompts, fitting, stop_tokens
+
+LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
+ADAMW_BYTES = 12  # a trained parameter: gradient and two moments, in float32
+GIB = 1 << 30
+
+
+class EpochSampler(LengthGroupedSampler):
+    """Rows of about one length side by side, shuffled by the seed and the epoch alone.
+
+    The library's sampler draws from torch's global generator, whose state at the start of an epoch is gone when a
+    training resumes in its middle: the rest of the epoch would then repeat some rows and miss others.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class StudentTrainer(SFTTrainer):
+    """SFTTrainer with a data order that survives a resume."""
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> EpochSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(step, [len(ids) for ids in rows["input_ids"]], self.args.seed)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompt-completion rows (train.rows.to_examples) by what they are for."""
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A trainer whose rows are tokenised and checked."""
+
+    trainer: StudentTrainer
+    tokenizer: Any
+    train_rows: list[int]  # indices into Examples.train that are not too long
+    held_out_rows: list[int]
+    dtype: torch.dtype  # the student's own, as it was stored
+    precision: str  # that of the training, for the lineage
+
+    def fit(self, checkpoint: Path | None) -> None:
+        """Trains, or goes on from a checkpoint. Raises DistillError when memory runs out."""
+        progress = next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, TrainProgress))
+        try:
+            with _quiet():
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise DistillError(
+                    "out of memory while training; lower train.micro_batch_size, set train.gradient_checkpointing: "
+                    "true, or use train.method: lora; the same command goes on from the last checkpoint"
+                ) from None
+            raise
+        finally:
+            progress.close()
+
+    def save(self, folder: Path) -> None:
+        """Writes the model (full) or the adapter (lora), the tokenizer and the chat template.
+
+        A model is stored in the dtype it came in, so that before and after are of one size.
+        """
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if not hasattr(model, "peft_config"):
+            model = model.to(self.dtype)
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
+        self.tokenizer.save_pretrained(folder)
+
+
+def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path, console: Console) -> Prepared:
+    """Loads the student, tokenises the rows by its chat template and checks what the trainer will use.
+
+    Raises RecipeError if the student cannot be loaded or has no chat template, DataError if a row is too long (and
+    they are refused) or would teach something else than its answer, DistillError if memory is too small.
+    """
+    with _quiet():
+        model, tokenizer, dtype = _load(student, config)
+        rows = {part: datasets.Dataset.from_list(getattr(examples, part)) for part in ("train", "held_out")}
+        trainer = StudentTrainer(
+            model=model,
+            args=_arguments(config, folder),
+            train_dataset=rows["train"],
+            eval_dataset=rows["held_out"],
+            processing_class=tokenizer,
+            peft_config=_lora(config) if config.method == "lora" else None,
+            callbacks=[Milestones(config.checkpoint_steps), TrainProgress(console)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        limits = {"max_length": config.max_length, "too_long": config.too_long}
+        kept = fitting(trainer.train_dataset, part="training", **limits)
+        kept_held_out = fitting(trainer.eval_dataset, part="held-out", **limits)
+        trainer.train_dataset = trainer.train_dataset.select(kept)
+        trainer.eval_dataset = trainer.eval_dataset.select(kept_held_out)
+        _check(trainer, tokenizer, [examples.train[index] for index in kept], console)
+    return Prepared(trainer, tokenizer, kept, kept_held_out, dtype, precision(config.method))
+
+
+def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(student)
+        stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(student, dtype=weights_dtype(config.method))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"student.model: cannot load {student}: {str(error).strip().splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise RecipeError(f"student.model: {student} has no chat template; choose an instruction-tuned model")
+    if config.method == "full" and not torch.cuda.is_available():
+        needed = model.num_parameters() * ADAMW_BYTES
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise DistillError(
+                f"training all of {student} needs {needed / GIB:.1f} GiB more than its weights, {free / GIB:.1f} GiB "
+                "are free; use train.method: lora, or a smaller student"
+            )
+    return model, tokenizer, stored
+
+
+def _lora(config: TrainConfig) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_TARGETS,
+    )
+
+
+def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
+    rows = config.rows_at_once
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=config.batch_size // rows,
+        gradient_checkpointing=config.gradient_checkpointing,
+        max_length=None,  # nothing is cut: too long rows are refused or dropped before
+        packing=False,  # without FlashAttention it mixes rows
+        completion_only_loss=True,
+        train_sampling_strategy="group_by_length",
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=autocast(),
+        save_strategy="no",  # Milestones decides
+        eval_strategy="no",
+        save_total_limit=1,
+        logging_steps=1,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _check(trainer: StudentTrainer, tokenizer: Any, examples: list[dict[str, Any]], console: Console) -> None:
+    stops = stop_tokens(tokenizer, trainer.model)
+    for part in (trainer.train_dataset, trainer.eval_dataset):
+        check_labels(part, stops=stops, decode=tokenizer.decode)
+        some = [part[index] for index in range(min(len(part), trainer.args.train_batch_size))]
+        check_batch(
+            some, trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in some])
+        )
+    differing = differing_prompts(
+        trainer.train_dataset,
+        examples,
+        lambda prompt: tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"],
+    )
+    if differing:
+        console.print(
+            f"[yellow]warning:[/] in {differing} of {len(examples)} rows the chat template renders the prompt "
+            "otherwise before an answer than when one is asked for: the student trains on a context it will not see"
+        )
+
+
+def precision(method: str) -> str:
+    """In words: the weights' dtype, and autocast if there is any."""
+    return f"{weights_dtype(method)} weights".removeprefix("torch.") + (", bfloat16 autocast" if autocast() else "")
+
+
+def weights_dtype(method: str) -> torch.dtype:
+    return torch.float32
+
+
+def autocast() -> bool:
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes the libraries' bars and warnings; ours say what matters. Errors still show."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
