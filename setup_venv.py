@@ -35,7 +35,7 @@ UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
 CAUSES = [
     (r"No space left on device|Errno 28", "the disk is full; free some space and run the same command again"),
     (
-        r"NewConnectionError|Temporary failure in name resolution|Connection refused|ConnectTimeout|from versions: none",
+        r"NewConnectionError|failure in name resolution|Connection refused|ConnectTimeout|from versions: none",
         "no network, or no package index reachable; check it and run the same command again",
     ),
     (r"No matching distribution found for (\S+)", "no build of {0} for this Python and machine was found"),

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.records import Completion, Slots
 
-
 nfc = partial(unicodedata.normalize, "NFC")
 
 

@@ -7,6 +7,7 @@ Reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a CPU it
     KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the machine
     eager     compiling costs minutes at every start and gains nothing at the sizes a CPU can serve
     context   at most 8192 tokens, where the model's own is longer
+    prefill   whole, not in chunks: a chunk of a seeded request ends the engine ("CPU Generator does not use offset")
 
 A flag or variable that the user gives always wins, and is then given once.
 """
@@ -27,6 +28,7 @@ from serve.model_facts import DTYPE_BYTES, ModelFacts
 GIB = 1 << 30
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start from the CPU wheel
 CPU_CONTEXT = 8192  # tokens
+CPU_BATCH = 2048  # tokens a step, vLLM's own choice; a whole prompt has to fit in where it is longer
 KV_TOKENS = 1 << 16  # about a hundred stories in flight
 KV_SPARE = 256  # tokens: vLLM hands the cache out in blocks of 128 and keeps one for itself
 KV_UNKNOWN = 4 * GIB  # for a model whose configuration is not known yet
@@ -129,6 +131,8 @@ def build_command(
         if "--max-model-len" in user and (given := _value(user["--max-model-len"])).isdigit():
             context = int(given)
         flags.append(["--enforce-eager"])
+        flags.append(["--no-enable-chunked-prefill"])
+        flags.append(["--max-num-batched-tokens", str(max(context or CPU_CONTEXT, CPU_BATCH))])
     memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
     if device == "gpu" and memory is not None:
         memory //= math.prod(max(1, int(_value(user[name]) or 0)) for name in SHARDS if name in user)

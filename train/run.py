@@ -36,7 +36,7 @@ def train_run(recipe: Recipe, run: RunDir, *, force: bool = False) -> None:
     """
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     rows = read_rows(run)
     split = split_rows(rows, share=recipe.train.held_out, seed=recipe.train.seed)
     fingerprint = training_fingerprint(recipe, run)
@@ -72,7 +72,7 @@ def train_run(recipe: Recipe, run: RunDir, *, force: bool = False) -> None:
 
 
 def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
-    """Hash of all that determines the trained student: the rows, the settings, the student, the teacher it is cut from."""
+    """Hash of all that determines the trained student: rows, settings, student, the teacher it is cut from."""
     settings = {
         "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT),
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
@@ -85,7 +85,7 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
 
 
 def training_log(prepared: "Prepared", recipe: Recipe, *, train_rows: int, held_out_rows: int) -> dict[str, Any]:
-    """The loss curve: mean loss a completion token for each step, held-out loss at each epoch's end; time in seconds."""
+    """The loss curve: mean loss a completion token for each step, held-out loss at each epoch's end; seconds."""
     state = prepared.trainer.state
     entries = state.log_history
     return {

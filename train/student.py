@@ -27,9 +27,10 @@ def initial_student(recipe: Recipe, run: RunDir) -> str:
     reference = recipe.student.model
     if not reference.startswith(PRUNE):
         return resolve_model(reference)
-    wanted = {"teacher": recipe.teacher.model, "prune": _layer_count(reference)}
+    layers = _layer_count(reference)
+    wanted = {"teacher": recipe.teacher.model, "prune": layers}
     if _built_from(run.student_init) != wanted:
-        _prune(recipe.teacher.model, wanted["prune"], run.student_init, wanted)
+        _prune(recipe.teacher.model, layers, run.student_init, wanted)
     return str(run.student_init.resolve())  # absolute: an adapter's base has to be found from any folder
 
 

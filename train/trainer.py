@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,9 @@ def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path,
             callbacks=[Milestones(config.checkpoint_steps), TrainProgress(console)],
         )
         trainer.remove_callback(PrinterCallback)
-        limits = {"max_length": config.max_length, "too_long": config.too_long}
-        kept = fitting(trainer.train_dataset, part="training", **limits)
-        kept_held_out = fitting(trainer.eval_dataset, part="held-out", **limits)
+        fit = partial(fitting, max_length=config.max_length, too_long=config.too_long)
+        kept = fit(trainer.train_dataset, part="training")
+        kept_held_out = fit(trainer.eval_dataset, part="held-out")
         trainer.train_dataset = trainer.train_dataset.select(kept)
         trainer.eval_dataset = trainer.eval_dataset.select(kept_held_out)
         _check(trainer, tokenizer, [examples.train[index] for index in kept], console)
