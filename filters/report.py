@@ -124,6 +124,7 @@ def print_report(report: FilterReport, console: Console) -> None:
     if report.rules:
         table = Table("rule", "dropped", "alone", "with others")
         table.add_column("for example", no_wrap=True)
+        table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(rule.rule) for rule in report.rules)
         for column in table.columns[1:4]:
             column.justify = "right"
         for rule in report.rules:

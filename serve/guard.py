@@ -40,6 +40,7 @@ def main(command: list[str]) -> int:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE_S)
+    end_descendants()
     code = child.wait()
     return code if code >= 0 else 128 - code
 
