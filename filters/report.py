@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from filters.ruleset import RuleSet
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, Example, Tally
@@ -122,11 +122,10 @@ def _lengths(tally: Tally) -> dict[str, dict[str, int]]:
 def print_report(report: FilterReport, console: Console) -> None:
     """The drops by rule, the slot values that fare worst, the lengths, and last the keep rate."""
     if report.rules:
-        table = Table("rule", "dropped", "alone", "with others")
-        table.add_column("for example", no_wrap=True)
-        table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(rule.rule) for rule in report.rules)
-        for column in table.columns[1:4]:
-            column.justify = "right"
+        table = Table(Column("rule", no_wrap=True))
+        for heading in ("dropped", "alone", "with others"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("for example")
         for rule in report.rules:
             example = rule.examples[0].reason if rule.examples else ""
             table.add_row(rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", _plain(example, 60))
