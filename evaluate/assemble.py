@@ -74,11 +74,10 @@ def build_report(
 
 
 def report_fingerprint(run: RunDir, results: Results) -> str:
-    """Changes when any result does, or a file whose figures the report shows."""
+    """Changes when any figure does, measured or of a file that the report shows."""
     digest = hashlib.sha256(str(SCHEMA).encode())
-    scored, timed = results
-    digest.update(" ".join(result.fingerprint for _, result in sorted(scored.items())).encode())
-    digest.update(" ".join(result.fingerprint for _, result in sorted(timed.items())).encode())
+    for group in results:
+        digest.update(msgspec.json.encode(dict(sorted(group.items()))))
     for path in (run.student / "training_log.json", run.filter_report):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()
@@ -191,7 +190,8 @@ def _notes(
         e = recipe.evaluate
         notes.append(
             f"Speed: vLLM with the same settings on this machine, {e.speed_concurrency} requests in flight, at most "
-            f"{e.speed_max_tokens} tokens an answer; the student before training has the same shape as after."
+            f"{e.speed_max_tokens} tokens an answer; one timing each, no interval; "
+            f"the student before training has the same shape as after."
         )
         if all(result.device == "cpu" for result in timed.values()):
             notes.append(f"Peak memory is the whole server's: weights, vLLM itself, {pool}.")

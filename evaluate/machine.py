@@ -17,9 +17,9 @@ SHARE = 0.6  # of all memory, that a model's weights may take
 def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     """The dtype and the device that all models are scored with.
 
-    Half precision on a GPU, and on a CPU that multiplies bfloat16 in hardware: there it took 7.5 s where float32 took
-    16.5 (SmolLM2-135M, 6,600 tokens, 2 cores), and moved the perplexity by 0.2%, a twentieth of its interval. Other
-    CPUs emulate bfloat16, slowly: float32, unless the largest model would not fit.
+    Half precision on a GPU, and on a CPU that multiplies bfloat16 in hardware: SmolLM2-135M took 7.2 and 7.7 s there
+    where float32 took 17.1 and 15.9 (32 rows, 2 shared cores). It moved the perplexity by +0.2%, Qwen2.5-Coder-0.5B's
+    by -0.06%. Other CPUs emulate bfloat16, slowly: float32, unless the largest model would not fit.
     """
     import torch
 

@@ -152,6 +152,15 @@ def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe
     assert second.models[0].tokens_per_s == 10
 
 
+def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
+    save_speeds(recipe, run)
+    evaluate_run(recipe, run, speed=False)
+    rows, _ = read_held_out(run, recipe.evaluate.max_rows)
+    measurement = speed_measurement(subjects(recipe, run)[2], recipe, run, rows)
+    measurement.save(speed_result(measurement, 120, 8.0, rows[0].prompt_id))  # of the same things, another time
+    assert evaluate_run(recipe, run, speed=False).models[2].tokens_per_s == 15
+
+
 def test_other_rows_are_scored_anew(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
     evaluate_run(recipe, run, speed=False)
     loaded.clear()
