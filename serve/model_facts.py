@@ -92,6 +92,7 @@ def _from_folder(folder: Path) -> ModelFacts:
 
 
 def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
+    import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -109,7 +110,7 @@ def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
         raise UsageError(f"model {model!r}: neither a folder nor a Hub id (owner/name)") from None
     except LocalEntryNotFoundError:
         return ModelFacts()
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"model {model}: not in the Hub cache, and the Hub did not give it ({type(error).__name__}: {reason}); "

@@ -1,6 +1,9 @@
 """Detection of the machine, from files as the kernel writes them, and of a model, from its folder."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +194,12 @@ def test_a_hub_model_that_is_not_cached_is_unknown_without_the_hub(monkeypatch, 
     facts = model_facts("nobody/nothing", ask_hub=False)
     assert facts.weight_bytes is None
     assert not facts.local
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    code = "from serve.model_facts import model_facts; model_facts('nobody/nothing', ask_hub=True)"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith(
+        "pipeline.errors.UsageError: model nobody/nothing: not in the Hub cache, and the Hub did not give it (C"
+    )
