@@ -74,12 +74,12 @@ def test_padding_leaves_the_end_token_in_the_labels_though_it_is_the_pad_token(s
 
 def test_an_overfitted_student_answers_and_stops_by_itself(student: str, tmp_path: Path) -> None:
     answers = {"Cat?": "Meow, says the cat.", "Dog?": "Woof.", "Cow?": "Moo moo."}
-    rows = [kept_row(i, question, text) for i, (question, text) in enumerate(answers.items())]
+    rows = [kept_row(i, *answer) for i, answer in enumerate([*answers.items()] * 30)]
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, epochs=120, learning_rate=1e-2, batch_size=2, held_out=0.3, warmup=0.1), run)
+    train_run(make_recipe(student, epochs=4, learning_rate=1e-2, batch_size=2, held_out=0.3, warmup=0.1), run)
     model = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
-    held = json.loads(run.held_out.read_text())["messages"][0]["content"]
+    held = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
     learned = {question: text for question, text in answers.items() if question != held}
     assert len(learned) == 2
     for question, text in learned.items():

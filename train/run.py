@@ -64,7 +64,7 @@ def train_run(recipe: Recipe, run: RunDir, *, force: bool = False) -> None:
 
     log = training_log(prepared, recipe, train_rows=len(train_rows), held_out_rows=len(held_out))
     record_lineage(run, "train", _lineage_section(recipe, fingerprint, log, dropped=dropped, prepared=prepared))
-    _save(prepared, log, run, work)
+    _save(prepared, log, run, work, console)
     print(
         f"{run.student}: trained on {log['train_rows']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
         f"held-out loss {log['eval'][-1]['loss']:.4f}"
@@ -151,11 +151,11 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _save(prepared: "Prepared", log: dict[str, Any], run: RunDir, work: Path) -> None:
+def _save(prepared: "Prepared", log: dict[str, Any], run: RunDir, work: Path, console: Console) -> None:
     """The whole student folder at once, by rename; the checkpoints are then of no more use."""
     folder = work / "student"
     shutil.rmtree(folder, ignore_errors=True)
-    prepared.save(folder)
+    prepared.save(folder, console)
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     old = work / "old-student"

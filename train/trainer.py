@@ -31,6 +31,7 @@ from train.tokens import check_batch, check_labels, differing_prompts, fitting, 
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
 ADAMW_BYTES = 12  # a trained parameter: gradient and two moments, in float32
 GIB = 1 << 30
+ROUNDING_LOSS = 0.01  # nats a token: 1% of perplexity, that storing a model in its own dtype may cost
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -97,17 +98,41 @@ class Prepared:
         finally:
             progress.close()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, console: Console) -> None:
         """Writes the model (full) or the adapter (lora), the tokenizer and the chat template.
 
-        A model is stored in the dtype it came in, so that before and after are of one size.
+        A model is stored in the dtype it came in, so that before and after are of one size; unless rounding to it
+        would undo what was learned, which happens where few steps of a low learning rate moved the weights too little.
         """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        if not hasattr(model, "peft_config"):
-            model = model.to(self.dtype)
-        model.save_pretrained(folder)
+        with _quiet():
+            if (
+                not hasattr(model, "peft_config")
+                and self.dtype != model.dtype
+                and self._survives_rounding(model, console)
+            ):
+                model = model.to(self.dtype)
+            model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
         self.tokenizer.save_pretrained(folder)
+
+    def _survives_rounding(self, model: Any, console: Console) -> bool:
+        """Rounds the weights and scores the held-out rows again; puts the weights back if that cost too much."""
+        exact = [parameter.detach().clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            before = self.trainer.evaluate(metric_key_prefix="exact")["exact_loss"]
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(self.dtype))
+            after = self.trainer.evaluate(metric_key_prefix="rounded")["rounded_loss"]
+            if after - before <= ROUNDING_LOSS:
+                return True
+            for parameter, value in zip(model.parameters(), exact, strict=True):
+                parameter.copy_(value)
+        console.print(
+            f"saved in {model.dtype}, not in {self.dtype}: rounded, its held-out loss would be {after:.4f} and not "
+            f"{before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
+        )
+        return False
 
 
 def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path, console: Console) -> Prepared:
@@ -187,7 +212,7 @@ def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
         train_sampling_strategy="group_by_length",
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        bf16=autocast(),
+        bf16=autocast(config.method),
         save_strategy="no",  # Milestones decides
         eval_strategy="no",
         save_total_limit=1,
@@ -221,15 +246,36 @@ def _check(trainer: StudentTrainer, tokenizer: Any, examples: list[dict[str, Any
 
 def precision(method: str) -> str:
     """In words: the weights' dtype, and autocast if there is any."""
-    return f"{weights_dtype(method)} weights".removeprefix("torch.") + (", bfloat16 autocast" if autocast() else "")
+    return f"{weights_dtype(method)} weights".removeprefix("torch.") + (
+        ", bfloat16 autocast" if autocast(method) else ""
+    )
 
 
 def weights_dtype(method: str) -> torch.dtype:
-    return torch.float32
+    """The dtype that a student is loaded in for training, by method and machine.
+
+    `full`: float32 always. In bfloat16 weights an update below half a unit in the last place is lost, and most are:
+    after 6 steps of a learning rate of 1e-5 SmolLM2-135M had a held-out loss of 0.848 in float32 and of 1.225 in
+    bfloat16, where it had started. `lora`: the base is frozen, so it stays in bfloat16 where that is native; PEFT
+    keeps the adapter in float32.
+    """
+    return torch.bfloat16 if method == "lora" and _native_bf16() else torch.float32
 
 
-def autocast() -> bool:
-    return False
+def autocast(method: str) -> bool:
+    """Whether forward passes run in bfloat16: wherever that is native, but for `full` on a CPU.
+
+    There, autocast was 17% faster on 2 cores with avx512_bf16 (147 tokens/s against 126) but rounds the weights that
+    each step is computed with, so small updates stay unseen: 1.173 in the comparison above, against 0.848.
+    """
+    return _native_bf16() and (method == "lora" or torch.cuda.is_available())
+
+
+def _native_bf16() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 @contextmanager
