@@ -11,7 +11,7 @@ from pipeline.records import Completion, Slots
 nfc = partial(unicodedata.normalize, "NFC")
 
 
-class Answer(msgspec.Struct):
+class Answer(msgspec.Struct, frozen=True):
     """One answer under judgement. `text` and `instruction` are in Unicode's form NFC; the record itself is not changed.
 
     A teacher may write a Hangul syllable as one character or as two or three (NFD); NFC makes both one.

@@ -1,4 +1,4 @@
-"""The rule `language`: which language an answer is in, as py3langid says (the extra `language`).
+"""The rule `language`: which language an answer is in, as py3langid says (installed only where wanted).
 
 py3langid is the maintained form of langid.py (Lui and Baldwin 2012): naive Bayes over byte n-grams, 97 languages, a
 model of 5 MB in the package, no network. About 1 ms an answer: a recipe asks for it, none does by default.

@@ -30,21 +30,25 @@ OPENINGS = (
     r"(?:네|예)[,.!]?\s*(?:알겠|물론|여기|아래|다음|요청|좋습니다)",
     r"(?:알겠습니다|알겠어요|좋습니다|좋아요)[!,.]\s*(?:여기|아래|다음|그럼|제가|요청)",
     r"알겠습니다[!,.]",
-    r"(?:아래|다음|여기|이것)(?:는|은|에|에는)?\s[^\n.!?]{0,60}(?:동화|이야기|글|답변|내용|작품)(?:을|를|가|이|입니다|이에요|예요|:)",
+    r"(?:아래|다음(?! ?날)|여기|이것)(?:는|은|에|에는)?\s[^\n.!?]{0,60}"
+    r"(?:동화|이야기|글|답변|내용|작품)(?:을|를|가|이|입니다|이에요|예요|:)",
     r"요청(?:하신|에)\b",
     r"(?:죄송(?:합니다|하지만|해요|스럽지만)|미안하지만)[^\n]{0,60}(?:수 없|어렵|못)",
 )
 
 ANYWHERE = (
-    r"\bas an? (?:ai|artificial intelligence|language model|assistant|virtual assistant)\b",
+    r"\bas an? (?:ai|artificial intelligence|language model|virtual assistant|(?:helpful )?assistant, i)\b",
     r"\b(?:ai|large|artificial intelligence) language model\b",
     r"\bi(?:'m|’m| am) (?:just |only )?an? (?:ai|artificial intelligence|language model|chatbot|virtual assistant)\b",
     r"\bi was (?:trained|created|developed|made) by (?:openai|anthropic|alibaba|google|meta|hugging ?face)\b",
     r"\b(?:my|your) (?:training data|knowledge cutoff|system prompt)\b",
+    r"\bi(?:'m|’m| am) (?:qwen|chatgpt|smollm)\b",
     r"<\|(?:im_start|im_end|endoftext|eot_id|assistant|user|system)\|>",
     r"(?:ai|인공지능|거대|대규모)\s?(?:언어\s?모델|어시스턴트|챗봇|비서)",
     r"언어\s?모델(?:로서|입니다|이라|이므로)",
-    r"(?:저는|나는)\s(?:ai|인공지능)",
+    r"(?:저는|제 이름은)\s(?:qwen|chatgpt|smollm)",
+    r"저는\s[^\n.!?]{0,60}(?:작성|생성|제공)(?:할|해\s?드릴)\s수(?:는|가)?\s(?:없|있)",
+    r"(?:저는|나는)\s(?:ai(?![a-z])|인공지능)",
     r"사용자(?:님)?(?:의|께서|가)\s?(?:요청|질문|원하)",
 )
 
@@ -58,8 +62,8 @@ CLOSINGS = (
     r"(?:더|추가로|다른)\s?(?:필요하|궁금하|원하시|도움이 필요|요청하)",
     r"(?:언제든지?|편하게)\s?(?:말씀|알려|문의|질문|요청)",
     r"(?:수정|변경|추가)(?:이|을|를|할 내용이|하실)?\s?(?:필요|원하)",
-    r"(?:도움이|마음에)\s(?:되(?:셨|었|길|기를|시길)|드(?:셨|시길|시나|셨나))",
-    r"(?:이|위)\s?(?:동화|이야기|글|답변)(?:는|은|가|이)\s[^\n]{0,80}(?:작성|구성|바랍니다|요청|글자|자로|자입니다)",
+    r"(?:도움이|마음에)\s(?:되(?:셨|시길|시기를|었(?:길|기를|으면))|드(?:셨|시길|시나))",
+    r"(?:이|위)\s?(?:동화|이야기|글|답변)(?:는|은|가|이)\s[^\n]{0,80}(?:작성|구성|바랍니다|요청|글자|\d자로|\d자입니다)",
     r"\(\s?(?:총|약|글자\s?수)[^)]{0,15}자[^)]{0,10}\)",
 )
 
@@ -83,9 +87,10 @@ class MetaTalkSettings(RuleSettings):
         return re.compile(rf"[\s*#_>-]*({'|'.join(OPENINGS)})", re.IGNORECASE) if self.builtin else None
 
     @cached_property
-    def anywhere(self) -> re.Pattern[str] | None:
-        patterns = (*(ANYWHERE if self.builtin else ()), *(f"(?:{pattern})" for pattern in self.patterns))
-        return re.compile("|".join(patterns), re.IGNORECASE) if patterns else None
+    def anywhere(self) -> tuple[re.Pattern[str], ...]:
+        """One of ours, and each of the user's by itself: theirs may have flags and groups of their own."""
+        patterns = (*(["|".join(ANYWHERE)] if self.builtin else []), *self.patterns)
+        return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
 
     @cached_property
     def closing(self) -> re.Pattern[str] | None:
@@ -97,8 +102,9 @@ def meta_talk(answer: Answer, settings: MetaTalkSettings) -> str | None:
     text = answer.text
     if settings.opening and (found := settings.opening.match(text)):
         return f"opens with `{found[1]}`"
-    if settings.anywhere and (found := settings.anywhere.search(text)):
-        return f"says `{found[0]}`"
+    for pattern in settings.anywhere:
+        if found := pattern.search(text):
+            return f"says `{found[0]}`"
     if settings.closing and (found := settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))):
         return f"closes with `{found[0]}`"
     return None

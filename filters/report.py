@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from filters.ruleset import RuleSet
@@ -173,4 +174,4 @@ def _plain(text: str, chars: int) -> str:
     """One short line, safe to print: no line breaks, control characters or console markup."""
     line = "".join(char if char.isprintable() else " " for char in text)
     line = line if len(line) <= chars else line[: chars - 1] + "…"
-    return line.replace("[", r"\[")
+    return escape(line)

@@ -5,6 +5,7 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
     spec = importlib.util.spec_from_file_location(f"filters_of_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise RecipeError(f"{where}.file: {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file may raise, it is the file that is wrong

@@ -23,7 +23,7 @@ from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
-from pipeline.lineage import record_lineage, versions
+from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import FiltersConfig, Recipe
 from pipeline.records import Completion, Slots
 from pipeline.rundir import RunDir
@@ -65,6 +65,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     rules = recipe_rules(recipe, recipe_path)
     tally, bad_lines, bad, torn, lines = Tally(), 0, list[BadLine](), False, 0
     size = completions_size(run.completions)
+    read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
     with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file):
         with closing(process(run.completions, size, partial(judge, rules=rules), (kept, dropped))) as chunks:
             for judged in chunks:
@@ -77,7 +78,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
                         bad.append(line)
                 bad_lines += len(judged.bad)
                 lines += judged.lines
-                torn = judged.torn
+                torn |= judged.torn  # a line that runs into the next chunk leaves that one empty
                 tally.add(judged.tally)
         if not tally.kept + tally.dropped:
             what = f"none of its {lines} lines is a completion" if lines else "the file is empty"

@@ -15,8 +15,9 @@ _PARTICLES = """
     와 과 랑 이랑 하고 도 만 까지 부터 마저 조차 처럼 같이 만큼 보다 마다 밖에 대로 뿐 나 이나 든지 이든지
     라도 이라도 아 야 여 이여 요 이요
 """
-_COPULA = "(?:이|였|예|이에|이었|입니|이다|이야|이지|이고|이며|이라|라고|라는|라면|란|이란|인데)[가-힣]{0,5}"
-_AFTER_KOREAN = f"(?:(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}|{_COPULA})"
+_COPULA = "이|입니|인데"
+_COPULA_AFTER_VOWEL = f"{_COPULA}|였|예|라고|라는|라면|란"  # not after 달: 달라고 asks for something
+_SEVERAL = f"(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}"
 _AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
 _UNSPACED = re.compile(f"[{character_class('han', 'kana', 'thai')}]")
 _HANGUL = re.compile("[가-힣]")
@@ -38,7 +39,13 @@ def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -
     if not re.search(r"\w$", word):
         return re.compile(before + core, flags)
     english = _AFTER_ENGLISH if endings and not _HANGUL.match(word[-1]) else ""
-    return re.compile(f"{before}{core}{english}{_AFTER_KOREAN}(?!\\w)", flags)
+    copula = _COPULA if _ends_in_consonant(word) else _COPULA_AFTER_VOWEL
+    return re.compile(f"{before}{core}{english}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!\\w)", flags)
+
+
+def _ends_in_consonant(word: str) -> bool:
+    """Whether the last Hangul syllable has a final consonant (the 28 finals, none first, turn fastest)."""
+    return _HANGUL.match(word[-1]) is not None and (ord(word[-1]) - ord("가")) % 28 > 0
 
 
 def mentions(text: str, value: str) -> bool:
