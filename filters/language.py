@@ -22,7 +22,9 @@ class LanguageSettings(RuleSettings):
         try:
             known = set(_identifier().labels)
         except ImportError:
-            raise ValueError("needs the package py3langid; install it with: .venv/bin/pip install py3langid") from None
+            raise ValueError(
+                "needs the package py3langid; install it with: .venv/bin/pip install -c constraints.txt py3langid"
+            ) from None
         if unknown := [code for code in self.allowed if code not in known]:
             raise ValueError(f"allowed: no language {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         return self

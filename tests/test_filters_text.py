@@ -231,7 +231,6 @@ def test_words_with_regex_characters() -> None:
 
 
 def test_language() -> None:
-    pytest.importorskip("py3langid")
     assert reason("language", STORY, allowed=["ko"]) is None
     said = reason("language", ENGLISH_STORY, allowed=["ko"])
     assert said is not None and "language is en" in said
@@ -241,6 +240,7 @@ def test_language() -> None:
 
 def test_language_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     _identifier.cache_clear()
     with pytest.raises(RecipeError, match=r"filters\.rules\[0\] \(language\): needs the package py3langid; install it"):
         rule_set({"rule": "language", "allowed": ["ko"]})
