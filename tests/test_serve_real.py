@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -47,6 +48,19 @@ def test_the_embedded_teacher_answers(teacher_server):
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert answer["model"] == EMBEDDED
     assert teacher_server.startup_s > 0
+
+
+def test_seeded_prompts_longer_together_than_a_step_do_not_end_the_engine(teacher_server):
+    """In chunks, as vLLM prefills by default, they do on a CPU: "CPU Generator does not use offset"."""
+    question = "Tell a story about a rabbit, a bear, a cat and a mouse who look for the moon. " * 4  # 80 tokens or so
+
+    def answer(seed: int) -> str:
+        asked = ask(teacher_server, messages=[{"role": "user", "content": question}], seed=seed, max_tokens=4)
+        return asked["choices"][0]["message"]["content"]
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(answer, range(64)))
+    assert len(set(answers)) > 1 and answer(0) == answers[0]
 
 
 def test_its_memory_covers_weights_and_kv_cache(teacher_server):
