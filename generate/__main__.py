@@ -7,7 +7,7 @@ go on, 2 on wrong usage. Run it again after any of them: what is answered stays 
 from generate.engine import Summary, generate
 from generate.progress import clock
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import DistillError, RequestsFailed
+from pipeline.errors import RequestsFailed
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -21,11 +21,8 @@ def main() -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
     recipe, run, options = parse_stage(parser)
-    try:
-        with run.locked():
-            summary = generate(recipe, run, quiet=options.quiet, retry_failures=options.retry_failures)
-    except OSError as error:
-        raise DistillError(f"{error.filename or run.path}: {error.strerror or error}") from None
+    with run.locked():
+        summary = generate(recipe, run, quiet=options.quiet, retry_failures=options.retry_failures)
     for line in describe(recipe, run, summary):
         print(line)
     if summary.failed:

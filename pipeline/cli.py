@@ -62,6 +62,9 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
 
 
