@@ -1,5 +1,6 @@
 """What several test files share: a real vLLM server of the embedded model, and small recipes and model folders."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ from serve.server import Server, free_port, serving
 
 EMBEDDED = "embedded:smollm2-135m"
 START_TIMEOUT_S = 900  # a first start on a busy machine
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: tests that interrupt a
+# child would wait forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
