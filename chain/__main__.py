@@ -62,8 +62,8 @@ def heading(number: int, text: str) -> None:
 @contextmanager
 def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
     """The recipe's endpoint, up: a remote one or one that answers already is used, else the teacher is served here."""
-    address = urlsplit(recipe.teacher.base_url)
-    if address.hostname not in LOCAL_HOSTS or _serves(recipe.teacher.base_url, recipe.teacher.model):
+    address = urlsplit(recipe.teacher.url)
+    if address.hostname not in LOCAL_HOSTS or _serves(recipe.teacher.url, recipe.teacher.model):
         yield
         return
     run.path.mkdir(parents=True, exist_ok=True)

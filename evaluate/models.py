@@ -88,7 +88,7 @@ def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
 
 def _teacher(recipe: Recipe) -> Subject:
     """The teacher, and whether its weights can be had here: a paid API's cannot."""
-    reference, url = recipe.teacher.model, recipe.teacher.base_url
+    reference, url = recipe.teacher.model, recipe.teacher.url
     if is_local(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
         try:
             return Subject("teacher", "teacher", reference, _folder(reference))

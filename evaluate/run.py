@@ -58,8 +58,8 @@ def evaluate_run(
             if measurement.saved(PerplexityResult) is None:
                 measurement.save(_measure_perplexity(measurement, rows, dtype, device))
         untimed = [m for m in timing if m.saved(SpeedResult) is None] if speed else []
-        if untimed and answers(recipe.teacher.base_url):
-            say(f"warning: something answers at {recipe.teacher.base_url}; stop it, or it takes its share of the speed")
+        if untimed and answers(recipe.teacher.url):
+            say(f"warning: something answers at {recipe.teacher.url}; stop it, or it takes its share of the speed")
         for measurement in untimed:
             measurement.save(_measure_speed(measurement, recipe, run, rows))
     results = _results(scoring, timing)

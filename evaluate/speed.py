@@ -15,7 +15,7 @@ from evaluate.models import engine_folder
 from evaluate.results import Measurement, SpeedResult, sample_rows
 from generate.engine import Summary, generate
 from pipeline.errors import DistillError
-from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
 from pipeline.records import Completion, Kept, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing
 from serve.command import choose_device
@@ -96,7 +96,8 @@ def _ask(
             "teacher": TeacherConfig(model=server.served_name, base_url=server.base_url, api_key_env="VLLM_API_KEY"),
             "prompts": PromptsConfig(file=questions, count=requests),
             "sampling": recipe.sampling.model_copy(update={"max_tokens": max_tokens}),
-            "generate": recipe.generate.model_copy(update={"concurrency": recipe.evaluate.speed_concurrency}),
+            "generate": GenerateConfig(concurrency=recipe.evaluate.speed_concurrency),
+            "budget": BudgetConfig(),
         }
     )
     return generate(asking, RunDir(folder), quiet=True)

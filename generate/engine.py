@@ -1,35 +1,31 @@
 """Generates: every prompt of a recipe answered once by its teacher, whatever was answered before.
 
 Reads the recipe, the prompts and the journals of the run. Writes recipe.yaml, prompts.jsonl, completions.jsonl,
-failures.jsonl and the `generate` section of lineage.json. Takes no lock: the caller holds the run. The workers are in
-generate.workers, HTTP in generate.client, files that survive a kill in generate.journal.
+failures.jsonl and the `generate` section of lineage.json. Takes no lock: the caller holds the run. Who asks is in
+generate.asking, in this process or in several; files that survive a kill are generate.journal's.
 """
 
-import asyncio
-import signal
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import IO
 
 import msgspec
 from rich.console import Console
 
-from generate.client import Client, check_url
+from generate.asking import Left, ask, run_loop
+from generate.budget import Budget
+from generate.client import check_teacher
 from generate.idset import IdSet
 from generate.journal import Journal, read_journal
 from generate.progress import Counters, Display
 from generate.prompts import grammar_size, iter_prompts
-from generate.requests import Job, build_jobs
-from generate.schedule import RetryPolicy, Schedule
-from generate.workers import Workers
+from generate.requests import build_jobs
+from generate.shares import ask_in_shares
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Prompt, encode_line
 from pipeline.rundir import RunDir, replacing
-
-WAITING_PER_SLOT = 4  # failed requests that may wait, a slot, before no new ones go out
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,12 +59,13 @@ def generate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures
     progress, not the warnings. Raises DistillError when the run cannot go on (what was answered is kept, and the next
     call goes on from there), its UsageErrors before anything is asked, and KeyboardInterrupt once interrupted.
     """
-    check_url(recipe.teacher.base_url)
+    check_teacher(recipe.teacher)
     read_lineage(run)  # raises now rather than at the end
     started = datetime.now(UTC)
     run.path.mkdir(parents=True, exist_ok=True)
     with Journal(run.completions, Completion) as completions, Journal(run.failures, Failure) as failures:
-        left = _Left(completions.found.ids, failures.found.ids, retry_failures)
+        left = Left(completions.found.ids, failures.found.ids, retry_failures=retry_failures)
+        budget = Budget.open(recipe, run, completions.found)
         with replacing(run.prompts) as file:
             plan = _survey(recipe, left, file)
         run.save_recipe(recipe)
@@ -76,35 +73,28 @@ def generate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures
         display = Display(counters, Console(stderr=True), quiet=quiet)
         for message in _findings(recipe, plan, completions, failures):
             display.say(message)
-        jobs = (job for job in build_jobs(iter_prompts(recipe), recipe) if left.has(job))
         try:
-            if plan.to_ask:
-                _run_loop(_ask_all(recipe, jobs, plan.to_ask, completions, failures, counters, display))
+            if plan.to_ask and recipe.generate.processes > 1:
+                run_loop(ask_in_shares(recipe, run, retry_failures=retry_failures, counters=counters, display=display))
+            elif plan.to_ask:
+                run_loop(ask(recipe, left, completions, failures, counters, budget, display))
         except BaseException:
             with suppress(OSError):  # the disk may be what ended the run: that is the error to tell
                 record_lineage(run, "generate", _lineage(recipe, plan, completions, counters, started))
+                budget.save()
             raise
         record_lineage(run, "generate", _lineage(recipe, plan, completions, counters, started))
+        budget.save()
     return _summary(plan, counters)
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
     """How many requests of the recipe the run has no answer to; failed ones are among them. Changes nothing."""
-    left = _Left(read_journal(run.completions, Completion).ids, IdSet(), retry_failures=True)
+    left = Left(read_journal(run.completions, Completion).ids, IdSet(), retry_failures=True)
     return _survey(recipe, left, None).to_ask
 
 
-class _Left:
-    """Which jobs are still to be asked."""
-
-    def __init__(self, answered: IdSet, failed: IdSet, retry_failures: bool) -> None:
-        self.answered, self.failed = answered, IdSet() if retry_failures else failed
-
-    def has(self, job: Job) -> bool:
-        return job.request.id not in self.answered and job.request.id not in self.failed
-
-
-def _survey(recipe: Recipe, left: _Left, file: IO[bytes] | None) -> Plan:
+def _survey(recipe: Recipe, left: Left, file: IO[bytes] | None) -> Plan:
     """Counts what is there to do and writes the prompts. All of them are checked here, before any is asked."""
     requests = repeats = answered = failed = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
@@ -145,63 +135,6 @@ def _findings(recipe: Recipe, plan: Plan, completions: Journal, failures: Journa
         yield f"{plan.failed} requests failed for good earlier and are left alone; --retry-failures asks them again"
 
 
-async def _ask_all(
-    recipe: Recipe,
-    jobs: Iterator[Job],
-    to_ask: int,
-    completions: Journal,
-    failures: Journal,
-    counters: Counters,
-    display: Display,
-) -> None:
-    """Asks every job, with Ctrl-C and SIGTERM turned into an orderly stop."""
-    config = recipe.generate
-    slots = min(config.concurrency, to_ask)
-    async with Client(recipe.teacher, connections=slots, timeout_s=config.request_timeout_s) as client:
-        await client.check_reachable()
-        schedule = Schedule(jobs, max_waiting=slots * WAITING_PER_SLOT)
-        workers = Workers(client, schedule, RetryPolicy(config.max_attempts), completions, failures, counters)
-
-        def interrupt() -> None:
-            if workers.interrupt():
-                display.say(f"stopping: a moment for {counters.in_flight} requests in flight; again to stop at once")
-
-        with _on_signals(interrupt), display:
-            await workers.run(slots, display.tick)
-        if workers.interrupted:
-            display.say(f"{counters.answered} answered in this call, {counters.total - counters.done} still to ask")
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _on_signals(handle: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `handle` in the running loop; afterwards they do what they did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python gives signals to the main thread only
-        return
-    loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        loop.add_signal_handler(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
-
-
-def _run_loop(main: Coroutine[None, None, None]) -> None:
-    """Runs on uvloop where it is installed (it is not made for Windows)."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        asyncio.run(main)
-        return
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(main)
-
-
 def _summary(plan: Plan, counters: Counters) -> Summary:
     return Summary(
         requests=plan.requests,
@@ -223,7 +156,7 @@ def _lineage(
     found = completions.found
     return {
         "teacher": {"asked": recipe.teacher.model, "served": sorted(counters.models | set(found.models))},
-        "endpoint": recipe.teacher.base_url,
+        "endpoints": recipe.teacher.urls,
         "sampling": recipe.sampling.model_dump(),
         "prompts": {"distinct": plan.requests - plan.repeats, "grammar": grammar_size(recipe)},
         "requests": plan.requests,

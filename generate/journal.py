@@ -3,11 +3,15 @@
 A line is written whole, in one write, the moment it is known; fsync follows in groups (`sync`, called at an interval
 and at the end), so a killed process loses nothing and a power cut at most the last interval. A journal is never
 rewritten: only a torn last line is cut off. A request that failed and was answered later stands in both files, and
-the answer counts; of two failures of one request the later counts.
+the answer counts; of two failures of one request the later counts. The processes of one run may share a journal: each
+holds the file's lock while it opens it or writes a line, and mends what another that was killed left.
 """
 
+import fcntl
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +21,8 @@ import msgspec
 from generate.idset import IdSet
 from pipeline.errors import DataError, DistillError
 from pipeline.records import Completion, Failure, encode_line
+
+BLOCK = 65_536  # bytes looked at together for the end of a line
 
 
 @dataclass
@@ -73,29 +79,41 @@ def _count(contents: Contents, record: Completion | Failure) -> None:
 
 
 class Journal:
-    """A journal open for writing; use as a context manager. One process at a time: the run's lock sees to that."""
+    """A journal open for writing; use as a context manager."""
 
     def __init__(self, path: Path, kind: type[Completion] | type[Failure]) -> None:
         """Reads the journal, mends its end and opens it. Raises DataError or DistillError."""
         self.path = path
-        self.found = read_journal(path, kind)
         self._dirty = False
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            if self.found.torn_bytes:
-                os.ftruncate(self._fd, self.found.good_bytes)
-            self._end = self.found.good_bytes
-            if self.found.unended:
-                self._write(b"\n")
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from None
+        try:
+            with self._locked():
+                self.found = read_journal(path, kind)
+                if self.found.torn_bytes:
+                    os.ftruncate(self._fd, self.found.good_bytes)
+                self._end = self.found.good_bytes
+                if self.found.unended:
+                    self._write(b"\n")
+        except OSError as error:
+            os.close(self._fd)
+            raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from None
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def append(self, record: Completion | Failure) -> None:
         """Writes one line. Raises DistillError when the disk does not take it; the file then ends as it did before."""
+        line = encode_line(record)
         try:
-            self._write(encode_line(record))
+            with self._locked():
+                size = os.fstat(self._fd).st_size
+                if size != self._end:  # another process has written; was it killed at that?
+                    self._end = self._mended(size)
+                self._write(line)
         except OSError as error:
-            self._cut_back()
             raise DistillError(
                 f"{self.path}: cannot be written: {error.strerror or error}; what was written before is whole. "
                 "Mend that and run the same command again"
@@ -119,15 +137,33 @@ class Journal:
         finally:
             os.close(self._fd)
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
     def _write(self, line: bytes) -> None:
-        written = os.write(self._fd, line)
-        while written < len(line):  # the disk is nearly full, or a signal came: the next write says which
-            written += os.write(self._fd, line[written:])
+        """Appends the line at `_end`; if the disk does not take it, the file ends there again."""
+        try:
+            written = os.write(self._fd, line)
+            while written < len(line):  # the disk is nearly full, or a signal came: the next write says which
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            with suppress(OSError):  # then the last line is torn, and the next to open or write cuts it off
+                os.ftruncate(self._fd, self._end)
+            raise
         self._end += len(line)
         self._dirty = True
 
-    def _cut_back(self) -> None:
-        try:
-            os.ftruncate(self._fd, self._end)
-        except OSError:
-            return  # then the last line is torn, and the next run cuts it off
+    def _mended(self, size: int) -> int:
+        """Cuts off a last line without its end; returns the size then."""
+        end = size
+        while end and os.pread(self._fd, 1, end - 1) != b"\n":
+            start = max(0, end - BLOCK)
+            end = start + os.pread(self._fd, end - start, start).rfind(b"\n") + 1
+        if end < size:
+            os.ftruncate(self._fd, end)
+        return end

@@ -5,7 +5,9 @@ Reads the run's counters and writes to stderr, never to stdout.
 
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -14,6 +16,7 @@ from pipeline.records import Usage
 
 WINDOW_S = 30.0  # speed and the time left are those of the last so many seconds
 PLAIN_INTERVAL_S = 5.0
+SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens")
 
 
 @dataclass
@@ -44,6 +47,20 @@ class Counters:
         self.models.add(model)
         self.prompt_tokens += usage.prompt_tokens or 0
         self.completion_tokens += usage.completion_tokens or 0
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        return {name: getattr(self, name) for name in SUMMED} | {
+            "models": sorted(self.models),
+            "errors": dict(self.errors),
+        }
+
+    def gather(self, parts: Collection[dict[str, Any]]) -> None:
+        """Takes over the sum of the snapshots."""
+        for name in SUMMED:
+            setattr(self, name, sum(part[name] for part in parts))
+        self.models = {model for part in parts for model in part["models"]}
+        self.errors = sum((Counter(part["errors"]) for part in parts), Counter())
 
     @property
     def seconds(self) -> float:

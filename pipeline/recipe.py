@@ -7,7 +7,7 @@ that holds the key, and the key is read from there as a SecretStr.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, get_args
 
 import yaml
 from pydantic import (
@@ -35,18 +35,44 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PriceConfig(Section):
+    """What the teacher costs, in USD a million tokens, when the table in `generate` does not know or is wrong."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+
+
 class TeacherConfig(Section):
     """The model that answers, and where it answers."""
 
     model: str = Field(min_length=1)  # a Hub id, a local folder, or embedded:<name>; the name the endpoint knows it by
-    base_url: str = "http://127.0.0.1:8000/v1"
+    base_url: str | list[str] = "http://127.0.0.1:8000/v1"  # or several that serve the same model; `a,b` is two
     api_key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; a local server needs none
+    api_key_header: str = "Authorization"  # which carries `Bearer <key>`; any other, like `api-key`, carries the key
+    headers: dict[str, str] = {}  # sent with every request; `${NAME}` in a value is that environment variable
+    query: dict[str, str] = {}  # added to every URL, like {api-version: …}
+    price: PriceConfig | None = None
 
     @field_validator("base_url")
     @classmethod
-    def _http_url(cls, url: str) -> str:
-        TypeAdapter(AnyHttpUrl).validate_python(url)
-        return url.rstrip("/")
+    def _http_url(cls, given: str | list[str]) -> str | list[str]:
+        urls = given.split(",") if isinstance(given, str) else given
+        urls = list(dict.fromkeys(url.strip().rstrip("/") for url in urls))
+        if not urls:
+            raise ValueError("needs at least one URL")
+        for url in urls:
+            TypeAdapter(AnyHttpUrl).validate_python(url)
+        return urls[0] if len(urls) == 1 else urls
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the teacher answers."""
+        return [self.base_url] if isinstance(self.base_url, str) else self.base_url
+
+    @property
+    def url(self) -> str:
+        """The first of them: the one that `serve` starts, and the one in a request's identity."""
+        return self.urls[0]
 
     def api_key(self) -> SecretStr | None:
         """The key, from the environment only; None where the variable is unset or empty."""
@@ -116,11 +142,24 @@ class SamplingConfig(Section):
 
 
 class GenerateConfig(Section):
-    """How hard the client works the endpoint."""
+    """How hard the client works the endpoint, and for how long it bears with it."""
 
-    concurrency: int = Field(64, ge=1)
-    request_timeout_s: float = Field(300, gt=0)
+    mode: Literal["online", "batch"] = "online"  # batch: the endpoint's Batch API, at half the price, within a day
+    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # requests in flight, an endpoint
+    processes: int = Field(1, ge=1)  # on this machine; more than one when a single core cannot keep the server full
+    requests_per_minute: float | None = Field(None, gt=0)  # None: as the endpoint's headers say, if they do
+    tokens_per_minute: float | None = Field(None, gt=0)
+    request_timeout_s: float = Field(300, gt=0)  # of one attempt
+    deadline_s: float = Field(900, gt=0)  # in flight, over all attempts of a request
     max_attempts: int = Field(6, ge=1)
+    give_up_s: float = Field(600, gt=0)  # how long an endpoint may be down before the run ends
+
+
+class BudgetConfig(Section):
+    """What a run may spend at most, over all calls; requests in flight count as what they can cost at most."""
+
+    usd: float | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0)  # prompt and completion together
 
 
 class RuleConfig(BaseModel):
@@ -200,6 +239,7 @@ class Recipe(BaseSettings):
     sampling: SamplingConfig = SamplingConfig()
     serve: ServeConfig = ServeConfig()
     generate: GenerateConfig = GenerateConfig()
+    budget: BudgetConfig = BudgetConfig()
     filters: FiltersConfig = FiltersConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

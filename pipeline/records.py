@@ -34,6 +34,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoning_tokens: int | None = None  # of the completion's, spent before the answer began
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

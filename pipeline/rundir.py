@@ -95,6 +95,7 @@ class RunDir:
                     f"{self.path}: another process (pid {holder}) works on this run; wait for it, stop it, "
                     "or choose another directory with --run"
                 ) from None
+            os.set_inheritable(file.fileno(), True)  # for the processes that share the work, not for any other
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

@@ -22,7 +22,7 @@ LINE_S = 15.0  # between two lines of progress where there is no terminal
 
 def main(argv: list[str] | None = None) -> None:
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
-    host, port = local_address(recipe.teacher.base_url)
+    host, port = local_address(recipe.teacher.url)
     model = options.model or recipe.teacher.model
     config = _with_args(recipe.serve, options.args)
     port = options.port or port
@@ -130,7 +130,7 @@ def _port(text: str) -> int:
 def _next(recipe: Recipe, path: Path, base_url: str, model: str) -> str:
     """The command that uses this server; it names only what differs from the recipe."""
     parts = ["make", "generate", f"RECIPE={path}"]
-    if base_url != recipe.teacher.base_url.replace("localhost", "127.0.0.1"):
+    if base_url != recipe.teacher.url.replace("localhost", "127.0.0.1"):
         parts.append(f"TEACHER_URL={base_url}")
     if model != recipe.teacher.model:
         parts.append(f"TEACHER_MODEL={model}")

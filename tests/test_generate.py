@@ -24,7 +24,7 @@ from misbehaving_server import (
 )
 from tenacity import wait_fixed
 
-from generate.client import Refused, Transient, retry_after, shortened
+from generate.answers import Refused, Transient, retry_after, shortened
 from generate.engine import generate, pending
 from generate.schedule import RetryPolicy
 from pipeline.records import Prompt, read_jsonl

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from generate.dialect import Dialect
 from generate.prompts import build_prompts
 from generate.requests import build_job, build_jobs
 from pipeline.recipe import Recipe
@@ -25,7 +26,7 @@ def recipe_with(**sections: Any) -> Recipe:
 
 def test_the_body_holds_all_sampling_values_and_a_seed_of_its_own() -> None:
     job = build_job(PROMPT, recipe_with(sampling={"temperature": 0.5, "top_p": 0.7, "max_tokens": 9, "seed": 3}))
-    body = json.loads(job.body)
+    body = json.loads(Dialect().body(job))
     assert body == {
         "model": "stub",
         "messages": [{"role": "user", "content": "토끼"}],

@@ -44,7 +44,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 @pytest.mark.timeout(60, method="thread")  # if it breaks it never ends
 def test_a_second_interrupt_stops_now(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a grace and an answer that outlast the test's time, only the second interrupt can end it."""
-    monkeypatch.setattr("generate.workers.GRACE_S", 1000)
+    monkeypatch.setattr("generate.dispatch.GRACE_S", 1000)
     with misbehaving(lambda asked: answer(delay_s=0 if asked.text == "say 3" else 1000)) as server:
         config = {"concurrency": 8, "request_timeout_s": 2000}
         with interrupted_after(1), interrupted_after(2), pytest.raises(KeyboardInterrupt):
@@ -130,8 +130,8 @@ def test_a_server_that_dies_ends_the_run_and_not_its_requests(run: RunDir) -> No
             server.die()
         return answer(delay_s=0.01)
 
-    with misbehaving(script) as server, pytest.raises(DistillError, match="has stopped answering"):
-        generate(recipe_for(server, 2000), run, quiet=True)
+    with misbehaving(script) as server, pytest.raises(DistillError, match="has not answered for"):
+        generate(recipe_for(server, 2000, generate={"concurrency": 8, "give_up_s": 0.5, "request_timeout_s": 1}), run, quiet=True)
     assert 0 < len(completions(run)) < 2000
     assert not failures(run)
 

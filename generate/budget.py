@@ -1,0 +1,156 @@
+"""What a run may spend, and what it has: a hard limit in USD, in tokens, or both.
+
+A request that goes out reserves the most that it can cost: a token for each byte of its body (no byte-level tokenizer
+makes more), what a chat template adds, and `max_tokens`. The answer's `usage` settles it. An attempt that may have been
+worked for and says nothing of it (a timeout, a cut body, no `usage`) stays charged in full. So what is spent and what
+is in flight never pass the budget together, whatever the timing. Reads and writes `spend.json` in the run directory:
+what the journals do not know, so that a killed run's requests in flight count, too.
+
+Money is counted in whole pico-dollars: sums are exact.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from generate.journal import Contents
+from generate.prices import PICO, Price, price_of
+from generate.requests import WHOLE, Share
+from pipeline.errors import BudgetReached, DataError, RecipeError
+from pipeline.recipe import BudgetConfig, Recipe
+from pipeline.records import Usage
+from pipeline.rundir import RunDir, replacing
+
+TEMPLATE_TOKENS = 64  # a chat template may add: roles and turns, and a system prompt of its own
+
+
+class Reservation(NamedTuple):
+    """What a request in flight can cost at most: tokens, and pico-dollars."""
+
+    prompt_tokens: int
+    tokens: int
+    cost: int
+
+
+class Spend(msgspec.Struct, frozen=True):
+    """Tokens, and pico-dollars."""
+
+    tokens: int = 0
+    cost: int = 0
+
+    def plus(self, other: "Spend | Reservation", sign: int = 1) -> "Spend":
+        return Spend(self.tokens + sign * other.tokens, self.cost + sign * other.cost)
+
+
+FREE = Reservation(0, 0, 0)
+
+
+class Budget:
+    """The budget of one process of a run."""
+
+    def __init__(
+        self, config: BudgetConfig, price: Price | None, spent: Spend, *, file: Path | None = None, share: Share = WHOLE
+    ) -> None:
+        """`spent` is what earlier calls spent in all; what is left of the budget is divided by `share`."""
+        self._config, self._price, self._file, self._before = config, price, file, spent
+        self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // share.of
+        self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // share.of
+        self._counts = price is not None or config.tokens is not None
+        self._margin = TEMPLATE_TOKENS
+        self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
+        self._unsaid = _read(file) if file else Spend()  # of this file, of all calls: what the journals do not say
+        self._saved = self._unsaid
+
+    @classmethod
+    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Share = WHOLE) -> "Budget":
+        """The budget of a run that has spent what its journal and its `spend*.json` say.
+
+        Raises RecipeError where the price is not known, DataError where a file is no spend.
+        """
+        config, price = recipe.budget, price_of(recipe.teacher, recipe.generate.mode)
+        if config.usd is not None and price is None:
+            raise RecipeError(
+                f"budget.usd is {config.usd:g}, but what {recipe.teacher.model} costs is not known: set "
+                "teacher.price: {input: …, output: …}, in USD a million tokens"
+            )
+        spent = _spend(price, found.prompt_tokens, found.completion_tokens)
+        for file in sorted(run.path.glob("spend*.json")):
+            spent = spent.plus(_read(file))
+        name = "spend.json" if share.of == 1 else f"spend-{share.part}.json"
+        return cls(config, price, spent, file=run.path / name, share=share)
+
+    def reserve(self, body_bytes: int, max_tokens: int) -> Reservation | None:
+        """Takes what a request can cost at most; None if that could pass the budget."""
+        if not self._counts:
+            return FREE
+        most = _spend(self._price, body_bytes + self._margin, max_tokens)
+        total = self._used.plus(self._reserved).plus(most)
+        if self._tokens is not None and total.tokens > self._tokens:
+            return None
+        if self._cost is not None and total.cost > self._cost:
+            return None
+        self._reserved = self._reserved.plus(most)
+        return Reservation(body_bytes + self._margin, most.tokens, most.cost)
+
+    def settle(self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: bool) -> None:
+        """Puts what an attempt really cost in place of what it reserved: in full where that is not known.
+
+        `journaled` is whether completions.jsonl says it.
+        """
+        if not self._counts:
+            return
+        self._reserved = self._reserved.plus(reservation, -1)
+        if not billed:
+            return
+        if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
+            used = Spend(reservation.tokens, reservation.cost)
+            said = Spend() if usage is None or not journaled else _usage(self._price, usage)
+        else:
+            used = _usage(self._price, usage)
+            said = used if journaled else Spend()
+            self._margin += max(0, usage.prompt_tokens - reservation.prompt_tokens)
+        self._used = self._used.plus(used)
+        self._unsaid = self._unsaid.plus(used).plus(said, -1)
+
+    @property
+    def spent(self) -> Spend:
+        """Of all calls, without what is in flight."""
+        return self._before.plus(self._used)
+
+    def reached(self) -> BudgetReached:
+        """The error for a budget that the next request could pass."""
+        config, spent = self._config, self.spent
+        parts = []
+        if config.usd is not None:
+            parts.append(f"${spent.cost / PICO:.6f} of budget.usd {config.usd:g}")
+        if config.tokens is not None:
+            parts.append(f"{spent.tokens:,} of budget.tokens {config.tokens:,}")
+        return BudgetReached(
+            f"{' and '.join(parts)} spent, and the next request could pass it; raise it and run the same command again"
+        )
+
+    def save(self) -> None:
+        """Writes what the journals do not say, what is in flight included: a killed run counts it as spent."""
+        unsaid = self._unsaid.plus(self._reserved)
+        if self._file and self._counts and unsaid != self._saved:
+            with replacing(self._file) as file:
+                file.write(msgspec.json.encode(unsaid) + b"\n")
+            self._saved = unsaid
+
+
+def _spend(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Spend:
+    return Spend(prompt_tokens + completion_tokens, price.cost(prompt_tokens, completion_tokens) if price else 0)
+
+
+def _usage(price: Price | None, usage: Usage) -> Spend:
+    return _spend(price, usage.prompt_tokens or 0, usage.completion_tokens or 0)
+
+
+def _read(file: Path) -> Spend:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Spend)
+    except FileNotFoundError:
+        return Spend()
+    except msgspec.DecodeError as error:
+        raise DataError(f"{file}: {error}; without it the budget cannot be kept") from None

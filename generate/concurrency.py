@@ -1,0 +1,189 @@
+"""How many requests to have in flight at an endpoint: a fixed number, or one that finds itself.
+
+`Fixed` is what the recipe says. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
+keeps its batch full and the queue behind it short; `ByClimbing`, on any other, raises the number until throughput stops
+rising, and backs off on 429 and timeouts as TCP does (AIMD: additive increase, multiplicative decrease; Chiu and Jain
+1989). Latency is no guide here: a larger batch makes every answer slower and the whole faster.
+Pure: the time and the observations are passed in. generate.endpoint asks and tells.
+"""
+
+import re
+from collections import deque
+from typing import NamedTuple, Protocol
+
+START = 64  # in flight, before anything is known
+START_QUEUED = 256  # where the server shows its queue: too many only wait there, and are seen
+MOST = 4096  # an endpoint: more than any one engine batches; a larger fixed number can still be asked for
+
+QUEUE_SHARE = 0.08  # of what runs, kept waiting at the server, so that a slot that falls free has a successor there
+QUEUE_LEAST = 4
+KV_FULL = 0.97  # above it the engine puts requests aside and computes them twice
+
+RISES = 1.2  # twice the requests must bring this factor, or the limit is found
+SETTLED_RISES = 1.05  # and a tenth more this one
+CALM_ANSWERS = 512  # to judge a small step by
+BACK_OFF = 0.7
+
+
+class Load(NamedTuple):
+    """What a server says of itself."""
+
+    running: float
+    waiting: float
+    kv_used: float = 0.0  # share
+    preempted: float = 0.0  # since it started
+
+
+class Concurrency(Protocol):
+    """How many requests may be in flight; told of everything that may change it."""
+
+    limit: int
+
+    def answered(self, tokens: int, now: float) -> None:
+        """An answer of so many tokens came."""
+
+    def congested(self, now: float) -> None:
+        """The server refused (429) or ran out of time."""
+
+    def observed(self, load: Load, in_flight: int) -> None:
+        """The server showed its queue."""
+
+
+class Fixed:
+    """As many as the recipe says."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def answered(self, tokens: int, now: float) -> None:
+        pass
+
+    def congested(self, now: float) -> None:
+        pass
+
+    def observed(self, load: Load, in_flight: int) -> None:
+        pass
+
+
+class ByQueue:
+    """Keeps a short queue at the server. `share` of its load is this process's."""
+
+    def __init__(self, limit: int = START_QUEUED, share: float = 1.0) -> None:
+        self.limit, self._share = limit, share
+        self._doubling = True  # until the first queue
+        self._preempted: float | None = None
+
+    def answered(self, tokens: int, now: float) -> None:
+        pass
+
+    def congested(self, now: float) -> None:
+        self.limit, self._doubling = max(1, int(self.limit * BACK_OFF)), False
+
+    def observed(self, load: Load, in_flight: int) -> None:
+        """Moves the limit by what is missing in the queue, or too much in it."""
+        wanted = max(QUEUE_LEAST, load.running * QUEUE_SHARE)
+        preempting = self._preempted is not None and load.preempted > self._preempted
+        self._preempted = load.preempted
+        if load.waiting > 2 * wanted or preempting:
+            self._doubling = False
+            too_many = (load.waiting - wanted) * self._share
+            self.limit = max(1, min(self.limit, int(in_flight - too_many)))
+            return
+        arrived = load.running + load.waiting >= 0.8 * in_flight  # else it does not yet show what was sent
+        if load.waiting >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
+            return
+        if self._doubling:
+            step = self.limit
+        elif load.waiting:
+            step = round((wanted - load.waiting) * self._share)
+        else:
+            step = self.limit // 4
+        self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
+
+
+class ByClimbing:
+    """Doubles while that pays, then keeps near the number that the best throughput asked for."""
+
+    def __init__(self, limit: int = START) -> None:
+        self.limit = limit
+        self._best = 0.0  # throughput: tokens a second
+        self._base = limit  # the number that brought it
+        self._phase = "double"  # then "settle": probes a tenth more now and then; "avoid" once the server refused
+        self._probing = False
+        self._backed_off_at = float("-inf")
+        self._round_trip = 1.0
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._answers: deque[tuple[float, int]] = deque()
+
+    def answered(self, tokens: int, now: float) -> None:
+        """After each round of answers, judges by its later half: the earlier one is the old limit's."""
+        self._answers.append((now, max(tokens, 1)))
+        size = self.limit if self._phase != "settle" else max(2 * self.limit, CALM_ANSWERS)
+        if len(self._answers) < max(size, 16):
+            return
+        later = list(self._answers)[len(self._answers) // 2 :]
+        seconds = now - later[0][0]
+        self._round_trip = max(now - self._answers[0][0], 0.1)
+        self._start_window()
+        if seconds > 0:
+            self._judge(sum(tokens for _, tokens in later[1:]) / seconds)
+
+    def _judge(self, throughput: float) -> None:
+        if self._phase == "avoid":
+            self.limit = min(self.limit + max(1, self.limit // 50), MOST)
+        elif self._phase == "double":
+            if throughput > RISES * self._best:
+                self._best, self._base = throughput, self.limit
+                self.limit = min(2 * self.limit, MOST)
+            else:
+                gain = max(throughput / self._best, 1.0)  # of twice the number: the rest of it only waits
+                self.limit = self._base = max(1, int(self._base * gain * 1.1))
+                self._best, self._phase = max(self._best, throughput), "settle"
+        elif self._probing:
+            self._probing = False
+            if throughput > SETTLED_RISES * self._best:
+                self._best, self._base = throughput, self.limit
+            self.limit = self._base
+        else:
+            self._best = 0.5 * (self._best + throughput)  # the server may have changed
+            self._probing = True
+            self.limit = min(self._base + max(1, self._base // 10), MOST)
+
+    def congested(self, now: float) -> None:
+        """Backs off, once for all refusals of one round trip."""
+        if now - self._backed_off_at < self._round_trip:
+            return
+        self._backed_off_at = now
+        self.limit = max(1, int(self.limit * BACK_OFF))
+        self._base, self._phase, self._probing = self.limit, "avoid", False
+        self._start_window()
+
+    def observed(self, load: Load, in_flight: int) -> None:
+        pass
+
+
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_used",
+    "vllm:gpu_cache_usage_perc": "kv_used",  # its name before 0.10
+    "vllm:num_preemptions_total": "preempted",
+}
+_LINE = re.compile(rf"^({'|'.join(map(re.escape, _GAUGES))})(?:\{{[^}}]*\}})? ([0-9.eE+-]+)", re.MULTILINE)
+
+
+def read_load(metrics: str) -> Load | None:
+    """The load in a Prometheus text, summed over the server's engines; None where it shows no queue."""
+    found: dict[str, list[float]] = {}
+    for name, value in _LINE.findall(metrics):
+        found.setdefault(_GAUGES[name], []).append(float(value))
+    if "running" not in found or "waiting" not in found:
+        return None
+    return Load(
+        running=sum(found["running"]),
+        waiting=sum(found["waiting"]),
+        kv_used=max(found.get("kv_used", [0.0])),
+        preempted=sum(found.get("preempted", [0.0])),
+    )

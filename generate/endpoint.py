@@ -1,0 +1,146 @@
+"""One endpoint and what is known of it: how many requests it takes, in what time, and whether it is up.
+
+Joins its client (generate.client), its limits (generate.limits) and its concurrency (generate.concurrency), and is the
+circuit breaker: an endpoint that only fails gets nothing but one probe now and then, until it answers again.
+Which request goes to which endpoint is generate.dispatch's.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from time import monotonic
+
+from tenacity import RetryCallState, Retrying, wait_exponential
+
+from generate.answers import CallFailed, Transient
+from generate.client import Client
+from generate.concurrency import START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
+from generate.limits import Limits
+from generate.requests import Share
+from pipeline.recipe import Recipe
+
+FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
+PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of one that is down
+REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # after a 429 that says nothing of when
+QUICK_S, CALM_S = 0.1, 1.0  # between two looks at /metrics: while the limit moves, and after
+CALM_AFTER = 10  # looks at which it did not move
+
+
+class Endpoint:
+    """Use as an async context manager; `watch` runs beside the requests."""
+
+    def __init__(self, recipe: Recipe, url: str, share: Share, say: Callable[[str], None], most: int) -> None:
+        """`most` requests are in flight at most, whatever the recipe or the endpoint allows."""
+        config, now = recipe.generate, monotonic()
+        self.url, self._say, self._most, self._share = url, say, most, share
+        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / share.of)
+        self._auto = config.concurrency == "auto"
+        self._concurrency: Concurrency = (
+            ByClimbing(_part(START, share)) if config.concurrency == "auto" else Fixed(_part(config.concurrency, share))
+        )
+        self._teacher = recipe.teacher
+        self.client = Client(recipe.teacher, url, on_headers=self._read_headers)
+        self.in_flight = 0
+        self.answered_at = 0.0
+        self.down_since: float | None = None
+        self.last_error = ""
+        self._failing: set[str] = set()
+        self._probes = self._refusals = 0
+        self._probe_at, self._probing = 0.0, False
+
+    async def __aenter__(self) -> "Endpoint":
+        await self.client.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.__aexit__(*_)
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        return min(self._concurrency.limit, self._most)
+
+    def ready_in(self, tokens: int, now: float) -> float | None:
+        """Seconds until a request of so many tokens may go out; 0 for now, None when only an answer makes room."""
+        if self.down_since is not None:
+            return None if self._probing else max(0.0, self._probe_at - now)
+        if self.in_flight >= self.limit:
+            return None
+        return self.limits.delay(tokens, now)
+
+    def begin(self, tokens: int, now: float) -> None:
+        """A request goes out."""
+        self.in_flight += 1
+        self._probing = self._probing or self.down_since is not None
+        self.limits.take(tokens, now)
+
+    def answered(self, tokens: int, now: float) -> None:
+        """An answer came: the endpoint is up."""
+        self.answered_at = now
+        self._refusals = 0
+        if self._failing:
+            self._failing.clear()
+        if self.down_since is not None:
+            self._say(f"{self.url} answers again, after {now - self.down_since:.0f} s")
+            self.down_since, self._probes, self._probing = None, 0, False
+        self._concurrency.answered(tokens, now)
+
+    def failed(self, request_id: str, error: CallFailed, now: float) -> None:
+        """An attempt failed."""
+        if not isinstance(error, Transient):
+            self._probing = False
+            return
+        if error.error in ("rate_limited", "timeout"):
+            self._concurrency.congested(now)
+        if error.error == "rate_limited":
+            self._refusals += 1
+            self.limits.pause(error.retry_after or _wait(REFUSED_WAIT, self._refusals), now)
+            self._probing = False
+            return
+        self.last_error = error.message
+        self._failing.add(request_id)
+        if error.error == "unreachable" or len(self._failing) >= FAILURES_IN_ROW:
+            if self.down_since is None:
+                self.down_since = now
+                self._say(f"{self.url} is down ({error.message}); probing it until it answers")
+            self._probes += 1
+            self._probe_at, self._probing = now + _wait(PROBE_WAIT, self._probes), False
+
+    def ended(self) -> None:
+        """A request that went out is over, however it ended."""
+        self.in_flight -= 1
+
+    async def prepare(self) -> str | None:
+        """Looks what is there, before the first request. None when something answers; else why nothing does."""
+        silent = await self.client.check_reachable()
+        if self._auto and not silent and read_load(await self.client.metrics() or ""):
+            self._concurrency = ByQueue(_part(START_QUEUED, self._share), 1 / self._share.of)
+        return silent
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Follows the server's own queue where that decides; calls `changed` when the limit rises."""
+        unchanged = 0
+        while isinstance(self._concurrency, ByQueue):
+            await asyncio.sleep(CALM_S if unchanged >= CALM_AFTER else QUICK_S)
+            before = self.limit
+            load = read_load(await self.client.metrics() or "") if self.down_since is None else None
+            if load is not None:
+                self._concurrency.observed(load, self.in_flight)
+            unchanged = unchanged + 1 if self.limit == before else 0
+            if self.limit > before:
+                changed()
+
+    def _read_headers(self, headers: Mapping[str, str]) -> None:
+        news = self.limits.learn(headers, monotonic())
+        if news:
+            self._say(f"{self.url} {news}")
+
+
+def _part(limit: int, share: Share) -> int:
+    """This process's part of a number, at least 1."""
+    return max(1, limit // share.of + (share.part < limit % share.of))
+
+
+def _wait(policy: wait_exponential, number: int) -> float:
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = number
+    return float(policy(state))

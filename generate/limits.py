@@ -1,0 +1,124 @@
+"""What an endpoint allows in a minute: requests and tokens, declared in the recipe or learnt from its headers.
+
+    x-ratelimit-limit-requests: 500          x-ratelimit-limit-tokens: 30000
+    x-ratelimit-remaining-requests: 499      x-ratelimit-remaining-tokens: 29900
+    x-ratelimit-reset-requests: 120ms        x-ratelimit-reset-tokens: 6m0s
+
+(OpenAI, "Rate limits", and those who took its headers over.) A request's tokens are estimated before it goes out and
+settled by the answer's `usage`. Without declaration and headers there is no limit at all. Pure: the time is passed in.
+"""
+
+import re
+from collections.abc import Mapping
+
+WINDOW_S = 60.0
+BURST_S = 1.0  # what may go out at once is a second's worth: providers meter by the second, too
+
+
+class TokenBucket:
+    """At most `per_minute` units in any minute (one unit or a second's worth may go at once).
+
+    The level rises by 1/61 of `per_minute` a second up to that very amount, so that no window of 60 s sees more than
+    `per_minute`: what was saved up before it counts too. One take may be larger than the bucket; it leaves a debt.
+    """
+
+    def __init__(self, per_minute: float, now: float) -> None:
+        self.per_minute = per_minute
+        self._rate = per_minute / (WINDOW_S + BURST_S)
+        self._size = max(self._rate * BURST_S, 1.0)
+        self._level, self._at = self._size, now
+
+    def delay(self, units: float, now: float) -> float:
+        """Seconds until `units` may be taken; 0 for now."""
+        self._refill(now)
+        return max(0.0, (min(units, self._size) - self._level) / self._rate)
+
+    def take(self, units: float, now: float) -> None:
+        """Takes, whether or not there is enough; a negative number gives back."""
+        self._refill(now)
+        self._level = min(self._level - units, self._size)
+
+    def _refill(self, now: float) -> None:
+        self._level = min(self._level + (now - self._at) * self._rate, self._size)
+        self._at = now
+
+
+class Limits:
+    """The limits of one endpoint; `share` of them is this process's."""
+
+    def __init__(
+        self, requests_per_minute: float | None, tokens_per_minute: float | None, now: float, share: float = 1.0
+    ) -> None:
+        self._share = share
+        self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._buckets = {name: TokenBucket(rate * share, now) for name, rate in self._declared.items() if rate}
+        self._seen: dict[str, str] = {}
+        self._paused_until = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to keep to."""
+        return bool(self._buckets)
+
+    def delay(self, tokens: int, now: float) -> float:
+        """Seconds until a request of so many tokens may go out; 0 for now."""
+        wait = self._paused_until - now
+        for name, bucket in self._buckets.items():
+            wait = max(wait, bucket.delay(tokens if name == "tokens" else 1, now))
+        return max(wait, 0.0)
+
+    def take(self, tokens: int, now: float) -> None:
+        """A request of so many tokens goes out."""
+        for name, bucket in self._buckets.items():
+            bucket.take(tokens if name == "tokens" else 1, now)
+
+    def settle(self, estimated: int, used: int, now: float) -> None:
+        """A request was estimated at so many tokens, and took so many."""
+        bucket = self._buckets.get("tokens")
+        if bucket:
+            bucket.take(used - estimated, now)
+
+    def pause(self, seconds: float, now: float) -> None:
+        """Nothing goes out for so long: the server asks for it."""
+        self._paused_until = max(self._paused_until, now + seconds)
+
+    def learn(self, headers: Mapping[str, str], now: float) -> str | None:
+        """Takes over what the headers say of limits; in words where it is new and binds.
+
+        A lower limit of the recipe's own stands. Headers that say nothing change nothing.
+        """
+        if "x-ratelimit-limit-requests" not in headers and "x-ratelimit-limit-tokens" not in headers:
+            return None
+        news = []
+        for name in ("requests", "tokens"):
+            said = headers.get(f"x-ratelimit-limit-{name}")
+            if said and said != self._seen.get(name) and (limit := _number(said)):
+                self._seen[name] = said
+                limit = min(limit, self._declared[name] or limit)
+                bucket = self._buckets.get(name)
+                if bucket is None or bucket.per_minute != limit * self._share:
+                    self._buckets[name] = TokenBucket(limit * self._share, now)
+                    news.append(f"{limit:,.0f} {name}")
+            if headers.get(f"x-ratelimit-remaining-{name}") == "0":
+                self.pause(seconds_of(headers.get(f"x-ratelimit-reset-{name}", "")), now)
+        return f"allows {' and '.join(news)} a minute" if news else None
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of a duration as `6m0s`, `1.5s`, `120ms` or a plain number of seconds; 0 for anything else."""
+    if re.fullmatch(r"\d+(\.\d+)?", duration):
+        seconds = float(duration)
+        return seconds if seconds < 86_400 else 0.0  # more is a date, not a duration
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)", duration)
+    if not parts or "".join(number + unit for number, unit in parts) != duration:
+        return 0.0
+    scale = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+    return sum(float(number) * scale[unit] for number, unit in parts)
+
+
+def _number(said: str) -> float | None:
+    try:
+        value = float(said)
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
