@@ -39,7 +39,7 @@ def ours(url: str, requests: int, in_flight: int) -> float:
     from pipeline.recipe import Recipe
     from pipeline.rundir import RunDir
 
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         questions = Path(folder) / "questions.jsonl"
         questions.write_text("".join(json.dumps({"prompt": prompt(number)}) + "\n" for number in range(requests)))
         recipe = Recipe(

@@ -97,7 +97,7 @@ def once(options: argparse.Namespace, processes: int, concurrency: str, step_ms:
     """One run on a fresh simulator and a fresh run directory."""
     server = ["--replicas", str(options.replicas), "--slots", str(options.slots), "--step-ms", str(step_ms)]
     server += ["--no-metrics"] if options.no_metrics else []
-    with tempfile.TemporaryDirectory(dir=".") as folder, running("benchmarks.simulator", *server) as url:
+    with tempfile.TemporaryDirectory() as folder, running("benchmarks.simulator", *server) as url:
         recipe = write_recipe(Path(folder), url, options.requests, processes, concurrency)
         run = RunDir(Path(folder) / "run")
         timed = [sys.executable, "-m", "benchmarks.timed", str(recipe), str(run.path)]

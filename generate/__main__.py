@@ -1,9 +1,11 @@
-"""`python -m generate RECIPE [--run DIR] [--retry-failures] [--quiet]`: asks the teacher, writes its answers.
+"""`python -m generate RECIPE [--run DIR] [--dry-run] [--retry-failures] [--quiet]`: asks the teacher.
 
-Ends with 0 when every request is answered, 4 when some failed for good, 130 when interrupted, 1 when the run could not
-go on, 2 on wrong usage. Run it again after any of them: what is answered stays answered. The counts go to stdout.
+Ends with 0 when every request is answered, 4 when some failed for good, 3 when the budget is reached, 130 when
+interrupted, 1 when the run could not go on, 2 on wrong usage. Run it again after any of them: what is answered stays
+answered. The counts go to stdout.
 """
 
+from generate import dry_run
 from generate.engine import Summary, generate
 from generate.progress import clock
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -19,8 +21,13 @@ def main() -> None:
         action="store_true",
         help="ask again what failed for good earlier (it is left alone otherwise)",
     )
+    parser.add_argument("--dry-run", action="store_true", help="what would be asked, and its cost; sends nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
     recipe, run, options = parse_stage(parser)
+    if options.dry_run:
+        for line in dry_run.describe(recipe, dry_run.dry_run(recipe, run, retry_failures=options.retry_failures)):
+            print(line)
+        return
     with run.locked():
         summary = generate(recipe, run, quiet=options.quiet, retry_failures=options.retry_failures)
     for line in describe(recipe, run, summary):
@@ -42,7 +49,8 @@ def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
         f"{recipe.name}: {summary.requests} requests, {summary.completed} answered ({summary.answered} now, "
         f"{summary.resumed} earlier), {summary.failed} failed → {run.completions}",
         f"{clock(summary.wall_s)} · {summary.answered / seconds:.1f} answers/s · "
-        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens · {tokens / seconds:,.0f} tok/s",
+        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens · {tokens / seconds:,.0f} tok/s"
+        + (f" · ${summary.cost_usd:,.4f} spent in all" if summary.cost_usd is not None else ""),
     ]
 
 

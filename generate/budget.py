@@ -17,12 +17,11 @@ import msgspec
 from generate.journal import Contents
 from generate.prices import PICO, Price, price_of
 from generate.requests import WHOLE, Share
+from generate.tokens import bound
 from pipeline.errors import BudgetReached, DataError, RecipeError
 from pipeline.recipe import BudgetConfig, Recipe
 from pipeline.records import Usage
 from pipeline.rundir import RunDir, replacing
-
-TEMPLATE_TOKENS = 64  # a chat template may add: roles and turns, and a system prompt of its own
 
 
 class Reservation(NamedTuple):
@@ -57,7 +56,7 @@ class Budget:
         self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // share.of
         self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // share.of
         self._counts = price is not None or config.tokens is not None
-        self._margin = TEMPLATE_TOKENS
+        self._margin = 0  # tokens that a prompt has had beyond the bound
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
         self._unsaid = _read(file) if file else Spend()  # of this file, of all calls: what the journals do not say
         self._saved = self._unsaid
@@ -84,14 +83,15 @@ class Budget:
         """Takes what a request can cost at most; None if that could pass the budget."""
         if not self._counts:
             return FREE
-        most = _spend(self._price, body_bytes + self._margin, max_tokens)
+        prompt_tokens = bound(body_bytes) + self._margin
+        most = _spend(self._price, prompt_tokens, max_tokens)
         total = self._used.plus(self._reserved).plus(most)
         if self._tokens is not None and total.tokens > self._tokens:
             return None
         if self._cost is not None and total.cost > self._cost:
             return None
         self._reserved = self._reserved.plus(most)
-        return Reservation(body_bytes + self._margin, most.tokens, most.cost)
+        return Reservation(prompt_tokens, most.tokens, most.cost)
 
     def settle(self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: bool) -> None:
         """Puts what an attempt really cost in place of what it reserved: in full where that is not known.
@@ -109,7 +109,7 @@ class Budget:
         else:
             used = _usage(self._price, usage)
             said = used if journaled else Spend()
-            self._margin += max(0, usage.prompt_tokens - reservation.prompt_tokens)
+            self._margin += max(0, usage.prompt_tokens - reservation.prompt_tokens)  # no byte-level tokenizer, then
         self._used = self._used.plus(used)
         self._unsaid = self._unsaid.plus(used).plus(said, -1)
 

@@ -181,6 +181,15 @@ def is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
+def is_private(url: str) -> bool:
+    """Whether the URL is on this machine or in a private network: a server of one's own."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_private
+    except ValueError:
+        return host == "localhost" or "." not in host or host.endswith((".local", ".internal", ".lan"))
+
+
 def no_endpoint(url: str, why: str) -> DistillError:
     """The error for an endpoint that is not there."""
     return DistillError(

@@ -8,7 +8,7 @@ generate.asking, in this process or in several; files that survive a kill are ge
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 from rich.console import Console
@@ -17,7 +17,8 @@ from generate.asking import Left, ask, run_loop
 from generate.budget import Budget
 from generate.client import check_teacher
 from generate.idset import IdSet
-from generate.journal import Journal, read_journal
+from generate.journal import Contents, Journal, read_journal
+from generate.prices import PICO, price_of
 from generate.progress import Counters, Display
 from generate.prompts import grammar_size, iter_prompts
 from generate.requests import build_jobs
@@ -40,6 +41,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int  # of this call
     wall_s: float  # of this call
     errors: dict[str, int]  # this call's failures by type
+    cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,12 +82,13 @@ def generate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures
                 run_loop(ask(recipe, left, completions, failures, counters, budget, display))
         except BaseException:
             with suppress(OSError):  # the disk may be what ended the run: that is the error to tell
-                record_lineage(run, "generate", _lineage(recipe, plan, completions, counters, started))
                 budget.save()
+                record_lineage(run, "generate", _lineage(recipe, run, plan, completions, counters, started))
             raise
-        record_lineage(run, "generate", _lineage(recipe, plan, completions, counters, started))
         budget.save()
-    return _summary(plan, counters)
+        lineage = _lineage(recipe, run, plan, completions, counters, started)
+        record_lineage(run, "generate", lineage)
+    return _summary(plan, counters, lineage["spent"]["usd"])
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
@@ -135,7 +138,7 @@ def _findings(recipe: Recipe, plan: Plan, completions: Journal, failures: Journa
         yield f"{plan.failed} requests failed for good earlier and are left alone; --retry-failures asks them again"
 
 
-def _summary(plan: Plan, counters: Counters) -> Summary:
+def _summary(plan: Plan, counters: Counters, cost_usd: float | None) -> Summary:
     return Summary(
         requests=plan.requests,
         completed=plan.answered + counters.answered,
@@ -146,14 +149,19 @@ def _summary(plan: Plan, counters: Counters) -> Summary:
         completion_tokens=counters.completion_tokens,
         wall_s=round(counters.seconds, 3),
         errors=dict(counters.errors),
+        cost_usd=cost_usd,
     )
 
 
 def _lineage(
-    recipe: Recipe, plan: Plan, completions: Journal, counters: Counters, started: datetime
-) -> dict[str, object]:
+    recipe: Recipe, run: RunDir, plan: Plan, completions: Journal, counters: Counters, started: datetime
+) -> dict[str, Any]:
     """The run so far; tokens and the model's names are those of all of completions.jsonl."""
     found = completions.found
+    prompt_tokens = found.prompt_tokens + counters.prompt_tokens
+    completion_tokens = found.completion_tokens + counters.completion_tokens
+    now = Contents(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    spent, price = Budget.open(recipe, run, now).spent, price_of(recipe.teacher, recipe.generate.mode)
     return {
         "teacher": {"asked": recipe.teacher.model, "served": sorted(counters.models | set(found.models))},
         "endpoints": recipe.teacher.urls,
@@ -162,8 +170,10 @@ def _lineage(
         "requests": plan.requests,
         "completed": plan.answered + counters.answered,
         "failed": plan.failed + counters.failed,
-        "prompt_tokens": found.prompt_tokens + counters.prompt_tokens,
-        "completion_tokens": found.completion_tokens + counters.completion_tokens,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        # With what failed attempts may have cost; `completions.jsonl` alone may say less.
+        "spent": {"tokens": spent.tokens, "usd": spent.cost / PICO if price else None},
         "last_call": {
             "started": started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,90 @@
+"""How many tokens a prompt has: counted where the teacher's tokenizer is at hand, else bounded.
+
+Reads the tokenizer.json and the chat template of a local, embedded or cached model; downloads nothing, and needs no
+more than the `tokenizers` package. For any other teacher there is a bound that holds for every byte-level tokenizer:
+a token for each byte, and what a chat template may add.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pipeline.models import embedded_folder
+from pipeline.records import Message
+
+TEMPLATE_TOKENS = 64  # a chat template may add: roles and turns, and a system prompt of its own
+
+Count = Callable[[list[Message]], int]
+
+
+def counter(model: str) -> Count | None:
+    """Counts a prompt's tokens as the teacher's server does, chat template included; None where it cannot be known."""
+    folder = _folder(model)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return None
+    settings = _settings(folder)
+    template = settings.pop("chat_template", None)
+    if not isinstance(template, str):
+        return None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = _refuse
+    render = environment.from_string(template).render
+
+    def count(messages: list[Message]) -> int:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        text = render(messages=turns, add_generation_prompt=True, **settings)
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return count
+
+
+def bound(body_bytes: int) -> int:
+    """The most tokens that a request of so many bytes can have as its prompt."""
+    return body_bytes + TEMPLATE_TOKENS
+
+
+def _folder(model: str) -> Path | None:
+    """Where the model's files are on this machine."""
+    if (embedded := embedded_folder(model)) is not None:
+        return embedded if embedded.is_dir() else None
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(model, "tokenizer.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What a chat template may use: the special tokens, and the template itself."""
+    path = folder / "tokenizer_config.json"
+    raw: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in raw.items()
+        if name in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template") and value is not None
+    }
+    if (separate := folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = separate.read_text(encoding="utf-8")
+    return settings
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
