@@ -13,7 +13,7 @@ SERVE := .venv/.ready-serve
 TRAIN := .venv/.ready-train
 DEV := .venv/.ready-dev
 
-.PHONY: help setup serve generate filter train evaluate report chain demo check test test-fast clean
+.PHONY: help setup serve generate filter train evaluate report chain demo bench bench-endpoint check test test-fast clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -43,6 +43,12 @@ chain: $(TRAIN) $(SERVE)  ## all of it for one recipe: serve, generate, filter, 
 
 demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine: no GPU, no model hub
 	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(RUN)) $(ARGS)
+
+bench: $(TRAIN) $(SERVE)  ## throughput of generation on this machine, against its limits (half an hour; docs/benchmarks.md)
+	@$(PY) -m benchmarks.client && $(PY) -m benchmarks.simulated && $(PY) -m benchmarks.saturation && $(PY) -m benchmarks.chapter
+
+bench-endpoint: $(BASE)  ## the recipe's endpoint at rising concurrency: tok/s, time to first token, latency
+	@exec $(PY) -m benchmarks.endpoint $(COMMON) $(ARGS)
 
 check: $(TRAIN) $(SERVE) $(DEV)  ## lint, format, types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -51,7 +51,7 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            headers=_headers(teacher),
+            headers=headers_of(teacher),
             cookie_jar=aiohttp.DummyCookieJar(),
             # A proxy set in the environment is for the outside, never for a server on this machine.
             trust_env=not is_loopback(url),
@@ -145,10 +145,10 @@ def check_teacher(teacher: TeacherConfig) -> None:
     for url in teacher.urls:
         if "@" in urlsplit(url).netloc:
             raise RecipeError("teacher.base_url holds a user or password; put the key where teacher.api_key_env says")
-    _headers(teacher)
+    headers_of(teacher)
 
 
-def _headers(teacher: TeacherConfig) -> dict[str, str]:
+def headers_of(teacher: TeacherConfig) -> dict[str, str]:
     """What goes with every request: the key, and the recipe's own headers with their variables filled in."""
     headers = {
         "Content-Type": "application/json",

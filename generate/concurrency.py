@@ -20,8 +20,9 @@ QUEUE_LEAST = 4
 KV_FULL = 0.97  # above it the engine puts requests aside and computes them twice
 
 RISES = 1.2  # twice the requests must bring this factor, or the limit is found
-SETTLED_RISES = 1.05  # and a tenth more this one
-CALM_ANSWERS = 512  # to judge a small step by
+STEP = 0.1  # of the limit found: probes go so far up and down
+STEP_RISES, STEP_KEEPS = 1.05, 0.975  # what a step up must bring, and what a step down may cost at most
+CALM_ANSWERS = 1024  # to judge a small step by
 BACK_OFF = 0.7
 
 
@@ -39,8 +40,8 @@ class Concurrency(Protocol):
 
     limit: int
 
-    def answered(self, tokens: int, now: float) -> None:
-        """An answer of so many tokens came."""
+    def answered(self, tokens: int, latency_s: float, now: float) -> None:
+        """An answer of so many tokens came, so long after its request."""
 
     def congested(self, now: float) -> None:
         """The server refused (429) or ran out of time."""
@@ -55,7 +56,7 @@ class Fixed:
     def __init__(self, limit: int) -> None:
         self.limit = limit
 
-    def answered(self, tokens: int, now: float) -> None:
+    def answered(self, tokens: int, latency_s: float, now: float) -> None:
         pass
 
     def congested(self, now: float) -> None:
@@ -73,7 +74,7 @@ class ByQueue:
         self._doubling = True  # until the first queue
         self._preempted: float | None = None
 
-    def answered(self, tokens: int, now: float) -> None:
+    def answered(self, tokens: int, latency_s: float, now: float) -> None:
         pass
 
     def congested(self, now: float) -> None:
@@ -86,10 +87,10 @@ class ByQueue:
         self._preempted = load.preempted
         if load.waiting > 2 * wanted or preempting:
             self._doubling = False
-            too_many = (load.waiting - wanted) * self._share
-            self.limit = max(1, min(self.limit, int(in_flight - too_many)))
+            if in_flight <= self.limit:  # else the last step down has not shown yet
+                self.limit = max(1, min(self.limit, int(in_flight - (load.waiting - wanted) * self._share)))
             return
-        arrived = load.running + load.waiting >= 0.8 * in_flight  # else it does not yet show what was sent
+        arrived = (load.running + load.waiting) * self._share >= 0.8 * in_flight  # else they are under way
         if load.waiting >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
             return
         if self._doubling:
@@ -108,24 +109,25 @@ class ByClimbing:
         self.limit = limit
         self._best = 0.0  # throughput: tokens a second
         self._base = limit  # the number that brought it
-        self._phase = "double"  # then "settle": probes a tenth more now and then; "avoid" once the server refused
-        self._probing = False
+        self._phase = "double"  # then "settle": probes a little around; "avoid" once the server refused
+        self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
+        self._next_step = 1
         self._backed_off_at = float("-inf")
-        self._round_trip = 1.0
+        self._latency_s = 0.0  # a running mean
         self._start_window()
 
     def _start_window(self) -> None:
         self._answers: deque[tuple[float, int]] = deque()
 
-    def answered(self, tokens: int, now: float) -> None:
+    def answered(self, tokens: int, latency_s: float, now: float) -> None:
         """After each round of answers, judges by its later half: the earlier one is the old limit's."""
+        self._latency_s += 0.1 * (latency_s - self._latency_s)
         self._answers.append((now, max(tokens, 1)))
         size = self.limit if self._phase != "settle" else max(2 * self.limit, CALM_ANSWERS)
         if len(self._answers) < max(size, 16):
             return
         later = list(self._answers)[len(self._answers) // 2 :]
         seconds = now - later[0][0]
-        self._round_trip = max(now - self._answers[0][0], 0.1)
         self._start_window()
         if seconds > 0:
             self._judge(sum(tokens for _, tokens in later[1:]) / seconds)
@@ -141,23 +143,23 @@ class ByClimbing:
                 gain = max(throughput / self._best, 1.0)  # of twice the number: the rest of it only waits
                 self.limit = self._base = max(1, int(self._base * gain * 1.1))
                 self._best, self._phase = max(self._best, throughput), "settle"
-        elif self._probing:
-            self._probing = False
-            if throughput > SETTLED_RISES * self._best:
-                self._best, self._base = throughput, self.limit
+        elif self._step:
+            if throughput > (STEP_RISES if self._step > 0 else STEP_KEEPS) * self._best:
+                self._base = self.limit
+            self._step, self._next_step = 0, -self._step
             self.limit = self._base
         else:
-            self._best = 0.5 * (self._best + throughput)  # the server may have changed
-            self._probing = True
-            self.limit = min(self._base + max(1, self._base // 10), MOST)
+            self._best, self._step = throughput, self._next_step
+            size = max(1, round(STEP * self._base))
+            self.limit = min(max(1, self._base + self._step * size), MOST)
 
     def congested(self, now: float) -> None:
-        """Backs off, once for all refusals of one round trip."""
-        if now - self._backed_off_at < self._round_trip:
+        """Backs off, once for all refusals of one latency."""
+        if now - self._backed_off_at <= self._latency_s:
             return
         self._backed_off_at = now
         self.limit = max(1, int(self.limit * BACK_OFF))
-        self._base, self._phase, self._probing = self.limit, "avoid", False
+        self._base, self._phase, self._step = self.limit, "avoid", 0
         self._start_window()
 
     def observed(self, load: Load, in_flight: int) -> None:

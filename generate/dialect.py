@@ -69,12 +69,12 @@ class Dialect:
             return None
         if "role" in parameter or re.search(r"\brole\b", message):
             return self._learn_role(message)
-        named = parameter.rsplit(".", 1)[-1]
-        for name in (named, *re.findall(r"\w+", message)[::-1]):  # "`temperature` and `top_p` cannot both": the latter
-            if name in MAY_BE_LEFT_OUT and name not in self._left_out:
-                self._left_out.add(name)
-                return f"leaves out {name}: answers are sampled with the model's own"
-        return None
+        words = [parameter.rsplit(".", 1)[-1], *re.findall(r"\w+", message)[::-1]]
+        named = [word for word in words if word in MAY_BE_LEFT_OUT]  # "`temperature` and `top_p` cannot both": top_p
+        if not named or self._left_out & set(named):
+            return None
+        self._left_out.add(named[0])
+        return f"leaves out {named[0]}: answers are sampled with the model's own"
 
     def _learn_role(self, message: str) -> str | None:
         refused = [role for role in ROLES[:2] if re.search(rf"\b{role}\b", message)]

@@ -207,7 +207,7 @@ class Dispatcher:
         completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=sampling)
         self._completions.append(completion)
         self._counters.count(completion.model, completion.usage)
-        endpoint.answered(answer.usage.completion_tokens or 0, now)
+        endpoint.answered(answer.usage.completion_tokens or 0, latency_s, now)
         if answer.usage.prompt_tokens:
             self._tokens_a_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_a_byte)
 

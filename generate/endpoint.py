@@ -73,7 +73,7 @@ class Endpoint:
         self._probing = self._probing or self.down_since is not None
         self.limits.take(tokens, now)
 
-    def answered(self, tokens: int, now: float) -> None:
+    def answered(self, tokens: int, latency_s: float, now: float) -> None:
         """An answer came: the endpoint is up."""
         self.answered_at = now
         self._refusals = 0
@@ -82,7 +82,7 @@ class Endpoint:
         if self.down_since is not None:
             self._say(f"{self.url} answers again, after {now - self.down_since:.0f} s")
             self.down_since, self._probes, self._probing = None, 0, False
-        self._concurrency.answered(tokens, now)
+        self._concurrency.answered(tokens, latency_s, now)
 
     def failed(self, request_id: str, error: CallFailed, now: float) -> None:
         """An attempt failed."""

@@ -165,7 +165,7 @@ def _lineage(
     return {
         "teacher": {"asked": recipe.teacher.model, "served": sorted(counters.models | set(found.models))},
         "endpoints": recipe.teacher.urls,
-        "sampling": recipe.sampling.model_dump(),
+        "sampling": recipe.sampling.fields(),
         "prompts": {"distinct": plan.requests - plan.repeats, "grammar": grammar_size(recipe)},
         "requests": plan.requests,
         "completed": plan.answered + counters.answered,

@@ -55,7 +55,7 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, share: Share = WHOLE) 
     """
     seen = IdSet()
     repeats: Counter[str] = Counter()
-    sampling = recipe.sampling.model_dump()
+    sampling = recipe.sampling.fields()
     for number, prompt in enumerate(prompts):
         question = prompt_id(prompt.messages)
         if not seen.add(question):
@@ -66,7 +66,7 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, share: Share = WHOLE) 
 
 def build_job(prompt: Prompt, recipe: Recipe, sample: int = 0) -> Job:
     """The job of a prompt. `sampling.seed` in it is the request's own, derived from the recipe's and the identity."""
-    return _build(prompt, recipe, recipe.sampling.model_dump(), sample)
+    return _build(prompt, recipe, recipe.sampling.fields(), sample)
 
 
 def _build(prompt: Prompt, recipe: Recipe, sampling: dict[str, Any], sample: int) -> Job:

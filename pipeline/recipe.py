@@ -139,6 +139,21 @@ class SamplingConfig(Section):
     top_p: float = Field(0.9, gt=0, le=1)
     max_tokens: int = Field(500, ge=1)
     seed: int = 0  # each request's own seed is derived from this and its id
+    extra: dict[str, Any] = {}  # further fields of the request, as they are: top_k, chat_template_kwargs, …
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n"} & extra.keys()
+        if taken:
+            raise ValueError(
+                f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
+            )
+        return extra
+
+    def fields(self) -> dict[str, Any]:
+        """What a request carries of it."""
+        return {**self.model_dump(exclude={"extra"}), **self.extra}
 
 
 class GenerateConfig(Section):

@@ -43,6 +43,7 @@ class Server:
     """A running server. Made by `serving`."""
 
     def __init__(self, command: Command, guard: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.command = command
         self.served_name = command.served_name
         self.base_url = f"http://{_authority(command)}/v1"
         self.log = log

@@ -134,8 +134,15 @@ class MisbehavingServer:
 
 
 @contextmanager
-def misbehaving(script: Script | None = None, models: list[str] | None = None) -> Iterator[MisbehavingServer]:
-    """Serves by the script (good answers without one) until the block ends."""
+def misbehaving(
+    script: Script | None = None,
+    models: list[str] | None = None,
+    metrics: Callable[[int], tuple[int, int]] | None = None,
+) -> Iterator[MisbehavingServer]:
+    """Serves by the script (good answers without one) until the block ends.
+
+    `metrics` makes running and waiting of the requests that it has at once, as vLLM's /metrics says them.
+    """
     server = MisbehavingServer("")
     ready, loop = threading.Event(), asyncio.new_event_loop()
 
@@ -160,10 +167,17 @@ def misbehaving(script: Script | None = None, models: list[str] | None = None) -
     async def listing(request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": name} for name in (models or [MODEL])]})
 
+    async def load(request: web.Request) -> web.Response:
+        if metrics is None:
+            raise web.HTTPNotFound
+        running, waiting = metrics(server.at_once)
+        return web.Response(text=f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n")
+
     async def start() -> web.AppRunner:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", chat)
         app.router.add_get("/v1/models", listing)
+        app.router.add_get("/metrics", load)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()

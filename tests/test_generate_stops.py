@@ -131,7 +131,8 @@ def test_a_server_that_dies_ends_the_run_and_not_its_requests(run: RunDir) -> No
         return answer(delay_s=0.01)
 
     with misbehaving(script) as server, pytest.raises(DistillError, match="has not answered for"):
-        generate(recipe_for(server, 2000, generate={"concurrency": 8, "give_up_s": 0.5, "request_timeout_s": 1}), run, quiet=True)
+        config = {"concurrency": 8, "give_up_s": 0.5, "request_timeout_s": 1}
+        generate(recipe_for(server, 2000, generate=config), run, quiet=True)
     assert 0 < len(completions(run)) < 2000
     assert not failures(run)
 

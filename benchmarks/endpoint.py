@@ -1,0 +1,181 @@
+"""`make bench-endpoint`: how an endpoint does at rising concurrency: tokens a second, time to first token, latency.
+
+Asks the recipe's own prompts with its own sampling, streamed (that is how a first token is seen), each level for
+`--seconds` after a warm-up of one answer a slot. Writes a table to stdout and runs/bench/endpoint.{json,svg}.
+"""
+
+import asyncio
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median, quantiles
+
+import aiohttp
+import msgspec
+
+from benchmarks.plot import line_chart
+from benchmarks.table import show
+from generate.asking import run_loop
+from generate.client import Client, check_teacher, headers_of, no_endpoint
+from generate.dialect import Dialect
+from generate.prompts import iter_prompts
+from generate.requests import Job, build_jobs
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import DistillError, UsageError
+from pipeline.recipe import Recipe
+
+FOLDER = Path("runs") / "bench"
+
+
+class Level(msgspec.Struct):
+    """One concurrency's figures; seconds."""
+
+    concurrency: int
+    answers: int
+    answers_per_s: float
+    tokens_per_s: float
+    first_token: tuple[float, float, float]  # p50, p95, p99
+    latency: tuple[float, float, float]
+
+
+def main() -> None:
+    parser = stage_parser("benchmarks.endpoint", "Sweeps concurrency against the recipe's endpoint.")
+    parser.add_argument("--levels", default="1,4,16,64,256")
+    parser.add_argument("--seconds", type=float, default=20.0, help="each level is measured")
+    recipe, _, options = parse_stage(parser)
+    levels = [_level(text) for text in options.levels.split(",")]
+    check_teacher(recipe.teacher)
+    found: list[Level] = []
+    run_loop(sweep(recipe, levels, options.seconds, found))
+    print(describe(found))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "endpoint.json").write_bytes(msgspec.json.format(msgspec.json.encode(found)))
+    series = {
+        "tokens a second": [level.tokens_per_s for level in found],
+        "latency p50, s": [level.latency[0] for level in found],
+        "first token p50, s": [level.first_token[0] for level in found],
+    }
+    (FOLDER / "endpoint.svg").write_text(
+        line_chart(f"{recipe.teacher.model} at {recipe.teacher.url}", [level.concurrency for level in found], series)
+    )
+    print(f"{FOLDER / 'endpoint.svg'} shows it")
+
+
+async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[Level]) -> None:
+    """Measures one level after the other."""
+    dialect = Dialect()
+    bodies = itertools.cycle([dialect.body(job) for job in itertools.islice(_jobs(recipe), 2000)])
+    async with Client(recipe.teacher, recipe.teacher.url) as client:
+        if why := await client.check_reachable():
+            raise no_endpoint(client.url, why)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        headers=headers_of(recipe.teacher),
+        timeout=aiohttp.ClientTimeout(total=recipe.generate.request_timeout_s),
+    ) as session:
+        for concurrency in levels:
+            found.append(await measure(session, recipe, bodies, concurrency, seconds))
+            print(f"{concurrency} in flight: {found[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
+
+
+async def measure(
+    session: aiohttp.ClientSession, recipe: Recipe, bodies: Iterator[bytes], concurrency: int, seconds: float
+) -> Level:
+    """One level: each slot asks once to warm up, then all ask until the time is over."""
+    url = f"{recipe.teacher.url}/chat/completions"
+    taken: list[tuple[float, float, float, int]] = []  # begin, first token, end, tokens
+
+    async def ask() -> tuple[float, float, float, int]:
+        body = {**json.loads(next(bodies)), "stream": True, "stream_options": {"include_usage": True}}
+        begin, first, tokens = time.perf_counter(), 0.0, 0
+        async with session.post(url, json=body, params=recipe.teacher.query) as response:
+            if response.status != 200:
+                said = " ".join((await response.text()).split())[:300]
+                raise DistillError(f"{url} answers {response.status} at {concurrency} in flight: {said}")
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if event.get("choices") and event["choices"][0].get("delta", {}).get("content"):
+                    first = first or time.perf_counter()
+                    tokens += 1
+                if event.get("usage"):
+                    tokens = event["usage"]["completion_tokens"]
+        end = time.perf_counter()
+        return begin, first or end, end, tokens
+
+    async def work(until: float) -> None:
+        while time.perf_counter() < until:
+            taken.append(await ask())
+
+    await asyncio.gather(*(ask() for _ in range(concurrency)))
+    started = time.perf_counter()
+    await asyncio.gather(*(work(started + seconds) for _ in range(concurrency)))
+    ended = [one for one in taken if one[2] <= started + seconds] or taken
+    span = max(one[2] for one in ended) - started
+    return Level(
+        concurrency=concurrency,
+        answers=len(ended),
+        answers_per_s=len(ended) / span,
+        tokens_per_s=sum(one[3] for one in ended) / span,
+        first_token=percentiles([first - begin for begin, first, _, _ in ended]),
+        latency=percentiles([end - begin for begin, _, end, _ in ended]),
+    )
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 50th, 95th and 99th; of a single value, itself."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    cuts = quantiles(values, n=100, method="inclusive")
+    return median(values), cuts[94], cuts[98]
+
+
+def rows(found: list[Level]) -> list[tuple[str, ...]]:
+    """The table's rows, its head included."""
+    head = (
+        "in flight",
+        "answers",
+        "answers/s",
+        "tok/s",
+        "first token p50 · p95 · p99, s",
+        "latency p50 · p95 · p99, s",
+    )
+    return [
+        head,
+        *(
+            (
+                str(level.concurrency),
+                str(level.answers),
+                f"{level.answers_per_s:.2f}",
+                f"{level.tokens_per_s:.1f}",
+                " · ".join(f"{value:.2f}" for value in level.first_token),
+                " · ".join(f"{value:.2f}" for value in level.latency),
+            )
+            for level in found
+        ),
+    ]
+
+
+def describe(found: list[Level]) -> str:
+    """The table, and where throughput stops rising."""
+    best = max(found, key=lambda level: level.tokens_per_s)
+    enough = next(level for level in found if level.tokens_per_s >= 0.97 * best.tokens_per_s)
+    return f"{show(rows(found))}\n{enough.concurrency} in flight is enough: {enough.tokens_per_s:.1f} tok/s"
+
+
+def _jobs(recipe: Recipe) -> Iterator[Job]:
+    return build_jobs(iter_prompts(recipe), recipe)
+
+
+def _level(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UsageError(f"--levels must be whole numbers from 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,121 @@
+"""Concurrency that finds itself, against small models of servers."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from generate.concurrency import START, ByClimbing, ByQueue, Load, read_load
+
+
+@dataclass
+class Server:
+    """So many slots; the rest waits. Every request takes a second."""
+
+    slots: int
+    lag: int = 0  # requests sent that its numbers do not show yet
+
+    def load(self, in_flight: int) -> Load:
+        seen = in_flight - self.lag
+        return Load(running=min(seen, self.slots), waiting=max(0, seen - self.slots))
+
+
+@pytest.mark.parametrize("slots", [4, 64, 256, 2048])
+@pytest.mark.parametrize("start", [1, 256, 4000])
+def test_the_queue_is_kept_short_and_the_batch_full(slots: int, start: int) -> None:
+    server, concurrency = Server(slots), ByQueue(start)
+    in_flight = 0
+    for _ in range(60):
+        # Those over the limit end by and by; there is always another request to send.
+        in_flight = max(concurrency.limit, in_flight - slots // 2 - 1)
+        concurrency.observed(server.load(in_flight), in_flight)
+    assert slots < concurrency.limit <= slots + max(8, 0.17 * slots)
+
+
+def test_what_the_server_does_not_show_yet_is_no_reason_for_more() -> None:
+    concurrency = ByQueue(100)
+    concurrency.observed(Server(1000, lag=50).load(100), 100)
+    assert concurrency.limit == 100
+
+
+def test_requests_that_run_out_are_no_reason_for_more() -> None:
+    concurrency = ByQueue(100)
+    concurrency.observed(Server(1000).load(40), 40)
+    assert concurrency.limit == 100
+
+
+def test_a_full_cache_stops_the_climb_and_preemption_turns_it() -> None:
+    concurrency = ByQueue(100)
+    concurrency.observed(Load(running=100, waiting=0, kv_used=0.99), 100)
+    assert concurrency.limit == 100
+    concurrency.observed(Load(running=80, waiting=20, kv_used=1.0, preempted=3), 100)
+    concurrency.observed(Load(running=80, waiting=20, kv_used=1.0, preempted=9), 100)
+    assert concurrency.limit < 100
+
+
+def test_processes_that_share_a_server_divide_what_is_missing() -> None:
+    first, second, server = ByQueue(50, 0.5), ByQueue(50, 0.5), Server(512)
+    for _ in range(60):
+        in_flight = first.limit + second.limit
+        for concurrency in (first, second):
+            concurrency.observed(server.load(in_flight), concurrency.limit)
+    assert 512 < first.limit + second.limit <= 512 * 1.17
+
+
+def climb(concurrency: ByClimbing, slots: int, answers: int, now: float = 0.0, seed: int = 0) -> float:
+    """Answers from a server of so many slots: its rate rises with the number in flight up to them."""
+    rng = random.Random(seed)
+    for _ in range(answers):
+        busy = min(concurrency.limit, slots)
+        now += rng.expovariate(busy / 10.0)  # each takes ten seconds
+        concurrency.answered(rng.randint(50, 150), 10.0, now)
+    return now
+
+
+@pytest.mark.parametrize("slots", [16, 100, 150, 900])
+def test_without_a_queue_to_look_at_it_climbs_to_where_throughput_ends(slots: int) -> None:
+    concurrency = ByClimbing()
+    climb(concurrency, slots, 60_000)
+    assert 0.8 * slots <= concurrency.limit <= max(1.4 * slots, 1.6 * START)
+
+
+def test_it_backs_off_once_a_latency_and_goes_on_slowly() -> None:
+    concurrency = ByClimbing()
+    now = climb(concurrency, 10_000, 2000)
+    high = concurrency.limit
+    for _ in range(high):
+        concurrency.congested(now)
+    assert concurrency.limit == int(high * 0.7)
+    climb(concurrency, 10_000, 10 * high, now)
+    assert int(high * 0.7) < concurrency.limit < high
+
+
+def test_it_never_falls_below_one() -> None:
+    for concurrency in (ByClimbing(), ByQueue()):
+        for moment in range(100):
+            concurrency.congested(1000.0 * moment)
+        assert concurrency.limit == 1
+
+
+METRICS = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 12.0
+vllm:num_requests_running{engine="1",model_name="m"} 3.0
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m"} 5.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 5.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 1e-1
+vllm:num_preemptions_total{engine="0",model_name="m"} 2.0
+"""
+
+
+def test_a_load_is_summed_over_engines() -> None:
+    assert read_load(METRICS) == Load(running=15, waiting=5, kv_used=0.25, preempted=2)
+
+
+@pytest.mark.parametrize("text", ["", "<html>", "up 1", "vllm:num_requests_running 3"])
+def test_a_server_that_shows_no_queue(text: str) -> None:
+    assert read_load(text) is None

@@ -1,0 +1,103 @@
+"""Rate limits: what may go out when, what headers teach, and what a duration means."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generate.limits import Limits, TokenBucket, seconds_of
+
+
+def test_a_bucket_lets_a_second_s_worth_go_and_then_the_rate() -> None:
+    bucket = TokenBucket(61 * 60, now=0.0)  # 60 a second, and 60 at once
+    for _ in range(60):
+        assert bucket.delay(1, 0.0) == 0
+        bucket.take(1, 0.0)
+    assert bucket.delay(1, 0.0) == pytest.approx(1 / 60)
+    assert bucket.delay(1, 0.5) == 0
+
+
+def test_a_slow_bucket_lets_one_go_at_once() -> None:
+    bucket = TokenBucket(3, now=0.0)
+    bucket.take(1, 0.0)
+    assert bucket.delay(1, 0.0) == pytest.approx(61 / 3)
+
+
+def test_a_request_larger_than_the_bucket_goes_and_leaves_a_debt() -> None:
+    bucket = TokenBucket(61 * 10, now=0.0)  # 10 a second
+    assert bucket.delay(100, 0.0) == 0
+    bucket.take(100, 0.0)
+    assert bucket.delay(1, 0.0) == pytest.approx(9.1)  # 90 of debt and the one
+    bucket.take(-50, 0.0)  # it used half
+    assert bucket.delay(1, 0.0) == pytest.approx(4.1)
+
+
+@given(
+    per_minute=st.integers(1, 3000),
+    asked=st.lists(st.floats(0, 3, allow_nan=False), min_size=1, max_size=300),
+)
+def test_no_minute_sees_more_than_the_rate(per_minute: int, asked: list[float]) -> None:
+    """However requests come, idle times included: each waits as it is told."""
+    bucket, now, sent = TokenBucket(per_minute, now=0.0), 0.0, []
+    for pause in asked:
+        now += pause
+        while (wait := bucket.delay(1, now)) > 0:
+            now += wait + 1e-9
+        bucket.take(1, now)
+        sent.append(now)
+    for first in sent:
+        assert sum(first <= moment < first + 60 for moment in sent) <= per_minute
+
+
+HEADERS = {
+    "x-ratelimit-limit-requests": "600",
+    "x-ratelimit-remaining-requests": "599",
+    "x-ratelimit-reset-requests": "100ms",
+    "x-ratelimit-limit-tokens": "6100",
+    "x-ratelimit-remaining-tokens": "6000",
+    "x-ratelimit-reset-tokens": "1s",
+}
+
+
+def test_headers_teach_what_the_recipe_does_not_say() -> None:
+    limits = Limits(None, None, 0.0)
+    assert not limits.any
+    assert limits.delay(10**6, 0.0) == 0
+    assert limits.learn(HEADERS, 0.0) == "allows 600 requests and 6,100 tokens a minute"
+    assert limits.learn(HEADERS, 0.0) is None  # it is no news the second time
+    limits.take(200, 0.0)
+    assert limits.delay(100, 0.0) == pytest.approx(2.0)  # 100 a second, 100 of debt and a full second wanted
+
+
+def test_a_lower_limit_of_the_recipe_stands_and_a_higher_one_does_not() -> None:
+    lower, higher = Limits(60, None, 0.0), Limits(6000, None, 0.0)
+    assert lower.learn({"x-ratelimit-limit-requests": "600"}, 0.0) is None
+    assert higher.learn({"x-ratelimit-limit-requests": "600"}, 0.0) == "allows 600 requests a minute"
+
+
+def test_nothing_left_pauses_until_the_reset() -> None:
+    limits = Limits(None, None, 0.0)
+    limits.learn({**HEADERS, "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 0.0)
+    assert limits.delay(1, 10.0) == pytest.approx(350)
+
+
+def test_a_process_takes_its_share() -> None:
+    limits = Limits(None, None, 0.0, share=0.5)
+    limits.learn({"x-ratelimit-limit-requests": "2"}, 0.0)
+    limits.take(1, 0.0)
+    assert limits.delay(1, 0.0) == pytest.approx(61)  # one a minute, not two
+
+
+def test_headers_that_say_nothing_change_nothing() -> None:
+    limits = Limits(None, None, 0.0)
+    for said in ("", "many", "-1", "0", "inf", "nan"):
+        assert limits.learn({"x-ratelimit-limit-requests": said}, 0.0) is None
+    assert not limits.any
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("1s", 1), ("6m0s", 360), ("120ms", 0.12), ("1h2m3.5s", 3723.5), ("7.66", 7.66), ("2d", 172_800)]
+    + [(nonsense, 0) for nonsense in ("", "soon", "5x", "1s!", "1764000000000", "-3")],
+)
+def test_durations(said: str, seconds: float) -> None:
+    assert seconds_of(said) == pytest.approx(seconds)
