@@ -5,6 +5,8 @@ interrupted, 1 when the run could not go on, 2 on wrong usage. Run it again afte
 answered. The counts go to stdout.
 """
 
+from pathlib import Path
+
 from generate import dry_run
 from generate.engine import Summary, generate
 from generate.progress import clock
@@ -21,6 +23,8 @@ def main() -> None:
         action="store_true",
         help="ask again what failed for good earlier (it is left alone otherwise)",
     )
+    parser.add_argument("--write-batches", action="store_true", help="only write batch files, for `vllm run-batch`")
+    parser.add_argument("--collect", type=Path, metavar="FILE", help="only take in the output file of a batch")
     parser.add_argument("--dry-run", action="store_true", help="what would be asked, and its cost; sends nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
     recipe, run, options = parse_stage(parser)
@@ -29,7 +33,14 @@ def main() -> None:
             print(line)
         return
     with run.locked():
-        summary = generate(recipe, run, quiet=options.quiet, retry_failures=options.retry_failures)
+        summary = generate(
+            recipe,
+            run,
+            quiet=options.quiet,
+            retry_failures=options.retry_failures,
+            write_batches=options.write_batches,
+            collect=options.collect,
+        )
     for line in describe(recipe, run, summary):
         print(line)
     if summary.failed:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 from generate.budget import Budget
 from generate.client import no_endpoint
@@ -22,6 +23,9 @@ from generate.prompts import iter_prompts
 from generate.requests import WHOLE, Job, Share, build_jobs
 from generate.schedule import Schedule
 from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from generate.batch import Batches
 
 MOST_WAITING = 4096  # failed requests that may wait before no new ones go out
 SPARE_FILES = 64  # file descriptors that are not connections
@@ -64,6 +68,16 @@ async def ask(
         if dispatcher.interrupted:
             display.say(f"{counters.answered} answered in this call, {counters.total - counters.done} still to ask")
             raise KeyboardInterrupt
+
+
+async def ask_in_batches(batches: "Batches", counters: Counters, display: Display) -> None:
+    """Asks through the Batch API. Raises as `ask` does."""
+    stopped = asyncio.Event()
+    with on_signals(stopped.set):
+        await batches.run(stopped)
+    if stopped.is_set():
+        display.say(f"{counters.answered} answered in this call, {counters.total - counters.done} still to come")
+        raise KeyboardInterrupt
 
 
 @asynccontextmanager

@@ -8,12 +8,14 @@ generate.asking, in this process or in several; files that survive a kill are ge
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 from rich.console import Console
 
-from generate.asking import Left, ask, run_loop
+from generate.asking import Left, ask, ask_in_batches, run_loop
 from generate.budget import Budget
 from generate.client import check_teacher
 from generate.idset import IdSet
@@ -54,12 +56,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     to_ask: int
 
 
-def generate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures: bool = False) -> Summary:
+def generate(
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    quiet: bool = False,
+    retry_failures: bool = False,
+    write_batches: bool = False,
+    collect: Path | None = None,
+) -> Summary:
     """Asks the teacher everything that the recipe's run has no answer to.
 
     Requests that failed for good in an earlier call are asked again only with `retry_failures`. `quiet` leaves out the
-    progress, not the warnings. Raises DistillError when the run cannot go on (what was answered is kept, and the next
-    call goes on from there), its UsageErrors before anything is asked, and KeyboardInterrupt once interrupted.
+    progress, not the warnings. `write_batches` only writes batch files, and `collect` only takes in the output of one.
+    Raises DistillError when the run cannot go on (what was answered is kept, and the next call goes on from there), its
+    UsageErrors before anything is asked, and KeyboardInterrupt once interrupted.
     """
     check_teacher(recipe.teacher)
     read_lineage(run)  # raises now rather than at the end
@@ -76,7 +87,20 @@ def generate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures
         for message in _findings(recipe, plan, completions, failures):
             display.say(message)
         try:
-            if plan.to_ask and recipe.generate.processes > 1:
+            by_batch = recipe.generate.mode == "batch" or write_batches or collect is not None
+            if plan.to_ask and by_batch:
+                from generate.batch import Batches  # here: the openai package takes half a second to import
+
+                jobs = partial(left.jobs, recipe)
+                batches = Batches(recipe, run, jobs, completions, failures, counters, budget, display.say)
+                if collect is not None:
+                    batches.collect(collect)
+                elif write_batches:
+                    for path in batches.write():
+                        display.say(f"{path}")
+                else:
+                    run_loop(ask_in_batches(batches, counters, display))
+            elif plan.to_ask and recipe.generate.processes > 1:
                 run_loop(ask_in_shares(recipe, run, retry_failures=retry_failures, counters=counters, display=display))
             elif plan.to_ask:
                 run_loop(ask(recipe, left, completions, failures, counters, budget, display))

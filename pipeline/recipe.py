@@ -168,6 +168,7 @@ class GenerateConfig(Section):
     deadline_s: float = Field(900, gt=0)  # in flight, over all attempts of a request
     max_attempts: int = Field(6, ge=1)
     give_up_s: float = Field(600, gt=0)  # how long an endpoint may be down before the run ends
+    batch_poll_s: float = Field(60, gt=0)  # between two looks at a batch, at most
 
 
 class BudgetConfig(Section):
@@ -184,10 +185,28 @@ class RuleConfig(BaseModel):
     rule: str
 
 
+class DedupConfig(Section):
+    """Which answers say the same as another; looked for among those that the rules let pass."""
+
+    exact: bool = True  # drop answers that differ only in case, spaces, punctuation and symbols
+    near: float | None = Field(0.8, ge=0.5, le=1)  # drop answers whose n-grams are as similar (Jaccard); None: none
+    ngram: int = Field(3, ge=1, le=20)  # characters of an n-gram
+    prompts: float | None = Field(None, ge=0.5, le=1)  # drop answers to prompts as similar; 1: to the same prompt
+    against: list[Path] = []  # other runs; answers like those they kept are dropped
+    contamination: list[Path] = []  # runs (what they held out) or JSONL files of prompts: nothing like it is kept
+
+    @model_validator(mode="after")
+    def _exact_with_near(self) -> "DedupConfig":
+        if self.near is not None and not self.exact:
+            raise ValueError("`exact: false` needs `near: null`: what is the same is also nearly the same")
+        return self
+
+
 class FiltersConfig(Section):
     """Which answers are worth learning from."""
 
     rules: list[RuleConfig] = []
+    dedup: DedupConfig | None = None  # None: duplicates stay
     warn_keep_rate: float = Field(0.5, ge=0, le=1)  # the chapter: 50% or more is safe
     min_keep_rate: float | None = Field(None, ge=0, le=1)  # under it the stage ends with 1; None: no floor
 

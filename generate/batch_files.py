@@ -1,0 +1,156 @@
+"""The files of a run's batches: what goes in, what comes out, and what is known of each. No network.
+
+    batches/state.json          which parts there are, and how far each is
+    batches/001.input.jsonl     a part's requests, as OpenAI's Batch API and `vllm run-batch` read them
+    batches/001.output.jsonl    its answers, as they were downloaded
+
+Everything appears by rename, so a killed process leaves the old state or the new one.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import msgspec
+
+from generate.answers import Answer, CallFailed, Transient, read_answer, read_error
+from generate.requests import Job
+from pipeline.errors import DataError
+from pipeline.rundir import replacing
+
+MOST_REQUESTS = 50_000  # a file (OpenAI, "Batch API", rate limits)
+MOST_BYTES = 190_000_000  # of 200 MB
+PATH = "/v1/chat/completions"
+
+
+class Part(msgspec.Struct, kw_only=True):
+    """One batch: a file of requests, and how far it is."""
+
+    name: str  # 001, 002, …
+    file_id: str | None = None  # once it is uploaded
+    batch_id: str | None = None  # once it is created
+    status: str = "written"
+    collected: bool = False  # all that came of it is in the journals
+
+
+class State(msgspec.Struct, kw_only=True):
+    """All of a run's batches."""
+
+    key: str  # tells this run's batches from others of the same account
+    parts: list[Part] = []
+
+
+class Folder:
+    """The run's `batches/`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError if the state is there and cannot be read."""
+        self.path, self._file = path, path / "state.json"
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.state = msgspec.json.decode(self._file.read_bytes(), type=State)
+        except FileNotFoundError:
+            self.state = State(key=uuid4().hex)
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f"{self._file}: {error}; it says which batches are under way: mend it, or move {path} away to ask anew"
+            ) from None
+
+    @property
+    def live(self) -> list[Part]:
+        """Parts that are not collected yet."""
+        return [part for part in self.state.parts if not part.collected]
+
+    def save(self) -> None:
+        with replacing(self._file) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
+
+    def input(self, part: Part) -> Path:
+        return self.path / f"{part.name}.input.jsonl"
+
+    def output(self, part: Part, kind: str) -> Path:
+        return self.path / f"{part.name}.{kind}.jsonl"
+
+    def ids(self, part: Part) -> Iterator[str]:
+        """The requests of a part."""
+        with self.input(part).open("rb") as file:
+            for line in file:
+                yield msgspec.json.decode(line, type=_Input).custom_id
+
+    def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Part]:
+        """Writes the requests as parts, streamed; they are in the state when this returns."""
+        parts: list[Part] = []
+        left = iter(jobs)
+        first = next(left, None)
+        while first is not None:
+            part = Part(name=f"{len(self.state.parts) + len(parts) + 1:03}")
+            with replacing(self.input(part)) as file:
+                count = size = 0
+                while first is not None:
+                    line = input_line(*first)
+                    if count and (count == MOST_REQUESTS or size + len(line) > MOST_BYTES):
+                        break
+                    file.write(line)
+                    count, size = count + 1, size + len(line)
+                    first = next(left, None)
+            parts.append(part)
+        self.state.parts += parts
+        self.save()
+        return parts
+
+
+class _Input(msgspec.Struct):
+    custom_id: str
+
+
+class _Response(msgspec.Struct):
+    status_code: int
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Error(msgspec.Struct):
+    code: str | None = None
+    message: str | None = None
+
+
+class _Output(msgspec.Struct):
+    custom_id: str
+    response: _Response | None = None
+    error: _Error | None = None
+
+
+def input_line(job: Job, body: bytes) -> bytes:
+    """A request as one line of a batch file; its body is the very one that would be sent."""
+    return b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (
+        job.request.id.encode(),
+        PATH.encode(),
+        body,
+    )
+
+
+def read_output(path: Path) -> Iterator[tuple[str, Answer | CallFailed]]:
+    """What became of each request in a batch's output or error file. Raises DataError `path:line: reason`."""
+    decoder = msgspec.json.Decoder(_Output)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                output = decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+            yield output.custom_id, _outcome(output)
+
+
+def _outcome(output: _Output) -> Answer | CallFailed:
+    response, error = output.response, output.error
+    if response is None or (error is not None and (error.code or error.message)):
+        code = (error.code if error else None) or "no_response"
+        return Transient(code, (error.message if error else None) or "the batch ended without an answer to it")
+    body = bytes(response.body)
+    if response.status_code != 200:
+        return read_error(response.status_code, body, {})
+    try:
+        return read_answer(body)
+    except CallFailed as failed:
+        return failed
