@@ -21,6 +21,7 @@ from benchmarks.table import show
 from generate.asking import run_loop
 from generate.client import Client, check_teacher, headers_of, no_endpoint
 from generate.dialect import Dialect
+from generate.endpoint import TIMEOUT_WORKING_S
 from generate.prompts import iter_prompts
 from generate.requests import Job, build_jobs
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -74,7 +75,7 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         headers=headers_of(recipe.teacher),
-        timeout=aiohttp.ClientTimeout(total=recipe.generate.request_timeout_s),
+        timeout=aiohttp.ClientTimeout(total=recipe.generate.request_timeout_s or TIMEOUT_WORKING_S),
     ) as session:
         for concurrency in levels:
             found.append(await measure(session, recipe, bodies, concurrency, seconds))

@@ -70,7 +70,8 @@ def one_run(url: str, options: argparse.Namespace, most: int, rng: random.Random
         if counts["kills"] < most:
             before = size(journal)
             deadline = time.monotonic() + 20
-            while rng.random() < 0.9 and size(journal) == before and process.poll() is None:  # mostly while it writes
+            at_start = rng.random() < 0.1  # while it reads what is there; else while it asks
+            while not at_start and size(journal) == before and process.poll() is None:
                 time.sleep(0.005)
                 if time.monotonic() > deadline:
                     break

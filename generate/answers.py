@@ -73,6 +73,7 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    total_tokens: int | None = None
     completion_tokens_details: _Details | None = None
 
 
@@ -188,10 +189,13 @@ def _text(value: Any) -> str | None:
 def _usage(usage: _Usage | None) -> Usage:
     if usage is None:
         return Usage()
-    details = usage.completion_tokens_details
+    details, completion_tokens = usage.completion_tokens_details, usage.completion_tokens
+    if completion_tokens is not None and usage.prompt_tokens is not None and usage.total_tokens is not None:
+        # Some (xAI, gateways to Gemini) bill reasoning as completion and count it in the total alone.
+        completion_tokens = max(completion_tokens, usage.total_tokens - usage.prompt_tokens)
     return Usage(
         prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        completion_tokens=completion_tokens,
         reasoning_tokens=details.reasoning_tokens if details else None,
     )
 

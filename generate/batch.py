@@ -21,6 +21,7 @@ from generate.batch_files import Folder, Part, read_output
 from generate.budget import Budget, Reservation
 from generate.client import headers_of
 from generate.dialect import Dialect
+from generate.endpoint import TIMEOUT_S
 from generate.idset import IdSet
 from generate.journal import Journal
 from generate.progress import Counters
@@ -69,7 +70,7 @@ class Batches:
             },
             default_query=dict(teacher.query),
             max_retries=0,  # a request that may have arrived is not sent again unseen
-            timeout=recipe.generate.request_timeout_s,
+            timeout=recipe.generate.request_timeout_s or TIMEOUT_S,
         )
 
     async def run(self, stopped: asyncio.Event) -> None:

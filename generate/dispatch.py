@@ -178,9 +178,7 @@ class Dispatcher:
         error: CallFailed | None = None
         version = job.dialect
         try:
-            answer = await endpoint.client.ask(
-                job.body, min(self._config.request_timeout_s, self._config.deadline_s - job.spent_s)
-            )
+            answer = await endpoint.client.ask(job.body, endpoint.timeout_s(job.spent_s))
         except CallFailed as failure:
             error = failure
         finally:
@@ -230,7 +228,7 @@ class Dispatcher:
         delay = self._policy.delay(job.attempts, error)
         if delay is None and was_down and not isinstance(error, Refused):
             delay = self._policy.delay(0, error)
-        if delay is not None and job.spent_s < self._config.deadline_s:
+        if delay is not None and endpoint.timeout_s(job.spent_s) > 0:
             self._schedule.put_back(job, now + delay)
             return
         sampling = self._dialect.sent(job.request.sampling)
@@ -289,7 +287,6 @@ class Dispatcher:
             try:
                 for journal in (self._completions, self._failures):
                     await asyncio.to_thread(journal.sync)
-                self._budget.save()
             except DistillError as error:
                 self._stop(error, now=True)
                 return

@@ -2,17 +2,17 @@
 
 Prompt tokens are counted where the teacher's tokenizer is at hand (generate.tokens). Elsewhere the answers that the run
 already has say how many there are, and without any there is a bound. Completion tokens are known as a bound, and as an
-expectation once there are answers.
+expectation once there are answers. An attempt that fails after the teacher has worked for it costs on top.
 """
 
 import msgspec
 
 from generate.asking import Left
 from generate.budget import Budget
-from generate.client import check_teacher
+from generate.client import check_teacher, is_private
 from generate.dialect import Dialect
 from generate.journal import Contents, read_journal
-from generate.prices import AS_OF, PICO, Price, price_of
+from generate.prices import PICO, Price, price_of, source_of
 from generate.prompts import iter_prompts
 from generate.requests import build_jobs
 from generate.tokens import bound, counter
@@ -32,6 +32,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     to_ask: int
     prompt_tokens: int  # at most, unless `counted`
     counted: bool
+    reserved_tokens: int  # beyond its counted prompt, that a request reserves of a budget at most
     expected_prompt_tokens: int | None
     completion_tokens: int  # at most
     expected_completion_tokens: int | None
@@ -49,7 +50,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     left = Left(found.ids, failed.ids, retry_failures=retry_failures)
     price, spent = price_of(recipe.teacher, recipe.generate.mode), Budget.open(recipe, run, found).spent
     count, dialect = counter(recipe.teacher.model), Dialect()
-    requests = answered = skipped = to_ask = prompt_tokens = 0
+    requests = answered = skipped = to_ask = prompt_tokens = uncounted = reserved = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
         requests += 1
         if job.request.id in left.answered:
@@ -58,10 +59,13 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
             skipped += 1
         else:
             to_ask += 1
-            prompt_tokens += count(job.request.messages) if count else bound(len(dialect.body(job)))
-    most = to_ask * recipe.sampling.max_tokens
+            most, tokens = bound(len(dialect.body(job))), count(job.request.messages) if count else None
+            uncounted += tokens is None
+            prompt_tokens += most if tokens is None else tokens
+            reserved = max(reserved, 0 if tokens is None else most - tokens)
+    most_answers = to_ask * recipe.sampling.max_tokens
     per_prompt, per_answer = _means(found)
-    expected_prompts = prompt_tokens if count else _times(per_prompt, to_ask)
+    expected_prompts = _times(per_prompt, to_ask) if uncounted else prompt_tokens
     expected_answers = _times(per_answer, to_ask)
     known = price is not None and expected_prompts is not None and expected_answers is not None
     return DryRun(
@@ -70,12 +74,13 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         failed=skipped,
         to_ask=to_ask,
         prompt_tokens=prompt_tokens,
-        counted=count is not None,
+        counted=not uncounted,
+        reserved_tokens=reserved,
         expected_prompt_tokens=expected_prompts,
-        completion_tokens=most,
+        completion_tokens=most_answers,
         expected_completion_tokens=expected_answers,
         spent_tokens=spent.tokens,
-        cost=_usd(price, prompt_tokens, most),
+        cost=_usd(price, prompt_tokens, most_answers),
         expected_cost=_usd(price, expected_prompts or 0, expected_answers or 0) if known else None,
         spent=spent.cost / PICO,
     )
@@ -88,7 +93,7 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
         f"alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
         f"prompt tokens: {dry.prompt_tokens:,} counted with the teacher's tokenizer"
         if dry.counted
-        else f"prompt tokens: at most {dry.prompt_tokens:,} (a token a byte: the tokenizer is not at hand)"
+        else f"prompt tokens: at most {dry.prompt_tokens:,} (a token a byte where the tokenizer is not at hand)"
         + (f", about {dry.expected_prompt_tokens:,} as in the answers so far" if dry.expected_prompt_tokens else ""),
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
         + (
@@ -97,30 +102,45 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
             else ""
         ),
     ]
-    if dry.cost is None:
-        lines.append("cost: not known; set teacher.price: {input: …, output: …} in USD a million tokens")
+    if dry.expected_completion_tokens is None and dry.to_ask:
+        lines.append(f"what to expect is known after {ENOUGH_ANSWERS} answers: a small prompts.count finds it out")
+    return lines + _cost(recipe, dry) + _over_budget(recipe, dry)
+
+
+def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
+    price = price_of(recipe.teacher, recipe.generate.mode)
+    if price is None and is_private(recipe.teacher.url):
+        return ["cost: none by the teacher, a server of your own; teacher.price sets one"]
+    if price is None or dry.cost is None:
+        return ["cost: not known; set teacher.price: {input: …, output: …} in USD a million tokens"]
+    expected = f", about ${dry.expected_cost:,.4f} expected" if dry.expected_cost is not None else ""
+    rates = " and ".join(f"${rate / 1_000_000:g}" for rate in price)
+    if recipe.generate.mode == "batch":
+        batch = f"as a batch, which saves as much (online: at most ${2 * dry.cost:,.4f})"
     else:
-        expected = f", about ${dry.expected_cost:,.4f} expected" if dry.expected_cost is not None else ""
-        source = "teacher.price" if recipe.teacher.price else f"the price table of {AS_OF}"
-        batch = "; half of the online price" if recipe.generate.mode == "batch" else "; generate.mode batch is half"
-        lines.append(f"cost: at most ${dry.cost:,.4f}{expected}, by {source}{batch}")
-        lines.append(f"spent so far: ${dry.spent:,.4f}, {dry.spent_tokens:,} tokens")
-    return lines + _over_budget(recipe, dry)
+        batch = f"where the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
+    return [
+        f"cost: at most ${dry.cost:,.4f}{expected}; {batch}",
+        f"price: {rates} a million prompt and completion tokens, by {source_of(recipe.teacher)}",
+        f"spent so far: ${dry.spent:,.4f}, {dry.spent_tokens:,} tokens",
+    ]
 
 
 def _over_budget(recipe: Recipe, dry: DryRun) -> list[str]:
     budget = recipe.budget
     lines = []
-    if budget.usd is not None and dry.cost is not None:
-        verdict = (
-            "is enough for all" if dry.spent + dry.cost <= budget.usd else "may end the run before its end (exit 3)"
-        )
-        lines.append(f"budget.usd {budget.usd:g} {verdict}")
+    price = price_of(recipe.teacher, recipe.generate.mode)
+    if budget.usd is not None and price is not None and dry.cost is not None:
+        most = dry.spent + dry.cost + price.cost(dry.reserved_tokens, 0) / PICO
+        lines.append(f"budget.usd {budget.usd:g} {_verdict(most <= budget.usd)}")
     if budget.tokens is not None:
-        most = dry.spent_tokens + dry.prompt_tokens + dry.completion_tokens
-        verdict = "is enough for all" if most <= budget.tokens else "may end the run before its end (exit 3)"
-        lines.append(f"budget.tokens {budget.tokens:,} {verdict}")
+        tokens = dry.spent_tokens + dry.prompt_tokens + dry.reserved_tokens + dry.completion_tokens
+        lines.append(f"budget.tokens {budget.tokens:,} {_verdict(tokens <= budget.tokens)}")
     return lines
+
+
+def _verdict(enough: bool) -> str:
+    return "is enough for all" if enough else "may end the run before its end (exit 3)"
 
 
 def _means(found: Contents) -> tuple[float | None, float | None]:

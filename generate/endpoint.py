@@ -22,6 +22,8 @@ FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the en
 PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of one that is down
 REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # after a 429 that says nothing of when
 QUICK_S, CALM_S = 0.1, 1.0  # between two looks at /metrics: while the limit moves, and after
+TIMEOUT_S, TIMEOUT_WORKING_S = 300.0, 3600.0  # of an attempt, unless the recipe says
+ATTEMPTS_OF_TIME = 3  # the deadline of a request, in such times, unless the recipe says
 CALM_AFTER = 10  # looks at which it did not move
 
 
@@ -33,7 +35,7 @@ class Endpoint:
         config, now = recipe.generate, monotonic()
         self.url, self._say, self._most, self._share = url, say, most, share
         self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / share.of)
-        self._auto = config.concurrency == "auto"
+        self._config, self._auto, self._shows_load = config, config.concurrency == "auto", False
         self._concurrency: Concurrency = (
             ByClimbing(_part(START, share)) if config.concurrency == "auto" else Fixed(_part(config.concurrency, share))
         )
@@ -112,9 +114,17 @@ class Endpoint:
     async def prepare(self) -> str | None:
         """Looks what is there, before the first request. None when something answers; else why nothing does."""
         silent = await self.client.check_reachable()
-        if self._auto and not silent and read_load(await self.client.metrics() or ""):
-            self._concurrency = ByQueue(_part(START_QUEUED, self._share), 1 / self._share.of)
+        if not silent and read_load(await self.client.metrics() or ""):
+            self._shows_load = True
+            if self._auto:
+                self._concurrency = ByQueue(_part(START_QUEUED, self._share), 1 / self._share.of)
         return silent
+
+    def timeout_s(self, spent_s: float) -> float:
+        """Seconds that the next attempt of a request may take which has been in flight for `spent_s`; 0 for none."""
+        config = self._config
+        timeout_s = config.request_timeout_s or (TIMEOUT_WORKING_S if self._shows_load else TIMEOUT_S)
+        return max(0.0, min(timeout_s, (config.deadline_s or ATTEMPTS_OF_TIME * timeout_s) - spent_s))
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Follows the server's own queue where that decides; calls `changed` when the limit rises."""

@@ -1,9 +1,10 @@
 """What a teacher costs: the recipe's own price, or this table's. Pure: reads and writes nothing.
 
-USD a million tokens, input and output, standard tier, as the providers' pages said on the date below (read through
-public copies of them: OpenAI's from its pricing page of 2026-08 to 2026-11, the others from GitHub's table of model
-prices, docs.github.com, "Models and pricing"). Prices change: check them where money matters, and say
-`teacher.price: {input: …, output: …}` in the recipe. A name whose sources disagreed is left out.
+USD a million tokens, input and output, standard tier, prompts of up to 100,000 tokens (beyond 100,000 to 272,000, some
+providers ask more). SOURCES names each provider's page, and the day to which the public copies of it that were read go
+back. Prices change: check them where money matters, and say `teacher.price: {input: …, output: …}` in the recipe. A
+name whose sources disagreed, or whose price was a passing offer, is left out; so are Mistral's, and models that think
+beyond `max_tokens` (Grok), whose cost no request can bound.
 """
 
 import re
@@ -12,15 +13,21 @@ from typing import Literal, NamedTuple
 from generate.client import is_private
 from pipeline.recipe import TeacherConfig
 
-AS_OF = "2026-11-24"
 PICO = 10**12  # pico-dollars in a dollar: prices a token are whole numbers of them
-BATCH_SHARE = 2  # OpenAI's and Anthropic's batches cost half
+BATCH_SHARE = 2  # batches cost half: OpenAI's, Anthropic's and Google's
 
+SOURCES = {  # by how a model's name begins
+    ("gpt-", "o"): "https://developers.openai.com/api/docs/pricing as of 2026-08-05",
+    ("claude-",): "https://platform.claude.com/docs/en/about-claude/pricing as of 2026-10",
+    ("gemini-",): "https://ai.google.dev/gemini-api/docs/pricing as of 2026-08-05",
+    ("deepseek-",): "https://api-docs.deepseek.com/quick_start/pricing as of 2026-10-27",
+}
 PRICES: dict[str, tuple[float, float]] = {
     "gpt-4.1": (2.0, 8.0),
     "gpt-4.1-mini": (0.4, 1.6),
     "gpt-4.1-nano": (0.1, 0.4),
     "gpt-4o": (2.5, 10.0),
+    "gpt-4o-2024-05-13": (5.0, 15.0),  # the one snapshot with a price of its own
     "gpt-4o-mini": (0.15, 0.6),
     "gpt-5": (1.25, 10.0),
     "gpt-5-mini": (0.25, 2.0),
@@ -32,15 +39,33 @@ PRICES: dict[str, tuple[float, float]] = {
     "gpt-5.4-nano": (0.2, 1.25),
     "gpt-5.5": (5.0, 30.0),
     "gpt-5.6-luna": (0.2, 1.2),
+    "gpt-5.6-sol": (5.0, 30.0),
     "gpt-5.6-terra": (2.0, 12.0),
+    "o1": (15.0, 60.0),
+    "o3-mini": (1.1, 4.4),
+    "o4-mini": (1.1, 4.4),
     "claude-haiku-4-5": (1.0, 5.0),
+    "claude-haiku-5-5": (0.1, 0.5),
     "claude-sonnet-4-5": (3.0, 15.0),
     "claude-sonnet-4-6": (3.0, 15.0),
     "claude-sonnet-5": (2.0, 10.0),
+    "claude-sonnet-5-5": (2.0, 10.0),
     "claude-opus-4-5": (5.0, 25.0),
     "claude-opus-4-6": (5.0, 25.0),
+    "claude-opus-4-7": (5.0, 25.0),
+    "claude-opus-4-8": (5.0, 25.0),
     "claude-opus-5": (5.0, 25.0),
-    "grok-4.6": (2.0, 6.0),
+    "claude-opus-5-5": (4.0, 20.0),
+    "claude-fable-5": (10.0, 50.0),
+    "claude-fable-5-1": (10.0, 50.0),
+    "gemini-2.5-flash": (0.3, 2.5),
+    "gemini-2.5-flash-lite": (0.1, 0.4),
+    "gemini-2.5-pro": (1.25, 10.0),
+    "gemini-3.1-pro-preview": (2.0, 12.0),
+    "gemini-3.5-flash": (1.5, 9.0),
+    "gemini-3.5-flash-lite": (0.3, 2.5),
+    "deepseek-flash": (0.3, 1.2),  # of peak hours; half at other times
+    "deepseek-v4-pro": (1.32, 3.96),
 }
 _SNAPSHOT = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{8})$")  # gpt-4.1-2025-04-14 costs what gpt-4.1 does
 
@@ -63,12 +88,25 @@ def price_of(teacher: TeacherConfig, mode: Literal["online", "batch"] = "online"
     """
     if teacher.price is not None:
         listed = teacher.price.input, teacher.price.output
-    elif any(map(is_private, teacher.urls)):
-        return None
+    elif (name := _listed(teacher)) is not None:
+        listed = PRICES[name]
     else:
-        found = PRICES.get(_SNAPSHOT.sub("", teacher.model.rsplit("/", 1)[-1].lower()))
-        if found is None:
-            return None
-        listed = found
+        return None
     share = BATCH_SHARE if mode == "batch" else 1
     return Price(*(round(usd * PICO / 1_000_000 / share) for usd in listed))
+
+
+def source_of(teacher: TeacherConfig) -> str | None:
+    """Where `price_of` has the price from; None where it has none."""
+    if teacher.price is not None:
+        return "teacher.price"
+    name = _listed(teacher)
+    return next((source for begins, source in SOURCES.items() if name and name.startswith(begins)), None)
+
+
+def _listed(teacher: TeacherConfig) -> str | None:
+    """The teacher's name in the table."""
+    if any(map(is_private, teacher.urls)):
+        return None
+    name = teacher.model.rsplit("/", 1)[-1].lower()
+    return next((known for known in (name, _SNAPSHOT.sub("", name)) if known in PRICES), None)

@@ -7,22 +7,40 @@ a token for each byte, and what a chat template may add.
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pipeline.errors import UsageError
 from pipeline.models import embedded_folder
 from pipeline.records import Message
 
 TEMPLATE_TOKENS = 64  # a chat template may add: roles and turns, and a system prompt of its own
 
-Count = Callable[[list[Message]], int]
+Count = Callable[[list[Message]], int | None]
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; in a prompt it adds nothing."""
+
+    tags = {"generation"}  # noqa: RUF012, as jinja2 has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def counter(model: str) -> Count | None:
-    """Counts a prompt's tokens as the teacher's server does, chat template included; None where it cannot be known."""
+    """Counts a prompt's tokens as the teacher's server does, chat template included; None where it cannot be known.
+
+    The count is None for a prompt that the template refuses, as some do a system message. Raises UsageError where the
+    model's files are broken.
+    """
     folder = _folder(model)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
@@ -30,19 +48,24 @@ def counter(model: str) -> Count | None:
         from tokenizers import Tokenizer
     except ImportError:
         return None
-    settings = _settings(folder)
-    template = settings.pop("chat_template", None)
-    if not isinstance(template, str):
-        return None
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    environment.globals["raise_exception"] = _refuse
-    render = environment.from_string(template).render
+    try:
+        settings = _settings(folder)
+        template = settings.pop("chat_template", None)
+        if not isinstance(template, str):
+            return None
+        render = _environment().from_string(template).render
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # `tokenizers` raises nothing narrower
+        raise UsageError(f"model {model}: {folder} holds no usable tokenizer: {' '.join(str(error).split())}") from None
+    tokenizer.no_truncation()  # whatever the file says: a server cuts no prompt
+    tokenizer.no_padding()
 
-    def count(messages: list[Message]) -> int:
+    def count(messages: list[Message]) -> int | None:
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        text = render(messages=turns, add_generation_prompt=True, **settings)
+        try:
+            text = render(messages=turns, add_generation_prompt=True, **settings)
+        except TemplateError:
+            return None
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return count
@@ -72,6 +95,17 @@ def _folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What chat templates are written for: jinja2 as transformers sets it up."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     """What a chat template may use: the special tokens, and the template itself."""
     path = folder / "tokenizer_config.json"
@@ -83,8 +117,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     }
     if (separate := folder / "chat_template.jinja").is_file():
         settings["chat_template"] = separate.read_text(encoding="utf-8")
+    elif isinstance(several := settings.get("chat_template"), list):  # by name
+        settings["chat_template"] = {one["name"]: one["template"] for one in several}.get("default")
     return settings
 
 
 def _refuse(message: str) -> None:
-    raise ValueError(message)
+    raise TemplateError(message)

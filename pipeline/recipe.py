@@ -164,8 +164,9 @@ class GenerateConfig(Section):
     processes: int = Field(1, ge=1)  # on this machine; more than one when a single core cannot keep the server full
     requests_per_minute: float | None = Field(None, gt=0)  # None: as the endpoint's headers say, if they do
     tokens_per_minute: float | None = Field(None, gt=0)
-    request_timeout_s: float = Field(300, gt=0)  # of one attempt
-    deadline_s: float = Field(900, gt=0)  # in flight, over all attempts of a request
+    # Of one attempt. None: 300, or 3600 at a server that shows what it is working on, as vLLM does.
+    request_timeout_s: float | None = Field(None, gt=0)
+    deadline_s: float | None = Field(None, gt=0)  # in flight, over all attempts of a request; None: three such times
     max_attempts: int = Field(6, ge=1)
     give_up_s: float = Field(600, gt=0)  # how long an endpoint may be down before the run ends
     batch_poll_s: float = Field(60, gt=0)  # between two looks at a batch, at most

@@ -9,7 +9,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,8 +146,11 @@ def misbehaving(
     server = MisbehavingServer("")
     ready, loop = threading.Event(), asyncio.new_event_loop()
 
+    died = threading.Event()
+
     def die() -> None:
-        with suppress(RuntimeError):  # it has died already
+        if not died.is_set():
+            died.set()
             loop.call_soon_threadsafe(loop.stop)
 
     server.die = die
