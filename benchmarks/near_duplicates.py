@@ -4,8 +4,8 @@ datasketch: precision, recall, time and memory, side by side.
 5% of the stories are copies of another, 5-15% of the characters changed. The truth is computed without any of the code
 under test: the exact Jaccard similarity of the sets of 3-grams of each copy and its original. A dropped row counts as
 right if it is as similar as the threshold, exactly, to the row it was dropped for. Both sides read the same JSONL, in a
-process of their own, and write what they keep. datasketch is asked before each insertion, as its manual has it, and
-its candidates are checked by its own estimate.
+process of their own, and write what they keep. datasketch is asked before each insertion, and its candidates are
+checked by its own estimate: once with the bands that it chooses for the threshold, once with as many as the filters'.
 
 datasketch is for this benchmark only: `pip install datasketch`.
 """
@@ -28,7 +28,7 @@ import yaml
 
 from benchmarks.stories import NAMES, PLACES, Writer
 from benchmarks.table import show
-from filters.minhash import fold
+from filters.minhash import fold, shape_for
 
 NGRAM = 3
 COPIES = 0.05
@@ -42,9 +42,10 @@ def main() -> None:
     parser.add_argument("--sides", default="filters,datasketch")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--datasketch", type=Path, help=argparse.SUPPRESS)  # that side's own process: the folder
+    parser.add_argument("--bands", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.datasketch:
-        with_datasketch(options.datasketch, options.near)
+        with_datasketch(options.datasketch, options.near, tuple(options.bands) if options.bands else None)
         return
     if "datasketch" in options.sides and importlib.util.find_spec("datasketch") is None:
         sys.exit("datasketch is not installed: pip install datasketch, or leave it out with --sides filters")
@@ -61,10 +62,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, fl
     alike = {copy: original for copy, original in planted.items() if exact(texts, copy, original) >= options.near}
     print(f"{len(texts):,} stories, {len(planted):,} copies, {len(alike):,} of them {options.near} similar or more")
     recipe = write_recipe(folder, options.near)
+    datasketch = ["-m", "benchmarks.near_duplicates", "--datasketch", str(folder), "--near", str(options.near)]
     commands = {
         "filters": ["-m", "filters", str(recipe), "--run", str(folder)],
         "filters, rules only": ["-m", "filters", str(recipe), "--run", str(folder), "--filters.dedup", "null"],
-        "datasketch": ["-m", "benchmarks.near_duplicates", "--datasketch", str(folder), "--near", str(options.near)],
+        "datasketch": datasketch,
+        "datasketch, bands as here": [*datasketch, "--bands", *map(str, shape_for(options.near))],
     }
     figures = {}
     for side, command in commands.items():
@@ -72,7 +75,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, fl
             continue
         started = time.perf_counter()
         with peak_mib() as peak:
-            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         figures[side] = {"seconds": time.perf_counter() - started, "peak_mib": peak[0]}
         if side != "filters, rules only":
             figures[side] |= judge(dropped_by(folder), texts, alike, options.near)
@@ -88,12 +91,14 @@ def write_run(folder: Path, count: int, seed: int) -> tuple[list[str], dict[int,
             texts.append(text)
             if copy_of is not None:
                 planted[number] = copy_of
-            asked = f"어린이용 한국어 동화 한 편. 등장: {NAMES[number % 10]}. 장소: {PLACES[number % 8]}. 200~400자."
+            asked = (
+                f"어린이용 한국어 동화 한 편. 등장: {NAMES[number % 8]}. 장소: {PLACES[number // 8 % 8]}. 200~400자."
+            )
             row = {
                 "id": f"{number:016x}",
                 "prompt_id": f"{number:016x}",
                 "messages": [{"role": "user", "content": asked}],
-                "slots": {"character": NAMES[number % 10], "place": PLACES[number % 8]},
+                "slots": {"character": NAMES[number % 8], "place": PLACES[number // 8 % 8]},
                 "endpoint": "http://127.0.0.1:8000/v1",
                 "sampling": {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": number},
                 "text": text,
@@ -149,11 +154,11 @@ def judge(dropped: dict[int, int], texts: list[str], alike: dict[int, int], near
     return {"dropped": len(dropped), "precision": right / max(1, len(dropped)), "recall": found / max(1, len(alike))}
 
 
-def with_datasketch(folder: Path, near: float) -> None:
+def with_datasketch(folder: Path, near: float, bands: tuple[int, int] | None) -> None:
     """The same task as the filters have, with datasketch; kept.jsonl and dropped.jsonl are written alike."""
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=near, num_perm=128)
+    index = MinHashLSH(threshold=near, num_perm=128, params=bands)
     signatures: dict[str, Any] = {}
     with (
         (folder / "completions.jsonl").open(encoding="utf-8") as lines,

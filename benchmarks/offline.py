@@ -5,12 +5,14 @@ ready, and one a run: {"seconds": …, "tokens": …}.
 """
 
 import json
+import os
 import sys
 import time
 
 
 def main() -> None:
-    channel, sys.stdout = sys.stdout, sys.stderr  # vLLM prints, too
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM and its processes print, too
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

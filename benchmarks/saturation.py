@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -141,6 +142,7 @@ def offline(server: Server) -> Iterator[Any]:
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, **server.command.env},
+        start_new_session=True,
     )
     assert process.stdin and process.stdout
 
@@ -155,7 +157,7 @@ def offline(server: Server) -> Iterator[Any]:
         say(server.command.argv[3:])  # without the interpreter and the module
         yield lambda requests: say({"bodies": requests})
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # and the engine's own processes
         process.wait(30)
 
 

@@ -8,13 +8,18 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-NAMES = "토끼 토토,곰 두두,할머니,고양이 미미,강아지 바둑이,다람쥐 도리,병아리 삐약이,아기 펭귄 뽀뽀,거북이 부기,할아버지".split(
-    ","
-)
-PLACES = "숲속,바닷가,시골 마을,할머니 댁,꽃밭,놀이터,눈 내린 언덕,작은 연못".split(",")
-OPENINGS = "옛날 옛적에,어느 맑은 아침,비가 그친 오후에,별이 빛나는 밤에,첫눈이 내린 날,바람이 살랑살랑 부는 날".split(
-    ","
-)
+NAMES = [
+    "토끼 토토",
+    "곰 두두",
+    "할머니",
+    "고양이 미미",
+    "강아지 바둑이",
+    "다람쥐 도리",
+    "병아리 삐약이",
+    "거북이 부기",
+]
+PLACES = ["숲속", "바닷가", "시골 마을", "할머니 댁", "꽃밭", "놀이터", "눈 내린 언덕", "작은 연못"]
+OPENINGS = ["옛날 옛적에", "어느 맑은 아침", "비가 그친 오후에", "별이 빛나는 밤에", "첫눈이 내린 날", "바람이 부는 날"]
 CLOSINGS = [
     "그날 밤 모두 행복하게 잠이 들었답니다.",
     "그 뒤로 둘은 언제나 사이좋게 지냈어요.",
@@ -34,8 +39,10 @@ PATTERNS = [
 ]
 # One plot that every story of its kind follows: alike, but not the same.
 PLOT = (
-    "{opening} {name}는 {place}에 놀러 갔어요. {place}에는 {a} {n}이 살고 있었어요. {name}는 {n}에게 다가가 인사를 했어요. "
-    '"안녕, {n}아! 나랑 같이 {m}을 찾아볼래?" {n}은 {b} 목소리로 좋다고 말했어요. 둘은 {m}을 찾아 {a} {k}을 지나갔어요. '
+    "{opening} {name}는 {place}에 놀러 갔어요. 그곳에는 {a} {n}이 살고 있었어요. "
+    "{name}는 {n}에게 다가가 인사를 했어요. "
+    '"안녕, {n}아! 나랑 같이 {m}을 찾아볼래?" {n}은 {b} 목소리로 좋다고 말했어요. '
+    "둘은 {m}을 찾아 {a} {k}을 지나갔어요. "
     "가는 길에 {k}이 {v}. {name}는 {b} {k}을 도와주었어요. 마침내 둘은 {m}을 찾아 기뻐하며 {w}. {closing}"
 )
 SYLLABLES = [chr(code) for code in range(0xAC00, 0xD7A4, 7)]  # 1,596 of the 11,172: about as many as are in use
