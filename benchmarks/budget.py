@@ -1,9 +1,11 @@
 """`python -m benchmarks.budget`: many runs under a small hard budget, with different timing; none may pass it.
 
-What is spent is what the stub says it answered, whether or not our client heard it: the most that a bill could say.
+Answers differ in their tokens by up to the whole of `max_tokens`. What is spent is what the stub billed, whether or
+not our client heard the answer. A budget that is passed once ends with exit code 1.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import urllib.request
@@ -16,7 +18,7 @@ from pipeline.errors import BudgetReached
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
-PROMPT_TOKENS, COMPLETION_TOKENS = 40, 100
+PROMPT_TOKENS, MAX_TOKENS = 40, 200  # of an answer at most
 INPUT_USD, OUTPUT_USD = 0.15, 0.6  # a million tokens
 
 
@@ -26,18 +28,16 @@ def main() -> None:
     parser.add_argument("--usd", type=float, default=0.01)
     parser.add_argument("--requests", type=int, default=1000)
     options = parser.parse_args()
-    cost = (PROMPT_TOKENS * INPUT_USD + COMPLETION_TOKENS * OUTPUT_USD) / 1_000_000
     shares = []
     for number in range(options.runs):
         delay, jitter, in_flight = 2 + number % 7, 5 * (number % 11), 1 + 13 * (number % 20)
         with running(
             "benchmarks.stub",
             *("--delay-ms", str(delay), "--jitter-ms", str(jitter)),
-            *("--prompt-tokens", str(PROMPT_TOKENS), "--completion-tokens", str(COMPLETION_TOKENS)),
+            *("--vary", "--prompt-tokens", str(PROMPT_TOKENS), "--completion-tokens", str(MAX_TOKENS)),
         ) as url:
-            ended = once(url, options, in_flight)
-            answered = int(urllib.request.urlopen(url.removesuffix("/v1") + "/answered").read())
-        shares.append(answered * cost / options.usd)
+            ended = once(url, options, in_flight, seed=number)
+            shares.append(billed_usd(url) / options.usd)
         if not ended:
             sys.exit(f"run {number} ended without reaching the budget: give it more requests")
     passed = sum(share > 1 for share in shares)
@@ -48,7 +48,14 @@ def main() -> None:
     sys.exit(1 if passed else 0)
 
 
-def once(url: str, options: argparse.Namespace, in_flight: int) -> bool:
+def billed_usd(url: str) -> float:
+    """What the stub has billed."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/billed") as reply:
+        billed = json.load(reply)
+    return float(billed["prompt_tokens"] * INPUT_USD + billed["completion_tokens"] * OUTPUT_USD) / 1_000_000
+
+
+def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bool:
     """One run; True if the budget ended it."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
@@ -60,7 +67,7 @@ def once(url: str, options: argparse.Namespace, in_flight: int) -> bool:
                 "template": prompt(0) + "{n}",
                 "slots": {"n": [str(number) for number in range(options.requests)]},
             },
-            sampling={"max_tokens": 2 * COMPLETION_TOKENS},
+            sampling={"max_tokens": MAX_TOKENS, "seed": seed},
             generate={"concurrency": in_flight},
             budget={"usd": options.usd},
         )

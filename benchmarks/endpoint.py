@@ -1,7 +1,9 @@
 """`make bench-endpoint`: how an endpoint does at rising concurrency: tokens a second, time to first token, latency.
 
-Asks the recipe's own prompts with its own sampling, streamed (that is how a first token is seen), each level for
-`--seconds` after a warm-up of one answer a slot. Writes a table to stdout and runs/bench/endpoint.{json,svg}.
+Asks the recipe's own prompts with its own sampling, streamed (that is how a first token is seen). At each level every
+slot asks again and again; once each has had an answer, `--seconds` are measured: the tokens that come in meanwhile, and
+the latencies of the requests that begin meanwhile, to their end. Writes a table to stdout, and
+runs/bench/endpoint.{json,svg}.
 """
 
 import asyncio
@@ -10,8 +12,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -66,7 +70,7 @@ def main() -> None:
 
 
 async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[Level]) -> None:
-    """Measures one level after the other."""
+    """Measures one level after the other, until the endpoint refuses one. Raises DistillError if that is the first."""
     dialect = Dialect()
     bodies = itertools.cycle([dialect.body(job) for job in itertools.islice(_jobs(recipe), 2000)])
     async with Client(recipe.teacher, recipe.teacher.url) as client:
@@ -78,53 +82,87 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
         timeout=aiohttp.ClientTimeout(total=recipe.generate.request_timeout_s or TIMEOUT_WORKING_S),
     ) as session:
         for concurrency in levels:
-            found.append(await measure(session, recipe, bodies, concurrency, seconds))
+            try:
+                found.append(await measure(session, recipe, bodies, concurrency, seconds))
+            except (DistillError, aiohttp.ClientError, TimeoutError) as error:
+                why = f"{concurrency} in flight: {str(error) or type(error).__name__}"
+                if not found:
+                    raise DistillError(why) from None
+                print(f"{why}; what was measured before stands", file=sys.stderr)
+                return
             print(f"{concurrency} in flight: {found[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
+
+
+class Asked(NamedTuple):
+    """One request: its moments in seconds, and the tokens of its answer."""
+
+    begin: float
+    first: float  # token
+    end: float
+    tokens: int
 
 
 async def measure(
     session: aiohttp.ClientSession, recipe: Recipe, bodies: Iterator[bytes], concurrency: int, seconds: float
 ) -> Level:
-    """One level: each slot asks once to warm up, then all ask until the time is over."""
+    """One level. Raises DistillError where the endpoint refuses a request."""
+    asked: list[Asked] = []
+    started = inf  # when every slot has had its first answer
+    cold = concurrency
+
+    async def work() -> None:
+        nonlocal started, cold
+        asked.append(await ask(session, recipe, next(bodies)))
+        cold -= 1
+        if not cold:
+            started = time.perf_counter()
+        while time.perf_counter() < started + seconds:
+            asked.append(await ask(session, recipe, next(bodies)))
+
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return level_of(asked, concurrency, started, started + seconds)
+
+
+async def ask(session: aiohttp.ClientSession, recipe: Recipe, request: bytes) -> Asked:
+    """One streamed request."""
     url = f"{recipe.teacher.url}/chat/completions"
-    taken: list[tuple[float, float, float, int]] = []  # begin, first token, end, tokens
+    body = {**json.loads(request), "stream": True, "stream_options": {"include_usage": True}}
+    begin, first, tokens = time.perf_counter(), 0.0, 0
+    async with session.post(url, json=body, params=recipe.teacher.query) as response:
+        if response.status != 200:
+            raise DistillError(f"{url} answers {response.status}: {' '.join((await response.text()).split())[:300]}")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event.get("choices") and event["choices"][0].get("delta", {}).get("content"):
+                first = first or time.perf_counter()
+                tokens += 1
+            if event.get("usage"):
+                tokens = event["usage"]["completion_tokens"]
+    end = time.perf_counter()
+    return Asked(begin, first or end, end, tokens)
 
-    async def ask() -> tuple[float, float, float, int]:
-        body = {**json.loads(next(bodies)), "stream": True, "stream_options": {"include_usage": True}}
-        begin, first, tokens = time.perf_counter(), 0.0, 0
-        async with session.post(url, json=body, params=recipe.teacher.query) as response:
-            if response.status != 200:
-                said = " ".join((await response.text()).split())[:300]
-                raise DistillError(f"{url} answers {response.status} at {concurrency} in flight: {said}")
-            async for line in response.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if event.get("choices") and event["choices"][0].get("delta", {}).get("content"):
-                    first = first or time.perf_counter()
-                    tokens += 1
-                if event.get("usage"):
-                    tokens = event["usage"]["completion_tokens"]
-        end = time.perf_counter()
-        return begin, first or end, end, tokens
 
-    async def work(until: float) -> None:
-        while time.perf_counter() < until:
-            taken.append(await ask())
-
-    await asyncio.gather(*(ask() for _ in range(concurrency)))
-    started = time.perf_counter()
-    await asyncio.gather(*(work(started + seconds) for _ in range(concurrency)))
-    ended = [one for one in taken if one[2] <= started + seconds] or taken
-    span = max(one[2] for one in ended) - started
+def level_of(asked: list[Asked], concurrency: int, begin: float, end: float) -> Level:
+    """The figures of the time from `begin` to `end`, in which at least one request must begin."""
+    began = [one for one in asked if begin <= one.begin < end]
+    ended = sum(begin <= one.end < end for one in asked)
     return Level(
         concurrency=concurrency,
-        answers=len(ended),
-        answers_per_s=len(ended) / span,
-        tokens_per_s=sum(one[3] for one in ended) / span,
-        first_token=percentiles([first - begin for begin, first, _, _ in ended]),
-        latency=percentiles([end - begin for begin, _, end, _ in ended]),
+        answers=ended,
+        answers_per_s=ended / (end - begin),
+        tokens_per_s=sum(tokens_within(one, begin, end) for one in asked) / (end - begin),
+        first_token=percentiles([one.first - one.begin for one in began]),
+        latency=percentiles([one.end - one.begin for one in began]),
     )
+
+
+def tokens_within(one: Asked, begin: float, end: float) -> float:
+    """The tokens of an answer that came in from `begin` to `end`, as if evenly from its first to its last."""
+    if one.end <= one.first:  # all at once
+        return one.tokens if begin <= one.end < end else 0
+    return one.tokens * max(0.0, min(one.end, end) - max(one.first, begin)) / (one.end - one.first)
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

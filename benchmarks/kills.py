@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     counts: Counter[str] = Counter()
     with running("benchmarks.stub", "--delay-ms", "50", "--jitter-ms", "100") as url:
-        shares = [options.kills // options.at_once] * options.at_once
+        shares = [len(range(part, options.kills, options.at_once)) for part in range(options.at_once)]
         with ThreadPoolExecutor(options.at_once) as pool:
             for part in pool.map(
                 lambda n: work(url, options, shares[n], random.Random(options.seed + n)), range(len(shares))

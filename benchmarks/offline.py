@@ -1,7 +1,7 @@
 """`python -m benchmarks.offline`: vLLM without a server, for `saturation`: one process that loads the model once.
 
 stdin: a JSON line with the server's arguments, then one a run: {"bodies": [chat requests]}. stdout: a JSON line when
-ready, and one a run: {"seconds": …, "tokens": …}.
+ready, and one a run: {"seconds": …, "tokens": …, "ends": […]}, an end being the moment of an answer's last token.
 """
 
 import json
@@ -37,7 +37,8 @@ def main() -> None:
         answers = engine.chat([body["messages"] for body in bodies], sampling, use_tqdm=False)
         seconds = time.perf_counter() - started
         tokens = sum(len(answer.outputs[0].token_ids) for answer in answers)
-        print(json.dumps({"seconds": seconds, "tokens": tokens}), file=channel, flush=True)
+        ends = [answer.metrics.last_token_ts for answer in answers if answer.metrics]
+        print(json.dumps({"seconds": seconds, "tokens": tokens, "ends": ends}), file=channel, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`python -m benchmarks.simulated`: our client against a simulated engine of the size of eight large GPUs.
 
 R is the least time that the simulator computes for a queue that is never empty, over the time that the run took: for
-the whole run, and for its steady part (the rate of answers while the middle of the run comes in, against the rate that
-full slots give). `--bind` shortens the simulator's step until R falls below 0.98: there our client starts to bind.
+the whole run, and for its steady part, which is all but the first and the last tenth of the answers. `--bind` shortens
+the simulator's step until R of the steady part falls below 0.98: there our client starts to bind.
 """
 
 import argparse
@@ -10,8 +10,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -20,14 +18,14 @@ import yaml
 
 from benchmarks.clients import MODEL, prompt
 from benchmarks.http_server import running
-from benchmarks.simulator import LENGTHS, answer_tokens, ideal_seconds
+from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
+from benchmarks.steady import answer_ends, steady_seconds
 from benchmarks.table import show
 from generate.dialect import Dialect
 from generate.engine import Summary
 from generate.prompts import iter_prompts
 from generate.requests import build_jobs
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Completion, read_jsonl
 from pipeline.rundir import RunDir
 
 HOLDS = 0.98
@@ -104,11 +102,11 @@ def once(options: argparse.Namespace, processes: int, concurrency: str, step_ms:
         figures = json.loads(subprocess.run(timed, stdout=subprocess.PIPE, check=True, text=True).stdout)
         summary = Summary(**figures["summary"])
         assert summary.answered == options.requests, summary
-        ideal = ideal_seconds(lengths(load_recipe(recipe)), options.replicas, options.slots, step_ms / 1000)
-        full = options.replicas * options.slots / (mean(lengths(load_recipe(recipe))) * step_ms / 1000)
+        ideal = ideal_ends(lengths(load_recipe(recipe)), options.replicas, options.slots, step_ms / 1000)
+        cut = options.requests // 10
         return Run(
-            whole=ideal / summary.wall_s,
-            steady=steady_rate(run) / full,
+            whole=max(ideal) / summary.wall_s,
+            steady=steady_seconds(ideal, cut) / steady_seconds(answer_ends(run), cut),
             per_s=summary.answered / summary.wall_s,
             cpu_ms=1000 * figures["cpu_s"] / summary.answered,
         )
@@ -137,16 +135,6 @@ def lengths(recipe: Recipe) -> list[int]:
     """The tokens of the answers that the simulator will give, in the order of the prompts."""
     dialect = Dialect()
     return [answer_tokens(dialect.body(job)) for job in build_jobs(iter_prompts(recipe), recipe)]
-
-
-def steady_rate(run: RunDir) -> float:
-    """Answers a second in the middle of the run: from a third of them to two thirds."""
-    moments = sorted(
-        datetime.fromisoformat(line.created).timestamp() for line in read_jsonl(run.completions, Completion)
-    )
-    first, last = len(moments) // 3, 2 * len(moments) // 3
-    assert all(before <= after for before, after in pairwise(moments))
-    return (last - first) / (moments[last] - moments[first])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 request goes to the replica with the fewest. In a step of `step_ms` every running request gets one token; a request
 that ends frees its slot, and the next in the queue begins with the following step. How long an answer is depends on
 the request's bytes alone, drawn from the lengths of a real run (`lengths.json`), so a run's least time can be computed:
-`ideal_seconds` is the same simulation with queues that are never empty while requests are left.
+`ideal_ends` is the same simulation with queues that are never empty while requests are left.
 
 Nothing is done for each token: a request's last step is known when it begins. `/metrics` is as vLLM's.
 """
@@ -31,16 +31,19 @@ def answer_tokens(body: bytes) -> int:
     return LENGTHS[int.from_bytes(blake2b(body, digest_size=8).digest()) % len(LENGTHS)]
 
 
-def ideal_seconds(tokens: Sequence[int], replicas: int, slots: int, step_s: float) -> float:
-    """Seconds for answers of so many tokens, taken in order by the first slot that falls free."""
-    free = [0] * min(replicas * slots, len(tokens))
-    heapq.heapify(free)
-    end = 0
+def ideal_ends(tokens: Sequence[int], replicas: int, slots: int, step_s: float) -> list[float]:
+    """When each of the answers, of so many tokens, ends, in seconds; each begins in the first slot that falls free."""
+    free = [0] * min(replicas * slots, len(tokens))  # the step in which each slot falls free: a heap, as it is
+    ends = []
     for count in tokens:
-        done = heapq.heappop(free) + count
-        end = max(end, done)
-        heapq.heappush(free, done)
-    return end * step_s
+        ends.append(free[0] + count)
+        heapq.heapreplace(free, ends[-1])
+    return [step * step_s for step in ends]
+
+
+def ideal_seconds(tokens: Sequence[int], replicas: int, slots: int, step_s: float) -> float:
+    """Seconds until the last of them has ended."""
+    return max(ideal_ends(tokens, replicas, slots, step_s))
 
 
 class Replica:

@@ -2,15 +2,15 @@
 
 import argparse
 import tempfile
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 
 from benchmarks.clients import MODEL, prompt
 from benchmarks.http_server import running
+from benchmarks.steady import answer_ends
 from generate.engine import generate
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, read_jsonl
+from pipeline.records import Failure, read_jsonl
 from pipeline.rundir import RunDir
 
 STUCK = "rabbit number stuck"
@@ -61,10 +61,8 @@ def once(url: str, options: argparse.Namespace, stuck: bool) -> float:
         assert (summary.answered, summary.failed) == (options.requests - stuck, int(stuck)), summary
         failed = [(line.error, STUCK in line.messages[0].content) for line in read_jsonl(run.failures, Failure)]
         assert failed == [("timeout", True)] * stuck, failed
-        created = sorted(
-            datetime.fromisoformat(line.created).timestamp() for line in read_jsonl(run.completions, Completion)
-        )
-        return (len(created) - 1) / (created[-1] - created[0])
+        ends = answer_ends(run)
+        return (len(ends) - 1) / (max(ends) - min(ends))
 
 
 if __name__ == "__main__":
