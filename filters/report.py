@@ -1,6 +1,7 @@
 """filter_report.json, and the same as tables on the terminal: how many answers are kept, why the others are not."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from filters.ruleset import RuleSet
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, Example, Tally
 
 FIRST_BAD_LINES = 100  # named in the report
@@ -65,8 +65,10 @@ class FilterReport:
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-def make_report(tally: Tally, rules: RuleSet, bad: list[BadLine], bad_lines: int, *, torn: bool) -> FilterReport:
-    """Sums a tally up."""
+def make_report(
+    tally: Tally, rules: Sequence[dict[str, Any]], bad: list[BadLine], bad_lines: int, *, torn: bool
+) -> FilterReport:
+    """Sums a tally up. `rules` are all that may have dropped a row, each its label (`rule`) and its settings."""
     rows = tally.kept + tally.dropped
     first: Counter[str] = Counter()
     every: Counter[str] = Counter()
@@ -76,14 +78,14 @@ def make_report(tally: Tally, rules: RuleSet, bad: list[BadLine], bad_lines: int
             every[label] += count
     counts = [
         RuleCount(
-            rule=rule.label,
-            settings={key: value for key, value in rule.described().items() if key != "rule"},
-            dropped=first[rule.label],
-            alone=tally.failed[(rule.label,)],
-            together=every[rule.label] - tally.failed[(rule.label,)],
-            examples=tally.examples.get(rule.label, []),
+            rule=rule["rule"],
+            settings={key: value for key, value in rule.items() if key != "rule"},
+            dropped=first[rule["rule"]],
+            alone=tally.failed[(rule["rule"],)],
+            together=every[rule["rule"]] - tally.failed[(rule["rule"],)],
+            examples=tally.examples.get(rule["rule"], []),
         )
-        for rule in rules.rules
+        for rule in rules
     ]
     overlaps = [(" + ".join(labels), count) for labels, count in tally.failed.most_common() if len(labels) > 1]
     return FilterReport(

@@ -1,5 +1,6 @@
 """One pass over a run's answers: reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json and the
-lineage section `filters`.
+lineage section `filters`. The rules come first; duplicates are looked for among the answers that they let pass, and
+the judge is asked about what is left.
 
 A record is written as the teacher's line stands, the new fields added at its end: only what is judged is decoded, and
 nothing is written twice. The three files are staged beside the old ones and take their places together at the end.
@@ -19,12 +20,14 @@ import msgspec
 
 from filters.answer import as_answer
 from filters.chunks import LONGEST_LINE, Chunk, process
+from filters.dedup import dedup_rules, dedup_sources, deduplicate
+from filters.judge import judge_rules, judge_survivors
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
 from pipeline.records import Completion, Slots
 from pipeline.rundir import RunDir
 
@@ -62,12 +65,14 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     Raises RecipeError for a wrong rule, DataError `path:line: reason` for a bad line (with `skip_bad` it is left out
     and counted) or where there is nothing to judge; nothing is overwritten then.
     """
-    rules = recipe_rules(recipe, recipe_path)
+    rules, dedup, judging = recipe_rules(recipe, recipe_path), recipe.filters.dedup, recipe.filters.judge
+    sources = dedup_sources(dedup, run, recipe_path) if dedup else []
     tally, bad_lines, bad, torn, lines = Tally(), 0, list[BadLine](), False, 0
     size = completions_size(run.completions)
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
-    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file):
-        with closing(process(run.completions, size, partial(judge, rules=rules), (kept, dropped))) as chunks:
+    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), ExitStack() as stack:
+        passed = stack.enter_context(_scratch(run.path / "survivors.jsonl.tmp")) if dedup or judging else kept
+        with closing(process(run.completions, size, partial(judge, rules=rules), (passed, dropped))) as chunks:
             for judged in chunks:
                 for line in judged.bad:
                     line = BadLine(lines + line.line, line.reason)
@@ -83,9 +88,17 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         if not tally.kept + tally.dropped:
             what = f"none of its {lines} lines is a completion" if lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
-        report = make_report(tally, rules, bad, bad_lines, torn=torn)
+        if dedup:
+            unlike = stack.enter_context(_scratch(run.path / "unlike.jsonl.tmp")) if judging else kept
+            deduplicate(Path(passed.name), sources, dedup, (unlike, dropped), tally)
+            passed = unlike
+        if judging:
+            passed.flush()
+            judge_survivors(Path(passed.name), recipe, run, (kept, dropped), tally)
+        described = [*(rule.described() for rule in rules.rules), *dedup_rules(dedup), *judge_rules(judging)]
+        report = make_report(tally, described, bad, bad_lines, torn=torn)
         report_file.write(report.encoded())
-    record_lineage(run, "filters", _lineage(report, rules))
+    record_lineage(run, "filters", _lineage(report, rules, dedup, judging))
     return report
 
 
@@ -156,17 +169,31 @@ def completions_size(completions: Path) -> int:
         raise DataError(f"{completions}: no such file; run `python -m generate` first") from None
 
 
-def _lineage(report: FilterReport, rules: RuleSet) -> dict[str, object]:
+def _lineage(
+    report: FilterReport, rules: RuleSet, dedup: DedupConfig | None, judging: JudgeConfig | None
+) -> dict[str, object]:
     return {
         "rules": [rule.described() for rule in rules.rules],
+        "dedup": dedup.model_dump(mode="json") if dedup else None,
+        "judge": judging.model_dump(mode="json") if judging else None,
         "rows": report.rows,
         "kept": report.kept,
         "dropped": report.dropped,
         "keep_rate": report.keep_rate,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "bad_lines": report.bad_lines,
-        "versions": versions("msgspec", "pydantic", "py3langid"),
+        "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[BinaryIO]:
+    """A file that is gone when the block ends."""
+    try:
+        with path.open("wb") as file:
+            yield file
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

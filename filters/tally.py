@@ -59,6 +59,17 @@ class Tally:
             if len(examples) < EXAMPLES:
                 examples.append(Example(row_id, reason, answer.text[:EXAMPLE_CHARS]))
 
+    def move_to_dropped(self, row_id: str, answer: Answer, reasons: dict[str, str]) -> None:
+        """Takes back an answer that was counted as kept: it is dropped after all."""
+        self.kept -= 1
+        self.kept_lengths[min(len(answer.text) // BIN, LAST_BIN)] -= 1
+        values: dict[str, Counter[str]] = {}
+        _count_slots(values, [answer.slots])
+        for name, counts in values.items():
+            self.kept_slots[name].subtract(counts)
+        self.count_dropped([len(answer.text)], [answer.slots])
+        self.note(row_id, answer, reasons)
+
     def add(self, other: "Tally") -> None:
         """Adds a later chunk's tally."""
         self.kept += other.kept

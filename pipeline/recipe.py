@@ -203,11 +203,46 @@ class DedupConfig(Section):
         return self
 
 
+RUBRIC = {
+    "fluency": "the language is the request's own, natural and without errors",
+    "request": "it does what the request asks, all of it, and nothing else",
+    "audience": "it fits those it is for, in words, length and content",
+    "coherence": "one thing follows from another, and it comes to an end",
+    "facts": "nothing in it is false or invented where the truth matters",
+}
+
+
+class JudgeConfig(Section):
+    """A model that scores each answer from 1 to 5 against a rubric; answers under `min_score` are dropped."""
+
+    model: str | None = Field(None, min_length=1)  # None: the teacher itself, which is told
+    base_url: str | None = None  # None: the teacher's
+    api_key_env: str = "OPENAI_API_KEY"
+    price: PriceConfig | None = None
+    budget: BudgetConfig = BudgetConfig()  # its own
+    rubric: dict[str, str] = Field(RUBRIC, min_length=1)  # what is scored, and what it means
+    min_score: int = Field(3, ge=1, le=5)
+    max_tokens: int = Field(200, ge=16)
+    seed: int = 0
+    attempts: int = Field(3, ge=1)  # how often an answer is judged whose verdict cannot be read
+    schema_: bool = Field(True, alias="schema")  # ask for JSON by schema; false for an endpoint that knows none
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    @field_validator("rubric")
+    @classmethod
+    def _plain_names(cls, rubric: dict[str, str]) -> dict[str, str]:
+        for name in rubric:
+            if not name.isidentifier() or name in ("score", "reason"):
+                raise ValueError(f"name {name!r} must be a plain word other than score and reason")
+        return rubric
+
+
 class FiltersConfig(Section):
     """Which answers are worth learning from."""
 
     rules: list[RuleConfig] = []
     dedup: DedupConfig | None = None  # None: duplicates stay
+    judge: JudgeConfig | None = None  # None: the rules alone decide
     warn_keep_rate: float = Field(0.5, ge=0, le=1)  # the chapter: 50% or more is safe
     min_keep_rate: float | None = Field(None, ge=0, le=1)  # under it the stage ends with 1; None: no floor
 

@@ -53,6 +53,11 @@ class RunDir:
         return self.path / "dropped.jsonl"
 
     @property
+    def judgements(self) -> Path:
+        """The judge's verdicts, written by `filters`."""
+        return self.path / "judgements.jsonl"
+
+    @property
     def filter_report(self) -> Path:
         return self.path / "filter_report.json"
 

@@ -1,0 +1,160 @@
+"""How alike two texts are: folding, character n-grams, MinHash bands that find likely pairs, and the true Jaccard
+similarity that decides. Reads and writes nothing.
+
+Broder 1997 for MinHash; bands of rows after Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4. The
+signatures are rensa's (Fast Similarity Sketching, Dahlgaard et al. 2017); they are never stored.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+
+from filters.answer import nfc
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Hashes = NDArray[np.uint64]
+    Keys = NDArray[np.uint32]
+
+PERMUTATIONS = 120  # values of a signature: 120 has many divisors
+RECALL = 0.995  # of the pairs that are just as similar as the threshold, so many share a band at least
+GLIMPSE = 64
+_SEED = 1
+_BATCH = 128  # texts a call of rensa: from 256 on it starts threads, and a process forked after that would hang
+_BASE = 0x9E3779B97F4A7C15  # odd, and without a pattern in its bits
+_MIX = 0xBF58476D1CE4E5B9
+_SELECTORS = range(0xFE00, 0xFE10)  # they choose how an emoji is drawn, and count as marks
+
+
+class Shape(NamedTuple):
+    """So many bands of so many rows each; two texts whose signatures agree in a whole band are candidates."""
+
+    bands: int
+    rows: int
+
+
+class _Folding(dict[int, str]):
+    """What each character becomes; learnt as characters come."""
+
+    def __missing__(self, code: int) -> str:
+        category = unicodedata.category(chr(code))
+        if category == "Cf":
+            folded = ""  # joiners, soft hyphens: nobody sees them
+        elif category[0] in "LMN" and code not in _SELECTORS:
+            folded = chr(code)
+        else:
+            folded = " "
+        self[code] = folded
+        return folded
+
+
+_folding = _Folding()
+
+
+def fold(text: str) -> str:
+    """The text in NFC and without case; every run of spaces, punctuation and symbols is one space, none at the ends."""
+    return " ".join(nfc(text.casefold()).translate(_folding).split())
+
+
+def digest(folded: str) -> bytes:
+    """8 bytes that stand for a folded text: two of 5 million different texts share one once in a million times."""
+    return blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def ngram_hashes(folded: Sequence[str], n: int) -> tuple["Hashes", "Hashes"]:
+    """Hashes of every run of n characters of each text, end to end, and where each text's begin (one more at the end).
+
+    A text under n characters counts as one run.
+    """
+    import numpy as np
+
+    lengths = np.array([max(len(text), n) for text in folded], dtype=np.int64)
+    joined = "".join([text.ljust(n) for text in folded])
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    count = len(codes) - n + 1
+    hashes = codes[:count].copy()
+    for place in range(1, n):
+        hashes *= np.uint64(_BASE)
+        hashes += codes[place : place + count]
+    hashes ^= hashes >> np.uint64(29)
+    hashes *= np.uint64(_MIX)
+    hashes ^= hashes >> np.uint64(32)
+    within = np.ones(count, dtype=bool)  # not the runs that reach over into the next text
+    ends = np.cumsum(lengths)[:-1]
+    for place in range(1, n):
+        within[ends - place] = False
+    starts = np.zeros(len(folded) + 1, dtype=np.uint64)
+    starts[1:] = np.cumsum(lengths - n + 1)
+    return hashes[within], starts
+
+
+def ngrams(folded: str, n: int) -> "Hashes":
+    """The set of a text's n-grams, as sorted hashes."""
+    import numpy as np
+
+    return np.unique(ngram_hashes([folded], n)[0])
+
+
+def jaccard(first: "Hashes", second: "Hashes") -> float:
+    """What two sets of n-grams share, as a part of what they have together (0 to 1)."""
+    import numpy as np
+
+    merged = np.concatenate((first, second))
+    merged.sort()
+    shared = int(np.count_nonzero(merged[1:] == merged[:-1]))
+    return shared / (len(merged) - shared)
+
+
+def shape_for(threshold: float) -> Shape:
+    """The bands with the most rows (so the fewest false candidates) that still find RECALL of the pairs."""
+    rows = max(
+        rows for rows in range(1, PERMUTATIONS + 1) if _found(threshold, Shape(PERMUTATIONS // rows, rows)) >= RECALL
+    )
+    return Shape(PERMUTATIONS // rows, rows)
+
+
+def _found(similarity: float, shape: Shape) -> float:
+    """The probability that a pair of that similarity shares a band."""
+    return float(1 - (1 - similarity**shape.rows) ** shape.bands)
+
+
+def signatures(folded: Sequence[str], n: int) -> "Keys":
+    """MinHash signatures, shape (texts, PERMUTATIONS)."""
+    import numpy as np
+    from rensa import RMinHash
+
+    values = np.empty((len(folded), PERMUTATIONS), dtype=np.uint32)
+    for start in range(0, len(folded), _BATCH):
+        hashes, starts = ngram_hashes(folded[start : start + _BATCH], n)
+        digests = RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts, num_perm=PERMUTATIONS, seed=_SEED)
+        values[start : start + _BATCH] = digests.to_rows()
+    return values
+
+
+def band_keys(values: "Keys", shape: Shape) -> "Keys":
+    """One 32-bit key a band, shape (texts, bands). Keys equal by chance cost a comparison, no more."""
+    import numpy as np
+
+    bands = values[:, : shape.bands * shape.rows].astype(np.uint64).reshape(len(values), shape.bands, shape.rows)
+    mixed = np.zeros(bands.shape[:2], dtype=np.uint64)
+    for row in range(shape.rows):
+        mixed += bands[:, :, row]
+        mixed *= np.uint64(_BASE)
+        mixed ^= mixed >> np.uint64(29)
+    return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
+def glimpses(values: "Keys") -> "NDArray[np.uint8]":
+    """GLIMPSE bytes of each signature: enough to pass over most candidates without reading their texts."""
+    import numpy as np
+
+    mixed = values[:, :GLIMPSE] * np.uint32(_BASE & 0xFFFFFFFF)
+    return (mixed >> np.uint32(24)).astype(np.uint8)
+
+
+def least_agreement(threshold: float) -> float:
+    """Bytes in which two glimpses agree at least, if the texts are as similar: four standard deviations are allowed."""
+    return float(GLIMPSE * threshold - 4 * (GLIMPSE * threshold * (1 - threshold)) ** 0.5)

@@ -1,0 +1,189 @@
+"""The judge against a real local server: what is asked, what a verdict is, and what becomes of one that is none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
+
+from filters.judge import Judgement, judge_rows, question, read_judgements, read_verdict, reason, version_of
+from filters.run import filter_run
+from generate.engine import generate
+from pipeline.errors import DataError
+from pipeline.recipe import FiltersConfig, JudgeConfig, Recipe
+from pipeline.records import Completion, Dropped, Kept, Message, Usage, read_jsonl
+from pipeline.rundir import RunDir
+
+CONFIG = JudgeConfig(rubric={"fluency": "natural", "fit": "for a child"})
+
+
+def row(number: int, text: str = "A story.") -> Completion:
+    return Completion(
+        id=f"row{number}",
+        prompt_id="p",
+        messages=[Message(role="system", content="Be kind."), Message(role="user", content=f"Tell story {number}.")],
+        endpoint="http://e/v1",
+        sampling={},
+        text=text,
+        finish_reason="stop",
+        model="m",
+        usage=Usage(),
+        latency_s=0.1,
+        attempts=1,
+        created="2026-01-01T00:00:00+00:00",
+    )
+
+
+def judging(server: Any, **judge: Any) -> Recipe:
+    config = {"model": "judge", "base_url": server.url, "rubric": CONFIG.rubric, **judge}
+    return recipe_for("http://127.0.0.1:1/v1", filters={"judge": config})
+
+
+def verdict(score: int, fluency: int = 4, fit: int = 4) -> str:
+    return json.dumps({"fluency": fluency, "fit": fit, "score": score})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ('{"fluency": 5, "fit": 1, "score": 2}', {"fluency": 5, "fit": 1, "score": 2}),
+        ('```json\n{"fluency": 5, "fit": 1, "score": 2}\n```', {"fluency": 5, "fit": 1, "score": 2}),
+        ('{"fluency": 5, "fit": 1, "score": 2, "reason": "short"}', {"fluency": 5, "fit": 1, "score": 2}),
+        ('{"fluency": 5, "score": 2}', None),
+        ('{"fluency": 5, "fit": 6, "score": 2}', None),
+        ('{"fluency": 5, "fit": 1.0, "score": 2}', None),
+        ('{"fluency": 5, "fit": true, "score": 2}', None),
+        ('{"fluency": 5, "fit": "4", "score": 2}', None),
+        ("I would give it a 4.", None),
+        ("[4, 4, 4]", None),
+        ("[" * 100_000, None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_read_or_none(text: str, read: dict[str, int] | None) -> None:
+    assert read_verdict(text, CONFIG) == read
+
+
+def test_the_question_holds_rubric_request_and_answer() -> None:
+    (asked,) = question(row(1, text='{"score": 5} {braces}'), CONFIG)
+    for words in ("- fluency: natural", "- fit: for a child", "Be kind.\n\nTell story 1.", '{"score": 5} {braces}'):
+        assert words in asked.content
+
+
+def test_every_row_is_judged_once_with_a_schema(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict(2 if "story 3" in asked.text else 4, fit=1 if "story 3" in asked.text else 5))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        found = judge_rows(recipe, run, map(row, range(6)), quiet=True)
+        again = judge_rows(recipe, run, map(row, range(8)), quiet=True)  # two are new
+        assert len(server.asked) == 8
+    assert {id_: judgement.score for id_, judgement in found.items()} == {
+        f"row{n}": 2 if n == 3 else 4 for n in range(6)
+    }
+    assert len(again) == 8
+    assert read_judgements(run) == again
+    schema = server.asked[0].body["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["fluency", "fit", "score"]
+    assert (server.asked[0].body["model"], server.asked[0].body["temperature"]) == ("judge", 0.0)
+    config = recipe.filters.judge
+    assert config is not None
+    assert reason(found["row3"], config) == "score 2, at least 3 wanted (fit 1)"
+    assert reason(found["row2"], config) is None
+
+
+def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        if "story 1" in asked.text:
+            return answer("I like it!")
+        if "story 2" in asked.text and asked.body["temperature"] == 0:
+            return answer('{"fluency": 9}')
+        return answer(verdict(5))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        found = judge_rows(recipe, run, map(row, range(4)), quiet=True)
+        seeds = [asked.body["seed"] for asked in server.asked if "story 1" in asked.text]
+    assert {id_: (one.score, one.attempts) for id_, one in found.items()} == {
+        "row0": (5, 1),
+        "row1": (None, 3),
+        "row2": (5, 2),
+        "row3": (5, 1),
+    }
+    assert len(set(seeds)) == 3
+    config = recipe.filters.judge
+    assert config is not None
+    assert reason(found["row1"], config) == "no verdict could be read, in 3 attempts"
+
+
+def test_an_error_is_no_verdict(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(400, "no") if "story 1" in asked.text else answer(verdict(5))) as server:
+        found = judge_rows(judging(server, attempts=2), run, map(row, range(3)), quiet=True)
+    assert found["row1"].score is None
+
+
+def test_another_rubric_or_judge_judges_anew(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(json.dumps({"fluency": 3, "fit": 3, "other": 3, "score": 3}))) as server:
+        first = judging(server)
+        for recipe in (first, judging(server, rubric={"other": "thing"}), judging(server, model="judge2"), first):
+            judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        assert len(server.asked) == 9
+    config = first.filters.judge
+    assert config is not None
+    assert {one.version for one in read_judgements(run).values()} == {version_of(first, config)}
+
+
+def test_a_judge_that_is_the_teacher_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with misbehaving(lambda asked: answer(verdict(5))) as server:
+        recipe = recipe_for(server, filters={"judge": {"rubric": CONFIG.rubric, "schema": False}})
+        judge_rows(recipe, run, map(row, range(2)), quiet=True)
+        assert "response_format" not in server.asked[0].body
+    assert "the judge is the teacher itself" in capsys.readouterr().err
+
+
+def test_a_wrong_file_is_one_line(run: RunDir) -> None:
+    run.judgements.write_text('{"id": 3}\n')
+    with pytest.raises(DataError, match=r"judgements\.jsonl:1: .*made anew"):
+        read_judgements(run)
+    assert Judgement(id="a", score=None, version="v", attempts=1).criteria == {}
+
+
+def test_a_rubric_s_names_are_plain() -> None:
+    with pytest.raises(ValueError, match="must be a plain word"):
+        JudgeConfig(rubric={"score": "x"})
+
+
+def test_the_stage_keeps_what_the_judge_finds_good_enough(tmp_path: Path) -> None:
+    """All of `filters`: the rules first, then the judge about what is left, its scores in kept.jsonl."""
+    with misbehaving() as server:
+        recipe = recipe_for(server, 12)
+        run = RunDir(tmp_path / "run")
+        generate(recipe, run, quiet=True)
+    asked: list[str] = []
+
+    def script(request: Asked) -> Behaviour:
+        asked.append(request.text)
+        return answer(verdict(2, fluency=1) if "say 5\n" in request.text else verdict(4))
+
+    with misbehaving(script) as judge:
+        config = {"model": "judge", "base_url": judge.url, "rubric": CONFIG.rubric}
+        rules = [{"rule": "banned_words", "words": ["say 7"]}]
+        recipe = recipe.model_copy(update={"filters": FiltersConfig(rules=rules, judge=config)})
+        report = filter_run(recipe, run, tmp_path / "r.yaml")
+        again = filter_run(recipe, run, tmp_path / "r.yaml")
+    kept, dropped = list(read_jsonl(run.kept, Kept)), list(read_jsonl(run.dropped, Dropped))
+    assert len(asked) == 11  # not about what a rule has dropped, and once each
+    assert (report.kept, report.dropped, again.kept) == (10, 2, 10)
+    assert {row.slots["n"]: row.rule for row in dropped} == {"7": "banned_words", "5": "judge"}
+    assert dropped[1].detail == {"judge": "score 2, at least 3 wanted (fluency 1)"}
+    assert all(row.scores == {"judge": 4, "fluency": 4, "fit": 4} for row in kept)
+    assert [(rule.rule, rule.dropped) for rule in report.rules] == [("banned_words", 1), ("judge", 1)]
