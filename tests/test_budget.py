@@ -1,7 +1,6 @@
 """The budget: what is reserved, what is settled, and that it is never passed; prices, token counts and the dry run."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,8 @@ from generate.prices import PICO, PRICES, Price, price_of
 from generate.requests import Share
 from generate.tokens import TEMPLATE_TOKENS, counter
 from pipeline.errors import DataError
-from pipeline.models import resolve_model
 from pipeline.recipe import BudgetConfig, TeacherConfig
-from pipeline.records import Message, Usage
+from pipeline.records import Usage
 from pipeline.rundir import RunDir
 
 PRICE = Price(input=2, output=10)  # pico-dollars a token
@@ -207,21 +205,6 @@ def test_a_dry_run_counts_and_sends_nothing(tmp_path: Path) -> None:
     assert rest.spent == pytest.approx(25 * (7 + 2 * 5) / 10**6)
     assert "budget.usd 0.005 may end the run before its end (exit 3)" in "\n".join(describe(recipe, fresh))
     assert "budget.usd 0.005 is enough for all" in "\n".join(describe(recipe, rest))
-
-
-@pytest.mark.slow
-def test_prompts_are_counted_as_the_server_counts_them() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("embedded:smollm2-135m"))
-    count = counter("embedded:smollm2-135m")
-    assert count is not None
-    for turns in ([("user", "토끼 🐰 and {{ braces }}")], [("system", "Be kind."), ("user", "a\n\n <|im_end|> b")]):
-        messages = [Message(role=role, content=content) for role, content in turns]
-        asked = [{"role": role, "content": content} for role, content in turns]
-        rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        assert count(messages) == len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def test_a_tokenizer_that_is_not_at_hand() -> None:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from generate.tokens import TEMPLATE_TOKENS, bound, counter
 from pipeline.errors import UsageError
+from pipeline.models import resolve_model
 from pipeline.records import Message, encode_line
 
 PLAIN = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
@@ -96,3 +97,17 @@ def test_no_byte_level_tokenizer_passes_the_bound(turns: list[tuple[str, str]]) 
     chat_ml = sum(len(f"{role}\n{content}\n".encode()) + 2 for role, content in turns) + 3 + TEMPLATE_TOKENS // 2
     body = sum(len(encode_line(message)) for message in messages)  # without model and sampling, which add to it
     assert chat_ml <= bound(body)
+
+
+@pytest.mark.slow
+def test_prompts_are_counted_as_transformers_counts_them() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("embedded:smollm2-135m"))
+    count = counter("embedded:smollm2-135m")
+    assert count is not None
+    for turns in ([("user", "토끼 🐰 and {{ braces }}")], [("system", "Be kind."), ("user", "a\n\n <|im_end|> b")]):
+        messages = [Message(role=role, content=content) for role, content in turns]
+        asked = [{"role": role, "content": content} for role, content in turns]
+        rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        assert count(messages) == len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
