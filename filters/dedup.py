@@ -1,15 +1,15 @@
 """Duplicates among the answers that the rules let pass, and in them what other runs kept or an evaluation asks.
 
-Reads the survivors, the files that `filters.dedup` names, and the judge's verdicts of an earlier run; writes the rows that stay, and adds the others to the
-dropped ones with the rule that dropped them and the row they are like. The better row of two stays (sketches.order);
-every dropped row is like one that stayed, never only like another dropped one.
+Reads the survivors, the files that `filters.dedup` names, and the judge's verdicts of an earlier run. Writes the rows
+that stay, and adds the others to the dropped ones with the rule that dropped them and the row they are like. The better
+row of two stays (Sketches.order); every dropped row is like one that stayed, never only like another dropped one.
 """
 
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -198,12 +198,11 @@ class _KeptSoFar:
 
     def _sharing(self, buckets: list[int]) -> list[list[int]]:
         """The rows in these buckets, each once: by answer's digest and bands, by prompt's digest and bands."""
-        by_sort: list[dict[int, None]] = [{}, {}, {}, {}]
+        by_sort: list[list[list[int]]] = [[], [], [], []]
         for bucket in buckets:
-            others = self._members.get(bucket)
-            if others:
-                by_sort[bisect_right(self._ends, bucket)].update(dict.fromkeys(others))
-        return [list(others) for others in by_sort]
+            if bucket in self._members:
+                by_sort[bisect_right(self._ends, bucket)].append(self._members[bucket])
+        return [list(dict.fromkeys(chain.from_iterable(others))) for others in by_sort]
 
 
 def _likely(row: int, others: list[int], glimpse: "NDArray[np.uint8]", threshold: float) -> list[int]:

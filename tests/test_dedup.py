@@ -189,6 +189,19 @@ def test_every_dropped_row_is_like_one_that_stayed(stage: Stage) -> None:
         assert similarity(texts[row_id], texts[other]) >= 0.8
 
 
+def test_the_judges_earlier_verdicts_say_which_of_two_is_better(stage: Stage) -> None:
+    text = story(3)
+    rows = [completion("a", text), completion("b", text), completion("c", edited(text, 3)), completion("d", text)]
+    verdicts = [{"id": "a", "score": 3}, {"id": "b", "score": None}, {"id": "c", "score": 5}, {"id": "d", "score": 4}]
+    stage.run.path.mkdir()
+    stage.run.judgements.write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    stage.filter(rows)
+    assert stage.kept() == ["c"]
+    assert {row: next(iter(detail)) for row, detail in stage.dropped().items()} == dict.fromkeys(
+        "abd", "near_duplicate"
+    )
+
+
 def test_only_what_the_rules_let_pass_is_compared(stage: Stage) -> None:
     text = story(4)
     rows = [completion("a", "AI " + text), completion("b", text), completion("c", text)]
@@ -350,7 +363,7 @@ def test_several_processes_find_the_same(stage: Stage, monkeypatch: pytest.Monke
     random.Random(1).shuffle(rows)
     stage.filter(rows)
     alone = (stage.kept(), stage.dropped(), stage.run.filter_report.read_bytes())
-    monkeypatch.setattr(filters.chunks, "CHUNK", 1 << 14)
+    monkeypatch.setattr(filters.chunks, "CHUNK", 1 << 18)
     monkeypatch.setattr(filters.chunks, "PARALLEL_FROM", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     stage.filter(rows)
