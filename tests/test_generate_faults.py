@@ -108,11 +108,11 @@ def test_limits_in_headers_are_learnt(run: RunDir, capsys: pytest.CaptureFixture
 def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: RunDir) -> None:
     stuck = answer(delay_s=600)
     with misbehaving(lambda asked: stuck if asked.text == "say 3" else answer()) as server:
-        config = {"concurrency": 4, "request_timeout_s": 0.3, "deadline_s": 0.8, "max_attempts": 99}
+        config = {"concurrency": 4, "request_timeout_s": 1.0, "deadline_s": 2.6, "max_attempts": 99}
         summary = generate(recipe_for(server, 100, generate=config), run, quiet=True)
     assert (summary.answered, summary.failed) == (99, 1)
     (failure,) = failures(run)
-    assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 0.3 + 0.3 + the 0.2 left
+    assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 1.0 + 1.0 + the 0.6 left
 
 
 def test_a_missing_usage_is_an_answer_all_the_same(run: RunDir) -> None:
