@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from benchmarks.clients import prompt
+from benchmarks.clients import numbered_prompts
 from generate.engine import generate
 from generate.prompts import iter_prompts
 from generate.requests import build_jobs
@@ -92,11 +92,7 @@ def recipe_for(url: str, model: str, prompts: int, max_tokens: int) -> Recipe:
         _cli_parse_args=[],
         name="chapter",
         teacher={"model": model, "base_url": url},
-        prompts={
-            "count": prompts,
-            "template": prompt(0) + " Number {n}.",
-            "slots": {"n": [str(number) for number in range(prompts)]},
-        },
+        prompts=numbered_prompts(prompts),
         sampling={"temperature": 0.8, "top_p": 0.9, "max_tokens": max_tokens},
     )
 

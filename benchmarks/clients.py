@@ -33,6 +33,18 @@ def body(number: int) -> dict[str, Any]:
     }
 
 
+def write_questions(path: Path, requests: int) -> Path:
+    """So many different prompts, as a file that a recipe names."""
+    path.write_text("".join(json.dumps({"prompt": prompt(number)}) + "\n" for number in range(requests)))
+    return path
+
+
+def numbered_prompts(count: int) -> dict[str, Any]:
+    """So many different prompts, as a recipe's section."""
+    slots = {"n": [str(number) for number in range(count)]}
+    return {"count": count, "template": prompt(0) + " Number {n}.", "slots": slots}
+
+
 def ours(url: str, requests: int, in_flight: int) -> float:
     """`generate` with everything on: ids, journals, fsync, limits and budget armed. Returns the seconds of asking."""
     from generate.engine import generate
@@ -40,13 +52,11 @@ def ours(url: str, requests: int, in_flight: int) -> float:
     from pipeline.rundir import RunDir
 
     with tempfile.TemporaryDirectory() as folder:
-        questions = Path(folder) / "questions.jsonl"
-        questions.write_text("".join(json.dumps({"prompt": prompt(number)}) + "\n" for number in range(requests)))
         recipe = Recipe(
             _cli_parse_args=[],
             name="bench",
             teacher={"model": MODEL, "base_url": url, "price": {"input": 0.1, "output": 0.4}},
-            prompts={"file": questions},
+            prompts={"file": write_questions(Path(folder) / "questions.jsonl", requests)},
             sampling={"max_tokens": 500},
             generate={
                 "concurrency": in_flight,

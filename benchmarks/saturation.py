@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.clients import prompt
+from benchmarks.clients import numbered_prompts
 from benchmarks.steady import answer_ends, steady_seconds
 from benchmarks.table import show
 from generate.concurrency import read_load
@@ -124,11 +124,7 @@ def recipe_for(server: Server, options: argparse.Namespace, concurrency: str, pr
         _cli_parse_args=[],
         name="saturation",
         teacher={"model": server.served_name, "base_url": server.base_url},
-        prompts={
-            "count": prompts,
-            "template": prompt(0) + " Number {n}.",
-            "slots": {"n": [str(number) for number in range(prompts)]},
-        },
+        prompts=numbered_prompts(prompts),
         sampling={"max_tokens": options.tokens, "extra": {"ignore_eos": True}},
         generate={"concurrency": concurrency if concurrency == "auto" else int(concurrency)},
     )

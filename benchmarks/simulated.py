@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import yaml
 
-from benchmarks.clients import MODEL, prompt
+from benchmarks.clients import MODEL, write_questions
 from benchmarks.http_server import running
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
 from benchmarks.steady import answer_ends, steady_seconds
@@ -114,12 +114,10 @@ def once(options: argparse.Namespace, processes: int, concurrency: str, step_ms:
 
 def write_recipe(folder: Path, url: str, requests: int, processes: int, concurrency: str) -> Path:
     """A recipe of so many different prompts."""
-    questions = folder / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"prompt": prompt(number)}) + "\n" for number in range(requests)))
     recipe = {
         "name": "simulated",
         "teacher": {"model": MODEL, "base_url": url},
-        "prompts": {"file": str(questions)},
+        "prompts": {"file": str(write_questions(folder / "questions.jsonl", requests))},
         "sampling": {"max_tokens": 500},
         "generate": {
             "concurrency": concurrency if concurrency == "auto" else int(concurrency),

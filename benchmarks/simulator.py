@@ -41,11 +41,6 @@ def ideal_ends(tokens: Sequence[int], replicas: int, slots: int, step_s: float) 
     return [step * step_s for step in ends]
 
 
-def ideal_seconds(tokens: Sequence[int], replicas: int, slots: int, step_s: float) -> float:
-    """Seconds until the last of them has ended."""
-    return max(ideal_ends(tokens, replicas, slots, step_s))
-
-
 class Replica:
     """One engine: its running requests by the step of their end, and its queue."""
 
@@ -126,11 +121,11 @@ def main() -> None:
 def metrics(replicas: Sequence[Replica]) -> bytes:
     """The gauges that a client may look at, as vLLM writes them."""
     lines = []
-    for name, value in (("running", "running"), ("waiting", "waiting")):
+    for name in ("running", "waiting"):
         lines.append(f"# TYPE vllm:num_requests_{name} gauge")
         for number, replica in enumerate(replicas):
             labels = f'{{engine="{number}",model_name="stub"}}'
-            lines.append(f"vllm:num_requests_{name}{labels} {float(getattr(replica, value))}")
+            lines.append(f"vllm:num_requests_{name}{labels} {float(getattr(replica, name))}")
     lines.append('vllm:kv_cache_usage_perc{engine="0",model_name="stub"} 0.5')
     return "\n".join(lines).encode() + b"\n"
 

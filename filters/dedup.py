@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import msgspec
 
 from filters.answer import as_answer
+from filters.judge import read_judgements
 from filters.minhash import jaccard, least_agreement
+from filters.rows import completion_part, dropped_line
 from filters.sketches import Kind, Reader, Sketches, Source, sketch
 from filters.tally import Tally
 from pipeline.errors import RecipeError
 from pipeline.recipe import DedupConfig
-from pipeline.records import Kept, read_jsonl
+from pipeline.records import Kept
 from pipeline.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -34,14 +36,6 @@ EXACT, NEAR, PROMPT, CONTAMINATED = "exact_duplicate", "near_duplicate", "simila
 DEDUP_RULES = (EXACT, NEAR, PROMPT, CONTAMINATED)
 
 _decoder = msgspec.json.Decoder(Kept)
-_encoder = msgspec.json.Encoder()
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """What matters here of a row of judgements.jsonl."""
-
-    id: str
-    score: float | None
 
 
 class Match(NamedTuple):
@@ -116,7 +110,8 @@ def deduplicate(
     `survivors` holds rows of kept.jsonl. Raises DataError `path:line: reason` at a bad line of another file.
     """
     kept, dropped = outputs
-    sketches = sketch([*sources, Source(survivors, Kind.OWN, "this run")], config, _verdicts(run))
+    verdicts = {row.id: row.score for row in read_judgements(run).values() if row.score is not None}
+    sketches = sketch([*sources, Source(survivors, Kind.OWN, "this run")], config, verdicts)
     own = sketches.first[-2]
     dropped.seek(0, 2)
     with ExitStack() as stack:
@@ -128,14 +123,9 @@ def deduplicate(
                 if match is None:
                     kept.write(line)
                 else:
-                    dropped.write(_dropped_line(line, match, _reason(match, sketches, reader), tally))
-
-
-def _verdicts(run: RunDir) -> dict[str, float]:
-    """The judge's scores by id, where it was asked before. Raises DataError at a line that is none."""
-    if not run.judgements.exists():
-        return {}
-    return {row.id: row.score for row in read_jsonl(run.judgements, Verdict) if row.score is not None}
+                    row, reasons = _decoder.decode(line), {match.rule: _reason(match, sketches, reader)}
+                    tally.move_to_dropped(row.id, as_answer(row), reasons)
+                    dropped.write(dropped_line(completion_part(line), reasons))
 
 
 def find_duplicates(sketches: Sketches, reader: Reader, config: DedupConfig) -> Iterator[tuple[int, Match]]:
@@ -279,12 +269,3 @@ def _reason(match: Match, sketches: Sketches, reader: Reader) -> str:
     if match.similarity is None:
         return f"the same {match.what} as {other}{where}"
     return f"{match.what} {match.similarity:.2f} similar to {other}{where}"
-
-
-def _dropped_line(line: bytes, match: Match, reason: str, tally: Tally) -> bytes:
-    """The line of dropped.jsonl; its counts are moved."""
-    reasons = {match.rule: reason}
-    row = _decoder.decode(line)
-    tally.move_to_dropped(row.id, as_answer(row), reasons)
-    start = line.rindex(b',"scores":')
-    return line[:start] + b"," + _encoder.encode({"rule": match.rule, "detail": reasons})[1:] + b"\n"

@@ -9,7 +9,7 @@ A verdict that cannot be read is asked for again with another seed, and after th
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from filters.answer import as_answer
+from filters.rows import completion_part, dropped_line, kept_line
 from filters.tally import Tally
 from generate.engine import generate
 from pipeline.errors import DistillError
@@ -49,7 +50,6 @@ Reply with one JSON object and nothing else: {{{shape}, "score": 1-5}}"""
 
 
 _decoder = msgspec.json.Decoder(Kept)
-_encoder = msgspec.json.Encoder()
 
 
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,25 +105,22 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     if _judge(recipe, config) == (recipe.teacher.model, recipe.teacher.url):
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
     questions = folder / "1.questions.jsonl"
+    open_ids: dict[str, None] = {}  # a set in the rows' order
     with replacing(questions) as file:
-        count = 0
         for row in rows:
             file.write(encode_line(Prompt(id=row.id, messages=question(row, config))))
-            count += 1
+            open_ids[row.id] = None
     judgements: dict[str, Judgement] = {}
-    open_ids: set[str] = set()
     for attempt in range(1, config.attempts + 1):
+        if not open_ids:
+            break
         if attempt > 1:
-            if not open_ids:
-                break
             questions = _again(folder, attempt, open_ids)
-        if count:
-            asked = RunDir(folder / str(attempt))
-            generate(_recipe(recipe, config, questions, attempt), asked, quiet=quiet)
-            found = _verdicts(asked, questions, config, version, attempt)
-            judgements.update(found)
-        ids = [prompt.id for prompt in read_jsonl(questions, Prompt)]
-        open_ids = {id_ for id_ in ids if id_ not in judgements}
+        asked = RunDir(folder / str(attempt))
+        generate(_recipe(recipe, config, questions, attempt), asked, quiet=quiet)
+        for judgement in _verdicts(asked, open_ids, config, version, attempt):
+            judgements[judgement.id] = judgement
+        open_ids = {id_: None for id_ in open_ids if id_ not in judgements}
     for id_ in open_ids:
         judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts)
     with replacing(run.judgements) as file:
@@ -166,16 +163,10 @@ def judge_survivors(
             why = reason(judgement, config)
             if why is None:
                 scores = {**row.scores, RULE: judgement.score, **judgement.criteria}
-                kept.write(_without_scores(line) + b',"scores":' + _encoder.encode(scores) + b"}\n")
+                kept.write(kept_line(completion_part(line), scores))
             else:
                 tally.move_to_dropped(row.id, as_answer(row), {RULE: why})
-                detail = _encoder.encode({"rule": RULE, "detail": {RULE: why}})
-                dropped.write(_without_scores(line) + b"," + detail[1:] + b"\n")
-
-
-def _without_scores(line: bytes) -> bytes:
-    """A kept row's line up to its last field: `scores` is put last, by us."""
-    return line[: line.rindex(b',"scores":{')]
+                dropped.write(dropped_line(completion_part(line), {RULE: why}))
 
 
 def _judge(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
@@ -208,7 +199,7 @@ def _recipe(recipe: Recipe, config: JudgeConfig, questions: Path, attempt: int) 
     )
 
 
-def _again(folder: Path, attempt: int, ids: set[str]) -> Path:
+def _again(folder: Path, attempt: int, ids: Container[str]) -> Path:
     """The questions of the rows without a verdict, for another attempt."""
     path = folder / f"{attempt}.questions.jsonl"
     with replacing(path) as file:
@@ -219,25 +210,21 @@ def _again(folder: Path, attempt: int, ids: set[str]) -> Path:
 
 
 def _verdicts(
-    asked: RunDir, questions: Path, config: JudgeConfig, version: str, attempt: int
-) -> Iterator[tuple[str, Judgement]]:
+    asked: RunDir, wanted: Container[str], config: JudgeConfig, version: str, attempt: int
+) -> Iterator[Judgement]:
     """The verdicts of an attempt that can be read, of the rows that it was about."""
-    wanted = {prompt.id for prompt in read_jsonl(questions, Prompt)}
     for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
         verdict = read_verdict(answer.text, config) if answer.prompt_id in wanted else None
         if verdict:
             score = verdict.pop("score")
-            yield (
-                answer.prompt_id,
-                Judgement(
-                    id=answer.prompt_id,
-                    score=score,
-                    criteria=verdict,
-                    model=answer.model,
-                    version=version,
-                    seed=_seed(answer.sampling),
-                    attempts=attempt,
-                ),
+            yield Judgement(
+                id=answer.prompt_id,
+                score=score,
+                criteria=verdict,
+                model=answer.model,
+                version=version,
+                seed=_seed(answer.sampling),
+                attempts=attempt,
             )
 
 

@@ -23,6 +23,7 @@ from filters.chunks import LONGEST_LINE, Chunk, process
 from filters.dedup import dedup_rules, dedup_sources, deduplicate
 from filters.judge import judge_rules, judge_survivors
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
+from filters.rows import dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
@@ -41,7 +42,6 @@ class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 _decoder = msgspec.json.Decoder(_Row)
-_encoder = msgspec.json.Encoder()
 
 
 @dataclass
@@ -129,12 +129,11 @@ def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[bytes, bytes]]:
         answer = as_answer(row)
         reasons = rules.reasons(answer)
         if not reasons:
-            kept.append(line.rstrip()[:-1] + b',"scores":{}}\n')
+            kept.append(kept_line(line.rstrip()[:-1], {}))
             kept_lengths.append(len(answer.text))
             kept_slots.append(row.slots)
         else:
-            why = _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})
-            dropped.append(line.rstrip()[:-1] + b"," + why[1:] + b"\n")
+            dropped.append(dropped_line(line.rstrip()[:-1], reasons))
             dropped_lengths.append(len(answer.text))
             dropped_slots.append(row.slots)
             tally.note(row.id, answer, reasons)

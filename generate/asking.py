@@ -61,22 +61,22 @@ async def ask(
 
         def interrupt() -> None:
             if dispatcher.interrupt():
-                display.say(f"stopping: a moment for {counters.in_flight} requests in flight; again to stop at once")
+                display.stopping()
 
         with on_signals(interrupt), display:
             await dispatcher.run(display.tick)
         if dispatcher.interrupted:
-            display.say(f"{counters.answered} answered in this call, {counters.total - counters.done} still to ask")
+            display.stopped("still to ask")
             raise KeyboardInterrupt
 
 
-async def ask_in_batches(batches: "Batches", counters: Counters, display: Display) -> None:
+async def ask_in_batches(batches: "Batches", display: Display) -> None:
     """Asks through the Batch API. Raises as `ask` does."""
     stopped = asyncio.Event()
     with on_signals(stopped.set):
         await batches.run(stopped)
     if stopped.is_set():
-        display.say(f"{counters.answered} answered in this call, {counters.total - counters.done} still to come")
+        display.stopped("still to come")
         raise KeyboardInterrupt
 
 

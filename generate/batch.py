@@ -17,7 +17,7 @@ import openai
 from openai.types import Batch
 
 from generate.answers import Answer, CallFailed, Transient, shortened
-from generate.batch_files import Folder, Part, read_output
+from generate.batch_files import Folder, Part, output_ids, read_output
 from generate.budget import Budget, Reservation
 from generate.client import headers_of
 from generate.dialect import Dialect
@@ -53,7 +53,7 @@ class Batches:
         """`jobs` makes the jobs that the run had no answer to when this call began, each time it is called."""
         if len(recipe.teacher.urls) > 1:
             raise RecipeError("generate.mode batch takes one endpoint; teacher.base_url has several")
-        self._recipe, self._run, self._jobs = recipe, run, jobs
+        self._recipe, self._jobs = recipe, jobs
         self._completions, self._failures, self._counters = completions, failures, counters
         self._budget, self._say, self._dialect = budget, say, Dialect()
         self._folder = Folder(run.path / "batches")
@@ -245,9 +245,9 @@ class Batches:
 
     def _collect(self, path: Path) -> None:
         """Writes the outcomes in a file to the journals: each request's first answer, and no more."""
-        outcomes = {id_: None for id_, _ in read_output(path)}
-        jobs = {job.request.id: job for job in self._jobs() if job.request.id in outcomes}
-        strangers = len(outcomes) - len(jobs)
+        ids = output_ids(path)
+        jobs = {job.request.id: job for job in self._jobs() if job.request.id in ids}
+        strangers = len(ids) - len(jobs)
         for id_, outcome in read_output(path):
             job = jobs.get(id_)
             if job is None or id_ in self._done:

@@ -16,6 +16,7 @@ import msgspec
 from generate.answers import Answer, CallFailed, Transient, read_answer, read_error
 from generate.requests import Job
 from pipeline.errors import DataError
+from pipeline.records import read_jsonl
 from pipeline.rundir import replacing
 
 MOST_REQUESTS = 50_000  # a file (OpenAI, "Batch API", rate limits)
@@ -73,9 +74,7 @@ class Folder:
 
     def ids(self, part: Part) -> Iterator[str]:
         """The requests of a part."""
-        with self.input(part).open("rb") as file:
-            for line in file:
-                yield msgspec.json.decode(line, type=_Input).custom_id
+        return (line.custom_id for line in read_jsonl(self.input(part), _Input))
 
     def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Part]:
         """Writes the requests as parts, streamed; they are in the state when this returns."""
@@ -130,16 +129,12 @@ def input_line(job: Job, body: bytes) -> bytes:
 
 def read_output(path: Path) -> Iterator[tuple[str, Answer | CallFailed]]:
     """What became of each request in a batch's output or error file. Raises DataError `path:line: reason`."""
-    decoder = msgspec.json.Decoder(_Output)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                output = decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}:{number}: {error}") from None
-            yield output.custom_id, _outcome(output)
+    return ((output.custom_id, _outcome(output)) for output in read_jsonl(path, _Output))
+
+
+def output_ids(path: Path) -> set[str]:
+    """The requests of such a file. Raises DataError as `read_output` does."""
+    return {output.custom_id for output in read_jsonl(path, _Output)}
 
 
 def _outcome(output: _Output) -> Answer | CallFailed:

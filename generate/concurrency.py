@@ -8,7 +8,6 @@ Pure: the time and the observations are passed in. generate.endpoint asks and te
 """
 
 import re
-from collections import deque
 from typing import NamedTuple, Protocol
 
 START = 64  # in flight, before anything is known
@@ -36,7 +35,7 @@ class Load(NamedTuple):
 
 
 class Concurrency(Protocol):
-    """How many requests may be in flight; told of everything that may change it."""
+    """How many requests may be in flight; told of what may change it."""
 
     limit: int
 
@@ -45,9 +44,6 @@ class Concurrency(Protocol):
 
     def congested(self, now: float) -> None:
         """The server refused (429) or ran out of time."""
-
-    def observed(self, load: Load, in_flight: int) -> None:
-        """The server showed its queue."""
 
 
 class Fixed:
@@ -62,9 +58,6 @@ class Fixed:
     def congested(self, now: float) -> None:
         pass
 
-    def observed(self, load: Load, in_flight: int) -> None:
-        pass
-
 
 class ByQueue:
     """Keeps a short queue at the server. `share` of its load is this process's."""
@@ -72,23 +65,33 @@ class ByQueue:
     def __init__(self, limit: int = START_QUEUED, share: float = 1.0) -> None:
         self.limit, self._share = limit, share
         self._doubling = True  # until the first queue
+        self._peak: float | None = 0.0  # the most that ran at once; None once it refused requests
         self._preempted: float | None = None
 
     def answered(self, tokens: int, latency_s: float, now: float) -> None:
         pass
 
     def congested(self, now: float) -> None:
-        self.limit, self._doubling = max(1, int(self.limit * BACK_OFF)), False
+        self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
 
     def observed(self, load: Load, in_flight: int) -> None:
-        """Moves the limit by what is missing in the queue, or too much in it."""
+        """Moves the limit by what is missing in the queue, or too much in it.
+
+        Never below what the server has run at once, and its queue: where many answers end in one step, those that
+        follow them stand in the queue for a moment, and no slot is taken.
+        """
         wanted = max(QUEUE_LEAST, load.running * QUEUE_SHARE)
         preempting = self._preempted is not None and load.preempted > self._preempted
         self._preempted = load.preempted
+        if self._peak is not None:
+            self._peak = load.running if preempting else max(self._peak, load.running)
+        least = int((self._peak or 0) * (1 + QUEUE_SHARE) * self._share)
+        if load.kv_used <= KV_FULL:
+            self.limit = max(self.limit, least)
         if load.waiting > 2 * wanted or preempting:
             self._doubling = False
             if in_flight <= self.limit:  # else the last step down has not shown yet
-                self.limit = max(1, min(self.limit, int(in_flight - (load.waiting - wanted) * self._share)))
+                self.limit = max(1, least, min(self.limit, int(in_flight - (load.waiting - wanted) * self._share)))
             return
         arrived = (load.running + load.waiting) * self._share >= 0.8 * in_flight  # else they are under way
         if load.waiting >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
@@ -117,7 +120,7 @@ class ByClimbing:
         self._start_window()
 
     def _start_window(self) -> None:
-        self._answers: deque[tuple[float, int]] = deque()
+        self._answers: list[tuple[float, int]] = []
 
     def answered(self, tokens: int, latency_s: float, now: float) -> None:
         """After each round of answers, judges by its later half: the earlier one is the old limit's."""
@@ -126,7 +129,7 @@ class ByClimbing:
         size = self.limit if self._phase != "settle" else max(2 * self.limit, CALM_ANSWERS)
         if len(self._answers) < max(size, 16):
             return
-        later = list(self._answers)[len(self._answers) // 2 :]
+        later = self._answers[len(self._answers) // 2 :]
         seconds = now - later[0][0]
         self._start_window()
         if seconds > 0:
@@ -161,9 +164,6 @@ class ByClimbing:
         self.limit = max(1, int(self.limit * BACK_OFF))
         self._base, self._phase, self._step = self.limit, "avoid", 0
         self._start_window()
-
-    def observed(self, load: Load, in_flight: int) -> None:
-        pass
 
 
 _GAUGES = {

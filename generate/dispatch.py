@@ -16,7 +16,7 @@ from generate.endpoint import Endpoint
 from generate.journal import Journal
 from generate.progress import Counters
 from generate.requests import Job, completed, failed
-from generate.schedule import RetryPolicy, Schedule
+from generate.schedule import Schedule, retry_delay
 from pipeline.errors import DistillError
 from pipeline.recipe import GenerateConfig
 from pipeline.records import Usage
@@ -44,7 +44,7 @@ class Dispatcher:
     ) -> None:
         self._endpoints, self._schedule, self._config, self._budget = endpoints, schedule, config, budget
         self._completions, self._failures, self._counters, self._say = completions, failures, counters, say
-        self._policy, self._dialect = RetryPolicy(config.max_attempts), Dialect()
+        self._dialect = Dialect()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: Job | None = None  # drawn, and waiting for room
         self._timer: asyncio.TimerHandle | None = None
@@ -225,9 +225,7 @@ class Dispatcher:
         if error.error == "unreachable" or was_down:  # the endpoint's fault, not the request's
             job.attempts -= 1
             job.spent_s = 0.0 if error.error == "unreachable" else job.spent_s
-        delay = self._policy.delay(job.attempts, error)
-        if delay is None and was_down and not isinstance(error, Refused):
-            delay = self._policy.delay(0, error)
+        delay = retry_delay(job.attempts, self._config.max_attempts, error)
         if delay is not None and endpoint.timeout_s(job.spent_s) > 0:
             self._schedule.put_back(job, now + delay)
             return

@@ -9,13 +9,14 @@ import asyncio
 from collections.abc import Callable, Mapping
 from time import monotonic
 
-from tenacity import RetryCallState, Retrying, wait_exponential
+from tenacity import wait_exponential
 
 from generate.answers import CallFailed, Transient
 from generate.client import Client
 from generate.concurrency import START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
 from generate.limits import Limits
 from generate.requests import Share
+from generate.schedule import wait_s
 from pipeline.recipe import Recipe
 
 FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
@@ -39,10 +40,8 @@ class Endpoint:
         self._concurrency: Concurrency = (
             ByClimbing(_part(START, share)) if config.concurrency == "auto" else Fixed(_part(config.concurrency, share))
         )
-        self._teacher = recipe.teacher
         self.client = Client(recipe.teacher, url, on_headers=self._read_headers)
         self.in_flight = 0
-        self.answered_at = 0.0
         self.down_since: float | None = None
         self.last_error = ""
         self._failing: set[str] = set()
@@ -77,10 +76,8 @@ class Endpoint:
 
     def answered(self, tokens: int, latency_s: float, now: float) -> None:
         """An answer came: the endpoint is up."""
-        self.answered_at = now
         self._refusals = 0
-        if self._failing:
-            self._failing.clear()
+        self._failing.clear()
         if self.down_since is not None:
             self._say(f"{self.url} answers again, after {now - self.down_since:.0f} s")
             self.down_since, self._probes, self._probing = None, 0, False
@@ -95,7 +92,7 @@ class Endpoint:
             self._concurrency.congested(now)
         if error.error == "rate_limited":
             self._refusals += 1
-            self.limits.pause(error.retry_after or _wait(REFUSED_WAIT, self._refusals), now)
+            self.limits.pause(error.retry_after or wait_s(REFUSED_WAIT, self._refusals), now)
             self._probing = False
             return
         self.last_error = error.message
@@ -105,7 +102,7 @@ class Endpoint:
                 self.down_since = now
                 self._say(f"{self.url} is down ({error.message}); probing it until it answers")
             self._probes += 1
-            self._probe_at, self._probing = now + _wait(PROBE_WAIT, self._probes), False
+            self._probe_at, self._probing = now + wait_s(PROBE_WAIT, self._probes), False
 
     def ended(self) -> None:
         """A request that went out is over, however it ended."""
@@ -149,9 +146,3 @@ class Endpoint:
 def _part(limit: int, share: Share) -> int:
     """This process's part of a number, at least 1."""
     return max(1, limit // share.of + (share.part < limit % share.of))
-
-
-def _wait(policy: wait_exponential, number: int) -> float:
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = number
-    return float(policy(state))

@@ -99,7 +99,7 @@ def generate(
                     for path in batches.write():
                         display.say(f"{path}")
                 else:
-                    run_loop(ask_in_batches(batches, counters, display))
+                    run_loop(ask_in_batches(batches, display))
             elif plan.to_ask and recipe.generate.processes > 1:
                 run_loop(ask_in_shares(recipe, run, retry_failures=retry_failures, counters=counters, display=display))
             elif plan.to_ask:

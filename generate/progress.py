@@ -109,6 +109,15 @@ class Display:
         """A message above the live line; shown however quiet the run is."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
+    def stopping(self) -> None:
+        """The run ends when what is in flight has ended."""
+        self.say(f"stopping: a moment for {self._counters.in_flight} requests in flight; again to stop at once")
+
+    def stopped(self, left: str) -> None:
+        """The run has ended early; `left` says what the others are."""
+        counters = self._counters
+        self.say(f"{counters.answered} answered in this call, {counters.total - counters.done} {left}")
+
     def _line(self, now: float) -> str:
         """Tokens a second, in flight, waiting, failures and the time left."""
         counters = self._counters

@@ -86,14 +86,8 @@ def _build(prompt: Prompt, recipe: Recipe, sampling: dict[str, Any], sample: int
 
 def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, sampling: dict[str, Any]) -> Completion:
     """The record of an answer: from which endpoint, and to which sampling values as they were really sent."""
-    request = job.request
     return Completion(
-        id=request.id,
-        prompt_id=request.prompt_id,
-        messages=request.messages,
-        slots=request.slots,
-        endpoint=endpoint,
-        sampling=sampling,
+        **_identity(job, endpoint, sampling),
         text=answer.text,
         finish_reason=answer.finish_reason,
         model=answer.model or job.model,
@@ -106,14 +100,8 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
 
 def failed(job: Job, error: CallFailed, *, endpoint: str, sampling: dict[str, Any]) -> Failure:
     """The record of a request that failed for good."""
-    request = job.request
     return Failure(
-        id=request.id,
-        prompt_id=request.prompt_id,
-        messages=request.messages,
-        slots=request.slots,
-        endpoint=endpoint,
-        sampling=sampling,
+        **_identity(job, endpoint, sampling),
         model=job.model,
         error=error.error,
         status=error.status,
@@ -121,6 +109,18 @@ def failed(job: Job, error: CallFailed, *, endpoint: str, sampling: dict[str, An
         attempts=job.attempts,
         created=_now(),
     )
+
+
+def _identity(job: Job, endpoint: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    request = job.request
+    return {
+        "id": request.id,
+        "prompt_id": request.prompt_id,
+        "messages": request.messages,
+        "slots": request.slots,
+        "endpoint": endpoint,
+        "sampling": sampling,
+    }
 
 
 def _now() -> str:

@@ -8,7 +8,8 @@ import heapq
 from collections.abc import Iterator
 from itertools import count
 
-from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, wait_random_exponential
+from tenacity.wait import wait_base
 
 from generate.answers import CallFailed, Transient
 from generate.requests import Job
@@ -16,19 +17,18 @@ from generate.requests import Job
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds; full jitter: uniform below 0.5, 1, 2, 4, …
 
 
-class RetryPolicy:
-    """Whether and when a failed request is asked again: exponential backoff with full jitter (tenacity)."""
+def retry_delay(attempts: int, max_attempts: int, error: CallFailed) -> float | None:
+    """Seconds until the next attempt, at least as long as the server asks; None when this was the last."""
+    if not isinstance(error, Transient) or attempts >= max_attempts:
+        return None
+    return error.retry_after + wait_s(BACKOFF, attempts)
 
-    def __init__(self, max_attempts: int) -> None:
-        self._policy = AsyncRetrying(stop=stop_after_attempt(max_attempts), wait=BACKOFF)
 
-    def delay(self, attempts: int, error: CallFailed) -> float | None:
-        """Seconds until the next attempt, at least as long as the server asks; None when this was the last."""
-        state = RetryCallState(self._policy, None, (), {})
-        state.attempt_number = max(attempts, 1)
-        if not isinstance(error, Transient) or self._policy.stop(state):
-            return None
-        return error.retry_after + BACKOFF(state)
+def wait_s(policy: wait_base, attempts: int) -> float:
+    """Seconds that a tenacity policy waits after so many attempts."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = max(attempts, 1)
+    return float(policy(state))
 
 
 class Schedule:

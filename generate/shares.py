@@ -23,7 +23,7 @@ import msgspec
 
 from generate.asking import Left, dispatching, on_signals, run_loop
 from generate.budget import Budget
-from generate.dispatch import Dispatcher
+from generate.dispatch import TICK_INTERVAL_S, Dispatcher
 from generate.journal import Journal
 from generate.progress import Counters, Display
 from generate.requests import Share
@@ -33,7 +33,6 @@ from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir
 
-TICK_INTERVAL_S = 0.25
 LINE_BYTES = 1 << 20
 
 
@@ -66,13 +65,13 @@ async def ask_in_shares(
         interrupts += 1
         stop()
         if interrupts == 1:
-            display.say(f"stopping: a moment for {counters.in_flight} requests in flight; again to stop at once")
+            display.stopping()
 
     def heard(index: int, told: Told) -> None:
         if told.counters is not None:
             parts[index] = told.counters
             counters.gather(parts)
-        if told.say is not None and index == 0:  # they all see the same endpoints
+        if told.say is not None:
             display.say(told.say)
         if told.error is not None:
             failed.append(getattr(errors, told.kind, DistillError)(told.error))
@@ -90,7 +89,7 @@ async def ask_in_shares(
     if failed:
         raise failed[0]
     if interrupts:
-        display.say(f"{counters.answered} answered in this call, {counters.total - counters.done} still to ask")
+        display.stopped("still to ask")
         raise KeyboardInterrupt
     if any(ends):
         raise DistillError(f"a process of this run ended with {next(filter(None, ends))}; run the same command again")
@@ -153,7 +152,7 @@ def _ask_share(recipe: Recipe, run: RunDir, share: Share, retry_failures: bool, 
 
         async def ask() -> None:
             jobs = left.jobs(recipe, share)
-            say = _say if share.part == 0 else _ignore
+            say = _say if share.part == 0 else _ignore  # they all see the same endpoints
             async with dispatching(recipe, jobs, completions, failures, counters, budget, say, share) as dispatcher:
                 listener = asyncio.create_task(_obey(dispatcher, source))
                 await dispatcher.run(lambda: _tell(Told(counters=counters.snapshot())))

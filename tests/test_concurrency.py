@@ -53,6 +53,24 @@ def test_a_full_cache_stops_the_climb_and_preemption_turns_it() -> None:
     assert concurrency.limit < 100
 
 
+def test_a_queue_of_a_moment_closes_no_slot() -> None:
+    """Before the first step all of them wait; where 64 answers end in one step, 64 others wait for the next."""
+    concurrency = ByQueue(256)
+    concurrency.observed(Load(running=3, waiting=253), 256)
+    concurrency.observed(Load(running=64, waiting=192), 256)
+    assert 64 <= concurrency.limit <= 72
+    concurrency.observed(Load(running=2, waiting=62), 64)
+    assert 64 <= concurrency.limit <= 72
+
+
+def test_what_refuses_requests_is_not_asked_for_as_many_again() -> None:
+    concurrency = ByQueue(100)
+    concurrency.observed(Load(running=92, waiting=8), 100)
+    concurrency.congested(0.0)
+    concurrency.observed(Load(running=92, waiting=8), 100)
+    assert concurrency.limit == 70
+
+
 def test_processes_that_share_a_server_divide_what_is_missing() -> None:
     first, second, server = ByQueue(50, 0.5), ByQueue(50, 0.5), Server(512)
     for _ in range(60):

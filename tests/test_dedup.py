@@ -194,7 +194,8 @@ def test_the_judges_earlier_verdicts_say_which_of_two_is_better(stage: Stage) ->
     rows = [completion("a", text), completion("b", text), completion("c", edited(text, 3)), completion("d", text)]
     verdicts = [{"id": "a", "score": 3}, {"id": "b", "score": None}, {"id": "c", "score": 5}, {"id": "d", "score": 4}]
     stage.run.path.mkdir()
-    stage.run.judgements.write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    lines = (json.dumps({**verdict, "version": "v", "attempts": 1}) + "\n" for verdict in verdicts)
+    stage.run.judgements.write_text("".join(lines))
     stage.filter(rows)
     assert stage.kept() == ["c"]
     assert {row: next(iter(detail)) for row, detail in stage.dropped().items()} == dict.fromkeys(

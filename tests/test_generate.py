@@ -26,7 +26,7 @@ from tenacity import wait_fixed
 
 from generate.answers import Refused, Transient, retry_after, shortened
 from generate.engine import generate, pending
-from generate.schedule import RetryPolicy
+from generate.schedule import retry_delay
 from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
 
@@ -281,7 +281,8 @@ def test_a_long_message_is_shortened_and_says_so() -> None:
 
 def test_the_schedule_keeps_time() -> None:
     """`Retry-After` is a floor under the wait, the jitter comes on top."""
-    policy = RetryPolicy(max_attempts=3)
-    assert policy.delay(1, Transient("x", "y", 429, retry_after=4)) == pytest.approx(4.01)
-    assert policy.delay(3, Transient("x", "y", 429, retry_after=4)) is None
-    assert policy.delay(1, Refused("x", "y", 400)) is None
+    asked_to_wait = Transient("x", "y", 429, retry_after=4)
+    assert retry_delay(1, 3, asked_to_wait) == pytest.approx(4.01)
+    assert retry_delay(3, 3, asked_to_wait) is None
+    assert retry_delay(0, 1, asked_to_wait) == pytest.approx(4.01)  # the endpoint's fault does not count
+    assert retry_delay(1, 3, Refused("x", "y", 400)) is None
