@@ -13,7 +13,7 @@ SERVE := .venv/.ready-serve
 TRAIN := .venv/.ready-train
 DEV := .venv/.ready-dev
 
-.PHONY: help setup serve generate filter train evaluate report chain demo bench bench-endpoint check test test-fast clean
+.PHONY: help setup serve generate filter train export push evaluate report chain demo bench bench-endpoint check test test-fast clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -31,6 +31,12 @@ filter: $(BASE)  ## answers worth learning from to kept.jsonl, the others to dro
 
 train: $(TRAIN)  ## the student, on kept.jsonl
 	@exec $(PY) -m train $(COMMON) $(ARGS)
+
+export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --dataset")
+	@exec $(PY) -m train.export $(COMMON) $(ARGS)
+
+push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, and HF_TOKEN in the environment (ARGS="--merged --dataset")
+	@exec $(PY) -m train.export $(COMMON) --push "$(REPO)" $(ARGS)
 
 evaluate: $(TRAIN) $(SERVE)  ## teacher, student before and after: quality, speed, memory
 	@exec $(PY) -m evaluate $(COMMON) $(ARGS)

@@ -247,6 +247,9 @@ class FiltersConfig(Section):
     min_keep_rate: float | None = Field(None, ge=0, le=1)  # under it the stage ends with 1; None: no floor
 
 
+Warns = Literal["prompts", "keep_rate", "filters", "size_ratio", "templates", "chain", "licence", "length", "context"]
+
+
 class TrainConfig(Section):
     """How the student learns (TRL SFTTrainer, PEFT)."""
 
@@ -264,6 +267,8 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     held_out: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts kept for evaluation
     checkpoint_steps: int | None = Field(None, ge=1)  # steps between checkpoints to resume from; None: each epoch's end
+    accept: list[Warns] = []  # checks whose warning does not stop the training; --force accepts them all
+    teacher_licence: str | None = Field(None, min_length=1)  # your word on it, where the table does not know or errs
     seed: int = 0
 
     @property

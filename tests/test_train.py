@@ -76,7 +76,8 @@ def test_an_overfitted_student_answers_and_stops_by_itself(student: str, tmp_pat
     answers = {"Cat?": "Meow, says the cat.", "Dog?": "Woof.", "Cow?": "Moo moo."}
     rows = [kept_row(i, *answer) for i, answer in enumerate([*answers.items()] * 30)]
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, epochs=4, learning_rate=1e-2, batch_size=2, held_out=0.3, warmup=0.1), run)
+    settings = {"epochs": 4, "learning_rate": 1e-2, "batch_size": 2, "held_out": 0.3, "warmup": 0.1}
+    train_run(make_recipe(student, accept=["filters", "licence", "prompts"], **settings), run)
     model = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     held = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
@@ -155,7 +156,9 @@ def test_rows_too_long_are_refused_and_nothing_is_written(student: str, tmp_path
     rows = [*story_rows(6), kept_row(6, "Long?", "x" * 600)]
     run = make_run(tmp_path / "run", rows)
     # <start>user\nLong?<end>\n<start>assistant\n is 24 tokens, the answer 602
-    with pytest.raises(DataError, match=r"1 of \d (training|held-out) rows are longer .* 512 \(the longest has 626 t"):
+    with pytest.raises(
+        DataError, match=r"1 of 7 rows are longer than .* 512 \(the longest, r6, has 626 tokens\); raise"
+    ):
         train_run(make_recipe(student), run)
     assert not run.student.exists()
     assert not run.held_out.exists()
@@ -164,7 +167,8 @@ def test_rows_too_long_are_refused_and_nothing_is_written(student: str, tmp_path
 def test_rows_too_long_are_dropped_and_counted(student: str, tmp_path: Path) -> None:
     rows = [*story_rows(6), *(kept_row(n, f"Long {n}?", "x" * 600) for n in (6, 7))]
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, too_long="drop", held_out=0.4), run)
+    accept = ["filters", "licence", "length"]
+    train_run(make_recipe(student, too_long="drop", held_out=0.4, accept=accept), run)
     section = json.loads(run.lineage.read_bytes())["train"]
     assert section["too_long_dropped"] == 2
     assert section["rows"] + section["held_out"] == 6
@@ -181,7 +185,7 @@ def test_a_finished_student_is_up_to_date_until_rows_or_settings_change(
     train_run(make_recipe(student, checkpoint_steps=7), run)  # changes no weight
     assert weights.stat().st_ino == first
     assert "the student is up to date" in " ".join(capsys.readouterr().err.split())
-    train_run(make_recipe(student), run, force=True)
+    train_run(make_recipe(student), run, again=True)
     forced = weights.stat().st_ino
     assert forced != first
     train_run(make_recipe(student, seed=1), run)
@@ -302,7 +306,7 @@ def test_a_template_that_never_ends_the_answer_is_refused(tmp_path: Path) -> Non
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_end|>", ""))
     run = make_run(tmp_path / "run", story_rows(4))
-    with pytest.raises(DataError, match="does not end with a stop token"):
+    with pytest.raises(DataError, match="check eos: 0 of 4 rows end with a stop token; row 1: the answer"):
         train_run(make_recipe(str(folder)), run)
     assert not run.student.exists()
 

@@ -94,7 +94,9 @@ def story_rows(count: int) -> list[Kept]:
 
 
 def make_recipe(student: str, teacher: str = "teacher", **train: Any) -> Recipe:
+    """A recipe for the tiny student; no filter ran, and nobody knows the teacher's licence: both are accepted."""
     settings = {"method": "full", "epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 512, **train}
+    settings.setdefault("accept", ["filters", "licence"])
     return Recipe(
         name="tiny",
         teacher={"model": teacher},

@@ -1,4 +1,4 @@
-"""`python -m train RECIPE [--run DIR] [--force]`: the student, on kept.jsonl."""
+"""`python -m train RECIPE [--run DIR] [--force] [--allow-chain] [--again]`: the student, on kept.jsonl."""
 
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from train.run import train_run
@@ -6,10 +6,12 @@ from train.run import train_run
 
 def main() -> None:
     parser = stage_parser("train", "Fine-tunes the student on the kept answers, into student/.")
-    parser.add_argument("--force", action="store_true", help="train again, even if the student is up to date")
+    parser.add_argument("--force", action="store_true", help="go on past checks that warn (never past one that fails)")
+    parser.add_argument("--allow-chain", action="store_true", help="learn from a teacher that was itself distilled")
+    parser.add_argument("--again", action="store_true", help="train again, even if the student is up to date")
     recipe, run, options = parse_stage(parser)
     with run.locked():
-        train_run(recipe, run, force=options.force)
+        train_run(recipe, run, again=options.again, force=options.force, allow_chain=options.allow_chain)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Reads kept.jsonl, writes held_out.jsonl. Tokens, lengths and labels are train.to
 
 import hashlib
 import math
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import msgspec
 from pipeline.errors import DataError
 from pipeline.records import Kept, Message, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing
+
+ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ def read_rows(run: RunDir) -> list[Kept]:
     """All kept rows, each one checked.
 
     Raises DataError if the file is missing or empty, a line is not a kept row (a content that is not text, an image
-    for one), an answer is empty, or a conversation does not end with the user's turn.
+    for one), an answer is empty, a role is unknown, or a conversation does not end with the user's turn.
     """
-    rows = list(read_jsonl(run.kept, Kept))
+    try:
+        rows = list(read_jsonl(run.kept, Kept))
+    except DataError as error:
+        if not run.kept.is_file():
+            raise
+        wanted = "a row is an answer as filters keeps it: id, messages of role and content, text, all of it plain text"
+        raise DataError(f"{error}; {wanted}; filter again") from None
     if not rows:
         raise DataError(f"{run.kept}: no rows; no answer passed the filters: see {run.filter_report.name} for why")
     for number, row in enumerate(rows, start=1):
@@ -40,13 +49,17 @@ def read_rows(run: RunDir) -> list[Kept]:
 
 
 def split_rows(rows: list[Kept], *, share: float, seed: int) -> Split:
-    """Splits by prompt, so that no question of the held-out rows was trained on.
+    """Splits by prompt, so that no question of the held-out rows was trained on, in other spacing or case either.
 
     Distinct prompts are sorted by a hash of their messages and the seed; the first `share` of them, at least one and
     never all, is held out. The same rows and seed give the same split, in whatever order the rows come.
     Raises DataError if there are fewer than two distinct prompts.
     """
-    order = sorted({_prompt_key(row.messages, seed) for row in rows})
+    keys: dict[str, str] = {}
+    for row in rows:
+        text, key = prompt_text(row), _prompt_key(row.messages, seed)
+        keys[text] = min(keys.get(text, key), key)
+    order = sorted(keys.values())
     if len(order) < 2:
         raise DataError(
             f"{len(rows)} kept rows answer {len(order)} distinct prompt; at least 2 are needed, one to train on and "
@@ -56,8 +69,14 @@ def split_rows(rows: list[Kept], *, share: float, seed: int) -> Split:
     held = set(order[:count])
     parts: dict[bool, list[Kept]] = {False: [], True: []}
     for row in rows:
-        parts[_prompt_key(row.messages, seed) in held].append(row)
+        parts[keys[prompt_text(row)] in held].append(row)
     return Split(train=parts[False], held_out=parts[True])
+
+
+def prompt_text(row: Kept) -> str:
+    """A conversation up to the answer, without what makes no other question: Unicode form, case, spacing."""
+    turns = [part for message in row.messages for part in (message.role, message.content)]
+    return "\0".join(" ".join(unicodedata.normalize("NFC", part).casefold().split()) for part in turns)
 
 
 def to_examples(rows: Iterable[Kept]) -> list[dict[str, Any]]:
@@ -80,6 +99,8 @@ def write_held_out(run: RunDir, rows: Iterable[Kept]) -> None:
 def _fault(row: Kept) -> str | None:
     if not row.text.strip():
         return "the answer is empty"
+    if unknown := [message.role for message in row.messages if message.role not in ROLES]:
+        return f"no role {unknown[0]!r} is known; there are {', '.join(ROLES)}"
     if not row.messages or row.messages[-1].role != "user":
         last = row.messages[-1].role if row.messages else "none"
         return f"the conversation must end with a user message, the last one is {last!r}"

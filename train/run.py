@@ -1,22 +1,29 @@
-"""One straight line from kept.jsonl to student/: rows, split, checks, SFTTrainer, save.
+"""One straight line from kept.jsonl to student/: rows, split, checks, SFTTrainer, card, save.
 
-Reads kept.jsonl and the recipe; writes held_out.jsonl, student/ (by rename) and the `train` section of lineage.json.
-Checkpoints live in training/ until the student is saved: after a kill, the same command goes on from the last one.
+Reads kept.jsonl, lineage.json and the recipe; writes checks.json, held_out.jsonl, student/ (by rename) and the `train`
+section of lineage.json. Checkpoints live in training/ until the student is saved: after a kill, the same command goes
+on from the last one.
 """
 
 import hashlib
 import json
 import shutil
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Console
 
 from pipeline.errors import RecipeError, UsageError
-from pipeline.lineage import record_lineage, versions
+from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
 from pipeline.rundir import RunDir
+from train.cards import CARD, model_card
+from train.checks import settle
+from train.data_checks import row_checks, token_checks
+from train.pair_checks import pair_checks
 from train.rows import read_rows, split_rows, to_examples, write_held_out
 from train.student import PRUNE, initial_student
 
@@ -25,13 +32,21 @@ if TYPE_CHECKING:
 
 TRAINING_LOG = "training_log.json"
 FINGERPRINT = "fingerprint"  # in training/: what its checkpoints belong to
-SAME_RESULT = {"checkpoint_steps", "gradient_checkpointing"}  # settings that change no weight
+SAME_RESULT = {
+    "checkpoint_steps",
+    "gradient_checkpointing",
+    "accept",
+    "teacher_licence",
+}  # settings that change no weight
 
 
-def train_run(recipe: Recipe, run: RunDir, *, force: bool = False) -> None:
+def train_run(
+    recipe: Recipe, run: RunDir, *, again: bool = False, force: bool = False, allow_chain: bool = False
+) -> None:
     """Trains the recipe's student on the run's kept rows, and saves it as run.student.
 
-    Returns at once if the student there was trained on these rows with these settings, unless `force`.
+    Returns at once if the student there was trained on these rows with these settings, unless `again`. `force` goes on
+    past checks that warn, `allow_chain` with a teacher that was itself distilled.
     Raises RecipeError, DataError or DistillError, each with the mend; nothing is trained on faulty rows.
     """
     if recipe.student is None:
@@ -41,30 +56,34 @@ def train_run(recipe: Recipe, run: RunDir, *, force: bool = False) -> None:
     split = split_rows(rows, share=recipe.train.held_out, seed=recipe.train.seed)
     fingerprint = training_fingerprint(recipe, run)
     work = run.path / "training"
-    if not force and run.held_out.is_file() and _trained_from(run.student) == fingerprint:
-        console.print(f"{run.student}: the student is up to date (--force trains it again)")
+    if not again and run.held_out.is_file() and trained_from(run.student) == fingerprint:
+        console.print(f"{run.student}: the student is up to date (--again trains it again)")
         shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
-    _warn_about_unfinished(rows, console)
 
     prepare, examples = _trainer_parts()
-    checkpoint = _open_work(work, fingerprint, force=force, console=console)
     student = initial_student(recipe, run)
+    decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force)
+    checks = [*row_checks(rows, split, read_lineage(run)), *pair_checks(recipe, student, rows, allow_chain=allow_chain)]
+    if any(check.status == "fail" for check in checks):
+        decide(checks)
+    checkpoint = _open_work(work, fingerprint, again=again, console=console)
     parts = examples(train=to_examples(split.train), held_out=to_examples(split.held_out))
     prepared: Prepared = prepare(student, parts, recipe.train, work, console)
+    checks += token_checks(prepared, split, recipe.train)
+    decide(checks)
     train_rows = [split.train[index] for index in prepared.train_rows]
     held_out = [split.held_out[index] for index in prepared.held_out_rows]
-    dropped = len(rows) - len(train_rows) - len(held_out)
-    if dropped:
-        console.print(f"{dropped} of {len(rows)} rows left out: longer than train.max_length {recipe.train.max_length}")
     console.print(f"training {recipe.student.model} on {len(train_rows)} rows, {len(held_out)} held out")
     write_held_out(run, held_out)
 
     prepared.fit(checkpoint)
 
     log = training_log(prepared, recipe, train_rows=len(train_rows), held_out_rows=len(held_out))
-    record_lineage(run, "train", _lineage_section(recipe, fingerprint, log, dropped=dropped, prepared=prepared))
-    _save(prepared, log, run, work, console)
+    section = _lineage_section(recipe, fingerprint, log, dropped=len(rows) - len(train_rows) - len(held_out))
+    section |= {"precision": prepared.precision, "checks": [msgspec.to_builtins(check) for check in checks]}
+    record_lineage(run, "train", section)
+    _save(prepared, log, recipe, run, work, console)
     print(
         f"{run.student}: trained on {log['train_rows']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
         f"held-out loss {log['eval'][-1]['loss']:.4f}"
@@ -116,7 +135,7 @@ def _trainer_parts() -> tuple[Any, Any]:
     return prepare, Examples
 
 
-def _trained_from(student: Path) -> str | None:
+def trained_from(student: Path) -> str | None:
     """The fingerprint of the training that a saved student came from."""
     try:
         lineage = json.loads((student / "lineage.json").read_bytes())
@@ -125,11 +144,11 @@ def _trained_from(student: Path) -> str | None:
     return lineage.get("train", {}).get("fingerprint")
 
 
-def _open_work(work: Path, fingerprint: str, *, force: bool, console: Console) -> Path | None:
+def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> Path | None:
     """Prepares the folder of checkpoints; the last whole checkpoint of this very training, if there is one."""
     mark = work / FINGERPRINT
-    if work.is_dir() and (force or not mark.is_file() or mark.read_text() != fingerprint):
-        if not force:
+    if work.is_dir() and (again or not mark.is_file() or mark.read_text() != fingerprint):
+        if not again:
             console.print(f"{work}: checkpoints of other rows or settings, removed")
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
@@ -151,13 +170,14 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _save(prepared: "Prepared", log: dict[str, Any], run: RunDir, work: Path, console: Console) -> None:
+def _save(prepared: "Prepared", log: dict[str, Any], recipe: Recipe, run: RunDir, work: Path, console: Console) -> None:
     """The whole student folder at once, by rename; the checkpoints are then of no more use."""
     folder = work / "student"
     shutil.rmtree(folder, ignore_errors=True)
     prepared.save(folder, console)
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
+    (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
     old = work / "old-student"
     if run.student.exists():
         run.student.rename(old)
@@ -165,20 +185,10 @@ def _save(prepared: "Prepared", log: dict[str, Any], run: RunDir, work: Path, co
     shutil.rmtree(work)
 
 
-def _warn_about_unfinished(rows: list[Kept], console: Console) -> None:
-    cut = sum(row.finish_reason != "stop" for row in rows)
-    if cut:
-        console.print(
-            f"[yellow]warning:[/] {cut} of {len(rows)} kept answers were cut off (finish_reason is not stop): the "
-            "student learns to stop there; filter them with the rule finish_reason"
-        )
-
-
-def _lineage_section(
-    recipe: Recipe, fingerprint: str, log: dict[str, Any], *, dropped: int, prepared: "Prepared"
-) -> dict[str, Any]:
+def _lineage_section(recipe: Recipe, fingerprint: str, log: dict[str, Any], *, dropped: int) -> dict[str, Any]:
     assert recipe.student is not None
     return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "student": recipe.student.model,
         "teacher": recipe.teacher.model,
         "initialised_from": recipe.teacher.model if recipe.student.model.startswith(PRUNE) else recipe.student.model,
@@ -190,7 +200,6 @@ def _lineage_section(
         "steps": log["loss"][-1]["step"],
         "loss": log["loss"][-1]["loss"],
         "held_out_loss": log["eval"][-1]["loss"],
-        "precision": prepared.precision,
         "seed": recipe.train.seed,
         "fingerprint": fingerprint,
         "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),

@@ -34,6 +34,19 @@ def initial_student(recipe: Recipe, run: RunDir) -> str:
     return str(run.student_init.resolve())  # absolute: an adapter's base has to be found from any folder
 
 
+def load_tokenizer(student: str) -> Any:
+    """The student's tokenizer. Raises RecipeError if it cannot be loaded or has no chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(student)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"student.model: cannot load {student}: {str(error).strip().splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise RecipeError(f"student.model: {student} has no chat template; choose an instruction-tuned model")
+    return tokenizer
+
+
 def layers_kept(total: int, k: int) -> list[int]:
     """Indices of k layers out of `total`, evenly spaced from the first to the last.
 

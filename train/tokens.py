@@ -4,13 +4,25 @@ Takes rows as TRL tokenised them (`input_ids`, and `labels` with -100 where no l
 makes of them. Reads and writes no file.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from pipeline.errors import DataError
 
 MASKED = -100
 TokenRow = Mapping[str, Any]  # "input_ids" and "labels": list[int] of one length
+FaultKind = Literal["eos", "masked", "labels"]
+
+
+@dataclass(frozen=True)
+class LabelFaults:
+    """Rows that would teach something else than their answer, by kind; none for a kind that is not there."""
+
+    counts: dict[str, int]
+    first: dict[str, str]  # the first row of each kind, and what is wrong with it
 
 
 def stop_tokens(tokenizer: Any, model: Any) -> set[int]:
@@ -21,51 +33,40 @@ def stop_tokens(tokenizer: Any, model: Any) -> set[int]:
     return found
 
 
-def fitting(rows: Sequence[TokenRow], *, max_length: int, too_long: Literal["refuse", "drop"], part: str) -> list[int]:
-    """Indices of the rows of at most `max_length` tokens. A row is never cut: its EOS would go with the end.
+def count_faults(
+    parts: Iterable[Iterable[TokenRow]], *, stops: set[int], decode: Callable[[list[int]], str]
+) -> LabelFaults:
+    """Looks at the labels of every row: what each would teach besides its answer, or leave out of it."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for number, row in enumerate(chain.from_iterable(parts), start=1):
+        if found := label_fault(row, stops=stops, decode=decode):
+            kind, reason = found
+            counts[kind] += 1
+            first.setdefault(kind, f"row {number}: {reason}")
+    return LabelFaults(dict(counts), first)
 
-    Raises DataError if there are longer ones and they are to be refused, or if none is left.
+
+def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str]) -> tuple[FaultKind, str] | None:
+    """What is wrong with a row's labels; None if loss falls on the answer, all of it, the EOS at its end, and no more.
+
+    After the EOS a template may add blanks.
     """
-    lengths = [len(row["input_ids"]) for row in rows]
-    kept = [index for index, length in enumerate(lengths) if length <= max_length]
-    over = len(lengths) - len(kept)
-    longest = max(lengths, default=0)
-    if over and too_long == "refuse":
-        raise DataError(
-            f"{over} of {len(lengths)} {part} rows are longer than train.max_length {max_length} (the longest has "
-            f"{longest} tokens); raise it to {longest}, or leave such rows out with train.too_long: drop"
+    labels: list[int] = row["labels"]
+    learned = [index for index, label in enumerate(labels) if label != MASKED]
+    if not learned:
+        return "masked", "no token carries loss; the chat template leaves the answer out"
+    first = learned[0]
+    if first == 0:
+        return "labels", "loss falls on the prompt too; the chat template renders no prompt before it"
+    if labels[first:] != row["input_ids"][first:]:
+        return "labels", f"part of the answer carries no loss: {decode(row['input_ids'][first:])!r}"
+    last = max((index for index in learned if labels[index] in stops), default=None)
+    if last is None or decode(labels[last + 1 :]).strip():
+        return "eos", (
+            f"the answer does not end with a stop token ({decode(sorted(stops))!r}); its end is {decode(labels[-8:])!r}"
         )
-    if not kept:
-        raise DataError(
-            f"none of {len(lengths)} {part} rows has at most train.max_length {max_length} tokens (the longest has "
-            f"{longest}); raise train.max_length"
-        )
-    return kept
-
-
-def check_labels(rows: Iterable[TokenRow], *, stops: set[int], decode: Callable[[list[int]], str]) -> None:
-    """Checks every row: loss on something, on nothing of the prompt, and on the EOS at the end of the answer.
-
-    Raises DataError naming the first row that would teach something else. After the EOS a template may add blanks.
-    """
-    for number, row in enumerate(rows, start=1):
-        labels: list[int] = row["labels"]
-        learned = [index for index, label in enumerate(labels) if label != MASKED]
-        if not learned:
-            raise DataError(f"row {number}: no token carries loss; the chat template leaves the answer out")
-        first = learned[0]
-        if first == 0:
-            raise DataError(
-                f"row {number}: loss falls on the prompt too; the chat template renders no prompt before it"
-            )
-        if labels[first:] != row["input_ids"][first:]:
-            raise DataError(f"row {number}: part of the answer carries no loss: {decode(row['input_ids'][first:])!r}")
-        last = max((index for index in learned if labels[index] in stops), default=None)
-        if last is None or decode(labels[last + 1 :]).strip():
-            raise DataError(
-                f"row {number}: the answer does not end with a stop token ({decode(sorted(stops))!r}), so the student "
-                f"would never learn to stop; its end is {decode(labels[-8:])!r}: mend the student's chat template"
-            )
+    return None
 
 
 def check_batch(rows: Sequence[TokenRow], batch: Mapping[str, Any]) -> None:

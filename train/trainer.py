@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import torch
 import transformers
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import TrainConfig
 from train.progress import Milestones, TrainProgress
-from train.tokens import check_batch, check_labels, differing_prompts, fitting, stop_tokens
+from train.student import load_tokenizer
+from train.tokens import LabelFaults, check_batch, count_faults, differing_prompts, stop_tokens
 
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
 ADAMW_BYTES = 12  # a trained parameter: gradient and two moments, in float32
@@ -73,12 +73,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A trainer whose rows are tokenised and checked."""
+    """A trainer whose rows are tokenised, and what their tokens say."""
 
     trainer: StudentTrainer
     tokenizer: Any
     train_rows: list[int]  # indices into Examples.train that are not too long
     held_out_rows: list[int]
+    lengths: dict[str, list[int]]  # tokens of every row, the too long ones too; keys: train, held_out
+    faults: LabelFaults  # of the rows that are not too long
+    differing: int  # training rows whose context is not the one that is asked for
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
 
@@ -136,10 +139,11 @@ class Prepared:
 
 
 def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path, console: Console) -> Prepared:
-    """Loads the student, tokenises the rows by its chat template and checks what the trainer will use.
+    """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
-    Raises RecipeError if the student cannot be loaded or has no chat template, DataError if a row is too long (and
-    they are refused) or would teach something else than its answer, DistillError if memory is too small.
+    No row is cut, since its EOS would go with the end: those over `max_length` are left out. Whether training may go
+    on is train.data_checks' business. Raises RecipeError if the student cannot be loaded or has no chat template,
+    DataError if padding would change what a row teaches, DistillError if memory is too small.
     """
     with _quiet():
         model, tokenizer, dtype = _load(student, config)
@@ -154,24 +158,38 @@ def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path,
             callbacks=[Milestones(config.checkpoint_steps), TrainProgress(console)],
         )
         trainer.remove_callback(PrinterCallback)
-        fit = partial(fitting, max_length=config.max_length, too_long=config.too_long)
-        kept = fit(trainer.train_dataset, part="training")
-        kept_held_out = fit(trainer.eval_dataset, part="held-out")
-        trainer.train_dataset = trainer.train_dataset.select(kept)
-        trainer.eval_dataset = trainer.eval_dataset.select(kept_held_out)
-        _check(trainer, tokenizer, [examples.train[index] for index in kept], console)
-    return Prepared(trainer, tokenizer, kept, kept_held_out, dtype, precision(config.method))
+        tokenised = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+        lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in tokenised.items()}
+        kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
+        trainer.train_dataset = trainer.train_dataset.select(kept["train"])
+        trainer.eval_dataset = trainer.eval_dataset.select(kept["held_out"])
+        _check_padding(trainer)
+        faults = count_faults(
+            (trainer.train_dataset, trainer.eval_dataset),
+            stops=stop_tokens(tokenizer, trainer.model),
+            decode=tokenizer.decode,
+        )
+        differing = _differing(trainer, tokenizer, [examples.train[index] for index in kept["train"]])
+    return Prepared(
+        trainer=trainer,
+        tokenizer=tokenizer,
+        train_rows=kept["train"],
+        held_out_rows=kept["held_out"],
+        lengths=lengths,
+        faults=faults,
+        differing=differing,
+        dtype=dtype,
+        precision=precision(config.method),
+    )
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
+    tokenizer = load_tokenizer(student)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(student)
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(student, dtype=weights_dtype(config.method))
     except (OSError, ValueError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {str(error).strip().splitlines()[0]}") from None
-    if not tokenizer.chat_template:
-        raise RecipeError(f"student.model: {student} has no chat template; choose an instruction-tuned model")
     if config.method == "full" and not torch.cuda.is_available():
         needed = model.num_parameters() * ADAMW_BYTES
         free = psutil.virtual_memory().available
@@ -224,24 +242,20 @@ def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
     )
 
 
-def _check(trainer: StudentTrainer, tokenizer: Any, examples: list[dict[str, Any]], console: Console) -> None:
-    stops = stop_tokens(tokenizer, trainer.model)
+def _check_padding(trainer: StudentTrainer) -> None:
     for part in (trainer.train_dataset, trainer.eval_dataset):
-        check_labels(part, stops=stops, decode=tokenizer.decode)
         some = [part[index] for index in range(min(len(part), trainer.args.train_batch_size))]
-        check_batch(
-            some, trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in some])
-        )
-    differing = differing_prompts(
+        if some:
+            inputs = [{name: row[name] for name in ("input_ids", "labels")} for row in some]
+            check_batch(some, trainer.data_collator(inputs))
+
+
+def _differing(trainer: StudentTrainer, tokenizer: Any, examples: list[dict[str, Any]]) -> int:
+    return differing_prompts(
         trainer.train_dataset,
         examples,
         lambda prompt: tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"],
     )
-    if differing:
-        console.print(
-            f"[yellow]warning:[/] in {differing} of {len(examples)} rows the chat template renders the prompt "
-            "otherwise before an answer than when one is asked for: the student trains on a context it will not see"
-        )
 
 
 def precision(method: str) -> str:

@@ -1,0 +1,94 @@
+"""What is known of a model without its weights: configuration, tokenizer, card, number of parameters.
+
+Reads a folder, the Hub's cache, or the Hub (small files only). A model that only an API knows has none of it.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.models import embedded_folder
+
+SMALL_FILES = ["config.json", "generation_config.json", "chat_template*", "README.md", "vocab.json", "merges.txt"]
+SMALL_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
+HUB_TIMEOUT_S = 10
+UNITS = {"m": 1_000_000, "b": 1_000_000_000}
+
+
+@dataclass(frozen=True)
+class Card:
+    """The metadata of a model's README.md."""
+
+    tags: frozenset[str] = frozenset()
+    licence: str | None = None
+
+
+def known_files(reference: str) -> Path | None:
+    """A folder with what is known of a model: its own, or the Hub's files without the weights; None if nothing is."""
+    if (embedded := embedded_folder(reference)) is not None:
+        return embedded if embedded.is_dir() else None
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder
+    return _from_hub(reference) if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) else None
+
+
+def read_card(folder: Path | None) -> Card:
+    """Tags and licence of a model's card; nothing where there is no card that can be read."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
+        head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        data = yaml.safe_load(head[1]) if head else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return Card()
+    if not isinstance(data, dict):
+        return Card()
+    tags = data.get("tags")
+    licence = data.get("license_name") if data.get("license") == "other" else data.get("license")
+    return Card(
+        tags=frozenset(tag.lower() for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else frozenset(),
+        licence=licence if isinstance(licence, str) else None,
+    )
+
+
+def tokenizer_of(folder: Path | None) -> Any | None:
+    """The tokenizer in a folder; None where there is none with a chat template."""
+    from transformers import AutoTokenizer
+
+    if folder is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer if tokenizer.chat_template else None
+
+
+def parameters_of(folder: Path | None, reference: str) -> int | None:
+    """Number of parameters, tied ones once: from the configuration, or else from the size in the name (`70B`)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if folder is not None and (folder / "config.json").is_file():
+        try:
+            with torch.device("meta"):  # shapes only: no memory, no weights
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            return int(model.num_parameters())
+        except (OSError, ValueError, KeyError):
+            pass  # an architecture that this version does not know: its name may still say
+    named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", Path(reference).name.lower())
+    return round(float(named[1]) * UNITS[named[2]]) if named else None
+
+
+def _from_hub(reference: str) -> Path | None:
+    import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(reference, allow_patterns=SMALL_FILES, etag_timeout=HUB_TIMEOUT_S))
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError):
+        return None  # not on the Hub, or no network: an API's model
