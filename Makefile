@@ -11,9 +11,10 @@ COMMON := $(RECIPE) $(if $(RUN),--run $(RUN)) \
 BASE := .venv/.ready-base
 SERVE := .venv/.ready-serve
 TRAIN := .venv/.ready-train
+REVIEW := .venv/.ready-review
 DEV := .venv/.ready-dev
 
-.PHONY: help setup serve generate filter train export push evaluate report chain demo bench bench-endpoint check test test-fast clean
+.PHONY: help setup serve generate filter review train export push evaluate report chain demo bench bench-endpoint check test test-fast clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -28,6 +29,9 @@ generate: $(BASE)  ## prompts to the teacher, answers to completions.jsonl (TEAC
 
 filter: $(BASE)  ## answers worth learning from to kept.jsonl, the others to dropped.jsonl
 	@exec $(PY) -m filters $(COMMON) $(ARGS)
+
+review: $(REVIEW)  ## a local page: judge a blind sample yourself, see how far the filters agree (ARGS="--sample 100")
+	@exec $(PY) -m filters.review $(COMMON) $(ARGS)
 
 train: $(TRAIN)  ## the student, on kept.jsonl
 	@exec $(PY) -m train $(COMMON) $(ARGS)

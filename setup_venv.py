@@ -1,4 +1,4 @@
-"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|dev`.
+"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|review|dev`.
 
 Reads pyproject.toml and constraints.txt, writes .venv and, when all went well, the stamp .venv/.ready-<group>.
 Standard library only, and readable by old Pythons, so that it can say what is missing. A run that was cut short is
@@ -25,6 +25,7 @@ GROUPS = {
     "train": {"extras": ["train"], "imports": ["trl", "peft"], "gib": 2.0},
     "serve": {"extras": ["serve"], "imports": ["vllm"], "gib": 12.0},
     "serve-cpu": {"extras": ["serve-cpu"], "imports": ["vllm"], "gib": 3.0},
+    "review": {"extras": ["review"], "imports": ["fastapi", "uvicorn"], "gib": 0.3},
     "dev": {"extras": ["dev"], "imports": ["pytest", "mypy"], "gib": 0.3},
 }
 

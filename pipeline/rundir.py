@@ -58,6 +58,16 @@ class RunDir:
         return self.path / "judgements.jsonl"
 
     @property
+    def review_sample(self) -> Path:
+        """The answers that a person reviews, written by `filters.review`."""
+        return self.path / "review_sample.json"
+
+    @property
+    def reviews(self) -> Path:
+        """The person's verdicts, as they came."""
+        return self.path / "reviews.jsonl"
+
+    @property
     def filter_report(self) -> Path:
         return self.path / "filter_report.json"
 

@@ -1,0 +1,123 @@
+"""A review that can be left and taken up again: the sample in review_sample.json, each verdict in reviews.jsonl.
+
+A verdict is on disk (fsync) before `record` returns. The file is append-only: to undo is to add a line.
+"""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import msgspec
+
+from filters.review.sample import Item, Sample, draw
+from pipeline.errors import DataError
+from pipeline.records import encode_line
+from pipeline.rundir import RunDir, replacing
+
+ACCEPTED_FROM = 3  # a score from here on accepts
+
+
+class Review(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of reviews.jsonl. `undo` takes back the verdict before it on the same answer."""
+
+    id: str
+    verdict: Literal["accept", "reject", "skip", "undo"]
+    score: int | None = None  # 1 to 5, where the person gave one
+    created: str  # ISO 8601, UTC
+
+
+class Session:
+    """One person's review of a run; use as a context manager."""
+
+    def __init__(self, run: RunDir, *, size: int, seed: int) -> None:
+        """Takes up the review where it was left, or draws a sample. Raises DataError at a file that is wrong."""
+        self._path = run.reviews
+        self.sample = load_sample(run) or _drawn(run, size, seed)
+        self._file: BinaryIO = run.reviews.open("a+b")
+        self.verdicts, good = _read(run.reviews)
+        if good < run.reviews.stat().st_size:  # a line that a killed process did not end
+            self._file.truncate(good)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def done(self) -> int:
+        """Answers of the sample with a verdict."""
+        return sum(item.id in self.verdicts for item in self.sample.items)
+
+    @property
+    def current(self) -> Item | None:
+        """The answer to judge now; None when all are judged."""
+        return next((item for item in self.sample.items if item.id not in self.verdicts), None)
+
+    def record(self, verdict: Literal["accept", "reject", "skip"], score: int | None = None) -> None:
+        """The verdict on the current answer; a score decides by itself."""
+        item = self.current
+        assert item is not None
+        if score is not None:
+            verdict = "accept" if score >= ACCEPTED_FROM else "reject"
+        review = Review(id=item.id, verdict=verdict, score=score, created=_now())
+        self._write(review)
+        self.verdicts[item.id] = review
+
+    def undo(self) -> None:
+        """Takes back the last verdict, if there is one: its answer is the current one again."""
+        if self.verdicts:
+            last = next(reversed(self.verdicts))
+            self._write(Review(id=last, verdict="undo", created=_now()))
+            del self.verdicts[last]
+
+    def _write(self, review: Review) -> None:
+        self._file.write(encode_line(review))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def load_sample(run: RunDir) -> Sample | None:
+    """The sample under review, if there is one. Raises DataError where it cannot be read."""
+    try:
+        return msgspec.json.decode(run.review_sample.read_bytes(), type=Sample)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise DataError(f"{run.review_sample}: {error}; move it and {run.reviews} away to review anew") from None
+
+
+def read_reviews(run: RunDir) -> dict[str, Review]:
+    """The verdicts that stand, by id, in their order. Raises DataError `path:line: reason`."""
+    return _read(run.reviews)[0] if run.reviews.exists() else {}
+
+
+def _drawn(run: RunDir, size: int, seed: int) -> Sample:
+    sample = draw(run, size, seed)
+    with replacing(run.review_sample) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(sample)) + b"\n")
+    return sample
+
+
+def _read(path: Path) -> tuple[dict[str, Review], int]:
+    """The verdicts that stand, and the bytes up to the end of the last whole line."""
+    verdicts: dict[str, Review] = {}
+    good = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            good += len(line)
+            try:
+                review = msgspec.json.decode(line, type=Review)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: {error}; take that line out and run again") from None
+            verdicts.pop(review.id, None)
+            if review.verdict != "undo":
+                verdicts[review.id] = review
+    return verdicts, good
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
