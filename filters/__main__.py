@@ -7,6 +7,7 @@ from rich.console import Console
 from filters.dry_run import dry_run, print_dry_run
 from filters.report import FilterReport, print_report
 from filters.run import check_keep_rate, completions_size, filter_run, recipe_rules
+from filters.sweep import parse_shares, print_sweep, sweep
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.rundir import RunDir
 
@@ -16,10 +17,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--allow-low-keep", action="store_true", help="end with 0 under filters.min_keep_rate too")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count lines that are no completions")
     parser.add_argument("--dry-run", action="store_true", help="show which rows of a filtered run would change sides")
+    parser.add_argument("--sweep", metavar="PERCENTS", help="write the best 30,50,80 percent of a filtered run as runs")
     recipe, run, options = parse_stage(parser, argv)
     console = Console()
     if options.dry_run:
         print_dry_run(dry_run(run, recipe_rules(recipe, options.recipe)), console)
+        return
+    if options.sweep is not None:
+        shares = parse_shares(options.sweep)
+        completions_size(run.completions)
+        with run.locked():
+            subsets = sweep(run, recipe_rules(recipe, options.recipe), shares)
+        print_sweep(subsets, console)
         return
     completions_size(run.completions)  # before the lock, which would make the folder
     with run.locked():

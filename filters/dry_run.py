@@ -1,6 +1,7 @@
 """`--dry-run`: what the recipe's rules, as they are now, would do to a run that is filtered already.
 
-Reads kept.jsonl and dropped.jsonl; writes nothing, and takes no lock. A row dropped as a duplicate stays dropped.
+Reads kept.jsonl and dropped.jsonl; writes nothing, and takes no lock. A row dropped as a duplicate or by
+the judge stays dropped.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from filters.answer import as_answer
 from filters.dedup import DEDUP_RULES
+from filters.judge import RULE as JUDGE
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError
 from pipeline.records import Completion, Dropped, Kept, read_jsonl
@@ -52,8 +54,8 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
     result = DryRun()
     for row in _rows(run):
         reasons = rules.reasons(as_answer(row))
-        if isinstance(row, Dropped) and row.rule in DEDUP_RULES:
-            reasons = reasons or row.detail  # duplicates are not looked for again
+        if isinstance(row, Dropped) and row.rule in (*DEDUP_RULES, JUDGE):
+            reasons = reasons or row.detail  # neither duplicates nor the judge are asked again
         was_kept = not isinstance(row, Dropped)
         result.rows += 1
         result.kept_before += was_kept

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
 
-from benchmarks import budget, kills, simulated, stuck
+from benchmarks import budget, chapter_filter, kills, simulated, stuck
 from benchmarks.client import measure
 from benchmarks.clients import body
 from benchmarks.endpoint import Asked, level_of, tokens_within
@@ -22,7 +22,9 @@ from benchmarks.http_server import running
 from benchmarks.plot import line_chart
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
 from benchmarks.steady import steady_seconds
+from benchmarks.stories import Writer
 from benchmarks.table import show
+from filters.answer import nfc
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,3 +200,13 @@ def test_a_chart_is_well_formed_and_escaped() -> None:
 
 def test_a_table_is_markdown() -> None:
     assert show([("a", "b"), ("long", "1")]) == "| a    | b |\n|------|--:|\n| long | 1 |"
+
+
+def test_the_chapters_rules_and_its_function_decide_alike() -> None:
+    """On texts around every threshold; some of each side, else the agreement says nothing."""
+    made = [(story.text, chapter_filter.PROMPT) for story in Writer(1).stories(200, 0.0)]
+    texts = list(chapter_filter.mutations(made, 3000, seed=1))
+    rows = [chapter_filter.completion(number, text, prompt) for number, (text, prompt) in enumerate(texts)]
+    said = chapter_filter.agreement(rows, 0)
+    assert said.endswith(": 0 decided otherwise")
+    assert 500 < sum(chapter_filter.chapter_keeps(nfc(text), nfc(prompt)) for text, prompt in texts) < 2500
