@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unicodedata import normalize
 
 from benchmarks.stories import Writer
 from benchmarks.table import show
-from filters.answer import as_answer
+from filters.answer import as_answer, nfc
 from filters.ruleset import load_rules
 from filters.run import filter_run
 from pipeline.recipe import FiltersConfig, Recipe
@@ -25,7 +26,7 @@ from pipeline.records import Completion, Message, Usage, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 
 BANNED = ("AI", "GPT", "model", "로봇", "인공지능")
-RULES = [
+RULES: list[dict[str, Any]] = [
     {"rule": "length", "min_chars": 150, "max_chars": 600},
     {"rule": "banned_words", "words": list(BANNED)},
     {"rule": "repeated_word", "word": "같은", "max_count": 5},
@@ -35,17 +36,19 @@ RULES = [
 PROMPT = "3~5세 어린이용 한국어 동화 한 편. 등장: 토끼 토토. 키워드: 달, 비. 200~400자."
 
 
-def chapter_keeps(text: str, prompt: str) -> bool:
-    """The chapter's decision."""
-    if len(text) < 150 or len(text) > 600:
-        return False
-    if any(word in text for word in BANNED):
-        return False
-    if text.count("같은") > 5:
-        return False
-    if prompt[:20] in text:
-        return False
-    return sum("가" <= char <= "힣" for char in text) / len(text) >= 0.5
+def chapter_reason(instruction: str, output: str) -> str | None:
+    """The chapter's decision: the first of its rules that drops an answer, by our name; None where it is kept."""
+    if len(output) < 150 or len(output) > 600:
+        return "length"
+    if any(word in output for word in BANNED):
+        return "banned_words"
+    if output.count("같은") > 5:
+        return "repeated_word"
+    if instruction[:20] in output:
+        return "prompt_echo"
+    if sum("가" <= char <= "힣" for char in output) / len(output) < 0.5:
+        return "script_ratio"
+    return None
 
 
 def main() -> None:
@@ -140,9 +143,9 @@ def agreement(rows: list[Completion], real: int) -> str:
     rules = load_rules(FiltersConfig.model_validate({"rules": RULES}), Path("recipe.yaml"))
     kept, unlike = 0, []
     for row in rows:
-        theirs = chapter_keeps(normalize("NFC", row.text), normalize("NFC", row.messages[-1].content))
-        kept += theirs
-        if theirs == bool(rules.reasons(as_answer(row))):
+        theirs = chapter_reason(nfc(row.messages[-1].content), nfc(row.text))
+        kept += theirs is None
+        if theirs != next(iter(rules.reasons(as_answer(row))), None):
             unlike.append(row)
     for row in unlike[:3]:
         print(f"unlike: {row.text[:200]!r}", file=sys.stderr)
@@ -167,7 +170,7 @@ def speed(rows: list[Completion], runs: int) -> str:
         size = run.completions.stat().st_size
         for _ in range(runs):
             started = time.perf_counter()
-            kept = [text for text, prompt in texts if chapter_keeps(text, prompt)]
+            kept = [text for text, prompt in texts if not chapter_reason(prompt, text)]
             seconds["the chapter's loop, in memory"].append(time.perf_counter() - started)
             started = time.perf_counter()
             report = filter_run(recipe, run, Path("recipe.yaml"))

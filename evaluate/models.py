@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import DataError, DistillError, UsageError
+from pipeline.adapters import MERGED_FROM, merge_adapter
+from pipeline.errors import DataError, DistillError, UsageError, first_line
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
 BLOCK = 1 << 24  # bytes read at once
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
-MERGED_FROM = "merged_from.json"  # which base and adapter a merged folder was made of
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _folder(reference: str) -> Path:
     try:
         folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DistillError(f"model {reference} could not be fetched: {reason}") from None
     if not (folder / "config.json").is_file():
         raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
@@ -223,20 +223,7 @@ def engine_folder(subject: Subject, run: RunDir) -> Path:
     for old in (work, merged):
         shutil.rmtree(old, ignore_errors=True)
     work.mkdir(parents=True)
-    _merge(subject.folder, subject.adapter, work)
+    merge_adapter(subject.folder, subject.adapter, work)
     (work / MERGED_FROM).write_text(json.dumps(made_of))
     work.rename(merged)
     return merged
-
-
-def _merge(base: Path, adapter: Path, target: Path) -> None:
-    """Adds the adapter to the base in float32 and saves in the base's own dtype."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    model.to(dtype).save_pretrained(target)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)

@@ -4,7 +4,6 @@ Reads kept.jsonl and dropped.jsonl; writes nothing, and takes no lock. A row dro
 the judge stays dropped.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -15,9 +14,9 @@ from rich.table import Table
 from filters.answer import as_answer
 from filters.dedup import DEDUP_RULES
 from filters.judge import RULE as JUDGE
+from filters.rows import check_filtered, filtered_rows
 from filters.ruleset import RuleSet
-from pipeline.errors import DataError
-from pipeline.records import Completion, Dropped, Kept, read_jsonl
+from pipeline.records import Completion, Dropped
 from pipeline.rundir import RunDir
 
 SHOWN = 10  # rows of each side
@@ -48,11 +47,9 @@ class DryRun:
 
 def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
     """Judges a filtered run's rows again. Raises DataError if it is not filtered yet, or at a bad line."""
-    for path in (run.kept, run.dropped):
-        if not path.exists():
-            raise DataError(f"{path}: no such file; --dry-run compares with a filtered run: run the filters first")
+    check_filtered(run, "--dry-run compares with a filtered run")
     result = DryRun()
-    for row in _rows(run):
+    for row in filtered_rows(run):
         reasons = rules.reasons(as_answer(row))
         if isinstance(row, Dropped) and row.rule in (*DEDUP_RULES, JUDGE):
             reasons = reasons or row.detail  # neither duplicates nor the judge are asked again
@@ -69,11 +66,6 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
             if len(result.first_to_kept) < SHOWN:
                 result.first_to_kept.append(_flip(row, row.detail))
     return result
-
-
-def _rows(run: RunDir) -> Iterator[Completion]:
-    yield from read_jsonl(run.kept, Kept)
-    yield from read_jsonl(run.dropped, Dropped)
 
 
 def _flip(row: Completion, reasons: dict[str, str]) -> Flip:

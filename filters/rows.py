@@ -1,8 +1,13 @@
-"""Lines of kept.jsonl and dropped.jsonl, made of a completion's line: new fields stand at its end. Pure."""
+"""Rows of kept.jsonl and dropped.jsonl: read, and made of a completion's line. Writes nothing."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+
+from pipeline.errors import DataError
+from pipeline.records import Dropped, Kept, read_jsonl
+from pipeline.rundir import RunDir
 
 _encoder = msgspec.json.Encoder()
 
@@ -20,3 +25,16 @@ def kept_line(opened: bytes, scores: dict[str, Any]) -> bytes:
 def dropped_line(opened: bytes, reasons: dict[str, str]) -> bytes:
     """The completion, its last brace left open, as a dropped row: its `rule` is the first of the reasons."""
     return opened + b"," + _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})[1:] + b"\n"
+
+
+def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
+    """Every answer of a filtered run. Raises DataError where it is not filtered, or at a bad line."""
+    yield from read_jsonl(run.kept, Kept)
+    yield from read_jsonl(run.dropped, Dropped)
+
+
+def check_filtered(run: RunDir, why: str) -> None:
+    """Raises DataError, with the reason why it matters, where the run is not filtered yet."""
+    for path in (run.kept, run.dropped):
+        if not path.exists():
+            raise DataError(f"{path}: no such file; {why}: run the filters first")

@@ -6,9 +6,8 @@ and lineage.json, which `python -m train RECIPE --run <run>/sweep/<share>` learn
 answer without text is in no share. Keeps about 200 bytes an answer.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -20,17 +19,19 @@ from filters.answer import Answer, RuleSettings, as_answer
 from filters.dedup import DEDUP_RULES
 from filters.judge import RULE as JUDGE
 from filters.repetition import RepetitionSettings
+from filters.rows import check_filtered, filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
-from pipeline.lineage import read_lineage
-from pipeline.records import Completion, Dropped, Kept, encode_line, read_jsonl
+from pipeline.lineage import read_lineage, write_lineage
+from pipeline.records import Completion, Dropped, Kept, encode_line
 from pipeline.rundir import RunDir, replacing
 
 STEPS = (0.2, 0.4, 0.6, 0.8)  # a rule is asked again with thresholds so much stricter
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
 Rank = tuple[int, float, float, float, str]
+Thresholds = list[tuple[Callable[[Answer, Any], str | None], list[RuleSettings]]]
 
 
 @dataclass(frozen=True)
@@ -54,41 +55,42 @@ def parse_shares(text: str) -> list[int]:
 
 def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     """Writes the shares. Raises DataError where the run is not filtered, or at a bad line."""
-    for path in (run.kept, run.dropped):
-        if not path.exists():
-            raise DataError(f"{path}: no such file; --sweep ranks a filtered run: run the filters first")
-    ranks = sorted(_rank(row, rules) for row in _rows(run) if row.text.strip())
+    check_filtered(run, "--sweep ranks a filtered run")
+    thresholds, total, ranks = stricter(rules), 0, list[Rank]()
+    for row in filtered_rows(run):
+        total += 1
+        if row.text.strip():
+            ranks.append(_rank(row, thresholds))
     if not ranks:
         raise DataError(f"{run.kept}: no answers to rank; run `python -m generate` and the filters first")
-    total = sum(1 for _ in _rows(run))
-    order = {rank[-1]: place for place, rank in enumerate(ranks)}
+    order = {rank[-1]: place for place, rank in enumerate(sorted(ranks))}
     return [_write(run, percent, min(ceil(total * percent / 100), len(ranks)), order, total) for percent in shares]
 
 
-def margin(answer: Answer, rules: RuleSet) -> tuple[float, float]:
-    """How far an answer is inside the rules' thresholds: of the rule that it is nearest to, and the mean; 0 to 1."""
-    found = [
-        sum(rule.check(answer, tighten(rule.settings, step)) is None for step in STEPS) / len(STEPS)
+def stricter(rules: RuleSet) -> Thresholds:
+    """The rules that have a threshold, each with its settings so much stricter."""
+    return [
+        (rule.check, [tighten(rule.settings, step) for step in STEPS])
         for rule in rules.rules
         if (tighten := _TIGHTEN.get(type(rule.settings)))
     ]
+
+
+def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
+    """How far an answer is inside the rules' thresholds: of the rule that it is nearest to, and the mean; 0 to 1."""
+    found = [sum(check(answer, settings) is None for settings in steps) / len(steps) for check, steps in thresholds]
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
-def _rank(row: Completion, rules: RuleSet) -> Rank:
+def _rank(row: Kept | Dropped, thresholds: Thresholds) -> Rank:
     """Less is better."""
-    against, scores = 0, {}
-    if isinstance(row, Dropped):
+    against, score = 0, 0.0
+    if isinstance(row, Kept):
+        score = row.scores.get(JUDGE, 0.0)
+    else:
         against = len(row.detail) if row.rule not in DEDUP_RULES else 1_000_000
-    elif isinstance(row, Kept):
-        scores = row.scores
-    nearest, mean = margin(as_answer(row), rules)
-    return against, -scores.get(JUDGE, 0.0), -nearest, -mean, row.id
-
-
-def _rows(run: RunDir) -> Iterator[Completion]:
-    yield from read_jsonl(run.kept, Kept)
-    yield from read_jsonl(run.dropped, Dropped)
+    nearest, mean = margin(as_answer(row), thresholds)
+    return against, -score, -nearest, -mean, row.id
 
 
 def _write(run: RunDir, percent: int, count: int, order: dict[str, int], total: int) -> Subset:
@@ -98,7 +100,7 @@ def _write(run: RunDir, percent: int, count: int, order: dict[str, int], total: 
         shutil.copyfile(run.recipe, target.recipe)
     by_rules, scores = 0, []
     with replacing(target.kept) as kept, replacing(target.dropped) as dropped:
-        for row in _rows(run):
+        for row in filtered_rows(run):
             fields = {name: getattr(row, name) for name in Completion.__struct_fields__}
             if order.get(row.id, total) < count:
                 own = row.scores if isinstance(row, Kept) else {}
@@ -118,8 +120,7 @@ def _write(run: RunDir, percent: int, count: int, order: dict[str, int], total: 
         "keep_rate": count / total,
         "sweep": {"percent": percent, "dropped_by_rules": by_rules},
     }
-    with replacing(target.lineage) as file:
-        file.write(json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")
+    write_lineage(target, lineage)
     return Subset(percent, target, count, by_rules, sum(scores) / len(scores) if scores else None)
 
 

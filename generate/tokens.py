@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import UsageError
-from pipeline.models import embedded_folder
+from pipeline.models import local_folder
 from pipeline.records import Message
 
 TEMPLATE_TOKENS = 64  # a chat template may add: roles and turns, and a system prompt of its own
@@ -78,10 +78,7 @@ def bound(body_bytes: int) -> int:
 
 def _folder(model: str) -> Path | None:
     """Where the model's files are on this machine."""
-    if (embedded := embedded_folder(model)) is not None:
-        return embedded if embedded.is_dir() else None
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    if (folder := local_folder(model)) is not None:
         return folder
     try:
         from huggingface_hub import try_to_load_from_cache

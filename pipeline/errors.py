@@ -41,3 +41,8 @@ class RequestsFailed(DistillError):
     """The run is finished, but some requests failed for good (they are in failures.jsonl)."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of another package's message; the error's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

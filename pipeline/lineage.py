@@ -37,6 +37,10 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
 
 def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
     """Replaces the stage's section."""
-    lineage = {"name": run.path.name, **read_lineage(run), stage: section}
+    write_lineage(run, {"name": run.path.name, **read_lineage(run), stage: section})
+
+
+def write_lineage(run: RunDir, lineage: dict[str, Any]) -> None:
+    """Replaces all of it."""
     with replacing(run.lineage) as file:
         file.write(json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")

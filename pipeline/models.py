@@ -85,6 +85,12 @@ def embedded_folder(reference: str) -> Path | None:
     return cache_folder() / f"{name}-{EMBEDDED[name].sha256[:8]}"
 
 
+def local_folder(reference: str) -> Path | None:
+    """The model's folder on this machine, where it is one or an embedded one that was fetched; None otherwise."""
+    folder = embedded_folder(reference) or Path(reference).expanduser()
+    return folder if folder.is_dir() else None
+
+
 def _fetch_embedded(name: str, folder: Path) -> None:
     """Fetches and converts an embedded model; the folder appears whole, by rename."""
     model = EMBEDDED[name]

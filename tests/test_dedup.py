@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from completion_fields import completion_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ import filters.run
 from filters.__main__ import main
 from filters.minhash import band_keys, fold, jaccard, ngrams, shape_for, signatures
 from pipeline.errors import DataError, RecipeError
-from pipeline.records import Completion, Dropped, Kept, Message, Usage, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -46,21 +47,8 @@ def similarity(one: str, other: str, n: int = 3) -> float:
 
 
 def completion(row_id: str, text: str, prompt: str = "토끼 이야기", **slots: str) -> Completion:
-    return Completion(
-        id=row_id,
-        prompt_id="p",
-        messages=[Message("system", "너는 이야기꾼이야."), Message("user", prompt)],
-        slots=dict(slots),
-        endpoint="http://127.0.0.1:8000/v1",
-        sampling={"seed": 1},
-        text=text,
-        finish_reason="stop",
-        model="teacher",
-        usage=Usage(),
-        latency_s=0.1,
-        attempts=1,
-        created="2026-01-01T00:00:00Z",
-    )
+    messages = [Message("system", "너는 이야기꾼이야."), Message("user", prompt)]
+    return Completion(**completion_fields(row_id, text, messages=messages, slots=dict(slots)))
 
 
 class Stage:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.chapter_filter import RULES as CHAPTER_RULES
+from benchmarks.chapter_filter import chapter_reason
 from filters.answer import Answer, as_answer, nfc
 from filters.rules import RULES
 from filters.ruleset import RuleSet, load_rules
@@ -29,13 +31,6 @@ ENGLISH_STORY = (
     "bridge. One day the rain came down hard, and the water carried his best stone away. Finn cried a little. Then "
     "Ella, the duck, dived deep and brought it back. They put the stone on the window, where it shone all winter."
 )
-CHAPTER_RULES: list[dict[str, Any]] = [
-    {"rule": "length", "min_chars": 150, "max_chars": 600},
-    {"rule": "banned_words", "words": ["AI", "GPT", "model", "로봇", "인공지능"], "whole_word": False},
-    {"rule": "repeated_word", "word": "같은", "max_count": 5},
-    {"rule": "prompt_echo", "chars": 20},
-    {"rule": "script_ratio", "script": "hangul", "min_share": 0.5},
-]
 
 
 def rule_set(*rules: dict[str, Any], recipe: Path = Path("recipe.yaml"), slots: set[str] | None = None) -> RuleSet:
@@ -68,21 +63,6 @@ def reason(
         created="2026-01-01T00:00:00Z",
     )
     return next(iter(rule_set({"rule": rule, **settings}).reasons(as_answer(row)).values()), None)
-
-
-def the_chapters_function(instruction: str, output: str) -> str | None:
-    """The chapter's rules, as a plain function, with the first rule that drops."""
-    if len(output) < 150 or len(output) > 600:
-        return "length"
-    if any(word in output for word in ("AI", "GPT", "model", "로봇", "인공지능")):
-        return "banned_words"
-    if output.count("같은") > 5:
-        return "repeated_word"
-    if instruction[:20] in output:
-        return "prompt_echo"
-    if sum(1 for char in output if "가" <= char <= "힣") / len(output) < 0.5:
-        return "script_ratio"
-    return None
 
 
 @pytest.mark.parametrize(("size", "dropped"), [(0, True), (149, True), (150, False), (600, False), (601, True)])
@@ -240,7 +220,7 @@ def test_the_five_rules_decide_as_the_chapters_function() -> None:
     for _ in range(3000):
         text = nfc(mutated(rng.choice([STORY, STORY * 2, ENGLISH_STORY, "", STORY[:200]]), rng))
         dropped = next(iter(rules.reasons(Answer(text, INSTRUCTION, "stop", {}))), None)
-        assert dropped == the_chapters_function(INSTRUCTION, text), text
+        assert dropped == chapter_reason(INSTRUCTION, text), text
         seen.add(dropped)
     assert seen == {None, *(rule["rule"] for rule in CHAPTER_RULES)}
 
@@ -249,7 +229,7 @@ def test_the_five_rules_decide_as_the_chapters_function() -> None:
 def test_the_five_rules_decide_as_the_chapters_function_on_any_text(text: str, instruction: str) -> None:
     text, instruction = nfc(text), nfc(instruction)
     dropped = next(iter(rule_set(*CHAPTER_RULES).reasons(Answer(text, instruction, "stop", {}))), None)
-    assert dropped == the_chapters_function(instruction, text)
+    assert dropped == chapter_reason(instruction, text)
 
 
 def test_decomposed_korean_is_judged_as_composed() -> None:

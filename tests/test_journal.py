@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from completion_fields import completion_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,20 +16,9 @@ from pipeline.records import Completion, Message, Usage, encode_line, read_jsonl
 
 
 def completion(name: str, text: str = "이야기 🐰\n둘째 줄") -> Completion:
-    return Completion(
-        id=name,
-        prompt_id="p",
-        messages=[Message(role="user", content="질문")],
-        endpoint="http://e/v1",
-        sampling={"seed": 1},
-        text=text,
-        finish_reason="stop",
-        model="m",
-        usage=Usage(prompt_tokens=2, completion_tokens=3),
-        latency_s=0.1,
-        attempts=1,
-        created="2026-01-01T00:00:00+00:00",
-    )
+    usage = Usage(prompt_tokens=2, completion_tokens=3)
+    messages = [Message(role="user", content="질문")]
+    return Completion(**completion_fields(name, text, messages=messages, sampling={"seed": 1}, usage=usage))
 
 
 def write(path: Path, *names: str) -> None:

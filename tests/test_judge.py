@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from completion_fields import completion_fields
 from misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
 
 from filters.judge import Judgement, judge_rows, question, read_judgements, read_verdict, reason, version_of
@@ -12,27 +13,15 @@ from filters.run import filter_run
 from generate.engine import generate
 from pipeline.errors import DataError
 from pipeline.recipe import FiltersConfig, JudgeConfig, Recipe
-from pipeline.records import Completion, Dropped, Kept, Message, Usage, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, read_jsonl
 from pipeline.rundir import RunDir
 
 CONFIG = JudgeConfig(rubric={"fluency": "natural", "fit": "for a child"})
 
 
 def row(number: int, text: str = "A story.") -> Completion:
-    return Completion(
-        id=f"row{number}",
-        prompt_id="p",
-        messages=[Message(role="system", content="Be kind."), Message(role="user", content=f"Tell story {number}.")],
-        endpoint="http://e/v1",
-        sampling={},
-        text=text,
-        finish_reason="stop",
-        model="m",
-        usage=Usage(),
-        latency_s=0.1,
-        attempts=1,
-        created="2026-01-01T00:00:00+00:00",
-    )
+    turns = [Message(role="system", content="Be kind."), Message(role="user", content=f"Tell story {number}.")]
+    return Completion(**completion_fields(f"row{number}", text, messages=turns))
 
 
 def judging(server: Any, **judge: Any) -> Recipe:

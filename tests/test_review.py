@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from completion_fields import completion_fields
 from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from filters.review.sample import KEPT, draw
 from filters.review.session import Session, read_reviews
 from pipeline.errors import DataError
 from pipeline.recipe import load_recipe
-from pipeline.records import Dropped, Kept, Message, Usage, encode_line
+from pipeline.records import Dropped, Kept, Message, encode_line
 from pipeline.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -34,21 +35,8 @@ NASTY = '<img src=x onerror="document.title=\'stolen\'"><script>document.title="
 
 
 def fields(row_id: str, text: str) -> dict[str, Any]:
-    return {
-        "id": row_id,
-        "prompt_id": "p",
-        "messages": [Message("system", "너는 이야기꾼이야."), Message("user", f"{row_id} 이야기를 써 줘.")],
-        "slots": {"hero": "토끼", "things": ["달", "비"]},
-        "endpoint": "http://127.0.0.1:8000/v1",
-        "sampling": {"seed": 1},
-        "text": text,
-        "finish_reason": "stop",
-        "model": "teacher",
-        "usage": Usage(),
-        "latency_s": 0.1,
-        "attempts": 1,
-        "created": "2026-01-01T00:00:00Z",
-    }
+    turns = [Message("system", "너는 이야기꾼이야."), Message("user", f"{row_id} 이야기를 써 줘.")]
+    return completion_fields(row_id, text, messages=turns, slots={"hero": "토끼", "things": ["달", "비"]})
 
 
 @pytest.fixture

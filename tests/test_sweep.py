@@ -2,38 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from completion_fields import completion_fields
 
 from filters.__main__ import main
 from filters.answer import Answer
 from filters.ruleset import load_rules
-from filters.sweep import margin, parse_shares
+from filters.sweep import margin, parse_shares, stricter
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import FiltersConfig
-from pipeline.records import Dropped, Kept, Message, Usage, encode_line, read_jsonl
+from pipeline.records import Dropped, Kept, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 110}, {"rule": "repeated_word", "word": "b", "max_count": 5}]
-
-
-def fields(row_id: str, text: str) -> dict[str, Any]:
-    return {
-        "id": row_id,
-        "prompt_id": "p",
-        "messages": [Message("user", "q")],
-        "endpoint": "http://e/v1",
-        "sampling": {},
-        "text": text,
-        "finish_reason": "stop",
-        "model": "m",
-        "usage": Usage(),
-        "latency_s": 0.1,
-        "attempts": 1,
-        "created": "2026-01-01T00:00:00Z",
-    }
 
 
 @pytest.fixture
@@ -50,14 +33,10 @@ def recipe(tmp_path: Path) -> Path:
         ("empty", " ", {"length": "1"}),
         ("judged", "a" * 60, {"judge": "score 2"}),
     ]
-    run.kept.write_bytes(
-        b"".join(encode_line(Kept(**fields(name, "a" * n), scores={"judge": score})) for name, n, score in kept)
-    )
-    run.dropped.write_bytes(
-        b"".join(
-            encode_line(Dropped(**fields(name, text), rule=next(iter(why)), detail=why)) for name, text, why in dropped
-        )
-    )
+    rows = [Kept(**completion_fields(name, "a" * n), scores={"judge": score}) for name, n, score in kept]
+    run.kept.write_bytes(b"".join(map(encode_line, rows)))
+    others = [Dropped(**completion_fields(name, text), rule=next(iter(why)), detail=why) for name, text, why in dropped]
+    run.dropped.write_bytes(b"".join(map(encode_line, others)))
     run.lineage.write_text(json.dumps({"name": "run", "filters": {"rules": RULES, "keep_rate": 0.5}, "train": {}}))
     path = tmp_path / "recipe.yaml"
     data = {"name": "s", "teacher": {"model": "m"}, "prompts": {"template": "Hi", "count": 1}}
@@ -92,7 +71,7 @@ def test_a_margin_is_the_share_of_stricter_thresholds_that_still_pass() -> None:
     rules = load_rules(FiltersConfig.model_validate({"rules": RULES}), Path("recipe.yaml"))
 
     def of(text: str) -> tuple[float, float]:
-        return margin(Answer(text, "", "stop", {}), rules)
+        return margin(Answer(text, "", "stop", {}), stricter(rules))
 
     assert of("a" * 60) == (1.0, 1.0)
     assert of("a" * 85) == (0.5, 0.75)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from completion_fields import completion_fields
+
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Message, Usage, encode_line
+from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 
 # As SmolLM2's: a blank follows the end-of-turn token, which is the EOS and the pad token too.
@@ -64,21 +66,8 @@ def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama") ->
 
 
 def kept_row(number: int, question: str, answer: str, **changes: Any) -> Kept:
-    values = {
-        "id": f"r{number}",
-        "prompt_id": f"p{number}",
-        "messages": [Message("user", question)],
-        "endpoint": "http://127.0.0.1:1/v1",
-        "sampling": {},
-        "text": answer,
-        "finish_reason": "stop",
-        "model": "teacher",
-        "usage": Usage(),
-        "latency_s": 0.1,
-        "attempts": 1,
-        "created": "2026-01-01T00:00:00Z",
-    }
-    return Kept(**{**values, **changes})
+    own = {"prompt_id": f"p{number}", "messages": [Message("user", question)], "model": "teacher"}
+    return Kept(**{**completion_fields(f"r{number}", answer), **own, **changes})
 
 
 def make_run(path: Path, rows: list[Kept]) -> RunDir:

@@ -31,18 +31,18 @@ def model_card(
     train = lineage["train"]
     adapter = train["method"] != "full" if adapter is None else adapter
     origin = train["initialised_from"]
-    scores = _scores(lineage)
+    chain = _chain(recipe, origin)
     metadata = {
         "base_model": published(origin),
         "base_model_relation": "adapter" if adapter else "finetune",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        **on_the_hub(_chain(recipe, origin).student),
+        **on_the_hub(chain.student),
         "language": languages(recipe),
         "datasets": [data] if data else None,
         "tags": [*TAGS, *(["lora"] if adapter else [])],
     }
-    values = _common(recipe, lineage, origin) | {
+    values = _common(recipe, lineage, chain, origin) | {
         "repo": repo,
         "base": published(origin),
         "pruned": train["student"].removeprefix(PRUNE) if train["student"].startswith(PRUNE) else "",
@@ -50,7 +50,7 @@ def model_card(
         "rank": train["hyperparameters"].get("lora_rank"),
         "train": train,
         "hyperparameters": {name: train["hyperparameters"][name] for name in _shown(train)},
-        "scores": scores,
+        "scores": _scores(lineage),
         "headline": lineage.get("evaluate", {}).get("headline", ""),
     }
     return _card("model.md.j2", metadata, values, recipe)
@@ -58,7 +58,8 @@ def model_card(
 
 def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
     """The card of a data set. `rows`: how many there are for `train` and for `test`."""
-    terms = _chain(recipe, None).teacher
+    chain = _chain(recipe, None)
+    terms = chain.teacher
     metadata = {
         **on_the_hub(terms.licence if terms and terms.verdict == "allowed" else "other"),
         "language": languages(recipe),
@@ -72,7 +73,8 @@ def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, 
             }
         ],
     }
-    return _card("dataset.md.j2", metadata, _common(recipe, lineage, None) | {"repo": repo, "rows": rows}, recipe)
+    values = _common(recipe, lineage, chain, None) | {"repo": repo, "rows": rows}
+    return _card("dataset.md.j2", metadata, values, recipe)
 
 
 def published(reference: str) -> str:
@@ -116,9 +118,8 @@ def _card(template: str, metadata: Mapping[str, Any], values: Mapping[str, Any],
     return f"---\n{head}---\n\n" + without_paths(environment.get_template(template).render(values), recipe)
 
 
-def _common(recipe: Recipe, lineage: Mapping[str, Any], origin: str | None) -> dict[str, Any]:
+def _common(recipe: Recipe, lineage: Mapping[str, Any], chain: LicenceChain, origin: str | None) -> dict[str, Any]:
     generate, filters = lineage.get("generate", {}), lineage.get("filters", {})
-    chain = _chain(recipe, origin)
     parts = [{"part": "teacher", "model": published(recipe.teacher.model), "terms": chain.teacher}]
     if origin is not None:
         parts.append({"part": "student before", "model": published(origin), "terms": chain.base})

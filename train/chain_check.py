@@ -6,12 +6,12 @@ Reads the teacher's lineage.json and the tags of its card; writes nothing.
 import json
 from pathlib import Path
 
-from train.checks import Check
+from pipeline.adapters import MERGED_FROM
+from train.checks import Check, passed
 from train.teacher import Card
 
 OUR_TAG = "distillate"  # on every card that this tool writes
 OTHERS_TAGS = {"distillation", "distilled", "knowledge-distillation"}
-MERGED_FROM = "merged_from.json"  # evaluate leaves it in a student that it merged
 MEND = "distil from the first teacher instead"
 
 
@@ -31,7 +31,7 @@ def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: boo
     if folder is None:
         finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
         return Check(name="chain", status="note", value=None, finding=finding)
-    return Check(name="chain", status="pass", value=0, finding="no sign that the teacher was distilled")
+    return passed("chain", 0, "no sign that the teacher was distilled")
 
 
 def _ours(folder: Path | None, card: Card) -> str:

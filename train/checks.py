@@ -31,6 +31,11 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     mend: str = ""  # what to do about it; empty for a pass
 
 
+def passed(name: str, value: float | None, finding: str) -> Check:
+    """A check that is as it should be."""
+    return Check(name=name, status="pass", value=value, finding=finding)
+
+
 def settle(
     checks: Sequence[Check], run: RunDir, console: Console, *, accepted: Collection[str] = (), force: bool = False
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.recipe import TrainConfig
 from pipeline.records import Kept
-from train.checks import Check, Status
+from train.checks import Check, Status, passed
 from train.rows import Split, prompt_text
 from train.tokens import LabelFaults
 
@@ -46,7 +46,7 @@ def split_check(split: Split) -> Check:
     shared = [row for row in split.held_out if prompt_text(row) in trained]
     if not shared:
         questions = len({prompt_text(row) for row in split.held_out})
-        return _passed("split", 0, f"none of {questions} held-out prompts is trained on")
+        return passed("split", 0, f"none of {questions} held-out prompts is trained on")
     finding = f"{len(shared)} of {len(split.held_out)} held-out rows ask what is trained on (the first: {shared[0].id})"
     mend = "the evaluation would measure memory: split by prompt"
     return Check(name="split", status="fail", value=len(shared), finding=finding, mend=mend)
@@ -65,14 +65,14 @@ def label_checks(faults: LabelFaults, rows: int) -> Iterator[Check]:
             finding = f"{rows - bad:,} of {rows:,} rows {what}; {faults.first[name]}"
             yield Check(name=name, status="fail", value=bad, finding=finding, mend=mend)
         else:
-            yield _passed(name, 0, f"all {rows:,} rows {what}")
+            yield passed(name, 0, f"all {rows:,} rows {what}")
 
 
 def _rows(count: int) -> Check:
     low, high = ADVISED_ROWS
     finding = f"{count:,} rows; {low:,} to {high:,} are advised"
     if low <= count <= high:
-        return _passed("rows", count, finding)
+        return passed("rows", count, finding)
     mend = "raise prompts.count" if count < low else "more rows than these seldom teach more"
     return Check(name="rows", status="note", value=count, finding=finding, mend=mend)
 
@@ -82,7 +82,7 @@ def _prompts(rows: Sequence[Kept]) -> Check:
     share = distinct / len(rows)
     finding = f"{distinct:,} distinct prompts in {len(rows):,} rows ({share:.0%})"
     if share >= DISTINCT_SHARE:
-        return _passed("prompts", share, finding)
+        return passed("prompts", share, finding)
     mend = "the same prompts give the same answers: add slots or values to the template"
     return Check(name="prompts", status="warn", value=share, finding=finding, mend=mend)
 
@@ -94,12 +94,12 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
         mend = "a teacher's faults are copied too: name filters.rules and run the filters"
         yield Check(name="filters", status="warn", value=0, finding=finding, mend=mend)
     else:
-        yield _passed("filters", rules, f"{rules} rules judged {section['rows']:,} answers")
+        yield passed("filters", rules, f"{rules} rules judged {section['rows']:,} answers")
     if section:
         rate = section["keep_rate"]
         finding = f"{rate:.1%} of the answers were kept; {SAFE_KEEP_RATE:.0%} or more is safe"
         if rate >= SAFE_KEEP_RATE:
-            yield _passed("keep_rate", rate, finding)
+            yield passed("keep_rate", rate, finding)
         else:
             mend = "see filter_report.json for what was dropped; mend the prompts, or take a teacher that can do this"
             yield Check(name="keep_rate", status="warn", value=rate, finding=finding, mend=mend)
@@ -108,7 +108,7 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
 def _cut_off(rows: Sequence[Kept]) -> Check:
     cut = sum(row.finish_reason != "stop" for row in rows)
     if not cut:
-        return _passed("cut_off", 0, "no answer was cut off")
+        return passed("cut_off", 0, "no answer was cut off")
     finding = (
         f"{cut:,} of {len(rows):,} answers were cut off (finish_reason is not stop): the student learns to stop there"
     )
@@ -120,7 +120,7 @@ def _length(ids: Sequence[str], lengths: Sequence[int], left: Mapping[str, int],
     longest = max(lengths)
     limit = f"train.max_length {config.max_length}"
     if not over:
-        return _passed("length", 0, f"no row is longer than {limit} (the longest has {longest} tokens)")
+        return passed("length", 0, f"no row is longer than {limit} (the longest has {longest} tokens)")
     share = over / len(lengths)
     worst = f"the longest, {ids[lengths.index(longest)]}, has {longest} tokens"
     finding = f"{over} of {len(lengths)} rows are longer than {limit} ({worst})"
@@ -135,13 +135,9 @@ def _length(ids: Sequence[str], lengths: Sequence[int], left: Mapping[str, int],
 
 def _context(differing: int, rows: int) -> Check:
     if not differing:
-        return _passed("context", 0, "every prompt is trained on as it will be asked")
+        return passed("context", 0, "every prompt is trained on as it will be asked")
     finding = (
         f"in {differing} of {rows} rows the student's chat template renders the prompt otherwise before an answer than "
         "when one is asked for: the student trains on a context it will not see"
     )
     return Check(name="context", status="warn", value=differing, finding=finding, mend="mend the chat template")
-
-
-def _passed(name: str, value: float, finding: str) -> Check:
-    return Check(name=name, status="pass", value=value, finding=finding)

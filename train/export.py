@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.adapters import merge_adapter
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage
@@ -139,22 +140,12 @@ def _base(recipe: Recipe, run: RunDir) -> str:
 
 
 def _merge(base: str, adapter: Path, folder: Path) -> None:
-    """Adds the adapter to the base in float32 and saves in the base's own dtype."""
-    import torch
+    """Merges without transformers' messages and bars."""
     import transformers
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the base {base} cannot be loaded: {reason}") from None
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+    merge_adapter(base, adapter, folder)
 
 
 def _name_base(path: Path, name: str) -> None:

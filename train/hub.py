@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError, UsageError, first_line
 
 TOKEN_VARIABLE = "HF_TOKEN"
 
@@ -21,7 +21,7 @@ def token_for(repo: str) -> SecretStr:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(f"--push {repo}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--push {repo}: {first_line(error)}") from None
     if repo.count("/") != 1:
         raise UsageError(f"--push {repo}: give owner and name, as in me/{repo}")
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
@@ -48,12 +48,13 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
             repo_id=repo, repo_type=kind, folder_path=folder, commit_message=f"{folder.name} of a distillation"
         )
     except HfHubHTTPError as error:
-        reason = (error.server_message or str(error)).strip().splitlines()[0]
+        reason = first_line(error.server_message or error)
         raise UsageError(
             f"--push {repo}: the Hub refused ({error.response.status_code}: {reason}); may the key in {TOKEN_VARIABLE} "
             "write there?"
         ) from None
     except (httpx2.HTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DistillError(f"--push {repo}: the Hub cannot be reached ({reason}); {folder} is whole") from None
+        raise DistillError(
+            f"--push {repo}: the Hub cannot be reached ({first_line(error)}); {folder} is whole"
+        ) from None
     return str(made)

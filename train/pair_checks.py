@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.chain_check import chain_check
-from train.checks import Check
+from train.checks import Check, passed
 from train.licences import licence_check, terms_of
 from train.student import load_tokenizer
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
@@ -53,7 +53,7 @@ def size_check(teacher: int | None, student: int | None) -> Check:
         return Check(
             name="size_ratio", status="note", value=ratio, finding=finding, mend="a smaller student saves more"
         )
-    return Check(name="size_ratio", status="pass", value=ratio, finding=finding)
+    return passed("size_ratio", ratio, finding)
 
 
 def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> Check:
@@ -80,7 +80,7 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
     share = same / len(prompts)
     if same == len(prompts):
         finding = f"teacher and student render {same} of {same} prompts alike"
-        return Check(name="templates", status="pass", value=share, finding=finding)
+        return passed("templates", share, finding)
     messages, mine, theirs = next((m, a, b) for m, a, b in zip(prompts, own, others, strict=True) if a != b)
     said, heard = _added(student, messages, mine), _added(teacher, messages, theirs)
     mend = "give prompts.system, which takes the place of either's own, and generate again"
@@ -104,7 +104,7 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     found = [(row, match) for row in rows if (match := _search(pattern, row))]
     if not found:
-        return Check(name="markup", status="pass", value=0, finding="no text spells a control token of the student")
+        return passed("markup", 0, "no text spells a control token of the student")
     row, match = found[0]
     finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {row.id}: {match[0]})"
     mend = "they are of another chat format; drop them with the rule banned_words"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -41,7 +41,7 @@ def load_tokenizer(student: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(student)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"student.model: cannot load {student}: {str(error).strip().splitlines()[0]}") from None
+        raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
     if not tokenizer.chat_template:
         raise RecipeError(f"student.model: {student} has no chat template; choose an instruction-tuned model")
     return tokenizer
@@ -82,7 +82,7 @@ def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise RecipeError(
             f"student.model {PRUNE}{k} needs the teacher's weights, and {teacher} has none here ({first}); "
             "name a student model, or a teacher that is a folder or on the Hub"

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.models import embedded_folder
+from pipeline.models import local_folder
 
 SMALL_FILES = ["config.json", "generation_config.json", "chat_template*", "README.md", "vocab.json", "merges.txt"]
 SMALL_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
@@ -28,10 +28,7 @@ class Card:
 
 def known_files(reference: str) -> Path | None:
     """A folder with what is known of a model: its own, or the Hub's files without the weights; None if nothing is."""
-    if (embedded := embedded_folder(reference)) is not None:
-        return embedded if embedded.is_dir() else None
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    if (folder := local_folder(reference)) is not None:
         return folder
     return _from_hub(reference) if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) else None
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.errors import DistillError, RecipeError
+from pipeline.errors import DistillError, RecipeError, first_line
 from pipeline.recipe import TrainConfig
 from train.progress import Milestones, TrainProgress
 from train.student import load_tokenizer
@@ -189,7 +189,7 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(student, dtype=weights_dtype(config.method))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"student.model: cannot load {student}: {str(error).strip().splitlines()[0]}") from None
+        raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
     if config.method == "full" and not torch.cuda.is_available():
         needed = model.num_parameters() * ADAMW_BYTES
         free = psutil.virtual_memory().available

@@ -10,8 +10,6 @@ from filters.review.agreement import agreement, print_agreement
 from filters.review.session import Session
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError
-from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir
 
 HOST = "127.0.0.1"
 
@@ -28,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.agreement:
         with Session(run, size=options.sample, seed=options.seed) as session:
             _serve(session, options.port)
-    _show(recipe, run)
+    print_agreement(agreement(recipe, run), Console())
 
 
 def _serve(session: Session, port: int) -> None:
@@ -52,10 +50,6 @@ def _serve(session: Session, port: int) -> None:
         print(f"http://{HOST}:{listener.getsockname()[1]}/{token}/  (Ctrl-C ends; every verdict is kept)", flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn closes, then passes the signal on
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def _show(recipe: Recipe, run: RunDir) -> None:
-    print_agreement(agreement(recipe, run), Console())
 
 
 if __name__ == "__main__":

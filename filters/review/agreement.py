@@ -7,7 +7,7 @@ holds for few answers and for shares of 0 and 1. Scores are compared by Cohen's 
 1968). What is compared is what the filters say now: change a rule, filter again, and ask again.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from filters.judge import RULE as JUDGE
-from filters.judge import read_judgements
+from filters.judge import SCORES, read_judgements
 from filters.review.session import load_sample, read_reviews
+from filters.rows import filtered_rows
 from pipeline.recipe import Recipe
-from pipeline.records import Dropped, Kept, read_jsonl
+from pipeline.records import Dropped
 from pipeline.rundir import RunDir
 
 DRAWS = 20_000
-SCORES = range(1, 6)
 
 
 class Case(NamedTuple):
@@ -72,8 +72,7 @@ def agreement(recipe: Recipe, run: RunDir) -> Result | None:
     if sample is None or not verdicts:
         return None
     ids = verdicts.keys()
-    rules = {row.id: "" for row in read_jsonl(run.kept, Kept) if row.id in ids}
-    rules |= {row.id: row.rule for row in read_jsonl(run.dropped, Dropped) if row.id in ids}
+    rules = {row.id: row.rule if isinstance(row, Dropped) else "" for row in filtered_rows(run) if row.id in ids}
     judged = {id_: verdict.score for id_, verdict in read_judgements(run).items() if verdict.score and id_ in ids}
     reviewed = [item for item in sample.items if item.id in rules]
     deciders = {"filters": {id_: not rule for id_, rule in rules.items()}}
@@ -102,7 +101,7 @@ def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> t
     import numpy as np
 
     rng = np.random.default_rng(0)
-    exact: Counter[tuple[bool, bool]] = Counter()  # (kept, accepted): answers of the run
+    exact: defaultdict[tuple[bool, bool], float] = defaultdict(float)  # (kept, accepted): answers of the run
     drawn = {(kept, accepted): np.zeros(DRAWS) for kept in (True, False) for accepted in (True, False)}
     for stratum in sorted({case.stratum for case in cases}):
         counts = Counter((case.kept, case.accepted) for case in cases if case.stratum == stratum)
@@ -111,7 +110,7 @@ def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> t
         cells = [(kept, accepted) for kept in sides for accepted in (True, False)]
         shares = rng.dirichlet([counts[cell] + 0.5 for cell in cells], DRAWS)
         for column, cell in enumerate(cells):
-            exact[cell] += answers * counts[cell] / counts.total()  # type: ignore[assignment]
+            exact[cell] += answers * counts[cell] / counts.total()
             drawn[cell] += answers * shares[:, column]
 
     def share(other: tuple[bool, bool]) -> Share | None:

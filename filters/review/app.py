@@ -31,14 +31,13 @@ class Given(BaseModel):
 
 def create_app(session: Session, token: str) -> FastAPI:
     """The application. Its handlers run one after the other: each is done before the next begins."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     async def known(request: Request) -> None:
         if not secrets.compare_digest(request.path_params["token"].encode(), token.encode()):
             raise HTTPException(404)
 
-    allowed = [Depends(known)]
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(known)])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     def state() -> dict[str, Any]:
         item = session.current
@@ -47,7 +46,7 @@ def create_app(session: Session, token: str) -> FastAPI:
             del shown["stratum"]  # blind
         return {"done": session.done, "total": len(session.sample.items), "item": shown, "undo": bool(session.verdicts)}
 
-    @app.get("/{token}/", dependencies=allowed)
+    @app.get("/{token}/")
     async def page() -> HTMLResponse:
         nonce = secrets.token_urlsafe(16)
         headers = {
@@ -57,18 +56,18 @@ def create_app(session: Session, token: str) -> FastAPI:
         }
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce), headers=headers)
 
-    @app.get("/{token}/state", dependencies=allowed)
+    @app.get("/{token}/state")
     async def current() -> dict[str, Any]:
         return state()
 
-    @app.post("/{token}/verdict", dependencies=allowed)
+    @app.post("/{token}/verdict")
     async def verdict(given: Given) -> dict[str, Any]:
         item = session.current
         if item is not None and item.id == given.id:  # else another window was faster: show where it is
             session.record(given.verdict, given.score)
         return state()
 
-    @app.post("/{token}/undo", dependencies=allowed)
+    @app.post("/{token}/undo")
     async def undo() -> dict[str, Any]:
         session.undo()
         return state()

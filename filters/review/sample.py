@@ -5,12 +5,12 @@ answers each stratum had, so that what is found in it can be weighted back to th
 """
 
 import random
-from collections.abc import Iterator
 
 import msgspec
 
+from filters.rows import filtered_rows
 from pipeline.errors import DataError
-from pipeline.records import Completion, Dropped, Kept, Slots, read_jsonl
+from pipeline.records import Completion, Dropped, Slots
 from pipeline.rundir import RunDir
 
 KEPT = "kept"  # the stratum of the answers that were kept; the others are named by their rule
@@ -40,7 +40,8 @@ def draw(run: RunDir, size: int, seed: int) -> Sample:
     rng = random.Random(seed)
     population: dict[str, int] = {}
     drawn: dict[str, list[Item]] = {}
-    for stratum, row in _rows(run):
+    for row in filtered_rows(run):
+        stratum = row.rule if isinstance(row, Dropped) else KEPT
         population[stratum] = count = population.get(stratum, 0) + 1
         items = drawn.setdefault(stratum, [])
         if len(items) < size:
@@ -54,13 +55,6 @@ def draw(run: RunDir, size: int, seed: int) -> Sample:
     chosen = _allot(drawn, size)
     rng.shuffle(chosen)
     return Sample(seed=seed, population=population, items=chosen)
-
-
-def _rows(run: RunDir) -> Iterator[tuple[str, Completion]]:
-    for kept in read_jsonl(run.kept, Kept):
-        yield KEPT, kept
-    for dropped in read_jsonl(run.dropped, Dropped):
-        yield dropped.rule, dropped
 
 
 def _item(stratum: str, row: Completion) -> Item:

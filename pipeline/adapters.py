@@ -1,0 +1,25 @@
+"""Adapters laid into their bases: ordinary models, as engines serve them and as they are passed on."""
+
+from pathlib import Path
+
+from pipeline.errors import UsageError, first_line
+
+MERGED_FROM = "merged_from.json"  # in a merged folder of a run: which base and adapter it was made of
+
+
+def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
+    """Adds the adapter to the base in float32 and saves the sum, with the adapter's tokenizer, in the base's own dtype.
+
+    Raises UsageError where the base cannot be loaded.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the base {base} cannot be loaded: {first_line(error)}") from None
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype).save_pretrained(target)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
