@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from time import time
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -66,14 +66,17 @@ class Answer(NamedTuple):
     usage: Usage
 
 
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]  # anything else is no count
+
+
 class _Details(msgspec.Struct):
-    reasoning_tokens: int | None = None
+    reasoning_tokens: _Tokens | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Tokens | None = None
+    completion_tokens: _Tokens | None = None
+    total_tokens: _Tokens | None = None
     completion_tokens_details: _Details | None = None
 
 
@@ -172,7 +175,7 @@ def _said(body: bytes) -> _Said:
     text = body.decode(errors="replace")
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _Said(text)
     inner = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(inner, dict):
@@ -202,13 +205,12 @@ def _usage(usage: _Usage | None) -> Usage:
 
 def _decode(body: bytes, words: Callable[[str], str]) -> _Reply:
     try:
-        try:
-            return _decoder.decode(body)
-        except msgspec.ValidationError:
-            raise
-        except msgspec.DecodeError:
-            return _decoder.decode(_without_surrogates(body))
-    except msgspec.ValidationError as error:
+        return _decoder.decode(body)
+    except (ValueError, RecursionError):
+        pass  # not as it should be: is there an answer in it all the same?
+    try:
+        return msgspec.convert(_mended(json.loads(body)), _Reply)
+    except (msgspec.ValidationError, RecursionError) as error:
         raise Refused(
             "wrong_shape",
             f"not a chat completion: {error}: {words(body.decode(errors='replace')) or 'nothing at all'}",
@@ -220,7 +222,30 @@ def _decode(body: bytes, words: Callable[[str], str]) -> _Reply:
         ) from None
 
 
-def _without_surrogates(body: bytes) -> bytes:
-    r"""The same JSON with U+FFFD for half a surrogate pair ("\ud83d"): Python reads it, UTF-8 cannot write it."""
-    text = json.dumps(json.loads(body), ensure_ascii=False)
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+def _mended(data: Any) -> Any:
+    """A reply with what is odd in it put right, as far as its text does not depend on it: it has been paid for.
+
+    Half a surrogate pair ("\\ud83d") is U+FFFD: Python reads it, UTF-8 cannot write it. A content of parts (Mistral's
+    models that think) is the text of its text parts. A `usage` that is no count is none.
+    """
+    text = json.dumps(data, ensure_ascii=False)
+    data = json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+    if not isinstance(data, dict):
+        return data
+    try:
+        data["usage"] = msgspec.convert(data.get("usage"), _Usage | None, strict=False)
+    except msgspec.ValidationError:
+        data["usage"] = None
+    data["model"] = _text(data.get("model"))
+    for choice in data["choices"] if isinstance(data.get("choices"), list) else []:
+        if isinstance(choice, dict):
+            choice["finish_reason"] = _text(choice.get("finish_reason"))
+            message = choice.get("message")
+            if isinstance(message, dict) and isinstance(message.get("content"), list):
+                message["content"] = "".join(map(_part_text, message["content"]))
+    return data
+
+
+def _part_text(part: Any) -> str:
+    """The text of a content's part; none of one that is a thought, or no text at all."""
+    return (_text(part.get("text")) or "") if isinstance(part, dict) and part.get("type") == "text" else ""

@@ -19,7 +19,7 @@ from openai.types import Batch
 from generate.answers import Answer, CallFailed, Transient, shortened
 from generate.batch_files import Folder, Part, output_ids, read_output
 from generate.budget import Budget, Reservation
-from generate.client import headers_of
+from generate.client import headers_of, is_loopback
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_S
 from generate.idset import IdSet
@@ -69,6 +69,8 @@ class Batches:
                 k: v for k, v in headers_of(teacher).items() if k not in ("Content-Type", "Authorization")
             },
             default_query=dict(teacher.query),
+            # A proxy set in the environment is for the outside, never for a server on this machine.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(teacher.url)),
             max_retries=0,  # a request that may have arrived is not sent again unseen
             timeout=recipe.generate.request_timeout_s or TIMEOUT_S,
         )

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -53,8 +54,7 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             headers=headers_of(teacher),
             cookie_jar=aiohttp.DummyCookieJar(),
-            # A proxy set in the environment is for the outside, never for a server on this machine.
-            trust_env=not is_loopback(url),
+            proxy=proxy_of(url),  # not by trust_env: that asks two threads a request, and takes passwords from .netrc
         )
 
     async def __aenter__(self) -> "Client":
@@ -76,14 +76,17 @@ class Client:
             raise self._explain(error, timeout_s) from None
         if self._on_headers:
             self._on_headers(response.headers)
-        if response.status == 200:
+        if 200 <= response.status < 300:
             return read_answer(said, self._words)
         raise self._located(read_error(response.status, said, response.headers, self._words))
 
     async def check_reachable(self) -> str | None:
         """None when something answers at the URL, whatever it says; else why nothing does."""
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), self._session.get(self._models) as response:
+            async with (
+                asyncio.timeout(PROBE_TIMEOUT_S),
+                self._session.get(self._models, allow_redirects=False) as response,
+            ):
                 await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             failed = self._explain(error, PROBE_TIMEOUT_S)
@@ -127,9 +130,11 @@ class Client:
 
     def _explain(self, error: BaseException, timeout_s: float) -> Transient:
         if isinstance(error, aiohttp.ClientConnectorError):
-            return Transient("unreachable", self._words(error.os_error.strerror or str(error.os_error)))
+            said = self._words(error.os_error.strerror or str(error.os_error))
+            through = "the proxy of the environment: " if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
+            return Transient("unreachable", through + said)
         message = self._words(str(error)) or type(error).__name__
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
+        if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
             return Transient("unreachable", message)
         if isinstance(error, TimeoutError):
             return Transient("timeout", f"no whole answer within {timeout_s:g} s")
@@ -141,11 +146,22 @@ class Client:
 
 
 def check_teacher(teacher: TeacherConfig) -> None:
-    """Raises RecipeError if a URL carries a user or a password, or a header names a variable that is not set."""
+    """Raises RecipeError if a URL carries what belongs elsewhere, or a header cannot be sent."""
     for url in teacher.urls:
-        if "@" in urlsplit(url).netloc:
+        parts = urlsplit(url)
+        if "@" in parts.netloc:
             raise RecipeError("teacher.base_url holds a user or password; put the key where teacher.api_key_env says")
-    headers_of(teacher)
+        if parts.query or parts.fragment:
+            raise RecipeError(
+                f"teacher.base_url {url} holds a query or fragment, and the path goes on behind it; put "
+                "`name: value` into teacher.query"
+            )
+        if parts.path.endswith("/chat/completions"):
+            raise RecipeError(f"teacher.base_url {url} is too long: leave /chat/completions out, the client adds it")
+    for name, value in headers_of(teacher).items():
+        if not (name + value).isprintable():
+            where = teacher.api_key_env if name == teacher.api_key_header else f"teacher.headers.{name}"
+            raise RecipeError(f"{where} holds a line break or another character that no HTTP header can carry")
 
 
 def headers_of(teacher: TeacherConfig) -> dict[str, str]:
@@ -172,11 +188,21 @@ def _filled(name: str, value: str) -> str:
     return re.sub(r"\$\{(\w+)\}", look_up, value)
 
 
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY, …); none for a server on this machine."""
+    parts = urlsplit(url)
+    if is_loopback(url) or proxy_bypass(parts.hostname or ""):
+        return None
+    proxy = getproxies().get(parts.scheme)
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
 def is_loopback(url: str) -> bool:
     """Whether the URL is on this machine."""
     host = urlsplit(url).hostname or ""
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
         return host == "localhost"
 

@@ -24,6 +24,7 @@ from pipeline.records import Usage
 GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
 SYNC_INTERVAL_S = 1.0  # at most this much is lost in a power cut
 TICK_INTERVAL_S = 0.25
+LONGEST_WAIT_S = 3600.0  # of a timer; it looks again
 STARTS_AT_ONCE = 64  # requests that go out before answers are looked at again
 TOKENS_A_BYTE = 0.3  # of a prompt, until answers have said better
 
@@ -115,6 +116,8 @@ class Dispatcher:
         now = monotonic()
         endpoint, wait = self._least_busy(now)
         if endpoint is None:
+            if wait is not None and wait > self._config.give_up_s:
+                self._check_rest(now)
             self._schedule_next(wait)
             return False
         job = self._held or self._schedule.next_job(now)
@@ -159,7 +162,10 @@ class Dispatcher:
         """The next call of `_pump` that no answer brings; None for none."""
         if self._timer:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(wait_s, self._on_timer) if wait_s is not None else None
+        if wait_s is None:
+            self._timer = None
+        else:
+            self._timer = asyncio.get_running_loop().call_later(min(wait_s, LONGEST_WAIT_S), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -225,8 +231,11 @@ class Dispatcher:
         if error.error == "unreachable" or was_down:  # the endpoint's fault, not the request's
             job.attempts -= 1
             job.spent_s = 0.0 if error.error == "unreachable" else job.spent_s
+        too_long = error.retry_after > self._config.give_up_s
+        if too_long and (was_down or error.error == "rate_limited"):  # the endpoint's to wait for
+            error.retry_after, too_long = 0.0, False
         delay = retry_delay(job.attempts, self._config.max_attempts, error)
-        if delay is not None and endpoint.timeout_s(job.spent_s) > 0:
+        if delay is not None and not too_long and endpoint.timeout_s(job.spent_s) > 0:
             self._schedule.put_back(job, now + delay)
             return
         sampling = self._dialect.sent(job.request.sampling)
@@ -260,6 +269,15 @@ class Dispatcher:
             now=True,
         )
         return True
+
+    def _check_rest(self, now: float) -> None:
+        """Raises DistillError when nothing is in flight and every endpoint asks for too long a rest."""
+        rest = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
+        if rest > self._config.give_up_s and not self._tasks:
+            raise DistillError(
+                f"{self._endpoints[0].url} takes no requests for another {rest:.0f} s, longer than generate.give_up_s "
+                f"({self._config.give_up_s:g}); run the same command again then: what was answered is kept"
+            )
 
     async def _reject(self, endpoint: Endpoint, error: Rejected) -> None:
         """Ends the run; of many rejections at once the first is told."""

@@ -14,7 +14,7 @@ from tenacity import wait_exponential
 from generate.answers import CallFailed, Transient
 from generate.client import Client
 from generate.concurrency import START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
-from generate.limits import Limits
+from generate.limits import LONG_S, Limits
 from generate.requests import Share
 from generate.schedule import wait_s
 from pipeline.recipe import Recipe
@@ -92,7 +92,10 @@ class Endpoint:
             self._concurrency.congested(now)
         if error.error == "rate_limited":
             self._refusals += 1
-            self.limits.pause(error.retry_after or wait_s(REFUSED_WAIT, self._refusals), now)
+            rest = error.retry_after or wait_s(REFUSED_WAIT, self._refusals)
+            if rest > max(LONG_S, self.limits.paused_s(now) + 1):
+                self._say(f"{self.url} asks for a rest of {rest:.0f} s ({error.message})")
+            self.limits.pause(rest, now)
             self._probing = False
             return
         self.last_error = error.message

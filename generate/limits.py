@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 
 WINDOW_S = 60.0
+LEAST, MOST = 1.0, 1e12  # a minute: a header that says less or more means something else
+LONG_S = 30.0  # a rest that the user should know of
 BURST_S = 1.0  # what may go out at once is a second's worth: providers meter by the second, too
 
 
@@ -23,10 +25,19 @@ class TokenBucket:
     """
 
     def __init__(self, per_minute: float, now: float) -> None:
+        self._level, self._at = float("inf"), now
+        self._set(per_minute)
+
+    def change(self, per_minute: float, now: float) -> None:
+        """The rate is another from now on; what was taken stays taken, however often it moves."""
+        self._refill(now)
+        self._set(per_minute)
+
+    def _set(self, per_minute: float) -> None:
         self.per_minute = per_minute
         self._rate = per_minute / (WINDOW_S + BURST_S)
         self._size = max(self._rate * BURST_S, 1.0)
-        self._level, self._at = self._size, now
+        self._level = min(self._level, self._size)
 
     def delay(self, units: float, now: float) -> float:
         """Seconds until `units` may be taken; 0 for now."""
@@ -52,7 +63,7 @@ class Limits:
         self._share = share
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {name: TokenBucket(rate * share, now) for name, rate in self._declared.items() if rate}
-        self._seen: dict[str, str] = {}
+        self._told: set[str] = set()
         self._paused_until = 0.0
 
     @property
@@ -82,6 +93,10 @@ class Limits:
         """Nothing goes out for so long: the server asks for it."""
         self._paused_until = max(self._paused_until, now + seconds)
 
+    def paused_s(self, now: float) -> float:
+        """Seconds of rest that are left."""
+        return max(self._paused_until - now, 0.0)
+
     def learn(self, headers: Mapping[str, str], now: float) -> str | None:
         """Takes over what the headers say of limits; in words where it is new and binds.
 
@@ -89,19 +104,27 @@ class Limits:
         """
         if "x-ratelimit-limit-requests" not in headers and "x-ratelimit-limit-tokens" not in headers:
             return None
-        news = []
+        allows, rests = [], []
         for name in ("requests", "tokens"):
             said = headers.get(f"x-ratelimit-limit-{name}")
-            if said and said != self._seen.get(name) and (limit := _number(said)):
-                self._seen[name] = said
+            if said and (limit := _number(said)):
                 limit = min(limit, self._declared[name] or limit)
                 bucket = self._buckets.get(name)
-                if bucket is None or bucket.per_minute != limit * self._share:
-                    self._buckets[name] = TokenBucket(limit * self._share, now)
-                    news.append(f"{limit:,.0f} {name}")
+                if bucket is None:
+                    bucket = self._buckets[name] = TokenBucket(limit * self._share, now)
+                elif bucket.per_minute != limit * self._share:
+                    bucket.change(limit * self._share, now)
+                else:
+                    limit = 0  # nothing new
+                if limit and (words := f"{limit:,.0f} {name}") not in self._told:
+                    self._told.add(words)
+                    allows.append(words)
             if headers.get(f"x-ratelimit-remaining-{name}") == "0":
-                self.pause(seconds_of(headers.get(f"x-ratelimit-reset-{name}", "")), now)
-        return f"allows {' and '.join(news)} a minute" if news else None
+                rest = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
+                if rest > max(LONG_S, self.paused_s(now) + 1):
+                    rests.append(f"has no {name} left for {rest:.0f} s")
+                self.pause(rest, now)
+        return "; ".join([*([f"allows {' and '.join(allows)} a minute"] if allows else []), *rests]) or None
 
 
 def seconds_of(duration: str) -> float:
@@ -121,4 +144,4 @@ def _number(said: str) -> float | None:
         value = float(said)
     except ValueError:
         return None
-    return value if 0 < value < float("inf") else None
+    return value if LEAST <= value <= MOST else None

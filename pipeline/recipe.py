@@ -75,8 +75,11 @@ class TeacherConfig(Section):
         return self.urls[0]
 
     def api_key(self) -> SecretStr | None:
-        """The key, from the environment only; None where the variable is unset or empty."""
-        value = os.environ.get(self.api_key_env, "")
+        """The key, from the environment only; None where the variable is unset or empty.
+
+        Spaces and line breaks around it are what `$(cat file)` and .env files leave, never part of a key.
+        """
+        value = os.environ.get(self.api_key_env, "").strip()
         return SecretStr(value) if value else None
 
 
