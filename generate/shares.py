@@ -2,7 +2,8 @@
 
 Each process asks every N-th request, with its part of the limits and of the budget, and appends to the same journals
 (they are made for it). The first process starts the others, shows their sum, and stops them. A share is asked by the
-same code that asks a whole run (generate.asking), so there is no second way to do anything.
+same code that asks a whole run (generate.asking), so there is no second way to do anything. When parts of the budget
+are spent, one more process asks what the rest of it covers: the budget's end is that of a run in one process.
 
 What a child reads: the pickled share on stdin, then `stop` lines; the end of stdin, when its parent has died, stops it
 at once. What it writes to stdout: a JSON line a quarter of a second, and at its end. It inherits the run's lock, which
@@ -26,9 +27,9 @@ from generate.budget import Budget
 from generate.dispatch import TICK_INTERVAL_S, Dispatcher
 from generate.journal import Journal
 from generate.progress import Counters, Display
-from generate.requests import Share
+from generate.requests import WHOLE, Share
 from pipeline import errors
-from pipeline.errors import DistillError
+from pipeline.errors import BudgetReached, DistillError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir
@@ -50,9 +51,9 @@ async def ask_in_shares(
 ) -> None:
     """Asks all that is left, in `generate.processes` children. Raises as `generate.asking.ask` does."""
     count = recipe.generate.processes
-    parts = [Counters(total=0).snapshot() for _ in range(count)]
+    parts: list[dict[str, Any]] = []
     failed: list[DistillError] = []
-    children = [await _start(recipe, run, Share(index, count), retry_failures=retry_failures) for index in range(count)]
+    children: list[Process] = []
     interrupts = 0
 
     def stop() -> None:
@@ -75,12 +76,24 @@ async def ask_in_shares(
             display.say(told.say)
         if told.error is not None:
             failed.append(getattr(errors, told.kind, DistillError)(told.error))
-            stop()
+            if not isinstance(failed[-1], BudgetReached):  # of a part: the others may have some left
+                stop()
+
+    async def ask_all(*shares: Share) -> list[int]:
+        first = len(children)
+        for share in shares:
+            parts.append(Counters(total=0).snapshot())
+            children.append(await _start(recipe, run, share, retry_failures=retry_failures))
+        listening = (_listen(child, first + index, heard) for index, child in enumerate(children[first:]))
+        return await asyncio.gather(*listening)
 
     ticking = asyncio.create_task(_tick(display))
     try:
         with on_signals(interrupt), display:
-            ends = await asyncio.gather(*(_listen(child, index, heard) for index, child in enumerate(children)))
+            ends = await ask_all(*(Share(index, count) for index in range(count)))
+            if failed and all(isinstance(error, BudgetReached) for error in failed) and not interrupts:
+                failed.clear()
+                ends = await ask_all(WHOLE)
     finally:
         ticking.cancel()
         for child in children:

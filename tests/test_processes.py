@@ -57,9 +57,22 @@ def test_what_ends_one_ends_all_with_its_error(run: RunDir) -> None:
 def test_a_budget_holds_over_all_of_them(run: RunDir) -> None:
     with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
         recipe = recipe_for(server, 300, generate=TWO, budget={"tokens": 3000}, sampling={"max_tokens": 5})
-        with pytest.raises(BudgetReached):
+        with pytest.raises(BudgetReached, match=r"2,[789]\d\d of budget\.tokens 3,000 spent"):
             generate(recipe, run, quiet=True)
-        assert 0 < 12 * len(server.asked) <= 3000
+        assert 3000 - 250 < 12 * len(server.asked) <= 3000  # all but what one more request could cost, not one each
+
+
+def test_a_part_of_the_budget_that_is_spent_leaves_the_others_theirs(run: RunDir, tmp_path: Path) -> None:
+    """Every second prompt is long: one process spends its part, and the other's pays for the rest."""
+    rows = [{"prompt": f"say {n}" + (" x" * 400 if n % 2 else "")} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"file": str(tmp_path / "rows.jsonl")}
+    with misbehaving(lambda asked: answer(usage=len(asked.text) < 100)) as server:  # the long ones stay charged in full
+        recipe = recipe_for(
+            server, prompts=prompts, generate=TWO, budget={"tokens": 24_000}, sampling={"max_tokens": 5}
+        )
+        assert generate(recipe, run, quiet=True).answered == 40
+    assert whole(run, 40)
 
 
 def children(process: "subprocess.Popen[str]") -> list[psutil.Process]:
