@@ -16,7 +16,7 @@ import httpx2
 import openai
 from openai.types import Batch
 
-from generate.answers import Answer, CallFailed, Transient, shortened
+from generate.answers import Answer, CallFailed, Refused, Transient, shortened
 from generate.batch_files import Folder, Part, output_ids, read_output
 from generate.budget import Budget, Reservation
 from generate.client import headers_of, is_loopback
@@ -61,6 +61,7 @@ class Batches:
         self._tries: Counter[str] = Counter()  # of this call
         self._last: dict[str, CallFailed] = {}  # what came of those that are to be asked again
         self._reserved: dict[str, Reservation] = {}
+        self._versions: dict[str, int] = {}  # of the dialect that this call's parts were written in
         teacher, key = recipe.teacher, recipe.teacher.api_key()
         self._api = openai.AsyncOpenAI(
             api_key=key.get_secret_value() if key else "none",
@@ -116,7 +117,7 @@ class Batches:
                     continue
                 if (tries := self._tries[job.request.id]) >= self._recipe.generate.max_attempts:
                     job.attempts = tries
-                    self._fail(job, self._last[job.request.id])
+                    self._fail(job, self._last[job.request.id], self._dialect.sent(job.request.sampling))
                     continue
                 body = self._dialect.body(job)
                 reservation = self._budget.reserve(len(body), job.request.sampling["max_tokens"])
@@ -127,6 +128,7 @@ class Batches:
                 yield job, body
 
         parts = self._folder.write(affordable())
+        self._versions |= {part.name: self._dialect.version for part in parts}
         if parts:
             counted = sum(1 for part in parts for _ in self._folder.ids(part))
             self._say(f"{counted} requests in {len(parts)} batch file(s) in {self._folder.path}")
@@ -221,7 +223,7 @@ class Batches:
         for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
             if file_id:
                 await self._download(file_id, self._folder.output(part, kind))
-                self._collect(self._folder.output(part, kind))
+                self._collect(self._folder.output(part, kind), part)
         for id_ in self._folder.ids(part):  # neither answered nor failed: an expired batch does not work for them
             if (reservation := self._reserved.pop(id_, None)) is not None:
                 self._budget.settle(reservation, None, billed=False, journaled=False)
@@ -245,9 +247,10 @@ class Batches:
             raise openai.APIConnectionError(message=str(error), request=error.request) from None
         partial.replace(path)
 
-    def _collect(self, path: Path) -> None:
+    def _collect(self, path: Path, part: Part | None = None) -> None:
         """Writes the outcomes in a file to the journals: each request's first answer, and no more."""
         ids = output_ids(path)
+        sent = self._folder.sent(part) if part else {}
         jobs = {job.request.id: job for job in self._jobs() if job.request.id in ids}
         strangers = len(ids) - len(jobs)
         for id_, outcome in read_output(path):
@@ -256,20 +259,33 @@ class Batches:
                 continue
             self._tries[id_] += 1
             job.attempts = self._tries[id_]
+            sampling = sent.get(id_) or self._dialect.sent(job.request.sampling)
             if isinstance(outcome, Answer):
-                self._answer(job, outcome)
+                self._answer(job, outcome, sampling)
+                continue
+            self._settle(id_, outcome)
+            if isinstance(outcome, Refused) and part and self._learns(outcome, part):
+                self._tries[id_] -= 1
             elif isinstance(outcome, Transient):
                 self._last[id_] = outcome
-                self._settle(id_, outcome)
             else:
-                self._settle(id_, outcome)
-                self._fail(job, outcome)
+                self._fail(job, outcome, sampling)
         if strangers:
             self._say(f"{path}: passed over {strangers} answers that were there already, or that nothing asks for")
 
-    def _answer(self, job: Job, answer: Answer) -> None:
+    def _learns(self, error: Refused, part: Part) -> bool:
+        """Whether the request, sent another way in another batch, may be answered."""
+        if error.status not in (400, 422):
+            return False
+        if self._versions.get(part.name, 0) != self._dialect.version:  # written before the last lesson
+            return True
+        learnt = self._dialect.learn(error.message, error.parameter)
+        if learnt:
+            self._say(f"the teacher refuses a setting ({error.message}): from here on this run {learnt}")
+        return learnt is not None
+
+    def _answer(self, job: Job, answer: Answer, sampling: dict[str, Any]) -> None:
         reservation = self._reserved.pop(job.request.id, None)
-        sampling = self._dialect.sent(job.request.sampling)
         completion = completed(job, answer, latency_s=0.0, endpoint=self._recipe.teacher.url, sampling=sampling)
         self._completions.append(completion)
         self._done.add(job.request.id)
@@ -281,8 +297,7 @@ class Batches:
         if (reservation := self._reserved.pop(id_, None)) is not None:
             self._budget.settle(reservation, error.usage, billed=error.status == 200, journaled=False)
 
-    def _fail(self, job: Job, error: CallFailed) -> None:
-        sampling = self._dialect.sent(job.request.sampling)
+    def _fail(self, job: Job, error: CallFailed, sampling: dict[str, Any]) -> None:
         self._failures.append(failed(job, error, endpoint=self._recipe.teacher.url, sampling=sampling))
         self._done.add(job.request.id)
         self._counters.failed += 1

@@ -9,6 +9,7 @@ Everything appears by rename, so a killed process leaves the old state or the ne
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -76,6 +77,13 @@ class Folder:
         """The requests of a part."""
         return (line.custom_id for line in read_jsonl(self.input(part), _Input))
 
+    def sent(self, part: Part) -> dict[str, dict[str, Any]]:
+        """The sampling values that each request of a part went out with, by its id."""
+        return {
+            line.custom_id: {name: value for name, value in line.body.items() if name not in ("model", "messages")}
+            for line in read_jsonl(self.input(part), _Input)
+        }
+
     def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Part]:
         """Writes the requests as parts, streamed; they are in the state when this returns."""
         parts: list[Part] = []
@@ -100,6 +108,7 @@ class Folder:
 
 class _Input(msgspec.Struct):
     custom_id: str
+    body: dict[str, Any] = {}
 
 
 class _Response(msgspec.Struct):

@@ -110,6 +110,38 @@ def test_a_line_that_failed_is_a_failure_or_is_asked_again(run: RunDir) -> None:
     assert whole(run, 7)
 
 
+def test_what_the_teacher_refuses_is_learnt_from_its_error_file(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole batches fail for a setting that a model refuses; the next is written without it."""
+
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        for name, instead in (("max_tokens", "max_completion_tokens"), ("temperature", "")):
+            if name in body:
+                message = f"Unsupported parameter: '{name}' is not supported with this model. Use '{instead}' instead."
+                return line(custom_id, 400, {"error": {"message": message, "param": name}})
+        return line(custom_id)
+
+    with fake_batches(outcome=outcome) as fake:
+        recipe = batch_recipe(fake, 5)
+        assert generate(recipe, run, quiet=True).answered == 5
+        assert len(fake.batches) == 3
+    assert "sends max_completion_tokens in place of max_tokens" in capsys.readouterr().err
+    for record in completions(run):
+        assert set(record.sampling) == {"top_p", "max_completion_tokens", "seed"}
+        assert record.attempts == 1
+    assert not failures(run)
+
+
+def test_a_proxy_is_not_asked_for_batches_of_a_server_on_this_machine(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with fake_batches() as fake:
+        assert generate(batch_recipe(fake, 2), run, quiet=True).answered == 2
+
+
 def test_lines_that_come_twice_count_once(run: RunDir) -> None:
     with fake_batches() as fake:
         recipe = batch_recipe(fake, 5)
