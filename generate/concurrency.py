@@ -16,6 +16,9 @@ MOST = 4096  # an endpoint: more than any one engine batches; a larger fixed num
 
 QUEUE_SHARE = 0.08  # of what runs, kept waiting at the server, so that a slot that falls free has a successor there
 QUEUE_LEAST = 4
+QUICK_S, CALM_S = 0.1, 5.0  # between two looks at the load, which cost a server: while the limit moves, and after
+CALM_AFTER = 10  # looks at which it did not move
+LOOK_SHARE = QUEUE_SHARE / 2  # of an answer's time between two looks: the queue has half drained by then
 KV_FULL = 0.97  # above it the engine puts requests aside and computes them twice
 
 RISES = 1.2  # twice the requests must bring this factor, or the limit is found
@@ -67,14 +70,29 @@ class ByQueue:
         self._doubling = True  # until the first queue
         self._peak: float | None = 0.0  # the most that ran at once; None once it refused requests
         self._preempted: float | None = None
+        self._latency_s = 0.0  # a running mean
+        self._steady = 0  # looks since the limit moved
+
+    @property
+    def look_s(self) -> float:
+        """Seconds until the load should be looked at again."""
+        quick_s = max(QUICK_S, LOOK_SHARE * self._latency_s)
+        return min(quick_s * 2.0 ** min(max(0, self._steady - CALM_AFTER), 9), CALM_S)
 
     def answered(self, tokens: int, latency_s: float, now: float) -> None:
-        pass
+        self._latency_s += 0.1 * (latency_s - self._latency_s)
 
     def congested(self, now: float) -> None:
         self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
 
-    def observed(self, load: Load, in_flight: int) -> None:
+    def observed(self, load: Load | None, in_flight: int) -> None:
+        """Looks at the load (None where the server did not say it) and moves the limit."""
+        before = self.limit
+        if load is not None:
+            self._follow(load, in_flight)
+        self._steady = self._steady + 1 if self.limit == before else 0
+
+    def _follow(self, load: Load, in_flight: int) -> None:
         """Moves the limit by what is missing in the queue, or too much in it.
 
         Never below what the server has run at once, and its queue: where many answers end in one step, those that

@@ -12,7 +12,7 @@ from generate.budget import Budget
 from generate.client import check_teacher, is_private
 from generate.dialect import Dialect
 from generate.journal import Contents, read_journal
-from generate.prices import PICO, Price, price_of, source_of
+from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.prompts import iter_prompts
 from generate.requests import build_jobs
 from generate.tokens import bound, counter
@@ -32,6 +32,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     to_ask: int
     prompt_tokens: int  # at most, unless `counted`
     counted: bool
+    long_prompts: int  # that may have more tokens than the price table is for
     reserved_tokens: int  # beyond its counted prompt, that a request reserves of a budget at most
     expected_prompt_tokens: int | None
     completion_tokens: int  # at most
@@ -50,7 +51,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     left = Left(found.ids, failed.ids, retry_failures=retry_failures)
     price, spent = price_of(recipe.teacher, recipe.generate.mode), Budget.open(recipe, run, found).spent
     count, dialect = counter(recipe.teacher.model), Dialect()
-    requests = answered = skipped = to_ask = prompt_tokens = uncounted = reserved = 0
+    requests = answered = skipped = to_ask = prompt_tokens = uncounted = reserved = long_prompts = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
         requests += 1
         if job.request.id in left.answered:
@@ -62,6 +63,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
             most, tokens = bound(len(dialect.body(job))), count(job.request.messages) if count else None
             uncounted += tokens is None
             prompt_tokens += most if tokens is None else tokens
+            long_prompts += (most if tokens is None else tokens) > PRICED_TOKENS
             reserved = max(reserved, 0 if tokens is None else most - tokens)
     most_answers = to_ask * recipe.sampling.max_tokens
     per_prompt, per_answer = _means(found)
@@ -75,6 +77,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         to_ask=to_ask,
         prompt_tokens=prompt_tokens,
         counted=not uncounted,
+        long_prompts=long_prompts,
         reserved_tokens=reserved,
         expected_prompt_tokens=expected_prompts,
         completion_tokens=most_answers,
@@ -119,11 +122,17 @@ def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
         batch = f"as a batch, which saves as much (online: at most ${2 * dry.cost:,.4f})"
     else:
         batch = f"where the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
-    return [
+    lines = [
         f"cost: at most ${dry.cost:,.4f}{expected}; {batch}",
         f"price: {rates} a million prompt and completion tokens, by {source_of(recipe.teacher)}",
         f"spent so far: ${dry.spent:,.4f}, {dry.spent_tokens:,} tokens",
     ]
+    if dry.long_prompts and recipe.teacher.price is None:
+        lines.append(
+            f"warning: {dry.long_prompts:,} prompts may have more than {PRICED_TOKENS:,} tokens, for which some "
+            "providers ask more than this price; look it up, and set teacher.price so that the budget holds"
+        )
+    return lines
 
 
 def _over_budget(recipe: Recipe, dry: DryRun) -> list[str]:

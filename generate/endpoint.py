@@ -22,10 +22,8 @@ from pipeline.recipe import Recipe
 FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
 PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of one that is down
 REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # after a 429 that says nothing of when
-QUICK_S, CALM_S = 0.1, 5.0  # between two looks at /metrics, which cost a server: while the limit moves, and after
 TIMEOUT_S, TIMEOUT_WORKING_S = 300.0, 3600.0  # of an attempt, unless the recipe says
 ATTEMPTS_OF_TIME = 3  # the deadline of a request, in such times, unless the recipe says
-CALM_AFTER = 10  # looks at which it did not move
 
 
 class Endpoint:
@@ -128,15 +126,11 @@ class Endpoint:
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Follows the server's own queue where that decides; calls `changed` when the limit rises."""
-        unchanged = 0
         while isinstance(self._concurrency, ByQueue):
-            quiet = min(max(0, unchanged - CALM_AFTER), 9)
-            await asyncio.sleep(min(QUICK_S * 2**quiet, CALM_S))
+            await asyncio.sleep(self._concurrency.look_s)
             before = self.limit
             load = read_load(await self.client.metrics() or "") if self.down_since is None else None
-            if load is not None:
-                self._concurrency.observed(load, self.in_flight)
-            unchanged = unchanged + 1 if self.limit == before else 0
+            self._concurrency.observed(load, self.in_flight)
             if self.limit > before:
                 changed()
 

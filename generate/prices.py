@@ -14,6 +14,7 @@ from generate.client import is_private
 from pipeline.recipe import TeacherConfig
 
 PICO = 10**12  # pico-dollars in a dollar: prices a token are whole numbers of them
+PRICED_TOKENS = 100_000  # of a prompt; longer ones can cost more than the table says
 BATCH_SHARE = 2  # batches cost half: OpenAI's, Anthropic's and Google's
 
 SOURCES = {  # by how a model's name begins

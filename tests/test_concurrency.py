@@ -80,6 +80,22 @@ def test_processes_that_share_a_server_divide_what_is_missing() -> None:
     assert 512 < first.limit + second.limit <= 512 * 1.17
 
 
+def test_looks_are_as_quick_as_the_queue_moves_and_seldom_once_it_is_steady() -> None:
+    concurrency = ByQueue(64)
+    assert concurrency.look_s == 0.1
+    for _ in range(100):
+        concurrency.answered(48, 12.0, 0.0)  # a slow server: half of its queue (8%) drains in 4% of 12 s
+    assert concurrency.look_s == pytest.approx(0.48, rel=0.01)
+    for _ in range(20):
+        concurrency.observed(Load(running=64, waiting=6), 70)
+    assert concurrency.look_s == 5.0
+    concurrency.observed(Load(running=100, waiting=0), 100)  # there is room for more
+    assert concurrency.look_s < 0.5
+    for _ in range(20):
+        concurrency.observed(None, 100)  # it says nothing
+    assert concurrency.look_s == 5.0
+
+
 def climb(concurrency: ByClimbing, slots: int, answers: int, now: float = 0.0, seed: int = 0) -> float:
     """Answers from a server of so many slots: its rate rises with the number in flight up to them."""
     rng = random.Random(seed)

@@ -141,6 +141,16 @@ def test_without_a_price_the_cost_is_said_to_be_open(tmp_path: Path, url: str, w
     assert words in "\n".join(describe(recipe, dry))
 
 
+@pytest.mark.parametrize(("chars", "teacher", "warned"), [(110_000, {}, 1), (90_000, {}, 0), (110_000, PRICED, 0)])
+def test_prompts_longer_than_the_table_s_prices_hold_for_are_told(
+    tmp_path: Path, chars: int, teacher: dict[str, Any], warned: int
+) -> None:
+    prompts = {"count": 1, "template": "{n}", "slots": {"n": ["x" * chars]}}
+    recipe = planned(1, prompts=prompts, teacher={"model": "gpt-4.1", "base_url": URL, **teacher})
+    text = describe(recipe, dry_run(recipe, RunDir(tmp_path / "run")))
+    assert sum("1 prompts may have more than 100,000 tokens" in line for line in text) == warned
+
+
 def test_a_budget_in_usd_without_a_price_is_refused(tmp_path: Path) -> None:
     recipe = planned(5, teacher={"model": "teacher-x", "base_url": URL}, budget={"usd": 2})
     with pytest.raises(RecipeError, match=r"budget\.usd is 2, .*set teacher\.price"):

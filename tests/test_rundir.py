@@ -1,5 +1,6 @@
 """Run directories, records and lineage: locks, renames, `path:line: reason`."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -82,3 +83,14 @@ def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.save_recipe(recipe)
     assert load_recipe(run.recipe) == recipe
+
+
+def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path: Path) -> None:
+    def fill() -> None:
+        with replacing(tmp_path / "lineage.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as `write` does: it knows no name
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill()
+    assert caught.value.filename == str(tmp_path / "lineage.json")
+    assert not list(tmp_path.iterdir())
