@@ -11,12 +11,13 @@ import re
 from typing import NamedTuple, Protocol
 
 START = 64  # in flight, before anything is known
-START_QUEUED = 256  # where the server shows its queue: too many only wait there, and are seen
+START_QUEUED = 276  # an engine, where the server shows its queue: 256, which many run at once, and what waits behind
 MOST = 4096  # an endpoint: more than any one engine batches; a larger fixed number can still be asked for
 
 QUEUE_SHARE = 0.08  # of what runs, kept waiting at the server, so that a slot that falls free has a successor there
 QUEUE_LEAST = 4
-QUICK_S, CALM_S = 0.1, 5.0  # between two looks at the load, which cost a server: while the limit moves, and after
+# Seconds between two looks at the load, which cost a server: while the limit doubles, while it moves, and after.
+DOUBLING_S, QUICK_S, CALM_S = 0.03, 0.1, 5.0
 CALM_AFTER = 10  # looks at which it did not move
 LOOK_SHARE = QUEUE_SHARE / 2  # of an answer's time between two looks: the queue has half drained by then
 KV_FULL = 0.97  # above it the engine puts requests aside and computes them twice
@@ -35,6 +36,7 @@ class Load(NamedTuple):
     waiting: float
     kv_used: float = 0.0  # share
     preempted: float = 0.0  # since it started
+    engines: int = 1  # behind this one endpoint
 
 
 class Concurrency(Protocol):
@@ -72,11 +74,12 @@ class ByQueue:
         self._preempted: float | None = None
         self._latency_s = 0.0  # a running mean
         self._steady = 0  # looks since the limit moved
+        self._seen = 0.0  # at the server, at the last look
 
     @property
     def look_s(self) -> float:
         """Seconds until the load should be looked at again."""
-        quick_s = max(QUICK_S, LOOK_SHARE * self._latency_s)
+        quick_s = DOUBLING_S if self._doubling else max(QUICK_S, LOOK_SHARE * self._latency_s)
         return min(quick_s * 2.0 ** min(max(0, self._steady - CALM_AFTER), 9), CALM_S)
 
     def answered(self, tokens: int, latency_s: float, now: float) -> None:
@@ -99,6 +102,8 @@ class ByQueue:
         follow them stand in the queue for a moment, and no slot is taken.
         """
         wanted = max(QUEUE_LEAST, load.running * QUEUE_SHARE)
+        seen = (load.running + load.waiting) * self._share
+        rising, self._seen = seen > 1.02 * self._seen, seen
         preempting = self._preempted is not None and load.preempted > self._preempted
         self._preempted = load.preempted
         if self._peak is not None:
@@ -111,13 +116,13 @@ class ByQueue:
             if in_flight <= self.limit:  # else the last step down has not shown yet
                 self.limit = max(1, least, min(self.limit, int(in_flight - (load.waiting - wanted) * self._share)))
             return
-        arrived = (load.running + load.waiting) * self._share >= 0.8 * in_flight  # else they are under way
+        arrived = seen >= (0.95 if self._doubling and rising else 0.8) * in_flight  # else they are under way
         if load.waiting >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
             return
-        if self._doubling:
-            step = self.limit
-        elif load.waiting:
+        if load.waiting:
             step = round((wanted - load.waiting) * self._share)
+        elif self._doubling:
+            step = self.limit
         else:
             step = self.limit // 4
         self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
@@ -206,4 +211,5 @@ def read_load(metrics: str) -> Load | None:
         waiting=sum(found["waiting"]),
         kv_used=max(found.get("kv_used", [0.0])),
         preempted=sum(found.get("preempted", [0.0])),
+        engines=len(found["running"]),
     )

@@ -13,7 +13,7 @@ from tenacity import wait_exponential
 
 from generate.answers import CallFailed, Transient
 from generate.client import Client
-from generate.concurrency import START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
+from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
 from generate.limits import LONG_S, Limits
 from generate.requests import Share
 from generate.schedule import wait_s
@@ -112,10 +112,12 @@ class Endpoint:
     async def prepare(self) -> str | None:
         """Looks what is there, before the first request. None when something answers; else why nothing does."""
         silent = await self.client.check_reachable()
-        if not silent and read_load(await self.client.metrics() or ""):
+        load = None if silent else read_load(await self.client.metrics() or "")
+        if load is not None:
             self._shows_load = True
             if self._auto:
-                self._concurrency = ByQueue(_part(START_QUEUED, self._share), 1 / self._share.of)
+                start = min(START_QUEUED * load.engines, MOST)
+                self._concurrency = ByQueue(_part(start, self._share), 1 / self._share.of)
         return silent
 
     def timeout_s(self, spent_s: float) -> float:

@@ -138,10 +138,12 @@ def misbehaving(
     script: Script | None = None,
     models: list[str] | None = None,
     metrics: Callable[[int], tuple[int, int]] | None = None,
+    engines: int = 1,
 ) -> Iterator[MisbehavingServer]:
     """Serves by the script (good answers without one) until the block ends.
 
-    `metrics` makes running and waiting of the requests that it has at once, as vLLM's /metrics says them.
+    `metrics` makes running and waiting of the requests that it has at once, as vLLM's /metrics says them, of each of
+    its `engines`.
     """
     server = MisbehavingServer("")
     ready, loop = threading.Event(), asyncio.new_event_loop()
@@ -174,7 +176,13 @@ def misbehaving(
         if metrics is None:
             raise web.HTTPNotFound
         running, waiting = metrics(server.at_once)
-        return web.Response(text=f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n")
+        values = {"running": running, "waiting": waiting}
+        lines = [
+            f'vllm:num_requests_{name}{{engine="{engine}"}} {value}\n'
+            for name, value in values.items()
+            for engine in range(engines)
+        ]
+        return web.Response(text="".join(lines))
 
     async def start() -> web.AppRunner:
         app = web.Application()

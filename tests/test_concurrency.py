@@ -38,6 +38,19 @@ def test_what_the_server_does_not_show_yet_is_no_reason_for_more() -> None:
     assert concurrency.limit == 100
 
 
+def test_it_does_not_double_while_requests_still_arrive() -> None:
+    """Else it doubles just before the queue shows, and as many again pile up there."""
+    concurrency = ByQueue(276)
+    for seen in (100, 240, 256):
+        concurrency.observed(Load(running=seen, waiting=0), 276)
+        assert concurrency.limit == 276
+    concurrency.observed(Load(running=256, waiting=20), 276)
+    assert concurrency.limit == 276
+    idle = ByQueue(276)
+    idle.observed(Load(running=276, waiting=0), 276)
+    assert idle.limit >= 2 * 276
+
+
 def test_requests_that_run_out_are_no_reason_for_more() -> None:
     concurrency = ByQueue(100)
     concurrency.observed(Server(1000).load(40), 40)
@@ -82,6 +95,8 @@ def test_processes_that_share_a_server_divide_what_is_missing() -> None:
 
 def test_looks_are_as_quick_as_the_queue_moves_and_seldom_once_it_is_steady() -> None:
     concurrency = ByQueue(64)
+    assert concurrency.look_s == 0.03  # it doubles, and every look costs an idle engine its time
+    concurrency.observed(Load(running=64, waiting=40), 104)
     assert concurrency.look_s == 0.1
     for _ in range(100):
         concurrency.answered(48, 12.0, 0.0)  # a slow server: half of its queue (8%) drains in 4% of 12 s
@@ -147,7 +162,7 @@ vllm:num_preemptions_total{engine="0",model_name="m"} 2.0
 
 
 def test_a_load_is_summed_over_engines() -> None:
-    assert read_load(METRICS) == Load(running=15, waiting=5, kv_used=0.25, preempted=2)
+    assert read_load(METRICS) == Load(running=15, waiting=5, kv_used=0.25, preempted=2, engines=2)
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "up 1", "vllm:num_requests_running 3"])

@@ -25,7 +25,9 @@ from misbehaving_server import (
 )
 from tenacity import wait_fixed
 
+from generate.endpoint import Endpoint
 from generate.engine import generate
+from generate.requests import WHOLE, Share
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
 
@@ -295,6 +297,20 @@ def test_auto_follows_the_queue_that_a_server_shows(run: RunDir) -> None:
         summary = generate(recipe_for(server, 4000, generate={"concurrency": "auto"}), run, quiet=True)
     assert summary.answered == 4000
     assert 300 < server.most_at_once <= 1200  # it looked for the end of it, and found it
+
+
+def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None:
+    """As vLLM shows them behind its data-parallel balancer; a process begins with its part."""
+
+    async def begun(share: Share) -> int:
+        with misbehaving(metrics=lambda at_once: (0, 0), engines=4) as server:
+            recipe = recipe_for(server, generate={"concurrency": "auto"})
+            async with Endpoint(recipe, server.url, share, print, 99_999) as endpoint:
+                assert await endpoint.prepare() is None
+                return endpoint.limit
+
+    assert asyncio.run(begun(WHOLE)) == 4 * 276
+    assert asyncio.run(begun(Share(0, 2))) == 2 * 276
 
 
 def test_a_budget_ends_the_run_and_a_higher_one_goes_on(run: RunDir) -> None:
