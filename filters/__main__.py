@@ -9,6 +9,7 @@ from filters.report import FilterReport, print_report
 from filters.run import check_keep_rate, completions_size, filter_run, recipe_rules
 from filters.sweep import parse_shares, print_sweep, sweep
 from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import RequestsFailed
 from pipeline.rundir import RunDir
 
 
@@ -36,6 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     print_report(report, console)
     _print_notices(report, run)
     check_keep_rate(report, recipe.filters, options.recipe, allow_low_keep=options.allow_low_keep)
+    if report.judge_failures:
+        raise RequestsFailed(
+            f"the judge gave no answer about {report.judge_failures:,} of {report.rows:,} answers (why: detail in "
+            f"{run.dropped}), so they are dropped; run the filters again, and it is asked about them again"
+        )
 
 
 def _print_notices(report: FilterReport, run: RunDir) -> None:

@@ -5,11 +5,13 @@ that stay, and adds the others to the dropped ones with the rule that dropped th
 row of two stays (Sketches.order); every dropped row is like one that stayed, never only like another dropped one.
 """
 
+from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain, pairwise
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -17,7 +19,7 @@ import msgspec
 
 from filters.answer import as_answer
 from filters.judge import read_judgements
-from filters.minhash import jaccard, least_agreement
+from filters.minhash import agreement, jaccard, least_agreement
 from filters.rows import completion_part, dropped_line
 from filters.sketches import Kind, Reader, Sketches, Source, sketch
 from filters.tally import Tally
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 EXACT, NEAR, PROMPT, CONTAMINATED = "exact_duplicate", "near_duplicate", "similar_prompt", "contamination"
 DEDUP_RULES = (EXACT, NEAR, PROMPT, CONTAMINATED)
 
+_NONE = array("i")
 _decoder = msgspec.json.Decoder(Kept)
 
 
@@ -156,7 +159,7 @@ class _KeptSoFar:
         self._ends = ends
         evaluations = sum(source.kind is Kind.EVALUATION for source in sketches.sources)
         self._first_trained = sketches.first[evaluations]  # rows to evaluate on have lower numbers
-        self._members: defaultdict[int, list[int]] = defaultdict(list)
+        self._members: defaultdict[int, array[int]] = defaultdict(partial(array, "i"))
 
     def add(self, row: int, buckets: list[int]) -> None:
         for bucket in buckets:
@@ -164,45 +167,41 @@ class _KeptSoFar:
 
     def match(self, row: int, buckets: list[int]) -> Match | None:
         """The row that this one is like; one to evaluate on before any other."""
-        same, near, same_prompt, near_prompt = self._sharing(buckets)
+        import numpy as np
+
+        by_sort: list[list[array[int]]] = [[], [], [], []]
+        for bucket in buckets:
+            if bucket in self._members:
+                by_sort[bisect_right(self._ends, bucket)].append(self._members[bucket])
+        same, near, same_prompt, near_prompt = (np.concatenate([_NONE, *others]) for others in by_sort)
         config, reader = self._config, self._reader
         if not config.exact:
-            same = [other for other in same if other < self._first_trained]
+            same = same[same < self._first_trained]
         if config.prompts is None:
-            same_prompt = [other for other in same_prompt if other < self._first_trained]
+            same_prompt = same_prompt[same_prompt < self._first_trained]
         found = []
-        if same:
-            found.append(Match(EXACT, same[0], None, "answer"))
-        elif config.near is not None and near:
-            near = _likely(row, near, self._sketches.glimpse, config.near)
-            found.extend(_most_like(row, near, config.near, reader.text_ngrams, NEAR, "answer"))
-        if same_prompt:
-            found.append(Match(PROMPT, same_prompt[0], None, "prompt"))
-        elif config.prompts is not None and near_prompt:
-            near_prompt = _likely(row, near_prompt, self._sketches.prompt_glimpse, config.prompts)
-            found.extend(_most_like(row, near_prompt, config.prompts, reader.prompt_ngrams, PROMPT, "prompt"))
+        if len(same):
+            found.append(Match(EXACT, int(same[0]), None, "answer"))
+        elif config.near is not None:
+            likely = _likely(row, near, self._sketches.glimpse, config.near)
+            found.extend(_most_like(row, likely, config.near, reader.text_ngrams, NEAR, "answer"))
+        if len(same_prompt):
+            found.append(Match(PROMPT, int(same_prompt[0]), None, "prompt"))
+        elif config.prompts is not None:
+            likely = _likely(row, near_prompt, self._sketches.prompt_glimpse, config.prompts)
+            found.extend(_most_like(row, likely, config.prompts, reader.prompt_ngrams, PROMPT, "prompt"))
         for match in found:
             if match.of < self._first_trained:
                 return match._replace(rule=CONTAMINATED)
         return found[0] if found else None
 
-    def _sharing(self, buckets: list[int]) -> list[list[int]]:
-        """The rows in these buckets, each once: by answer's digest and bands, by prompt's digest and bands."""
-        by_sort: list[list[list[int]]] = [[], [], [], []]
-        for bucket in buckets:
-            if bucket in self._members:
-                by_sort[bisect_right(self._ends, bucket)].append(self._members[bucket])
-        return [list(dict.fromkeys(chain.from_iterable(others))) for others in by_sort]
 
-
-def _likely(row: int, others: list[int], glimpse: "NDArray[np.uint8]", threshold: float) -> list[int]:
-    """Those of the others whose signature agrees with the row's well enough to read them."""
-    import numpy as np
-
-    if not others:
+def _likely(row: int, others: "NDArray[np.int32]", glimpse: "NDArray[np.uint8]", threshold: float) -> list[int]:
+    """Those of the others, each once, whose signature agrees with the row's well enough to read them."""
+    if not len(others):
         return []
-    agreeing = np.count_nonzero(glimpse[others] == glimpse[row], axis=1)
-    return [others[place] for place in np.flatnonzero(agreeing >= least_agreement(threshold)).tolist()]
+    likely = others[agreement(glimpse[others], glimpse[row]) >= least_agreement(threshold)]
+    return list(dict.fromkeys(likely.tolist()))
 
 
 def _most_like(

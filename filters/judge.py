@@ -9,6 +9,7 @@ A verdict that cannot be read is asked for again with another seed, and after th
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -21,13 +22,15 @@ from filters.rows import completion_part, dropped_line, kept_line
 from filters.tally import Tally
 from generate.engine import generate
 from pipeline.errors import DistillError
-from pipeline.recipe import JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
-from pipeline.records import Completion, Kept, Message, Prompt, encode_line, read_jsonl
+from pipeline.lineage import read_lineage
+from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
+from pipeline.records import Completion, Failure, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 RULE = "judge"
 TEMPLATE = 1  # of the question below: another one is another version
 SCORES = [1, 2, 3, 4, 5]
+UNREADABLE, FAILED = "unreadable", "failed"  # why an answer has no score: no verdict in the reply, or no reply
 FENCE = re.compile(r"^```(?:json)?\s*|\s*```$")
 
 QUESTION = """You judge an answer that a language model gave. Judge it strictly and only by what is written here; \
@@ -62,6 +65,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     seed: int | None = None
     attempts: int
+    error: str | None = None  # why the last request failed; None where it was answered
 
 
 def version_of(recipe: Recipe, config: JudgeConfig) -> str:
@@ -95,7 +99,8 @@ def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
 def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet: bool = False) -> dict[str, Judgement]:
     """The judgements of the rows, by id: those there are, and the others asked for now.
 
-    `rows` is iterated once. Raises what `generate` raises; what was judged by then is kept, and the next call goes on.
+    `rows` is iterated once. A request that failed for good in an earlier call is made again. Raises what `generate`
+    raises; what was judged by then is kept, and the next call goes on.
     """
     config = recipe.filters.judge
     assert config is not None
@@ -117,12 +122,22 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
         if attempt > 1:
             questions = _again(folder, attempt, open_ids)
         asked = RunDir(folder / str(attempt))
-        generate(_recipe(recipe, config, questions, attempt), asked, quiet=quiet)
+        try:
+            others = (RunDir(folder / str(number)) for number in range(1, config.attempts + 1) if number != attempt)
+            asking = _recipe(recipe, config, questions, attempt).model_copy(
+                update={"budget": _left(config.budget, others)}
+            )
+            generate(asking, asked, quiet=quiet, retry_failures=True)
+        except DistillError as error:
+            raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
         for judgement in _verdicts(asked, open_ids, config, version, attempt):
             judgements[judgement.id] = judgement
         open_ids = {id_: None for id_ in open_ids if id_ not in judgements}
+    errors = _errors(asked, open_ids) if open_ids else {}
     for id_ in open_ids:
-        judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts)
+        judgements[id_] = Judgement(
+            id=id_, score=None, version=version, attempts=config.attempts, error=errors.get(id_)
+        )
     with replacing(run.judgements) as file:
         for judgement in judgements.values():
             file.write(encode_line(judgement))
@@ -131,6 +146,8 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
 
 def reason(judgement: Judgement, config: JudgeConfig) -> str | None:
     """Why the judge drops a row, or None. An unjudged row is dropped: nobody has said that it is worth it."""
+    if judgement.error is not None:
+        return f"not judged: {judgement.error}"
     if judgement.score is None:
         return f"no verdict could be read, in {judgement.attempts} attempts"
     if judgement.score >= config.min_score:
@@ -161,12 +178,20 @@ def judge_survivors(
             row = _decoder.decode(line)
             judgement = judgements[row.id]
             why = reason(judgement, config)
+            _count(judgement, tally.scores)
             if why is None:
                 scores = {**row.scores, RULE: judgement.score, **judgement.criteria}
                 kept.write(kept_line(completion_part(line), scores))
             else:
                 tally.move_to_dropped(row.id, as_answer(row), {RULE: why})
                 dropped.write(dropped_line(completion_part(line), {RULE: why}))
+
+
+def _count(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
+    """Adds a judgement to the histograms, the one of `score` under the judge's own name."""
+    whole = judgement.score or (UNREADABLE if judgement.error is None else FAILED)
+    for name, score in {RULE: whole, **judgement.criteria}.items():
+        scores.setdefault(name, Counter())[str(score)] += 1
 
 
 def _judge(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
@@ -194,8 +219,17 @@ def _recipe(recipe: Recipe, config: JudgeConfig, questions: Path, attempt: int) 
                 extra={"response_format": form} if config.schema_ else {},
             ),
             "generate": recipe.generate.model_copy(update={"mode": "online"}),
-            "budget": config.budget,
         }
+    )
+
+
+def _left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """What the judge's other attempts leave of its budget; where they leave nothing, less than any request costs."""
+    spent = [read_lineage(other).get("generate", {}).get("spent", {}) for other in others]
+    usd, tokens = (sum(one.get(unit) or 0 for one in spent) for unit in ("usd", "tokens"))
+    return BudgetConfig(
+        usd=None if budget.usd is None else max(budget.usd - usd, 1e-12),
+        tokens=None if budget.tokens is None else max(budget.tokens - tokens, 1),
     )
 
 
@@ -226,6 +260,16 @@ def _verdicts(
                 seed=_seed(answer.sampling),
                 attempts=attempt,
             )
+
+
+def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:
+    """Why requests of an attempt failed, by row, of the rows wanted; those that were answered are not among them."""
+    answered = {row.prompt_id for row in read_jsonl(asked.completions, Completion)}
+    return {
+        row.prompt_id: f"{row.error}{f' {row.status}' if row.status else ''}: {row.message}"
+        for row in read_jsonl(asked.failures, Failure)
+        if row.prompt_id in wanted and row.prompt_id not in answered
+    }
 
 
 def _seed(sampling: dict[str, Any]) -> int | None:

@@ -5,6 +5,7 @@ Broder 1997 for MinHash; bands of rows after Leskovec, Rajaraman, Ullman, "Minin
 signatures are rensa's (Fast Similarity Sketching, Dahlgaard et al. 2017); they are never stored.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -52,11 +53,16 @@ class _Folding(dict[int, str]):
 
 
 _folding = _Folding()
+_PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
+_PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
 
 
 def fold(text: str) -> str:
     """The text in NFC and without case; every run of spaces, punctuation and symbols is one space, none at the ends."""
-    return " ".join(nfc(text.casefold()).translate(_folding).split())
+    lower = text.casefold()
+    if _PLAIN.fullmatch(lower):  # nothing that NFC or a category would decide: a third of the time
+        return " ".join(_PLAIN_WORDS.findall(lower))
+    return " ".join(nfc(lower).translate(_folding).split())
 
 
 def digest(folded: str) -> bytes:
@@ -153,6 +159,16 @@ def glimpses(values: "Keys") -> "NDArray[np.uint8]":
 
     mixed = values[:, :GLIMPSE] * np.uint32(_BASE & 0xFFFFFFFF)
     return (mixed >> np.uint32(24)).astype(np.uint8)
+
+
+def agreement(glimpses: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> "NDArray[np.uint64]":
+    """In how many bytes each glimpse agrees with another one; many times as fast as counting along an axis."""
+    import numpy as np
+
+    lanes = (glimpses == other).view(np.uint64).sum(axis=1)  # eight bytes side by side, each a count up to 8
+    lanes *= np.uint64(0x0101010101010101)  # all eight are summed in the top byte
+    agreeing: NDArray[np.uint64] = lanes >> np.uint64(56)
+    return agreeing
 
 
 def least_agreement(threshold: float) -> float:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from filters.judge import FAILED, SCORES, UNREADABLE
+from filters.judge import RULE as JUDGE
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, Example, Tally
 
 FIRST_BAD_LINES = 100  # named in the report
@@ -56,6 +58,10 @@ class FilterReport:
     overlaps: dict[str, int]  # rules that dropped the same answers, joined by " + ": answers
     slots: dict[str, dict[str, SlotCount]]  # slot, value; a slot with more than MOST_VALUES values is left out
     lengths: dict[str, dict[str, int]]  # characters (`150-199`): kept, dropped
+    scores: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # the judge's: `judge` or a criterion, score: answers
+    judge_failures: int = 0  # answers without a score because the request for it failed; another call asks again
     bad_lines: int = 0
     first_bad_lines: list[BadLine] = field(default_factory=list)
     torn_last_line: bool = False  # the run was stopped while it wrote its last answer; not counted in rows
@@ -97,6 +103,8 @@ def make_report(
         overlaps=dict(overlaps),
         slots=_slot_counts(tally),
         lengths=_lengths(tally),
+        scores={name: dict(sorted(counts.items())) for name, counts in tally.scores.items()},
+        judge_failures=tally.scores.get(JUDGE, Counter())[FAILED],
         bad_lines=bad_lines,
         first_bad_lines=bad,
         torn_last_line=torn,
@@ -135,6 +143,7 @@ def print_report(report: FilterReport, console: Console) -> None:
         console.print(table)
     _print_slots(report, console)
     _print_lengths(report, console)
+    _print_scores(report, console)
     console.print(
         f"{report.rows:,} answers in, {report.kept:,} kept, {report.dropped:,} dropped: "
         f"keep rate {report.keep_rate:.1%}",
@@ -169,6 +178,19 @@ def _print_lengths(report: FilterReport, console: Console) -> None:
         kept, dropped = round(30 * bar["kept"] / most), round(30 * bar["dropped"] / most)
         table.add_row(name, f"{bar['kept']:,}", f"{bar['dropped']:,}", "█" * kept + "░" * dropped)
     if 1 < table.row_count <= 40:
+        console.print(table)
+
+
+def _print_scores(report: FilterReport, console: Console) -> None:
+    """The judge's scores, of all in all and by criterion."""
+    columns = [*map(str, SCORES), *(name for name in (UNREADABLE, FAILED) if name in report.scores.get(JUDGE, ()))]
+    table = Table("judge's scores", *(Column(name, justify="right") for name in [*columns, "mean"]))
+    for name, counts in report.scores.items():
+        scored = {score: counts.get(str(score), 0) for score in SCORES}
+        total = sum(scored.values())
+        mean = f"{sum(score * count for score, count in scored.items()) / total:.2f}" if total else "-"
+        table.add_row(name, *(f"{counts[column]:,}" if column in counts else "" for column in columns), mean)
+    if table.row_count:
         console.print(table)
 
 

@@ -35,6 +35,7 @@ class Tally:
     kept_slots: dict[str, Counter[str]] = field(default_factory=dict)  # slot, value: answers
     dropped_slots: dict[str, Counter[str]] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
+    scores: dict[str, Counter[str]] = field(default_factory=dict)  # the judge's: criterion, score: answers
 
     @property
     def dropped(self) -> int:

@@ -5,10 +5,12 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from completion_fields import completion_fields
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 import filters.chunks
 import filters.run
 from filters.__main__ import main
-from filters.minhash import band_keys, fold, jaccard, ngrams, shape_for, signatures
+from filters.minhash import GLIMPSE, agreement, band_keys, fold, jaccard, ngrams, shape_for, signatures
 from pipeline.errors import DataError, RecipeError
 from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
 from pipeline.rundir import RunDir
@@ -105,6 +107,27 @@ def test_texts_that_fold_to_the_same(one: str, other: str) -> None:
 )
 def test_texts_that_do_not(one: str, other: str) -> None:
     assert fold(one) != fold(other)
+
+
+@given(st.text(st.sampled_from("가힣각Aaß1²_ .\t\n“…—~\u0301\u1100\u1161\u00adİ漢й½"), max_size=12))
+def test_folding_is_that_of_the_definition(text: str) -> None:
+    """Letters, marks and digits stay, format characters go, each run of anything else is one space."""
+    lower = unicodedata.normalize("NFC", text.casefold())
+    seen = [char for char in lower if unicodedata.category(char) != "Cf"]
+    assert fold(text) == " ".join(
+        "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in seen).split()
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agreement_counts_equal_bytes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 2, (50, GLIMPSE), dtype=np.uint8)
+    rows[:2] = rows[2]  # all 64 agree
+    rows[3] = 1 - rows[2]
+    counted = [sum(int(a == b) for a, b in zip(row, rows[2], strict=True)) for row in rows]
+    assert agreement(rows, rows[2]).tolist() == counted
+    assert (counted[0], counted[3]) == (64, 0)
 
 
 @given(st.text(max_size=40), st.text(max_size=40), st.integers(1, 6))

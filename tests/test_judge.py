@@ -1,6 +1,7 @@
 """The judge against a real local server: what is asked, what a verdict is, and what becomes of one that is none."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from misbehaving_server import Asked, Behaviour, answer, error, misbehaving, rec
 from filters.judge import Judgement, judge_rows, question, read_judgements, read_verdict, reason, version_of
 from filters.run import filter_run
 from generate.engine import generate
-from pipeline.errors import DataError
+from pipeline.errors import BudgetReached, DataError, DistillError
+from pipeline.lineage import read_lineage
 from pipeline.recipe import FiltersConfig, JudgeConfig, Recipe
 from pipeline.records import Completion, Dropped, Kept, Message, read_jsonl
 from pipeline.rundir import RunDir
@@ -114,10 +116,57 @@ def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir)
     assert reason(found["row1"], config) == "no verdict could be read, in 3 attempts"
 
 
-def test_an_error_is_no_verdict(run: RunDir) -> None:
-    with misbehaving(lambda asked: error(400, "no") if "story 1" in asked.text else answer(verdict(5))) as server:
-        found = judge_rows(judging(server, attempts=2), run, map(row, range(3)), quiet=True)
-    assert found["row1"].score is None
+def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> None:
+    well = False
+
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict(5)) if well or "story 1" not in asked.text else error(400, "no")
+
+    with misbehaving(script) as server:
+        recipe = judging(server, attempts=2)
+        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        config = recipe.filters.judge
+        assert config is not None and found["row1"].score is None
+        assert reason(found["row1"], config) == "not judged: bad_request 400: no"
+        well = True
+        assert judge_rows(recipe, run, map(row, range(3)), quiet=True)["row1"].score == 5
+    assert len(server.asked) == 3 + 1 + 1
+
+
+def test_the_budget_is_of_all_attempts_together(run: RunDir) -> None:
+    """No verdict can be read, so four rows are asked about three times; there is money for about half of that."""
+    with misbehaving(lambda asked: answer("?")) as server:
+        judge_rows(judging(server), run, map(row, range(4)), quiet=True)
+        assert len(server.asked) == 12
+        (version,) = (run.path / "judge").iterdir()
+        runs = [RunDir(version / str(attempt)) for attempt in (1, 2, 3)]
+        one = sum(read_lineage(attempt)["generate"]["spent"]["tokens"] for attempt in runs) // 12
+        with pytest.raises(BudgetReached) as stopped:
+            judge_rows(judging(server, seed=1, budget={"tokens": 1}), run, map(row, range(4)), quiet=True)
+        said = re.search(r"can cost up to ([\d,]+) tokens", str(stopped.value))
+        assert said is not None
+        most = int(said[1].replace(",", ""))
+        recipe = judging(server, seed=2, budget={"tokens": most + 5 * one})
+        for _ in range(2):  # again, it is still spent
+            with pytest.raises(BudgetReached, match=r"the judge \(filters\.judge\): .*the verdicts so far are in"):
+                judge_rows(recipe, run, map(row, range(4)), quiet=True)
+    assert 16 < len(server.asked) <= 18
+
+
+def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: RunDir) -> None:
+    well = False
+
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict(4)) if well or len(server.asked) <= 4 else error(401, "bad key")
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"concurrency": 1})})
+        with pytest.raises(DistillError, match=r"the judge \(filters\.judge\): .* answers 401 .*verdicts so far"):
+            judge_rows(recipe, run, map(row, range(9)), quiet=True)
+        well, asked = True, len(server.asked)
+        assert len(judge_rows(recipe, run, map(row, range(9)), quiet=True)) == 9
+    assert len(server.asked) == asked + 5
 
 
 def test_another_rubric_or_judge_judges_anew(run: RunDir) -> None:
