@@ -1,6 +1,6 @@
-"""Duplicates among the answers that the rules let pass, and in them what other runs kept or an evaluation asks.
+"""Duplicates among the answers that rules and judge let pass, and in them what other runs kept or an evaluation asks.
 
-Reads the survivors, the files that `filters.dedup` names, and the judge's verdicts of an earlier run. Writes the rows
+Reads the survivors, the files that `filters.dedup` names, and the judge's verdicts. Writes the rows
 that stay, and adds the others to the dropped ones with the rule that dropped them and the row they are like. The better
 row of two stays (Sketches.order); every dropped row is like one that stayed, never only like another dropped one.
 """

@@ -1,7 +1,7 @@
 """The judge: a model that scores each answer from 1 to 5 against the recipe's rubric.
 
 Runs on the engine of `generate`, one answer a request: concurrency, limits, journals and resume are the same. Reads the
-rows that rules and duplicates left; writes `judgements.jsonl`, and keeps its own run in `judge/<version>/<attempt>/`,
+rows that the rules let pass; writes `judgements.jsonl`, and keeps its own run in `judge/<version>/<attempt>/`,
 where the version is a hash of all that determines a verdict: with another rubric or judge everything is judged anew.
 A verdict that cannot be read is asked for again with another seed, and after that the row is unjudged: never guessed.
 """

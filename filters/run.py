@@ -1,6 +1,6 @@
 """One pass over a run's answers: reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json and the
-lineage section `filters`. The rules come first; duplicates are looked for among the answers that they let pass, and
-the judge is asked about what is left.
+lineage section `filters`. The rules come first; the judge is asked about the answers that they let pass, and duplicates
+are looked for among what is left, so that the better-scored one of two stays.
 
 A record is written as the teacher's line stands, the new fields added at its end: only what is judged is decoded, and
 nothing is written twice. The three files are staged beside the old ones and take their places together at the end.
@@ -88,14 +88,14 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         if not tally.kept + tally.dropped:
             what = f"none of its {lines} lines is a completion" if lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
-        if dedup:
-            unlike = stack.enter_context(_scratch(run.path / "unlike.jsonl.tmp")) if judging else kept
-            deduplicate(Path(passed.name), sources, dedup, run, (unlike, dropped), tally)
-            passed = unlike
         if judging:
+            good = stack.enter_context(_scratch(run.path / "judged.jsonl.tmp")) if dedup else kept
+            judge_survivors(Path(passed.name), recipe, run, (good, dropped), tally)
+            passed = good
+        if dedup:
             passed.flush()
-            judge_survivors(Path(passed.name), recipe, run, (kept, dropped), tally)
-        described = [*(rule.described() for rule in rules.rules), *dedup_rules(dedup), *judge_rules(judging)]
+            deduplicate(Path(passed.name), sources, dedup, run, (kept, dropped), tally)
+        described = [*(rule.described() for rule in rules.rules), *judge_rules(judging), *dedup_rules(dedup)]
         report = make_report(tally, described, bad, bad_lines, torn=torn)
         report_file.write(report.encoded())
     record_lineage(run, "filters", _lineage(report, rules, dedup, judging))

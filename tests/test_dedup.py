@@ -200,7 +200,7 @@ def test_every_dropped_row_is_like_one_that_stayed(stage: Stage) -> None:
         assert similarity(texts[row_id], texts[other]) >= 0.8
 
 
-def test_the_judges_earlier_verdicts_say_which_of_two_is_better(stage: Stage) -> None:
+def test_the_judges_verdicts_say_which_of_two_is_better(stage: Stage) -> None:
     text = story(3)
     rows = [completion("a", text), completion("b", text), completion("c", edited(text, 3)), completion("d", text)]
     verdicts = [{"id": "a", "score": 3}, {"id": "b", "score": None}, {"id": "c", "score": 5}, {"id": "d", "score": 4}]

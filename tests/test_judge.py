@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from completion_fields import completion_fields
 from misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
 
+from filters.__main__ import main
 from filters.judge import Judgement, judge_rows, question, read_judgements, read_verdict, reason, version_of
 from filters.run import filter_run
 from generate.engine import generate
-from pipeline.errors import BudgetReached, DataError, DistillError
+from pipeline.errors import BudgetReached, DataError, DistillError, RequestsFailed
 from pipeline.lineage import read_lineage
-from pipeline.recipe import FiltersConfig, JudgeConfig, Recipe
-from pipeline.records import Completion, Dropped, Kept, Message, read_jsonl
+from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
+from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 
 CONFIG = JudgeConfig(rubric={"fluency": "natural", "fit": "for a child"})
@@ -225,3 +227,57 @@ def test_the_stage_keeps_what_the_judge_finds_good_enough(tmp_path: Path) -> Non
     assert dropped[1].detail == {"judge": "score 2, at least 3 wanted (fluency 1)"}
     assert all(row.scores == {"judge": 4, "fluency": 4, "fit": 4} for row in kept)
     assert [(rule.rule, rule.dropped) for rule in report.rules] == [("banned_words", 1), ("judge", 1)]
+    assert report.scores == {
+        "judge": {"2": 1, "4": 10},
+        "fluency": {"1": 1, "4": 10},
+        "fit": {"4": 11},
+    }
+    assert json.loads(run.filter_report.read_bytes())["scores"]["judge"] == {"2": 1, "4": 10}
+
+
+def test_the_scores_are_shown_and_answers_that_could_not_be_judged_end_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.completions.write_bytes(b"".join(encode_line(row(number)) for number in range(6)))
+
+    def script(asked: Asked) -> Behaviour:
+        said = {0: "I like it!", 1: verdict(2, fluency=1)}
+        number = int(asked.text.split("story ")[1][0])
+        return error(400, "too long") if number == 2 else answer(said.get(number, verdict(5)))
+
+    with misbehaving(script) as server:
+        recipe = judging(server).model_dump(mode="json", exclude_none=True)
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(RequestsFailed, match=r"about 1 of 6 answers .*dropped\.jsonl.*run the filters again"):
+            main([str(tmp_path / "r.yaml"), "--run", str(run.path)])
+    shown = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = {cell[0].strip(): [part.strip() for part in cell[1:]] for cell in shown if len(cell) == 9}
+    assert cells["judge"] == ["", "1", "", "", "3", "1", "1", "4.25"]
+    assert cells["fluency"] == ["1", "", "", "3", "", "", "", "3.25"]
+    details = {row.id: row.detail["judge"] for row in read_jsonl(run.dropped, Dropped)}
+    assert details["row0"] == "no verdict could be read, in 3 attempts"
+    assert details["row2"] == "not judged: bad_request 400: too long"
+
+
+def test_of_two_that_are_alike_the_better_scored_stays(tmp_path: Path) -> None:
+    """Judged before duplicates are looked for, so in the first run already."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.completions.write_bytes(b"".join(encode_line(row(number, "The same story.")) for number in range(3)))
+
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict({"0": 3, "1": 5, "2": 1}[asked.text.split("story ")[1][0]]))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        filters = recipe.filters.model_copy(update={"dedup": DedupConfig()})
+        report = filter_run(recipe.model_copy(update={"filters": filters}), run, tmp_path / "r.yaml")
+    (kept,) = read_jsonl(run.kept, Kept)
+    assert (kept.id, kept.scores["judge"]) == ("row1", 5)
+    assert {row.id: row.rule for row in read_jsonl(run.dropped, Dropped)} == {
+        "row0": "exact_duplicate",
+        "row2": "judge",
+    }
+    assert (report.kept, report.dropped, report.scores["judge"]) == (1, 2, {"1": 1, "3": 1, "5": 1})
