@@ -206,11 +206,35 @@ def mutated(text: str, rng: random.Random) -> str:
 def test_the_flagships_five_rules_are_the_chapters() -> None:
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "korean_stories.yaml")
     flagship = [rule.label for rule in load_rules(recipe.filters, Path("r.yaml")).rules]
-    assert flagship == [*(rule["rule"] for rule in CHAPTER_RULES), "finish_reason"]
+    further = ["finish_reason", "adherence", "meta_talk", "foreign_script", "repetition"]
+    assert flagship == [*(rule["rule"] for rule in CHAPTER_RULES), *further]
     ours = rule_set(*CHAPTER_RULES).rules
     assert [rule.described() for rule in load_rules(recipe.filters, Path("r.yaml")).rules[:5]] == [
         rule.described() for rule in ours
     ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [  # answers of Qwen2.5 1.5B, or the parts of them that tell, which the chapter's five rules let pass
+        ("adherence", "간단한 어린이용 한국어 동화를 작성할 수 있습니다. 주변을 적절히 표현하면 됩니다."),
+        ("adherence", "고양이는 꽃밭에 들어왔습니다. 비가 그치자 당근을 보았습니다."),
+        ("meta_talk", "물론, 다음과 같은 한국어 동화를 작성해드릴게요: 토토는 비를 맞으며 당근을 먹었어요."),
+        ("meta_talk", "토끼 토토는 비를 보았어요. 당근 하나가 있었어요. 저는 동화를 쓰는 캐릭터인 Qwen입니다."),
+        ("meta_talk", "그저 토끼 토토를 보고 있네요. 키워드는 당근, 비. 분위기는 신남."),
+        ("meta_talk", "토끼 토토. 당근과 비. 교훈: 정직. 토토는 잠이 들었어요."),
+        ("foreign_script", "토끼 토토는 森林에서 당근을 먹었어요. 비가 왔어요."),
+        ("repetition", "비가 와요. " + "토끼 토토는 바람이 부는 날이라 당근을 줄여주는 것은 정직한 일이다. " * 3),
+        ("", STORY),
+        ("", "옛날에 토토가 살았어요. 소나기가 내리자 토토는 당근을 품에 안고 달렸답니다."),
+    ],
+)
+def test_the_flagships_further_rules_drop_what_its_teacher_does_wrong(rule: str, text: str) -> None:
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "korean_stories.yaml")
+    config = recipe.filters.model_copy(update={"rules": recipe.filters.rules[5:]})
+    slots: Slots = {"character": "토끼 토토", "keywords": ["당근", "비"]}
+    rules = load_rules(config, Path("r.yaml"), set(recipe.prompts.slots))
+    assert next(iter(rules.reasons(Answer(text, INSTRUCTION, "stop", slots))), "") == rule
 
 
 def test_the_five_rules_decide_as_the_chapters_function() -> None:
