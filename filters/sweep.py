@@ -1,9 +1,9 @@
 """`--sweep 30,50,80`: the best 30, 50 and 80% of a filtered run, as runs of their own to train on and compare.
 
 Ranks every answer of the run, kept or dropped: fewer rules against it first, then the judge's score, then how far it is
-from the rules' thresholds. Reads kept.jsonl and dropped.jsonl; writes `sweep/<share>/` with kept.jsonl, dropped.jsonl
-and lineage.json, which `python -m train RECIPE --run <run>/sweep/<share>` learns from. Duplicates come last, and an
-answer without text is in no share. Keeps about 200 bytes an answer.
+from the rules' thresholds. Reads kept.jsonl, dropped.jsonl and the judge's verdicts; writes `sweep/<share>/` with
+kept.jsonl, dropped.jsonl and lineage.json, which `python -m train RECIPE --run <run>/sweep/<share>` learns from.
+Duplicates come last, and an answer without text is in no share. Keeps some hundred bytes an answer.
 """
 
 import shutil
@@ -18,6 +18,7 @@ from rich.table import Table
 from filters.answer import Answer, RuleSettings, as_answer
 from filters.dedup import DEDUP_RULES
 from filters.judge import RULE as JUDGE
+from filters.judge import read_judgements
 from filters.repetition import RepetitionSettings
 from filters.rows import check_filtered, filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
@@ -57,10 +58,12 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     """Writes the shares. Raises DataError where the run is not filtered, or at a bad line."""
     check_filtered(run, "--sweep ranks a filtered run")
     thresholds, total, ranks = stricter(rules), 0, list[Rank]()
+    scores = {judged.id: judged.score for judged in read_judgements(run).values() if judged.score is not None}
     for row in filtered_rows(run):
         total += 1
         if row.text.strip():
-            ranks.append(_rank(row, thresholds))
+            score = row.scores.get(JUDGE, 0.0) if isinstance(row, Kept) else scores.get(row.id, 0)
+            ranks.append(_rank(row, thresholds, score))
     if not ranks:
         raise DataError(f"{run.kept}: no answers to rank; run `python -m generate` and the filters first")
     order = {rank[-1]: place for place, rank in enumerate(sorted(ranks))}
@@ -82,12 +85,10 @@ def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
-def _rank(row: Kept | Dropped, thresholds: Thresholds) -> Rank:
-    """Less is better."""
-    against, score = 0, 0.0
-    if isinstance(row, Kept):
-        score = row.scores.get(JUDGE, 0.0)
-    else:
+def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
+    """Less is better. `score` is the judge's, 0 where there is none; of a row that it dropped, too."""
+    against = 0
+    if isinstance(row, Dropped):
         against = len(row.detail) if row.rule not in DEDUP_RULES else 1_000_000
     nearest, mean = margin(as_answer(row), thresholds)
     return against, -score, -nearest, -mean, row.id

@@ -9,6 +9,7 @@ from completion_fields import completion_fields
 
 from filters.__main__ import main
 from filters.answer import Answer
+from filters.judge import Judgement
 from filters.ruleset import load_rules
 from filters.sweep import margin, parse_shares, stricter
 from pipeline.errors import DataError, UsageError
@@ -46,6 +47,21 @@ def recipe(tmp_path: Path) -> Path:
 
 def names(run: RunDir) -> set[str]:
     return {row.id for row in read_jsonl(run.kept, Kept)}
+
+
+def test_of_what_the_judge_dropped_the_better_scored_comes_first(recipe: Path) -> None:
+    run = RunDir(recipe.with_name("run"))
+    why = {"judge": "too low"}
+    rows = [
+        Dropped(**completion_fields(name, "a" * 60), rule="judge", detail=why) for name in ("bad", "bearable", "none")
+    ]
+    run.kept.write_bytes(b"")
+    run.dropped.write_bytes(b"".join(map(encode_line, rows)))
+    verdicts = [Judgement(id=id_, score=score, version="v", attempts=1) for id_, score in (("bad", 1), ("bearable", 2))]
+    run.judgements.write_bytes(b"".join(map(encode_line, verdicts)))
+    main([str(recipe), "--run", str(run.path), "--sweep", "30,60"])
+    assert names(RunDir(run.path / "sweep" / "30")) == {"bearable"}
+    assert names(RunDir(run.path / "sweep" / "60")) == {"bearable", "bad"}
 
 
 def test_the_best_of_a_run_become_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
