@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from rich.console import Console
 from filters.review.agreement import Case, agreement, precision_and_recall, print_agreement, weighted_kappa
 from filters.review.sample import KEPT, draw
 from filters.review.session import Session, read_reviews
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.recipe import load_recipe
 from pipeline.records import Dropped, Kept, Message, encode_line
 from pipeline.rundir import RunDir
@@ -116,6 +117,16 @@ def test_a_verdict_is_on_disk_at_once_and_a_review_goes_on_where_it_was(run: Run
         (ids[2], "skip"),
     ]
     assert len(run.reviews.read_text().splitlines()) == 5
+
+
+def test_two_do_not_review_a_run_at_once(run: RunDir) -> None:
+    with Session(run, size=5, seed=0) as session:
+        session.record("accept")
+        with pytest.raises(UsageError, match=r"reviews\.jsonl: another review of this run is open"):
+            Session(run, size=5, seed=0)
+        session.record("reject")
+    with Session(run, size=5, seed=0) as session:
+        assert session.done == 2
 
 
 def test_a_wrong_line_is_named(run: RunDir) -> None:
@@ -289,7 +300,8 @@ def test_only_its_token_and_its_own_name_open_it(run: RunDir) -> None:
 def test_a_port_that_is_taken_is_said_in_one_line(run: RunDir) -> None:
     with serving(run) as (url, _):
         port = url.split(":")[2].split("/")[0]
-        command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(run.path)]
+        other = shutil.copytree(run.path, run.path.with_name("other"))
+        command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(other)]
         done = subprocess.run([*command, "--port", port], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2
         assert (

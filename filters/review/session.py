@@ -3,6 +3,7 @@
 A verdict is on disk (fsync) before `record` returns. The file is append-only: to undo is to add a line.
 """
 
+import fcntl
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from filters.review.sample import Item, Sample, draw
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir, replacing
 
@@ -31,10 +32,18 @@ class Session:
     """One person's review of a run; use as a context manager."""
 
     def __init__(self, run: RunDir, *, size: int, seed: int) -> None:
-        """Takes up the review where it was left, or draws a sample. Raises DataError at a file that is wrong."""
-        self._path = run.reviews
+        """Takes up the review where it was left, or draws a sample.
+
+        Raises DataError at a file that is wrong, UsageError where another process has the review open: each would show
+        what the other has judged. The run itself is not locked: it may be filtered meanwhile.
+        """
         self.sample = load_sample(run) or _drawn(run, size, seed)
         self._file: BinaryIO = run.reviews.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UsageError(f"{run.reviews}: another review of this run is open; go on there, or end it") from None
         self.verdicts, good = _read(run.reviews)
         if good < run.reviews.stat().st_size:  # a line that a killed process did not end
             self._file.truncate(good)
