@@ -153,13 +153,24 @@ def test_without_an_accepted_answer_there_is_no_recall() -> None:
 
 
 def test_the_weighted_kappa_of_a_worked_example() -> None:
-    """Scores (1,1) (2,3) (3,3) (5,4): observed mean squared difference 2/4; by chance, over all 16 pairs, 60/16:
+    """Scores (1,1) (2,3) (3,3) (5,4): observed mean squared difference 2/4; by chance, over all 16 pairs, 54/16:
     1 with 1,3,3,4: 0+4+4+9; 2: 1+1+1+4; 3: 4+0+0+1; 5: 16+4+4+1; in all 17+7+5+25 = 54. So 1 - 0.5 / (54/16).
     """
     pairs = Counter([(1, 1), (2, 3), (3, 3), (5, 4)])
     assert weighted_kappa(pairs) == pytest.approx(1 - 0.5 / (54 / 16))
     assert weighted_kappa(Counter({(4, 4): 10})) is None
     assert weighted_kappa(Counter({(1, 1): 3, (5, 5): 2})) == 1
+
+
+def test_what_no_answer_is_reviewed_of_is_named(run: RunDir) -> None:
+    with Session(run, size=20, seed=0) as session:
+        while item := session.current:
+            session.record("skip" if item.stratum == "length" else "accept")
+    found = agreement(load_recipe(recipe_path(run)), run)
+    assert found and found.unseen == {"length": 30}
+    console = Console(record=True, width=100)
+    print_agreement(found, console)
+    assert "leave out what no answer is reviewed of yet: length (30)" in console.export_text()
 
 
 def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:

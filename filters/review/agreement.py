@@ -63,6 +63,7 @@ class Result(NamedTuple):
     gone: int  # reviewed, and no longer among the run's answers
     agreements: list[Agreement]
     scores: Counter[tuple[int, int]]  # (person's, judge's)
+    unseen: dict[str, int]  # strata of which no answer is reviewed yet, and their answers: the figures leave them out
 
 
 def agreement(recipe: Recipe, run: RunDir) -> Result | None:
@@ -93,7 +94,9 @@ def agreement(recipe: Recipe, run: RunDir) -> Result | None:
         for item in reviewed
         if item.id in judged and (score := verdicts[item.id].score) is not None
     )
-    return Result(len(verdicts), len(reviews) - len(verdicts), len(ids - rules.keys()), found, pairs)
+    seen = {item.stratum for item in reviewed}
+    unseen = {stratum: answers for stratum, answers in sample.population.items() if stratum not in seen}
+    return Result(len(verdicts), len(reviews) - len(verdicts), len(ids - rules.keys()), found, pairs, unseen)
 
 
 def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> tuple[Share | None, Share | None]:
@@ -149,6 +152,9 @@ def print_agreement(result: Result | None, console: Console) -> None:
     console.print(table)
     notes = f"{result.reviewed} reviewed, {result.skipped} skipped"
     console.print(notes + (f", {result.gone} no longer in the run" if result.gone else ""), highlight=False)
+    if result.unseen:
+        named = ", ".join(f"{stratum} ({answers:,})" for stratum, answers in result.unseen.items())
+        console.print(f"the figures leave out what no answer is reviewed of yet: {named}", highlight=False)
     if result.scores:
         table = Table("person \\ judge", *map(str, SCORES), title="scores")
         for one in SCORES:
