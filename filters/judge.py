@@ -107,7 +107,7 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     version = version_of(recipe, config)
     folder = run.path / "judge" / version
     folder.mkdir(parents=True, exist_ok=True)
-    if _judge(recipe, config) == (recipe.teacher.model, recipe.teacher.url):
+    if _judge(recipe, config)[0] == recipe.teacher.model:  # wherever it is served
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
     questions = folder / "1.questions.jsonl"
     open_ids: dict[str, None] = {}  # a set in the rows' order

@@ -182,6 +182,15 @@ def test_another_rubric_or_judge_judges_anew(run: RunDir) -> None:
     assert {one.version for one in read_judgements(run).values()} == {version_of(first, config)}
 
 
+def test_a_judge_that_is_the_teacher_served_elsewhere_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with misbehaving(lambda asked: answer(verdict(5))) as server:
+        recipe = judging(server)
+        judge_rows(recipe, run, map(row, range(1)), quiet=True)
+        assert "the judge is the teacher" not in capsys.readouterr().err
+        judge_rows(judging(server, model=recipe.teacher.model), run, map(row, range(1)), quiet=True)
+    assert "the judge is the teacher itself" in capsys.readouterr().err
+
+
 def test_a_judge_that_is_the_teacher_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with misbehaving(lambda asked: answer(verdict(5))) as server:
         recipe = recipe_for(server, filters={"judge": {"rubric": CONFIG.rubric, "schema": False}})
