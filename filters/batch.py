@@ -7,7 +7,7 @@ that come again are decoded once. Whatever does not fit that is decoded line by 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 
 from filters.answer import Answer, instruction_of, nfc
 from filters.chunks import LONGEST_LINE, Chunk
-from filters.report import BadLine
 from filters.texts import Counts, Flags, Texts, positions
 from pipeline.records import Completion, Message, Slots, Usage
 
@@ -47,7 +46,6 @@ _decode_row = msgspec.json.Decoder(_Row).decode
 _decode_lines = msgspec.json.Decoder(_Line).decode_lines
 _decode_messages = msgspec.json.Decoder(list[Message]).decode
 _decode_slots = msgspec.json.Decoder(Slots).decode
-_decode_text = msgspec.json.Decoder(str).decode
 _NEWLINE, _OPEN, _CLOSE = b"\n{}"
 
 
@@ -68,12 +66,11 @@ class Batch:
         self._rows: list[_Line] = _decode_lines(data)
         if len(self._rows) != len(self._ends):
             raise ValueError("not one object a line")
-        self._slots = list(map(bytes, map(attrgetter("slots"), self._rows)))
-        self._messages = list(map(bytes, map(attrgetter("messages"), self._rows)))
+        self._slots = self._json("slots")
+        self._messages = self._json("messages")
         self._instructions = {raw: _instruction(raw) for raw in dict.fromkeys(self._messages)}
         self._known_slots = {raw: _slots(raw) for raw in dict.fromkeys(self._slots)}
-        self._raw_texts = list(map(attrgetter("text"), self._rows))
-        self.texts = Texts(self._raw_texts)
+        self.texts = Texts(list(map(attrgetter("text"), self._rows)))
         if not self.texts.all_strings():
             raise ValueError("a text is no string")
         self.unsure = self._unsure()
@@ -82,17 +79,18 @@ class Batch:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def _json(self, field: str) -> list[bytes]:
+        """A field as it stands in each line."""
+        return b"\n".join(map(attrgetter(field), self._rows)).split(b"\n") if self._rows else []
+
     def id(self, index: int) -> str:
         return self._rows[index].id
 
-    def opened(self, index: int) -> bytes:
-        """The line without its last brace."""
-        return self._data[self._starts[index] : self._ends[index] - 1]
-
-    def all_opened(self, indices: Iterable[int]) -> list[memoryview]:
-        """The lines of rows without their last braces."""
-        view, starts, ends = memoryview(self._data), self._starts.tolist(), (self._ends - 1).tolist()
-        return [view[starts[index] : ends[index]] for index in indices]
+    @cached_property
+    def opened(self) -> list[memoryview]:
+        """The lines without their last braces."""
+        view = memoryview(self._data)
+        return [view[start:end] for start, end in zip(self._starts.tolist(), (self._ends - 1).tolist(), strict=True)]
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -107,12 +105,12 @@ class Batch:
         """A row's answer, as `as_answer` makes it of a completion."""
         answer = self._answers.get(index)
         if answer is None:
-            text = _decode_text(self._raw_texts[index])
+            text = self.texts[index]
             answer = self._answers[index] = Answer(
                 nfc(text) if self.unsure[index] else text,
                 self._instructions[self._messages[index]],
                 self._rows[index].finish_reason,
-                _decode_slots(self._slots[index]),
+                self._known_slots[self._slots[index]],
             )
         return answer
 
@@ -132,9 +130,9 @@ class Batch:
         """Rows whose text may be another than it looks in JSON: not in NFC, or escaped in an unusual way."""
         unsure = self.texts.irregular.copy()
         for index in np.flatnonzero(unsure).tolist():
-            _decode_text(self._raw_texts[index])  # half a surrogate pair is found here
+            self.texts[index]  # half a surrogate pair is found here
         for index in np.flatnonzero(self.texts.maybe_not_nfc & ~unsure).tolist():
-            text = _decode_text(self._raw_texts[index])
+            text = self.texts[index]
             unsure[index] = nfc(text) != text
         return unsure
 
@@ -158,7 +156,7 @@ class Lines:
 
     batch: Batch  # the completions
     count: int  # of all lines
-    bad: list[BadLine]  # numbered from 1 in the chunk
+    bad: list[tuple[int, str]]  # each line, numbered from 1 in the chunk, and what is wrong with it
     torn: bool  # the last line is cut off
 
 
@@ -170,11 +168,11 @@ def read_batch(chunk: Chunk) -> Lines:
             return Lines(batch, len(batch), [], torn=False)
         except NOT_PLAIN:
             pass  # some line is bad, or only unusual
-    good, bad, torn = list[bytes](), list[BadLine](), False
+    good, bad, torn = list[bytes](), list[tuple[int, str]](), False
     last = len(chunk.lines)
     for number, line in enumerate(chunk.lines, start=1):
         if line is None:
-            bad.append(BadLine(number, f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long"))
+            bad.append((number, f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long"))
             continue
         if not line or line.isspace():
             continue
@@ -184,7 +182,7 @@ def read_batch(chunk: Chunk) -> Lines:
             if number == last and chunk.torn and not isinstance(error, msgspec.ValidationError):
                 torn = True
             else:
-                bad.append(BadLine(number, str(error)))
+                bad.append((number, str(error)))
         else:
             good.append(line.strip() + b"\n")
     return Lines(Batch(b"".join(good)), last, bad, torn)

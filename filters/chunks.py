@@ -23,6 +23,9 @@ LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
 PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes are up
 MOST_PROCESSES = 16
 _LIKELY_LINE = 1 << 13  # bytes read beyond a chunk at once, to find the end of its last line
+# glibc keeps as much memory as the largest block that was ever freed; without such a one it would give back every
+# chunk's, and be given it anew page by page.
+_KEPT_MEMORY = 31 << 20  # bytes; never touched
 
 Summary = TypeVar("Summary")
 Work = Callable[["Chunk"], tuple[Summary, tuple[bytes, ...]]]  # what the caller wants to know; what goes to each output
@@ -139,6 +142,7 @@ def _worker(
     """Works on its chunks; writes each while the next is awaited. Ends by itself when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    bytearray(_KEPT_MEMORY)
     for end in others:
         end.close()  # the parent's ends: else we would wait for a parent that is gone
     waiting: tuple[bytes, ...] | None = None  # made, but not yet placed

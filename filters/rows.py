@@ -29,9 +29,10 @@ def kept_lines(opened: Iterable[Buffer]) -> bytes:
     return _UNSCORED.join([*opened, b""])
 
 
-def dropped_line(opened: bytes, reasons: dict[str, str]) -> bytes:
+def dropped_line(opened: Buffer, reasons: dict[str, str]) -> bytes:
     """The completion, its last brace left open, as a dropped row: its `rule` is the first of the reasons."""
-    return opened + b"," + _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})[1:] + b"\n"
+    why = _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})
+    return b"".join((opened, b",", why[1:], b"\n"))
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:

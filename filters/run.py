@@ -42,7 +42,7 @@ class Judged:
 
     tally: Tally
     lines: int
-    bad: list[BadLine]  # numbered from 1 in the chunk
+    bad: list[tuple[int, str]]  # each line, numbered from 1 in the chunk, and what is wrong with it
     torn: bool
 
 
@@ -66,8 +66,8 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         passed = stack.enter_context(_scratch(run.path / "survivors.jsonl.tmp")) if dedup or judging else kept
         with closing(process(run.completions, size, partial(judge, rules=rules), (passed, dropped))) as chunks:
             for judged in chunks:
-                for line in judged.bad:
-                    line = BadLine(lines + line.line, line.reason)
+                for number, reason in judged.bad:
+                    line = BadLine(lines + number, reason)
                     if not skip_bad:
                         mend = "mend the line, or leave bad lines out with --skip-bad"
                         raise DataError(f"{run.completions}:{line.line}: {line.reason}; {mend}")
@@ -105,10 +105,10 @@ def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[bytes, bytes]]:
     tally, lengths = Tally(), batch.lengths()
     tally.count_kept(lengths[is_kept], batch.slots(kept))
     tally.count_dropped(lengths[~is_kept], batch.slots(found))
-    for index, reasons in found.items():
-        tally.note(batch.id(index), batch.answer(index), reasons)
-    dropped = b"".join([dropped_line(batch.opened(index), reasons) for index, reasons in found.items()])
-    return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines(batch.all_opened(kept)), dropped)
+    tally.note_all(batch, found)
+    opened = batch.opened
+    dropped = b"".join([dropped_line(opened[index], reasons) for index, reasons in found.items()])
+    return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines(map(opened.__getitem__, kept)), dropped)
 
 
 def check_keep_rate(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from filters.answer import Answer
+from filters.batch import Batch
 from filters.texts import Counts
 from pipeline.records import Slots
 
@@ -56,13 +57,24 @@ class Tally:
         _count_lengths(self.dropped_lengths, lengths)
         _count_slots(self.dropped_slots, slots)
 
+    def note_all(self, batch: Batch, found: dict[int, dict[str, str]]) -> None:
+        """Adds the rules that dropped answers of a batch, by their indices."""
+        self.failed.update(map(tuple, found.values()))
+        for index, reasons in found.items():
+            for label in reasons:
+                if len(self.examples.get(label, ())) < EXAMPLES:
+                    self._add_example(batch.id(index), batch.answer(index), label, reasons[label])
+
     def note(self, row_id: str, answer: Answer, reasons: dict[str, str]) -> None:
         """Adds the rules that dropped an answer."""
         self.failed[tuple(reasons)] += 1
         for label, reason in reasons.items():
-            examples = self.examples.setdefault(label, [])
-            if len(examples) < EXAMPLES:
-                examples.append(Example(row_id, reason, answer.text[:EXAMPLE_CHARS]))
+            self._add_example(row_id, answer, label, reason)
+
+    def _add_example(self, row_id: str, answer: Answer, label: str, reason: str) -> None:
+        examples = self.examples.setdefault(label, [])
+        if len(examples) < EXAMPLES:
+            examples.append(Example(row_id, reason, answer.text[:EXAMPLE_CHARS]))
 
     def move_to_dropped(self, row_id: str, answer: Answer, reasons: dict[str, str]) -> None:
         """Takes back an answer that was counted as kept: it is dropped after all."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from filters.scripts import Ranges
 
+_decode = msgspec.json.Decoder(str).decode
 Flags = NDArray[np.bool_]  # one a text, or one a unit
 Counts = NDArray[np.int64]  # one a text
 
@@ -27,8 +28,8 @@ class Texts:
 
     def __init__(self, strings: Sequence[Any]) -> None:
         """`strings`: bytes or the like, each a JSON value without a newline in it (JSON has none inside a string)."""
-        self.joined = b"\n".join([b"", *strings, b""]).decode()
-        self._units = np.frombuffer(self.joined.encode("utf-16-le"), np.uint16)
+        self._joined = b"\n".join([b"", *strings, b""]).decode()
+        self._units = np.frombuffer(self._joined.encode("utf-16-le"), np.uint16)
         self._ends = positions(self._units == _NEWLINE)  # a text is what lies between two of these
 
     def __len__(self) -> int:
@@ -38,11 +39,32 @@ class Texts:
         """Whether each value is a string, and not another kind of JSON."""
         return bool((self._units[self._ends[:-1] + 1] == _QUOTE).all())
 
+    def __getitem__(self, index: int) -> str:
+        """A text, quotes and escapes undone. Raises msgspec.DecodeError for half a surrogate pair."""
+        start, end = self._bounds[index], self._bounds[index + 1]
+        text = self._joined[start + 2 : end - 1]
+        if "\\" not in text:
+            return text
+        text = text.replace("\\n", "\n").replace('\\"', '"')
+        if "\\" not in text:
+            return text
+        return _decode(self._joined[start + 1 : end])  # another escape, or a backslash that is one of the text's own
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        """The newlines' places in `_joined`, which counts characters where `_ends` counts units."""
+        bounds = self._ends
+        if len(self._joined) < len(self._units):
+            bounds = bounds - np.cumsum(self._low_surrogates)[bounds]
+        return bounds.tolist()
+
     @cached_property
     def sizes(self) -> Counts:
         """Characters of each text (code points); wrong where the text is `irregular`."""
-        low_surrogates = self.count(self.within(((0xDC00, 0xDFFF),)))
-        return np.diff(self._ends) - 3 - low_surrogates - self.escapes
+        sizes = np.diff(self._ends) - 3 - self.escapes
+        if len(self._joined) < len(self._units):
+            sizes -= self.count(self._low_surrogates)
+        return sizes
 
     @cached_property
     def escapes(self) -> Counts:
@@ -97,10 +119,21 @@ class Texts:
         if not marked.any():
             return np.zeros(len(self), np.int64)
         words = _packed(marked, len(self._units))
-        before = np.concatenate([[0], np.cumsum(np.bitwise_count(words), dtype=np.int64)])
-        word, bit = np.divmod(self._ends, 64)
-        below = words[word] & ((np.uint64(1) << bit.astype(np.uint64)) - np.uint64(1))
-        return np.diff(before[word] + np.bitwise_count(below))
+        before = np.zeros(len(words) + 1, np.int64)
+        np.cumsum(np.bitwise_count(words), out=before[1:])
+        word, below = self._bits
+        counts = before[word] + np.bitwise_count(words[word] & below)
+        return counts[1:] - counts[:-1]
+
+    @cached_property
+    def _bits(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Where `_ends` are in words of 64 marks: the words, and masks of the bits before them."""
+        one = np.uint64(1)
+        return self._ends >> 6, (one << (self._ends & 63).astype(np.uint64)) - one
+
+    @cached_property
+    def _low_surrogates(self) -> Flags:
+        return self.within(((0xDC00, 0xDFFF),))
 
     @cached_property
     def _backslashes(self) -> Flags:
