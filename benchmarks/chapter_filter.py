@@ -88,7 +88,8 @@ def main() -> None:
     ]
     print(agreement(rows, len(real)))
     del rows
-    print(speed(options.rows, options.runs, options.seed, options.folder))
+    for said in speed(options.rows, options.runs, options.seed, options.folder):
+        print(f"\n{said}", flush=True)
 
 
 def mutations(sources: list[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -204,31 +205,32 @@ FAULTS: list[Callable[[str, str, random.Random], str]] = [
 ]
 
 
-def speed(count: int, runs: int, seed: int, folder: Path | None) -> str:
+def speed(count: int, runs: int, seed: int, folder: Path | None) -> Iterator[str]:
     """The stage against the loop."""
     prompts = load_recipe(Path(__file__).parents[1] / "recipes" / "korean_stories.yaml").prompts
     flagship = {name: values if isinstance(values, list) else values.from_ for name, values in prompts.slots.items()}
     chapter = {"character": CHARACTERS, "keywords": KEYWORDS}
-    said = []
     for name, template, slots, rules in (
         ("the chapter's rules and prompt", TEMPLATE, chapter, RULES),
         ("the chapter's rules, the flagship's prompts", str(prompts.template), flagship, RULES),
         ("all rules, the flagship's prompts", str(prompts.template), flagship, [*RULES, *FURTHER_RULES]),
     ):
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            said.append(f"{name}:\n{_race(Path(place), workload(count, seed, template, slots), rules, runs)}")
-    return "\n\n".join(said)
+            yield f"{name}:\n{_race(Path(place), workload(count, seed, template, slots), rules, runs)}"
 
 
-def _race(place: Path, rows: Iterable[Completion], rules: list[dict[str, Any]], runs: int) -> str:
-    recipe = Recipe(
+def recipe_of(rules: list[dict[str, Any]]) -> Recipe:
+    return Recipe(
         _cli_parse_args=[],
         name="chapter",
         teacher={"model": "teacher"},
-        prompts={"template": "Hi", "count": 1},
+        prompts={"template": TEMPLATE, "count": 1, "slots": {"character": CHARACTERS, "keywords": KEYWORDS}},
         filters={"rules": rules},
     )
-    run, texts = RunDir(place), []
+
+
+def _race(place: Path, rows: Iterable[Completion], rules: list[dict[str, Any]], runs: int) -> str:
+    recipe, run, texts = recipe_of(rules), RunDir(place), []
     with run.completions.open("wb") as file:
         for row in rows:
             file.write(encode_line(row))

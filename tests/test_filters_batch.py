@@ -1,4 +1,4 @@
-"""What is asked of a chunk's answers together is what would be asked of each: decisions, reasons, figures and bad lines."""
+"""A chunk's answers are judged together as each would be by itself: decisions, reasons, figures and bad lines."""
 
 import random
 import unicodedata
