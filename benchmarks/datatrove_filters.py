@@ -14,8 +14,9 @@ call, in turn; medians. The rows are the workload of `benchmarks.chapter_filter`
 | kept.jsonl, dropped.jsonl | JsonlWriter, and an `exclusion_writer` for each filter |
 
 What does not: datatrove runs a filter only on what the one before kept, checks no fields, and counts no slots; ours
-runs every rule on every row, checks each line in full, and writes report and lineage with fsync. Its lines are sentences
-in ours. It gets the rows in two files, one a task, and only `LocalPipelineExecutor.run` is timed, its workers forked.
+runs every rule on every row, checks each line in full, and writes report and lineage with fsync. Our repetition counts
+sentences, datatrove's lines. datatrove gets the rows in two files, one a task, and only `LocalPipelineExecutor.run` is
+timed, its workers forked.
 """
 
 import argparse

@@ -96,10 +96,9 @@ class Batch:
     def finish_reasons(self) -> list[str]:
         return list(map(attrgetter("finish_reason"), self._rows))
 
-    @property
-    def instructions(self) -> list[str]:
-        """Each row's instruction, in NFC."""
-        return [self._instructions[messages] for messages in self._messages]
+    def instructions(self) -> Iterable[str]:
+        """The rows' instructions, in NFC: each that differs, once or more."""
+        return self._instructions.values()
 
     def answer(self, index: int) -> Answer:
         """A row's answer, as `as_answer` makes it of a completion."""

@@ -117,7 +117,7 @@ def prompt_echo(answer: Answer, settings: PromptEchoSettings) -> str | None:
 
 
 def may_echo_prompt(batch: Batch, settings: PromptEchoSettings) -> Flags:
-    starts = {instruction[: settings.chars] for instruction in batch.instructions}
+    starts = {instruction[: settings.chars] for instruction in batch.instructions()}
     if len(starts) > 20 or "" in starts:
         return np.ones(len(batch), np.bool_)
     return np.logical_or.reduce([batch.texts.occurrences(start) > 0 for start in starts])
