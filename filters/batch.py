@@ -25,7 +25,10 @@ class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class _Line(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """The same, what is large or comes again left in JSON: its syntax is checked, its types and its UTF-8 are not."""
+    """The same, what is large or comes again left in JSON: its syntax is checked, its types and its UTF-8 are not.
+
+    Of a field that is given twice only the last is kept, and checked.
+    """
 
     id: str
     prompt_id: str
@@ -109,7 +112,7 @@ class Batch:
                 nfc(text) if self.unsure[index] else text,
                 self._instructions[self._messages[index]],
                 self._rows[index].finish_reason,
-                self._known_slots[self._slots[index]],
+                _decode_slots(self._slots[index]),  # its own: a rule of the user's might change them
             )
         return answer
 
@@ -139,12 +142,12 @@ class Batch:
 NOT_PLAIN = (ValueError, msgspec.DecodeError)  # UnicodeDecodeError is a ValueError
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _instruction(messages: bytes) -> str:
     return instruction_of(_decode_messages(messages))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _slots(slots: bytes) -> Slots:
     return _decode_slots(slots)
 
