@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 from unicodedata import normalize
+from unittest.mock import patch
 
 from benchmarks.stories import Writer
 from benchmarks.table import show
@@ -271,11 +272,8 @@ def _timed_fsync() -> Iterator[list[float]]:
         fsync(descriptor)
         seconds.append(time.perf_counter() - started)
 
-    os.fsync = timed
-    try:
+    with patch.object(os, "fsync", timed):
         yield seconds
-    finally:
-        os.fsync = fsync
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def banned_words(answer: Answer, settings: BannedWordsSettings) -> str | None:
 def may_have_banned_words(batch: Batch, settings: BannedWordsSettings) -> Flags:
     if settings.ignore_case:
         return np.ones(len(batch), np.bool_)
-    return np.logical_or.reduce([batch.texts.occurrences(word) > 0 for word in settings.words])
+    found: Flags = np.logical_or.reduce([batch.texts.occurrences(word) > 0 for word in settings.words])
+    return found
 
 
 class RepeatedWordSettings(RuleSettings):
@@ -120,7 +121,8 @@ def may_echo_prompt(batch: Batch, settings: PromptEchoSettings) -> Flags:
     starts = {instruction[: settings.chars] for instruction in batch.instructions()}
     if len(starts) > 20 or "" in starts:
         return np.ones(len(batch), np.bool_)
-    return np.logical_or.reduce([batch.texts.occurrences(start) > 0 for start in starts])
+    found: Flags = np.logical_or.reduce([batch.texts.occurrences(start) > 0 for start in starts])
+    return found
 
 
 class ScriptRatioSettings(RuleSettings):

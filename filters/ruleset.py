@@ -6,7 +6,7 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,9 +74,9 @@ class RuleSet:
         """
         found: dict[int, dict[str, str]] = {}
         for label, check, settings, screen in self.rules:
-            suspects = (
-                range(len(batch)) if screen is None else np.flatnonzero(screen(batch, settings) | batch.unsure).tolist()
-            )
+            suspects: Iterable[int] = range(len(batch))
+            if screen is not None:
+                suspects = np.flatnonzero(screen(batch, settings) | batch.unsure).tolist()
             for index in suspects:
                 reason = check(batch.answer(index), settings)
                 if reason is not None:

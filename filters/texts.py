@@ -56,7 +56,8 @@ class Texts:
         bounds = self._ends
         if len(self._joined) < len(self._units):
             bounds = bounds - np.cumsum(self._low_surrogates)[bounds]
-        return bounds.tolist()
+        places: list[int] = bounds.tolist()
+        return places
 
     @cached_property
     def sizes(self) -> Counts:
