@@ -26,6 +26,7 @@ from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
 from filters.rows import dropped_line, kept_lines
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
+from filters.texts import doubtful_in_nfc
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
@@ -62,6 +63,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     tally, bad_lines, bad, torn, lines = Tally(), 0, list[BadLine](), False, 0
     size = completions_size(run.completions)
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
+    doubtful_in_nfc()  # made once, before processes are forked
     with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), ExitStack() as stack:
         passed = stack.enter_context(_scratch(run.path / "survivors.jsonl.tmp")) if dedup or judging else kept
         with closing(process(run.completions, size, partial(judge, rules=rules), (passed, dropped))) as chunks:

@@ -84,7 +84,7 @@ class Texts:
         """Texts with a character that may not stand, or not alone, in Unicode's form NFC; escaped ones are not seen."""
         plain = (self._units < 0x300) | self.within(_PLAIN)
         rest = positions(~plain)
-        return self._with_any(rest[_doubtful_in_nfc()[self._units[rest]]])
+        return self._with_any(rest[doubtful_in_nfc()[self._units[rest]]])
 
     @property
     def last_units(self) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
@@ -168,7 +168,7 @@ def _packed(marked: Flags, size: int) -> NDArray[np.uint64]:
 
 
 @cache
-def _doubtful_in_nfc() -> Flags:
+def doubtful_in_nfc() -> Flags:
     """For each unit of UTF-16, False where its character is NFC whatever stands beside it.
 
     Doubtful is what NFC replaces, what combines with a character before it, and (surrogates) what lies beyond U+FFFF,

@@ -17,7 +17,7 @@ from filters.answer import as_answer, nfc
 from filters.batch import NOT_PLAIN, Batch, _Line, _Row, read_batch
 from filters.chunks import Chunk, read_chunk
 from filters.rules import RULES
-from filters.texts import Texts, _doubtful_in_nfc, positions
+from filters.texts import Texts, doubtful_in_nfc, positions
 from pipeline.records import Completion, Message, encode_line
 
 EVERY_RULE: list[dict[str, Any]] = [
@@ -107,7 +107,7 @@ def test_every_character_that_nfc_may_change_is_doubted() -> None:
 
 def _doubted(char: str) -> bool:
     units = np.frombuffer(char.encode("utf-16-le"), np.uint16)
-    return ord(char) >= 0x300 and not 0xAC00 <= ord(char) <= 0xD7A3 and bool(_doubtful_in_nfc()[units].any())
+    return ord(char) >= 0x300 and not 0xAC00 <= ord(char) <= 0xD7A3 and bool(doubtful_in_nfc()[units].any())
 
 
 @given(st.lists(st.text(max_size=20), max_size=6), st.text(min_size=1, max_size=3))
