@@ -6,7 +6,7 @@ from functools import partial
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.records import Completion, Slots
+from pipeline.records import Completion, Message, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
 
@@ -31,9 +31,9 @@ class RuleSettings(BaseModel):
 
 def as_answer(row: Completion) -> Answer:
     """The answer of a completion, normalised."""
-    instruction = ""
-    for message in reversed(row.messages):
-        if message.role == "user":
-            instruction = message.content
-            break
-    return Answer(nfc(row.text), nfc(instruction), row.finish_reason, row.slots)
+    return Answer(nfc(row.text), instruction_of(row.messages), row.finish_reason, row.slots)
+
+
+def instruction_of(messages: list[Message]) -> str:
+    """The last user message, normalised; empty where there is none."""
+    return nfc(next((message.content for message in reversed(messages) if message.role == "user"), ""))

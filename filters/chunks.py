@@ -11,17 +11,21 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import DistillError
 
-CHUNK = 1 << 19  # bytes; stays in a core's cache
+CHUNK = 1 << 20  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
 PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes are up
 MOST_PROCESSES = 16
-_SKIP = 1 << 20  # bytes read at once where a line is passed over
+_LIKELY_LINE = 1 << 13  # bytes read beyond a chunk at once, to find the end of its last line
+# glibc keeps as much memory as the largest block that was ever freed; without such a one it would give back every
+# chunk's, and be given it anew page by page.
+_KEPT_MEMORY = 31 << 20  # bytes; never touched
 
 Summary = TypeVar("Summary")
 Work = Callable[["Chunk"], tuple[Summary, tuple[bytes, ...]]]  # what the caller wants to know; what goes to each output
@@ -29,49 +33,38 @@ Work = Callable[["Chunk"], tuple[Summary, tuple[bytes, ...]]]  # what the caller
 
 @dataclass(frozen=True)
 class Chunk:
-    """The lines that begin in one stretch of a file, without their newlines.
+    """The lines that begin in one stretch of a file: `data` as they stand there."""
 
-    None stands for a line over LONGEST_LINE. `torn` tells that the last line has no newline: the file ends in it.
-    """
+    data: bytes
 
-    lines: list[bytes | None]
-    torn: bool
+    @cached_property
+    def lines(self) -> list[bytes | None]:
+        """Each line without its newline. None stands for one over LONGEST_LINE."""
+        lines = self.data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        return [line if len(line) <= LONGEST_LINE else None for line in lines]
+
+    @property
+    def torn(self) -> bool:
+        """Whether the last line has no newline: the file ends in it."""
+        return bool(self.data) and not self.data.endswith(b"\n") and self.lines[-1] is not None
 
 
 def read_chunk(file: BinaryIO, start: int, stop: int) -> Chunk:
     """The lines that begin at an offset in [start, stop)."""
-    position = _first_line_start(file, start, stop)
-    if position >= stop:
-        return Chunk([], torn=False)
+    position = max(start - 1, 0)  # the byte before tells whether a line begins at `start`
     file.seek(position)
-    data = file.read(stop - position)
-    if not data.endswith(b"\n"):
-        data += file.readline(LONGEST_LINE + 1)
-    if not data:
-        return Chunk([], torn=False)
-    lines: list[bytes | None] = list(data.split(b"\n"))
-    last = lines.pop()
-    if last:  # no newline at its end: the end of the file, or a line too long to read on
-        lines.append(last)
-    lines = [line if line is None or len(line) <= LONGEST_LINE else None for line in lines]
-    return Chunk(lines, torn=bool(last) and lines[-1] is not None)
-
-
-def _first_line_start(file: BinaryIO, start: int, stop: int) -> int:
-    """The offset of the first line that begins at `start` or later; `stop` if none does before it."""
-    if start == 0:
-        return 0
-    position = start - 1
-    file.seek(position)
-    while position < stop:
-        piece = file.read(min(_SKIP, stop - position))
-        if not piece:
-            return stop
-        newline = piece.find(b"\n")
-        if newline >= 0:
-            return position + newline + 1
-        position += len(piece)
-    return stop
+    data = file.read(stop - position + _LIKELY_LINE)
+    first = data.find(b"\n", 0, stop - position - 1) + 1
+    if start and not first:
+        return Chunk(b"")  # no line begins here
+    if not start:
+        first = 0
+    end = data.find(b"\n", stop - position - 1)
+    if end >= 0:
+        return Chunk(data[first : end + 1])
+    return Chunk(data[first:] + file.readline(LONGEST_LINE + 1))
 
 
 def process(path: Path, size: int, work: Work[Summary], outputs: Sequence[BinaryIO]) -> Generator[Summary, None, None]:
@@ -149,10 +142,12 @@ def _worker(
     """Works on its chunks; writes each while the next is awaited. Ends by itself when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    bytearray(_KEPT_MEMORY)
     for end in others:
         end.close()  # the parent's ends: else we would wait for a parent that is gone
     waiting: tuple[bytes, ...] | None = None  # made, but not yet placed
     try:
+        gc.disable()  # what a chunk leaves behind is freed by its counts of references
         with path.open("rb") as file:
             for start, stop in spans:
                 summary, pieces = work(read_chunk(file, start, stop))

@@ -1,6 +1,6 @@
 """Rows of kept.jsonl and dropped.jsonl: read, and made of a completion's line. Writes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -9,7 +9,9 @@ from pipeline.errors import DataError
 from pipeline.records import Dropped, Kept, read_jsonl
 from pipeline.rundir import RunDir
 
+Buffer = bytes | memoryview
 _encoder = msgspec.json.Encoder()
+_UNSCORED = b',"scores":{}}\n'
 
 
 def completion_part(line: bytes) -> bytes:
@@ -22,9 +24,15 @@ def kept_line(opened: bytes, scores: dict[str, Any]) -> bytes:
     return opened + b',"scores":' + _encoder.encode(scores) + b"}\n"
 
 
-def dropped_line(opened: bytes, reasons: dict[str, str]) -> bytes:
+def kept_lines(opened: Iterable[Buffer]) -> bytes:
+    """Completions, their last braces left open, as kept rows that nothing has scored."""
+    return _UNSCORED.join([*opened, b""])
+
+
+def dropped_line(opened: Buffer, reasons: dict[str, str]) -> bytes:
     """The completion, its last brace left open, as a dropped row: its `rule` is the first of the reasons."""
-    return opened + b"," + _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})[1:] + b"\n"
+    why = _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})
+    return b"".join((opened, b",", why[1:], b"\n"))
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:

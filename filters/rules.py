@@ -11,14 +11,17 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
 from filters.answer import Answer, RuleSettings, nfc
+from filters.batch import Batch
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
-from filters.scripts import SCRIPTS, ScriptCounter, character_class, script_counter
+from filters.scripts import SCRIPTS, Ranges, ScriptCounter, character_class, high_surrogate, script_counter
+from filters.texts import Flags, flags
 from filters.words import whole_word
 
 
@@ -41,6 +44,12 @@ def length(answer: Answer, settings: LengthSettings) -> str | None:
     if settings.max_chars is not None and size > settings.max_chars:
         return f"{size} characters, at most {settings.max_chars} wanted"
     return None
+
+
+def may_fail_length(batch: Batch, settings: LengthSettings) -> Flags:
+    sizes = batch.texts.sizes
+    too_long = settings.max_chars is not None and sizes > settings.max_chars
+    return (sizes < settings.min_chars) | too_long
 
 
 class BannedWordsSettings(RuleSettings):
@@ -69,6 +78,13 @@ def banned_words(answer: Answer, settings: BannedWordsSettings) -> str | None:
     return f"contains `{found[0]}`" if found else None
 
 
+def may_have_banned_words(batch: Batch, settings: BannedWordsSettings) -> Flags:
+    if settings.ignore_case:
+        return np.ones(len(batch), np.bool_)
+    found: Flags = np.logical_or.reduce([batch.texts.occurrences(word) > 0 for word in settings.words])
+    return found
+
+
 class RepeatedWordSettings(RuleSettings):
     word: str = Field(min_length=1)
     max_count: int = Field(5, ge=0)
@@ -85,6 +101,10 @@ def repeated_word(answer: Answer, settings: RepeatedWordSettings) -> str | None:
     return f"`{settings.word}` {count} times, at most {settings.max_count}" if count > settings.max_count else None
 
 
+def may_repeat_word(batch: Batch, settings: RepeatedWordSettings) -> Flags:
+    return batch.texts.occurrences(settings.word) > settings.max_count
+
+
 class PromptEchoSettings(RuleSettings):
     chars: int = Field(20, ge=1)
 
@@ -95,6 +115,14 @@ def prompt_echo(answer: Answer, settings: PromptEchoSettings) -> str | None:
     if start not in answer.text:
         return None
     return f"repeats the instruction: `{start}`" if start else "there is no instruction"
+
+
+def may_echo_prompt(batch: Batch, settings: PromptEchoSettings) -> Flags:
+    starts = {instruction[: settings.chars] for instruction in batch.instructions()}
+    if len(starts) > 20 or "" in starts:
+        return np.ones(len(batch), np.bool_)
+    found: Flags = np.logical_or.reduce([batch.texts.occurrences(start) > 0 for start in starts])
+    return found
 
 
 class ScriptRatioSettings(RuleSettings):
@@ -119,6 +147,12 @@ def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> str | None:
     return None
 
 
+def may_lack_script(batch: Batch, settings: ScriptRatioSettings) -> Flags:
+    texts = batch.texts
+    counts = texts.count(texts.within(SCRIPTS[settings.script])) - texts.escapes  # the n of \n is no letter
+    return counts / np.maximum(texts.sizes, 1) < settings.min_share
+
+
 class FinishReasonSettings(RuleSettings):
     allowed: list[str] = Field(["stop"], min_length=1)
 
@@ -128,6 +162,10 @@ def finish_reason(answer: Answer, settings: FinishReasonSettings) -> str | None:
     if answer.finish_reason in settings.allowed:
         return None
     return f"finish_reason is `{answer.finish_reason}`, allowed: {', '.join(settings.allowed)}"
+
+
+def has_other_finish_reason(batch: Batch, settings: FinishReasonSettings) -> Flags:
+    return flags([reason not in settings.allowed for reason in batch.finish_reasons], len(batch))
 
 
 class ForeignScriptSettings(RuleSettings):
@@ -143,6 +181,14 @@ class ForeignScriptSettings(RuleSettings):
     def pattern(self) -> re.Pattern[str]:
         return re.compile(f"[{character_class(*self.scripts)}]")
 
+    @cached_property
+    def units(self) -> Ranges:
+        """The scripts in UTF-16; beyond U+FFFF the first half of a pair, which 1,024 characters share."""
+        ranges = [pair for script in self.scripts for pair in SCRIPTS[script]]
+        return tuple(
+            (high_surrogate(first), high_surrogate(last)) if last > 0xFFFF else (first, last) for first, last in ranges
+        )
+
 
 def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | None:
     """Drops an answer into which characters of other scripts leaked."""
@@ -152,6 +198,11 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | Non
     if len(found) <= settings.max_count:
         return None
     return f"{len(found)} characters of {', '.join(settings.scripts)}: `{''.join(found[:10])}`"
+
+
+def may_have_foreign_script(batch: Batch, settings: ForeignScriptSettings) -> Flags:
+    texts = batch.texts
+    return texts.count(texts.within(settings.units)) > settings.max_count
 
 
 class EndingSettings(RuleSettings):
@@ -176,6 +227,12 @@ def ending(answer: Answer, settings: EndingSettings) -> str | None:
     return f"ends with `{text[-20:]}`, no sentence mark" if end else "no sentence in it"
 
 
+def may_end_otherwise(batch: Batch, settings: EndingSettings) -> Flags:
+    last, before = batch.texts.last_units
+    marks = [ord(mark) for mark in settings.marks if ord(mark) < 0x10000]
+    return ~np.isin(last, marks) | (before == ord("\\"))
+
+
 def _known_script(script: str) -> str:
     if script not in SCRIPTS:
         raise ValueError(f"is not a script known here; there are {', '.join(SCRIPTS)}")
@@ -183,23 +240,28 @@ def _known_script(script: str) -> str:
 
 
 class Rule(NamedTuple):
-    """A rule and the model of its settings."""
+    """A rule, the model of its settings, and its screen if it has one.
+
+    A screen tells of many answers at once which the rule may drop; the others it does not drop, for certain. It knows
+    only answers that are not `unsure`. Without one the rule reads every answer.
+    """
 
     check: Callable[[Answer, Any], str | None]
     settings: type[RuleSettings]
+    screen: Callable[[Batch, Any], Flags] | None = None
 
 
 RULES = {
-    "length": Rule(length, LengthSettings),
-    "banned_words": Rule(banned_words, BannedWordsSettings),
-    "repeated_word": Rule(repeated_word, RepeatedWordSettings),
-    "prompt_echo": Rule(prompt_echo, PromptEchoSettings),
-    "script_ratio": Rule(script_ratio, ScriptRatioSettings),
-    "finish_reason": Rule(finish_reason, FinishReasonSettings),
-    "foreign_script": Rule(foreign_script, ForeignScriptSettings),
+    "length": Rule(length, LengthSettings, may_fail_length),
+    "banned_words": Rule(banned_words, BannedWordsSettings, may_have_banned_words),
+    "repeated_word": Rule(repeated_word, RepeatedWordSettings, may_repeat_word),
+    "prompt_echo": Rule(prompt_echo, PromptEchoSettings, may_echo_prompt),
+    "script_ratio": Rule(script_ratio, ScriptRatioSettings, may_lack_script),
+    "finish_reason": Rule(finish_reason, FinishReasonSettings, has_other_finish_reason),
+    "foreign_script": Rule(foreign_script, ForeignScriptSettings, may_have_foreign_script),
     "repetition": Rule(repetition, RepetitionSettings),
     "meta_talk": Rule(meta_talk, MetaTalkSettings),
     "adherence": Rule(adherence, AdherenceSettings),
-    "ending": Rule(ending, EndingSettings),
+    "ending": Rule(ending, EndingSettings, may_end_otherwise),
     "language": Rule(language, LanguageSettings),
 }

@@ -6,15 +6,18 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
 from filters.answer import Answer, RuleSettings
+from filters.batch import Batch
 from filters.rules import RULES
+from filters.texts import Flags
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
 
@@ -42,6 +45,7 @@ class ActiveRule(NamedTuple):
     label: str
     check: Callable[[Answer, Any], str | None]
     settings: RuleSettings
+    screen: Callable[[Batch, Any], Flags] | None = None
 
     def described(self) -> dict[str, Any]:
         """Label and every setting, defaults included, for reports and lineage."""
@@ -57,11 +61,27 @@ class RuleSet:
     def reasons(self, answer: Answer) -> dict[str, str]:
         """Why the answer is dropped: a reason by label, in the recipe's order; empty where it is kept."""
         found = {}
-        for label, check, settings in self.rules:
+        for label, check, settings, _ in self.rules:
             reason = check(answer, settings)
             if reason is not None:
                 found[label] = reason
         return found
+
+    def all_reasons(self, batch: Batch) -> dict[int, dict[str, str]]:
+        """Why answers are dropped: `reasons` of each that is, by its index, in order.
+
+        A rule with a screen reads only the answers that its screen suspects, and those that a screen cannot judge.
+        """
+        found: dict[int, dict[str, str]] = {}
+        for label, check, settings, screen in self.rules:
+            suspects: Iterable[int] = range(len(batch))
+            if screen is not None:
+                suspects = np.flatnonzero(screen(batch, settings) | batch.unsure).tolist()
+            for index in suspects:
+                reason = check(batch.answer(index), settings)
+                if reason is not None:
+                    found.setdefault(index, {})[label] = reason
+        return dict(sorted(found.items()))
 
 
 def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:
@@ -74,18 +94,18 @@ def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None 
     taken: dict[str, int] = {}
     for index, rule in enumerate(config.rules):
         where = f"{recipe_path}: filters.rules[{index}]"
-        check, settings = _load_rule(rule, where, recipe_path)
+        check, settings, screen = _load_rule(rule, where, recipe_path)
         if rule.rule == "adherence" and slots is not None:
             _check_slots(getattr(settings, "slots", []), slots, where)
         name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
         taken[name] = taken.get(name, 0) + 1
-        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", check, settings))
+        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", check, settings, screen))
     return RuleSet(tuple(rules))
 
 
 def _load_rule(
     rule: RuleConfig, where: str, recipe_path: Path
-) -> tuple[Callable[[Answer, Any], str | None], RuleSettings]:
+) -> tuple[Callable[[Answer, Any], str | None], RuleSettings, Callable[[Batch, Any], Flags] | None]:
     if rule.rule != FUNCTION and rule.rule not in RULES:
         raise RecipeError(f"{where}: no rule named `{rule.rule}`; there are {', '.join([*RULES, FUNCTION])}")
     model = FunctionSettings if rule.rule == FUNCTION else RULES[rule.rule].settings
@@ -94,8 +114,8 @@ def _load_rule(
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, where, rule.rule, model) for problem in error.errors())) from None
     if isinstance(settings, FunctionSettings):
-        return _user_function(settings, where, recipe_path.parent), settings
-    return RULES[rule.rule].check, settings
+        return _user_function(settings, where, recipe_path.parent), settings, None
+    return RULES[rule.rule].check, settings, RULES[rule.rule].screen
 
 
 def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSettings]) -> str:

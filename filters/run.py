@@ -16,32 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
+import numpy as np
 
-from filters.answer import as_answer
-from filters.chunks import LONGEST_LINE, Chunk, process
+from filters.batch import read_batch
+from filters.chunks import Chunk, process
 from filters.dedup import dedup_rules, dedup_sources, deduplicate
 from filters.judge import judge_rules, judge_survivors
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
-from filters.rows import dropped_line, kept_line
+from filters.rows import dropped_line, kept_lines
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
+from filters.texts import doubtful_in_nfc
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
-from pipeline.records import Completion, Slots
 from pipeline.rundir import RunDir
 
 
 class LowKeepRate(DistillError):
     """Fewer answers were kept than the recipe's floor; the files are written."""
-
-
-class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A completion and nothing else: a field that is not ours means another version's file, or one filtered already."""
-
-
-_decoder = msgspec.json.Decoder(_Row)
 
 
 @dataclass
@@ -50,7 +43,7 @@ class Judged:
 
     tally: Tally
     lines: int
-    bad: list[BadLine]  # numbered from 1 in the chunk
+    bad: list[tuple[int, str]]  # each line, numbered from 1 in the chunk, and what is wrong with it
     torn: bool
 
 
@@ -70,12 +63,13 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     tally, bad_lines, bad, torn, lines = Tally(), 0, list[BadLine](), False, 0
     size = completions_size(run.completions)
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
+    doubtful_in_nfc()  # made once, before processes are forked
     with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), ExitStack() as stack:
         passed = stack.enter_context(_scratch(run.path / "survivors.jsonl.tmp")) if dedup or judging else kept
         with closing(process(run.completions, size, partial(judge, rules=rules), (passed, dropped))) as chunks:
             for judged in chunks:
-                for line in judged.bad:
-                    line = BadLine(lines + line.line, line.reason)
+                for number, reason in judged.bad:
+                    line = BadLine(lines + number, reason)
                     if not skip_bad:
                         mend = "mend the line, or leave bad lines out with --skip-bad"
                         raise DataError(f"{run.completions}:{line.line}: {line.reason}; {mend}")
@@ -104,42 +98,19 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
 
 def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[bytes, bytes]]:
     """Runs every rule on every line of a chunk; also gives the lines of kept.jsonl and dropped.jsonl."""
-    tally, bad, torn = Tally(), list[BadLine](), False
-    kept: list[bytes] = []
-    dropped: list[bytes] = []
-    kept_lengths: list[int] = []
-    dropped_lengths: list[int] = []
-    kept_slots: list[Slots] = []
-    dropped_slots: list[Slots] = []
-    last = len(chunk.lines)
-    for number, line in enumerate(chunk.lines, start=1):
-        if line is None:
-            bad.append(BadLine(number, f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long"))
-            continue
-        if not line or line.isspace():
-            continue
-        try:
-            row = _decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            if number == last and chunk.torn and not isinstance(error, msgspec.ValidationError):
-                torn = True
-            else:
-                bad.append(BadLine(number, str(error)))
-            continue
-        answer = as_answer(row)
-        reasons = rules.reasons(answer)
-        if not reasons:
-            kept.append(kept_line(line.rstrip()[:-1], {}))
-            kept_lengths.append(len(answer.text))
-            kept_slots.append(row.slots)
-        else:
-            dropped.append(dropped_line(line.rstrip()[:-1], reasons))
-            dropped_lengths.append(len(answer.text))
-            dropped_slots.append(row.slots)
-            tally.note(row.id, answer, reasons)
-    tally.count_kept(kept_lengths, kept_slots)
-    tally.count_dropped(dropped_lengths, dropped_slots)
-    return Judged(tally, last, bad, torn), (b"".join(kept), b"".join(dropped))
+    lines = read_batch(chunk)
+    batch = lines.batch
+    found = rules.all_reasons(batch)
+    is_kept = np.ones(len(batch), np.bool_)
+    is_kept[list(found)] = False
+    kept = np.flatnonzero(is_kept).tolist()
+    tally, lengths = Tally(), batch.lengths()
+    tally.count_kept(lengths[is_kept], batch.slots(kept))
+    tally.count_dropped(lengths[~is_kept], batch.slots(found))
+    tally.note_all(batch, found)
+    opened = batch.opened
+    dropped = b"".join([dropped_line(opened[index], reasons) for index, reasons in found.items()])
+    return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines(map(opened.__getitem__, kept)), dropped)
 
 
 def check_keep_rate(

@@ -3,9 +3,14 @@ nothing.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from filters.answer import Answer
+from filters.batch import Batch
+from filters.texts import Counts
 from pipeline.records import Slots
 
 BIN = 50  # characters a bar of the length histogram
@@ -13,6 +18,7 @@ LAST_BIN = 100  # the last bar holds all that is longer
 EXAMPLES = 2  # kept of each rule
 EXAMPLE_CHARS = 600
 MOST_VALUES = 500  # distinct values of a slot; with more, a rate by value says nothing
+SlotsCount = tuple[Slots, int]  # what the prompts of so many answers were filled with
 
 
 @dataclass(frozen=True)
@@ -41,34 +47,45 @@ class Tally:
     def dropped(self) -> int:
         return self.failed.total()
 
-    def count_kept(self, lengths: list[int], slots: list[Slots]) -> None:
+    def count_kept(self, lengths: Counts, slots: Iterable[SlotsCount]) -> None:
         """Adds answers that every rule let pass."""
         self.kept += len(lengths)
-        self.kept_lengths.update([min(length // BIN, LAST_BIN) for length in lengths])
+        _count_lengths(self.kept_lengths, lengths)
         _count_slots(self.kept_slots, slots)
 
-    def count_dropped(self, lengths: list[int], slots: list[Slots]) -> None:
+    def count_dropped(self, lengths: Counts, slots: Iterable[SlotsCount]) -> None:
         """Adds the lengths and slots of answers whose rules `note` has had."""
-        self.dropped_lengths.update([min(length // BIN, LAST_BIN) for length in lengths])
+        _count_lengths(self.dropped_lengths, lengths)
         _count_slots(self.dropped_slots, slots)
+
+    def note_all(self, batch: Batch, found: dict[int, dict[str, str]]) -> None:
+        """Adds the rules that dropped answers of a batch, by their indices."""
+        self.failed.update(map(tuple, found.values()))
+        for index, reasons in found.items():
+            for label in reasons:
+                if len(self.examples.get(label, ())) < EXAMPLES:
+                    self._add_example(batch.id(index), batch.answer(index), label, reasons[label])
 
     def note(self, row_id: str, answer: Answer, reasons: dict[str, str]) -> None:
         """Adds the rules that dropped an answer."""
         self.failed[tuple(reasons)] += 1
         for label, reason in reasons.items():
-            examples = self.examples.setdefault(label, [])
-            if len(examples) < EXAMPLES:
-                examples.append(Example(row_id, reason, answer.text[:EXAMPLE_CHARS]))
+            self._add_example(row_id, answer, label, reason)
+
+    def _add_example(self, row_id: str, answer: Answer, label: str, reason: str) -> None:
+        examples = self.examples.setdefault(label, [])
+        if len(examples) < EXAMPLES:
+            examples.append(Example(row_id, reason, answer.text[:EXAMPLE_CHARS]))
 
     def move_to_dropped(self, row_id: str, answer: Answer, reasons: dict[str, str]) -> None:
         """Takes back an answer that was counted as kept: it is dropped after all."""
         self.kept -= 1
         self.kept_lengths[min(len(answer.text) // BIN, LAST_BIN)] -= 1
         values: dict[str, Counter[str]] = {}
-        _count_slots(values, [answer.slots])
+        _count_slots(values, [(answer.slots, 1)])
         for name, counts in values.items():
             self.kept_slots[name].subtract(counts)
-        self.count_dropped([len(answer.text)], [answer.slots])
+        self.count_dropped(np.array([len(answer.text)]), [(answer.slots, 1)])
         self.note(row_id, answer, reasons)
 
     def add(self, other: "Tally") -> None:
@@ -87,13 +104,20 @@ class Tally:
             known.extend(examples[: EXAMPLES - len(known)])
 
 
-def _count_slots(counts: dict[str, Counter[str]], slots: list[Slots]) -> None:
-    for name in {name: None for row in slots for name in row}:
-        values: list[str] = []
-        for row in slots:
-            value = row.get(name, ())
+def _count_lengths(counts: Counter[int], lengths: Counts) -> None:
+    bins = np.bincount(np.minimum(lengths // BIN, LAST_BIN))
+    for index in np.flatnonzero(bins).tolist():
+        counts[index] += int(bins[index])
+
+
+def _count_slots(counts: dict[str, Counter[str]], slots: Iterable[SlotsCount]) -> None:
+    for row, count in slots:
+        for name, value in row.items():
+            values = counts.get(name)
+            if values is None:
+                values = counts[name] = Counter()
             if isinstance(value, str):
-                values.append(value)
+                values[value] += count
             else:
-                values.extend(value)
-        counts.setdefault(name, Counter()).update(values)
+                for part in value:
+                    values[part] += count

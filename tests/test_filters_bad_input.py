@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from test_filters_run import GOOD, ROWS, Stage
 
+import filters.batch
 import filters.chunks
-import filters.run
 from pipeline.errors import DataError
 from pipeline.records import Completion, Kept, encode_line
 
@@ -44,7 +44,7 @@ def test_a_bad_line_is_named_and_nothing_is_overwritten(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, bad: bytes, reason: str
 ) -> None:
     monkeypatch.setattr(filters.chunks, "LONGEST_LINE", 4000)
-    monkeypatch.setattr(filters.run, "LONGEST_LINE", 4000)
+    monkeypatch.setattr(filters.batch, "LONGEST_LINE", 4000)
     stage.completions()
     stage.filter()
     old = stage.files()
