@@ -73,9 +73,8 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
 def _other(key: str, reference: str) -> Subject:
     """A model that the recipe names beside its own: a run's folder stands for that run's student."""
     path = Path(reference).expanduser()
-    folder, label = path, path.name
-    if (path / "student").is_dir():
-        folder, label = path / "student", f"student of {path.name}"
+    folder = path / "student" if (path / "student").is_dir() else path
+    label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
     config = folder / "adapter_config.json"
     if not config.is_file():
         return Subject(key, label, reference, _folder(reference if folder == path else str(folder)))
