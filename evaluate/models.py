@@ -181,7 +181,7 @@ def digest_subject(subject: Subject) -> str:
     parts = [subject.reference]
     if subject.adapter is not None:
         parts.append(digest_files(subject.adapter))
-    elif subject.key not in ("teacher", "student_before"):
+    if subject.adapter is None and subject.key not in ("teacher", "student_before"):
         parts.append(digest_files(subject.folder))
     else:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
