@@ -9,6 +9,7 @@ from evaluate.report import Claim, Estimate, ModelReport, ProbeFigures, Report, 
 from evaluate.results import AFTER
 
 NOTHING = "–"
+LABEL = 16  # characters of a model's name in a line
 HELD_OUT = ("perplexity", "bits/char")
 PROBES = ("passing", "named", "loops", "stopped", "dist-2", "length", "judge")
 SPEED = ("tokens/s", "alone", "first token", "peak MiB", "weights MiB", "params", "KV bytes")
@@ -124,7 +125,7 @@ def _promise_table(claims: list[Claim]) -> Table:
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=LABEL)
     for column in columns:
         table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
     for label, shown in rows:
@@ -172,7 +173,8 @@ def _estimate(estimate: Estimate | None, digits: int | None = None) -> str:
 def _share(estimate: Estimate | None) -> str:
     if estimate is None:
         return NOTHING
-    return f"{estimate.value:.0%}\n{_span(f'{100 * estimate.low:.0f}', f'{estimate.high:.0%}')}"
+    low, high = f"{100 * estimate.low:.0f}", f"{100 * estimate.high:.0f}"
+    return f"{estimate.value:.0%}\n{low if low == high else _span(low, high)}"
 
 
 def _rate(value: float) -> str:
