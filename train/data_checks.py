@@ -6,8 +6,8 @@ Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.recipe import TrainConfig
 from pipeline.records import Kept
+from pipeline.train_config import TrainConfig
 from train.checks import Check, Status, passed
 from train.rows import Split, prompt_text
 from train.tokens import LabelFaults
