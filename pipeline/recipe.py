@@ -266,6 +266,7 @@ class TrainConfig(Section):
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     held_out: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts kept for evaluation
+    held_out_rows: Path | None = None  # a held_out.jsonl to hold out in its place, for runs that are to be compared
     checkpoint_steps: int | None = Field(None, ge=1)  # steps between checkpoints to resume from; None: each epoch's end
     accept: list[Warns] = []  # checks whose warning does not stop the training; --force accepts them all
     teacher_licence: str | None = Field(None, min_length=1)  # your word on it, where the table does not know or errs
