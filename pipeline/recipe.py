@@ -6,8 +6,9 @@ that holds the key, and the key is read from there as a SecretStr.
 """
 
 import os
+import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -24,9 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from pipeline.errors import RecipeError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+from pipeline.recipe_errors import explain
 
 ENV_PREFIX = "DISTILL_"
 
@@ -108,6 +107,16 @@ class ChooseSlot(Section):
         if self.choose > len(set(self.from_)):
             raise ValueError(f"choose is {self.choose}, but `from` has only {len(set(self.from_))} different values")
         return self
+
+
+def slot_values(slot: list[str] | ChooseSlot) -> list[str]:
+    """What a slot may be filled with."""
+    return slot.from_ if isinstance(slot, ChooseSlot) else slot
+
+
+def _folded(value: str) -> str:
+    """A value without what makes it no other one: Unicode form, case, spacing."""
+    return " ".join(unicodedata.normalize("NFC", value).casefold().split())
 
 
 class PromptsConfig(Section):
@@ -287,12 +296,23 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What the report measures."""
+    """What the report measures, of the teacher, the student before and after, and of every other model named."""
 
+    models: list[str] = []  # more to compare: a folder, a Hub id, embedded:<name>, or another run's folder
     max_rows: int = Field(200, ge=1)  # held-out rows scored for perplexity
+    probes: int = Field(64, ge=0)  # prompts that nobody was asked yet; 0: none
+    probes_file: Path | None = None  # such prompts, as prompts.file has them; None: new combinations of the slots
+    unseen: dict[str, list[str]] = {}  # values that the slots do not have: how the student does beyond them
+    unseen_probes: int = Field(32, ge=1)  # prompts with them
+    adherence: list[str] | None = None  # slots whose values an answer names; None: the rule's `adherence`, else all
+    judge: JudgeConfig | None = None  # scores and compares the answers; None: the judge of `filters`
+    ask_teacher: bool = False  # have a teacher whose weights are elsewhere answer the probes at its endpoint: may cost
+    seed: int = 0  # of the choice of probes
     speed_requests: int = Field(64, ge=1)
     speed_concurrency: int = Field(32, ge=1)
     speed_max_tokens: int = Field(64, ge=1)
+    speed_repeats: int = Field(3, ge=1)  # how often all of these requests are timed; the median counts
+    speed_alone: int = Field(8, ge=1)  # requests timed one after the other
 
 
 class Recipe(BaseSettings):
@@ -320,6 +340,21 @@ class Recipe(BaseSettings):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="after")
+    def _unseen_is_unseen(self) -> "Recipe":
+        slots = self.prompts.slots
+        for key, names in (("unseen", list(self.evaluate.unseen)), ("adherence", self.evaluate.adherence or [])):
+            if self.prompts.template is not None and (unknown := [name for name in names if name not in slots]):
+                raise ValueError(f"evaluate.{key}: prompts.slots has no {unknown[0]!r}; there are {', '.join(slots)}")
+        if self.evaluate.unseen and self.prompts.template is None:
+            raise ValueError("evaluate.unseen is for a template: put such prompts into evaluate.probes_file")
+        for name, values in self.evaluate.unseen.items():
+            known = {_folded(value) for value in slot_values(slots[name])}
+            if not values or (seen := [value for value in values if _folded(value) in known]):
+                why = f"holds {seen[0]!r}, which prompts.slots.{name} has too" if values else "is empty"
+                raise ValueError(f"evaluate.unseen.{name} {why}; give values that no prompt of the run has")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -345,7 +380,8 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
     except SettingsError as error:
         raise RecipeError(str(error.__cause__ or error).replace("error parsing CLI: ", "")) from None
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem, path, flags) for problem in error.errors())) from None
+        problems = [explain(problem, Recipe, path, flags, ENV_PREFIX) for problem in error.errors()]
+        raise RecipeError("\n".join(problems)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -360,42 +396,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
     return data
-
-
-def _explain(problem: "ErrorDetails", path: Path, flags: list[str]) -> str:
-    """One pydantic problem as `where: key: what is wrong, got value`."""
-    names = [str(part) for part in problem["loc"]]
-    key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
-    flag = "--" + ".".join(names[:2])
-    variable = ENV_PREFIX + "__".join(names).upper()
-    if any(given.split("=")[0] == flag for given in flags):
-        where = flag
-    elif variable in {name.upper() for name in os.environ}:
-        where = variable
-    else:
-        where = str(path)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(names[:-1])
-        return f"{where}: {key}: no such key" + (f"; there are {', '.join(known)}" if known else "")
-    if problem["type"] == "missing":
-        return f"{where}: {key} is missing"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    value = problem["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
-    return f"{where}: {key} {message}{shown}"
-
-
-def _known_keys(names: list[str]) -> list[str]:
-    """The keys of the section that `names` leads to; none where it leads to no section."""
-    model: type[BaseModel] = Recipe
-    for name in names:
-        field = model.model_fields.get(name)
-        sections = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []
-        if not sections:
-            return []
-        model = sections[0]
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

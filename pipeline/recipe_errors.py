@@ -1,0 +1,48 @@
+"""What is wrong with a recipe, in one line: the file, flag or variable it came from, the key, and the value."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard, get_args
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+def explain(problem: "ErrorDetails", recipe: type[BaseModel], path: Path, flags: list[str], env_prefix: str) -> str:
+    """One pydantic problem of a recipe as `where: key: what is wrong, got value`."""
+    names = [str(part) for part in problem["loc"]]
+    key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
+    flag = "--" + ".".join(names[:2])
+    variable = env_prefix + "__".join(names).upper()
+    if any(given.split("=")[0] == flag for given in flags):
+        where = flag
+    elif variable in {name.upper() for name in os.environ}:
+        where = variable
+    else:
+        where = str(path)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(recipe, names[:-1])
+        return f"{where}: {key}: no such key" + (f"; there are {', '.join(known)}" if known else "")
+    if problem["type"] == "missing":
+        return f"{where}: {key} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
+    return f"{where}: {key} {message}{shown}" if key else f"{where}: {message}"
+
+
+def _known_keys(model: type[BaseModel], names: list[str]) -> list[str]:
+    """The keys of the section that `names` leads to; none where it leads to no section."""
+    for name in names:
+        field = model.model_fields.get(name)
+        sections = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []
+        if not sections:
+            return []
+        model = sections[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
