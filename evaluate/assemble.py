@@ -78,7 +78,7 @@ def report_fingerprint(run: RunDir, results: Results) -> str:
     digest = hashlib.sha256(str(SCHEMA).encode())
     for group in results:
         digest.update(msgspec.json.encode(dict(sorted(group.items()))))
-    for path in (run.student / "training_log.json", run.filter_report):
+    for path in (run.student / "training_log.json", run.filter_report, run.checks, run.reviews):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()
 

@@ -10,7 +10,10 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+import msgspec
+
 from evaluate.assemble import Results, build_report, report_fingerprint
+from evaluate.checklist import check_run
 from evaluate.html import render_html
 from evaluate.machine import choose_precision
 from evaluate.models import is_local, load, subjects
@@ -70,6 +73,7 @@ def evaluate_run(
         say(f"{run.report}: the report is up to date (--force measures again)")
         return old
     report = build_report(recipe, run, models, rows, held_out, results)
+    report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
     _write(run, report)
     return report
 

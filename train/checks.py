@@ -17,7 +17,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.rundir import RunDir, replacing
 
 Status = Literal["pass", "note", "warn", "fail"]
-CHECKS = "checks.json"  # in the run
 COLOURS = {"pass": "green", "note": "cyan", "warn": "yellow", "fail": "red"}
 
 
@@ -46,7 +45,7 @@ def settle(
     show(checks, console)
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
-    with replacing(run.path / CHECKS) as file:
+    with replacing(run.checks) as file:
         table = {
             "checks": checks,
             "accepted": [c.name for c in checks if c.status == "warn" and c not in stopping],
@@ -72,4 +71,4 @@ def _named(checks: Sequence[Check]) -> str:
     """The first of the checks with its mend, and the names of the others."""
     first, *others = checks
     text = f"check {first.name}: {first.finding}" + (f"; {first.mend}" if first.mend else "")
-    return text + (f" (and {', '.join(check.name for check in others)}, see {CHECKS})" if others else "")
+    return text + (f" (and {', '.join(check.name for check in others)}, see checks.json)" if others else "")
