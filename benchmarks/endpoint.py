@@ -8,14 +8,12 @@ runs/bench/endpoint.{json,svg}.
 
 import asyncio
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from statistics import median, quantiles
-from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -23,11 +21,12 @@ import msgspec
 from benchmarks.plot import line_chart
 from benchmarks.table import show
 from generate.asking import run_loop
-from generate.client import Client, check_teacher, headers_of, no_endpoint
+from generate.client import Client, check_teacher, no_endpoint
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.prompts import iter_prompts
 from generate.requests import Job, build_jobs
+from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
@@ -76,11 +75,8 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
     async with Client(recipe.teacher, recipe.teacher.url) as client:
         if why := await client.check_reachable():
             raise no_endpoint(client.url, why)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        headers=headers_of(recipe.teacher),
-        timeout=aiohttp.ClientTimeout(total=recipe.generate.request_timeout_s or TIMEOUT_WORKING_S),
-    ) as session:
+    timeout_s = recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
+    async with streaming_session(recipe.teacher, timeout_s) as session:
         for concurrency in levels:
             try:
                 found.append(await measure(session, recipe, bodies, concurrency, seconds))
@@ -93,58 +89,28 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
             print(f"{concurrency} in flight: {found[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
 
 
-class Asked(NamedTuple):
-    """One request: its moments in seconds, and the tokens of its answer."""
-
-    begin: float
-    first: float  # token
-    end: float
-    tokens: int
-
-
 async def measure(
     session: aiohttp.ClientSession, recipe: Recipe, bodies: Iterator[bytes], concurrency: int, seconds: float
 ) -> Level:
     """One level. Raises DistillError where the endpoint refuses a request."""
-    asked: list[Asked] = []
+    asked: list[Streamed] = []
     started = inf  # when every slot has had its first answer
     cold = concurrency
 
     async def work() -> None:
         nonlocal started, cold
-        asked.append(await ask(session, recipe, next(bodies)))
+        asked.append(await stream(session, recipe.teacher, next(bodies)))
         cold -= 1
         if not cold:
             started = time.perf_counter()
         while time.perf_counter() < started + seconds:
-            asked.append(await ask(session, recipe, next(bodies)))
+            asked.append(await stream(session, recipe.teacher, next(bodies)))
 
     await asyncio.gather(*(work() for _ in range(concurrency)))
     return level_of(asked, concurrency, started, started + seconds)
 
 
-async def ask(session: aiohttp.ClientSession, recipe: Recipe, request: bytes) -> Asked:
-    """One streamed request."""
-    url = f"{recipe.teacher.url}/chat/completions"
-    body = {**json.loads(request), "stream": True, "stream_options": {"include_usage": True}}
-    begin, first, tokens = time.perf_counter(), 0.0, 0
-    async with session.post(url, json=body, params=recipe.teacher.query) as response:
-        if response.status != 200:
-            raise DistillError(f"{url} answers {response.status}: {' '.join((await response.text()).split())[:300]}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if event.get("choices") and event["choices"][0].get("delta", {}).get("content"):
-                first = first or time.perf_counter()
-                tokens += 1
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
-    end = time.perf_counter()
-    return Asked(begin, first or end, end, tokens)
-
-
-def level_of(asked: list[Asked], concurrency: int, begin: float, end: float) -> Level:
+def level_of(asked: list[Streamed], concurrency: int, begin: float, end: float) -> Level:
     """The figures of the time from `begin` to `end`, in which at least one request must begin."""
     began = [one for one in asked if begin <= one.begin < end]
     ended = sum(begin <= one.end < end for one in asked)
@@ -158,7 +124,7 @@ def level_of(asked: list[Asked], concurrency: int, begin: float, end: float) -> 
     )
 
 
-def tokens_within(one: Asked, begin: float, end: float) -> float:
+def tokens_within(one: Streamed, begin: float, end: float) -> float:
     """The tokens of an answer that came in from `begin` to `end`, as if evenly from its first to its last."""
     if one.end <= one.first:  # all at once
         return one.tokens if begin <= one.end < end else 0

@@ -70,7 +70,7 @@ def prompt_id(messages: list[Message]) -> str:
 def _from_template(config: PromptsConfig, count: int) -> Iterator[Prompt]:
     for text, slots in Grammar(config).draw(count, config.seed):
         try:
-            yield _prompt(PromptRow(prompt=text, slots=slots), config.system)
+            yield make_prompt(PromptRow(prompt=text, slots=slots), config.system)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
@@ -94,7 +94,7 @@ def _rows(path: Path, system: str | None) -> Iterator[Prompt]:
     rows = _dataset_rows(path) if path.is_dir() else _jsonl_rows(path)
     for where, row in rows:
         try:
-            yield _prompt(row, system)
+            yield make_prompt(row, system)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
 
@@ -149,8 +149,8 @@ def _load_dataset(path: Path) -> Iterable[dict[str, Any]]:
     return rows
 
 
-def _prompt(row: PromptRow, system: str | None) -> Prompt:
-    """The prompt of a row. Raises ValueError with what is wrong."""
+def make_prompt(row: PromptRow, system: str | None = None) -> Prompt:
+    """The prompt of a row; `system` goes before where the row has no such message. Raises ValueError if it is wrong."""
     if (row.messages is None) == (row.prompt is None):
         raise ValueError("give either `messages` or `prompt`")
     messages = row.messages if row.messages is not None else [Message(role="user", content=row.prompt or "")]

@@ -3,7 +3,8 @@
 Reads and writes nothing but such lines. Decoding checks types; a bad line is a DataError `path:line: reason`.
 """
 
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +83,12 @@ class Dropped(Completion, frozen=True, kw_only=True):
 
     rule: str
     detail: dict[str, str]
+
+
+def question_text(messages: Sequence[Message]) -> str:
+    """A conversation without what makes it no other question: Unicode form, case, spacing."""
+    turns = [part for message in messages for part in (message.role, message.content)]
+    return "\0".join(" ".join(unicodedata.normalize("NFC", part).casefold().split()) for part in turns)
 
 
 Record = TypeVar("Record", bound=msgspec.Struct)

@@ -17,7 +17,7 @@ from misbehaving_server import MisbehavingServer, answer, error, misbehaving, re
 from benchmarks import budget, chapter_filter, kills, simulated, stuck
 from benchmarks.client import measure
 from benchmarks.clients import body
-from benchmarks.endpoint import Asked, level_of, tokens_within
+from benchmarks.endpoint import level_of, tokens_within
 from benchmarks.http_server import running
 from benchmarks.plot import line_chart
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
@@ -25,6 +25,7 @@ from benchmarks.steady import steady_seconds
 from benchmarks.stories import Writer
 from benchmarks.table import show
 from filters.answer import nfc
+from generate.streaming import Streamed
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,17 +174,17 @@ def sweep(folder: Path, server: MisbehavingServer) -> "subprocess.CompletedProce
 
 
 def test_an_answer_counts_for_the_time_that_it_came_in() -> None:
-    one = Asked(begin=0.0, first=2.0, end=6.0, tokens=40)
+    one = Streamed(begin=0.0, first=2.0, end=6.0, tokens=40)
     assert tokens_within(one, 0.0, 10.0) == 40
     assert tokens_within(one, 3.0, 5.0) == 20
     assert tokens_within(one, 5.0, 9.0) == 10
     assert tokens_within(one, 6.5, 9.0) == 0
-    whole = Asked(begin=0.0, first=6.0, end=6.0, tokens=40)  # an endpoint that does not stream
+    whole = Streamed(begin=0.0, first=6.0, end=6.0, tokens=40)  # an endpoint that does not stream
     assert (tokens_within(whole, 5.0, 7.0), tokens_within(whole, 0.0, 6.0)) == (40, 0)
 
 
 def test_a_level_is_of_its_time_alone() -> None:
-    early, inside, late = Asked(0.0, 1.0, 3.0, 20), Asked(2.5, 3.0, 4.0, 10), Asked(3.0, 5.0, 7.0, 20)
+    early, inside, late = Streamed(0.0, 1.0, 3.0, 20), Streamed(2.5, 3.0, 4.0, 10), Streamed(3.0, 5.0, 7.0, 20)
     level = level_of([early, inside, late], 3, 2.0, 6.0)
     assert (level.answers, level.answers_per_s) == (2, 0.5)
     assert level.tokens_per_s == (10 + 10 + 10) / 4

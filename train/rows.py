@@ -5,7 +5,6 @@ Reads kept.jsonl, writes held_out.jsonl. Tokens, lengths and labels are train.to
 
 import hashlib
 import math
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import DataError
-from pipeline.records import Kept, Message, encode_line, read_jsonl
+from pipeline.records import Kept, Message, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -93,9 +92,8 @@ def split_from(rows: list[Kept], held_out: list[Kept]) -> Split:
 
 
 def prompt_text(row: Kept) -> str:
-    """A conversation up to the answer, without what makes no other question: Unicode form, case, spacing."""
-    turns = [part for message in row.messages for part in (message.role, message.content)]
-    return "\0".join(" ".join(unicodedata.normalize("NFC", part).casefold().split()) for part in turns)
+    """A conversation up to the answer, without what makes it no other question."""
+    return question_text(row.messages)
 
 
 def to_examples(rows: Iterable[Kept]) -> list[dict[str, Any]]:

@@ -1,0 +1,151 @@
+"""The prompts that every model answers for the report, none of which any model was trained on.
+
+Reads the recipe, the run's prompts.jsonl and the held-out rows; writes nothing. Two parts:
+
+    seen      `evaluate.probes_file`; without one, combinations of the template's slot values that no prompt of the run
+              had; where there is no template, or every combination was asked, the held-out prompts
+    unseen    prompts with the values of `evaluate.unseen`, which the recipe's slots do not have
+
+The same recipe, run and seed give the same probes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain, islice
+from typing import Literal
+
+from generate.grammar import Grammar, shuffled
+from generate.prompts import PromptRow, iter_prompts, make_prompt
+from pipeline.errors import DataError, UsageError
+from pipeline.recipe import ChooseSlot, PromptsConfig, Recipe
+from pipeline.records import Kept, Prompt, Slots, question_text, read_jsonl
+from pipeline.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class ProbePrompts:
+    """What is asked, by part."""
+
+    source: Literal["slots", "file", "held_out"]  # of the seen part
+    seen: list[Prompt]
+    unseen: list[Prompt] = field(default_factory=list)
+    note: str = ""  # what a reader should know of how they were chosen
+
+    @property
+    def all(self) -> list[Prompt]:
+        return [*self.seen, *self.unseen]
+
+
+class Asked:
+    """The questions that a run has asked: known again in other spacing or case, and by the values of their slots."""
+
+    def __init__(self, prompts: Iterable[Prompt | Kept]) -> None:
+        self._texts: set[bytes] = set()
+        self._slots: set[bytes] = set()
+        self.values: dict[str, set[str]] = {}  # that each slot has had
+        for prompt in prompts:
+            self._texts.add(_digest(question_text(prompt.messages)))
+            self._slots.add(_digest(_combination(prompt.slots)))
+            for name in prompt.slots:
+                self.values.setdefault(name, set()).update(_values(prompt.slots, name))
+
+    def has(self, prompt: Prompt) -> bool:
+        """Whether these words were asked."""
+        return _digest(question_text(prompt.messages)) in self._texts
+
+    def has_combination(self, prompt: Prompt) -> bool:
+        """Whether a prompt of any template had these values, in any order."""
+        return _digest(_combination(prompt.slots)) in self._slots
+
+
+def choose_probes(recipe: Recipe, run: RunDir, held_out: Sequence[Kept]) -> ProbePrompts:
+    """At most `evaluate.probes` prompts of the seen part and `evaluate.unseen_probes` of the unseen one.
+
+    Raises UsageError where a prompt of the run has a value that is said to be unseen, DataError where the run has
+    asked a prompt of `evaluate.probes_file`.
+    """
+    config = recipe.evaluate
+    asked = Asked(chain(read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else (), held_out))
+    unseen = list(islice(_unseen(recipe, asked), config.unseen_probes)) if config.unseen else []
+    if not config.probes:
+        return ProbePrompts("slots", [], unseen)
+    if config.probes_file is not None:
+        return ProbePrompts("file", _from_file(recipe, asked), unseen)
+    note = ""
+    if recipe.prompts.template is not None:
+        seen = list(islice(_fresh(recipe.prompts, asked, f"probes:{config.seed}"), config.probes))
+        if seen:
+            if len(seen) < config.probes:
+                note = f"Only {len(seen)} combinations of the slots were left for probes, of {config.probes} wanted."
+            return ProbePrompts("slots", seen, unseen, note)
+        note = "Every combination of the slots was asked, so the probes are the held-out prompts."
+    distinct = {question_text(row.messages): row for row in held_out}
+    prompts = [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in distinct.values()]
+    return ProbePrompts("held_out", _sample(prompts, config.probes, config.seed), unseen, note)
+
+
+def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
+    """The template's prompts that were not asked, in an order that the key decides."""
+    grammar = Grammar(config)
+    for index in range(grammar.size):
+        text, slots = grammar.at(shuffled(index, grammar.size, key))
+        prompt = make_prompt(PromptRow(prompt=text, slots=slots), config.system)
+        if not asked.has(prompt) and not asked.has_combination(prompt):
+            yield prompt
+
+
+def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
+    """Prompts in which every slot named in `evaluate.unseen` has a new value; of several values, at least one."""
+    config = recipe.evaluate
+    for name, values in config.unseen.items():
+        if known := sorted(asked.values.get(name, set()) & set(values)):
+            raise UsageError(
+                f"evaluate.unseen.{name}: prompts of this run have {known[0]!r}; give a value that none has"
+            )
+    slots: dict[str, list[str] | ChooseSlot] = {}
+    for name, slot in recipe.prompts.slots.items():
+        new = config.unseen.get(name)
+        if new is None:
+            slots[name] = slot
+        else:
+            slots[name] = _widened(slot, new) if isinstance(slot, ChooseSlot) else new
+    for prompt in _fresh(recipe.prompts.model_copy(update={"slots": slots}), asked, f"unseen:{config.seed}"):
+        if all(set(_values(prompt.slots, name)) & set(values) for name, values in config.unseen.items()):
+            yield prompt
+
+
+def _widened(slot: ChooseSlot, new: list[str]) -> ChooseSlot:
+    return ChooseSlot(choose=slot.choose, from_=[*slot.from_, *new])
+
+
+def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
+    config = recipe.evaluate
+    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system)
+    rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
+    prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
+    if known := [prompt for prompt in prompts if asked.has(prompt)]:
+        first = " ".join(known[0].messages[-1].content.split())[:60]
+        raise DataError(
+            f"{config.probes_file}: {len(known)} of its {len(prompts)} prompts are prompts of this run, the first "
+            f"{first!r}; take them out, or the models are asked what the student was trained on"
+        )
+    return _sample(prompts, config.probes, config.seed)
+
+
+def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """`count` of the prompts, the same whatever order they come in."""
+    return sorted(prompts, key=lambda prompt: blake2b(f"{seed}:{prompt.id}".encode()).digest())[:count]
+
+
+def _values(slots: Slots, name: str) -> list[str]:
+    value = slots[name]
+    return [value] if isinstance(value, str) else value
+
+
+def _combination(slots: Slots) -> str:
+    return repr(sorted((name, sorted(_values(slots, name))) for name in slots))
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
