@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from pipeline.errors import RecipeError
 from pipeline.recipe_errors import explain
+from pipeline.train_config import TrainConfig
 
 ENV_PREFIX = "DISTILL_"
 
@@ -254,45 +255,6 @@ class FiltersConfig(Section):
     judge: JudgeConfig | None = None  # None: the rules alone decide
     warn_keep_rate: float = Field(0.5, ge=0, le=1)  # the chapter: 50% or more is safe
     min_keep_rate: float | None = Field(None, ge=0, le=1)  # under it the stage ends with 1; None: no floor
-
-
-Warns = Literal["prompts", "keep_rate", "filters", "size_ratio", "templates", "chain", "licence", "length", "context"]
-
-
-class TrainConfig(Section):
-    """How the student learns (TRL SFTTrainer, PEFT)."""
-
-    method: Literal["lora", "full"] = "lora"
-    epochs: float = Field(3, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)  # the peak: it rises during `warmup` and falls along a cosine
-    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    batch_size: int = Field(8, ge=1)  # rows a step, over all accumulation
-    micro_batch_size: int | None = Field(None, ge=1)  # rows a forward pass; None: batch_size
-    gradient_checkpointing: bool = False  # less memory, slower by a third
-    max_length: int = Field(1024, ge=8)  # tokens of a row, prompt and completion
-    too_long: Literal["refuse", "drop"] = "refuse"  # a row over max_length is never cut
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    held_out: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts kept for evaluation
-    held_out_rows: Path | None = None  # a held_out.jsonl to hold out in its place, for runs that are to be compared
-    checkpoint_steps: int | None = Field(None, ge=1)  # steps between checkpoints to resume from; None: each epoch's end
-    accept: list[Warns] = []  # checks whose warning does not stop the training; --force accepts them all
-    teacher_licence: str | None = Field(None, min_length=1)  # your word on it, where the table does not know or errs
-    seed: int = 0
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows of one forward pass."""
-        return self.micro_batch_size or self.batch_size
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> "TrainConfig":
-        if self.batch_size % self.rows_at_once:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
 
 
 class EvaluateConfig(Section):

@@ -25,7 +25,7 @@ from pipeline.rundir import RunDir
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run, trained_from, training_fingerprint
-from train.trainer import EpochSampler, Examples, prepare
+from train.trainer import Examples, prepare
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +73,20 @@ def test_padding_leaves_the_end_token_in_the_labels_though_it_is_the_pad_token(s
     assert batch["attention_mask"].tolist()[[sum(r) for r in batch["attention_mask"].tolist()].index(24)][-2:] == [0, 0]
 
 
-def test_an_overfitted_student_answers_and_stops_by_itself(student: str, tmp_path: Path) -> None:
-    answers = {"Cat?": "Meow, says the cat.", "Dog?": "Woof.", "Cow?": "Moo moo."}
-    rows = [kept_row(i, *answer) for i, answer in enumerate([*answers.items()] * 30)]
+def test_a_student_answers_what_it_was_not_trained_on_and_stops_by_itself(student: str, tmp_path: Path) -> None:
+    answers = {"Cat": "Meow, says it.", "Dog": "Woof."}
+    rows = [kept_row(2 * n + i, f"{q} {n}?", a) for n in range(40) for i, (q, a) in enumerate(answers.items())]
     run = make_run(tmp_path / "run", rows)
-    settings = {"epochs": 4, "learning_rate": 1e-2, "batch_size": 2, "held_out": 0.3, "warmup": 0.1}
-    train_run(make_recipe(student, accept=["filters", "licence", "prompts"], **settings), run)
+    train_run(make_recipe(student, epochs=3, learning_rate=1e-2, batch_size=4), run)
     model = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
-    held = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
-    learned = {question: text for question, text in answers.items() if question != held}
-    assert len(learned) == 2
-    for question, text in learned.items():
+    held = [json.loads(line)["messages"][0]["content"] for line in run.held_out.read_bytes().splitlines()]
+    assert {question.split()[0] for question in held} == set(answers)
+    for question in held:
         chat = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         new = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
-        assert tokenizer.decode(new, skip_special_tokens=True) == text
+        assert tokenizer.decode(new, skip_special_tokens=True) == answers[question.split()[0]]
         assert new[-1] == END
         assert len(new) < 60
 
@@ -285,7 +283,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(
     assert losses(run) == losses(fresh)
 
 
-def _interrupted(*_: Any) -> None:
+def _interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -326,17 +324,6 @@ def test_a_template_that_never_ends_the_answer_is_refused(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="check eos: 0 of 4 rows end with a stop token; row 1: the answer"):
         train_run(make_recipe(str(folder)), run)
     assert not run.student.exists()
-
-
-def test_the_epochs_order_depends_on_seed_and_epoch_alone() -> None:
-    sampler = EpochSampler(4, lengths=list(range(40)), seed=3)
-    first = list(sampler)
-    torch.rand(5)
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert second != first
-    assert sorted(second) == list(range(40))
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, ti
 
 from pipeline.errors import DataError, UsageError
 from pipeline.models import resolve_model
-from pipeline.recipe import TrainConfig
 from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
+from pipeline.train_config import TrainConfig
 from train.chain_check import chain_check
 from train.checks import Check, settle
 from train.data_checks import label_checks, row_checks, split_check, token_checks

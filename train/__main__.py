@@ -1,6 +1,11 @@
 """`python -m train RECIPE [--run DIR] [--force] [--allow-chain] [--again]`: the student, on kept.jsonl."""
 
-from pipeline.cli import parse_stage, run_stage, stage_parser
+import sys
+from functools import partial
+
+from pipeline.cli import INTERRUPTED, parse_stage, run_stage, stage_parser
+from pipeline.errors import DistillError
+from train.processes import launched
 from train.run import train_run
 
 
@@ -10,8 +15,19 @@ def main() -> None:
     parser.add_argument("--allow-chain", action="store_true", help="learn from a teacher that was itself distilled")
     parser.add_argument("--again", action="store_true", help="train again, even if the student is up to date")
     recipe, run, options = parse_stage(parser)
-    with run.locked():
-        train_run(recipe, run, again=options.again, force=options.force, allow_chain=options.allow_chain)
+    processes = launched()
+    flags = {"again": options.again, "force": options.force, "allow_chain": options.allow_chain}
+    train = partial(train_run, recipe, run, **flags, processes=processes)
+    if processes.lead:
+        with run.locked():
+            train()
+        return
+    try:
+        train()
+    except DistillError as error:  # the leading process says it
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def model_card(
 ) -> str:
     """A student's card. `adapter`: False for one that was merged; `data`: its data set's repository, if it has one."""
     train = lineage["train"]
-    adapter = train["method"] != "full" if adapter is None else adapter
+    adapter = train["weights"] != "full" if adapter is None else adapter
     origin = train["initialised_from"]
     chain = _chain(recipe, origin)
     metadata = {
@@ -178,7 +178,8 @@ def _scores(lineage: Mapping[str, Any]) -> dict[str, float]:
 
 def _shown(train: Mapping[str, Any]) -> Iterable[str]:
     names = ["epochs", "learning_rate", "warmup", "batch_size", "max_length"]
-    names += ["lora_rank", "lora_alpha", "lora_dropout"] if train["method"] != "full" else []
+    names += ["lora_rank", "lora_alpha", "lora_dropout"] if train["weights"] != "full" else []
+    names += ["kd"] if train["method"] in ("kd", "gkd") else []
     return (name for name in names if name in train["hyperparameters"])
 
 

@@ -36,22 +36,29 @@ def passed(name: str, value: float | None, finding: str) -> Check:
 
 
 def settle(
-    checks: Sequence[Check], run: RunDir, console: Console, *, accepted: Collection[str] = (), force: bool = False
+    checks: Sequence[Check],
+    run: RunDir,
+    console: Console,
+    *,
+    accepted: Collection[str] = (),
+    force: bool = False,
+    write: bool = True,
 ) -> None:
-    """Shows the table, writes it as checks.json, and stops what must not go on.
+    """Shows the table, writes it as checks.json (unless another process does), and stops what must not go on.
 
     Raises DataError if a check failed, UsageError if one warns that is neither in `accepted` nor forced.
     """
     show(checks, console)
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
-    with replacing(run.checks) as file:
-        table = {
-            "checks": checks,
-            "accepted": [c.name for c in checks if c.status == "warn" and c not in stopping],
-            "stopped_by": [check.name for check in (*failed, *stopping)],
-        }
-        file.write(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+    table = {
+        "checks": checks,
+        "accepted": [c.name for c in checks if c.status == "warn" and c not in stopping],
+        "stopped_by": [check.name for check in (*failed, *stopping)],
+    }
+    if write:
+        with replacing(run.checks) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
     if failed:
         raise DataError(f"{_named(failed)}; nothing was trained")
     if stopping:

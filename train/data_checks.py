@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, SAFE_KEEP_RATE
-from pipeline.recipe import TrainConfig
 from pipeline.records import Kept
+from pipeline.train_config import TrainConfig
 from train.checks import Check, Status, passed
 from train.rows import Split, prompt_text
 from train.tokens import LabelFaults

@@ -15,19 +15,37 @@ LINES = 20  # plain lines of a whole training, evaluations aside
 
 
 class Milestones(TrainerCallback):
-    """Held-out loss, then a checkpoint, at the end of each epoch; further checkpoints every so many steps.
+    """Held-out loss, then a checkpoint, at the end of each epoch and every `eval_steps`; more checkpoints if asked.
 
     In this order a checkpoint always holds the loss that belongs to it: a training killed right after one loses none.
+    After `patience` evaluations without a better loss the training ends.
     """
 
-    def __init__(self, checkpoint_steps: int | None) -> None:
-        self.checkpoint_steps = checkpoint_steps
+    def __init__(
+        self, checkpoint_steps: int | None, eval_steps: int | None, patience: int | None, console: Console
+    ) -> None:
+        self.checkpoint_steps, self.eval_steps = checkpoint_steps, eval_steps
+        self.patience, self.console = patience, console
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         epoch_ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
-        due = self.checkpoint_steps is not None and state.global_step % self.checkpoint_steps == 0
-        control.should_evaluate = epoch_ends
-        control.should_save = epoch_ends or due
+        control.should_evaluate = epoch_ends or _is_due(self.eval_steps, state)
+        control.should_save = control.should_evaluate or _is_due(self.checkpoint_steps, state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if is_stopped_early(state, self.patience) and not control.should_training_stop:
+            control.should_training_stop = True
+            self.console.print(f"step {state.global_step}: no better held-out loss in {self.patience} evaluations")
+
+
+def is_stopped_early(state: TrainerState, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations were no better than the best before them."""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+def _is_due(every: int | None, state: TrainerState) -> bool:
+    return every is not None and state.global_step % every == 0
 
 
 class TrainProgress(TrainerCallback):
@@ -45,6 +63,7 @@ class TrainProgress(TrainerCallback):
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("training", loss="…", speed=0.0)
+        self.started, self.earlier_s = time.monotonic(), 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.monotonic()

@@ -18,13 +18,15 @@ from rich.console import Console
 
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import Recipe, TrainConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir
+from pipeline.train_config import TrainConfig
 from train.cards import CARD, model_card
 from train.checks import settle
 from train.data_checks import row_checks, token_checks
 from train.pair_checks import pair_checks
+from train.processes import ALONE, Processes
 from train.rows import Split, read_checked, read_rows, split_from, split_rows, to_examples, write_held_out
 from train.student import PRUNE, initial_student
 
@@ -33,63 +35,87 @@ if TYPE_CHECKING:
 
 TRAINING_LOG = "training_log.json"
 FINGERPRINT = "fingerprint"  # in training/: what its checkpoints belong to
-SAME_RESULT = {
-    "held_out_rows",  # its contents count, not its name
-    "checkpoint_steps",
-    "gradient_checkpointing",
-    "accept",
-    "teacher_licence",
-}  # settings that change no weight
+# Settings that change no weight.
+SAME_RESULT = {"held_out_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
 
 
 def train_run(
-    recipe: Recipe, run: RunDir, *, again: bool = False, force: bool = False, allow_chain: bool = False
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    again: bool = False,
+    force: bool = False,
+    allow_chain: bool = False,
+    processes: Processes = ALONE,
 ) -> None:
     """Trains the recipe's student on the run's kept rows, and saves it as run.student.
 
     Returns at once if the student there was trained on these rows with these settings, unless `again`. `force` goes on
-    past checks that warn, `allow_chain` with a teacher that was itself distilled.
+    past checks that warn, `allow_chain` with a teacher that was itself distilled. Of several `processes` that train
+    together one writes and prints.
     Raises RecipeError, DataError or DistillError, each with the mend; nothing is trained on faulty rows.
     """
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
-    console = Console(stderr=True, soft_wrap=True)
+    if recipe.train.soft and recipe.student.model.startswith(PRUNE) and recipe.train.weights != "full":
+        raise RecipeError(
+            f"student.model {recipe.student.model}: layers were cut out of it, which adapters cannot mend; "
+            f"set train.kd.weights: full, got {recipe.train.weights!r}"
+        )
+    console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
     rows = read_rows(run)
     split = _split(rows, recipe.train)
     fingerprint = training_fingerprint(recipe, run)
     work = run.path / "training"
     if not again and run.held_out.is_file() and trained_from(run.student) == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
-        shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
+        if processes.lead:
+            shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
 
     prepare, examples = _trainer_parts()
+    if not processes.lead:
+        processes.wait()  # for the student, where it has to be built or fetched
     student = initial_student(recipe, run)
-    decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force)
+    if processes.lead:
+        processes.wait()
+    decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     checks = [*row_checks(rows, split, read_lineage(run)), *pair_checks(recipe, student, rows, allow_chain=allow_chain)]
     if any(check.status == "fail" for check in checks):
         decide(checks)
-    checkpoint = _open_work(work, fingerprint, again=again, console=console)
+    if processes.lead:
+        _open_work(work, fingerprint, again=again, console=console)
+    processes.wait()
+    checkpoint = _last_checkpoint(work)
     parts = examples(train=to_examples(split.train), held_out=to_examples(split.held_out))
-    prepared: Prepared = prepare(student, parts, recipe.train, work, console)
+    prepared: Prepared = prepare(
+        student, parts, recipe.train, work, console, teacher=recipe.teacher.model, processes=processes
+    )
     checks += token_checks(prepared, split, recipe.train)
     decide(checks)
     train_rows = [split.train[index] for index in prepared.train_rows]
     held_out = [split.held_out[index] for index in prepared.held_out_rows]
     console.print(f"training {recipe.student.model} on {len(train_rows)} rows, {len(held_out)} held out")
-    write_held_out(run, held_out)
+    if processes.lead:
+        write_held_out(run, held_out)
 
     prepared.fit(checkpoint)
 
     log = training_log(prepared, recipe, train_rows=len(train_rows), held_out_rows=len(held_out))
     dropped = len(split.train) + len(split.held_out) - len(train_rows) - len(held_out)
-    section = _lineage_section(recipe, fingerprint, log, dropped=dropped)
-    section |= {"precision": prepared.precision, "checks": [msgspec.to_builtins(check) for check in checks]}
-    record_lineage(run, "train", section)
-    _save(prepared, log, recipe, run, work, console)
+    if processes.lead:
+        section = _lineage_section(recipe, fingerprint, log, dropped=dropped)
+        section |= {"precision": prepared.precision, "processes": processes.count}
+        section |= {"checks": [msgspec.to_builtins(check) for check in checks]}
+        record_lineage(run, "train", section)
+    folder = work / "student"
+    prepared.save(folder, console, write=processes.lead)
+    if not processes.lead:
+        return
+    _publish(folder, log, recipe, run)
     print(
         f"{run.student}: trained on {log['train_rows']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
-        f"held-out loss {log['eval'][-1]['loss']:.4f}"
+        f"held-out loss {_saved(log)['loss']:.4f}, at step {log['saved_step']} of {log['loss'][-1]['step']}"
     )
 
 
@@ -101,8 +127,9 @@ def _split(rows: list[Kept], config: TrainConfig) -> Split:
 
 def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
     """Hash of all that determines the trained student: rows, settings, student, the teacher it is cut from."""
+    unused = set() if recipe.train.soft else {"kd"}
     settings = {
-        "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT),
+        "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT | unused),
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
     }
@@ -114,7 +141,11 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
 
 
 def training_log(prepared: "Prepared", recipe: Recipe, *, train_rows: int, held_out_rows: int) -> dict[str, Any]:
-    """The loss curve: mean loss a completion token for each step, held-out loss at each epoch's end; seconds."""
+    """The loss curves and what they cost.
+
+    `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy a token of the
+    held-out answers, which can be compared between methods. `saved_step`: that of the weights that were kept.
+    """
     state = prepared.trainer.state
     entries = state.log_history
     return {
@@ -130,11 +161,18 @@ def training_log(prepared: "Prepared", recipe: Recipe, *, train_rows: int, held_
         ],
         "train_rows": train_rows,
         "held_out_rows": held_out_rows,
+        "saved_step": prepared.saved_step,
         "tokens": state.num_input_tokens_seen,  # padding not counted
         "wall_s": max((entry.get("elapsed_s", 0.0) for entry in entries), default=0.0),
         "method": recipe.train.method,
+        "weights": recipe.train.weights,
         "seed": recipe.train.seed,
     }
+
+
+def _saved(log: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation of the weights that were kept."""
+    return next(entry for entry in log["eval"] if entry["step"] == log["saved_step"])
 
 
 def _trainer_parts() -> tuple[Any, Any]:
@@ -154,8 +192,8 @@ def trained_from(student: Path) -> str | None:
     return lineage.get("train", {}).get("fingerprint")
 
 
-def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> Path | None:
-    """Prepares the folder of checkpoints; the last whole checkpoint of this very training, if there is one."""
+def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
+    """Prepares the folder of checkpoints: only whole ones of this very training stay."""
     mark = work / FINGERPRINT
     if work.is_dir() and (again or not mark.is_file() or mark.read_text() != fingerprint):
         if not again:
@@ -163,12 +201,13 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     mark.write_text(fingerprint)
-    checkpoints = {int(folder.name.rpartition("-")[2]): folder for folder in work.glob("checkpoint-*")}
-    for step in sorted(checkpoints, reverse=True):
-        if _is_whole(checkpoints[step]):
-            return checkpoints[step]
-        shutil.rmtree(checkpoints[step])  # cut off while it was written
-    return None
+    for folder in work.glob("checkpoint-*"):
+        if not _is_whole(folder):
+            shutil.rmtree(folder)  # cut off while it was written
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    return max(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -180,17 +219,14 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _save(prepared: "Prepared", log: dict[str, Any], recipe: Recipe, run: RunDir, work: Path, console: Console) -> None:
-    """The whole student folder at once, by rename; the checkpoints are then of no more use."""
-    folder = work / "student"
-    shutil.rmtree(folder, ignore_errors=True)
-    prepared.save(folder, console)
+def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:
+    """The whole student folder at once, by rename; the checkpoints beside it are then of no more use."""
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
-    old = work / "old-student"
+    work = folder.parent
     if run.student.exists():
-        run.student.rename(old)
+        run.student.rename(work / "old-student")
     folder.rename(run.student)
     shutil.rmtree(work)
 
@@ -203,13 +239,15 @@ def _lineage_section(recipe: Recipe, fingerprint: str, log: dict[str, Any], *, d
         "teacher": recipe.teacher.model,
         "initialised_from": recipe.teacher.model if recipe.student.model.startswith(PRUNE) else recipe.student.model,
         "method": recipe.train.method,
+        "weights": recipe.train.weights,
         "hyperparameters": recipe.train.model_dump(mode="json"),
         "rows": log["train_rows"],
         "held_out": log["held_out_rows"],
         "too_long_dropped": dropped,
         "steps": log["loss"][-1]["step"],
         "loss": log["loss"][-1]["loss"],
-        "held_out_loss": log["eval"][-1]["loss"],
+        "saved_step": log["saved_step"],
+        "held_out_loss": _saved(log)["loss"],
         "seed": recipe.train.seed,
         "fingerprint": fingerprint,
         "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),

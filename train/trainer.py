@@ -5,62 +5,46 @@ business. Importing this module imports torch, transformers, peft and trl.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
+from trl import SFTConfig
 
-from pipeline.errors import DistillError, RecipeError, first_line
-from pipeline.recipe import TrainConfig
-from train.progress import Milestones, TrainProgress
+from pipeline.errors import DistillError, RecipeError, UsageError, first_line
+from pipeline.train_config import TrainConfig
+from train.machine import (
+    autocast,
+    check_optimizer_fits,
+    check_qlora,
+    micro_tokens,
+    precision,
+    wants_checkpointing,
+    weights_dtype,
+)
+from train.processes import ALONE, Processes
+from train.progress import Milestones, TrainProgress, is_stopped_early
+from train.soft import GkdTrainer, KdTrainer, Teacher, load_teacher
 from train.student import load_tokenizer
+from train.student_trainer import StudentTrainer
 from train.tokens import LabelFaults, check_batch, count_faults, differing_prompts, stop_tokens
 
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
-ADAMW_BYTES = 12  # a trained parameter: gradient and two moments, in float32
-GIB = 1 << 30
 ROUNDING_LOSS = 0.01  # nats a token: 1% of perplexity, that storing a model in its own dtype may cost
-
-
-class EpochSampler(LengthGroupedSampler):
-    """Rows of about one length side by side, shuffled by the seed and the epoch alone.
-
-    The library's sampler draws from torch's global generator, whose state at the start of an epoch is gone when a
-    training resumes in its middle: the rest of the epoch would then repeat some rows and miss others.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class StudentTrainer(SFTTrainer):
-    """SFTTrainer with a data order that survives a resume."""
-
-    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> EpochSampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(step, [len(ids) for ids in rows["input_ids"]], self.args.seed)
+NEVER = 1_000_000_000  # steps: Milestones decides
+COMPARED_TEXTS = 50  # rows that both tokenizers are tried on
+REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the package of each
 
 
 @dataclass(frozen=True)
@@ -84,28 +68,42 @@ class Prepared:
     differing: int  # training rows whose context is not the one that is asked for
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
+    patience: int | None  # evaluations without a better held-out loss, then training ends
 
     def fit(self, checkpoint: Path | None) -> None:
-        """Trains, or goes on from a checkpoint. Raises DistillError when memory runs out."""
+        """Trains, or goes on from a checkpoint; then holds the weights of the best held-out loss.
+
+        Raises DistillError when memory runs out.
+        """
         progress = next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, TrainProgress))
         try:
             with _quiet():
-                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if checkpoint and is_stopped_early(state := _state_of(checkpoint), self.patience):
+                    self.trainer.state = state
+                    self.trainer._load_best_model()
+                else:
+                    self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(
                     "out of memory while training; lower train.micro_batch_size, set train.gradient_checkpointing: "
-                    "true, or use train.method: lora; the same command goes on from the last checkpoint"
+                    "true, or train adapters (train.method: lora); the same command goes on from the last checkpoint"
                 ) from None
             raise
         finally:
             progress.close()
 
-    def save(self, folder: Path, console: Console) -> None:
+    @property
+    def saved_step(self) -> int:
+        """The step whose weights are kept: that of the best held-out loss."""
+        return self.trainer.state.best_global_step or self.trainer.state.global_step
+
+    def save(self, folder: Path, console: Console, *, write: bool = True) -> None:
         """Writes the model (full) or the adapter (lora), the tokenizer and the chat template.
 
         A model is stored in the dtype it came in, so that before and after are of one size; unless rounding to it
         would undo what was learned, which happens where few steps of a low learning rate moved the weights too little.
+        All processes take part; one writes.
         """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with _quiet():
@@ -115,9 +113,10 @@ class Prepared:
                 and self._survives_rounding(model, console)
             ):
                 model = model.to(self.dtype)
-            model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
-        self.tokenizer.save_pretrained(folder)
+            if write:
+                model.save_pretrained(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
+                self.tokenizer.save_pretrained(folder)
 
     def _survives_rounding(self, model: Any, console: Console) -> bool:
         """Rounds the weights and scores the held-out rows again; puts the weights back if that cost too much."""
@@ -138,25 +137,52 @@ class Prepared:
         return False
 
 
-def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path, console: Console) -> Prepared:
+def prepare(
+    student: str,
+    examples: Examples,
+    config: TrainConfig,
+    folder: Path,
+    console: Console,
+    *,
+    teacher: str | None = None,
+    processes: Processes = ALONE,
+) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: those over `max_length` are left out. Whether training may go
-    on is train.data_checks' business. Raises RecipeError if the student cannot be loaded or has no chat template,
-    DataError if padding would change what a row teaches, DistillError if memory is too small.
+    on is train.data_checks' business. `teacher`: the reference of the model that soft distillation follows.
+    Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
+    there; DataError if padding would change what a row teaches; DistillError if memory is too small.
     """
+    _check_machine(config, processes)
     with _quiet():
         model, tokenizer, dtype = _load(student, config)
+        soft = _load_teacher(teacher, tokenizer, examples, config, console)
         rows = {part: datasets.Dataset.from_list(getattr(examples, part)) for part in ("train", "held_out")}
-        trainer = StudentTrainer(
-            model=model,
-            args=_arguments(config, folder),
-            train_dataset=rows["train"],
-            eval_dataset=rows["held_out"],
-            processing_class=tokenizer,
-            peft_config=_lora(config) if config.method == "lora" else None,
-            callbacks=[Milestones(config.checkpoint_steps), TrainProgress(console)],
-        )
+        tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
+        reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), _largest_step(config)))
+        if reason and config.gradient_checkpointing == "auto":
+            console.print(f"gradient checkpointing is on: {reason} (train.gradient_checkpointing: auto)")
+        settings: dict[str, Any] = {
+            "model": model,
+            "args": _arguments(config, folder, processes, checkpointing=bool(reason)),
+            "train_dataset": rows["train"],
+            "eval_dataset": rows["held_out"],
+            "processing_class": tokenizer,
+            "peft_config": None if config.weights == "full" else _lora(config),
+            "callbacks": [
+                Milestones(config.checkpoint_steps, config.eval_steps, config.early_stop, console),
+                TrainProgress(console),
+            ],
+            "step_rows": config.batch_size,
+            "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
+            "micro_rows": config.micro_batch_size,
+        }
+        if soft is None:
+            trainer = StudentTrainer(**settings)
+        else:
+            kind = GkdTrainer if config.method == "gkd" else KdTrainer
+            trainer = kind(teacher=soft, soft=config.kd, **settings)
         trainer.remove_callback(PrinterCallback)
         tokenised = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
         lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in tokenised.items()}
@@ -179,26 +205,60 @@ def prepare(student: str, examples: Examples, config: TrainConfig, folder: Path,
         faults=faults,
         differing=differing,
         dtype=dtype,
-        precision=precision(config.method),
+        precision=precision(config.weights),
+        patience=config.early_stop,
     )
+
+
+def _check_machine(config: TrainConfig, processes: Processes) -> None:
+    """Raises UsageError or RecipeError where the recipe asks for what this machine has not."""
+    if config.weights == "qlora":
+        check_qlora()
+    for name in config.report_to:
+        if find_spec(REPORTERS[name]) is None:
+            raise RecipeError(
+                f"train.report_to: {name} is not installed; pip install {REPORTERS[name]}, or leave it out"
+            )
+    if processes.count > config.batch_size:
+        raise RecipeError(
+            f"train.batch_size {config.batch_size} is less than a row for each of {processes.count} processes; raise it"
+        )
+    if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise UsageError(
+            f"{gpus} GPUs are visible to one process; use them all with `accelerate launch --num_processes {gpus} -m "
+            "train …`, or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     tokenizer = load_tokenizer(student)
+    dtype = weights_dtype(config.weights)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )  # Dettmers et al. 2023
+    quantised = {"quantization_config": four_bits} if config.weights == "qlora" else {}
     try:
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=weights_dtype(config.method))
+        model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised)
     except (OSError, ValueError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
-    if config.method == "full" and not torch.cuda.is_available():
-        needed = model.num_parameters() * ADAMW_BYTES
-        free = psutil.virtual_memory().available
-        if needed > free:
-            raise DistillError(
-                f"training all of {student} needs {needed / GIB:.1f} GiB more than its weights, {free / GIB:.1f} GiB "
-                "are free; use train.method: lora, or a smaller student"
-            )
+    check_optimizer_fits(student, model, config.weights)
+    if quantised:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model, tokenizer, stored
+
+
+def _load_teacher(
+    teacher: str | None, tokenizer: Any, examples: Examples, config: TrainConfig, console: Console
+) -> Teacher | None:
+    """The teacher of a soft distillation; says what memory it takes."""
+    if not config.soft:
+        return None
+    assert teacher is not None
+    texts = [row["completion"][0]["content"] for row in examples.train[:COMPARED_TEXTS]]
+    loaded = load_teacher(teacher, tokenizer, texts)
+    console.print(loaded.memory)
+    return loaded
 
 
 def _lora(config: TrainConfig) -> LoraConfig:
@@ -211,35 +271,45 @@ def _lora(config: TrainConfig) -> LoraConfig:
     )
 
 
-def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
-    rows = config.rows_at_once
+def _largest_step(config: TrainConfig) -> int:
+    return (config.micro_batch_size or config.batch_size) * config.max_length
+
+
+def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, checkpointing: bool) -> SFTConfig:
+    auto = config.gradient_checkpointing == "auto"
     return SFTConfig(
-        output_dir=str(folder),
+        output_dir=str(folder.resolve()),  # the best checkpoint is found again from any folder
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup,
         max_grad_norm=1.0,
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=config.batch_size // rows,
-        gradient_checkpointing=config.gradient_checkpointing,
+        per_device_train_batch_size=max(1, config.batch_size // processes.count),
+        gradient_accumulation_steps=1,  # StudentTrainer takes a step's rows apart itself
+        gradient_checkpointing=checkpointing if auto else config.gradient_checkpointing,
         max_length=None,  # nothing is cut: too long rows are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows
         completion_only_loss=True,
-        train_sampling_strategy="group_by_length",
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        bf16=autocast(config.method),
-        save_strategy="no",  # Milestones decides
-        eval_strategy="no",
-        save_total_limit=1,
+        bf16=autocast(config.weights),
+        save_strategy="steps",
+        save_steps=NEVER,
+        eval_strategy="steps",
+        eval_steps=NEVER,
+        save_total_limit=1,  # and the best one
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
         logging_steps=1,
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.report_to or "none",
     )
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _check_padding(trainer: StudentTrainer) -> None:
@@ -256,40 +326,6 @@ def _differing(trainer: StudentTrainer, tokenizer: Any, examples: list[dict[str,
         examples,
         lambda prompt: tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"],
     )
-
-
-def precision(method: str) -> str:
-    """In words: the weights' dtype, and autocast if there is any."""
-    return f"{weights_dtype(method)} weights".removeprefix("torch.") + (
-        ", bfloat16 autocast" if autocast(method) else ""
-    )
-
-
-def weights_dtype(method: str) -> torch.dtype:
-    """The dtype that a student is loaded in for training, by method and machine.
-
-    `full`: float32 always. In bfloat16 weights an update below half a unit in the last place is lost, and most are:
-    after 6 steps of a learning rate of 1e-5 SmolLM2-135M had a held-out loss of 0.848 in float32 and of 1.225 in
-    bfloat16, where it had started. `lora`: the base is frozen, so it stays in bfloat16 where that is native; PEFT
-    keeps the adapter in float32.
-    """
-    return torch.bfloat16 if method == "lora" and _native_bf16() else torch.float32
-
-
-def autocast(method: str) -> bool:
-    """Whether forward passes run in bfloat16: wherever that is native, but for `full` on a CPU.
-
-    There, autocast was 17% faster on 2 cores with avx512_bf16 (147 tokens/s against 126) but rounds the weights that
-    each step is computed with, so small updates stay unseen: 1.173 in the comparison above, against 0.848.
-    """
-    return _native_bf16() and (method == "lora" or torch.cuda.is_available())
-
-
-def _native_bf16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""Which rows a step takes, and which of them go through the student at once.
+
+A step's rows are drawn from rows of about one length; within it, micro-batches of a bounded number of tokens hold rows
+of nearly one length, so that little of what is computed is padding. Pure: no row is read, only lengths.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class StepSampler(Sampler[list[int]]):
+    """The rows of each step, in this process; over all processes every row once an epoch.
+
+    The order depends on the seed and the epoch alone: the library's samplers draw from torch's global generator, whose
+    state at the start of an epoch is gone when a training resumes in its middle. They also give some rows twice where
+    the processes do not divide the rows; here a last step that has fewer rows than there are processes joins the one
+    before it.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_rows: int, *, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.lengths = list(lengths)
+        self.step_rows = step_rows
+        self.seed = seed
+        self.rank, self.processes = rank, processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.step_rows)
+        return max(1, whole + (rest >= self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.steps():
+            yield rows[self.rank :: self.processes]
+
+    def steps(self) -> list[list[int]]:
+        """The rows of each step, the longest of a step first; the first step holds the longest of all."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.step_rows, generator=generator)
+        steps = [order[start : start + self.step_rows] for start in range(0, len(order), self.step_rows)]
+        if len(steps) > 1 and len(steps[-1]) < self.processes:
+            steps[-2:] = [steps[-2] + steps[-1]]
+        # Without this, lengths would fall from step to step.
+        shuffled = [0, *(1 + torch.randperm(len(steps) - 1, generator=generator)).tolist()]
+        return [sorted(steps[index], key=lambda row: -self.lengths[row]) for index in shuffled]
+
+
+class StepLoader(DataLoader[dict[str, torch.Tensor]]):
+    """A loader whose sampler is told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, StepSampler)
+        self.batch_sampler.set_epoch(epoch)
+
+
+def micro_batches(lengths: Sequence[int], *, tokens: int, rows: int | None = None) -> list[list[int]]:
+    """Splits rows into groups of at most so many tokens, padding counted, and at most so many rows; longest first.
+
+    A row that is longer than `tokens` is a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        group = groups[-1] if groups else []
+        if group and (len(group) + 1) * lengths[group[0]] <= tokens and len(group) != rows:
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def split(batch: dict[str, torch.Tensor], *, tokens: int, rows: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """A collated batch (rows, longest), padded on the right, as micro-batches, each cut to its longest row."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    groups = micro_batches(lengths, tokens=tokens, rows=rows)
+    return [{name: value[group, : lengths[group[0]]] for name, value in batch.items()} for group in groups]

@@ -1,0 +1,182 @@
+"""Soft distillation: the student follows the teacher's distribution over the vocabulary, on the same rows.
+
+    kd    forward KL on the kept answers, mixed with cross-entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)
+    gkd   generalised Jensen-Shannon divergence, in part on the student's own samples (Agarwal et al. 2024,
+          https://arxiv.org/abs/2306.13649)
+
+Loads the teacher from its folder, the Hub or the cache of embedded models; writes no file. Data order, checkpoints and
+the held-out loss are StudentTrainer's: they are the same for hard and soft.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import DistillError, RecipeError, first_line
+from pipeline.models import resolve_model
+from pipeline.train_config import KdConfig
+from train.machine import GIB, free_memory, native_bf16
+from train.student_trainer import Batch, StudentTrainer, completion_logits
+from train.teacher import known_files, parameters_of
+from train.tokens import MASKED, stop_tokens
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher whose distribution can be asked for."""
+
+    model: Any
+    vocabulary: int  # ids that teacher and student share: the first so many of either's logits
+    memory: str  # in words
+
+
+def load_teacher(reference: str, student: Any, texts: Iterable[str]) -> Teacher:
+    """Loads the teacher for inference, in bfloat16 where that is native. `student`: the student's tokenizer.
+
+    Raises RecipeError where only an API knows the teacher, or it has other tokens than the student, by its vocabulary
+    or in one of `texts`; DistillError where memory is too small for it.
+    """
+    mend = "use train.method: lora or full, which learn from its text"
+    try:
+        folder = resolve_model(reference)
+        known = known_files(reference)
+        if known is None:
+            raise RecipeError(f"soft distillation needs the teacher's weights, and {reference} has none here; {mend}")
+        tokenizer = AutoTokenizer.from_pretrained(known)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {mend}") from None
+    if difference := differing_tokens(tokenizer, student, texts):
+        raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {mend}")
+    dtype = torch.bfloat16 if native_bf16() else torch.float32
+    size = (parameters_of(known, reference) or 0) * dtype.itemsize
+    free = free_memory()
+    memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
+    if size > free:
+        raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {mend}")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {mend}") from None
+    shared = min(len(student), config.get_text_config().vocab_size)
+    return Teacher(model=model.eval().requires_grad_(False), vocabulary=shared, memory=memory)
+
+
+def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
+    """How the teacher's tokenizer differs from the student's; empty where both make the same ids of everything.
+
+    The models may still differ in the size of their outputs, which makers pad as they like.
+    """
+    own, other = student.get_vocab(), teacher.get_vocab()
+    if own != other:
+        differing = len({*own.items()} ^ {*other.items()})
+        return f"has another vocabulary than the student ({differing:,} tokens or ids are not shared)"
+    for text in texts:
+        if student(text)["input_ids"] != teacher(text)["input_ids"]:
+            return f"splits text into other tokens than the student: {text[:40]!r}"
+    return ""
+
+
+class KdTrainer(StudentTrainer):
+    """Minimises alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy on the kept answers.
+
+    The factor T^2 keeps the gradients of the two in proportion when the temperature changes (Hinton et al. 2015).
+    """
+
+    def __init__(self, *, teacher: Teacher, soft: KdConfig, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.aux_loss_enabled = False  # the router's loss of a mixture of experts is TRL's alone
+        self.soft, self.vocabulary = soft, teacher.vocabulary
+        self.teacher = teacher.model.to(self.args.device)
+
+    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
+        alpha, temperature = self.soft.alpha, self.soft.temperature
+        divergence = jsd(*self.log_probabilities(logits, inputs), beta=0)
+        hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
+        return alpha * temperature**2 * divergence + (1 - alpha) * hard
+
+    def log_probabilities(self, logits: torch.Tensor, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher's and student's log-probabilities (tokens, shared vocabulary) at the completion's places."""
+        with torch.no_grad():
+            other, _ = completion_logits(self.teacher, inputs)
+        shared, temperature = self.vocabulary, self.soft.temperature
+        teacher = log_softmax(other[:, :shared].float() / temperature, dim=-1)
+        return teacher, log_softmax(logits[:, :shared].float() / temperature, dim=-1)
+
+
+class GkdTrainer(KdTrainer):
+    """Minimises the divergence on the kept answers, and in a share of the steps on the student's own samples.
+
+    A sample begins at a kept prompt, is drawn from the student as it is (temperature 1), and ends with a stop token or
+    at max_new_tokens. No gradient goes through the drawing.
+    """
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        # Drawn anew for each step from its number, so that a resumed training makes the same choices.
+        if random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.soft.lmbda:
+            inputs = self.sampled(model, self._prepare_inputs(inputs))
+            tokens = (inputs["labels"] != MASKED).sum()
+            num_items_in_batch = self.accelerator.reduce(tokens, reduction="sum")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
+        return jsd(*self.log_probabilities(logits, inputs), beta=self.soft.beta)
+
+    def sampled(self, model: Any, inputs: Batch) -> Batch:
+        """The batch with its answers replaced by the student's own."""
+        student = self.accelerator.unwrap_model(model)
+        pad = self.processing_class.pad_token_id
+        prompts = [
+            ids[: int((labels != MASKED).nonzero()[0])]
+            for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True)
+        ]
+        ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
+        stops = stop_tokens(self.processing_class, student)
+        student.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            drawn = student.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=self.soft.max_new_tokens,
+                eos_token_id=sorted(stops),
+                pad_token_id=pad,
+            )[:, ids.shape[1] :]
+        student.train()
+        rows = []
+        for prompt, sample in zip(prompts, drawn, strict=True):
+            ends = torch.isin(sample, torch.tensor(sorted(stops), device=sample.device)).nonzero()
+            answer = sample[: int(ends[0]) + 1] if len(ends) else sample
+            labels = [MASKED] * len(prompt) + answer.tolist()
+            rows.append({"input_ids": [*prompt.tolist(), *answer.tolist()], "labels": labels})
+        return self._prepare_inputs(self.data_collator(rows))
+
+
+def jsd(teacher: torch.Tensor, student: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """The generalised Jensen-Shannon divergence, summed over the tokens, in nats (Agarwal et al. 2024, eq. 1).
+
+    beta * KL(P || M) + (1 - beta) * KL(Q || M) of the teacher's P and the student's Q, M = beta * P + (1 - beta) * Q;
+    at its ends, where that is 0, KL(P || Q) for beta 0 and KL(Q || P) for beta 1. Both (tokens, vocabulary), as
+    log-probabilities.
+    """
+    if beta == 0:
+        return kl_div(student, teacher, reduction="sum", log_target=True)
+    if beta == 1:
+        return kl_div(teacher, student, reduction="sum", log_target=True)
+    shares = torch.tensor([beta, 1 - beta], device=student.device).log()
+    mixture = torch.logaddexp(teacher + shares[0], student + shares[1])
+    of_teacher = kl_div(mixture, teacher, reduction="sum", log_target=True)
+    of_student = kl_div(mixture, student, reduction="sum", log_target=True)
+    return beta * of_teacher + (1 - beta) * of_student
