@@ -1,4 +1,4 @@
-"""`python -m evaluate RECIPE [--run DIR]`: perplexity, speed and memory of teacher and student, and the report."""
+"""`python -m evaluate RECIPE [--run DIR]`: quality, speed and memory of teacher and student, and the report."""
 
 from rich.console import Console
 
@@ -10,12 +10,17 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 def main(argv: list[str] | None = None) -> None:
     parser = stage_parser("evaluate", "Scores and times teacher and student, and writes report.json and report.html.")
     parser.add_argument("--report-only", action="store_true", help="measure nothing: write the report again")
-    parser.add_argument("--no-speed", action="store_true", help="start no server: perplexity and sizes only")
+    parser.add_argument("--no-speed", action="store_true", help="start no server: no speed and no probes")
     parser.add_argument("--force", action="store_true", help="measure again what was measured already")
     recipe, run, options = parse_stage(parser, argv)
     with run.locked():
         report = evaluate_run(
-            recipe, run, report_only=options.report_only, speed=not options.no_speed, force=options.force
+            recipe,
+            run,
+            options.recipe,
+            report_only=options.report_only,
+            speed=not options.no_speed,
+            force=options.force,
         )
     console = Console()
     print_report(report, console)

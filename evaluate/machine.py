@@ -1,4 +1,4 @@
-"""The machine the figures come from: its description for the report, and the precision models are scored in."""
+"""The machine the figures come from: its description for the report, and the precisions of scoring and of serving."""
 
 import os
 import platform
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate.models import Subject, measure_weights
+from pipeline.recipe import ServeConfig
+from serve.command import build_command
 from serve.machine import detect
+from serve.model_facts import DTYPE_BYTES, model_facts
 
 GIB = 1 << 30
 FLOAT32_BYTES = 4
@@ -29,6 +32,27 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     largest = max((w.parameters for w in weights if w), default=0)
     fits = largest * FLOAT32_BYTES < total_memory() * SHARE
     return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
+
+
+def engine_facts(folder: Path, config: ServeConfig) -> dict[str, int | str | None]:
+    """The dtype the engine computes in, and the bytes of KV cache that a token takes in it.
+
+    2 (keys and values) · layers · KV heads · head size · bytes of the dtype, from the model's config.json.
+    """
+    facts = model_facts(str(folder), ask_hub=False)
+    command = build_command(
+        str(folder),
+        served_name=folder.name,
+        host="127.0.0.1",
+        port=1,
+        config=config,
+        machine=detect(),
+        facts=facts,
+        environ={},
+    )
+    dtype = command.dtype or facts.dtype
+    values, size = facts.kv_values_per_token, DTYPE_BYTES.get(dtype or "")
+    return {"served_dtype": dtype, "kv_bytes_per_token": values * size if values and size else None}
 
 
 def total_memory() -> int:

@@ -1,8 +1,8 @@
-"""The models under comparison: teacher, student before training, student after.
+"""The models under comparison: teacher, student before training, student after, and any other the recipe names.
 
 Reads the recipe, the run's student/ and student-init/. Writes one thing: a LoRA student merged into an ordinary model
-folder (evaluation/student-merged), so that the engine runs it at full speed. Scoring and timing are left to
-`evaluate.perplexity` and `evaluate.speed`.
+folder (evaluation/<model>-merged), so that the engine runs it at full speed. Scoring and timing are left to
+`evaluate.perplexity` and `evaluate.served`.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ class Weights:
 
 
 def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
-    """Teacher, student before, student after, in the order of the report.
+    """Teacher, student before, student after, then `evaluate.models`: the order of the report.
 
-    Raises UsageError where there is no student yet.
+    Raises UsageError where there is no student yet, or another model is not there.
     """
     if recipe.student is None:
         raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
@@ -66,7 +66,24 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
         _teacher(recipe),
         Subject("student_before", "student before", reference, before),
         Subject("student_after", "student after", reference, after, adapter),
+        *(_other(f"other_{number}", other) for number, other in enumerate(recipe.evaluate.models, start=1)),
     ]
+
+
+def _other(key: str, reference: str) -> Subject:
+    """A model that the recipe names beside its own: a run's folder stands for that run's student."""
+    path = Path(reference).expanduser()
+    folder, label = path, path.name
+    if (path / "student").is_dir():
+        folder, label = path / "student", f"student of {path.name}"
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return Subject(key, label, reference, _folder(reference if folder == path else str(folder)))
+    try:
+        base = json.loads(config.read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{config}: it names no base model ({error}); train that student again") from None
+    return Subject(key, label, reference, _folder(base), folder)
 
 
 def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
@@ -159,13 +176,13 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def digest_subject(subject: Subject) -> str:
-    """What identifies the weights: contents for a student, names and sizes for the (large, unchanging) others."""
+    """What identifies the weights: names and sizes for the (unchanging) teacher and base, else contents."""
     if subject.folder is None:
         return _sha256(subject.reference, subject.missing)
     parts = [subject.reference]
     if subject.adapter is not None:
         parts.append(digest_files(subject.adapter))
-    if subject.key == "student_after" and subject.adapter is None:
+    elif subject.key not in ("teacher", "student_before"):
         parts.append(digest_files(subject.folder))
     else:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
@@ -214,12 +231,12 @@ def engine_folder(subject: Subject, run: RunDir) -> Path:
         raise DistillError(subject.missing)
     if subject.adapter is None:
         return subject.folder
-    merged = run.path / "evaluation" / "student-merged"
-    made_of = {"base": subject.reference, "adapter": digest_files(subject.adapter)}
+    merged = run.path / "evaluation" / f"{subject.key}-merged"
+    made_of = {"base": str(subject.folder), "adapter": digest_files(subject.adapter)}
     marker = merged / MERGED_FROM
     if marker.is_file() and json.loads(marker.read_bytes()) == made_of:
         return merged
-    work = merged.with_name("student-merged.tmp")
+    work = merged.with_name(f"{merged.name}.tmp")
     for old in (work, merged):
         shutil.rmtree(old, ignore_errors=True)
     work.mkdir(parents=True)

@@ -16,10 +16,9 @@ from typing import Any
 
 import msgspec
 
+from evaluate.bootstrap import SEED, Figure, draw
 from pipeline.records import Kept, Message
 
-SEED = 0  # of the choice of rows and of the bootstrap
-RESAMPLES = 2000
 LOGITS_BYTES = 512 << 20  # logits of one batch, at 4 bytes a value
 CHUNK = 256  # positions whose logits are held in float32 at once
 
@@ -155,37 +154,22 @@ def bits_per_character(scores: Sequence[RowScore]) -> float:
     return sum(s.nll_nats for s in scores) / math.log(2) / max(1, sum(s.characters for s in scores))
 
 
-@dataclass(frozen=True)
-class Resamples:
-    """Figures of each model (first axis) on each resample (second axis): numpy arrays."""
+def bootstrap(scores: Sequence[Sequence[RowScore]]) -> list[tuple[Figure, Figure]]:
+    """Every model's perplexity and bits per character, on resamples of the same prompts.
 
-    perplexity: Any
-    bits_per_character: Any
-
-
-def bootstrap(scores: Sequence[Sequence[RowScore]], resamples: int = RESAMPLES) -> Resamples:
-    """Every model's figures on resamples of the same prompts, so that differences are paired.
-
-    The prompt is what is drawn: several answers to one prompt are not independent. Every model must have scored the
-    same rows. (Percentile bootstrap, Efron and Tibshirani 1993.)
+    Every model must have scored the same rows.
     """
     import numpy as np
 
     prompts = sorted({score.prompt_id for score in scores[0]})
     place = {prompt: number for number, prompt in enumerate(prompts)}
-    sums = np.zeros((len(scores), len(prompts), 3))  # NLL, tokens, characters of each prompt
-    for number, rows in enumerate(scores):
+    counts = draw(len(prompts))
+    figures = []
+    for rows in scores:
+        sums = np.zeros((len(prompts), 3))  # NLL, tokens, characters of each prompt
         for score in rows:
-            sums[number, place[score.prompt_id]] += (score.nll_nats, score.tokens, score.characters)
-    drawn = np.random.default_rng(SEED).integers(0, len(prompts), (resamples, len(prompts)))
-    counts = np.zeros((resamples, len(prompts)))
-    np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
-    nll, tokens, characters = np.moveaxis(counts @ sums, -1, 0)
-    return Resamples(np.exp(nll / tokens), nll / math.log(2) / np.maximum(characters, 1))
-
-
-def interval(values: Any) -> list[float]:
-    """The 2.5th and the 97.5th percentile."""
-    import numpy as np
-
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+            sums[place[score.prompt_id]] += (score.nll_nats, score.tokens, score.characters)
+        nll, tokens, characters = (counts @ sums).T
+        bits = nll / math.log(2) / np.maximum(characters, 1)
+        figures.append((Figure(perplexity(rows), np.exp(nll / tokens)), Figure(bits_per_character(rows), bits)))
+    return figures

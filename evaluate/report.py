@@ -108,7 +108,7 @@ class Headline(msgspec.Struct, frozen=True, kw_only=True):
     perplexity_after_over_before: Estimate | None = None  # paired
     bits_after_over_teacher: Estimate | None = None  # bits per character, paired
     claims: list[Claim] = []  # every part of the promise, the ones not measured too
-    holds: bool | None = None  # all parts that were measured hold, and each axis has one; None: an axis has none
+    holds: bool | None = None  # every measured part holds; None: so it is, but an axis has no measured part
     verdict: str = ""  # for people: which parts hold, which do not, which were not measured
 
 

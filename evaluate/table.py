@@ -1,39 +1,68 @@
-"""The report as a table in the terminal."""
+"""The report as tables in the terminal: quality, speed and memory, the promise. 80 characters hold each of them."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.report import Estimate, ModelReport, Report, number
+from evaluate.promise import answer
+from evaluate.report import Claim, Difference, Estimate, ModelReport, ProbeFigures, Report, WinRate, number
 
 NOTHING = "–"
-COLUMNS = ("perplexity", "bits/char", "tokens/s", "peak MiB", "weights MiB", "params")
+QUALITY = ("perplexity", "bits/char", "passing", "named", "loops", "ended", "distinct-2", "judge")
+SPEED = ("tokens/s", "tokens/s alone", "first token", "peak MiB", "weights MiB", "params", "KV B/token")
+COLUMNS = (*QUALITY, *SPEED)
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The headline, a row a model (95% intervals below the figures), and the notes."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)  # 80 characters hold it all
-    for model in report.models:
-        table.add_row(model.label, *cells(model))
-    console.print(f"[bold]{report.recipe}[/bold]: {report.rows.scored} held-out answers", highlight=False)
-    console.print(table)
+    """A row a model (95% intervals below the figures), the judge's choices, the promise, and the notes."""
+    console.print(f"[bold]{report.recipe}[/bold]: {_asked(report)}", highlight=False)
+    console.print(_quality_table(report))
+    for difference in report.differences:
+        if difference.figure == "passing" and difference.part == "all":
+            console.print(_said(difference, report), highlight=False, markup=False)
+    for win in report.wins:
+        if win.part == "all":
+            console.print(_won(win, report), highlight=False, markup=False)
+    console.print(_table(SPEED, [(model.label, speed_cells(model)) for model in report.models]))
+    console.print(_promise_table(report.headline.claims))
     console.print(report.headline.text, style="bold", highlight=False, markup=False)
     for note in report.notes:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
 def cells(model: ModelReport) -> list[str]:
-    """One text a column."""
+    """One text a column of COLUMNS."""
+    return quality_cells(model.perplexity, model.bits_per_character, _all(model)) + speed_cells(model)
+
+
+def quality_cells(perplexity: Estimate | None, bits: Estimate | None, probes: ProbeFigures | None) -> list[str]:
+    """One text a column of QUALITY."""
+    given = probes or ProbeFigures(prompts=0)
     return [
-        _estimate(model.perplexity),
-        _estimate(model.bits_per_character, digits=3),
-        NOTHING if model.tokens_per_s is None else number(model.tokens_per_s),
+        _estimate(perplexity),
+        _estimate(bits, digits=3),
+        _share(given.passing),
+        _share(given.named),
+        _share(given.loops),
+        _share(given.stopped),
+        _estimate(given.distinct_2, digits=2),
+        _estimate(given.judge, digits=2),
+    ]
+
+
+def speed_cells(model: ModelReport) -> list[str]:
+    """One text a column of SPEED."""
+    speed = NOTHING if model.tokens_per_s is None else number(model.tokens_per_s)
+    if model.tokens_per_s_range:
+        speed += f"\n{_span(number(model.tokens_per_s_range[0]), number(model.tokens_per_s_range[1]))}"
+    return [
+        speed,
+        _estimate(model.tokens_per_s_alone),
+        _milliseconds(model.first_token_s),
         _count(model.peak_rss_mib),
         _count(model.weights_mib),
         millions(model.parameters),
+        _count(model.kv_bytes_per_token),
     ]
 
 
@@ -44,11 +73,101 @@ def millions(parameters: int | None) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
+def _asked(report: Report) -> str:
+    text = f"{report.rows.scored} held-out answers"
+    probes = report.probes
+    if probes:
+        text += f", {probes.seen} new prompts"
+        text += f", {probes.unseen} with values never seen" if probes.unseen else ""
+    return text
+
+
+def _quality_table(report: Report) -> Table:
+    rows = []
+    for model in report.models:
+        rows.append((model.label, quality_cells(model.perplexity, model.bits_per_character, _all(model))))
+        unseen = model.probes.unseen if model.probes else None
+        if unseen:
+            scored = model.unseen_perplexity, model.unseen_bits_per_character
+            rows.append(("  unseen only", quality_cells(*scored, unseen)))
+    return _table(QUALITY, rows)
+
+
+def _promise_table(claims: list[Claim]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("the chapter's promise")
+    for column in ("promised", "here", "95%", "holds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for claim in claims:
+        shown = "{:.1%}" if claim.axis == "quality" else "{:.2f}×"
+        value = claim.value
+        here = shown.format(value.value) if value else NOTHING
+        width = f"{shown.format(value.low)}–{shown.format(value.high)}" if value and value.low < value.high else ""
+        promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
+        table.add_row(claim.text, promised, here, width, answer(claim))
+    return table
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for label, shown in rows:
+        table.add_row(label, *shown)
+    return table
+
+
+def _said(difference: Difference, report: Report) -> str:
+    change = difference.change
+    found = {True: "better", False: "worse", None: "may be chance"}[difference.improved]
+    return (
+        f"passing, {_label(difference.model, report)} − {_label(difference.against, report)}: "
+        f"{change.value:+.0%} ({change.low:+.0%} to {change.high:+.0%}), {found}"
+    )
+
+
+def _won(win: WinRate, report: Report) -> str:
+    rate = f"{win.rate.value:.0%} ({_span(f'{win.rate.low:.0%}', f'{win.rate.high:.0%}')})" if win.rate else NOTHING
+    text = (
+        f"judge, {_label(win.model, report)} against {_label(win.against, report)}: {rate}; {win.wins} won, "
+        f"{win.ties} tied, {win.losses} lost"
+    )
+    if win.first_chosen is not None:
+        text += f"; chose the first {win.first_chosen:.0%}, order decided {win.flipped}"
+    return text + (f"; {win.unjudged} unread" if win.unjudged else "")
+
+
+def _label(key: str, report: Report) -> str:
+    return next((model.label for model in report.models if model.key == key), key)
+
+
+def _all(model: ModelReport) -> ProbeFigures | None:
+    return model.probes.all if model.probes else None
+
+
 def _estimate(estimate: Estimate | None, digits: int | None = None) -> str:
     if estimate is None:
         return NOTHING
     shown = [number(v) if digits is None else f"{v:.{digits}f}" for v in (estimate.value, estimate.low, estimate.high)]
-    return f"{shown[0]}\n{shown[1]}–{shown[2]}"
+    return f"{shown[0]}\n{_span(*shown[1:])}"
+
+
+def _share(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return NOTHING
+    return f"{estimate.value:.0%}\n{_span(f'{100 * estimate.low:.0f}', f'{estimate.high:.0%}')}"
+
+
+def _milliseconds(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return NOTHING
+    low, high = f"{1000 * estimate.low:,.0f}", f"{1000 * estimate.high:,.0f}"
+    return f"{1000 * estimate.value:,.0f} ms\n{_span(low, high)}"
+
+
+def _span(low: str, high: str) -> str:
+    return f"{low}–{high}"
 
 
 def _count(value: float | None) -> str:

@@ -174,9 +174,18 @@ def _judge(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
 
 
 def _recipe(recipe: Recipe, config: JudgeConfig, questions: Path, attempt: int) -> Recipe:
-    """The judge's own run: the same engine, another endpoint and prompts. Greedy, but when it is asked again."""
-    model, url = _judge(recipe, config)
     properties = {name: {"type": "integer", "enum": SCORES} for name in (*config.rubric, "score")}
+    return judge_recipe(recipe, config, questions, attempt, properties)
+
+
+def judge_recipe(
+    recipe: Recipe, config: JudgeConfig, questions: Path, attempt: int, properties: dict[str, Any]
+) -> Recipe:
+    """The judge's own run: the same engine, another endpoint and prompts. Greedy, but when it is asked again.
+
+    `properties` are those of the JSON object it replies with, all of them required.
+    """
+    model, url = _judge(recipe, config)
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
     own = config.model is None and config.base_url is None

@@ -13,14 +13,16 @@ import evaluate.run
 from evaluate.__main__ import main
 from evaluate.models import engine_folder, load, measure_weights, subjects
 from evaluate.perplexity import perplexity, score_rows
-from evaluate.results import Measurement, SpeedResult, read_held_out, speed_measurement
+from evaluate.results import Burst, Lone, Measurement, Measurements, SpeedResult, read_held_out
 from evaluate.run import evaluate_run
+from evaluate.speed import speed_prompts
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 
 ROWS = 6
+PATH = Path("recipe.yaml")  # where functions of a recipe's rules would be looked for
 
 
 @pytest.fixture
@@ -65,34 +67,36 @@ def shift_weights(folder: Path, by: float = 0.02) -> None:
 
 def save_speeds(recipe: Recipe, run: RunDir) -> None:
     """What two servers would have given: the teacher 100 tokens in 10 s, the student 120 in 4 s."""
-    rows, _ = read_held_out(run, recipe.evaluate.max_rows)
     for subject, tokens, wall_s in zip(subjects(recipe, run), (100, None, 120), (10.0, None, 4.0), strict=True):
         if tokens and wall_s:
-            measurement = speed_measurement(subject, recipe, run, rows)
-            measurement.save(speed_result(measurement, tokens, wall_s, rows[0].prompt_id))
+            measurement = speed_of(subject, recipe, run)
+            measurement.save(speed_result(measurement, tokens, wall_s))
 
 
-def speed_result(measurement: Measurement, tokens: int, wall_s: float, prompt: str) -> SpeedResult:
+def speed_of(subject: Any, recipe: Recipe, run: RunDir) -> Measurement:
+    return Measurements(subject, recipe, run).speed(speed_prompts(recipe, run, read_held_out(run)))
+
+
+def speed_result(measurement: Measurement, tokens: int, wall_s: float) -> SpeedResult:
+    """Three timings, the middle one of `wall_s`; three lone requests, 10 tokens in 1 s, the first after 0.1 to 0.3."""
     return SpeedResult(
         fingerprint=measurement.fingerprint,
         device="cpu",
-        requests=11,
-        failed=1,
-        completion_tokens=tokens,
-        wall_s=wall_s,
+        dtype="float32",
+        bursts=[Burst(11, 1, tokens, wall_s * factor) for factor in (1, 0.8, 1.25)],
+        alone=[Lone(first, 1.0, 10) for first in (0.1, 0.3, 0.2)],
         startup_s=1.0,
         peak_rss_bytes=3 << 30,
-        answers={} if measurement.subject.key == "teacher" else {prompt: "A student's answer."},
     )
 
 
 def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
     save_speeds(recipe, run)
-    report = evaluate_run(recipe, run, speed=False)
+    report = evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["teacher", "student_before", "student_after"]
     teacher, before, after = report.models
     assert before.perplexity and after.perplexity and teacher.perplexity
-    rows, _ = read_held_out(run, 200)
+    rows = read_held_out(run)
     model, tokenizer = load(subjects(recipe, run)[2], dtype="float32", device="cpu")
     expected = perplexity(score_rows(model, tokenizer, rows))
     assert after.perplexity.value == pytest.approx(expected, rel=0.02)  # it may be scored in bfloat16
@@ -102,8 +106,10 @@ def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recip
     assert teacher.tokens_per_s == 10 and after.tokens_per_s == 30 and before.tokens_per_s is None
     assert after.mean_completion_tokens == 12  # over the ten that were answered
     assert after.peak_rss_mib == 3072
-    assert report.headline.speed_ratio == 3
-    assert report.samples[0].answers[-1].text == "A student's answer."
+    assert after.tokens_per_s_range == (24, 37.5) and report.headline.speed_ratio == 3
+    assert after.tokens_per_s_alone and after.tokens_per_s_alone.value == 10
+    assert after.first_token_s and after.first_token_s.value == 0.2
+    assert report.samples == [] and report.probes is None and "Probes were not answered." in report.notes
     assert json.loads(run.report.read_bytes())["models"][2]["tokens_per_s"] == 30
     assert "3.0 times as fast" in run.report_html.read_text(encoding="utf-8")
     lineage = json.loads(run.lineage.read_bytes())["evaluate"]
@@ -113,11 +119,11 @@ def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recip
 def test_nothing_changed_so_nothing_is_measured(
     run: RunDir, recipe: Recipe, loaded: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = evaluate_run(recipe, run, speed=False)
+    first = evaluate_run(recipe, run, PATH, speed=False)
     loaded.clear()
-    assert evaluate_run(recipe, run, speed=False) == first
+    assert evaluate_run(recipe, run, PATH, speed=False) == first
     assert loaded == [] and "the report is up to date" in capsys.readouterr().err
-    evaluate_run(recipe, run, speed=False, force=True)
+    evaluate_run(recipe, run, PATH, speed=False, force=True)
     assert loaded == ["teacher", "student_before", "student_after"]
 
 
@@ -133,19 +139,19 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
 
     monkeypatch.setattr(evaluate.run, "load", stopped)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(recipe, run, speed=False)
+        evaluate_run(recipe, run, PATH, speed=False)
     assert not run.report.exists()
     monkeypatch.setattr(evaluate.run, "load", counting)
-    evaluate_run(recipe, run, speed=False)
+    evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["teacher", "student_before", "student_after"]
 
 
 def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
     save_speeds(recipe, run)
-    first = evaluate_run(recipe, run, speed=False)
+    first = evaluate_run(recipe, run, PATH, speed=False)
     loaded.clear()
     shift_weights(run.student)  # the same names and sizes, other values
-    second = evaluate_run(recipe, run, speed=False)
+    second = evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["student_after"]
     assert second.headline.perplexity_after != first.headline.perplexity_after
     assert second.models[2].tokens_per_s is None  # the old student's speed is not this one's
@@ -154,43 +160,42 @@ def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe
 
 def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
     save_speeds(recipe, run)
-    evaluate_run(recipe, run, speed=False)
-    rows, _ = read_held_out(run, recipe.evaluate.max_rows)
-    measurement = speed_measurement(subjects(recipe, run)[2], recipe, run, rows)
-    measurement.save(speed_result(measurement, 120, 8.0, rows[0].prompt_id))  # of the same things, another time
-    assert evaluate_run(recipe, run, speed=False).models[2].tokens_per_s == 15
+    evaluate_run(recipe, run, PATH, speed=False)
+    measurement = speed_of(subjects(recipe, run)[2], recipe, run)
+    measurement.save(speed_result(measurement, 120, 8.0))  # of the same things, another time
+    assert evaluate_run(recipe, run, PATH, speed=False).models[2].tokens_per_s == 15
 
 
 def test_other_rows_are_scored_anew(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
-    evaluate_run(recipe, run, speed=False)
+    evaluate_run(recipe, run, PATH, speed=False)
     loaded.clear()
     fewer = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_rows": 3})})
-    assert evaluate_run(fewer, run, speed=False).rows.scored == 3
+    assert evaluate_run(fewer, run, PATH, speed=False).rows.scored == 3
     assert len(loaded) == 3
 
 
 def test_report_only_measures_nothing(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
     with pytest.raises(UsageError, match="nothing measured yet"):
-        evaluate_run(recipe, run, report_only=True)
-    evaluate_run(recipe, run, speed=False)
+        evaluate_run(recipe, run, PATH, report_only=True)
+    evaluate_run(recipe, run, PATH, speed=False)
     loaded.clear()
     run.report_html.write_text("old")
-    evaluate_run(recipe, run, report_only=True, force=True)
+    evaluate_run(recipe, run, PATH, report_only=True, force=True)
     assert loaded == [] and run.report_html.read_text(encoding="utf-8").startswith("<!doctype html>")
     shift_weights(run.student)
-    assert evaluate_run(recipe, run, report_only=True).models[2].perplexity is None
+    assert evaluate_run(recipe, run, PATH, report_only=True).models[2].perplexity is None
 
 
 def test_a_row_too_long_for_one_model_counts_for_none(run: RunDir, recipe: Recipe) -> None:
     config = run.student / "config.json"
     config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 80'))
-    rows = evaluate_run(recipe, run, speed=False).rows
+    rows = evaluate_run(recipe, run, PATH, speed=False).rows
     assert rows.scored + rows.left_out == ROWS and 0 < rows.left_out < ROWS
 
 
 def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
     teacher = recipe.teacher.model_copy(update={"model": "gpt-4.1", "base_url": "https://api.example.com/v1"})
-    report = evaluate_run(recipe.model_copy(update={"teacher": teacher}), run, speed=False)
+    report = evaluate_run(recipe.model_copy(update={"teacher": teacher}), run, PATH, speed=False)
     assert loaded == ["student_before", "student_after"]
     assert report.models[0].perplexity is None and report.headline.perplexity_teacher is None
     assert "teacher: not available: the teacher answers at api.example.com" in report.notes[0]
@@ -215,7 +220,7 @@ def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recip
 def test_what_is_wrong_is_said_in_one_line(run: RunDir, recipe: Recipe, break_it: Any, message: str) -> None:
     break_it(run)
     with pytest.raises(UsageError, match=message) as caught:
-        evaluate_run(recipe, run, speed=False)
+        evaluate_run(recipe, run, PATH, speed=False)
     assert "\n" not in str(caught.value)
 
 

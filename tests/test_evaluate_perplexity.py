@@ -8,6 +8,7 @@ import pytest
 from tiny_student import END, kept_row, story_rows, tiny_model, tiny_tokenizer
 
 import evaluate.perplexity as scoring
+from evaluate.bootstrap import Figure
 from evaluate.perplexity import (
     RowScore,
     bits_per_character,
@@ -15,7 +16,6 @@ from evaluate.perplexity import (
     choose_rows,
     encode_row,
     end_of_turn,
-    interval,
     perplexity,
     score_rows,
 )
@@ -130,17 +130,23 @@ def test_the_choice_of_rows_is_seeded_and_ignores_the_order() -> None:
 def test_the_interval_of_one_prompt_is_a_point_and_of_two_their_extremes() -> None:
     # Two answers to one prompt are drawn together, so there is nothing to vary.
     one = [RowScore("a", "p", 1.0, 1, 1), RowScore("b", "p", 3.0, 1, 1)]
-    assert interval(bootstrap([one]).perplexity[0]) == pytest.approx([math.exp(2)] * 2)
+    assert ends(bootstrap([one])[0][0]) == pytest.approx([math.exp(2)] * 2)
     # Two prompts: {a, a} and {b, b} each come up in a quarter of the resamples, far more than 2.5%.
     two = [RowScore("a", "p", 1.0, 1, 1), RowScore("b", "q", 3.0, 1, 1)]
-    assert interval(bootstrap([two]).perplexity[0]) == pytest.approx([math.e, math.exp(3)])
+    assert ends(bootstrap([two])[0][0]) == pytest.approx([math.e, math.exp(3)])
 
 
 def test_differences_are_paired() -> None:
     before = [RowScore(str(i), str(i), 1.0 + i, 2, 4) for i in range(20)]
     after = [RowScore(s.id, s.prompt_id, s.nll_nats - 1.0, s.tokens, s.characters) for s in before]
-    ours, theirs = bootstrap([after, before]).perplexity
+    (ours, _), (theirs, _) = bootstrap([after, before])
     # Each row improves by half a nat a token, whichever rows are drawn; unpaired, the interval would be wide.
-    assert interval(ours / theirs) == pytest.approx([math.exp(-0.5)] * 2)
-    low, high = interval(theirs)
+    quotient = ours.over(theirs)
+    assert quotient and (quotient.low, quotient.high) == pytest.approx([math.exp(-0.5)] * 2)
+    low, high = ends(theirs)
     assert high / low > 2
+
+
+def ends(figure: Figure) -> tuple[float, float]:
+    estimate = figure.estimate()
+    return estimate.low, estimate.high
