@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import DataError
-from pipeline.records import Kept, Message, encode_line, question_text, read_jsonl
+from pipeline.records import Completion, Kept, Message, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -91,7 +91,7 @@ def split_from(rows: list[Kept], held_out: list[Kept]) -> Split:
     return Split(train=train, held_out=held_out)
 
 
-def prompt_text(row: Kept) -> str:
+def prompt_text(row: Completion) -> str:
     """A conversation up to the answer, without what makes it no other question."""
     return question_text(row.messages)
 
