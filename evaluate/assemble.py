@@ -90,7 +90,7 @@ def build_report(recipe: Recipe, run: RunDir, measured: Measured) -> Report:
         recipe=recipe.name,
         fingerprint=report_fingerprint(recipe, run, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(reports, held_out_figures, quality),
+        headline=_headline(reports, held_out_figures, quality, rows),
         models=reports,
         rows=rows,
         samples=_samples(measured, answers, quality, results),
@@ -192,7 +192,7 @@ def _alone_fields(alone: Sequence[Lone]) -> dict[str, Any]:
     }
 
 
-def _headline(reports: Sequence[ModelReport], held_out: Figures, quality: Quality) -> Headline:
+def _headline(reports: Sequence[ModelReport], held_out: Figures, quality: Quality, rows: Rows) -> Headline:
     teacher, before, after = (next(r for r in reports if r.key == k) for k in (TEACHER, BEFORE, AFTER))
     share = after.parameters / teacher.parameters if after.parameters and teacher.parameters else None
     speed = after.tokens_per_s / teacher.tokens_per_s if after.tokens_per_s and teacher.tokens_per_s else None
@@ -203,9 +203,17 @@ def _headline(reports: Sequence[ModelReport], held_out: Figures, quality: Qualit
         part = f"perplexity {number(before.perplexity.value)} → {number(after.perplexity.value)}"
         parts.append(part + (f" (teacher {number(teacher.perplexity.value)})" if teacher.perplexity else ""))
     if (passing := _passing(after)) and (were := _passing(before)):
-        part = f"{were.value:.0%} → {passing.value:.0%} of new prompts answered by the rules"
+        part = f"{were.value:.0%} → {passing.value:.0%} of new prompts answered as the rules want"
         parts.append(part + (f" (teacher {taught.value:.0%})" if (taught := _passing(teacher)) else ""))
-    promised = claims(held_out, quality.parts["all"].figures if quality.parts else {}, teacher, after)
+    probes = quality.parts.get("all")
+    promised = claims(
+        held_out,
+        probes.figures if probes else {},
+        teacher,
+        after,
+        scored=rows.prompts,
+        answered=len(probes.prompts) if probes else 0,
+    )
     return Headline(
         text="student: " + (", ".join(parts) or "nothing measured yet"),
         parameters_share=share,

@@ -73,9 +73,8 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
 def _other(key: str, reference: str) -> Subject:
     """A model that the recipe names beside its own: a run's folder stands for that run's student."""
     path = Path(reference).expanduser()
-    folder, label = path, path.name
-    if (path / "student").is_dir():
-        folder, label = path / "student", f"student of {path.name}"
+    folder = path / "student" if (path / "student").is_dir() else path
+    label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
     config = folder / "adapter_config.json"
     if not config.is_file():
         return Subject(key, label, reference, _folder(reference if folder == path else str(folder)))
@@ -182,7 +181,7 @@ def digest_subject(subject: Subject) -> str:
     parts = [subject.reference]
     if subject.adapter is not None:
         parts.append(digest_files(subject.adapter))
-    elif subject.key not in ("teacher", "student_before"):
+    if subject.adapter is None and subject.key not in ("teacher", "student_before"):
         parts.append(digest_files(subject.folder))
     else:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]

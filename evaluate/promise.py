@@ -1,12 +1,16 @@
 """What the chapter promises of a student, and whether this run keeps it. Pure arithmetic.
 
 The promise is "90-95% of the teacher's quality, 3 times smaller, 3 times faster, a third of the memory". Each part is
-a ratio that must be at least so large, and holds only where the whole of its interval is.
+a ratio that must be at least so large, and holds only where the whole of its interval is. A figure over fewer than 30
+prompts shows no quality, whatever its interval: answers that all pass have one of no width, while by the rule of three
+(Hanley and Lippman-Hand 1983) 30 without a fault leave room for 10% of faults, which is what the promise allows.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
+
+import msgspec
 
 from evaluate.bootstrap import Figure
 from evaluate.report import Claim, Estimate, ModelReport
@@ -14,16 +18,19 @@ from evaluate.results import AFTER, TEACHER
 
 QUALITY = 0.9  # of the teacher's: the lower end of the chapter's 90-95%
 TIMES = 3.0  # smaller, faster, and less memory
+ENOUGH = 30  # prompts
 AXES = ("quality", "memory", "speed")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
 Figures = Mapping[str, Mapping[str, Figure]]  # model → name → figure
 
 
-def claims(held_out: Figures, probes: Figures, teacher: ModelReport, after: ModelReport) -> list[Claim]:
+def claims(
+    held_out: Figures, probes: Figures, teacher: ModelReport, after: ModelReport, *, scored: int, answered: int
+) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
-    `held_out` has bits per character, `probes` the figures of all probes.
+    `held_out` has bits per character, over `scored` prompts; `probes` the figures of all `answered` probes.
     """
     bits = _over(held_out, "bits_per_character", TEACHER, AFTER)
     passing = _over(probes, "passing", AFTER, TEACHER)
@@ -32,9 +39,9 @@ def claims(held_out: Figures, probes: Figures, teacher: ModelReport, after: Mode
     if memory is None:
         memory, what = _point(teacher.weights_mib, after.weights_mib), "weights"
     return [
-        _claim("quality_bits", "quality", "bits per character, teacher's over student's", QUALITY, bits),
-        _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", QUALITY, passing),
-        _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", QUALITY, judge),
+        _quality("quality_bits", "bits per character, teacher's over student's", bits, scored),
+        _quality("quality_probes", "probes that pass the rules, student's over teacher's", passing, answered),
+        _quality("quality_judge", "judge's mean above 1, student's over teacher's", judge, answered),
         _claim(
             "size",
             "memory",
@@ -80,6 +87,11 @@ def answer(claim: Claim) -> str:
     if claim.holds is None:
         return "–"
     return "yes" if claim.holds else "not shown" if claim.undecided else "no"
+
+
+def _quality(name: str, text: str, value: Estimate | None, prompts: int) -> Claim:
+    claim = _claim(name, "quality", text, QUALITY, value)
+    return msgspec.structs.replace(claim, holds=False, undecided=True) if claim.holds and prompts < ENOUGH else claim
 
 
 def _claim(

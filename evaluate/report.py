@@ -84,7 +84,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """One part of what the chapter promises of the student, and what this run says to it.
 
     `holds` is true only where the whole interval keeps the promise: a miss, and a hit that chance may explain, are
-    false. `undecided` tells the latter: the promised figure lies within the interval.
+    false. `undecided` tells the latter: the promised figure lies within the interval, or the prompts are too few.
     """
 
     name: str  # quality_bits, quality_probes, quality_judge, size, speed, memory

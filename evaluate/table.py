@@ -1,4 +1,4 @@
-"""The report as tables in the terminal: quality, speed and memory, the promise. 80 characters hold each of them."""
+"""The report as tables in the terminal: answers held out, probes, speed and memory, the promise; 80 characters wide."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -8,15 +8,18 @@ from evaluate.promise import answer
 from evaluate.report import Claim, Difference, Estimate, ModelReport, ProbeFigures, Report, WinRate, number
 
 NOTHING = "–"
-QUALITY = ("perplexity", "bits/char", "passing", "named", "loops", "ended", "distinct-2", "judge")
+HELD_OUT = ("perplexity", "bits/char")
+PROBES = ("passing", "named", "loops", "stopped", "dist-2", "length", "judge")
 SPEED = ("tokens/s", "tokens/s alone", "first token", "peak MiB", "weights MiB", "params", "KV B/token")
-COLUMNS = (*QUALITY, *SPEED)
+COLUMNS = (*HELD_OUT, *PROBES, *SPEED)
 
 
 def print_report(report: Report, console: Console) -> None:
     """A row a model (95% intervals below the figures), the judge's choices, the promise, and the notes."""
     console.print(f"[bold]{report.recipe}[/bold]: {_asked(report)}", highlight=False)
-    console.print(_quality_table(report))
+    console.print(_held_out_table(report))
+    if report.probes:
+        console.print(_probe_table(report))
     for difference in report.differences:
         if difference.figure == "passing" and difference.part == "all":
             console.print(_said(difference, report), highlight=False, markup=False)
@@ -32,21 +35,21 @@ def print_report(report: Report, console: Console) -> None:
 
 def cells(model: ModelReport) -> list[str]:
     """One text a column of COLUMNS."""
-    return quality_cells(model.perplexity, model.bits_per_character, _all(model)) + speed_cells(model)
+    probes = model.probes.all if model.probes else None
+    return [*_scored(model.perplexity, model.bits_per_character), *probe_cells(probes), *speed_cells(model)]
 
 
-def quality_cells(perplexity: Estimate | None, bits: Estimate | None, probes: ProbeFigures | None) -> list[str]:
-    """One text a column of QUALITY."""
+def probe_cells(probes: ProbeFigures | None) -> list[str]:
+    """One text a column of PROBES."""
     given = probes or ProbeFigures(prompts=0)
     return [
-        _estimate(perplexity),
-        _estimate(bits, digits=3),
         _share(given.passing),
         _share(given.named),
         _share(given.loops),
         _share(given.stopped),
-        _estimate(given.distinct_2, digits=2),
-        _estimate(given.judge, digits=2),
+        _share(given.distinct_2),
+        _estimate(given.characters, digits=0),
+        _estimate(given.judge, digits=1),
     ]
 
 
@@ -82,21 +85,32 @@ def _asked(report: Report) -> str:
     return text
 
 
-def _quality_table(report: Report) -> Table:
+def _held_out_table(report: Report) -> Table:
+    """With the teacher's answers to unseen values beside, where there are any."""
+    columns, rows = HELD_OUT, []
+    if report.rows.unseen:
+        columns = (*HELD_OUT, *(f"{name} (unseen)" for name in HELD_OUT))
+    for model in report.models:
+        shown = _scored(model.perplexity, model.bits_per_character)
+        if report.rows.unseen:
+            shown += _scored(model.unseen_perplexity, model.unseen_bits_per_character)
+        rows.append((model.label, shown))
+    return _table(columns, rows)
+
+
+def _probe_table(report: Report) -> Table:
     rows = []
     for model in report.models:
-        rows.append((model.label, quality_cells(model.perplexity, model.bits_per_character, _all(model))))
-        unseen = model.probes.unseen if model.probes else None
-        if unseen:
-            scored = model.unseen_perplexity, model.unseen_bits_per_character
-            rows.append(("  unseen only", quality_cells(*scored, unseen)))
-    return _table(QUALITY, rows)
+        rows.append((model.label, probe_cells(model.probes.all if model.probes else None)))
+        if model.probes and model.probes.unseen and model.probes.seen:
+            rows.append(("  unseen", probe_cells(model.probes.unseen)))
+    return _table(PROBES, rows)
 
 
 def _promise_table(claims: list[Claim]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("the chapter's promise")
-    for column in ("promised", "here", "95%", "holds"):
+    for column in ("promised", "here", "interval", "holds"):
         table.add_column(column, justify="right", no_wrap=True)
     for claim in claims:
         shown = "{:.1%}" if claim.axis == "quality" else "{:.2f}×"
@@ -142,8 +156,8 @@ def _label(key: str, report: Report) -> str:
     return next((model.label for model in report.models if model.key == key), key)
 
 
-def _all(model: ModelReport) -> ProbeFigures | None:
-    return model.probes.all if model.probes else None
+def _scored(perplexity: Estimate | None, bits: Estimate | None) -> list[str]:
+    return [_estimate(perplexity), _estimate(bits, digits=3)]
 
 
 def _estimate(estimate: Estimate | None, digits: int | None = None) -> str:

@@ -33,7 +33,17 @@ def recipe(tmp_path: Path) -> Path:
     small["generate"]["concurrency"] = 4
     small["filters"]["rules"] = [{"rule": "length", "min_chars": 20, "max_chars": 2000}]
     small["train"]["epochs"] = 1
-    small["evaluate"] = {"max_rows": 4, "speed_requests": 4, "speed_concurrency": 4, "speed_max_tokens": 8}
+    small["evaluate"] = {
+        "max_rows": 4,
+        "probes": 4,
+        "unseen": {"character": ["Leo the lion"]},
+        "unseen_probes": 2,
+        "speed_requests": 4,
+        "speed_concurrency": 4,
+        "speed_max_tokens": 8,
+        "speed_repeats": 1,
+        "speed_alone": 2,
+    }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small))
     return path
@@ -100,7 +110,11 @@ def test_the_chain_interrupted_and_run_again_ends_with_a_measured_student(
     lineage = json.loads(run.lineage.read_text())
     assert {"generate", "filters", "train", "evaluate"} <= set(lineage)
     assert json.loads((run.student / "config.json").read_text())["num_hidden_layers"] == 2
-    assert run.report.exists() and run.report_html.exists()
+    assert run.report_html.exists()
+    for model in json.loads(run.report.read_text())["models"]:  # the engine streamed, and answered every probe
+        assert model["probes"]["seen"]["prompts"] == 4 and model["probes"]["unseen"]["prompts"] == 2, model
+        assert model["first_token_s"]["value"] > 0 and model["tokens_per_s_alone"]["value"] > 0, model
+        assert model["kv_bytes_per_token"] and model["peak_rss_mib"] and model["tokens_per_s"], model
 
     before = run.report.stat().st_mtime_ns
     third = start(recipe, run)

@@ -195,12 +195,15 @@ def models(**student: Any) -> tuple[ModelReport, ModelReport]:
     )
 
 
-def promise(bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], **student: Any) -> dict[str, Claim]:
+def promise(
+    bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 30, **student: Any
+) -> dict[str, Claim]:
     held_out, probes = (
         {"teacher": {name: pair[0]}, "student_after": {name: pair[1]}}
         for name, pair in (("bits_per_character", bits), ("passing", passing))
     )
-    return {claim.name: claim for claim in claims(held_out, probes, *models(**student))}
+    found = claims(held_out, probes, *models(**student), scored=prompts, answered=prompts)
+    return {claim.name: claim for claim in found}
 
 
 def test_a_promise_that_is_kept_in_every_part() -> None:
@@ -237,6 +240,14 @@ def test_what_chance_may_explain_is_not_shown() -> None:
     assert "not shown" in describe(claim) and holds(list(found.values())) is False
 
 
+def test_few_prompts_show_no_quality() -> None:
+    found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=29)
+    assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and answer(found["quality_probes"]) == "not shown"
+    assert holds(list(found.values())) is False
+    missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=29)
+    assert answer(missed["quality_bits"]) == "no"
+
+
 def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)), tokens_per_s=None)
     assert found["speed"].holds is None and holds(list(found.values())) is None
@@ -248,6 +259,6 @@ def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
 def test_a_judge_s_quality_counts_from_the_least_score() -> None:
     # 2 of 1 to 5 is a quarter of the way, 3 is half: half of the teacher's, not two thirds.
     probes = {"teacher": {"judge": figure(3.0)}, "student_after": {"judge": figure(2.0)}}
-    claim = next(c for c in claims({}, probes, *models()) if c.name == "quality_judge")
+    claim = next(c for c in claims({}, probes, *models(), scored=99, answered=99) if c.name == "quality_judge")
     assert claim.value and claim.value.value == pytest.approx(0.5) and claim.holds is False
     assert math.isclose(claim.value.low, claim.value.high)

@@ -42,7 +42,7 @@ def judge_of(choose: Callable[[str, str], str], score: Callable[[str], int] = la
         shown = SHOWN.search(asked.text)
         if shown:
             return answer(json.dumps({"better": choose(*shown.groups())}))
-        return answer(json.dumps({"fit": 3, "score": score(asked.text.split("<answer>")[1])}))
+        return answer(json.dumps({"fit": 3, "score": score(asked.text.rsplit("<answer>")[-1])}))
 
     return script
 

@@ -101,7 +101,7 @@ def test_unseen_probes_hold_a_new_value_each(tmp_path: Path) -> None:
 def test_values_that_are_not_unseen_are_refused(tmp_path: Path, unseen: dict[str, list[str]], message: str) -> None:
     path = tmp_path / "r.yaml"
     data = recipe_of().model_dump(mode="json")
-    path.write_text(yaml.safe_dump({**data, "evaluate": {"unseen": unseen}}))
+    path.write_text(yaml.safe_dump({**data, "evaluate": {"unseen": unseen}}, sort_keys=False))
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: evaluate.") and "\n" not in str(caught.value)
