@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from test_report import make_report
+from made_report import make_report
 
 from evaluate.checklist import checklist, main
 from evaluate.evidence import Evidence, Filtered, TrainCheck
