@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
-from math import ceil
+from math import ceil, nextafter
 from pathlib import Path
 
 import msgspec
@@ -85,16 +85,18 @@ def _keep_rate(setup: Setup) -> Prepared:
     note = "every arm sees its rows equally often"
     if setup.options.match == "steps":
         epochs = matched_epochs(rows, setup.recipe.train.batch_size, setup.recipe.train.epochs)
-        flags = {name: [*own, "--train.epochs", f"{epochs[name]:.6g}"] for name, own in flags.items()}
+        flags = {name: [*own, "--train.epochs", repr(epochs[name])] for name, own in flags.items()}
         note = "every arm makes as many steps as the largest does in the recipe's epochs"
     arms = [_arm(setup, name, share, split.held_out, flags[name]) for name, share in kept.items()]
     return Prepared(arms, {"": split.held_out}, f"{note} (--match {setup.options.match})")
 
 
 def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:
-    """Epochs that make the steps of every arm those of the largest one."""
+    """Epochs that make the steps of every arm those of the largest one; a trainer rounds steps up."""
     steps = {name: ceil(count / batch_size) for name, count in rows.items()}
-    return {name: epochs * max(steps.values()) / own for name, own in steps.items()}
+    wanted = ceil(epochs * max(steps.values()))
+    found = {name: wanted / own for name, own in steps.items()}
+    return {name: own if ceil(own * steps[name]) == wanted else nextafter(own, 0) for name, own in found.items()}
 
 
 def _pool(base: RunDir, held_out: Sequence[Kept], folder: Path) -> RunDir:
