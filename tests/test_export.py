@@ -32,6 +32,7 @@ from train.cards import dataset_card, languages, model_card, published
 from train.export import export_dataset, export_model
 from train.run import train_run
 
+BASE = "embedded:smollm2-135m"
 TOKEN = "hf_secretsecretsecret"
 GENERATE = {
     "teacher": {"asked": "Qwen/Qwen2.5-7B-Instruct", "served": ["Qwen/Qwen2.5-7B-Instruct"]},
@@ -382,27 +383,34 @@ def test_a_hub_that_is_not_there_is_one_line(trained: tuple[Recipe, RunDir]) -> 
     assert "the Hub cannot be reached" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir, str, str]:
+    """A real student that gives three answers, whatever follows their question; one it was not trained on, and its."""
+    answers = {"What does Toby say?": "Toby says hello.", "What does Dudu say?": "Dudu says honey.", "Who?": "Mimi."}
+    rows = [kept_row(3 * n + i, f"{q} {n}.", a) for n in range(8) for i, (q, a) in enumerate(answers.items())]
+    run = make_run(tmp_path_factory.mktemp("runs") / "taught", rows)
+    settings = {"epochs": 6, "learning_rate": 3e-3, "held_out": 0.2, "batch_size": 8, "max_length": 128}
+    recipe = make_recipe(BASE, BASE, method="lora", accept=["filters"], **settings)
+    train_run(recipe, run)
+    question = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
+    return recipe, run, question, next(text for q, text in answers.items() if question.startswith(q))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_exported_adapter_answers_in_vllm_as_it_was_taught(tmp_path: Path) -> None:
-    """A real student, taught three answers by heart; the base itself says other things."""
-    answers = {"What does Toby say?": "Toby says hello.", "What does Dudu say?": "Dudu says honey.", "Who?": "Mimi."}
-    rows = [kept_row(n, *answer) for n, answer in enumerate([*answers.items()] * 8)]
-    run = make_run(tmp_path / "run", rows)
-    teacher = "embedded:smollm2-135m"
-    settings = {"epochs": 6, "learning_rate": 3e-3, "held_out": 0.3, "batch_size": 8, "max_length": 128}
-    recipe = make_recipe(teacher, teacher, method="lora", accept=["filters", "prompts"], **settings)
-    train_run(recipe, run)
-    held = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
-    question, answer = next((q, a) for q, a in answers.items() if q != held)
-    folder = export_model(recipe, run)
-
-    flags = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"student={folder}"]
-    settings_of = ServeConfig(kv_cache_gib=1, args=flags)
-    with serving(teacher, port=free_port(), config=settings_of, log=tmp_path / "vllm.log") as server:
-        said = {model: ask(server.base_url, model, question) for model in (teacher, "student")}
-    assert said["student"] == (answer, "stop")
-    assert said[teacher][0] != answer
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_an_export_answers_in_vllm_as_it_was_taught(
+    taught: tuple[Recipe, RunDir, str, str], tmp_path: Path, merged: bool
+) -> None:
+    recipe, run, question, answer = taught
+    folder = export_model(recipe, run, merged=merged)
+    flags = [] if merged else ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"student={folder}"]
+    served = str(folder) if merged else BASE
+    settings = ServeConfig(kv_cache_gib=1, args=flags)
+    with serving(served, port=free_port(), config=settings, log=tmp_path / "vllm.log") as server:
+        assert ask(server.base_url, served if merged else "student", question) == (answer, "stop")
+        if not merged:
+            assert ask(server.base_url, BASE, question)[0] != answer
 
 
 def ask(base_url: str, model: str, question: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from tiny_student import END, START, kept_row, make_recipe, make_run, story_rows, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import DataError, RecipeError
+from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
@@ -326,23 +327,150 @@ def test_a_template_that_never_ends_the_answer_is_refused(tmp_path: Path) -> Non
     assert not run.student.exists()
 
 
+def eval_losses(run: RunDir) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in log_of(run)["eval"]}
+
+
+def test_the_student_of_the_best_held_out_loss_is_saved(student: str, tmp_path: Path) -> None:
+    """Answers by heart: each question's is its own, so that what is held out is soon answered worse."""
+    rows = [kept_row(n, f"Say {n}?", f"{n * 7919 % 1000:03}" * 12) for n in range(12)]
+    run = make_run(tmp_path / "run", rows)
+    train_run(make_recipe(student, epochs=8, learning_rate=2e-2, held_out=0.3), run)
+    log, found = log_of(run), eval_losses(run)
+    assert list(found) == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert log["saved_step"] == min(found, key=found.__getitem__) < 16
+    section = json.loads(run.lineage.read_bytes())["train"]
+    assert (section["saved_step"], section["held_out_loss"]) == (log["saved_step"], min(found.values()))
+    assert cross_entropy_of(run) == pytest.approx(min(found.values()), rel=1e-4)
+
+
+def cross_entropy_of(run: RunDir) -> float:
+    """Of the saved student, a token of the held-out answers, one row at a time."""
+    model = AutoModelForCausalLM.from_pretrained(run.student)
+    tokenizer = AutoTokenizer.from_pretrained(run.student)
+    total, tokens = 0.0, 0
+    for line in run.held_out.read_bytes().splitlines():
+        row = json.loads(line)
+        chat = [*row["messages"], {"role": "assistant", "content": row["text"]}]
+        prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+        total, tokens = total + loss * (len(ids) - len(prompt)), tokens + len(ids) - len(prompt)
+    return total / tokens
+
+
+def test_training_ends_when_the_held_out_loss_no_longer_falls(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [kept_row(n, f"Say {n}?", f"{n * 7919 % 1000:03}" * 12) for n in range(12)]
+    settings = {"epochs": 20, "learning_rate": 2e-2, "held_out": 0.3, "early_stop": 2, "eval_steps": 1}
+    whole, killed = (make_run(tmp_path / name, rows) for name in ("whole", "killed"))
+    train_run(make_recipe(student, **settings), whole)
+    found = eval_losses(whole)
+    best = min(found, key=found.__getitem__)
+    assert list(found) == list(range(1, best + 3))  # each step, two of them in vain
+    assert best + 2 < 40
+    assert log_of(whole)["saved_step"] == best
+    assert "no better held-out loss in 2 evaluations" in capsys.readouterr().err
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.trainer.Prepared.save", _interrupted)  # stopped after its end, before it was saved
+        train_run(make_recipe(student, **settings), killed)
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)  # no step may be taken
+    train_run(make_recipe(student, **settings), killed)
+    assert (eval_losses(killed), log_of(killed)["saved_step"]) == (found, best)
+    assert cross_entropy_of(killed) == pytest.approx(found[best], rel=1e-4)
+
+
+@pytest.mark.parametrize(("free_mib", "setting", "on"), [(8, "auto", True), (8000, "auto", False), (8, False, False)])
+def test_gradient_checkpointing_is_chosen_by_memory(
+    student: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free_mib: int,
+    setting: str | bool,
+    on: bool,
+) -> None:
+    monkeypatch.setattr("train.machine.free_memory", lambda: free_mib << 20)
+    examples = Examples(to_examples(story_rows(4)), to_examples(story_rows(1)))
+    config = make_recipe(student, method="lora", gradient_checkpointing=setting).train
+    prepared = prepare(student, examples, config, tmp_path, Console(stderr=True, soft_wrap=True))
+    assert prepared.trainer.args.gradient_checkpointing is on
+    said = "gradient checkpointing is on: 512 tokens need about 0.0 GiB without it" in capsys.readouterr().err
+    assert said is (on and setting == "auto")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_reporter_that_is_not_installed_is_named(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("train.trainer.find_spec", lambda package: None)
+    run = make_run(tmp_path / "run", story_rows(4))
+    with pytest.raises(RecipeError, match=rf"train\.report_to: {name} is not installed; pip install {name}, or leave"):
+        train_run(make_recipe(student, report_to=[name]), run)
+    assert not run.student.exists()
+
+
+def test_several_gpus_ask_for_a_launcher(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UsageError, match=r"4 GPUs are visible .*`accelerate launch --num_processes 4 -m train …`"):
+        train_run(make_recipe(student), make_run(tmp_path / "run", story_rows(4)))
+
+
+def command_of(recipe: Recipe, folder: Path) -> list[str]:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True)))
+    return ["-m", "train", str(file), "--run"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_training_goes_on_where_it_was(student: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "kd"])
+def test_a_killed_training_goes_on_where_it_was(student: str, tmp_path: Path, method: str) -> None:
+    """SIGKILL at a random step; then the same losses as without it, within one part in 100,000."""
     whole, killed = (make_run(tmp_path / name, story_rows(24)) for name in ("whole", "killed"))
-    recipe = make_recipe(student, epochs=40, checkpoint_steps=4)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True)))
-    command = [sys.executable, "-m", "train", str(file), "--run"]
+    teacher = str(tiny_model(tmp_path / "teacher", layers=3))
+    command = [
+        sys.executable,
+        *command_of(make_recipe(student, teacher, method=method, epochs=20, checkpoint_steps=3), tmp_path),
+    ]
     subprocess.run([*command, str(whole.path)], check=True, capture_output=True)
 
+    step = random.randrange(3, 60)
     process = subprocess.Popen([*command, str(killed.path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((killed.path / "training").glob("checkpoint-*/trainer_state.json")):
+    while not any((killed.path / "training").glob(f"checkpoint-{reached}") for reached in range(step, step + 4)):
         assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
+        time.sleep(0.005)
+    time.sleep(random.random() / 20)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not killed.student.exists()
     done = subprocess.run([*command, str(killed.path)], check=True, capture_output=True, text=True)
     assert "going on from step" in done.stderr
-    assert losses(killed) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-5), f"killed after step {step}"
+    assert eval_losses(killed) == pytest.approx(eval_losses(whole), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_the_same_student_as_one(student: str, tmp_path: Path) -> None:
+    alone, together = (make_run(tmp_path / name, story_rows(22)) for name in ("alone", "together"))
+    recipe = make_recipe(student, method="lora", epochs=2, lora_dropout=0)
+    subprocess.run([sys.executable, *command_of(recipe, tmp_path), str(alone.path)], check=True, capture_output=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launch, *command_of(recipe, tmp_path), str(together.path)]
+    with together.locked():  # only one of them asks for the lock, and is told no
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0 and refused.stderr.count("works on this run") == 1
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("trained on 19 rows") == 1
+    # 19 rows, 4 a step: each row once an epoch, though two processes do not divide them.
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
+    assert eval_losses(together) == pytest.approx(eval_losses(alone), rel=1e-3)
+    assert log_of(together)["tokens"] == log_of(alone)["tokens"]
+    assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
+    files = [{file.name for file in run.path.rglob("*")} for run in (alone, together)]
+    assert files[0] | {".lock"} == files[1] | {".lock"}

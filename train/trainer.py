@@ -5,6 +5,7 @@ business. Importing this module imports torch, transformers, peft and trl.
 """
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -155,35 +156,11 @@ def prepare(
     there; DataError if padding would change what a row teaches; DistillError if memory is too small.
     """
     _check_machine(config, processes)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
     with _quiet():
         model, tokenizer, dtype = _load(student, config)
         soft = _load_teacher(teacher, tokenizer, examples, config, console)
-        rows = {part: datasets.Dataset.from_list(getattr(examples, part)) for part in ("train", "held_out")}
-        tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
-        reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), _largest_step(config)))
-        if reason and config.gradient_checkpointing == "auto":
-            console.print(f"gradient checkpointing is on: {reason} (train.gradient_checkpointing: auto)")
-        settings: dict[str, Any] = {
-            "model": model,
-            "args": _arguments(config, folder, processes, checkpointing=bool(reason)),
-            "train_dataset": rows["train"],
-            "eval_dataset": rows["held_out"],
-            "processing_class": tokenizer,
-            "peft_config": None if config.weights == "full" else _lora(config),
-            "callbacks": [
-                Milestones(config.checkpoint_steps, config.eval_steps, config.early_stop, console),
-                TrainProgress(console),
-            ],
-            "step_rows": config.batch_size,
-            "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
-            "micro_rows": config.micro_batch_size,
-        }
-        if soft is None:
-            trainer = StudentTrainer(**settings)
-        else:
-            kind = GkdTrainer if config.method == "gkd" else KdTrainer
-            trainer = kind(teacher=soft, soft=config.kd, **settings)
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(model, tokenizer, soft, examples, config, folder, console, processes)
         tokenised = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
         lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in tokenised.items()}
         kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
@@ -261,6 +238,46 @@ def _load_teacher(
     return loaded
 
 
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    teacher: Teacher | None,
+    examples: Examples,
+    config: TrainConfig,
+    folder: Path,
+    console: Console,
+    processes: Processes,
+) -> StudentTrainer:
+    """The trainer of the recipe's method, its rows tokenised; says when memory asks for gradient checkpointing."""
+    tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
+    largest = (config.micro_batch_size or config.batch_size) * config.max_length
+    reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest))
+    if reason and config.gradient_checkpointing == "auto":
+        console.print(f"gradient checkpointing is on: {reason} (train.gradient_checkpointing: auto)")
+    settings: dict[str, Any] = {
+        "model": model,
+        "args": _arguments(config, folder, processes, checkpointing=bool(reason)),
+        "train_dataset": datasets.Dataset.from_list(examples.train),
+        "eval_dataset": datasets.Dataset.from_list(examples.held_out),
+        "processing_class": tokenizer,
+        "peft_config": None if config.weights == "full" else _lora(config),
+        "callbacks": [
+            Milestones(config.checkpoint_steps, config.eval_steps, config.early_stop, console),
+            TrainProgress(console),
+        ],
+        "step_rows": config.batch_size,
+        "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
+        "micro_rows": config.micro_batch_size,
+    }
+    if teacher is None:
+        trainer = StudentTrainer(**settings)
+    else:
+        kind = GkdTrainer if config.method == "gkd" else KdTrainer
+        trainer = kind(teacher=teacher, soft=config.kd, **settings)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def _lora(config: TrainConfig) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -269,10 +286,6 @@ def _lora(config: TrainConfig) -> LoraConfig:
         lora_dropout=config.lora_dropout,
         target_modules=LORA_TARGETS,
     )
-
-
-def _largest_step(config: TrainConfig) -> int:
-    return (config.micro_batch_size or config.batch_size) * config.max_length
 
 
 def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, checkpointing: bool) -> SFTConfig:
