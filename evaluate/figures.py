@@ -26,8 +26,8 @@ BETTER: dict[str, Better | None] = {
     "named": "higher",
     "loops": "lower",
     "stopped": "higher",
-    "distinct_1": "higher",
-    "distinct_2": "higher",
+    "distinct_1": None,  # noise has the most
+    "distinct_2": None,
     "characters": None,
     "judge": "higher",
 }

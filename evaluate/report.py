@@ -120,7 +120,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # key: student_after
     against: str  # key: student_before, teacher
     change: Estimate  # the student's figure minus the other's
-    better: Better | None  # which way is better; None: neither (length)
+    better: Better | None  # which way is better; None: neither (length, distinct-n)
     improved: bool | None  # whether all of the interval is on the better side, or on the worse; None: it holds zero
 
 

@@ -5,12 +5,13 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate.promise import answer
-from evaluate.report import Claim, Difference, Estimate, ModelReport, ProbeFigures, Report, WinRate, number
+from evaluate.report import Claim, Estimate, ModelReport, ProbeFigures, Report, WinRate, number
+from evaluate.results import AFTER
 
 NOTHING = "–"
 HELD_OUT = ("perplexity", "bits/char")
 PROBES = ("passing", "named", "loops", "stopped", "dist-2", "length", "judge")
-SPEED = ("tokens/s", "tokens/s alone", "first token", "peak MiB", "weights MiB", "params", "KV B/token")
+SPEED = ("tokens/s", "alone", "first token", "peak MiB", "weights MiB", "params", "KV bytes")
 COLUMNS = (*HELD_OUT, *PROBES, *SPEED)
 
 
@@ -20,9 +21,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_held_out_table(report))
     if report.probes:
         console.print(_probe_table(report))
-    for difference in report.differences:
-        if difference.figure == "passing" and difference.part == "all":
-            console.print(_said(difference, report), highlight=False, markup=False)
+    for against in dict.fromkeys(difference.against for difference in report.differences):
+        console.print(_compared(against, report), highlight=False, markup=False)
     for win in report.wins:
         if win.part == "all":
             console.print(_won(win, report), highlight=False, markup=False)
@@ -55,9 +55,9 @@ def probe_cells(probes: ProbeFigures | None) -> list[str]:
 
 def speed_cells(model: ModelReport) -> list[str]:
     """One text a column of SPEED."""
-    speed = NOTHING if model.tokens_per_s is None else number(model.tokens_per_s)
+    speed = NOTHING if model.tokens_per_s is None else _rate(model.tokens_per_s)
     if model.tokens_per_s_range:
-        speed += f"\n{_span(number(model.tokens_per_s_range[0]), number(model.tokens_per_s_range[1]))}"
+        speed += f"\n{_span(*map(_rate, model.tokens_per_s_range))}"
     return [
         speed,
         _estimate(model.tokens_per_s_alone),
@@ -132,13 +132,15 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> Table
     return table
 
 
-def _said(difference: Difference, report: Report) -> str:
-    change = difference.change
-    found = {True: "better", False: "worse", None: "may be chance"}[difference.improved]
-    return (
-        f"passing, {_label(difference.model, report)} − {_label(difference.against, report)}: "
-        f"{change.value:+.0%} ({change.low:+.0%} to {change.high:+.0%}), {found}"
-    )
+def _compared(against: str, report: Report) -> str:
+    """In which figures the trained student is better than another model, in which worse, over all prompts."""
+    found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    for difference in report.differences:
+        if difference.against == against and difference.part in ("held_out", "all") and difference.better:
+            found[difference.improved].append(difference.figure)
+    words = {True: "better in", False: "worse in", None: "may be chance:"}
+    said = "; ".join(f"{words[key]} {', '.join(names)}" for key, names in found.items() if names)
+    return f"{_label(AFTER, report)} against {_label(against, report)}: {said}"
 
 
 def _won(win: WinRate, report: Report) -> str:
@@ -171,6 +173,10 @@ def _share(estimate: Estimate | None) -> str:
     if estimate is None:
         return NOTHING
     return f"{estimate.value:.0%}\n{_span(f'{100 * estimate.low:.0f}', f'{estimate.high:.0%}')}"
+
+
+def _rate(value: float) -> str:
+    return number(value) if value < 100 else f"{value:,.0f}"
 
 
 def _milliseconds(estimate: Estimate | None) -> str:

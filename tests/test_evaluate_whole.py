@@ -128,6 +128,7 @@ def test_every_model_is_served_once_and_compared(
         lines = capsys.readouterr().out.splitlines()
         assert not [line for line in lines if "…" in line or len(line) > width]
         assert any("student after" in line and "50%" in line for line in lines)
+        assert any(line.startswith("student after against student before: better in") for line in lines)
 
 
 def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
