@@ -14,7 +14,7 @@ TRAIN := .venv/.ready-train
 REVIEW := .venv/.ready-review
 DEV := .venv/.ready-dev
 
-.PHONY: help setup serve generate filter review train export push evaluate report chain demo bench bench-endpoint check test test-fast clean
+.PHONY: help setup serve generate filter review train export push evaluate report check-run experiment chain demo bench bench-endpoint check test test-fast clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -47,6 +47,12 @@ evaluate: $(TRAIN) $(SERVE)  ## teacher, student before and after: quality, spee
 
 report: $(TRAIN)  ## report.html again, from report.json
 	@exec $(PY) -m evaluate $(COMMON) --report-only $(ARGS)
+
+check-run: $(BASE)  ## the checklist of a good run, on RUN at any stage (ARGS=--strict: an unknown point fails too)
+	@exec $(PY) -m evaluate.checklist $(COMMON) $(ARGS)
+
+experiment: $(TRAIN) $(SERVE)  ## EXP=keep-rate|teachers|human|soft|thousand: its arms as runs, one table, one plot (docs/experiments.md)
+	@exec $(PY) -m chain.experiment $(EXP) $(COMMON) $(ARGS)
 
 chain: $(TRAIN) $(SERVE)  ## all of it for one recipe: serve, generate, filter, train, evaluate
 	@exec $(PY) -m chain $(COMMON) $(ARGS)

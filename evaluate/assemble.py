@@ -115,7 +115,7 @@ def report_fingerprint(recipe: Recipe, run: RunDir, results: Results) -> str:
         digest.update(msgspec.json.encode(dict(sorted(group.items()))))
     digest.update(msgspec.json.encode(results.judged))
     digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())
-    for path in (run.student / "training_log.json", run.filter_report):
+    for path in (run.student / "training_log.json", run.filter_report, run.checks, run.reviews):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()
 

@@ -13,6 +13,20 @@ WIDE = 50  # a longest bar this many times the shortest hides it: perplexity is 
 
 Figure = Estimate | float | int
 
+# Title, hint, the field of ModelReport, whether less of it is better, the ratio that the chapter promises.
+AXES = (
+    (
+        "Quality",
+        "bits per character of held-out answers, the teacher's over the model's",
+        "bits_per_character",
+        True,
+        0.9,
+    ),
+    ("Speed", "tokens a second, saturated, the model's over the teacher's", "tokens_per_s", False, 3.0),
+    ("Memory", "peak of the whole server, the teacher's over the model's", "peak_rss_mib", True, 3.0),
+    ("Weights", "MiB as stored, the teacher's over the model's", "weights_mib", True, 3.0),
+)
+
 
 class Bar(msgspec.Struct, frozen=True, kw_only=True):
     """One bar and, where the figure has an interval, its whisker."""
@@ -31,6 +45,25 @@ class BarGroup(msgspec.Struct, frozen=True):
     bars: list[Bar]
 
 
+class AxisDot(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on an axis."""
+
+    label: str
+    text: str
+    at: float
+    kind: str
+
+
+class Axis(msgspec.Struct, frozen=True, kw_only=True):
+    """One axis: ratios to the teacher, where more is better; all axes share one logarithmic scale."""
+
+    title: str
+    hint: str
+    dots: list[AxisDot]
+    one: float  # where the teacher is
+    goal: float  # where the promise is
+
+
 class Tick(msgspec.Struct, frozen=True):
     at: float
     label: str
@@ -46,6 +79,41 @@ class LossChart(msgspec.Struct, frozen=True, kw_only=True):
     y: list[Tick]
 
 
+def axis_charts(report: Report) -> list[Axis]:
+    """Quality, speed and memory of every model as ratios to the teacher's; only axes on which two models are."""
+    teacher = next((model for model in report.models if model.key == "teacher"), None)
+    found = []
+    for title, hint, field, lower, goal in AXES:
+        base = _value(getattr(teacher, field)) if teacher else None
+        values = [(model, _value(getattr(model, field))) for model in report.models]
+        ratios = [(model, base / own if lower else own / base) for model, own in values if own and base]
+        if len(ratios) > 1:
+            found.append((title, hint, goal, ratios))
+    ends = [value for *_, goal, ratios in found for value in (goal, 1.0, *(ratio for _, ratio in ratios))]
+    if not ends:
+        return []
+    low, high = math.log(min(ends) / 1.15), math.log(max(ends) * 1.15)
+
+    def place(ratio: float) -> float:
+        return round(100 * (math.log(ratio) - low) / (high - low), 2)
+
+    def dot(model: ModelReport, ratio: float) -> AxisDot:
+        return AxisDot(label=model.label, text=f"{number(ratio)}×", at=place(ratio), kind=_kind(model))
+
+    return [
+        Axis(title=title, hint=hint, dots=[dot(*pair) for pair in ratios], one=place(1), goal=place(goal))
+        for title, hint, goal, ratios in found
+    ]
+
+
+def _value(figure: Figure | None) -> float | None:
+    return figure.value if isinstance(figure, Estimate) else figure
+
+
+def _kind(model: ModelReport) -> str:
+    return "other" if model.key.startswith("other_") else model.key
+
+
 def bar_groups(report: Report) -> list[BarGroup]:
     """Perplexity, bits per character, speed, memory and size of every model that has the figure."""
     groups = []
@@ -54,7 +122,10 @@ def bar_groups(report: Report) -> list[BarGroup]:
         ("Bits per character", "fair between tokenizers; lower is better", "bits_per_character"),
         ("Speed", "tokens a second on the same engine; higher is better", "tokens_per_s"),
         ("Peak memory", "MiB, the whole server", "peak_rss_mib"),
+        ("Alone", "tokens a second, one request in flight; higher is better", "tokens_per_s_alone"),
+        ("First token", "seconds, one request in flight; lower is better", "first_token_s"),
         ("Weights", "MiB on disk", "weights_mib"),
+        ("KV cache", "bytes a token; lower is better", "kv_bytes_per_token"),
         ("Parameters", "", "parameters"),
     ):
         figures = [(model, getattr(model, field)) for model in report.models]
@@ -62,25 +133,28 @@ def bar_groups(report: Report) -> list[BarGroup]:
         if len(bars) < 2:  # nothing to compare
             continue
         ends = [end for _, figure in bars for end in (_low(figure), _high(figure))]
-        scale = partial(_percent, top=max(ends))
+        scale, shown = partial(_percent, top=max(ends)), _parameters if field == "parameters" else number
         if field == "perplexity" and max(ends) > WIDE * min(ends):
             scale, hint = partial(_log_percent, top=max(ends)), f"{hint}; logarithmic scale from 1"
-        groups.append(BarGroup(title, hint, [_bar(model, figure, scale) for model, figure in bars]))
+        groups.append(BarGroup(title, hint, [_bar(model, figure, scale, shown) for model, figure in bars]))
     return groups
 
 
-def _bar(model: ModelReport, figure: Figure, scale: Callable[[float], float]) -> Bar:
+def _bar(model: ModelReport, figure: Figure, scale: Callable[[float], float], shown: Callable[[float], str]) -> Bar:
     if isinstance(figure, Estimate):
         return Bar(
             label=model.label,
-            text=number(figure.value),
+            text=shown(figure.value),
             width=scale(figure.value),
             low=scale(figure.low),
             high=scale(figure.high),
-            kind=model.key,
+            kind=_kind(model),
         )
-    text = millions(figure) if isinstance(figure, int) else number(figure)
-    return Bar(label=model.label, text=text, width=scale(figure), kind=model.key)
+    return Bar(label=model.label, text=shown(figure), width=scale(figure), kind=_kind(model))
+
+
+def _parameters(count: float) -> str:
+    return millions(round(count))
 
 
 def _low(figure: Figure) -> float:

@@ -4,9 +4,9 @@ import json
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from evaluate.charts import bar_groups, drop_bars, loss_chart
+from evaluate import sections
+from evaluate.charts import axis_charts, bar_groups, drop_bars, loss_chart
 from evaluate.report import Report
-from evaluate.table import COLUMNS, cells
 
 
 def render_html(report: Report) -> str:
@@ -18,12 +18,19 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"lang_of": sections.lang_of, "fates": sections.fates}  # macros see globals alone
     return environment.get_template("report.html.j2").render(
         report=report,
-        columns=COLUMNS,
-        rows=[(model, [cell.split("\n") for cell in cells(model)]) for model in report.models],
+        promise=sections.promise(report),
+        kept=sections.kept(report),
+        axes=axis_charts(report),
+        measured=sections.measured(report),
         groups=bar_groups(report),
+        probes=sections.probes(report),
+        wins=sections.wins(report),
         drops=drop_bars(report.filters),
         loss=loss_chart(report.training),
+        costs=sections.costs(report),
+        origin=sections.origin(report),
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from evaluate.points import Checklist
 from pipeline.rundir import RunDir, replacing
 
 SCHEMA = 2
@@ -238,6 +239,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
     probes: ProbeSet | None = None  # None: no probe was answered
     differences: list[Difference] = []  # student after against before, and against the teacher
+    checklist: Checklist = Checklist()
     wins: list[WinRate] = []  # the same pairs, by the judge; empty where there is none
 
 

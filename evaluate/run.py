@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import msgspec
+
 from evaluate.assemble import Measured, build_report, report_fingerprint
+from evaluate.checklist import check_run
 from evaluate.html import render_html
 from evaluate.judging import Judge, find_judge, judge_answers, judged_fingerprint
 from evaluate.machine import choose_precision
@@ -128,6 +131,7 @@ def evaluate_run(
         return old
     measured = Measured(work.models, work.held_out, work.rows, work.probes, work.rules, results, problems)
     report = build_report(recipe, run, measured)
+    report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
     _write(run, report)
     if error:
         raise error

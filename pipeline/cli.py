@@ -7,7 +7,7 @@ to the parser and does its own work.
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -19,14 +19,16 @@ from pipeline.rundir import RunDir
 INTERRUPTED = 130
 
 
-def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
-    """A parser with what all stages take."""
+def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """A parser with what all stages take; of several `kinds` of work one is named before the recipe."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {stage}",
         description=description,
         epilog="Any recipe value can be overridden: --<section>.<field> VALUE, or DISTILL_<SECTION>__<FIELD>=VALUE.",
         allow_abbrev=False,
     )
+    if names := list(kinds):
+        parser.add_argument("kind", choices=names, help="which of them")
     parser.add_argument("recipe", type=Path, help="a YAML recipe, for example recipes/demo.yaml")
     parser.add_argument("--run", type=Path, help="the run directory (default: runs/<name of the recipe>)")
     return parser

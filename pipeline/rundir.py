@@ -72,6 +72,11 @@ class RunDir:
         return self.path / "filter_report.json"
 
     @property
+    def checks(self) -> Path:
+        """What was checked before training, written by `train`."""
+        return self.path / "checks.json"
+
+    @property
     def held_out(self) -> Path:
         """The kept rows that training never saw, written by `train`, read by `evaluate`."""
         return self.path / "held_out.jsonl"

@@ -1,89 +1,34 @@
-"""What the report shows: the table, the page, its charts. Figures are made up; nothing is measured."""
+"""What the report shows: the table, the page in a browser, its charts. Figures are made up; nothing is measured."""
 
 import io
 import math
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
+from made_report import ATTACK, KOREAN, full_report, make_report
+from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
-from evaluate.charts import LossChart, bar_groups, drop_bars, loss_chart
+from evaluate.charts import LossChart, axis_charts, bar_groups, drop_bars, loss_chart
 from evaluate.html import render_html
 from evaluate.report import (
-    SCHEMA,
-    Answer,
     Estimate,
     Filtering,
-    Headline,
     LossPoint,
     ModelReport,
     Report,
-    Rows,
     RuleDrops,
-    Sample,
     Training,
     number,
 )
+from evaluate.sections import kept, lang_of, probes, promise, wins
 from evaluate.table import millions, print_report
 
-ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>"
-KOREAN = "옛날 옛적에 토끼 토토가 살았어요."
-
-
-def make_report(**changes: object) -> Report:
-    models = [
-        ModelReport(
-            key="teacher",
-            label="teacher",
-            reference="org/teacher",
-            parameters=1_540_000_000,
-            weights_mib=2944.4,
-            perplexity=Estimate(3.412, 3.2, 3.6),
-            bits_per_character=Estimate(1.1119, 1.05, 1.18),
-            tokens_per_s=55.12,
-            peak_rss_mib=7312.4,
-        ),
-        ModelReport(
-            key="student_before",
-            label="student before",
-            reference="org/student",
-            parameters=494_000_000,
-            weights_mib=942.3,
-            perplexity=Estimate(48_940.2, 40_000, 60_000),
-            bits_per_character=Estimate(4.9, 4.5, 5.3),
-        ),
-        ModelReport(
-            key="student_after",
-            label="student after",
-            reference="org/student",
-            parameters=494_000_000,
-            weights_mib=942.3,
-            perplexity=Estimate(15.12, 14.8, 15.4),
-            bits_per_character=Estimate(1.392, 1.35, 1.45),
-            tokens_per_s=141.2,
-            peak_rss_mib=4120,
-        ),
-    ]
-    fields: dict[str, object] = {
-        "schema": SCHEMA,
-        "recipe": "stories",
-        "fingerprint": "f",
-        "created": "2026-01-01T00:00:00+00:00",
-        "headline": Headline(text="student: 32% of the parameters"),
-        "models": models,
-        "rows": Rows(held_out=9, scored=9, left_out=0, prompts=8),
-        "samples": [Sample(KOREAN, [Answer("teacher", KOREAN), Answer("student after", "짧아요.")])],
-        "training": Training(),
-        "filters": None,
-        "lineage": {"generate": {"model": "org/teacher"}},
-        "commands": ["python -m evaluate recipe.yaml"],
-        "machine": {"cores": "2"},
-        "versions": {"torch": "2"},
-        "notes": ["a note"],
-        **changes,
-    }
-    return Report(**fields)  # type: ignore[arg-type]
+CHROMIUM = "/usr/bin/chromium"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
 
 
 def printed(report: Report, width: int = 80) -> str:
@@ -118,21 +63,9 @@ def test_parameters_for_people() -> None:
 
 
 def test_every_text_on_the_page_is_escaped() -> None:
-    page = render_html(
-        make_report(
-            recipe=ATTACK,
-            headline=Headline(text=ATTACK),
-            samples=[Sample(ATTACK, [Answer(ATTACK, ATTACK)])],
-            notes=[ATTACK],
-            commands=[ATTACK],
-            lineage={ATTACK: ATTACK},
-            machine={ATTACK: ATTACK},
-            filters=Filtering(rows=1, kept=0, keep_rate=0, rules=[RuleDrops(ATTACK, 1)]),
-            models=[ModelReport(key="teacher", label=ATTACK, reference=ATTACK)],
-        )
-    )
+    page = render_html(full_report(ATTACK, words=ATTACK + KOREAN))
     assert "<script" not in page and "<img" not in page
-    assert page.count("&lt;script&gt;") >= 10
+    assert page.count("&lt;script&gt;") >= 50
 
 
 def test_the_page_stands_alone() -> None:
@@ -142,19 +75,102 @@ def test_the_page_stands_alone() -> None:
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?://", page)
 
 
+HEADINGS = ["The promise", "Three axes", "Quality, speed", "Answers to new prompts", "Win rate", "side by side"]
+HEADINGS += ["Loss in training", "Dropped by", "Checklist", "What it cost", "lineage.json"]
+
+
 def test_what_was_not_measured_leaves_no_empty_section() -> None:
     bare = [ModelReport(key="teacher", label="teacher", reference="t", missing="elsewhere")]
     page = render_html(make_report(models=bare, samples=[], lineage={}))
-    for heading in ("Quality, speed", "Loss in training", "Dropped by", "side by side", "lineage.json"):
-        assert heading not in page
-    full = make_report(
-        training=Training(loss=[LossPoint(1, 3.0), LossPoint(2, 2.0)]),
-        filters=Filtering(rows=10, kept=8, keep_rate=0.8, rules=[RuleDrops("length", 2)]),
-    )
-    page = render_html(full)
-    for heading in ("Quality, speed", "Loss in training", "Dropped by", "side by side", "lineage.json"):
-        assert heading in page
-    assert "8 of 10 answers kept (80.0%)" in page
+    assert [heading for heading in HEADINGS if heading in page] == []
+    page = render_html(full_report())
+    assert [heading for heading in HEADINGS if heading not in page] == []
+    assert "1,200 of 2,000 answers kept (60.0%)" in page and "0.001 USD" in page  # 1.2 USD for 1,200 rows
+
+
+def test_the_promise_is_shown_part_by_part() -> None:
+    parts = promise(full_report())
+    assert [(part.promised, part.here, part.interval, part.answer) for part in parts] == [
+        ("90%", "92.0%", "90.0%–94.0%", "yes"),
+        ("90%", "87.0%", "78.0%–95.0%", "not shown"),
+        ("90%", "–", "", "not measured"),
+        ("3×", "3.12×", "", "yes"),
+        ("3×", "2.56×", "", "no"),
+    ]
+    assert kept(full_report()).text == "the promise does not hold"
+    assert promise(make_report()) == []
+
+
+def test_models_stand_on_three_axes_by_their_ratio_to_the_teacher() -> None:
+    """One logarithmic scale for all: the ends are 1.1119 / 4.9 = 0.227 and the weights' 3.12, a little room beyond."""
+    charts = {chart.title: chart for chart in axis_charts(make_report())}
+    assert list(charts) == ["Quality", "Speed", "Memory", "Weights"]
+    quality, speed = charts["Quality"], charts["Speed"]
+    assert [dot.text for dot in quality.dots] == ["1.00×", "0.23×", "0.80×"]
+    assert [dot.text for dot in speed.dots] == ["1.00×", "2.56×"] and speed.dots[0].at == speed.one == quality.one
+    low, high = math.log(1.1119 / 4.9 / 1.15), math.log(2944.4 / 942.3 * 1.15)
+    assert speed.goal == pytest.approx(100 * (math.log(3) - low) / (high - low), abs=0.01)
+    assert 0 < quality.dots[1].at < quality.goal < quality.one < speed.dots[1].at < speed.goal < 100
+    assert axis_charts(make_report(models=make_report().models[1:])) == []  # no teacher, no axis
+
+
+def test_a_difference_is_called_better_only_where_it_is_for_sure() -> None:
+    table, unseen, broken = probes(full_report())
+    after = {row.name: row.cells[2] for row in table.rows}
+    assert [note.text for note in after["passes every rule"].notes] == ["better than before"]
+    assert [note.mark for note in after["loops"].notes] == ["better"]
+    assert after["named of what was asked for"].notes == []
+    assert (after["passes every rule"].text, after["passes every rule"].interval) == ("71%", "61–81%")
+    assert unseen.title.startswith("32 prompts with values unseen")
+    assert [(row.name, [cell.text for cell in row.cells]) for row in broken.rows] == [
+        ("length", ["18%", "69%", "29%"]),
+        ("script_ratio", ["3%", "3%", "3%"]),
+    ]
+
+
+def test_wins_ties_and_losses_fill_the_bar() -> None:
+    first, second = wins(full_report())
+    assert (first.won, first.tied, first.lost) == (25, 36, 39)
+    assert first.title == "student after against teacher: 43% (30–55%)" and "70 won" in second.counts
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("토끼", "ko"), ("a story of 토끼", "ko"), ("うさぎの話", "ja"), ("兔子", "zh"), ("rabbit", "")]
+)
+def test_a_text_is_set_in_its_language(text: str, code: str) -> None:
+    assert lang_of(text) == code
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert Path(CHROMIUM).exists(), "the page is tested in a real browser: install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path) -> None:
+    """Not with plain figures, and not with very long words and hostile texts. Nothing is fetched, nothing runs."""
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for name, report in (("full", full_report()), ("hostile", full_report(ATTACK + "x" * 300, "가" * 300 + ATTACK))):
+        file = tmp_path / f"{name}.html"
+        file.write_text(render_html(report), encoding="utf-8")
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        over = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        outside = f"{over}.filter(e => !e.closest('.scroll')).map(e => e.outerHTML.slice(0, 80))"
+        assert page.evaluate(outside) == [], name
+        if name == "full":
+            assert page.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+            assert page.evaluate("getComputedStyle(document.querySelector('.prompt')).wordBreak") == "keep-all"
+            assert page.get_attribute(".prompt", "lang") == "ko"
+    assert page.query_selector("script, img, iframe") is None
+    assert all(url.startswith("file:") for url in asked) and len(asked) == 2
+    page.close()
 
 
 def test_bars_are_as_long_as_their_figures() -> None:

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import Recipe
+from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from train.progress import TrainProgress
 from train.rows import to_examples
-from train.run import train_run
+from train.run import train_run, trained_from, training_fingerprint
 from train.trainer import Examples, prepare
 
 
@@ -172,6 +173,22 @@ def test_rows_too_long_are_dropped_and_counted(student: str, tmp_path: Path) -> 
     assert section["too_long_dropped"] == 2
     assert section["rows"] + section["held_out"] == 6
     assert b"Long" not in run.held_out.read_bytes()
+
+
+def test_runs_that_are_compared_hold_the_same_rows_out(student: str, tmp_path: Path) -> None:
+    """The file takes the place of the share; another file is another training, the same one under another name not."""
+    run, held_out = make_run(tmp_path / "run", story_rows(10)), tmp_path / "held.jsonl"
+    mine = [kept_row(9, "Story 9?", "Another teacher's answer."), kept_row(20, "Story 20?", "Nobody trained on it.")]
+    held_out.write_bytes(b"".join(map(encode_line, mine)))
+    train_run(make_recipe(student, held_out_rows=str(held_out)), run)
+    assert run.held_out.read_bytes() == held_out.read_bytes()
+    section = json.loads(run.lineage.read_bytes())["train"]
+    assert (section["rows"], section["held_out"], section["too_long_dropped"]) == (9, 2, 0)  # Story 9 is not trained on
+    fingerprint = trained_from(run.student)
+    renamed = held_out.rename(tmp_path / "renamed.jsonl")
+    assert training_fingerprint(make_recipe(student, held_out_rows=str(renamed)), run) == fingerprint
+    renamed.write_bytes(encode_line(mine[0]))
+    assert training_fingerprint(make_recipe(student, held_out_rows=str(renamed)), run) != fingerprint
 
 
 def test_a_finished_student_is_up_to_date_until_rows_or_settings_change(

@@ -17,7 +17,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.rundir import RunDir, replacing
 
 Status = Literal["pass", "note", "warn", "fail"]
-CHECKS = "checks.json"  # in the run
 COLOURS = {"pass": "green", "note": "cyan", "warn": "yellow", "fail": "red"}
 
 
@@ -58,7 +57,7 @@ def settle(
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
     if write:
-        with replacing(run.path / CHECKS) as file:
+        with replacing(run.checks) as file:
             file.write(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
     if failed:
         raise DataError(f"{_named(failed)}; nothing was trained")
@@ -79,4 +78,4 @@ def _named(checks: Sequence[Check]) -> str:
     """The first of the checks with its mend, and the names of the others."""
     first, *others = checks
     text = f"check {first.name}: {first.finding}" + (f"; {first.mend}" if first.mend else "")
-    return text + (f" (and {', '.join(check.name for check in others)}, see {CHECKS})" if others else "")
+    return text + (f" (and {', '.join(check.name for check in others)}, see checks.json)" if others else "")

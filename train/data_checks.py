@@ -6,6 +6,7 @@ Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, SAFE_KEEP_RATE
 from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
 from train.checks import Check, Status, passed
@@ -15,9 +16,6 @@ from train.tokens import LabelFaults
 if TYPE_CHECKING:
     from train.trainer import Prepared
 
-ADVISED_ROWS = (5_000, 50_000)  # the range in which a small student learns a domain
-SAFE_KEEP_RATE = 0.5
-DISTINCT_SHARE = 0.5  # of the rows; under it the student reads the same questions over and over
 DROPPED_SHARE = 0.1  # of the rows, too long: more, and the student never sees long answers
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from pipeline.advice import BALANCED_SIZES
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.chain_check import chain_check
@@ -15,7 +16,6 @@ from train.licences import licence_check, terms_of
 from train.student import load_tokenizer
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
-BALANCED = (3, 10)  # how many times larger than its student a teacher should be
 MAX_PROMPTS = 200  # distinct prompts rendered; a template that differs does so on the first ones
 ROLES = r"\b(?:system|developer|user|human|assistant|model)\b"
 MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what frames the turns of a chat
@@ -40,7 +40,7 @@ def size_check(teacher: int | None, student: int | None) -> Check:
         finding = f"the {'teacher' if teacher is None else 'student'}'s size is not known"
         return Check(name="size_ratio", status="note", value=None, finding=finding)
     ratio = teacher / student
-    low, high = BALANCED
+    low, high = BALANCED_SIZES
     finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
     if student > teacher:
         finding = f"the student ({_size(student)}) is larger than its teacher ({_size(teacher)})"

@@ -7,12 +7,13 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pipeline.errors import DataError
-from pipeline.records import Kept, Message, encode_line, question_text, read_jsonl
+from pipeline.records import Completion, Kept, Message, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -27,23 +28,29 @@ class Split:
 
 
 def read_rows(run: RunDir) -> list[Kept]:
-    """All kept rows, each one checked.
+    """All kept rows, each one checked. Raises DataError as read_checked does, and where no answer was kept."""
+    rows = read_checked(run.kept)
+    if not rows:
+        raise DataError(f"{run.kept}: no rows; no answer passed the filters: see {run.filter_report.name} for why")
+    return rows
 
-    Raises DataError if the file is missing or empty, a line is not a kept row (a content that is not text, an image
+
+def read_checked(path: Path) -> list[Kept]:
+    """The rows of a file like kept.jsonl.
+
+    Raises DataError if the file is missing, a line is not a kept row (a content that is not text, an image
     for one), an answer is empty, a role is unknown, or a conversation does not end with the user's turn.
     """
     try:
-        rows = list(read_jsonl(run.kept, Kept))
+        rows = list(read_jsonl(path, Kept))
     except DataError as error:
-        if not run.kept.is_file():
+        if not path.is_file():
             raise
         wanted = "a row is an answer as filters keeps it: id, messages of role and content, text, all of it plain text"
         raise DataError(f"{error}; {wanted}; filter again") from None
-    if not rows:
-        raise DataError(f"{run.kept}: no rows; no answer passed the filters: see {run.filter_report.name} for why")
     for number, row in enumerate(rows, start=1):
         if fault := _fault(row):
-            raise DataError(f"{run.kept}: row {number} (id {row.id}): {fault}; remove it, or filter again")
+            raise DataError(f"{path}: row {number} (id {row.id}): {fault}; remove it, or filter again")
     return rows
 
 
@@ -72,7 +79,19 @@ def split_rows(rows: list[Kept], *, share: float, seed: int) -> Split:
     return Split(train=parts[False], held_out=parts[True])
 
 
-def prompt_text(row: Kept) -> str:
+def split_from(rows: list[Kept], held_out: list[Kept]) -> Split:
+    """The rows whose question is none of the held-out ones, and those. Raises DataError where either is empty."""
+    questions = {prompt_text(row) for row in held_out}
+    train = [row for row in rows if prompt_text(row) not in questions]
+    if not train or not held_out:
+        raise DataError(
+            f"train.held_out_rows leaves {len(train)} of {len(rows)} rows to train on and {len(held_out)} held out; "
+            "both are needed"
+        )
+    return Split(train=train, held_out=held_out)
+
+
+def prompt_text(row: Completion) -> str:
     """A conversation up to the answer, without what makes it no other question."""
     return question_text(row.messages)
 

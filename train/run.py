@@ -19,13 +19,15 @@ from rich.console import Console
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
+from pipeline.records import Kept
 from pipeline.rundir import RunDir
+from pipeline.train_config import TrainConfig
 from train.cards import CARD, model_card
 from train.checks import settle
 from train.data_checks import row_checks, token_checks
 from train.pair_checks import pair_checks
 from train.processes import ALONE, Processes
-from train.rows import read_rows, split_rows, to_examples, write_held_out
+from train.rows import Split, read_checked, read_rows, split_from, split_rows, to_examples, write_held_out
 from train.student import PRUNE, initial_student
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 TRAINING_LOG = "training_log.json"
 FINGERPRINT = "fingerprint"  # in training/: what its checkpoints belong to
 # Settings that change no weight.
-SAME_RESULT = {"checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
+SAME_RESULT = {"held_out_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
 
 
 def train_run(
@@ -62,7 +64,7 @@ def train_run(
         )
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
     rows = read_rows(run)
-    split = split_rows(rows, share=recipe.train.held_out, seed=recipe.train.seed)
+    split = _split(rows, recipe.train)
     fingerprint = training_fingerprint(recipe, run)
     work = run.path / "training"
     if not again and run.held_out.is_file() and trained_from(run.student) == fingerprint:
@@ -100,8 +102,9 @@ def train_run(
     prepared.fit(checkpoint)
 
     log = training_log(prepared, recipe, train_rows=len(train_rows), held_out_rows=len(held_out))
+    dropped = len(split.train) + len(split.held_out) - len(train_rows) - len(held_out)
     if processes.lead:
-        section = _lineage_section(recipe, fingerprint, log, dropped=len(rows) - len(train_rows) - len(held_out))
+        section = _lineage_section(recipe, fingerprint, log, dropped=dropped)
         section |= {"precision": prepared.precision, "processes": processes.count}
         section |= {"checks": [msgspec.to_builtins(check) for check in checks]}
         record_lineage(run, "train", section)
@@ -116,6 +119,12 @@ def train_run(
     )
 
 
+def _split(rows: list[Kept], config: TrainConfig) -> Split:
+    if config.held_out_rows is not None:
+        return split_from(rows, read_checked(config.held_out_rows))
+    return split_rows(rows, share=config.held_out, seed=config.seed)
+
+
 def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
     """Hash of all that determines the trained student: rows, settings, student, the teacher it is cut from."""
     unused = set() if recipe.train.soft else {"kd"}
@@ -125,8 +134,9 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
         "teacher": recipe.teacher.model,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with run.kept.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in filter(None, (run.kept, recipe.train.held_out_rows)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
