@@ -123,8 +123,9 @@ class Texts:
         before = np.zeros(len(words) + 1, np.int64)
         np.cumsum(np.bitwise_count(words), out=before[1:])
         word, below = self._bits
-        counts = before[word] + np.bitwise_count(words[word] & below)
-        return counts[1:] - counts[:-1]
+        counts: Counts = before[word] + np.bitwise_count(words[word] & below)
+        inside: Counts = counts[1:] - counts[:-1]
+        return inside
 
     @cached_property
     def _bits(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
@@ -138,7 +139,8 @@ class Texts:
 
     @cached_property
     def _backslashes(self) -> Flags:
-        return self._units == _BACKSLASH
+        marked: Flags = self._units == _BACKSLASH
+        return marked
 
     def _with_any(self, places: NDArray[np.int64]) -> Flags:
         flags = np.zeros(len(self), np.bool_)
@@ -151,7 +153,8 @@ def positions(marked: Flags) -> NDArray[np.int64]:
     words = _packed(marked, len(marked))
     some = np.flatnonzero(words)
     marks = np.flatnonzero(np.unpackbits(words[some].view(np.uint8), bitorder="little").view(np.bool_))
-    return some[marks >> 6] * 64 + (marks & 63)
+    places: NDArray[np.int64] = some[marks >> 6] * 64 + (marks & 63)
+    return places
 
 
 def flags(values: Iterable[bool], size: int) -> Flags:
