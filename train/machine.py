@@ -86,16 +86,18 @@ def micro_tokens(vocabulary: int, *, soft: bool) -> int:
     return max(1, room if torch.cuda.is_available() else min(room, CPU_TOKENS))
 
 
-def activation_bytes(config: Any, tokens: int, *, width: int, soft: bool) -> int:
+def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, soft: bool) -> int:
     """What the backward pass of a decoder needs of its forward pass, estimated.
 
     `config`: the model's; `width`: bytes of an activation. Counted for each token and layer of a gated block: what its
-    two norms, four projections, attention, gate and product keep, norms in float32.
+    two norms, four projections, attention, gate and product keep, norms in float32; adapters keep the input of each of
+    the seven projections again, in float32 and with dropout.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     kv = head * getattr(config, "num_key_value_heads", config.num_attention_heads)
     layer = width * (8 * hidden + 4 * kv + 5 * inner) + 4 * 4 * hidden
+    layer += (width + 4) * (6 * hidden + inner) if adapters else 0
     logits = 4 * config.vocab_size * (6 if soft else 3)
     return tokens * (config.num_hidden_layers * layer + logits)
 
@@ -104,13 +106,14 @@ def wants_checkpointing(model: Any, config: TrainConfig, tokens: int) -> str:
     """Why gradient checkpointing is needed, in words; empty where memory suffices or the model's shape is not known."""
     try:
         width = 2 if autocast(config.weights) else 4
-        needed = activation_bytes(model.config.get_text_config(), tokens, width=width, soft=config.soft)
+        adapters = config.weights != "full"
+        shape = model.config.get_text_config()
+        needed = activation_bytes(shape, tokens, width=width, adapters=adapters, soft=config.soft)
     except AttributeError:
         return ""
     optimizer = ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
     left = SAFE_SHARE * free_memory() - optimizer
     if needed <= left:
         return ""
-    return (
-        f"a step of {tokens:,} tokens needs about {needed / GIB:.1f} GiB without it, {max(left, 0) / GIB:.1f} are left"
-    )
+    room = max(left, 0) / GIB
+    return f"{tokens:,} tokens need about {needed / GIB:.1f} GiB without it, there is room for {room:.1f}"

@@ -1,4 +1,4 @@
-"""Several processes that train one student: `accelerate launch --num_processes 2 -m train RECIPE`.
+"""Several processes that train one student: `accelerate launch --multi_gpu -m train RECIPE`.
 
 The first leads: it alone holds the run's lock, writes and prints. The others compute along and wait where it has to
 be first. The launcher tells each its place in the environment (RANK, WORLD_SIZE).

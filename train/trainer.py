@@ -202,8 +202,8 @@ def _check_machine(config: TrainConfig, processes: Processes) -> None:
         )
     if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
         raise UsageError(
-            f"{gpus} GPUs are visible to one process; use them all with `accelerate launch --num_processes {gpus} -m "
-            "train …`, or show it one: CUDA_VISIBLE_DEVICES=0"
+            f"{gpus} GPUs are visible to one process; use them all with `accelerate launch --multi_gpu --num_processes "
+            f"{gpus} -m train …`, or show it one: CUDA_VISIBLE_DEVICES=0"
         )
 
 
@@ -310,11 +310,12 @@ def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, check
         save_steps=NEVER,
         eval_strategy="steps",
         eval_steps=NEVER,
-        save_total_limit=1,  # and the best one
+        save_total_limit=2,  # the last and the best; with 1 the last would go when training ends
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         logging_steps=1,
         include_num_input_tokens_seen="non_padding",
+        ddp_find_unused_parameters=False,  # all that is trained is used
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=config.report_to or "none",
