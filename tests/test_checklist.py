@@ -59,7 +59,7 @@ def check(name: str, status: str, value: float | None = None) -> dict[str, Train
 
 def review(done: int, accepted: float | None, gone: int = 0) -> Result:
     share = None if accepted is None else Share(accepted, accepted, accepted)
-    return Result(done, 0, gone, [Agreement("filters", done, share, None)], msgspec.convert({}, Any))
+    return Result(done, 0, gone, [Agreement("filters", done, share, None)], msgspec.convert({}, Any), {})
 
 
 def claim(name: str, axis: str, value: float | None, promised: float, width: float = 0.0) -> Claim:
