@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -106,7 +107,8 @@ def _in_processes(
         for index in range(len(spans)):
             end = ends[index % processes]
             summary, sizes = _receive(end)
-            end.send(offsets)
+            with suppress(ConnectionError):  # it failed meanwhile: its own error is the next that is received
+                end.send(offsets)
             offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
             yield summary
         for end in ends:
