@@ -150,7 +150,8 @@ def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> str | None:
 def may_lack_script(batch: Batch, settings: ScriptRatioSettings) -> Flags:
     texts = batch.texts
     counts = texts.count(texts.within(SCRIPTS[settings.script])) - texts.escapes  # the n of \n is no letter
-    return counts / np.maximum(texts.sizes, 1) < settings.min_share
+    lacking: Flags = counts / np.maximum(texts.sizes, 1) < settings.min_share
+    return lacking
 
 
 class FinishReasonSettings(RuleSettings):
@@ -230,7 +231,8 @@ def ending(answer: Answer, settings: EndingSettings) -> str | None:
 def may_end_otherwise(batch: Batch, settings: EndingSettings) -> Flags:
     last, before = batch.texts.last_units
     marks = [ord(mark) for mark in settings.marks if ord(mark) < 0x10000]
-    return ~np.isin(last, marks) | (before == ord("\\"))
+    other: Flags = ~np.isin(last, marks) | (before == ord("\\"))
+    return other
 
 
 def _known_script(script: str) -> str:

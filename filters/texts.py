@@ -124,7 +124,8 @@ class Texts:
         np.cumsum(np.bitwise_count(words), out=before[1:])
         word, below = self._bits
         counts = before[word] + np.bitwise_count(words[word] & below)
-        return counts[1:] - counts[:-1]
+        differences: Counts = counts[1:] - counts[:-1]
+        return differences
 
     @cached_property
     def _bits(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
@@ -138,7 +139,8 @@ class Texts:
 
     @cached_property
     def _backslashes(self) -> Flags:
-        return self._units == _BACKSLASH
+        marked: Flags = self._units == _BACKSLASH
+        return marked
 
     def _with_any(self, places: NDArray[np.int64]) -> Flags:
         flags = np.zeros(len(self), np.bool_)
@@ -151,7 +153,8 @@ def positions(marked: Flags) -> NDArray[np.int64]:
     words = _packed(marked, len(marked))
     some = np.flatnonzero(words)
     marks = np.flatnonzero(np.unpackbits(words[some].view(np.uint8), bitorder="little").view(np.bool_))
-    return some[marks >> 6] * 64 + (marks & 63)
+    places: Counts = some[marks >> 6] * 64 + (marks & 63)
+    return places
 
 
 def flags(values: Iterable[bool], size: int) -> Flags:
