@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import DistillError
 
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 21  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
 PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes are up
 MOST_PROCESSES = 16
@@ -106,7 +107,8 @@ def _in_processes(
         for index in range(len(spans)):
             end = ends[index % processes]
             summary, sizes = _receive(end)
-            end.send(offsets)
+            with suppress(ConnectionError):  # it has failed since, and what it raised comes next
+                end.send(offsets)
             offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
             yield summary
         for end in ends:

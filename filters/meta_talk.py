@@ -117,8 +117,8 @@ def meta_talk(answer: Answer, settings: MetaTalkSettings) -> str | None:
     if settings.opening and (found := settings.opening.match(text)):
         return f"opens with `{found[1]}`"
     plain = _plain(text)
-    ours, *own = settings.anywhere if settings.builtin else (None, *settings.anywhere)
-    for pattern in (*([ours] if ours and _hinted(plain, ANYWHERE_HINTS) else []), *own):
+    unhinted = settings.builtin and not _hinted(plain, ANYWHERE_HINTS)
+    for pattern in settings.anywhere[1:] if unhinted else settings.anywhere:
         if found := pattern.search(text):
             return f"says `{found[0]}`"
     end = max(0, len(text) - CLOSING_CHARS)
