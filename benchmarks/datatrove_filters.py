@@ -10,7 +10,7 @@ call, in turn; medians. The rows are the workload of `benchmarks.chapter_filter`
 | ours | datatrove's |
 |---|---|
 | the chapter's five rules | one LambdaFilter with the chapter's own function, up to the first rule that drops |
-| `repetition` | GopherRepetitionFilter, same thresholds; words by white space: nothing to download |
+| `repetition` | GopherRepetitionFilter, same thresholds; words by white space: no tokenizer to download |
 | kept.jsonl, dropped.jsonl | JsonlWriter, and an `exclusion_writer` for each filter |
 
 What does not: datatrove runs a filter only on what the one before kept, checks no fields, and counts no slots; ours
@@ -95,10 +95,22 @@ def _datatrove(shards: Path, name: str) -> str:
     from datatrove.pipeline.filters import GopherRepetitionFilter, LambdaFilter
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
-    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+    from datatrove.utils.word_tokenizers import WordTokenizer
     from loguru import logger
 
     logger.remove()
+
+    class Words(WordTokenizer):
+        """By white space; datatrove's own needs spaCy."""
+
+        def word_tokenize(self, text: str) -> list[str]:
+            return text.split()
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            raise NotImplementedError
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            raise NotImplementedError
 
     def chapter(document: Any) -> bool | tuple[bool, str]:
         reason = chapter_reason(document.metadata["messages"][-1]["content"], document.text)
@@ -111,7 +123,7 @@ def _datatrove(shards: Path, name: str) -> str:
         ]
         if name == REPETITION:
             writer = JsonlWriter(f"{out}/repeated", compression=None)
-            steps.append(GopherRepetitionFilter(exclusion_writer=writer, language=WhitespaceTokenizer()))
+            steps.append(GopherRepetitionFilter(exclusion_writer=writer, language=Words()))
         steps.append(JsonlWriter(f"{out}/kept", compression=None))
         executor = LocalPipelineExecutor(
             steps, tasks=TASKS, workers=TASKS, logging_dir=f"{out}/logs", start_method="fork"

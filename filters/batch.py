@@ -7,7 +7,7 @@ that come again are decoded once. Whatever does not fit that is decoded line by 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -71,8 +71,8 @@ class Batch:
             raise ValueError("not one object a line")
         self._slots = self._json("slots")
         self._messages = self._json("messages")
-        self._instructions = {raw: _instruction(raw) for raw in dict.fromkeys(self._messages)}
-        self._known_slots = {raw: _slots(raw) for raw in dict.fromkeys(self._slots)}
+        self._instructions = {raw: instruction_of(_decode_messages(raw)) for raw in dict.fromkeys(self._messages)}
+        self._known_slots = {raw: _decode_slots(raw) for raw in dict.fromkeys(self._slots)}
         self.texts = Texts(list(map(attrgetter("text"), self._rows)))
         if not self.texts.all_strings():
             raise ValueError("a text is no string")
@@ -131,8 +131,6 @@ class Batch:
     def _unsure(self) -> Flags:
         """Rows whose text may be another than it looks in JSON: not in NFC, or escaped in an unusual way."""
         unsure = self.texts.irregular.copy()
-        for index in np.flatnonzero(unsure).tolist():
-            self.texts[index]  # half a surrogate pair is found here
         for index in np.flatnonzero(self.texts.maybe_not_nfc & ~unsure).tolist():
             text = self.texts[index]
             unsure[index] = nfc(text) != text
@@ -140,16 +138,6 @@ class Batch:
 
 
 NOT_PLAIN = (ValueError, msgspec.DecodeError)  # UnicodeDecodeError is a ValueError
-
-
-@lru_cache(maxsize=512)
-def _instruction(messages: bytes) -> str:
-    return instruction_of(_decode_messages(messages))
-
-
-@lru_cache(maxsize=512)
-def _slots(slots: bytes) -> Slots:
-    return _decode_slots(slots)
 
 
 @dataclass(frozen=True)

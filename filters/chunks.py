@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import DistillError
 
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 21  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
 PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes are up
 MOST_PROCESSES = 16
@@ -107,7 +107,7 @@ def _in_processes(
         for index in range(len(spans)):
             end = ends[index % processes]
             summary, sizes = _receive(end)
-            with suppress(ConnectionError):  # it failed meanwhile: its own error is the next that is received
+            with suppress(ConnectionError):  # it has failed since, and what it raised comes next
                 end.send(offsets)
             offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
             yield summary

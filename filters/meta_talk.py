@@ -68,6 +68,20 @@ CLOSINGS = (
 )
 
 
+# Each pattern of the two lists above needs one of these to match, in lower case; most answers have none.
+ANYWHERE_HINTS = (
+    *("as a", "language model", "'m ", "’m ", "i am ", "i was ", "training data", "knowledge cutoff", "system prompt"),
+    *("qwen", "chatgpt", "smollm", "<|", "모델", "어시스턴트", "챗봇", "비서", "작성", "생성", "제공"),
+    *("저는 ai", "나는 ai", "인공지능", "사용자"),
+)
+CLOSING_HINTS = (
+    *("i hope ", "let me know ", "feel free", "hesitate", " me to", "is there any", "do you have any", "word count"),
+    *("필요", "궁금하", "원하", "요청", "언제든", "편하게", "도움이", "마음에", "작성", "구성", "바랍니다", "글자"),
+    *("자로", "자입니다", "("),
+)
+_OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
+
+
 class MetaTalkSettings(RuleSettings):
     patterns: list[str] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
     builtin: bool = True  # False: only your own
@@ -102,9 +116,21 @@ def meta_talk(answer: Answer, settings: MetaTalkSettings) -> str | None:
     text = answer.text
     if settings.opening and (found := settings.opening.match(text)):
         return f"opens with `{found[1]}`"
-    for pattern in settings.anywhere:
+    plain = _plain(text)
+    unhinted = settings.builtin and not _hinted(plain, ANYWHERE_HINTS)
+    for pattern in settings.anywhere[1:] if unhinted else settings.anywhere:
         if found := pattern.search(text):
             return f"says `{found[0]}`"
-    if settings.closing and (found := settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))):
+    end = max(0, len(text) - CLOSING_CHARS)
+    if settings.closing and _hinted(plain, CLOSING_HINTS) and (found := settings.closing.search(text, end)):
         return f"closes with `{found[0]}`"
     return None
+
+
+def _plain(text: str) -> str | None:
+    """In lower case, each run of white space as one space; None where case is not so simple."""
+    return " ".join(text.lower().split()) if _OTHER_CASES.search(text) is None else None
+
+
+def _hinted(plain: str | None, hints: tuple[str, ...]) -> bool:
+    return plain is None or any(hint in plain for hint in hints)

@@ -53,11 +53,10 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> str | None:
     total = sum(map(len, units))
     for n, limit in settings.top_ngrams.items():
         counts = Counter(_ngrams(units, n))
-        if not counts:
-            break
-        ngram, count = max(counts.items(), key=lambda item: (item[1], sum(map(len, item[0]))))
-        if count == 1:
+        count = max(counts.values(), default=0)
+        if count < 2:
             break  # where no n-gram comes twice, no longer one does
+        ngram = max((ngram for ngram in counts if counts[ngram] == count), key=lambda ngram: sum(map(len, ngram)))
         if (share := min(1.0, sum(map(len, ngram)) * count / total)) > limit:
             return f"`{' '.join(ngram)}` {count} times: {share:.0%} of the text, at most {limit:.0%}"
     for n, limit in settings.duplicate_ngrams.items():

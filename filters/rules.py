@@ -231,8 +231,8 @@ def ending(answer: Answer, settings: EndingSettings) -> str | None:
 def may_end_otherwise(batch: Batch, settings: EndingSettings) -> Flags:
     last, before = batch.texts.last_units
     marks = [ord(mark) for mark in settings.marks if ord(mark) < 0x10000]
-    otherwise: Flags = ~np.isin(last, marks) | (before == ord("\\"))
-    return otherwise
+    other: Flags = ~np.isin(last, marks) | (before == ord("\\"))
+    return other
 
 
 def _known_script(script: str) -> str:

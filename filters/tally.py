@@ -111,13 +111,12 @@ def _count_lengths(counts: Counter[int], lengths: Counts) -> None:
 
 
 def _count_slots(counts: dict[str, Counter[str]], slots: Iterable[SlotsCount]) -> None:
+    found: dict[str, list[str]] = {}
     for row, count in slots:
         for name, value in row.items():
-            values = counts.get(name)
+            values = found.get(name)
             if values is None:
-                values = counts[name] = Counter()
-            if isinstance(value, str):
-                values[value] += count
-            else:
-                for part in value:
-                    values[part] += count
+                values = found[name] = []
+            values.extend(([value] if isinstance(value, str) else value) * count)
+    for name, values in found.items():
+        counts.setdefault(name, Counter()).update(values)

@@ -123,9 +123,9 @@ class Texts:
         before = np.zeros(len(words) + 1, np.int64)
         np.cumsum(np.bitwise_count(words), out=before[1:])
         word, below = self._bits
-        counts: Counts = before[word] + np.bitwise_count(words[word] & below)
-        inside: Counts = counts[1:] - counts[:-1]
-        return inside
+        counts = before[word] + np.bitwise_count(words[word] & below)
+        differences: Counts = counts[1:] - counts[:-1]
+        return differences
 
     @cached_property
     def _bits(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
@@ -153,7 +153,7 @@ def positions(marked: Flags) -> NDArray[np.int64]:
     words = _packed(marked, len(marked))
     some = np.flatnonzero(words)
     marks = np.flatnonzero(np.unpackbits(words[some].view(np.uint8), bitorder="little").view(np.bool_))
-    places: NDArray[np.int64] = some[marks >> 6] * 64 + (marks & 63)
+    places: Counts = some[marks >> 6] * 64 + (marks & 63)
     return places
 
 

@@ -145,6 +145,7 @@ LINE = encode_line(row(STORY))
         (LINE[:-1] + LINE, 0),  # two in a line
         (LINE.replace(b'"slots":', b'"slots":\n'), 0),  # one over two lines
         (LINE[:-1] + LINE.replace(b',"text"', b',\n"text"'), 0),  # as many lines as objects
+        (LINE[:-1] + LINE + LINE.replace(b'},"endpoint"', b'}\n,"endpoint"'), 0),  # the same, each ending in a brace
         (LINE.replace(b'"text":"', b'"text":["').replace(b'","finish', b'"],"finish'), 0),
         (LINE.replace(b'"text":"', b'"text":"\xed\xa0\x80'), 0),
         (LINE.replace(b'"text":"', rb'"text":"\udc07'), 0),

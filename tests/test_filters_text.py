@@ -1,14 +1,18 @@
 """The rules that read what an answer says: other scripts, endings, loops, meta-talk, what was asked for, language."""
 
+import re
 import sys
 import unicodedata
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from test_filters_rules import ENGLISH_STORY, INSTRUCTION, STORY, reason, rule_set
 
 from filters.answer import Answer, nfc
 from filters.language import _identifier
+from filters.meta_talk import ANYWHERE, ANYWHERE_HINTS, CLOSING_HINTS, CLOSINGS, _hinted, _plain
 from filters.words import mentions, whole_word
 from pipeline.errors import RecipeError
 from pipeline.records import Slots
@@ -152,6 +156,18 @@ def test_meta_talk_is_dropped(text: str) -> None:
 )
 def test_a_story_is_not_meta_talk(text: str) -> None:
     assert reason("meta_talk", text) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hints"),
+    [*((pattern, ANYWHERE_HINTS) for pattern in ANYWHERE), *((pattern, CLOSING_HINTS) for pattern in CLOSINGS)],
+)
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_what_a_pattern_finds_has_a_hint(pattern: str, hints: tuple[str, ...], data: st.DataObject) -> None:
+    text = nfc(data.draw(st.from_regex(re.compile(pattern, re.IGNORECASE))))
+    assume(re.search(pattern, text, re.IGNORECASE))
+    assert _hinted(_plain(text), hints)
 
 
 def test_meta_talk_takes_own_patterns() -> None:
