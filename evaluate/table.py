@@ -87,7 +87,8 @@ def _asked(report: Report) -> str:
 
 def _held_out_table(report: Report) -> Table:
     """With the teacher's answers to unseen values beside, where there are any."""
-    columns, rows = HELD_OUT, []
+    columns: tuple[str, ...] = HELD_OUT
+    rows = []
     if report.rows.unseen:
         columns = (*HELD_OUT, *(f"{name} (unseen)" for name in HELD_OUT))
     for model in report.models:
