@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluate.results import AFTER, BEFORE, TEACHER, JudgeResult, PairVerdict
-from filters.judge import FENCE, judge_recipe, judge_rows, version_of
+from filters.judge import (
+    FENCE,
+    attempt_runs,
+    is_teacher,
+    judge_address,
+    judge_recipe,
+    judge_rows,
+    verdicts_folder,
+    version_of,
+)
 from generate.engine import generate
 from pipeline.recipe import JudgeConfig, Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, encode_line, read_jsonl
@@ -58,7 +67,7 @@ class Judge(NamedTuple):
 
     @property
     def is_teacher(self) -> bool:
-        return (self.model, self.url) == (self.recipe.teacher.model, self.recipe.teacher.url)
+        return is_teacher(self.recipe, self.config)
 
 
 def find_judge(recipe: Recipe) -> Judge | None:
@@ -67,8 +76,7 @@ def find_judge(recipe: Recipe) -> Judge | None:
     if config is None:
         return None
     own = recipe.model_copy(update={"filters": recipe.filters.model_copy(update={"judge": config})})
-    asked = judge_recipe(own, config, Path("questions"), 1, CHOICE).teacher
-    return Judge(own, config, asked.model, asked.url)
+    return Judge(own, config, *judge_address(own, config))
 
 
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:
@@ -92,7 +100,8 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         found = {id_: judgements[row.id].score if row.text else 1 for id_, row in rows.items()}
         scores[key] = {id_: score for id_, score in found.items() if score is not None}
     pairs = [pair for other in OPPONENTS if other in answers and AFTER in answers for pair in _pairs(answers, other)]
-    choices = _choose(judge, run.path / "evaluation" / "pairs", pairs)
+    scoring = attempt_runs(verdicts_folder(folder, version_of(judge.recipe, judge.config)), judge.config)
+    choices = _choose(judge, run.path / "evaluation" / "pairs", pairs, scoring)
     return JudgeResult(
         fingerprint=judged_fingerprint(judge, answers),
         model=judge.model,
@@ -131,8 +140,11 @@ def _choice(first: Kept, second: Kept, choices: Mapping[str, str]) -> str | None
     return choices.get(_pair_id(first, second))
 
 
-def _choose(judge: Judge, folder: Path, pairs: Sequence[_Pair]) -> dict[str, str]:
-    """The judge's choices by the id of the ordered pair; the ones that cannot be read are asked for again."""
+def _choose(judge: Judge, folder: Path, pairs: Sequence[_Pair], scoring: Sequence[RunDir]) -> dict[str, str]:
+    """The judge's choices by the id of the ordered pair; the ones that cannot be read are asked for again.
+
+    They have what the runs of its `scoring` left of its budget.
+    """
     version = _hash(version_of(judge.recipe, judge.config), QUESTION)[:8]
     open_questions = {
         _pair_id(first, second): pair_question(first, second, judge.config)
@@ -141,16 +153,17 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[_Pair]) -> dict[str, str
         if first.text and second.text and first.text != second.text
     }
     choices: dict[str, str] = {}
-    for attempt in range(1, judge.config.attempts + 1):
+    attempts = attempt_runs(folder / version, judge.config)
+    for attempt, asked in enumerate(attempts, start=1):
         if not open_questions:
             break
-        asked = RunDir(folder / version / str(attempt))
         asked.path.mkdir(parents=True, exist_ok=True)
         questions = folder / version / f"{attempt}.questions.jsonl"
         with replacing(questions) as file:
             for id_, messages in open_questions.items():
                 file.write(encode_line(Prompt(id=id_, messages=messages)))
-        wanted = judge_recipe(judge.recipe, judge.config, questions, attempt, CHOICE)
+        others = [*scoring, *(other for other in attempts if other != asked)]
+        wanted = judge_recipe(judge.recipe, judge.config, questions, attempt, CHOICE, others)
         generate(wanted, asked, quiet=True, retry_failures=True)
         for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
             if row.prompt_id in open_questions and (choice := read_choice(row.text)):

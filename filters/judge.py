@@ -70,7 +70,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
 
 def version_of(recipe: Recipe, config: JudgeConfig) -> str:
     """8 hex digits of the hash of all that determines a verdict."""
-    model, url = _judge(recipe, config)
+    model, url = judge_address(recipe, config)
     what = [TEMPLATE, QUESTION, list(config.rubric.items()), model, url, config.max_tokens, config.seed, config.schema_]
     return blake2b(json.dumps(what, ensure_ascii=False).encode(), digest_size=4).hexdigest()
 
@@ -105,9 +105,9 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     config = recipe.filters.judge
     assert config is not None
     version = version_of(recipe, config)
-    folder = run.path / "judge" / version
+    folder = verdicts_folder(run, version)
     folder.mkdir(parents=True, exist_ok=True)
-    if _judge(recipe, config)[0] == recipe.teacher.model:  # wherever it is served
+    if is_teacher(recipe, config):
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
     questions = folder / "1.questions.jsonl"
     open_ids: dict[str, None] = {}  # a set in the rows' order
@@ -116,17 +116,16 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
             file.write(encode_line(Prompt(id=row.id, messages=question(row, config))))
             open_ids[row.id] = None
     judgements: dict[str, Judgement] = {}
-    for attempt in range(1, config.attempts + 1):
+    properties = {name: {"type": "integer", "enum": SCORES} for name in (*config.rubric, "score")}
+    attempts = attempt_runs(folder, config)
+    for attempt, asked in enumerate(attempts, start=1):
         if not open_ids:
             break
         if attempt > 1:
             questions = _again(folder, attempt, open_ids)
-        asked = RunDir(folder / str(attempt))
+        others = [other for other in attempts if other != asked]
         try:
-            others = (RunDir(folder / str(number)) for number in range(1, config.attempts + 1) if number != attempt)
-            asking = _recipe(recipe, config, questions, attempt).model_copy(
-                update={"budget": _left(config.budget, others)}
-            )
+            asking = judge_recipe(recipe, config, questions, attempt, properties, others)
             generate(asking, asked, quiet=quiet, retry_failures=True)
         except DistillError as error:
             raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
@@ -194,23 +193,40 @@ def _count(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
         scores.setdefault(name, Counter())[str(score)] += 1
 
 
-def _judge(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
+def judge_address(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
+    """The judge's model, and where it answers."""
     return config.model or recipe.teacher.model, (config.base_url or recipe.teacher.url).rstrip("/")
 
 
-def _recipe(recipe: Recipe, config: JudgeConfig, questions: Path, attempt: int) -> Recipe:
-    properties = {name: {"type": "integer", "enum": SCORES} for name in (*config.rubric, "score")}
-    return judge_recipe(recipe, config, questions, attempt, properties)
+def is_teacher(recipe: Recipe, config: JudgeConfig) -> bool:
+    """Whether the teacher judges itself, wherever it is served."""
+    return judge_address(recipe, config)[0] == recipe.teacher.model
+
+
+def verdicts_folder(run: RunDir, version: str) -> Path:
+    """Where a version of the judge has its own runs."""
+    return run.path / "judge" / version
+
+
+def attempt_runs(folder: Path, config: JudgeConfig) -> list[RunDir]:
+    """The judge's own runs in a folder, one an attempt."""
+    return [RunDir(folder / str(attempt)) for attempt in range(1, config.attempts + 1)]
 
 
 def judge_recipe(
-    recipe: Recipe, config: JudgeConfig, questions: Path, attempt: int, properties: dict[str, Any]
+    recipe: Recipe,
+    config: JudgeConfig,
+    questions: Path,
+    attempt: int,
+    properties: dict[str, Any],
+    others: Iterable[RunDir],
 ) -> Recipe:
     """The judge's own run: the same engine, another endpoint and prompts. Greedy, but when it is asked again.
 
-    `properties` are those of the JSON object it replies with, all of them required.
+    `properties` are those of the JSON object it replies with, all of them required; `others` the runs that share its
+    budget.
     """
-    model, url = _judge(recipe, config)
+    model, url = judge_address(recipe, config)
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
     own = config.model is None and config.base_url is None
@@ -228,12 +244,13 @@ def judge_recipe(
                 extra={"response_format": form} if config.schema_ else {},
             ),
             "generate": recipe.generate.model_copy(update={"mode": "online"}),
+            "budget": _left(config.budget, others),
         }
     )
 
 
 def _left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What the judge's other attempts leave of its budget; where they leave nothing, less than any request costs."""
+    """What the judge's other runs leave of its budget; where they leave nothing, less than any request costs."""
     spent = [read_lineage(other).get("generate", {}).get("spent", {}) for other in others]
     usd, tokens = (sum(one.get(unit) or 0 for one in spent) for unit in ("usd", "tokens"))
     return BudgetConfig(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from misbehaving_server import Asked, Behaviour, answer, misbehaving, recipe_for
 
 from evaluate.judging import find_judge, judge_answers, judged_fingerprint, read_choice
@@ -142,6 +143,17 @@ def test_what_was_judged_is_not_asked_again_and_a_new_answer_is(tmp_path: Path) 
         prints = {judged_fingerprint(judge, answers), judged_fingerprint(judge, other)}
         assert len({*prints, judged_fingerprint(stricter, answers)}) == 3
     assert second.scores["teacher"] == first.scores["teacher"]
+
+
+def test_pairs_have_what_the_scores_left_of_the_judge_s_budget(tmp_path: Path) -> None:
+    answers = texts(teacher=lambda i: f"bad {i}", student_after=lambda i: f"good {i}")
+    ask(judge_of(better), tmp_path, answers, budget={"tokens": 10_000_000})
+    evaluation = tmp_path / "evaluation"
+    (scored,) = (evaluation / "judge").rglob("lineage.json")
+    (asked,) = (evaluation / "pairs").rglob("recipe.yaml")
+    spent = json.loads(scored.read_bytes())["generate"]["spent"]["tokens"]
+    assert spent > 0
+    assert yaml.safe_load(asked.read_text())["budget"]["tokens"] == 10_000_000 - spent
 
 
 def test_the_judge_is_the_evaluation_s_else_the_filters(tmp_path: Path) -> None:
