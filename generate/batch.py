@@ -264,7 +264,11 @@ class Batches:
                 self._answer(job, outcome, sampling)
                 continue
             self._settle(id_, outcome)
-            if isinstance(outcome, Refused) and part and self._learns(outcome, part):
+            if (
+                isinstance(outcome, Refused)
+                and part
+                and self._dialect.learns_from(outcome, self._versions.get(part.name, 0), self._say)
+            ):
                 self._tries[id_] -= 1
             elif isinstance(outcome, Transient):
                 self._last[id_] = outcome
@@ -272,17 +276,6 @@ class Batches:
                 self._fail(job, outcome, sampling)
         if strangers:
             self._say(f"{path}: passed over {strangers} answers that were there already, or that nothing asks for")
-
-    def _learns(self, error: Refused, part: Part) -> bool:
-        """Whether the request, sent another way in another batch, may be answered."""
-        if error.status not in (400, 422):
-            return False
-        if self._versions.get(part.name, 0) != self._dialect.version:  # written before the last lesson
-            return True
-        learnt = self._dialect.learn(error.message, error.parameter)
-        if learnt:
-            self._say(f"the teacher refuses a setting ({error.message}): from here on this run {learnt}")
-        return learnt is not None
 
     def _answer(self, job: Job, answer: Answer, sampling: dict[str, Any]) -> None:
         reservation = self._reserved.pop(job.request.id, None)

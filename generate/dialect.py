@@ -9,10 +9,12 @@ Read from the error's `param` where there is one (OpenAI, Azure), else from its 
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from generate.answers import Refused
 from generate.requests import Job
 from pipeline.records import Message
 
@@ -54,6 +56,17 @@ class Dialect:
             for name, value in sampling.items()
             if name not in self._left_out
         }
+
+    def learns_from(self, error: Refused, version: int, say: Callable[[str], None]) -> bool:
+        """Whether a request that was refused, sent another way, may be answered; `version` is what it was sent in."""
+        if error.status not in (400, 422):
+            return False
+        if version != self.version:  # it went out before the last lesson
+            return True
+        learnt = self.learn(error.message, error.parameter)
+        if learnt:
+            say(f"the teacher refuses a setting ({error.message}): from here on this run {learnt}")
+        return learnt is not None
 
     def learn(self, message: str, parameter: str | None) -> str | None:
         """What an error of the class 400 teaches, in words for the user; None if it is about something else."""

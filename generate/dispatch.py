@@ -222,7 +222,7 @@ class Dispatcher:
         if isinstance(error, Rejected):
             await self._reject(endpoint, error)
             return
-        if isinstance(error, Refused) and self._learns(error, version):
+        if isinstance(error, Refused) and self._dialect.learns_from(error, version, self._say):
             job.attempts -= 1
             self._schedule.put_back(job, now)
             return
@@ -242,17 +242,6 @@ class Dispatcher:
         self._failures.append(failed(job, error, endpoint=endpoint.url, sampling=sampling))
         self._counters.failed += 1
         self._counters.errors[error.error] += 1
-
-    def _learns(self, error: Refused, version: int) -> bool:
-        """Whether the request, sent another way, may be answered."""
-        if error.status not in (400, 422):
-            return False
-        if version != self._dialect.version:  # it went out before the last lesson
-            return True
-        learnt = self._dialect.learn(error.message, error.parameter)
-        if learnt:
-            self._say(f"the teacher refuses a setting ({error.message}): from here on this run {learnt}")
-        return learnt is not None
 
     def _given_up(self, now: float) -> bool:
         """Ends the run when every endpoint has been down for too long."""

@@ -11,7 +11,7 @@ from hashlib import blake2b, shake_128
 from string import Formatter
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import ChooseSlot, PromptsConfig
+from pipeline.recipe import ChooseSlot, PromptsConfig, slot_values
 from pipeline.records import Slots
 
 ROUNDS = 3  # of the shuffle; each is two hashes
@@ -52,7 +52,7 @@ class _Digit:
 
     def __init__(self, name: str, slot: list[str] | ChooseSlot) -> None:
         self.name = name
-        self._values = list(dict.fromkeys(slot.from_ if isinstance(slot, ChooseSlot) else slot))
+        self._values = list(dict.fromkeys(slot_values(slot)))
         self._choose = slot.choose if isinstance(slot, ChooseSlot) else None
         self.size = math.comb(len(self._values), 1 if self._choose is None else self._choose)
 

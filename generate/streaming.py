@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import aiohttp
 
-from generate.client import headers_of, is_loopback
+from generate.client import headers_of, proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
 
@@ -30,7 +30,7 @@ def streaming_session(teacher: TeacherConfig, timeout_s: float) -> aiohttp.Clien
         connector=aiohttp.TCPConnector(limit=0),
         headers=headers_of(teacher),
         timeout=aiohttp.ClientTimeout(total=timeout_s),
-        trust_env=not is_loopback(teacher.url),
+        proxy=proxy_of(teacher.url),
     )
 
 

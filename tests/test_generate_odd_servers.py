@@ -15,6 +15,7 @@ from generate.answers import CallFailed, read_answer, read_error
 from generate.client import check_teacher, proxy_of
 from generate.engine import generate
 from generate.limits import Limits, TokenBucket
+from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError, RecipeError
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
@@ -212,6 +213,18 @@ def test_a_password_in_netrc_is_for_others(run: RunDir, monkeypatch: pytest.Monk
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")
     with misbehaving() as server:
         generate(recipe_for(server, 1), run, quiet=True)
+    assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+
+
+async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")
+    with misbehaving() as server:
+        teacher = recipe_for(server).teacher
+        async with streaming_session(teacher, timeout_s=5) as session:
+            await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
     assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
 
 
