@@ -28,7 +28,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Prompt, Usage, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import prompt_text, read_rows, split_from, split_rows
 
 
@@ -150,10 +150,10 @@ def _human(setup: Setup) -> Prepared:
     for name, title in (("teacher", "distilled"), ("human", "human")):
         chosen = RunDir(setup.folder / "rows" / title)
         chosen.path.mkdir(parents=True, exist_ok=True)
-        _write(chosen.kept, pick.sample(train[name], count))
+        write_jsonl(chosen.kept, pick.sample(train[name], count))
         questions = [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in sources["human"]]
         asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
-        _write(chosen.prompts, [*asked, *questions])  # a probe must be new to both arms
+        write_jsonl(chosen.prompts, [*asked, *questions])  # a probe must be new to both arms
         if name == "teacher":
             shutil.copyfile(base.lineage, chosen.lineage)
         accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []
@@ -182,7 +182,7 @@ def _thousand(setup: Setup) -> Prepared:
         run.path.mkdir(parents=True, exist_ok=True)
         first = {prompt.id for prompt in islice(read_jsonl(setup.base.prompts, Prompt), setup.options.rows)}
         rows = read_jsonl(setup.base.completions, Completion)
-        _write(run.completions, (row for row in rows if row.prompt_id in first))
+        write_jsonl(run.completions, (row for row in rows if row.prompt_id in first))
         shutil.copyfile(setup.base.prompts, run.prompts)
         _copy_lineage(setup.base, run, ("generate",))
     _answered(setup, run, flags)
@@ -233,7 +233,7 @@ def _arm(setup: Setup, name: str, rows: RunDir, held_out: Sequence[Kept], flags:
     run = RunDir(setup.folder / name)
     run.path.mkdir(parents=True, exist_ok=True)
     shared = setup.folder / "held_out.jsonl"
-    _write(shared, held_out)
+    write_jsonl(shared, held_out)
     if rows.path != run.path:
         prompts = rows.prompts if rows.prompts.is_file() else setup.base.prompts
         for path in (rows.kept, rows.dropped, rows.filter_report, prompts):
@@ -253,11 +253,6 @@ def _copy_lineage(source: RunDir, target: RunDir, sections: Iterable[str]) -> No
 def _accepting(setup: Setup, *checks: str) -> list[str]:
     """A flag: these warnings are what the experiment is about, so they do not stop it."""
     return ["--train.accept", json.dumps(sorted({*setup.recipe.train.accept, *checks}))]
-
-
-def _write(path: Path, records: Iterable[msgspec.Struct]) -> None:
-    with replacing(path) as file:
-        file.writelines(map(encode_line, records))
 
 
 class HumanRow(msgspec.Struct, frozen=True):

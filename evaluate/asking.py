@@ -7,8 +7,8 @@ from typing import Literal
 from evaluate.results import ProbeAnswer
 from generate.engine import Summary, generate
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
-from pipeline.records import Completion, Failure, Prompt, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing
+from pipeline.records import Completion, Failure, Prompt, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
 from serve.server import Server
 
 
@@ -35,9 +35,7 @@ def ask(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: int | No
     """Sends the prompts, over and over until there are `count` of them, through `generate`."""
     folder.mkdir(parents=True, exist_ok=True)
     questions = folder / "questions.jsonl"
-    with replacing(questions) as file:
-        for prompt in prompts:
-            file.write(encode_line(prompt))
+    write_jsonl(questions, prompts)
     wanted = recipe.model_copy(update={"prompts": PromptsConfig(file=questions, count=count)})
     return generate(wanted, RunDir(folder), quiet=True)
 

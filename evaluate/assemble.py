@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from evaluate.bootstrap import Figure, draw, interval, ratio
+from evaluate.bootstrap import Figure, Figures, draw, interval, ratio
 from evaluate.judging import Answers
 from evaluate.machine import describe_machine, engine_facts
 from evaluate.models import Subject, measure_weights
@@ -21,7 +21,7 @@ from evaluate.notes import write_notes
 from evaluate.perplexity import RowScore, bootstrap
 from evaluate.probes import ProbePrompts
 from evaluate.promise import claims, holds, verdict
-from evaluate.quality import Figures, Quality, differences, measure_quality, probe_answers, probes_of, win_rates
+from evaluate.quality import Quality, differences, measure_quality, probe_answers, probes_of, win_rates
 from evaluate.report import (
     SCHEMA,
     Answer,

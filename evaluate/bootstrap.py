@@ -4,7 +4,7 @@ Pure arithmetic. The prompt is what is drawn, since several answers to one promp
 figures are computed on the same resamples, so that differences and ratios between models are paired.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ class Figure:
         with np.errstate(divide="ignore", invalid="ignore"):
             quotient = self.resampled / other.resampled
         return Estimate(self.value / other.value, *interval(quotient[np.isfinite(quotient)]))
+
+
+Figures = Mapping[str, Mapping[str, Figure]]  # model → name → figure
 
 
 def draw(prompts: int, resamples: int = RESAMPLES) -> Any:

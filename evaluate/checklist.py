@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluate.evidence import SCRIPT_RULES, Evidence, TrainCheck, gather
-from evaluate.html import render_html
+from evaluate.html import publish
 from evaluate.points import Checklist, Point, Status
-from evaluate.report import Claim, Difference, Report, number, read_report, write_report
+from evaluate.report import Claim, Difference, Report, number, read_report
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, REVIEWED_ROWS, SAFE_KEEP_RATE
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir
 
 LOWEST, HIGHEST = BALANCED_SIZES
 SAFE_DUPLICATES = 0.1  # share of the answers that say the same as another
@@ -314,9 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     if report is not None and report.checklist != found:
         with run.locked():
             report = msgspec.structs.replace(read_report(run) or report, checklist=found)
-            with replacing(run.report_html) as file:
-                file.write(render_html(report).encode())
-            write_report(run, report)
+            publish(run, report)
     stopping = ("fail", "warn", "unknown") if options.strict else ("fail",)
     bad = [point.name for point in found.all if point.status in stopping]
     if bad:

@@ -6,7 +6,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evaluate import sections
 from evaluate.charts import axis_charts, bar_groups, drop_bars, loss_chart
-from evaluate.report import Report
+from evaluate.report import Report, write_report
+from pipeline.rundir import RunDir, replacing
 
 
 def render_html(report: Report) -> str:
@@ -34,3 +35,10 @@ def render_html(report: Report) -> str:
         origin=sections.origin(report),
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )
+
+
+def publish(run: RunDir, report: Report) -> None:
+    """Writes report.html, and then report.json."""
+    with replacing(run.report_html) as file:
+        file.write(render_html(report).encode())
+    write_report(run, report)

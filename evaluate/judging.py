@@ -26,8 +26,8 @@ from filters.judge import (
 )
 from generate.engine import generate
 from pipeline.recipe import JudgeConfig, Recipe
-from pipeline.records import Completion, Kept, Message, Prompt, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing
+from pipeline.records import Completion, Kept, Message, Prompt, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
 
 CHOICES = ["A", "B", "tie"]
 CHOICE = {"better": {"type": "string", "enum": CHOICES}}
@@ -159,9 +159,7 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[_Pair], scoring: Sequenc
             break
         asked.path.mkdir(parents=True, exist_ok=True)
         questions = folder / version / f"{attempt}.questions.jsonl"
-        with replacing(questions) as file:
-            for id_, messages in open_questions.items():
-                file.write(encode_line(Prompt(id=id_, messages=messages)))
+        write_jsonl(questions, (Prompt(id=id_, messages=messages) for id_, messages in open_questions.items()))
         others = [*scoring, *(other for other in attempts if other != asked)]
         wanted = judge_recipe(judge.recipe, judge.config, questions, attempt, CHOICE, others)
         generate(wanted, asked, quiet=True, retry_failures=True)

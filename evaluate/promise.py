@@ -7,12 +7,12 @@ prompts shows no quality, whatever its interval: answers that all pass have one 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-from evaluate.bootstrap import Figure
+from evaluate.bootstrap import Figure, Figures
 from evaluate.report import Claim, Estimate, ModelReport
 from evaluate.results import AFTER, TEACHER
 
@@ -21,8 +21,6 @@ TIMES = 3.0  # smaller, faster, and less memory
 ENOUGH = 30  # prompts
 AXES = ("quality", "memory", "speed")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
-
-Figures = Mapping[str, Mapping[str, Figure]]  # model → name → figure
 
 
 def claims(

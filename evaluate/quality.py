@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluate.bootstrap import Figure, draw, ratio
+from evaluate.bootstrap import Figures, draw, ratio
 from evaluate.figures import BETTER, Judged, compute, look_at, naming
 from evaluate.judging import OPPONENTS, Answers
 from evaluate.probes import ProbePrompts
@@ -17,7 +17,6 @@ from filters.ruleset import RuleSet
 from pipeline.recipe import Recipe
 
 PERPLEXITIES = ("perplexity", "bits_per_character")
-Figures = Mapping[str, Mapping[str, Figure]]  # model → name → figure
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import msgspec
 
 from evaluate.assemble import Measured, build_report, report_fingerprint
 from evaluate.checklist import check_run
-from evaluate.html import render_html
+from evaluate.html import publish
 from evaluate.judging import Judge, find_judge, judge_answers, judged_fingerprint
 from evaluate.machine import choose_precision
 from evaluate.models import Subject, is_local, load, subjects
 from evaluate.perplexity import choose_rows, score_rows
 from evaluate.probes import ProbePrompts, choose_probes
 from evaluate.quality import probe_answers
-from evaluate.report import Report, read_report, write_report
+from evaluate.report import Report, read_report
 from evaluate.results import (
     TEACHER,
     JudgeResult,
@@ -49,7 +49,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir
 
 Found = TypeVar("Found", PerplexityResult, SpeedResult, ProbeResult)
 
@@ -294,9 +294,7 @@ def _saved(measurements: Sequence[Measurement], kind: type[Found]) -> dict[str, 
 
 
 def _write(run: RunDir, report: Report) -> None:
-    with replacing(run.report_html) as file:
-        file.write(render_html(report).encode())
-    write_report(run, report)
+    publish(run, report)
     headline = report.headline
     record_lineage(
         run,

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from evaluate.promise import answer as holds
 from evaluate.report import Answer, Claim, Difference, Estimate, ModelReport, ProbeFigures, Report, WinRate, number
-from evaluate.table import COLUMNS, HELD_OUT, NOTHING, SPEED, cells
+from evaluate.table import COLUMNS, HELD_OUT, NOTHING, SPEED, cells, claim_cells
 from filters.scripts import character_class
 
 Mark = Literal["pass", "warn", "fail", "unknown", "better", "worse", ""]
@@ -105,14 +105,12 @@ def kept(report: Report) -> Note:
 
 
 def _part(claim: Claim) -> Part:
-    quality, value = claim.axis == "quality", claim.value
-    shown = "{:.1%}" if quality else "{:.2f}×"
-    width = value is not None and value.low < value.high
+    promised, here, interval = claim_cells(claim)
     return Part(
         text=claim.text,
-        promised=f"{claim.promised:.0%}" if quality else f"{claim.promised:.0f}×",
-        here=shown.format(value.value) if value else NOTHING,
-        interval=f"{shown.format(value.low)}–{shown.format(value.high)}" if value and width else "",
+        promised=promised,
+        here=here,
+        interval=interval,
         answer="not measured" if claim.holds is None else holds(claim),
         mark="unknown" if claim.holds is None else ANSWERS[holds(claim)],
     )

@@ -70,6 +70,16 @@ def speed_cells(model: ModelReport) -> list[str]:
     ]
 
 
+def claim_cells(claim: Claim) -> tuple[str, str, str]:
+    """What is promised, what is here, and its interval where that has a width."""
+    quality, value = claim.axis == "quality", claim.value
+    shown = "{:.1%}" if quality else "{:.2f}×"
+    promised = f"{claim.promised:.0%}" if quality else f"{claim.promised:.0f}×"
+    here = shown.format(value.value) if value else NOTHING
+    width = _span(shown.format(value.low), shown.format(value.high)) if value and value.low < value.high else ""
+    return promised, here, width
+
+
 def millions(parameters: int | None) -> str:
     """134.5M, 1.54B."""
     if parameters is None:
@@ -115,12 +125,7 @@ def _promise_table(claims: list[Claim]) -> Table:
     for column in ("promised", "here", "interval", "holds"):
         table.add_column(column, justify="right", no_wrap=True)
     for claim in claims:
-        shown = "{:.1%}" if claim.axis == "quality" else "{:.2f}×"
-        value = claim.value
-        here = shown.format(value.value) if value else NOTHING
-        width = f"{shown.format(value.low)}–{shown.format(value.high)}" if value and value.low < value.high else ""
-        promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
-        table.add_row(claim.text, promised, here, width, answer(claim))
+        table.add_row(claim.text, *claim_cells(claim), answer(claim))
     return table
 
 

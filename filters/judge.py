@@ -25,7 +25,7 @@ from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
 from pipeline.records import Completion, Failure, Kept, Message, Prompt, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, replacing, write_jsonl
 
 RULE = "judge"
 TEMPLATE = 1  # of the question below: another one is another version
@@ -137,9 +137,7 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
         judgements[id_] = Judgement(
             id=id_, score=None, version=version, attempts=config.attempts, error=errors.get(id_)
         )
-    with replacing(run.judgements) as file:
-        for judgement in judgements.values():
-            file.write(encode_line(judgement))
+    write_jsonl(run.judgements, judgements.values())
     return judgements
 
 

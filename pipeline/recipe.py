@@ -6,7 +6,6 @@ that holds the key, and the key is read from there as a SecretStr.
 """
 
 import os
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from pipeline.errors import RecipeError
 from pipeline.recipe_errors import explain
+from pipeline.records import folded
 from pipeline.train_config import TrainConfig
 
 ENV_PREFIX = "DISTILL_"
@@ -116,11 +116,6 @@ class ChooseSlot(Section):
 def slot_values(slot: list[str] | ChooseSlot) -> list[str]:
     """What a slot may be filled with."""
     return slot.from_ if isinstance(slot, ChooseSlot) else slot
-
-
-def _folded(value: str) -> str:
-    """A value without what makes it no other one: Unicode form, case, spacing."""
-    return " ".join(unicodedata.normalize("NFC", value).casefold().split())
 
 
 class PromptsConfig(Section):
@@ -314,8 +309,8 @@ class Recipe(BaseSettings):
         if self.evaluate.unseen and self.prompts.template is None:
             raise ValueError("evaluate.unseen is for a template: put such prompts into evaluate.probes_file")
         for name, values in self.evaluate.unseen.items():
-            known = {_folded(value) for value in slot_values(slots[name])}
-            if not values or (seen := [value for value in values if _folded(value) in known]):
+            known = {folded(value) for value in slot_values(slots[name])}
+            if not values or (seen := [value for value in values if folded(value) in known]):
                 why = f"holds {seen[0]!r}, which prompts.slots.{name} has too" if values else "is empty"
                 raise ValueError(f"evaluate.unseen.{name} {why}; give values that no prompt of the run has")
         return self

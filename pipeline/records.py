@@ -85,10 +85,14 @@ class Dropped(Completion, frozen=True, kw_only=True):
     detail: dict[str, str]
 
 
+def folded(text: str) -> str:
+    """A text without what makes it no other one: Unicode form, case, spacing."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
 def question_text(messages: Sequence[Message]) -> str:
-    """A conversation without what makes it no other question: Unicode form, case, spacing."""
-    turns = [part for message in messages for part in (message.role, message.content)]
-    return "\0".join(" ".join(unicodedata.normalize("NFC", part).casefold().split()) for part in turns)
+    """A conversation without what makes it no other question."""
+    return "\0".join(folded(part) for message in messages for part in (message.role, message.content))
 
 
 Record = TypeVar("Record", bound=msgspec.Struct)

@@ -6,16 +6,18 @@ that an interrupted stage leaves the old file or the new one.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
 import yaml
 
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
+from pipeline.records import encode_line
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
+    """Writes records, a line each, in the place of what was there."""
+    with replacing(path) as file:
+        file.writelines(map(encode_line, records))

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import DataError
-from pipeline.records import Completion, Kept, Message, encode_line, question_text, read_jsonl
-from pipeline.rundir import RunDir, replacing
+from pipeline.records import Completion, Kept, Message, question_text, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
 
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -109,8 +109,7 @@ def to_examples(rows: Iterable[Kept]) -> list[dict[str, Any]]:
 
 def write_held_out(run: RunDir, rows: Iterable[Kept]) -> None:
     """Writes the rows that training never sees, as they were in kept.jsonl."""
-    with replacing(run.held_out) as file:
-        file.writelines(encode_line(row) for row in rows)
+    write_jsonl(run.held_out, rows)
 
 
 def _fault(row: Kept) -> str | None:
