@@ -46,7 +46,9 @@ ANYWHERE = (
     r"<\|(?:im_start|im_end|endoftext|eot_id|assistant|user|system)\|>",
     r"(?:ai|인공지능|거대|대규모)\s?(?:언어\s?모델|어시스턴트|챗봇|비서)",
     r"언어\s?모델(?:로서|입니다|이라|이므로)",
-    r"(?:저는|제 이름은)\s(?:qwen|chatgpt|smollm)",
+    r"(?:저는|제 이름은)\s[^\n.!?]{0,60}(?:qwen|chatgpt|smollm)",
+    r"(?:작성|생성|제공|제안)해\s?드(?:릴게요|리겠습니다|릴까요)",
+    r"동화를\s(?:하나\s|함께\s|한\s편\s)?(?:만들어\s?|써\s?)?드(?:릴게요|리겠습니다)",
     r"저는\s[^\n.!?]{0,60}(?:작성|생성|제공)(?:할|해\s?드릴)\s수(?:는|가)?\s(?:없|있)",
     r"(?:저는|나는)\s(?:ai(?![a-z])|인공지능)",
     r"사용자(?:님)?(?:의|께서|가)\s?(?:요청|질문|원하)",
@@ -60,6 +62,7 @@ CLOSINGS = (
     r"\b(?:is there|do you have) any(?:thing else| other questions)\b",
     r"\(?\bword count\b",
     r"(?:더|추가로|다른)\s?(?:필요하|궁금하|원하시|도움이 필요|요청하)",
+    r"(?:어떻게|무엇을)\s도와\s?드릴까요",
     r"(?:언제든지?|편하게)\s?(?:말씀|알려|문의|질문|요청)",
     r"(?:수정|변경|추가)(?:이|을|를|할 내용이|하실)?\s?(?:필요|원하)",
     r"(?:도움이|마음에)\s(?:되(?:셨|시길|시기를|었(?:길|기를|으면))|드(?:셨|시길|시나))",
@@ -71,12 +74,12 @@ CLOSINGS = (
 # Each pattern of the two lists above needs one of these to match, in lower case; most answers have none.
 ANYWHERE_HINTS = (
     *("as a", "language model", "'m ", "’m ", "i am ", "i was ", "training data", "knowledge cutoff", "system prompt"),
-    *("qwen", "chatgpt", "smollm", "<|", "모델", "어시스턴트", "챗봇", "비서", "작성", "생성", "제공"),
-    *("저는 ai", "나는 ai", "인공지능", "사용자"),
+    *("qwen", "chatgpt", "smollm", "<|", "모델", "어시스턴트", "챗봇", "비서", "작성", "생성", "제공", "제안"),
+    *("저는 ai", "나는 ai", "인공지능", "사용자", "동화를"),
 )
 CLOSING_HINTS = (
     *("i hope ", "let me know ", "feel free", "hesitate", " me to", "is there any", "do you have any", "word count"),
-    *("필요", "궁금하", "원하", "요청", "언제든", "편하게", "도움이", "마음에", "작성", "구성", "바랍니다", "글자"),
+    *("필요", "궁금하", "원하", "요청", "언제든", "편하게", "도와", "도움이", "마음에", "작성", "구성", "바랍니다", "글자"),
     *("자로", "자입니다", "("),
 )
 _OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
