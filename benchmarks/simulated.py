@@ -2,7 +2,8 @@
 
 R is the least time that the simulator computes for a queue that is never empty, over the time that the run took: for
 the whole run, and for its steady part, which is all but the first and the last tenth of the answers. `--bind` shortens
-the simulator's step until R of the steady part falls below 0.98: there our client starts to bind.
+the simulator's step until R of the steady part falls below 0.98: there our client starts to bind. The requests grow
+as the step shrinks, so that each run is as long as the first.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def main() -> None:
     for processes in map(int, options.processes.split(",")):
         for concurrency in options.concurrency.split(","):
             for step_ms in STEPS_MS if options.bind else (options.step_ms,):
-                runs = [once(options, processes, concurrency, step_ms) for _ in range(options.runs)]
+                requests = round(options.requests * STEPS_MS[0] / step_ms) if options.bind else options.requests
+                runs = [once(options, requests, processes, concurrency, step_ms) for _ in range(options.runs)]
                 middle = Run(*(median(values) for values in zip(*runs, strict=True)))
                 most = options.replicas * options.slots / (mean(LENGTHS) * step_ms / 1000)
                 rows.append(
@@ -91,19 +93,19 @@ def main() -> None:
     print(show(rows))
 
 
-def once(options: argparse.Namespace, processes: int, concurrency: str, step_ms: float) -> Run:
+def once(options: argparse.Namespace, requests: int, processes: int, concurrency: str, step_ms: float) -> Run:
     """One run on a fresh simulator and a fresh run directory."""
     server = ["--replicas", str(options.replicas), "--slots", str(options.slots), "--step-ms", str(step_ms)]
     server += ["--no-metrics"] if options.no_metrics else []
     with tempfile.TemporaryDirectory() as folder, running("benchmarks.simulator", *server) as url:
-        recipe = write_recipe(Path(folder), url, options.requests, processes, concurrency)
+        recipe = write_recipe(Path(folder), url, requests, processes, concurrency)
         run = RunDir(Path(folder) / "run")
         timed = [sys.executable, "-m", "benchmarks.timed", str(recipe), str(run.path)]
         figures = json.loads(subprocess.run(timed, stdout=subprocess.PIPE, check=True, text=True).stdout)
         summary = Summary(**figures["summary"])
-        assert summary.answered == options.requests, summary
+        assert summary.answered == requests, summary
         ideal = ideal_ends(lengths(load_recipe(recipe)), options.replicas, options.slots, step_ms / 1000)
-        cut = options.requests // 10
+        cut = requests // 10
         return Run(
             whole=max(ideal) / summary.wall_s,
             steady=steady_seconds(ideal, cut) / steady_seconds(answer_ends(run), cut),
