@@ -31,6 +31,7 @@ RULE = "judge"
 TEMPLATE = 1  # of the question below: another one is another version
 SCORES = [1, 2, 3, 4, 5]
 UNREADABLE, FAILED = "unreadable", "failed"  # why an answer has no score: no verdict in the reply, or no reply
+ENOUGH = 20  # verdicts, to say that a judge does not tell its criteria apart
 FENCE = re.compile(r"^```(?:json)?\s*|\s*```$")
 
 QUESTION = """You judge an answer that a language model gave. Judge it strictly and only by what is written here; \
@@ -138,7 +139,22 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
             id=id_, score=None, version=version, attempts=config.attempts, error=errors.get(id_)
         )
     write_jsonl(run.judgements, judgements.values())
+    if same := undiscerning(judgements.values()):
+        print(f"warning: {same}", file=sys.stderr)
     return judgements
+
+
+def undiscerning(judgements: Iterable[Judgement]) -> str | None:
+    """What is wrong with a judge that gives nearly every answer the same score for each of several criteria, or None.
+
+    A small model does that: it agrees, or does not, and its scores say nothing (seen with Qwen2.5-Coder 1.5B).
+    """
+    scored = [one for one in judgements if one.score is not None and len(one.criteria) > 1]
+    alike = sum({one.score} == {*one.criteria.values()} for one in scored)
+    if len(scored) < ENOUGH or alike < 0.95 * len(scored):
+        return None
+    what = f"the judge gave {alike} of {len(scored)} answers the same score for every criterion"
+    return f"{what}: it does not tell them apart; take a more able judge, and see whether a person agrees (make review)"
 
 
 def reason(judgement: Judgement, config: JudgeConfig) -> str | None:

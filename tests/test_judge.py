@@ -11,7 +11,16 @@ from completion_fields import completion_fields
 from misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
 
 from filters.__main__ import main
-from filters.judge import Judgement, judge_rows, question, read_judgements, read_verdict, reason, version_of
+from filters.judge import (
+    Judgement,
+    judge_rows,
+    question,
+    read_judgements,
+    read_verdict,
+    reason,
+    undiscerning,
+    version_of,
+)
 from filters.run import filter_run
 from generate.engine import generate
 from pipeline.errors import BudgetReached, DataError, DistillError, RequestsFailed
@@ -197,6 +206,21 @@ def test_a_judge_that_is_the_teacher_is_told(run: RunDir, capsys: pytest.Capture
         judge_rows(recipe, run, map(row, range(2)), quiet=True)
         assert "response_format" not in server.asked[0].body
     assert "the judge is the teacher itself" in capsys.readouterr().err
+
+
+def test_a_judge_that_tells_no_criteria_apart_is_told() -> None:
+    def judged(scores: list[tuple[int, int, int]]) -> list[Judgement]:
+        return [
+            Judgement(id=str(n), score=score, criteria={"fluency": fluency, "fit": fit}, version="v", attempts=1)
+            for n, (score, fluency, fit) in enumerate(scores)
+        ]
+
+    alike = [(5, 5, 5)] * 12 + [(1, 1, 1)] * 7
+    assert "19 of 20 answers the same" in (undiscerning(judged([*alike, (3, 4, 2)])) or "")
+    assert undiscerning(judged([*alike, (3, 4, 2), (4, 5, 4)])) is None  # 19 of 21 are under 95%
+    assert undiscerning(judged(alike)) is None  # too few to tell
+    one = [Judgement(id=str(n), score=5, criteria={"fit": 5}, version="v", attempts=1) for n in range(30)]
+    assert undiscerning(one) is None  # a single criterion is the score
 
 
 def test_a_wrong_file_is_one_line(run: RunDir) -> None:
