@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from filters.answer import Answer, RuleSettings, nfc
 
 CLOSING_CHARS = 200  # how much of the end is searched for a closing remark
+BEFORE = r"[\s*#_>-]*(?:안녕하세요[^\n.!?]{0,20}[!,.]\s*)?"  # Markdown, and a greeting
 
 OPENINGS = (
     # English: consent, announcement, refusal, apology
@@ -32,6 +33,7 @@ OPENINGS = (
     r"알겠습니다[!,.]",
     r"(?:아래|다음(?! ?날)|여기|이것)(?:는|은|에|에는)?\s[^\n.!?]{0,60}"
     r"(?:동화|이야기|글|답변|내용|작품)(?:을|를|가|이|입니다|이에요|예요|:)",
+    r"(?:이는|이것은|이번은|이번에는)\s[^\n.!?]{0,60}동화(?:를|입니다|이에요|예요)",
     r"요청(?:하신|에)\b",
     r"(?:죄송(?:합니다|하지만|해요|스럽지만)|미안하지만)[^\n]{0,60}(?:수 없|어렵|못)",
 )
@@ -101,7 +103,7 @@ class MetaTalkSettings(RuleSettings):
 
     @cached_property
     def opening(self) -> re.Pattern[str] | None:
-        return re.compile(rf"[\s*#_>-]*({'|'.join(OPENINGS)})", re.IGNORECASE) if self.builtin else None
+        return re.compile(rf"{BEFORE}({'|'.join(OPENINGS)})", re.IGNORECASE) if self.builtin else None
 
     @cached_property
     def anywhere(self) -> tuple[re.Pattern[str], ...]:
