@@ -28,7 +28,8 @@ from unittest.mock import patch
 
 from benchmarks.stories import Writer
 from benchmarks.table import show
-from filters.answer import as_answer, nfc
+from filters.answer import nfc
+from filters.batch import Batch
 from filters.ruleset import load_rules
 from filters.run import filter_run
 from pipeline.recipe import FiltersConfig, Recipe, load_recipe
@@ -164,13 +165,14 @@ def completion(number: int, text: str, prompt: str, slots: Slots | None = None) 
 
 
 def agreement(rows: list[Completion], real: int) -> str:
-    """How many are decided alike."""
+    """How many are decided alike, as the stage decides: together."""
     rules = load_rules(FiltersConfig.model_validate({"rules": RULES}), Path("recipe.yaml"))
+    found = rules.all_reasons(Batch(b"".join(map(encode_line, rows))))
     kept, unlike = 0, []
-    for row in rows:
+    for index, row in enumerate(rows):
         theirs = chapter_reason(nfc(row.messages[-1].content), nfc(row.text))
         kept += theirs is None
-        if theirs != next(iter(rules.reasons(as_answer(row))), None):
+        if theirs != next(iter(found.get(index, ())), None):
             unlike.append(row)
     for row in unlike[:3]:
         print(f"unlike: {row.text[:200]!r}", file=sys.stderr)

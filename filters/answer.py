@@ -36,4 +36,11 @@ def as_answer(row: Completion) -> Answer:
 
 def instruction_of(messages: list[Message]) -> str:
     """The last user message, normalised; empty where there is none."""
-    return nfc(next((message.content for message in reversed(messages) if message.role == "user"), ""))
+    return nfc(last_user_message(messages))
+
+
+def last_user_message(messages: list[Message]) -> str:
+    for message in reversed(messages):
+        if message.role == "user":
+            return message.content
+    return ""

@@ -5,50 +5,42 @@ that come again are decoded once. Whatever does not fit that is decoded line by 
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from filters.answer import Answer, instruction_of, nfc
+from filters.answer import Answer, instruction_of, last_user_message, nfc
 from filters.chunks import LONGEST_LINE, Chunk
 from filters.texts import Counts, Flags, Texts, positions
-from pipeline.records import Completion, Message, Slots, Usage
+from pipeline.records import Completion, Message, Slots
+
+Value = TypeVar("Value")
 
 
 class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A completion and nothing else: a field that is not ours means another version's file, or one filtered already."""
 
 
-class _Line(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+class _Line(_Row, frozen=True, kw_only=True, gc=False):
     """The same, what is large or comes again left in JSON: its syntax is checked, its types and its UTF-8 are not.
 
     Of a field that is given twice only the last is kept, and checked.
     """
 
-    id: str
-    prompt_id: str
-    messages: msgspec.Raw
-    slots: msgspec.Raw = msgspec.Raw(b"{}")
-    endpoint: str
-    sampling: dict[str, Any]
-    text: msgspec.Raw
-    finish_reason: str
-    model: str
-    usage: Usage
-    latency_s: float
-    attempts: int
-    created: str
+    messages: msgspec.Raw  # type: ignore[assignment]
+    slots: msgspec.Raw = msgspec.Raw(b"{}")  # type: ignore[assignment]
+    text: msgspec.Raw  # type: ignore[assignment]
 
 
 _decode_row = msgspec.json.Decoder(_Row).decode
 _decode_lines = msgspec.json.Decoder(_Line).decode_lines
-_decode_messages = msgspec.json.Decoder(list[Message]).decode
-_decode_slots = msgspec.json.Decoder(Slots).decode
+_decode_messages = msgspec.json.Decoder(list[list[Message]]).decode
+_decode_slots = msgspec.json.Decoder(list[Slots]).decode
 _NEWLINE, _OPEN, _CLOSE = b"\n{}"
 
 
@@ -71,8 +63,8 @@ class Batch:
             raise ValueError("not one object a line")
         self._slots = self._json("slots")
         self._messages = self._json("messages")
-        self._instructions = {raw: instruction_of(_decode_messages(raw)) for raw in dict.fromkeys(self._messages)}
-        self._known_slots = {raw: _decode_slots(raw) for raw in dict.fromkeys(self._slots)}
+        self._known_slots = _decoded(self._slots, _decode_slots)
+        self._known_messages = _decoded(self._messages, _decode_messages)
         self.texts = Texts(list(map(attrgetter("text"), self._rows)))
         if not self.texts.all_strings():
             raise ValueError("a text is no string")
@@ -99,9 +91,9 @@ class Batch:
     def finish_reasons(self) -> list[str]:
         return list(map(attrgetter("finish_reason"), self._rows))
 
-    def instructions(self) -> Iterable[str]:
-        """The rows' instructions, in NFC: each that differs, once or more."""
-        return self._instructions.values()
+    def beginnings(self, chars: int) -> set[str]:
+        """The first characters of the rows' instructions, as they were asked (not in NFC): each that differs, once."""
+        return {last_user_message(messages)[:chars] for messages in self._known_messages.values()}
 
     def answer(self, index: int) -> Answer:
         """A row's answer, as `as_answer` makes it of a completion."""
@@ -110,9 +102,9 @@ class Batch:
             text = self.texts[index]
             answer = self._answers[index] = Answer(
                 nfc(text) if self.unsure[index] else text,
-                self._instructions[self._messages[index]],
+                instruction_of(self._known_messages[self._messages[index]]),
                 self._rows[index].finish_reason,
-                _decode_slots(self._slots[index]),  # its own: a rule of the user's might change them
+                self._known_slots[self._slots[index]],
             )
         return answer
 
@@ -135,6 +127,12 @@ class Batch:
             text = self.texts[index]
             unsure[index] = nfc(text) != text
         return unsure
+
+
+def _decoded(values: Iterable[bytes], decode: Callable[[bytes], list[Value]]) -> dict[bytes, Value]:
+    """Each value that differs, decoded once."""
+    distinct = dict.fromkeys(values)
+    return dict(zip(distinct, decode(b"[" + b",".join(distinct) + b"]"), strict=True))
 
 
 NOT_PLAIN = (ValueError, msgspec.DecodeError)  # UnicodeDecodeError is a ValueError

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +18,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+
 from pipeline.errors import DistillError
 
-CHUNK = 1 << 21  # bytes
+CHUNK = 1 << 22  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
 PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes are up
 MOST_PROCESSES = 16
+_FLUSH_FROM = 1 << 25  # bytes; a disk is not asked for fewer
 _LIKELY_LINE = 1 << 13  # bytes read beyond a chunk at once, to find the end of its last line
 # glibc keeps as much memory as the largest block that was ever freed; without such a one it would give back every
-# chunk's, and be given it anew page by page.
+# chunk's, and be given it anew page by page. A second block comes to lie where the chunks will, and numpy asks for huge
+# pages there.
 _KEPT_MEMORY = 31 << 20  # bytes; never touched
 
 Summary = TypeVar("Summary")
@@ -91,6 +96,7 @@ def _in_processes(
     path: Path, spans: list[tuple[int, int]], work: Work[Summary], outputs: Sequence[BinaryIO], processes: int
 ) -> Generator[Summary, None, None]:
     fork = multiprocessing.get_context("fork")  # the rules need not be pickled: a user's function cannot be
+    early = _EarlyFlush(outputs)
     ends: list[Connection] = []
     workers = []
     gc.freeze()  # so that the workers' collector leaves our pages alone
@@ -110,6 +116,7 @@ def _in_processes(
             with suppress(ConnectionError):  # it has failed since, and what it raised comes next
                 end.send(offsets)
             offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+            early.note(sum(sizes))
             yield summary
         for end in ends:
             _receive(end)  # its last chunk is written
@@ -121,6 +128,34 @@ def _in_processes(
             worker.join()
         for end in ends:
             end.close()
+        early.end()
+
+
+class _EarlyFlush:
+    """Has the disk write what the outputs hold while there is work yet to do: the wait for it at the end is short."""
+
+    def __init__(self, outputs: Sequence[BinaryIO]) -> None:
+        self._outputs = outputs
+        self._thread = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
+        self._grown = 0  # bytes since then
+
+    def note(self, size: int) -> None:
+        """Bytes more are there. Raises OSError where an earlier flush failed: fsync might not tell of that again."""
+        self._grown += size
+        if self._grown >= _FLUSH_FROM and (self._flush is None or self._flush.done()):
+            if self._flush is not None:
+                self._flush.result()
+            self._flush, self._grown = self._thread.submit(self._write_back), 0
+
+    def _write_back(self) -> None:
+        for output in self._outputs:
+            os.fdatasync(output.fileno())
+
+    def end(self) -> None:
+        self._thread.shutdown()
+        if self._flush is not None:
+            self._flush.result()
 
 
 def _receive(end: Connection) -> Any:
@@ -145,6 +180,7 @@ def _worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     bytearray(_KEPT_MEMORY)
+    np.empty(_KEPT_MEMORY, np.uint8)
     for end in others:
         end.close()  # the parent's ends: else we would wait for a parent that is gone
     waiting: tuple[bytes, ...] | None = None  # made, but not yet placed

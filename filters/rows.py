@@ -1,6 +1,7 @@
 """Rows of kept.jsonl and dropped.jsonl: read, and made of a completion's line. Writes nothing."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -31,8 +32,16 @@ def kept_lines(opened: Iterable[Buffer]) -> bytes:
 
 def dropped_line(opened: Buffer, reasons: dict[str, str]) -> bytes:
     """The completion, its last brace left open, as a dropped row: its `rule` is the first of the reasons."""
-    why = _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})
-    return b"".join((opened, b",", why[1:], b"\n"))
+    return b"".join((opened, _why(reasons)))
+
+
+def dropped_lines(opened: Iterable[Buffer], reasons: Iterable[dict[str, str]]) -> bytes:
+    """The same of many."""
+    return b"".join(chain.from_iterable(zip(opened, map(_why, reasons), strict=True)))
+
+
+def _why(reasons: dict[str, str]) -> bytes:
+    return b"," + _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})[1:] + b"\n"
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -20,8 +21,8 @@ from filters.batch import Batch
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
-from filters.scripts import SCRIPTS, Ranges, ScriptCounter, character_class, high_surrogate, script_counter
-from filters.texts import Flags, flags
+from filters.scripts import SCRIPTS, Ranges, ScriptCounter, character_class, script_counter
+from filters.texts import Flags, flags, is_plain
 from filters.words import whole_word
 
 
@@ -38,7 +39,14 @@ class LengthSettings(RuleSettings):
 
 def length(answer: Answer, settings: LengthSettings) -> str | None:
     """Drops an answer with fewer or more characters (code points in NFC, spaces included)."""
-    size = len(answer.text)
+    return _wrong_length(len(answer.text), settings)
+
+
+def length_at_a_glance(batch: Batch, index: int, settings: LengthSettings) -> str | None:
+    return _wrong_length(int(batch.texts.sizes[index]), settings)
+
+
+def _wrong_length(size: int, settings: LengthSettings) -> str | None:
     if size < settings.min_chars:
         return f"{size} characters, at least {settings.min_chars} wanted"
     if settings.max_chars is not None and size > settings.max_chars:
@@ -81,8 +89,7 @@ def banned_words(answer: Answer, settings: BannedWordsSettings) -> str | None:
 def may_have_banned_words(batch: Batch, settings: BannedWordsSettings) -> Flags:
     if settings.ignore_case:
         return np.ones(len(batch), np.bool_)
-    found: Flags = np.logical_or.reduce([batch.texts.occurrences(word) > 0 for word in settings.words])
-    return found
+    return batch.texts.occurrences(*settings.words) > 0
 
 
 class RepeatedWordSettings(RuleSettings):
@@ -118,11 +125,14 @@ def prompt_echo(answer: Answer, settings: PromptEchoSettings) -> str | None:
 
 
 def may_echo_prompt(batch: Batch, settings: PromptEchoSettings) -> Flags:
-    starts = {instruction[: settings.chars] for instruction in batch.instructions()}
-    if len(starts) > 20 or "" in starts:
+    beginnings = batch.beginnings(settings.chars + 1)
+    if len(beginnings) > 20:
+        beginnings = {commonprefix(list(beginnings))}  # noqa: RUF071
+    # In NFC the last character may be changed by one that follows, the others by nothing.
+    starts = [beginning[:-1] for beginning in beginnings]
+    if not all(starts) or not all(map(is_plain, beginnings)):
         return np.ones(len(batch), np.bool_)
-    found: Flags = np.logical_or.reduce([batch.texts.occurrences(start) > 0 for start in starts])
-    return found
+    return batch.texts.occurrences(*starts) > 0
 
 
 class ScriptRatioSettings(RuleSettings):
@@ -149,7 +159,7 @@ def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> str | None:
 
 def may_lack_script(batch: Batch, settings: ScriptRatioSettings) -> Flags:
     texts = batch.texts
-    counts = texts.count(texts.within(SCRIPTS[settings.script])) - texts.escapes  # the n of \n is no letter
+    counts = texts.count(SCRIPTS[settings.script]) - texts.escapes  # the n of \n is no letter
     lacking: Flags = counts / np.maximum(texts.sizes, 1) < settings.min_share
     return lacking
 
@@ -183,12 +193,8 @@ class ForeignScriptSettings(RuleSettings):
         return re.compile(f"[{character_class(*self.scripts)}]")
 
     @cached_property
-    def units(self) -> Ranges:
-        """The scripts in UTF-16; beyond U+FFFF the first half of a pair, which 1,024 characters share."""
-        ranges = [pair for script in self.scripts for pair in SCRIPTS[script]]
-        return tuple(
-            (high_surrogate(first), high_surrogate(last)) if last > 0xFFFF else (first, last) for first, last in ranges
-        )
+    def ranges(self) -> Ranges:
+        return tuple(pair for script in self.scripts for pair in SCRIPTS[script])
 
 
 def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | None:
@@ -202,8 +208,7 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | Non
 
 
 def may_have_foreign_script(batch: Batch, settings: ForeignScriptSettings) -> Flags:
-    texts = batch.texts
-    return texts.count(texts.within(settings.units)) > settings.max_count
+    return batch.texts.count(settings.ranges) > settings.max_count
 
 
 class EndingSettings(RuleSettings):
@@ -229,10 +234,8 @@ def ending(answer: Answer, settings: EndingSettings) -> str | None:
 
 
 def may_end_otherwise(batch: Batch, settings: EndingSettings) -> Flags:
-    last, before = batch.texts.last_units
-    marks = [ord(mark) for mark in settings.marks if ord(mark) < 0x10000]
-    other: Flags = ~np.isin(last, marks) | (before == ord("\\"))
-    return other
+    ended: Flags = np.logical_or.reduce([batch.texts.ends_with(mark) for mark in settings.marks])
+    return ~ended
 
 
 def _known_script(script: str) -> str:
@@ -245,16 +248,18 @@ class Rule(NamedTuple):
     """A rule, the model of its settings, and its screen if it has one.
 
     A screen tells of many answers at once which the rule may drop; the others it does not drop, for certain. It knows
-    only answers that are not `unsure`. Without one the rule reads every answer.
+    only answers that are not `unsure`. Without one the rule reads every answer. A glance is what the rule says of such
+    an answer, without its text.
     """
 
     check: Callable[[Answer, Any], str | None]
     settings: type[RuleSettings]
     screen: Callable[[Batch, Any], Flags] | None = None
+    glance: Callable[[Batch, int, Any], str | None] | None = None
 
 
 RULES = {
-    "length": Rule(length, LengthSettings, may_fail_length),
+    "length": Rule(length, LengthSettings, may_fail_length, length_at_a_glance),
     "banned_words": Rule(banned_words, BannedWordsSettings, may_have_banned_words),
     "repeated_word": Rule(repeated_word, RepeatedWordSettings, may_repeat_word),
     "prompt_echo": Rule(prompt_echo, PromptEchoSettings, may_echo_prompt),

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
 from filters.answer import Answer, RuleSettings
 from filters.batch import Batch
-from filters.rules import RULES
-from filters.texts import Flags
+from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
 
@@ -43,9 +43,8 @@ class ActiveRule(NamedTuple):
     """One rule of the recipe. `label` names it in reports: the rule's name, `#2` added where it stands twice."""
 
     label: str
-    check: Callable[[Answer, Any], str | None]
+    rule: Rule
     settings: RuleSettings
-    screen: Callable[[Batch, Any], Flags] | None = None
 
     def described(self) -> dict[str, Any]:
         """Label and every setting, defaults included, for reports and lineage."""
@@ -61,8 +60,8 @@ class RuleSet:
     def reasons(self, answer: Answer) -> dict[str, str]:
         """Why the answer is dropped: a reason by label, in the recipe's order; empty where it is kept."""
         found = {}
-        for label, check, settings, _ in self.rules:
-            reason = check(answer, settings)
+        for label, rule, settings in self.rules:
+            reason = rule.check(answer, settings)
             if reason is not None:
                 found[label] = reason
         return found
@@ -73,12 +72,16 @@ class RuleSet:
         A rule with a screen reads only the answers that its screen suspects, and those that a screen cannot judge.
         """
         found: dict[int, dict[str, str]] = {}
-        for label, check, settings, screen in self.rules:
+        unsure = batch.unsure
+        for label, (check, _, screen, glance), settings in self.rules:
             suspects: Iterable[int] = range(len(batch))
             if screen is not None:
-                suspects = np.flatnonzero(screen(batch, settings) | batch.unsure).tolist()
+                suspects = np.flatnonzero(screen(batch, settings) | unsure).tolist()
             for index in suspects:
-                reason = check(batch.answer(index), settings)
+                if glance is not None and not unsure[index]:
+                    reason = glance(batch, index, settings)
+                else:
+                    reason = check(batch.answer(index), settings)
                 if reason is not None:
                     found.setdefault(index, {})[label] = reason
         return dict(sorted(found.items()))
@@ -94,18 +97,16 @@ def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None 
     taken: dict[str, int] = {}
     for index, rule in enumerate(config.rules):
         where = f"{recipe_path}: filters.rules[{index}]"
-        check, settings, screen = _load_rule(rule, where, recipe_path)
+        known, settings = _load_rule(rule, where, recipe_path)
         if rule.rule == "adherence" and slots is not None:
             _check_slots(getattr(settings, "slots", []), slots, where)
         name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
         taken[name] = taken.get(name, 0) + 1
-        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", check, settings, screen))
+        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings))
     return RuleSet(tuple(rules))
 
 
-def _load_rule(
-    rule: RuleConfig, where: str, recipe_path: Path
-) -> tuple[Callable[[Answer, Any], str | None], RuleSettings, Callable[[Batch, Any], Flags] | None]:
+def _load_rule(rule: RuleConfig, where: str, recipe_path: Path) -> tuple[Rule, RuleSettings]:
     if rule.rule != FUNCTION and rule.rule not in RULES:
         raise RecipeError(f"{where}: no rule named `{rule.rule}`; there are {', '.join([*RULES, FUNCTION])}")
     model = FunctionSettings if rule.rule == FUNCTION else RULES[rule.rule].settings
@@ -114,8 +115,8 @@ def _load_rule(
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, where, rule.rule, model) for problem in error.errors())) from None
     if isinstance(settings, FunctionSettings):
-        return _user_function(settings, where, recipe_path.parent), settings, None
-    return RULES[rule.rule].check, settings, RULES[rule.rule].screen
+        return Rule(_user_function(settings, where, recipe_path.parent), FunctionSettings), settings
+    return RULES[rule.rule], settings
 
 
 def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSettings]) -> str:
@@ -160,8 +161,9 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         raise RecipeError(f"{where}: {path}: {settings.name}(answer, …): {error}; got {arguments}") from None
 
     def check(answer: Answer, _: Any) -> str | None:
+        own = {name: value if isinstance(value, str) else [*value] for name, value in answer.slots.items()}
         try:
-            reason = function(answer, **arguments)
+            reason = function(replace(answer, slots=own), **arguments)  # it may change them: they are counted yet
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error

@@ -23,7 +23,7 @@ from filters.chunks import Chunk, process
 from filters.dedup import dedup_rules, dedup_sources, deduplicate
 from filters.judge import judge_rules, judge_survivors
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
-from filters.rows import dropped_line, kept_lines
+from filters.rows import dropped_lines, kept_lines
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
 from filters.texts import doubtful_in_nfc
@@ -109,7 +109,7 @@ def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[bytes, bytes]]:
     tally.count_dropped(lengths[~is_kept], batch.slots(found))
     tally.note_all(batch, found)
     opened = batch.opened
-    dropped = b"".join([dropped_line(opened[index], reasons) for index, reasons in found.items()])
+    dropped = dropped_lines(map(opened.__getitem__, found), found.values())
     return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines(map(opened.__getitem__, kept)), dropped)
 
 

@@ -41,11 +41,6 @@ def character_class(*scripts: str) -> str:
     return "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges)
 
 
-def high_surrogate(code: int) -> int:
-    """The first of the two UTF-16 units of a code point over U+FFFF."""
-    return 0xD800 + ((code - 0x10000) >> 10)
-
-
 class ScriptCounter:
     """Counts a script's characters by pages of 256: about 1 µs for 300 Hangul characters, where a loop needs 19.
 

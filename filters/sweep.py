@@ -73,7 +73,7 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
 def stricter(rules: RuleSet) -> Thresholds:
     """The rules that have a threshold, each with its settings so much stricter."""
     return [
-        (rule.check, [tighten(rule.settings, step) for step in STEPS])
+        (rule.rule.check, [tighten(rule.settings, step) for step in STEPS])
         for rule in rules.rules
         if (tighten := _TIGHTEN.get(type(rule.settings)))
     ]

@@ -5,6 +5,7 @@ nothing.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -111,12 +112,14 @@ def _count_lengths(counts: Counter[int], lengths: Counts) -> None:
 
 
 def _count_slots(counts: dict[str, Counter[str]], slots: Iterable[SlotsCount]) -> None:
-    found: dict[str, list[str]] = {}
+    as_often: dict[int, list[Slots]] = {}
     for row, count in slots:
-        for name, value in row.items():
-            values = found.get(name)
-            if values is None:
-                values = found[name] = []
-            values.extend(([value] if isinstance(value, str) else value) * count)
-    for name, values in found.items():
-        counts.setdefault(name, Counter()).update(values)
+        as_often.setdefault(count, []).append(row)
+    for count, rows in as_often.items():
+        for name in dict.fromkeys(chain.from_iterable(rows)):
+            values = [row[name] for row in rows if name in row]
+            found = Counter([value for value in values if isinstance(value, str)])
+            found.update(chain.from_iterable([value for value in values if not isinstance(value, str)]))
+            counted = counts.setdefault(name, Counter())
+            for value, number in found.items():
+                counted[value] += number * count

@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 Slots = dict[str, str | list[str]]
 
 
-class Message(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """One chat turn, as the OpenAI chat format has it."""
 
     role: str
@@ -30,7 +30,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     slots: Slots = {}
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens as the server counted them; None where it did not say."""
 
     prompt_tokens: int | None = None

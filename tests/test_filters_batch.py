@@ -1,7 +1,9 @@
 """A chunk's answers are judged together as each would be by itself: decisions, reasons, figures and bad lines."""
 
 import random
+import re
 import unicodedata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from filters.answer import as_answer, nfc
 from filters.batch import NOT_PLAIN, Batch, _Line, _Row, read_batch
 from filters.chunks import Chunk, read_chunk
 from filters.rules import RULES
+from filters.scripts import SCRIPTS, character_class
 from filters.texts import Texts, doubtful_in_nfc, positions
 from pipeline.records import Completion, Message, encode_line
 
@@ -35,7 +38,7 @@ EVERY_RULE: list[dict[str, Any]] = [
     {"rule": "foreign_script"},
     {"rule": "foreign_script", "scripts": ["latin", "han"], "max_count": 2},
     {"rule": "ending"},
-    {"rule": "ending", "marks": "n🐇."},
+    {"rule": "ending", "marks": 'n🐇."'},
     {"rule": "repetition"},
     {"rule": "meta_talk"},
     {"rule": "adherence", "slots": ["things"], "max_missing": 1},
@@ -84,10 +87,20 @@ def test_together_stories_are_dropped_for_the_same_reasons() -> None:
     assert {label for reasons in found.values() for label in reasons} > {rule["rule"] for rule in CHAPTER_RULES}
 
 
+@pytest.mark.parametrize("asked", ["", "나", "나나 이야기", "e\u0301", "e", "같은 "])
+def test_an_echo_is_found_among_many_instructions(asked: str) -> None:
+    rng = random.Random(0)
+    instructions = [f"{asked}{''.join(rng.choices(ODD[:12], k=3))}" for _ in range(60)]
+    texts = [f"{STORY[:20]}{nfc(rng.choice(instructions))[: rng.randint(0, 4)]}" for _ in instructions]
+    for some in (8, 60):  # few are looked for each by itself, many by what they have in common
+        made = [row(text, instruction) for text, instruction in zip(texts[:some], instructions[:some], strict=True)]
+        assert RULE_SET.all_reasons(batch_of(made)) == one_by_one(made)
+
+
 def test_a_screen_spares_most_good_answers() -> None:
     batch = batch_of([row(STORY), row(STORY + "\n\n“" + STORY[:100] + "…” 🐇")])
-    for rule in rule_set(*CHAPTER_RULES, {"rule": "foreign_script"}, {"rule": "finish_reason"}).rules:
-        assert rule.screen is not None and not rule.screen(batch, rule.settings).any(), rule.label
+    for label, rule, settings in rule_set(*CHAPTER_RULES, {"rule": "foreign_script"}, {"rule": "finish_reason"}).rules:
+        assert rule.screen is not None and not rule.screen(batch, settings).any(), label
     assert not batch.unsure.any()
     assert batch_of([row(unicodedata.normalize("NFD", STORY)), row("a\\b")]).unsure.all()
 
@@ -106,8 +119,8 @@ def test_every_character_that_nfc_may_change_is_doubted() -> None:
 
 
 def _doubted(char: str) -> bool:
-    units = np.frombuffer(char.encode("utf-16-le"), np.uint16)
-    return ord(char) >= 0x300 and not 0xAC00 <= ord(char) <= 0xD7A3 and bool(doubtful_in_nfc()[units].any())
+    doubtful = doubtful_in_nfc()
+    return bool(doubtful[min(ord(char), len(doubtful) - 1)])
 
 
 @given(st.lists(st.text(max_size=20), max_size=6), st.text(min_size=1, max_size=3))
@@ -121,9 +134,61 @@ def test_texts_are_found_and_counted(texts: list[str], word: str) -> None:
             assert "\\" in text or any(char < " " for char in text)
 
 
-@given(st.lists(st.booleans(), max_size=300))
-def test_positions(marks: list[bool]) -> None:
-    assert positions(np.array(marks, np.bool_)).tolist() == [index for index, mark in enumerate(marks) if mark]
+PATTERNS = {script: re.compile(f"[{character_class(script)}]") for script in SCRIPTS}
+
+
+@given(st.lists(st.text(st.sampled_from(ODD) | st.characters(exclude_categories=["Cs"]), max_size=20), max_size=6))
+def test_characters_are_counted_by_script_and_seen_at_the_end(texts: list[str]) -> None:
+    in_json = [msgspec.json.encode(text) for text in texts]
+    made = Texts(in_json)
+    for script, pattern in PATTERNS.items():  # the n of an escape is a letter there
+        counts = [len(pattern.findall(text.decode())) for text in in_json]
+        assert made.count(SCRIPTS[script]).tolist() == counts, script
+    for mark in 'n."\n가힣漢🐇é':
+        ends = [text.endswith(mark) for text in texts]
+        assert np.where(made.irregular, ends, made.ends_with(mark)).tolist() == ends, mark
+
+
+def test_every_character_is_counted_and_doubted_as_what_it_is() -> None:
+    codes = np.array([code for code in range(0x80, 0x110000) if not 0xD800 <= code < 0xE000]).reshape(-1, 16)
+    made = Texts([b'"' + "".join(map(chr, some)).encode() + b'"' for some in codes.tolist()])
+    for script, ranges in SCRIPTS.items():
+        inside = sum((first <= codes) & (codes <= last) for first, last in ranges)
+        assert (made.count(ranges) == np.sum(inside, axis=1)).all(), script
+    doubtful = doubtful_in_nfc()
+    assert (made.maybe_not_nfc == doubtful[np.minimum(codes, len(doubtful) - 1)].any(axis=1)).all()
+    assert (made.sizes == 16).all()
+
+
+EDGES = bytes.fromhex("808f909d9e9fa0a3a4afb0bfc0c1c2dfe0e1e4e5e9eaebecedeeeff0f1f4f5ff")  # of what a byte may mean
+
+
+def test_what_is_no_utf8_is_refused() -> None:
+    for first, second in product(EDGES, EDGES):
+        for later in range(4):
+            check_utf8(bytes([first, second]) + b"\x80" * later)
+
+
+@given(st.lists(st.sampled_from(EDGES) | st.sampled_from(list("aé가힣漢🐇".encode())), max_size=8).map(bytes))
+def test_what_is_no_utf8_is_refused_among_other_characters(text: bytes) -> None:
+    check_utf8(text)
+    check_utf8("가".encode() + text + "가".encode())
+
+
+def check_utf8(text: bytes) -> None:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        with pytest.raises(ValueError, match="not UTF-8"):
+            Texts([b'""', b'"' + text + b'"', b'""'])
+    else:
+        assert Texts([b'""', b'"' + text + b'"'])[1] == text.decode()
+
+
+@given(st.lists(st.booleans(), max_size=300), st.integers(1, 60))
+def test_positions(marks: list[bool], repeated: int) -> None:
+    made = np.array(marks * repeated, np.bool_)
+    assert positions(made).tolist() == np.flatnonzero(made).tolist()
 
 
 def test_a_line_has_the_fields_of_a_completion() -> None:

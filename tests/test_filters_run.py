@@ -1,5 +1,6 @@
 """`python -m filters` from end to end: what it writes, what it refuses, and what an interrupted run leaves."""
 
+import errno
 import json
 import os
 import subprocess
@@ -238,6 +239,38 @@ def test_a_users_own_rule(stage: Stage) -> None:
     assert (row.id, row.detail) == ("id0004", {"no_bears": "has a 곰"})
     settings = stage.report()["rules"][3]["settings"]
     assert settings == {"file": "mine.py", "name": "no_bears", "word": "곰"}
+
+
+def test_what_a_users_rule_does_to_the_slots_is_its_own(stage: Stage) -> None:
+    (stage.recipe.parent / "mine.py").write_text(
+        "def wild(answer):\n    answer.slots.pop('hero')\n    answer.slots['things'].clear()\n"
+    )
+    stage.rules([{"rule": "function", "file": "mine.py", "name": "wild"}])
+    stage.completions(GOOD + GOOD)
+    stage.filter()
+    slots = stage.report()["slots"]
+    assert (slots["hero"]["토토"]["rows"], slots["things"]["비"]["rows"]) == (4, 8)
+
+
+def test_a_disk_that_fails_while_others_work_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.completions()
+    stage.filter()
+    old = stage.files()
+    monkeypatch.setattr(filters.chunks, "CHUNK", 600)
+    monkeypatch.setattr(filters.chunks, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(filters.chunks, "_FLUSH_FROM", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+
+    failures = [OSError(errno.ENOSPC, "No space left on device")]  # the kernel tells of it once
+
+    def full(descriptor: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("os.fdatasync", full)
+    with pytest.raises(DistillError, match="No space left on device; no old file was replaced"):
+        stage.filter()
+    assert stage.files() == old
 
 
 @pytest.mark.parametrize(
