@@ -257,8 +257,10 @@ def read_report(run: RunDir) -> Report | None:
 
 
 def number(value: float) -> str:
-    """A figure for people: 3.03, 45.2, 12,345, 412k, 1.3M."""
+    """A figure for people: 2.6e-07, 3.03, 45.2, 12,345, 412k, 1.3M."""
     size = abs(value)
+    if 0 < size < 0.01:
+        return f"{value:.2g}"
     if size < 1000:
         return f"{value:.2f}" if size < 10 else f"{value:.1f}"
     if size < 100_000:

@@ -52,7 +52,15 @@ def test_the_table_holds_every_figure_in_80_characters() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.00"), (3.026, "3.03"), (45.23, "45.2"), (48940.2, "48,940"), (412345.0, "412k"), (1.26e6, "1.3M")],
+    [
+        (2.58e-7, "2.6e-07"),
+        (0.0, "0.00"),
+        (3.026, "3.03"),
+        (45.23, "45.2"),
+        (48940.2, "48,940"),
+        (412345.0, "412k"),
+        (1.26e6, "1.3M"),
+    ],
 )
 def test_numbers_for_people(value: float, text: str) -> None:
     assert number(value) == text
