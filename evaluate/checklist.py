@@ -20,7 +20,7 @@ from evaluate.points import Checklist, Point, Status
 from evaluate.report import Claim, Difference, Report, number, read_report
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, REVIEWED_ROWS, SAFE_KEEP_RATE
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -306,8 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = stage_parser("evaluate.checklist", "Holds a run against the checklist of a good one, whatever its stage.")
     parser.add_argument("--strict", action="store_true", help="end with 1 where a point warns or is unknown too")
     recipe, run, options = parse_stage(parser, argv)
-    if not run.path.is_dir():
-        raise UsageError(f"{run.path}: no such run; give its folder with --run, or generate first")
+    run.check_there()
     report = read_report(run)
     found = check_run(recipe, run, report)
     print_checklist(found, Console())

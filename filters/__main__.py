@@ -6,7 +6,7 @@ from rich.console import Console
 
 from filters.dry_run import dry_run, print_dry_run
 from filters.report import FilterReport, print_report
-from filters.run import check_keep_rate, completions_size, filter_run, recipe_rules
+from filters.run import check_keep_rate, filter_run, recipe_rules
 from filters.sweep import parse_shares, print_sweep, sweep
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RequestsFailed
@@ -26,12 +26,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.sweep is not None:
         shares = parse_shares(options.sweep)
-        completions_size(run.completions)
         with run.locked():
             subsets = sweep(run, recipe_rules(recipe, options.recipe), shares)
         print_sweep(subsets, console)
         return
-    completions_size(run.completions)  # before the lock, which would make the folder
     with run.locked():
         report = filter_run(recipe, run, options.recipe, skip_bad=options.skip_bad)
     print_report(report, console)

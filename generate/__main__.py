@@ -32,7 +32,7 @@ def main() -> None:
         for line in dry_run.describe(recipe, dry_run.dry_run(recipe, run, retry_failures=options.retry_failures)):
             print(line)
         return
-    with run.locked():
+    with run.locked(new=True):
         summary = generate(
             recipe,
             run,

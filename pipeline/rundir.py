@@ -100,13 +100,21 @@ class RunDir:
     def report_html(self) -> Path:
         return self.path / "report.html"
 
+    def check_there(self) -> None:
+        """Raises UsageError where the folder is not: a name mistyped should not make a run."""
+        if not self.path.is_dir():
+            raise UsageError(f"{self.path}: no such run; give its folder with --run, or generate first")
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, new: bool = False) -> Iterator[None]:
         """Holds the run for this process; raises UsageError naming the holder if another has it.
 
-        The kernel drops the lock with the process, so a killed run never leaves a stale one.
+        The kernel drops the lock with the process, so a killed run never leaves a stale one. `new`: the run may be one,
+        and its folder is made; else raises UsageError where it is not there.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        if new:
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.check_there()
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tm
     run = RunDir(tmp_path / "run")
     code = (
         "import time; from pathlib import Path; from pipeline.rundir import RunDir\n"
-        f"with RunDir(Path({str(run.path)!r})).locked(): print('locked', flush=True); time.sleep(60)"
+        f"with RunDir(Path({str(run.path)!r})).locked(new=True): print('locked', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
@@ -30,6 +30,13 @@ def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tm
     holder.wait()
     with run.locked():
         assert (run.path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_name_mistyped_makes_no_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "rnu")
+    with pytest.raises(UsageError, match="rnu: no such run; give its folder with --run"), run.locked():
+        pass
+    assert not run.path.exists()
 
 
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
