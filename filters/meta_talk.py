@@ -81,22 +81,8 @@ ANYWHERE_HINTS = (
 )
 CLOSING_HINTS = (
     *("i hope ", "let me know ", "feel free", "hesitate", " me to", "is there any", "do you have any", "word count"),
-    *(
-        "필요",
-        "궁금하",
-        "원하",
-        "요청",
-        "언제든",
-        "편하게",
-        "도와드릴",
-        "도와 드릴",
-        "도움이",
-        "마음에",
-        "작성",
-        "구성",
-        "바랍니다",
-    ),
-    *("글자", "자로", "자입니다", "("),
+    *("필요", "궁금하", "원하", "요청", "언제든", "편하게", "도와드릴", "도와 드릴", "도움이", "마음에"),
+    *("작성", "구성", "바랍니다", "글자", "자로", "자입니다", "("),
 )
 _OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
 

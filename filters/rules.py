@@ -21,7 +21,7 @@ from filters.batch import Batch
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
-from filters.scripts import SCRIPTS, Ranges, ScriptCounter, character_class, script_counter
+from filters.scripts import SCRIPTS, ScriptCounter, character_class, script_counter, script_ranges
 from filters.texts import Flags, flags, is_plain
 from filters.words import whole_word
 
@@ -192,10 +192,6 @@ class ForeignScriptSettings(RuleSettings):
     def pattern(self) -> re.Pattern[str]:
         return re.compile(f"[{character_class(*self.scripts)}]")
 
-    @cached_property
-    def ranges(self) -> Ranges:
-        return tuple(pair for script in self.scripts for pair in SCRIPTS[script])
-
 
 def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | None:
     """Drops an answer into which characters of other scripts leaked."""
@@ -208,7 +204,7 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | Non
 
 
 def may_have_foreign_script(batch: Batch, settings: ForeignScriptSettings) -> Flags:
-    return batch.texts.count(settings.ranges) > settings.max_count
+    return batch.texts.count(script_ranges(*settings.scripts)) > settings.max_count
 
 
 class EndingSettings(RuleSettings):

@@ -37,8 +37,12 @@ PAGE = 256  # code points that share the high byte of their UTF-16 code unit
 
 def character_class(*scripts: str) -> str:
     """The inside of a regex's [] for the scripts named."""
-    ranges = [pair for script in scripts for pair in SCRIPTS[script]]
-    return "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges)
+    return "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in script_ranges(*scripts))
+
+
+def script_ranges(*scripts: str) -> Ranges:
+    """The code points of the scripts named."""
+    return tuple(pair for script in scripts for pair in SCRIPTS[script])
 
 
 class ScriptCounter:

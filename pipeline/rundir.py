@@ -114,7 +114,8 @@ class RunDir:
         """
         if new:
             self.path.mkdir(parents=True, exist_ok=True)
-        self.check_there()
+        else:
+            self.check_there()
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
