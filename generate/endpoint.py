@@ -24,6 +24,7 @@ PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes 
 REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # after a 429 that says nothing of when
 TIMEOUT_S, TIMEOUT_WORKING_S = 300.0, 3600.0  # of an attempt, unless the recipe says
 ATTEMPTS_OF_TIME = 3  # the deadline of a request, in such times, unless the recipe says
+LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, another attempt would only be paid for
 
 
 class Endpoint:
@@ -124,7 +125,9 @@ class Endpoint:
         """Seconds that the next attempt of a request may take which has been in flight for `spent_s`; 0 for none."""
         config = self._config
         timeout_s = config.request_timeout_s or (TIMEOUT_WORKING_S if self._shows_load else TIMEOUT_S)
-        return max(0.0, min(timeout_s, (config.deadline_s or ATTEMPTS_OF_TIME * timeout_s) - spent_s))
+        deadline_s = config.deadline_s or ATTEMPTS_OF_TIME * timeout_s
+        first, left = min(timeout_s, deadline_s), min(timeout_s, deadline_s - spent_s)
+        return left if left >= LEAST_OF_FIRST * first else 0.0
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Follows the server's own queue where that decides; calls `changed` when the limit rises."""

@@ -117,6 +117,30 @@ def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: R
     assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 1.0 + 1.0 + the 0.6 left
 
 
+@pytest.mark.parametrize(
+    ("config", "spent_s", "allowed_s"),
+    [
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 0.0, 1.0),
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.0, 0.6),  # what is left
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.5, 0.1),
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.599, 0.0),  # a clock that is a millisecond early
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.7, 0.0),
+        ({"request_timeout_s": 100.0, "deadline_s": 5.0}, 0.0, 5.0),  # the first attempt always has its time
+        ({"request_timeout_s": 100.0, "deadline_s": 5.0}, 4.4, 0.6),
+        ({"request_timeout_s": 100.0, "deadline_s": 5.0}, 4.6, 0.0),
+    ],
+)
+def test_an_attempt_without_time_to_be_answered_is_not_made(
+    config: dict[str, float], spent_s: float, allowed_s: float
+) -> None:
+    async def asked() -> float:
+        url = "http://127.0.0.1:1/v1"
+        async with Endpoint(recipe_for(url, generate=config), url, WHOLE, print, 99_999) as endpoint:
+            return endpoint.timeout_s(spent_s)
+
+    assert asyncio.run(asked()) == pytest.approx(allowed_s)
+
+
 def test_a_missing_usage_is_an_answer_all_the_same(run: RunDir) -> None:
     with misbehaving(lambda asked: answer(usage=False)) as server:
         summary = generate(recipe_for(server), run, quiet=True)
