@@ -181,6 +181,20 @@ def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path
     page.close()
 
 
+def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(render_html(full_report(words="토끼가 숲으로 갔어요. " * 200)), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 700, "height": 1000})
+    page.goto(file.as_uri())
+    heights = "[...document.querySelectorAll('.answers p')].map(e => e.getBoundingClientRect().height)"
+    page.emulate_media(media="print")
+    assert max(page.evaluate(heights)) < 400
+    assert not page.is_visible("details pre") and page.is_visible("summary")
+    page.emulate_media(media="screen")
+    assert page.is_visible("details pre")
+    page.close()
+
+
 def test_bars_are_as_long_as_their_figures() -> None:
     groups = {group.title: group.bars for group in bar_groups(make_report())}
     speed = groups["Speed"]
