@@ -1,5 +1,6 @@
 """`python -m serve` as a process of its own, in its own process group, as a terminal runs it."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,10 @@ from serve.server import free_port
 
 ROOT = Path(__file__).parent.parent
 GIVE_UP_S = 300
+
+
+def _heed_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup hand down that it is ignored
 
 
 def start(tmp_path: Path, model: str, *flags: str) -> "subprocess.Popen[str]":
@@ -25,6 +30,7 @@ def start(tmp_path: Path, model: str, *flags: str) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_hangups,
     )
 
 
