@@ -1,23 +1,24 @@
 """The completions of a chunk of completions.jsonl, checked, to be judged together. Writes nothing.
 
-A line is checked in full but not decoded in full: texts stay JSON until a rule wants to read one, and prompts and slots
-that come again are decoded once. Whatever does not fit that is decoded line by line, which also says what is wrong.
+A line is checked in full but not decoded in full: of the lines of one shape one is decoded, texts stay JSON until a
+rule wants to read one, and prompts and slots that come again are decoded once. Where a line is bad, or only unusual,
+the lines are decoded one by one, which also says what is wrong.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 import numpy as np
 
 from filters.answer import Answer, instruction_of, last_user_message, nfc
 from filters.chunks import LONGEST_LINE, Chunk
-from filters.texts import Counts, Flags, Texts, positions
-from pipeline.records import Completion, Message, Slots
+from filters.compiled import Places
+from filters.lines import count_lines, first_alike, join_pairs, read_lines
+from filters.texts import Counts, Flags, Texts
+from pipeline.records import Completion, Message, Slots, encode_line
 
 Value = TypeVar("Value")
 
@@ -26,22 +27,14 @@ class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A completion and nothing else: a field that is not ours means another version's file, or one filtered already."""
 
 
-class _Line(_Row, frozen=True, kw_only=True, gc=False):
-    """The same, what is large or comes again left in JSON: its syntax is checked, its types and its UTF-8 are not.
-
-    Of a field that is given twice only the last is kept, and checked.
-    """
-
-    messages: msgspec.Raw  # type: ignore[assignment]
-    slots: msgspec.Raw = msgspec.Raw(b"{}")  # type: ignore[assignment]
-    text: msgspec.Raw  # type: ignore[assignment]
-
-
 _decode_row = msgspec.json.Decoder(_Row).decode
-_decode_lines = msgspec.json.Decoder(_Line).decode_lines
 _decode_messages = msgspec.json.Decoder(list[list[Message]]).decode
 _decode_slots = msgspec.json.Decoder(list[Slots]).decode
-_NEWLINE, _OPEN, _CLOSE = b"\n{}"
+_decode_finish_reasons = msgspec.json.Decoder(list[str]).decode
+_FIELDS = ("id", "messages", "slots", "text", "finish_reason")  # whose values are wanted
+_keys = [msgspec.json.encode(name) for name in _FIELDS]
+_KEYS = np.frombuffer(b"".join(_keys), np.uint8)
+_KEY_ENDS = np.cumsum(list(map(len, _keys)))
 
 
 class Batch:
@@ -50,89 +43,116 @@ class Batch:
     def __init__(self, data: bytes) -> None:
         """`data`: lines, each with its newline."""
         self._data = data
-        raw = np.frombuffer(data, np.uint8)
-        self._ends = positions(raw == _NEWLINE)
-        self._starts = np.concatenate([[0], self._ends[:-1] + 1])[: len(self._ends)]
-        # An object that went over a line's end would have `}` and `{` with nothing but a newline between them.
-        if data and (
-            data[-1] != _NEWLINE or (raw[self._starts] != _OPEN).any() or (raw[self._ends - 1] != _CLOSE).any()
-        ):
+        self._bytes = np.frombuffer(data, np.uint8)
+        rows = count_lines(self._bytes)
+        if rows < 0:
+            raise ValueError("not lines of UTF-8")
+        lines, spans = np.empty(rows + 1, np.int64), np.full((rows, len(_FIELDS), 2), -1)
+        unlike = np.empty(rows, np.int64)
+        found = read_lines(self._bytes, _KEYS, _KEY_ENDS, lines, spans, unlike)
+        if found < 0:
             raise ValueError("not one object a line")
-        self._rows: list[_Line] = _decode_lines(data)
-        if len(self._rows) != len(self._ends):
-            raise ValueError("not one object a line")
-        self._slots = self._json("slots")
-        self._messages = self._json("messages")
-        self._known_slots = _decoded(self._slots, _decode_slots)
-        self._known_messages = _decoded(self._messages, _decode_messages)
-        self.texts = Texts(list(map(attrgetter("text"), self._rows)))
-        if not self.texts.all_strings():
-            raise ValueError("a text is no string")
+        for index in unlike[:found].tolist():
+            _decode_row(data[lines[index] : lines[index + 1]])
+        self._starts, self._ends = lines[:-1], lines[1:]
+        starts, ends = np.ascontiguousarray(spans[..., 0].T), np.ascontiguousarray(spans[..., 1].T)
+        values = dict(zip(_FIELDS, zip(starts, ends, strict=True), strict=True))
+        self._ids = values["id"]
+        self._messages = _Values(data, *values["messages"], _decode_messages)
+        self._slots = _Values(data, *values["slots"], _decode_slots)
+        self._finish_reasons = _Values(data, *values["finish_reason"], _decode_finish_reasons)
+        self.texts = Texts(data, *values["text"])
         self.unsure = self._unsure()
         self._answers: dict[int, Answer] = {}
+        self._instructions: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    def _json(self, field: str) -> list[bytes]:
-        """A field as it stands in each line."""
-        return b"\n".join(map(attrgetter(field), self._rows)).split(b"\n") if self._rows else []
+        return len(self._starts)
 
     def id(self, index: int) -> str:
-        return self._rows[index].id
+        starts, ends = self._ids
+        found: str = msgspec.json.decode(self._data[starts[index] : ends[index]])
+        return found
 
-    @cached_property
-    def opened(self) -> list[memoryview]:
-        """The lines without their last braces."""
-        view = memoryview(self._data)
-        return [view[start:end] for start, end in zip(self._starts.tolist(), (self._ends - 1).tolist(), strict=True)]
+    def written(self, indices: list[int], tails: list[bytes]) -> memoryview:
+        """Lines one after another, a tail in the place of each one's last brace and newline."""
+        tail_ends = np.cumsum(np.fromiter(map(len, tails), np.int64, len(tails)))
+        starts, ends = self._starts[indices], self._ends[indices] - 2
+        joined_tails = np.frombuffer(b"".join(tails), np.uint8)
+        joined = np.empty(int((ends - starts).sum()) + len(joined_tails), np.uint8)
+        join_pairs(self._bytes, starts, ends, joined_tails, tail_ends, joined)
+        return joined.data
 
     @property
     def finish_reasons(self) -> list[str]:
-        return list(map(attrgetter("finish_reason"), self._rows))
+        return list(map(self._finish_reasons.__getitem__, range(len(self))))
 
     def beginnings(self, chars: int) -> set[str]:
         """The first characters of the rows' instructions, as they were asked (not in NFC): each that differs, once."""
-        return {last_user_message(messages)[:chars] for messages in self._known_messages.values()}
+        return {last_user_message(messages)[:chars] for messages in self._messages.distinct.values()}
 
     def answer(self, index: int) -> Answer:
         """A row's answer, as `as_answer` makes it of a completion."""
-        answer = self._answers.get(index)
-        if answer is None:
-            text = self.texts[index]
-            answer = self._answers[index] = Answer(
-                nfc(text) if self.unsure[index] else text,
-                instruction_of(self._known_messages[self._messages[index]]),
-                self._rows[index].finish_reason,
-                self._known_slots[self._slots[index]],
-            )
-        return answer
+        if index not in self._answers:
+            self.read([index])
+        return self._answers[index]
+
+    def read(self, indices: Sequence[int]) -> None:
+        """Makes the answers of rows together, which is faster than one by one."""
+        messages, slots, finish_reasons = self._messages, self._slots, self._finish_reasons
+        instructions = self._instructions
+        for index, text in zip(indices, self.texts.decoded(indices), strict=True):
+            asked = messages.rows_alike[index]
+            if asked not in instructions:
+                instructions[asked] = instruction_of(messages[asked])
+            if self.unsure[index]:
+                text = nfc(text)
+            self._answers[index] = Answer(text, instructions[asked], finish_reasons[index], slots[index])
 
     def lengths(self) -> Counts:
         """Characters of each row's text, in NFC."""
         lengths = self.texts.sizes.copy()
-        for index in np.flatnonzero(self.unsure).tolist():
-            lengths[index] = len(self.answer(index).text)
+        unsure = np.flatnonzero(self.unsure).tolist()
+        lengths[unsure] = [len(self.answer(index).text) for index in unsure]
         return lengths
 
-    def slots(self, indices: Iterable[int]) -> list[tuple[Slots, int]]:
-        """The rows' slots: each that differs once, with the number of rows that have it."""
-        counts = Counter(map(self._slots.__getitem__, indices))
-        return [(self._known_slots[raw], count) for raw, count in counts.items()]
+    def slots(self, chosen: Flags) -> list[tuple[Slots, int]]:
+        """The slots of the rows chosen: each that differs once, with the number of rows that have it."""
+        counts = np.bincount(self._slots.first[chosen], minlength=len(self))
+        return [(self._slots.distinct[first], int(counts[first])) for first in np.flatnonzero(counts).tolist()]
 
     def _unsure(self) -> Flags:
         """Rows whose text may be another than it looks in JSON: not in NFC, or escaped in an unusual way."""
         unsure = self.texts.irregular.copy()
-        for index in np.flatnonzero(self.texts.maybe_not_nfc & ~unsure).tolist():
-            text = self.texts[index]
-            unsure[index] = nfc(text) != text
+        doubted = np.flatnonzero(self.texts.maybe_not_nfc & ~unsure).tolist()
+        unsure[doubted] = [nfc(text) != text for text in self.texts.decoded(doubted)]
         return unsure
 
 
-def _decoded(values: Iterable[bytes], decode: Callable[[bytes], list[Value]]) -> dict[bytes, Value]:
-    """Each value that differs, decoded once."""
-    distinct = dict.fromkeys(values)
-    return dict(zip(distinct, decode(b"[" + b",".join(distinct) + b"]"), strict=True))
+class _Values(Generic[Value]):
+    """The values of a field, by row; those that are alike are decoded once, when the first of all is wanted."""
+
+    def __init__(self, data: bytes, starts: Places, ends: Places, decode: Callable[[bytes], list[Value]]) -> None:
+        self._data, self._starts, self._ends, self._decode = data, starts, ends, decode
+        self.first = np.empty(len(starts), np.int64)  # the row that has the value first
+        first_alike(np.frombuffer(data, np.uint8), starts, ends, self.first)
+
+    def __getitem__(self, index: int) -> Value:
+        return self.distinct[self.rows_alike[index]]
+
+    @cached_property
+    def rows_alike(self) -> list[int]:
+        """For each row the first that has the same value."""
+        rows: list[int] = self.first.tolist()
+        return rows
+
+    @cached_property
+    def distinct(self) -> dict[int, Value]:
+        """Each value that differs, by the row that has it first."""
+        rows = np.flatnonzero(self.first == np.arange(len(self.first)))
+        spans = zip(self._starts[rows].tolist(), self._ends[rows].tolist(), strict=True)
+        values = [self._data[start:end] or b"{}" for start, end in spans]  # only slots may be left out
+        return dict(zip(rows.tolist(), self._decode(b"[" + b",".join(values) + b"]"), strict=True))
 
 
 NOT_PLAIN = (ValueError, msgspec.DecodeError)  # UnicodeDecodeError is a ValueError
@@ -173,4 +193,8 @@ def read_batch(chunk: Chunk) -> Lines:
                 bad.append((number, str(error)))
         else:
             good.append(line.strip() + b"\n")
-    return Lines(Batch(b"".join(good)), last, bad, torn)
+    try:
+        batch = Batch(b"".join(good))
+    except NOT_PLAIN:  # the name of a field is written with escapes
+        batch = Batch(b"".join(map(encode_line, map(_decode_row, good))))
+    return Lines(batch, last, bad, torn)

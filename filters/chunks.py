@@ -33,8 +33,9 @@ _LIKELY_LINE = 1 << 13  # bytes read beyond a chunk at once, to find the end of 
 # pages there.
 _KEPT_MEMORY = 31 << 20  # bytes; never touched
 
+Piece = bytes | memoryview
 Summary = TypeVar("Summary")
-Work = Callable[["Chunk"], tuple[Summary, tuple[bytes, ...]]]  # what the caller wants to know; what goes to each output
+Work = Callable[["Chunk"], tuple[Summary, tuple[Piece, ...]]]  # what the caller wants to know; what goes to each output
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,11 @@ def _worker(
     """Works on its chunks; writes each while the next is awaited. Ends by itself when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    bytearray(_KEPT_MEMORY)
-    np.empty(_KEPT_MEMORY, np.uint8)
+    for _ in range(2):
+        np.empty(_KEPT_MEMORY, np.uint8)
     for end in others:
         end.close()  # the parent's ends: else we would wait for a parent that is gone
-    waiting: tuple[bytes, ...] | None = None  # made, but not yet placed
+    waiting: tuple[Piece, ...] | None = None  # made, but not yet placed
     try:
         gc.disable()  # what a chunk leaves behind is freed by its counts of references
         with path.open("rb") as file:
@@ -202,7 +203,7 @@ def _worker(
         parent.send(error)
 
 
-def _write(outputs: Sequence[BinaryIO], pieces: Sequence[bytes], offsets: list[int]) -> list[int]:
+def _write(outputs: Sequence[BinaryIO], pieces: Sequence[Piece], offsets: list[int]) -> list[int]:
     """Writes each piece at its output's offset; returns the offsets behind them."""
     for output, piece, offset in zip(outputs, pieces, offsets, strict=True):
         view = memoryview(piece)

@@ -20,7 +20,7 @@ import msgspec
 from filters.answer import as_answer
 from filters.judge import read_judgements
 from filters.minhash import agreement, jaccard, least_agreement
-from filters.rows import completion_part, dropped_line
+from filters.rows import completion_part, dropped_tail
 from filters.sketches import Kind, Reader, Sketches, Source, sketch
 from filters.tally import Tally
 from pipeline.errors import RecipeError
@@ -128,7 +128,7 @@ def deduplicate(
                 else:
                     row, reasons = _decoder.decode(line), {match.rule: _reason(match, sketches, reader)}
                     tally.move_to_dropped(row.id, as_answer(row), reasons)
-                    dropped.write(dropped_line(completion_part(line), reasons))
+                    dropped.write(completion_part(line) + dropped_tail(reasons))
 
 
 def find_duplicates(sketches: Sketches, reader: Reader, config: DedupConfig) -> Iterator[tuple[int, Match]]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from filters.answer import as_answer
-from filters.rows import completion_part, dropped_line, kept_line
+from filters.rows import completion_part, dropped_tail, kept_tail
 from filters.tally import Tally
 from generate.engine import generate
 from pipeline.errors import DistillError
@@ -194,10 +194,10 @@ def judge_survivors(
             _count(judgement, tally.scores)
             if why is None:
                 scores = {**row.scores, RULE: judgement.score, **judgement.criteria}
-                kept.write(kept_line(completion_part(line), scores))
+                kept.write(completion_part(line) + kept_tail(scores))
             else:
                 tally.move_to_dropped(row.id, as_answer(row), {RULE: why})
-                dropped.write(dropped_line(completion_part(line), {RULE: why}))
+                dropped.write(completion_part(line) + dropped_tail({RULE: why}))
 
 
 def _count(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:

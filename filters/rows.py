@@ -1,7 +1,6 @@
 """Rows of kept.jsonl and dropped.jsonl: read, and made of a completion's line. Writes nothing."""
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -10,9 +9,7 @@ from pipeline.errors import DataError
 from pipeline.records import Dropped, Kept, read_jsonl
 from pipeline.rundir import RunDir
 
-Buffer = bytes | memoryview
 _encoder = msgspec.json.Encoder()
-_UNSCORED = b',"scores":{}}\n'
 
 
 def completion_part(line: bytes) -> bytes:
@@ -20,27 +17,13 @@ def completion_part(line: bytes) -> bytes:
     return line[: line.rindex(b',"scores":{')]
 
 
-def kept_line(opened: bytes, scores: dict[str, Any]) -> bytes:
-    """The completion, its last brace left open, as a kept row."""
-    return opened + b',"scores":' + _encoder.encode(scores) + b"}\n"
+def kept_tail(scores: dict[str, Any]) -> bytes:
+    """What makes a completion, its last brace left open, a kept row."""
+    return b',"scores":' + _encoder.encode(scores) + b"}\n"
 
 
-def kept_lines(opened: Iterable[Buffer]) -> bytes:
-    """Completions, their last braces left open, as kept rows that nothing has scored."""
-    return _UNSCORED.join([*opened, b""])
-
-
-def dropped_line(opened: Buffer, reasons: dict[str, str]) -> bytes:
-    """The completion, its last brace left open, as a dropped row: its `rule` is the first of the reasons."""
-    return b"".join((opened, _why(reasons)))
-
-
-def dropped_lines(opened: Iterable[Buffer], reasons: Iterable[dict[str, str]]) -> bytes:
-    """The same of many."""
-    return b"".join(chain.from_iterable(zip(opened, map(_why, reasons), strict=True)))
-
-
-def _why(reasons: dict[str, str]) -> bytes:
+def dropped_tail(reasons: dict[str, str]) -> bytes:
+    """What makes a completion, its last brace left open, a dropped row: its `rule` is the first of the reasons."""
     return b"," + _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})[1:] + b"\n"
 
 

@@ -22,7 +22,7 @@ from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
 from filters.scripts import SCRIPTS, ScriptCounter, character_class, script_counter, script_ranges
-from filters.texts import Flags, flags, is_plain
+from filters.texts import Flags, Shares, flags, is_plain
 from filters.words import whole_word
 
 
@@ -39,25 +39,25 @@ class LengthSettings(RuleSettings):
 
 def length(answer: Answer, settings: LengthSettings) -> str | None:
     """Drops an answer with fewer or more characters (code points in NFC, spaces included)."""
-    return _wrong_length(len(answer.text), settings)
+    size = len(answer.text)
+    too_long = settings.max_chars is not None and size > settings.max_chars
+    return _wrong_length(size, settings) if too_long or size < settings.min_chars else None
 
 
-def length_at_a_glance(batch: Batch, index: int, settings: LengthSettings) -> str | None:
-    return _wrong_length(int(batch.texts.sizes[index]), settings)
-
-
-def _wrong_length(size: int, settings: LengthSettings) -> str | None:
+def _wrong_length(size: int, settings: LengthSettings) -> str:
     if size < settings.min_chars:
         return f"{size} characters, at least {settings.min_chars} wanted"
-    if settings.max_chars is not None and size > settings.max_chars:
-        return f"{size} characters, at most {settings.max_chars} wanted"
-    return None
+    return f"{size} characters, at most {settings.max_chars} wanted"
 
 
-def may_fail_length(batch: Batch, settings: LengthSettings) -> Flags:
+def fails_length(batch: Batch, settings: LengthSettings) -> Flags:
     sizes = batch.texts.sizes
     too_long = settings.max_chars is not None and sizes > settings.max_chars
     return (sizes < settings.min_chars) | too_long
+
+
+def length_at_a_glance(batch: Batch, indices: list[int], settings: LengthSettings) -> list[str]:
+    return [_wrong_length(size, settings) for size in batch.texts.sizes[indices].tolist()]
 
 
 class BannedWordsSettings(RuleSettings):
@@ -152,16 +152,25 @@ class ScriptRatioSettings(RuleSettings):
 def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> str | None:
     """Drops an answer of whose characters (spaces and punctuation counted) too few are of the script."""
     share = settings.counter.share(answer.text, enough=settings.min_share)
-    if share < settings.min_share:
-        return f"{share:.1%} {settings.script}, at least {settings.min_share:.0%} wanted"
-    return None
+    return _wrong_share(share, settings) if share < settings.min_share else None
 
 
-def may_lack_script(batch: Batch, settings: ScriptRatioSettings) -> Flags:
-    texts = batch.texts
-    counts = texts.count(SCRIPTS[settings.script]) - texts.escapes  # the n of \n is no letter
-    lacking: Flags = counts / np.maximum(texts.sizes, 1) < settings.min_share
+def _wrong_share(share: float, settings: ScriptRatioSettings) -> str:
+    return f"{share:.1%} {settings.script}, at least {settings.min_share:.0%} wanted"
+
+
+def lacks_script(batch: Batch, settings: ScriptRatioSettings) -> Flags:
+    lacking: Flags = _shares(batch, settings) < settings.min_share
     return lacking
+
+
+def script_ratio_at_a_glance(batch: Batch, indices: list[int], settings: ScriptRatioSettings) -> list[str]:
+    return [_wrong_share(share, settings) for share in _shares(batch, settings)[indices].tolist()]
+
+
+def _shares(batch: Batch, settings: ScriptRatioSettings) -> Shares:
+    shares: Shares = batch.texts.count(SCRIPTS[settings.script]) / np.maximum(batch.texts.sizes, 1)
+    return shares
 
 
 class FinishReasonSettings(RuleSettings):
@@ -244,22 +253,22 @@ class Rule(NamedTuple):
     """A rule, the model of its settings, and its screen if it has one.
 
     A screen tells of many answers at once which the rule may drop; the others it does not drop, for certain. It knows
-    only answers that are not `unsure`. Without one the rule reads every answer. A glance is what the rule says of such
-    an answer, without its text.
+    only answers that are not `unsure`. Without one the rule reads every answer. A rule with a glance drops all that its
+    screen suspects; the glance is what it says of them, without their texts.
     """
 
     check: Callable[[Answer, Any], str | None]
     settings: type[RuleSettings]
     screen: Callable[[Batch, Any], Flags] | None = None
-    glance: Callable[[Batch, int, Any], str | None] | None = None
+    glance: Callable[[Batch, list[int], Any], list[str]] | None = None
 
 
 RULES = {
-    "length": Rule(length, LengthSettings, may_fail_length, length_at_a_glance),
+    "length": Rule(length, LengthSettings, fails_length, length_at_a_glance),
     "banned_words": Rule(banned_words, BannedWordsSettings, may_have_banned_words),
     "repeated_word": Rule(repeated_word, RepeatedWordSettings, may_repeat_word),
     "prompt_echo": Rule(prompt_echo, PromptEchoSettings, may_echo_prompt),
-    "script_ratio": Rule(script_ratio, ScriptRatioSettings, may_lack_script),
+    "script_ratio": Rule(script_ratio, ScriptRatioSettings, lacks_script, script_ratio_at_a_glance),
     "finish_reason": Rule(finish_reason, FinishReasonSettings, has_other_finish_reason),
     "foreign_script": Rule(foreign_script, ForeignScriptSettings, may_have_foreign_script),
     "repetition": Rule(repetition, RepetitionSettings),

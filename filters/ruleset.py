@@ -6,7 +6,7 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,20 +71,28 @@ class RuleSet:
 
         A rule with a screen reads only the answers that its screen suspects, and those that a screen cannot judge.
         """
+        suspects = [_suspects(batch, rule, settings) for _, rule, settings in self.rules]
+        batch.read(sorted(set[int]().union(*(to_read for to_read, _ in suspects))))
         found: dict[int, dict[str, str]] = {}
-        unsure = batch.unsure
-        for label, (check, _, screen, glance), settings in self.rules:
-            suspects: Iterable[int] = range(len(batch))
-            if screen is not None:
-                suspects = np.flatnonzero(screen(batch, settings) | unsure).tolist()
-            for index in suspects:
-                if glance is not None and not unsure[index]:
-                    reason = glance(batch, index, settings)
-                else:
-                    reason = check(batch.answer(index), settings)
+        for (label, rule, settings), (to_read, at_a_glance) in zip(self.rules, suspects, strict=True):
+            for index in to_read:
+                reason = rule.check(batch.answer(index), settings)
                 if reason is not None:
                     found.setdefault(index, {})[label] = reason
+            for index, reason in at_a_glance:
+                found.setdefault(index, {})[label] = reason
         return dict(sorted(found.items()))
+
+
+def _suspects(batch: Batch, rule: Rule, settings: RuleSettings) -> tuple[Sequence[int], list[tuple[int, str]]]:
+    """The rows whose answers the rule must read; those that it drops without, and why."""
+    if rule.screen is None:
+        return range(len(batch)), []
+    suspected = rule.screen(batch, settings)
+    if rule.glance is None:
+        return np.flatnonzero(suspected | batch.unsure).tolist(), []
+    sure = np.flatnonzero(suspected & ~batch.unsure).tolist()
+    return np.flatnonzero(batch.unsure).tolist(), list(zip(sure, rule.glance(batch, sure, settings), strict=True))
 
 
 def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:

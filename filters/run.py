@@ -23,7 +23,7 @@ from filters.chunks import Chunk, process
 from filters.dedup import dedup_rules, dedup_sources, deduplicate
 from filters.judge import judge_rules, judge_survivors
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
-from filters.rows import dropped_lines, kept_lines
+from filters.rows import dropped_tail, kept_tail
 from filters.ruleset import RuleSet, load_rules
 from filters.tally import Tally
 from filters.texts import doubtful_in_nfc
@@ -96,21 +96,21 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     return report
 
 
-def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[bytes, bytes]]:
+def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[memoryview, memoryview]]:
     """Runs every rule on every line of a chunk; also gives the lines of kept.jsonl and dropped.jsonl."""
     lines = read_batch(chunk)
     batch = lines.batch
     found = rules.all_reasons(batch)
     is_kept = np.ones(len(batch), np.bool_)
     is_kept[list(found)] = False
-    kept = np.flatnonzero(is_kept).tolist()
     tally, lengths = Tally(), batch.lengths()
-    tally.count_kept(lengths[is_kept], batch.slots(kept))
-    tally.count_dropped(lengths[~is_kept], batch.slots(found))
+    tally.count_kept(lengths[is_kept], batch.slots(is_kept))
+    tally.count_dropped(lengths[~is_kept], batch.slots(~is_kept))
     tally.note_all(batch, found)
-    opened = batch.opened
-    dropped = dropped_lines(map(opened.__getitem__, found), found.values())
-    return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines(map(opened.__getitem__, kept)), dropped)
+    kept = np.flatnonzero(is_kept).tolist()
+    kept_lines = batch.written(kept, [kept_tail({})] * len(kept))
+    dropped_lines = batch.written(list(found), list(map(dropped_tail, found.values())))
+    return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines, dropped_lines)
 
 
 def check_keep_rate(

@@ -1,219 +1,226 @@
-"""Texts side by side in one array of bytes, to ask all at once what a loop would ask each. Reads and writes nothing.
+"""JSON strings in an array of bytes, to ask all at once what a loop would ask each. Reads and writes nothing.
 
-The texts stay as they stand in JSON: quoted, escaped, in UTF-8. Hangul syllables and the ideographs from U+5000 on are
-known by their first two bytes and never decoded; what else is not ASCII (`_others`) is, but only that.
+The strings stay as they stand: quoted, escaped, in UTF-8. Hangul syllables and the ideographs from U+5000 on are known
+by their bytes and never decoded; what else is not ASCII is, but only that.
 """
 
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
-from typing import Any
 
 import msgspec
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
+from filters.compiled import BYTES, FLAGS, PLACES, Bytes, Places, byte, compiled, place
 from filters.scripts import Ranges
 
-_decode = msgspec.json.Decoder(str).decode
-Flags = NDArray[np.bool_]  # one a text, or one a byte
+_decode = msgspec.json.Decoder(list[str]).decode
+Flags = NDArray[np.bool_]  # one a text
 Counts = NDArray[np.int64]  # one a text
-_Marks = NDArray[np.uint64]  # flags of bytes, 64 a word; the words after the last byte are 0
+Shares = NDArray[np.float64]  # one a text
 
 _SYLLABLES = (0xAC00, 0xD7A3)
 _IDEOGRAPHS = (0x5000, 0x9FFF)  # all Han
-_QUOTE, _SLASH, _U, _BACKSLASH = b'"/u\\'
+_IDEOGRAPHS_FIRST, _IDEOGRAPHS_LAST = 0xE5, 0xE9  # their first bytes
+_BACKSLASH, _SLASH, _U, _SMALL_A = b"\\/ua"
+COUNTS = types.int64[::1]
+_BLOCK = 128  # bytes counted together: so few that a byte holds the count
+_CODES = 0x110000  # code points
 
 
 class Texts:
-    """JSON strings of rows, in their order. Raises ValueError where they are not UTF-8."""
+    """Texts in their order. The methods that count answer for all of them."""
 
-    def __init__(self, strings: Sequence[Any]) -> None:
-        """`strings`: bytes or the like, each a JSON value."""
-        self._joined = b"\n".join([b"", *strings, b""])
-        self._bytes = np.frombuffer(self._joined, np.uint8)
-        sizes = np.fromiter(map(len, strings), np.int64, len(strings))
-        self._ends = np.concatenate([[0], np.cumsum(sizes + 1)])  # newlines: a text is what lies between two of these
-        from_e5 = self._bytes - np.uint8(0xE5)  # the first bytes of ideographs are E5 to E9, of syllables EA to ED
-        self._ideographs = _marked(from_e5 <= 4)
-        inside = _marked(from_e5 <= 8)
-        outside = _marked(self._beside_syllables(), len(self._bytes))
-        self._syllables = inside & ~self._ideographs & ~outside
-        self._later_bytes = _marked(self._bytes.view(np.int8) < -0x40)  # a character's second byte and on: 80 to BF
-        first = self._check_lengths()
-        self._others = _places((first & ~inside) | outside)
-        self._others_codes = self._decode_others()
-
-    def _beside_syllables(self) -> Flags:
-        """The first bytes of U+A000 to U+ABFF, and of U+D780 to U+DFFF: some syllables, surrogates."""
-        first, second = self._bytes[:-1], self._bytes[1:]
-        beside: Flags = first == 0xEA
-        beside &= second < 0xB0
-        beside |= (first == 0xED) & (second >= 0x9E)
-        return beside
-
-    def _check_lengths(self) -> _Marks:
-        """The first bytes of characters beyond ASCII, each followed by as many later bytes as it says."""
-        first = _marked(self._bytes >= 0xC0)
-        expected = _moved(first, 1) | _moved(_marked(self._bytes >= 0xE0), 2)
-        if self._bytes.max() >= 0xF0:
-            expected |= _moved(_marked(self._bytes >= 0xF0), 3)
-        if (expected != self._later_bytes).any():
-            raise ValueError("not UTF-8")
-        return first
-
-    def _decode_others(self) -> NDArray[np.uint32]:
-        four_bytes = np.ndarray(max(len(self._bytes) - 3, 0), "<u4", self._joined, strides=(1,))  # from each byte on
-        whole = four_bytes[self._others]
-        first = whole & 0xFF
-        second, third, fourth = whole >> 8 & 0x3F, whole >> 16 & 0x3F, whole >> 24 & 0x3F
-        two = first - 0xC0 << 6 | second
-        three = first - 0xE0 << 12 | second << 6 | third
-        four = first - 0xF0 << 18 | second << 12 | third << 6 | fourth
-        of_three, of_four = first >= 0xE0, first >= 0xF0
-        codes = np.where(of_four, four, np.where(of_three, three, two))
-        longer = (codes < 0x80) | of_three & (codes < 0x800) | of_four & (codes < 0x10000)  # than it has to be
-        if (longer | (codes > 0x10FFFF) | (codes >> 11 == 0xD800 >> 11)).any():
-            raise ValueError("not UTF-8")
-        return codes
+    def __init__(self, data: bytes, starts: Places, ends: Places) -> None:
+        """`data`: UTF-8. From each start to its end is a JSON string, its quotes included, and behind it some byte."""
+        self._data = data
+        self._bytes = np.frombuffer(data, np.uint8)
+        self._starts, self._ends = starts, ends
+        self.sizes = np.zeros(len(starts), np.int64)  # characters (code points); wrong where `irregular`
+        self._letters = np.zeros(len(starts), np.int64)  # of escapes, as the n of `\\n`
+        # An escape stands for more than the character behind it: `\\\\`, `\\/`, `\\u0000`.
+        self.irregular = np.zeros(len(starts), np.bool_)
+        self._syllables = np.zeros(len(starts), np.int64)
+        self._has_others = np.zeros(len(starts), np.bool_)  # characters that must be decoded to be known
+        self._counts: dict[Ranges, Counts] = {}
+        figures = self.sizes, self._letters, self._syllables, self.irregular, self._has_others
+        _measure(self._bytes, starts, ends, *figures)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._starts)
 
-    def all_strings(self) -> bool:
-        """Whether each value is a string, and not another kind of JSON."""
-        return bool((self._bytes[self._ends[:-1] + 1] == _QUOTE).all())
-
-    def __getitem__(self, index: int) -> str:
-        """A text, quotes and escapes undone. Raises msgspec.DecodeError for half a surrogate pair."""
-        start, end = self._bounds[index], self._bounds[index + 1]
-        text = self._joined[start + 2 : end - 1].decode()
-        if "\\" not in text:
-            return text
-        text = text.replace("\\n", "\n").replace('\\"', '"')
-        if "\\" not in text:
-            return text
-        return _decode(self._joined[start + 1 : end])  # another escape, or a backslash that is one of the text's own
-
-    @cached_property
-    def _bounds(self) -> list[int]:
-        bounds: list[int] = self._ends.tolist()
-        return bounds
-
-    @cached_property
-    def sizes(self) -> Counts:
-        """Characters of each text (code points); wrong where the text is `irregular`."""
-        return np.diff(self._ends) - 3 - self.escapes - self._sums(self._later_bytes)
-
-    @cached_property
-    def escapes(self) -> Counts:
-        """Escapes in each text; wrong where the text is `irregular`."""
-        return self._sums(self._backslashes)
-
-    @cached_property
-    def irregular(self) -> Flags:
-        r"""Texts with an escape that stands for more than the character behind it (`\\`, `\/`, `\u0000`)."""
-        places = _places(self._backslashes)
-        behind = self._bytes[places + 1]
-        return self._numbers(places[(behind == _BACKSLASH) | (behind == _SLASH) | (behind == _U)]) > 0
+    def decoded(self, indices: Sequence[int]) -> list[str]:
+        """Some of the texts, quotes and escapes undone."""
+        starts, ends = self._starts[indices].tolist(), self._ends[indices].tolist()
+        strings = [self._data[start:end] for start, end in zip(starts, ends, strict=True)]
+        return _decode(b"[" + b",".join(strings) + b"]")
 
     @cached_property
     def maybe_not_nfc(self) -> Flags:
         """Texts with a character that may not stand, or not alone, in Unicode's form NFC; escaped ones are not seen."""
-        doubtful = doubtful_in_nfc()
-        codes = np.minimum(self._others_codes, len(doubtful) - 1)
-        return self._numbers(self._others[doubtful[codes]]) > 0
+        counts = np.zeros(len(self), np.int64)
+        _count_others(self._bytes, self._starts, self._ends, self._has_others, doubtful_in_nfc(), counts)
+        return counts > 0
 
     def ends_with(self, mark: str) -> Flags:
         """Texts whose last character is the mark, for certain."""
         written = _written(mark)
-        start = self._ends[1:] - 1 - len(written)
+        start = self._ends - 1 - len(written)
         found: Flags = self._bytes.take(start - 1, mode="clip") != _BACKSLASH
-        for offset, byte in enumerate(written):
-            found &= self._bytes.take(start + offset, mode="clip") == byte
+        for offset, char in enumerate(written):
+            found &= self._bytes.take(start + offset, mode="clip") == char
         return found
 
     def count(self, ranges: Ranges) -> Counts:
-        """How many characters of each text are in the ranges of code points; the n of an escape `\\n` is one, too.
+        """How many characters of each text are in the ranges of code points; wrong where `irregular`.
 
-        A range holds all Hangul syllables or none, and all ideographs from U+5000 on or none.
+        A range holds all Hangul syllables or none, all ideographs from U+5000 on or none, all letters a to z or none,
+        and of the characters before U+0020 none.
         """
-        counts = np.zeros(len(self), np.int64)
-        inside = np.zeros(len(self._others), np.bool_)
+        counts = self._counts.get(ranges)
+        if counts is not None:
+            return counts
+        counts = self._counts[ranges] = np.zeros(len(self), np.int64)
+        texts = self._bytes, self._starts, self._ends
         for first, last in ranges:
             if first < 0x80:
-                counts += self._sums(_marked(self._bytes - np.uint8(first) <= min(last, 0x7F) - first))
-            for block, marks in ((_SYLLABLES, self._syllables), (_IDEOGRAPHS, self._ideographs)):
-                if first <= block[0] and block[1] <= last:
-                    counts += self._sums(marks)
-            inside |= (first <= self._others_codes) & (self._others_codes <= last)
-        return counts + self._numbers(self._others[inside])
+                _count_bytes(*texts, first, min(last, 0x7F), counts)
+            if first <= ord("a") and ord("z") <= last:
+                counts -= self._letters
+            if first <= _SYLLABLES[0] and _SYLLABLES[1] <= last:
+                counts += self._syllables
+            if first <= _IDEOGRAPHS[0] and _IDEOGRAPHS[1] <= last:
+                _count_bytes(*texts, _IDEOGRAPHS_FIRST, _IDEOGRAPHS_LAST, counts)
+        _count_others(*texts, self._has_others, _inside(ranges), counts)
+        return counts
 
     def occurrences(self, *words: str) -> Counts:
         """How often each text has one of the words, overlaps counted; rather too many (`\\n` has an n) than too few."""
         counts = np.zeros(len(self), np.int64)
-        needles = []
-        for word in map(_written, words):
-            if len(word) == 1:
-                counts += self._sums(_marked(self._bytes == word[0]))
-            else:
-                at = 1 if word[0] >= 0xE0 else 0  # the last two bytes of a syllable are rarer than its first two
-                needles.append((word, at, np.frombuffer(word[at : at + 2], np.uint16)[0]))
-        near = np.zeros(len(self._pairs[0]), np.bool_)
-        for _, _, pair in needles:
-            for pairs in self._pairs:
-                near |= pairs == pair
-        places = _places(_marked(near))
-        candidates = [pairs[places] for pairs in self._pairs]
-        for word, at, pair in needles:
-            even, odd = (places[found == pair] * 2 for found in candidates)
-            begins = np.concatenate([even, odd + 1]) - at
-            begins = begins[begins <= len(self._bytes) - len(word)]
-            for offset in reversed(range(len(word))):
-                begins = begins[self._bytes[begins + offset] == word[offset]]
-            counts += self._numbers(np.sort(begins))
+        written = list(map(_written, words))
+        joined, ends = np.frombuffer(b"".join(written), np.uint8), np.cumsum(list(map(len, written)), dtype=np.int64)
+        _count_words(self._bytes, self._starts, self._ends, joined, ends, counts)
         return counts
 
-    @cached_property
-    def _pairs(self) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-        """Neighbouring bytes: those that begin at even places, and at odd ones; the last may be left out."""
-        count = (len(self._bytes) - 1) // 2
-        even = np.frombuffer(self._joined, np.uint16, count)
-        odd = np.frombuffer(self._joined, np.uint16, count, offset=1)
-        return even, odd.copy()  # aligned: faster
 
-    @cached_property
-    def _backslashes(self) -> _Marks:
-        return _marked(self._bytes == _BACKSLASH)
-
-    def _numbers(self, places: Counts) -> Counts:
-        """How many of the places, which are in order, are in each text."""
-        return np.diff(np.searchsorted(places, self._ends))
-
-    def _sums(self, marks: _Marks) -> Counts:
-        """How many bytes of each text are marked."""
-        before = np.zeros(len(marks) + 1, np.int64)
-        np.cumsum(np.bitwise_count(marks), out=before[1:])
-        word, below = self._bits
-        counts = before[word] + np.bitwise_count(marks[word] & below)
-        differences: Counts = counts[1:] - counts[:-1]
-        return differences
-
-    @cached_property
-    def _bits(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Where `_ends` are in words of 64 marks: the words, and masks of the bits before them."""
-        one = np.uint64(1)
-        return self._ends >> 6, (one << (self._ends & 63).astype(np.uint64)) - one
+@compiled(types.boolean(types.uint8, types.uint8, types.uint8))
+def _is_syllable(first: int, second: int, third: int) -> bool:
+    """Whether three bytes that follow each other are a Hangul syllable: EA B0 80 to ED 9E A3."""
+    not_before = (first != 0xEA) | (second >= 0xB0)
+    not_behind = (first != 0xED) | (second < 0x9E) | ((second == 0x9E) & (third <= 0xA3))
+    return (first >= 0xEA) & (first <= 0xED) & not_before & not_behind
 
 
-def positions(marked: Flags) -> Counts:
-    """Where the flags are set; fast where they are few."""
-    return _places(_marked(marked))
+@compiled(types.boolean(types.uint8))
+def _is_ideograph(first: int) -> bool:
+    return (first >= _IDEOGRAPHS_FIRST) & (first <= _IDEOGRAPHS_LAST)
 
 
-def flags(values: Iterable[bool], size: int) -> Flags:
-    """One flag a text."""
-    return np.fromiter(values, np.bool_, size)
+@compiled(types.void(BYTES, PLACES, PLACES, COUNTS, COUNTS, COUNTS, types.bool_[::1], types.bool_[::1]))
+def _measure(
+    data: Bytes,
+    starts: Places,
+    ends: Places,
+    sizes: Counts,
+    letters: Counts,
+    syllables: Counts,
+    irregular: Flags,
+    has_others: Flags,
+) -> None:
+    for text in range(len(starts)):
+        at, end = place(starts[text]) + place(1), place(ends[text]) - place(1)
+        sizes[text] = end - at
+        while at < end:
+            stop = min(at + place(_BLOCK), end)
+            beyond, escaped, hangul = byte(0), byte(0), byte(0)
+            more, others = False, False
+            for index in range(at, stop):
+                char, behind = data[index], data[index + place(1)]
+                is_later = (char >= 0x80) & (char < 0xC0)  # a character's second byte and on
+                is_backslash = char == _BACKSLASH
+                beyond = byte(beyond + (is_later | is_backslash))
+                escaped = byte(escaped + (is_backslash & (behind >= _SMALL_A)))
+                more |= is_backslash & ((behind == _BACKSLASH) | (behind == _SLASH) | (behind == _U))
+                is_syllable = _is_syllable(char, behind, data[index + place(2)])
+                hangul = byte(hangul + is_syllable)
+                others |= (char >= 0xC0) & ~(is_syllable | _is_ideograph(char))
+            sizes[text] -= place(beyond)
+            letters[text] += escaped
+            syllables[text] += hangul
+            irregular[text] |= more
+            has_others[text] |= others
+            at = stop
+
+
+@compiled(types.void(BYTES, PLACES, PLACES, types.uint8, types.uint8, COUNTS))
+def _count_bytes(data: Bytes, starts: Places, ends: Places, first: int, last: int, counts: Counts) -> None:
+    """Adds how many bytes of each text are in a range."""
+    for text in range(len(starts)):
+        at, end = place(starts[text]) + place(1), place(ends[text]) - place(1)
+        while at < end:
+            stop = min(at + place(_BLOCK), end)
+            inside = byte(0)
+            for index in range(at, stop):
+                inside = byte(inside + ((data[index] >= first) & (data[index] <= last)))
+            counts[text] += inside
+            at = stop
+
+
+@compiled(types.void(BYTES, PLACES, PLACES, FLAGS, FLAGS, COUNTS))
+def _count_others(data: Bytes, starts: Places, ends: Places, chosen: Flags, flags: Flags, counts: Counts) -> None:
+    """Adds how many characters of each text chosen have a flag, but for ASCII, syllables and ideographs."""
+    for text in range(len(starts)):
+        at, end = place(starts[text]) + place(1), place(ends[text]) - place(1)
+        while chosen[text] and at < end:
+            first, second, third = data[at], data[at + place(1)], data[at + place(2)]
+            at += place(1)
+            if first < 0xC0 or _is_ideograph(first) or _is_syllable(first, second, third):
+                continue
+            code = place(first & 0x1F) * place(64) + place(second & 0x3F)
+            if first >= 0xE0:
+                code = place(first & 0x0F) * place(64) + place(second & 0x3F)
+                code = code * place(64) + place(third & 0x3F)
+            if first >= 0xF0:
+                code = code % place(1 << 15) * place(64) + place(data[at + place(2)] & 0x3F)
+            counts[text] += flags[code]
+
+
+@compiled(types.void(BYTES, PLACES, PLACES, BYTES, PLACES, COUNTS))
+def _count_words(data: Bytes, starts: Places, ends: Places, words: Bytes, word_ends: Places, counts: Counts) -> None:
+    """Adds how often each text has one of the words, which are not empty and stand one after another."""
+    for text in range(len(starts)):
+        word = place(0)
+        for number in range(len(word_ends)):
+            size = place(word_ends[number]) - word
+            # Three bytes of it to look for: the last two of a syllable are rarer than its first two.
+            offset = place(1) if words[word] >= 0xE0 else place(0)
+            next_offset = min(offset + place(1), size - place(1))
+            one, two, three = words[word + offset], words[word + next_offset], words[word + size - place(1)]
+            begin = place(starts[text]) + place(1)
+            end = max(place(ends[text]), begin + size) - size  # behind the last place where the word may begin
+            found = False
+            for index in range(begin, end):
+                alike = (data[index + offset] == one) & (data[index + next_offset] == two)
+                found |= alike & (data[index + size - place(1)] == three)
+            if found:
+                for index in range(begin, end):
+                    if data[index + offset] == one and data[index + next_offset] == two:
+                        different = byte(0)
+                        for behind in range(size):
+                            different |= data[index + behind] ^ words[word + behind]
+                        counts[text] += different == 0
+            word += size
+
+
+@cache
+def _inside(ranges: Ranges) -> Flags:
+    """For each code point, whether it is in one of the ranges."""
+    inside = np.zeros(_CODES, np.bool_)
+    for first, last in ranges:
+        inside[first : last + 1] = True
+    return inside
 
 
 def _written(text: str) -> bytes:
@@ -221,52 +228,25 @@ def _written(text: str) -> bytes:
     return msgspec.json.encode(text)[1:-1]
 
 
-def _marked(marked: Flags, size: int | None = None) -> _Marks:
-    """`size`: flags that there should be; those that are missing are not set."""
-    packed = np.packbits(marked, bitorder="little")
-    words = np.zeros((size or len(marked)) // 64 + 1, np.uint64)
-    words.view(np.uint8)[: len(packed)] = packed
-    return words
-
-
-def _moved(marks: _Marks, distance: int) -> _Marks:
-    """Marks on the bytes so far (under 64) behind the marked ones."""
-    moved = marks << np.uint64(distance)
-    moved[1:] |= marks[:-1] >> np.uint64(64 - distance)
-    return moved
-
-
-def _places(marks: _Marks) -> Counts:
-    """Where the marks are, in order."""
-    if np.bitwise_count(marks).sum() > 8 * len(marks):
-        return np.flatnonzero(np.unpackbits(marks.view(np.uint8), bitorder="little").view(np.bool_))
-    words = np.flatnonzero(marks != 0)
-    bits = marks[words]
-    found = list[Counts]()
-    while len(words) > 256:  # takes the first mark of each word, until few words have more
-        below = bits - np.uint64(1)
-        found.append(words * 64 + np.bitwise_count(~bits & below))
-        bits &= below
-        more = np.flatnonzero(bits != 0)
-        words, bits = words[more], bits[more]
-    rest = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_))
-    return np.sort(np.concatenate([*found, words[rest >> 6] * 64 + (rest & 63)]), kind="stable")
+def flags(values: Iterable[bool], size: int) -> Flags:
+    """One flag a text."""
+    return np.fromiter(values, np.bool_, size)
 
 
 def is_plain(text: str) -> bool:
     """Whether each of its characters is NFC whatever stands beside it: what follows can change the last one only."""
     doubtful = doubtful_in_nfc()
-    return not any(doubtful[min(ord(char), len(doubtful) - 1)] for char in text)
+    return not any(doubtful[ord(char)] for char in text)
 
 
 @cache
 def doubtful_in_nfc() -> Flags:
-    """For each code point up to U+1FFFF, False where it is NFC whatever stands beside it; those beyond are as the last.
+    """For each code point, False where it is NFC whatever stands beside it.
 
     Doubtful is what NFC replaces, what combines with a character before it, and what lies beyond U+FFFF, except U+1F000
     to U+1FBFF: emoji, which neither change nor combine.
     """
-    doubtful = np.zeros(0x20000, np.bool_)
+    doubtful = np.zeros(_CODES, np.bool_)
     for code in (*range(0x300, 0x3400), *range(0xA000, 0xAC00), *range(0xD7A4, 0xD800), *range(0xF900, 0x10000)):
         char = chr(code)
         doubtful[code] = unicodedata.combining(char) or not unicodedata.is_normalized("NFC", char)
