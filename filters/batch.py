@@ -74,7 +74,7 @@ class Batch:
         found: str = msgspec.json.decode(self._data[starts[index] : ends[index]])
         return found
 
-    def written(self, indices: list[int], tails: list[bytes]) -> memoryview:
+    def written(self, indices: Places, tails: list[bytes]) -> memoryview:
         """Lines one after another, a tail in the place of each one's last brace and newline."""
         tail_ends = np.cumsum(np.fromiter(map(len, tails), np.int64, len(tails)))
         starts, ends = self._starts[indices], self._ends[indices] - 2

@@ -107,9 +107,9 @@ def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[memoryview, memor
     tally.count_kept(lengths[is_kept], batch.slots(is_kept))
     tally.count_dropped(lengths[~is_kept], batch.slots(~is_kept))
     tally.note_all(batch, found)
-    kept = np.flatnonzero(is_kept).tolist()
+    kept, dropped = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)  # in this order `found` has them, too
     kept_lines = batch.written(kept, [kept_tail({})] * len(kept))
-    dropped_lines = batch.written(list(found), list(map(dropped_tail, found.values())))
+    dropped_lines = batch.written(dropped, list(map(dropped_tail, found.values())))
     return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines, dropped_lines)
 
 

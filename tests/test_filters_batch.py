@@ -79,7 +79,7 @@ def test_together_answers_are_dropped_for_the_same_reasons(rows: list[Completion
     assert batch.lengths().tolist() == [len(nfc(row.text)) for row in rows]
     tails = [b"" if index % 2 else b"," * index for index in range(len(rows))]
     wanted = b"".join(encode_line(row)[:-2] + tail for row, tail in zip(rows, tails, strict=True))
-    assert batch.written(list(range(len(rows))), tails) == wanted
+    assert batch.written(np.arange(len(rows)), tails) == wanted
 
 
 def test_together_stories_are_dropped_for_the_same_reasons() -> None:
