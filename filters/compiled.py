@@ -20,6 +20,7 @@ Places = NDArray[np.int64]
 BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 PLACES = types.Array(types.int64, 1, "C", readonly=True)
 FLAGS = types.Array(types.bool_, 1, "C", readonly=True)
+NUMBERS = types.int64[::1]  # to be written
 byte = types.uint8
 place = types.uint64
 

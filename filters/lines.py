@@ -5,20 +5,21 @@ lines put together. Reads and writes nothing.
 import numpy as np
 from numba import int64, types
 
-from filters.compiled import BYTES, PLACES, Bytes, Places, byte, compiled, place
+from filters.compiled import BYTES, NUMBERS, PLACES, Bytes, Places, byte, compiled, place
 
 _NEWLINE, _QUOTE, _BACKSLASH, _SLASH, _U = b'\n"\\/u'
 _COMMA, _COLON, _MINUS, _PLUS, _POINT, _ZERO, _NINE = b",:-+.09"
 _OPEN, _CLOSE, _OPEN_LIST, _CLOSE_LIST = b"{}[]"
 _SPACE, _TAB, _RETURN = b" \t\r"
-_SMALL_B, _SMALL_E, _SMALL_F, _SMALL_N, _SMALL_R, _SMALL_T, _LARGE_E = b"befnrtE"
+_SMALL_E, _LARGE_E = b"eE"
+_ESCAPES = tuple(b'"\\/bfnrtu')  # what may stand behind a backslash
 _BLOCK = 128  # bytes counted together: so few that a byte holds the count
 _STEP = 32  # bytes passed over together
 _PRIME = 1099511628211  # of FNV-1a with 64 bits
 _LONGEST_SHAPE = 1 << 12  # bytes
 _MOST_SHAPES = 32  # that are known again; each line of a further one counts as a shape of its own
-_STRING, _INTEGER, _INTEGRAL, _FRACTION = 1, 2, 4, 6  # stand for values in a shape; a negative number's is one more
-_MOST_DIGITS = 15  # of a number that is sure to be within its type's range
+_STRING, _INTEGER, _FLOAT = 1, 2, 3  # stand for values in a shape
+_MOST_DIGITS = 18  # before the point, of a number that is sure to be within any type's range
 
 
 @compiled(types.boolean(types.uint8, types.uint8, types.uint8, types.uint8))
@@ -89,11 +90,7 @@ def _string_end(data: Bytes, at: int) -> tuple[int, bool]:
             return place(0), unicode
         escaped = data[at + place(1)]
         unicode |= escaped == _U
-        if not (
-            (escaped in (_QUOTE, _BACKSLASH, _SLASH, _U))
-            or (escaped in (_SMALL_B, _SMALL_F, _SMALL_N))
-            or (escaped in (_SMALL_R, _SMALL_T))
-        ):
+        if escaped not in _ESCAPES:
             return place(0), unicode
         at += place(2)
 
@@ -124,15 +121,13 @@ def _field(data: Bytes, start: int, stop: int, keys: Bytes, key_ends: Places) ->
 
 @compiled(types.Tuple((types.uint64, types.uint8))(BYTES, types.uint64))
 def _number(data: Bytes, start: int) -> tuple[int, int]:
-    """Where a number ends, and its kind: such numbers are valid, and of one type, or none is; 0: of no other's kind."""
+    """Where a number ends, and its kind: _INTEGER or _FLOAT, or 0 for one that is not sure to be any such."""
     at = start
     first, point = start, start  # of the digits; the decimal point, `start` where there is none
-    odd, zeros = False, True
+    odd = False
     while True:
         char = data[at]
-        if char >= _ZERO and char <= _NINE:
-            zeros &= point == start or char == _ZERO  # behind the point
-        elif char == _MINUS:
+        if char == _MINUS:
             odd |= at != start
             first = at + place(1)
         elif char == _POINT:
@@ -140,22 +135,19 @@ def _number(data: Bytes, start: int) -> tuple[int, int]:
             point = at
         elif char in (_SMALL_E, _LARGE_E, _PLUS):
             odd = True
-        else:
+        elif char < _ZERO or char > _NINE:
             break
         at += place(1)
     has_point = point != start
     digits = (point if has_point else at) - first
     odd |= digits == 0 or digits > _MOST_DIGITS or (digits > 1 and data[first] == _ZERO)
-    odd |= has_point and (at - point == 1 or at - point > _MOST_DIGITS)
+    odd |= has_point and at - point == 1
     if odd:
         return at, byte(0)
-    kind = _INTEGER
-    if has_point:
-        kind = _INTEGRAL if zeros else _FRACTION
-    return at, byte(kind + (first != start))
+    return at, byte(_FLOAT if has_point else _INTEGER)
 
 
-@compiled(types.uint64(BYTES, types.uint64, BYTES, types.int64[::1]))
+@compiled(types.uint64(BYTES, types.uint64, BYTES, NUMBERS))
 def _follow(data: Bytes, at: int, shape: Bytes, places: Places) -> int:
     """The newline behind a line that has the shape, 0: it has another. Sets where each byte of the shape stands."""
     for index in range(len(shape)):
@@ -249,7 +241,7 @@ def _read_line(
     return at + place(1), length
 
 
-@compiled(types.int64(BYTES, BYTES, PLACES, types.int64[::1], types.int64[:, :, ::1], types.int64[::1]))
+@compiled(types.int64(BYTES, BYTES, PLACES, NUMBERS, types.int64[:, :, ::1], NUMBERS))
 def read_lines(data: Bytes, keys: Bytes, key_ends: Places, line_starts: Places, spans: Places, unlike: Places) -> int:
     r"""Finds lines, the values of fields in them, and which lines to check so that all are checked.
 
@@ -310,7 +302,7 @@ def read_lines(data: Bytes, keys: Bytes, key_ends: Places, line_starts: Places, 
     return count
 
 
-@compiled(types.void(BYTES, PLACES, PLACES, types.int64[::1]))
+@compiled(types.void(BYTES, PLACES, PLACES, NUMBERS))
 def first_alike(data: Bytes, starts: Places, ends: Places, first: Places) -> None:
     """For each value, sets which is the first that is the same, byte for byte; itself, where there is none before."""
     slots = place(4)

@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from filters.compiled import BYTES, FLAGS, PLACES, Bytes, Places, byte, compiled, place
+from filters.compiled import BYTES, FLAGS, NUMBERS, PLACES, Bytes, Places, byte, compiled, place
 from filters.scripts import Ranges
 
 _decode = msgspec.json.Decoder(list[str]).decode
@@ -25,7 +25,6 @@ _SYLLABLES = (0xAC00, 0xD7A3)
 _IDEOGRAPHS = (0x5000, 0x9FFF)  # all Han
 _IDEOGRAPHS_FIRST, _IDEOGRAPHS_LAST = 0xE5, 0xE9  # their first bytes
 _BACKSLASH, _SLASH, _U, _SMALL_A = b"\\/ua"
-COUNTS = types.int64[::1]
 _BLOCK = 128  # bytes counted together: so few that a byte holds the count
 _CODES = 0x110000  # code points
 
@@ -39,8 +38,8 @@ class Texts:
         self._bytes = np.frombuffer(data, np.uint8)
         self._starts, self._ends = starts, ends
         self.sizes = np.zeros(len(starts), np.int64)  # characters (code points); wrong where `irregular`
-        self._letters = np.zeros(len(starts), np.int64)  # of escapes, as the n of `\\n`
-        # An escape stands for more than the character behind it: `\\\\`, `\\/`, `\\u0000`.
+        self._letters = np.zeros(len(starts), np.int64)  # of escapes, as the n of `\n`
+        # An escape stands for more than the character behind it: `\\`, `\/`, `\u0000`.
         self.irregular = np.zeros(len(starts), np.bool_)
         self._syllables = np.zeros(len(starts), np.int64)
         self._has_others = np.zeros(len(starts), np.bool_)  # characters that must be decoded to be known
@@ -118,7 +117,7 @@ def _is_ideograph(first: int) -> bool:
     return (first >= _IDEOGRAPHS_FIRST) & (first <= _IDEOGRAPHS_LAST)
 
 
-@compiled(types.void(BYTES, PLACES, PLACES, COUNTS, COUNTS, COUNTS, types.bool_[::1], types.bool_[::1]))
+@compiled(types.void(BYTES, PLACES, PLACES, NUMBERS, NUMBERS, NUMBERS, types.bool_[::1], types.bool_[::1]))
 def _measure(
     data: Bytes,
     starts: Places,
@@ -154,7 +153,7 @@ def _measure(
             at = stop
 
 
-@compiled(types.void(BYTES, PLACES, PLACES, types.uint8, types.uint8, COUNTS))
+@compiled(types.void(BYTES, PLACES, PLACES, types.uint8, types.uint8, NUMBERS))
 def _count_bytes(data: Bytes, starts: Places, ends: Places, first: int, last: int, counts: Counts) -> None:
     """Adds how many bytes of each text are in a range."""
     for text in range(len(starts)):
@@ -168,7 +167,7 @@ def _count_bytes(data: Bytes, starts: Places, ends: Places, first: int, last: in
             at = stop
 
 
-@compiled(types.void(BYTES, PLACES, PLACES, FLAGS, FLAGS, COUNTS))
+@compiled(types.void(BYTES, PLACES, PLACES, FLAGS, FLAGS, NUMBERS))
 def _count_others(data: Bytes, starts: Places, ends: Places, chosen: Flags, flags: Flags, counts: Counts) -> None:
     """Adds how many characters of each text chosen have a flag, but for ASCII, syllables and ideographs."""
     for text in range(len(starts)):
@@ -182,12 +181,12 @@ def _count_others(data: Bytes, starts: Places, ends: Places, chosen: Flags, flag
             if first >= 0xE0:
                 code = place(first & 0x0F) * place(64) + place(second & 0x3F)
                 code = code * place(64) + place(third & 0x3F)
-            if first >= 0xF0:
-                code = code % place(1 << 15) * place(64) + place(data[at + place(2)] & 0x3F)
+            if first >= 0xF0:  # up to F4
+                code = code * place(64) + place(data[at + place(2)] & 0x3F)
             counts[text] += flags[code]
 
 
-@compiled(types.void(BYTES, PLACES, PLACES, BYTES, PLACES, COUNTS))
+@compiled(types.void(BYTES, PLACES, PLACES, BYTES, PLACES, NUMBERS))
 def _count_words(data: Bytes, starts: Places, ends: Places, words: Bytes, word_ends: Places, counts: Counts) -> None:
     """Adds how often each text has one of the words, which are not empty and stand one after another."""
     for text in range(len(starts)):

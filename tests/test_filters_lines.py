@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ LINES = [
     encode_line(completion(1, '토끼가 "안녕"\n 했어요.', things=["당근", "비"])),
     encode_line(completion(2, "A rabbit. é 🐇", temperature="0")),
     encode_line(completion(3, "", finish_reason="length")).replace(b'"seed":3', b'"seed":-3,"min_p":0.05'),
-    encode_line(completion(4, "x")).replace(b'"slots":{},', b"").replace(b":", b" : ").replace(b'"x"', rb'"\uac00"'),
+    encode_line(completion(4, "x")).replace(b'"slots":{},', b"").replace(b":", b" : ").replace(b",", b" ,"),
 ]
 PIECES = [
     *(b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b" ", b"\t", b"\r", b"\x01", b"0", b"1", b"-", b".", b"e", b"+"),
@@ -43,6 +44,24 @@ PIECES = [
     ),
     *(rb"\n", rb"\u0041", rb"\ud800", rb"\x", "가".encode(), b"\xea", b"\x80", b'"te\\u0078t":"c",', b"{}", b"[1]"),
 ]
+ODD_NUMBERS = [
+    b"01",
+    b"1.0",
+    b"1.5",
+    b"1.",
+    b".5",
+    b"1e5",
+    b"1e400",
+    b"-1",
+    b"-01",
+    b"1-1",
+    b"-",
+    b"1+1",
+    b"9" * 20,
+    b"9" * 400,
+    b"9" * 400 + b".5",
+]
+ODD_ESCAPES = [rb"\u0041", rb"\ud800", rb"\ud83d\udc07", rb"\u00", rb"\u00G0", rb"\x41", rb"\/", rb"\b", b"\x01"]
 
 
 @st.composite
@@ -55,11 +74,15 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 @given(st.lists(st.sampled_from(LINES) | damaged(), min_size=1, max_size=4))
-@example([LINES[0], LINES[0].replace(b'"seed":1', b'"seed":01')])
-@example([LINES[0], LINES[0].replace(b'"attempts":1', b'"attempts":1.0')])
 @example([LINES[0].replace(b'"text"', rb'"te\u0078t"'), LINES[0]])
 @example([LINES[0].replace(b'"text"', b'"text" '), LINES[0].replace(b'"text"', b'"next" ')])
+@example([LINES[0].replace(b'"seed"', rb'"s\need"'), LINES[0]])
+@example([LINES[0].replace(b"}\n", b"} \n"), LINES[0]])
 def test_lines_are_read_as_msgspec_reads_them(lines: list[bytes]) -> None:
+    check_lines(lines)
+
+
+def check_lines(lines: list[bytes]) -> None:
     good = []
     for line in lines:
         try:
@@ -69,7 +92,42 @@ def test_lines_are_read_as_msgspec_reads_them(lines: list[bytes]) -> None:
     read = read_batch(Chunk(b"".join(lines)))
     assert len(read.batch) == len(good) and len(read.bad) == len(lines) - len(good)
     assert [read.batch.answer(index) for index in range(len(good))] == [as_answer(row) for row in good]
+    assert read.batch.lengths().tolist() == [len(as_answer(row).text) for row in good]
     assert [read.batch.id(index) for index in range(len(good))] == [row.id for row in good]
+    written = bytes(read.batch.written(np.arange(len(good)), [b"}\n"] * len(good)))
+    assert [msgspec.json.decode(line, type=_Row) for line in written.split(b"\n")[:-1]] == good
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [*product([b'"attempts":1', b'"latency_s":0.25'], ODD_NUMBERS), *product([b'"text":"'], ODD_ESCAPES)],
+)
+def test_an_odd_value_is_checked_beside_usual_ones(field: bytes, value: bytes) -> None:
+    odd = LINES[0].replace(field, field[: field.index(b":") + 1] + value if value in ODD_NUMBERS else field + value)
+    check_lines([LINES[0], odd])
+    check_lines([odd, LINES[0]])
+
+
+def test_no_type_asks_what_a_string_or_number_is() -> None:
+    """Else lines of one shape could not stand for each other."""
+
+    def check(kind: msgspec.inspect.Type) -> None:
+        if isinstance(kind, msgspec.inspect.StructType):
+            for field in kind.fields:
+                check(field.type)
+        elif isinstance(kind, msgspec.inspect.UnionType):
+            for other in kind.types:
+                check(other)
+        elif isinstance(kind, msgspec.inspect.DictType):
+            check(kind.key_type)
+            check(kind.value_type)
+        elif isinstance(kind, msgspec.inspect.ListType):
+            check(kind.item_type)
+        else:
+            plain = msgspec.inspect.StrType, msgspec.inspect.IntType, msgspec.inspect.FloatType
+            assert kind in [*(of_any() for of_any in plain), msgspec.inspect.NoneType(), msgspec.inspect.AnyType()]
+
+    check(msgspec.inspect.type_info(_Row))
 
 
 @pytest.mark.parametrize("shapes", [2, 31, 32, 33, 40])
