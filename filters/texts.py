@@ -145,7 +145,7 @@ def _measure(
                 is_syllable = _is_syllable(char, behind, data[index + place(2)])
                 hangul = byte(hangul + is_syllable)
                 others |= (char >= 0xC0) & ~(is_syllable | _is_ideograph(char))
-            sizes[text] -= place(beyond)
+            sizes[text] -= beyond
             letters[text] += escaped
             syllables[text] += hangul
             irregular[text] |= more
