@@ -178,6 +178,7 @@ def test_it_compiles_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_no_byte_beyond_an_array_is_touched(tmp_path: Path) -> None:
     """What is compiled checks no bounds; compiled with such checks it does the same."""
     files = [str(Path(__file__).with_name(name)) for name in ("test_filters_lines.py", "test_filters_batch.py")]
