@@ -102,6 +102,15 @@ def _behind_blanks(data: Bytes, at: int) -> int:
     return at
 
 
+@compiled(types.boolean(BYTES, types.uint64, BYTES, types.uint64, types.uint64))
+def _alike(data: Bytes, start: int, others: Bytes, begin: int, size: int) -> bool:
+    """Whether two stretches of as many bytes are the same."""
+    different = byte(0)
+    for offset in range(size):
+        different |= data[start + offset] ^ others[begin + offset]
+    return different == 0
+
+
 @compiled(types.int64(BYTES, types.uint64, types.uint64, BYTES, PLACES))
 def _field(data: Bytes, start: int, stop: int, keys: Bytes, key_ends: Places) -> int:
     """Which of the keys stands there, in its quotes; -1: none."""
@@ -109,12 +118,8 @@ def _field(data: Bytes, start: int, stop: int, keys: Bytes, key_ends: Places) ->
     begin = place(0)
     for number in range(len(key_ends)):
         end = place(key_ends[number])
-        if end - begin == size:
-            different = byte(0)
-            for offset in range(size):
-                different |= data[start + offset] ^ keys[begin + offset]
-            if different == 0:
-                return number
+        if end - begin == size and _alike(data, start, keys, begin, size):
+            return number
         begin = end
     return -1
 
@@ -254,8 +259,8 @@ def read_lines(data: Bytes, keys: Bytes, key_ends: Places, line_starts: Places, 
     set to the first row of each shape. Returns how many these are, or -1 where a line is not one object from its first
     byte to its last, or has a string that is none, or an escape in one of the object's keys.
     """
-    shapes = np.empty((_MOST_SHAPES + 1, _LONGEST_SHAPE), np.uint8)  # the last is that of the present line
-    sizes = np.zeros(_MOST_SHAPES, np.int64)
+    shapes = np.empty((_MOST_SHAPES + 1, _LONGEST_SHAPE), np.uint8)  # the known ones, then the present line's
+    sizes = np.zeros(_MOST_SHAPES + 1, np.int64)
     fields = np.full((_MOST_SHAPES + 1, len(key_ends), 2), -1)  # where their values are in the shapes
     places = np.empty(_LONGEST_SHAPE + 1, np.int64)
     size, at = place(len(data)), place(0)
@@ -272,31 +277,22 @@ def read_lines(data: Bytes, keys: Bytes, key_ends: Places, line_starts: Places, 
                 at = newline + place(1)
                 row += 1
                 continue
-        at, length = _read_line(data, at, keys, key_ends, shapes[_MOST_SHAPES], fields[_MOST_SHAPES], spans[row])
+        at, sizes[known] = _read_line(data, at, keys, key_ends, shapes[known], fields[known], spans[row])
         if at == 0:
             return -1
-        found = -1
+        found = known
         for number in range(known):
-            if sizes[number] == length:
-                different = byte(0)
-                for index in range(place(length)):
-                    different |= shapes[number, index] ^ shapes[_MOST_SHAPES, index]
-                if different == 0:
-                    found = number
-        if found >= 0:
-            last = found
-        else:
+            if sizes[number] == sizes[known] and _alike(
+                shapes[number], place(0), shapes[known], place(0), place(sizes[known])
+            ):
+                found = number
+        if found == known:
             unlike[count] = row
             count += 1
-            if known < _MOST_SHAPES and length <= _LONGEST_SHAPE:
-                sizes[known] = length
-                for index in range(place(length)):
-                    shapes[known, index] = shapes[_MOST_SHAPES, index]
-                for field in range(len(key_ends)):
-                    for end in range(2):
-                        fields[known, field, end] = fields[_MOST_SHAPES, field, end]
-                last = known
+            if known < _MOST_SHAPES and sizes[known] <= _LONGEST_SHAPE:
                 known += 1
+        if found < known:
+            last = found
         row += 1
     line_starts[row] = size
     return count
@@ -325,13 +321,9 @@ def first_alike(data: Bytes, starts: Places, ends: Places, first: Places) -> Non
             if other < 0:
                 taken[slot] = other = index
                 break
-            if place(ends[other] - starts[other]) == size:
-                begin = place(starts[other])
-                different = byte(0)
-                for offset in range(size):
-                    different |= data[start + offset] ^ data[begin + offset]
-                if different == 0:
-                    break
+            begin = place(starts[other])
+            if place(ends[other]) - begin == size and _alike(data, start, data, begin, size):
+                break
             slot = (slot + place(1)) & (slots - place(1))
         first[index] = other
 

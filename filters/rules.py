@@ -40,8 +40,12 @@ class LengthSettings(RuleSettings):
 def length(answer: Answer, settings: LengthSettings) -> str | None:
     """Drops an answer with fewer or more characters (code points in NFC, spaces included)."""
     size = len(answer.text)
-    too_long = settings.max_chars is not None and size > settings.max_chars
-    return _wrong_length(size, settings) if too_long or size < settings.min_chars else None
+    return _wrong_length(size, settings) if _is_outside(size, settings) else None
+
+
+def _is_outside(size: Any, settings: LengthSettings) -> Any:
+    """Of one size, or of many at once."""
+    return (size < settings.min_chars) | (settings.max_chars is not None and size > settings.max_chars)
 
 
 def _wrong_length(size: int, settings: LengthSettings) -> str:
@@ -51,9 +55,8 @@ def _wrong_length(size: int, settings: LengthSettings) -> str:
 
 
 def fails_length(batch: Batch, settings: LengthSettings) -> Flags:
-    sizes = batch.texts.sizes
-    too_long = settings.max_chars is not None and sizes > settings.max_chars
-    return (sizes < settings.min_chars) | too_long
+    outside: Flags = _is_outside(batch.texts.sizes, settings)
+    return outside
 
 
 def length_at_a_glance(batch: Batch, indices: list[int], settings: LengthSettings) -> list[str]:
