@@ -37,10 +37,10 @@ train: $(TRAIN)  ## the student, on kept.jsonl
 	@exec $(PY) -m train $(COMMON) $(ARGS)
 
 export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --dataset")
-	@exec $(PY) -m train.export $(COMMON) $(ARGS)
+	@exec $(PY) -m train.publish.export $(COMMON) $(ARGS)
 
 push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, and HF_TOKEN in the environment (ARGS="--merged --dataset")
-	@exec $(PY) -m train.export $(COMMON) --push "$(REPO)" $(ARGS)
+	@exec $(PY) -m train.publish.export $(COMMON) --push "$(REPO)" $(ARGS)
 
 evaluate: $(TRAIN) $(SERVE)  ## teacher, student before and after: quality, speed, memory
 	@exec $(PY) -m evaluate $(COMMON) $(ARGS)
@@ -49,10 +49,10 @@ report: $(TRAIN)  ## report.html again, from report.json
 	@exec $(PY) -m evaluate $(COMMON) --report-only $(ARGS)
 
 check-run: $(BASE)  ## the checklist of a good run, on RUN at any stage (ARGS=--strict: an unknown point fails too)
-	@exec $(PY) -m evaluate.checklist $(COMMON) $(ARGS)
+	@exec $(PY) -m evaluate.report.checklist $(COMMON) $(ARGS)
 
 experiment: $(TRAIN) $(SERVE)  ## EXP=keep-rate|teachers|human|soft|thousand: its arms as runs, one table, one plot (docs/experiments.md)
-	@exec $(PY) -m chain.experiment $(EXP) $(COMMON) $(ARGS)
+	@exec $(PY) -m experiments $(EXP) $(COMMON) $(ARGS)
 
 chain: $(TRAIN) $(SERVE)  ## all of it for one recipe: serve, generate, filter, train, evaluate
 	@exec $(PY) -m chain $(COMMON) $(ARGS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.clients import MODEL, prompt
 from benchmarks.http_server import running
-from generate.engine import generate
+from generate.run import generate
 from pipeline.errors import BudgetReached
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.clients import numbered_prompts
-from generate.engine import generate
+from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
-from generate.requests import build_jobs
+from generate.run import generate
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir

@@ -47,7 +47,7 @@ def numbered_prompts(count: int) -> dict[str, Any]:
 
 def ours(url: str, requests: int, in_flight: int) -> float:
     """`generate` with everything on: ids, journals, fsync, limits and budget armed. Returns the seconds of asking."""
-    from generate.engine import generate
+    from generate.run import generate
     from pipeline.recipe import Recipe
     from pipeline.rundir import RunDir
 

@@ -24,8 +24,8 @@ from generate.asking import run_loop
 from generate.client import Client, check_teacher, no_endpoint
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
+from generate.jobs import Job, build_jobs
 from generate.prompts import iter_prompts
-from generate.requests import Job, build_jobs
 from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError

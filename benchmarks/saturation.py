@@ -26,9 +26,9 @@ from benchmarks.steady import answer_ends, steady_seconds
 from benchmarks.table import show
 from generate.concurrency import read_load
 from generate.dialect import Dialect
-from generate.engine import generate
+from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
-from generate.requests import build_jobs
+from generate.run import generate
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
 from serve.server import Server, free_port, serving

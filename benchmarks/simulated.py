@@ -23,9 +23,9 @@ from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
 from benchmarks.steady import answer_ends, steady_seconds
 from benchmarks.table import show
 from generate.dialect import Dialect
-from generate.engine import Summary
+from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
-from generate.requests import build_jobs
+from generate.run import Summary
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
 

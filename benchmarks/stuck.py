@@ -8,7 +8,7 @@ from statistics import median
 from benchmarks.clients import MODEL, prompt
 from benchmarks.http_server import running
 from benchmarks.steady import answer_ends
-from generate.engine import generate
+from generate.run import generate
 from pipeline.recipe import Recipe
 from pipeline.records import Failure, read_jsonl
 from pipeline.rundir import RunDir

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from generate.engine import generate
+from generate.run import generate
 from pipeline.recipe import load_recipe
 from pipeline.rundir import RunDir
 

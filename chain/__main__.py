@@ -8,7 +8,7 @@ same command goes on after an interrupt.
 import time
 
 from chain.stages import REQUESTS_FAILED, stage, teacher
-from generate.engine import pending
+from generate.run import pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed
 

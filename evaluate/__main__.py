@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
+from evaluate.report.terminal import print_report
 from evaluate.run import evaluate_run
-from evaluate.table import print_report
 from pipeline.cli import parse_stage, run_stage, stage_parser
 
 

@@ -2,7 +2,7 @@
 
 Reads the recipe, the run's student/ and student-init/. Writes one thing: a LoRA student merged into an ordinary model
 folder (evaluation/<model>-merged), so that the engine runs it at full speed. Scoring and timing are left to
-`evaluate.perplexity` and `evaluate.served`.
+`evaluate.measure.perplexity` and `evaluate.measure.serving`.
 """
 
 import hashlib

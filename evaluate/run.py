@@ -16,17 +16,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from evaluate.assemble import Measured, build_report, report_fingerprint
-from evaluate.checklist import check_run
-from evaluate.html import publish
-from evaluate.judging import Judge, find_judge, judge_answers, judged_fingerprint
+from evaluate.document import Report, read_report
+from evaluate.figures.quality import probe_answers
 from evaluate.machine import choose_precision
-from evaluate.models import Subject, is_local, load, subjects
-from evaluate.perplexity import choose_rows, score_rows
-from evaluate.probes import ProbePrompts, choose_probes
-from evaluate.quality import probe_answers
-from evaluate.report import Report, read_report
-from evaluate.results import (
+from evaluate.measure.pairwise import Judge, find_judge, judge_answers, judged_fingerprint
+from evaluate.measure.perplexity import choose_rows, score_rows
+from evaluate.measure.probes import ProbePrompts, choose_probes
+from evaluate.measure.results import (
     TEACHER,
     JudgeResult,
     Measurement,
@@ -40,8 +36,12 @@ from evaluate.results import (
     read_result,
     write_result,
 )
-from evaluate.served import answer_probes, measure_served
-from evaluate.speed import speed_prompts
+from evaluate.measure.serving import answer_probes, measure_served
+from evaluate.measure.speed import speed_prompts
+from evaluate.models import Subject, is_local, load, subjects
+from evaluate.report.assemble import Measured, build_report, report_fingerprint
+from evaluate.report.checklist import check_run
+from evaluate.report.html import publish
 from filters.answer import as_answer
 from filters.ruleset import RuleSet
 from filters.run import recipe_rules

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 
 from filters.answer import Answer, instruction_of, last_user_message, nfc
-from filters.chunks import LONGEST_LINE, Chunk
 from filters.compiled import Places
 from filters.lines import count_lines, first_alike, join_pairs, read_lines
+from filters.stream import LONGEST_LINE, Chunk
 from filters.texts import Counts, Flags, Texts
 from pipeline.records import Completion, Message, Slots, encode_line
 

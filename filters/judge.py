@@ -20,7 +20,7 @@ import msgspec
 from filters.answer import as_answer
 from filters.rows import completion_part, dropped_tail, kept_tail
 from filters.tally import Tally
-from generate.engine import generate
+from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig

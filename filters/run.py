@@ -19,12 +19,12 @@ from typing import BinaryIO
 import numpy as np
 
 from filters.batch import read_batch
-from filters.chunks import Chunk, process
-from filters.dedup import dedup_rules, dedup_sources, deduplicate
+from filters.duplicates import dedup_rules, dedup_sources, deduplicate
 from filters.judge import judge_rules, judge_survivors
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
 from filters.rows import dropped_tail, kept_tail
 from filters.ruleset import RuleSet, load_rules
+from filters.stream import Chunk, process
 from filters.tally import Tally
 from filters.texts import doubtful_in_nfc
 from pipeline.errors import DataError, DistillError

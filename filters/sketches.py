@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from filters.chunks import Chunk, process
 from filters.minhash import band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
+from filters.stream import Chunk, process
 from pipeline.errors import DataError
 from pipeline.recipe import DedupConfig
 from pipeline.records import Message

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
-from filters.dedup import DEDUP_RULES
+from filters.duplicates import DEDUP_RULES
 from filters.judge import RULE as JUDGE
 from filters.judge import read_judgements
 from filters.repetition import RepetitionSettings

@@ -8,8 +8,8 @@ answered. The counts go to stdout.
 from pathlib import Path
 
 from generate import dry_run
-from generate.engine import Summary, generate
 from generate.progress import clock
+from generate.run import Summary, generate
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RequestsFailed
 from pipeline.recipe import Recipe

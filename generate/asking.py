@@ -1,7 +1,7 @@
 """Asks what is left of a run, in this process: all of it, or a process's share.
 
 Opens the endpoints, and turns Ctrl-C and SIGTERM into an orderly stop. Writes the journals it is given. The work is
-generate.dispatch's; several processes are generate.shares's.
+generate.loop's; several processes are generate.workers's.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from generate.budget import Budget
 from generate.client import no_endpoint
-from generate.dispatch import Dispatcher
 from generate.endpoint import Endpoint
 from generate.idset import IdSet
+from generate.jobs import WHOLE, Job, Share, build_jobs
 from generate.journal import Journal
+from generate.loop import Dispatcher
 from generate.progress import Counters, Display
 from generate.prompts import iter_prompts
-from generate.requests import WHOLE, Job, Share, build_jobs
 from generate.schedule import Schedule
 from pipeline.recipe import Recipe
 

@@ -16,16 +16,16 @@ import httpx2
 import openai
 from openai.types import Batch
 
-from generate.answers import Answer, CallFailed, Refused, Transient, shortened
 from generate.batch_files import Folder, Part, output_ids, read_output
 from generate.budget import Budget, Reservation
 from generate.client import headers_of, is_loopback
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_S
 from generate.idset import IdSet
+from generate.jobs import Job, completed, failed
 from generate.journal import Journal
 from generate.progress import Counters
-from generate.requests import Job, completed, failed
+from generate.verdict import Answer, CallFailed, Refused, Transient, shortened
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir

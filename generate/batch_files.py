@@ -14,8 +14,8 @@ from uuid import uuid4
 
 import msgspec
 
-from generate.answers import Answer, CallFailed, Transient, read_answer, read_error
-from generate.requests import Job
+from generate.jobs import Job
+from generate.verdict import Answer, CallFailed, Transient, read_answer, read_error
 from pipeline.errors import DataError
 from pipeline.records import read_jsonl
 from pipeline.rundir import replacing

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from generate.jobs import WHOLE, Share
 from generate.journal import Contents
 from generate.prices import PICO, Price, price_of
-from generate.requests import WHOLE, Share
 from generate.tokens import bound
 from pipeline.errors import BudgetReached, DataError, RecipeError
 from pipeline.recipe import BudgetConfig, Recipe

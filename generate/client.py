@@ -1,6 +1,6 @@
-"""Sends requests to one endpoint and returns its answers, or what went wrong with them (generate.answers).
+"""Sends requests to one endpoint and returns its answers, or what went wrong with them (generate.verdict).
 
-HTTP only: retries nothing, limits nothing (generate.endpoint and generate.dispatch do). On aiohttp itself and uvloop,
+HTTP only: retries nothing, limits nothing (generate.endpoint and generate.loop do). On aiohttp itself and uvloop,
 not on the openai package: that package spends 0.7 ms and more on each request (measured by `python -m
 benchmarks.client`; docs/benchmarks.md has the figures), which is what a client that must keep hundreds of requests in
 flight cannot spare. The package's part is the Batch API (generate.batch). Bodies go out as bytes that were built once,
@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from generate.answers import Answer, CallFailed, Rejected, Transient, read_answer, read_error, shortened
+from generate.verdict import Answer, CallFailed, Rejected, Transient, read_answer, read_error, shortened
 from pipeline.errors import DistillError, RecipeError
 from pipeline.lineage import versions
 from pipeline.recipe import TeacherConfig

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from generate.answers import Refused
-from generate.requests import Job
+from generate.jobs import Job
+from generate.verdict import Refused
 from pipeline.records import Message
 
 MAY_BE_LEFT_OUT = ("temperature", "top_p", "seed")

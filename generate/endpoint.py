@@ -2,7 +2,7 @@
 
 Joins its client (generate.client), its limits (generate.limits) and its concurrency (generate.concurrency), and is the
 circuit breaker: an endpoint that only fails gets nothing but one probe now and then, until it answers again.
-Which request goes to which endpoint is generate.dispatch's.
+Which request goes to which endpoint is generate.loop's.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ from time import monotonic
 
 from tenacity import wait_exponential
 
-from generate.answers import CallFailed, Transient
 from generate.client import Client
 from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
+from generate.jobs import Share
 from generate.limits import LONG_S, Limits
-from generate.requests import Share
 from generate.schedule import wait_s
+from generate.verdict import CallFailed, Transient
 from pipeline.recipe import Recipe
 
 FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down

@@ -1,7 +1,7 @@
 """What is asked: prompts from a template, a JSONL file, or a folder that `datasets` saved.
 
 Reads the recipe and the file it names; writes nothing. Prompts stream: a long run never holds them all. What makes a
-request of a prompt is in generate.requests.
+request of a prompt is in generate.jobs.
 
 A JSONL line, like a row of a data set, has `messages` (a list of {"role", "content"}) or `prompt` (the user's words),
 and may have `slots` and `id`; anything else in it is left alone.

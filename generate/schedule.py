@@ -11,8 +11,8 @@ from itertools import count
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 from tenacity.wait import wait_base
 
-from generate.answers import CallFailed, Transient
-from generate.requests import Job
+from generate.jobs import Job
+from generate.verdict import CallFailed, Transient
 
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds; full jitter: uniform below 0.5, 1, 2, 4, …
 

@@ -39,7 +39,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What identifies one answer; `id` is the hash of all that determines it (see generate.requests)."""
+    """What identifies one answer; `id` is the hash of all that determines it (see generate.jobs)."""
 
     id: str
     prompt_id: str

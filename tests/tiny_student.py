@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from completion_fields import completion_fields
-
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
 
 # As SmolLM2's: a blank follows the end-of-turn token, which is the EOS and the pad token too.
 CHATML = (

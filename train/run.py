@@ -22,11 +22,11 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
-from train.cards import CARD, model_card
-from train.checks import settle
-from train.data_checks import row_checks, token_checks
-from train.pair_checks import pair_checks
+from train.checks.data import row_checks, token_checks
+from train.checks.pair import pair_checks
+from train.checks.run import settle
 from train.processes import ALONE, Processes
+from train.publish.cards import CARD, model_card
 from train.rows import Split, read_checked, read_rows, split_from, split_rows, to_examples, write_held_out
 from train.student import PRUNE, initial_student
 

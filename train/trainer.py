@@ -151,7 +151,7 @@ def prepare(
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: those over `max_length` are left out. Whether training may go
-    on is train.data_checks' business. `teacher`: the reference of the model that soft distillation follows.
+    on is train.checks.data' business. `teacher`: the reference of the model that soft distillation follows.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; DataError if padding would change what a row teaches; DistillError if memory is too small.
     """

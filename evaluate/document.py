@@ -1,0 +1,268 @@
+"""report.json: the document, typed. `evaluate.report.assemble` fills it; `html` and `terminal` beside it show it.
+
+None means: not measured. docs/evaluation.md says what each figure is, its formula and its source.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from pipeline.checks import Checklist
+from pipeline.rundir import RunDir, replacing
+
+SCHEMA = 2
+
+Part = Literal["all", "seen", "unseen"]  # of the probes: see ProbeSet
+Better = Literal["higher", "lower"]
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A figure with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ProbeFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model answered a part of the probes. Shares are from 0 to 1, of the prompts; intervals are over prompts."""
+
+    prompts: int  # that every model has answered: the same ones for all, so that figures compare
+    passing: Estimate | None = None  # share that passes every rule of the recipe (no dedup, no judge); None: no rules
+    adherence: Estimate | None = None  # share that names all that the slots asked for; None: the prompts have no slots
+    named: Estimate | None = None  # mean share of the values asked for that the answer names
+    loops: Estimate | None = None  # share that fails the rule `repetition`; less is better
+    stopped: Estimate | None = None  # share that ended by itself (finish_reason stop)
+    distinct_1: Estimate | None = None  # different words over all words of all answers
+    distinct_2: Estimate | None = None  # different pairs of neighbouring words over all words of all answers
+    characters: Estimate | None = None  # mean length of an answer; neither more nor less is better
+    judge: Estimate | None = None  # mean of the judge's scores, 1 to 5
+    failed_rules: dict[str, float] = {}  # share of the answers that each rule would drop, by its label
+
+
+class Probes(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's answers to the probes, in all and by part; a part that has no prompts is None."""
+
+    all: ProbeFigures
+    seen: ProbeFigures | None = None
+    unseen: ProbeFigures | None = None
+
+
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is known of one model; None is: not measured.
+
+    `key` is teacher, student_before, student_after, or other_1, other_2, … in the order of `evaluate.models`.
+    """
+
+    key: str
+    label: str
+    reference: str
+    missing: str = ""  # why its weights could not be read
+    parameters: int | None = None
+    weights_mib: float | None = None  # as stored
+    perplexity: Estimate | None = None  # of held-out teacher answers, a token
+    bits_per_character: Estimate | None = None  # of the same answers
+    unseen_perplexity: Estimate | None = None  # of the teacher's own answers to the probes with unseen values
+    unseen_bits_per_character: Estimate | None = None
+    probes: Probes | None = None
+    tokens_per_s: float | None = None  # saturated: the median of the repetitions
+    tokens_per_s_range: tuple[float, float] | None = None  # the slowest and the fastest repetition
+    tokens_per_s_alone: Estimate | None = None  # one request in flight; the interval is over requests
+    first_token_s: Estimate | None = None  # median time to the first token, one request in flight
+    mean_completion_tokens: float | None = None
+    completion_tokens: int | None = None
+    requests: int | None = None
+    requests_failed: int | None = None
+    speed_wall_s: float | None = None
+    startup_s: float | None = None
+    peak_rss_mib: float | None = None  # of the whole server; None on a GPU
+    kv_bytes_per_token: int | None = None  # 2 · layers · KV heads · head size · bytes of the served dtype
+    served_dtype: str | None = None  # float32, bfloat16, …: what the engine computed in
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """One part of what the chapter promises of the student, and what this run says to it.
+
+    `holds` is true only where the whole interval keeps the promise: a miss, and a hit that chance may explain, are
+    false. `undecided` tells the latter: the promised figure lies within the interval, or the prompts are too few.
+    """
+
+    name: str  # quality_bits, quality_probes, quality_judge, size, speed, memory
+    axis: Literal["quality", "speed", "memory"]
+    text: str  # for people: `bits per character: the teacher's over the student's`
+    promised: float  # the ratio that the chapter promises at least: 0.9 of the quality, 3 times smaller or faster
+    value: Estimate | None = None  # that ratio; an interval of no width where a figure has none; None: not measured
+    holds: bool | None = None  # None: not measured
+    undecided: bool = False
+
+
+class Headline(msgspec.Struct, frozen=True, kw_only=True):
+    """What the student became, in one line and its numbers, and whether it is what the chapter promises."""
+
+    text: str
+    parameters_share: float | None = None  # of the teacher's
+    speed_ratio: float | None = None  # student's tokens/s over the teacher's, saturated
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    perplexity_teacher: float | None = None
+    perplexity_after_over_before: Estimate | None = None  # paired
+    bits_after_over_teacher: Estimate | None = None  # bits per character, paired
+    claims: list[Claim] = []  # every part of the promise, the ones not measured too
+    holds: bool | None = None  # every measured part holds; None: so it is, but an axis has no measured part
+    verdict: str = ""  # for people: which parts hold, which do not, which were not measured
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the trained student is from another model in one figure: paired, on the same prompts and resamples."""
+
+    figure: str  # perplexity, bits_per_character, or a field of ProbeFigures
+    part: Literal["held_out", "all", "seen", "unseen"]  # held_out: the perplexity of held-out answers
+    model: str  # key: student_after
+    against: str  # key: student_before, teacher
+    change: Estimate  # the student's figure minus the other's
+    better: Better | None  # which way is better; None: neither (length, distinct-n)
+    improved: bool | None  # whether all of the interval is on the better side, or on the worse; None: it holds zero
+
+
+class WinRate(msgspec.Struct, frozen=True, kw_only=True):
+    """The judge's choice between the trained student's answer and another model's, to the same prompt.
+
+    Each pair is asked about in both orders. A win is a win in both; anything else is a tie.
+    """
+
+    model: str  # key: student_after
+    against: str  # key
+    part: Part
+    pairs: int  # judged in both orders
+    unjudged: int  # a verdict could not be read
+    wins: int
+    losses: int
+    ties: int
+    rate: Estimate | None  # (wins + ties / 2) / pairs; 0.5 is: as good; None where there is no pair
+    first_chosen: float | None  # share of the verdicts, ties apart, for the answer shown first; 0.5 is no bias
+    flipped: int  # pairs in which the order alone decided
+
+
+class ProbeSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Which prompts the models answered. None of them was trained on.
+
+    seen    new combinations of the recipe's slot values, or the prompts of a file, or the held-out prompts
+    unseen  prompts with slot values that the recipe does not have
+    """
+
+    source: Literal["slots", "file", "held_out"]  # of the seen part
+    seen: int  # prompts
+    unseen: int
+    unseen_values: dict[str, list[str]] = {}
+    adherence_slots: list[str] = []  # whose values an answer must name
+    judge: str | None = None  # the model that judged; None: none did
+    judge_is_teacher: bool = False
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True):
+    """What the models were scored on."""
+
+    held_out: int  # rows that training never saw
+    scored: int  # chosen of them, and within every model's context
+    left_out: int  # chosen, but too long for one of the models
+    prompts: int  # different prompts among the scored
+    unseen: int = 0  # the teacher's answers to unseen values that pass the rules, scored apart
+
+
+class Answer(msgspec.Struct, frozen=True):
+    label: str
+    text: str
+    key: str = ""  # the model's
+    finish_reason: str = ""
+    dropped_by: dict[str, str] = {}  # why the recipe's rules would drop it, by rule; empty: it passes
+    score: int | None = None  # the judge's
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One prompt and what each model answered."""
+
+    prompt: str
+    answers: list[Answer]
+    part: Part = "seen"
+
+
+class LossPoint(msgspec.Struct, frozen=True):
+    step: float
+    loss: float
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True):
+    """What is shown of student/training_log.json."""
+
+    loss: list[LossPoint] = []
+    eval: list[LossPoint] = []
+    method: str = ""
+    train_rows: int | None = None
+    held_out_rows: int | None = None
+    tokens: int | None = None
+    wall_s: float | None = None
+
+
+class RuleDrops(msgspec.Struct, frozen=True):
+    """How many answers a rule was the first to drop."""
+
+    rule: str
+    dropped: int
+
+
+class Filtering(msgspec.Struct, frozen=True, kw_only=True):
+    """What is shown of filter_report.json."""
+
+    rows: int
+    kept: int
+    keep_rate: float
+    rules: list[RuleDrops] = []
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """report.json."""
+
+    schema: int
+    recipe: str
+    fingerprint: str
+    created: str  # ISO 8601, UTC
+    headline: Headline
+    models: list[ModelReport]
+    rows: Rows
+    samples: list[Sample]
+    training: Training
+    filters: Filtering | None
+    lineage: dict[str, Any]
+    commands: list[str]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    notes: list[str]
+    probes: ProbeSet | None = None  # None: no probe was answered
+    differences: list[Difference] = []  # student after against before, and against the teacher
+    checklist: Checklist = Checklist()
+    wins: list[WinRate] = []  # the same pairs, by the judge; empty where there is none
+
+
+def write_report(run: RunDir, report: Report) -> None:
+    with replacing(run.report) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def read_report(run: RunDir) -> Report | None:
+    """The report on disk; None where there is none or it is of another version."""
+    try:
+        return msgspec.json.decode(run.report.read_bytes(), type=Report)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def number(value: float) -> str:
+    """A figure for people: 2.6e-07, 3.03, 45.2, 12,345, 412k, 1.3M."""
+    size = abs(value)
+    if 0 < size < 0.01:
+        return f"{value:.2g}"
+    if size < 1000:
+        return f"{value:.2f}" if size < 10 else f"{value:.1f}"
+    if size < 100_000:
+        return f"{value:,.0f}"
+    return f"{value / 1e3:.0f}k" if size < 1e6 else f"{value / 1e6:.1f}M" if size < 1e9 else f"{value:.0e}"

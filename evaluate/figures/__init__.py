@@ -1,0 +1,1 @@
+"""Figures of the report: computed from measurements, no I/O."""

@@ -1,0 +1,1 @@
+"""Measurements: each asks or runs the models, and returns its results."""

@@ -1,0 +1,306 @@
+"""The experiments: what each one asks, and how the rows of its arms are made.
+
+Everything that arms are compared on is set apart first, by prompt and out of all their sources; then the rest becomes
+their rows. So all arms of an experiment are scored on the same rows, which none of them was trained on. An arm is an
+ordinary run directory; it trains and is evaluated with the flags named here on top of the user's own.
+"""
+
+import json
+import random
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from math import ceil, nextafter
+from pathlib import Path
+
+import msgspec
+
+from chain.stages import stage, teacher
+from filters.duplicates import DEDUP_RULES
+from filters.rows import filtered_rows
+from filters.sweep import parse_shares
+from generate.prompts import PromptRow, make_prompt
+from generate.run import pending
+from pipeline.errors import DataError, UsageError
+from pipeline.lineage import read_lineage, write_lineage
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.records import Completion, Dropped, Kept, Message, Prompt, Usage, encode_line, read_jsonl
+from pipeline.rundir import RunDir, replacing, write_jsonl
+from train.rows import prompt_text, read_rows, split_from, split_rows
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the user asked for."""
+
+    recipe: Recipe
+    path: Path  # of the recipe
+    flags: list[str]  # recipe values, as given
+    base: RunDir  # the run that the experiment is about
+    folder: Path  # of the experiment
+    options: Namespace
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the trainings that are compared."""
+
+    name: str
+    run: RunDir
+    flags: list[str]  # on top of the user's
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Arms whose rows are on disk, and what they are scored on: held-out rows by where they come from."""
+
+    arms: list[Arm]
+    sources: dict[str, list[Kept]]
+    note: str = ""  # what a reader of the results must know
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One line of the table below."""
+
+    question: str
+    prepare: Callable[[Setup], Prepared]
+    needs: Mapping[str, str] = field(default_factory=dict)  # option: what it is for
+
+
+def _keep_rate(setup: Setup) -> Prepared:
+    """The best shares of all answers but those to the held-out prompts, the rules' drops taken in as they rank."""
+    shares = parse_shares(setup.options.shares)
+    base = ready(setup)
+    split = split_rows(read_rows(base), share=setup.recipe.train.held_out, seed=setup.recipe.train.seed)
+    pool = _pool(base, split.held_out, setup.folder)
+    stage("filters", pool, setup.path, [*setup.flags, "--sweep", ",".join(map(str, shares))])
+    kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
+    rows = {name: sum(1 for _ in read_jsonl(share.kept, Kept)) for name, share in kept.items()}
+    accept = _accepting(setup, "keep_rate", "filters", "length")
+    flags = {name: ["--train.too_long", "drop", *accept] for name in kept}
+    note = "every arm sees its rows equally often"
+    if setup.options.match == "steps":
+        epochs = matched_epochs(rows, setup.recipe.train.batch_size, setup.recipe.train.epochs)
+        flags = {name: [*own, "--train.epochs", repr(epochs[name])] for name, own in flags.items()}
+        note = "every arm makes as many steps as the largest does in the recipe's epochs"
+    arms = [_arm(setup, name, share, split.held_out, flags[name]) for name, share in kept.items()]
+    return Prepared(arms, {"": split.held_out}, f"{note} (--match {setup.options.match})")
+
+
+def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:
+    """Epochs that make the steps of every arm those of the largest one; a trainer rounds steps up."""
+    steps = {name: ceil(count / batch_size) for name, count in rows.items()}
+    wanted = ceil(epochs * max(steps.values()))
+    found = {name: wanted / own for name, own in steps.items()}
+    return {name: own if ceil(own * steps[name]) == wanted else nextafter(own, 0) for name, own in found.items()}
+
+
+def _pool(base: RunDir, held_out: Sequence[Kept], folder: Path) -> RunDir:
+    """The run without what is held out: neither its prompts nor what the filters found to say the same as it."""
+    pool = RunDir(folder / "pool")
+    pool.path.mkdir(parents=True, exist_ok=True)
+    questions, ids = {prompt_text(row) for row in held_out}, {row.id for row in held_out}
+    with replacing(pool.kept) as kept, replacing(pool.dropped) as dropped:
+        for row in filtered_rows(base):
+            if prompt_text(row) in questions or _repeats(row, ids):
+                continue
+            (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
+    for path in (base.lineage, base.recipe):
+        if path.exists():
+            shutil.copyfile(path, pool.path / path.name)
+    pool.completions.unlink(missing_ok=True)
+    pool.completions.symlink_to(base.completions.resolve())
+    return pool
+
+
+def _repeats(row: Kept | Dropped, ids: set[str]) -> bool:
+    """Whether a row was dropped as a duplicate of one of those: the reason ends with the other's id."""
+    reasons = [why for rule, why in row.detail.items() if rule in DEDUP_RULES] if isinstance(row, Dropped) else []
+    return any(why.split()[-1] in ids for why in reasons if why)
+
+
+def _teachers(setup: Setup) -> Prepared:
+    """The same prompts, rules and student; another teacher, with its own answers."""
+    flags = ["--teacher.model", setup.options.b_model]
+    flags += ["--teacher.base_url", setup.options.b_url] if setup.options.b_url else []
+    other = RunDir(setup.folder / "b")
+    _answered(setup, other, flags)
+    base = ready(setup)
+    rows = {"A": read_rows(base), "B": read_rows(other)}
+    held_out = _held_out(setup, [*rows["A"], *rows["B"]])
+    arms = [_arm(setup, "a", base, held_out, []), _arm(setup, "b", other, held_out, flags)]
+    names = {"A": setup.recipe.teacher.model, "B": setup.options.b_model}
+    note = f"a is {names['A']}, b is {names['B']}; each with all that the filters kept of it, for the recipe's epochs"
+    return Prepared(arms, _by_source(rows, held_out), note)
+
+
+def _human(setup: Setup) -> Prepared:
+    """As many rows that people wrote as rows of the teacher; scored on both."""
+    base, path = ready(setup), setup.options.human
+    sources = {"teacher": read_rows(base), "human": read_human(path, setup.recipe.prompts.system)}
+    held_out = _held_out(setup, [row for rows in sources.values() for row in rows])
+    train = {name: split_from(rows, held_out).train for name, rows in sources.items()}
+    count = min(map(len, train.values()))
+    pick = random.Random(setup.recipe.train.seed)
+    arms = []
+    for name, title in (("teacher", "distilled"), ("human", "human")):
+        chosen = RunDir(setup.folder / "rows" / title)
+        chosen.path.mkdir(parents=True, exist_ok=True)
+        write_jsonl(chosen.kept, pick.sample(train[name], count))
+        questions = [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in sources["human"]]
+        asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
+        write_jsonl(chosen.prompts, [*asked, *questions])  # a probe must be new to both arms
+        if name == "teacher":
+            shutil.copyfile(base.lineage, chosen.lineage)
+        accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []
+        arms.append(_arm(setup, title, chosen, held_out, accept))
+    return Prepared(arms, _by_source(sources, held_out), f"{count:,} rows in each arm, for the recipe's epochs")
+
+
+def _soft(setup: Setup) -> Prepared:
+    """The same rows, learned by the teacher's text, by its distribution, and in part on the student's own samples."""
+    base = ready(setup)
+    held_out = _held_out(setup, read_rows(base))
+    hard = setup.recipe.train.weights
+    soft = {"kd": ["--train.method", "kd"], "gkd": ["--train.method", "gkd"]}
+    methods = {hard: ["--train.method", hard]} | {
+        name: [*flags, "--train.kd.weights", hard] for name, flags in soft.items()
+    }
+    arms = [_arm(setup, name, base, held_out, flags) for name, flags in methods.items()]
+    return Prepared(arms, {"": held_out}, "the same rows, steps and trained weights in every arm")
+
+
+def _thousand(setup: Setup) -> Prepared:
+    """So many prompts, from the first answer to the report: the first of the run's answers, or new ones."""
+    run = RunDir(setup.folder / "thousand")
+    flags = ["--prompts.count", str(setup.options.rows)]
+    if setup.base.completions.is_file() and setup.base.prompts.is_file() and not run.completions.exists():
+        run.path.mkdir(parents=True, exist_ok=True)
+        first = {prompt.id for prompt in islice(read_jsonl(setup.base.prompts, Prompt), setup.options.rows)}
+        rows = read_jsonl(setup.base.completions, Completion)
+        write_jsonl(run.completions, (row for row in rows if row.prompt_id in first))
+        shutil.copyfile(setup.base.prompts, run.prompts)
+        _copy_lineage(setup.base, run, ("generate",))
+    _answered(setup, run, flags)
+    held_out = _held_out(setup, read_rows(run))
+    arm = _arm(setup, "thousand", run, held_out, flags)
+    return Prepared([arm], {"": held_out}, f"{setup.options.rows:,} prompts")
+
+
+EXPERIMENTS = {
+    "keep-rate": Experiment("How strict should the filters be?", _keep_rate),
+    "teachers": Experiment("What does another teacher bring?", _teachers, {"b_model": "the other teacher: --b-model"}),
+    "human": Experiment("Distilled, or taught by people?", _human, {"human": "rows that people wrote: --human"}),
+    "soft": Experiment("The teacher's text, or its distribution?", _soft),
+    "thousand": Experiment("What do the first thousand rows give?", _thousand),
+}
+
+
+def ready(setup: Setup) -> RunDir:
+    """The base run, answered and filtered."""
+    _answered(setup, setup.base, [])
+    return setup.base
+
+
+def _answered(setup: Setup, run: RunDir, flags: Sequence[str]) -> None:
+    """Generates and filters where that was not done yet."""
+    if run.kept.is_file() and run.dropped.is_file():
+        return
+    given = [*setup.flags, *flags]
+    recipe = load_recipe(setup.path, given)
+    if pending(recipe, run):
+        with teacher(recipe, run):
+            stage("generate", run, setup.path, given)
+    stage("filters", run, setup.path, given)
+
+
+def _held_out(setup: Setup, rows: list[Kept]) -> list[Kept]:
+    """What no arm is trained on: by prompt, out of all sources at once."""
+    return split_rows(rows, share=setup.recipe.train.held_out, seed=setup.recipe.train.seed).held_out
+
+
+def _by_source(sources: Mapping[str, Sequence[Kept]], held_out: Sequence[Kept]) -> dict[str, list[Kept]]:
+    ids = {name: {row.id for row in rows} for name, rows in sources.items()}
+    return {name: [row for row in held_out if row.id in ids[name]] for name in sources}
+
+
+def _arm(setup: Setup, name: str, rows: RunDir, held_out: Sequence[Kept], flags: list[str]) -> Arm:
+    """An arm's run directory, with the rows of another one; the held-out ones are a file of the experiment."""
+    run = RunDir(setup.folder / name)
+    run.path.mkdir(parents=True, exist_ok=True)
+    shared = setup.folder / "held_out.jsonl"
+    write_jsonl(shared, held_out)
+    if rows.path != run.path:
+        prompts = rows.prompts if rows.prompts.is_file() else setup.base.prompts
+        for path in (rows.kept, rows.dropped, rows.filter_report, prompts):
+            target = run.path / path.name
+            target.unlink(missing_ok=True)
+            if path.is_file():
+                shutil.copyfile(path, target)
+        _copy_lineage(rows, run, ("generate", "filters"))
+    return Arm(name, run, [*flags, "--train.held_out_rows", str(shared)])
+
+
+def _copy_lineage(source: RunDir, target: RunDir, sections: Iterable[str]) -> None:
+    own, given = read_lineage(target), read_lineage(source)
+    write_lineage(target, {"name": target.path.name, **own, **{key: given[key] for key in sections if key in given}})
+
+
+def _accepting(setup: Setup, *checks: str) -> list[str]:
+    """A flag: these warnings are what the experiment is about, so they do not stop it."""
+    return ["--train.accept", json.dumps(sorted({*setup.recipe.train.accept, *checks}))]
+
+
+class HumanRow(msgspec.Struct, frozen=True):
+    """A line that people wrote: `prompt` and `completion`, or `messages` that end with the assistant's."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[Message] | None = None
+
+
+def read_human(path: Path, system: str | None) -> list[Kept]:
+    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError where there is no file."""
+    if not path.is_file():
+        raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
+    rows = []
+    for number, row in enumerate(read_jsonl(path, HumanRow), start=1):
+        try:
+            rows.append(_human_row(row, system))
+        except ValueError as error:
+            raise DataError(f"{path}: row {number}: {error}") from None
+    if not rows:
+        raise DataError(f"{path}: no rows in it")
+    return rows
+
+
+def _human_row(row: HumanRow, system: str | None) -> Kept:
+    if row.messages is not None and row.prompt is None and row.completion is None:
+        if not row.messages or row.messages[-1].role != "assistant":
+            raise ValueError("`messages` must end with the assistant's")
+        question, answer = PromptRow(messages=row.messages[:-1]), row.messages[-1].content
+    elif row.messages is None and row.prompt is not None and row.completion is not None:
+        question, answer = PromptRow(prompt=row.prompt), row.completion
+    else:
+        raise ValueError("give either `prompt` and `completion`, or `messages`")
+    if not answer.strip():
+        raise ValueError("the answer is empty")
+    prompt = make_prompt(question, system)
+    return Kept(
+        id=blake2b(f"{prompt.id}\0{answer}".encode(), digest_size=8).hexdigest(),
+        prompt_id=prompt.id,
+        messages=prompt.messages,
+        endpoint="human",
+        sampling={},
+        text=answer,
+        finish_reason="stop",
+        model="human",
+        usage=Usage(),
+        latency_s=0.0,
+        attempts=1,
+        created="",
+    )

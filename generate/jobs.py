@@ -1,0 +1,127 @@
+"""What identifies one answer, and the record of what became of it.
+
+A request's id is a hash of all that determines its answer: messages, every sampling value, the model asked for, the
+first of its endpoints, and the sample number. So a resumed run never repeats or mixes a request, and a changed recipe
+never takes an old answer for its own. Pure: reads and writes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import msgspec
+
+from generate.idset import IdSet
+from generate.prompts import ID_BYTES, prompt_id
+from generate.verdict import Answer, CallFailed
+from pipeline.recipe import Recipe
+from pipeline.records import Completion, Failure, Prompt, Request
+
+SEED_BITS = 31  # what every server takes
+
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass(slots=True)
+class Job:
+    """One request on its way to an answer."""
+
+    request: Request
+    model: str  # as it is asked for
+    sample: int  # 0, or how many times the same question was asked before in this run
+    body: bytes = b""  # what is sent, encoded once (generate.dialect)
+    dialect: int = 0  # the version of the dialect that encoded it
+    attempts: int = 0
+    spent_s: float = 0.0  # in flight, over all attempts
+
+
+class Share(NamedTuple):
+    """A process's part of a run: every `of`-th request, beginning with number `part`."""
+
+    part: int
+    of: int
+
+
+WHOLE = Share(0, 1)
+
+
+def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, share: Share = WHOLE) -> Iterator[Job]:
+    """Streams one job a prompt. The same question asked again gets the next sample number, and so its own id and seed.
+
+    Keeps 8 bytes a prompt, to know a question it has seen.
+    """
+    seen = IdSet()
+    repeats: Counter[str] = Counter()
+    sampling = recipe.sampling.fields()
+    for number, prompt in enumerate(prompts):
+        question = prompt_id(prompt.messages)
+        if not seen.add(question):
+            repeats[question] += 1
+        if number % share.of == share.part:
+            yield _build(prompt, recipe, sampling, repeats.get(question, 0))
+
+
+def build_job(prompt: Prompt, recipe: Recipe, sample: int = 0) -> Job:
+    """The job of a prompt. `sampling.seed` in it is the request's own, derived from the recipe's and the identity."""
+    return _build(prompt, recipe, recipe.sampling.fields(), sample)
+
+
+def _build(prompt: Prompt, recipe: Recipe, sampling: dict[str, Any], sample: int) -> Job:
+    model, endpoint = recipe.teacher.model, recipe.teacher.url
+    identity = _encoder.encode([prompt.messages, sorted(sampling.items()), model, endpoint, sample])
+    digest = blake2b(identity, digest_size=ID_BYTES + 8).digest()
+    request = Request(
+        id=digest[:ID_BYTES].hex(),
+        prompt_id=prompt.id,
+        messages=prompt.messages,
+        slots=prompt.slots,
+        endpoint=endpoint,
+        sampling={**sampling, "seed": int.from_bytes(digest[ID_BYTES:]) % (1 << SEED_BITS)},
+    )
+    return Job(request, model, sample)
+
+
+def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, sampling: dict[str, Any]) -> Completion:
+    """The record of an answer: from which endpoint, and to which sampling values as they were really sent."""
+    return Completion(
+        **_identity(job, endpoint, sampling),
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        model=answer.model or job.model,
+        usage=answer.usage,
+        latency_s=round(latency_s, 4),
+        attempts=job.attempts,
+        created=_now(),
+    )
+
+
+def failed(job: Job, error: CallFailed, *, endpoint: str, sampling: dict[str, Any]) -> Failure:
+    """The record of a request that failed for good."""
+    return Failure(
+        **_identity(job, endpoint, sampling),
+        model=job.model,
+        error=error.error,
+        status=error.status,
+        message=error.message,
+        attempts=job.attempts,
+        created=_now(),
+    )
+
+
+def _identity(job: Job, endpoint: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    request = job.request
+    return {
+        "id": request.id,
+        "prompt_id": request.prompt_id,
+        "messages": request.messages,
+        "slots": request.slots,
+        "endpoint": endpoint,
+        "sampling": sampling,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

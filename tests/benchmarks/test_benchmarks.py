@@ -1,0 +1,213 @@
+"""The benchmarks run, at tiny sizes, and compute what they say."""
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import budget, chapter_filter, kills, simulated, stuck
+from benchmarks.client import measure
+from benchmarks.clients import body
+from benchmarks.endpoint import level_of, tokens_within
+from benchmarks.http_server import running
+from benchmarks.plot import line_chart
+from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
+from benchmarks.steady import steady_seconds
+from benchmarks.stories import Writer
+from benchmarks.table import show
+from filters.answer import nfc
+from generate.streaming import Streamed
+from tests.servers.misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "replicas", "slots", "seconds"),
+    [
+        ([2, 3, 1], 1, 2, 3.0),  # the third begins when the first ends, and ends with the second
+        ([2, 3, 1], 2, 1, 3.0),
+        ([5], 8, 256, 5.0),
+        ([1] * 10, 1, 1, 10.0),
+        ([4, 1, 1, 1, 1], 1, 2, 4.0),
+    ],
+)
+def test_the_least_time_of_a_run(tokens: list[int], replicas: int, slots: int, seconds: float) -> None:
+    assert max(ideal_ends(tokens, replicas, slots, 1.0)) == seconds
+
+
+def test_each_answer_begins_in_the_first_slot_that_falls_free() -> None:
+    assert ideal_ends([4, 1, 2, 3, 1], 1, 2, 0.5) == [2.0, 0.5, 1.5, 3.0, 2.5]
+
+
+def test_the_steady_part_leaves_out_both_ends() -> None:
+    assert steady_seconds([9.0, 1.0, 5.0, 2.0, 4.0, 30.0], 1) == 8.0  # from the first answer to the last but one
+    assert steady_seconds([1.0, 2.0, 4.0, 5.0, 9.0, 30.0], 2) == 3.0
+    with pytest.raises(ValueError, match="nothing is left of 6 answers"):
+        steady_seconds([1.0] * 6, 3)
+
+
+def test_an_answer_s_length_depends_on_the_request_alone() -> None:
+    assert answer_tokens(b"one") == answer_tokens(b"one")
+    assert {answer_tokens(str(number).encode()) for number in range(20_000)} == set(LENGTHS)
+
+
+def test_the_simulated_engine_answers_every_request_in_no_less_than_the_least_time() -> None:
+    options = argparse.Namespace(requests=300, replicas=2, slots=16, no_metrics=False)
+    one = simulated.once(options, requests=options.requests, processes=1, concurrency="auto", step_ms=1.0)
+    assert 0 < one.whole <= 1.02
+    assert one.steady > 0
+
+
+def test_the_clients_are_measured_on_the_same_stub() -> None:
+    with running("benchmarks.stub", "--delay-ms", "1") as url:
+        figures = measure(url, ["ours", "openai", "bare"], requests=40, in_flight=8, runs=1)
+    assert set(figures) == {"ours", "openai", "bare"}
+    assert all(row["per_s"] > 0 and row["peak_mib"] > 10 for row in figures.values())
+
+
+def test_a_killed_run_is_counted() -> None:
+    with running("benchmarks.stub", "--delay-ms", "20") as url:
+        options = argparse.Namespace(requests=300, power_cuts=0.5, processes=1)
+        counts = kills.work(url, options, 3, random.Random(1))
+    assert counts["kills"] == 3
+    assert [counts[name] for name in ("lost", "duplicated", "missing", "torn")] == [0, 0, 0, 0]
+
+
+def test_a_lost_answer_would_be_seen(tmp_path: Path) -> None:
+    journal = tmp_path / "completions.jsonl"
+    journal.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c')
+    assert kills.whole_ids(journal) == {"a", "b"}
+    kills.cut(journal, random.Random(3))
+    assert kills.whole_ids(journal) <= {"a", "b"}
+
+
+def test_a_budget_ends_a_run_before_the_bill_passes_it() -> None:
+    stub = ["--vary", "--prompt-tokens", "40", "--completion-tokens", "200", "--delay-ms", "1", "--jitter-ms", "10"]
+    with running("benchmarks.stub", *stub) as url:
+        options = argparse.Namespace(requests=100, usd=0.002)
+        assert budget.once(url, options, in_flight=8, seed=1)
+        assert 0.0015 < budget.billed_usd(url) <= 0.002
+        assert not budget.once(url, argparse.Namespace(requests=10, usd=1.0), in_flight=8, seed=1)
+
+
+def test_the_stub_bills_what_it_says() -> None:
+    with running("benchmarks.stub", "--vary", "--completion-tokens", "200", "--delay-ms", "0") as url:
+        said = []
+        for number in range(20):
+            request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body(number)).encode())
+            with urllib.request.urlopen(request) as reply:
+                said.append(json.load(reply)["usage"])
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/billed") as reply:
+            billed = json.load(reply)
+    assert len({usage["completion_tokens"] for usage in said}) > 10
+    assert all(1 <= usage["completion_tokens"] <= 200 for usage in said)
+    assert billed == {
+        "answers": 20,
+        "prompt_tokens": sum(usage["prompt_tokens"] for usage in said),
+        "completion_tokens": sum(usage["completion_tokens"] for usage in said),
+    }
+
+
+def test_memory_is_measured_fresh_and_resumed() -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", "--requests", "100,400", "--in-flight", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"^fresh: [+-]\d+\.\d MiB from 100 to 400 requests$", done.stdout, re.M)
+    assert re.search(r"^resumed: [+-]\d+\.\d MiB from 100 to 400 requests$", done.stdout, re.M)
+    assert "200 requests" not in done.stdout
+    assert "cut off a torn last line" in done.stderr
+
+
+def test_one_stuck_request_is_the_only_failure() -> None:
+    with running("benchmarks.stub", "--stuck", stuck.STUCK, "--delay-ms", "1") as url:
+        options = argparse.Namespace(requests=50, in_flight=8, timeout_s=0.3)
+        assert stuck.once(url, options, True) > 0
+
+
+def test_an_endpoint_is_swept(tmp_path: Path) -> None:
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:  # it does not stream: a whole answer at once
+        done = sweep(tmp_path, server)
+    assert done.returncode == 0, done.stderr
+    assert "in flight is enough" in done.stdout
+    levels = json.loads((tmp_path / "runs" / "bench" / "endpoint.json").read_text())
+    assert [level["concurrency"] for level in levels] == [1, 4]
+    assert levels[1]["answers_per_s"] > levels[0]["answers_per_s"]
+
+
+def test_an_endpoint_that_refuses_a_level_keeps_what_was_measured(tmp_path: Path) -> None:
+    with misbehaving(lambda asked: error(429, "too fast") if server.at_once > 1 else answer(delay_s=0.05)) as server:
+        done = sweep(tmp_path, server)
+    assert done.returncode == 0, done.stderr
+    assert "4 in flight: " in done.stderr
+    assert "too fast" in done.stderr
+    levels = json.loads((tmp_path / "runs" / "bench" / "endpoint.json").read_text())
+    assert [level["concurrency"] for level in levels] == [1]
+
+
+def test_an_endpoint_that_refuses_all_is_one_line(tmp_path: Path) -> None:
+    with misbehaving(lambda asked: error(500, "out of order")) as server:
+        done = sweep(tmp_path, server)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: 1 in flight: ")
+    assert "Traceback" not in done.stderr
+
+
+def sweep(folder: Path, server: MisbehavingServer) -> "subprocess.CompletedProcess[str]":
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_for(server, 5).model_dump(mode="json", exclude={"student"})))
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.endpoint", str(path), "--levels", "1,4", "--seconds", "0.3"],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_answer_counts_for_the_time_that_it_came_in() -> None:
+    one = Streamed(begin=0.0, first=2.0, end=6.0, tokens=40)
+    assert tokens_within(one, 0.0, 10.0) == 40
+    assert tokens_within(one, 3.0, 5.0) == 20
+    assert tokens_within(one, 5.0, 9.0) == 10
+    assert tokens_within(one, 6.5, 9.0) == 0
+    whole = Streamed(begin=0.0, first=6.0, end=6.0, tokens=40)  # an endpoint that does not stream
+    assert (tokens_within(whole, 5.0, 7.0), tokens_within(whole, 0.0, 6.0)) == (40, 0)
+
+
+def test_a_level_is_of_its_time_alone() -> None:
+    early, inside, late = Streamed(0.0, 1.0, 3.0, 20), Streamed(2.5, 3.0, 4.0, 10), Streamed(3.0, 5.0, 7.0, 20)
+    level = level_of([early, inside, late], 3, 2.0, 6.0)
+    assert (level.answers, level.answers_per_s) == (2, 0.5)
+    assert level.tokens_per_s == (10 + 10 + 10) / 4
+    assert level.first_token[0] == (0.5 + 2.0) / 2  # of the two that began in it
+    assert level.latency[0] == (1.5 + 4.0) / 2
+
+
+def test_a_chart_is_well_formed_and_escaped() -> None:
+    chart = ElementTree.fromstring(line_chart("a < b", [1, 4, 64], {"x & y": [1.0, 2.0, 4.0], "zero": [0.0, 0.0, 0.0]}))
+    texts = [element.text for element in chart.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "a < b"
+    assert "x & y" in texts
+
+
+def test_a_table_is_markdown() -> None:
+    assert show([("a", "b"), ("long", "1")]) == "| a    | b |\n|------|--:|\n| long | 1 |"
+
+
+def test_the_chapters_rules_and_its_function_decide_alike() -> None:
+    """On texts around every threshold; some of each side, else the agreement says nothing."""
+    made = [(story.text, chapter_filter.PROMPT) for story in Writer(1).stories(200, 0.0)]
+    texts = list(chapter_filter.mutations(made, 3000, seed=1))
+    rows = [chapter_filter.completion(number, text, prompt) for number, (text, prompt) in enumerate(texts)]
+    said = chapter_filter.agreement(rows, 0)
+    assert said.endswith(": 0 decided otherwise")
+    assert 500 < sum(chapter_filter.chapter_reason(nfc(prompt), nfc(text)) is None for text, prompt in texts) < 2500

@@ -1,0 +1,299 @@
+"""An evaluation of a tiny run: what is measured, kept, measured again, refused. No server: speed is saved by hand."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluate.run
+from evaluate.__main__ import main
+from evaluate.measure.perplexity import perplexity, score_rows
+from evaluate.measure.results import Burst, Lone, Measurement, Measurements, SpeedResult, read_held_out
+from evaluate.measure.speed import speed_prompts
+from evaluate.models import engine_folder, load, measure_weights, subjects
+from evaluate.run import evaluate_run
+from pipeline.errors import DataError, UsageError
+from pipeline.recipe import Recipe
+from pipeline.records import encode_line
+from pipeline.rundir import RunDir
+from tests.tiny_student import make_recipe, story_rows, tiny_model
+
+ROWS = 6
+PATH = Path("recipe.yaml")  # where functions of a recipe's rules would be looked for
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose student is trained: teacher and student are tiny, the training only shifted some weights."""
+    made = RunDir(tmp_path / "run")
+    made.path.mkdir()
+    made.held_out.write_bytes(b"".join(encode_line(row) for row in story_rows(ROWS)))
+    tiny_model(tmp_path / "teacher", layers=3)
+    tiny_model(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", made.student)
+    shift_weights(made.student)
+    return made
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return make_recipe(str(tmp_path / "base"), teacher=str(tmp_path / "teacher"))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that an evaluation loads, in order."""
+    labels: list[str] = []
+
+    def counting(subject: Any, **options: Any) -> Any:
+        labels.append(subject.key)
+        return load(subject, **options)
+
+    monkeypatch.setattr(evaluate.run, "load", counting)
+    return labels
+
+
+def shift_weights(folder: Path, by: float = 0.02) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data += by
+    model.save_pretrained(folder)
+
+
+def save_speeds(recipe: Recipe, run: RunDir) -> None:
+    """What two servers would have given: the teacher 100 tokens in 10 s, the student 120 in 4 s."""
+    for subject, tokens, wall_s in zip(subjects(recipe, run), (100, None, 120), (10.0, None, 4.0), strict=True):
+        if tokens and wall_s:
+            measurement = speed_of(subject, recipe, run)
+            measurement.save(speed_result(measurement, tokens, wall_s))
+
+
+def speed_of(subject: Any, recipe: Recipe, run: RunDir) -> Measurement:
+    return Measurements(subject, recipe, run).speed(speed_prompts(recipe, run, read_held_out(run)))
+
+
+def speed_result(measurement: Measurement, tokens: int, wall_s: float) -> SpeedResult:
+    """Three timings, the middle one of `wall_s`; three lone requests, 10 tokens in 1 s, the first after 0.1 to 0.3."""
+    return SpeedResult(
+        fingerprint=measurement.fingerprint,
+        device="cpu",
+        dtype="float32",
+        bursts=[Burst(11, 1, tokens, wall_s * factor) for factor in (1, 0.8, 1.25)],
+        alone=[Lone(first, 1.0, 10) for first in (0.1, 0.3, 0.2)],
+        startup_s=1.0,
+        peak_rss_bytes=3 << 30,
+    )
+
+
+def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
+    save_speeds(recipe, run)
+    report = evaluate_run(recipe, run, PATH, speed=False)
+    assert loaded == ["teacher", "student_before", "student_after"]
+    teacher, before, after = report.models
+    assert before.perplexity and after.perplexity and teacher.perplexity
+    rows = read_held_out(run)
+    model, tokenizer = load(subjects(recipe, run)[2], dtype="float32", device="cpu")
+    expected = perplexity(score_rows(model, tokenizer, rows))
+    assert after.perplexity.value == pytest.approx(expected, rel=0.02)  # it may be scored in bfloat16
+    assert after.perplexity.low <= after.perplexity.value <= after.perplexity.high
+    assert after.perplexity.value != before.perplexity.value
+    assert (report.rows.held_out, report.rows.scored, report.rows.prompts) == (ROWS, ROWS, ROWS)
+    assert teacher.tokens_per_s == 10 and after.tokens_per_s == 30 and before.tokens_per_s is None
+    assert after.mean_completion_tokens == 12  # over the ten that were answered
+    assert after.peak_rss_mib == 3072
+    assert after.tokens_per_s_range == (24, 37.5) and report.headline.speed_ratio == 3
+    assert after.tokens_per_s_alone and after.tokens_per_s_alone.value == 10
+    assert after.first_token_s and after.first_token_s.value == 0.2
+    assert report.samples == [] and report.probes is None and "Probes were not answered." in report.notes
+    assert json.loads(run.report.read_bytes())["models"][2]["tokens_per_s"] == 30
+    assert "3.0 times as fast" in run.report_html.read_text(encoding="utf-8")
+    lineage = json.loads(run.lineage.read_bytes())["evaluate"]
+    assert lineage["perplexity_after"] == after.perplexity.value and lineage["rows"] == ROWS
+
+
+def test_nothing_changed_so_nothing_is_measured(
+    run: RunDir, recipe: Recipe, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluate_run(recipe, run, PATH, speed=False)
+    loaded.clear()
+    assert evaluate_run(recipe, run, PATH, speed=False) == first
+    assert loaded == [] and "the report is up to date" in capsys.readouterr().err
+    evaluate_run(recipe, run, PATH, speed=False, force=True)
+    assert loaded == ["teacher", "student_before", "student_after"]
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    run: RunDir, recipe: Recipe, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = evaluate.run.load
+
+    def stopped(subject: Any, **options: Any) -> Any:
+        if subject.key == "student_before":
+            raise KeyboardInterrupt
+        return counting(subject, **options)
+
+    monkeypatch.setattr(evaluate.run, "load", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(recipe, run, PATH, speed=False)
+    assert not run.report.exists()
+    monkeypatch.setattr(evaluate.run, "load", counting)
+    evaluate_run(recipe, run, PATH, speed=False)
+    assert loaded == ["teacher", "student_before", "student_after"]
+
+
+def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
+    save_speeds(recipe, run)
+    first = evaluate_run(recipe, run, PATH, speed=False)
+    loaded.clear()
+    shift_weights(run.student)  # the same names and sizes, other values
+    second = evaluate_run(recipe, run, PATH, speed=False)
+    assert loaded == ["student_after"]
+    assert second.headline.perplexity_after != first.headline.perplexity_after
+    assert second.models[2].tokens_per_s is None  # the old student's speed is not this one's
+    assert second.models[0].tokens_per_s == 10
+
+
+def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
+    save_speeds(recipe, run)
+    evaluate_run(recipe, run, PATH, speed=False)
+    measurement = speed_of(subjects(recipe, run)[2], recipe, run)
+    measurement.save(speed_result(measurement, 120, 8.0))  # of the same things, another time
+    assert evaluate_run(recipe, run, PATH, speed=False).models[2].tokens_per_s == 15
+
+
+def test_other_rows_are_scored_anew(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
+    evaluate_run(recipe, run, PATH, speed=False)
+    loaded.clear()
+    fewer = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_rows": 3})})
+    assert evaluate_run(fewer, run, PATH, speed=False).rows.scored == 3
+    assert len(loaded) == 3
+
+
+def test_report_only_measures_nothing(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
+    with pytest.raises(UsageError, match="nothing measured yet"):
+        evaluate_run(recipe, run, PATH, report_only=True)
+    evaluate_run(recipe, run, PATH, speed=False)
+    loaded.clear()
+    run.report_html.write_text("old")
+    evaluate_run(recipe, run, PATH, report_only=True, force=True)
+    assert loaded == [] and run.report_html.read_text(encoding="utf-8").startswith("<!doctype html>")
+    shift_weights(run.student)
+    assert evaluate_run(recipe, run, PATH, report_only=True).models[2].perplexity is None
+
+
+def test_a_row_too_long_for_one_model_counts_for_none(run: RunDir, recipe: Recipe) -> None:
+    config = run.student / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 80'))
+    rows = evaluate_run(recipe, run, PATH, speed=False).rows
+    assert rows.scored + rows.left_out == ROWS and 0 < rows.left_out < ROWS
+
+
+def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
+    teacher = recipe.teacher.model_copy(update={"model": "gpt-4.1", "base_url": "https://api.example.com/v1"})
+    report = evaluate_run(recipe.model_copy(update={"teacher": teacher}), run, PATH, speed=False)
+    assert loaded == ["student_before", "student_after"]
+    assert report.models[0].perplexity is None and report.headline.perplexity_teacher is None
+    assert "teacher: not available: the teacher answers at api.example.com" in report.notes[0]
+    assert "(teacher" not in report.headline.text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: shutil.rmtree(run.student), "no student yet; run train"),
+        (lambda run: run.held_out.unlink(), "no held-out rows; run train"),
+        (lambda run: run.held_out.write_bytes(b""), "no rows in it"),
+        (lambda run: run.held_out.write_bytes(b'{"id": 1}\n'), "held_out.jsonl:1: "),
+        (lambda run: (run.student / "training_log.json").write_text("{"), "training_log.json: "),
+        (lambda run: run.filter_report.write_text("[]"), "filter_report.json: "),
+        (
+            lambda run: (run.student / "lineage.json").write_text('{"train": {"teacher": "another"}}'),
+            "trained with teacher another",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run: RunDir, recipe: Recipe, break_it: Any, message: str) -> None:
+    break_it(run)
+    with pytest.raises(UsageError, match=message) as caught:
+        evaluate_run(recipe, run, PATH, speed=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pruned_student_needs_its_beginning(run: RunDir, recipe: Recipe, tmp_path: Path) -> None:
+    assert recipe.student
+    pruned = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": "prune:2"})})
+    with pytest.raises(UsageError, match="student-init"):
+        subjects(pruned, run)
+    shutil.copytree(tmp_path / "base", run.student_init)
+    assert subjects(pruned, run)[1].folder == run.student_init
+
+
+def test_weights_are_counted_as_transformers_counts_them(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = measure_weights(folder)
+    assert weights and weights.parameters == model.num_parameters()
+    assert weights.size_bytes == 4 * weights.parameters
+    model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert measure_weights(tmp_path / "shards") == weights
+    assert measure_weights(tmp_path) is None
+
+
+def make_adapter(base: Path, folder: Path, seed: int) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def test_an_adapter_is_laid_over_its_base_and_merged_for_the_engine(
+    run: RunDir, recipe: Recipe, tmp_path: Path
+) -> None:
+    shutil.rmtree(run.student)
+    make_adapter(tmp_path / "base", run.student, seed=1)
+    _, before, after = subjects(recipe, run)
+    assert after.adapter == run.student and after.folder == before.folder
+    rows = story_rows(3)
+
+    def score(subject: Any) -> float:
+        return perplexity(score_rows(*load(subject, dtype="float32", device="cpu"), rows))
+
+    merged = engine_folder(after, run)
+    assert score(after) != pytest.approx(score(before), rel=1e-3)
+    assert score(replace(after, folder=merged, adapter=None)) == pytest.approx(score(after), rel=1e-4)
+    assert measure_weights(merged) == measure_weights(tmp_path / "base")
+
+    stamp = (merged / "model.safetensors").stat().st_mtime_ns
+    assert (engine_folder(after, run) / "model.safetensors").stat().st_mtime_ns == stamp
+    make_adapter(tmp_path / "base", run.student, seed=2)
+    engine_folder(after, run)
+    assert (merged / "model.safetensors").stat().st_mtime_ns != stamp
+    assert not list(merged.parent.glob("*.tmp"))
+
+
+def test_the_command_prints_the_table(
+    run: RunDir, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    main([str(path), "--run", str(run.path), "--no-speed"])
+    out = capsys.readouterr().out
+    assert "student before" in out and "perplexity" in out and "Speed and peak memory were not measured." in out
+    assert str(run.report_html) in out
+    with pytest.raises(DataError, match="held_out"):
+        run.held_out.write_bytes(b"{}\n")
+        main([str(path), "--run", str(run.path), "--no-speed"])

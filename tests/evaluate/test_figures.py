@@ -1,0 +1,264 @@
+"""Figures of answers, of differences and of the promise, against hand calculations."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluate.document import Claim, Estimate, ModelReport
+from evaluate.figures.differences import compute, look_at, naming, split_words
+from evaluate.figures.promise import answer, claims, describe, holds, verdict
+from evaluate.figures.quality import differences, measure_quality, probe_answers, probes_of
+from evaluate.machine import engine_facts
+from evaluate.measure.probes import ProbePrompts
+from evaluate.measure.results import ProbeAnswer, ProbeResult
+from evaluate.statistics import Figure, distinct, draw, ratio
+from filters.ruleset import RuleSet, load_rules
+from pipeline.recipe import Recipe, ServeConfig
+from pipeline.records import Kept, Message, Prompt
+from tests.completion_fields import completion_fields
+
+RULES = [{"rule": "length", "min_chars": 10, "max_chars": 100}]
+
+
+def recipe_of(rules: list[dict[str, Any]] = RULES, **sections: Any) -> Recipe:
+    prompts = {"count": 2, "template": "{who} {things}", "slots": {"who": ["a bear"], "things": ["달", "비"]}}
+    given = {"prompts": prompts, "filters": {"rules": rules}, **sections}
+    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "m"}, **given)
+
+
+def rules_of(recipe: Recipe) -> RuleSet:
+    return load_rules(recipe.filters, Path("r.yaml"))
+
+
+def row_of(text: str, **changes: Any) -> Kept:
+    return Kept(**completion_fields("r", text, **changes))
+
+
+def test_words_are_counted_without_case_and_punctuation() -> None:
+    assert split_words("The cat's hat, THE hat!") == ["the", "cat's", "hat", "the", "hat"]
+    assert split_words("토끼 토토가 “당근을” 먹었어요.") == ["토끼", "토토가", "당근을", "먹었어요"]
+    assert split_words("我爱AI ok") == ["我", "爱", "ai", "ok"]  # no spaces: by character
+
+
+def test_distinct_n_by_hand() -> None:
+    # the cat the hat | the cat sat: 7 words; the, cat, hat, sat; the-cat, cat-the, the-hat, cat-sat.
+    texts = [split_words("The cat, the hat."), split_words("The cat sat.")]
+    for n, different in ((1, 4), (2, 4)):
+        found = distinct(texts, n, draw(2))
+        assert found and found.value == pytest.approx(different / 7)
+    assert distinct([[], []], 1, draw(2)) is None
+
+
+def test_the_interval_of_distinct_n_is_around_the_figure() -> None:
+    # Twenty answers that share half of their words: a resample repeats some, which alone would put it below.
+    texts = [[f"shared{i % 5}", f"own{i}"] for i in range(20)]
+    found = distinct(texts, 1, draw(20))
+    assert found and found.value == 25 / 40
+    estimate = found.estimate()
+    assert estimate.low < found.value < estimate.high and estimate.high - estimate.low < 0.3
+    assert float(found.resampled.mean()) == pytest.approx(found.value, abs=0.01)
+
+
+def test_the_bootstrap_of_a_share_is_the_binomial_s() -> None:
+    # 30 of 100: the normal approximation gives 0.3 ± 1.96 · sqrt(0.3 · 0.7 / 100) = 0.210 to 0.390.
+    found = ratio([1.0] * 30 + [0.0] * 70, [1.0] * 100, draw(100))
+    assert found
+    estimate = found.estimate()
+    assert estimate.value == pytest.approx(0.3)
+    assert (estimate.low, estimate.high) == pytest.approx((0.210, 0.390), abs=0.015)
+    assert ratio([0.0], [0.0], draw(1)) is None
+
+
+def test_one_answer_looked_at() -> None:
+    recipe = recipe_of()
+    rules, wanted = rules_of(recipe), naming(recipe, rules_of(recipe))
+    found = look_at(row_of("Bear saw 달님.", slots={"who": "a bear", "things": ["달", "비"]}), rules, wanted, 4)
+    assert found.passing and found.stopped and not found.loops and found.judge == 4
+    assert found.named == pytest.approx(2 / 3)  # the bear, and 달 with its 님; no 비
+    short = look_at(row_of("Bear", finish_reason="length"), rules, wanted, None)
+    assert short.passing is False and list(short.dropped_by) == ["length"] and not short.stopped and short.named is None
+    loop = look_at(row_of("It ran up the hill and fell. " * 3), rules, wanted, None)
+    assert loop.loops and loop.passing  # whether or not the recipe has the rule
+    bare = recipe_of([])
+    assert look_at(row_of("Bear"), rules_of(bare), naming(bare, rules_of(bare)), None).passing is None
+
+
+def test_what_adherence_asks_comes_from_the_recipe_its_rule_or_all_slots() -> None:
+    rule = {"rule": "adherence", "slots": ["who"], "aliases": {"a bear": ["Dudu"]}}
+    for recipe, slots in (
+        (recipe_of(), ["who", "things"]),
+        (recipe_of([rule]), ["who"]),
+        (recipe_of([rule], evaluate={"adherence": ["things"]}), ["things"]),
+    ):
+        assert naming(recipe, rules_of(recipe)).slots == slots
+    recipe = recipe_of([rule])
+    rules = rules_of(recipe)
+    found = look_at(
+        row_of("Dudu came home.", slots={"who": "a bear", "things": "달"}), rules, naming(recipe, rules), None
+    )
+    assert found.named == 1 and found.passing
+
+
+def test_figures_are_means_over_the_answers_that_have_one() -> None:
+    recipe = recipe_of()
+    rules, wanted = rules_of(recipe), naming(recipe, rules_of(recipe))
+    answers = [
+        look_at(row_of("A bear in the night.", slots={"who": "a bear"}), rules, wanted, 5),
+        look_at(row_of("No.", slots={"who": "a bear"}, finish_reason="length"), rules, wanted, None),
+        look_at(row_of("The end of it.", slots={}), rules, wanted, 2),
+    ]
+    found = {name: figure.value for name, figure in compute(answers, draw(3)).items()}
+    assert found == pytest.approx(
+        {
+            "passing": 2 / 3,
+            "adherence": 1 / 2,  # the last one was asked for nothing
+            "named": 1 / 2,
+            "loops": 0,
+            "stopped": 2 / 3,
+            "distinct_1": 9 / 10,  # `the` comes twice
+            "distinct_2": 7 / 10,
+            "characters": (20 + 3 + 14) / 3,
+            "judge": 3.5,
+        }
+    )
+
+
+def prompt(number: int) -> Prompt:
+    return Prompt(id=f"p{number}", messages=[Message("user", f"q{number}")], slots={"who": "a bear", "things": ["비"]})
+
+
+def result(texts: dict[int, str]) -> ProbeResult:
+    answers = [ProbeAnswer(f"p{number}", text, "stop", 3) for number, text in texts.items()]
+    return ProbeResult(fingerprint="f", wall_s=1.0, answers=answers)
+
+
+def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
+    recipe, prompts = recipe_of(), ProbePrompts("slots", [prompt(0), prompt(1), prompt(2)], [prompt(3)])
+    good, bad = "a bear in the rain", "no"
+    probed = {
+        "teacher": result({0: good, 1: good, 2: good, 3: good}),
+        "student_before": result({0: bad, 1: bad, 3: bad}),  # its request about 2 failed
+        "student_after": result({0: good, 1: bad, 2: bad, 3: good}),
+    }
+    answers = probe_answers(prompts, probed)
+    quality = measure_quality(recipe, rules_of(recipe), prompts, answers, None)
+    after = probes_of(quality, "student_after")
+    assert after and after.seen and after.unseen and after.all.passing
+    assert (after.all.prompts, after.seen.prompts, after.unseen.prompts) == (3, 2, 1)
+    assert after.all.passing.value == pytest.approx(2 / 3)
+    assert after.all.failed_rules == {"length": pytest.approx(1 / 3)}
+    assert probes_of(quality, "other_1") is None
+    found = {(d.against, d.part): d for d in differences({}, {}, quality) if d.figure == "passing"}
+    gain = found["student_before", "all"]
+    assert gain.change.value == pytest.approx(2 / 3) and gain.better == "higher"
+    assert found["student_before", "unseen"].change == Estimate(1.0, 1.0, 1.0)
+    assert found["student_before", "unseen"].improved is True
+    assert found["teacher", "all"].improved is None  # three prompts prove nothing
+
+
+def test_a_difference_is_paired() -> None:
+    # Prompts differ a lot, the models always by 0.1: paired, the interval has no width.
+    values = np.arange(50) / 50
+    counts = draw(50)
+    ours, theirs = ratio(list(values + 0.1), [1.0] * 50, counts), ratio(list(values), [1.0] * 50, counts)
+    assert ours and theirs
+    change = ours.minus(theirs)
+    assert (change.low, change.high) == pytest.approx((0.1, 0.1))
+
+
+def test_kv_bytes_of_smollm2_by_hand(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    sizes = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "dtype": "bfloat16"}))
+    save_file({"w": np.zeros(1, dtype=np.float32)}, tmp_path / "model.safetensors")
+    # Keys and values of 30 layers, 3 heads of 64: 2 · 30 · 3 · 64 = 11,520 numbers.
+    half = engine_facts(tmp_path, ServeConfig(device="cpu", dtype="bfloat16"))
+    assert half == {"served_dtype": "bfloat16", "kv_bytes_per_token": 23_040}
+    assert engine_facts(tmp_path, ServeConfig(device="cpu", dtype="float32"))["kv_bytes_per_token"] == 46_080
+
+
+def figure(value: float, width: float = 0.0) -> Figure:
+    return Figure(value, np.linspace(value - width, value + width, 101))
+
+
+def models(**student: Any) -> tuple[ModelReport, ModelReport]:
+    teacher = {"parameters": 1500, "tokens_per_s": 10.0, "tokens_per_s_range": (9.9, 10.1), "peak_rss_mib": 3000.0}
+    fields = {"parameters": 500, "tokens_per_s": 35.0, "tokens_per_s_range": (34.0, 36.0), "peak_rss_mib": 1000.0}
+    return (
+        ModelReport(key="teacher", label="teacher", reference="t", **teacher),
+        ModelReport(key="student_after", label="student after", reference="s", **{**fields, **student}),
+    )
+
+
+def promise(
+    bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 30, **student: Any
+) -> dict[str, Claim]:
+    held_out, probes = (
+        {"teacher": {name: pair[0]}, "student_after": {name: pair[1]}}
+        for name, pair in (("bits_per_character", bits), ("passing", passing))
+    )
+    found = claims(held_out, probes, *models(**student), scored=prompts, answered=prompts)
+    return {claim.name: claim for claim in found}
+
+
+def test_a_promise_that_is_kept_in_every_part() -> None:
+    found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)))
+    assert {name: claim.holds for name, claim in found.items()} == {
+        "quality_bits": True,
+        "quality_probes": True,
+        "quality_judge": None,  # no judge
+        "size": True,
+        "speed": True,
+        "memory": True,
+    }
+    assert holds(list(found.values())) is True and "kept" in verdict(list(found.values()))
+    assert found["size"].value == Estimate(3.0, 3.0, 3.0)
+    speed = found["speed"].value
+    assert speed and (speed.value, speed.low, speed.high) == pytest.approx((3.5, 34 / 10.1, 36 / 9.9))
+
+
+def test_a_miss_is_never_a_hit() -> None:
+    # Just under: 89.99% of the quality, 2.99 times smaller.
+    found = promise((figure(0.8999), figure(1.0)), (figure(0.9), figure(0.9)), parameters=501)
+    assert found["quality_bits"].holds is False and not found["quality_bits"].undecided
+    assert answer(found["quality_bits"]) == "no" and found["size"].holds is False
+    assert holds(list(found.values())) is False
+    said = verdict(list(found.values()))
+    assert "not kept" in said and "quality_bits 90.0%: no" in said and "Not measured: quality_judge" in said
+
+
+def test_what_chance_may_explain_is_not_shown() -> None:
+    # 92%, but between 87% and 97%: the promise of 90% lies within.
+    found = promise((figure(0.92, 0.05), figure(1.0)), (figure(0.9), figure(0.9)))
+    claim = found["quality_bits"]
+    assert claim.holds is False and claim.undecided and answer(claim) == "not shown"
+    assert "not shown" in describe(claim) and holds(list(found.values())) is False
+
+
+def test_few_prompts_show_no_quality() -> None:
+    found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=29)
+    assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and answer(found["quality_probes"]) == "not shown"
+    assert holds(list(found.values())) is False
+    missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=29)
+    assert answer(missed["quality_bits"]) == "no"
+
+
+def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
+    found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)), tokens_per_s=None)
+    assert found["speed"].holds is None and holds(list(found.values())) is None
+    assert "not all measured" in verdict(list(found.values()))
+    nothing = promise((figure(0.5), figure(0.5)), (figure(0.0), figure(0.4)))  # the teacher passes nothing
+    assert nothing["quality_probes"].value is None and nothing["quality_probes"].holds is None
+
+
+def test_a_judge_s_quality_counts_from_the_least_score() -> None:
+    # 2 of 1 to 5 is a quarter of the way, 3 is half: half of the teacher's, not two thirds.
+    probes = {"teacher": {"judge": figure(3.0)}, "student_after": {"judge": figure(2.0)}}
+    claim = next(c for c in claims({}, probes, *models(), scored=99, answered=99) if c.name == "quality_judge")
+    assert claim.value and claim.value.value == pytest.approx(0.5) and claim.holds is False
+    assert math.isclose(claim.value.low, claim.value.high)

@@ -1,0 +1,130 @@
+"""Which prompts a report asks: none that the run has asked, and values that are really new."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evaluate.measure.probes import choose_probes
+from generate.prompts import build_prompts
+from pipeline.errors import DataError, RecipeError, UsageError
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.records import Kept, Message, Prompt, encode_line
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+
+SLOTS = {"who": ["Toby", "Mimi", "Finn"], "things": {"choose": 2, "from": ["a carrot", "rain", "snow", "a boat"]}}
+COMBINATIONS = 3 * 6
+
+
+def recipe_of(count: int = 6, **evaluate: Any) -> Recipe:
+    prompts = {"count": count, "system": "Be kind.", "template": "About {who}, with {things}.", "slots": SLOTS}
+    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "m"}, prompts=prompts, evaluate=evaluate)
+
+
+def run_of(path: Path, recipe: Recipe) -> RunDir:
+    run = RunDir(path)
+    run.prompts.write_bytes(b"".join(map(encode_line, build_prompts(recipe))))
+    return run
+
+
+def held_out(prompts: list[Prompt]) -> list[Kept]:
+    return [Kept(**completion_fields(p.id, "x", prompt_id=p.id, messages=p.messages, slots=p.slots)) for p in prompts]
+
+
+def combination(prompt: Prompt) -> tuple[Any, ...]:
+    return prompt.slots["who"], frozenset(prompt.slots["things"])
+
+
+def test_probes_are_combinations_that_no_prompt_had(tmp_path: Path) -> None:
+    recipe = recipe_of(6, probes=8)
+    run = run_of(tmp_path, recipe)
+    chosen = choose_probes(recipe, run, [])
+    asked, probed = (
+        {combination(p) for p in build_prompts(recipe)},
+        {combination(p) for p in chosen.seen},
+    )
+    assert chosen.source == "slots" and len(probed) == 8 and not probed & asked
+    assert chosen.seen[0].messages[0] == Message("system", "Be kind.")
+    assert choose_probes(recipe, run, []).seen == chosen.seen
+    assert choose_probes(recipe_of(6, probes=8, seed=1), run, []).seen != chosen.seen
+
+
+def test_the_values_in_another_order_or_template_are_no_new_combination(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    everything = build_prompts(recipe_of(COMBINATIONS))
+    left, *others = everything
+    turned = [
+        Prompt(id=p.id, messages=[Message("user", "other words")], slots={**p.slots, "things": p.slots["things"][::-1]})
+        for p in others
+    ]
+    run.prompts.write_bytes(b"".join(map(encode_line, turned)))
+    chosen = choose_probes(recipe_of(probes=8), run, [])
+    assert [combination(p) for p in chosen.seen] == [combination(left)]
+    assert chosen.note == "Only 1 combinations of the slots were left for probes, of 8 wanted."
+    # A held-out row of an earlier run counts as asked too.
+    assert choose_probes(recipe_of(probes=8), run, held_out([left])).source == "held_out"
+
+
+def test_where_every_combination_was_asked_the_held_out_prompts_are_the_probes(tmp_path: Path) -> None:
+    recipe = recipe_of(COMBINATIONS, probes=3)
+    run = run_of(tmp_path, recipe)
+    own = build_prompts(recipe)[:5]
+    chosen = choose_probes(recipe, run, held_out(own + own))
+    assert chosen.source == "held_out" and "Every combination" in chosen.note
+    assert len({p.id for p in chosen.seen}) == 3 and {p.id for p in chosen.seen} <= {p.id for p in own}
+
+
+def test_unseen_probes_hold_a_new_value_each(tmp_path: Path) -> None:
+    recipe = recipe_of(probes=2, unseen={"who": ["Leo"], "things": ["a drum"]}, unseen_probes=3)
+    chosen = choose_probes(recipe, run_of(tmp_path, recipe), [])
+    assert len(chosen.seen) == 2
+    assert len({combination(p) for p in chosen.unseen}) == 3
+    assert all(p.slots["who"] == "Leo" and "a drum" in p.slots["things"] for p in chosen.unseen)
+    assert all("a drum" in p.messages[-1].content for p in chosen.unseen)
+    only = recipe_of(probes=0, unseen={"things": ["a drum", "a kite"]}, unseen_probes=99)
+    chosen = choose_probes(only, RunDir(tmp_path), [])
+    # One new of two with one old of four, or both new: (2 · 4 + 1) · 3 characters.
+    assert chosen.seen == [] and len(chosen.unseen) == 27 and len(chosen.all) == 27
+
+
+@pytest.mark.parametrize(
+    ("unseen", "message"),
+    [
+        ({"who": ["Leo", " toby"]}, "evaluate.unseen.who holds ' toby', which prompts.slots.who has too"),
+        ({"things": ["snow"]}, "evaluate.unseen.things holds 'snow'"),
+        ({"who": []}, "evaluate.unseen.who is empty"),
+        ({"where": ["a farm"]}, "evaluate.unseen: prompts.slots has no 'where'; there are who, things"),
+    ],
+)
+def test_values_that_are_not_unseen_are_refused(tmp_path: Path, unseen: dict[str, list[str]], message: str) -> None:
+    path = tmp_path / "r.yaml"
+    data = recipe_of().model_dump(mode="json")
+    path.write_text(yaml.safe_dump({**data, "evaluate": {"unseen": unseen}}, sort_keys=False))
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: evaluate.") and "\n" not in str(caught.value)
+
+
+def test_a_value_that_the_run_had_in_an_earlier_recipe_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    earlier = Prompt(id="1", messages=[Message("user", "q")], slots={"who": "Leo"})
+    run.prompts.write_bytes(encode_line(earlier))
+    with pytest.raises(UsageError, match=r"evaluate\.unseen\.who: prompts of this run have 'Leo'"):
+        choose_probes(recipe_of(unseen={"who": ["Leo"]}), run, [])
+
+
+def test_probes_come_from_a_file_and_none_of_them_was_asked(tmp_path: Path) -> None:
+    path = tmp_path / "probes.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": " One"}\n{"prompt": "three"}\n')
+    recipe = recipe_of(probes_file=str(path), probes=2)
+    run = run_of(tmp_path, recipe)
+    chosen = choose_probes(recipe, run, [])
+    assert chosen.source == "file" and len(chosen.seen) == 2
+    assert chosen.seen[0].messages[0] == Message("system", "Be kind.")
+    words = build_prompts(recipe)[0].messages[-1].content
+    with path.open("a") as file:
+        file.write(f'{{"prompt": "{words.upper()}"}}\n')
+    with pytest.raises(DataError, match="1 of its 4 prompts are prompts of this run"):
+        choose_probes(recipe, run, [])

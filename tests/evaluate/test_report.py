@@ -1,0 +1,235 @@
+"""What the report shows: the table, the page in a browser, its charts. Figures are made up; nothing is measured."""
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+from rich.console import Console
+
+from evaluate.document import (
+    Estimate,
+    Filtering,
+    LossPoint,
+    ModelReport,
+    Report,
+    RuleDrops,
+    Training,
+    number,
+)
+from evaluate.report.charts import LossChart, axis_charts, bar_groups, drop_bars, loss_chart
+from evaluate.report.html import render_html
+from evaluate.report.sections import kept, lang_of, probes, promise, wins
+from evaluate.report.terminal import millions, print_report
+from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report
+
+CHROMIUM = "/usr/bin/chromium"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+
+
+def printed(report: Report, width: int = 80) -> str:
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def test_the_table_holds_every_figure_in_80_characters() -> None:
+    text = printed(make_report())
+    lines = text.splitlines()
+    assert all(len(line) <= 80 for line in lines) and "…" not in text
+    scored, timed = [line.split() for line in lines if line.lstrip().startswith("teacher")]
+    assert scored == ["teacher", "3.41", "1.112"]
+    assert timed == ["teacher", "55.1", "–", "–", "7,312", "2,944", "1.54B", "–"]
+    scored, timed = [line.split() for line in lines if "student before" in line]
+    assert scored == ["student", "before", "48,940", "4.900"]
+    assert timed == ["student", "before", *"–––", "–", "942", "494.0M", "–"]
+    assert "3.20–3.60" in text and "a note" in text and "32% of the parameters" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2.58e-7, "2.6e-07"),
+        (0.0, "0.00"),
+        (3.026, "3.03"),
+        (45.23, "45.2"),
+        (48940.2, "48,940"),
+        (412345.0, "412k"),
+        (1.26e6, "1.3M"),
+    ],
+)
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_parameters_for_people() -> None:
+    assert (millions(134_515_008), millions(1_543_714_304), millions(None)) == ("134.5M", "1.54B", "–")
+
+
+def test_every_text_on_the_page_is_escaped() -> None:
+    page = render_html(full_report(ATTACK, words=ATTACK + KOREAN))
+    assert "<script" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;") >= 50
+
+
+def test_the_page_stands_alone() -> None:
+    page = render_html(make_report())
+    assert '<html lang="en">' in page and 'name="viewport"' in page and "@media print" in page
+    assert "keep-all" in page and "Noto Sans KR" in page and KOREAN in page
+    assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?://", page)
+
+
+HEADINGS = ["The promise", "Three axes", "Quality, speed", "Answers to new prompts", "Win rate", "side by side"]
+HEADINGS += ["Loss in training", "Dropped by", "Checklist", "What it cost", "lineage.json"]
+
+
+def test_what_was_not_measured_leaves_no_empty_section() -> None:
+    bare = [ModelReport(key="teacher", label="teacher", reference="t", missing="elsewhere")]
+    page = render_html(make_report(models=bare, samples=[], lineage={}))
+    assert [heading for heading in HEADINGS if heading in page] == []
+    page = render_html(full_report())
+    assert [heading for heading in HEADINGS if heading not in page] == []
+    assert "1,200 of 2,000 answers kept (60.0%)" in page and "0.001 USD" in page  # 1.2 USD for 1,200 rows
+
+
+def test_the_promise_is_shown_part_by_part() -> None:
+    parts = promise(full_report())
+    assert [(part.promised, part.here, part.interval, part.answer) for part in parts] == [
+        ("90%", "92.0%", "90.0%–94.0%", "yes"),
+        ("90%", "87.0%", "78.0%–95.0%", "not shown"),
+        ("90%", "–", "", "not measured"),
+        ("3×", "3.12×", "", "yes"),
+        ("3×", "2.56×", "", "no"),
+    ]
+    assert kept(full_report()).text == "the promise does not hold"
+    assert promise(make_report()) == []
+
+
+def test_models_stand_on_three_axes_by_their_ratio_to_the_teacher() -> None:
+    """One logarithmic scale for all: the ends are 1.1119 / 4.9 = 0.227 and the weights' 3.12, a little room beyond."""
+    charts = {chart.title: chart for chart in axis_charts(make_report())}
+    assert list(charts) == ["Quality", "Speed", "Memory", "Weights"]
+    quality, speed = charts["Quality"], charts["Speed"]
+    assert [dot.text for dot in quality.dots] == ["1.00×", "0.23×", "0.80×"]
+    assert [dot.text for dot in speed.dots] == ["1.00×", "2.56×"] and speed.dots[0].at == speed.one == quality.one
+    low, high = math.log(1.1119 / 4.9 / 1.15), math.log(2944.4 / 942.3 * 1.15)
+    assert speed.goal == pytest.approx(100 * (math.log(3) - low) / (high - low), abs=0.01)
+    assert 0 < quality.dots[1].at < quality.goal < quality.one < speed.dots[1].at < speed.goal < 100
+    assert axis_charts(make_report(models=make_report().models[1:])) == []  # no teacher, no axis
+
+
+def test_a_difference_is_called_better_only_where_it_is_for_sure() -> None:
+    table, unseen, broken = probes(full_report())
+    after = {row.name: row.cells[2] for row in table.rows}
+    assert [note.text for note in after["passes every rule"].notes] == ["better than before"]
+    assert [note.mark for note in after["loops"].notes] == ["better"]
+    assert after["named of what was asked for"].notes == []
+    assert (after["passes every rule"].text, after["passes every rule"].interval) == ("71%", "61–81%")
+    assert unseen.title.startswith("32 prompts with values unseen")
+    assert [(row.name, [cell.text for cell in row.cells]) for row in broken.rows] == [
+        ("length", ["18%", "69%", "29%"]),
+        ("script_ratio", ["3%", "3%", "3%"]),
+    ]
+
+
+def test_wins_ties_and_losses_fill_the_bar() -> None:
+    first, second = wins(full_report())
+    assert (first.won, first.tied, first.lost) == (25, 36, 39)
+    assert first.title == "student after against teacher: 43% (30–55%)" and "70 won" in second.counts
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("토끼", "ko"), ("a story of 토끼", "ko"), ("うさぎの話", "ja"), ("兔子", "zh"), ("rabbit", "")]
+)
+def test_a_text_is_set_in_its_language(text: str, code: str) -> None:
+    assert lang_of(text) == code
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert Path(CHROMIUM).exists(), "the page is tested in a real browser: install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path) -> None:
+    """Not with plain figures, and not with very long words and hostile texts. Nothing is fetched, nothing runs."""
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for name, report in (("full", full_report()), ("hostile", full_report(ATTACK + "x" * 300, "가" * 300 + ATTACK))):
+        file = tmp_path / f"{name}.html"
+        file.write_text(render_html(report), encoding="utf-8")
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        over = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        outside = f"{over}.filter(e => !e.closest('.scroll')).map(e => e.outerHTML.slice(0, 80))"
+        assert page.evaluate(outside) == [], name
+        if name == "full":
+            assert page.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+            assert page.evaluate("getComputedStyle(document.querySelector('.prompt')).wordBreak") == "keep-all"
+            assert page.get_attribute(".prompt", "lang") == "ko"
+    assert page.query_selector("script, img, iframe") is None
+    assert all(url.startswith("file:") for url in asked) and len(asked) == 2
+    page.close()
+
+
+def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(render_html(full_report(words="토끼가 숲으로 갔어요. " * 200)), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 700, "height": 1000})
+    page.goto(file.as_uri())
+    heights = "[...document.querySelectorAll('.answers p')].map(e => e.getBoundingClientRect().height)"
+    page.emulate_media(media="print")
+    assert max(page.evaluate(heights)) < 400
+    assert not page.is_visible("details pre") and page.is_visible("summary")
+    page.emulate_media(media="screen")
+    assert page.is_visible("details pre")
+    page.close()
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    groups = {group.title: group.bars for group in bar_groups(make_report())}
+    speed = groups["Speed"]
+    assert [bar.label for bar in speed] == ["teacher", "student after"]
+    assert speed[1].width == 100 and speed[0].width == pytest.approx(39.04)
+    bits = groups["Bits per character"]
+    assert bits[1].high == 100 and bits[1].width == pytest.approx(92.45)  # of the highest interval end
+    assert bits[2].text == "1.39" and groups["Parameters"][0].text == "1.54B"
+
+
+def test_perplexities_far_apart_are_drawn_on_a_logarithmic_scale_from_one() -> None:
+    (group,) = [group for group in bar_groups(make_report()) if group.title == "Perplexity"]
+    assert "logarithmic" in group.hint
+    assert group.bars[1].high == 100 and group.bars[0].width == pytest.approx(100 * math.log(3.412, 60_000), abs=0.01)
+    near = [msgspec.structs.replace(m, perplexity=Estimate(2.0, 1.5, 4.0)) for m in make_report().models]
+    (group,) = [group for group in bar_groups(make_report(models=near)) if group.title == "Perplexity"]
+    assert "logarithmic" not in group.hint and group.bars[0].width == 50
+
+
+def test_drops_come_largest_first_and_only_where_there_are_any() -> None:
+    rules = [RuleDrops("length", 5), RuleDrops("script_ratio", 0), RuleDrops("finish_reason", 20)]
+    bars = drop_bars(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
+    assert [(bar.label, bar.text, bar.width) for bar in bars] == [("finish_reason", "20", 100), ("length", "5", 25)]
+    assert drop_bars(None) == []
+
+
+def test_the_loss_curve_is_drawn_to_scale() -> None:
+    training = Training(
+        loss=[LossPoint(0, 4.0), LossPoint(50, 3.0), LossPoint(100, 2.0)],
+        eval=[LossPoint(100, 2.5), LossPoint(50, float("nan"))],
+    )
+    chart = loss_chart(training)
+    assert isinstance(chart, LossChart)
+    assert [tick.label for tick in chart.y] == ["2", "2.5", "3", "3.5", "4"]
+    assert (chart.y[0].at, chart.y[-1].at) == (100, 0)
+    assert chart.train == "M0.0 0.0 L50.0 50.0 L100.0 100.0"
+    assert chart.eval_dots == [(100, 75)]
+    assert loss_chart(Training(loss=[LossPoint(1, 2.0)])) is None

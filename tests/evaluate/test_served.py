@@ -1,0 +1,203 @@
+"""A served model: what the client sends to which server, and what is made of the answers. The server is a stand-in."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+import evaluate.measure.serving
+from evaluate.measure.results import Measurement, ProbeAnswer, ProbeResult, SpeedResult
+from evaluate.measure.serving import measure_served
+from evaluate.measure.speed import speed_prompts
+from evaluate.models import Subject
+from evaluate.run import answers
+from pipeline.errors import DistillError
+from pipeline.recipe import Recipe
+from pipeline.records import Prompt, encode_line
+from pipeline.rundir import RunDir
+from serve.server import free_port
+from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, error, misbehaving
+from tests.tiny_student import kept_row, make_recipe
+
+ROWS = [kept_row(i, f"held out {i}", "An answer.") for i in range(3)]
+PROBES = [Prompt(id=f"probe{i}", messages=kept_row(i, f"probe {i}", "").messages) for i in range(4)]
+TIMED, PROBED = 9, 500  # max_tokens by which a request is known
+
+
+@dataclass
+class StandIn:
+    """As evaluate sees a serve.server.Server."""
+
+    base_url: str
+    served_name: str
+    ended: bool
+    startup_s: float = 2.5
+    command: Any = field(default_factory=lambda: SimpleNamespace(device="cpu", dtype="float32"))
+
+    def peak_rss(self) -> int:
+        return 5 << 30
+
+    def wait(self, timeout: float) -> int | None:
+        return 1 if self.ended else None
+
+    def failure(self, when: str) -> DistillError:
+        return DistillError(f"vLLM ended {when}: engine died")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Puts a stand-in for the engine in place; gives the models it was started with."""
+
+    def install(server: MisbehavingServer, ended: bool = False) -> list[str]:
+        models: list[str] = []
+
+        @contextmanager
+        def serving(model: str, *, served_name: str, **options: Any) -> Iterator[StandIn]:
+            models.append(model)
+            yield StandIn(server.url, served_name, ended)
+
+        monkeypatch.setattr(evaluate.measure.serving, "serving", serving)
+        return models
+
+    return install
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    made = make_recipe("student")
+    timing = made.evaluate.model_copy(
+        update={
+            "speed_requests": 7,
+            "speed_concurrency": 2,
+            "speed_max_tokens": TIMED,
+            "speed_repeats": 2,
+            "speed_alone": 3,
+        },
+    )
+    patience = made.generate.model_copy(update={"max_attempts": 1, "request_timeout_s": 5})
+    return made.model_copy(update={"evaluate": timing, "generate": patience})
+
+
+def streamed(asked: Asked) -> Behaviour:
+    """Where it is asked to stream: a first token after 20 ms and a second after 20 more, 5 by the server's count."""
+
+    async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        if not asked.body.get("stream"):
+            return await answer(delay_s=0.01)(request, asked)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in (*[{"choices": [{"delta": {"content": "word"}}]}] * 2, {"usage": {"completion_tokens": 5}}):
+            await asyncio.sleep(0.02)
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    return behave
+
+
+def measurement(run: RunDir, name: str, key: str = "student_after") -> Measurement:
+    subject = Subject(key, key, "reference", run.path / "model")
+    return Measurement(subject, run.path / "evaluation" / f"{name}-{key}.json", "f")
+
+
+def measure(recipe: Recipe, run: RunDir, *, speed: bool = True, probes: bool = False) -> tuple[Any, Any]:
+    """Measures, and gives what was saved."""
+    timing, probing = measurement(run, "speed"), measurement(run, "probes")
+    measure_served(
+        recipe,
+        run,
+        speed=(timing, speed_prompts(recipe, run, ROWS)) if speed else None,
+        probes=(probing, PROBES) if probes else None,
+    )
+    return timing.saved(SpeedResult), probing.saved(ProbeResult)
+
+
+def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
+    run = RunDir(tmp_path)
+    others = [kept_row(i, f"other {i}", "") for i in range(3, 6)]
+    prompts = [Prompt(id=row.prompt_id, messages=row.messages) for row in (ROWS[2], *others)]
+    run.prompts.write_bytes(b"".join(map(encode_line, prompts)))
+    with misbehaving(streamed) as server:
+        models = started(server)
+        speed, probes = measure(recipe, run, probes=True)
+    assert models == [str(run.path / "model")]  # one start for both
+    assert {asked.body["model"] for asked in server.asked} == {"student_after"}
+    held_out = [row.messages[0].content for row in ROWS]
+    timed = [asked for asked in server.asked if asked.body["max_tokens"] == TIMED]
+    alone = [asked.text for asked in timed if asked.body.get("stream")]
+    assert alone == ["held out 2", "other 3", "other 4"]  # 6 prompts, and the warm-up had 8: the next three, in turn
+    assert {asked.text for asked in timed} == {*held_out, "other 3", "other 4", "other 5"}
+    assert len(timed) == 3 + 2 * 7 and server.most_at_once <= 8
+    assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 0, 35)] * 2
+    assert all(lone.tokens == 5 and 0.02 <= lone.first_token_s < lone.wall_s for lone in speed.alone)
+    assert (speed.startup_s, speed.peak_rss_bytes, speed.dtype) == (2.5, 5 << 30, "float32")
+    # The probes are asked with the recipe's own limit.
+    assert sorted(asked.text for asked in server.asked if asked.body["max_tokens"] == PROBED) == [
+        f"probe {i}" for i in range(4)
+    ]
+    assert probes.answers == [ProbeAnswer(f"probe{i}", f"answer to probe {i}", "stop", 5) for i in range(4)]
+
+
+def test_a_timing_starts_anew_and_probes_alone_are_not_timed(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+) -> None:
+    run = RunDir(tmp_path)
+    with misbehaving(streamed) as server:
+        started(server)
+        first, _ = measure(recipe, run)
+        again, _ = measure(recipe, run)
+        asked = len(server.asked)
+        assert asked == 2 * (3 + 3 + 2 * 7)
+        measure(recipe, run, speed=False, probes=True)
+        assert len(server.asked) == asked + 4
+    assert [burst.completion_tokens for burst in (*first.bursts, *again.bursts)] == [35] * 4
+
+
+def test_failed_requests_are_counted_apart(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return error(400) if asked.text == "held out 1" and not asked.body.get("stream") else streamed(asked)
+
+    with misbehaving(script) as server:
+        started(server)
+        speed, _ = measure(recipe, RunDir(tmp_path))
+    # 7 requests over three prompts: 2 0 1 2 0 1 2, and then 0 1 2 0 1 2 0.
+    assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 2, 25)] * 2
+
+
+def test_a_model_that_says_nothing_has_answered(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+) -> None:
+    def script(asked: Asked) -> Behaviour:
+        said = {"probe 1": answer(""), "probe 2": error(400), "probe 3": answer("", finish_reason="length")}
+        return said.get(asked.text, answer("Words."))
+
+    with misbehaving(script) as server:
+        started(server)
+        _, probes = measure(recipe, RunDir(tmp_path), speed=False, probes=True)
+    assert [(one.prompt_id, one.text, one.finish_reason) for one in probes.answers] == [
+        ("probe0", "Words.", "stop"),
+        ("probe1", "", "stop"),
+        ("probe3", "", "unknown"),
+    ]
+
+
+def test_a_server_that_died_says_why(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
+    with misbehaving() as server:
+        server.die()
+        started(server, ended=True)
+        with pytest.raises(DistillError, match="vLLM ended while the student_after was measured: engine died"):
+            measure(recipe, RunDir(tmp_path))
+
+
+def test_a_teacher_that_is_still_served_is_noticed() -> None:
+    with misbehaving() as server:
+        assert answers(server.url)
+    assert not answers(f"http://127.0.0.1:{free_port()}/v1")
+    assert not answers("https://api.example.com/v1")

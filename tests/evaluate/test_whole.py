@@ -1,0 +1,220 @@
+"""The whole evaluation of a tiny run, with the servers' part made up: what is asked, kept, and said in the end."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import evaluate.run
+from evaluate.document import Report
+from evaluate.measure.results import Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
+from evaluate.models import subjects
+from evaluate.report.terminal import print_report
+from evaluate.run import evaluate_run
+from pipeline.errors import DistillError, UsageError
+from pipeline.recipe import Recipe
+from pipeline.records import Message, Prompt, encode_line
+from pipeline.rundir import RunDir
+from serve.server import free_port
+from tests.servers.misbehaving_server import answer, error, misbehaving
+from tests.tiny_student import story_rows, tiny_model
+
+PATH = Path("recipe.yaml")
+SLOTS = {"who": ["a cat", "a dog", "a fox"], "where": ["at home", "in a wood", "at sea"]}
+SAID = {  # what each model answers to any probe
+    "teacher": "Here is {who}, {where}, and all was well in the end.",
+    "student_before": "zzzz zzzz zzzz zzzz",
+    "student_after": "Here is {who}, and then.",
+    "other_1": "Here is {who}, {where}, once more and then again.",
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.path.mkdir()
+    made.held_out.write_bytes(b"".join(encode_line(row) for row in story_rows(4)))
+    asked = Prompt(id="1", messages=[Message("user", "Of a cat at home.")], slots={"who": "a cat", "where": "at home"})
+    made.prompts.write_bytes(encode_line(asked))
+    for folder in (tmp_path / "teacher", tmp_path / "base", made.student):
+        tiny_model(folder, layers=3 if folder.name == "teacher" else 1)
+    return made
+
+
+def recipe_of(path: Path, **sections: Any) -> Recipe:
+    evaluate = {"probes": 5, "unseen": {"who": ["a lion"]}, "unseen_probes": 2, **sections.pop("evaluate", {})}
+    return Recipe(
+        _cli_parse_args=[],
+        name="tiny",
+        teacher={"model": str(path / "teacher"), **sections.pop("teacher", {})},
+        student={"model": str(path / "base")},
+        prompts={"count": 1, "template": "Of {who} {where}.", "slots": SLOTS},
+        filters={"rules": [{"rule": "length", "min_chars": 12, "max_chars": 99}], **sections.pop("filters", {})},
+        evaluate=evaluate,
+    )
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Puts made-up servers in place; gives the models that were served, and for what."""
+    log: list[tuple[str, list[str]]] = []
+
+    def measure_served(recipe: Recipe, run: RunDir, *, speed: Any, probes: Any) -> None:
+        key = (speed or probes)[0].subject.key
+        log.append((key, [name for name, given in (("speed", speed), ("probes", probes)) if given]))
+        if speed:
+            speed[0].save(
+                SpeedResult(
+                    fingerprint=speed[0].fingerprint,
+                    device="cpu",
+                    dtype="float32",
+                    bursts=[Burst(4, 0, 300 if key == "student_after" else 100, 10.0)],
+                    alone=[Lone(0.1, 1.0, 10)],
+                    startup_s=1.0,
+                    peak_rss_bytes=(2 << 30) if key == "teacher" else (1 << 30),
+                )
+            )
+        if probes:
+            probes[0].save(probe_result(probes[0].fingerprint, key, probes[1]))
+
+    monkeypatch.setattr(evaluate.run, "measure_served", measure_served)
+    return log
+
+
+def probe_result(fingerprint: str, key: str, prompts: Sequence[Prompt]) -> ProbeResult:
+    answers = [ProbeAnswer(p.id, SAID[key].format(**p.slots), "stop", 9) for p in prompts]
+    return ProbeResult(fingerprint=fingerprint, wall_s=1.0, answers=answers)
+
+
+def figure(report: Report, key: str, name: str, part: str = "all") -> float:
+    model = next(model for model in report.models if model.key == key)
+    return float(getattr(getattr(model.probes, part), name).value)
+
+
+def test_every_model_is_served_once_and_compared(
+    run: RunDir, tmp_path: Path, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = RunDir(tmp_path / "other_run")
+    shutil.copytree(run.student, other.student)
+    recipe = recipe_of(tmp_path, evaluate={"models": [str(other.path)]})
+    report = evaluate_run(recipe, run, PATH)
+    both = ["speed", "probes"]
+    assert served == [(key, both) for key in ("teacher", "student_before", "student_after", "other_1")]
+    assert [model.label for model in report.models][3] == "student of other_run"
+    assert report.probes and (report.probes.seen, report.probes.unseen, report.probes.source) == (5, 2, "slots")
+    assert figure(report, "student_after", "passing") == 1 and figure(report, "student_after", "named") == 0.5
+    assert figure(report, "teacher", "adherence", "unseen") == 1 and figure(report, "student_before", "named") == 0
+    assert figure(report, "student_before", "loops") == 1
+    after = report.models[2]
+    assert after.unseen_perplexity and after.unseen_bits_per_character and report.rows.unseen == 2
+    gains = {(d.against, d.figure, d.part): d for d in report.differences}
+    assert gains["student_before", "named", "all"].improved is True
+    assert gains["teacher", "named", "all"].improved is False
+    assert ("student_before", "perplexity", "held_out") in gains and ("teacher", "perplexity", "unseen") in gains
+    claims = {claim.name: claim for claim in report.headline.claims}
+    assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].holds
+    assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].holds is False
+    assert report.headline.holds is False and "memory 2.00×: no" in report.headline.verdict
+    assert [(sample.part, len(sample.answers)) for sample in report.samples] == [("seen", 4)] * 2 + [("unseen", 4)] * 2
+    assert after.kv_bytes_per_token and after.served_dtype
+    assert json.loads(run.report.read_bytes())["schema"] == 2
+    capsys.readouterr()
+    for width in (80, 100):
+        print_report(report, Console(width=width))
+        lines = capsys.readouterr().out.splitlines()
+        assert not [line for line in lines if "…" in line or len(line) > width]
+        assert any("student after" in line and "50%" in line for line in lines)
+        assert any(line.startswith("student after against student before: better in") for line in lines)
+
+
+def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
+    first = evaluate_run(recipe_of(tmp_path), run, PATH)
+    served.clear()
+    assert evaluate_run(recipe_of(tmp_path), run, PATH) == first and served == []
+    strict = recipe_of(tmp_path, filters={"rules": [{"rule": "length", "min_chars": 40, "max_chars": 99}]})
+    second = evaluate_run(strict, run, PATH)
+    assert served == [] and figure(second, "student_after", "passing") == 0
+    assert figure(second, "teacher", "passing") == 1
+    more = recipe_of(tmp_path, evaluate={"probes": 6})
+    evaluate_run(more, run, PATH)
+    assert [what for _, what in served] == [["probes"]] * 3  # the speed stands
+
+
+def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
+    report = evaluate_run(recipe_of(tmp_path), run, PATH, speed=False)
+    assert served == [] and report.probes is None and report.differences and report.samples == []
+    assert report.headline.holds is False  # of an untrained student, by bits or by size: it is not 3 times smaller
+
+
+def test_a_teacher_elsewhere_answers_where_it_is_only_if_asked_to(
+    run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.models.is_local", lambda url: False)
+    with misbehaving(lambda asked: answer("The teacher says that all is well.")) as server:
+        away = {"model": "gpt", "base_url": server.url}
+        silent = evaluate_run(recipe_of(tmp_path, teacher=away), run, PATH)
+        assert server.asked == [] and silent.models[0].probes is None
+        assert any("evaluate.ask_teacher" in note for note in silent.notes)
+        said = evaluate_run(recipe_of(tmp_path, teacher=away, evaluate={"ask_teacher": True}), run, PATH)
+        assert len(server.asked) == 7 and {asked.body["model"] for asked in server.asked} == {"gpt"}
+    assert figure(said, "teacher", "passing") == 1 and said.models[0].perplexity is None
+    assert said.models[2].unseen_perplexity  # of the teacher's answers, wherever they come from
+
+
+def test_a_judge_that_is_not_there_is_said_and_the_rest_is_reported(run: RunDir, tmp_path: Path) -> None:
+    judge = {"model": "judge", "base_url": f"http://127.0.0.1:{free_port()}/v1"}
+    report = evaluate_run(recipe_of(tmp_path, evaluate={"judge": judge}), run, PATH)
+    assert any(note.startswith("The judge was not asked: nothing answers at") for note in report.notes)
+    assert report.wins == [] and figure(report, "student_after", "passing") == 1
+
+
+def test_a_judge_scores_and_compares(run: RunDir, tmp_path: Path) -> None:
+    def script(asked: Any) -> Any:
+        if "<answer_A>" in asked.text:
+            return answer('{"better": "A"}')
+        return answer('{"fit": 4, "score": 4}')
+
+    with misbehaving(script) as server:
+        judge = {"model": "judge", "base_url": server.url, "rubric": {"fit": "for a child"}}
+        report = evaluate_run(recipe_of(tmp_path, evaluate={"judge": judge}), run, PATH)
+        asked = len(server.asked)
+        evaluate_run(recipe_of(tmp_path, evaluate={"judge": judge}), run, PATH)
+        assert len(server.asked) == asked == 3 * 7 + 2 * 2 * 7
+    assert figure(report, "teacher", "judge") == 4
+    overall = {win.against: win for win in report.wins if win.part == "all"}
+    assert set(overall) == {"teacher", "student_before"} and overall["teacher"].ties == 7
+    assert overall["teacher"].first_chosen == 1.0 and report.probes and report.probes.judge == "judge"
+    assert report.samples[0].answers[0].score == 4
+
+
+def test_a_judge_that_fails_leaves_the_report_and_is_told(run: RunDir, tmp_path: Path) -> None:
+    with misbehaving(lambda asked: error(401)) as server:
+        judge = {"model": "judge", "base_url": server.url}
+        with pytest.raises(DistillError, match="401"):
+            evaluate_run(recipe_of(tmp_path, evaluate={"judge": judge}), run, PATH)
+    notes = json.loads(run.report.read_bytes())["notes"]
+    assert any("win rates are not complete" in note for note in notes)
+
+
+def test_other_models_are_folders_runs_or_students(run: RunDir, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter_run" / "student"
+    adapter.mkdir(parents=True)
+    base = str(tmp_path / "base")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    named = [base, str(run.path), str(adapter)]
+    found = subjects(recipe_of(tmp_path, evaluate={"models": named}), run)[3:]
+    assert [(s.key, s.label) for s in found] == [
+        ("other_1", "base"),
+        ("other_2", "student of run"),
+        ("other_3", "student of adapter_run"),
+    ]
+    assert found[1].folder == run.student and found[2].folder == tmp_path / "base" and found[2].adapter == adapter
+    with pytest.raises(UsageError, match="the folder is not there"):
+        subjects(recipe_of(tmp_path, evaluate={"models": ["./nowhere"]}), run)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="names no base model"):
+        subjects(recipe_of(tmp_path, evaluate={"models": [str(adapter)]}), run)

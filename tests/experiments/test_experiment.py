@@ -1,0 +1,311 @@
+"""Experiments on tiny models: the real stages, in this process; no server, so speed and probes are saved by hand."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import experiments.__main__ as experiments_main
+import experiments.arms
+import filters.__main__
+from evaluate.document import Estimate, read_report
+from evaluate.run import evaluate_run
+from evaluate.statistics import Figure
+from experiments.__main__ import main
+from experiments.arms import matched_epochs, read_human
+from experiments.plot import Dot, Panel, dot_chart
+from experiments.results import Column, Difference, Results, rows_of, said
+from generate.jobs import build_jobs
+from generate.prompts import build_prompts, iter_prompts
+from pipeline.errors import DataError, RecipeError, UsageError
+from pipeline.lineage import record_lineage
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.records import Completion, Dropped, Kept, Prompt, encode_line, read_jsonl
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+from tests.tiny_student import tiny_model
+from train.rows import prompt_text, read_rows, split_rows
+from train.run import train_run
+
+PROMPTS = 24
+SHORT = 6  # of them have answers that the rules drop
+USD = {"other": 3.0}
+
+
+@pytest.fixture
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model(folder / "student")
+    tiny_model(folder / "teacher", layers=3)
+    return folder
+
+
+@pytest.fixture
+def recipe(models: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    data: dict[str, Any] = {
+        "name": "tiny",
+        "teacher": {"model": str(models / "teacher"), "base_url": "https://teacher.example/v1"},
+        "student": {"model": str(models / "student")},
+        "prompts": {
+            "template": "A story of {who}.",
+            "count": PROMPTS,
+            "slots": {"who": [f"cat {n}" for n in range(40)]},
+        },
+        "filters": {"rules": [{"rule": "length", "min_chars": 30, "max_chars": 400}], "dedup": {"near": None}},
+        "train": {
+            "method": "full",
+            "epochs": 1,
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+            "max_length": 512,
+            "held_out": 0.2,
+            "accept": ["licence", "size_ratio", "chain"],
+        },
+        "evaluate": {"probes": 0},
+    }
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
+    """What `generate` would leave: every fourth answer too short, one said twice."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.prompts.write_bytes(b"".join(map(encode_line, build_prompts(recipe))))
+    lines = []
+    for number, job in enumerate(build_jobs(iter_prompts(recipe), recipe)):
+        text = "Too short." if number % (PROMPTS // SHORT) == 1 else f"Once there was a cat, number {number}. It sat."
+        own = {name: getattr(job.request, name) for name in ("prompt_id", "messages", "slots")}
+        lines.append(Completion(**completion_fields(job.request.id, text, **own, model=recipe.teacher.model)))
+    lines.append(Completion(**completion_fields("twin", lines[0].text, prompt_id="t")))
+    run.completions.write_bytes(b"".join(map(encode_line, lines)))
+    spent = {"tokens": 1000, "usd": usd}
+    record_lineage(run, "generate", {"requests": len(lines), "prompts": {"distinct": len(lines)}, "spent": spent})
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that an experiment runs, as `stage run`; they are the real ones but for `generate`."""
+    done: list[str] = []
+
+    def stage(name: str, run: RunDir, path: Path, flags: Sequence[str]) -> int:
+        done.append(f"{name} {run.path.name}")
+        own = [flag for flag in flags if flag != "--no-speed"]
+        if name == "filters":
+            filters.__main__.main([str(path), "--run", str(run.path), *own])
+            return 0
+        recipe = load_recipe(path, own)
+        if name == "generate":
+            answer(run, recipe, usd=USD.get(recipe.teacher.model))
+        elif name == "train":
+            train_run(recipe, run)
+        else:
+            evaluate_run(recipe, run, path, speed=False)
+        return 0
+
+    monkeypatch.setattr(experiments_main, "stage", stage)
+    monkeypatch.setattr(experiments.arms, "stage", stage)
+    return done
+
+
+@pytest.fixture
+def run(recipe: Path, tmp_path: Path, stages: list[str]) -> RunDir:
+    """A run that is answered and filtered: 24 answers and a twin, 6 too short."""
+    made = RunDir(tmp_path / "run")
+    answer(made, load_recipe(recipe, []), usd=1.0)
+    filters.__main__.main([str(recipe), "--run", str(made.path)])
+    return made
+
+
+def experiment(name: str, recipe: Path, run: RunDir, *flags: str) -> Path:
+    main([name, str(recipe), "--run", str(run.path), "--no-speed", *flags])
+    return run.path / "experiments" / name
+
+
+def kept(folder: Path) -> list[Kept]:
+    return list(read_jsonl(RunDir(folder).kept, Kept))
+
+
+def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
+    recipe: Path, run: RunDir, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """25 answers, 18 kept. A fifth of the kept prompts is held out, at least 4; the shares are of the others."""
+    pair = {"twin", next(iter(read_jsonl(run.completions, Completion))).id}  # one is kept, one dropped as the same
+    rows = read_rows(run)
+    seed = next(n for n in range(99) if pair & {row.id for row in split_rows(rows, share=0.2, seed=n).held_out})
+    folder = experiment("keep-rate", recipe, run, "--shares", "40,90", "--train.seed", str(seed))
+    held_out = list(read_jsonl(folder / "held_out.jsonl", Kept))
+    questions = {prompt_text(row) for row in held_out}
+    assert len(held_out) == 4
+    others = [*kept(folder / "pool"), *read_jsonl(RunDir(folder / "pool").dropped, Dropped)]
+    assert len(others) == 25 - 4 - 1 and not pair & {row.id for row in others}  # the other one is not trained on either
+    for share, name in ((0.4, "keep-40"), (0.9, "keep-90")):
+        rows = kept(folder / name)
+        assert len(rows) == np.ceil(len(others) * share) and not questions & {prompt_text(row) for row in rows}
+        assert RunDir(folder / name).held_out.read_bytes() == (folder / "held_out.jsonl").read_bytes()
+    assert {row.text for row in kept(folder / "keep-90")} & {"Too short."}  # a share takes in what the rules dropped
+    assert not {row.text for row in kept(folder / "keep-40")} & {"Too short."}
+    steps = [read_report(RunDir(folder / name)).training.loss[-1].step for name in ("keep-40", "keep-90")]  # type: ignore[union-attr]
+    assert steps[0] == steps[1]
+    assert stages[0] == "filters pool"
+    assert stages[1:] == ["train keep-40", "evaluate keep-40", "train keep-90", "evaluate keep-90"]
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert f"| keep-40 | {len(kept(folder / 'keep-40'))} |" in text and "student before" in text and "steps" in text
+    assert (folder / "results.svg").read_text().startswith("<svg")
+    assert "keep-90" in capsys.readouterr().out
+
+
+def test_what_is_finished_is_not_done_again(
+    recipe: Path, run: RunDir, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second arm, it goes on there; other settings are another training; one measures for all."""
+    flags = ["--shares", "50,60", "--match", "epochs"]
+    running = experiments_main.stage
+
+    def stopped(name: str, arm: RunDir, *rest: Any) -> int:
+        if (name, arm.path.name) == ("train", "keep-60"):
+            raise KeyboardInterrupt
+        return running(name, arm, *rest)
+
+    monkeypatch.setattr(experiments_main, "stage", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        experiment("keep-rate", recipe, run, *flags)
+    monkeypatch.setattr(experiments_main, "stage", running)
+    stages.clear()
+    folder = experiment("keep-rate", recipe, run, *flags)
+    assert stages == ["filters pool", "train keep-60", "evaluate keep-60"]
+    first, second = (folder / name / "evaluation" / "perplexity-teacher.json" for name in ("keep-50", "keep-60"))
+    assert first.read_bytes() == second.read_bytes()  # wall_s too: it was not measured again
+    stages.clear()
+    experiment("keep-rate", recipe, run, *flags)
+    assert stages == ["filters pool"]
+    experiment("keep-rate", recipe, run, *flags, "--train.learning_rate", "0.01")
+    assert "train keep-50" in stages
+
+
+def test_another_teacher_has_its_own_run_and_its_price(
+    recipe: Path, run: RunDir, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="teachers needs the other teacher: --b-model"):
+        experiment("teachers", recipe, run)
+    folder = experiment("teachers", recipe, run, "--b-model", "other", "--b-url", "https://other.example/v1")
+    assert stages[:2] == ["generate b", "filters b"]
+    held_out = list(read_jsonl(folder / "held_out.jsonl", Kept))
+    assert len({row.model for row in held_out}) == 2 and "other" in {row.model for row in held_out}
+    for name in ("a", "b"):
+        trained = json.loads((folder / name / "lineage.json").read_bytes())["train"]
+        assert trained["rows"] == 18 - len(held_out) / 2
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert "bits/char of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
+
+
+def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Tell {n}.", "completion": f"A person wrote this, {n}."} for n in range(9)
+    ]
+    turns = [{"role": "user", "content": "Tell 9."}, {"role": "assistant", "content": "And this."}]
+    file = tmp_path / "human.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": turns}]))
+    folder = experiment("human", recipe, run, "--human", str(file))
+    held_out = list(read_jsonl(folder / "held_out.jsonl", Kept))
+    human = sum(row.model == "human" for row in held_out)
+    assert 0 < human < len(held_out)
+    assert len(kept(folder / "human")) == len(kept(folder / "distilled")) == 10 - human
+    assert {row.model for row in kept(folder / "human")} == {"human"}
+    asked = {prompt.id for prompt in read_jsonl(RunDir(folder / "distilled").prompts, Prompt)}
+    assert len(asked) == PROMPTS + 10  # what people were asked is no probe for either
+    assert "bits/char of human" in (folder / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "Hi"}', "row 1: give either `prompt` and `completion`, or `messages`"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "row 1: `messages` must end with the assistant's"),
+        ('{"prompt": "Hi", "completion": " "}', "row 1: the answer is empty"),
+        ('{"prompt": 1}', ":1: "),
+        ("", "no rows in it"),
+    ],
+)
+def test_a_wrong_row_of_a_person_is_named(line: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "human.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=reason):
+        read_human(file, None)
+
+
+def test_hard_and_soft_learn_the_same_rows(recipe: Path, run: RunDir) -> None:
+    folder = experiment("soft", recipe, run, "--train.kd.max_new_tokens", "4")
+    methods = {}
+    for name in ("full", "kd", "gkd"):
+        trained = json.loads((folder / name / "lineage.json").read_bytes())["train"]
+        methods[name] = (trained["method"], trained["weights"], trained["rows"], trained["steps"])
+    assert methods == {name: (name, "full", 14, 4) for name in methods}
+
+
+def test_the_first_thousand_are_the_runs_own(recipe: Path, run: RunDir, stages: list[str]) -> None:
+    folder = experiment("thousand", recipe, run, "--rows", "12")
+    asked = {prompt.id for prompt in build_prompts(load_recipe(recipe, ["--prompts.count", "12"]))}
+    answers = list(read_jsonl(RunDir(folder / "thousand").completions, Completion))
+    assert {row.prompt_id for row in answers} == asked and len(answers) == 12
+    assert stages == ["filters thousand", "train thousand", "evaluate thousand"]  # nobody is asked again
+    assert "keep rate" in (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_where_there_are_no_answers_yet_they_are_asked_for(recipe: Path, tmp_path: Path, stages: list[str]) -> None:
+    experiment("thousand", recipe, RunDir(tmp_path / "new"), "--rows", "12")
+    assert stages == ["generate thousand", "filters thousand", "train thousand", "evaluate thousand"]
+
+
+def test_without_a_student_there_is_nothing_to_compare(recipe: Path, run: RunDir) -> None:
+    data = yaml.safe_load(recipe.read_text())
+    del data["student"]
+    recipe.write_text(yaml.safe_dump(data))
+    with pytest.raises(RecipeError, match="student is missing"):
+        experiment("soft", recipe, run)
+
+
+def test_equal_steps_are_counted_in_whole_batches() -> None:
+    """8 rows a step: 30, 50 and 80 rows are 4, 7 and 10 steps an epoch; 3 epochs of the largest are 30 steps."""
+    epochs = matched_epochs({"a": 30, "b": 50, "c": 80}, 8, 3)
+    assert epochs == {"a": 7.5, "b": pytest.approx(30 / 7), "c": 3}
+    for largest in range(8, 400, 8):  # a trainer's steps are rounded up: none may make one more
+        given = matched_epochs({"a": 24, "b": 56, "c": largest}, 8, 1)
+        assert np.ceil(given["b"] * 7) == np.ceil(given["a"] * 3) == max(7, largest // 8)
+
+
+def figure(value: float, spread: float) -> Figure:
+    return Figure(value, np.linspace(value - spread, value + spread, 201))
+
+
+def results(**arms: Figure) -> Results:
+    column = Column("bits/char", "lower", arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
+    one, other = list(arms)[:2]
+    change = Difference("bits/char", other, one, arms[other].minus(arms[one]), "lower")
+    cells = {name: ["10", "–"] for name in arms}
+    return Results("soft", "Which?", "a note", cells, ["rows", "USD"], [column], [change], [])
+
+
+def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None:
+    lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
+    assert lines[0] == "soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)"
+    lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
+    assert lines[0] == "No difference between the arms is there for sure."
+    assert "a note" in lines
+
+
+def test_the_table_has_the_arms_and_the_other_models() -> None:
+    heads, rows = rows_of(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
+    assert heads == ["", "rows", "bits/char"]  # nobody has a price
+    assert rows[1] == ["soft", "10", "1.200 (1.162–1.238)"]
+    assert rows[2] == ["teacher", "", "0.500 (0.400–0.600)"]
+
+
+def test_the_plot_is_to_scale_and_escaped() -> None:
+    svg = dot_chart("<x>", [Panel("a & b", "", [Dot("one", 1, 0, 2, "1", True), Dot("two", 2, 2, 2, "2", False)])])
+    assert "&lt;x&gt;" in svg and "a &amp; b" in svg and "<x>" not in svg
+    assert 'cx="360.0"' in svg and 'cx="570.0"' in svg  # the middle and the end of 150 to 570

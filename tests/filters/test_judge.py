@@ -1,0 +1,316 @@
+"""The judge against a real local server: what is asked, what a verdict is, and what becomes of one that is none."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from filters.__main__ import main
+from filters.judge import (
+    Judgement,
+    judge_rows,
+    question,
+    read_judgements,
+    read_verdict,
+    reason,
+    undiscerning,
+    version_of,
+)
+from filters.run import filter_run
+from generate.run import generate
+from pipeline.errors import BudgetReached, DataError, DistillError, RequestsFailed
+from pipeline.lineage import read_lineage
+from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
+from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
+
+CONFIG = JudgeConfig(rubric={"fluency": "natural", "fit": "for a child"})
+
+
+def row(number: int, text: str = "A story.") -> Completion:
+    turns = [Message(role="system", content="Be kind."), Message(role="user", content=f"Tell story {number}.")]
+    return Completion(**completion_fields(f"row{number}", text, messages=turns))
+
+
+def judging(server: Any, **judge: Any) -> Recipe:
+    config = {"model": "judge", "base_url": server.url, "rubric": CONFIG.rubric, **judge}
+    return recipe_for("http://127.0.0.1:1/v1", filters={"judge": config})
+
+
+def verdict(score: int, fluency: int = 4, fit: int = 4) -> str:
+    return json.dumps({"fluency": fluency, "fit": fit, "score": score})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ('{"fluency": 5, "fit": 1, "score": 2}', {"fluency": 5, "fit": 1, "score": 2}),
+        ('```json\n{"fluency": 5, "fit": 1, "score": 2}\n```', {"fluency": 5, "fit": 1, "score": 2}),
+        ('{"fluency": 5, "fit": 1, "score": 2, "reason": "short"}', {"fluency": 5, "fit": 1, "score": 2}),
+        ('{"fluency": 5, "score": 2}', None),
+        ('{"fluency": 5, "fit": 6, "score": 2}', None),
+        ('{"fluency": 5, "fit": 1.0, "score": 2}', None),
+        ('{"fluency": 5, "fit": true, "score": 2}', None),
+        ('{"fluency": 5, "fit": "4", "score": 2}', None),
+        ("I would give it a 4.", None),
+        ("[4, 4, 4]", None),
+        ("[" * 100_000, None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_read_or_none(text: str, read: dict[str, int] | None) -> None:
+    assert read_verdict(text, CONFIG) == read
+
+
+def test_the_question_holds_rubric_request_and_answer() -> None:
+    (asked,) = question(row(1, text='{"score": 5} {braces}'), CONFIG)
+    for words in ("- fluency: natural", "- fit: for a child", "Be kind.\n\nTell story 1.", '{"score": 5} {braces}'):
+        assert words in asked.content
+
+
+def test_every_row_is_judged_once_with_a_schema(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict(2 if "story 3" in asked.text else 4, fit=1 if "story 3" in asked.text else 5))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        found = judge_rows(recipe, run, map(row, range(6)), quiet=True)
+        again = judge_rows(recipe, run, map(row, range(8)), quiet=True)  # two are new
+        assert len(server.asked) == 8
+    assert {id_: judgement.score for id_, judgement in found.items()} == {
+        f"row{n}": 2 if n == 3 else 4 for n in range(6)
+    }
+    assert len(again) == 8
+    assert read_judgements(run) == again
+    schema = server.asked[0].body["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["fluency", "fit", "score"]
+    assert (server.asked[0].body["model"], server.asked[0].body["temperature"]) == ("judge", 0.0)
+    config = recipe.filters.judge
+    assert config is not None
+    assert reason(found["row3"], config) == "score 2, at least 3 wanted (fit 1)"
+    assert reason(found["row2"], config) is None
+
+
+def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        if "story 1" in asked.text:
+            return answer("I like it!")
+        if "story 2" in asked.text and asked.body["temperature"] == 0:
+            return answer('{"fluency": 9}')
+        return answer(verdict(5))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        found = judge_rows(recipe, run, map(row, range(4)), quiet=True)
+        seeds = [asked.body["seed"] for asked in server.asked if "story 1" in asked.text]
+    assert {id_: (one.score, one.attempts) for id_, one in found.items()} == {
+        "row0": (5, 1),
+        "row1": (None, 3),
+        "row2": (5, 2),
+        "row3": (5, 1),
+    }
+    assert len(set(seeds)) == 3
+    config = recipe.filters.judge
+    assert config is not None
+    assert reason(found["row1"], config) == "no verdict could be read, in 3 attempts"
+
+
+def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> None:
+    well = False
+
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict(5)) if well or "story 1" not in asked.text else error(400, "no")
+
+    with misbehaving(script) as server:
+        recipe = judging(server, attempts=2)
+        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        config = recipe.filters.judge
+        assert config is not None and found["row1"].score is None
+        assert reason(found["row1"], config) == "not judged: bad_request 400: no"
+        well = True
+        assert judge_rows(recipe, run, map(row, range(3)), quiet=True)["row1"].score == 5
+    assert len(server.asked) == 3 + 1 + 1
+
+
+def test_the_budget_is_of_all_attempts_together(run: RunDir) -> None:
+    """No verdict can be read, so four rows are asked about three times; there is money for about half of that."""
+    with misbehaving(lambda asked: answer("?")) as server:
+        judge_rows(judging(server), run, map(row, range(4)), quiet=True)
+        assert len(server.asked) == 12
+        (version,) = (run.path / "judge").iterdir()
+        runs = [RunDir(version / str(attempt)) for attempt in (1, 2, 3)]
+        one = sum(read_lineage(attempt)["generate"]["spent"]["tokens"] for attempt in runs) // 12
+        with pytest.raises(BudgetReached) as stopped:
+            judge_rows(judging(server, seed=1, budget={"tokens": 1}), run, map(row, range(4)), quiet=True)
+        said = re.search(r"can cost up to ([\d,]+) tokens", str(stopped.value))
+        assert said is not None
+        most = int(said[1].replace(",", ""))
+        recipe = judging(server, seed=2, budget={"tokens": most + 5 * one})
+        for _ in range(2):  # again, it is still spent
+            with pytest.raises(BudgetReached, match=r"the judge \(filters\.judge\): .*the verdicts so far are in"):
+                judge_rows(recipe, run, map(row, range(4)), quiet=True)
+    assert 16 < len(server.asked) <= 18
+
+
+def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: RunDir) -> None:
+    well = False
+
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict(4)) if well or len(server.asked) <= 4 else error(401, "bad key")
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"concurrency": 1})})
+        with pytest.raises(DistillError, match=r"the judge \(filters\.judge\): .* answers 401 .*verdicts so far"):
+            judge_rows(recipe, run, map(row, range(9)), quiet=True)
+        well, asked = True, len(server.asked)
+        assert len(judge_rows(recipe, run, map(row, range(9)), quiet=True)) == 9
+    assert len(server.asked) == asked + 5
+
+
+def test_another_rubric_or_judge_judges_anew(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(json.dumps({"fluency": 3, "fit": 3, "other": 3, "score": 3}))) as server:
+        first = judging(server)
+        for recipe in (first, judging(server, rubric={"other": "thing"}), judging(server, model="judge2"), first):
+            judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        assert len(server.asked) == 9
+    config = first.filters.judge
+    assert config is not None
+    assert {one.version for one in read_judgements(run).values()} == {version_of(first, config)}
+
+
+def test_a_judge_that_is_the_teacher_served_elsewhere_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with misbehaving(lambda asked: answer(verdict(5))) as server:
+        recipe = judging(server)
+        judge_rows(recipe, run, map(row, range(1)), quiet=True)
+        assert "the judge is the teacher" not in capsys.readouterr().err
+        judge_rows(judging(server, model=recipe.teacher.model), run, map(row, range(1)), quiet=True)
+    assert "the judge is the teacher itself" in capsys.readouterr().err
+
+
+def test_a_judge_that_is_the_teacher_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with misbehaving(lambda asked: answer(verdict(5))) as server:
+        recipe = recipe_for(server, filters={"judge": {"rubric": CONFIG.rubric, "schema": False}})
+        judge_rows(recipe, run, map(row, range(2)), quiet=True)
+        assert "response_format" not in server.asked[0].body
+    assert "the judge is the teacher itself" in capsys.readouterr().err
+
+
+def test_a_judge_that_tells_no_criteria_apart_is_told() -> None:
+    def judged(scores: list[tuple[int, int, int]]) -> list[Judgement]:
+        return [
+            Judgement(id=str(n), score=score, criteria={"fluency": fluency, "fit": fit}, version="v", attempts=1)
+            for n, (score, fluency, fit) in enumerate(scores)
+        ]
+
+    alike = [(5, 5, 5)] * 12 + [(1, 1, 1)] * 7
+    assert "19 of 20 answers the same" in (undiscerning(judged([*alike, (3, 4, 2)])) or "")
+    assert undiscerning(judged([*alike, (3, 4, 2), (4, 5, 4)])) is None  # 19 of 21 are under 95%
+    assert undiscerning(judged(alike)) is None  # too few to tell
+    one = [Judgement(id=str(n), score=5, criteria={"fit": 5}, version="v", attempts=1) for n in range(30)]
+    assert undiscerning(one) is None  # a single criterion is the score
+
+
+def test_a_wrong_file_is_one_line(run: RunDir) -> None:
+    run.judgements.write_text('{"id": 3}\n')
+    with pytest.raises(DataError, match=r"judgements\.jsonl:1: .*made anew"):
+        read_judgements(run)
+    assert Judgement(id="a", score=None, version="v", attempts=1).criteria == {}
+
+
+def test_a_rubric_s_names_are_plain() -> None:
+    with pytest.raises(ValueError, match="must be a plain word"):
+        JudgeConfig(rubric={"score": "x"})
+
+
+def test_the_stage_keeps_what_the_judge_finds_good_enough(tmp_path: Path) -> None:
+    """All of `filters`: the rules first, then the judge about what is left, its scores in kept.jsonl."""
+    with misbehaving() as server:
+        recipe = recipe_for(server, 12)
+        run = RunDir(tmp_path / "run")
+        generate(recipe, run, quiet=True)
+    asked: list[str] = []
+
+    def script(request: Asked) -> Behaviour:
+        asked.append(request.text)
+        return answer(verdict(2, fluency=1) if "say 5\n" in request.text else verdict(4))
+
+    with misbehaving(script) as judge:
+        config = {"model": "judge", "base_url": judge.url, "rubric": CONFIG.rubric}
+        rules = [{"rule": "banned_words", "words": ["say 7"]}]
+        recipe = recipe.model_copy(update={"filters": FiltersConfig(rules=rules, judge=config)})
+        report = filter_run(recipe, run, tmp_path / "r.yaml")
+        again = filter_run(recipe, run, tmp_path / "r.yaml")
+    kept, dropped = list(read_jsonl(run.kept, Kept)), list(read_jsonl(run.dropped, Dropped))
+    assert len(asked) == 11  # not about what a rule has dropped, and once each
+    assert (report.kept, report.dropped, again.kept) == (10, 2, 10)
+    assert {row.slots["n"]: row.rule for row in dropped} == {"7": "banned_words", "5": "judge"}
+    assert dropped[1].detail == {"judge": "score 2, at least 3 wanted (fluency 1)"}
+    assert all(row.scores == {"judge": 4, "fluency": 4, "fit": 4} for row in kept)
+    assert [(rule.rule, rule.dropped) for rule in report.rules] == [("banned_words", 1), ("judge", 1)]
+    assert report.scores == {
+        "judge": {"2": 1, "4": 10},
+        "fluency": {"1": 1, "4": 10},
+        "fit": {"4": 11},
+    }
+    assert json.loads(run.filter_report.read_bytes())["scores"]["judge"] == {"2": 1, "4": 10}
+
+
+def test_the_scores_are_shown_and_answers_that_could_not_be_judged_end_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.completions.write_bytes(b"".join(encode_line(row(number)) for number in range(6)))
+
+    def script(asked: Asked) -> Behaviour:
+        said = {0: "I like it!", 1: verdict(2, fluency=1)}
+        number = int(asked.text.split("story ")[1][0])
+        return error(400, "too long") if number == 2 else answer(said.get(number, verdict(5)))
+
+    with misbehaving(script) as server:
+        recipe = judging(server).model_dump(mode="json", exclude_none=True)
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(RequestsFailed, match=r"about 1 of 6 answers .*dropped\.jsonl.*run the filters again"):
+            main([str(tmp_path / "r.yaml"), "--run", str(run.path)])
+    shown = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = {cell[0].strip(): [part.strip() for part in cell[1:]] for cell in shown if len(cell) == 9}
+    assert cells["judge"] == ["", "1", "", "", "3", "1", "1", "4.25"]
+    assert cells["fluency"] == ["1", "", "", "3", "", "", "", "3.25"]
+    details = {row.id: row.detail["judge"] for row in read_jsonl(run.dropped, Dropped)}
+    assert details["row0"] == "no verdict could be read, in 3 attempts"
+    assert details["row2"] == "not judged: bad_request 400: too long"
+
+
+def test_of_two_that_are_alike_the_better_scored_stays(tmp_path: Path) -> None:
+    """Judged before duplicates are looked for, so in the first run already."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.completions.write_bytes(b"".join(encode_line(row(number, "The same story.")) for number in range(3)))
+
+    def script(asked: Asked) -> Behaviour:
+        return answer(verdict({"0": 3, "1": 5, "2": 1}[asked.text.split("story ")[1][0]]))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        filters = recipe.filters.model_copy(update={"dedup": DedupConfig()})
+        report = filter_run(recipe.model_copy(update={"filters": filters}), run, tmp_path / "r.yaml")
+    (kept,) = read_jsonl(run.kept, Kept)
+    assert (kept.id, kept.scores["judge"]) == ("row1", 5)
+    assert {row.id: row.rule for row in read_jsonl(run.dropped, Dropped)} == {
+        "row0": "exact_duplicate",
+        "row2": "judge",
+    }
+    assert (report.kept, report.dropped, report.scores["judge"]) == (1, 2, {"1": 1, "3": 1, "5": 1})

@@ -1,0 +1,320 @@
+"""Human review: the sample, verdicts on disk, agreement, and the page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from playwright.sync_api import Page, sync_playwright
+from rich.console import Console
+
+from filters.review.agreement import Case, agreement, precision_and_recall, print_agreement, weighted_kappa
+from filters.review.sample import KEPT, draw
+from filters.review.session import Session, read_reviews
+from pipeline.errors import DataError, UsageError
+from pipeline.recipe import load_recipe
+from pipeline.records import Dropped, Kept, Message, encode_line
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = "/usr/bin/chromium"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+NASTY = '<img src=x onerror="document.title=\'stolen\'"><script>document.title="stolen"</script> & 끝.'
+
+
+def fields(row_id: str, text: str) -> dict[str, Any]:
+    turns = [Message("system", "너는 이야기꾼이야."), Message("user", f"{row_id} 이야기를 써 줘.")]
+    return completion_fields(row_id, text, messages=turns, slots={"hero": "토끼", "things": ["달", "비"]})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """60 kept answers; 30 dropped by `length`, 3 by `judge`."""
+    made = RunDir(tmp_path / "run")
+    made.path.mkdir()
+    made.kept.write_bytes(b"".join(encode_line(Kept(**fields(f"k{n}", f"{NASTY} {n}"))) for n in range(60)))
+    dropped = [("length", f"l{n}") for n in range(30)] + [("judge", f"j{n}") for n in range(3)]
+    made.dropped.write_bytes(
+        b"".join(encode_line(Dropped(**fields(name, NASTY), rule=rule, detail={rule: "why"})) for rule, name in dropped)
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "reviewed",
+                "teacher": {"model": "m"},
+                "prompts": {"template": "Hi", "count": 1},
+                "filters": {"judge": {"model": "judge", "rubric": {"fluency": "natural"}}},
+            }
+        )
+    )
+    return made
+
+
+def recipe_path(run: RunDir) -> Path:
+    return run.path.with_name("recipe.yaml")
+
+
+def test_half_of_a_sample_is_kept_and_every_rule_has_its_turn(run: RunDir) -> None:
+    sample = draw(run, 20, seed=0)
+    assert sample.population == {KEPT: 60, "length": 30, "judge": 3}
+    assert Counter(item.stratum for item in sample.items) == {KEPT: 10, "length": 7, "judge": 3}
+    assert len({item.id for item in sample.items}) == 20
+    assert [item.stratum for item in sample.items[:10]] != [KEPT] * 10  # mixed
+    assert draw(run, 20, seed=0) == sample != draw(run, 20, seed=1)
+
+
+def test_where_one_side_is_short_the_other_fills_up(run: RunDir) -> None:
+    assert Counter(item.stratum == KEPT for item in draw(run, 80, seed=0).items) == {True: 47, False: 33}
+    assert len(draw(run, 1000, seed=0).items) == 93
+
+
+def test_nothing_to_review_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run the stage that writes it first"):
+        draw(RunDir(tmp_path), 10, seed=0)
+
+
+def test_every_answer_has_the_same_chance(run: RunDir) -> None:
+    """10 of 60 kept ones: over 600 samples each is drawn 100 times, give or take five standard deviations (46)."""
+    drawn = Counter(item.id for seed in range(600) for item in draw(run, 20, seed).items if item.stratum == KEPT)
+    assert len(drawn) == 60
+    assert all(54 <= count <= 146 for count in drawn.values())
+
+
+def test_a_verdict_is_on_disk_at_once_and_a_review_goes_on_where_it_was(run: RunDir) -> None:
+    with Session(run, size=20, seed=0) as session:
+        ids = [item.id for item in session.sample.items]
+        session.record("accept")
+        session.record("skip", score=2)
+        assert {id_: (r.verdict, r.score) for id_, r in read_reviews(run).items()} == {
+            ids[0]: ("accept", None),
+            ids[1]: ("reject", 2),
+        }
+    with run.reviews.open("ab") as file:
+        file.write(b'{"id":"half a li')  # killed while it wrote
+    with Session(run, size=50, seed=9) as session:
+        assert session.done == 2
+        assert session.current and session.current.id == ids[2]
+        session.undo()
+        assert session.current.id == ids[1]
+        session.record("skip", score=3)
+        session.record("skip")
+    assert [(id_, r.verdict) for id_, r in read_reviews(run).items()] == [
+        (ids[0], "accept"),
+        (ids[1], "accept"),
+        (ids[2], "skip"),
+    ]
+    assert len(run.reviews.read_text().splitlines()) == 5
+
+
+def test_two_do_not_review_a_run_at_once(run: RunDir) -> None:
+    with Session(run, size=5, seed=0) as session:
+        session.record("accept")
+        with pytest.raises(UsageError, match=r"reviews\.jsonl: another review of this run is open"):
+            Session(run, size=5, seed=0)
+        session.record("reject")
+    with Session(run, size=5, seed=0) as session:
+        assert session.done == 2
+
+
+def test_a_wrong_line_is_named(run: RunDir) -> None:
+    run.reviews.write_text('{"id":"k1","verdict":"maybe","created":"x"}\n')
+    with pytest.raises(DataError, match=r"reviews\.jsonl:1: Invalid enum value 'maybe'"):
+        Session(run, size=5, seed=0)
+
+
+def test_precision_and_recall_are_those_of_the_run() -> None:
+    """Of 900 kept 8 of 10 seen are accepted (720); of 100 dropped 5 of 10 (50): 720 / 900 and 720 / 770."""
+    cases = [Case(KEPT, True, n < 8) for n in range(10)] + [Case("length", False, n < 5) for n in range(10)]
+    precision, recall = precision_and_recall(cases, {KEPT: 900, "length": 100})
+    assert precision and recall
+    assert precision.value == pytest.approx(0.8)
+    # Jeffreys' interval of 8 of 10: the 2.5% and 97.5% quantiles of Beta(8.5, 2.5)
+    assert (precision.low, precision.high) == (pytest.approx(0.496, abs=0.01), pytest.approx(0.957, abs=0.01))
+    assert recall.value == pytest.approx(720 / 770)
+    assert recall.low < 720 / 770 < recall.high
+
+
+def test_without_an_accepted_answer_there_is_no_recall() -> None:
+    precision, recall = precision_and_recall([Case(KEPT, True, False)], {KEPT: 5})
+    assert precision and precision.value == 0 and recall is None
+
+
+def test_the_weighted_kappa_of_a_worked_example() -> None:
+    """Scores (1,1) (2,3) (3,3) (5,4): observed mean squared difference 2/4; by chance, over all 16 pairs, 54/16:
+    1 with 1,3,3,4: 0+4+4+9; 2: 1+1+1+4; 3: 4+0+0+1; 5: 16+4+4+1; in all 17+7+5+25 = 54. So 1 - 0.5 / (54/16).
+    """
+    pairs = Counter([(1, 1), (2, 3), (3, 3), (5, 4)])
+    assert weighted_kappa(pairs) == pytest.approx(1 - 0.5 / (54 / 16))
+    assert weighted_kappa(Counter({(4, 4): 10})) is None
+    assert weighted_kappa(Counter({(1, 1): 3, (5, 5): 2})) == 1
+
+
+def test_what_no_answer_is_reviewed_of_is_named(run: RunDir) -> None:
+    with Session(run, size=20, seed=0) as session:
+        while item := session.current:
+            session.record("skip" if item.stratum == "length" else "accept")
+    found = agreement(load_recipe(recipe_path(run)), run)
+    assert found and found.unseen == {"length": 30}
+    console = Console(record=True, width=100)
+    print_agreement(found, console)
+    assert "leave out what no answer is reviewed of yet: length (30)" in console.export_text()
+
+
+def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
+    with Session(run, size=93, seed=0) as session:
+        while item := session.current:
+            session.record("accept" if item.stratum == KEPT else "reject")
+    judgements = [{"id": f"k{n}", "score": 4} for n in range(60)] + [{"id": f"j{n}", "score": 2} for n in range(3)]
+    lines = (json.dumps({**line, "version": "v", "attempts": 1}) + "\n" for line in judgements)
+    run.judgements.write_text("".join(lines))
+    recipe = load_recipe(recipe_path(run), [])
+    found = agreement(recipe, run)
+    assert found and (found.reviewed, found.skipped, found.gone) == (93, 0, 0)
+    values = {row.decider: (row.cases, row.precision and row.precision.value) for row in found.agreements}
+    assert values == {
+        "filters": (93, 1.0),
+        "rules alone": (93, pytest.approx(60 / 63)),
+        "judge alone": (63, 1.0),
+    }
+    run.kept.write_bytes(b"".join(run.kept.read_bytes().splitlines(keepends=True)[:50]))  # filtered anew: ten are gone
+    found = agreement(recipe, run)
+    assert found and found.gone == 10 and found.agreements[0].cases == 83
+    console = Console(record=True, width=100)
+    print_agreement(found, console)
+    assert "10 no longer in the run" in console.export_text()
+
+
+@contextmanager
+def serving(run: RunDir, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The real command; yields its address."""
+    command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(run.path), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    try:
+        for line in process.stdout:
+            if found := re.match(r"(http://\S+)", line):
+                yield found[1], process
+                return
+        pytest.fail(f"it ended with {process.wait()}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser_page() -> Iterator[Page]:
+    assert Path(CHROMIUM).exists(), "the page is tested in a real browser: install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser.new_context(locale="en-US").new_page()
+        browser.close()
+
+
+def press(page: Page, key: str) -> None:
+    """A key, and the answer after it."""
+    before = page.inner_text("#count")
+    page.keyboard.press(key)
+    page.wait_for_function("before => document.querySelector('#count').textContent !== before", arg=before)
+
+
+def test_twenty_are_reviewed_over_a_kill(run: RunDir, browser_page: Page) -> None:
+    page, keys = browser_page, ["1", "2", "3", "4", "5", "a", "r", "s"]
+    with serving(run, "--sample", "20") as (url, process):
+        page.goto(url)
+        page.wait_for_selector("#text[data-id]")
+        for number in range(11):
+            shown = page.get_attribute("#text", "data-id")
+            press(page, keys[number % len(keys)])
+            assert list(read_reviews(run))[-1] == shown
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        page.keyboard.press("5")  # nobody hears it
+        page.wait_for_selector("#problem:not([hidden])")
+        assert page.inner_text("#count") == "11 / 20"
+    with serving(run, "--sample", "20") as (url, process):
+        page.goto(url)
+        page.wait_for_selector("#text[data-id]")
+        assert page.inner_text("#count") == "11 / 20"
+        press(page, "u")
+        assert page.inner_text("#count") == "10 / 20"
+        for _ in range(10):
+            press(page, "4")
+        page.wait_for_selector("#end:not([hidden])")
+        assert page.is_disabled("[data-score='4']")
+        process.send_signal(signal.SIGINT)
+        assert process.stdout
+        assert "agreement with the person" in process.stdout.read()
+        assert process.wait(20) == 0
+    reviews = read_reviews(run)
+    assert len(reviews) == 20
+    expected = Counter(reject=5, accept=4, skip=1) + Counter(accept=10)
+    assert Counter(review.verdict for review in reviews.values()) == expected
+
+
+def test_texts_are_text_and_the_page_speaks_korean(run: RunDir, browser_page: Page) -> None:
+    page = browser_page
+    with serving(run) as (url, _):
+        page.goto(url)
+        page.wait_for_selector("#text[data-id]")
+        assert page.inner_text("#text").startswith(NASTY)
+        assert page.query_selector("#text img, #text script") is None
+        assert page.title() == "Review"
+        page.click("#language")
+        assert page.title() == "검토" and "건너뛰기" in page.inner_text("footer")
+        assert not re.search("kept|length|judge", page.inner_text("body"))  # blind
+        assert page.inner_text("#slots").split("\n") == ["hero: 토끼", "things: 달, 비"]
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/review-ko.png")
+
+
+def status(url: str, data: dict[str, Any] | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, {}
+
+
+def test_only_its_token_and_its_own_name_open_it(run: RunDir) -> None:
+    with serving(run) as (url, _):
+        assert url.startswith("http://127.0.0.1:")
+        code, state = status(url + "state")
+        assert code == 200 and "stratum" not in state["item"]
+        base = url.rsplit("/", 2)[0]
+        assert status(f"{base}/guess/state")[0] == 404
+        assert status(f"{base}/")[0] == status(f"{base}/docs")[0] == status(f"{base}/openapi.json")[0] == 404
+        assert status(url + "state", Host="evil.example")[0] == 400
+        assert status(url + "verdict", {"id": state["item"]["id"], "score": 6})[0] == 422
+        assert read_reviews(run) == {}
+        first = {"id": state["item"]["id"], "score": 5}
+        assert status(url + "verdict", first)[1]["done"] == 1
+        assert status(url + "verdict", first)[1]["done"] == 1  # another window, or the key pressed twice
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(run: RunDir) -> None:
+    with serving(run) as (url, _):
+        port = url.split(":")[2].split("/")[0]
+        other = shutil.copytree(run.path, run.path.with_name("other"))
+        command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(other)]
+        done = subprocess.run([*command, "--port", port], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert (
+            done.stderr == f"error: --port {port}: Address already in use; name another, or none for any that is free\n"
+        )

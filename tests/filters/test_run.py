@@ -1,0 +1,355 @@
+"""`python -m filters` from end to end: what it writes, what it refuses, and what an interrupted run leaves."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+import filters.run
+import filters.stream
+from filters.__main__ import main
+from filters.report import FilterReport, RuleCount, print_report
+from filters.tally import Example
+from pipeline.errors import DataError, DistillError, RecipeError
+from pipeline.records import Completion, Dropped, Kept, Message, Slots, Usage, encode_line, read_jsonl
+from pipeline.rundir import RunDir
+
+ROOT = Path(__file__).parents[2]
+RULES: list[dict[str, Any]] = [
+    {"rule": "length", "min_chars": 10},
+    {"rule": "banned_words", "words": ["AI"]},
+    {"rule": "finish_reason"},
+]
+OUTPUTS = ("kept.jsonl", "dropped.jsonl", "filter_report.json")
+
+
+def completion(number: int, text: str, *, finish_reason: str = "stop", **slots: str | list[str]) -> Completion:
+    filled: Slots = dict(slots)
+    return Completion(
+        id=f"id{number:04}",
+        prompt_id=f"p{number}",
+        messages=[Message("user", "토끼 이야기를 써 주세요.")],
+        slots=filled,
+        endpoint="http://127.0.0.1:8000/v1",
+        sampling={"seed": number, "temperature": 0.8},
+        text=text,
+        finish_reason=finish_reason,
+        model="teacher",
+        usage=Usage(prompt_tokens=3),
+        latency_s=0.25,
+        attempts=1,
+        created="2026-01-01T00:00:00Z",
+    )
+
+
+ROWS = [
+    completion(0, "토끼 토토가 당근을 먹었어요.", hero="토토", things=["당근", "비"]),
+    completion(1, "AI 토끼", hero="토토", things=["당근", "달"]),  # too short, and banned
+    completion(2, "토끼가 AI를 만났어요. 끝.", hero="두두", things=["비", "달"]),
+    completion(3, "짧아요", finish_reason="length", hero="두두", things=["비", "달"]),
+    completion(4, "곰 두두가 잠이 들었어요.\n끝.", hero="두두", things=["비", "당근"]),
+]
+GOOD = b"".join(map(encode_line, ROWS))
+
+
+class Stage:
+    """A recipe and its run in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.recipe, self.run = folder / "recipe.yaml", RunDir(folder / "run")
+        self.rules(RULES)
+
+    def rules(self, rules: list[dict[str, Any]], **settings: Any) -> None:
+        data = {
+            "name": "small",
+            "teacher": {"model": "teacher"},
+            "prompts": {"count": 5, "template": "{hero}", "slots": {"hero": ["토토", "두두"], "things": ["비"]}},
+            "filters": {"rules": rules, **settings},
+        }
+        self.recipe.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
+
+    def completions(self, content: bytes = GOOD) -> None:
+        self.run.path.mkdir(exist_ok=True)
+        self.run.completions.write_bytes(content)
+
+    def filter(self, *flags: str) -> None:
+        main([str(self.recipe), "--run", str(self.run.path), *flags])
+
+    def command(self, *flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "filters", str(self.recipe), "--run", str(self.run.path), *flags]
+        wide = os.environ | {"COLUMNS": "200"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=wide, check=False)
+
+    def outputs(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.run.path.iterdir() if path.name in OUTPUTS}
+
+    def files(self) -> dict[str, bytes]:
+        """All the run's files, temporary ones too."""
+        return {path.name: path.read_bytes() for path in self.run.path.iterdir() if path.name != ".lock"}
+
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.run.filter_report.read_bytes())
+        return report
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def test_every_answer_is_kept_or_dropped_with_all_reasons(stage: Stage) -> None:
+    stage.completions()
+    done = stage.command()
+    assert done.returncode == 0, done.stderr
+    assert "5 answers in, 2 kept, 3 dropped: keep rate 40.0%" in done.stdout
+    assert "warning: keep rate 40.0% is under 50% (filters.warn_keep_rate)" in done.stderr
+    kept, dropped = list(read_jsonl(stage.run.kept, Kept)), list(read_jsonl(stage.run.dropped, Dropped))
+    assert [row.id for row in kept] == ["id0000", "id0004"]
+    assert [row.id for row in dropped] == ["id0001", "id0002", "id0003"]
+    assert [row.rule for row in dropped] == ["length", "banned_words", "length"]
+    assert [row.detail for row in dropped] == [
+        {"length": "5 characters, at least 10 wanted", "banned_words": "contains `AI`"},
+        {"banned_words": "contains `AI`"},
+        {"length": "3 characters, at least 10 wanted", "finish_reason": "finish_reason is `length`, allowed: stop"},
+    ]
+    assert all(next(iter(row.detail)) == row.rule for row in dropped)
+
+
+def test_the_records_fields_stay_as_they_were(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    before = {row.id: row for row in ROWS}
+    rows = [*read_jsonl(stage.run.kept, Kept), *read_jsonl(stage.run.dropped, Dropped)]
+    for row in rows:
+        assert {name: getattr(row, name) for name in Completion.__struct_fields__} == {
+            name: getattr(before[row.id], name) for name in Completion.__struct_fields__
+        }
+    assert len(rows) == len(ROWS)
+    assert all(row.scores == {} for row in rows if isinstance(row, Kept))
+
+
+def test_the_reports_figures(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    report = stage.report()
+    assert (report["rows"], report["kept"], report["dropped"], report["keep_rate"]) == (5, 2, 3, 0.4)
+    counts = {rule["rule"]: (rule["dropped"], rule["alone"], rule["together"]) for rule in report["rules"]}
+    assert counts == {"length": (2, 0, 2), "banned_words": (1, 1, 1), "finish_reason": (0, 0, 1)}
+    assert report["rules"][0]["settings"] == {"min_chars": 10, "max_chars": None}
+    assert [example["id"] for example in report["rules"][1]["examples"]] == ["id0001", "id0002"]
+    assert report["rules"][1]["examples"][0] == {"id": "id0001", "reason": "contains `AI`", "text": "AI 토끼"}
+    assert report["overlaps"] == {"length + banned_words": 1, "length + finish_reason": 1}
+    assert report["slots"]["hero"] == {
+        "두두": {"rows": 3, "kept": 1, "keep_rate": pytest.approx(1 / 3)},
+        "토토": {"rows": 2, "kept": 1, "keep_rate": 0.5},
+    }
+    assert {value: (c["rows"], c["kept"]) for value, c in report["slots"]["things"].items()} == {
+        "달": (3, 0), "비": (4, 2), "당근": (3, 2),
+    }  # fmt: skip
+    assert report["lengths"] == {"0-49": {"kept": 2, "dropped": 3}}
+    lineage = json.loads(stage.run.lineage.read_bytes())["filters"]
+    assert (lineage["rows"], lineage["kept"], lineage["dropped_by_rule"]["length"]) == (5, 2, 2)
+
+
+def test_again_gives_the_same_and_new_rules_replace_the_old_outcome(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    first = stage.outputs()
+    stage.filter()
+    assert stage.outputs() == first
+    stage.rules([{"rule": "length", "min_chars": 1}])
+    stage.filter()
+    assert len(list(read_jsonl(stage.run.kept, Kept))) == 5 and stage.run.dropped.read_bytes() == b""
+
+
+def test_without_rules_all_are_kept_with_a_warning(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.rules([])
+    stage.completions()
+    stage.filter()
+    assert "warning: filters.rules is empty: every answer is kept" in capsys.readouterr().err
+    assert stage.report()["kept"] == 5
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"rule": "lenght"}, "recipe.yaml: filters.rules[1]: no rule named `lenght`; there are length,"),
+        ({"rule": "length", "min_char": 5}, "recipe.yaml: filters.rules[1].min_char: the rule `length` has no such"),
+        ({"rule": "adherence", "slots": ["villain"]}, "recipe.yaml: filters.rules[1].slots: the prompts have no slot"),
+    ],
+)
+def test_a_wrong_rule_ends_with_2_before_anything_is_written(stage: Stage, rule: dict[str, Any], message: str) -> None:
+    stage.rules([RULES[0], rule])
+    stage.completions()
+    done = stage.command()
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert stage.outputs() == {}
+
+
+def test_the_keep_rates_floor(stage: Stage) -> None:
+    stage.rules(RULES, min_keep_rate=0.41)
+    stage.completions()
+    done = stage.command()
+    assert done.returncode == 1
+    assert "keep rate 40.0% is under filters.min_keep_rate 41%" in done.stderr and "--allow-low-keep" in done.stderr
+    assert "5 answers in, 2 kept" in done.stdout  # the table is there to find out why
+    assert stage.report()["kept"] == 2
+    allowed = stage.command("--allow-low-keep")
+    assert allowed.returncode == 0 and "warning: keep rate 40.0% is under 50%" in allowed.stderr
+    stage.rules(RULES, min_keep_rate=0.4, warn_keep_rate=0.4)
+    at_the_floor = stage.command()
+    assert (at_the_floor.returncode, at_the_floor.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 600, 1_000])
+@pytest.mark.parametrize("parallel_from", [0, 1 << 40])
+def test_chunks_and_processes_change_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, chunk: int, parallel_from: int
+) -> None:
+    stage.completions(GOOD + b"\n" + GOOD)
+    stage.filter()
+    whole = stage.outputs()
+    monkeypatch.setattr(filters.stream, "CHUNK", chunk)
+    monkeypatch.setattr(filters.stream, "PARALLEL_FROM", parallel_from)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    stage.filter()
+    assert stage.outputs() == whole
+    stage.completions(GOOD + b"oops\n" + GOOD)
+    with pytest.raises(DataError, match=r"completions\.jsonl:6: "):
+        stage.filter()
+    assert stage.outputs() == whole
+
+
+def test_a_users_own_rule(stage: Stage) -> None:
+    (stage.recipe.parent / "mine.py").write_text(
+        "def no_bears(answer, word):\n    return f'has a {word}' if word in answer.text else None\n"
+    )
+    stage.rules([*RULES, {"rule": "function", "file": "mine.py", "name": "no_bears", "word": "곰"}])
+    stage.completions()
+    stage.filter()
+    (row,) = [row for row in read_jsonl(stage.run.dropped, Dropped) if row.rule == "no_bears"]
+    assert (row.id, row.detail) == ("id0004", {"no_bears": "has a 곰"})
+    settings = stage.report()["rules"][3]["settings"]
+    assert settings == {"file": "mine.py", "name": "no_bears", "word": "곰"}
+
+
+def test_what_a_users_rule_does_to_the_slots_is_its_own(stage: Stage) -> None:
+    (stage.recipe.parent / "mine.py").write_text(
+        "def wild(answer):\n    answer.slots.pop('hero')\n    answer.slots['things'].clear()\n"
+    )
+    stage.rules([{"rule": "function", "file": "mine.py", "name": "wild"}])
+    stage.completions(GOOD + GOOD)
+    stage.filter()
+    slots = stage.report()["slots"]
+    assert (slots["hero"]["토토"]["rows"], slots["things"]["비"]["rows"]) == (4, 8)
+
+
+def test_a_disk_that_fails_while_others_work_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.completions()
+    stage.filter()
+    old = stage.files()
+    monkeypatch.setattr(filters.stream, "CHUNK", 600)
+    monkeypatch.setattr(filters.stream, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(filters.stream, "_FLUSH_FROM", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+
+    failures = [OSError(errno.ENOSPC, "No space left on device")]  # the kernel tells of it once
+
+    def full(descriptor: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("os.fdatasync", full)
+    with pytest.raises(DistillError, match="No space left on device; no old file was replaced"):
+        stage.filter()
+    assert stage.files() == old
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "parallel_from"),
+    [
+        ("ValueError('full moon')", DistillError, 1 << 40),
+        ("ValueError('full moon')", DistillError, 0),
+        ("KeyboardInterrupt", KeyboardInterrupt, 1 << 40),
+    ],
+)
+def test_stopped_in_the_middle_it_leaves_the_old_files(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, raised: str, seen: type[BaseException], parallel_from: int
+) -> None:
+    stage.completions()
+    stage.filter()
+    old = stage.files()
+    (stage.recipe.parent / "mine.py").write_text(
+        f"def stop(answer):\n    if '두두가' in answer.text:\n        raise {raised}\n"
+    )
+    stage.rules([{"rule": "function", "file": "mine.py", "name": "stop"}])
+    monkeypatch.setattr(filters.stream, "CHUNK", 600)
+    monkeypatch.setattr(filters.stream, "PARALLEL_FROM", parallel_from)
+    with pytest.raises(seen) as error:
+        stage.filter()
+    if seen is DistillError:
+        assert "mine.py: stop raised ValueError: full moon; the answer begins with '곰 두두가" in str(error.value)
+    assert stage.files() == old
+
+
+def test_a_lineage_that_cannot_be_read_is_told_before_anything_is_replaced(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    stage.run.lineage.write_text("{")
+    stage.rules([])
+    old = stage.files()
+    with pytest.raises(DataError, match=r"lineage\.json"):
+        stage.filter()
+    assert stage.files() == old
+
+
+def test_dry_run_shows_what_would_change_and_writes_nothing(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    old = stage.files()
+    stage.rules([{"rule": "length", "min_chars": 4}, {"rule": "banned_words", "words": ["당근"]}])
+    done = stage.command("--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "kept, would be dropped (1)" in done.stdout and "dropped, would be kept (2)" in done.stdout
+    shown = " ".join(done.stdout.split())
+    assert "id0000 now: banned_words" in shown and "contains `당근`" in shown
+    assert "id0001 was: length" in shown and "id0004" not in shown
+    assert "5 answers: 2 kept (40.0%), with these rules 3 (60.0%). Nothing was written." in shown
+    assert stage.files() == old
+
+
+def test_dry_run_shows_ten_rows_of_each_side(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.completions(b"".join(encode_line(completion(n, "토끼가 당근을 먹었어요.")) for n in range(25)))
+    stage.filter()
+    stage.rules([{"rule": "length", "min_chars": 100}])
+    capsys.readouterr()
+    stage.filter("--dry-run")
+    shown = capsys.readouterr().out
+    assert "would be dropped (25)" in shown and shown.count("id00") == 10
+
+
+def test_dry_run_wants_a_filtered_run_and_right_rules(stage: Stage) -> None:
+    stage.completions()
+    with pytest.raises(DataError, match=r"kept\.jsonl: no such file; --dry-run compares with a filtered run"):
+        stage.filter("--dry-run")
+    stage.filter()
+    stage.rules([{"rule": "nothing"}])
+    with pytest.raises(RecipeError, match=r"filters\.rules\[0\]: no rule named `nothing`"):
+        stage.filter("--dry-run")
+
+
+@pytest.mark.parametrize("reason", ["[/b] and [red]", r"\[/b]", "tail\\", "\x1b[31mred\r\n"])
+def test_what_a_teacher_writes_is_no_markup(reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = RuleCount("mine", {}, 1, 1, 0, [Example("a", reason, "text")])
+    report = FilterReport(1, 0, 1, 0.0, [rule], {}, {}, {})
+    print_report(report, Console(width=200))
+    shown = capsys.readouterr().out
+    assert reason.replace("\x1b", " ").split("\r")[0].strip() in shown and "\x1b" not in shown

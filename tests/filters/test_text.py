@@ -1,0 +1,273 @@
+"""The rules that read what an answer says: other scripts, endings, loops, meta-talk, what was asked for, language."""
+
+import re
+import sys
+import unicodedata
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from filters.answer import Answer, nfc
+from filters.language import _identifier
+from filters.meta_talk import ANYWHERE, ANYWHERE_HINTS, CLOSING_HINTS, CLOSINGS, _hinted, _plain
+from filters.words import mentions, whole_word
+from pipeline.errors import RecipeError
+from pipeline.records import Slots
+from tests.filters.test_rules import ENGLISH_STORY, INSTRUCTION, STORY, reason, rule_set
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "leaked"),
+    [
+        ("토끼가 森林에서 놀았어요", {}, "森林"),
+        ("토끼가 とても 기뻤어요", {}, "とても"),
+        ("토끼가 очень 기뻤어요", {}, "очень"),
+        ("토끼가 森에서", {"max_count": 1}, None),
+        ("토끼가 森林에서", {"max_count": 1}, "森林"),
+        ("토끼가 happy해요", {}, None),
+        ("토끼가 happy해요", {"scripts": ["latin"]}, "happy"),
+        ("당근 3개 · 100% ♥ 🐇 「안녕」", {}, None),
+    ],
+)
+def test_foreign_script(text: str, settings: dict[str, Any], leaked: str | None) -> None:
+    said = reason("foreign_script", text, **settings)
+    assert said is None if leaked is None else said is not None and f"`{leaked}`" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        ("잘 잤어요.", False),
+        ("정말 좋아!", False),
+        ("“잘 자.”", False),
+        ("잘 잤어요. 🐰✨\n", False),
+        ("**끝.**", False),
+        ("おしまい。", False),
+        ("그리고 토토는", True),
+        ("그리고 토토는,", True),
+        ("The fox ran to the", True),
+        ("🐰", True),
+        ("", True),
+    ],
+)
+def test_ending(text: str, dropped: bool) -> None:
+    assert (reason("ending", text) is not None) == dropped
+
+
+def test_ending_takes_other_marks() -> None:
+    assert reason("ending", "잘 잤어요~") is not None
+    assert reason("ending", "잘 잤어요~", marks=".~") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        (STORY, None),
+        (ENGLISH_STORY, None),
+        ("토끼 토토는 당근을 먹었어요. " * 12, "`당근을 먹었어요.` 12 times"),
+        (STORY + "\n\n" + STORY, "repeat"),
+        ("하" * 300, "of the text"),
+        ("从前有一只兔子住在森林里面很快乐" * 20, "of the text"),
+        ("Finn ran and ran and ran and ran and ran and ran and ran and ran and ran and ran home.", "of the text"),
+        ("와! 와! 와! " + STORY, None),
+        ("", None),
+    ],
+)
+def test_repetition(text: str, dropped: str | None) -> None:
+    said = reason("repetition", text)
+    assert said is None if dropped is None else said is not None and dropped in said, said
+
+
+def test_each_measure_of_repetition_can_be_turned_off_and_set() -> None:
+    off: dict[str, Any] = {
+        "top_ngrams": {}, "duplicate_ngrams": {}, "duplicate_sentences": None, "duplicate_sentence_chars": None,
+        "duplicate_paragraphs": None, "duplicate_paragraph_chars": None, "repeated_span": None,
+    }  # fmt: skip
+    loop = "Finn went home to his mother. " * 9
+    assert reason("repetition", loop, **off) is None
+    assert "`his mother.` 9 times" in (reason("repetition", loop, **{**off, "top_ngrams": {2: 0.2}}) or "")
+    assert "runs of 5" in (reason("repetition", loop, **{**off, "duplicate_ngrams": {5: 0.15}}) or "")
+    assert "8 of 9 sentences" in (reason("repetition", loop, **{**off, "duplicate_sentences": 0.3}) or "")
+    assert "repeated sentences" in (reason("repetition", loop, **{**off, "duplicate_sentence_chars": 0.2}) or "")
+    assert "3 sentences in a row" in (reason("repetition", loop, **{**off, "repeated_span": 3}) or "")
+    paragraphs = "Finn went home.\n\n" * 4
+    assert "3 of 4 paragraphs" in (reason("repetition", paragraphs, **{**off, "duplicate_paragraphs": 0.3}) or "")
+    assert "paragraphs" in (reason("repetition", paragraphs, **{**off, "duplicate_paragraph_chars": 0.2}) or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure! Here is a story. Once upon a time …",
+        "Certainly, once upon a time …",
+        "Here's a short story about a rabbit:\n\nOnce",
+        "Here is your story. Once upon a time",
+        "**Here is a story for you:**",
+        "I'm sorry, but I can't write that.",
+        "I’m sorry, but as an assistant I must refuse.",
+        "I cannot create stories about that.",
+        "Once upon a time. As an AI language model, I have no feelings.",
+        "Once upon a time.<|im_end|>",
+        "Once upon a time there was a fox. I hope you enjoyed the story!",
+        "Once upon a time. Let me know if you would like another one.",
+        "물론입니다! 옛날 옛적에",
+        "물론이죠, 옛날 옛적에",
+        "네, 알겠습니다. 옛날 옛적에",
+        "다음은 토끼 토토의 동화입니다.",
+        "아래는 요청하신 이야기입니다:",
+        "요청하신 동화를 썼어요.",
+        "죄송합니다. 그런 이야기는 쓸 수 없습니다.",
+        "저는 인공지능 언어 모델입니다.",
+        "안녕하세요! 저는 Qwen입니다. 옛날 옛적에",
+        "저는 한국어로 동화를 작성할 수 없습니다. 하지만",
+        "안녕하세요! 저는 동화를 쓰는 캐릭터인 Qwen입니다.",
+        "안녕하세요! 이는 3~5세 어린이용 한국어 동화입니다. 주제는 강아지 바둑이입니다.",
+        "안녕하세요, 어린이들! 다음은 토끼 토토의 이야기입니다. 옛날 옛적에",
+        "오늘은 3~5세 어린이용 한국어 동화를 작성해드릴게요. 옛날 옛적에",
+        "안녕하세요, 3~5세 어린이용 한국어 동화를 드릴게요. 옛날 옛적에",
+        "토토는 잠들었어요. 제가 어떻게 도와드릴까요?",
+        "토토는 잠들었어요. 도움이 되셨기를 바랍니다.",
+        "토토는 잠들었어요. 이 이야기는 400자로 썼어요.",
+        "토토는 잠들었어요. 더 필요하시면 언제든지 말씀해 주세요.",
+        "토토는 잠들었어요. 이 동화는 3~5세 어린이를 위해 작성되었습니다.",
+        "토토는 잠들었어요. (총 320자)",
+    ],
+)
+def test_meta_talk_is_dropped(text: str) -> None:
+    assert reason("meta_talk", text) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        STORY,
+        ENGLISH_STORY,
+        "“Sure!” said the fox. “I hope you enjoy the soup,” she said. " + ENGLISH_STORY,
+        "Sure enough, the rain came.",
+        "“I'm sorry, but I can't come,” said the bear.",
+        "Here is where the river bends. A fox lives there.",
+        "“물론이죠!” 토토가 말했어요. " + STORY,
+        "다음 날, 토토는 당근을 찾았어요.",
+        "여기저기 꽃이 피었어요.",
+        "다음 날 아침, 토토는 할머니의 이야기를 들었어요.",
+        "나는 Aiden을 만났어요.",
+        "토토는 다람쥐에게 큰 도움이 되었어요.",
+        "이 이야기는 과자로 만든 집에서 시작돼요.",
+        "She worked as an assistant to the baker. " + ENGLISH_STORY,
+        "네 마리 토끼가 살았어요.",
+        "안녕하세요! 나는 토끼 토토예요. 숲속에 살아요. " + STORY,
+        "이번에는 곰 두두가 노래했어요. " + STORY,
+        "“제가 도와드릴게요.” 토토가 말했어요. " + STORY,
+        "오늘은 토끼 토토 이야기를 들려드릴게요. " + STORY,
+        "가게에 들어가자 “무엇을 도와드릴까요?” 하고 곰 두두가 물었어요. " + STORY,
+        "토토는 “죄송합니다.” 하고 말했어요. " + STORY,
+    ],
+)
+def test_a_story_is_not_meta_talk(text: str) -> None:
+    assert reason("meta_talk", text) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hints"),
+    [*((pattern, ANYWHERE_HINTS) for pattern in ANYWHERE), *((pattern, CLOSING_HINTS) for pattern in CLOSINGS)],
+)
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_what_a_pattern_finds_has_a_hint(pattern: str, hints: tuple[str, ...], data: st.DataObject) -> None:
+    text = nfc(data.draw(st.from_regex(re.compile(pattern, re.IGNORECASE))))
+    assume(re.search(pattern, text, re.IGNORECASE))
+    assert _hinted(_plain(text), hints)
+
+
+def test_meta_talk_takes_own_patterns() -> None:
+    assert reason("meta_talk", "The moral of the story is: share.", patterns=["the moral of"]) == "says `The moral of`"
+    assert reason("meta_talk", "Sure! A story.", builtin=False) is None
+    own = [r"(\w)\1\1", "(?i)the end"]  # groups and flags of their own
+    assert reason("meta_talk", "Haaa.", patterns=own) == "says `aaa`"
+    assert reason("meta_talk", "THE END.", patterns=own) == "says `THE END`"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "there"),
+    [
+        ("토끼 토토", "토끼 토토가 갔어요", True),
+        ("토끼 토토", "토끼 토토는 갔어요", True),
+        ("토끼 토토", "토끼 토토를 보았어요", True),
+        ("토끼 토토", "토토라는 작은 토끼가", True),
+        ("토끼 토토", "토끼토토가", True),
+        ("토끼 토토", "토끼가 갔어요", False),
+        ("할머니", "할머니께서 말씀하셨어요", True),
+        ("할머니", "할아버지께서", False),
+        ("곰 두두", "아기곰 두두는", True),
+        ("당근", "당근밭으로", True),
+        ("비", "비가 내려요", True),
+        ("비", "비를 맞았어요", True),
+        ("비", "봄에는 비도 와요", True),
+        ("비", "비였어요.", True),
+        ("비", "나비가 날아요", False),
+        ("비", "소풍을 준비해요", False),
+        ("비", "비밀이에요", False),
+        ("비", "비로소 알았어요", False),
+        ("비", "비라고 불러요", True),
+        ("달", "달이라고 불러요", True),
+        ("달", "도와 달라고 했어요", False),
+        ("달", "달님이 웃어요", True),
+        ("달", "달콤한 사탕", False),
+        ("달", "달려갔어요", False),
+        ("꽃", "꽃들이 피었어요", True),
+        ("꽃", "꽃이에요", True),
+        (unicodedata.normalize("NFD", "친구"), "친구들과 놀아요", True),
+        ("a carrot", "Carrots are good", True),
+        ("the rain", "It rained all day", True),
+        ("the rain", "The train came", False),
+        ("Finn the fox", "Finn was a clever FOX.", True),
+        ("Finn the fox", "Finn was a clever duck.", False),
+        ("月", "明月光", True),
+    ],
+)
+def test_adherence_finds_a_value(value: str, text: str, there: bool) -> None:
+    said = _adherence(value, text)
+    assert (said is None) == there, said
+
+
+def _adherence(value: str, text: str, **settings: Any) -> str | None:
+    answer = Answer(nfc(text), INSTRUCTION, "stop", {"thing": value})
+    return rule_set({"rule": "adherence", "slots": ["thing"], **settings}).reasons(answer).get("adherence")
+
+
+def test_adherence_names_all_that_is_missing() -> None:
+    rules = rule_set({"rule": "adherence", "slots": ["character", "keywords"]})
+    slots: Slots = {"character": "곰 두두", "keywords": ["당근", "달"], "place": "바다"}
+    said = rules.reasons(Answer(STORY, INSTRUCTION, "stop", slots))
+    assert said == {"adherence": "asked for and not there: `곰 두두` (character), `달` (keywords)"}
+    lenient = rule_set({"rule": "adherence", "slots": ["character", "keywords"], "max_missing": 2})
+    assert lenient.reasons(Answer(STORY, INSTRUCTION, "stop", slots)) == {}
+    assert rules.reasons(Answer(STORY, INSTRUCTION, "stop", {})) == {"adherence": "the prompt has no slot `character`"}
+
+
+def test_adherence_takes_other_names() -> None:
+    assert _adherence("달", "보름달이 떴어요") is not None
+    assert _adherence("달", "보름달이 떴어요", aliases={"달": ["보름달"]}) is None
+
+
+def test_words_with_regex_characters() -> None:
+    assert mentions("I know C++ well", "C++") and not mentions("I know C", "C++")
+    assert whole_word("a.b").search("axb") is None
+
+
+def test_language() -> None:
+    assert reason("language", STORY, allowed=["ko"]) is None
+    said = reason("language", ENGLISH_STORY, allowed=["ko"])
+    assert said is not None and "language is en" in said
+    unsure = reason("language", "ok", allowed=["en", "nl", "pl", "br", "fr", "de", "la"], min_probability=0.99)
+    assert unsure is not None
+
+
+def test_language_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    _identifier.cache_clear()
+    with pytest.raises(RecipeError, match=r"filters\.rules\[0\] \(language\): needs the package py3langid; install it"):
+        rule_set({"rule": "language", "allowed": ["ko"]})

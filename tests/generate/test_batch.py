@@ -1,0 +1,303 @@
+"""The Batch API against a faithful fake: each request answered once, whatever ends, fails, is lost or is killed."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from generate import batch_files
+from generate.batch import Batches
+from generate.run import generate
+from pipeline.errors import BudgetReached, DistillError, RecipeError, UsageError
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from tests.servers.fake_batch_api import FakeBatches, expired, fake_batches, line
+from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply
+
+
+@pytest.fixture(autouse=True)
+def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def batch_recipe(fake: FakeBatches | str, count: int = 10, **sections: Any) -> Recipe:
+    url = fake if isinstance(fake, str) else fake.url
+    config = {"mode": "batch", "batch_poll_s": 0.01, "max_attempts": 3, "request_timeout_s": 5}
+    return recipe_for(url, count, generate=config, **sections)
+
+
+def whole(run: RunDir, count: int) -> bool:
+    ids = [record.id for record in completions(run)]
+    return len(ids) == len(set(ids)) == count
+
+
+def test_every_request_is_answered_through_one_batch(run: RunDir) -> None:
+    with fake_batches() as fake:
+        summary = generate(batch_recipe(fake, 20), run, quiet=True)
+        assert (fake.calls["upload"], len(fake.batches), set(fake.asked.values())) == (1, 1, {1})
+        again = generate(batch_recipe(fake, 20), run, quiet=True)
+        assert len(fake.batches) == 1
+    assert (summary.answered, summary.failed, again.resumed) == (20, 0, 20)
+    assert all(record.text == f"answer to {record.id}" for record in completions(run))  # each to its own
+    assert {record.attempts for record in completions(run)} == {1}
+
+
+def test_the_requests_are_those_that_would_be_sent_online(run: RunDir, tmp_path: Path) -> None:
+    with misbehaving() as server:
+        online = recipe_for(server, 5)
+        generate(online, RunDir(tmp_path / "online"), quiet=True)
+        config = online.generate.model_copy(update={"mode": "batch"})
+        with pytest.raises(DistillError, match="has it a Batch API"):  # it has not
+            generate(online.model_copy(update={"generate": config}), run, quiet=True)
+        sent = sorted(json.dumps(asked.body) for asked in server.asked)
+    lines = [json.loads(text) for text in (run.path / "batches" / "001.input.jsonl").read_text().splitlines()]
+    assert sorted(json.dumps(text["body"]) for text in lines) == sent
+    assert {text["url"] for text in lines} == {"/v1/chat/completions"}
+    assert {text["custom_id"] for text in lines} == {record.id for record in completions(RunDir(tmp_path / "online"))}
+
+
+def test_it_is_split_by_count_and_by_size(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
+    with fake_batches() as fake:
+        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
+        assert [len(fake.files[batch["input_file_id"]].splitlines()) for batch in fake.batches.values()] == [4, 4, 2]
+        monkeypatch.setattr(batch_files, "MOST_BYTES", 500)
+        assert generate(batch_recipe(fake, 14, sampling={"seed": 1}), run, quiet=True).answered == 14
+        assert all(len(data) <= 500 for name, data in fake.files.items() if b'"method"' in data and name > "file-7")
+
+
+@pytest.mark.parametrize("end", ["expired", "cancelled"])
+def test_what_an_ended_batch_did_is_kept_and_the_rest_asked_again(run: RunDir, end: str) -> None:
+    with fake_batches(ends=[end], answered_share=0.4) as fake:
+        summary = generate(batch_recipe(fake, 10), run, quiet=True)
+        assert len(fake.batches) == 2
+        assert sorted(fake.asked.values()) == [1] * 4 + [2] * 6
+    assert summary.answered == 10
+    assert sorted(record.attempts for record in completions(run)) == [1] * 4 + [2] * 6
+    assert whole(run, 10)
+
+
+def test_a_line_that_failed_is_a_failure_or_is_asked_again(run: RunDir) -> None:
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        text = body["messages"][-1]["content"]
+        if text == "say 1":
+            return line(custom_id, 400, {"error": {"message": "too long", "code": "context_length_exceeded"}})
+        if text == "say 2" and number == 0:
+            return line(custom_id, 429, {"error": {"message": "slow down"}})
+        if text == "say 3":
+            return line(custom_id, 500, {"error": {"message": "broken"}})
+        if text == "say 4":
+            return line(custom_id, 200, reply(""))
+        return line(custom_id)
+
+    with fake_batches(outcome=outcome) as fake:
+        summary = generate(batch_recipe(fake, 10), run, quiet=True)
+        assert len(fake.batches) == 3
+    assert (summary.answered, summary.failed) == (7, 3)
+    told = {failure.slots["n"]: (failure.error, failure.message, failure.attempts) for failure in failures(run)}
+    assert told["1"] == ("bad_request", "too long", 1)
+    assert told["3"][:2] == ("server_error", "broken")
+    assert told["4"][0] == "empty_answer"
+    assert whole(run, 7)
+
+
+def test_what_the_teacher_refuses_is_learnt_from_its_error_file(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole batches fail for a setting that a model refuses; the next is written without it."""
+
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        for name, instead in (("max_tokens", "max_completion_tokens"), ("temperature", "")):
+            if name in body:
+                message = f"Unsupported parameter: '{name}' is not supported with this model. Use '{instead}' instead."
+                return line(custom_id, 400, {"error": {"message": message, "param": name}})
+        return line(custom_id)
+
+    with fake_batches(outcome=outcome) as fake:
+        recipe = batch_recipe(fake, 5)
+        assert generate(recipe, run, quiet=True).answered == 5
+        assert len(fake.batches) == 3
+    assert "sends max_completion_tokens in place of max_tokens" in capsys.readouterr().err
+    for record in completions(run):
+        assert set(record.sampling) == {"top_p", "max_completion_tokens", "seed"}
+        assert record.attempts == 1
+    assert not failures(run)
+
+
+def test_a_proxy_is_not_asked_for_batches_of_a_server_on_this_machine(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with fake_batches() as fake:
+        assert generate(batch_recipe(fake, 2), run, quiet=True).answered == 2
+
+
+def test_lines_that_come_twice_count_once(run: RunDir) -> None:
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake, 5)
+        generate(recipe, run, quiet=True)
+        output = run.path / "batches" / "001.output.jsonl"
+        before = run.completions.read_bytes()
+        generate(recipe_for(fake.url, 6), run, quiet=True, collect=output)
+    assert run.completions.read_bytes() == before
+
+
+def test_troubles_of_the_network_are_borne(run: RunDir) -> None:
+    with fake_batches(failing_polls=2, cut_downloads=1, lose_reply_of_create=1) as fake:
+        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
+        assert len(fake.batches) == 1  # the one whose creation was never heard of was found
+        assert set(fake.asked.values()) == {1}
+
+
+def test_a_full_account_gets_one_batch_after_the_other(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
+    with fake_batches(most_live=1) as fake:
+        assert generate(batch_recipe(fake, 12), run, quiet=True).answered == 12
+        assert set(fake.asked.values()) == {1}
+    assert whole(run, 12)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours handles it."""
+
+
+STEPS = ["save", "create_file", "create_batch", "retrieve", "download", "append"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_killed_at_any_step_nothing_is_asked_or_answered_twice(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, step: str, after: bool, nth: int
+) -> None:
+    """Killed before or after the n-th time of a step; the next call goes on."""
+    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
+    with fake_batches() as fake:
+        with monkeypatch.context() as patch:
+            _kill_at(patch, step, after, nth)
+            with pytest.raises(Killed):
+                generate(batch_recipe(fake, 10), run, quiet=True)
+        generate(batch_recipe(fake, 10), run, quiet=True)
+        assert set(fake.asked.values()) == {1}
+    assert whole(run, 10)
+
+
+def _kill_at(patch: pytest.MonkeyPatch, step: str, after: bool, nth: int) -> None:
+    left = nth
+
+    def dying(function: Any) -> Any:
+        def sync(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and not after:
+                raise Killed
+            result = function(*args, **kwargs)
+            if left == 0:
+                raise Killed
+            return result
+
+        return sync
+
+    def dying_async(function: Any) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and not after:
+                raise Killed
+            result = await function(*args, **kwargs)
+            if left == 0:
+                raise Killed
+            return result
+
+        return call
+
+    if step == "save":
+        patch.setattr(batch_files.Folder, "save", dying(batch_files.Folder.save))
+    elif step == "append":
+        patch.setattr(Batches, "_answer", dying(Batches._answer))
+    elif step == "download":
+        patch.setattr(Batches, "_download", dying_async(Batches._download))
+    else:
+        files, batches = openai.resources.AsyncFiles, openai.resources.AsyncBatches
+        kind, name = {
+            "create_file": (files, "create"),
+            "create_batch": (batches, "create"),
+            "retrieve": (batches, "retrieve"),
+        }[step]
+        patch.setattr(kind, name, dying_async(getattr(kind, name)))
+
+
+def test_an_interrupt_leaves_the_batch_at_work_and_says_so(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake_batches() as fake:
+        advance = Batches._advance
+        calls = 0
+
+        async def once(self: Batches, part: Any) -> None:
+            nonlocal calls
+            calls += 1
+            await advance(self, part)
+            if calls == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Batches, "_advance", once)
+            with pytest.raises(KeyboardInterrupt):
+                generate(batch_recipe(fake, 10), run, quiet=True)
+        told = " ".join(capsys.readouterr().err.split())
+        assert "batch_1 go on at" in told
+        assert "/batches/<id>/cancel" in told
+        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
+        assert len(fake.batches) == 1
+
+
+def test_a_wrong_key_is_one_line(run: RunDir) -> None:
+    with fake_batches(unauthorized=True) as fake, pytest.raises(DistillError, match=r"401 \(Incorrect API key"):
+        generate(batch_recipe(fake), run, quiet=True)
+
+
+def test_a_budget_holds_back_what_it_does_not_cover(run: RunDir) -> None:
+    with fake_batches() as fake:
+        sections = {"budget": {"tokens": 1500}, "sampling": {"max_tokens": 5}}
+        with pytest.raises(BudgetReached):
+            generate(batch_recipe(fake, 200, **sections), run, quiet=True)
+        assert 0 < 12 * len(fake.asked) <= 1500
+        assert len(completions(run)) == len(fake.asked)
+
+
+def test_half_the_price(run: RunDir) -> None:
+    with fake_batches() as fake:
+        teacher = {"model": "stub", "base_url": fake.url, "price": {"input": 1_000_000, "output": 1_000_000}}
+        assert generate(batch_recipe(fake, 10, teacher=teacher), run, quiet=True).cost_usd == 60.0
+
+
+def test_files_by_hand(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_for("http://127.0.0.1:9/v1", 4)  # nothing is there, and nothing is asked
+    generate(recipe, run, quiet=True, write_batches=True)
+    written = run.path / "batches" / "001.input.jsonl"
+    assert "".join(str(written).split()) in "".join(capsys.readouterr().err.split())
+    output = tmp_path / "out.jsonl"
+    ids = [json.loads(text)["custom_id"] for text in written.read_text().splitlines()]
+    output.write_text("".join(json.dumps(text) + "\n" for text in [*map(line, ids[:3]), expired(ids[3])]))
+    assert generate(recipe, run, quiet=True, collect=output).answered == 3
+    with pytest.raises(UsageError, match=r"nothing\.jsonl: no such file"):
+        generate(recipe, run, quiet=True, collect=tmp_path / "nothing.jsonl")
+    output.write_text("{\n")
+    with pytest.raises(UsageError, match=r"out\.jsonl:1: "):
+        generate(recipe, run, quiet=True, collect=output)
+
+
+def test_one_endpoint_only(run: RunDir) -> None:
+    with pytest.raises(RecipeError, match="takes one endpoint"):
+        generate(batch_recipe("http://127.0.0.1:1/v1,http://127.0.0.1:2/v1"), run, quiet=True)

@@ -1,0 +1,211 @@
+"""The budget: what is reserved, what is settled, and that it is never passed; prices, token counts and the dry run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generate.budget import Budget, Spend
+from generate.dry_run import describe, dry_run
+from generate.jobs import Share
+from generate.journal import Contents
+from generate.prices import PICO, PRICES, Price, price_of
+from generate.run import generate
+from generate.tokens import TEMPLATE_TOKENS, counter
+from pipeline.errors import DataError
+from pipeline.recipe import BudgetConfig, TeacherConfig
+from pipeline.records import Usage
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import answer, misbehaving, recipe_for
+
+PRICE = Price(input=2, output=10)  # pico-dollars a token
+
+
+def usage(prompt: int | None, completion: int | None) -> Usage:
+    return Usage(prompt_tokens=prompt, completion_tokens=completion)
+
+
+def test_an_answer_gives_back_what_it_did_not_use() -> None:
+    budget = Budget(BudgetConfig(tokens=1000), None, Spend())
+    first = budget.reserve(body_bytes=100, max_tokens=50)
+    assert first is not None
+    assert first.tokens == 100 + TEMPLATE_TOKENS + 50
+    assert budget.reserve(body_bytes=700, max_tokens=50) is None  # 214 + 814 > 1000
+    budget.settle(first, usage(20, 30), billed=True, journaled=True)
+    assert budget.spent == Spend(50, 0)
+    assert budget.reserve(body_bytes=700, max_tokens=50) is not None
+
+
+@pytest.mark.parametrize(
+    ("said", "billed", "spent"),
+    [
+        (usage(20, 30), True, Spend(50, 340)),
+        (None, True, Spend(214, 828)),  # a timeout: it may have been worked for
+        (usage(20, None), True, Spend(214, 828)),
+        (None, False, Spend(0, 0)),  # refused before any work
+    ],
+)
+def test_what_is_not_known_stays_charged_in_full(said: Usage | None, billed: bool, spent: Spend) -> None:
+    budget = Budget(BudgetConfig(usd=1), PRICE, Spend())
+    reservation = budget.reserve(100, 50)
+    assert reservation is not None
+    assert reservation.cost == 2 * 164 + 10 * 50
+    budget.settle(reservation, said, billed=billed, journaled=said is not None)
+    assert budget.spent == spent
+
+
+def test_a_server_that_counts_more_than_the_bound_raises_it() -> None:
+    budget = Budget(BudgetConfig(tokens=10**6), None, Spend())
+    first = budget.reserve(10, 5)
+    assert first is not None
+    budget.settle(first, usage(10 + TEMPLATE_TOKENS + 30, 5), billed=True, journaled=True)
+    second = budget.reserve(10, 5)
+    assert second is not None
+    assert second.prompt_tokens == first.prompt_tokens + 30
+
+
+def test_answers_in_flight_together_raise_the_margins_once() -> None:
+    budget = Budget(BudgetConfig(tokens=10**6), None, Spend())
+    out = [budget.reserve(10, 5) for _ in range(3)]
+    for reservation, beyond in zip(out, (30, 50, 40), strict=True):
+        assert reservation is not None
+        said = usage(10 + TEMPLATE_TOKENS + beyond, 5 + 2 * beyond)  # a model that thinks beyond max_tokens
+        budget.settle(reservation, said, billed=True, journaled=True)
+    later = budget.reserve(10, 5)
+    assert later is not None
+    assert (later.prompt_tokens, later.tokens) == (10 + TEMPLATE_TOKENS + 50, 10 + TEMPLATE_TOKENS + 50 + 5 + 100)
+
+
+def test_a_budget_that_is_reached_says_what_was_spent_and_what_the_next_would_cost() -> None:
+    budget = Budget(BudgetConfig(usd=1000 / PICO, tokens=300), PRICE, Spend(100, 400))
+    assert budget.reserve(100, 50) is None  # 214 tokens, 828 pico-dollars
+    reached = budget.reached()
+    assert reached.exit_code == 3
+    assert "100 of budget.tokens 300 spent" in str(reached)
+    assert "the next request can cost up to $0.000000 and 214 tokens; raise the budget and run the same" in str(reached)
+
+
+def test_without_budget_and_price_nothing_is_counted() -> None:
+    budget = Budget(BudgetConfig(), None, Spend())
+    reservation = budget.reserve(10**9, 10**9)
+    assert reservation is not None
+    budget.settle(reservation, usage(5, 5), billed=True, journaled=True)
+    assert budget.spent == Spend()
+
+
+REQUEST = st.tuples(
+    st.integers(0, 300), st.integers(1, 200), st.floats(0, 1), st.sampled_from(["said", "lost", "free"])
+)
+
+
+@given(st.integers(500, 20_000), st.lists(REQUEST, max_size=60), st.randoms())
+def test_spent_and_reserved_never_pass_the_budget(most: int, requests: list[tuple[int, int, float, str]], rng) -> None:  # type: ignore[no-untyped-def]
+    budget = Budget(BudgetConfig(usd=most / PICO), PRICE, Spend())
+    out, spent = [], 0
+    for body_bytes, max_tokens, used, end in requests:
+        reservation = budget.reserve(body_bytes, max_tokens)
+        if reservation is not None:
+            out.append((reservation, max_tokens, used, end))
+        assert spent + sum(one[0].cost for one in out) <= most
+        while out and rng.random() < 0.5:
+            reservation, most_tokens, share, how = out.pop(rng.randrange(len(out)))
+            said = usage(int(reservation.prompt_tokens * share), int(most_tokens * share)) if how == "said" else None
+            budget.settle(reservation, said, billed=how != "free", journaled=how == "said")
+            if said:
+                spent += PRICE.cost(said.prompt_tokens or 0, said.completion_tokens or 0)
+            elif how == "lost":
+                spent += reservation.cost
+            assert budget.spent.cost == spent <= most
+
+
+def test_what_the_journal_does_not_say_is_kept_in_a_file_and_counted_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    recipe = recipe_for("http://127.0.0.1:1/v1", budget={"tokens": 1000})
+    budget = Budget.open(recipe, run, Contents())
+    lost, flying = budget.reserve(100, 50), budget.reserve(100, 50)
+    assert lost is not None
+    assert flying is not None
+    budget.settle(lost, None, billed=True, journaled=False)
+    killed = Budget.open(recipe, run, Contents(prompt_tokens=20, completion_tokens=30))
+    assert killed.spent.tokens >= 2 * 214 + 50  # all that was in flight or lost, at least
+    budget.settle(flying, usage(20, 30), billed=True, journaled=True)
+    budget.save()  # and now it ends in order
+    again = Budget.open(recipe, run, Contents(prompt_tokens=20, completion_tokens=30))
+    assert again.spent.tokens == 214 + 50
+    assert json.loads((tmp_path / "spend.json").read_bytes()) == {"tokens": 214, "cost": 0}
+    (tmp_path / "spend.json").write_text("{")
+    with pytest.raises(DataError, match=r"spend\.json: .*without it the budget cannot be kept"):
+        Budget.open(recipe, run, Contents())
+
+
+def test_processes_divide_what_is_left(tmp_path: Path) -> None:
+    recipe = recipe_for("http://127.0.0.1:1/v1", budget={"tokens": 1000})
+    found = Contents(prompt_tokens=300, completion_tokens=100)
+    shares = [Budget.open(recipe, RunDir(tmp_path), found, Share(part, 2)) for part in range(2)]
+    for budget in shares:
+        assert budget.reserve(100, 50) is not None  # 214 of 300
+        assert budget.reserve(100, 50) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "listed"),
+    [
+        ("gpt-4.1", "gpt-4.1"),
+        ("gpt-4.1-2025-04-14", "gpt-4.1"),
+        ("openai/gpt-4.1-mini", "gpt-4.1-mini"),
+        ("claude-sonnet-4-5-20250929", "claude-sonnet-4-5"),
+        ("gpt-9", None),
+    ],
+)
+def test_the_price_table(model: str, listed: str | None) -> None:
+    teacher = TeacherConfig(model=model, base_url="https://api.example.com/v1")
+    price = price_of(teacher)
+    if listed is None:
+        assert price is None
+    else:
+        assert price == Price(*(round(usd * 10**6) for usd in PRICES[listed]))
+        half = price_of(teacher, "batch")
+        assert half == Price(price.input // 2, price.output // 2)
+
+
+def test_gpt_4_1_costs_what_its_page_says() -> None:
+    price = price_of(TeacherConfig(model="gpt-4.1", base_url="https://api.openai.com/v1"))
+    assert price is not None
+    assert price.cost(1_000_000, 1_000_000) == 10 * PICO  # 2 and 8 dollars
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000/v1", "http://10.0.0.7/v1", "http://localhost:1/v1", "http://gpu1/v1"]
+)
+def test_a_server_of_one_s_own_has_no_price_but_the_recipe_s(url: str) -> None:
+    assert price_of(TeacherConfig(model="gpt-4.1", base_url=url)) is None
+    own = TeacherConfig(model="gpt-4.1", base_url=url, price={"input": 0.0375, "output": 0.15})
+    assert price_of(own) == Price(37_500, 150_000)
+
+
+def test_a_dry_run_counts_and_sends_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(lambda asked: answer()) as server:
+        teacher = {"model": "stub", "base_url": server.url, "price": {"input": 1.0, "output": 2.0}}
+        recipe = recipe_for(server, 30, teacher=teacher, sampling={"max_tokens": 100}, budget={"usd": 0.005})
+        fresh = dry_run(recipe, run)
+        assert not run.path.exists()
+        few = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"count": 25})})
+        generate(few, run, quiet=True)
+        asked = len(server.asked)
+        rest = dry_run(recipe, run)
+        assert len(server.asked) == asked == 25
+    assert (fresh.requests, fresh.to_ask, fresh.counted, fresh.completion_tokens) == (30, 30, False, 3000)
+    assert fresh.cost == pytest.approx((fresh.prompt_tokens + 2 * 3000) / 10**6)
+    assert fresh.expected_cost is None
+    assert (rest.answered, rest.to_ask) == (25, 5)
+    assert rest.expected_cost == pytest.approx(5 * (7 + 2 * 5) / 10**6)
+    assert rest.spent == pytest.approx(25 * (7 + 2 * 5) / 10**6)
+    assert "budget.usd 0.005 may end the run before its end (exit 3)" in "\n".join(describe(recipe, fresh))
+    assert "budget.usd 0.005 is enough for all" in "\n".join(describe(recipe, rest))
+
+
+def test_a_tokenizer_that_is_not_at_hand() -> None:
+    assert counter("some/model-of-the-hub") is None

@@ -1,0 +1,109 @@
+"""What a teacher's first refusal teaches: the providers' own words, and words that must teach nothing."""
+
+import json
+
+import pytest
+
+from generate.dialect import Dialect
+from generate.jobs import Job
+from pipeline.records import Message, Request
+
+SAMPLING = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": 7}
+ASKED = [Message(role="system", content="Be kind."), Message(role="user", content="Hello.")]
+
+
+def job(messages: list[Message] | None = None) -> Job:
+    request = Request(id="i", prompt_id="p", messages=messages or ASKED, endpoint="e", sampling=SAMPLING)
+    return Job(request, "m", 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "parameter", "left"),
+    [
+        (  # OpenAI, reasoning models
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+            "instead.",
+            "max_tokens",
+            {"temperature": 0.8, "top_p": 0.9, "max_completion_tokens": 500, "seed": 7},
+        ),
+        (
+            "Unsupported value: 'temperature' does not support 0.8 with this model. Only the default (1) value is "
+            "supported.",
+            "temperature",
+            {"top_p": 0.9, "max_tokens": 500, "seed": 7},
+        ),
+        (
+            "Unsupported parameter: 'top_p' is not supported with this model.",
+            "top_p",
+            {"temperature": 0.8, "max_tokens": 500, "seed": 7},
+        ),
+        (  # Anthropic
+            "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
+            None,
+            {"temperature": 0.8, "max_tokens": 500, "seed": 7},
+        ),
+        (  # Azure, older API versions
+            "Unrecognized request argument supplied: seed",
+            None,
+            {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500},
+        ),
+        (  # Mistral (422)
+            '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not '
+            'permitted","input":7}]}',
+            None,
+            {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500},
+        ),
+    ],
+)
+def test_what_is_refused_is_sent_no_more(message: str, parameter: str | None, left: dict[str, float]) -> None:
+    dialect = Dialect()
+    before = json.loads(dialect.body(job()))
+    assert dialect.learn(message, parameter)
+    body = json.loads(dialect.body(job()))
+    assert {name: body[name] for name in body if name not in ("model", "messages")} == left == dialect.sent(SAMPLING)
+    assert body["messages"] == before["messages"]
+    assert dialect.learn(message, parameter) is None  # it cannot be learnt twice: no endless asking
+
+
+@pytest.mark.parametrize(
+    ("message", "parameter"),
+    [
+        ("max_tokens is too large: 9999. This model supports at most 4096 completion tokens.", "max_tokens"),
+        ("This model's maximum context length is 8192 tokens. However, you requested 9000 tokens.", "messages"),
+        ("Invalid value for 'temperature': must be at most 2.", "temperature"),
+        ("The model `gpt-9` does not exist", None),
+        ("Unsupported parameter: 'logit_bias' is not supported with this model.", "logit_bias"),
+        ("no such field", None),
+    ],
+)
+def test_other_errors_teach_nothing(message: str, parameter: str | None) -> None:
+    dialect = Dialect()
+    assert dialect.learn(message, parameter) is None
+    assert dialect.sent(SAMPLING) == SAMPLING
+
+
+def test_the_role_of_the_instructions() -> None:
+    dialect = Dialect()
+    roles = []
+    for refused in ("system", "developer"):
+        message = f"Unsupported value: 'messages[0].role' does not support '{refused}' with this model."
+        assert dialect.learn(message, "messages[0].role")
+        roles.append([turn["role"] for turn in json.loads(dialect.body(job()))["messages"]])
+    assert roles == [["developer", "user"], ["user"]]
+    assert json.loads(dialect.body(job()))["messages"][0]["content"] == "Be kind.\n\nHello."
+    assert dialect.learn("'messages[0].role' does not support 'user' with this model.", "messages[0].role") is None
+
+
+def test_a_server_that_knows_no_developer_gets_system() -> None:
+    dialect = Dialect()
+    asked = [Message(role="developer", content="Be kind."), Message(role="user", content="Hello.")]
+    assert dialect.learn("role 'developer' is not supported", None)
+    assert json.loads(dialect.body(job(asked)))["messages"][0]["role"] == "system"
+
+
+def test_a_body_is_encoded_once_and_again_after_a_lesson() -> None:
+    dialect, asked = Dialect(), job()
+    first = dialect.body(asked)
+    assert dialect.body(asked) is first
+    dialect.learn("Unrecognized request argument supplied: seed", None)
+    assert dialect.body(asked) is not first

@@ -1,0 +1,365 @@
+"""The client against real local servers that limit, refuse, hang, die and come back."""
+
+import asyncio
+import json
+import threading
+import time
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from tenacity import wait_fixed
+
+from generate.endpoint import Endpoint
+from generate.jobs import WHOLE, Share
+from generate.run import generate
+from pipeline.errors import BudgetReached, DistillError, RecipeError
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    answer,
+    completions,
+    error,
+    failures,
+    misbehaving,
+    one_bad,
+    raw,
+    recipe_for,
+    reply,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.schedule.BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr("generate.endpoint.PROBE_WAIT", wait_fixed(0.05))
+    monkeypatch.setattr("generate.endpoint.REFUSED_WAIT", wait_fixed(0.02))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+class Window:
+    """A rate limit as a provider keeps it: so many requests in any window, 429 beyond."""
+
+    def __init__(self, most: int, window_s: float) -> None:
+        self.most, self.window_s = most, window_s
+        self.granted: deque[float] = deque()
+        self.refused = 0
+
+    def __call__(self, asked: Asked) -> Behaviour:
+        now = time.monotonic()
+        while self.granted and self.granted[0] < now - self.window_s:
+            self.granted.popleft()
+        if len(self.granted) >= self.most:
+            self.refused += 1
+            return error(429, "slow down", "rate_limit_exceeded", retry_after=f"{self.window_s / 4}")
+        self.granted.append(now)
+        return answer()
+
+
+def test_rate_limits_that_move_lose_nothing(run: RunDir) -> None:
+    window = Window(40, 0.2)
+
+    def script(asked: Asked) -> Behaviour:
+        window.most = 10 if len(server.asked) % 120 > 60 else 40
+        return window(asked)
+
+    with misbehaving(script) as server:
+        summary = generate(
+            recipe_for(server, 300, generate={"concurrency": "auto", "max_attempts": 20}), run, quiet=True
+        )
+    assert (summary.answered, summary.failed) == (300, 0)
+    assert window.refused < 300  # it holds back: most requests are asked once
+
+
+@pytest.mark.parametrize("header", [{"retry_after": "1"}, {"retry_after_ms": "600"}])
+def test_retry_after_holds_the_whole_endpoint_back(run: RunDir, header: dict[str, str]) -> None:
+    moments: list[float] = []
+
+    def script(asked: Asked) -> Behaviour:
+        moments.append(time.monotonic())
+        return error(429, **header) if asked.text == "say 3" and asked.attempt == 1 else answer(delay_s=0.05)
+
+    with misbehaving(script) as server:
+        assert generate(recipe_for(server, 40, generate={"concurrency": 4}), run, quiet=True).answered == 40
+    assert max(after - before for before, after in pairwise(moments)) >= 0.5
+
+
+def test_declared_limits_are_kept(run: RunDir) -> None:
+    with misbehaving() as server:
+        started = time.monotonic()
+        config = {"concurrency": 8, "requests_per_minute": 600}
+        assert generate(recipe_for(server, 20, generate=config), run, quiet=True).answered == 20
+    assert time.monotonic() - started > 0.9  # ten at once, then a tenth of a second each
+
+
+def test_limits_in_headers_are_learnt(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    limited = raw(json.dumps(reply("yes")).encode(), x_ratelimit_limit_requests="6000")
+    with misbehaving(lambda asked: limited) as server:
+        assert generate(recipe_for(server, 20), run, quiet=True).answered == 20
+    assert "allows 6,000 requests a minute" in capsys.readouterr().err
+
+
+def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: RunDir) -> None:
+    stuck = answer(delay_s=600)
+    with misbehaving(lambda asked: stuck if asked.text == "say 3" else answer()) as server:
+        config = {"concurrency": 4, "request_timeout_s": 1.0, "deadline_s": 2.6, "max_attempts": 99}
+        summary = generate(recipe_for(server, 100, generate=config), run, quiet=True)
+    assert (summary.answered, summary.failed) == (99, 1)
+    (failure,) = failures(run)
+    assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 1.0 + 1.0 + the 0.6 left
+
+
+@pytest.mark.parametrize(
+    ("config", "spent_s", "allowed_s"),
+    [
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 0.0, 1.0),
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.0, 0.6),  # what is left
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.5, 0.1),
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.599, 0.0),  # a clock that is a millisecond early
+        ({"request_timeout_s": 1.0, "deadline_s": 2.6}, 2.7, 0.0),
+        ({"request_timeout_s": 100.0, "deadline_s": 5.0}, 0.0, 5.0),  # the first attempt always has its time
+        ({"request_timeout_s": 100.0, "deadline_s": 5.0}, 4.4, 0.6),
+        ({"request_timeout_s": 100.0, "deadline_s": 5.0}, 4.6, 0.0),
+    ],
+)
+def test_an_attempt_without_time_to_be_answered_is_not_made(
+    config: dict[str, float], spent_s: float, allowed_s: float
+) -> None:
+    async def asked() -> float:
+        url = "http://127.0.0.1:1/v1"
+        async with Endpoint(recipe_for(url, generate=config), url, WHOLE, print, 99_999) as endpoint:
+            return endpoint.timeout_s(spent_s)
+
+    assert asyncio.run(asked()) == pytest.approx(allowed_s)
+
+
+def test_a_missing_usage_is_an_answer_all_the_same(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(usage=False)) as server:
+        summary = generate(recipe_for(server), run, quiet=True)
+    assert (summary.answered, summary.completion_tokens) == (10, 0)
+    assert {record.usage.completion_tokens for record in completions(run)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (reply("half an ans", finish_reason="content_filter"), "content_filter"),
+        ({"choices": [{"message": {"content": None, "refusal": "I cannot."}, "finish_reason": "stop"}]}, "refusal"),
+        ({"error": {"message": "filtered", "code": "content_filter"}}, "content_filter"),
+    ],
+)
+def test_what_a_provider_withholds_is_a_failure(run: RunDir, body: dict[str, object], kind: str) -> None:
+    status = 400 if "error" in body else 200
+    with misbehaving(one_bad(raw(json.dumps(body).encode(), status))) as server:
+        assert generate(recipe_for(server), run, quiet=True).failed == 1
+    assert [failure.error for failure in failures(run)] == [kind]
+
+
+def test_reasoning_tokens_are_recorded(run: RunDir) -> None:
+    body = reply("yes")
+    body["usage"]["completion_tokens_details"] = {"reasoning_tokens": 3}
+    with misbehaving(lambda asked: raw(json.dumps(body).encode())) as server:
+        generate(recipe_for(server), run, quiet=True)
+    assert {record.usage.reasoning_tokens for record in completions(run)} == {3}
+
+
+def refusing(asked: Asked) -> Behaviour:
+    """A reasoning model behind OpenAI's API."""
+    body = asked.body
+    if "max_tokens" in body:
+        words = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        return error(400, words, "unsupported_parameter")
+    for name in ("temperature", "top_p"):
+        if name in body:
+            return error(400, f"Unsupported value: '{name}' does not support {body[name]} with this model.")
+    if body["messages"][0]["role"] == "system":
+        return error(400, "Unsupported value: 'messages[0].role' does not support 'system' with this model.")
+    return answer()
+
+
+def test_the_teacher_swap(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with misbehaving(refusing) as server:
+        recipe = recipe_for(server, 50)
+        recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"system": "Be kind."})})
+        summary = generate(recipe, run, quiet=True)
+        refused = len(server.asked) - 50
+    assert (summary.answered, summary.failed) == (50, 0)
+    assert refused <= 4 * 8  # what was in flight at each lesson
+    told = " ".join(capsys.readouterr().err.split())
+    for words in ("max_completion_tokens in place of max_tokens", "leaves out temperature", "in the role developer"):
+        assert told.count(words) == 1
+    for record in completions(run):
+        assert set(record.sampling) == {"max_completion_tokens", "seed"}
+        assert record.attempts == 1
+    assert generate(recipe, run, quiet=True).resumed == 50
+
+
+def test_headers_query_and_the_key_s_own_header(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-one")
+    monkeypatch.setenv("TENANT", "blue")
+    queries = []
+
+    async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        queries.append(dict(request.query))
+        assert request.headers["api-key"] == "sk-one"
+        assert "Authorization" not in request.headers
+        assert request.headers["X-Tenant"] == "team blue"
+        return web.json_response(reply("yes"))
+
+    with misbehaving(lambda asked: behave) as server:
+        teacher = {
+            "model": "stub",
+            "base_url": server.url,
+            "api_key_env": "MY_KEY",
+            "api_key_header": "api-key",
+            "headers": {"X-Tenant": "team ${TENANT}"},
+            "query": {"api-version": "2024-10-21"},
+        }
+        assert generate(recipe_for(server, teacher=teacher), run, quiet=True).answered == 10
+        monkeypatch.delenv("TENANT")
+        with pytest.raises(RecipeError, match=r"teacher\.headers\.X-Tenant: the variable TENANT is not set"):
+            generate(recipe_for(server, teacher=teacher), run, quiet=True)
+    assert queries == [{"api-version": "2024-10-21"}] * 10
+    assert b"blue" not in b"".join(path.read_bytes() for path in run.path.iterdir() if path.is_file())
+
+
+def test_further_fields_of_a_request_are_sent_and_recorded(run: RunDir) -> None:
+    with misbehaving() as server:
+        generate(recipe_for(server, sampling={"extra": {"top_k": 20, "seed_of": None}}), run, quiet=True)
+    assert {asked.body["top_k"] for asked in server.asked} == {20}
+    assert {record.sampling["top_k"] for record in completions(run)} == {20}
+    with pytest.raises(ValueError, match="cannot hold model"):
+        recipe_for(server, sampling={"extra": {"model": "x"}})
+
+
+def test_an_endpoint_that_is_down_for_a_while_costs_no_request(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = threading.Event()
+    asked_while_down = 0
+
+    def script(asked: Asked) -> Behaviour:
+        nonlocal asked_while_down
+        if len(server.asked) == 60:
+            broken.set()
+            threading.Timer(1.0, broken.clear).start()
+        asked_while_down += broken.is_set()
+        return error(503, "loading") if broken.is_set() else answer(delay_s=0.005)
+
+    with misbehaving(script) as server:
+        summary = generate(recipe_for(server, 400), run, quiet=True)
+    assert (summary.answered, summary.failed) == (400, 0)
+    told = capsys.readouterr().err
+    assert "is down (loading)" in told
+    assert "answers again" in told
+    assert asked_while_down < 60  # probes, not the whole run
+
+
+def test_an_endpoint_that_stays_down_ends_the_run_in_time(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(500, "out of order")) as server:
+        recipe = recipe_for(server, 100, generate={"concurrency": 16, "give_up_s": 0.4})
+        with pytest.raises(DistillError, match=r"has not answered for \d+ s \(out of order\)") as caught:
+            generate(recipe, run, quiet=True)
+    assert caught.value.exit_code == 1
+    assert len(failures(run)) < 16
+
+
+def test_several_endpoints_share_the_work_and_a_dead_one_is_left_out(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as first, misbehaving() as second:
+
+        def dying(asked: Asked) -> Behaviour:
+            if len(third.asked) > 20:
+                third.die()
+            return answer(delay_s=0.01)
+
+        with misbehaving(dying) as third:
+            teacher = {"model": "stub", "base_url": [first.url, second.url, third.url]}
+            config = {"concurrency": 4, "request_timeout_s": 1}
+            summary = generate(recipe_for(first, 300, teacher=teacher, generate=config), run, quiet=True)
+    assert (summary.answered, summary.failed) == (300, 0)
+    by_endpoint = [record.endpoint for record in completions(run)]
+    assert min(by_endpoint.count(url) for url in (first.url, second.url)) > 20
+    assert 0 < by_endpoint.count(third.url) <= 30
+    assert max(first.most_at_once, second.most_at_once) <= 4
+    recipe = recipe_for(first, 300, teacher={"model": "stub", "base_url": first.url})
+    assert generate(recipe, run, quiet=True).resumed == 300  # the first endpoint is in the identity, not the others
+
+
+def test_an_endpoint_that_comes_back_gets_work_again(run: RunDir) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def script(asked: Asked) -> Behaviour:
+        if len(second.asked) > 4:
+            broken.clear()
+        return error(500) if broken.is_set() else answer(delay_s=0.02)
+
+    with misbehaving(lambda asked: answer(delay_s=0.02)) as first, misbehaving(script) as second:
+        teacher = {"model": "stub", "base_url": f"{first.url},{second.url}"}
+        summary = generate(recipe_for(first, 300, teacher=teacher, generate={"concurrency": 4}), run, quiet=True)
+    assert (summary.answered, summary.failed) == (300, 0)
+    assert sum(record.endpoint == second.url for record in completions(run)) > 50
+
+
+def test_auto_follows_the_queue_that_a_server_shows(run: RunDir) -> None:
+    slots = asyncio.Semaphore(300)
+
+    async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        async with slots:
+            await asyncio.sleep(0.2)
+        return web.json_response(reply("yes"))
+
+    with misbehaving(lambda asked: behave, metrics=lambda now: (min(now, 300), max(0, now - 300))) as server:
+        summary = generate(recipe_for(server, 4000, generate={"concurrency": "auto"}), run, quiet=True)
+    assert summary.answered == 4000
+    assert 300 < server.most_at_once <= 1200  # it looked for the end of it, and found it
+
+
+def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None:
+    """As vLLM shows them behind its data-parallel balancer; a process begins with its part."""
+
+    async def begun(share: Share) -> int:
+        with misbehaving(metrics=lambda at_once: (0, 0), engines=4) as server:
+            recipe = recipe_for(server, generate={"concurrency": "auto"})
+            async with Endpoint(recipe, server.url, share, print, 99_999) as endpoint:
+                assert await endpoint.prepare() is None
+                return endpoint.limit
+
+    assert asyncio.run(begun(WHOLE)) == 4 * 276
+    assert asyncio.run(begun(Share(0, 2))) == 2 * 276
+
+
+def test_a_budget_ends_the_run_and_a_higher_one_goes_on(run: RunDir) -> None:
+    price = {"input": 1_000_000, "output": 1_000_000}  # a dollar a token: an answer costs 12
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
+        teacher = {"model": "stub", "base_url": server.url, "price": price}
+        sections = {"teacher": teacher, "sampling": {"max_tokens": 10}}
+        with pytest.raises(BudgetReached) as caught:
+            generate(recipe_for(server, 100, budget={"usd": 700.0}, **sections), run, quiet=True)
+        assert caught.value.exit_code == 3
+        first = len(server.asked)
+        assert 0 < 12 * first <= 700
+        summary = generate(recipe_for(server, 100, budget={"usd": 2000.0}, **sections), run, quiet=True)
+    assert (summary.completed, summary.answered, summary.cost_usd) == (100, 100 - first, 1200.0)
+    assert json.loads(run.lineage.read_text())["generate"]["spent"] == {"tokens": 1200, "usd": 1200.0}
+
+
+def test_a_token_budget_counts_what_a_lost_answer_may_have_cost(run: RunDir) -> None:
+    with misbehaving(one_bad(raw(b"<html>", 200), times=1)) as server:
+        summary = generate(recipe_for(server, budget={"tokens": 10**6}), run, quiet=True)
+    assert summary.answered == 10
+    spent = json.loads(run.lineage.read_text())["generate"]["spent"]["tokens"]
+    assert spent > 10 * 12 + 500  # the answers, and one reservation in full
+
+
+def test_a_budget_needs_a_price(run: RunDir) -> None:
+    with pytest.raises(RecipeError, match=r"budget.usd is 5, but what stub costs is not known: set teacher.price"):
+        generate(recipe_for("http://127.0.0.1:1/v1", budget={"usd": 5}), run, quiet=True)

@@ -1,0 +1,295 @@
+"""Replies that no specification foresees, and what a machine's environment adds: each has one decided end."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generate.client import check_teacher, proxy_of
+from generate.limits import Limits, TokenBucket
+from generate.run import generate
+from generate.streaming import stream, streaming_session
+from generate.verdict import CallFailed, read_answer, read_error
+from pipeline.errors import DistillError, RecipeError
+from pipeline.records import Usage
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    answer,
+    completions,
+    error,
+    failures,
+    misbehaving,
+    raw,
+    recipe_for,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, **more: Any) -> bytes:
+    message = {"role": "assistant", "content": content, **more.pop("message", {})}
+    return json.dumps(
+        {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": usage, **more}
+    ).encode()
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 7.0, "completion_tokens": "5"}, (7, 5)),
+        ({"prompt_tokens": -7, "completion_tokens": 5}, (None, None)),
+        ({"prompt_tokens": 10**30, "completion_tokens": 5}, (None, None)),
+        ([], (None, None)),
+        ("7", (None, None)),
+    ],
+)
+def test_a_usage_that_is_no_count_costs_no_answer(usage: Any, counted: tuple[int | None, int | None]) -> None:
+    found = read_answer(said(usage=usage))
+    assert (found.text, found.usage.prompt_tokens, found.usage.completion_tokens) == ("text", *counted)
+
+
+def test_a_usage_that_is_no_count_is_charged_in_full(run: RunDir) -> None:
+    """A negative one would give a budget back what was never there."""
+    with misbehaving(lambda asked: raw(said(usage={"prompt_tokens": -900, "completion_tokens": -900}))) as server:
+        recipe = recipe_for(server, 10, budget={"tokens": 1500}, sampling={"max_tokens": 500})
+        with pytest.raises(DistillError, match=r"budget\.tokens"):
+            generate(recipe, run, quiet=True)
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}], "one two"),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "two"}], "two"),
+    ],
+)
+def test_a_content_of_parts_is_its_text(content: Any, text: str) -> None:
+    assert read_answer(said(content)).text == text
+
+
+def test_what_stands_beside_the_text_may_be_odd() -> None:
+    found = read_answer(said("half \ud83d", 3, model=5, message={"reasoning_content": "hm"}))
+    assert (found.text, found.finish_reason, found.model, found.usage) == ("half \ufffd", "unknown", None, Usage())
+    assert read_answer(said(finish_reason=None)).finish_reason == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]}), "empty_answer"),
+        (said([{"type": "image_url"}]), "empty_answer"),
+        (said(5), "wrong_shape"),
+        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "wrong_shape"),
+        (b'data: {"choices":[]}\n\ndata: [DONE]\n\n', "not_json"),
+        ('{"choices":[{"message":{"content":"한글"}}]}'.encode("cp949"), "not_json"),
+    ],
+)
+def test_a_reply_without_an_answer_says_which_kind_it_is(body: bytes, kind: str) -> None:
+    with pytest.raises(CallFailed) as caught:
+        read_answer(body)
+    assert caught.value.error == kind
+
+
+def test_an_error_nested_too_deep_to_read_is_its_bytes() -> None:
+    assert read_error(400, b"[" * 100_000, {}).message.startswith("[[[")
+
+
+@pytest.mark.parametrize(("status", "kind"), [(201, None), (206, None), (204, "not_json")])
+def test_any_status_of_success_is_one(run: RunDir, status: int, kind: str | None) -> None:
+    with misbehaving(lambda asked: raw(said() if kind is None else b"", status)) as server:
+        summary = generate(recipe_for(server, 1), run, quiet=True)
+    assert summary.errors == ({kind: 1} if kind else {})
+
+
+@contextmanager
+def raw_server(reply: bytes, family: int = socket.AF_INET, host: str = "127.0.0.1") -> Iterator[str]:
+    """Answers every request with these very bytes and closes the connection."""
+    with socket.create_server((host, 0), family=family, backlog=64) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(reply)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def http(body: bytes, *headers: str, version: str = "1.1") -> bytes:
+    return "\r\n".join([f"HTTP/{version} 200 OK", "Connection: close", *headers, "", ""]).encode() + body
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (http(said(), version="1.0"), None),
+        (http(b"40\r\n" + said()[:30], "Transfer-Encoding: chunked"), "connection_lost"),
+        (http(b"zz\r\n" + said(), "Transfer-Encoding: chunked"), "connection_lost"),
+        (http(said(), "Content-Encoding: gzip"), "connection_lost"),
+        (http(said(), f"X-Long: {'a' * 20_000}"), "connection_lost"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "connection_lost"),
+    ],
+    ids=["HTTP/1.0", "a chunk cut", "a chunk's size is none", "gzip that is none", "a header too long", "no HTTP"],
+)
+def test_http_as_it_should_not_be(run: RunDir, reply: bytes, kind: str | None) -> None:
+    with raw_server(reply) as url:
+        summary = generate(recipe_for(url, 1, generate={"max_attempts": 1}), run, quiet=True)
+    assert summary.errors == ({kind: 1} if kind else {})
+
+
+def test_ipv6(run: RunDir) -> None:
+    with raw_server(http(said()), socket.AF_INET6, "::1") as url:
+        assert generate(recipe_for(url, 2), run, quiet=True).answered == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://127.0.0.1:1/v1?api-version=1", "teacher.query"),
+        ("http://127.0.0.1:1/v1#x", "teacher.query"),
+        ("http://127.0.0.1:1/v1/chat/completions", "leave /chat/completions out"),
+        ("http://127.1:1/v1", "no endpoint at"),
+    ],
+)
+def test_a_url_that_cannot_work_is_one_line_before_anything_is_asked(run: RunDir, url: str, words: str) -> None:
+    with pytest.raises(DistillError, match=words):
+        generate(recipe_for(url, 1), run, quiet=True)
+
+
+def test_a_key_with_a_line_break_around_it_is_the_key(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-abc\r\n")
+    with misbehaving() as server:
+        generate(recipe_for(server, 1), run, quiet=True)
+    assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+
+
+def test_what_no_header_can_carry_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nabc")
+    with pytest.raises(RecipeError, match="OPENAI_API_KEY holds a line break"):
+        check_teacher(recipe_for("http://127.0.0.1:1/v1").teacher)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk")
+    monkeypatch.setenv("TEAM", "a\nb")
+    teacher = {"model": "m", "base_url": "http://127.0.0.1:1/v1", "headers": {"X-Team": "${TEAM}"}}
+    with pytest.raises(RecipeError, match=r"teacher\.headers\.X-Team holds a line break"):
+        check_teacher(recipe_for("", teacher=teacher).teacher)
+
+
+def test_the_environment_s_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:pw@proxy:3128")
+    monkeypatch.setenv("HTTP_PROXY", "proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "inside.example")
+    assert proxy_of("https://api.example/v1") == "http://me:pw@proxy:3128"
+    assert proxy_of("http://api.example/v1") == "http://proxy:3128"
+    for url in ("https://inside.example/v1", "http://localhost:1/v1", "http://[::1]:1/v1", "http://0.0.0.0:1/v1"):
+        assert proxy_of(url) is None
+
+
+def test_requests_go_through_the_proxy_and_a_dead_one_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with raw_server(http(said())) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1"))
+        assert generate_from("http://teacher.example/v1", run).answered == 2
+    with pytest.raises(DistillError, match="the proxy of the environment: "):
+        generate_from("http://teacher.example/v1", RunDir(run.path / "again"))
+
+
+def generate_from(url: str, run: RunDir) -> Any:
+    return generate(recipe_for(url, 2), run, quiet=True)
+
+
+def test_a_password_in_netrc_is_for_others(run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")
+    with misbehaving() as server:
+        generate(recipe_for(server, 1), run, quiet=True)
+    assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+
+
+async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")
+    with misbehaving() as server:
+        teacher = recipe_for(server).teacher
+        async with streaming_session(teacher, timeout_s=5) as session:
+            await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
+    assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+
+
+def once(bad: Behaviour) -> Callable[[Asked], Behaviour]:
+    return lambda asked: bad if asked.text == "say 1" and asked.attempt == 1 else answer()
+
+
+@pytest.mark.parametrize("wait", ["99999999999", "1e300", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_rest_longer_than_anybody_waits_ends_the_run(run: RunDir, wait: str) -> None:
+    with misbehaving(once(error(429, "slow down", Retry_After=wait))) as server:
+        recipe = recipe_for(server, 4, generate={"concurrency": 1})
+        with pytest.raises(DistillError, match=r"takes no requests for another \d+ s"):
+            generate(recipe, run, quiet=True)
+        assert len(completions(run)) < 4
+        assert generate(recipe, run, quiet=True).completed == 4
+
+
+def test_with_another_endpoint_it_is_that_one_s_work(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(429, Retry_After="99999999999")) as first, misbehaving() as second:
+        teacher = {"model": "stub", "base_url": [first.url, second.url]}
+        assert generate(recipe_for(first, 6, teacher=teacher), run, quiet=True).answered == 6
+
+
+def test_a_5xx_that_asks_for_too_much_is_that_request_s_end(run: RunDir) -> None:
+    with misbehaving(once(error(503, "gone", Retry_After="99999999999"))) as server:
+        summary = generate(recipe_for(server, 4), run, quiet=True)
+    assert (summary.answered, summary.errors) == (3, {"server_error": 1})
+    assert failures(run)[0].attempts == 1
+
+
+def test_a_reset_that_never_comes_ends_the_run(run: RunDir) -> None:
+    headers = {
+        "x_ratelimit_limit_requests": "600",
+        "x_ratelimit_remaining_requests": "0",
+        "x_ratelimit_reset_requests": "30d",
+    }
+    with (
+        misbehaving(lambda asked: raw(said(), **headers)) as server,
+        pytest.raises(DistillError, match="takes no requests for another"),
+    ):
+        generate(recipe_for(server, 4, generate={"concurrency": 1}), run, quiet=True)
+    assert len(completions(run)) == 1
+
+
+def test_limits_that_move_give_nothing_back() -> None:
+    bucket = TokenBucket(6100, 0.0)  # 100 a second
+    for number in range(1000):
+        bucket.change(6100 if number % 2 else 12_200, 0.0)
+        bucket.take(1, 0.0)
+    assert bucket.delay(1, 0.0) > 4  # 1,000 were taken where 200 may go at once
+
+
+def test_limits_that_move_are_told_once_each_and_nonsense_never() -> None:
+    limits = Limits(None, None, 0.0)
+    told = [limits.learn({"x-ratelimit-limit-requests": str(500 + 500 * (n % 2))}, 0.0) for n in range(6)]
+    assert told == ["allows 500 requests a minute", "allows 1,000 requests a minute", None, None, None, None]
+    for nonsense in ("0.001", "1e308", "-3", "nan", "100, 100;w=60"):
+        assert Limits(None, None, 0.0).learn({"x-ratelimit-limit-requests": nonsense}, 0.0) is None

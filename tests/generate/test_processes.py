@@ -1,0 +1,190 @@
+"""`generate.processes`: one run over several processes, and what is left when any of them dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from generate.journal import Journal
+from generate.run import generate
+from pipeline.errors import BudgetReached, DistillError
+from pipeline.records import Completion, read_jsonl
+from pipeline.rundir import RunDir
+from tests.generate.test_cli import finish, start, until_answered
+from tests.servers.misbehaving_server import MisbehavingServer, answer, completions, error, misbehaving, recipe_for
+
+ROOT = Path(__file__).parents[2]
+TWO = {"concurrency": 8, "processes": 2}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def whole(run: RunDir, count: int) -> bool:
+    """Whether every request has one answer, and every line is one."""
+    ids = [record.id for record in completions(run)]
+    return len(ids) == len(set(ids)) == count
+
+
+def slow(server_delay_s: float = 0.05) -> object:
+    return misbehaving(lambda asked: answer(delay_s=server_delay_s))
+
+
+def test_every_request_is_asked_once_and_the_counts_are_their_sum(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(400) if asked.text == "say 3" else answer(delay_s=0.01)) as server:
+        summary = generate(recipe_for(server, 300, generate=TWO), run, quiet=True)
+        assert len(server.asked) == 300
+        assert server.most_at_once <= 8
+        again = generate(recipe_for(server, 300, generate={"concurrency": 8}), run, quiet=True)
+    assert (summary.answered, summary.failed, summary.completion_tokens) == (299, 1, 299 * 5)
+    assert (again.resumed, again.answered) == (299, 0)  # one process or several: the same requests
+    assert whole(run, 299)
+
+
+def test_what_ends_one_ends_all_with_its_error(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
+        generate(recipe_for(server, 300, generate=TWO), run, quiet=True)
+
+
+def test_a_budget_holds_over_all_of_them(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
+        recipe = recipe_for(server, 300, generate=TWO, budget={"tokens": 3000}, sampling={"max_tokens": 5})
+        with pytest.raises(BudgetReached, match=r"2,[789]\d\d of budget\.tokens 3,000 spent"):
+            generate(recipe, run, quiet=True)
+        assert 3000 - 250 < 12 * len(server.asked) <= 3000  # all but what one more request could cost, not one each
+
+
+def test_a_part_of_the_budget_that_is_spent_leaves_the_others_theirs(run: RunDir, tmp_path: Path) -> None:
+    """Every second prompt is long: one process spends its part, and the other's pays for the rest."""
+    rows = [{"prompt": f"say {n}" + (" x" * 400 if n % 2 else "")} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"file": str(tmp_path / "rows.jsonl")}
+    with misbehaving(lambda asked: answer(usage=len(asked.text) < 100)) as server:  # the long ones stay charged in full
+        recipe = recipe_for(
+            server, prompts=prompts, generate=TWO, budget={"tokens": 24_000}, sampling={"max_tokens": 5}
+        )
+        assert generate(recipe, run, quiet=True).answered == 40
+    assert whole(run, 40)
+
+
+def children(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def started(server: MisbehavingServer, run: RunDir) -> "subprocess.Popen[str]":
+    return start(server, run, 400, "--generate.processes", "2", "--quiet")
+
+
+def test_killed_with_its_parent_nothing_is_lost_or_repeated(run: RunDir) -> None:
+    with slow() as server:  # type: ignore[attr-defined]
+        process = started(server, run)
+        until_answered(run, 30)
+        family = children(process)
+        assert len(family) == 2
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+        held = len(run.completions.read_bytes().splitlines())
+        code, out, _ = finish(started(server, run))
+    assert code == 0
+    assert f"{held} earlier" in out
+    assert whole(run, 400)
+
+
+def test_one_of_them_killed_ends_the_run_and_the_next_goes_on(run: RunDir) -> None:
+    with slow() as server:  # type: ignore[attr-defined]
+        process = started(server, run)
+        until_answered(run, 30)
+        children(process)[0].kill()
+        code, _, err = finish(process)
+        assert (code, "run the same command again" in err) == (1, True)
+        assert finish(started(server, run))[0] == 0
+    assert whole(run, 400)
+
+
+def test_an_interrupt_stops_all_in_order(run: RunDir) -> None:
+    with slow() as server:  # type: ignore[attr-defined]
+        process = started(server, run)
+        until_answered(run, 30)
+        family = children(process)
+        process.send_signal(signal.SIGINT)
+        code, _, _ = finish(process)
+        assert code == 130
+        assert not psutil.wait_procs(family, timeout=5)[1]
+        asked = len(server.asked)
+        assert len(completions(run)) == asked  # what was in flight was waited for
+        assert finish(started(server, run))[0] == 0
+    assert whole(run, 400)
+
+
+def test_a_second_run_is_refused_while_children_of_a_killed_one_are_there(run: RunDir) -> None:
+    """They hold the run's lock with their parent, so nobody can begin before the last of them is gone."""
+    with slow(1.0) as server:  # type: ignore[attr-defined]
+        process = started(server, run)
+        deadline = time.monotonic() + 30
+        while server.at_once < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        family = children(process)
+        for child in family:
+            child.suspend()
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        code, _, err = finish(started(server, run))
+        assert (code, "another process" in err) == (2, True)
+        for child in family:
+            child.kill()
+        psutil.wait_procs(family, timeout=5)
+        assert finish(started(server, run))[0] == 0
+    assert whole(run, 400)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from generate.journal import Journal
+from pipeline.records import Completion
+import msgspec
+lines = [line for line in Path(sys.argv[2]).read_bytes().splitlines()]
+with Journal(Path(sys.argv[1]), Completion) as journal:
+    for line in lines:
+        journal.append(msgspec.json.decode(line, type=Completion))
+"""
+
+
+def test_two_writers_at_once_leave_every_line_whole(run: RunDir, tmp_path: Path) -> None:
+    with misbehaving(lambda asked: answer("이야기 🐰 " * 3000)) as server:
+        generate(recipe_for(server, 60), run, quiet=True)
+    lines = [json.loads(line) for line in run.completions.read_bytes().splitlines()]
+    writers = []
+    for part in range(3):
+        source = tmp_path / f"{part}.jsonl"
+        source.write_text("".join(json.dumps({**line, "id": f"{part}-{n}"}) + "\n" for n, line in enumerate(lines)))
+        command = [sys.executable, "-c", WRITER, str(tmp_path / "shared.jsonl"), str(source)]
+        writers.append(subprocess.Popen(command, cwd=ROOT))
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert len({record.id for record in read_jsonl(tmp_path / "shared.jsonl", Completion)}) == 180
+
+
+def test_a_writer_killed_at_a_line_is_mended_by_the_others(run: RunDir, tmp_path: Path) -> None:
+    with misbehaving() as server:
+        generate(recipe_for(server, 3), run, quiet=True)
+    first, second, third = completions(run)
+    path = tmp_path / "shared.jsonl"
+    with Journal(path, Completion) as journal:
+        journal.append(first)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(fd, b'{"id": "torn by a kill", "text": "' + b"x" * 200_000)
+        os.close(fd)
+        journal.append(second)
+        journal.append(third)
+    assert [record.id for record in read_jsonl(path, Completion)] == [first.id, second.id, third.id]

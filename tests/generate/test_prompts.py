@@ -1,0 +1,246 @@
+"""Prompts: what a recipe asks, in which order, and what it refuses."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generate.grammar import Grammar, combination, shuffled
+from generate.prompts import build_prompts, grammar_size, iter_prompts
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipe import PromptsConfig, Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+CHAPTER = {
+    "template": "등장: {character}. 키워드: {keywords}.",
+    "slots": {
+        "character": ["토끼 토토", "곰 두두", "할머니", "고양이 미미"],
+        "keywords": {"choose": 2, "from": ["당근", "비", "달", "친구", "엄마", "꽃"]},
+    },
+}
+
+
+def recipe_with(**prompts: Any) -> Recipe:
+    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "stub"}, prompts=prompts)
+
+
+def texts(recipe: Recipe) -> list[str]:
+    return [prompt.messages[-1].content for prompt in build_prompts(recipe)]
+
+
+def test_same_seed_same_prompts_everywhere() -> None:
+    """Literal ids: they may differ on no machine, no Python and with no PYTHONHASHSEED."""
+    prompts = build_prompts(recipe_with(count=3, seed=7, **CHAPTER))
+    assert [(prompt.id, prompt.messages[0].content) for prompt in prompts] == [
+        ("074f096c1532ff8d", "등장: 할머니. 키워드: 엄마, 꽃."),
+        ("0b1a9f15e4ce4f75", "등장: 곰 두두. 키워드: 꽃, 당근."),
+        ("685bf4b99cfe2748", "등장: 할머니. 키워드: 엄마, 비."),
+    ]
+    assert prompts[0].slots == {"character": "할머니", "keywords": ["엄마", "꽃"]}
+
+
+def test_another_seed_another_order() -> None:
+    first, second = (texts(recipe_with(count=60, seed=seed, **CHAPTER)) for seed in (0, 1))
+    assert first != second
+    assert set(first) == set(second)
+
+
+def test_a_larger_count_begins_with_the_same_prompts() -> None:
+    assert texts(recipe_with(count=100, **CHAPTER))[:20] == texts(recipe_with(count=20, **CHAPTER))
+
+
+def test_the_chapters_grammar_has_60_prompts_and_repeats_only_after_them() -> None:
+    recipe = recipe_with(count=150, **CHAPTER)
+    assert grammar_size(recipe) == 60
+    ids = [prompt.id for prompt in build_prompts(recipe)]
+    assert len(set(ids[:60])) == 60
+    assert set(ids[60:120]) == set(ids[:60])  # a repeat is the same question, and has its id
+    assert ids[60:120] != ids[:60]
+
+
+def test_a_choose_slot_is_a_list_in_slots_and_joined_in_the_text() -> None:
+    for prompt in build_prompts(recipe_with(count=60, **CHAPTER)):
+        chosen = prompt.slots["keywords"]
+        assert isinstance(chosen, list)
+        assert len(set(chosen)) == 2
+        assert f"키워드: {', '.join(chosen)}." in prompt.messages[0].content
+
+
+def test_chosen_values_come_in_either_order() -> None:
+    chosen = [prompt.slots["keywords"] for prompt in build_prompts(recipe_with(count=60, **CHAPTER))]
+    order = CHAPTER["slots"]["keywords"]["from"]  # type: ignore[index]
+    forward = sum(order.index(first) < order.index(second) for first, second in chosen)
+    assert 15 < forward < 45
+
+
+values = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6)
+
+
+@given(one=values, two=values, three=values, k=st.integers(1, 6), seed=st.integers())
+def test_count_is_exact_and_every_prompt_comes_once(
+    one: list[str], two: list[str], three: list[str], k: int, seed: int
+) -> None:
+    k = min(k, len(set(three)))
+    config = PromptsConfig(
+        template="{x}|{y}|{z}", count=1, slots={"x": one, "y": two, "z": {"choose": k, "from": three}}
+    )
+    grammar = Grammar(config)
+    wanted = {(x, y, frozenset(z)) for x in one for y in two for z in itertools.combinations(sorted(set(three)), k)}
+    drawn = [slots for _, slots in grammar.draw(grammar.size, seed)]
+    assert grammar.size == len(wanted) == len(drawn)
+    assert {(slots["x"], slots["y"], frozenset(slots["z"])) for slots in drawn} == wanted
+
+
+@given(size=st.integers(1, 400), key=st.text())
+def test_shuffled_is_a_permutation(size: int, key: str) -> None:
+    assert sorted(shuffled(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_shuffled_is_even() -> None:
+    """Each place is as likely first as any other: chi-square of 6,000 keys over 60 places, 99.9% bound for 59."""
+    seen = [0] * 60
+    for key in range(6000):
+        seen[shuffled(0, 60, str(key))] += 1
+    assert sum((n - 100) ** 2 / 100 for n in seen) < 98.3
+
+
+def test_combinations_are_all_different() -> None:
+    ranked = [tuple(combination(rank, 7, 3)) for rank in range(35)]
+    assert sorted(ranked) == list(itertools.combinations(range(7), 3))
+
+
+def test_a_grammar_far_too_large_to_list() -> None:
+    slots = {f"s{i}": {"choose": 5, "from": [f"v{n}" for n in range(100)]} for i in range(40)}
+    recipe = recipe_with(count=200, template=" ".join(f"{{{name}}}" for name in slots), slots=slots)
+    assert (grammar_size(recipe) or 0) > 10**300
+    assert len({prompt.id for prompt in build_prompts(recipe)}) == 200
+
+
+def test_braces_a_slot_used_twice_and_a_system_prompt() -> None:
+    recipe = recipe_with(count=1, system="짧게", template="{a} {{x}} {a}", slots={"a": ["b"]})
+    (prompt,) = build_prompts(recipe)
+    assert [(message.role, message.content) for message in prompt.messages] == [("system", "짧게"), ("user", "b {x} b")]
+
+
+@pytest.mark.parametrize(
+    ("template", "slots", "named"),
+    [
+        ("{a} {b} {c}", {"a": ["x"]}, ["`b`, `c`", "there are: a"]),
+        ("{a}", {"a": ["x"], "zz": ["y"]}, ["`zz`", "does not name"]),
+        ("{a", {"a": ["x"]}, ["prompts.template", "{{"]),
+        ("a}", {}, ["prompts.template"]),
+        ("{}", {}, ["{} is not a slot"]),
+        ("{0}", {}, ["{0} is not a slot"]),
+        ("{a.b}", {"a": ["x"]}, ["{a.b} is not a slot"]),
+        ("{a!r:>3}", {"a": ["x"]}, ["{a!r:>3} is not a slot"]),
+        ("  ", {}, ["prompt is empty"]),
+        ("{a}", {"a": ["\ud83d"]}, ["surrogate"]),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(template: str, slots: Any, named: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_prompts(recipe_with(count=1, template=template, slots=slots))
+    for words in named:
+        assert words in str(caught.value)
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"prompt": "하나", "id": "mine", "slots": {"k": ["a", "b"]}, "whatever": 3},
+        {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "둘"}]},
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(row) for row in rows).encode())
+    first, second = build_prompts(recipe_with(file=path, system="from the recipe"))
+    assert (first.id, first.slots) == ("mine", {"k": ["a", "b"]})
+    assert [message.content for message in first.messages] == ["from the recipe", "하나"]
+    assert [message.content for message in second.messages] == ["own", "둘"]  # its own system prompt stays
+
+
+def test_a_files_count_takes_the_first_or_begins_again(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f'{{"prompt": "{name}"}}\n' for name in "abc"))
+    assert texts(recipe_with(file=path, count=2)) == ["a", "b"]
+    assert texts(recipe_with(file=path, count=7)) == list("abcabca")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "truncated"),
+        ("[]", "Expected `object`"),
+        ("{}", "either `messages` or `prompt`"),
+        ('{"prompt": "a", "messages": []}', "either `messages` or `prompt`"),
+        ('{"messages": []}', "`messages` is empty"),
+        ('{"prompt": " "}', "the prompt is empty"),
+        ('{"prompt": 3}', "$.prompt"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "$.messages[0].content"),
+        ('{"prompt": "a", "slots": {"n": 1}}', "$.slots"),
+        ('{"prompt": "\\ud83d"}', "truncated"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "good"}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        build_prompts(recipe_with(file=path))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert reason in str(caught.value)
+
+
+def test_a_file_that_is_empty_or_missing(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no prompts in it"):
+        build_prompts(recipe_with(file=tmp_path / "empty.jsonl", count=3))
+    with pytest.raises(DataError, match=r"missing\.jsonl: No such file"):
+        build_prompts(recipe_with(file=tmp_path / "missing.jsonl"))
+
+
+def test_slots_do_not_go_with_a_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"prompts\.slots is for a template"):
+        iter_prompts(recipe_with(file=tmp_path, slots={"a": ["b"]}))
+
+
+def test_prompts_from_a_datasets_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "a", "slots": {"k": "x", "l": None}}, {"prompt": "b", "slots": {"k": None, "l": ["y"]}}]
+    del rows[0]["slots"]["l"], rows[1]["slots"]["k"]  # type: ignore[attr-defined]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "rows"))
+    prompts = build_prompts(recipe_with(file=tmp_path / "rows"))
+    assert [(prompt.messages[0].content, prompt.slots) for prompt in prompts] == [
+        ("a", {"k": "x"}),
+        ("b", {"l": ["y"]}),
+    ]
+
+
+def test_a_datasets_folder_that_cannot_serve(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    good = datasets.Dataset.from_dict({"prompt": ["a"]})
+    datasets.DatasetDict({"train": good, "test": good}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(DataError, match="splits train, test"):
+        build_prompts(recipe_with(file=tmp_path / "splits"))
+    datasets.Dataset.from_dict({"prompt": ["a", "b", ""]}).save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(DataError, match="rows: row 2: the prompt is empty"):
+        build_prompts(recipe_with(file=tmp_path / "rows"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="not a folder that `datasets` saved"):
+        build_prompts(recipe_with(file=tmp_path / "other"))
+
+
+def test_the_flagship_recipe() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "korean_stories.yaml")
+    prompts = build_prompts(recipe)
+    assert (grammar_size(recipe) or 0) >= 20_000
+    assert len({prompt.id for prompt in prompts}) == 5000
+    assert {"토끼 토토", "곰 두두", "할머니", "고양이 미미"} <= {str(prompt.slots["character"]) for prompt in prompts}
+    keywords = {word for prompt in prompts for word in prompt.slots["keywords"]}
+    assert {"당근", "비", "달", "친구", "엄마", "꽃"} <= keywords
+    for prompt in prompts:
+        text = prompt.messages[0].content
+        assert text.startswith(f"3~5세 어린이용 한국어 동화 한 편. 등장: {prompt.slots['character']}. 키워드: ")
+        assert text.endswith("200~400자.")

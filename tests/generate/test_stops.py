@@ -1,0 +1,212 @@
+"""What stops a run: the endpoint, the key, the data, the disk, the user; and what is left then."""
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tenacity import wait_fixed
+
+from generate.run import generate, pending
+from pipeline.errors import DataError, DistillError, RecipeError
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    answer,
+    completions,
+    error,
+    failures,
+    misbehaving,
+    raw,
+    recipe_for,
+)
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.schedule.BACKOFF", wait_fixed(0.01))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C, after a while."""
+    alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
+@pytest.mark.timeout(60, method="thread")  # if it breaks it never ends
+def test_a_second_interrupt_stops_now(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a grace and an answer that outlast the test's time, only the second interrupt can end it."""
+    monkeypatch.setattr("generate.loop.GRACE_S", 1000)
+    with misbehaving(lambda asked: answer(delay_s=0 if asked.text == "say 3" else 1000)) as server:
+        config = {"concurrency": 8, "request_timeout_s": 2000}
+        with interrupted_after(1), interrupted_after(2), pytest.raises(KeyboardInterrupt):
+            generate(recipe_for(server, generate=config), run, quiet=True)
+    assert len(completions(run)) == 1
+
+
+def test_waiting_requests_do_not_pile_up_without_bound(run: RunDir) -> None:
+    """A server that is only busy is not sent the whole run: at most a few waiting requests a slot."""
+    asked_first: set[str] = set()
+
+    def script(asked: Asked) -> Behaviour:
+        asked_first.add(asked.text)
+        return error(503, retry_after="30")
+
+    with misbehaving(script) as server:
+        recipe = recipe_for(server, 500, generate={"concurrency": 4})
+        with interrupted_after(1.5), pytest.raises(KeyboardInterrupt):
+            generate(recipe, run, quiet=True)
+    assert 4 <= len(asked_first) <= 4 * 5
+
+
+def test_failures_are_left_alone_until_they_are_asked_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = True
+    with misbehaving(lambda asked: error(400) if broken and asked.text == "say 3" else answer()) as server:
+        recipe = recipe_for(server)
+        assert generate(recipe, run, quiet=True).failed == 1
+        broken = False
+        again = generate(recipe, run, quiet=True)
+        assert (again.failed, again.answered, len(server.asked)) == (1, 0, 10)
+        assert "--retry-failures asks them again" in capsys.readouterr().err
+        assert pending(recipe, run) == 1
+        healed = generate(recipe, run, quiet=True, retry_failures=True)
+        assert (healed.failed, healed.answered, healed.completed) == (0, 1, 10)
+        assert generate(recipe, run, quiet=True).failed == 0
+    assert len(completions(run)) == 10
+    assert len(failures(run)) == 1  # the journal is not rewritten; the answer counts
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (error(401, "wrong key"), ["401 (wrong key)", "OPENAI_API_KEY is not set"]),
+        (error(403, "not for you"), ["403 (not for you)"]),
+        (error(429, "pay first", "insufficient_quota"), ["the quota is used up (pay first)"]),
+        (error(404, "no model stub"), ["404 (no model stub)", "it lists big, small: set teacher.model"]),
+        (raw(b"", 308, location="https://else.where/"), ["308", "it redirects to https://else.where/"]),
+    ],
+)
+def test_what_no_request_can_survive_stops_the_run_at_once(run: RunDir, bad: Behaviour, words: list[str]) -> None:
+    with misbehaving(lambda asked: bad, models=["big", "small"]) as server:
+        with pytest.raises(DistillError) as caught:
+            generate(recipe_for(server, 500), run, quiet=True)
+        assert len(server.asked) <= 8
+    assert caught.value.exit_code == 1
+    for expected in words:
+        assert expected in str(caught.value)
+    assert not failures(run)
+
+
+def test_answers_in_flight_are_kept_when_the_run_is_stopped(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return error(401) if asked.text == "say 3" else answer(delay_s=0.3)
+
+    with misbehaving(script) as server, pytest.raises(DistillError):
+        generate(recipe_for(server, 8), run, quiet=True)
+    assert len(completions(run)) == 7
+
+
+def test_nothing_at_the_url(run: RunDir) -> None:
+    with misbehaving() as server:
+        url = server.url
+    with pytest.raises(DistillError) as caught:
+        generate(recipe_for(url, 500), run, quiet=True)
+    assert url in str(caught.value)
+    assert "make serve" in str(caught.value)
+    assert not failures(run)
+
+
+def test_a_server_that_dies_ends_the_run_and_not_its_requests(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        if len(server.asked) > 40:
+            server.die()
+        return answer(delay_s=0.01)
+
+    with misbehaving(script) as server, pytest.raises(DistillError, match="has not answered for"):
+        config = {"concurrency": 8, "give_up_s": 0.5, "request_timeout_s": 1}
+        generate(recipe_for(server, 2000, generate=config), run, quiet=True)
+    assert 0 < len(completions(run)) < 2000
+    assert not failures(run)
+
+
+def test_the_key_reaches_the_server_and_nothing_else(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    echo = error(400, "x" * 980 + f" Bearer {KEY} is cut where messages are shortened")
+
+    def script(asked: Asked) -> Behaviour:
+        assert asked.headers["Authorization"] == f"Bearer {KEY}"
+        return echo if asked.text == "say 3" else answer()
+
+    with misbehaving(script) as server:
+        recipe = recipe_for(server, teacher={"model": "stub", "base_url": server.url, "api_key_env": "MY_KEY"})
+        assert generate(recipe, run).answered == 9
+    with misbehaving(lambda asked: error(401, f"Incorrect API key provided: {KEY}")) as server:
+        recipe = recipe_for(server, teacher={"model": "stub", "base_url": server.url, "api_key_env": "MY_KEY"})
+        with pytest.raises(DistillError) as caught:
+            generate(recipe, run)
+    assert "[key]" in str(caught.value)
+    shown = str(caught.value) + "".join(capsys.readouterr())
+    written = b"".join(path.read_bytes() for path in run.path.iterdir())
+    for part in (KEY, KEY[:10]):
+        assert part not in shown
+        assert part.encode() not in written
+
+
+def test_a_password_in_the_url_is_refused_before_it_is_written(run: RunDir) -> None:
+    with pytest.raises(RecipeError) as caught:
+        generate(recipe_for("http://me:hunter2@127.0.0.1:1/v1"), run, quiet=True)
+    assert "hunter2" not in str(caught.value)
+    assert not run.path.exists()
+
+
+def test_a_bad_prompt_file_ends_the_run_before_anything_is_asked(run: RunDir, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 50 + "{\n")
+    with misbehaving() as server:
+        with pytest.raises(DataError, match=r"p\.jsonl:51: "):
+            generate(recipe_for(server, prompts={"file": path}), run, quiet=True)
+        assert not server.asked
+    assert not run.prompts.exists()
+
+
+def test_a_journal_that_cannot_be_written_stops_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = 0
+    write = os.write
+
+    def full(fd: int, data: bytes) -> int:
+        nonlocal written
+        if data.startswith(b'{"id"'):
+            written += 1
+            if written > 5:
+                write(fd, data[:20])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    with misbehaving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(DistillError, match="No space left on device"):
+                generate(recipe_for(server, 100), run, quiet=True)
+        assert len(completions(run)) == 5
+        assert generate(recipe_for(server, 100), run, quiet=True).resumed == 5
+    assert len({record.id for record in completions(run)}) == len(completions(run)) == 100

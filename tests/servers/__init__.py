@@ -1,0 +1,1 @@
+"""Real local servers that misbehave on purpose, and fakes of what cannot be had."""

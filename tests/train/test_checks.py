@@ -1,0 +1,372 @@
+"""Checks before training: each finding's number and status, and that a training stops where it should."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.errors import DataError, UsageError
+from pipeline.models import resolve_model
+from pipeline.records import Kept, Message, encode_line
+from pipeline.rundir import RunDir
+from pipeline.train_config import TrainConfig
+from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
+from train.checks.chain import chain_check
+from train.checks.data import label_checks, row_checks, split_check, token_checks
+from train.checks.pair import markup_check, size_check, template_check
+from train.checks.run import Check, settle
+from train.rows import Split, split_rows
+from train.run import train_run
+from train.teacher import Card, known_files, parameters_of, read_card
+from train.tokens import LabelFaults
+
+DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
+
+
+def of_rows(rows: list[Kept], lineage: dict[str, Any] | None = None) -> dict[str, Check]:
+    split = Split(train=rows[1:], held_out=rows[:1])
+    return {check.name: check for check in row_checks(rows, split, lineage or {})}
+
+
+def filtered(kept: int, rows: int = 100, rules: int = 1) -> dict[str, Any]:
+    return {"filters": {"rules": [{"rule": "length"}] * rules, "rows": rows, "keep_rate": kept / rows}}
+
+
+def finding(check: Check) -> tuple[str, float | None]:
+    return check.status, check.value
+
+
+@pytest.mark.parametrize(("count", "status"), [(4999, "note"), (5000, "pass"), (50000, "pass"), (50001, "note")])
+def test_the_number_of_rows_is_advice(count: int, status: str) -> None:
+    assert finding(of_rows([kept_row(0, "Hi?", "Yes.")] * count)["rows"]) == (status, count)
+
+
+@pytest.mark.parametrize(("prompts", "status"), [(10, "pass"), (5, "pass"), (4, "warn")])
+def test_rows_of_few_prompts_warn(prompts: int, status: str) -> None:
+    rows = [kept_row(n, f"Question {n % prompts}", "Yes.") for n in range(10)]
+    assert finding(of_rows(rows)["prompts"]) == (status, prompts / 10)
+
+
+@pytest.mark.parametrize(
+    ("lineage", "filters", "keep_rate"),
+    [
+        ({}, ("warn", 0), None),
+        (filtered(80, rules=0), ("warn", 0), ("pass", 0.8)),
+        (filtered(50), ("pass", 1), ("pass", 0.5)),
+        (filtered(49, rules=3), ("pass", 3), ("warn", 0.49)),
+    ],
+)
+def test_rows_that_nobody_filtered_or_few_that_passed_warn(
+    lineage: dict[str, Any], filters: tuple[str, float], keep_rate: tuple[str, float] | None
+) -> None:
+    checks = of_rows(story_rows(3), lineage)
+    assert finding(checks["filters"]) == filters
+    assert (finding(checks["keep_rate"]) if "keep_rate" in checks else None) == keep_rate
+
+
+def test_answers_that_were_cut_off_are_counted() -> None:
+    rows = [*story_rows(3), kept_row(3, "Hi?", "And th", finish_reason="length")]
+    assert finding(of_rows(rows)["cut_off"]) == ("note", 1)
+
+
+@pytest.mark.parametrize("twin", ["Story 0?", " story  0? ", "STORY 0?\n"])
+def test_a_question_on_both_sides_of_the_split_fails_in_any_spacing_or_case(twin: str) -> None:
+    rows = story_rows(4)
+    check = split_check(Split(train=[*rows[1:], kept_row(9, twin, "Another answer.")], held_out=rows[:1]))
+    assert finding(check) == ("fail", 1)
+    assert "r0" in check.finding
+    assert finding(split_check(Split(train=rows[1:], held_out=rows[:1]))) == ("pass", 0)
+
+
+def test_questions_alike_but_for_spacing_or_case_stay_on_one_side() -> None:
+    rows = [kept_row(n * 2 + twin, text, "Yes.") for n in range(30) for twin, text in enumerate((f"Q{n}?", f" q{n}? "))]
+    for seed in range(5):
+        split = split_rows(rows, share=0.3, seed=seed)
+        assert split_check(split).status == "pass"
+        assert len(split.held_out) == 18
+
+
+def test_a_contaminated_split_is_refused(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = story_rows(6)
+    monkeypatch.setattr("train.run.split_rows", lambda *_, **__: Split(train=rows, held_out=rows[:2]))
+    run = make_run(tmp_path / "run", rows)
+    with pytest.raises(
+        DataError, match=r"check split: 2 of 2 held-out rows ask what is trained on .*nothing was trained"
+    ):
+        train_run(make_recipe(student), run, force=True)
+    assert not run.student.exists() and not run.held_out.exists()
+
+
+def test_label_faults_fail_with_their_number_and_first_row() -> None:
+    faults = LabelFaults({"eos": 2, "masked": 1}, {"eos": "row 4: why", "masked": "row 7: why"})
+    checks = {check.name: check for check in label_checks(faults, 9)}
+    assert {name: finding(check) for name, check in checks.items()} == {
+        "eos": ("fail", 2), "masked": ("fail", 1), "labels": ("pass", 0),
+    }  # fmt: skip
+    assert checks["eos"].finding == "7 of 9 rows end with a stop token; row 4: why"
+
+
+class Figures:
+    """What `prepare` gives, as far as the checks look at it."""
+
+    def __init__(self, train: list[int], held_out: list[int], limit: int) -> None:
+        self.lengths = {"train": train, "held_out": held_out}
+        self.train_rows = [index for index, length in enumerate(train) if length <= limit]
+        self.held_out_rows = [index for index, length in enumerate(held_out) if length <= limit]
+        self.faults = LabelFaults({}, {})
+        self.differing = 0
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "too_long", "expected"),
+    [
+        ([9, 8, 7], [10], "refuse", ("pass", 0)),
+        ([9, 8, 12], [10], "refuse", ("fail", 0.25)),
+        ([9, 8, 12], [10], "drop", ("warn", 0.25)),
+        ([9] * 18 + [12], [10], "drop", ("note", 0.05)),
+        ([9] * 18, [12], "drop", ("fail", 1 / 19)),  # none left to evaluate on
+    ],
+)
+def test_long_rows_are_a_share_that_the_recipe_decides_on(
+    train: list[int], held_out: list[int], too_long: str, expected: tuple[str, float]
+) -> None:
+    rows = story_rows(len(train) + len(held_out))
+    split = Split(train=rows[: len(train)], held_out=rows[len(train) :])
+    config = TrainConfig.model_validate({"max_length": 10, "too_long": too_long})
+    figures: Any = Figures(train, held_out, 10)
+    checks = {check.name: check for check in token_checks(figures, split, config)}
+    assert finding(checks["length"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "status", "ratio"),
+    [
+        (1_500_000_000, 500_000_000, "pass", 3),
+        (5_000_000_000, 500_000_000, "pass", 10),
+        (100_000_000_000, 500_000_000, "warn", 200),
+        (900_000_000, 500_000_000, "note", 1.8),
+        (500_000_000, 500_000_000, "note", 1),
+        (400_000_000, 500_000_000, "fail", 0.8),
+        (None, 500_000_000, "note", None),
+    ],
+)
+def test_the_teacher_is_three_to_ten_times_larger(
+    teacher: int | None, student: int, status: str, ratio: float | None
+) -> None:
+    assert finding(size_check(teacher, student)) == (status, ratio)
+
+
+def test_a_teacher_too_far_is_said_in_words() -> None:
+    assert "a 100B teacher is too far for a 500M student" in size_check(100_000_000_000, 500_000_000).mend
+
+
+def test_parameters_are_counted_without_weights_and_ties_once(student: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert parameters_of(Path(student), student) == model.num_parameters()
+    embedded = resolve_model("embedded:smollm2-135m")
+    assert parameters_of(Path(embedded), embedded) == 134_515_008  # its embeddings are tied
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("meta-llama/Llama-3.1-70B-Instruct", 70_000_000_000),
+        ("Qwen2.5-0.5B", 500_000_000),
+        ("SmolLM2-135M", 135_000_000),
+        ("gpt-4.1", None),
+        ("gpt-4o-mini", None),
+    ],
+)
+def test_an_apis_model_has_the_size_that_its_name_says(name: str, size: int | None) -> None:
+    assert parameters_of(None, name) == size
+
+
+def with_template(template: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def other_family(template: str) -> Any:
+    tokenizer = with_template(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
+    return tokenizer
+
+
+OTHER = CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over|>")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        (tiny_tokenizer(), ("pass", 1.0)),
+        (None, ("note", None)),
+        (with_template(DEFAULT_SYSTEM + CHATML), ("fail", 0.0)),  # the same tokens, a message that the student lacks
+        (with_template(CHATML.replace("<|im_end|>", "")), ("fail", 0.0)),  # the same tokens in another order
+        (other_family(OTHER), ("note", 0.0)),
+        (other_family(DEFAULT_SYSTEM + OTHER), ("warn", 0.0)),
+    ],
+)
+def test_chat_templates_that_say_something_else_are_found(teacher: Any, expected: tuple[str, float | None]) -> None:
+    assert finding(template_check(tiny_tokenizer(), teacher, story_rows(3))) == expected
+
+
+def test_a_system_message_of_ones_own_takes_the_place_of_a_default() -> None:
+    rows = [kept_row(0, "", "Yes.", messages=[Message("system", "Be brief."), Message("user", "Hi?")])]
+    default = with_template(DEFAULT_SYSTEM + CHATML)
+    assert finding(template_check(tiny_tokenizer(), default, rows)) == ("pass", 1.0)
+    deaf = other_family(
+        OTHER.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')")
+    )
+    check = template_check(tiny_tokenizer(), deaf, rows)
+    assert check.status == "warn" and "nothing of the system message" in check.finding
+
+
+def test_a_template_that_refuses_a_role_fails_with_its_reason() -> None:
+    strict = with_template(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    rows = [kept_row(0, "", "Yes.", messages=[Message("system", "Be brief."), Message("user", "Hi?")])]
+    check = template_check(strict, None, rows)
+    assert check.status == "fail" and "no system" in check.finding
+
+
+def test_a_template_mismatch_is_refused_and_nothing_is_trained(student: str, tmp_path: Path) -> None:
+    teacher = tiny_model(tmp_path / "teacher", layers=4)
+    (teacher / "chat_template.jinja").write_text(DEFAULT_SYSTEM + CHATML)
+    run = make_run(tmp_path / "run", story_rows(6))
+    with pytest.raises(
+        DataError, match=r"check templates: only 0 of 6 .*adds 'You are kind\.', the student's ''; give prom"
+    ):
+        train_run(make_recipe(student, str(teacher)), run, force=True)
+    assert not run.student.exists() and not (run.path / "training").exists()
+    written = json.loads((run.path / "checks.json").read_bytes())
+    assert written["stopped_by"] == ["templates"]
+
+
+def test_text_that_spells_a_control_token_is_refused(student: str, tmp_path: Path) -> None:
+    rows = [*story_rows(5), kept_row(5, "Chat?", "Hello.<|im_end|>\n<|im_start|>user\nMore!")]
+    assert finding(markup_check(tiny_tokenizer(), rows)) == ("fail", 1)
+    assert finding(markup_check(tiny_tokenizer(), rows[:5])) == ("pass", 0)
+    run = make_run(tmp_path / "run", rows)
+    with pytest.raises(DataError, match=r"check markup: 1 of 6 rows .* r5: <\|im_end\|>"):
+        train_run(make_recipe(student), run, force=True)
+    assert not run.student.exists()
+
+
+def foreign(row: Kept, change: dict[str, Any]) -> bytes:
+    return json.dumps({**json.loads(encode_line(row)), **change}).encode() + b"\n"
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.png"}}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            foreign(kept_row(6, "Hi?", "Yes."), {"messages": [{"role": "user", "content": IMAGE}]}),
+            r"kept\.jsonl:7: .*array",
+        ),
+        (foreign(kept_row(6, "Hi?", "Yes."), {"text": ""}), "the answer is empty"),
+        (encode_line(kept_row(6, "Hi?", "x" * 100_000)), "1 of 7 rows are longer than .* r6, has 100024 tokens"),
+        (
+            b'{"conversations": [{"from": "human", "value": "Hi?"}]}\n',
+            r"kept\.jsonl:7: .*`id`; a row is an answer as filt",
+        ),
+        (
+            b'{"instruction": "Hi?", "output": "Yes."}\n',
+            r"kept\.jsonl:7: .*`id`; a row is an answer as filters keeps it",
+        ),
+        (encode_line(kept_row(6, "", "Yes.", messages=[Message("human", "Hi?")])), "no role 'human' is known"),
+    ],
+    ids=["image", "empty", "100,000 characters", "ShareGPT", "Alpaca", "role"],
+)
+def test_a_row_that_is_no_answer_ends_training_before_it_begins(
+    student: str, tmp_path: Path, line: bytes, reason: str
+) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    with run.kept.open("ab") as file:
+        file.write(line)
+    with pytest.raises(DataError, match=reason) as error:
+        train_run(make_recipe(student), run, force=True)
+    assert "\n" not in str(error.value)
+    assert not run.student.exists() and not run.held_out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lineage", "tags", "expected"),
+    [
+        ("runs/x/student", {"train": {"teacher": "big"}}, [], ("fail", 1)),
+        ("owner/model", None, ["distillate", "lora"], ("fail", 1)),
+        ("owner/model", None, ["distillation"], ("warn", 1)),
+        ("owner/R1-Distill-Qwen-1.5B", None, [], ("warn", 1)),
+        ("owner/model", {"generate": {}}, ["chat"], ("pass", 0)),
+    ],
+)
+def test_a_teacher_that_was_a_student_is_found(
+    tmp_path: Path, name: str, lineage: dict[str, Any] | None, tags: list[str], expected: tuple[str, float]
+) -> None:
+    if lineage is not None:
+        (tmp_path / "lineage.json").write_text(json.dumps(lineage))
+    (tmp_path / "README.md").write_text(f"---\ntags: {json.dumps(tags)}\n---\nA model.\n")
+    assert finding(chain_check(name, tmp_path, read_card(tmp_path))) == expected
+
+
+def test_an_apis_model_is_of_unknown_descent() -> None:
+    assert known_files("gpt-4.1") is None
+    assert finding(chain_check("gpt-4.1", None, Card())) == ("note", None)
+
+
+def test_a_chain_is_refused_without_allow_chain(student: str, tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first", story_rows(6))
+    train_run(make_recipe(student), first)
+    second = make_run(tmp_path / "second", story_rows(7))
+    recipe = make_recipe(student, str(first.student))
+    with pytest.raises(DataError, match=r"check chain: .*lineage\.json names teacher as its teacher.*--allow-chain"):
+        train_run(recipe, second, force=True)
+    assert not second.student.exists()
+    train_run(recipe, second, allow_chain=True)
+    checks = json.loads(second.lineage.read_bytes())["train"]["checks"]
+    assert [check["status"] for check in checks if check["name"] == "chain"] == ["note"]
+
+
+def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    with pytest.raises(UsageError, match=r"check filters: no filters .*--force, or train\.accept: \[filters\]$"):
+        train_run(make_recipe(student, accept=["licence"]), run)
+    assert not run.student.exists()
+    train_run(make_recipe(student, accept=["licence"]), run, force=True)
+    written = json.loads((run.path / "checks.json").read_bytes())
+    assert (written["accepted"], written["stopped_by"]) == (["filters", "licence"], [])
+    names = [check["name"] for check in written["checks"]]
+    assert names == [
+        "rows", "prompts", "split", "filters", "cut_off", "size_ratio", "templates", "markup", "chain", "licence",
+        "length", "eos", "masked", "labels", "context",
+    ]  # fmt: skip
+    assert json.loads((run.student / "lineage.json").read_bytes())["train"]["checks"] == written["checks"]
+
+
+def test_force_never_goes_past_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [
+        Check(name="licence", status="warn", value=None, finding="unknown [terms]"),
+        Check(name="eos", status="fail", value=3, finding="no end", mend="mend it"),
+    ]
+    run = RunDir(tmp_path)
+    with pytest.raises(DataError, match=r"^check eos: no end; mend it; nothing was trained$"):
+        settle(checks, run, Console(stderr=True, soft_wrap=True), accepted=["licence"], force=True)
+    assert capsys.readouterr().err.splitlines() == ["  warn  licence  unknown [terms]", "  fail  eos      no end"]
+
+
+def test_a_check_that_cannot_warn_cannot_be_accepted() -> None:
+    with pytest.raises(ValueError, match="keep_rate"):
+        make_recipe("student", accept=["eos"])

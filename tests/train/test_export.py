@@ -1,0 +1,423 @@
+"""Export: folders that transformers, PEFT, datasets and vLLM load, their cards, and the push to the Hub."""
+
+import asyncio
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from aiohttp import web
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import UsageError
+from pipeline.lineage import record_lineage
+from pipeline.recipe import Recipe, ServeConfig
+from pipeline.records import Message
+from pipeline.rundir import RunDir
+from serve.server import free_port, serving
+from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
+from train.publish.cards import dataset_card, languages, model_card, published
+from train.publish.export import export_dataset, export_model
+from train.run import train_run
+
+BASE = "embedded:smollm2-135m"
+TOKEN = "hf_secretsecretsecret"
+GENERATE = {
+    "teacher": {"asked": "Qwen/Qwen2.5-7B-Instruct", "served": ["Qwen/Qwen2.5-7B-Instruct"]},
+    "endpoints": ["http://internal.example:8000/v1"],
+    "sampling": {"temperature": 0.8, "top_p": 0.9, "max_tokens": 220, "seed": 7},
+    "prompts": {"distinct": 9, "grammar": 100},
+    "requests": 12,
+    "completed": 11,
+    "failed": 1,
+    "completion_tokens": 1234,
+    "versions": {"openai": "3.54.0"},
+}
+FILTERS = {
+    "rules": [{"rule": "length", "min_chars": 10}, {"rule": "banned_words", "words": ["a|b"]}],
+    "dropped_by_rule": {"length": 2, "banned_words": 1},
+    "rows": 11,
+    "kept": 8,
+    "keep_rate": 8 / 11,
+    "versions": {"msgspec": "0.22.0"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
+    """A LoRA student of a teacher at some endpoint, in a run that was generated and filtered."""
+    student = str(tiny_model(tmp_path_factory.mktemp("models") / "Tiny-Chat"))
+    recipe = make_recipe(
+        student, "Qwen/Qwen2.5-7B-Instruct", method="lora", accept=["size_ratio"], learning_rate=1e-2, seed=3
+    )
+    recipe = Recipe.model_validate(
+        {
+            **recipe.model_dump(),
+            "prompts": {"template": "Tell `{x}`:\n```\n{{}}", "slots": {"x": ["a", "b"]}, "count": 12, "seed": 5},
+            "filters": {"rules": [{"rule": "script_ratio", "script": "hangul"}]},
+        }
+    )
+    run = make_run(tmp_path_factory.mktemp("runs") / "tiny", story_rows(8))
+    record_lineage(run, "generate", GENERATE)
+    record_lineage(run, "filters", FILTERS)
+    train_run(recipe, run)
+    return recipe, run
+
+
+def tables(card: Path) -> dict[str, str]:
+    """The first cell of each line of a card's tables, and the rest of the line where it is first met."""
+    lines = [line.strip("| \n").split(" | ") for line in card.read_text().splitlines() if line.startswith("|")]
+    found: dict[str, str] = {}
+    for cells in lines:
+        found.setdefault(cells[0], " | ".join(cells[1:]))
+    return found
+
+
+def test_the_student_folder_of_every_training_has_its_card(trained: tuple[Recipe, RunDir]) -> None:
+    _, run = trained
+    card = ModelCard.load(run.student / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "Tiny-Chat"
+    assert data["base_model_relation"] == "adapter"
+    assert (data["license"], data["license_name"]) == ("other", "see-licence-chain")  # nobody knows Tiny-Chat's
+    assert {"distillate", "distillation", "lora"} <= set(data["tags"])
+    assert data["language"] == ["ko"]
+    assert "datasets" not in data
+    found = tables(run.student / "README.md")
+    assert found["teacher"].startswith("Qwen/Qwen2.5-7B-Instruct")
+    assert found["sampling"] == "temperature 0.8, top_p 0.9, max_tokens 220, seed 7"
+    assert found["prompts"] == "12 drawn from a template, 9 distinct, seed 5"
+    assert found["answers"] == "11 to 12 requests, 1,234 tokens"
+    assert found["kept"] == "8 of 11 answers (72.7%)"
+    assert found["length"] == "min_chars 10 | 2"
+    assert found["size_ratio"].startswith("warn | teacher 7B")
+    assert found["method"] == "lora"
+    assert found["learning_rate"] == "0.01"
+    assert "Not measured" in card.text
+    assert "openai 3.54.0" in card.text and "trl " in card.text
+    assert "words ['a\\|b']" in card.text  # a bar in a cell
+
+
+def test_a_known_pair_has_its_licence_and_an_unknown_one_has_other(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    lineage = json.loads(run.lineage.read_bytes())
+    lineage["train"] |= {"initialised_from": "Qwen/Qwen2.5-0.5B-Instruct"}
+    card = ModelCard(model_card(recipe, lineage)).data.to_dict()
+    assert (card["base_model"], card["license"]) == ("Qwen/Qwen2.5-0.5B-Instruct", "apache-2.0")
+
+
+def test_an_adapter_is_exported_as_it_is_and_no_path_goes_with_it(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    folder = export_model(recipe, run)
+    assert folder == run.path / "export" / "adapter"
+    assert recipe.student is not None
+    for file in folder.rglob("*"):
+        if file.suffix in (".json", ".md", ".jinja"):
+            assert str(Path(recipe.student.model).parent) not in file.read_text()
+            assert "internal.example" not in file.read_text()
+    assert json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"] == "Tiny-Chat"
+    logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.student.model), folder), folder)
+
+
+def logits(model: Any, folder: Path) -> torch.Tensor:
+    ids = AutoTokenizer.from_pretrained(folder)("Story 3?", return_tensors="pt")
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**ids).logits
+    return found
+
+
+def test_a_merged_model_says_what_the_adapter_over_its_base_says(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    assert recipe.student is not None
+    base = AutoModelForCausalLM.from_pretrained(recipe.student.model)
+    before = logits(base, run.student)
+    adapted = logits(PeftModel.from_pretrained(base, run.student), run.student)
+    folder = export_model(recipe, run, merged=True)
+    merged = logits(AutoModelForCausalLM.from_pretrained(folder), folder)
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert not torch.allclose(merged, before, atol=1e-2)
+    assert not (folder / "adapter_config.json").exists()
+    data = ModelCard.load(folder / "README.md").data.to_dict()
+    assert (data["base_model_relation"], data["library_name"]) == ("finetune", "transformers")
+
+
+def test_scores_are_those_of_this_student_or_none(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    scores = {"headline": "a third of the size", "perplexity_after": 3.25, "speed_ratio": None, "rows": 2}
+    try:
+        record_lineage(run, "evaluate", {**scores, "created": "2000-01-01T00:00:00+00:00"})
+        assert "Not measured" in (export_model(recipe, run) / "README.md").read_text()
+        record_lineage(run, "evaluate", {**scores, "created": "2999-01-01T00:00:00+00:00"})
+        card = export_model(recipe, run) / "README.md"
+        assert "a third of the size" in card.read_text()
+        assert tables(card)["perplexity after"] == "3.25"
+        assert "speed ratio" not in tables(card)
+    finally:
+        lineage = json.loads(run.lineage.read_bytes())
+        del lineage["evaluate"]
+        run.lineage.write_text(json.dumps(lineage))
+
+
+def test_an_adapter_over_a_pruned_base_is_only_exported_merged(tmp_path: Path) -> None:
+    teacher = str(tiny_model(tmp_path / "teacher", layers=4))
+    run = make_run(tmp_path / "run", story_rows(6))
+    recipe = make_recipe("prune:2", teacher, method="lora")
+    train_run(recipe, run)
+    with pytest.raises(UsageError, match="a pruned base, which nobody else has; export with --merged"):
+        export_model(recipe, run)
+    folder = export_model(recipe, run, merged=True)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
+    assert "teacher cut down to 2 layers" in (folder / "README.md").read_text()
+
+
+def test_there_is_nothing_to_export_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no student yet; run train first"):
+        export_model(make_recipe("student"), make_run(tmp_path, story_rows(3)))
+
+
+def test_the_data_set_loads_with_its_splits_whatever_the_rows_hold(tmp_path: Path) -> None:
+    odd = [
+        {"slots": {"x": "a"}, "scores": {"judge": 4.0}},
+        {"slots": {"things": ["b", "c"]}, "messages": [Message("system", "Sei lieb."), Message("user", "동화?")]},
+        {"text": "옛날 옛적에\n“숲”"},
+    ]
+    rows = [kept_row(n, f"Q{n}?", f"A{n}.", **(odd[n] if n < 3 else {})) for n in range(10)]
+    run = make_run(tmp_path / "run", rows)
+    record_lineage(run, "filters", FILTERS)
+    folder = export_dataset(make_recipe("student", held_out=0.3), run)
+    found = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert {part: len(found[part]) for part in found} == {"train": 7, "test": 3}
+    loaded = {row["id"]: row for part in found.values() for row in part}
+    assert loaded.keys() == {row.id for row in rows}
+    for row in rows:
+        assert loaded[row.id]["prompt"] == [{"role": m.role, "content": m.content} for m in row.messages]
+        assert loaded[row.id]["completion"] == [{"role": "assistant", "content": row.text}]
+        assert json.loads(loaded[row.id]["slots"]) == row.slots
+        assert json.loads(loaded[row.id]["scores"]) == row.scores
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict()["size_categories"] == ["n<1K"]
+    assert "endpoint" not in "".join(file.read_text() for file in folder.rglob("*.jsonl"))
+
+
+def test_the_data_set_is_split_as_training_split_it(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    folder = export_dataset(recipe, run)
+    held = {json.loads(line)["id"] for line in run.held_out.read_bytes().splitlines()}
+    assert {json.loads(line)["id"] for line in (folder / "data/test.jsonl").read_bytes().splitlines()} == held
+
+
+def test_a_folder_goes_by_its_last_part_and_a_hub_id_by_its_whole(tmp_path: Path) -> None:
+    assert published(str(tmp_path / "My-Model")) == "My-Model"
+    assert published("./models/My-Model") == "My-Model"
+    assert published("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
+    assert published("embedded:smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([{"rule": "script_ratio", "script": "kana"}], ["ja"]),
+        ([{"rule": "script_ratio", "script": "latin"}], None),
+        ([{"rule": "language", "allowed": ["de", "fr"]}], ["de", "fr"]),
+        ([], None),
+    ],
+)
+def test_the_language_is_what_the_rules_say(rules: list[dict[str, Any]], expected: list[str] | None) -> None:
+    recipe = make_recipe("student").model_dump() | {"filters": {"rules": rules}}
+    assert languages(Recipe.model_validate(recipe)) == expected
+
+
+def test_a_data_set_without_filters_says_so() -> None:
+    card = dataset_card(make_recipe("student"), {"name": "x"}, {"train": 3, "test": 1})
+    assert "| filters | none were run |" in card
+
+
+class FakeHub:
+    """As much of the Hub as an upload needs, over real HTTP: repositories, their commits, and a key that may write."""
+
+    def __init__(self) -> None:
+        self.repos: dict[tuple[str, str], dict[str, Any]] = {}
+        self.url = ""
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=1 << 28, middlewares=[self._authorised])
+        app.router.add_post("/api/repos/create", self._create)
+        app.router.add_post("/api/validate-yaml", self._validate)
+        app.router.add_post("/api/{kind}/{owner}/{name}/preupload/{revision}", self._preupload)
+        app.router.add_post("/api/{kind}/{owner}/{name}/commit/{revision}", self._commit)
+        app.router.add_get("/api/{kind}/{owner}/{name}", self._info)
+        app.router.add_get("/api/{kind}/{owner}/{name}/revision/{revision}", self._info)
+        return app
+
+    @web.middleware
+    async def _authorised(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return web.json_response({"error": "Invalid username or password."}, status=401)
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    async def _create(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        repo = f"{body['organization']}/{body['name']}" if body.get("organization") else body["name"]
+        private = body.get("private", body.get("visibility") == "private")
+        self.repos[(body.get("type", "model"), repo)] = {"private": private, "files": {}}
+        return web.json_response({"url": f"{self.url}/{repo}", "name": repo})
+
+    async def _validate(self, request: web.Request) -> web.Response:
+        head = (await request.json())["content"].split("---")[1]
+        return web.json_response({"errors": [] if yaml.safe_load(head) else [{"message": "empty"}], "warnings": []})
+
+    async def _preupload(self, request: web.Request) -> web.Response:
+        files = (await request.json())["files"]
+        entries = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in files]
+        return web.json_response({"files": entries})
+
+    async def _commit(self, request: web.Request) -> web.Response:
+        for line in (await request.read()).splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                content = base64.b64decode(entry["value"]["content"])
+                self._repo(request)["files"][entry["value"]["path"]] = content
+        kind, owner, name = (request.match_info[part] for part in ("kind", "owner", "name"))
+        address = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{owner}/{name}/commit/{'1' * 40}"
+        return web.json_response({"commitUrl": address, "commitOid": "1" * 40, "success": True})
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"id": f"{request.match_info['owner']}/{request.match_info['name']}", "sha": "0" * 40})
+
+    def _repo(self, request: web.Request) -> dict[str, Any]:
+        kind, owner, name = (request.match_info[part] for part in ("kind", "owner", "name"))
+        return self.repos[(kind.removesuffix("s"), f"{owner}/{name}")]
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    fake, ready, loop = FakeHub(), threading.Event(), asyncio.new_event_loop()
+
+    async def start() -> None:
+        runner = web.AppRunner(fake.app())
+        await runner.setup()
+        port = free_port()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        fake.url = f"http://127.0.0.1:{port}"
+        ready.set()
+
+    def serve() -> None:
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    yield fake
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(30)
+    loop.close()
+
+
+def export(trained: tuple[Recipe, RunDir], *flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    recipe, run = trained
+    file = run.path / "given.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True)))
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    return subprocess.run(
+        [sys.executable, "-m", "train.publish.export", str(file), "--run", str(run.path), *flags],
+        env={**kept, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_model_and_data_set_are_pushed_with_the_key_of_the_environment(
+    trained: tuple[Recipe, RunDir], hub: FakeHub
+) -> None:
+    done = export(trained, "--dataset", "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    model, data = hub.repos[("model", "me/tiny")], hub.repos[("dataset", "me/tiny")]
+    assert model["private"] and data["private"]
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "lineage.json"} <= set(model["files"])
+    assert {"README.md", "data/train.jsonl", "data/test.jsonl"} <= set(data["files"])
+    assert ModelCard(model["files"]["README.md"].decode()).data.to_dict()["datasets"] == ["me/tiny"]
+    assert (
+        model["files"]["adapter_model.safetensors"] == (trained[1].student / "adapter_model.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "code", "reason"),
+    [
+        ("me/tiny", None, 2, "--push needs HF_TOKEN"),
+        ("me/tiny", "hf_other", 2, "the Hub refused (401"),
+        ("tiny", TOKEN, 2, "--push tiny: give owner and name"),
+        ("me/ti ny", TOKEN, 2, "--push me/ti ny: "),
+    ],
+)
+def test_a_push_that_cannot_be_is_one_line(
+    trained: tuple[Recipe, RunDir], hub: FakeHub, repo: str, token: str | None, code: int, reason: str
+) -> None:
+    key = {"HF_TOKEN": token} if token else {}
+    done = export(trained, "--push", repo, HF_ENDPOINT=hub.url, **key)
+    assert done.returncode == code
+    assert reason in done.stderr and done.stderr.count("\n") == 1
+    assert "hf_" not in done.stderr.replace("HF_", "")
+    assert not hub.repos
+
+
+def test_a_hub_that_is_not_there_is_one_line(trained: tuple[Recipe, RunDir]) -> None:
+    done = export(trained, "--push", "me/tiny", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}", HF_TOKEN=TOKEN)
+    assert done.returncode == 1
+    assert "the Hub cannot be reached" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir, str, str]:
+    """A real student that gives three answers, whatever follows their question; one it was not trained on, and its."""
+    answers = {"What does Toby say?": "Toby says hello.", "What does Dudu say?": "Dudu says honey.", "Who?": "Mimi."}
+    rows = [kept_row(3 * n + i, f"{q} {n}.", a) for n in range(8) for i, (q, a) in enumerate(answers.items())]
+    run = make_run(tmp_path_factory.mktemp("runs") / "taught", rows)
+    settings = {"epochs": 6, "learning_rate": 3e-3, "held_out": 0.2, "batch_size": 8, "max_length": 128}
+    recipe = make_recipe(BASE, BASE, method="lora", accept=["filters"], **settings)
+    train_run(recipe, run)
+    question = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
+    return recipe, run, question, next(text for q, text in answers.items() if question.startswith(q))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_an_export_answers_in_vllm_as_it_was_taught(
+    taught: tuple[Recipe, RunDir, str, str], tmp_path: Path, merged: bool
+) -> None:
+    recipe, run, question, answer = taught
+    folder = export_model(recipe, run, merged=merged)
+    flags = [] if merged else ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"student={folder}"]
+    served = str(folder) if merged else BASE
+    settings = ServeConfig(kv_cache_gib=1, args=flags)
+    with serving(served, port=free_port(), config=settings, log=tmp_path / "vllm.log") as server:
+        assert ask(server.base_url, served if merged else "student", question) == (answer, "stop")
+        if not merged:
+            assert ask(server.base_url, BASE, question)[0] != answer
+
+
+def ask(base_url: str, model: str, question: str) -> tuple[str, str]:
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 24}
+    request = urllib.request.Request(
+        f"{base_url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as given:
+        choice = json.loads(given.read())["choices"][0]
+    return choice["message"]["content"].strip(), choice["finish_reason"]

@@ -1,0 +1,263 @@
+"""Soft distillation: the losses against hand calculations, who may teach whom, and what hard and soft share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import RecipeError
+from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
+from train.progress import TrainProgress
+from train.rows import to_examples
+from train.run import train_run
+from train.soft import differing_tokens, jsd
+from train.tokens import MASKED
+from train.trainer import Examples, Prepared, prepare
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A student, and a teacher that surely says something else, whose vocabulary is padded to a rounder number."""
+    folder = tmp_path_factory.mktemp("models")
+    student, teacher = tiny_model(folder / "student"), tiny_model(folder / "teacher", layers=4)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(264, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5)
+    model.save_pretrained(teacher)
+    return str(student), str(teacher)
+
+
+def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
+    rows = story_rows(6)
+    examples = Examples(to_examples(rows[2:]), to_examples(rows[:2]))
+    config = make_recipe(models[0], models[1], **train).train
+    return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=models[1])
+
+
+def losses(run: Any) -> list[float]:
+    return [entry["loss"] for entry in json.loads((run.student / "training_log.json").read_bytes())["loss"]]
+
+
+@pytest.mark.parametrize(
+    ("beta", "expected"),
+    [
+        # P = (1/2, 1/2), Q = (1/4, 3/4)
+        (0, 0.143841),  # KL(P || Q) = ln(2)/2 + ln(2/3)/2
+        (1, 0.130812),  # KL(Q || P) = ln(1/2)/4 + 3/4 ln(3/2)
+        (0.5, 0.033822),  # M = (3/8, 5/8): the mean of 0.032269 and 0.035375
+        (0.25, 0.026049),  # M = (5/16, 11/16): 0.075775 / 4 + 3/4 * 0.009473
+    ],
+)
+def test_the_divergence_is_as_by_hand(beta: float, expected: float) -> None:
+    teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert jsd(teacher, student, beta=beta).item() == pytest.approx(expected, abs=1e-6)
+    assert jsd(teacher.expand(3, 2), student.expand(3, 2), beta=beta).item() == pytest.approx(3 * expected, abs=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "soft"),
+    [
+        ("kd", {"alpha": 0.3, "temperature": 2.0, "weights": "full"}),
+        ("kd", {"alpha": 1.0, "temperature": 0.5, "weights": "full"}),
+        ("gkd", {"lmbda": 0.0, "beta": 0.5, "weights": "full"}),
+    ],
+)
+def test_the_loss_of_a_step_is_that_of_its_completion_tokens(
+    models: tuple[str, str], tmp_path: Path, method: str, soft: dict[str, Any]
+) -> None:
+    trainer = prepared(models, tmp_path, method=method, kd=soft, micro_batch_size=2).trainer
+    student, teacher = (AutoModelForCausalLM.from_pretrained(model).eval() for model in models)
+    total, tokens = 0.0, 0
+    for row in trainer.train_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q, p = student(input_ids=ids).logits[0], teacher(input_ids=ids).logits[0]
+        for place, label in enumerate(row["labels"]):
+            if label == MASKED:
+                continue
+            tokens += 1
+            of_q, of_p = q[place - 1], p[place - 1, :259]  # what is before predicts; 259 tokens are shared
+            if method == "kd":
+                t = soft["temperature"]
+                log_q, log_p = (of_q / t).log_softmax(-1), (of_p / t).log_softmax(-1)
+                divergence = (log_p.exp() * (log_p - log_q)).sum()
+                hard = -of_q.log_softmax(-1)[label]
+                total += (soft["alpha"] * t**2 * divergence + (1 - soft["alpha"]) * hard).item()
+            else:
+                total += jsd(of_p.log_softmax(-1)[None], of_q.log_softmax(-1)[None], beta=soft["beta"]).item()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["labels"]) == 4  # all rows: one step
+    trainer.create_optimizer()
+    loss = trainer.training_step(trainer.model, batch, torch.tensor(tokens))
+    assert loss.item() == pytest.approx(total / tokens, rel=1e-3 if trainer.teacher.dtype == torch.float32 else 2e-2)
+
+
+def test_the_held_out_loss_is_one_figure_for_all_methods(models: tuple[str, str], tmp_path: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(models[0]).eval()
+    hard = prepared(models, tmp_path / "hard", method="full").trainer
+    total, tokens = 0.0, 0
+    for row in hard.eval_dataset:
+        with torch.no_grad():
+            scores = student(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        found = [-scores[place - 1, label].item() for place, label in enumerate(row["labels"]) if label != MASKED]
+        total, tokens = total + sum(found), tokens + len(found)
+    expected = total / tokens  # each token weighs the same, however rows are batched
+    assert hard.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    for method in ("kd", "gkd"):
+        soft = prepared(models, tmp_path / method, method=method, kd={"weights": "full"}, micro_batch_size=1).trainer
+        assert soft.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kd", "gkd"])
+def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp_path: Path, method: str) -> None:
+    run = make_run(tmp_path / "run", story_rows(40))
+    soft = {"weights": "full", "alpha": 1.0, "max_new_tokens": 8}
+    train_run(make_recipe(*models, method=method, kd=soft, learning_rate=1e-2), run)
+    found = losses(run)
+    assert found[-1] < 0.8 * found[0]
+    log = json.loads((run.student / "training_log.json").read_bytes())
+    assert (log["method"], log["weights"]) == (method, "full")
+    before, after, teacher = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        for model in (models[0], run.student, models[1])
+    )
+    row = json.loads(run.held_out.read_bytes().splitlines()[0])
+    chat = [*row["messages"], {"role": "assistant", "content": row["text"]}]
+    tokenizer = AutoTokenizer.from_pretrained(run.student)
+    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad():
+        p, *q = (model(input_ids=ids).logits[0, 30:, :259].log_softmax(-1) for model in (teacher, before, after))
+    assert jsd(p, q[1], beta=0) < 0.8 * jsd(p, q[0], beta=0)
+    section = json.loads(run.lineage.read_bytes())["train"]
+    assert section["hyperparameters"]["kd"]["weights"] == "full"
+    assert "max_new_tokens" in (run.student / "README.md").read_text()
+
+
+def test_an_adapter_is_what_soft_distillation_trains_by_default(models: tuple[str, str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    train_run(make_recipe(*models, method="kd"), run)
+    assert (run.student / "adapter_config.json").is_file()
+    assert "base_model_relation: adapter" in (run.student / "README.md").read_text()
+
+
+def test_samples_are_the_students_own_and_only_they_carry_loss(models: tuple[str, str], tmp_path: Path) -> None:
+    trainer = prepared(models, tmp_path, method="gkd", kd={"weights": "full", "max_new_tokens": 12}).trainer
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():  # a student that stops often
+        trainer.model.lm_head.weight[END] *= 0
+        trainer.model.lm_head.weight[END] += 0.05 * trainer.model.model.norm.weight
+    drawn = trainer.sampled(trainer.model, batch)
+    assert trainer.model.training
+    lengths = set()
+    for given, labels, made, learned, mask in zip(
+        *(batch[name].tolist() for name in ("input_ids", "labels")),
+        *(drawn[name].tolist() for name in ("input_ids", "labels", "attention_mask")),
+        strict=True,
+    ):
+        prompt = next(place for place, label in enumerate(labels) if label != MASKED)
+        assert made[:prompt] == given[:prompt]
+        answer = [label for label in learned if label != MASKED]
+        assert learned[:prompt] == [MASKED] * prompt
+        assert made[prompt : prompt + len(answer)] == answer
+        assert sum(mask) == prompt + len(answer)
+        assert END not in answer[:-1]
+        assert answer[-1] == END or len(answer) == 12
+        lengths.add(len(answer))
+    assert max(lengths) <= 12
+
+
+def test_the_share_of_sampled_steps_is_lmbda(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[float] = []
+    monkeypatch.setattr(
+        "train.soft.GkdTrainer.sampled", lambda self, model, inputs: sampled.append(self.soft.lmbda) or inputs
+    )
+    for lmbda in (0.0, 0.5, 1.0):
+        run = make_run(tmp_path / str(lmbda), story_rows(6))
+        soft = {"weights": "full", "lmbda": lmbda}
+        train_run(make_recipe(*models, method="gkd", kd=soft, batch_size=1, epochs=4), run)
+    assert 0.0 not in sampled
+    assert 5 <= sampled.count(0.5) <= 15
+    assert sampled.count(1.0) == 20  # 5 rows, one a step, 4 epochs
+
+
+@pytest.mark.parametrize("method", ["kd", "gkd"])
+def test_an_interrupted_soft_training_goes_on_with_the_same_losses(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    soft = {"max_new_tokens": 6}
+    recipe = make_recipe(*models, method=method, kd=soft, epochs=3, checkpoint_steps=2, lora_dropout=0.2)
+    whole, broken = (make_run(tmp_path / name, story_rows(14)) for name in ("whole", "broken"))
+    train_run(recipe, whole)
+    original = TrainProgress.on_log
+
+    def interrupt(self: TrainProgress, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        original(self, args, state, control, **rest)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainProgress, "on_log", interrupt)
+        train_run(recipe, broken)
+    train_run(recipe, broken)
+    assert len(losses(broken)) == 9
+    assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_teacher_of_other_tokens_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    other = tiny_model(tmp_path / "other", layers=4)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    run = make_run(tmp_path / "run", story_rows(6))
+    recipe = make_recipe(models[0], str(other), method="kd", accept=["filters", "licence", "templates"])
+    with pytest.raises(
+        RecipeError, match=r"one tokenizer, and .*other has another vocabulary .*\(1 token.*lora or full"
+    ):
+        train_run(recipe, run)
+    assert not run.student.exists()
+
+
+def test_the_same_words_split_otherwise_are_other_tokens() -> None:
+    class Splits:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "aa": 1}
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [self.size - 1] * (len(text) // self.size)}
+
+    assert differing_tokens(Splits(1), Splits(1), ["aaaa"]) == ""
+    assert "splits text into other tokens than the student: 'aaaa'" in differing_tokens(Splits(1), Splits(2), ["aaaa"])
+
+
+def test_an_apis_teacher_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    with pytest.raises(RecipeError, match=r"needs the teacher's weights, and gpt-4\.1 has none here; use train"):
+        train_run(make_recipe(models[0], "gpt-4.1", method="kd"), run, force=True)
+    assert not run.student.exists()
+
+
+def test_a_pruned_student_learns_softly_with_all_its_weights(models: tuple[str, str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    with pytest.raises(RecipeError, match=r"prune:2: layers were cut .* set train\.kd\.weights: full, got 'lora'"):
+        train_run(make_recipe("prune:2", models[1], method="kd"), run)
+    train_run(make_recipe("prune:2", models[1], method="kd", kd={"weights": "full"}), run)
+    assert AutoModelForCausalLM.from_pretrained(run.student).config.num_hidden_layers == 2
+
+
+def test_adapters_over_four_bits_need_a_gpu(models: tuple[str, str], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.fail("this test is of a machine without a GPU")
+    run = make_run(tmp_path / "run", story_rows(6))
+    for settings in ({"method": "qlora"}, {"method": "kd", "kd": {"weights": "qlora"}}):
+        with pytest.raises(RecipeError, match="qlora needs a GPU, and there is none here; use lora"):
+            train_run(make_recipe(*models, **settings), run)

@@ -1,0 +1,84 @@
+"""The student before training: `prune:<k>` takes evenly spaced layers of the teacher, weights and all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import RecipeError, UsageError
+from pipeline.rundir import RunDir
+from tests.tiny_student import make_recipe, tiny_model
+from train.student import initial_student, layers_kept
+
+
+@pytest.mark.parametrize(
+    ("total", "k", "layers"),
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilBERT's own choice
+        (30, 10, [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]),
+        (24, 2, [0, 23]),
+        (5, 4, [0, 1, 3, 4]),
+        (5, 1, [0]),
+    ],
+)
+def test_layers_are_evenly_spaced_from_first_to_last(total: int, k: int, layers: list[int]) -> None:
+    assert layers_kept(total, k) == layers
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_pruned_student_has_the_teachers_layers_and_answers(tmp_path: Path, architecture: str) -> None:
+    teacher_folder = tiny_model(tmp_path / "teacher", layers=5, architecture=architecture)
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    folder = initial_student(make_recipe("prune:3", str(teacher_folder)), run)
+    assert Path(folder) == run.student_init.resolve()
+
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.config.num_hidden_layers == 3
+    assert len(student.model.layers) == 3
+    assert len(getattr(student.config, "layer_types", None) or [None] * 3) == 3
+    for layer, source in zip(student.model.layers, (0, 2, 4), strict=True):
+        for name, weight in layer.state_dict().items():
+            assert torch.equal(weight, teacher.model.layers[source].state_dict()[name])
+    assert torch.equal(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(teacher_folder).chat_template
+    ids = tokenizer("Hi", return_tensors="pt")
+    assert student.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_a_pruned_student_is_built_once_and_again_when_asked_for_another(tmp_path: Path) -> None:
+    teacher = str(tiny_model(tmp_path / "teacher", layers=4))
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    weights = Path(initial_student(make_recipe("prune:2", teacher), run)) / "model.safetensors"
+    first = weights.stat().st_ino
+    initial_student(make_recipe("prune:2", teacher), run)
+    assert weights.stat().st_ino == first
+    initial_student(make_recipe("prune:3", teacher), run)
+    assert AutoModelForCausalLM.from_pretrained(run.student_init).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("prune:0", "give a number of layers, at least 1"),
+        ("prune:few", "student.model prune:few: give a number of layers"),
+        ("prune:4", "has 4 layers; choose 1 to 3"),
+    ],
+)
+def test_an_impossible_number_of_layers_is_refused(tmp_path: Path, reference: str, reason: str) -> None:
+    teacher = str(tiny_model(tmp_path / "teacher", layers=4))
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(RecipeError, match=reason):
+        initial_student(make_recipe(reference, teacher), run)
+    assert not run.student_init.exists()
+
+
+def test_a_student_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="model /no/such/model: the folder is not there"):
+        initial_student(make_recipe("/no/such/model"), RunDir(tmp_path))

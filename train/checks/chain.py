@@ -1,0 +1,47 @@
+"""Is the teacher itself a student? Models taught by models taught by models collapse (Shumailov et al. 2024).
+
+Reads the teacher's lineage.json and the tags of its card; writes nothing.
+"""
+
+import json
+from pathlib import Path
+
+from pipeline.adapters import MERGED_FROM
+from train.checks.run import Check, passed
+from train.teacher import Card
+
+OUR_TAG = "distillate"  # on every card that this tool writes
+OTHERS_TAGS = {"distillation", "distilled", "knowledge-distillation"}
+MEND = "distil from the first teacher instead"
+
+
+def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: bool = False) -> Check:
+    """Fails for a product of this tool unless `allowed`; warns for a model that others call distilled."""
+    if origin := _ours(folder, card):
+        finding = f"the teacher {reference} is itself a distilled student: {origin}"
+        if allowed:
+            return Check(name="chain", status="note", value=1, finding=f"{finding} (--allow-chain)", mend=MEND)
+        mend = f"{MEND}, or accept the risk of collapse with --allow-chain"
+        return Check(name="chain", status="fail", value=1, finding=finding, mend=mend)
+    tags = sorted(card.tags & OTHERS_TAGS)
+    if tags or "distill" in Path(reference).name.lower():
+        why = f"its card is tagged {', '.join(tags)}" if tags else "its name says so"
+        finding = f"the teacher {reference} was distilled by its makers: {why}"
+        return Check(name="chain", status="warn", value=1, finding=finding, mend=MEND)
+    if folder is None:
+        finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
+        return Check(name="chain", status="note", value=None, finding=finding)
+    return passed("chain", 0, "no sign that the teacher was distilled")
+
+
+def _ours(folder: Path | None, card: Card) -> str:
+    """What shows that this tool made the model; empty if nothing does."""
+    if folder is not None:
+        try:
+            trained = json.loads((folder / "lineage.json").read_bytes())["train"]
+            return f"its lineage.json names {trained['teacher']} as its teacher"
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no lineage of ours
+        if (folder / MERGED_FROM).is_file():
+            return f"{MERGED_FROM} in its folder"
+    return f"its card is tagged {OUR_TAG}" if OUR_TAG in card.tags else ""

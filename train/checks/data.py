@@ -1,0 +1,141 @@
+"""Checks of the rows and of their tokens: enough, filtered, distinct, apart, whole, and ending with a stop token.
+
+Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, SAFE_KEEP_RATE
+from pipeline.records import Kept
+from pipeline.train_config import TrainConfig
+from train.checks.run import Check, Status, passed
+from train.rows import Split, prompt_text
+from train.tokens import LabelFaults
+
+if TYPE_CHECKING:
+    from train.trainer import Prepared
+
+DROPPED_SHARE = 0.1  # of the rows, too long: more, and the student never sees long answers
+
+
+def row_checks(rows: Sequence[Kept], split: Split, lineage: Mapping[str, Any]) -> Iterator[Check]:
+    """What can be told before a model is loaded. `lineage`: the run's."""
+    yield _rows(len(rows))
+    yield _prompts(rows)
+    yield split_check(split)
+    yield from _filters(lineage.get("filters"))
+    yield _cut_off(rows)
+
+
+def token_checks(prepared: "Prepared", split: Split, config: TrainConfig) -> Iterator[Check]:
+    """What the tokens say that the trainer will use."""
+    rows = [*split.train, *split.held_out]
+    lengths = [*prepared.lengths["train"], *prepared.lengths["held_out"]]
+    left = {"training": len(prepared.train_rows), "held-out": len(prepared.held_out_rows)}
+    yield _length([row.id for row in rows], lengths, left, config)
+    yield from label_checks(prepared.faults, sum(left.values()))
+    yield _context(prepared.differing, left["training"])
+
+
+def split_check(split: Split) -> Check:
+    """No question of the held-out rows may be among the trained ones, be it in other spacing or case."""
+    trained = {prompt_text(row) for row in split.train}
+    shared = [row for row in split.held_out if prompt_text(row) in trained]
+    if not shared:
+        questions = len({prompt_text(row) for row in split.held_out})
+        return passed("split", 0, f"none of {questions} held-out prompts is trained on")
+    finding = f"{len(shared)} of {len(split.held_out)} held-out rows ask what is trained on (the first: {shared[0].id})"
+    mend = "the evaluation would measure memory: split by prompt"
+    return Check(name="split", status="fail", value=len(shared), finding=finding, mend=mend)
+
+
+def label_checks(faults: LabelFaults, rows: int) -> Iterator[Check]:
+    """EOS in the labels of every row; loss on something, and on the whole answer alone."""
+    named = {
+        "eos": ("end with a stop token", "mend the student's chat template: the student would never learn to stop"),
+        "masked": ("carry loss", "mend the student's chat template: it leaves the answer out"),
+        "labels": ("carry loss on the whole answer and on nothing else", "mend the student's chat template"),
+    }
+    for name, (what, mend) in named.items():
+        bad = faults.counts.get(name, 0)
+        if bad:
+            finding = f"{rows - bad:,} of {rows:,} rows {what}; {faults.first[name]}"
+            yield Check(name=name, status="fail", value=bad, finding=finding, mend=mend)
+        else:
+            yield passed(name, 0, f"all {rows:,} rows {what}")
+
+
+def _rows(count: int) -> Check:
+    low, high = ADVISED_ROWS
+    finding = f"{count:,} rows; {low:,} to {high:,} are advised"
+    if low <= count <= high:
+        return passed("rows", count, finding)
+    mend = "raise prompts.count" if count < low else "more rows than these seldom teach more"
+    return Check(name="rows", status="note", value=count, finding=finding, mend=mend)
+
+
+def _prompts(rows: Sequence[Kept]) -> Check:
+    distinct = len({prompt_text(row) for row in rows})
+    share = distinct / len(rows)
+    finding = f"{distinct:,} distinct prompts in {len(rows):,} rows ({share:.0%})"
+    if share >= DISTINCT_SHARE:
+        return passed("prompts", share, finding)
+    mend = "the same prompts give the same answers: add slots or values to the template"
+    return Check(name="prompts", status="warn", value=share, finding=finding, mend=mend)
+
+
+def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
+    rules = len(section["rules"]) + sum(bool(section.get(name)) for name in ("dedup", "judge")) if section else 0
+    if not section or not rules:
+        finding = "the filters had no rule" if section else "no filters were run on these rows"
+        mend = "a teacher's faults are copied too: name filters.rules and run the filters"
+        yield Check(name="filters", status="warn", value=0, finding=finding, mend=mend)
+    else:
+        yield passed("filters", rules, f"{rules} rules judged {section['rows']:,} answers")
+    if section:
+        rate = section["keep_rate"]
+        finding = f"{rate:.1%} of the answers were kept; {SAFE_KEEP_RATE:.0%} or more is safe"
+        if rate >= SAFE_KEEP_RATE:
+            yield passed("keep_rate", rate, finding)
+        else:
+            mend = "see filter_report.json for what was dropped; mend the prompts, or take a teacher that can do this"
+            yield Check(name="keep_rate", status="warn", value=rate, finding=finding, mend=mend)
+
+
+def _cut_off(rows: Sequence[Kept]) -> Check:
+    cut = sum(row.finish_reason != "stop" for row in rows)
+    if not cut:
+        return passed("cut_off", 0, "no answer was cut off")
+    finding = (
+        f"{cut:,} of {len(rows):,} answers were cut off (finish_reason is not stop): the student learns to stop there"
+    )
+    return Check(name="cut_off", status="note", value=cut, finding=finding, mend="filter with the rule finish_reason")
+
+
+def _length(ids: Sequence[str], lengths: Sequence[int], left: Mapping[str, int], config: TrainConfig) -> Check:
+    over = sum(length > config.max_length for length in lengths)
+    longest = max(lengths)
+    limit = f"train.max_length {config.max_length}"
+    if not over:
+        return passed("length", 0, f"no row is longer than {limit} (the longest has {longest} tokens)")
+    share = over / len(lengths)
+    worst = f"the longest, {ids[lengths.index(longest)]}, has {longest} tokens"
+    finding = f"{over} of {len(lengths)} rows are longer than {limit} ({worst})"
+    status: Status = "note" if share <= DROPPED_SHARE else "warn"
+    mend = f"raise it to {longest}; they are left out now"
+    if config.too_long == "refuse":
+        status, mend = "fail", f"raise it to {longest}, or leave such rows out with train.too_long: drop"
+    elif empty := [part for part, rows in left.items() if not rows]:
+        status, mend = "fail", f"no {empty[0]} row would be left; raise it"
+    return Check(name="length", status=status, value=share, finding=finding, mend=mend)
+
+
+def _context(differing: int, rows: int) -> Check:
+    if not differing:
+        return passed("context", 0, "every prompt is trained on as it will be asked")
+    finding = (
+        f"in {differing} of {rows} rows the student's chat template renders the prompt otherwise before an answer than "
+        "when one is asked for: the student trains on a context it will not see"
+    )
+    return Check(name="context", status="warn", value=differing, finding=finding, mend="mend the chat template")

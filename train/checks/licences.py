@@ -1,0 +1,113 @@
+"""What a teacher's terms ask of its student: a small, dated table, read from licences.yaml. Not legal advice.
+
+Writes nothing. The table knows makers and families by the model's name, and licences by their name on its card.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+import yaml
+
+from pipeline.models import EMBEDDED, PREFIX
+from train.checks.run import Check, Status
+
+TABLE = Path(__file__).with_name("licences.yaml")
+NOT_ADVICE = "not legal advice"
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of the table."""
+
+    name: str
+    licence: str  # as a card names it
+    verdict: Literal["allowed", "conditions", "restricted", "forbidden"]
+    asks: str
+    source: str
+    names: list[str] = []  # patterns that the beginning of a model's name matches
+    student: str = ""  # a pattern of students for which a `forbidden` does not hold
+    inherits: bool = False  # a model trained on the answers falls under this licence too
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """licences.yaml."""
+
+    read: str  # the month in which the sources were read
+    hub: list[str]  # licences that the Hub knows by name; any other is `other` to it
+    terms: list[Terms]
+
+
+@dataclass(frozen=True)
+class LicenceChain:
+    """Teacher, the model that the student was, and what follows for the student."""
+
+    teacher: Terms | None
+    base: Terms | None
+
+    @property
+    def student(self) -> str:
+        """The licence that both leave to the student; `other` where they leave the choice to a lawyer."""
+        if self.teacher is None or self.base is None or self.teacher.verdict not in ("allowed", "conditions"):
+            return "other"
+        if not self.teacher.inherits or self.teacher.licence == self.base.licence:
+            return self.base.licence
+        return self.teacher.licence if self.base.verdict == "allowed" else "other"
+
+
+@cache
+def table() -> Table:
+    """The table as it is shipped."""
+    return msgspec.convert(yaml.safe_load(TABLE.read_text(encoding="utf-8")), Table)
+
+
+def model_name(reference: str) -> str:
+    """The name that a model is published under, as far as its reference says."""
+    embedded = EMBEDDED.get(reference.removeprefix(PREFIX)) if reference.startswith(PREFIX) else None
+    return embedded.name if embedded else reference
+
+
+def terms_of(reference: str, card_licence: str | None = None, stated: str | None = None) -> Terms | None:
+    """What is known of a model's terms: as the recipe states, by the model's name, by its card; None if nothing is."""
+    if stated is not None:
+        known = _by_licence(stated)
+        word = "your word in train.teacher_licence"
+        return known or Terms(name=stated, licence=stated, verdict="allowed", asks="as you know", source=word)
+    name = PurePosixPath(model_name(reference)).name.lower()
+    for terms in table().terms:
+        if any(re.match(pattern, name) for pattern in terms.names):
+            return terms
+    return _by_licence(card_licence) if card_licence else None
+
+
+def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
+    """Whether the teacher's terms let a student learn from its answers, and what they ask of it."""
+    mend = "read its terms, and say what holds in train.teacher_licence"
+    if terms is None:
+        finding = f"the terms of {teacher} are not known to the table of {table().read}"
+        return Check(name="licence", status="warn", value=None, finding=finding, mend=mend)
+    name = PurePosixPath(model_name(student)).name.lower()
+    verdict = terms.verdict
+    if verdict == "forbidden" and terms.student and re.match(terms.student, name):
+        verdict = "conditions"
+    statuses: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restricted": "warn", "forbidden": "fail"}
+    finding = f"{terms.name}: {terms.asks} ({terms.source}, read {table().read}; {NOT_ADVICE})"
+    mend = (
+        "" if verdict == "allowed" else "keep to it" if verdict == "conditions" else f"take another teacher, or {mend}"
+    )
+    return Check(name="licence", status=statuses[verdict], value=None, finding=finding, mend=mend)
+
+
+def on_the_hub(licence: str) -> dict[str, str]:
+    """A licence as a card's metadata has it."""
+    if licence in table().hub:
+        return {"license": licence}
+    return {"license": "other", "license_name": "see-licence-chain" if licence == "other" else licence}
+
+
+def _by_licence(licence: str) -> Terms | None:
+    """Terms of a licence: the entry without names first, since those with names speak of one family."""
+    found = [terms for terms in table().terms if terms.licence == licence.lower()]
+    return min(found, key=lambda terms: bool(terms.names), default=None)

@@ -1,0 +1,153 @@
+"""Checks of teacher and student against each other: sizes, chat templates, chain and licence.
+
+Reads what is known of both models (train.teacher); writes nothing.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from pipeline.advice import BALANCED_SIZES
+from pipeline.recipe import Recipe
+from pipeline.records import Kept
+from train.checks.chain import chain_check
+from train.checks.licences import licence_check, terms_of
+from train.checks.run import Check, passed
+from train.student import load_tokenizer
+from train.teacher import known_files, parameters_of, read_card, tokenizer_of
+
+MAX_PROMPTS = 200  # distinct prompts rendered; a template that differs does so on the first ones
+ROLES = r"\b(?:system|developer|user|human|assistant|model)\b"
+MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what frames the turns of a chat
+
+
+def pair_checks(recipe: Recipe, student: str, rows: Sequence[Kept], *, allow_chain: bool) -> Iterator[Check]:
+    """All of them. `student`: the folder or Hub id of the student as it is before training."""
+    assert recipe.student is not None
+    teacher = recipe.teacher.model
+    tokenizer, files = load_tokenizer(student), known_files(teacher)
+    card = read_card(files)
+    yield size_check(parameters_of(files, teacher), parameters_of(known_files(student), student))
+    yield template_check(tokenizer, tokenizer_of(files), rows)
+    yield markup_check(tokenizer, rows)
+    yield chain_check(teacher, files, card, allowed=allow_chain)
+    yield licence_check(teacher, terms_of(teacher, card.licence, recipe.train.teacher_licence), recipe.student.model)
+
+
+def size_check(teacher: int | None, student: int | None) -> Check:
+    """Teacher's parameters over the student's: 3 to 10 is balanced."""
+    if teacher is None or student is None:
+        finding = f"the {'teacher' if teacher is None else 'student'}'s size is not known"
+        return Check(name="size_ratio", status="note", value=None, finding=finding)
+    ratio = teacher / student
+    low, high = BALANCED_SIZES
+    finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
+    if student > teacher:
+        finding = f"the student ({_size(student)}) is larger than its teacher ({_size(teacher)})"
+        mend = "it cannot learn to be better than its teacher; swap the models"
+        return Check(name="size_ratio", status="fail", value=ratio, finding=finding, mend=mend)
+    if ratio > high:
+        mend = f"a {_size(teacher)} teacher is too far for a {_size(student)} student; take a size between"
+        return Check(name="size_ratio", status="warn", value=ratio, finding=finding, mend=mend)
+    if ratio < low:
+        return Check(
+            name="size_ratio", status="note", value=ratio, finding=finding, mend="a smaller student saves more"
+        )
+    return passed("size_ratio", ratio, finding)
+
+
+def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> Check:
+    """Both chat templates should make the same of a prompt, the system message included.
+
+    Models with the same tokens must render the same text: else it is a broken template, or a system message that only
+    one of them adds. Models of different families frame turns with other tokens, which is no harm; but words that only
+    one of them adds are.
+    """
+    prompts = _distinct(rows)
+    own = []
+    for messages in prompts:
+        text = _render(student, messages)
+        if isinstance(text, Exception):
+            finding = f"the student's chat template cannot render a prompt: {text}"
+            mend = "change the prompts (a system message, most likely), or the student"
+            return Check(name="templates", status="fail", value=0, finding=finding, mend=mend)
+        own.append(text)
+    if teacher is None:
+        finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
+        return Check(name="templates", status="note", value=None, finding=finding)
+    others = [str(_render(teacher, messages)) for messages in prompts]
+    same = sum(a == b for a, b in zip(own, others, strict=True))
+    share = same / len(prompts)
+    if same == len(prompts):
+        finding = f"teacher and student render {same} of {same} prompts alike"
+        return passed("templates", share, finding)
+    messages, mine, theirs = next((m, a, b) for m, a, b in zip(prompts, own, others, strict=True) if a != b)
+    said, heard = _added(student, messages, mine), _added(teacher, messages, theirs)
+    mend = "give prompts.system, which takes the place of either's own, and generate again"
+    words = f"only {same} of {len(prompts)} prompts are rendered alike"
+    if said != heard:
+        words += f": the teacher's template adds {heard!r}, the student's {said!r}"
+    if student.get_vocab() == teacher.get_vocab():
+        if said == heard:
+            words += ", though both models know the same tokens"
+            mend = "copy the teacher's chat_template.jinja into the student's folder"
+        return Check(name="templates", status="fail", value=share, finding=words, mend=mend)
+    if said != heard:
+        return Check(name="templates", status="warn", value=share, finding=words, mend=mend)
+    finding = "the same words in other control tokens: each is asked with its own template"
+    return Check(name="templates", status="note", value=share, finding=finding)
+
+
+def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
+    """Text that spells one of the student's control tokens would become it, and end a turn in its middle."""
+    tokens = [token for token in student.all_special_tokens if token]
+    pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    found = [(row, match) for row in rows if (match := _search(pattern, row))]
+    if not found:
+        return passed("markup", 0, "no text spells a control token of the student")
+    row, match = found[0]
+    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {row.id}: {match[0]})"
+    mend = "they are of another chat format; drop them with the rule banned_words"
+    return Check(name="markup", status="fail", value=len(found), finding=finding, mend=mend)
+
+
+def _search(pattern: re.Pattern[str], row: Kept) -> re.Match[str] | None:
+    texts = (row.text, *(message.content for message in row.messages))
+    return next((match for text in texts if (match := pattern.search(text))), None)
+
+
+def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        messages = [{"role": message.role, "content": message.content} for message in row.messages]
+        found.setdefault(repr(messages), messages)
+        if len(found) == MAX_PROMPTS:
+            break
+    return list(found.values())
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | Exception:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, ValueError, TypeError) as error:  # a template refuses a role, or an order of roles
+        return error
+
+
+def _added(tokenizer: Any, messages: list[dict[str, str]], text: str) -> str:
+    """The words of a rendered prompt that are neither the messages' nor frame the turns."""
+    for message in messages:
+        if (content := message["content"].strip()) not in text:
+            return f"nothing of the {message['role']} message"
+        text = text.replace(content, " ", 1)
+    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
+        text = text.replace(token, " ")
+    return " ".join(MARKS.sub(" ", text).split())
+
+
+def _size(parameters: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if parameters >= unit:
+            return f"{parameters / unit:.3g}{name}"
+    return f"{parameters:,}"

@@ -1,0 +1,81 @@
+"""Checks before training: what one is, how they are shown, kept, and what stops a training.
+
+Writes checks.json. What is checked is in the modules beside this one: data, pair, chain and licences.
+
+    pass   as it should be                note   advice, or something that could not be known: never stops
+    warn   stops, unless it is accepted   fail   always stops
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import DataError, UsageError
+from pipeline.rundir import RunDir, replacing
+
+Status = Literal["pass", "note", "warn", "fail"]
+COLOURS = {"pass": "green", "note": "cyan", "warn": "yellow", "fail": "red"}
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One finding."""
+
+    name: str
+    status: Status
+    value: float | None  # the number that was compared; None where there is none
+    finding: str
+    mend: str = ""  # what to do about it; empty for a pass
+
+
+def passed(name: str, value: float | None, finding: str) -> Check:
+    """A check that is as it should be."""
+    return Check(name=name, status="pass", value=value, finding=finding)
+
+
+def settle(
+    checks: Sequence[Check],
+    run: RunDir,
+    console: Console,
+    *,
+    accepted: Collection[str] = (),
+    force: bool = False,
+    write: bool = True,
+) -> None:
+    """Shows the table, writes it as checks.json (unless another process does), and stops what must not go on.
+
+    Raises DataError if a check failed, UsageError if one warns that is neither in `accepted` nor forced.
+    """
+    show(checks, console)
+    stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
+    failed = [check for check in checks if check.status == "fail"]
+    table = {
+        "checks": checks,
+        "accepted": [c.name for c in checks if c.status == "warn" and c not in stopping],
+        "stopped_by": [check.name for check in (*failed, *stopping)],
+    }
+    if write:
+        with replacing(run.checks) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+    if failed:
+        raise DataError(f"{_named(failed)}; nothing was trained")
+    if stopping:
+        names = ", ".join(check.name for check in stopping)
+        raise UsageError(f"{_named(stopping)}; or go on as it is with --force, or train.accept: [{names}]")
+
+
+def show(checks: Sequence[Check], console: Console) -> None:
+    """The table: a line a check."""
+    width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        colour = COLOURS[check.status]
+        console.print(f"  [{colour}]{check.status}[/]  {check.name:<{width}}  {escape(check.finding)}", highlight=False)
+
+
+def _named(checks: Sequence[Check]) -> str:
+    """The first of the checks with its mend, and the names of the others."""
+    first, *others = checks
+    text = f"check {first.name}: {first.finding}" + (f"; {first.mend}" if first.mend else "")
+    return text + (f" (and {', '.join(check.name for check in others)}, see checks.json)" if others else "")

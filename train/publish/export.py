@@ -1,0 +1,186 @@
+"""`python -m train.publish.export RECIPE [--run DIR] [--merged] [--dataset] [--push REPO]`: a student to be passed on.
+
+Reads student/, kept.jsonl and lineage.json; writes folders in export/, each whole by rename, and on request to the Hub:
+
+    export/adapter/   the LoRA adapter, or export/model/ for a student that was trained whole
+    export/merged/    the adapter merged into its base: an ordinary model
+    export/dataset/   the rows, as `datasets.load_dataset` loads them
+
+Each has its card and the lineage. Folders of this machine are named by their last part only, endpoints not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.adapters import merge_adapter
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import DataError, UsageError
+from pipeline.lineage import read_lineage
+from pipeline.models import resolve_model
+from pipeline.recipe import Recipe
+from pipeline.records import Kept
+from pipeline.rundir import RunDir
+from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
+from train.publish.hub import push, token_for
+from train.rows import read_rows, split_rows
+from train.student import PRUNE
+
+NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
+PRIVATE = {"endpoint", "endpoints"}  # of lineage's sections: where the teacher answered
+
+
+def main() -> None:
+    parser = stage_parser(
+        "train.publish.export", "Writes the student with its card into export/; pushes it on request."
+    )
+    parser.add_argument("--merged", action="store_true", help="the adapter merged into its base, not the adapter")
+    parser.add_argument("--dataset", action="store_true", help="the data set too")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="to this repository of the Hub; HF_TOKEN is the key")
+    parser.add_argument("--public", action="store_true", help="a repository that --push creates is public, not private")
+    recipe, run, options = parse_stage(parser)
+    if options.public and not options.push:
+        raise UsageError("--public is for --push OWNER/NAME")
+    token = token_for(options.push) if options.push else None  # before anything is written
+    with run.locked():
+        data = options.push if options.dataset else None
+        folder = export_model(recipe, run, merged=options.merged, repo=options.push, data=data)
+        folders = {"model": folder} | ({"dataset": export_dataset(recipe, run, data)} if options.dataset else {})
+    for kind, exported in folders.items():
+        print(f"{kind}: {exported}")
+        if token is not None:
+            print(f"{kind}: {push(exported, options.push, kind=kind, token=token, public=options.public)}")
+
+
+def export_model(
+    recipe: Recipe, run: RunDir, *, merged: bool = False, repo: str | None = None, data: str | None = None
+) -> Path:
+    """Writes export/adapter, export/merged or export/model, and gives the folder.
+
+    `repo` and `data`: the Hub repositories of the model and of its data set, for the card. Raises UsageError if there
+    is no student, or its adapter's base is one that nobody else has.
+    """
+    lineage = _student_lineage(run)
+    adapter = (run.student / "adapter_config.json").is_file()
+    name = "merged" if merged and adapter else "adapter" if adapter else "model"
+    folder = run.path / "export" / name
+    if name == "adapter" and lineage["train"]["student"].startswith(PRUNE):
+        raise UsageError(f"{run.student}: an adapter over a pruned base, which nobody else has; export with --merged")
+    with _whole(folder) as building:
+        if name == "merged":
+            _merge(_base(recipe, run), run.student, building)
+        else:
+            shutil.copytree(run.student, building, dirs_exist_ok=True, ignore=lambda _, names: NOT_PASSED_ON & {*names})
+        if name == "adapter":
+            _name_base(building / "adapter_config.json", published(lineage["train"]["initialised_from"]))
+        card = model_card(recipe, lineage, repo=repo or name, adapter=name == "adapter", data=data)
+        _write(building, card, lineage, recipe)
+    return folder
+
+
+def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path:
+    """Writes export/dataset and gives the folder: kept rows, split as training splits them.
+
+    Raises DataError if there are none, or one is faulty.
+    """
+    split = split_rows(read_rows(run), share=recipe.train.held_out, seed=recipe.train.seed)
+    parts = {"train": split.train, "test": split.held_out}
+    folder = run.path / "export" / "dataset"
+    lineage = read_lineage(run)
+    lineage = {name: lineage[name] for name in ("name", "generate", "filters") if name in lineage}
+    lineage.setdefault("name", run.path.name)
+    with _whole(folder) as building:
+        (building / "data").mkdir()
+        for part, rows in parts.items():
+            with (building / "data" / f"{part}.jsonl").open("wb") as file:
+                file.writelines(msgspec.json.encode(dataset_row(row)) + b"\n" for row in rows)
+        counts = {part: len(rows) for part, rows in parts.items()}
+        _write(building, dataset_card(recipe, lineage, counts, repo=repo or "dataset"), lineage, recipe)
+    return folder
+
+
+def dataset_row(row: Kept) -> dict[str, Any]:
+    """One row of the data set: the same columns for every recipe, so that any reader finds one schema."""
+    return {
+        "id": row.id,
+        "prompt_id": row.prompt_id,
+        "prompt": row.messages,
+        "completion": [{"role": "assistant", "content": row.text}],
+        "finish_reason": row.finish_reason,
+        "model": published(row.model),
+        "created": row.created,
+        "slots": msgspec.json.encode(row.slots).decode(),
+        "scores": msgspec.json.encode(row.scores).decode(),
+    }
+
+
+def _student_lineage(run: RunDir) -> dict[str, Any]:
+    """The lineage that the student was saved with, and the scores of that student if it was evaluated since."""
+    path = run.student / "lineage.json"
+    try:
+        lineage: dict[str, Any] = json.loads(path.read_bytes())
+        fingerprint = lineage["train"]["fingerprint"]
+    except FileNotFoundError:
+        raise UsageError(f"{run.student}: no student yet; run train first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a lineage ({error}); train again with --again") from None
+    lineage.pop("evaluate", None)  # of a student before it
+    now = read_lineage(run)
+    if "evaluate" in now and now.get("train", {}).get("fingerprint") == fingerprint:
+        lineage["evaluate"] = now["evaluate"]
+    return lineage
+
+
+def _base(recipe: Recipe, run: RunDir) -> str:
+    assert recipe.student is not None
+    return str(run.student_init) if recipe.student.model.startswith(PRUNE) else resolve_model(recipe.student.model)
+
+
+def _merge(base: str, adapter: Path, folder: Path) -> None:
+    """Merges without transformers' messages and bars."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    merge_adapter(base, adapter, folder)
+
+
+def _name_base(path: Path, name: str) -> None:
+    config = json.loads(path.read_bytes())
+    config["base_model_name_or_path"] = name
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> None:
+    public = {
+        name: {key: value for key, value in section.items() if key not in PRIVATE}
+        if isinstance(section, dict)
+        else section
+        for name, section in lineage.items()
+    }
+    text = json.dumps(public, indent=2, ensure_ascii=False) + "\n"
+    (folder / "lineage.json").write_text(without_paths(text, recipe), encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `folder` when the block ends well."""
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_stage(main)
