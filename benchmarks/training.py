@@ -36,7 +36,7 @@ LENGTHS: list[int] = json.loads(Path(__file__).with_name("lengths.json").read_te
 ANIMALS = ["Toby the rabbit", "a small brown bear", "Mimi the cat", "the old owl", "a shy hedgehog", "the gentle fox"]
 THINGS = ["a red kite", "the last carrot", "a round stone", "a letter", "the warm lamp", "a boat of bark", "an acorn"]
 PLACES = ["by the river", "under the oak", "in the snow", "behind the hill", "at the market", "in the quiet garden"]
-DEEDS = ["found", "carried", "looked for", "gave away", "painted", "hid", "shared", "dreamt of", "mended"]
+DEEDS = ["found", "carried", "looked for", "gave away", "painted", "hid", "shared", "dreamt of", "fixed"]
 WORDS_A_TOKEN = 0.8
 
 

@@ -60,7 +60,7 @@ def stage(name: str, run: RunDir, recipe: Path, flags: Sequence[str]) -> int:
     if code == 130:
         raise KeyboardInterrupt
     if code not in (0, REQUESTS_FAILED):
-        failed = StageFailed(f"`python -m {name}` ended with {code}; mend it and run the same command again")
+        failed = StageFailed(f"`python -m {name}` ended with {code}; fix it and run the same command again")
         failed.exit_code = code
         raise failed
     return code

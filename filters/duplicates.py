@@ -94,8 +94,8 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
                 file = RunDir(path).kept if kind is Kind.OTHER_RUN else RunDir(path).held_out
             if not file.is_file():
                 stage = "filters" if kind is Kind.OTHER_RUN else "train"
-                mend = f"name a run's folder, and run `{stage}` there first" if file != path else "name a file or a run"
-                raise RecipeError(f"{where}: {file}: no such file; {mend}")
+                fix = f"name a run's folder, and run `{stage}` there first" if file != path else "name a file or a run"
+                raise RecipeError(f"{where}: {file}: no such file; {fix}")
             sources.append(Source(file, kind, str(path)))
     return sources
 

@@ -71,8 +71,8 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
                 for number, reason in judged.bad:
                     line = BadLine(lines + number, reason)
                     if not skip_bad:
-                        mend = "mend the line, or leave bad lines out with --skip-bad"
-                        raise DataError(f"{run.completions}:{line.line}: {line.reason}; {mend}")
+                        fix = "fix the line, or leave bad lines out with --skip-bad"
+                        raise DataError(f"{run.completions}:{line.line}: {line.reason}; {fix}")
                     if len(bad) < FIRST_BAD_LINES:
                         bad.append(line)
                 bad_lines += len(judged.bad)
@@ -121,7 +121,7 @@ def check_keep_rate(
     if floor is not None and rate < floor and not allow_low_keep:
         raise LowKeepRate(
             f"keep rate {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see which rules drop "
-            "what above, mend the prompts or the rules, or go on with --allow-low-keep"
+            "what above, fix the prompts or the rules, or go on with --allow-low-keep"
         )
     if rate < config.warn_keep_rate:
         print(

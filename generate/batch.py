@@ -18,7 +18,7 @@ from openai.types import Batch
 
 from generate.batch_files import Folder, Part, output_ids, read_output
 from generate.budget import Budget, Reservation
-from generate.client import headers_of, is_loopback
+from generate.client import headers_of
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_S
 from generate.idset import IdSet
@@ -26,6 +26,7 @@ from generate.jobs import Job, completed, failed
 from generate.journal import Journal
 from generate.progress import Counters
 from generate.verdict import Answer, CallFailed, Refused, Transient, shortened
+from pipeline.address import is_loopback
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -304,11 +305,11 @@ class Batches:
             and error.status_code not in (408, 409, 429)
             and error.status_code < 500
         ):
-            mend = {
+            fix = {
                 401: f"; {self._recipe.teacher.api_key_env} is not set, or holds a key that it refuses",
                 404: "; has it a Batch API? generate.mode online does without",
             }.get(error.status_code, "")
-            raise DistillError(f"{url} answers {error.status_code} ({self._words(error)}){mend}") from None
+            raise DistillError(f"{url} answers {error.status_code} ({self._words(error)}){fix}") from None
         if getattr(error, "code", None) == "insufficient_quota":
             raise DistillError(f"{url}: the quota is used up ({self._words(error)}); top it up") from None
         self._say(f"{url}: {self._words(error)}; going on")

@@ -55,7 +55,7 @@ class Folder:
             self.state = State(key=uuid4().hex)
         except msgspec.DecodeError as error:
             raise DataError(
-                f"{self._file}: {error}; it says which batches are under way: mend it, or move {path} away to ask anew"
+                f"{self._file}: {error}; it says which batches are under way: fix it, or move {path} away to ask anew"
             ) from None
 
     @property

@@ -11,15 +11,14 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Mapping
-from ipaddress import ip_address
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
 from yarl import URL
 
 from generate.verdict import Answer, CallFailed, Rejected, Transient, read_answer, read_error, shortened
+from pipeline.address import proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.lineage import versions
 from pipeline.recipe import TeacherConfig
@@ -116,7 +115,7 @@ class Client:
         return said if response.status == 200 else None
 
     def _located(self, failed: CallFailed) -> CallFailed:
-        """Adds to an error that ends the run where it came from and what mends it."""
+        """Adds to an error that ends the run where it came from and what fixes it."""
         if not isinstance(failed, Rejected):
             return failed
         if failed.error == "insufficient_quota":
@@ -186,34 +185,6 @@ def _filled(name: str, value: str) -> str:
             raise RecipeError(f"teacher.headers.{name}: the variable {match[1]} is not set") from None
 
     return re.sub(r"\$\{(\w+)\}", look_up, value)
-
-
-def proxy_of(url: str) -> str | None:
-    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY, …); none for a server on this machine."""
-    parts = urlsplit(url)
-    if is_loopback(url) or proxy_bypass(parts.hostname or ""):
-        return None
-    proxy = getproxies().get(parts.scheme)
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the URL is on this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        address = ip_address(host)
-        return address.is_loopback or address.is_unspecified
-    except ValueError:
-        return host == "localhost"
-
-
-def is_private(url: str) -> bool:
-    """Whether the URL is on this machine or in a private network: a server of one's own."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ip_address(host).is_private
-    except ValueError:
-        return host == "localhost" or "." not in host or host.endswith((".local", ".internal", ".lan"))
 
 
 def no_endpoint(url: str, why: str) -> DistillError:

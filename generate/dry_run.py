@@ -9,13 +9,14 @@ import msgspec
 
 from generate.asking import Left
 from generate.budget import Budget
-from generate.client import check_teacher, is_private
+from generate.client import check_teacher
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.prompts import iter_prompts
 from generate.tokens import bound, counter
+from pipeline.address import is_private
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir

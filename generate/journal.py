@@ -4,7 +4,7 @@ A line is written whole, in one write, the moment it is known; fsync follows in 
 and at the end), so a killed process loses nothing and a power cut at most the last interval. A journal is never
 rewritten: only a torn last line is cut off. A request that failed and was answered later stands in both files, and
 the answer counts; of two failures of one request the later counts. The processes of one run may share a journal: each
-holds the file's lock while it opens it or writes a line, and mends what another that was killed left.
+holds the file's lock while it opens it or writes a line, and fixes what another that was killed left.
 """
 
 import fcntl
@@ -82,7 +82,7 @@ class Journal:
     """A journal open for writing; use as a context manager."""
 
     def __init__(self, path: Path, kind: type[Completion] | type[Failure]) -> None:
-        """Reads the journal, mends its end and opens it. Raises DataError or DistillError."""
+        """Reads the journal, fixes its end and opens it. Raises DataError or DistillError."""
         self.path = path
         self._dirty = False
         try:
@@ -111,12 +111,12 @@ class Journal:
             with self._locked():
                 size = os.fstat(self._fd).st_size
                 if size != self._end:  # another process has written; was it killed at that?
-                    self._end = self._mended(size)
+                    self._end = self._repaired(size)
                 self._write(line)
         except OSError as error:
             raise DistillError(
                 f"{self.path}: cannot be written: {error.strerror or error}; what was written before is whole. "
-                "Mend that and run the same command again"
+                "Fix that and run the same command again"
             ) from None
 
     def sync(self) -> None:
@@ -158,7 +158,7 @@ class Journal:
         self._end += len(line)
         self._dirty = True
 
-    def _mended(self, size: int) -> int:
+    def _repaired(self, size: int) -> int:
         """Cuts off a last line without its end; returns the size then."""
         end = size
         while end and os.pread(self._fd, 1, end - 1) != b"\n":

@@ -10,7 +10,7 @@ beyond `max_tokens` (Grok), whose cost no request can bound.
 import re
 from typing import Literal, NamedTuple
 
-from generate.client import is_private
+from pipeline.address import is_private
 from pipeline.recipe import TeacherConfig
 
 PICO = 10**12  # pico-dollars in a dollar: prices a token are whole numbers of them

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import aiohttp
 
-from generate.client import headers_of, proxy_of
+from generate.client import headers_of
+from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
 

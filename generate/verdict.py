@@ -209,7 +209,7 @@ def _decode(body: bytes, words: Callable[[str], str]) -> _Reply:
     except (ValueError, RecursionError):
         pass  # not as it should be: is there an answer in it all the same?
     try:
-        return msgspec.convert(_mended(json.loads(body)), _Reply)
+        return msgspec.convert(_repaired(json.loads(body)), _Reply)
     except (msgspec.ValidationError, RecursionError) as error:
         raise Refused(
             "wrong_shape",
@@ -222,7 +222,7 @@ def _decode(body: bytes, words: Callable[[str], str]) -> _Reply:
         ) from None
 
 
-def _mended(data: Any) -> Any:
+def _repaired(data: Any) -> Any:
     """A reply with what is odd in it put right, as far as its text does not depend on it: it has been paid for.
 
     Half a surrogate pair ("\\ud83d") is U+FFFD: Python reads it, UTF-8 cannot write it. A content of parts (Mistral's

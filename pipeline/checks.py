@@ -1,30 +1,38 @@
-"""What a checklist is made of. `evaluate.report.checklist` fills it; the report and the terminal show it."""
+"""One check of a run: what was looked at, what was found, and what to do about it.
+
+Filled by `train.checks` (before a training) and by the checklist of `evaluate.report`; shown by both and by the report.
+
+    pass      as it should be                    note   advice: never stops anything
+    warn      stops a training, unless accepted  fail   always stops a training
+    unknown   cannot be known yet, at this stage
+"""
 
 from typing import Literal
 
 import msgspec
 
-Status = Literal["pass", "warn", "fail", "unknown"]
+Status = Literal["pass", "note", "warn", "fail", "unknown"]
+COLOURS: dict[Status, str] = {"pass": "green", "note": "cyan", "warn": "yellow", "fail": "red", "unknown": "dim"}
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One point of the checklist, or one common failure that is looked for."""
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One finding."""
 
     name: str
-    wanted: str
     status: Status
-    value: float | None = None  # the number that was compared; None where there is none
     finding: str
-    mend: str = ""  # what to do about it; empty for a pass
+    wanted: str = ""  # what a good run has; empty where the name says it
+    value: float | None = None  # the number that was compared; None where there is none
+    fix: str = ""  # what to do about it; empty for a pass
 
 
 class Checklist(msgspec.Struct, frozen=True, kw_only=True):
     """The eight points of a good run, and the six common failures."""
 
-    points: list[Point] = []
-    failures: list[Point] = []
+    points: list[Check] = []
+    failures: list[Check] = []
 
     @property
-    def all(self) -> list[Point]:
+    def all(self) -> list[Check]:
         """Both, in their order."""
         return [*self.points, *self.failures]

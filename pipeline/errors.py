@@ -7,12 +7,12 @@
     ├── BudgetReached   3  stopped at a budget, resumable
     └── RequestsFailed  4  finished, but some requests failed for good
 
-An interrupt (Ctrl-C, SIGTERM) ends with 130, resumable. A message names the thing, its value and the mend.
+An interrupt (Ctrl-C, SIGTERM) ends with 130, resumable. A message names the thing, its value and the fix.
 """
 
 
 class DistillError(Exception):
-    """The stage failed: what, with which value, and how to mend it."""
+    """The stage failed: what, with which value, and how to fix it."""
 
     exit_code = 1
 

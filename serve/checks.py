@@ -1,6 +1,6 @@
 """What is looked at before a server is started, so that a lost start costs a second and one line, not a minute.
 
-Each check returns, or raises UsageError naming the thing, its value and the mend.
+Each check returns, or raises UsageError naming the thing, its value and the fix.
 """
 
 import contextlib
@@ -54,14 +54,14 @@ def check_memory(command: Command, machine: Machine) -> None:
         return
     if command.device == "gpu":
         free, where = max(machine.gpu_memory_free, default=command.memory), "free on the largest GPU"
-        mend = "use more GPUs (--tensor-parallel-size), or a smaller model"
+        fix = "use more GPUs (--tensor-parallel-size), or a smaller model"
     else:
         free, where = machine.memory_free, "free"
-        mend = "close something, set serve.dtype: bfloat16 or a lower serve.kv_cache_gib, or use a smaller model"
+        fix = "close something, set serve.dtype: bfloat16 or a lower serve.kv_cache_gib, or use a smaller model"
     if command.memory > free:
         model = command.served_name
         needed = f"{command.memory / GIB:.1f} GiB" + (f" as {command.dtype}" if command.dtype else "")
-        raise UsageError(f"model {model} needs {needed}, but {free / GIB:.1f} GiB is {where}; {mend}")
+        raise UsageError(f"model {model} needs {needed}, but {free / GIB:.1f} GiB is {where}; {fix}")
 
 
 def check_port(host: str, port: int) -> None:

@@ -105,9 +105,9 @@ def build_command(
     serve.args holds a flag that is not the user's to set.
     """
     user = {name: group for group in _groups(config.args) if (name := _name(group[0]))}
-    for name, mend in OURS.items():
+    for name, fix in OURS.items():
         if name in user:
-            raise UsageError(f"serve.args: {name} cannot be given here; {mend}")
+            raise UsageError(f"serve.args: {name} cannot be given here; {fix}")
     device = choose_device(config, machine)
     dtype = _dtype(config, device, machine)
     if "--dtype" in user:

@@ -53,13 +53,13 @@ def train_run(
     Returns at once if the student there was trained on these rows with these settings, unless `again`. `force` goes on
     past checks that warn, `allow_chain` with a teacher that was itself distilled. Of several `processes` that train
     together one writes and prints.
-    Raises RecipeError, DataError or DistillError, each with the mend; nothing is trained on faulty rows.
+    Raises RecipeError, DataError or DistillError, each with the fix; nothing is trained on faulty rows.
     """
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     if recipe.train.soft and recipe.student.model.startswith(PRUNE) and recipe.train.weights != "full":
         raise RecipeError(
-            f"student.model {recipe.student.model}: layers were cut out of it, which adapters cannot mend; "
+            f"student.model {recipe.student.model}: layers were cut out of it, which adapters cannot fix; "
             f"set train.kd.weights: full, got {recipe.train.weights!r}"
         )
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)

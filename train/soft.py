@@ -42,28 +42,28 @@ def load_teacher(reference: str, student: Any, texts: Iterable[str]) -> Teacher:
     Raises RecipeError where only an API knows the teacher, or it has other tokens than the student, by its vocabulary
     or in one of `texts`; DistillError where memory is too small for it.
     """
-    mend = "use train.method: lora or full, which learn from its text"
+    fix = "use train.method: lora or full, which learn from its text"
     try:
         folder = resolve_model(reference)
         known = known_files(reference)
         if known is None:
-            raise RecipeError(f"soft distillation needs the teacher's weights, and {reference} has none here; {mend}")
+            raise RecipeError(f"soft distillation needs the teacher's weights, and {reference} has none here; {fix}")
         tokenizer = AutoTokenizer.from_pretrained(known)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {mend}") from None
+        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {fix}") from None
     if difference := differing_tokens(tokenizer, student, texts):
-        raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {mend}")
+        raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {fix}")
     dtype = torch.bfloat16 if native_bf16() else torch.float32
     size = (parameters_of(known, reference) or 0) * dtype.itemsize
     free = free_memory()
     memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
     if size > free:
-        raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {mend}")
+        raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {fix}")
     try:
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {mend}") from None
+        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {fix}") from None
     shared = min(len(student), config.get_text_config().vocab_size)
     return Teacher(model=model.eval().requires_grad_(False), vocabulary=shared, memory=memory)
 

@@ -284,11 +284,11 @@ def _samples(measured: Measured, answers: Answers, quality: Quality, results: Re
 Document = TypeVar("Document", bound=msgspec.Struct)
 
 
-def _read(path: Path, kind: type[Document], mend: str) -> Document | None:
+def _read(path: Path, kind: type[Document], fix: str) -> Document | None:
     """Another stage's file; None where there is none. Raises DataError if it is not what that stage writes."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
-        raise DataError(f"{path}: {error}; {mend}") from None
+        raise DataError(f"{path}: {error}; {fix}") from None

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluate.document import Claim, Difference, Report, number, read_report
-from evaluate.report.evidence import SCRIPT_RULES, Evidence, TrainCheck, gather
+from evaluate.report.evidence import SCRIPT_RULES, Evidence, gather
 from evaluate.report.html import publish
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, REVIEWED_ROWS, SAFE_KEEP_RATE
-from pipeline.checks import Checklist, Point, Status
+from pipeline.checks import Check, Checklist, Status
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
@@ -45,16 +45,16 @@ def checklist(seen: Evidence) -> Checklist:
     return Checklist(points=[check(seen) for check in points], failures=[check(seen) for check in failures])
 
 
-def _size(seen: Evidence) -> Point:
+def _size(seen: Evidence) -> Check:
     wanted, ratio = f"a teacher {LOWEST} to {HIGHEST} times larger", _size_ratio(seen)
     if ratio is None:
         return _unknown("size ratio", wanted, "the sizes are not known", "train: it counts both models' parameters")
     status: Status = "pass" if LOWEST <= ratio <= HIGHEST else "warn" if 1 <= ratio < LOWEST else "fail"
-    mend = "take a smaller student: it saves more" if ratio < LOWEST else "take a model of a size between"
-    return _point("size ratio", wanted, status, ratio, f"{ratio:.1f} times", mend)
+    fix = "take a smaller student: it saves more" if ratio < LOWEST else "take a model of a size between"
+    return _point("size ratio", wanted, status, ratio, f"{ratio:.1f} times", fix)
 
 
-def _ability(seen: Evidence) -> Point:
+def _ability(seen: Evidence) -> Check:
     """The chapter's second point: whether the teacher can do what it is to teach."""
     name, wanted = "teacher's ability", f"{ABLE:.0%} of its answers pass the rules, and name what was asked for"
     filters = seen.filters
@@ -69,35 +69,35 @@ def _ability(seen: Evidence) -> Point:
         finding += "; whether they name what was asked for is not measured"
         if value >= ABLE:
             return _point(name, wanted, "warn", value, finding, "give the rule adherence its slots, or evaluate")
-    mend = "mend the prompts, or take a teacher that can do this"
-    return _point(name, wanted, "pass" if value >= ABLE else "fail", value, finding, mend)
+    fix = "fix the prompts, or take a teacher that can do this"
+    return _point(name, wanted, "pass" if value >= ABLE else "fail", value, finding, fix)
 
 
-def _rows(seen: Evidence) -> Point:
+def _rows(seen: Evidence) -> Check:
     low, high = ADVISED_ROWS
     wanted = f"{low:,} to {high:,} kept rows"
     if seen.filters is None:
         return _unknown("rows", wanted, "the answers are not filtered", "run the filters")
     kept = seen.filters.kept
     status: Status = "fail" if kept < low else "pass" if kept <= high else "warn"
-    mend = "raise prompts.count" if kept < low else "more rows than these seldom teach more"
-    return _point("rows", wanted, status, kept, f"{kept:,} of {seen.filters.rows:,} answers", mend)
+    fix = "raise prompts.count" if kept < low else "more rows than these seldom teach more"
+    return _point("rows", wanted, status, kept, f"{kept:,} of {seen.filters.rows:,} answers", fix)
 
 
-def _keep_rate(seen: Evidence) -> Point:
+def _keep_rate(seen: Evidence) -> Check:
     wanted = f"{SAFE_KEEP_RATE:.0%} or more kept"
     if seen.filters is None:
         return _unknown("keep rate", wanted, "the answers are not filtered", "run the filters")
     rate = seen.filters.keep_rate
-    mend = "see which rules drop what in filter_report.json; mend the prompts, or take another teacher"
-    return _point("keep rate", wanted, "pass" if rate >= SAFE_KEEP_RATE else "fail", rate, f"{rate:.1%}", mend)
+    fix = "see which rules drop what in filter_report.json; fix the prompts, or take another teacher"
+    return _point("keep rate", wanted, "pass" if rate >= SAFE_KEEP_RATE else "fail", rate, f"{rate:.1%}", fix)
 
 
-def _review(seen: Evidence) -> Point:
+def _review(seen: Evidence) -> Check:
     """Counts what a person has judged; where the person rejects most of what was kept, the rows are bad."""
-    wanted, mend = f"{REVIEWED_ROWS} answers reviewed by a person", "make review"
+    wanted, fix = f"{REVIEWED_ROWS} answers reviewed by a person", "make review"
     if seen.review is None:
-        return _unknown("human review", wanted, "nobody has reviewed an answer", mend)
+        return _unknown("human review", wanted, "nobody has reviewed an answer", fix)
     done = seen.review.reviewed - seen.review.gone
     enough = min(REVIEWED_ROWS, seen.filters.rows if seen.filters else REVIEWED_ROWS)
     finding = f"{done} reviewed"
@@ -106,10 +106,10 @@ def _review(seen: Evidence) -> Point:
         finding += f"; the person accepts {precision.value:.0%} of what was kept"
         if precision.value < SAFE_KEEP_RATE:
             return _point("human review", wanted, "fail", done, finding, "make the filters as strict as the person")
-    return _point("human review", wanted, "pass" if done >= enough else "warn", done, finding, mend)
+    return _point("human review", wanted, "pass" if done >= enough else "warn", done, finding, fix)
 
 
-def _student(seen: Evidence) -> Point:
+def _student(seen: Evidence) -> Check:
     """Perplexity and probes of the student: better than before training, with intervals."""
     name, wanted = "student's quality", "perplexity and probes better than before training"
     report = seen.report
@@ -121,16 +121,16 @@ def _student(seen: Evidence) -> Point:
     worse, better = (_figures(changes, improved=way) for way in (False, True))
     if changes:
         finding += f"; probes better in {better or 'nothing'}" + (f", worse in {worse}" if worse else "")
-    mend = "look at the loss curve and the samples: more rows, more epochs or another learning rate"
+    fix = "look at the loss curve and the samples: more rows, more epochs or another learning rate"
     if ratio.low >= 1:
-        return _point(name, wanted, "fail", ratio.value, finding, mend)
+        return _point(name, wanted, "fail", ratio.value, finding, fix)
     if not changes:
         return _point(name, wanted, "warn", ratio.value, f"{finding}; no probes", "evaluate with probes")
     sure = ratio.high < 1 and better and not worse
-    return _point(name, wanted, "pass" if sure else "warn", ratio.value, finding, mend)
+    return _point(name, wanted, "pass" if sure else "warn", ratio.value, finding, fix)
 
 
-def _axes(seen: Evidence) -> Point:
+def _axes(seen: Evidence) -> Check:
     """Teacher against student: each part of the promise, by its axis."""
     name, wanted = "three axes", "measured against the teacher: 90% of its quality, 3 times smaller and faster"
     claims = [claim for claim in seen.report.headline.claims if claim.value] if seen.report else []
@@ -138,42 +138,42 @@ def _axes(seen: Evidence) -> Point:
     finding = "; ".join(_told(claim) for claim in claims) or "nothing is measured"
     missed = [claim for claim in claims if claim.holds is False and not claim.undecided]
     if missed:
-        mend = f"the promise does not hold for this run ({', '.join(claim.name for claim in missed)}): do not claim it"
-        return _point(name, wanted, "fail", len(claims), finding, mend)
+        fix = f"the promise does not hold for this run ({', '.join(claim.name for claim in missed)}): do not claim it"
+        return _point(name, wanted, "fail", len(claims), finding, fix)
     if missing:
         return _unknown(name, wanted, f"{finding}; not measured: {', '.join(missing)}", "evaluate teacher and student")
     undecided = [claim.name for claim in claims if claim.undecided]
-    mend = f"chance may explain {', '.join(undecided)}: evaluate on more rows and probes"
-    return _point(name, wanted, "warn" if undecided else "pass", len(claims), finding, mend)
+    fix = f"chance may explain {', '.join(undecided)}: evaluate on more rows and probes"
+    return _point(name, wanted, "warn" if undecided else "pass", len(claims), finding, fix)
 
 
-def _licence(seen: Evidence) -> Point:
+def _licence(seen: Evidence) -> Check:
     return _from_check(seen, "licence", "licence chain", "the teacher's terms allow it, and what they ask is done")
 
 
-def _unfiltered(seen: Evidence) -> Point:
+def _unfiltered(seen: Evidence) -> Check:
     name, wanted = "1 no filter", "the answers went through rules"
     if seen.filters is None:
         return _unknown(name, wanted, "the answers are not filtered", "run the filters")
     rules = len(seen.filters.rules)
     finding = f"{rules} rules judged {seen.filters.rows:,} answers" if rules else "the filters had no rule"
-    mend = "a teacher's faults are copied too: name filters.rules"
-    return _point(name, wanted, "pass" if rules else "fail", rules, finding, mend)
+    fix = "a teacher's faults are copied too: name filters.rules"
+    return _point(name, wanted, "pass" if rules else "fail", rules, finding, fix)
 
 
-def _too_large(seen: Evidence) -> Point:
+def _too_large(seen: Evidence) -> Check:
     name, wanted, ratio = "2 teacher far larger", f"at most {HIGHEST} times the student", _size_ratio(seen)
     if ratio is None:
         return _unknown(name, wanted, "the sizes are not known", "train: it counts both models' parameters")
-    mend = "take a teacher of a size between, or a larger student"
-    return _point(name, wanted, "pass" if ratio <= HIGHEST else "fail", ratio, f"{ratio:.1f} times", mend)
+    fix = "take a teacher of a size between, or a larger student"
+    return _point(name, wanted, "pass" if ratio <= HIGHEST else "fail", ratio, f"{ratio:.1f} times", fix)
 
 
-def _chain(seen: Evidence) -> Point:
+def _chain(seen: Evidence) -> Check:
     return _from_check(seen, "chain", "3 distilling the distilled", "a teacher that was not itself distilled")
 
 
-def _domain_shift(seen: Evidence) -> Point:
+def _domain_shift(seen: Evidence) -> Check:
     name, wanted = "4 domain shift", f"{IN_LANGUAGE[1]:.0%} of the answers in the wanted script or language"
     found = {rule: 1 - share for rule, share in _failing(seen) if _plain(rule) in SCRIPT_RULES}
     if not found:
@@ -186,22 +186,22 @@ def _domain_shift(seen: Evidence) -> Point:
     return _point(name, wanted, status, worst, finding, "take a teacher that speaks it, or say so in prompts.system")
 
 
-def _same_prompts(seen: Evidence) -> Point:
+def _same_prompts(seen: Evidence) -> Check:
     name, wanted = "5 same prompts", "different prompts, and few answers that say the same"
     share, twins = seen.distinct_prompts, seen.filters.duplicates if seen.filters else None
     if share is None:
         return _unknown(name, wanted, "nothing is generated", "generate")
     finding = f"{share:.0%} of the prompts are different"
     finding += "; duplicates were not looked for" if twins is None else f", {twins:.1%} of the answers are duplicates"
-    mend = "add slots or values to prompts.template, or raise sampling.temperature"
+    fix = "add slots or values to prompts.template, or raise sampling.temperature"
     if share < DISTINCT_SHARE:
-        return _point(name, wanted, "fail", share, finding, mend)
+        return _point(name, wanted, "fail", share, finding, fix)
     if twins is None:
         return _point(name, wanted, "warn", share, finding, "set filters.dedup, and filter")
-    return _point(name, wanted, "warn" if twins > SAFE_DUPLICATES else "pass", share, finding, mend)
+    return _point(name, wanted, "warn" if twins > SAFE_DUPLICATES else "pass", share, finding, fix)
 
 
-def _beats_teacher(seen: Evidence) -> Point:
+def _beats_teacher(seen: Evidence) -> Check:
     """A student is bounded by its teacher: a quality over 100% is a reason to look twice, not to rejoice."""
     name, wanted = "6 student beats teacher", "no claim of more than the teacher's quality"
     claims = [c for c in seen.report.headline.claims if c.axis == "quality" and c.value] if seen.report else []
@@ -214,8 +214,8 @@ def _beats_teacher(seen: Evidence) -> Point:
     if not over:
         return _point(name, wanted, "pass", most, f"at most {most:.0%} of the teacher's")
     finding = f"suspicious: {'; '.join(over)}"
-    mend = "look for held-out prompts that were trained on, for a judge with a taste, and for rules that ask too little"
-    return _point(name, wanted, "warn", most, finding, mend)
+    fix = "look for held-out prompts that were trained on, for a judge with a taste, and for rules that ask too little"
+    return _point(name, wanted, "warn", most, finding, fix)
 
 
 def _size_ratio(seen: Evidence) -> float | None:
@@ -257,23 +257,23 @@ def _told(claim: Claim) -> str:
     return f"{claim.name.replace('_', ' ')} {claim.value.value:.2f}{width}"
 
 
-def _from_check(seen: Evidence, check: str, name: str, wanted: str) -> Point:
+def _from_check(seen: Evidence, check: str, name: str, wanted: str) -> Check:
     """A point that the checks before training have answered."""
-    found: TrainCheck | None = seen.checks.get(check)
+    found: Check | None = seen.checks.get(check)
     if found is None:
         return _unknown(name, wanted, "not checked yet", "train: its checks come first")
     if found.status == "note" and check == "chain" and found.value is None:
-        return _unknown(name, wanted, found.finding, found.mend)
-    return _point(name, wanted, STATUSES[found.status], found.value, found.finding, found.mend)
+        return _unknown(name, wanted, found.finding, found.fix)
+    return _point(name, wanted, STATUSES[found.status], found.value, found.finding, found.fix)
 
 
-def _point(name: str, wanted: str, status: Status, value: float | None, finding: str, mend: str = "") -> Point:
-    mend = "" if status == "pass" else mend
-    return Point(name=name, wanted=wanted, status=status, value=value, finding=finding, mend=mend)
+def _point(name: str, wanted: str, status: Status, value: float | None, finding: str, fix: str = "") -> Check:
+    fix = "" if status == "pass" else fix
+    return Check(name=name, wanted=wanted, status=status, value=value, finding=finding, fix=fix)
 
 
-def _unknown(name: str, wanted: str, finding: str, mend: str) -> Point:
-    return Point(name=name, wanted=wanted, status="unknown", finding=finding, mend=mend)
+def _unknown(name: str, wanted: str, finding: str, fix: str) -> Check:
+    return Check(name=name, wanted=wanted, status="unknown", finding=finding, fix=fix)
 
 
 def print_checklist(checklist: Checklist, console: Console) -> None:
@@ -284,8 +284,8 @@ def print_checklist(checklist: Checklist, console: Console) -> None:
         )
         for point in points:
             found = Text(point.finding)
-            if point.mend:
-                found.append(f"\n→ {point.mend}", style="dim")
+            if point.fix:
+                found.append(f"\n→ {point.fix}", style="dim")
             table.add_row(Text(point.status, style=COLOURS[point.status]), point.name, point.wanted, found)
         console.print(table)
     console.print(summary(checklist), highlight=False)

@@ -14,6 +14,7 @@ from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.judge import RULE as JUDGE
 from filters.report import FilterReport
 from filters.review.agreement import Result, agreement
+from pipeline.checks import Check
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
@@ -22,20 +23,10 @@ from pipeline.rundir import RunDir
 SCRIPT_RULES = ("script_ratio", "language", "foreign_script")  # what they drop is not in the wanted language
 
 
-class TrainCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """A finding of the checks before training, as checks.json has it."""
-
-    name: str
-    status: str  # pass, note, warn, fail
-    value: float | None
-    finding: str
-    mend: str = ""
-
-
 class TrainChecks(msgspec.Struct, frozen=True):
     """checks.json."""
 
-    checks: list[TrainCheck]
+    checks: list[Check]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +49,7 @@ class Evidence:
     recipe: Recipe
     filters: Filtered | None = None
     distinct_prompts: float | None = None  # different prompts a request
-    checks: Mapping[str, TrainCheck] = field(default_factory=dict)  # by name
+    checks: Mapping[str, Check] = field(default_factory=dict)  # by name
     review: Result | None = None
     report: Report | None = None
 
@@ -103,7 +94,7 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
     )
 
 
-def _checks(run: RunDir) -> list[TrainCheck]:
+def _checks(run: RunDir) -> list[Check]:
     path = run.checks
     try:
         return msgspec.json.decode(path.read_bytes(), type=TrainChecks).checks

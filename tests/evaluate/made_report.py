@@ -22,7 +22,7 @@ from evaluate.document import (
     Training,
     WinRate,
 )
-from pipeline.checks import Checklist, Point
+from pipeline.checks import Check, Checklist
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 KOREAN = "옛날 옛적에 토끼 토토가 살았어요."
@@ -99,8 +99,8 @@ def full_report(text: str = "", words: str = KOREAN) -> Report:
         _claim("speed", "speed", 3, Estimate(2.56, 2.56, 2.56)),
     ]
     points = [
-        Point(name=f"rows{text}", wanted=words, status="fail", finding=words, mend=words),
-        Point(name="keep rate", wanted="50% or more kept", status="pass", finding="60.2%"),
+        Check(name=f"rows{text}", wanted=words, status="fail", finding=words, fix=words),
+        Check(name="keep rate", wanted="50% or more kept", status="pass", finding="60.2%"),
     ]
     answers = [
         Answer(model.label, words * 9, model.key, finish_reason="length", dropped_by={f"length{text}": words}, score=2)

@@ -21,9 +21,9 @@ from evaluate.document import (
     write_report,
 )
 from evaluate.report.checklist import checklist, main
-from evaluate.report.evidence import Evidence, Filtered, TrainCheck
+from evaluate.report.evidence import Evidence, Filtered
 from filters.review.agreement import Agreement, Result, Share
-from pipeline.checks import Point
+from pipeline.checks import Check
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -53,8 +53,8 @@ def filtered(**changes: Any) -> Filtered:
     return Filtered(**{**fields, **changes})
 
 
-def check(name: str, status: str, value: float | None = None) -> dict[str, TrainCheck]:
-    return {name: TrainCheck(name=name, status=status, value=value, finding="said so", mend="do so")}
+def check(name: str, status: str, value: float | None = None) -> dict[str, Check]:
+    return {name: Check(name=name, status=status, value=value, finding="said so", fix="do so")}
 
 
 def review(done: int, accepted: float | None, gone: int = 0) -> Result:
@@ -114,7 +114,7 @@ def wins(rate: float) -> list[WinRate]:
     ]
 
 
-def named(name: str, **changes: Any) -> Point:
+def named(name: str, **changes: Any) -> Check:
     (point,) = [point for point in checklist(evidence(**changes)).all if point.name == name]
     return point
 
@@ -194,19 +194,19 @@ REPORTS = {
 def test_a_point_is_what_was_measured_of_it(name: str, changes: Any, status: str, value: float | None) -> None:
     point = named(name, **changes)
     assert (point.status, point.value) == (status, pytest.approx(value)), point.finding
-    assert bool(point.mend) == (status != "pass")
+    assert bool(point.fix) == (status != "pass")
 
 
 def test_a_new_run_is_unknown_in_every_point() -> None:
     found = checklist(evidence())
     assert (len(found.points), len(found.failures)) == (8, 6)
-    assert {point.status for point in found.all} == {"unknown"} and all(point.mend for point in found.all)
+    assert {point.status for point in found.all} == {"unknown"} and all(point.fix for point in found.all)
 
 
 def test_a_quality_over_the_teachers_is_called_suspicious() -> None:
     point = named("6 student beats teacher", report=measured(promise(quality=1.04), wins=wins(0.6)))
     assert point.finding == "suspicious: quality bits 1.04 (1.02–1.06); wins 60% of the pairs"
-    assert "trained on" in point.mend
+    assert "trained on" in point.fix
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def run(tmp_path: Path) -> RunDir:
     report = {"rows": 40, "kept": 30, "dropped": 10, "keep_rate": 0.75, "overlaps": {}, "slots": {}, "lengths": {}}
     made.filter_report.write_text(json.dumps({**report, "rules": rules}))
     made.lineage.write_text(json.dumps({"generate": {"requests": 40, "prompts": {"distinct": 36}}}))
-    checks = [{"name": "size_ratio", "status": "pass", "value": 3.1, "finding": "f", "mend": ""}]
+    checks = [{"name": "size_ratio", "status": "pass", "value": 3.1, "finding": "f", "fix": ""}]
     made.checks.write_text(json.dumps({"checks": checks, "accepted": [], "stopped_by": []}))
     return made
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from generate.client import check_teacher, proxy_of
+from generate.client import check_teacher
 from generate.limits import Limits, TokenBucket
 from generate.run import generate
 from generate.streaming import stream, streaming_session
 from generate.verdict import CallFailed, read_answer, read_error
+from pipeline.address import proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
@@ -202,7 +203,7 @@ def test_the_environment_s_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_go_through_the_proxy_and_a_dead_one_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    monkeypatch.setattr("pipeline.address.is_loopback", lambda url: False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     with raw_server(http(said())) as proxy:
@@ -217,7 +218,7 @@ def generate_from(url: str, run: RunDir) -> Any:
 
 
 def test_a_password_in_netrc_is_for_others(run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    monkeypatch.setattr("pipeline.address.is_loopback", lambda url: False)
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")
@@ -227,7 +228,7 @@ def test_a_password_in_netrc_is_for_others(run: RunDir, monkeypatch: pytest.Monk
 
 
 async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("generate.client.is_loopback", lambda url: False)
+    monkeypatch.setattr("pipeline.address.is_loopback", lambda url: False)
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")

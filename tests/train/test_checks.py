@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.checks import Check
 from pipeline.errors import DataError, UsageError
 from pipeline.models import resolve_model
 from pipeline.records import Kept, Message, encode_line
@@ -16,7 +17,7 @@ from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_ro
 from train.checks.chain import chain_check
 from train.checks.data import label_checks, row_checks, split_check, token_checks
 from train.checks.pair import markup_check, size_check, template_check
-from train.checks.run import Check, settle
+from train.checks.run import settle
 from train.rows import Split, split_rows
 from train.run import train_run
 from train.teacher import Card, known_files, parameters_of, read_card
@@ -164,7 +165,7 @@ def test_the_teacher_is_three_to_ten_times_larger(
 
 
 def test_a_teacher_too_far_is_said_in_words() -> None:
-    assert "a 100B teacher is too far for a 500M student" in size_check(100_000_000_000, 500_000_000).mend
+    assert "a 100B teacher is too far for a 500M student" in size_check(100_000_000_000, 500_000_000).fix
 
 
 def test_parameters_are_counted_without_weights_and_ties_once(student: str) -> None:
@@ -359,10 +360,10 @@ def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path:
 def test_force_never_goes_past_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks = [
         Check(name="licence", status="warn", value=None, finding="unknown [terms]"),
-        Check(name="eos", status="fail", value=3, finding="no end", mend="mend it"),
+        Check(name="eos", status="fail", value=3, finding="no end", fix="fix it"),
     ]
     run = RunDir(tmp_path)
-    with pytest.raises(DataError, match=r"^check eos: no end; mend it; nothing was trained$"):
+    with pytest.raises(DataError, match=r"^check eos: no end; fix it; nothing was trained$"):
         settle(checks, run, Console(stderr=True, soft_wrap=True), accepted=["licence"], force=True)
     assert capsys.readouterr().err.splitlines() == ["  warn  licence  unknown [terms]", "  fail  eos      no end"]
 

@@ -46,7 +46,7 @@ def test_what_the_table_does_not_know_is_unknown(name: str) -> None:
     assert terms_of(name) is None
     check = licence_check(name, terms_of(name), "student")
     assert (check.status, check.value) == ("warn", None)
-    assert "train.teacher_licence" in check.mend
+    assert "train.teacher_licence" in check.fix
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from pipeline.adapters import MERGED_FROM
-from train.checks.run import Check, passed
+from pipeline.checks import Check
+from train.checks.run import passed
 from train.teacher import Card
 
 OUR_TAG = "distillate"  # on every card that this tool writes
@@ -20,14 +21,14 @@ def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: boo
     if origin := _ours(folder, card):
         finding = f"the teacher {reference} is itself a distilled student: {origin}"
         if allowed:
-            return Check(name="chain", status="note", value=1, finding=f"{finding} (--allow-chain)", mend=MEND)
-        mend = f"{MEND}, or accept the risk of collapse with --allow-chain"
-        return Check(name="chain", status="fail", value=1, finding=finding, mend=mend)
+            return Check(name="chain", status="note", value=1, finding=f"{finding} (--allow-chain)", fix=MEND)
+        fix = f"{MEND}, or accept the risk of collapse with --allow-chain"
+        return Check(name="chain", status="fail", value=1, finding=finding, fix=fix)
     tags = sorted(card.tags & OTHERS_TAGS)
     if tags or "distill" in Path(reference).name.lower():
         why = f"its card is tagged {', '.join(tags)}" if tags else "its name says so"
         finding = f"the teacher {reference} was distilled by its makers: {why}"
-        return Check(name="chain", status="warn", value=1, finding=finding, mend=MEND)
+        return Check(name="chain", status="warn", value=1, finding=finding, fix=MEND)
     if folder is None:
         finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
         return Check(name="chain", status="note", value=None, finding=finding)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, SAFE_KEEP_RATE
+from pipeline.checks import Check, Status
 from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
-from train.checks.run import Check, Status, passed
+from train.checks.run import passed
 from train.rows import Split, prompt_text
 from train.tokens import LabelFaults
 
@@ -46,22 +47,22 @@ def split_check(split: Split) -> Check:
         questions = len({prompt_text(row) for row in split.held_out})
         return passed("split", 0, f"none of {questions} held-out prompts is trained on")
     finding = f"{len(shared)} of {len(split.held_out)} held-out rows ask what is trained on (the first: {shared[0].id})"
-    mend = "the evaluation would measure memory: split by prompt"
-    return Check(name="split", status="fail", value=len(shared), finding=finding, mend=mend)
+    fix = "the evaluation would measure memory: split by prompt"
+    return Check(name="split", status="fail", value=len(shared), finding=finding, fix=fix)
 
 
 def label_checks(faults: LabelFaults, rows: int) -> Iterator[Check]:
     """EOS in the labels of every row; loss on something, and on the whole answer alone."""
     named = {
-        "eos": ("end with a stop token", "mend the student's chat template: the student would never learn to stop"),
-        "masked": ("carry loss", "mend the student's chat template: it leaves the answer out"),
-        "labels": ("carry loss on the whole answer and on nothing else", "mend the student's chat template"),
+        "eos": ("end with a stop token", "fix the student's chat template: the student would never learn to stop"),
+        "masked": ("carry loss", "fix the student's chat template: it leaves the answer out"),
+        "labels": ("carry loss on the whole answer and on nothing else", "fix the student's chat template"),
     }
-    for name, (what, mend) in named.items():
+    for name, (what, fix) in named.items():
         bad = faults.counts.get(name, 0)
         if bad:
             finding = f"{rows - bad:,} of {rows:,} rows {what}; {faults.first[name]}"
-            yield Check(name=name, status="fail", value=bad, finding=finding, mend=mend)
+            yield Check(name=name, status="fail", value=bad, finding=finding, fix=fix)
         else:
             yield passed(name, 0, f"all {rows:,} rows {what}")
 
@@ -71,8 +72,8 @@ def _rows(count: int) -> Check:
     finding = f"{count:,} rows; {low:,} to {high:,} are advised"
     if low <= count <= high:
         return passed("rows", count, finding)
-    mend = "raise prompts.count" if count < low else "more rows than these seldom teach more"
-    return Check(name="rows", status="note", value=count, finding=finding, mend=mend)
+    fix = "raise prompts.count" if count < low else "more rows than these seldom teach more"
+    return Check(name="rows", status="note", value=count, finding=finding, fix=fix)
 
 
 def _prompts(rows: Sequence[Kept]) -> Check:
@@ -81,16 +82,16 @@ def _prompts(rows: Sequence[Kept]) -> Check:
     finding = f"{distinct:,} distinct prompts in {len(rows):,} rows ({share:.0%})"
     if share >= DISTINCT_SHARE:
         return passed("prompts", share, finding)
-    mend = "the same prompts give the same answers: add slots or values to the template"
-    return Check(name="prompts", status="warn", value=share, finding=finding, mend=mend)
+    fix = "the same prompts give the same answers: add slots or values to the template"
+    return Check(name="prompts", status="warn", value=share, finding=finding, fix=fix)
 
 
 def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
     rules = len(section["rules"]) + sum(bool(section.get(name)) for name in ("dedup", "judge")) if section else 0
     if not section or not rules:
         finding = "the filters had no rule" if section else "no filters were run on these rows"
-        mend = "a teacher's faults are copied too: name filters.rules and run the filters"
-        yield Check(name="filters", status="warn", value=0, finding=finding, mend=mend)
+        fix = "a teacher's faults are copied too: name filters.rules and run the filters"
+        yield Check(name="filters", status="warn", value=0, finding=finding, fix=fix)
     else:
         yield passed("filters", rules, f"{rules} rules judged {section['rows']:,} answers")
     if section:
@@ -99,8 +100,8 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
         if rate >= SAFE_KEEP_RATE:
             yield passed("keep_rate", rate, finding)
         else:
-            mend = "see filter_report.json for what was dropped; mend the prompts, or take a teacher that can do this"
-            yield Check(name="keep_rate", status="warn", value=rate, finding=finding, mend=mend)
+            fix = "see filter_report.json for what was dropped; fix the prompts, or take a teacher that can do this"
+            yield Check(name="keep_rate", status="warn", value=rate, finding=finding, fix=fix)
 
 
 def _cut_off(rows: Sequence[Kept]) -> Check:
@@ -110,7 +111,7 @@ def _cut_off(rows: Sequence[Kept]) -> Check:
     finding = (
         f"{cut:,} of {len(rows):,} answers were cut off (finish_reason is not stop): the student learns to stop there"
     )
-    return Check(name="cut_off", status="note", value=cut, finding=finding, mend="filter with the rule finish_reason")
+    return Check(name="cut_off", status="note", value=cut, finding=finding, fix="filter with the rule finish_reason")
 
 
 def _length(ids: Sequence[str], lengths: Sequence[int], left: Mapping[str, int], config: TrainConfig) -> Check:
@@ -123,12 +124,12 @@ def _length(ids: Sequence[str], lengths: Sequence[int], left: Mapping[str, int],
     worst = f"the longest, {ids[lengths.index(longest)]}, has {longest} tokens"
     finding = f"{over} of {len(lengths)} rows are longer than {limit} ({worst})"
     status: Status = "note" if share <= DROPPED_SHARE else "warn"
-    mend = f"raise it to {longest}; they are left out now"
+    fix = f"raise it to {longest}; they are left out now"
     if config.too_long == "refuse":
-        status, mend = "fail", f"raise it to {longest}, or leave such rows out with train.too_long: drop"
+        status, fix = "fail", f"raise it to {longest}, or leave such rows out with train.too_long: drop"
     elif empty := [part for part, rows in left.items() if not rows]:
-        status, mend = "fail", f"no {empty[0]} row would be left; raise it"
-    return Check(name="length", status=status, value=share, finding=finding, mend=mend)
+        status, fix = "fail", f"no {empty[0]} row would be left; raise it"
+    return Check(name="length", status=status, value=share, finding=finding, fix=fix)
 
 
 def _context(differing: int, rows: int) -> Check:
@@ -138,4 +139,4 @@ def _context(differing: int, rows: int) -> Check:
         f"in {differing} of {rows} rows the student's chat template renders the prompt otherwise before an answer than "
         "when one is asked for: the student trains on a context it will not see"
     )
-    return Check(name="context", status="warn", value=differing, finding=finding, mend="mend the chat template")
+    return Check(name="context", status="warn", value=differing, finding=finding, fix="fix the chat template")

@@ -12,8 +12,8 @@ from typing import Literal
 import msgspec
 import yaml
 
+from pipeline.checks import Check, Status
 from pipeline.models import EMBEDDED, PREFIX
-from train.checks.run import Check, Status
 
 TABLE = Path(__file__).with_name("licences.yaml")
 NOT_ADVICE = "not legal advice"
@@ -84,20 +84,18 @@ def terms_of(reference: str, card_licence: str | None = None, stated: str | None
 
 def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
     """Whether the teacher's terms let a student learn from its answers, and what they ask of it."""
-    mend = "read its terms, and say what holds in train.teacher_licence"
+    fix = "read its terms, and say what holds in train.teacher_licence"
     if terms is None:
         finding = f"the terms of {teacher} are not known to the table of {table().read}"
-        return Check(name="licence", status="warn", value=None, finding=finding, mend=mend)
+        return Check(name="licence", status="warn", value=None, finding=finding, fix=fix)
     name = PurePosixPath(model_name(student)).name.lower()
     verdict = terms.verdict
     if verdict == "forbidden" and terms.student and re.match(terms.student, name):
         verdict = "conditions"
     statuses: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restricted": "warn", "forbidden": "fail"}
     finding = f"{terms.name}: {terms.asks} ({terms.source}, read {table().read}; {NOT_ADVICE})"
-    mend = (
-        "" if verdict == "allowed" else "keep to it" if verdict == "conditions" else f"take another teacher, or {mend}"
-    )
-    return Check(name="licence", status=statuses[verdict], value=None, finding=finding, mend=mend)
+    fix = "" if verdict == "allowed" else "keep to it" if verdict == "conditions" else f"take another teacher, or {fix}"
+    return Check(name="licence", status=statuses[verdict], value=None, finding=finding, fix=fix)
 
 
 def on_the_hub(licence: str) -> dict[str, str]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pipeline.advice import BALANCED_SIZES
+from pipeline.checks import Check
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
-from train.checks.run import Check, passed
+from train.checks.run import passed
 from train.student import load_tokenizer
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
@@ -44,15 +45,13 @@ def size_check(teacher: int | None, student: int | None) -> Check:
     finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
     if student > teacher:
         finding = f"the student ({_size(student)}) is larger than its teacher ({_size(teacher)})"
-        mend = "it cannot learn to be better than its teacher; swap the models"
-        return Check(name="size_ratio", status="fail", value=ratio, finding=finding, mend=mend)
+        fix = "it cannot learn to be better than its teacher; swap the models"
+        return Check(name="size_ratio", status="fail", value=ratio, finding=finding, fix=fix)
     if ratio > high:
-        mend = f"a {_size(teacher)} teacher is too far for a {_size(student)} student; take a size between"
-        return Check(name="size_ratio", status="warn", value=ratio, finding=finding, mend=mend)
+        fix = f"a {_size(teacher)} teacher is too far for a {_size(student)} student; take a size between"
+        return Check(name="size_ratio", status="warn", value=ratio, finding=finding, fix=fix)
     if ratio < low:
-        return Check(
-            name="size_ratio", status="note", value=ratio, finding=finding, mend="a smaller student saves more"
-        )
+        return Check(name="size_ratio", status="note", value=ratio, finding=finding, fix="a smaller student saves more")
     return passed("size_ratio", ratio, finding)
 
 
@@ -69,8 +68,8 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
         text = _render(student, messages)
         if isinstance(text, Exception):
             finding = f"the student's chat template cannot render a prompt: {text}"
-            mend = "change the prompts (a system message, most likely), or the student"
-            return Check(name="templates", status="fail", value=0, finding=finding, mend=mend)
+            fix = "change the prompts (a system message, most likely), or the student"
+            return Check(name="templates", status="fail", value=0, finding=finding, fix=fix)
         own.append(text)
     if teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
@@ -83,17 +82,17 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
         return passed("templates", share, finding)
     messages, mine, theirs = next((m, a, b) for m, a, b in zip(prompts, own, others, strict=True) if a != b)
     said, heard = _added(student, messages, mine), _added(teacher, messages, theirs)
-    mend = "give prompts.system, which takes the place of either's own, and generate again"
+    fix = "give prompts.system, which takes the place of either's own, and generate again"
     words = f"only {same} of {len(prompts)} prompts are rendered alike"
     if said != heard:
         words += f": the teacher's template adds {heard!r}, the student's {said!r}"
     if student.get_vocab() == teacher.get_vocab():
         if said == heard:
             words += ", though both models know the same tokens"
-            mend = "copy the teacher's chat_template.jinja into the student's folder"
-        return Check(name="templates", status="fail", value=share, finding=words, mend=mend)
+            fix = "copy the teacher's chat_template.jinja into the student's folder"
+        return Check(name="templates", status="fail", value=share, finding=words, fix=fix)
     if said != heard:
-        return Check(name="templates", status="warn", value=share, finding=words, mend=mend)
+        return Check(name="templates", status="warn", value=share, finding=words, fix=fix)
     finding = "the same words in other control tokens: each is asked with its own template"
     return Check(name="templates", status="note", value=share, finding=finding)
 
@@ -107,8 +106,8 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
         return passed("markup", 0, "no text spells a control token of the student")
     row, match = found[0]
     finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {row.id}: {match[0]})"
-    mend = "they are of another chat format; drop them with the rule banned_words"
-    return Check(name="markup", status="fail", value=len(found), finding=finding, mend=mend)
+    fix = "they are of another chat format; drop them with the rule banned_words"
+    return Check(name="markup", status="fail", value=len(found), finding=finding, fix=fix)
 
 
 def _search(pattern: re.Pattern[str], row: Kept) -> re.Match[str] | None:

@@ -7,27 +7,14 @@ Writes checks.json. What is checked is in the modules beside this one: data, pai
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import msgspec
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.checks import COLOURS, Check
 from pipeline.errors import DataError, UsageError
 from pipeline.rundir import RunDir, replacing
-
-Status = Literal["pass", "note", "warn", "fail"]
-COLOURS = {"pass": "green", "note": "cyan", "warn": "yellow", "fail": "red"}
-
-
-class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One finding."""
-
-    name: str
-    status: Status
-    value: float | None  # the number that was compared; None where there is none
-    finding: str
-    mend: str = ""  # what to do about it; empty for a pass
 
 
 def passed(name: str, value: float | None, finding: str) -> Check:
@@ -75,7 +62,7 @@ def show(checks: Sequence[Check], console: Console) -> None:
 
 
 def _named(checks: Sequence[Check]) -> str:
-    """The first of the checks with its mend, and the names of the others."""
+    """The first of the checks with its fix, and the names of the others."""
     first, *others = checks
-    text = f"check {first.name}: {first.finding}" + (f"; {first.mend}" if first.mend else "")
+    text = f"check {first.name}: {first.finding}" + (f"; {first.fix}" if first.fix else "")
     return text + (f" (and {', '.join(check.name for check in others)}, see checks.json)" if others else "")
