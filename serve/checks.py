@@ -5,11 +5,11 @@ Each check returns, or raises UsageError naming the thing, its value and the fix
 
 import contextlib
 import errno
-import ipaddress
 import socket
 import subprocess
 from urllib.parse import urlsplit
 
+from pipeline.address import is_this_machine
 from pipeline.errors import UsageError
 from serve.command import GIB, Command
 from serve.machine import Machine
@@ -20,7 +20,7 @@ def local_address(base_url: str) -> tuple[str, int]:
     url = urlsplit(base_url)
     name = url.hostname or ""
     host = "127.0.0.1" if name in ("localhost", "0.0.0.0") else name
-    if not _is_ours(host):
+    if not is_this_machine(base_url):
         raise UsageError(
             f"teacher.base_url {base_url} is not on this machine: there is nothing to serve; go on with `make generate`"
         )
@@ -79,22 +79,6 @@ def check_port(host: str, port: int) -> None:
             ) from None
         reason = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host}:{port} ({reason}); choose another port or address") from None
-
-
-def _is_ours(host: str) -> bool:
-    """Whether a host is this machine: by its address, which can be listened on, or by the machine's own name."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return bool(host) and host == socket.gethostname()
-    if address.is_loopback:
-        return True
-    try:
-        with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False
-    return True
 
 
 def _listener(port: int) -> str:
