@@ -8,13 +8,13 @@ expectation once there are answers. An attempt that fails after the teacher has 
 import msgspec
 
 from generate.asking import Left
-from generate.budget import Budget
 from generate.client import check_teacher
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.prompts import iter_prompts
+from generate.spending import spent_so_far
 from generate.tokens import bound, counter
 from pipeline.address import is_private
 from pipeline.recipe import Recipe
@@ -50,7 +50,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     found = read_journal(run.completions, Completion)
     failed = read_journal(run.failures, Failure)
     left = Left(found.ids, failed.ids, retry_failures=retry_failures)
-    price, spent = price_of(recipe.teacher, recipe.generate.mode), Budget.open(recipe, run, found).spent
+    price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
     requests = answered = skipped = to_ask = prompt_tokens = uncounted = reserved = long_prompts = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
