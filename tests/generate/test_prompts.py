@@ -25,7 +25,7 @@ CHAPTER = {
 
 
 def recipe_with(**prompts: Any) -> Recipe:
-    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "stub"}, prompts=prompts)
+    return Recipe(name="t", teacher={"model": "stub"}, prompts=prompts)
 
 
 def texts(recipe: Recipe) -> list[str]:
