@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 ENV_PREFIX = "DISTILL_"
-FILES = ("prompts.file", "evaluate.probes_file")  # relative to the recipe, as a filter rule's `file` is
+FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
 
 
 class TeacherConfig(Section):
@@ -322,11 +322,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:
-    """Makes the paths of the recipe's files absolute. What is no path is left for the check of the whole."""
-    owners = [(data.get(section), key) for section, key in (name.split(".") for name in FILES)]
-    filters = data.get("filters")
-    rules = filters.get("rules") if isinstance(filters, dict) else None
-    owners += [(rule, "file") for rule in (rules if isinstance(rules, list) else ())]
-    for owner, key in owners:
-        if isinstance(owner, dict) and isinstance(file := owner.get(key), str):
-            owner[key] = str((folder / Path(file).expanduser()).absolute())
+    """Makes the paths of FILES absolute. A value that is no path is left for the check of the whole."""
+    for section, key in FILES:
+        values = data.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = str((folder / Path(values[key]).expanduser()).absolute())

@@ -57,16 +57,14 @@ def test_a_loaded_recipe_is_the_same_type_and_value_as_one_built_in_python(path:
 def test_files_that_the_recipe_names_are_relative_to_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rules = "filters: {rules: [{rule: python, file: own.py}]}"
     files = "prompts: {file: data/p.jsonl}\nevaluate: {probes_file: probes.jsonl}\n"
-    path.write_text(f"name: tiny\nteacher: {{model: m}}\n{files}{rules}\n")
+    path.write_text(f"name: tiny\nteacher: {{model: m}}\n{files}")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for recipe in (load_recipe(path), load_recipe(Path("../tiny.yaml"))):
         assert recipe.prompts.file is not None and recipe.evaluate.probes_file is not None
         assert recipe.prompts.file.resolve() == tmp_path / "data/p.jsonl"
         assert recipe.evaluate.probes_file.resolve() == tmp_path / "probes.jsonl"
-        assert Path(recipe.filters.rules[0].model_dump()["file"]).resolve() == tmp_path / "own.py"
         assert recipe.prompts.file.is_absolute()  # so that the saved recipe.yaml means the same file
     flag = load_recipe(path, ["--prompts.file", "p.jsonl"])
     assert flag.prompts.file == Path("p.jsonl")  # a flag is relative to where the command is given
