@@ -278,7 +278,7 @@ def test_a_dry_run_counts_and_sends_nothing(tmp_path: Path) -> None:
     assert (rest.answered, rest.to_ask) == (25, 5)
     assert rest.expected_cost == pytest.approx(5 * (7 + 2 * 5) / 10**6)
     assert rest.spent == pytest.approx(25 * (7 + 2 * 5) / 10**6)
-    assert "budget.usd 0.005 may end the run before its end (exit 3)" in "\n".join(describe(recipe, fresh))
+    assert "budget.usd 0.005 may end the run early (exit 3)" in "\n".join(describe(recipe, fresh))
     assert "budget.usd 0.005 is enough for all" in "\n".join(describe(recipe, rest))
 
 
