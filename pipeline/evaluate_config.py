@@ -14,7 +14,7 @@ class EvaluateConfig(Section):
     models: list[str] = Field([])
     """More models to compare: a folder, a Hub id, `embedded:<name>`, or another run's folder."""
     max_rows: int = Field(200, ge=1)
-    """Held-out rows scored for perplexity, at most."""
+    """Test rows scored for perplexity, at most."""
     probes: int = Field(64, ge=0)
     """New prompts that every model answers; 0: none."""
     probes_file: Path | None = None

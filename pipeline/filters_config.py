@@ -36,7 +36,7 @@ class DedupConfig(Section):
     against: list[Path] = Field([])
     """Other runs: answers like those that they kept are dropped."""
     contamination: list[Path] = Field([])
-    """Runs (what they held out) or JSONL files of prompts: answers like these are dropped."""
+    """Runs (their validation and test rows) or JSONL files of prompts: answers to prompts like these are dropped."""
 
     @model_validator(mode="after")
     def _exact_with_near(self) -> "DedupConfig":

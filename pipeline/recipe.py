@@ -8,6 +8,7 @@ under each key is the only description of it: `--help` and docs/settings.md show
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +28,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import RUBRIC, DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
+from pipeline.partition import part_of
 from pipeline.recipe_errors import explain
-from pipeline.records import folded
+from pipeline.records import Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import KdConfig, TrainConfig
 
@@ -157,7 +159,7 @@ class PromptsConfig(Section):
     count: int | None = Field(None, ge=1)
     """How many prompts are asked; null: all of the file. A template needs a number."""
     seed: int = 0
-    """Seed of the order in which a template's prompts are drawn."""
+    """Seed of the order in which a template's prompts are drawn, and of the parts: train, validation and test."""
     system: str | None = None
     """A system prompt for every prompt that has none of its own."""
     template: str | None = None
@@ -166,6 +168,11 @@ class PromptsConfig(Section):
     """The values of each slot: a list, or `{choose: k, from: […]}`."""
     file: Path | None = None
     """JSONL of `{"messages": […]}` or `{"prompt": "…"}`, or a folder saved by `datasets`; relative to the recipe."""
+
+    validation: float = Field(0.05, gt=0, lt=1)
+    """Share of the distinct prompts whose answers choose the best checkpoint."""
+    test: float = Field(0.1, gt=0, lt=1)
+    """Share of the distinct prompts whose answers only the evaluation sees."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
@@ -176,7 +183,13 @@ class PromptsConfig(Section):
         for name, slot in self.slots.items():
             if isinstance(slot, list) and not slot:
                 raise ValueError(f"slot `{name}` is empty; give it at least one value")
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave no prompt to train on")
         return self
+
+    def part_of(self, messages: Sequence[Message]) -> Part:
+        """What a prompt is for: training, validation or test."""
+        return part_of(messages, seed=self.seed, validation=self.validation, test=self.test)
 
 
 class SamplingConfig(Section):

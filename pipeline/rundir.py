@@ -47,7 +47,8 @@ class RunDir:
     review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`
     reviews = File("reviews.jsonl")  # the person's verdicts, in the order given; `filters.review`
     checks = File("checks.json")  # what was checked before training; `train`
-    held_out = File("held_out.jsonl")  # the kept rows that training never saw; `train`
+    validation = File("validation.jsonl")  # the kept rows that chose the best checkpoint; `train`
+    test = File("test.jsonl")  # the kept rows that training never saw; `train`
     student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
     student = File("student")  # `train`
     report = File("report.json")  # `evaluate`

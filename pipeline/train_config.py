@@ -56,14 +56,12 @@ class TrainConfig(Section):
     """Scale of the adapters: alpha / rank."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout of the adapters' input."""
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """Share of the distinct prompts kept for evaluation."""
-    held_out_rows: Path | None = None
-    """A held_out.jsonl to hold out instead, for runs that are to be compared."""
+    test_rows: Path | None = None
+    """A test.jsonl to test on instead of the run's own, for runs that are to be compared."""
     eval_steps: int | None = Field(None, ge=1)
     """Steps between evaluations within an epoch; null: only at its end."""
     early_stop: int | None = Field(None, ge=1)
-    """End after so many evaluations without a better loss on rows that were not trained on; null: never."""
+    """End after so many evaluations without a better validation loss; null: never."""
     checkpoint_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints to resume from; null: at each evaluation."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field([])
