@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from generate.jobs import WHOLE, Share
+from generate.jobs import WHOLE, Partition
 from generate.journal import Contents
 from generate.prices import PICO, Price, price_of
 from generate.tokens import bound
@@ -53,7 +53,13 @@ class Budget:
     """The budget of one process of a run."""
 
     def __init__(
-        self, config: BudgetConfig, price: Price | None, spent: Spend, *, file: Path | None = None, share: Share = WHOLE
+        self,
+        config: BudgetConfig,
+        price: Price | None,
+        spent: Spend,
+        *,
+        file: Path | None = None,
+        share: Partition = WHOLE,
     ) -> None:
         """`spent` is what earlier calls spent in all; what is left of the budget is divided by `share`."""
         self._config, self._price, self._file, self._before = config, price, file, spent
@@ -67,7 +73,7 @@ class Budget:
         self._saved = self._unsaid
 
     @classmethod
-    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Share = WHOLE) -> "Budget":
+    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Partition = WHOLE) -> "Budget":
         """The budget of a run that has spent what its journal and its `spend*.json` say.
 
         Raises RecipeError where the price is not known, DataError where a file is no spend.

@@ -7,9 +7,9 @@ expectation once there are answers. An attempt that fails after the teacher has 
 
 import msgspec
 
-from generate.asking import Left
 from generate.budget import Budget
 from generate.client import check_teacher
+from generate.context import Left
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
