@@ -20,11 +20,11 @@ import msgspec
 
 from benchmarks.plot import line_chart
 from benchmarks.table import show
-from generate.asking import run_loop
 from generate.client import Client, check_teacher, no_endpoint
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import Job, build_jobs
+from generate.online import run_loop
 from generate.prompts import iter_prompts
 from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser

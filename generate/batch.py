@@ -25,7 +25,8 @@ from generate.idset import IdSet
 from generate.jobs import Job, completed, failed
 from generate.journal import Journal
 from generate.progress import Counters
-from generate.verdict import Answer, CallFailed, Refused, Transient, shortened
+from generate.reply import Answer, Fault, shortened
+from generate.verdict import heals
 from pipeline.address import is_loopback
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe
@@ -60,7 +61,7 @@ class Batches:
         self._folder = Folder(run.path / "batches")
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
-        self._last: dict[str, CallFailed] = {}  # what came of those that are to be asked again
+        self._last: dict[str, Fault] = {}  # what came of those that are to be asked again
         self._reserved: dict[str, Reservation] = {}
         self._versions: dict[str, int] = {}  # of the dialect that this call's parts were written in
         teacher, key = recipe.teacher, recipe.teacher.api_key()
@@ -265,13 +266,11 @@ class Batches:
                 self._answer(job, outcome, sampling)
                 continue
             self._settle(id_, outcome)
-            if (
-                isinstance(outcome, Refused)
-                and part
-                and self._dialect.learns_from(outcome, self._versions.get(part.name, 0), self._say)
-            ):
+            version = self._versions.get(part.name, 0) if part else 0
+            if part and self._dialect.teaches(outcome, job, version):
+                self._dialect.learn(outcome, job, version, self._say)
                 self._tries[id_] -= 1
-            elif isinstance(outcome, Transient):
+            elif heals(outcome):
                 self._last[id_] = outcome
             else:
                 self._fail(job, outcome, sampling)
@@ -287,11 +286,11 @@ class Batches:
         if reservation is not None:
             self._budget.settle(reservation, answer.usage, billed=True, journaled=True)
 
-    def _settle(self, id_: str, error: CallFailed) -> None:
+    def _settle(self, id_: str, error: Fault) -> None:
         if (reservation := self._reserved.pop(id_, None)) is not None:
             self._budget.settle(reservation, error.usage, billed=error.status == 200, journaled=False)
 
-    def _fail(self, job: Job, error: CallFailed, sampling: dict[str, Any]) -> None:
+    def _fail(self, job: Job, error: Fault, sampling: dict[str, Any]) -> None:
         self._failures.append(failed(job, error, endpoint=self._recipe.teacher.url, sampling=sampling))
         self._done.add(job.request.id)
         self._counters.failed += 1

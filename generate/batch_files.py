@@ -15,7 +15,7 @@ from uuid import uuid4
 import msgspec
 
 from generate.jobs import Job
-from generate.verdict import Answer, CallFailed, Transient, read_answer, read_error
+from generate.reply import Answer, Fault, read_answer, read_error
 from pipeline.errors import DataError
 from pipeline.records import read_jsonl
 from pipeline.rundir import replacing
@@ -136,7 +136,7 @@ def input_line(job: Job, body: bytes) -> bytes:
     )
 
 
-def read_output(path: Path) -> Iterator[tuple[str, Answer | CallFailed]]:
+def read_output(path: Path) -> Iterator[tuple[str, Answer | Fault]]:
     """What became of each request in a batch's output or error file. Raises DataError `path:line: reason`."""
     return ((output.custom_id, _outcome(output)) for output in read_jsonl(path, _Output))
 
@@ -146,15 +146,12 @@ def output_ids(path: Path) -> set[str]:
     return {output.custom_id for output in read_jsonl(path, _Output)}
 
 
-def _outcome(output: _Output) -> Answer | CallFailed:
+def _outcome(output: _Output) -> Answer | Fault:
     response, error = output.response, output.error
     if response is None or (error is not None and (error.code or error.message)):
         code = (error.code if error else None) or "no_response"
-        return Transient(code, (error.message if error else None) or "the batch ended without an answer to it")
+        return Fault(code, (error.message if error else None) or "the batch ended without an answer to it")
     body = bytes(response.body)
     if response.status_code != 200:
         return read_error(response.status_code, body, {})
-    try:
-        return read_answer(body)
-    except CallFailed as failed:
-        return failed
+    return read_answer(body)

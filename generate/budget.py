@@ -10,7 +10,7 @@ than were reserved (some models think beyond `max_tokens`). From then on every r
 from pathlib import Path
 from typing import NamedTuple
 
-from generate.jobs import WHOLE, Share
+from generate.jobs import WHOLE, Partition
 from generate.journal import Contents
 from generate.prices import PICO, Price
 from generate.spending import (
@@ -55,7 +55,7 @@ class Budget:
         *,
         file: Path | None = None,
         account: Account = NO_ACCOUNT,
-        share: Share = WHOLE,
+        share: Partition = WHOLE,
     ) -> None:
         """`spent` is what earlier calls spent in all; `share` divides the rest. `account` is what `file` holds."""
         self._config, self._price, self._file, self._account, self._before = config, price, file, account, spent
@@ -68,7 +68,7 @@ class Budget:
         self._unsaid = account.unsaid
 
     @classmethod
-    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Share = WHOLE) -> "Budget":
+    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Partition = WHOLE) -> "Budget":
         """The budget of a run whose journal holds `found`. Records in `spend.json` what that has cost.
 
         Raises RecipeError if budget.usd is set and the price is not known, DataError if a spend file cannot be read.

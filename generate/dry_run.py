@@ -9,8 +9,8 @@ from collections import Counter
 
 import msgspec
 
-from generate.asking import Left
 from generate.client import check_teacher
+from generate.context import Left
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal

@@ -15,10 +15,10 @@ import aiohttp
 
 from evaluate.measure.asking import ask, asking
 from evaluate.measure.results import Burst, Lone
-from generate.asking import run_loop
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import build_jobs
+from generate.online import run_loop
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe

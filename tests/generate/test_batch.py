@@ -126,7 +126,7 @@ def test_what_the_teacher_refuses_is_learnt_from_its_error_file(
         recipe = batch_recipe(fake, 5)
         assert generate(recipe, run, quiet=True).answered == 5
         assert len(fake.batches) == 3
-    assert "sends max_completion_tokens in place of max_tokens" in capsys.readouterr().err
+    assert "sends max_completion_tokens instead of max_tokens" in capsys.readouterr().err
     for record in completions(run):
         assert set(record.sampling) == {"top_p", "max_completion_tokens", "seed"}
         assert record.attempts == 1

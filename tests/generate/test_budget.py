@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from generate.budget import Budget
 from generate.dry_run import describe, dry_run
-from generate.jobs import Share
+from generate.jobs import Partition
 from generate.journal import Contents
 from generate.prices import PICO, PRICES, Price, price_of
 from generate.run import generate
@@ -218,7 +218,7 @@ def test_two_calls_at_two_prices_cost_what_each_cost_then(tmp_path: Path, proces
 def test_processes_divide_what_is_left(tmp_path: Path) -> None:
     recipe = recipe_for("http://127.0.0.1:1/v1", budget={"tokens": 1000})
     found = Contents(prompt_tokens=300, completion_tokens=100)
-    shares = [Budget.open(recipe, RunDir(tmp_path), found, Share(part, 2)) for part in range(2)]
+    shares = [Budget.open(recipe, RunDir(tmp_path), found, Partition(part, 2)) for part in range(2)]
     for budget in shares:
         assert budget.reserve(100, 50) is not None  # 214 of 300
         assert budget.reserve(100, 50) is None
