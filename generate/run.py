@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -136,9 +135,7 @@ class _Call:
         """The Batch API's side of the run."""
         from generate.batch import Batches  # here: the openai package takes half a second to import
 
-        run = self.run
-        jobs = partial(run.left.jobs, run.recipe)
-        return Batches(run.recipe, run.dir, jobs, run.completions, run.failures, run.counters, run.budget, run.say)
+        return Batches(self.run)
 
     async def _send_batches(self, *, signals: bool) -> Outcome:
         stopped = asyncio.Event()
