@@ -6,6 +6,7 @@ an interrupted stage leaves the old file or the new one.
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is."""
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
