@@ -198,7 +198,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     eval: list[LossPoint] = []
     method: str = ""
     train_rows: int | None = None
-    held_out_rows: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
     tokens: int | None = None
     wall_s: float | None = None
 

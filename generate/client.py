@@ -19,7 +19,7 @@ import msgspec
 from yarl import URL
 
 from generate.reply import Answer, Fault, read_answer, read_error, shortened
-from pipeline.address import VARIABLE, Redactor, proxy_of
+from pipeline.address import VARIABLE, Redactor, is_private, proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.lineage import versions
 from pipeline.recipe import TeacherConfig
@@ -195,8 +195,11 @@ def _filled(name: str, value: str) -> str:
     return VARIABLE.sub(look_up, value)
 
 
-def no_endpoint(url: str, why: str) -> DistillError:
+def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
     """The error for an endpoint that is not there."""
-    return DistillError(
-        f"no endpoint at {url} ({why}); start the teacher with `make serve`, or set teacher.base_url to one that runs"
-    )
+    if is_private(url):
+        fix = "start the teacher with `make serve`, or set teacher.base_url to one that runs"
+    else:
+        key = "" if teacher.api_key() else f"; {teacher.api_key_env}, which holds its key, is not set either"
+        fix = f"check teacher.base_url, the network and the proxy{key}"
+    return DistillError(f"no endpoint at {url} ({why}); {fix}")

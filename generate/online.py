@@ -49,7 +49,7 @@ async def opened_loop(run: Run) -> AsyncIterator[Loop]:
         ]
         silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))
         if all(silent):
-            raise no_endpoint(urls[0], silent[0] or "")
+            raise no_endpoint(recipe.teacher, urls[0], silent[0] or "")
         for endpoint, why in zip(endpoints, silent, strict=True):
             if why:
                 run.say(f"warning: no endpoint at {endpoint.url} ({why}); it is probed until it answers")

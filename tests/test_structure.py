@@ -1,8 +1,10 @@
 """The structure that DESIGN promises: who imports whom, what stays light, who owns the package names."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -58,6 +60,26 @@ def test_the_client_and_the_filters_stay_light() -> None:
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT.keys() - {"benchmarks"}))
 def test_each_package_name_is_ours(package: str) -> None:
     assert set(packages_distributions()[package]) == {"distillate"}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """A package that only comes with another one can go away with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {_normalised(re.split(r"[\[=<>;\s]", line)[0]) for group in groups for line in group}
+    known = packages_distributions()
+    undeclared = {
+        module: sorted(known.get(module, ["not installed"]))
+        for package in sorted(MAY_IMPORT.keys() - {"benchmarks"})  # they also measure packages that are not needed
+        for module in imports_of(package) - set(MAY_IMPORT) - sys.stdlib_module_names
+        if not declared & {_normalised(name) for name in known.get(module, [module])}
+    }
+    assert undeclared == {}
+
+
+def _normalised(name: str) -> str:
+    """A distribution's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_files_stay_small() -> None:

@@ -156,11 +156,11 @@ def write_result(path: Path, result: PerplexityResult | SpeedResult | ProbeResul
 
 def read_held_out(run: RunDir) -> list[Kept]:
     """All rows that training never saw. Raises UsageError or DataError."""
-    if not run.held_out.is_file():
-        raise UsageError(f"{run.held_out}: no held-out rows; run train first, it sets them apart")
-    rows = list(read_jsonl(run.held_out, Kept))
+    if not run.test.is_file():
+        raise UsageError(f"{run.test}: no test rows; run train first, it sets them apart")
+    rows = list(read_jsonl(run.test, Kept))
     if not rows:
-        raise DataError(f"{run.held_out}: no rows in it; raise train.held_out or keep more answers, and train again")
+        raise DataError(f"{run.test}: no rows in it; raise prompts.test or keep more answers, and train again")
     return rows
 
 

@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> RunDir:
     """A run whose student is trained: teacher and student are tiny, the training only shifted some weights."""
     made = RunDir(tmp_path / "run")
     made.path.mkdir()
-    made.held_out.write_bytes(b"".join(encode_line(row) for row in story_rows(ROWS)))
+    made.test.write_bytes(b"".join(encode_line(row) for row in story_rows(ROWS)))
     tiny_model(tmp_path / "teacher", layers=3)
     tiny_model(tmp_path / "base")
     shutil.copytree(tmp_path / "base", made.student)
@@ -206,9 +206,9 @@ def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recip
     ("break_it", "message"),
     [
         (lambda run: shutil.rmtree(run.student), "no student yet; run train"),
-        (lambda run: run.held_out.unlink(), "no held-out rows; run train"),
-        (lambda run: run.held_out.write_bytes(b""), "no rows in it"),
-        (lambda run: run.held_out.write_bytes(b'{"id": 1}\n'), "held_out.jsonl:1: "),
+        (lambda run: run.test.unlink(), "no test rows; run train"),
+        (lambda run: run.test.write_bytes(b""), "no rows in it"),
+        (lambda run: run.test.write_bytes(b'{"id": 1}\n'), "test.jsonl:1: "),
         (lambda run: (run.student / "training_log.json").write_text("{"), "training_log.json: "),
         (lambda run: run.filter_report.write_text("[]"), "filter_report.json: "),
         (
@@ -294,6 +294,6 @@ def test_the_command_prints_the_table(
     out = capsys.readouterr().out
     assert "student before" in out and "perplexity" in out and "Speed and peak memory were not measured." in out
     assert str(run.report_html) in out
-    with pytest.raises(DataError, match="held_out"):
-        run.held_out.write_bytes(b"{}\n")
+    with pytest.raises(DataError, match=r"test\.jsonl"):
+        run.test.write_bytes(b"{}\n")
         main([str(path), "--run", str(run.path), "--no-speed"])

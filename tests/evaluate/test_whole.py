@@ -37,7 +37,7 @@ SAID = {  # what each model answers to any probe
 def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.path.mkdir()
-    made.held_out.write_bytes(b"".join(encode_line(row) for row in story_rows(4)))
+    made.test.write_bytes(b"".join(encode_line(row) for row in story_rows(4)))
     asked = Prompt(id="1", messages=[Message("user", "Of a cat at home.")], slots={"who": "a cat", "where": "at home"})
     made.prompts.write_bytes(encode_line(asked))
     for folder in (tmp_path / "teacher", tmp_path / "base", made.student):
@@ -48,7 +48,6 @@ def run(tmp_path: Path) -> RunDir:
 def recipe_of(path: Path, **sections: Any) -> Recipe:
     evaluate = {"probes": 5, "unseen": {"who": ["a lion"]}, "unseen_probes": 2, **sections.pop("evaluate", {})}
     return Recipe(
-        _cli_parse_args=[],
         name="tiny",
         teacher={"model": str(path / "teacher"), **sections.pop("teacher", {})},
         student={"model": str(path / "base")},

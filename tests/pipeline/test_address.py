@@ -94,7 +94,12 @@ def test_what_is_shaped_like_a_secret_is_hidden(text: str, hidden: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["call hf_hub_download(...) first", "a risk-averse task-oriented model", "max_tokens is not supported", "기본 sk 값"],
+    [
+        "call hf_hub_download(...) first",
+        "a risk-averse task-oriented model",
+        "max_tokens is not supported",
+        "기본 sk 값",
+    ],
 )
 def test_ordinary_words_stay(text: str) -> None:
     assert Redactor(["a", ""])(text) == text  # and a secret of one letter is not looked for
