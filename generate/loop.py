@@ -204,7 +204,9 @@ class Loop:
             case Retry():
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
-                self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF if verdict.step else JITTER, verdict.step))
+                self._schedule.put_back(
+                    job, now + verdict.after_s + wait_s(BACKOFF if verdict.step else JITTER, verdict.step)
+                )
             case Relearn():
                 self._dialect.learn(fault, job, attempt.dialect, self._run.say)
                 job.attempts -= 1

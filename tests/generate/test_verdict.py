@@ -1,6 +1,5 @@
 """`decide`, held against every row of the table in docs/generation.md: neither can change without the other."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -79,11 +78,15 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         LAST,  # they do not count
     ),
     "connection reset, closed in the body, wrong Content-Length, an encoding that it is not": (
-        [broken(aiohttp.ServerDisconnectedError()), broken(aiohttp.ClientPayloadError()), broken(ConnectionResetError())],
+        [
+            broken(aiohttp.ServerDisconnectedError()),
+            broken(aiohttp.ClientPayloadError()),
+            broken(ConnectionResetError()),
+        ],
         {},
     ),
     "no whole answer in `request_timeout_s` (300 s; 3600 at a server that shows what it works on)": (
-        [broken(TimeoutError()), broken(asyncio.TimeoutError())],
+        [broken(TimeoutError()), broken(TimeoutError())],
         {},
     ),
     "a timeout after which less than a tenth of an attempt's time is left to `deadline_s` (three such times)": (
