@@ -28,8 +28,8 @@ RISES = 1.2  # twice the requests must bring this factor, or the limit is found
 STEP = 0.1  # of the limit found: probes go so far up and down
 STEP_RISES, STEP_KEEPS = 1.05, 0.975  # what a step up must bring, and what a step down may cost at most
 CALM_ANSWERS = 1024  # to judge a small step by
-CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut is undone
-FRESH_S, HOLD_S = 30.0, 60.0  # a cut is judged by episodes this close; after an undone cut, none for so long
+CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut was wrong
+FRESH_S, HOLD_S = 30.0, 60.0  # two episodes are compared if they are this close; then the limit stands for so long
 
 
 class Load(NamedTuple):
@@ -53,6 +53,9 @@ class Concurrency(Protocol):
     def congested(self, sent: float, now: float) -> None:
         """The server refused (429) or timed out a request that was sent then."""
 
+    def sending(self, now: float) -> None:
+        """A request goes out."""
+
 
 class Fixed:
     """As many as the recipe says."""
@@ -64,6 +67,9 @@ class Fixed:
         pass
 
     def congested(self, sent: float, now: float) -> None:
+        pass
+
+    def sending(self, now: float) -> None:
         pass
 
 
@@ -94,6 +100,9 @@ class ByQueue:
         if sent > self._cut_at:
             self._cut_at = now
             self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
+
+    def sending(self, now: float) -> None:
+        pass
 
     def observed(self, load: Load | None, in_flight: int) -> None:
         """Looks at the load (None where the server did not say it) and moves the limit."""
@@ -135,6 +144,14 @@ class ByQueue:
         self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
 
 
+class Episode(NamedTuple):
+    """A stretch of requests that ended with refusals."""
+
+    limit: int  # that they were sent under
+    rate: float  # answers per second, the pause included
+    at: float
+
+
 class ByClimbing:
     """Doubles while that pays, then keeps near the number that the best throughput asked for.
 
@@ -150,10 +167,10 @@ class ByClimbing:
         self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
         self._next_step = 1
         self._start_window(float("-inf"))
-        # The last episode of refusals: when it began, what came since, and the limit and its answers/s before the cut.
-        self._episode_at, self._answers, self._refused = float("-inf"), 0, 0
-        self._uncut: int | None = None
-        self._uncut_rate: float | None = None
+        self._episode_at, self._open = float("-inf"), False  # the last episode of refusals, and whether it goes on
+        self._answers, self._refused, self._since = 0, 0, 0.0  # before it, and in it
+        self._under = limit  # the limit that they were sent under
+        self._before: Episode | None = None  # the episode before
         self._hold_until = float("-inf")
 
     def _start_window(self, now: float) -> None:
@@ -196,33 +213,41 @@ class ByClimbing:
             self.limit = min(max(1, self._base + self._step * size), MOST)
 
     def congested(self, sent: float, now: float) -> None:
-        """Backs off, once per episode: what was sent before the last one began belongs to it.
-
-        A cut is judged two episodes later. If it cost answers where most requests are answered, the refusals have
-        another cause than the number in flight: the cut is undone, and none follows for HOLD_S.
-        """
+        """Backs off, once per episode: what was sent before the last one began belongs to it."""
         self._refused += 1
         if sent <= self._episode_at:
             return
-        rate = self._answers / max(now - self._episode_at, 1e-9)
-        mostly_refused, fresh = self._refused > self._answers, now - self._episode_at > FRESH_S
-        self._episode_at, self._answers, self._refused = now, 0, 0
-        if now < self._hold_until and not mostly_refused:
-            return
-        if fresh or self._uncut is None:
-            self._cut()
-        elif self._uncut_rate is None:
-            self._uncut_rate = rate  # of the limit before the cut: its answers came after the refusal
-        elif rate < CUT_KEEPS * self._uncut_rate and not mostly_refused:
-            self.limit, self._uncut, self._hold_until = self._uncut, None, now + HOLD_S
-        else:
-            self._cut()
-        self._base, self._phase, self._step = self.limit, "avoid", 0
-        self._start_window(now)
+        self._episode_at, self._open, self._under = now, True, self.limit
+        if now >= self._hold_until:
+            self._move(max(1, int(self.limit * BACK_OFF)), now)
 
-    def _cut(self) -> None:
-        self._uncut, self._uncut_rate = self.limit, None
-        self.limit = max(1, int(self.limit * BACK_OFF))
+    def sending(self, now: float) -> None:
+        """The first request after an episode judges it: did the last move of the limit help?
+
+        Where most requests are answered and a cut has cost answers, the refusals have another cause than the number in
+        flight (each third request is refused, say): the limit rises as long as that brings more answers per second.
+        """
+        if not self._open:
+            self._since = self._since or now
+            return
+        ended = Episode(self._under, self._answers / max(now - self._since, 1e-9), now)
+        before, overloaded = self._before, self._refused > self._answers
+        self._before, self._open, self._answers, self._refused, self._since = ended, False, 0, 0, now
+        if overloaded or before is None or now - before.at > FRESH_S or now < self._hold_until:
+            return
+        gain = ended.rate / before.rate if before.rate else 1.0
+        if ended.limit < before.limit and gain < CUT_KEEPS:
+            self._move(min(2 * before.limit, MOST), now)
+        elif ended.limit > before.limit and gain > RISES:
+            self._move(min(2 * ended.limit, MOST), now)
+        elif ended.limit > before.limit:
+            self._hold_until = now + HOLD_S
+            self._move(before.limit, now)
+
+    def _move(self, limit: int, now: float) -> None:
+        self.limit = self._base = limit
+        self._phase, self._step = "avoid", 0
+        self._start_window(now)
 
 
 _GAUGES = {

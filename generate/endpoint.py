@@ -70,6 +70,7 @@ class Endpoint:
         if self.down_since is not None:
             self._probe_sent = now
         self.limits.take(tokens, now)
+        self._concurrency.sending(now)
 
     def ended(self, sent: float) -> None:
         """A request that went out at `sent` is over, however it ended."""

@@ -18,7 +18,7 @@ from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
-from generate.schedule import BACKOFF, Schedule, wait_s
+from generate.schedule import BACKOFF, JITTER, Schedule, wait_s
 from generate.verdict import (
     EndRun,
     Fail,
@@ -121,7 +121,7 @@ class Loop:
     def _prepare(self, job: Job, now: float) -> Attempt | float | None:
         """Takes an endpoint with room for a request of this size, and its cost out of the budget.
 
-        Where that cannot be had now: the seconds to wait, or None to wait for a reply. Ends the run where none will help.
+        Without them: the seconds to wait, or None to wait for a reply. Ends the run where no wait will help.
         """
         body, max_tokens = self._dialect.body(job), int(job.request.sampling["max_tokens"])
         tokens = int(len(body) * self._tokens_per_byte) + max_tokens
@@ -204,7 +204,9 @@ class Loop:
             case Retry():
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
-                self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
+                self._schedule.put_back(
+                    job, now + verdict.after_s + wait_s(BACKOFF if verdict.step else JITTER, verdict.step)
+                )
             case Relearn():
                 self._dialect.learn(fault, job, attempt.dialect, self._run.say)
                 job.attempts -= 1

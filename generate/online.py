@@ -8,7 +8,7 @@ import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from generate.client import no_endpoint
@@ -16,6 +16,7 @@ from generate.context import Outcome, Run
 from generate.endpoint import Endpoint
 from generate.loop import Loop
 from generate.progress import Display
+from pipeline.errors import UsageError
 
 SPARE_FILES = 64  # file descriptors that are not connections
 
@@ -75,7 +76,11 @@ def on_signals(handle: Callable[[], None] | None) -> Iterator[None]:
 
 
 def run_loop(main: Coroutine[None, None, Result]) -> Result:
-    """Runs on uvloop where it is installed (it is not made for Windows)."""
+    """Runs on uvloop where it is installed (it is not made for Windows). Raises UsageError if a loop runs already."""
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        main.close()
+        raise UsageError("an event loop is running here, as in a notebook: use `await agenerate(...)`")
     try:
         from uvloop import new_event_loop
     except ImportError:

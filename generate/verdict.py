@@ -55,7 +55,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Send the request again: not before `after_s` seconds, plus jitter of the backoff's `step`."""
+    """Send the request again after `after_s` seconds and the backoff's `step`; step 0 is a little jitter."""
 
     after_s: float = 0.0
     step: int = 1
@@ -137,8 +137,9 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
         after_s = 0.0  # it is the endpoint that waits
     if job.attempts - blameless >= config.max_attempts or not (state.has_time or fault.error == "unreachable"):
         return Fail()
-    step = 1 if fault.error == "rate_limited" else job.attempts  # the endpoint's own pause grows already
-    return Retry(after_s, step, counted=not blameless)
+    if fault.error == "rate_limited":  # the endpoint's own pause grows already
+        return Retry(after_s, 0 if fault.retry_after_s else 1, counted=not blameless)
+    return Retry(after_s, job.attempts, counted=not blameless)
 
 
 def _refused(fault: Fault, state: State) -> Fail | EndRun:

@@ -300,3 +300,40 @@ def test_limits_that_move_are_told_once_each_and_nonsense_never() -> None:
     assert told == ["allows 500 requests per minute", "allows 1,000 requests per minute", None, None, None, None]
     for nonsense in ("0.001", "1e308", "-3", "nan", "100, 100;w=60"):
         assert Limits(None, None, 0.0).learn({"x-ratelimit-limit-requests": nonsense}, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (json.dumps({"odd": "값"}).encode("utf-16"), "no_choices"),
+        (b'{"odd": "\xed\xa0\xbd"}', "no_choices"),  # half a surrogate pair, not escaped
+        (b'{"error": "\xed\xa0\xbd"}', "error_in_answer"),
+        (json.dumps([1]).encode("utf-32"), "wrong_shape"),
+        (b'["\xed\xa0\xbd"]', "wrong_shape"),
+    ],
+)
+def test_no_encoding_of_a_body_without_an_answer_is_a_crash(run: RunDir, body: bytes, kind: str) -> None:
+    with misbehaving(lambda asked: raw(body) if asked.text == "say 1" else answer()) as server:
+        summary = generate(recipe_for(server, 4, generate={"max_attempts": 1}), run, quiet=True)
+    assert (summary.answered, summary.errors) == (3, {kind: 1})
+    assert read_error(400, body, {}).message
+
+
+def test_an_error_with_half_a_surrogate_pair_can_be_written(run: RunDir) -> None:
+    bad = raw(b'{"error": {"message": "half \\ud83d"}}', 400)
+    with misbehaving(lambda asked: bad if asked.text == "say 1" else answer()) as server:
+        assert generate(recipe_for(server, 4), run, quiet=True).errors == {"bad_request": 1}
+    assert failures(run)[0].message == "half ?"
+
+
+def test_an_answer_in_utf_16_is_an_answer() -> None:
+    assert answer_in(said("이야기").decode().encode("utf-16")).text == "이야기"
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_reply_without_end_is_given_up(run: RunDir, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.client.MOST_BYTES", 100_000)
+    bad = raw(b"x" * 5_000_000, status)
+    with misbehaving(lambda asked: bad if asked.text == "say 1" else answer()) as server:
+        summary = generate(recipe_for(server, 4), run, quiet=True)
+    assert (summary.answered, summary.errors, failures(run)[0].status) == (3, {"too_large": 1}, status)
