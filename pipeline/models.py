@@ -61,7 +61,7 @@ def resolve_model(reference: str) -> str:
     folder = Path(reference).expanduser()
     if reference.startswith(("/", "./", "../", "~")) or folder.is_dir():
         if not (folder / "config.json").is_file():
-            state = "has no config.json" if folder.is_dir() else "does not exist"
+            state = "has no config.json" if folder.is_dir() else "is not there"
             raise UsageError(f"model {reference}: the folder {state}; give a model folder or a Hub id")
         return str(folder)
     return reference

@@ -68,7 +68,7 @@ def test_a_folder_with_a_model_is_itself(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("/no/such/model", "model /no/such/model: the folder does not exist; give a model folder or a Hub id"),
+        ("/no/such/model", "model /no/such/model: the folder is not there; give a model folder or a Hub id"),
         ("./empty", "model ./empty: the folder has no config.json; give a model folder or a Hub id"),
         ("embedded:nothing", "model embedded:nothing: no such embedded model; there are smollm2-135m"),
     ],

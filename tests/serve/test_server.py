@@ -195,7 +195,7 @@ def test_an_address_that_is_not_ours_cannot_be_listened_on():
 def test_a_missing_folder_and_too_little_memory_start_nothing(stub, model, monkeypatch):
     processes = stub("ok")
     with (
-        pytest.raises(UsageError, match="model /no/such: the folder does not exist"),
+        pytest.raises(UsageError, match="model /no/such: the folder is not there"),
         serving("/no/such", port=free_port(), config=SETTINGS),
     ):
         pytest.fail("there is no model")
