@@ -264,7 +264,7 @@ def _lineage(call: _Call) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         # With what failed attempts may have cost; `completions.jsonl` alone may say less.
-        "spent": {"tokens": spent.tokens, "usd": spent.cost / PICO if price else None},
+        "spent": {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None},
         "last_call": {
             "started": call.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
