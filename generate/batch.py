@@ -16,7 +16,7 @@ import openai
 from openai.types import Batch
 
 from generate.batch_api import BatchApi
-from generate.batch_files import Folder, Part, output_ids, read_output
+from generate.batch_files import Chunk, Folder, output_ids, read_output
 from generate.budget import Reservation
 from generate.context import Run
 from generate.dialect import Dialect
@@ -46,7 +46,7 @@ class Batches:
         self._tries: Counter[str] = Counter()  # of this call
         self._last: dict[str, Fault] = {}  # why a request is to be asked again
         self._reserved: dict[str, Reservation] = {}
-        self._versions: dict[str, int] = {}  # of the dialect in which this call's parts were written
+        self._versions: dict[str, int] = {}  # of the dialect in which this call's chunks were written
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
@@ -63,7 +63,7 @@ class Batches:
         if not self._folder.live:
             self._write()
         self._leave()
-        return [self._folder.input(part) for part in self._folder.live if part.batch_id is None]
+        return [self._folder.input(chunk) for chunk in self._folder.live if chunk.batch_id is None]
 
     def collect(self, path: Path) -> None:
         """Collects an output file that came another way, as `vllm run-batch` writes it.
@@ -73,13 +73,13 @@ class Batches:
         if not path.is_file():
             raise UsageError(f"{path}: no such file; give the output of a batch")
         self._collect(path)
-        for part in self._folder.live:
-            if part.batch_id is None and all(id_ in self._done for id_ in self._folder.ids(part)):
-                part.collected = True
+        for chunk in self._folder.live:
+            if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.ids(chunk)):
+                chunk.collected = True
         self._folder.save()
 
     def _write(self) -> bool:
-        """Writes what is still to be asked, and can be paid, as new parts; False if that is nothing."""
+        """Writes what is still to be asked, and can be paid, as new chunks; False if that is nothing."""
         refused = False
 
         def affordable() -> Iterator[tuple[Job, bytes]]:
@@ -96,14 +96,14 @@ class Batches:
                     refused = True
                     return
 
-        parts = self._folder.write(affordable())
-        self._versions |= {part.name: self._dialect.version for part in parts}
-        if parts:
-            counted = sum(1 for part in parts for _ in self._folder.ids(part))
-            self._run.say(f"{counted} requests in {len(parts)} batch file(s) in {self._folder.path}")
+        chunks = self._folder.write(affordable())
+        self._versions |= {chunk.name: self._dialect.version for chunk in chunks}
+        if chunks:
+            counted = sum(1 for chunk in chunks for _ in self._folder.ids(chunk))
+            self._run.say(f"{counted} requests in {len(chunks)} batch file(s) in {self._folder.path}")
         elif refused:
             raise self._run.budget.reached()
-        return bool(parts)
+        return bool(chunks)
 
     def _reserve(self, job: Job) -> bytes | None:
         """Reserves what a request can cost; its body, or None if the budget does not cover it."""
@@ -116,19 +116,19 @@ class Batches:
 
     def _reserve_live(self) -> None:
         """Batches of an earlier call still cost money: their requests are reserved again."""
-        live = {id_ for part in self._folder.live for id_ in self._folder.ids(part)}
+        live = {id_ for chunk in self._folder.live for id_ in self._folder.ids(chunk)}
         for job in self._run.jobs() if live else ():
             if job.request.id in live:
                 self._reserve(job)
 
     async def _follow(self, stopped: asyncio.Event) -> None:
-        """Submits, polls and collects until no part is live."""
+        """Submits, polls and collects until no chunk is live."""
         poll_s = min(FIRST_POLL_S, self._config.batch_poll_s)
         troubles = 0
         while self._folder.live and not stopped.is_set():
             try:
-                for part in self._folder.live:
-                    await self._advance(part)
+                for chunk in self._folder.live:
+                    await self._advance(chunk)
                 troubles = 0
             except openai.APIError as error:
                 words = self._api.explain(error)
@@ -144,57 +144,57 @@ class Batches:
                 await asyncio.wait_for(stopped.wait(), poll_s if self._folder.live else 0)
             poll_s = min(poll_s * 1.5, self._config.batch_poll_s)
 
-    async def _advance(self, part: Part) -> None:
-        """Takes a part as far as it goes now."""
-        if part.file_id is None:
-            part.file_id = await self._api.upload(self._folder.input(part))
+    async def _advance(self, chunk: Chunk) -> None:
+        """Takes a chunk as far as it goes now."""
+        if chunk.file_id is None:
+            chunk.file_id = await self._api.upload(self._folder.input(chunk))
             self._folder.save()
-        if part.batch_id is None:
+        if chunk.batch_id is None:
             others = [other for other in self._folder.live if other.batch_id and other.status not in ENDED]
-            if part.status == FULL and others:
+            if chunk.status == FULL and others:
                 return  # until one of them has ended
-            batch = await self._api.find(part.name) or await self._api.create(part.name, part.file_id)
-            part.batch_id, part.status = batch.id, batch.status
+            batch = await self._api.find(chunk.name) or await self._api.create(chunk.name, chunk.file_id)
+            chunk.batch_id, chunk.status = batch.id, batch.status
             self._folder.save()
-            self._run.say(f"batch {part.batch_id} is {part.status} ({self._folder.input(part).name})")
+            self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({self._folder.input(chunk).name})")
             return
-        batch = await self._api.retrieve(part.batch_id)
-        if batch.status != part.status:
-            part.status = batch.status
+        batch = await self._api.retrieve(chunk.batch_id)
+        if batch.status != chunk.status:
+            chunk.status = batch.status
             self._folder.save()
         if batch.request_counts and batch.status == "in_progress":
             counts = batch.request_counts
             self._run.say(f"batch {batch.id}: {counts.completed} of {counts.total} done, {counts.failed} failed")
         if batch.status in ENDED:
-            await self._end(part, batch)
+            await self._end(chunk, batch)
 
-    async def _end(self, part: Part, batch: Batch) -> None:
+    async def _end(self, chunk: Chunk, batch: Batch) -> None:
         """Collects what there is of a batch that has ended."""
         errors = (batch.errors.data if batch.errors else None) or []
         if batch.status == "failed" and any(error.code == FULL for error in errors):
-            part.batch_id, part.status = None, FULL
+            chunk.batch_id, chunk.status = None, FULL
             self._folder.save()
             self._run.say(f"batch {batch.id}: the account's limit is enqueued; it is created again when another ends")
             return
         for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
             if file_id:
-                await self._api.download(file_id, self._folder.output(part, kind))
-                self._collect(self._folder.output(part, kind), part)
-        for id_ in self._folder.ids(part):  # neither answered nor failed: an expired batch does no more work on them
+                await self._api.download(file_id, self._folder.output(chunk, kind))
+                self._collect(self._folder.output(chunk, kind), chunk)
+        for id_ in self._folder.ids(chunk):  # neither answered nor failed: an expired batch does no more work on them
             self._settle(id_, None)
         for journal in (self._run.completions, self._run.failures):
             journal.sync()
-        part.collected = True
+        chunk.collected = True
         self._folder.save()
         self._run.say(f"batch {batch.id} is {batch.status}: {self._run.counters.answered} answered in this call so far")
         if batch.status == "failed":
             words = self._api.words("; ".join(f"{error.code}: {error.message}" for error in errors[:3]))
             raise DistillError(f"batch {batch.id} failed: {words or 'it does not say why'}")
 
-    def _collect(self, path: Path, part: Part | None = None) -> None:
+    def _collect(self, path: Path, chunk: Chunk | None = None) -> None:
         """Writes the outcomes in a file to the journals: each request's first answer, and no more."""
         ids = output_ids(path)
-        sent = self._folder.sent(part) if part else {}
+        sent = self._folder.sent(chunk) if chunk else {}
         jobs = {job.request.id: job for job in self._run.jobs() if job.request.id in ids}
         for id_, outcome in read_output(path, self._api.words):
             job = jobs.get(id_)
@@ -207,8 +207,8 @@ class Batches:
                 self._answer(job, outcome, sampling)
                 continue
             self._settle(id_, outcome)
-            version = self._versions.get(part.name, 0) if part else 0
-            if part and self._dialect.teaches(outcome, job, version):
+            version = self._versions.get(chunk.name, 0) if chunk else 0
+            if chunk and self._dialect.teaches(outcome, job, version):
                 self._dialect.learn(outcome, job, version, self._run.say)
                 self._tries[id_] -= 1
             elif heals(outcome):
@@ -243,7 +243,7 @@ class Batches:
         """Leaves the batches at work. The call that collects them reserves again what they may cost."""
         for id_ in list(self._reserved):
             self._settle(id_, None)
-        ids = [part.batch_id for part in self._folder.live if part.batch_id]
+        ids = [chunk.batch_id for chunk in self._folder.live if chunk.batch_id]
         if ids:
             self._run.say(
                 f"{', '.join(ids)} go on at {self._url}; the same command collects them. To cancel one: "

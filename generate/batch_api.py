@@ -52,22 +52,22 @@ class BatchApi:
         with path.open("rb") as file:
             return (await self._api.files.create(file=file, purpose="batch")).id
 
-    async def find(self, part: str) -> Batch | None:
-        """The batch of a part, if one was created whose creation this run never heard of."""
+    async def find(self, chunk: str) -> Batch | None:
+        """The batch of a chunk, if one was created whose creation this run never heard of."""
         async for batch in self._api.batches.list(limit=LISTED):
             marks = batch.metadata or {}
-            ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, part)
+            ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, chunk)
             if ours and batch.status != "failed":
                 return batch
         return None
 
-    async def create(self, part: str, file_id: str) -> Batch:
-        """Creates the batch of a part."""
+    async def create(self, chunk: str, file_id: str) -> Batch:
+        """Creates the batch of a chunk."""
         return await self._api.batches.create(
             input_file_id=file_id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
-            metadata={"distillate_run": self._run_key, "part": part, "file": file_id},
+            metadata={"distillate_run": self._run_key, "part": chunk, "file": file_id},
         )
 
     async def retrieve(self, batch_id: str) -> Batch:

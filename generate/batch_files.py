@@ -1,7 +1,7 @@
 """The files of a run's batches: requests, answers, and the state of each batch. No network.
 
-    batches/state.json          the parts, and how far each is
-    batches/001.input.jsonl     a part's requests, as OpenAI's Batch API and `vllm run-batch` read them
+    batches/state.json          the chunks, and how far each is
+    batches/001.input.jsonl     a chunk's requests, as OpenAI's Batch API and `vllm run-batch` read them
     batches/001.output.jsonl    its answers, as they were downloaded
 
 Every file appears by rename, so a killed process leaves the old state or the new one.
@@ -25,8 +25,8 @@ MOST_BYTES = 190_000_000  # of 200 MB
 PATH = b"/v1/chat/completions"
 
 
-class Part(msgspec.Struct, kw_only=True):
-    """One batch: a file of requests, and how far it is."""
+class Chunk(msgspec.Struct, kw_only=True):
+    """A file of requests that becomes one batch, and how far it is."""
 
     name: str  # 001, 002, …
     file_id: str | None = None  # once it is uploaded
@@ -36,10 +36,10 @@ class Part(msgspec.Struct, kw_only=True):
 
 
 class State(msgspec.Struct, kw_only=True):
-    """All of a run's batches."""
+    """All of a run's chunks."""
 
     key: str  # tells this run's batches from others of the same account
-    parts: list[Part] = []
+    chunks: list[Chunk] = msgspec.field(name="parts", default_factory=list)
 
 
 class Folder:
@@ -59,39 +59,39 @@ class Folder:
             ) from None
 
     @property
-    def live(self) -> list[Part]:
-        """The parts that are not collected yet."""
-        return [part for part in self.state.parts if not part.collected]
+    def live(self) -> list[Chunk]:
+        """The chunks that are not collected yet."""
+        return [chunk for chunk in self.state.chunks if not chunk.collected]
 
     def save(self) -> None:
         with replacing(self._file) as file:
             file.write(msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
 
-    def input(self, part: Part) -> Path:
-        return self.path / f"{part.name}.input.jsonl"
+    def input(self, chunk: Chunk) -> Path:
+        return self.path / f"{chunk.name}.input.jsonl"
 
-    def output(self, part: Part, kind: str) -> Path:
-        return self.path / f"{part.name}.{kind}.jsonl"
+    def output(self, chunk: Chunk, kind: str) -> Path:
+        return self.path / f"{chunk.name}.{kind}.jsonl"
 
-    def ids(self, part: Part) -> Iterator[str]:
-        """The ids of a part's requests."""
-        return (line.custom_id for line in read_jsonl(self.input(part), _Input))
+    def ids(self, chunk: Chunk) -> Iterator[str]:
+        """The ids of a chunk's requests."""
+        return (line.custom_id for line in read_jsonl(self.input(chunk), _Input))
 
-    def sent(self, part: Part) -> dict[str, dict[str, Any]]:
-        """The sampling values that each request of a part went out with, by its id."""
+    def sent(self, chunk: Chunk) -> dict[str, dict[str, Any]]:
+        """The sampling values that each request of a chunk went out with, by its id."""
         return {
             line.custom_id: {name: value for name, value in line.body.items() if name not in ("model", "messages")}
-            for line in read_jsonl(self.input(part), _Input)
+            for line in read_jsonl(self.input(chunk), _Input)
         }
 
-    def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Part]:
-        """Writes the requests as parts, streamed. The parts are in the state when this returns."""
-        parts: list[Part] = []
+    def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Chunk]:
+        """Writes the requests as chunks, streamed. The chunks are in the state when this returns."""
+        chunks: list[Chunk] = []
         left = iter(jobs)
         first = next(left, None)
         while first is not None:
-            part = Part(name=f"{len(self.state.parts) + len(parts) + 1:03}")
-            with replacing(self.input(part)) as file:
+            chunk = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}")
+            with replacing(self.input(chunk)) as file:
                 count = size = 0
                 while first is not None:
                     line = input_line(*first)
@@ -100,10 +100,10 @@ class Folder:
                     file.write(line)
                     count, size = count + 1, size + len(line)
                     first = next(left, None)
-            parts.append(part)
-        self.state.parts += parts
+            chunks.append(chunk)
+        self.state.chunks += chunks
         self.save()
-        return parts
+        return chunks
 
 
 class _Input(msgspec.Struct):
