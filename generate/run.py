@@ -116,9 +116,9 @@ def generate(
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
-    """How many requests of the recipe the run has no answer to; failed ones are among them. Changes nothing."""
-    left = Left(read_journal(run.completions, Completion).ids, IdSet(), retry_failures=True)
-    return _survey(recipe, left, None).to_ask
+    """How many requests of the recipe are left to ask: neither answered nor failed for good. Changes nothing."""
+    answered, failed = read_journal(run.completions, Completion).ids, read_journal(run.failures, Failure).ids
+    return _survey(recipe, Left(answered, failed, retry_failures=False), None).to_ask
 
 
 def _survey(recipe: Recipe, left: Left, file: IO[bytes] | None) -> Plan:
