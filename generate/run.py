@@ -18,7 +18,6 @@ from rich.console import Console
 from generate.asking import Left, ask, ask_in_batches, run_loop
 from generate.budget import Budget
 from generate.client import check_teacher
-from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.journal import Contents, Journal, read_journal
 from generate.prices import PICO, price_of
