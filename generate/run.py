@@ -20,7 +20,6 @@ from rich.console import Console
 from generate.budget import Budget
 from generate.client import check_teacher
 from generate.context import Finished, Interrupted, Left, Outcome, Run, raise_unless_finished
-from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.journal import Contents, Journal, read_journal
 from generate.online import on_signals, run_loop, send_from_here
@@ -100,9 +99,9 @@ async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_f
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
-    """How many requests of the recipe the run has no answer to; failed ones are among them. Changes nothing."""
-    left = Left(read_journal(run.completions, Completion).ids, IdSet(), retry_failures=True)
-    return _survey(recipe, left, None).to_ask
+    """How many requests of the recipe are left to ask: neither answered nor failed for good. Changes nothing."""
+    answered, failed = read_journal(run.completions, Completion).ids, read_journal(run.failures, Failure).ids
+    return _survey(recipe, Left(answered, failed, retry_failures=False), None).to_ask
 
 
 @dataclass
