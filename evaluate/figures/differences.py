@@ -13,6 +13,7 @@ from evaluate.document import Better
 from evaluate.statistics import Figure, distinct, ratio
 from filters.adherence import AdherenceSettings
 from filters.answer import as_answer, nfc
+from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
@@ -74,7 +75,7 @@ def look_at(row: Kept, rules: RuleSet, wanted: Naming, score: int | None) -> Jud
     reasons = rules.reasons(answer)
     loop = next((rule.settings for rule in rules.rules if isinstance(rule.settings, RepetitionSettings)), None)
     return Judged(
-        dropped_by=reasons,
+        dropped_by={reason.rule: describe(reason) for reason in reasons},
         passing=not reasons if rules.rules else None,
         named=_named(answer.text, row, wanted),
         loops=repetition(answer, loop or RepetitionSettings()) is not None,
