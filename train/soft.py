@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
 from train.student_trainer import Batch, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.tokens import MASKED, stop_tokens
+from train.tokens import MASKED
 
 
 @dataclass(frozen=True)
