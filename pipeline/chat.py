@@ -27,4 +27,5 @@ def end_of_turn(tokenizer: Any, stops: set[int]) -> int:
     tail = tokenizer.encode(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)
     unnamed = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = stops | unnamed | set(tokenizer.all_special_ids)
-    return next((token for token in tail if token in ends), tokenizer.eos_token_id)
+    end: int = next((token for token in tail if token in ends), tokenizer.eos_token_id)
+    return end

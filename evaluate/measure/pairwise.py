@@ -1,10 +1,8 @@
 """What a judge says of the models' answers to the probes: a score of each, and which of two is the better.
 
-The judge is `evaluate.judge`, else that of the filters; scores are asked for as the filters ask for
-them (filters.judge).
-A pair is asked about twice, once in either order, since judges favour a place (Zheng et al. 2023, arXiv:2306.05685).
-Writes evaluation/judged.json, and keeps the judge's own runs in evaluation/judge/ and evaluation/pairs/: a verdict once
-given is not asked for again.
+The judge is `evaluate.judge`, else that of the filters; scores are asked for as the filters do (filters.judge). A pair
+is asked about twice, once in each order, since judges favour a position (Zheng et al. 2023, arXiv:2306.05685). Keeps
+the judge's own runs in evaluation/judge/ and evaluation/pairs/, so that no verdict is asked for twice.
 """
 
 import json
@@ -13,7 +11,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluate.measure.results import AFTER, BEFORE, TEACHER, JudgeResult, PairVerdict
+from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
+from evaluate.models import AFTER, BEFORE, TEACHER
 from filters.judge import (
     FENCE,
     attempt_runs,
@@ -92,7 +91,7 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     that were given by then are kept, and the next call goes on.
     """
     spoken = [row for rows in answers.values() for row in rows.values() if row.text]
-    folder = RunDir(run.path / "evaluation" / "judge")
+    folder = RunDir(run.path / FOLDER / "judge")
     folder.path.mkdir(parents=True, exist_ok=True)
     judgements = judge_rows(judge.recipe, folder, spoken, quiet=True)
     scores: dict[str, dict[str, int]] = {}
@@ -101,9 +100,8 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         scores[key] = {id_: score for id_, score in found.items() if score is not None}
     pairs = [pair for other in OPPONENTS if other in answers and AFTER in answers for pair in _pairs(answers, other)]
     scoring = attempt_runs(verdicts_folder(folder, version_of(judge.recipe, judge.config)), judge.config)
-    choices = _choose(judge, run.path / "evaluation" / "pairs", pairs, scoring)
+    choices = _choose(judge, run.path / FOLDER / "pairs", pairs, scoring)
     return JudgeResult(
-        fingerprint=judged_fingerprint(judge, answers),
         model=judge.model,
         is_teacher=judge.is_teacher,
         scores=scores,

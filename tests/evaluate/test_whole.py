@@ -2,8 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from rich.console import Console
 import evaluate.run
 from evaluate.document import Report
 from evaluate.measure.results import Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
-from evaluate.models import subjects
-from evaluate.report.terminal import print_report
+from evaluate.measure.serving import answer_probes
+from evaluate.models import Subject, subjects
+from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
@@ -37,7 +40,7 @@ SAID = {  # what each model answers to any probe
 def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.path.mkdir()
-    made.held_out.write_bytes(b"".join(encode_line(row) for row in story_rows(4)))
+    made.test.write_bytes(b"".join(encode_line(row) for row in story_rows(4)))
     asked = Prompt(id="1", messages=[Message("user", "Of a cat at home.")], slots={"who": "a cat", "where": "at home"})
     made.prompts.write_bytes(encode_line(asked))
     for folder in (tmp_path / "teacher", tmp_path / "base", made.student):
@@ -63,31 +66,33 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Puts made-up servers in place; gives the models that were served, and for what."""
     log: list[tuple[str, list[str]]] = []
 
-    def measure_served(recipe: Recipe, run: RunDir, *, speed: Any, probes: Any) -> None:
-        key = (speed or probes)[0].subject.key
-        log.append((key, [name for name, given in (("speed", speed), ("probes", probes)) if given]))
-        if speed:
-            speed[0].save(
-                SpeedResult(
-                    fingerprint=speed[0].fingerprint,
-                    device="cpu",
-                    dtype="float32",
-                    bursts=[Burst(4, 0, 300 if key == "student_after" else 100, 10.0)],
-                    alone=[Lone(0.1, 1.0, 10)],
-                    startup_s=1.0,
-                    peak_rss_bytes=(2 << 30) if key == "teacher" else (1 << 30),
-                )
-            )
-        if probes:
-            probes[0].save(probe_result(probes[0].fingerprint, key, probes[1]))
+    @contextmanager
+    def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tuple[Any, Path]]:
+        log.append((subject.key, []))
+        yield SimpleNamespace(served_name=subject.key, base_url="http://127.0.0.1:1/v1"), run.path
 
-    monkeypatch.setattr(evaluate.run, "measure_served", measure_served)
+    def measure_speed(recipe: Recipe, server: Any, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
+        log[-1][1].append("speed")
+        return SpeedResult(
+            device="cpu",
+            dtype="float32",
+            bursts=[Burst(4, 0, 300 if server.served_name == "student_after" else 100, 10.0)],
+            alone=[Lone(0.1, 1.0, 10)],
+            startup_s=1.0,
+            peak_rss_bytes=(2 << 30) if server.served_name == "teacher" else (1 << 30),
+        )
+
+    def probe(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
+        if recipe.teacher.model not in SAID:
+            return answer_probes(recipe, folder, prompts)
+        log[-1][1].append("probes")
+        answers = [ProbeAnswer(p.id, SAID[recipe.teacher.model].format(**p.slots), "stop", 9) for p in prompts]
+        return ProbeResult(wall_s=1.0, answers=answers)
+
+    monkeypatch.setattr(evaluate.run, "serve_subject", serve_subject)
+    monkeypatch.setattr(evaluate.run, "measure_speed", measure_speed)
+    monkeypatch.setattr(evaluate.run, "answer_probes", probe)
     return log
-
-
-def probe_result(fingerprint: str, key: str, prompts: Sequence[Prompt]) -> ProbeResult:
-    answers = [ProbeAnswer(p.id, SAID[key].format(**p.slots), "stop", 9) for p in prompts]
-    return ProbeResult(fingerprint=fingerprint, wall_s=1.0, answers=answers)
 
 
 def figure(report: Report, key: str, name: str, part: str = "all") -> float:
@@ -114,20 +119,22 @@ def test_every_model_is_served_once_and_compared(
     gains = {(d.against, d.figure, d.part): d for d in report.differences}
     assert gains["student_before", "named", "all"].improved is True
     assert gains["teacher", "named", "all"].improved is False
-    assert ("student_before", "perplexity", "held_out") in gains and ("teacher", "perplexity", "unseen") in gains
+    assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].holds
     assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].holds is False
     assert report.headline.holds is False and "memory 2.00×: no" in report.headline.verdict
     assert [(sample.part, len(sample.answers)) for sample in report.samples] == [("seen", 4)] * 2 + [("unseen", 4)] * 2
     assert after.kv_bytes_per_token and after.served_dtype
-    assert json.loads(run.report.read_bytes())["schema"] == 2
+    assert json.loads(run.report.read_bytes())["schema"] == 3
     capsys.readouterr()
     for width in (80, 100):
         print_report(report, Console(width=width))
         lines = capsys.readouterr().out.splitlines()
         assert not [line for line in lines if "…" in line or len(line) > width]
-        assert any("student after" in line and "50%" in line for line in lines)
+        assert any(line.strip().startswith("named of what was asked for") and "50%" in line for line in lines)
+        assert sum("perplexity" in line.split()[:1] for line in lines) == 1
+        assert any(line.strip().startswith("perplexity, unseen values") for line in lines)
         assert any(line.startswith("student after against student before: better in") for line in lines)
 
 
@@ -153,7 +160,7 @@ def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: 
 def test_a_teacher_elsewhere_answers_where_it_is_only_if_asked_to(
     run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluate.models.is_local", lambda url: False)
+    monkeypatch.setattr("evaluate.models.is_loopback", lambda url: False)
     with misbehaving(lambda asked: answer("The teacher says that all is well.")) as server:
         away = {"model": "gpt", "base_url": server.url}
         silent = evaluate_run(recipe_of(tmp_path, teacher=away), run, PATH)
