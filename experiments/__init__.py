@@ -1,1 +1,1 @@
-"""Experiments: several trainings on one run, compared on the same held-out rows and probes."""
+"""Experiments: several trainings on one run, compared on the same test rows and probes."""

@@ -70,10 +70,10 @@ def finish(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
 
 
 def fingerprint(setup: Setup, arm: Arm) -> str:
-    """Of all that an arm's report depends on: its recipe, its rows, the held-out rows, whether servers are started."""
+    """Of all that an arm's report depends on: its recipe, its rows, the test rows, whether servers are started."""
     recipe = load_recipe(setup.path, [*setup.flags, *arm.flags])
     digest = hashlib.sha256(f"{recipe.model_dump_json()}{setup.options.no_speed}".encode())
-    for path in (arm.run.kept, setup.folder / "held_out.jsonl"):
+    for path in (arm.run.kept, setup.folder / "test.jsonl"):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 

@@ -1,6 +1,6 @@
 """The experiments: what each one asks, and how the rows of its arms are made.
 
-Everything that arms are compared on is set apart first, by prompt and out of all their sources; then the rest becomes
+Everything that arms are compared on is set apart first: the test part of all their sources. The rest becomes
 their rows. So all arms of an experiment are scored on the same rows, which none of them was trained on. An arm is an
 ordinary run directory; it trains and is evaluated with the flags named here on top of the user's own.
 """
@@ -29,7 +29,7 @@ from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Prompt, Usage, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
-from train.rows import prompt_text, read_rows, split_from, split_rows
+from train.rows import part_rows, prompt_text, read_rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Arms whose rows are on disk, and what they are scored on: held-out rows by where they come from."""
+    """Arms whose rows are on disk, and what they are scored on: test rows by where they come from."""
 
     arms: list[Arm]
     sources: dict[str, list[Kept]]
@@ -72,14 +72,14 @@ class Experiment:
 
 
 def _keep_rate(setup: Setup) -> Prepared:
-    """The best shares of all answers but those to the held-out prompts, the rules' drops taken in as they rank."""
+    """The best shares of all answers but those to the test prompts, the rules' drops taken in as they rank."""
     shares = parse_shares(setup.options.shares)
     base = ready(setup)
-    split = split_rows(read_rows(base), share=setup.recipe.train.held_out, seed=setup.recipe.train.seed)
-    pool = _pool(base, split.held_out, setup.folder)
+    test = _test_rows(setup, read_rows(base))
+    pool = _pool(setup, base, test)
     stage("filters", pool, setup.path, [*setup.flags, "--sweep", ",".join(map(str, shares))])
     kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
-    rows = {name: sum(1 for _ in read_jsonl(share.kept, Kept)) for name, share in kept.items()}
+    rows = {name: len(part_rows(read_rows(share), setup.recipe.prompts, test).train) for name, share in kept.items()}
     accept = _accepting(setup, "keep_rate", "filters", "length")
     flags = {name: ["--train.too_long", "drop", *accept] for name in kept}
     note = "every arm sees its rows equally often"
@@ -87,8 +87,8 @@ def _keep_rate(setup: Setup) -> Prepared:
         epochs = matched_epochs(rows, setup.recipe.train.batch_size, setup.recipe.train.epochs)
         flags = {name: [*own, "--train.epochs", repr(epochs[name])] for name, own in flags.items()}
         note = "every arm makes as many steps as the largest does in the recipe's epochs"
-    arms = [_arm(setup, name, share, split.held_out, flags[name]) for name, share in kept.items()]
-    return Prepared(arms, {"": split.held_out}, f"{note} (--match {setup.options.match})")
+    arms = [_arm(setup, name, share, test, flags[name]) for name, share in kept.items()]
+    return Prepared(arms, {"": test}, f"{note} (--match {setup.options.match})")
 
 
 def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:
@@ -99,14 +99,14 @@ def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> d
     return {name: own if ceil(own * steps[name]) == wanted else nextafter(own, 0) for name, own in found.items()}
 
 
-def _pool(base: RunDir, held_out: Sequence[Kept], folder: Path) -> RunDir:
-    """The run without what is held out: neither its prompts nor what the filters found to say the same as it."""
-    pool = RunDir(folder / "pool")
+def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
+    """The run without its test part: neither its prompts nor what the filters found to say the same as its rows."""
+    pool, part_of = RunDir(setup.folder / "pool"), setup.recipe.prompts.part_of
     pool.path.mkdir(parents=True, exist_ok=True)
-    questions, ids = {prompt_text(row) for row in held_out}, {row.id for row in held_out}
+    questions, ids = {prompt_text(row) for row in test}, {row.id for row in test}
     with replacing(pool.kept) as kept, replacing(pool.dropped) as dropped:
         for row in filtered_rows(base):
-            if prompt_text(row) in questions or _repeats(row, ids):
+            if part_of(row.messages) == "test" or prompt_text(row) in questions or _repeats(row, ids):
                 continue
             (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
     for path in (base.lineage, base.recipe):
@@ -131,19 +131,20 @@ def _teachers(setup: Setup) -> Prepared:
     _answered(setup, other, flags)
     base = ready(setup)
     rows = {"A": read_rows(base), "B": read_rows(other)}
-    held_out = _held_out(setup, [*rows["A"], *rows["B"]])
-    arms = [_arm(setup, "a", base, held_out, []), _arm(setup, "b", other, held_out, flags)]
+    test = _test_rows(setup, [*rows["A"], *rows["B"]])
+    arms = [_arm(setup, "a", base, test, []), _arm(setup, "b", other, test, flags)]
     names = {"A": setup.recipe.teacher.model, "B": setup.options.b_model}
     note = f"a is {names['A']}, b is {names['B']}; each with all that the filters kept of it, for the recipe's epochs"
-    return Prepared(arms, _by_source(rows, held_out), note)
+    return Prepared(arms, _by_source(rows, test), note)
 
 
 def _human(setup: Setup) -> Prepared:
     """As many rows that people wrote as rows of the teacher; scored on both."""
     base, path = ready(setup), setup.options.human
     sources = {"teacher": read_rows(base), "human": read_human(path, setup.recipe.prompts.system)}
-    held_out = _held_out(setup, [row for rows in sources.values() for row in rows])
-    train = {name: split_from(rows, held_out).train for name, rows in sources.items()}
+    test = _test_rows(setup, [row for rows in sources.values() for row in rows])
+    parts = {name: part_rows(rows, setup.recipe.prompts, test) for name, rows in sources.items()}
+    train = {name: [*own.train, *own.validation] for name, own in parts.items()}
     count = min(map(len, train.values()))
     pick = random.Random(setup.recipe.train.seed)
     arms = []
@@ -157,21 +158,21 @@ def _human(setup: Setup) -> Prepared:
         if name == "teacher":
             shutil.copyfile(base.lineage, chosen.lineage)
         accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []
-        arms.append(_arm(setup, title, chosen, held_out, accept))
-    return Prepared(arms, _by_source(sources, held_out), f"{count:,} rows in each arm, for the recipe's epochs")
+        arms.append(_arm(setup, title, chosen, test, accept))
+    return Prepared(arms, _by_source(sources, test), f"{count:,} rows in each arm, for the recipe's epochs")
 
 
 def _soft(setup: Setup) -> Prepared:
     """The same rows, learned by the teacher's text, by its distribution, and in part on the student's own samples."""
     base = ready(setup)
-    held_out = _held_out(setup, read_rows(base))
+    test = _test_rows(setup, read_rows(base))
     hard = setup.recipe.train.weights
     soft = {"kd": ["--train.method", "kd"], "gkd": ["--train.method", "gkd"]}
     methods = {hard: ["--train.method", hard]} | {
         name: [*flags, "--train.kd.weights", hard] for name, flags in soft.items()
     }
-    arms = [_arm(setup, name, base, held_out, flags) for name, flags in methods.items()]
-    return Prepared(arms, {"": held_out}, "the same rows, steps and trained weights in every arm")
+    arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]
+    return Prepared(arms, {"": test}, "the same rows, steps and trained weights in every arm")
 
 
 def _thousand(setup: Setup) -> Prepared:
@@ -186,9 +187,9 @@ def _thousand(setup: Setup) -> Prepared:
         shutil.copyfile(setup.base.prompts, run.prompts)
         _copy_lineage(setup.base, run, ("generate",))
     _answered(setup, run, flags)
-    held_out = _held_out(setup, read_rows(run))
-    arm = _arm(setup, "thousand", run, held_out, flags)
-    return Prepared([arm], {"": held_out}, f"{setup.options.rows:,} prompts")
+    test = _test_rows(setup, read_rows(run))
+    arm = _arm(setup, "thousand", run, test, flags)
+    return Prepared([arm], {"": test}, f"{setup.options.rows:,} prompts")
 
 
 EXPERIMENTS = {
@@ -218,22 +219,22 @@ def _answered(setup: Setup, run: RunDir, flags: Sequence[str]) -> None:
     stage("filters", run, setup.path, given)
 
 
-def _held_out(setup: Setup, rows: list[Kept]) -> list[Kept]:
-    """What no arm is trained on: by prompt, out of all sources at once."""
-    return split_rows(rows, share=setup.recipe.train.held_out, seed=setup.recipe.train.seed).held_out
+def _test_rows(setup: Setup, rows: list[Kept]) -> list[Kept]:
+    """What no arm is trained on: the test part of all sources at once."""
+    return part_rows(rows, setup.recipe.prompts).test
 
 
-def _by_source(sources: Mapping[str, Sequence[Kept]], held_out: Sequence[Kept]) -> dict[str, list[Kept]]:
+def _by_source(sources: Mapping[str, Sequence[Kept]], test: Sequence[Kept]) -> dict[str, list[Kept]]:
     ids = {name: {row.id for row in rows} for name, rows in sources.items()}
-    return {name: [row for row in held_out if row.id in ids[name]] for name in sources}
+    return {name: [row for row in test if row.id in ids[name]] for name in sources}
 
 
-def _arm(setup: Setup, name: str, rows: RunDir, held_out: Sequence[Kept], flags: list[str]) -> Arm:
-    """An arm's run directory, with the rows of another one; the held-out ones are a file of the experiment."""
+def _arm(setup: Setup, name: str, rows: RunDir, test: Sequence[Kept], flags: list[str]) -> Arm:
+    """An arm's run directory, with the rows of another one; the test rows are a file of the experiment."""
     run = RunDir(setup.folder / name)
     run.path.mkdir(parents=True, exist_ok=True)
-    shared = setup.folder / "held_out.jsonl"
-    write_jsonl(shared, held_out)
+    shared = setup.folder / "test.jsonl"
+    write_jsonl(shared, test)
     if rows.path != run.path:
         prompts = rows.prompts if rows.prompts.is_file() else setup.base.prompts
         for path in (rows.kept, rows.dropped, rows.filter_report, prompts):
@@ -242,7 +243,7 @@ def _arm(setup: Setup, name: str, rows: RunDir, held_out: Sequence[Kept], flags:
             if path.is_file():
                 shutil.copyfile(path, target)
         _copy_lineage(rows, run, ("generate", "filters"))
-    return Arm(name, run, [*flags, "--train.held_out_rows", str(shared)])
+    return Arm(name, run, [*flags, "--train.test_rows", str(shared)])
 
 
 def _copy_lineage(source: RunDir, target: RunDir, sections: Iterable[str]) -> None:

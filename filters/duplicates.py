@@ -89,14 +89,19 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
             where = f"{recipe_path}: filters.dedup.{key}[{index}]"
             if run.path.resolve() in (path.resolve(), path.resolve().parent):
                 raise RecipeError(f"{where}: {path} is this run itself; name another one")
-            file = path
+            files = [path]
             if kind is Kind.OTHER_RUN or path.is_dir():
-                file = RunDir(path).kept if kind is Kind.OTHER_RUN else RunDir(path).held_out
-            if not file.is_file():
-                stage = "filters" if kind is Kind.OTHER_RUN else "train"
-                fix = f"name a run's folder, and run `{stage}` there first" if file != path else "name a file or a run"
-                raise RecipeError(f"{where}: {file}: no such file; {fix}")
-            sources.append(Source(file, kind, str(path)))
+                files = [RunDir(path).kept] if kind is Kind.OTHER_RUN else [RunDir(path).validation, RunDir(path).test]
+            for file in files:
+                if not file.is_file():
+                    stage = "filters" if kind is Kind.OTHER_RUN else "train"
+                    fix = (
+                        f"name a run's folder, and run `{stage}` there first"
+                        if file != path
+                        else "name a file or a run"
+                    )
+                    raise RecipeError(f"{where}: {file}: no such file; {fix}")
+                sources.append(Source(file, kind, str(path)))
     return sources
 
 

@@ -126,8 +126,9 @@ def _survey(recipe: Recipe, left: Left, file: IO[bytes] | None) -> Plan:
     requests = repeats = answered = failed = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
         if file is not None:
-            request = job.request
-            file.write(encode_line(Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots)))
+            request, part = job.request, recipe.prompts.part_of(job.request.messages)
+            prompt = Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part)
+            file.write(encode_line(prompt))
         requests += 1
         repeats += job.sample > 0
         if job.request.id in left.answered:

@@ -6,6 +6,7 @@ that holds the key, and the key is read from there as a SecretStr.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +25,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from pipeline.errors import RecipeError
+from pipeline.partition import part_of
 from pipeline.recipe_errors import explain
-from pipeline.records import folded
+from pipeline.records import Message, Part, folded
 from pipeline.train_config import TrainConfig
 
 ENV_PREFIX = "DISTILL_"
@@ -127,6 +129,8 @@ class PromptsConfig(Section):
     template: str | None = None  # `{slot}` is replaced; `{{` and `}}` are braces
     slots: dict[str, list[str] | ChooseSlot] = {}
     file: Path | None = None  # JSONL of {"messages": […]} or {"prompt": "…"}, or a folder saved by `datasets`
+    validation: float = Field(0.05, gt=0, lt=1)  # share of the distinct prompts that choose the best checkpoint
+    test: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts that only the evaluation sees
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
@@ -137,7 +141,13 @@ class PromptsConfig(Section):
         for name, slot in self.slots.items():
             if isinstance(slot, list) and not slot:
                 raise ValueError(f"slot `{name}` is empty; give it at least one value")
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave no prompt to train on")
         return self
+
+    def part_of(self, messages: Sequence[Message]) -> Part:
+        """What a prompt is for: training, validation or test."""
+        return part_of(messages, seed=self.seed, validation=self.validation, test=self.test)
 
 
 class SamplingConfig(Section):
@@ -202,7 +212,7 @@ class DedupConfig(Section):
     ngram: int = Field(3, ge=1, le=20)  # characters of an n-gram
     prompts: float | None = Field(None, ge=0.5, le=1)  # drop answers to prompts as similar; 1: to the same prompt
     against: list[Path] = []  # other runs; answers like those they kept are dropped
-    contamination: list[Path] = []  # runs (what they held out) or JSONL files of prompts: nothing like it is kept
+    contamination: list[Path] = []  # runs (their validation and test rows) or JSONL files of prompts
 
     @model_validator(mode="after")
     def _exact_with_near(self) -> "DedupConfig":
@@ -259,7 +269,7 @@ class EvaluateConfig(Section):
     """What the report measures, of the teacher, the student before and after, and of every other model named."""
 
     models: list[str] = []  # more to compare: a folder, a Hub id, embedded:<name>, or another run's folder
-    max_rows: int = Field(200, ge=1)  # held-out rows scored for perplexity
+    max_rows: int = Field(200, ge=1)  # test rows scored for perplexity
     probes: int = Field(64, ge=0)  # prompts that nobody was asked yet; 0: none
     probes_file: Path | None = None  # such prompts, as prompts.file has them; None: new combinations of the slots
     unseen: dict[str, list[str]] = {}  # values that the slots do not have: how the student does beyond them

@@ -9,6 +9,11 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+MOVED = {
+    "train.held_out": "is now two shares: prompts.validation (chooses the checkpoint) and prompts.test (is evaluated)",
+    "train.held_out_rows": "is now train.test_rows",
+}
+
 
 def explain(problem: "ErrorDetails", recipe: type[BaseModel], path: Path, flags: list[str], env_prefix: str) -> str:
     """One pydantic problem of a recipe as `where: key: what is wrong, got value`."""
@@ -23,6 +28,8 @@ def explain(problem: "ErrorDetails", recipe: type[BaseModel], path: Path, flags:
     else:
         where = str(path)
     if problem["type"] == "extra_forbidden":
+        if key in MOVED:
+            return f"{where}: {key} {MOVED[key]}"
         known = _known_keys(recipe, names[:-1])
         return f"{where}: {key}: no such key" + (f"; there are {', '.join(known)}" if known else "")
     if problem["type"] == "missing":

@@ -6,12 +6,13 @@ Reads and writes nothing but such lines. Decoding checks types; a bad line is a 
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from pipeline.errors import DataError
 
+Part = Literal["train", "validation", "test"]
 Slots = dict[str, str | list[str]]
 
 
@@ -23,11 +24,12 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One question to the teacher. `slots` holds what the template was filled with, for adherence and splits."""
+    """One question to the teacher. `slots` holds what the template was filled with, for adherence."""
 
     id: str
     messages: list[Message]
     slots: Slots = {}
+    part: Part | None = None  # what it is for in its run (pipeline.partition); None: it belongs to no run
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):

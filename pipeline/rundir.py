@@ -79,9 +79,14 @@ class RunDir:
         return self.path / "checks.json"
 
     @property
-    def held_out(self) -> Path:
+    def validation(self) -> Path:
+        """The kept rows that chose the best checkpoint, written by `train`."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def test(self) -> Path:
         """The kept rows that training never saw, written by `train`, read by `evaluate`."""
-        return self.path / "held_out.jsonl"
+        return self.path / "test.jsonl"
 
     @property
     def student(self) -> Path:

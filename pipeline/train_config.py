@@ -40,10 +40,11 @@ class TrainConfig(BaseModel):
     lora_rank: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    held_out: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts kept for evaluation
-    held_out_rows: Path | None = None  # a held_out.jsonl to hold out in its place, for runs that are to be compared
+    test_rows: Path | None = None  # a test.jsonl to test on instead of the run's own, for runs to be compared
     eval_steps: int | None = Field(None, ge=1)  # steps between evaluations within an epoch; None: at its end alone
-    early_stop: int | None = Field(None, ge=1)  # evaluations without a better held-out loss, then it ends; None: never
+    early_stop: int | None = Field(
+        None, ge=1
+    )  # evaluations without a better validation loss, then it ends; None: never
     checkpoint_steps: int | None = Field(None, ge=1)  # steps between checkpoints to resume from; None: each evaluation
     report_to: list[Literal["tensorboard", "wandb"]] = []
     accept: list[Warns] = []  # checks whose warning does not stop the training; --force accepts them all

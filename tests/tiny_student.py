@@ -81,7 +81,12 @@ def story_rows(count: int) -> list[Kept]:
     return [kept_row(i, f"Story {i}?", "The cat sat. " * (1 + i % 5) + f"End {i}.") for i in range(count)]
 
 
-def make_recipe(student: str, teacher: str = "teacher", **train: Any) -> Recipe:
+ONE = 1e-9  # a share so small that the part has the one prompt that moves there
+
+
+def make_recipe(
+    student: str, teacher: str = "teacher", *, validation: float = ONE, test: float = ONE, **train: Any
+) -> Recipe:
     """A recipe for the tiny student; no filter ran, and nobody knows the teacher's licence: both are accepted."""
     settings = {"method": "full", "epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 512, **train}
     settings.setdefault("accept", ["filters", "licence"])
@@ -89,6 +94,6 @@ def make_recipe(student: str, teacher: str = "teacher", **train: Any) -> Recipe:
         name="tiny",
         teacher={"model": teacher},
         student={"model": student},
-        prompts={"template": "Hi", "count": 1},
+        prompts={"template": "Hi", "count": 1, "validation": validation, "test": test},
         train=settings,
     )

@@ -15,7 +15,7 @@ LINES = 20  # plain lines of a whole training, evaluations aside
 
 
 class Milestones(TrainerCallback):
-    """Held-out loss, then a checkpoint, at the end of each epoch and every `eval_steps`; more checkpoints if asked.
+    """Validation loss, then a checkpoint, at the end of each epoch and every `eval_steps`; more checkpoints if asked.
 
     In this order a checkpoint always holds the loss that belongs to it: a training killed right after one loses none.
     After `patience` evaluations without a better loss the training ends.
@@ -35,7 +35,7 @@ class Milestones(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if is_stopped_early(state, self.patience) and not control.should_training_stop:
             control.should_training_stop = True
-            self.console.print(f"step {state.global_step}: no better held-out loss in {self.patience} evaluations")
+            self.console.print(f"step {state.global_step}: no better validation loss in {self.patience} evaluations")
 
 
 def is_stopped_early(state: TrainerState, patience: int | None) -> bool:
@@ -86,7 +86,7 @@ class TrainProgress(TrainerCallback):
         elapsed = time.monotonic() - self.started
         state.log_history[-1]["elapsed_s"] = round(self.earlier_s + elapsed, 3)
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}: held-out loss {logs['eval_loss']:.4f}")
+            self.console.print(f"step {state.global_step}/{state.max_steps}: validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             speed = (state.num_input_tokens_seen - self.first_tokens) / max(elapsed, 1e-9)
             self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}", speed=speed)

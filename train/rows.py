@@ -1,30 +1,33 @@
-"""Rows to learn from: kept.jsonl to prompt/completion rows, split by prompt into training and held-out.
+"""Rows to learn from: kept.jsonl to prompt/completion rows, in three parts: train, validation and test.
 
-Reads kept.jsonl, writes held_out.jsonl. Tokens, lengths and labels are train.tokens' business.
+Reads kept.jsonl and `train.test_rows`; writes nothing. Tokens, lengths and labels are train.tokens' business.
 """
 
-import hashlib
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from pipeline.errors import DataError
-from pipeline.records import Completion, Kept, Message, question_text, read_jsonl
-from pipeline.rundir import RunDir, write_jsonl
+from pipeline.partition import position
+from pipeline.recipe import PromptsConfig, Recipe
+from pipeline.records import Completion, Kept, Part, question_text, read_jsonl
+from pipeline.rundir import RunDir
 
 ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Split:
-    """Kept rows by what they are for; no prompt is in both."""
+class Parts:
+    """Kept rows by what they are for; no question is in two parts, and no part is empty."""
 
     train: list[Kept]
-    held_out: list[Kept]
+    validation: list[Kept]
+    test: list[Kept]
+
+    @property
+    def all(self) -> list[Kept]:
+        return [*self.train, *self.validation, *self.test]
 
 
 def read_rows(run: RunDir) -> list[Kept]:
@@ -54,41 +57,39 @@ def read_checked(path: Path) -> list[Kept]:
     return rows
 
 
-def split_rows(rows: list[Kept], *, share: float, seed: int) -> Split:
-    """Splits by prompt, so that no question of the held-out rows was trained on, in other spacing or case either.
+def read_parts(recipe: Recipe, run: RunDir) -> Parts:
+    """The run's kept rows in the parts that training uses. Raises DataError as read_rows and part_rows do."""
+    path = recipe.train.test_rows
+    return part_rows(read_rows(run), recipe.prompts, None if path is None else read_checked(path))
 
-    Distinct prompts are sorted by a hash of their messages and the seed; the first `share` of them, at least one and
-    never all, is held out. The same rows and seed give the same split, in whatever order the rows come.
-    Raises DataError if there are fewer than two distinct prompts.
+
+def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:
+    """The rows by the part of their prompt (pipeline.partition).
+
+    `test_rows` are tested on instead of the run's own: no row that asks one of their questions stays, nor any row of
+    the run's own test part. In a run so small that a part has no row, the training question of the lowest hash moves
+    there. Raises DataError if a part is still empty.
     """
-    keys: dict[str, str] = {}
+    asked = {prompt_text(row) for row in test_rows or ()}
+    parts: dict[Part, list[Kept]] = {"train": [], "validation": [], "test": []}
     for row in rows:
-        text, key = prompt_text(row), _prompt_key(row.messages, seed)
-        keys[text] = min(keys.get(text, key), key)
-    order = sorted(keys.values())
-    if len(order) < 2:
+        if prompt_text(row) not in asked:
+            parts[prompts.part_of(row.messages)].append(row)
+    if test_rows is not None:
+        parts["test"] = list(test_rows)
+    for part in ("test", "validation"):
+        if not parts[part] and len({prompt_text(row) for row in parts["train"]}) > 1:
+            first = prompt_text(min(parts["train"], key=lambda row: position(row.messages, prompts.seed)))
+            parts[part] = [row for row in parts["train"] if prompt_text(row) == first]
+            parts["train"] = [row for row in parts["train"] if prompt_text(row) != first]
+    if empty := [part for part, own in parts.items() if not own]:
+        questions = len({prompt_text(row) for row in rows})
+        where = f", without the questions of train.test_rows ({len(asked)})" if test_rows is not None else ""
         raise DataError(
-            f"{len(rows)} kept rows answer {len(order)} distinct prompt; at least 2 are needed, one to train on and "
-            "one to hold out: generate more prompts"
+            f"{len(rows)} kept rows answer {questions} distinct prompts{where}; no row is left for {', '.join(empty)}: "
+            "generate more prompts, or lower prompts.validation and prompts.test"
         )
-    count = min(max(1, math.ceil(round(share * len(order), 9))), len(order) - 1)
-    held = set(order[:count])
-    parts: dict[bool, list[Kept]] = {False: [], True: []}
-    for row in rows:
-        parts[keys[prompt_text(row)] in held].append(row)
-    return Split(train=parts[False], held_out=parts[True])
-
-
-def split_from(rows: list[Kept], held_out: list[Kept]) -> Split:
-    """The rows whose question is none of the held-out ones, and those. Raises DataError where either is empty."""
-    questions = {prompt_text(row) for row in held_out}
-    train = [row for row in rows if prompt_text(row) not in questions]
-    if not train or not held_out:
-        raise DataError(
-            f"train.held_out_rows leaves {len(train)} of {len(rows)} rows to train on and {len(held_out)} held out; "
-            "both are needed"
-        )
-    return Split(train=train, held_out=held_out)
+    return Parts(**parts)
 
 
 def prompt_text(row: Completion) -> str:
@@ -107,11 +108,6 @@ def to_examples(rows: Iterable[Kept]) -> list[dict[str, Any]]:
     ]
 
 
-def write_held_out(run: RunDir, rows: Iterable[Kept]) -> None:
-    """Writes the rows that training never sees, as they were in kept.jsonl."""
-    write_jsonl(run.held_out, rows)
-
-
 def _fault(row: Kept) -> str | None:
     if not row.text.strip():
         return "the answer is empty"
@@ -123,7 +119,3 @@ def _fault(row: Kept) -> str | None:
     if not row.messages[-1].content.strip():
         return "the question is empty"
     return None
-
-
-def _prompt_key(messages: list[Message], seed: int) -> str:
-    return hashlib.sha256(msgspec.json.encode([seed, messages])).hexdigest()

@@ -1,8 +1,8 @@
-"""One straight line from kept.jsonl to student/: rows, split, checks, SFTTrainer, card, save.
+"""One straight line from kept.jsonl to student/: rows, parts, checks, SFTTrainer, card, save.
 
-Reads kept.jsonl, lineage.json and the recipe; writes checks.json, held_out.jsonl, student/ (by rename) and the `train`
-section of lineage.json. Checkpoints live in training/ until the student is saved: after a kill, the same command goes
-on from the last one.
+Reads kept.jsonl, lineage.json and the recipe. Writes checks.json, validation.jsonl, test.jsonl, student/ (by rename)
+and the `train` section of lineage.json. Checkpoints are in training/ until the student is saved: after a kill, the same
+command continues from the last one.
 """
 
 import hashlib
@@ -19,15 +19,13 @@ from rich.console import Console
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
-from pipeline.rundir import RunDir
-from pipeline.train_config import TrainConfig
+from pipeline.rundir import RunDir, write_jsonl
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
-from train.rows import Split, read_checked, read_rows, split_from, split_rows, to_examples, write_held_out
+from train.rows import read_parts, to_examples
 from train.student import PRUNE, initial_student
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 TRAINING_LOG = "training_log.json"
 FINGERPRINT = "fingerprint"  # in training/: what its checkpoints belong to
 # Settings that change no weight.
-SAME_RESULT = {"held_out_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
+SAME_RESULT = {"test_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
 
 
 def train_run(
@@ -63,11 +61,10 @@ def train_run(
             f"set train.kd.weights: full, got {recipe.train.weights!r}"
         )
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
-    rows = read_rows(run)
-    split = _split(rows, recipe.train)
+    parts = read_parts(recipe, run)
     fingerprint = training_fingerprint(recipe, run)
     work = run.path / "training"
-    if not again and run.held_out.is_file() and trained_from(run.student) == fingerprint:
+    if not again and run.test.is_file() and trained_from(run.student) == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         if processes.lead:
             shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
@@ -80,29 +77,33 @@ def train_run(
     if processes.lead:
         processes.wait()
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
-    checks = [*row_checks(rows, split, read_lineage(run)), *pair_checks(recipe, student, rows, allow_chain=allow_chain)]
+    checks = [*row_checks(parts, read_lineage(run)), *pair_checks(recipe, student, parts.all, allow_chain=allow_chain)]
     if any(check.status == "fail" for check in checks):
         decide(checks)
     if processes.lead:
         _open_work(work, fingerprint, again=again, console=console)
     processes.wait()
     checkpoint = _last_checkpoint(work)
-    parts = examples(train=to_examples(split.train), held_out=to_examples(split.held_out))
+    shown = examples(train=to_examples(parts.train), validation=to_examples(parts.validation))
     prepared: Prepared = prepare(
-        student, parts, recipe.train, work, console, teacher=recipe.teacher.model, processes=processes
+        student, shown, recipe.train, work, console, teacher=recipe.teacher.model, processes=processes
     )
-    checks += token_checks(prepared, split, recipe.train)
+    checks += token_checks(prepared, parts, recipe.train)
     decide(checks)
-    train_rows = [split.train[index] for index in prepared.train_rows]
-    held_out = [split.held_out[index] for index in prepared.held_out_rows]
-    console.print(f"training {recipe.student.model} on {len(train_rows)} rows, {len(held_out)} held out")
+    validation = [parts.validation[index] for index in prepared.validation_rows]
+    rows = {"train": len(prepared.train_rows), "validation": len(validation), "test": len(parts.test)}
+    console.print(
+        f"training {recipe.student.model} on {rows['train']} rows; {rows['validation']} for validation, "
+        f"{rows['test']} for the test"
+    )
     if processes.lead:
-        write_held_out(run, held_out)
+        write_jsonl(run.validation, validation)
+        write_jsonl(run.test, parts.test)
 
     prepared.fit(checkpoint)
 
-    log = training_log(prepared, recipe, train_rows=len(train_rows), held_out_rows=len(held_out))
-    dropped = len(split.train) + len(split.held_out) - len(train_rows) - len(held_out)
+    log = training_log(prepared, recipe, rows)
+    dropped = len(parts.train) + len(parts.validation) - rows["train"] - rows["validation"]
     if processes.lead:
         section = _lineage_section(recipe, fingerprint, log, dropped=dropped)
         section |= {"precision": prepared.precision, "processes": processes.count}
@@ -115,14 +116,8 @@ def train_run(
     _publish(folder, log, recipe, run)
     print(
         f"{run.student}: trained on {log['train_rows']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
-        f"held-out loss {_saved(log)['loss']:.4f}, at step {log['saved_step']} of {log['loss'][-1]['step']}"
+        f"validation loss {_saved(log)['loss']:.4f}, at step {log['saved_step']} of {log['loss'][-1]['step']}"
     )
-
-
-def _split(rows: list[Kept], config: TrainConfig) -> Split:
-    if config.held_out_rows is not None:
-        return split_from(rows, read_checked(config.held_out_rows))
-    return split_rows(rows, share=config.held_out, seed=config.seed)
 
 
 def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
@@ -130,21 +125,22 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
     unused = set() if recipe.train.soft else {"kd"}
     settings = {
         "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT | unused),
+        "parts": recipe.prompts.model_dump(mode="json", include={"seed", "validation", "test"}),
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in filter(None, (run.kept, recipe.train.held_out_rows)):
+    for path in filter(None, (run.kept, recipe.train.test_rows)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def training_log(prepared: "Prepared", recipe: Recipe, *, train_rows: int, held_out_rows: int) -> dict[str, Any]:
+def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
     """The loss curves and what they cost.
 
-    `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy a token of the
-    held-out answers, which can be compared between methods. `saved_step`: that of the weights that were kept.
+    `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy per token
+    of the validation answers, which can be compared between methods. `saved_step`: that of the weights that were kept.
     """
     state = prepared.trainer.state
     entries = state.log_history
@@ -159,8 +155,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, *, train_rows: int, held_
             for entry in entries
             if "eval_loss" in entry
         ],
-        "train_rows": train_rows,
-        "held_out_rows": held_out_rows,
+        **{f"{part}_rows": count for part, count in rows.items()},
         "saved_step": prepared.saved_step,
         "tokens": state.num_input_tokens_seen,  # padding not counted
         "wall_s": max((entry.get("elapsed_s", 0.0) for entry in entries), default=0.0),
@@ -242,12 +237,13 @@ def _lineage_section(recipe: Recipe, fingerprint: str, log: dict[str, Any], *, d
         "weights": recipe.train.weights,
         "hyperparameters": recipe.train.model_dump(mode="json"),
         "rows": log["train_rows"],
-        "held_out": log["held_out_rows"],
+        "validation": log["validation_rows"],
+        "test": log["test_rows"],
         "too_long_dropped": dropped,
         "steps": log["loss"][-1]["step"],
         "loss": log["loss"][-1]["loss"],
         "saved_step": log["saved_step"],
-        "held_out_loss": _saved(log)["loss"],
+        "validation_loss": _saved(log)["loss"],
         "seed": recipe.train.seed,
         "fingerprint": fingerprint,
         "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),

@@ -5,7 +5,7 @@
           https://arxiv.org/abs/2306.13649)
 
 Loads the teacher from its folder, the Hub or the cache of embedded models; writes no file. Data order, checkpoints and
-the held-out loss are StudentTrainer's: they are the same for hard and soft.
+the validation loss are StudentTrainer's: they are the same for hard and soft.
 """
 
 import random

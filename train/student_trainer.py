@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a data order that survives a resume, little padding, and one held-out loss for all methods.
+"""TRL's SFTTrainer with a data order that survives a resume, little padding, and one validation loss for all methods.
 
 Takes a model and tokenised rows; what the rows are and what becomes of the model is train.trainer's business.
 """
@@ -65,7 +65,7 @@ class StudentTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Cross-entropy a completion token of the held-out rows, each token weighing the same, whatever the method."""
+        """Cross-entropy per completion token of the validation rows; all tokens weigh the same, for every method."""
         rows = self._remove_unused_columns(self.eval_dataset, description="evaluation")
         groups = micro_batches([len(ids) for ids in rows["input_ids"]], **self.micro)
         sums = torch.zeros(2, dtype=torch.float64)

@@ -54,7 +54,7 @@ class Examples:
     """Prompt-completion rows (train.rows.to_examples) by what they are for."""
 
     train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Prepared:
     trainer: StudentTrainer
     tokenizer: Any
     train_rows: list[int]  # indices into Examples.train that are not too long
-    held_out_rows: list[int]
-    lengths: dict[str, list[int]]  # tokens of every row, the too long ones too; keys: train, held_out
+    validation_rows: list[int]
+    lengths: dict[str, list[int]]  # tokens of every row, the too long ones too; keys: train, validation
     faults: LabelFaults  # of the rows that are not too long
     differing: int  # training rows whose context is not the one that is asked for
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
-    patience: int | None  # evaluations without a better held-out loss, then training ends
+    patience: int | None  # evaluations without a better validation loss, then training ends
 
     def fit(self, checkpoint: Path | None) -> None:
-        """Trains, or goes on from a checkpoint; then holds the weights of the best held-out loss.
+        """Trains, or goes on from a checkpoint; then holds the weights of the best validation loss.
 
         Raises DistillError when memory runs out.
         """
@@ -97,7 +97,7 @@ class Prepared:
 
     @property
     def saved_step(self) -> int:
-        """The step whose weights are kept: that of the best held-out loss."""
+        """The step whose weights are kept: that of the best validation loss."""
         return self.trainer.state.best_global_step or self.trainer.state.global_step
 
     def save(self, folder: Path, console: Console, *, write: bool = True) -> None:
@@ -121,7 +121,7 @@ class Prepared:
                 self.tokenizer.save_pretrained(folder)
 
     def _survives_rounding(self, model: Any, console: Console) -> bool:
-        """Rounds the weights and scores the held-out rows again; puts the weights back if that cost too much."""
+        """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
         exact = [parameter.detach().clone() for parameter in model.parameters()]
         with torch.no_grad():
             before = self.trainer.evaluate(metric_key_prefix="exact")["exact_loss"]
@@ -133,7 +133,7 @@ class Prepared:
             for parameter, value in zip(model.parameters(), exact, strict=True):
                 parameter.copy_(value)
         console.print(
-            f"saved in {model.dtype}, not in {self.dtype}: rounded, its held-out loss would be {after:.4f} and not "
+            f"saved in {model.dtype}, not in {self.dtype}: rounded, its validation loss would be {after:.4f} and not "
             f"{before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
         )
         return False
@@ -162,11 +162,11 @@ def prepare(
         model, tokenizer, dtype = _load(student, config)
         soft = _load_teacher(teacher, tokenizer, examples, config, console)
         trainer = _trainer(model, tokenizer, soft, examples, config, folder, console, processes)
-        tokenised = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+        tokenised = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
         lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in tokenised.items()}
         kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
         trainer.train_dataset = trainer.train_dataset.select(kept["train"])
-        trainer.eval_dataset = trainer.eval_dataset.select(kept["held_out"])
+        trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
         _check_padding(trainer)
         faults = count_faults(
             (trainer.train_dataset, trainer.eval_dataset),
@@ -178,7 +178,7 @@ def prepare(
         trainer=trainer,
         tokenizer=tokenizer,
         train_rows=kept["train"],
-        held_out_rows=kept["held_out"],
+        validation_rows=kept["validation"],
         lengths=lengths,
         faults=faults,
         differing=differing,
@@ -259,7 +259,7 @@ def _trainer(
         "model": model,
         "args": _arguments(config, folder, processes, checkpointing=bool(reason)),
         "train_dataset": datasets.Dataset.from_list(examples.train),
-        "eval_dataset": datasets.Dataset.from_list(examples.held_out),
+        "eval_dataset": datasets.Dataset.from_list(examples.validation),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else _lora(config),
         "callbacks": [

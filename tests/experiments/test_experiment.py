@@ -28,7 +28,7 @@ from pipeline.records import Completion, Dropped, Kept, Prompt, encode_line, rea
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 from tests.tiny_student import tiny_model
-from train.rows import prompt_text, read_rows, split_rows
+from train.rows import part_rows, prompt_text, read_rows
 from train.run import train_run
 
 PROMPTS = 24
@@ -55,6 +55,8 @@ def recipe(models: Path, tmp_path: Path) -> Path:
             "template": "A story of {who}.",
             "count": PROMPTS,
             "slots": {"who": [f"cat {n}" for n in range(40)]},
+            "validation": 0.1,
+            "test": 0.2,
         },
         "filters": {"rules": [{"rule": "length", "min_chars": 30, "max_chars": 400}], "dedup": {"near": None}},
         "train": {
@@ -63,7 +65,6 @@ def recipe(models: Path, tmp_path: Path) -> Path:
             "learning_rate": 1e-3,
             "batch_size": 4,
             "max_length": 512,
-            "held_out": 0.2,
             "accept": ["licence", "size_ratio", "chain"],
         },
         "evaluate": {"probes": 0},
@@ -133,20 +134,26 @@ def kept(folder: Path) -> list[Kept]:
 def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     recipe: Path, run: RunDir, stages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """25 answers, 18 kept. A fifth of the kept prompts is held out, at least 4; the shares are of the others."""
+    """25 answers, 18 kept. The shares are of all answers but those to the test prompts, whether kept or dropped."""
     pair = {"twin", next(iter(read_jsonl(run.completions, Completion))).id}  # one is kept, one dropped as the same
-    rows = read_rows(run)
-    seed = next(n for n in range(99) if pair & {row.id for row in split_rows(rows, share=0.2, seed=n).held_out})
-    folder = experiment("keep-rate", recipe, run, "--shares", "40,90", "--train.seed", str(seed))
-    held_out = list(read_jsonl(folder / "held_out.jsonl", Kept))
-    questions = {prompt_text(row) for row in held_out}
-    assert len(held_out) == 4
+    rows, prompts = read_rows(run), load_recipe(recipe).prompts
+    seeds = {n: part_rows(rows, prompts.model_copy(update={"seed": n})).test for n in range(99)}
+    seed = next(n for n, test in seeds.items() if pair & {row.id for row in test} and len(test) < 6)
+    folder = experiment("keep-rate", recipe, run, "--shares", "40,90", "--prompts.seed", str(seed))
+    test = list(read_jsonl(folder / "test.jsonl", Kept))
+    assert test == seeds[seed]
+    answers = list(read_jsonl(run.completions, Completion))
+    part_of = prompts.model_copy(update={"seed": seed}).part_of
+    tested = [row for row in answers if part_of(row.messages) == "test"]
+    questions = {prompt_text(row) for row in tested}
+    assert len(tested) > len(test)  # some of them were dropped by the filters
     others = [*kept(folder / "pool"), *read_jsonl(RunDir(folder / "pool").dropped, Dropped)]
-    assert len(others) == 25 - 4 - 1 and not pair & {row.id for row in others}  # the other one is not trained on either
+    assert len(others) == 25 - len({row.id for row in tested} | pair)
+    assert not pair & {row.id for row in others}  # the other one of the two is not trained on either
     for share, name in ((0.4, "keep-40"), (0.9, "keep-90")):
         rows = kept(folder / name)
         assert len(rows) == np.ceil(len(others) * share) and not questions & {prompt_text(row) for row in rows}
-        assert RunDir(folder / name).held_out.read_bytes() == (folder / "held_out.jsonl").read_bytes()
+        assert RunDir(folder / name).test.read_bytes() == (folder / "test.jsonl").read_bytes()
     assert {row.text for row in kept(folder / "keep-90")} & {"Too short."}  # a share takes in what the rules dropped
     assert not {row.text for row in kept(folder / "keep-40")} & {"Too short."}
     steps = [read_report(RunDir(folder / name)).training.loss[-1].step for name in ("keep-40", "keep-90")]  # type: ignore[union-attr]
@@ -194,11 +201,11 @@ def test_another_teacher_has_its_own_run_and_its_price(
         experiment("teachers", recipe, run)
     folder = experiment("teachers", recipe, run, "--b-model", "other", "--b-url", "https://other.example/v1")
     assert stages[:2] == ["generate b", "filters b"]
-    held_out = list(read_jsonl(folder / "held_out.jsonl", Kept))
-    assert len({row.model for row in held_out}) == 2 and "other" in {row.model for row in held_out}
+    test = list(read_jsonl(folder / "test.jsonl", Kept))
+    assert len({row.model for row in test}) == 2 and "other" in {row.model for row in test}
     for name in ("a", "b"):
         trained = json.loads((folder / name / "lineage.json").read_bytes())["train"]
-        assert trained["rows"] == 18 - len(held_out) / 2
+        assert trained["rows"] + trained["validation"] == 18 - len(test) / 2
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert "bits/char of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
 
@@ -211,9 +218,9 @@ def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp
     file = tmp_path / "human.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": turns}]))
     folder = experiment("human", recipe, run, "--human", str(file))
-    held_out = list(read_jsonl(folder / "held_out.jsonl", Kept))
-    human = sum(row.model == "human" for row in held_out)
-    assert 0 < human < len(held_out)
+    test = list(read_jsonl(folder / "test.jsonl", Kept))
+    human = sum(row.model == "human" for row in test)
+    assert 0 < human < len(test)
     assert len(kept(folder / "human")) == len(kept(folder / "distilled")) == 10 - human
     assert {row.model for row in kept(folder / "human")} == {"human"}
     asked = {prompt.id for prompt in read_jsonl(RunDir(folder / "distilled").prompts, Prompt)}

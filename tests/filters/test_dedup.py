@@ -250,8 +250,10 @@ def test_answers_like_those_of_another_run_are_dropped(stage: Stage) -> None:
 
 def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_path: Path) -> None:
     answer, prompts = story(9), tmp_path / "prompts.jsonl"
-    stage.filter([completion("h", answer, "곰 이야기")], run="evaluated")
-    held_out = stage.run.kept.rename(stage.run.held_out).parent
+    stage.filter([completion("h", answer, "곰 이야기"), completion("v", story(8), "사자 이야기")], run="evaluated")
+    other, (test, validation) = stage.run.path, stage.run.kept.read_bytes().splitlines(keepends=True)
+    stage.run.test.write_bytes(test)
+    stage.run.validation.write_bytes(validation)
     prompts.write_text('{"prompt": "여우 이야기"}\n{"messages": [{"role": "user", "content": "늑대 이야기"}]}\n')
     rows = [
         completion("a", story(10), "곰 이야기!"),
@@ -260,12 +262,14 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
         completion("d", story(12), "늑대 이야기"),
         completion("e", story(13), "토끼 이야기"),
         completion("f", story(14), "토끼 이야기"),
+        completion("g", story(15), "사자 이야기"),
     ]
-    stage.filter(rows, contamination=[str(held_out), str(prompts)])
+    stage.filter(rows, contamination=[str(other), str(prompts)])
     assert stage.kept() == ["e", "f"]
     reasons = {row: detail["contamination"] for row, detail in stage.dropped().items()}
-    assert reasons["a"] == f"the same prompt as h in {held_out}"
-    assert reasons["b"].startswith("answer 0.") and reasons["b"].endswith(f"similar to h in {held_out}")
+    assert reasons["a"] == f"the same prompt as h in {other}"
+    assert reasons["b"].startswith("answer 0.") and reasons["b"].endswith(f"similar to h in {other}")
+    assert reasons["g"] == f"the same prompt as v in {other}"
     assert reasons["c"] == f"the same prompt as row 1 in {prompts}"
     assert reasons["d"] == f"the same prompt as row 2 in {prompts}"
 
@@ -325,7 +329,7 @@ def test_a_dry_run_leaves_duplicates_dropped(stage: Stage, capsys: pytest.Captur
         ({"against": ["nowhere"]}, r"filters\.dedup\.against\[0\]: nowhere/kept\.jsonl: no such file"),
         ({"contamination": ["nowhere.jsonl"]}, r"filters\.dedup\.contamination\[0\]: nowhere\.jsonl: no such file"),
         ({"against": ["{run}"]}, r"filters\.dedup\.against\[0\]: .*run is this run itself"),
-        ({"contamination": ["{run}/held_out.jsonl"]}, r"filters\.dedup\.contamination\[0\]: .* is this run itself"),
+        ({"contamination": ["{run}/test.jsonl"]}, r"filters\.dedup\.contamination\[0\]: .* is this run itself"),
         ({"near": 0.2}, r"filters\.dedup\.near should be greater than or equal to 0\.5, got 0\.2"),
     ],
 )
@@ -335,7 +339,7 @@ def test_wrong_settings(stage: Stage, dedup: dict[str, Any], message: str) -> No
         for key, value in dedup.items()
     }
     stage.run.path.mkdir()
-    stage.run.held_out.write_bytes(b"")
+    stage.run.test.write_bytes(b"")
     with pytest.raises(RecipeError, match=message):
         stage.filter([completion("a", story(21))], **filled)
     assert not stage.run.kept.exists()

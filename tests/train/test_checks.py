@@ -10,15 +10,16 @@ from rich.console import Console
 from pipeline.checks import Check
 from pipeline.errors import DataError, UsageError
 from pipeline.models import resolve_model
+from pipeline.recipe import PromptsConfig
 from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
 from train.checks.chain import chain_check
-from train.checks.data import label_checks, row_checks, split_check, token_checks
+from train.checks.data import label_checks, parts_check, row_checks, token_checks
 from train.checks.pair import markup_check, size_check, template_check
 from train.checks.run import settle
-from train.rows import Split, split_rows
+from train.rows import Parts, part_rows
 from train.run import train_run
 from train.teacher import Card, known_files, parameters_of, read_card
 from train.tokens import LabelFaults
@@ -32,8 +33,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def of_rows(rows: list[Kept], lineage: dict[str, Any] | None = None) -> dict[str, Check]:
-    split = Split(train=rows[1:], held_out=rows[:1])
-    return {check.name: check for check in row_checks(rows, split, lineage or {})}
+    parts = Parts(train=rows, validation=[], test=[])
+    return {check.name: check for check in row_checks(parts, lineage or {})}
 
 
 def filtered(kept: int, rows: int = 100, rules: int = 1) -> dict[str, Any]:
@@ -78,31 +79,34 @@ def test_answers_that_were_cut_off_are_counted() -> None:
 
 
 @pytest.mark.parametrize("twin", ["Story 0?", " story  0? ", "STORY 0?\n"])
-def test_a_question_on_both_sides_of_the_split_fails_in_any_spacing_or_case(twin: str) -> None:
-    rows = story_rows(4)
-    check = split_check(Split(train=[*rows[1:], kept_row(9, twin, "Another answer.")], held_out=rows[:1]))
-    assert finding(check) == ("fail", 1)
-    assert "r0" in check.finding
-    assert finding(split_check(Split(train=rows[1:], held_out=rows[:1]))) == ("pass", 0)
+def test_a_question_in_two_parts_fails_in_any_spacing_or_case(twin: str) -> None:
+    rows, other = story_rows(4), kept_row(9, twin, "Another answer.")
+    for shared in (
+        Parts([*rows[1:], other], rows[:1], []),
+        Parts([*rows[1:], other], [], rows[:1]),
+        Parts(rows[1:], rows[:1], [other]),
+    ):
+        check = parts_check(shared)
+        assert finding(check) == ("fail", 1)
+        assert "r9" in check.finding or "r0" in check.finding
+    assert finding(parts_check(Parts(rows[2:], rows[:1], rows[1:2]))) == ("pass", 0)
 
 
-def test_questions_alike_but_for_spacing_or_case_stay_on_one_side() -> None:
+def test_questions_alike_but_for_spacing_or_case_stay_in_one_part() -> None:
     rows = [kept_row(n * 2 + twin, text, "Yes.") for n in range(30) for twin, text in enumerate((f"Q{n}?", f" q{n}? "))]
     for seed in range(5):
-        split = split_rows(rows, share=0.3, seed=seed)
-        assert split_check(split).status == "pass"
-        assert len(split.held_out) == 18
+        parts = part_rows(rows, PromptsConfig(template="x", count=1, validation=0.2, test=0.3, seed=seed))
+        assert parts_check(parts).status == "pass"
+        assert len(parts.all) == 60 and not len(parts.test) % 2 and not len(parts.validation) % 2
 
 
-def test_a_contaminated_split_is_refused(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contaminated_part_is_refused(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = story_rows(6)
-    monkeypatch.setattr("train.run.split_rows", lambda *_, **__: Split(train=rows, held_out=rows[:2]))
+    monkeypatch.setattr("train.run.read_parts", lambda *_: Parts(train=rows, validation=rows[:2], test=rows[5:]))
     run = make_run(tmp_path / "run", rows)
-    with pytest.raises(
-        DataError, match=r"check split: 2 of 2 held-out rows ask what is trained on .*nothing was trained"
-    ):
+    with pytest.raises(DataError, match=r"check parts: 3 prompts are in two of the parts .*nothing was trained"):
         train_run(make_recipe(student), run, force=True)
-    assert not run.student.exists() and not run.held_out.exists()
+    assert not run.student.exists() and not run.validation.exists() and not run.test.exists()
 
 
 def test_label_faults_fail_with_their_number_and_first_row() -> None:
@@ -117,32 +121,32 @@ def test_label_faults_fail_with_their_number_and_first_row() -> None:
 class Figures:
     """What `prepare` gives, as far as the checks look at it."""
 
-    def __init__(self, train: list[int], held_out: list[int], limit: int) -> None:
-        self.lengths = {"train": train, "held_out": held_out}
+    def __init__(self, train: list[int], validation: list[int], limit: int) -> None:
+        self.lengths = {"train": train, "validation": validation}
         self.train_rows = [index for index, length in enumerate(train) if length <= limit]
-        self.held_out_rows = [index for index, length in enumerate(held_out) if length <= limit]
+        self.validation_rows = [index for index, length in enumerate(validation) if length <= limit]
         self.faults = LabelFaults({}, {})
         self.differing = 0
 
 
 @pytest.mark.parametrize(
-    ("train", "held_out", "too_long", "expected"),
+    ("train", "validation", "too_long", "expected"),
     [
         ([9, 8, 7], [10], "refuse", ("pass", 0)),
         ([9, 8, 12], [10], "refuse", ("fail", 0.25)),
         ([9, 8, 12], [10], "drop", ("warn", 0.25)),
         ([9] * 18 + [12], [10], "drop", ("note", 0.05)),
-        ([9] * 18, [12], "drop", ("fail", 1 / 19)),  # none left to evaluate on
+        ([9] * 18, [12], "drop", ("fail", 1 / 19)),  # none left to choose a checkpoint by
     ],
 )
 def test_long_rows_are_a_share_that_the_recipe_decides_on(
-    train: list[int], held_out: list[int], too_long: str, expected: tuple[str, float]
+    train: list[int], validation: list[int], too_long: str, expected: tuple[str, float]
 ) -> None:
-    rows = story_rows(len(train) + len(held_out))
-    split = Split(train=rows[: len(train)], held_out=rows[len(train) :])
+    rows = story_rows(len(train) + len(validation))
+    parts = Parts(train=rows[: len(train)], validation=rows[len(train) :], test=[])
     config = TrainConfig.model_validate({"max_length": 10, "too_long": too_long})
-    figures: Any = Figures(train, held_out, 10)
-    checks = {check.name: check for check in token_checks(figures, split, config)}
+    figures: Any = Figures(train, validation, 10)
+    checks = {check.name: check for check in token_checks(figures, parts, config)}
     assert finding(checks["length"]) == pytest.approx(expected)
 
 
@@ -279,7 +283,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.png"}}
             r"kept\.jsonl:7: .*array",
         ),
         (foreign(kept_row(6, "Hi?", "Yes."), {"text": ""}), "the answer is empty"),
-        (encode_line(kept_row(6, "Hi?", "x" * 100_000)), "1 of 7 rows are longer than .* r6, has 100024 tokens"),
+        (encode_line(kept_row(6, "Hi?", "x" * 100_000)), "1 of 6 rows are longer than .* r6, has 100024 tokens"),
         (
             b'{"conversations": [{"from": "human", "value": "Hi?"}]}\n',
             r"kept\.jsonl:7: .*`id`; a row is an answer as filt",
@@ -301,7 +305,7 @@ def test_a_row_that_is_no_answer_ends_training_before_it_begins(
     with pytest.raises(DataError, match=reason) as error:
         train_run(make_recipe(student), run, force=True)
     assert "\n" not in str(error.value)
-    assert not run.student.exists() and not run.held_out.exists()
+    assert not run.student.exists() and not run.validation.exists() and not run.test.exists()
 
 
 @pytest.mark.parametrize(
@@ -351,7 +355,7 @@ def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path:
     assert (written["accepted"], written["stopped_by"]) == (["filters", "licence"], [])
     names = [check["name"] for check in written["checks"]]
     assert names == [
-        "rows", "prompts", "split", "filters", "cut_off", "size_ratio", "templates", "markup", "chain", "licence",
+        "rows", "prompts", "parts", "filters", "cut_off", "size_ratio", "templates", "markup", "chain", "licence",
         "length", "eos", "masked", "labels", "context",
     ]  # fmt: skip
     assert json.loads((run.student / "lineage.json").read_bytes())["train"]["checks"] == written["checks"]

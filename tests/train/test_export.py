@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe, ServeConfig
-from pipeline.records import Message
+from pipeline.records import Message, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port, serving
 from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
@@ -196,9 +196,9 @@ def test_the_data_set_loads_with_its_splits_whatever_the_rows_hold(tmp_path: Pat
     rows = [kept_row(n, f"Q{n}?", f"A{n}.", **(odd[n] if n < 3 else {})) for n in range(10)]
     run = make_run(tmp_path / "run", rows)
     record_lineage(run, "filters", FILTERS)
-    folder = export_dataset(make_recipe("student", held_out=0.3), run)
+    folder = export_dataset(make_recipe("student", test=0.3), run)
     found = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
-    assert {part: len(found[part]) for part in found} == {"train": 7, "test": 3}
+    assert {part: len(found[part]) for part in found} == {"train": 6, "validation": 1, "test": 3}
     loaded = {row["id"]: row for part in found.values() for row in part}
     assert loaded.keys() == {row.id for row in rows}
     for row in rows:
@@ -214,8 +214,22 @@ def test_the_data_set_loads_with_its_splits_whatever_the_rows_hold(tmp_path: Pat
 def test_the_data_set_is_split_as_training_split_it(trained: tuple[Recipe, RunDir]) -> None:
     recipe, run = trained
     folder = export_dataset(recipe, run)
-    held = {json.loads(line)["id"] for line in run.held_out.read_bytes().splitlines()}
-    assert {json.loads(line)["id"] for line in (folder / "data/test.jsonl").read_bytes().splitlines()} == held
+    for used in (run.validation, run.test):
+        assert ids(folder / "data" / used.name) == ids(used)
+    assert len(ids(folder / "data/train.jsonl")) == json.loads(run.lineage.read_bytes())["train"]["rows"]
+
+
+def test_the_data_set_has_the_rows_to_test_on_that_training_was_given(tmp_path: Path) -> None:
+    run, path = make_run(tmp_path / "run", story_rows(10)), tmp_path / "tested.jsonl"
+    theirs = [kept_row(9, "Story 9?", "Another teacher's answer."), kept_row(20, "Story 20?", "Nobody trained on it.")]
+    path.write_bytes(b"".join(map(encode_line, theirs)))
+    folder = export_dataset(make_recipe("student", test_rows=str(path)), run)
+    assert ids(folder / "data/test.jsonl") == {"r9", "r20"}
+    assert ids(folder / "data/train.jsonl") | ids(folder / "data/validation.jsonl") == {f"r{n}" for n in range(9)}
+
+
+def ids(path: Path) -> set[str]:
+    return {json.loads(line)["id"] for line in path.read_bytes().splitlines()}
 
 
 def test_a_folder_goes_by_its_last_part_and_a_hub_id_by_its_whole(tmp_path: Path) -> None:
@@ -240,7 +254,7 @@ def test_the_language_is_what_the_rules_say(rules: list[dict[str, Any]], expecte
 
 
 def test_a_data_set_without_filters_says_so() -> None:
-    card = dataset_card(make_recipe("student"), {"name": "x"}, {"train": 3, "test": 1})
+    card = dataset_card(make_recipe("student"), {"name": "x"}, {"train": 3, "validation": 1, "test": 1})
     assert "| filters | none were run |" in card
 
 
@@ -389,10 +403,10 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir, st
     answers = {"What does Toby say?": "Toby says hello.", "What does Dudu say?": "Dudu says honey.", "Who?": "Mimi."}
     rows = [kept_row(3 * n + i, f"{q} {n}.", a) for n in range(8) for i, (q, a) in enumerate(answers.items())]
     run = make_run(tmp_path_factory.mktemp("runs") / "taught", rows)
-    settings = {"epochs": 6, "learning_rate": 3e-3, "held_out": 0.2, "batch_size": 8, "max_length": 128}
+    settings = {"epochs": 6, "learning_rate": 3e-3, "test": 0.2, "batch_size": 8, "max_length": 128}
     recipe = make_recipe(BASE, BASE, method="lora", accept=["filters"], **settings)
     train_run(recipe, run)
-    question = json.loads(run.held_out.read_bytes().splitlines()[0])["messages"][0]["content"]
+    question = json.loads(run.test.read_bytes().splitlines()[0])["messages"][0]["content"]
     return recipe, run, question, next(text for q, text in answers.items() if question.startswith(q))
 
 

@@ -9,7 +9,7 @@ from pipeline.errors import DataError
 from pipeline.records import Message, encode_line
 from pipeline.rundir import RunDir
 from tests.tiny_student import kept_row, make_run, story_rows
-from train.rows import read_rows, split_from, to_examples, write_held_out
+from train.rows import read_rows, to_examples
 
 
 def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> None:
@@ -56,20 +56,3 @@ def test_a_content_that_is_not_text_is_refused_with_its_line(tmp_path: Path) -> 
         file.write(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"kept\.jsonl:3: Expected `str`, got `array`.*content"):
         read_rows(run)
-
-
-def test_held_out_lines_are_the_kept_lines(tmp_path: Path) -> None:
-    rows = story_rows(3)
-    run = make_run(tmp_path, rows)
-    write_held_out(run, rows[1:])
-    assert run.held_out.read_bytes().splitlines() == run.kept.read_bytes().splitlines()[1:]
-
-
-def test_rows_held_out_of_several_runs_are_trained_on_by_none() -> None:
-    """Whoever answered: a question that is held out is not trained on, in other spacing and case either."""
-    rows = [kept_row(0, "Held?", "Yes."), kept_row(1, " held?\n", "Yes, yes."), kept_row(2, "Free?", "Yes.")]
-    held_out = [kept_row(9, "Held?", "From another run.")]
-    split = split_from(rows, held_out)
-    assert [row.id for row in split.train] == ["r2"] and split.held_out == held_out
-    with pytest.raises(DataError, match="leaves 0 of 2 rows to train on and 1 held out"):
-        split_from(rows[:2], held_out)

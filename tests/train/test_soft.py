@@ -97,7 +97,7 @@ def test_the_loss_of_a_step_is_that_of_its_completion_tokens(
     assert loss.item() == pytest.approx(total / tokens, rel=1e-3 if trainer.teacher.dtype == torch.float32 else 2e-2)
 
 
-def test_the_held_out_loss_is_one_figure_for_all_methods(models: tuple[str, str], tmp_path: Path) -> None:
+def test_the_validation_loss_is_one_figure_for_all_methods(models: tuple[str, str], tmp_path: Path) -> None:
     student = AutoModelForCausalLM.from_pretrained(models[0]).eval()
     hard = prepared(models, tmp_path / "hard", method="full").trainer
     total, tokens = 0.0, 0
@@ -126,7 +126,7 @@ def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for model in (models[0], run.student, models[1])
     )
-    row = json.loads(run.held_out.read_bytes().splitlines()[0])
+    row = json.loads(run.test.read_bytes().splitlines()[0])
     chat = [*row["messages"], {"role": "assistant", "content": row["text"]}]
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
@@ -179,7 +179,7 @@ def test_the_share_of_sampled_steps_is_lmbda(
         "train.soft.GkdTrainer.sampled", lambda self, model, inputs: sampled.append(self.soft.lmbda) or inputs
     )
     for lmbda in (0.0, 0.5, 1.0):
-        run = make_run(tmp_path / str(lmbda), story_rows(6))
+        run = make_run(tmp_path / str(lmbda), story_rows(7))
         soft = {"weights": "full", "lmbda": lmbda}
         train_run(make_recipe(*models, method="gkd", kd=soft, batch_size=1, epochs=4), run)
     assert 0.0 not in sampled

@@ -1,61 +1,98 @@
-"""The held-out split: by prompt, deterministic, never all."""
+"""The three parts of the kept rows: by prompt, none empty, and independent of what the filters kept."""
+
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
+from pipeline.recipe import PromptsConfig
 from pipeline.records import Kept
-from tests.tiny_student import kept_row
-from train.rows import split_rows
+from tests.tiny_student import ONE, kept_row
+from train.rows import Parts, part_rows
 
 
 def rows_of(prompts: int, samples: int = 1) -> list[Kept]:
     return [kept_row(s * prompts + p, f"Question {p}", f"Answer {s}") for s in range(samples) for p in range(prompts)]
 
 
+def shares(validation: float = 0.05, test: float = 0.1, seed: int = 0) -> PromptsConfig:
+    return PromptsConfig(template="Hi", count=1, seed=seed, validation=validation, test=test)
+
+
 def questions(rows: list[Kept]) -> set[str]:
     return {row.messages[-1].content for row in rows}
 
 
-@pytest.mark.parametrize(
-    ("prompts", "share", "held"),
-    [(2, 0.01, 1), (2, 0.99, 1), (10, 0.1, 1), (10, 0.11, 2), (30, 0.1, 3), (10, 0.999, 9), (100, 0.55, 55)],
-)
-def test_the_share_of_distinct_prompts_is_rounded_up_and_never_all(prompts: int, share: float, held: int) -> None:
-    split = split_rows(rows_of(prompts, samples=3), share=share, seed=0)
-    assert len(questions(split.held_out)) == held
-    assert len(split.held_out) == held * 3
-    assert len(split.train) == (prompts - held) * 3
+def of(parts: Parts) -> tuple[set[str], set[str], set[str]]:
+    return questions(parts.train), questions(parts.validation), questions(parts.test)
 
 
 @given(
-    asked=st.lists(st.integers(0, 12), min_size=2, max_size=60).filter(lambda asked: len(set(asked)) > 1),
-    share=st.floats(0.01, 0.99),
+    asked=st.lists(st.integers(0, 12), min_size=3, max_size=60).filter(lambda asked: len(set(asked)) > 2),
     seed=st.integers(0, 5),
 )
-def test_no_prompt_is_in_both_and_every_row_is_in_one(asked: list[int], share: float, seed: int) -> None:
+def test_no_prompt_is_in_two_parts_every_row_is_in_one_and_none_is_empty(asked: list[int], seed: int) -> None:
     rows = [kept_row(number, f"Question {prompt}", f"Answer {number}") for number, prompt in enumerate(asked)]
-    split = split_rows(rows, share=share, seed=seed)
-    assert not questions(split.train) & questions(split.held_out)
-    assert sorted(row.id for row in split.train + split.held_out) == sorted(row.id for row in rows)
-    assert split.train
-    assert split.held_out
+    parts = part_rows(rows, shares(seed=seed, validation=ONE, test=ONE))
+    train, validation, test = of(parts)
+    assert train and validation and test
+    assert not train & validation and not train & test and not validation & test
+    assert sorted(row.id for row in parts.all) == sorted(row.id for row in rows)
 
 
-def test_the_split_does_not_depend_on_the_order_or_the_prompt_id() -> None:
-    rows = rows_of(20)
+def test_what_the_filters_keep_moves_no_prompt_to_another_part() -> None:
+    """Test prompts are set apart before anything is filtered: whichever answers are dropped, the others stay put."""
+    rows = rows_of(300, samples=2)
+    whole = of(part_rows(rows, shares()))
+    for seed in range(5):
+        some = random.Random(seed).sample(rows, 200)
+        assert all(own <= before for own, before in zip(of(part_rows(some, shares())), whole, strict=True))
+
+
+def test_a_run_that_grows_keeps_its_parts() -> None:
+    small, large = of(part_rows(rows_of(300), shares())), of(part_rows(rows_of(900), shares()))
+    assert all(before <= after for before, after in zip(small, large, strict=True))
+
+
+def test_the_parts_do_not_depend_on_the_order_or_the_prompt_id() -> None:
+    rows = rows_of(4, samples=2)
     renamed = [kept_row(int(row.id[1:]), row.messages[0].content, row.text, prompt_id="same") for row in rows]
-    first = split_rows(rows, share=0.3, seed=0)
-    second = split_rows(renamed[::-1], share=0.3, seed=0)
-    assert questions(first.held_out) == questions(second.held_out)
+    assert of(part_rows(rows, shares(ONE, ONE))) == of(part_rows(renamed[::-1], shares(ONE, ONE)))
 
 
-def test_another_seed_holds_out_other_prompts() -> None:
-    splits = {frozenset(questions(split_rows(rows_of(20), share=0.3, seed=seed).held_out)) for seed in range(4)}
-    assert len(splits) > 1
+def test_another_seed_sets_other_prompts_apart() -> None:
+    assert len({frozenset(questions(part_rows(rows_of(60), shares(seed=seed)).test)) for seed in range(4)}) == 4
 
 
-def test_one_distinct_prompt_cannot_be_split() -> None:
-    with pytest.raises(DataError, match="5 kept rows answer 1 distinct prompt; at least 2"):
-        split_rows(rows_of(1, samples=5), share=0.1, seed=0)
+def test_a_part_without_a_row_takes_the_training_prompt_of_the_lowest_hash() -> None:
+    """All its samples go along. A larger share would have taken the same prompt."""
+    rows = rows_of(5, samples=2)
+    parts = part_rows(rows, shares(ONE, ONE))
+    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [6, 2, 2]
+    first = min(questions(rows), key=lambda text: next(n for n in range(1, 100) if is_tested(text, n / 100)))
+    assert questions(parts.test) == {first}
+
+
+def is_tested(text: str, share: float) -> bool:
+    return shares(ONE, share).part_of(kept_row(0, text, "").messages) == "test"
+
+
+def test_fewer_than_three_prompts_cannot_be_parted() -> None:
+    with pytest.raises(
+        DataError, match=r"10 kept rows answer 2 distinct prompts; no row is left for validation: generate more prompts"
+    ):
+        part_rows(rows_of(2, samples=5), shares(ONE, ONE))
+
+
+def test_rows_to_test_on_are_trained_on_by_none() -> None:
+    """Whoever answered: a question that is tested is not trained on, in other spacing and case either."""
+    rows = [kept_row(0, "Held?", "Yes."), kept_row(1, " held?\n", "Yes, yes."), *rows_of(40)]
+    test_rows = [kept_row(99, "Held?", "From another run.")]
+    parts = part_rows(rows, shares(), test_rows)
+    own = questions(part_rows(rows_of(40), shares()).test)
+    assert parts.test == test_rows and own  # the run's own test prompts are not trained on either
+    assert questions(parts.train) | questions(parts.validation) == questions(rows_of(40)) - own
+    with pytest.raises(DataError, match=r"without the questions of train.test_rows \(1\); no row is left for train"):
+        part_rows(rows[:2], shares(), test_rows)

@@ -80,10 +80,10 @@ def test_a_student_answers_what_it_was_not_trained_on_and_stops_by_itself(studen
     answers = {"Cat": "Meow, says it.", "Dog": "Woof."}
     rows = [kept_row(2 * n + i, f"{q} {n}?", a) for n in range(40) for i, (q, a) in enumerate(answers.items())]
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, epochs=3, learning_rate=1e-2, batch_size=4), run)
+    train_run(make_recipe(student, epochs=6, learning_rate=1e-2, batch_size=4, test=0.1), run)
     model = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
-    held = [json.loads(line)["messages"][0]["content"] for line in run.held_out.read_bytes().splitlines()]
+    held = [json.loads(line)["messages"][0]["content"] for line in run.test.read_bytes().splitlines()]
     assert {question.split()[0] for question in held} == set(answers)
     for question in held:
         chat = [{"role": "user", "content": question}]
@@ -97,13 +97,14 @@ def test_a_student_answers_what_it_was_not_trained_on_and_stops_by_itself(studen
 def test_a_full_student_folder_is_whole(student: str, tmp_path: Path) -> None:
     rows = story_rows(10)
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, epochs=2, held_out=0.2), run)
+    train_run(make_recipe(student, epochs=2), run)
 
     log = log_of(run)
     assert [entry["step"] for entry in log["loss"]] == [1, 2, 3, 4]  # 8 rows, 4 a step, 2 epochs
     assert [(entry["step"], entry["epoch"]) for entry in log["eval"]] == [(2, 1.0), (4, 2.0)]
-    assert (log["train_rows"], log["held_out_rows"], log["method"], log["seed"]) == (8, 2, "full", 0)
-    held = run.held_out.read_bytes().splitlines()
+    rows_of = {part: log[f"{part}_rows"] for part in ("train", "validation", "test")}
+    assert (rows_of, log["method"], log["seed"]) == ({"train": 8, "validation": 1, "test": 1}, "full", 0)
+    held = [*run.validation.read_bytes().splitlines(), *run.test.read_bytes().splitlines()]
     assert len(held) == 2
     assert set(held) < set(run.kept.read_bytes().splitlines())
     trained = [row for row in rows if row.id not in {json.loads(line)["id"] for line in held}]
@@ -118,7 +119,8 @@ def test_a_full_student_folder_is_whole(student: str, tmp_path: Path) -> None:
     lineage = json.loads((run.student / "lineage.json").read_bytes())
     assert lineage == json.loads(run.lineage.read_bytes())
     section = lineage["train"]
-    assert (section["student"], section["rows"], section["held_out"], section["steps"]) == (student, 8, 2, 4)
+    assert (section["student"], section["steps"]) == (student, 4)
+    assert [section[part] for part in ("rows", "validation", "test")] == [8, 1, 1]
     assert section["hyperparameters"]["learning_rate"] == 1e-3
     assert {"trl", "torch", "transformers"} <= set(section["versions"])
     assert not (run.path / "training").exists()
@@ -159,38 +161,39 @@ def test_rows_too_long_are_refused_and_nothing_is_written(student: str, tmp_path
     run = make_run(tmp_path / "run", rows)
     # <start>user\nLong?<end>\n<start>assistant\n is 24 tokens, the answer 602
     with pytest.raises(
-        DataError, match=r"1 of 7 rows are longer than .* 512 \(the longest, r6, has 626 tokens\); raise"
+        DataError, match=r"1 of 6 rows are longer than .* 512 \(the longest, r6, has 626 tokens\); raise"
     ):
         train_run(make_recipe(student), run)
     assert not run.student.exists()
-    assert not run.held_out.exists()
+    assert not run.validation.exists() and not run.test.exists()
 
 
 def test_rows_too_long_are_dropped_and_counted(student: str, tmp_path: Path) -> None:
-    rows = [*story_rows(6), *(kept_row(n, f"Long {n}?", "x" * 600) for n in (6, 7))]
+    rows = [*story_rows(6), *(kept_row(n, f"Long {n}?", "x" * 600) for n in (8, 9))]
     run = make_run(tmp_path / "run", rows)
     accept = ["filters", "licence", "length"]
-    train_run(make_recipe(student, too_long="drop", held_out=0.4, accept=accept), run)
+    train_run(make_recipe(student, too_long="drop", accept=accept), run)
     section = json.loads(run.lineage.read_bytes())["train"]
     assert section["too_long_dropped"] == 2
-    assert section["rows"] + section["held_out"] == 6
-    assert b"Long" not in run.held_out.read_bytes()
+    assert [section[part] for part in ("rows", "validation", "test")] == [4, 1, 1]
+    assert b"Long" not in run.validation.read_bytes()
 
 
-def test_runs_that_are_compared_hold_the_same_rows_out(student: str, tmp_path: Path) -> None:
-    """The file takes the place of the share; another file is another training, the same one under another name not."""
-    run, held_out = make_run(tmp_path / "run", story_rows(10)), tmp_path / "held.jsonl"
+def test_runs_that_are_compared_are_tested_on_the_same_rows(student: str, tmp_path: Path) -> None:
+    """The file takes the place of the test part; another file is another training, another name of it is not."""
+    run, given = make_run(tmp_path / "run", story_rows(10)), tmp_path / "given.jsonl"
     mine = [kept_row(9, "Story 9?", "Another teacher's answer."), kept_row(20, "Story 20?", "Nobody trained on it.")]
-    held_out.write_bytes(b"".join(map(encode_line, mine)))
-    train_run(make_recipe(student, held_out_rows=str(held_out)), run)
-    assert run.held_out.read_bytes() == held_out.read_bytes()
+    given.write_bytes(b"".join(map(encode_line, mine)))
+    train_run(make_recipe(student, test_rows=str(given)), run)
+    assert run.test.read_bytes() == given.read_bytes()
     section = json.loads(run.lineage.read_bytes())["train"]
-    assert (section["rows"], section["held_out"], section["too_long_dropped"]) == (9, 2, 0)  # Story 9 is not trained on
+    assert [section[part] for part in ("rows", "validation", "test")] == [8, 1, 2]  # Story 9 is not trained on
+    assert section["too_long_dropped"] == 0
     fingerprint = trained_from(run.student)
-    renamed = held_out.rename(tmp_path / "renamed.jsonl")
-    assert training_fingerprint(make_recipe(student, held_out_rows=str(renamed)), run) == fingerprint
+    renamed = given.rename(tmp_path / "renamed.jsonl")
+    assert training_fingerprint(make_recipe(student, test_rows=str(renamed)), run) == fingerprint
     renamed.write_bytes(encode_line(mine[0]))
-    assert training_fingerprint(make_recipe(student, held_out_rows=str(renamed)), run) != fingerprint
+    assert training_fingerprint(make_recipe(student, test_rows=str(renamed)), run) != fingerprint
 
 
 def test_a_finished_student_is_up_to_date_until_rows_or_settings_change(
@@ -210,7 +213,7 @@ def test_a_finished_student_is_up_to_date_until_rows_or_settings_change(
     assert weights.stat().st_ino != forced
     run.kept.write_bytes(make_run(tmp_path / "other", story_rows(7)).kept.read_bytes())
     train_run(make_recipe(student, seed=1), run)
-    assert sum(json.loads(run.lineage.read_bytes())["train"][part] for part in ("rows", "held_out")) == 7
+    assert sum(json.loads(run.lineage.read_bytes())["train"][part] for part in ("rows", "validation", "test")) == 7
 
 
 def test_the_same_seed_trains_the_same_student(student: str, tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_a_template_that_never_ends_the_answer_is_refused(tmp_path: Path) -> Non
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_end|>", ""))
     run = make_run(tmp_path / "run", story_rows(4))
-    with pytest.raises(DataError, match="check eos: 0 of 4 rows end with a stop token; row 1: the answer"):
+    with pytest.raises(DataError, match="check eos: 0 of 3 rows end with a stop token; row 1: the answer"):
         train_run(make_recipe(str(folder)), run)
     assert not run.student.exists()
 
@@ -333,25 +336,25 @@ def eval_losses(run: RunDir) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in log_of(run)["eval"]}
 
 
-def test_the_student_of_the_best_held_out_loss_is_saved(student: str, tmp_path: Path) -> None:
-    """Answers by heart: each question's is its own, so that what is held out is soon answered worse."""
+def test_the_student_of_the_best_validation_loss_is_saved(student: str, tmp_path: Path) -> None:
+    """Answers by heart: each question's is its own, so that what is not trained on is soon answered worse."""
     rows = [kept_row(n, f"Say {n}?", f"{n * 7919 % 1000:03}" * 12) for n in range(12)]
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, epochs=8, learning_rate=2e-2, held_out=0.3), run)
+    train_run(make_recipe(student, epochs=8, learning_rate=2e-2, validation=0.3), run)
     log, found = log_of(run), eval_losses(run)
     assert list(found) == [2, 4, 6, 8, 10, 12, 14, 16]
     assert log["saved_step"] == min(found, key=found.__getitem__) < 16
     section = json.loads(run.lineage.read_bytes())["train"]
-    assert (section["saved_step"], section["held_out_loss"]) == (log["saved_step"], min(found.values()))
+    assert (section["saved_step"], section["validation_loss"]) == (log["saved_step"], min(found.values()))
     assert cross_entropy_of(run) == pytest.approx(min(found.values()), rel=1e-4)
 
 
 def cross_entropy_of(run: RunDir) -> float:
-    """Of the saved student, a token of the held-out answers, one row at a time."""
+    """Of the saved student, per token of the validation answers, one row at a time."""
     model = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     total, tokens = 0.0, 0
-    for line in run.held_out.read_bytes().splitlines():
+    for line in run.validation.read_bytes().splitlines():
         row = json.loads(line)
         chat = [*row["messages"], {"role": "assistant", "content": row["text"]}]
         prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -363,11 +366,11 @@ def cross_entropy_of(run: RunDir) -> float:
     return total / tokens
 
 
-def test_training_ends_when_the_held_out_loss_no_longer_falls(
+def test_training_ends_when_the_validation_loss_no_longer_falls(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [kept_row(n, f"Say {n}?", f"{n * 7919 % 1000:03}" * 12) for n in range(12)]
-    settings = {"epochs": 20, "learning_rate": 2e-2, "held_out": 0.3, "early_stop": 2, "eval_steps": 1}
+    settings = {"epochs": 20, "learning_rate": 2e-2, "validation": 0.3, "early_stop": 2, "eval_steps": 1}
     whole, killed = (make_run(tmp_path / name, rows) for name in ("whole", "killed"))
     train_run(make_recipe(student, **settings), whole)
     found = eval_losses(whole)
@@ -375,7 +378,7 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(
     assert list(found) == list(range(1, best + 3))  # each step, two of them in vain
     assert best + 2 < 40
     assert log_of(whole)["saved_step"] == best
-    assert "no better held-out loss in 2 evaluations" in capsys.readouterr().err
+    assert "no better validation loss in 2 evaluations" in capsys.readouterr().err
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("train.trainer.Prepared.save", _interrupted)  # stopped after its end, before it was saved

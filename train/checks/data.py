@@ -11,7 +11,7 @@ from pipeline.checks import Check, Status
 from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
 from train.checks.run import passed
-from train.rows import Split, prompt_text
+from train.rows import Parts, prompt_text
 from train.tokens import LabelFaults
 
 if TYPE_CHECKING:
@@ -20,35 +20,39 @@ if TYPE_CHECKING:
 DROPPED_SHARE = 0.1  # of the rows, too long: more, and the student never sees long answers
 
 
-def row_checks(rows: Sequence[Kept], split: Split, lineage: Mapping[str, Any]) -> Iterator[Check]:
+def row_checks(parts: Parts, lineage: Mapping[str, Any]) -> Iterator[Check]:
     """What can be told before a model is loaded. `lineage`: the run's."""
+    rows = parts.all
     yield _rows(len(rows))
     yield _prompts(rows)
-    yield split_check(split)
+    yield parts_check(parts)
     yield from _filters(lineage.get("filters"))
     yield _cut_off(rows)
 
 
-def token_checks(prepared: "Prepared", split: Split, config: TrainConfig) -> Iterator[Check]:
+def token_checks(prepared: "Prepared", parts: Parts, config: TrainConfig) -> Iterator[Check]:
     """What the tokens say that the trainer will use."""
-    rows = [*split.train, *split.held_out]
-    lengths = [*prepared.lengths["train"], *prepared.lengths["held_out"]]
-    left = {"training": len(prepared.train_rows), "held-out": len(prepared.held_out_rows)}
+    rows = [*parts.train, *parts.validation]
+    lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
+    left = {"training": len(prepared.train_rows), "validation": len(prepared.validation_rows)}
     yield _length([row.id for row in rows], lengths, left, config)
     yield from label_checks(prepared.faults, sum(left.values()))
     yield _context(prepared.differing, left["training"])
 
 
-def split_check(split: Split) -> Check:
-    """No question of the held-out rows may be among the trained ones, be it in other spacing or case."""
-    trained = {prompt_text(row) for row in split.train}
-    shared = [row for row in split.held_out if prompt_text(row) in trained]
+def parts_check(parts: Parts) -> Check:
+    """No question may be in two parts, be it in other spacing or case."""
+    train, validation, test = (
+        {prompt_text(row) for row in part} for part in (parts.train, parts.validation, parts.test)
+    )
+    shared = (train & validation) | (train & test) | (validation & test)
     if not shared:
-        questions = len({prompt_text(row) for row in split.held_out})
-        return passed("split", 0, f"none of {questions} held-out prompts is trained on")
-    finding = f"{len(shared)} of {len(split.held_out)} held-out rows ask what is trained on (the first: {shared[0].id})"
+        finding = f"{len(train)} prompts train, {len(validation)} validate, {len(test)} test; none does two of these"
+        return passed("parts", 0, finding)
+    first = next(row for row in parts.all if prompt_text(row) in shared)
+    finding = f"{len(shared)} prompts are in two of the parts train, validation and test (the first: {first.id})"
     fix = "the evaluation would measure memory: split by prompt"
-    return Check(name="split", status="fail", value=len(shared), finding=finding, fix=fix)
+    return Check(name="parts", status="fail", value=len(shared), finding=finding, fix=fix)
 
 
 def label_checks(faults: LabelFaults, rows: int) -> Iterator[Check]:

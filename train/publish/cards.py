@@ -57,7 +57,7 @@ def model_card(
 
 
 def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
-    """The card of a data set. `rows`: how many there are for `train` and for `test`."""
+    """The card of a data set. `rows`: how many there are in each part."""
     chain = _chain(recipe, None)
     terms = chain.teacher
     metadata = {

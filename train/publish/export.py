@@ -28,7 +28,7 @@ from pipeline.records import Kept
 from pipeline.rundir import RunDir
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
 from train.publish.hub import push, token_for
-from train.rows import read_rows, split_rows
+from train.rows import read_parts
 from train.student import PRUNE
 
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
@@ -84,12 +84,12 @@ def export_model(
 
 
 def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path:
-    """Writes export/dataset and gives the folder: kept rows, split as training splits them.
+    """Writes export/dataset and gives the folder: the kept rows in the three parts that training uses.
 
     Raises DataError if there are none, or one is faulty.
     """
-    split = split_rows(read_rows(run), share=recipe.train.held_out, seed=recipe.train.seed)
-    parts = {"train": split.train, "test": split.held_out}
+    split = read_parts(recipe, run)
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
     folder = run.path / "export" / "dataset"
     lineage = read_lineage(run)
     lineage = {name: lineage[name] for name in ("name", "generate", "filters") if name in lineage}
