@@ -42,8 +42,8 @@ class Estimate(msgspec.Struct, frozen=True):
     high: float
 
     def interval(self, show: Callable[[float], str] = number) -> str:
-        """`3.20–3.60`; every interval that people see is written here."""
-        return f"{show(self.low)}–{show(self.high)}"
+        """`3.20–3.60`, `-0.1 to 0.2`: every interval that people see is written here."""
+        return f"{show(self.low)}{' to ' if self.low < 0 else '–'}{show(self.high)}"
 
     def told(self, show: Callable[[float], str] = number) -> str:
         """`3.41 (3.20–3.60)`; the figure alone where its interval has no width."""

@@ -28,8 +28,8 @@ def _count(value: float) -> str:
 SCORES: tuple[tuple[str, str, Show], ...] = (
     ("perplexity", "perplexity", number),
     ("bits_per_character", "bits per character", "{:.3f}".format),
-    ("unseen_perplexity", "perplexity, unseen values", number),
-    ("unseen_bits_per_character", "bits per character, unseen", "{:.3f}".format),
+    ("unseen_perplexity", "unseen perplexity", number),
+    ("unseen_bits_per_character", "unseen bits per character", "{:.3f}".format),
 )
 SPEED: tuple[tuple[str, str, Show], ...] = (
     ("tokens_per_s", "tokens/s, saturated", number),
