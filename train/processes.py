@@ -1,7 +1,7 @@
 """Several processes that train one student: `accelerate launch --multi_gpu -m train RECIPE`.
 
-The first leads: it alone holds the run's lock, writes and prints. The others compute along and wait where it has to
-be first. The launcher tells each its place in the environment (RANK, WORLD_SIZE).
+The first leads: it alone holds the run's lock, writes and prints. The others compute too, and wait where it must go
+first. The launcher sets RANK and WORLD_SIZE in the environment of each.
 """
 
 import os
@@ -20,17 +20,28 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Goes on when all of them are here."""
+        """Returns when all processes have called it."""
         if self.count > 1:
             import torch
             from accelerate import PartialState
 
             PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them must ask."""
+        if self.count == 1:
+            return flag
+        import torch
+        from accelerate import PartialState
+
+        flags = torch.tensor(int(flag), device=PartialState().device)
+        torch.distributed.all_reduce(flags)
+        return bool(flags.item())
+
 
 ALONE = Processes()
 
 
 def launched() -> Processes:
-    """As the launcher says; one alone where there was none."""
+    """This process, as the launcher says; without a launcher it is alone."""
     return Processes(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))

@@ -105,7 +105,7 @@ class KdTrainer(StudentTrainer):
     def log_probabilities(self, logits: torch.Tensor, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Teacher's and student's log-probabilities (tokens, shared vocabulary) at the completion's places."""
         with torch.no_grad():
-            other, _ = completion_logits(self.teacher, inputs)
+            other = completion_logits(self.teacher, inputs).logits
         shared, temperature = self.vocabulary, self.soft.temperature
         teacher = log_softmax(other[:, :shared].float() / temperature, dim=-1)
         return teacher, log_softmax(logits[:, :shared].float() / temperature, dim=-1)

@@ -77,9 +77,11 @@ class Prepared:
 
         Raises DistillError when memory runs out.
         """
-        progress = next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, TrainProgress))
+        callbacks = self.trainer.callback_handler.callbacks
+        progress = next(c for c in callbacks if isinstance(c, TrainProgress))
+        milestones = next(c for c in callbacks if isinstance(c, Milestones))
         try:
-            with _quiet():
+            with _quiet(), milestones.interruptible():
                 if checkpoint and is_stopped_early(state := _state_of(checkpoint), self.patience):
                     self.trainer.state = state
                     self.trainer._load_best_model()
@@ -167,6 +169,11 @@ def prepare(
         kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
         trainer.train_dataset = trainer.train_dataset.select(kept["train"])
         trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
+        if 0 < len(kept["train"]) < processes.count:
+            raise UsageError(
+                f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
+                f"{len(kept['train'])} (--num_processes), or generate more prompts"
+            )
         _check_padding(trainer)
         faults = count_faults(
             (trainer.train_dataset, trainer.eval_dataset),
@@ -263,7 +270,7 @@ def _trainer(
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else _lora(config),
         "callbacks": [
-            Milestones(config.checkpoint_steps, config.eval_steps, config.early_stop, console),
+            Milestones(config, processes, console),
             TrainProgress(console),
         ],
         "step_rows": config.batch_size,

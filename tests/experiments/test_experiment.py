@@ -161,7 +161,9 @@ def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     assert stages[0] == "filters pool"
     assert stages[1:] == ["train keep-40", "evaluate keep-40", "train keep-90", "evaluate keep-90"]
     text = (folder / "results.md").read_text(encoding="utf-8")
-    assert f"| keep-40 | {len(kept(folder / 'keep-40'))} |" in text and "student before" in text and "steps" in text
+    trained = json.loads((folder / "keep-40" / "lineage.json").read_bytes())["train"]
+    assert trained["rows"] + trained["validation"] == len(kept(folder / "keep-40"))
+    assert f"| keep-40 | {trained['rows']} |" in text and "student before" in text and "steps" in text
     assert (folder / "results.svg").read_text().startswith("<svg")
     assert "keep-90" in capsys.readouterr().out
 
