@@ -130,11 +130,6 @@ class Headline(msgspec.Struct, frozen=True, kw_only=True):
     """What the student became, in one line and its numbers, and whether the promise is kept."""
 
     text: str
-    parameters_share: float | None = None  # of the teacher's
-    speed_ratio: float | None = None  # student's tokens/s over the teacher's, saturated
-    perplexity_before: float | None = None
-    perplexity_after: float | None = None
-    perplexity_teacher: float | None = None
     perplexity_after_over_before: Estimate | None = None  # paired
     bits_after_over_teacher: Estimate | None = None  # bits per character, paired
     claims: list[Claim] = []  # every part of the promise, also those not measured

@@ -222,11 +222,7 @@ def _record(run: RunDir, report: Report) -> None:
     section = {
         "created": report.created,
         "headline": headline.text,
-        "perplexity_teacher": headline.perplexity_teacher,
-        "perplexity_before": headline.perplexity_before,
-        "perplexity_after": headline.perplexity_after,
-        "parameters_share": headline.parameters_share,
-        "speed_ratio": headline.speed_ratio,
+        "perplexity": {model.key: model.perplexity.value for model in report.models if model.perplexity},
         "verdict": headline.verdict,
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,

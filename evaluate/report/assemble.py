@@ -195,27 +195,18 @@ def _speed_fields(timed: SpeedResult) -> dict[str, Any]:
 
 def _headline(reports: Sequence[ModelReport], test: Figures, quality: Quality, rows: Rows) -> Headline:
     teacher, before, after = (next(r for r in reports if r.key == k) for k in (TEACHER, BEFORE, AFTER))
-    share = after.parameters / teacher.parameters if after.parameters and teacher.parameters else None
-    speed = (
-        after.tokens_per_s.value / teacher.tokens_per_s.value if after.tokens_per_s and teacher.tokens_per_s else None
-    )
-    parts = [f"{percent(share)} of the parameters"] if share else []
-    if speed:
-        parts.append(f"{speed:.1f} times as fast")
-    perplexities = [_value(model.perplexity) for model in (before, after, teacher)]
-    passing = [_value(model.probes.all.passing if model.probes else None) for model in (before, after, teacher)]
-    if changed := _change(perplexities, number, ""):
-        parts.append(f"perplexity {changed}")
-    if changed := _change(passing, percent, " of new prompts answered as the rules want"):
-        parts.append(changed)
     promised = claims(test, quality.all.figures, teacher, after, scored=rows.prompts, answered=len(quality.all.prompts))
+    ratios = {claim.name: claim.value.value for claim in promised if claim.value}
+    perplexities = [model.perplexity for model in (before, after, teacher)]
+    passing = [model.probes.all.passing if model.probes else None for model in (before, after, teacher)]
+    parts = [
+        f"{percent(1 / ratios['size'])} of the parameters" if "size" in ratios else "",
+        f"{ratios['speed']:.1f} times as fast" if "speed" in ratios else "",
+        _change("perplexity ", perplexities, number),
+        _change("", passing, percent, " of new prompts answered as the rules want"),
+    ]
     return Headline(
-        text="student: " + (", ".join(parts) or "nothing measured yet"),
-        parameters_share=share,
-        speed_ratio=speed,
-        perplexity_before=perplexities[0],
-        perplexity_after=perplexities[1],
-        perplexity_teacher=perplexities[2],
+        text="student: " + (", ".join(filter(None, parts)) or "nothing measured yet"),
         perplexity_after_over_before=_ratio(test, BEFORE, "perplexity"),
         bits_after_over_teacher=_ratio(test, TEACHER, "bits_per_character"),
         claims=promised,
@@ -224,16 +215,13 @@ def _headline(reports: Sequence[ModelReport], test: Figures, quality: Quality, r
     )
 
 
-def _value(estimate: Estimate | None) -> float | None:
-    return estimate.value if estimate else None
-
-
-def _change(figures: Sequence[float | None], show: Any, what: str) -> str:
-    """`31% → 71% of … (teacher 82%)`: before, after, teacher; empty where one of the first two is missing."""
+def _change(name: str, figures: Sequence[Estimate | None], show: Any, what: str = "") -> str:
+    """`31% → 71% of … (teacher 82%)`: before, after, teacher; empty if one of the first two is missing."""
     before, after, teacher = figures
     if before is None or after is None:
         return ""
-    return f"{show(before)} → {show(after)}{what}" + ("" if teacher is None else f" (teacher {show(teacher)})")
+    told = f"{name}{show(before.value)} → {show(after.value)}{what}"
+    return told + (f" (teacher {show(teacher.value)})" if teacher else "")
 
 
 def _ratio(figures: Figures, other: str, name: str) -> Estimate | None:

@@ -359,8 +359,8 @@ def _size_ratio(seen: Evidence) -> float | None:
     check = seen.checks.get("size_ratio")
     if check is not None and check.value is not None:
         return check.value
-    share = seen.report.headline.parameters_share if seen.report else None
-    return 1 / share if share else None
+    claims = seen.report.headline.claims if seen.report else []
+    return next((claim.value.value for claim in claims if claim.name == "size" and claim.value), None)
 
 
 def _plain(label: str) -> str:
