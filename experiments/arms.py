@@ -21,7 +21,7 @@ import msgspec
 from chain.stages import stage, teacher
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
-from filters.sweep import parse_shares
+from filters.trials import parse_shares
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
 from pipeline.errors import DataError, UsageError
@@ -118,9 +118,8 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
 
 
 def _repeats(row: Kept | Dropped, ids: set[str]) -> bool:
-    """Whether a row was dropped as a duplicate of one of those: the reason ends with the other's id."""
-    reasons = [why for rule, why in row.detail.items() if rule in DEDUP_RULES] if isinstance(row, Dropped) else []
-    return any(why.split()[-1] in ids for why in reasons if why)
+    """Whether a row was dropped as a duplicate of one of those."""
+    return isinstance(row, Dropped) and any(why.of in ids for why in row.detail if why.rule in DEDUP_RULES)
 
 
 def _teachers(setup: Setup) -> Prepared:

@@ -21,6 +21,7 @@ from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult,
 from evaluate.models import AFTER, BEFORE, TEACHER
 from filters.adherence import AdherenceSettings
 from filters.answer import as_answer, nfc
+from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
@@ -119,7 +120,7 @@ def assess(row: Kept, rules: RuleSet, wanted: NamedSlots, score: int | None) -> 
     reasons = rules.reasons(answer)
     loop = next((rule.settings for rule in rules.rules if isinstance(rule.settings, RepetitionSettings)), None)
     return Assessment(
-        dropped_by=reasons,
+        dropped_by={reason.rule: describe(reason) for reason in reasons},
         passing=not reasons if rules.rules else None,
         named=_named(answer.text, row, wanted),
         loops=repetition(answer, loop or RepetitionSettings()) is not None,
