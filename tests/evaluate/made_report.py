@@ -146,13 +146,13 @@ def _probed(model: ModelReport, text: str, share: float, first: float) -> ModelR
         broken = {f"length{text}": 1 - share, "script_ratio": 0.03}
         return ProbeFigures(prompts=96, passing=near, named=near, loops=near, distinct_2=near, failed_rules=broken)
 
-    speed = model.tokens_per_s.value if model.tokens_per_s else 1.0
+    speed = model.tokens_per_s.value if model.tokens_per_s else None
     return msgspec.structs.replace(
         model,
         label=f"{model.label}{text}",
         reference=f"{model.reference}{text}",
         probes=Probes(all=figures(share), seen=figures(share), unseen=figures(share - 0.1)),
-        tokens_per_s=Estimate(speed, 0.9 * speed, 1.1 * speed),
+        tokens_per_s=Estimate(speed, 0.9 * speed, 1.1 * speed) if speed else None,
         tokens_per_s_alone=Estimate(11.2, 10.9, 11.5),
         first_token_s=Estimate(first, first - 0.02, first + 0.02),
         kv_bytes_per_token=28_672,

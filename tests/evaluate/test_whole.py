@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
+import evaluate.measure.results
 import evaluate.run
 from evaluate.document import Report
 from evaluate.measure.results import Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
@@ -20,11 +22,11 @@ from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Message, Prompt, encode_line
+from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import answer, error, misbehaving
-from tests.tiny_student import story_rows, tiny_model
+from tests.tiny_student import kept_row, story_rows, tiny_model
 
 PATH = Path("recipe.yaml")
 SLOTS = {"who": ["a cat", "a dog", "a fox"], "where": ["at home", "in a wood", "at sea"]}
@@ -95,6 +97,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     return log
 
 
+def completion(row: Kept) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(row).items() if name != "scores"}
+
+
 def figure(report: Report, key: str, name: str, part: str = "all") -> float:
     model = next(model for model in report.models if model.key == key)
     return float(getattr(getattr(model.probes, part), name).value)
@@ -133,7 +139,6 @@ def test_every_model_is_served_once_and_compared(
         lines = capsys.readouterr().out.splitlines()
         assert not [line for line in lines if "…" in line or len(line) > width]
         assert any(line.strip().startswith("named of what was") and "50%" in line for line in lines)
-        assert sum("perplexity" in line.split()[:1] for line in lines) == 1
         assert any(line.strip().startswith("unseen perplexity") for line in lines)
         assert any(line.startswith("student after against student before: better in") for line in lines)
 
@@ -149,6 +154,43 @@ def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_pa
     more = recipe_of(tmp_path, evaluate={"probes": 6})
     evaluate_run(more, run, PATH)
     assert [what for _, what in served] == [["probes"]] * 3  # the speed stands
+
+
+def test_a_cached_result_is_read_once_and_written_where_it_was_measured(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run keeps its results in memory: the files are no variables of it."""
+    read: list[str] = []
+    reading = evaluate.measure.results.read_result
+
+    def counting(path: Path, kind: Any) -> Any:
+        read.append(path.name)
+        return reading(path, kind)
+
+    monkeypatch.setattr(evaluate.measure.results, "read_result", counting)
+    for _ in range(2):  # all measured, all cached
+        read.clear()
+        evaluate_run(recipe_of(tmp_path), run, PATH)
+        kinds = ("perplexity", "probes", "speed", "unseen")
+        models = ("student_after", "student_before", "teacher")
+        assert sorted(read) == [f"{kind}-{model}.json" for kind in kinds for model in models]
+        assert sorted(set(read)) == sorted(path.name for path in (run.path / "evaluation").glob("*.json"))
+
+
+def test_the_report_says_what_the_filters_kept_of_the_teachers_test_answers(run: RunDir, tmp_path: Path) -> None:
+    """Of 40 answers every second one is dropped; only those to prompts of the test part count."""
+    recipe = recipe_of(tmp_path)
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
+    rows = [kept_row(i, f"Question {i}?", "An answer.") for i in range(40)]
+    dropped = [Dropped(**completion(row), rule="length", detail=[]) for row in rows[1::2]]
+    run.kept.write_bytes(b"".join(map(encode_line, rows[::2])))
+    run.dropped.write_bytes(b"".join(map(encode_line, dropped)))
+    in_test = [recipe.prompts.part_of(row.messages) == "test" for row in rows]
+    assert 10 < sum(in_test) < 30
+    found = evaluate_run(recipe, run, PATH, speed=False)
+    assert (found.rows.teacher_answers, found.rows.teacher_kept) == (sum(in_test), sum(in_test[::2]))
+    share = f"({sum(in_test[::2]) / sum(in_test):.1%})"
+    assert any("answers to the test prompts" in note and share in note for note in found.notes)
 
 
 def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
