@@ -4,17 +4,20 @@ None means: not measured. docs/evaluation.md says what each figure is, its formu
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from pipeline.checks import Checklist
+from pipeline.errors import DataError
 from pipeline.rundir import RunDir, replacing
 
 SCHEMA = 3
 
 Part = Literal["all", "seen", "unseen"]  # of the probes: see ProbeSet
 Better = Literal["higher", "lower"]
+File = TypeVar("File")
 
 
 def number(value: float) -> str:
@@ -280,3 +283,13 @@ def read_report(run: RunDir) -> Report | None:
         return msgspec.json.decode(run.report.read_bytes(), type=Report)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+
+
+def read_stage_file(path: Path, kind: type[File], fix: str) -> File | None:
+    """Another stage's file; None if there is none. Raises DataError if it is not what that stage writes."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: {error}; {fix}") from None

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.adapters import MERGED_FROM, merge_adapter
@@ -48,8 +48,7 @@ class Subject:
     missing: str = ""  # why there is no folder
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """A model's size, as its safetensors files hold it. An adapter that is merged adds nothing."""
 
     parameters: int
@@ -176,7 +175,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 def digest_subject(subject: Subject) -> str:
     """What identifies the weights: names and sizes for the (unchanging) teacher and base, else contents."""
     if subject.folder is None:
-        return _sha256(subject.reference, subject.missing)
+        return digest(subject.reference, subject.missing)
     parts = [subject.reference]
     if subject.adapter is not None:
         parts.append(digest_files(subject.adapter))
@@ -184,18 +183,18 @@ def digest_subject(subject: Subject) -> str:
         parts.append(digest_files(subject.folder))
     else:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
-    return _sha256(*parts)
+    return digest(*parts)
 
 
 def digest_files(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's or adapter's weights, configuration and chat template."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for path in _weight_files(folder):
-        digest.update(path.name.encode())
+        found.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+                found.update(block)
+    return found.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -203,7 +202,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(path for name in names for path in folder.glob(name))
 
 
-def _sha256(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """SHA-256 over several texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

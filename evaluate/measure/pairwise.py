@@ -7,12 +7,11 @@ the judge's own runs in evaluation/judge/ and evaluation/pairs/, so that no verd
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
-from evaluate.models import AFTER, BEFORE, TEACHER
+from evaluate.models import AFTER, BEFORE, TEACHER, digest
 from filters.judge import (
     FENCE,
     attempt_runs,
@@ -81,7 +80,7 @@ def find_judge(recipe: Recipe) -> Judge | None:
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:
     """Changes with the judge, its rubric, the questions, and any answer."""
     rows = [row.id for key in sorted(answers) for row in answers[key].values()]
-    return _hash(version_of(judge.recipe, judge.config), QUESTION, *rows)
+    return digest(version_of(judge.recipe, judge.config), QUESTION, *rows)
 
 
 def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
@@ -143,7 +142,7 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[_Pair], scoring: Sequenc
 
     They have what the runs of its `scoring` left of its budget.
     """
-    version = _hash(version_of(judge.recipe, judge.config), QUESTION)[:8]
+    version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
     open_questions = {
         _pair_id(first, second): pair_question(first, second, judge.config)
         for pair in pairs
@@ -190,8 +189,4 @@ def read_choice(text: str) -> str | None:
 
 
 def _pair_id(first: Kept, second: Kept) -> str:
-    return _hash(first.id, second.id)[:16]
-
-
-def _hash(*parts: str) -> str:
-    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    return digest(first.id, second.id)[:16]

@@ -10,7 +10,6 @@ Each carries the fingerprint of all it was measured on, so a stopped evaluation 
 another student, other rows or other settings is never taken for one of this run.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from evaluate.models import Subject, digest_subject
+from evaluate.models import Subject, digest, digest_subject
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Kept, Prompt, Usage, read_jsonl
@@ -176,7 +175,7 @@ class Cache:
         if subject.key not in self._weights:
             self._weights[subject.key] = digest_subject(subject)
         settings = self._recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self._dtype
-        fingerprint = _hash(self._weights[subject.key], digest_inputs(inputs), settings)
+        fingerprint = digest(self._weights[subject.key], digest_inputs(inputs), settings)
         return Entry(self._folder / f"{name}-{subject.key}.json", fingerprint)
 
     def judged(self, fingerprint: str) -> Entry:
@@ -207,17 +206,25 @@ def read_test(run: RunDir) -> list[Kept]:
 
 def probe_row(key: str, prompt: Prompt, answer: ProbeAnswer) -> Kept:
     """An answer to a probe as a row, for rules, judge and perplexity; its id changes with its text."""
+    id_ = digest(key, prompt.id, answer.text)[:16]
+    return answer_row(id_, prompt, answer.text, key, answer.finish_reason, answer.tokens)
+
+
+def answer_row(
+    id_: str, prompt: Prompt, text: str, model: str, finish_reason: str = "stop", tokens: int | None = None
+) -> Kept:
+    """An answer that came from no endpoint of the run, as a kept row."""
     return Kept(
-        id=_hash(key, prompt.id, answer.text)[:16],
+        id=id_,
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
         endpoint="",
         sampling={},
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        model=key,
-        usage=Usage(completion_tokens=answer.tokens),
+        text=text,
+        finish_reason=finish_reason,
+        model=model,
+        usage=Usage(completion_tokens=tokens),
         latency_s=0.0,
         attempts=1,
         created="",
@@ -226,8 +233,4 @@ def probe_row(key: str, prompt: Prompt, answer: ProbeAnswer) -> Kept:
 
 def digest_inputs(inputs: Sequence[Completion | Prompt]) -> str:
     """What identifies a list of rows or prompts."""
-    return _hash(*(i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs))
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return digest(*(i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs))

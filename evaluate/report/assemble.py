@@ -7,9 +7,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -27,6 +26,7 @@ from evaluate.document import (
     Training,
     number,
     percent,
+    read_stage_file,
 )
 from evaluate.figures.promise import claims, holds, verdict
 from evaluate.figures.quality import (
@@ -47,7 +47,6 @@ from evaluate.measure.results import Results, RowScore, SpeedResult
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
 from filters.rows import filtered_rows
 from filters.ruleset import RuleSet
-from pipeline.errors import DataError
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
@@ -89,7 +88,8 @@ def build_report(recipe: Recipe, run: RunDir, measured: Measured) -> Report:
     ]
     rows = _rows(recipe, run, measured, scores, unseen_scores)
     probes = _probe_set(recipe, measured, quality)
-    log = run.student / "training_log.json"
+    move = "or move it away to go without"
+    training = read_stage_file(run.student / "training_log.json", Training, f"train again, {move} the loss curve")
     commands = [f"python -m {stage} {run.recipe} --run {run.path}" for stage in ("generate", "filters", "train")]
     return Report(
         schema=SCHEMA,
@@ -100,8 +100,8 @@ def build_report(recipe: Recipe, run: RunDir, measured: Measured) -> Report:
         models=reports,
         rows=rows,
         samples=_samples(measured, answers, quality),
-        training=_read(log, Training, "train again, or move it away to go without the loss curve") or Training(),
-        filters=_read(run.filter_report, Filtering, "filter again, or move it away to go without the drops"),
+        training=training or Training(),
+        filters=read_stage_file(run.filter_report, Filtering, f"filter again, {move} the drops"),
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
         commands=[*commands, f"python -m evaluate {run.recipe} --run {run.path}"],
         machine=describe_machine(),
@@ -327,16 +327,3 @@ def _speed_notes(recipe: Recipe, results: Results) -> Iterator[str]:
         yield f"Peak memory is the whole server's: weights, vLLM itself, {pool}."
     else:
         yield "Peak memory is not given: on a GPU vLLM takes the share it is told to. Compare the weights."
-
-
-Document = TypeVar("Document", bound=msgspec.Struct)
-
-
-def _read(path: Path, kind: type[Document], fix: str) -> Document | None:
-    """Another stage's file; None if there is none. Raises DataError if it is not what that stage writes."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        return None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: {error}; {fix}") from None

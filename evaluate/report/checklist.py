@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.document import Claim, Report, percent, read_report
+from evaluate.document import Claim, Report, percent, read_report, read_stage_file
 from evaluate.figures.promise import AXES
 from evaluate.models import BEFORE, TEACHER
 from evaluate.report.html import publish
@@ -28,7 +28,7 @@ from filters.review.agreement import Result, agreement
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, FAIR_START, REVIEWED_ROWS, SAFE_KEEP_RATE
 from pipeline.checks import COLOURS, Check, Checklist, Status
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import DataError, DistillError
+from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -112,7 +112,7 @@ def gather(recipe: Recipe, run: RunDir, report: Report | None) -> Evidence:
     lineage = read_lineage(run)
     generated = lineage.get("generate") or {}
     requests = generated.get("requests")
-    trained = _read(run.checks, TrainChecks, "train again")
+    trained = read_stage_file(run.checks, TrainChecks, "train again")
     filtered = run.kept.is_file() and run.dropped.is_file()
     return Evidence(
         recipe=recipe,
@@ -126,7 +126,7 @@ def gather(recipe: Recipe, run: RunDir, report: Report | None) -> Evidence:
 
 def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None:
     """From filter_report.json; a run that has none (the best share of another run) has the sums in its lineage."""
-    report = _read(run.filter_report, FilterReport, "filter again")
+    report = read_stage_file(run.filter_report, FilterReport, "filter again")
     if report is None:
         if not section:
             return None
@@ -142,15 +142,6 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
         failing={rule.rule: (rule.alone + rule.together) / report.rows for rule in report.rules},
         duplicates=sum(first.get(rule, 0) for rule in (EXACT, NEAR)) if EXACT in first else None,
     )
-
-
-def _read(path: Any, kind: Any, fix: str) -> Any:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        return None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: {error}; {fix}") from None
 
 
 def _size(seen: Evidence) -> Found | None:

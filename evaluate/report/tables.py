@@ -13,7 +13,7 @@ from evaluate.models import AFTER
 from evaluate.report.charts import millions
 
 NOTHING = "–"
-NAME_WIDTH = 28  # characters, on the terminal
+NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
 MODELS_ACROSS = 4  # side by side on the terminal; more are printed below
 
 Show = Callable[[float], str]
@@ -260,5 +260,5 @@ def _bare_table(title: str, *columns: str) -> RichTable:
     table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column(title, max_width=NAME_WIDTH)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", max_width=FIGURE_WIDTH)
     return table
