@@ -137,7 +137,6 @@ class Headline(msgspec.Struct, frozen=True, kw_only=True):
     bits_after_over_teacher: Estimate | None = None  # bits per character, paired
     claims: list[Claim] = []  # every part of the promise, also those not measured
     holds: bool | None = None  # every measured part holds; None: they do, but an axis has no measured part
-    verdict: str = ""  # for people: which parts hold, which do not, which were not measured
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):

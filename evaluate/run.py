@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from evaluate.document import Report, read_report
+from evaluate.figures.promise import answer
 from evaluate.figures.quality import probe_answers
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
@@ -223,7 +224,7 @@ def _record(run: RunDir, report: Report) -> None:
         "created": report.created,
         "headline": headline.text,
         "perplexity": {model.key: model.perplexity.value for model in report.models if model.perplexity},
-        "verdict": headline.verdict,
+        "promise": {claim.name: answer(claim) for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,
         "versions": report.versions,

@@ -53,20 +53,6 @@ def holds(parts: Sequence[Claim]) -> bool | None:
     return True if {claim.axis for claim in measured} == set(AXES) else None
 
 
-def verdict(parts: Sequence[Claim]) -> str:
-    """The promise and each part of it in one line."""
-    word = {True: "kept", False: "not kept", None: "not all measured"}[holds(parts)]
-    said = "; ".join(f"{claim.name} {describe(claim)}" for claim in parts if claim.value)
-    missing = [claim.name for claim in parts if not claim.value]
-    text = f"The promise (90% of the quality, 3 times smaller, faster, and less memory): {word}"
-    return text + (f". {said}" if said else "") + (f". Not measured: {', '.join(missing)}" if missing else "") + "."
-
-
-def describe(claim: Claim) -> str:
-    """57.1% (52.0%–63.2%): no; 3.11×: yes; not measured."""
-    return f"{claim.value.told(shown(claim))}: {answer(claim)}" if claim.value else "not measured"
-
-
 def answer(claim: Claim) -> str:
     """Yes, no, not shown (the promise lies within the interval), or a dash."""
     if claim.holds is None:

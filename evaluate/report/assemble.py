@@ -28,7 +28,7 @@ from evaluate.document import (
     percent,
     read_stage_file,
 )
-from evaluate.figures.promise import claims, holds, verdict
+from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     Quality,
     common_rows,
@@ -211,7 +211,6 @@ def _headline(reports: Sequence[ModelReport], test: Figures, quality: Quality, r
         bits_after_over_teacher=_ratio(test, TEACHER, "bits_per_character"),
         claims=promised,
         holds=holds(promised),
-        verdict=verdict(promised),
     )
 
 

@@ -62,21 +62,14 @@ class Panel(msgspec.Struct, frozen=True, kw_only=True):
     goal: float | None = None  # where the promise is
 
 
-class Tick(msgspec.Struct, frozen=True):
-    """A labelled place on an axis."""
-
-    at: float
-    label: str
-
-
 class LossChart(msgspec.Struct, frozen=True, kw_only=True):
     """SVG path data in a 100 × 100 box, y downwards."""
 
     train: str
     eval: str
     eval_dots: list[tuple[float, float]]
-    x: list[Tick]
-    y: list[Tick]
+    x: list[tuple[float, str]]  # labelled places on the axis
+    y: list[tuple[float, str]]
 
 
 def scale(first: float, last: float, *, logarithmic: bool = False) -> Scale:
@@ -194,8 +187,8 @@ def loss_chart(training: Training) -> LossChart | None:
         train=_path([place(point) for point in train]),
         eval=_path([place(point) for point in evaluated]),
         eval_dots=[place(point) for point in evaluated],
-        x=[Tick(x(tick), f"{tick:g}") for tick in _ticks(0, right) if tick <= right],
-        y=[Tick(y(-tick), f"{tick:g}") for tick in y_ticks],
+        x=[(x(tick), f"{tick:g}") for tick in _ticks(0, right) if tick <= right],
+        y=[(y(-tick), f"{tick:g}") for tick in y_ticks],
     )
 
 

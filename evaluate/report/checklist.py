@@ -73,13 +73,7 @@ class Evidence:
     report: Report | None = None
 
 
-class Found(NamedTuple):
-    """What one point of the checklist came to."""
-
-    status: Status
-    value: float | None
-    finding: str
-    fix: str = ""
+Found = tuple[Status, float | None, str, str]  # status, value, finding, fix
 
 
 class Point(NamedTuple):
@@ -100,7 +94,7 @@ def checklist(seen: Evidence) -> Checklist:
     """Compares the evidence with what is wanted; pure."""
 
     def check(point: Point) -> Check:
-        status, value, finding, fix = point.look(seen) or Found("unknown", None, *point.unknown)
+        status, value, finding, fix = point.look(seen) or ("unknown", None, *point.unknown)
         fix = "" if status == "pass" else fix
         return Check(name=point.name, wanted=point.wanted, status=status, value=value, finding=finding, fix=fix)
 
@@ -150,7 +144,7 @@ def _size(seen: Evidence) -> Found | None:
         return None
     status: Status = "pass" if LOWEST <= ratio <= HIGHEST else "warn" if 1 <= ratio < LOWEST else "fail"
     fix = "take a smaller student: it saves more" if ratio < LOWEST else "take a model of a size between"
-    return Found(status, ratio, f"{ratio:.1f} times", fix)
+    return status, ratio, f"{ratio:.1f} times", fix
 
 
 def _ability(seen: Evidence) -> Found | None:
@@ -166,10 +160,9 @@ def _ability(seen: Evidence) -> Found | None:
     elif seen.recipe.prompts.slots:
         finding += "; whether they name what was asked for is not measured"
         if value >= ABLE:
-            return Found("warn", value, finding, "give the rule adherence its slots, or evaluate")
-    return Found(
-        "pass" if value >= ABLE else "fail", value, finding, "fix the prompts, or take a teacher that can do this"
-    )
+            return "warn", value, finding, "give the rule adherence its slots, or evaluate"
+    fix = "fix the prompts, or take a teacher that can do this"
+    return "pass" if value >= ABLE else "fail", value, finding, fix
 
 
 def _adherence(seen: Evidence) -> tuple[float | None, str]:
@@ -188,7 +181,7 @@ def _rows(seen: Evidence) -> Found | None:
     kept = seen.filters.kept
     status: Status = "fail" if kept < FAIR_START else "pass" if FEWEST <= kept <= MOST else "warn"
     fix = "raise prompts.count" if kept < FEWEST else "more rows than these seldom teach more"
-    return Found(status, kept, f"{kept:,} of {seen.filters.rows:,} answers", fix)
+    return status, kept, f"{kept:,} of {seen.filters.rows:,} answers", fix
 
 
 def _keep_rate(seen: Evidence) -> Found | None:
@@ -196,7 +189,7 @@ def _keep_rate(seen: Evidence) -> Found | None:
         return None
     rate = seen.filters.keep_rate
     fix = "see which rules drop what in filter_report.json; fix the prompts, or take another teacher"
-    return Found("pass" if rate >= SAFE_KEEP_RATE else "fail", rate, f"{rate:.1%}", fix)
+    return "pass" if rate >= SAFE_KEEP_RATE else "fail", rate, f"{rate:.1%}", fix
 
 
 def _review(seen: Evidence) -> Found | None:
@@ -210,8 +203,8 @@ def _review(seen: Evidence) -> Found | None:
     if precision is not None:
         finding += f"; the person accepts {percent(precision.value)} of what was kept"
         if precision.value < SAFE_KEEP_RATE:
-            return Found("fail", done, finding, "make the filters as strict as the person")
-    return Found("pass" if done >= enough else "warn", done, finding, REVIEW)
+            return "fail", done, finding, "make the filters as strict as the person"
+    return "pass" if done >= enough else "warn", done, finding, REVIEW
 
 
 def _student(seen: Evidence) -> Found | None:
@@ -227,10 +220,10 @@ def _student(seen: Evidence) -> Found | None:
         finding += f", worse in {', '.join(worse)}" if worse else ""
     fix = "look at the loss curve and the samples: more rows, more epochs or another learning rate"
     if ratio.low >= 1:
-        return Found("fail", ratio.value, finding, fix)
+        return "fail", ratio.value, finding, fix
     if not changes:
-        return Found("warn", ratio.value, f"{finding}; no probes", "evaluate with probes")
-    return Found("pass" if ratio.high < 1 and better and not worse else "warn", ratio.value, finding, fix)
+        return "warn", ratio.value, f"{finding}; no probes", "evaluate with probes"
+    return "pass" if ratio.high < 1 and better and not worse else "warn", ratio.value, finding, fix
 
 
 def _axes(seen: Evidence) -> Found:
@@ -241,12 +234,12 @@ def _axes(seen: Evidence) -> Found:
     missed = [claim.name for claim in claims if claim.holds is False and not claim.undecided]
     if missed:
         fix = f"the promise does not hold for this run ({', '.join(missed)}): do not claim it"
-        return Found("fail", len(claims), finding, fix)
+        return "fail", len(claims), finding, fix
     if missing:
-        return Found("unknown", None, f"{finding}; not measured: {', '.join(missing)}", "evaluate teacher and student")
+        return "unknown", None, f"{finding}; not measured: {', '.join(missing)}", "evaluate teacher and student"
     undecided = [claim.name for claim in claims if claim.undecided]
     fix = f"chance may explain {', '.join(undecided)}: evaluate on more rows and probes"
-    return Found("warn" if undecided else "pass", len(claims), finding, fix)
+    return "warn" if undecided else "pass", len(claims), finding, fix
 
 
 def _licence(seen: Evidence) -> Found | None:
@@ -258,7 +251,7 @@ def _unfiltered(seen: Evidence) -> Found | None:
         return None
     rules = len(seen.filters.rules)
     finding = f"{rules} rules judged {seen.filters.rows:,} answers" if rules else "the filters had no rule"
-    return Found("pass" if rules else "fail", rules, finding, "a teacher's faults are copied too: name filters.rules")
+    return "pass" if rules else "fail", rules, finding, "a teacher's faults are copied too: name filters.rules"
 
 
 def _too_large(seen: Evidence) -> Found | None:
@@ -266,13 +259,13 @@ def _too_large(seen: Evidence) -> Found | None:
     if ratio is None:
         return None
     fix = "take a teacher of a size between, or a larger student"
-    return Found("pass" if ratio <= HIGHEST else "fail", ratio, f"{ratio:.1f} times", fix)
+    return "pass" if ratio <= HIGHEST else "fail", ratio, f"{ratio:.1f} times", fix
 
 
 def _chain(seen: Evidence) -> Found | None:
     found = seen.checks.get("chain")
     if found and found.status == "note" and found.value is None:
-        return Found("unknown", None, found.finding, found.fix)
+        return "unknown", None, found.finding, found.fix
     return _from_training(seen, "chain")
 
 
@@ -284,7 +277,7 @@ def _domain_shift(seen: Evidence) -> Found | None:
     worst = min(found.values())
     status: Status = "fail" if worst < IN_LANGUAGE[0] else "warn" if worst < IN_LANGUAGE[1] else "pass"
     finding = ", ".join(f"{share:.1%} pass {rule}" for rule, share in found.items())
-    return Found(status, worst, finding, "take a teacher that speaks it, or say so in prompts.system")
+    return status, worst, finding, "take a teacher that speaks it, or say so in prompts.system"
 
 
 def _same_prompts(seen: Evidence) -> Found | None:
@@ -295,10 +288,10 @@ def _same_prompts(seen: Evidence) -> Found | None:
     finding += "; duplicates were not looked for" if twins is None else f", {twins:.1%} of the answers are duplicates"
     fix = "add slots or values to prompts.template, or raise sampling.temperature"
     if share < DISTINCT_SHARE:
-        return Found("fail", share, finding, fix)
+        return "fail", share, finding, fix
     if twins is None:
-        return Found("warn", share, finding, "set filters.dedup, and filter")
-    return Found("warn" if twins > SAFE_DUPLICATES else "pass", share, finding, fix)
+        return "warn", share, finding, "set filters.dedup, and filter"
+    return "warn" if twins > SAFE_DUPLICATES else "pass", share, finding, fix
 
 
 def _beats_teacher(seen: Evidence) -> Found | None:
@@ -311,9 +304,9 @@ def _beats_teacher(seen: Evidence) -> Found | None:
     over = [_told(claim) for claim in claims if claim.value and claim.value.value > 1]
     over += [f"wins {percent(rate.value)} of the pairs" for rate in wins if rate.value > 0.5]
     if not over:
-        return Found("pass", most, f"at most {percent(most)} of the teacher's")
+        return "pass", most, f"at most {percent(most)} of the teacher's", ""
     fix = "look for test prompts that were trained on, for a judge with a taste, and for rules that ask too little"
-    return Found("warn", most, f"suspicious: {'; '.join(over)}", fix)
+    return "warn", most, f"suspicious: {'; '.join(over)}", fix
 
 
 UNFILTERED = ("the answers are not filtered", "run the filters")
@@ -368,15 +361,13 @@ def _from_training(seen: Evidence, name: str) -> Found | None:
     found = seen.checks.get(name)
     if found is None:
         return None
-    return Found("warn" if found.status == "note" else found.status, found.value, found.finding, found.fix)
+    return "warn" if found.status == "note" else found.status, found.value, found.finding, found.fix
 
 
 def print_checklist(found: Checklist, console: Console) -> None:
     """Two tables: the points, and the failures."""
     for title, points in (("checklist", found.points), ("common failures", found.failures)):
-        table = Table(
-            "", title, "wanted", "found", title_justify="left", pad_edge=False, box=None, padding=(0, 2, 1, 0)
-        )
+        table = Table("", title, "wanted", "found", pad_edge=False, box=None, padding=(0, 2, 1, 0))
         for point in points:
             text = Text(point.finding)
             if point.fix:
@@ -389,9 +380,7 @@ def print_checklist(found: Checklist, console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Checks the run, prints the checklist, and puts it into the report if there is one."""
-    parser = stage_parser(
-        "evaluate.report.checklist", "Holds a run, at any stage, against the checklist of a good one."
-    )
+    parser = stage_parser("evaluate.report.checklist", "Compares a run, at any stage, with a good one.")
     parser.add_argument("--strict", action="store_true", help="end with 1 if a point warns or is unknown, too")
     recipe, run, options = parse_stage(parser, argv)
     run.check_there()

@@ -49,7 +49,7 @@ def render_html(report: Report) -> str:
         drops=charts.drop_panel(report.filters),
         loss=charts.loss_chart(report.training),
         costs=[(name, value) for name, value in _costs(report) if value],
-        origin=origin(report),
+        origin=[(name, value) for name, value in _origin(report) if value],
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )
 
@@ -94,21 +94,18 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def origin(report: Report) -> list[tuple[str, str]]:
-    """Teacher, data, student, machine and versions: one line each."""
-    found = dict(_origin(report)) | report.machine | report.versions
-    return [(name, value) for name, value in found.items() if value]
-
-
 def _origin(report: Report) -> Iterator[tuple[str, str]]:
-    generated, filtered, trained = (_section(report, name) for name in ("generate", "filters", "train"))
+    """Teacher, sampling, rules, student, machine and versions: one line each."""
+    generated, trained = _section(report, "generate"), _section(report, "train")
     yield "teacher", str(_mapping(generated.get("teacher")).get("asked", ""))
     yield "sampling", ", ".join(f"{name} {value}" for name, value in _mapping(generated.get("sampling")).items())
-    rules = filtered.get("rules")
-    yield "rules", ", ".join(str(_mapping(rule).get("rule")) for rule in rules) if isinstance(rules, list) else ""
+    rules = _section(report, "filters").get("rules") or []
+    yield "rules", ", ".join(str(_mapping(rule).get("rule")) for rule in rules)
     if trained:
         yield "student", str(trained.get("student", ""))
         yield "training", f"{trained.get('method')}, seed {trained.get('seed')}, {trained.get('precision', '')}"
+    yield from report.machine.items()
+    yield from report.versions.items()
 
 
 def _section(report: Report, name: str) -> Mapping[str, Any]:

@@ -1,15 +1,14 @@
 """The figures of a report as tables of text: printed on the terminal here, drawn in the page by `html`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import Difference, Estimate, ModelReport, Report, WinRate, number, percent
+from evaluate.document import Estimate, ModelReport, Report, WinRate, number, percent
 from evaluate.figures.promise import answer, shown
-from evaluate.models import AFTER
 from evaluate.report.charts import millions
 
 NOTHING = "–"
@@ -124,7 +123,7 @@ def measured(report: Report) -> list[Table]:
     tables = []
     for title, figures in (("test answers", SCORES), ("speed and memory", SPEED)):
         rows = [
-            Row(name, [_cell(getattr(model, field), show) for model in report.models])
+            Row(name, [_cell(getattr(m, field), show, _notes(report, m.key, field, "test")) for m in report.models])
             for field, name, show in figures
             if any(getattr(model, field) is not None for model in report.models)
         ]
@@ -168,15 +167,12 @@ def _cell(figure: Any, show: Show, notes: Sequence[Note] = ()) -> Cell:
 
 def _notes(report: Report, key: str, figure: str, part: str) -> list[Note]:
     """The significant differences between a model's figure and another's, in words."""
-    return [
-        Note(f"{'better' if d.improved else 'worse'} than {_short(d, report)}", "better" if d.improved else "worse")
-        for d in report.differences
-        if (d.model, d.figure, d.part) == (key, figure, part) and d.improved is not None
-    ]
-
-
-def _short(difference: Difference, report: Report) -> str:
-    return label_of(report, difference.against).removeprefix("student ")
+    notes: list[Note] = []
+    for d in report.differences:
+        if (d.model, d.figure, d.part) == (key, figure, part) and d.improved is not None:
+            word: Mark = "better" if d.improved else "worse"
+            notes.append(Note(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
+    return notes
 
 
 def label_of(report: Report, key: str) -> str:
@@ -214,20 +210,8 @@ def _win(win: WinRate, report: Report) -> Win:
     return Win(f"{label_of(report, win.model)} against {label_of(report, win.against)}{rate}", counts, *shares)
 
 
-def compared(report: Report) -> Iterator[str]:
-    """In which figures the trained student is better than another model, in which worse, over all prompts."""
-    words = {True: "better in", False: "worse in", None: "may be chance:"}
-    for against in dict.fromkeys(difference.against for difference in report.differences):
-        found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
-        for difference in report.differences:
-            if difference.against == against and difference.part in ("test", "all") and difference.better:
-                found[difference.improved].append(difference.figure)
-        said = "; ".join(f"{words[key]} {', '.join(names)}" for key, names in found.items() if names)
-        yield f"{label_of(report, AFTER)} against {label_of(report, against)}: {said}"
-
-
 def print_report(report: Report, console: Console) -> None:
-    """The tables (95% intervals below the figures), the judge's choices, the promise, and the notes."""
+    """The tables (below each figure its 95% interval), the judge's choices, the promise, and the notes."""
     asked = f"{report.rows.scored} test answers"
     if report.probes:
         asked += f", {report.probes.seen} new prompts"
@@ -236,8 +220,6 @@ def print_report(report: Report, console: Console) -> None:
     for table in (*measured(report), *probes(report)):
         for start in range(0, len(table.heads), MODELS_ACROSS):
             console.print(_rich_table(table, slice(start, start + MODELS_ACROSS)))
-    for line in compared(report):
-        console.print(line, highlight=False, markup=False)
     for win in wins(report):
         console.print(f"judge, {win.title}; {win.counts}", highlight=False, markup=False)
     parts = _bare_table("the promise", "promised", "here", "interval", "holds")
@@ -252,7 +234,8 @@ def print_report(report: Report, console: Console) -> None:
 def _rich_table(table: Table, models: slice) -> RichTable:
     found = _bare_table(table.title, *(head.label for head in table.heads[models]))
     for row in table.rows:
-        found.add_row(row.name, *("\n".join(filter(None, cell[:2])) for cell in row.cells[models]))
+        cells = [[cell.text, cell.interval, *(note.text for note in cell.notes)] for cell in row.cells[models]]
+        found.add_row(row.name, *("\n".join(filter(None, lines)) for lines in cells))
     return found
 
 
