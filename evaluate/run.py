@@ -153,39 +153,41 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
 
 
 def _serve(plan: Plan, *, measure: bool) -> tuple[dict[str, SpeedResult], dict[str, ProbeResult]]:
-    """Speed and probes of every model; one server for a model that lacks either."""
+    """Speed and probes of every model."""
     timed: dict[str, SpeedResult] = {}
     probed: dict[str, ProbeResult] = {}
-    teacher_url, prompts = plan.recipe.teacher.url, plan.probes.all
-    occupied = measure and is_loopback(teacher_url) and is_port_open(teacher_url)
     for subject in plan.models:
-        timing, probing = plan.cache.entry("speed", subject, plan.timing), plan.cache.entry("probes", subject, prompts)
-        fresh = plan.force and measure
-        speed = timing.read(SpeedResult) if subject.folder and not fresh else None
-        answers = probing.read(ProbeResult) if plan.answers_probes(subject) and not fresh else None
-        lacks_speed = measure and subject.folder is not None and speed is None
-        lacks_answers = measure and plan.answers_probes(subject) and answers is None
-        if lacks_answers and subject.folder is None:
-            say(f"{subject.label}: {len(prompts)} probes, asked at {teacher_url}")
-            asked = answer_probes(plan.recipe, plan.run.path / FOLDER / "asked-teacher", prompts)
-            answers = probing.write(asked)
-        elif lacks_speed or lacks_answers:
-            if lacks_speed and occupied:
-                say(f"warning: something answers at {teacher_url}; stop it, or it takes its share of the speed")
-                occupied = False
-            wanted = ["its speed"] * lacks_speed + [f"{len(prompts)} probes"] * lacks_answers
-            say(f"{subject.label}: starting vLLM, about a minute, for {' and '.join(wanted)}")
-            with serve_subject(plan.recipe, plan.run, subject) as (server, folder):
-                if lacks_speed:
-                    speed = timing.write(measure_speed(plan.recipe, server, folder, plan.timing))
-                    say(f"{subject.label}: {min(speed.rates):.1f} to {max(speed.rates):.1f} tokens/s")
-                if lacks_answers:
-                    answers = probing.write(answer_probes(recipe_for(plan.recipe, server), folder / "probes", prompts))
-        if speed:
-            timed[subject.key] = speed
-        if answers:
-            probed[subject.key] = answers
+        speed, answers = _serve_one(plan, subject, measure=measure)
+        timed |= {subject.key: speed} if speed else {}
+        probed |= {subject.key: answers} if answers else {}
     return timed, probed
+
+
+def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedResult | None, ProbeResult | None]:
+    """Speed and probes of one model, on one server; a teacher elsewhere is asked where it is, and not timed."""
+    recipe, prompts, fresh = plan.recipe, plan.probes.all, plan.force and measure
+    timing, probing = plan.cache.entry("speed", subject, plan.timing), plan.cache.entry("probes", subject, prompts)
+    here, probes = subject.folder is not None, plan.answers_probes(subject)
+    speed = timing.read(SpeedResult) if here and not fresh else None
+    answers = probing.read(ProbeResult) if probes and not fresh else None
+    lacks_speed, lacks_answers = measure and here and not speed, measure and probes and not answers
+    if lacks_answers and not here:
+        say(f"{subject.label}: {len(prompts)} probes, asked at {recipe.teacher.url}")
+        return None, probing.write(answer_probes(recipe, plan.run.path / FOLDER / "asked-teacher", prompts))
+    if not lacks_speed and not lacks_answers:
+        return speed, answers
+    url = recipe.teacher.url
+    if lacks_speed and is_loopback(url) and is_port_open(url):
+        say(f"warning: something answers at {url}; stop it, or it takes its share of the speed")
+    wanted = ["its speed"] * lacks_speed + [f"{len(prompts)} probes"] * lacks_answers
+    say(f"{subject.label}: starting vLLM, about a minute, for {' and '.join(wanted)}")
+    with serve_subject(recipe, plan.run, subject) as (server, folder):
+        if lacks_speed:
+            speed = timing.write(measure_speed(recipe, server, folder, plan.timing))
+            say(f"{subject.label}: {min(speed.rates):.1f} to {max(speed.rates):.1f} tokens/s")
+        if lacks_answers:
+            answers = probing.write(answer_probes(recipe_for(recipe, server), folder / "probes", prompts))
+    return speed, answers
 
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
