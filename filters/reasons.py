@@ -81,5 +81,5 @@ SENTENCES: dict[str, Callable[[Reason], str]] = {
     "similar_prompt": _duplicate,
     "contamination": _duplicate,
     "judge": _judge,
-    "sweep": lambda why: f"rank {why.value} of {why.total}, the best {why.at_most} are kept",
+    "sweep": lambda why: f"rank {why.value} of {why.total}, the best {why.at_most:.0%} are kept",
 }

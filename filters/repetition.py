@@ -8,7 +8,7 @@ An n-gram is of words; a run longer than 24 characters without a space (Chinese,
 
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -47,18 +47,20 @@ class RepetitionSettings(RuleSettings):
 
 def repetition(answer: Answer, settings: RepetitionSettings) -> Reason | None:
     """Drops an answer that repeats its n-grams, sentences or paragraphs over the thresholds."""
-    return _repeated_ngrams(answer.text, settings) or _repeated_parts(answer.text, settings)
+    return _repeated_parts(answer.text, settings) or _repeated_ngrams(answer.text, settings)  # the cheap ones first
 
 
 def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
     units = _units(text)
     lengths = list(map(len, units))
-    total, repeats = sum(lengths), _Repeats(units)
+    total, longest, repeats = sum(lengths), max(lengths, default=0), _Repeats(units)
     for n, limit in settings.top_ngrams.items():
         counts = Counter(repeats.of(n).values())
         if not counts:
             break  # if no n-gram comes twice, no longer one does
         count = max(counts.values())
+        if count * n * longest / total <= limit:
+            continue  # even for the longest words
         chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
         if (share := min(1.0, chars * count / total)) > limit:
             said = " ".join(units[top : top + n])
@@ -75,30 +77,32 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
 
 
 class _Repeats:
-    """The n-grams of a text that come more than once, for growing n.
+    """The n-grams of a text that come more than once.
 
-    Such an n-gram begins and ends with a shorter one that comes more than once, so a longer one has few places left.
+    Such an n-gram is two shorter ones, a word apart, that come more than once: few places are left for longer ones.
     """
 
     def __init__(self, units: list[str]) -> None:
-        self._units = units
-        self._found: dict[int, dict[int, int]] = {}  # by n
+        self._found = [_first_places(enumerate(units))]  # by n, from 1
 
     def of(self, n: int) -> dict[int, int]:
         """Where they begin, and where the same n-gram begins first."""
-        shorter = max((known for known in self._found if known <= n), default=0)
-        if not shorter:
-            ngrams = enumerate(zip(*(self._units[start:] for start in range(n)), strict=False))
-        else:
-            known = self._found[shorter]
-            ngrams = ((at, tuple(self._units[at : at + n])) for at in sorted(known) if at + n - shorter in known)
-        firsts: dict[tuple[str, ...], int] = {}
-        found = self._found[n] = {}
-        for place, ngram in ngrams:
-            first = firsts.setdefault(ngram, place)
-            if first != place:
-                found[first] = found[place] = first
-        return found
+        while len(self._found) < n:
+            known = self._found[-1]
+            pairs = [(place, (known[place], known[place + 1])) for place in sorted(known) if place + 1 in known]
+            self._found.append(_first_places(pairs))
+        return self._found[n - 1]
+
+
+def _first_places(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
+    """For each place whose key comes more than once, the first place with that key."""
+    firsts: dict[Hashable, int] = {}
+    found: dict[int, int] = {}
+    for place, key in keys:
+        first = firsts.setdefault(key, place)
+        if first != place:
+            found[first] = found[place] = first
+    return found
 
 
 def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
