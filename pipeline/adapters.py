@@ -13,9 +13,12 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
     Raises UsageError where the base cannot be loaded.
     """
     import torch
+    import transformers
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -5,7 +5,10 @@ first. The launcher sets RANK and WORLD_SIZE in the environment of each.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,24 +22,31 @@ class Processes:
     def lead(self) -> bool:
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Returns when all processes have called it."""
-        if self.count > 1:
-            import torch
-            from accelerate import PartialState
-
-            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    @contextmanager
+    def lead_first(self) -> Iterator[None]:
+        """The others enter the block when the leading process has left it."""
+        if self.count == 1:
+            yield
+            return
+        with self._state().main_process_first():
+            yield
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them must ask."""
         if self.count == 1:
             return flag
         import torch
-        from accelerate import PartialState
 
-        flags = torch.tensor(int(flag), device=PartialState().device)
+        flags = torch.tensor(int(flag), device=self._state().device)
         torch.distributed.all_reduce(flags)
         return bool(flags.item())
+
+    @staticmethod
+    def _state() -> Any:
+        import torch
+        from accelerate import PartialState
+
+        return PartialState(cpu=not torch.cuda.is_available())
 
 
 ALONE = Processes()

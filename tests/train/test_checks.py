@@ -123,8 +123,9 @@ class Figures:
 
     def __init__(self, train: list[int], validation: list[int], limit: int) -> None:
         self.lengths = {"train": train, "validation": validation}
-        self.train_rows = [index for index, length in enumerate(train) if length <= limit]
-        self.validation_rows = [index for index, length in enumerate(validation) if length <= limit]
+        self.rows = {
+            part: [index for index, length in enumerate(of) if length <= limit] for part, of in self.lengths.items()
+        }
         self.faults = LabelFaults({}, {})
         self.differing = 0
 
