@@ -49,7 +49,7 @@ class Estimate(msgspec.Struct, frozen=True):
         return f"{show(self.low)}{' to ' if self.low < 0 else '–'}{show(self.high)}"
 
     def told(self, show: Callable[[float], str] = number) -> str:
-        """`3.41 (3.20–3.60)`; the figure alone where its interval has no width."""
+        """`3.41 (3.20–3.60)`; only the figure if its interval has no width."""
         return show(self.value) + (f" ({self.interval(show)})" if self.low < self.high else "")
 
 
@@ -83,7 +83,7 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of one model; None is: not measured.
+    """All that is known of one model; None: not measured.
 
     `key` is teacher, student_before, student_after, or other_1, other_2, … in the order of `evaluate.models`.
     """
@@ -165,7 +165,7 @@ class WinRate(msgspec.Struct, frozen=True, kw_only=True):
     wins: int
     losses: int
     ties: int
-    rate: Estimate | None  # (wins + ties / 2) / pairs; 0.5 is: as good; None where there is no pair
+    rate: Estimate | None  # (wins + ties / 2) / pairs; 0.5: as good; None if there is no pair
     first_chosen: float | None  # share of the verdicts, ties apart, for the answer shown first; 0.5 is no bias
     flipped: int  # pairs in which the order alone decided
 
@@ -268,7 +268,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     probes: ProbeSet | None = None  # None: no probe was answered
     differences: list[Difference] = []  # student after against before, and against the teacher
     checklist: Checklist = Checklist()
-    wins: list[WinRate] = []  # the same pairs, by the judge; empty where there is none
+    wins: list[WinRate] = []  # the same pairs, by the judge; empty without a judge
 
 
 def write_report(run: RunDir, report: Report) -> None:
@@ -277,7 +277,7 @@ def write_report(run: RunDir, report: Report) -> None:
 
 
 def read_report(run: RunDir) -> Report | None:
-    """The report on disk; None where there is none or it is of another version."""
+    """The report on disk; None if there is none or it is of another version."""
     try:
         return msgspec.json.decode(run.report.read_bytes(), type=Report)
     except (FileNotFoundError, msgspec.DecodeError):

@@ -43,7 +43,7 @@ class Subject:
     key: str  # its name in report.json
     label: str  # its name for people
     reference: str  # as the recipe names it
-    folder: Path | None  # weights and tokenizer; None where they are not on this machine
+    folder: Path | None  # weights and tokenizer; None if they are not on this machine
     adapter: Path | None = None  # a PEFT adapter over `folder`
     missing: str = ""  # why there is no folder
 
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """Teacher, student before, student after, then `evaluate.models`: the order of the report.
 
-    Raises UsageError where there is no student yet, or another model is not there.
+    Raises UsageError if there is no student yet, or another model is missing.
     """
     if recipe.student is None:
         raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
@@ -81,7 +81,7 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
 
 
 def _other(key: str, reference: str) -> Subject:
-    """A model that the recipe names beside its own: a run's folder stands for that run's student."""
+    """Another model that the recipe names; the folder of a run stands for its student."""
     path = Path(reference).expanduser()
     folder = path / "student" if (path / "student").is_dir() else path
     label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
@@ -96,7 +96,7 @@ def _other(key: str, reference: str) -> Subject:
 
 
 def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
-    """Refuses a student that another recipe trained: its base and its teacher would be taken for these."""
+    """Refuses a student that another recipe trained: its base and its teacher would be confused with these."""
     path = run.student / "lineage.json"
     try:
         trained = json.loads(path.read_bytes()).get("train", {})
@@ -113,7 +113,7 @@ def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
 
 
 def _teacher(recipe: Recipe) -> Subject:
-    """The teacher, and whether its weights can be had here: a paid API's cannot."""
+    """The teacher; without a folder if its weights cannot be had here, as those of a paid API."""
     reference, url = recipe.teacher.model, recipe.teacher.url
     if not is_loopback(url) and not reference.startswith(("embedded:", "/", "./", "../", "~")):
         missing = f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
@@ -143,7 +143,7 @@ def _folder(reference: str) -> Path:
 
 
 def measure_weights(folder: Path) -> Weights | None:
-    """Parameters and bytes from the headers of the safetensors files; None where there are none.
+    """Parameters and bytes from the headers of the safetensors files; None if there are none.
 
     Tied weights are stored, and counted, once. Source of the format: the safetensors README (8 bytes of length,
     then a JSON header).

@@ -235,5 +235,5 @@ def _record(run: RunDir, report: Report) -> None:
 
 
 def say(text: str) -> None:
-    """Progress, for a person."""
+    """Tells a person about the progress."""
     print(text, file=sys.stderr, flush=True)

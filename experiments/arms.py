@@ -56,7 +56,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Arms whose rows are on disk, and what they are scored on: test rows by where they come from."""
+    """Arms whose rows are on disk, and the test rows that they are scored on, by source."""
 
     arms: list[Arm]
     sources: dict[str, list[Kept]]
@@ -176,7 +176,7 @@ def _soft(setup: Setup) -> Prepared:
 
 
 def _thousand(setup: Setup) -> Prepared:
-    """So many prompts, from the first answer to the report: the first of the run's answers, or new ones."""
+    """A number of prompts, from the first answer to the report: the run's first answers, or new ones."""
     run = RunDir(setup.folder / "thousand")
     flags = ["--prompts.count", str(setup.options.rows)]
     if setup.base.completions.is_file() and setup.base.prompts.is_file() and not run.completions.exists():
@@ -208,7 +208,7 @@ def ready(setup: Setup) -> RunDir:
 
 
 def _answered(setup: Setup, run: RunDir, flags: Sequence[str]) -> None:
-    """Generates and filters where that was not done yet."""
+    """Generates and filters, unless that is done."""
     if run.kept.is_file() and run.dropped.is_file():
         return
     given = [*setup.flags, *flags]
@@ -265,7 +265,7 @@ class HumanRow(msgspec.Struct, frozen=True):
 
 
 def read_human(path: Path, system: str | None) -> list[Kept]:
-    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError where there is no file."""
+    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError if there is no file."""
     if not path.is_file():
         raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
     rows = []

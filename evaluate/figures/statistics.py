@@ -17,7 +17,7 @@ AT_ONCE = 100  # resamples whose n-grams are counted at once
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, and the same on each resample (a numpy array; nan where a resample has nothing to divide by)."""
+    """A figure, and the same on each resample (a numpy array; nan if a resample has nothing to divide by)."""
 
     value: float
     resampled: Any
@@ -30,7 +30,7 @@ class Figure:
         return Estimate(self.value - other.value, *interval(self.resampled - other.resampled))
 
     def over(self, other: "Figure") -> Estimate | None:
-        """The quotient; None where it would divide by zero."""
+        """The quotient; None if it would divide by zero."""
         import numpy as np
 
         if not other.value:

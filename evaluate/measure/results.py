@@ -80,7 +80,9 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
     bursts: list[Burst]  # at least one with tokens in it
     alone: list[Lone]
     startup_s: float
-    peak_rss_bytes: int | None  # of all the server's processes; None on a GPU, where it says nothing
+    peak_rss_bytes: (
+        int | None
+    )  # of all the server's processes; None on a GPU: vLLM takes the share it is told to
 
     @property
     def rates(self) -> list[float]:
@@ -92,7 +94,7 @@ class ProbeAnswer(msgspec.Struct, frozen=True):
     """A model's answer to one probe."""
 
     prompt_id: str
-    text: str  # empty where the model said nothing
+    text: str  # empty if the model said nothing
     finish_reason: str
     tokens: int | None
 

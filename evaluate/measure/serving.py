@@ -41,7 +41,7 @@ WARM_UP_TOKENS = 8
 def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tuple[Server, Path]]:
     """A server of the model, and the empty folder for its files. Raises DistillError if it does not start, or exits."""
     folder = run.path / FOLDER / f"served-{subject.key}"
-    shutil.rmtree(folder, ignore_errors=True)  # a timing is never continued: it starts anew
+    shutil.rmtree(folder, ignore_errors=True)  # a stopped timing starts again
     folder.mkdir(parents=True)
     model, log = str(engine_folder(subject, run)), folder / "server.log"
     with serving(model, port=free_port(), config=recipe.serve, log=log, served_name=subject.key) as server:
@@ -54,7 +54,7 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
 
 
 def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
-    """Has the recipe's teacher, whichever it is, answer the probes with the recipe's own sampling."""
+    """The recipe's teacher, which may be a server of ours, answers the probes with the recipe's own sampling."""
     started = time.monotonic()
     ask_prompts(recipe, folder, prompts)
     answers = _answers_in(RunDir(folder), prompts)
@@ -128,7 +128,7 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: 
 def _answers_in(asked: RunDir, prompts: Sequence[Prompt]) -> list[ProbeAnswer]:
     """What was answered to the prompts, in their order, once each.
 
-    A model that ended at once has said nothing: `generate` takes that for a failure, here it is an empty answer.
+    For `generate` an empty answer is a failure; here it is what the model said.
     Requests that failed for any other reason have none.
     """
     found = {}

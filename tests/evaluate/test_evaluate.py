@@ -296,7 +296,7 @@ def test_the_command_prints_the_table(
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     main([str(path), "--run", str(run.path), "--no-speed"])
     out = capsys.readouterr().out
-    assert "student before" in out and "perplexity" in out and "Speed and peak memory were not measured." in out
+    assert "before" in out and "perplexity" in out and "Speed and peak memory were not measured." in out
     assert str(run.report_html) in out
     with pytest.raises(DataError, match=r"test\.jsonl"):
         run.test.write_bytes(b"{}\n")
