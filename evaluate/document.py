@@ -102,12 +102,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: Estimate | None = None  # saturated: the median, the slowest and the fastest repetition
     tokens_per_s_alone: Estimate | None = None  # one request in flight; the interval is over requests
     first_token_s: Estimate | None = None  # median time to the first token, one request in flight
-    mean_completion_tokens: float | None = None
-    completion_tokens: int | None = None
-    requests: int | None = None
-    requests_failed: int | None = None
-    speed_wall_s: float | None = None
-    startup_s: float | None = None
+    mean_completion_tokens: float | None = None  # of an answer in the saturated timing
+    requests_failed: int | None = None  # in it
     peak_rss_mib: float | None = None  # of the whole server; None on a GPU
     kv_bytes_per_token: int | None = None  # 2 · layers · KV heads · head size · bytes of the served dtype
     served_dtype: str | None = None  # float32, bfloat16, …: what the engine computed in

@@ -15,8 +15,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.document import Estimate, ModelReport, Report, number, read_report
-from evaluate.figures.quality import BETTER, common_rows, measure_quality, perplexity_figures, probe_answers
+from evaluate.document import Better, Difference, Estimate, ModelReport, Report, number, read_report
+from evaluate.figures.quality import (
+    BETTER,
+    common_rows,
+    difference,
+    measure_quality,
+    perplexity_figures,
+    probe_answers,
+)
 from evaluate.figures.statistics import Figure
 from evaluate.measure.probes import choose_probes
 from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
@@ -48,35 +55,9 @@ class Column:
     """One figure of every arm that has it."""
 
     title: str
-    better: str | None  # higher, lower, or neither
+    better: Better | None
     arms: Mapping[str, Figure]  # on the same resamples
     others: Mapping[str, Estimate]  # models that are no arm: teacher, student before
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Between two arms, in one figure."""
-
-    title: str
-    arm: str
-    against: str
-    change: Estimate
-    better: str | None
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes zero."""
-        return not self.change.low <= 0 <= self.change.high
-
-    @property
-    def gain(self) -> float:
-        """The change, so that more is better."""
-        return self.change.value * (-1 if self.better == "lower" else 1)
-
-    def told(self) -> str:
-        """`soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)`."""
-        words = "differs from" if self.better is None else "is better than" if self.gain > 0 else "is worse than"
-        return f"{self.arm} {words} {self.against} in {self.title}: {self.change.told('{:+.3g}'.format)}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +78,7 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
     reports = {arm.name: _report(arm) for arm in prepared.arms}
     columns = _columns(setup, prepared, _other_models(reports))
     differences = [
-        Difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.better)
+        difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.better, "test")
         for column in columns
         for other, one in combinations(column.arms, 2)
     ]
@@ -196,11 +177,12 @@ def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Differe
         said = "no price is known (teacher.price)" if usd is None else f"{usd:.2f} USD"
         yield f"{name}: {said}, {tokens:,} tokens" if tokens is not None else f"{name}: {said}"
     more = (spent[other].get("usd") or 0.0) - (spent[one].get("usd") or 0.0)
-    for difference in differences if more > 0 else ():
-        if difference.better and difference.significant:
-            yield f"{difference.title}: {difference.gain / more:+.3g} for each USD that {other} cost more than {one}"
-        elif difference.better:
-            yield f"{difference.title}: {more:.2f} USD more made no significant difference"
+    for found in differences if more > 0 else ():
+        gain = found.change.value * (-1 if found.better == "lower" else 1)
+        if found.improved is None:
+            yield f"{found.figure}: {more:.2f} USD more made no significant difference"
+        else:
+            yield f"{found.figure}: {gain / more:+.3g} for each USD that {other} cost more than {one}"
 
 
 def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -226,12 +208,19 @@ def _short(value: float) -> str:
 
 def said(results: Results) -> list[str]:
     """The significant differences in words, the remarks, and what none of it says."""
-    shown = [difference.told() for difference in results.differences if difference.significant]
-    quiet = len(results.differences) - len(shown)
-    lines = shown or (["No difference between the arms is significant."] if results.differences else [])
-    if shown and quiet:
-        lines = [*lines, f"{quiet} further pairs of figures show no significant difference."]
+    lines = [_told(found) for found in results.differences if found.improved is not None]
+    quiet = len(results.differences) - len(lines)
+    if lines and quiet:
+        lines.append(f"{quiet} further pairs of figures show no significant difference.")
+    elif quiet:
+        lines.append("No difference between the arms is significant.")
     return [*lines, *results.remarks, results.note, CAUTION.format(count=len(results.differences))]
+
+
+def _told(found: Difference) -> str:
+    """`soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)`."""
+    word = "better" if found.improved else "worse"
+    return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
 
 
 def print_results(results: Results, console: Console) -> None:

@@ -251,25 +251,23 @@ def differences(test: Figures, unseen: Figures, quality: Quality) -> list[Differ
         for part, figures in parts:
             ours, theirs = figures.get(AFTER, {}), figures.get(against, {})
             for name in (name for name in ours if name in theirs):
-                change, better = ours[name].minus(theirs[name]), BETTER[name]
-                found.append(
-                    Difference(
-                        figure=name,
-                        part=part,
-                        model=AFTER,
-                        against=against,
-                        change=change,
-                        better=better,
-                        improved=_improved(change, better),
-                    )
-                )
+                change = ours[name].minus(theirs[name])
+                found.append(difference(name, AFTER, against, change, BETTER[name], part))
     return found
 
 
-def _improved(change: Estimate, better: Better | None) -> bool | None:
-    if better is None or change.low <= 0 <= change.high:
-        return None
-    return (change.low > 0) == (better == "higher")
+def difference(figure: str, model: str, against: str, change: Estimate, better: Better | None, part: Any) -> Difference:
+    """A change that is judged: `improved` only if its whole interval is on the better side of zero."""
+    sure = better is not None and not change.low <= 0 <= change.high
+    return Difference(
+        figure=figure,
+        part=part,
+        model=model,
+        against=against,
+        change=change,
+        better=better,
+        improved=(change.low > 0) == (better == "higher") if sure else None,
+    )
 
 
 def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:

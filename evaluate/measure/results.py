@@ -80,9 +80,7 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
     bursts: list[Burst]  # at least one with tokens in it
     alone: list[Lone]
     startup_s: float
-    peak_rss_bytes: (
-        int | None
-    )  # of all the server's processes; None on a GPU: vLLM takes the share it is told to
+    peak_rss_bytes: int | None  # of all the server's processes; None on a GPU: vLLM takes the share it is told to
 
     @property
     def rates(self) -> list[float]:

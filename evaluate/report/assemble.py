@@ -115,10 +115,7 @@ def build_report(recipe: Recipe, run: RunDir, measured: Measured) -> Report:
 
 def report_fingerprint(recipe: Recipe, run: RunDir, results: Results) -> str:
     """Changes when any figure does: measured, of a rule, or of a file that the report shows."""
-    digest = hashlib.sha256(str(SCHEMA).encode())
-    for group in (results.scored, results.unseen, results.timed, results.probed):
-        digest.update(msgspec.json.encode(dict(sorted(group.items()))))
-    digest.update(msgspec.json.encode(results.judged))
+    digest = hashlib.sha256(str(SCHEMA).encode() + msgspec.json.encode(results))
     digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())
     for path in (run.student / "training_log.json", run.filter_report, run.checks, run.reviews):
         digest.update(path.read_bytes() if path.is_file() else b"-")
@@ -184,11 +181,7 @@ def _speed_fields(timed: SpeedResult) -> dict[str, Any]:
     return fields | {
         "tokens_per_s": Estimate(median(rates), min(rates), max(rates)),
         "mean_completion_tokens": tokens / (requests - failed),
-        "completion_tokens": tokens,
-        "requests": requests,
         "requests_failed": failed,
-        "speed_wall_s": sum(burst.wall_s for burst in bursts),
-        "startup_s": timed.startup_s,
         "peak_rss_mib": None if timed.peak_rss_bytes is None else timed.peak_rss_bytes / MIB,
     }
 

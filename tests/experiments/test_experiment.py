@@ -13,12 +13,13 @@ import experiments.__main__ as experiments_main
 import experiments.arms
 import filters.__main__
 from evaluate.document import Estimate, read_report
+from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
 from evaluate.report.charts import dot_panel, draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
 from experiments.arms import matched_epochs, read_human
-from experiments.results import Column, Difference, Results, rows_of, said
+from experiments.results import Column, Results, rows_of, said
 from generate.jobs import build_jobs
 from generate.prompts import build_prompts, iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -294,7 +295,7 @@ def figure(value: float, spread: float) -> Figure:
 def results(**arms: Figure) -> Results:
     column = Column("bits/char", "lower", arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
-    change = Difference("bits/char", other, one, arms[other].minus(arms[one]), "lower")
+    change = difference("bits/char", other, one, arms[other].minus(arms[one]), "lower", "test")
     facts = {name: ["10", "–", "–", "–"] for name in arms}
     return Results("soft", "Which?", "a note", facts, [column], [change], [])
 
