@@ -37,6 +37,11 @@ def percent(value: float) -> str:
     return f"{value:,.0%}"
 
 
+def millions(parameters: float) -> str:
+    """134.5M, 1.54B."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
 class Estimate(msgspec.Struct, frozen=True):
     """A figure with its 95% bootstrap interval."""
 

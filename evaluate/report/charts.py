@@ -10,7 +10,7 @@ from html import escape
 
 import msgspec
 
-from evaluate.document import Estimate, Filtering, LossPoint, ModelReport, Report, Training, exactly, number
+from evaluate.document import Estimate, Filtering, LossPoint, ModelReport, Report, Training, exactly, millions, number
 from evaluate.figures.promise import QUALITY, TIMES
 from evaluate.models import TEACHER
 
@@ -163,11 +163,6 @@ def _figure(model: ModelReport, field: str) -> Estimate | None:
 
 def _kind(model: ModelReport) -> str:
     return "other" if model.key.startswith("other_") else model.key
-
-
-def millions(parameters: float) -> str:
-    """134.5M, 1.54B."""
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
 def loss_chart(training: Training) -> LossChart | None:

@@ -7,9 +7,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import Estimate, ModelReport, Report, WinRate, number, percent
+from evaluate.document import Estimate, ModelReport, Report, WinRate, millions, number, percent
 from evaluate.figures.promise import answer, shown
-from evaluate.report.charts import millions
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
