@@ -21,7 +21,7 @@ from experiments.__main__ import main
 from experiments.arms import matched_epochs, read_human
 from experiments.results import Column, Results, rows_of, said
 from generate.jobs import build_jobs
-from generate.prompts import build_prompts, iter_prompts
+from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe, load_recipe
@@ -77,7 +77,7 @@ def recipe(models: Path, tmp_path: Path) -> Path:
 def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
     """What `generate` would leave: every fourth answer too short, one said twice."""
     run.path.mkdir(parents=True, exist_ok=True)
-    run.prompts.write_bytes(b"".join(map(encode_line, build_prompts(recipe))))
+    run.prompts.write_bytes(b"".join(map(encode_line, iter_prompts(recipe))))
     lines = []
     for number, job in enumerate(build_jobs(iter_prompts(recipe), recipe)):
         text = "Too short." if number % (PROMPTS // SHORT) == 1 else f"Once there was a cat, number {number}. It sat."
@@ -259,7 +259,7 @@ def test_hard_and_soft_learn_the_same_rows(recipe: Path, run: RunDir) -> None:
 
 def test_the_first_thousand_are_the_runs_own(recipe: Path, run: RunDir, stages: list[str]) -> None:
     folder = experiment("thousand", recipe, run, "--rows", "12")
-    asked = {prompt.id for prompt in build_prompts(load_recipe(recipe, ["--prompts.count", "12"]))}
+    asked = {prompt.id for prompt in iter_prompts(load_recipe(recipe, ["--prompts.count", "12"]))}
     answers = list(read_jsonl(RunDir(folder / "thousand").completions, Completion))
     assert {row.prompt_id for row in answers} == asked and len(answers) == 12
     assert stages == ["filters thousand", "train thousand", "evaluate thousand"]  # nobody is asked again
