@@ -25,16 +25,6 @@ TEMPLATE_TOKENS = 64  # that a chat template may add: roles, turns, and its own 
 Count = Callable[[list[Message]], int | None]
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training. It adds nothing to a prompt."""
-
-    tags = {"generation"}  # noqa: RUF012, as jinja2 has it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def counter(model: str) -> Count | None:
     """A function that counts a prompt's tokens as the teacher's server does, chat template included.
 
@@ -82,14 +72,21 @@ def _folder(model: str) -> Path | None:
         return folder
     try:
         from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        return None
-    try:
+
         found = try_to_load_from_cache(model, "tokenizer.json")
-    except HFValidationError:
+    except (ImportError, ValueError):  # not installed, or a name that the Hub cannot have
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training. It adds nothing to a prompt."""
+
+    tags = {"generation"}  # noqa: RUF012, as jinja2 has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -101,6 +98,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -117,7 +118,3 @@ def _settings(folder: Path) -> dict[str, Any]:
     elif isinstance(several := settings.get("chat_template"), list):  # several templates, by name
         settings["chat_template"] = {one["name"]: one["template"] for one in several}.get("default")
     return settings
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
