@@ -16,7 +16,7 @@ import openai
 from openai.types import Batch
 
 from generate.batch_api import BatchApi
-from generate.batch_files import Chunk, Folder, output_ids, read_output
+from generate.batch_files import Chunk, Folder, read_output
 from generate.budget import Reservation
 from generate.context import Run
 from generate.dialect import Dialect
@@ -44,9 +44,8 @@ class Batches:
         self._dialect = Dialect()
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
-        self._last: dict[str, Fault] = {}  # why a request is to be asked again
         self._reserved: dict[str, Reservation] = {}
-        self._versions: dict[str, int] = {}  # of the dialect in which this call's chunks were written
+        self._written_in = 0  # the version of the dialect in which this call wrote its chunks
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
@@ -87,20 +86,16 @@ class Batches:
             for job in self._run.jobs():
                 if job.request.id in self._done:
                     continue
-                job.attempts = self._tries[job.request.id]
-                if job.attempts >= self._config.max_attempts:
-                    self._fail(job, self._last[job.request.id], self._dialect.sent(job.request.sampling))
-                elif body := self._reserve(job):
-                    yield job, body
-                else:
+                if (body := self._reserve(job)) is None:
                     refused = True
                     return
+                yield job, body
 
+        self._written_in = self._dialect.version
         chunks = self._folder.write(affordable())
-        self._versions |= {chunk.name: self._dialect.version for chunk in chunks}
         if chunks:
-            counted = sum(1 for chunk in chunks for _ in self._folder.ids(chunk))
-            self._run.say(f"{counted} requests in {len(chunks)} batch file(s) in {self._folder.path}")
+            requests = sum(chunk.requests for chunk in chunks)
+            self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
         elif refused:
             raise self._run.budget.reached()
         return bool(chunks)
@@ -193,51 +188,50 @@ class Batches:
 
     def _collect(self, path: Path, chunk: Chunk | None = None) -> None:
         """Writes the outcomes in a file to the journals: each request's first answer, and no more."""
-        ids = output_ids(path)
+        outcomes = read_output(path, self._api.words)
         sent = self._folder.sent(chunk) if chunk else {}
-        jobs = {job.request.id: job for job in self._run.jobs() if job.request.id in ids}
-        for id_, outcome in read_output(path, self._api.words):
-            job = jobs.get(id_)
-            if job is None or id_ in self._done:
+        strangers = len(outcomes)
+        for job in self._run.jobs():
+            id_ = job.request.id
+            if id_ not in outcomes:
                 continue
-            self._tries[id_] += 1
-            job.attempts = self._tries[id_]
-            sampling = sent.get(id_) or self._dialect.sent(job.request.sampling)
-            if isinstance(outcome, Answer):
-                self._answer(job, outcome, sampling)
-                continue
-            self._settle(id_, outcome)
-            version = self._versions.get(chunk.name, 0) if chunk else 0
-            if chunk and self._dialect.teaches(outcome, job, version):
-                self._dialect.learn(outcome, job, version, self._run.say)
-                self._tries[id_] -= 1
-            elif heals(outcome):
-                self._last[id_] = outcome
-            else:
-                self._fail(job, outcome, sampling)
-        if strangers := len(ids) - len(jobs):
+            strangers -= 1
+            if id_ not in self._done:
+                self._take(job, outcomes[id_], sent.get(id_) or self._dialect.sent(job.request.sampling), chunk)
+        if strangers:
             self._run.say(f"{path}: ignored {strangers} answers that the run has already, or that nothing asks for")
 
+    def _take(self, job: Job, outcome: Answer | Fault, sampling: dict[str, Any], chunk: Chunk | None) -> None:
+        """Records an outcome; one that may heal, or that teaches something, leaves the request to another batch."""
+        id_, version = job.request.id, self._written_in
+        if isinstance(outcome, Fault):
+            self._settle(id_, outcome)
+            if chunk and self._dialect.teaches(outcome, job, version):
+                self._dialect.learn(outcome, job, version, self._run.say)
+                return
+        self._tries[id_] += 1
+        job.attempts = self._tries[id_]
+        if isinstance(outcome, Answer):
+            self._answer(job, outcome, sampling)
+        elif not heals(outcome) or job.attempts >= self._config.max_attempts:
+            self._run.failures.append(failed(job, outcome, endpoint=self._url, sampling=sampling))
+            self._done.add(id_)
+            self._run.counters.failed += 1
+            self._run.counters.errors[outcome.error] += 1
+
     def _answer(self, job: Job, answer: Answer, sampling: dict[str, Any]) -> None:
-        reservation = self._reserved.pop(job.request.id, None)
         completion = completed(job, answer, latency_s=0.0, endpoint=self._url, sampling=sampling)
         self._run.completions.append(completion)
         self._done.add(job.request.id)
         self._run.counters.count(completion.model, completion.usage)
-        if reservation is not None:
+        if reservation := self._reserved.pop(job.request.id, None):
             self._run.budget.settle(reservation, answer.usage, billed=True, journaled=True)
 
     def _settle(self, id_: str, fault: Fault | None) -> None:
         """Gives back what a request without an answer reserved, but for what it cost."""
-        if (reservation := self._reserved.pop(id_, None)) is not None:
+        if reservation := self._reserved.pop(id_, None):
             usage, billed = (fault.usage, fault.status == 200) if fault else (None, False)
             self._run.budget.settle(reservation, usage, billed=billed, journaled=False)
-
-    def _fail(self, job: Job, fault: Fault, sampling: dict[str, Any]) -> None:
-        self._run.failures.append(failed(job, fault, endpoint=self._url, sampling=sampling))
-        self._done.add(job.request.id)
-        self._run.counters.failed += 1
-        self._run.counters.errors[fault.error] += 1
 
     def _leave(self) -> None:
         """Leaves the batches at work. The call that collects them reserves again what they may cost."""

@@ -18,7 +18,6 @@ from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 
 LISTED = 100  # batches per page, when one is looked for
-FIXES = {404: "; does it have a Batch API? generate.mode online needs none"}
 
 
 class BatchApi:
@@ -28,7 +27,10 @@ class BatchApi:
         """`run_key` marks this run's batches at the provider."""
         teacher, key = recipe.teacher, recipe.teacher.api_key()
         self.url, self._run_key, self._redact = teacher.url, run_key, Redactor.of(teacher)
-        self._fixes = {**FIXES, 401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses"}
+        self._fixes = {
+            401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses",
+            404: "; does it have a Batch API? generate.mode online needs none",
+        }
         own = ("Content-Type", "Authorization")  # which the package sets
         self._api = openai.AsyncOpenAI(
             api_key=key.get_secret_value() if key else "none",

@@ -6,14 +6,14 @@ for each byte, and what a chat template may add.
 """
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import UsageError
@@ -43,6 +43,9 @@ def counter(model: str) -> Count | None:
         template = settings.pop("chat_template", None)
         if not isinstance(template, str):
             return None
+        # `generation` marks the assistant's words for training. It adds nothing to a prompt.
+        template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
+        template = re.sub(r"({%[-+]?\s*end)generation\b", r"\1if", template)
         render = _environment().from_string(template).render
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # `tokenizers` raises nothing narrower
@@ -79,21 +82,9 @@ def _folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training. It adds nothing to a prompt."""
-
-    tags = {"generation"}  # noqa: RUF012, as jinja2 has it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _environment() -> ImmutableSandboxedEnvironment:
     """jinja2 as transformers sets it up: chat templates are written for that."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
