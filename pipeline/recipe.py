@@ -27,17 +27,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
-from pipeline.filters_config import RUBRIC, DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
-from pipeline.partition import part_of
+from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
+from pipeline.partition import position
 from pipeline.recipe_errors import explain
 from pipeline.records import Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
-from pipeline.train_config import KdConfig, TrainConfig
+from pipeline.train_config import TrainConfig
 
-__all__ = ["ChooseSlot", "GenerateConfig", "PromptsConfig", "Recipe", "SamplingConfig", "ServeConfig", "StudentConfig"]
-__all__ += ["TeacherConfig", "load_recipe", "slot_values"]
-__all__ += ["RUBRIC", "BudgetConfig", "DedupConfig", "EvaluateConfig", "FiltersConfig", "JudgeConfig", "KdConfig"]
-__all__ += ["PriceConfig", "RuleConfig", "Section", "TrainConfig"]  # defined elsewhere
+__all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleConfig"]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
 FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
@@ -83,7 +80,7 @@ class TeacherConfig(Section):
         return self.urls[0]
 
     def api_key(self) -> SecretStr | None:
-        """The key, from the environment only; None where the variable is unset or empty.
+        """The key, from the environment only; None if the variable is unset or empty.
 
         Spaces and line breaks around it are what `$(cat file)` and .env files leave, never part of a key.
         """
@@ -170,7 +167,10 @@ class PromptsConfig(Section):
 
     def part_of(self, messages: Sequence[Message]) -> Part:
         """What a prompt is for: training, validation or test."""
-        return part_of(messages, seed=self.seed, validation=self.validation, test=self.test)
+        where = position(messages, self.seed)
+        if where < self.test:
+            return "test"
+        return "validation" if where < self.test + self.validation else "train"
 
 
 class SamplingConfig(Section):
@@ -297,10 +297,9 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: a folder, not a recipe") from None
+    except OSError as error:
+        reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
+        raise RecipeError(f"{path}: {reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

@@ -8,11 +8,12 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ from serve.model_facts import model_facts
 from serve.vllm_log import cause, last_line, tail
 
 POLL_S = 0.25
-SAMPLE_S = 0.5  # between two looks at the memory
 STOP_S = 40.0  # more than the guard ever needs
 WRONG_USAGE = 2  # vLLM's exit code for a flag it does not know
 CAUSE_CHARS = 300
@@ -50,19 +50,16 @@ class Server:
         self.log = log
         self.startup_s = 0.0  # seconds from the start of the process until it was ready
         self._guard = guard
-        self._seen: set[psutil.Process] = set()
         self._peak = 0
-        self._done = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, name="server-memory", daemon=True)
-        self._sampler.start()
 
     def peak_rss(self) -> int:
         """The most bytes of resident memory, summed over the server's processes.
 
-        The larger of two numbers: the highest sampled sum, and the sum of the peaks (VmHWM) of the living processes.
-        Pages that processes share are counted in each of them.
+        It is the sum of their peaks (VmHWM). Pages that processes share are counted in each of them.
         """
-        self._measure()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(self._guard.pid).children(recursive=True)
+            self._peak = max(self._peak, sum(map(_peak_memory, tree)))
         return self._peak
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -84,35 +81,15 @@ class Server:
 
     def stop(self) -> None:
         """Ends the server and everything that it started. Does nothing if it has ended."""
-        self._done.set()
-        self._sampler.join()
-        self._measure()
+        self.peak_rss()
         if self._guard.stdin:
             with contextlib.suppress(OSError):
                 self._guard.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._guard.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._guard.kill()
-            self._guard.wait()
-        left = [process for process in self._seen if process.is_running()]
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=STOP_S)
-
-    def _sample(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            self._measure()
-
-    def _measure(self) -> None:
-        if self._guard.poll() is not None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree = psutil.Process(self._guard.pid).children(recursive=True)
-            self._seen.update(tree)
-            sizes = [_memory(process) for process in tree]
-            self._peak = max(self._peak, sum(now for now, _ in sizes), sum(peak for _, peak in sizes))
+        with contextlib.suppress(ProcessLookupError):  # a guard that hangs or was killed leaves its session
+            os.killpg(self._guard.pid, signal.SIGKILL)
+        self._guard.wait()
 
 
 @contextmanager
@@ -242,13 +219,11 @@ def _reached_at(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Resident bytes of a process now and at its peak; 0 if it has ended."""
+def _peak_memory(process: psutil.Process) -> int:
+    """The most bytes that were resident for a process; 0 if it has ended."""
     try:
-        now = process.memory_info().rss
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return now, int(line.split()[1]) * 1024
-    except (psutil.Error, OSError):
-        return 0, 0
-    return now, now
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else 0
