@@ -18,8 +18,6 @@ from pipeline.rundir import RunDir
 from serve.checks import local_address
 from serve.command import Command, build_command, merge_args, port_number
 
-LINE_S = 15.0  # between two lines of progress if there is no terminal
-
 
 def main(argv: list[str] | None = None) -> None:
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
@@ -45,31 +43,23 @@ def serve(
     except ImportError as error:
         raise UsageError(f"serving needs the `serve` or `serve-cpu` extra: {error}; run `make serve`") from None
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     log = run.path / f"serve-{port}.log"
-    console.print(f"starting vLLM for {model}; its log: {log}", markup=False)
-    told = 0.0
+    console.print(f"starting vLLM for {model}; its log: {log}")
     with console.status("starting vLLM") as status:
 
         def waiting(seconds: float, line: str) -> None:
-            nonlocal told
-            if console.is_terminal:
-                status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
-            elif seconds - told >= LINE_S:
-                told = seconds
-                console.print(f"starting vLLM, {seconds:.0f} s", markup=False)
+            status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
 
         with serving(model, port=port, host=host, config=config, log=log, waiting=waiting) as server:
             status.stop()
-            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {model}", markup=False)
-            console.print(
-                f"next, in another terminal: {_next(recipe, recipe_path, server.base_url, model)}", markup=False
-            )
-            console.print("Ctrl-C ends it", markup=False)
+            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {model}")
+            console.print(f"next, in another terminal: {_next(recipe, recipe_path, server.base_url, model)}")
+            console.print("Ctrl-C ends it")
             try:
                 server.wait()
             except KeyboardInterrupt:
-                console.print("ending vLLM", markup=False)
+                console.print("ending vLLM")
                 raise
             raise server.failure("while it was serving")
 

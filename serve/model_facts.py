@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pipeline.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -80,10 +82,8 @@ def _total(sizes: Mapping[str, int], suffix: str) -> int:
 def _from_folder(folder: Path) -> ModelFacts:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
         raise UsageError(f"{path}: not a model's configuration ({error}); give a model folder or a Hub id") from None
     facts = facts_of(config, {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()})
     if facts.weight_bytes is None:
