@@ -62,7 +62,7 @@ class Batches:
         if not self._folder.live:
             self._write()
         self._leave()
-        return [self._folder.input(chunk) for chunk in self._folder.live if chunk.batch_id is None]
+        return [self._folder.file(chunk, "input") for chunk in self._folder.live if chunk.batch_id is None]
 
     def collect(self, path: Path) -> None:
         """Collects an output file that came another way, as `vllm run-batch` writes it.
@@ -73,7 +73,7 @@ class Batches:
             raise UsageError(f"{path}: no such file; give the output of a batch")
         self._collect(path)
         for chunk in self._folder.live:
-            if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.ids(chunk)):
+            if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True
         self._folder.save()
 
@@ -103,15 +103,14 @@ class Batches:
     def _reserve(self, job: Job) -> bytes | None:
         """Reserves what a request can cost; its body, or None if the budget does not cover it."""
         body = self._dialect.body(job)
-        reservation = self._run.budget.reserve(len(body), job.request.sampling["max_tokens"])
-        if reservation is None:
+        if (reservation := self._run.budget.reserve(len(body), job.request.sampling["max_tokens"])) is None:
             return None
         self._reserved[job.request.id] = reservation
         return body
 
     def _reserve_live(self) -> None:
         """Batches of an earlier call still cost money: their requests are reserved again."""
-        live = {id_ for chunk in self._folder.live for id_ in self._folder.ids(chunk)}
+        live = {id_ for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
         for job in self._run.jobs() if live else ():
             if job.request.id in live:
                 self._reserve(job)
@@ -142,7 +141,7 @@ class Batches:
     async def _advance(self, chunk: Chunk) -> None:
         """Takes a chunk as far as it goes now."""
         if chunk.file_id is None:
-            chunk.file_id = await self._api.upload(self._folder.input(chunk))
+            chunk.file_id = await self._api.upload(self._folder.file(chunk, "input"))
             self._folder.save()
         if chunk.batch_id is None:
             others = [other for other in self._folder.live if other.batch_id and other.status not in ENDED]
@@ -151,7 +150,7 @@ class Batches:
             batch = await self._api.find(chunk.name) or await self._api.create(chunk.name, chunk.file_id)
             chunk.batch_id, chunk.status = batch.id, batch.status
             self._folder.save()
-            self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({self._folder.input(chunk).name})")
+            self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({self._folder.file(chunk, 'input').name})")
             return
         batch = await self._api.retrieve(chunk.batch_id)
         if batch.status != chunk.status:
@@ -173,9 +172,10 @@ class Batches:
             return
         for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
             if file_id:
-                await self._api.download(file_id, self._folder.output(chunk, kind))
-                self._collect(self._folder.output(chunk, kind), chunk)
-        for id_ in self._folder.ids(chunk):  # neither answered nor failed: an expired batch does no more work on them
+                file = self._folder.file(chunk, kind)
+                await self._api.download(file_id, file)
+                self._collect(file, chunk)
+        for id_ in self._folder.sent(chunk):  # neither answered nor failed: an expired batch does no more work on them
             self._settle(id_, None)
         for journal in (self._run.completions, self._run.failures):
             journal.sync()

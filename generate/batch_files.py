@@ -7,7 +7,7 @@
 Every file appears by rename, so a killed process leaves the old state or the new one.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -68,21 +68,15 @@ class Folder:
         with replacing(self._file) as file:
             file.write(msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
 
-    def input(self, chunk: Chunk) -> Path:
-        return self.path / f"{chunk.name}.input.jsonl"
-
-    def output(self, chunk: Chunk, kind: str) -> Path:
+    def file(self, chunk: Chunk, kind: str) -> Path:
+        """A chunk's `input`, `output` or `error` file."""
         return self.path / f"{chunk.name}.{kind}.jsonl"
-
-    def ids(self, chunk: Chunk) -> Iterator[str]:
-        """The ids of a chunk's requests."""
-        return (line.custom_id for line in read_jsonl(self.input(chunk), _Input))
 
     def sent(self, chunk: Chunk) -> dict[str, dict[str, Any]]:
         """The sampling values that each request of a chunk went out with, by its id."""
         return {
             line.custom_id: {name: value for name, value in line.body.items() if name not in ("model", "messages")}
-            for line in read_jsonl(self.input(chunk), _Input)
+            for line in read_jsonl(self.file(chunk, "input"), _Input)
         }
 
     def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Chunk]:
@@ -93,7 +87,7 @@ class Folder:
         while first is not None:
             chunk = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}", requests=0)
             size = 0
-            with replacing(self.input(chunk)) as file:
+            with replacing(self.file(chunk, "input")) as file:
                 while first is not None:
                     line = input_line(*first)
                     size += len(line)

@@ -28,14 +28,6 @@ BOM = b"\xef\xbb\xbf"
 ACCEPTED = (
     'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, or a folder saved by `datasets`'
 )
-OTHER_FORMATS = {  # by how a file begins
-    b"PAR1": "a Parquet file",
-    b"\x1f\x8b": "a compressed file",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"[": "a JSON array",
-}
-
 _encoder = msgspec.json.Encoder()
 
 
@@ -112,28 +104,14 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
     except OSError as error:
         raise DataError(f"prompts.file {path}: {error.strerror or error}") from None
     with file:
-        _check_format(path, file.read(64))
-        file.seek(0)
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
                 yield f"{path}:{number}", decoder.decode(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); {ACCEPTED}") from None
-            except msgspec.DecodeError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
-
-
-def _check_format(path: Path, start: bytes) -> None:
-    """Raises DataError if the file begins like one of another format."""
-    text = start.removeprefix(BOM).lstrip()
-    found = next((name for mark, name in OTHER_FORMATS.items() if text.startswith(mark)), None)
-    if not found and text and not text.startswith(b"{"):
-        found = "CSV or plain text"
-    if found:
-        raise DataError(f"prompts.file {path}: this looks like {found}; {ACCEPTED}")
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:

