@@ -9,7 +9,9 @@ from pydantic.fields import FieldInfo
 class Section(BaseModel):
     """One section: frozen, unknown keys refused. The text under each key is what `--help` and docs/settings.md show."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
+    )
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
