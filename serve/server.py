@@ -64,10 +64,9 @@ class Server:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Waits for the server to end by itself. Returns its exit code, or None after `timeout` seconds."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self._guard.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        return None
 
     def failure(self, when: str) -> DistillError:
         """The error that says why the server ended."""
@@ -85,8 +84,7 @@ class Server:
         if self._guard.stdin:
             with contextlib.suppress(OSError):
                 self._guard.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._guard.wait(STOP_S)
+        self.wait(STOP_S)
         with contextlib.suppress(ProcessLookupError):  # a guard that hangs or was killed leaves its session
             os.killpg(self._guard.pid, signal.SIGKILL)
         self._guard.wait()
@@ -192,26 +190,22 @@ def _wait_until_ready(server: Server, command: Command, timeout_s: float, waitin
 
 
 def _ready(command: Command) -> bool:
-    listing = _get(command, "/v1/models") if _get(command, "/health") is not None else None
-    try:
-        return command.served_name in [model["id"] for model in json.loads(listing or b"")["data"]]
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _get(command: Command, path: str) -> bytes | None:
-    """The body of a 200 answer, else None. Never through a proxy."""
+    """Whether the server answers, and serves the model. Never asks a proxy."""
     key = os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     connection = http.client.HTTPConnection(_reached_at(command.host), command.port, timeout=10)
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
-        answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException):
-        return None
+        for path in ("/health", "/v1/models"):
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            body = answer.read()
+            if answer.status != http.client.OK:
+                return False
+        return command.served_name in [model["id"] for model in json.loads(body)["data"]]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return False
     finally:
         connection.close()
-    return body if answer.status == http.client.OK else None
 
 
 def _reached_at(host: str) -> str:
