@@ -7,6 +7,7 @@ bound, and an expected number once there are answers. Attempts that fail after t
 
 import msgspec
 
+from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left
 from generate.dialect import Dialect
@@ -14,7 +15,6 @@ from generate.jobs import build_jobs
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.prompts import iter_prompts
-from generate.spending import spent_so_far
 from generate.tokens import bound, counter
 from pipeline.address import is_private
 from pipeline.recipe import Recipe

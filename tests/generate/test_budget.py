@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate.budget import Budget
+from generate.budget import Budget, Spend, spent_so_far
 from generate.dry_run import describe, dry_run
 from generate.jobs import Partition
 from generate.journal import Contents
 from generate.prices import PICO, PRICES, Price, price_of
 from generate.run import generate
-from generate.spending import Spend, spent_so_far
 from generate.tokens import TEMPLATE_TOKENS, counter
 from pipeline.errors import DataError
 from pipeline.recipe import BudgetConfig, Recipe, TeacherConfig
