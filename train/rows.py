@@ -66,9 +66,9 @@ def read_parts(recipe: Recipe, run: RunDir) -> Parts:
 def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:
     """The rows by the part of their prompt (pipeline.partition).
 
-    `test_rows` are tested on instead of the run's own: no row that asks one of their questions stays, nor any row of
-    the run's own test part. In a run so small that a part has no row, the training question of the lowest hash moves
-    there. Raises DataError if a part is still empty.
+    `test_rows` take the place of the run's own test rows; rows that ask one of their questions are left out. If a part
+    has no row, as in a small run, the training question of the lowest hash moves there. Raises DataError if a part is
+    still empty.
     """
     asked = {prompt_text(row) for row in test_rows or ()}
     parts: dict[Part, list[Kept]] = {"train": [], "validation": [], "test": []}
@@ -93,7 +93,7 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
 
 
 def prompt_text(row: Completion) -> str:
-    """A conversation up to the answer, without what makes it no other question."""
+    """A conversation up to the answer, normalised for comparison."""
     return question_text(row.messages)
 
 

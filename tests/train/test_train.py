@@ -480,7 +480,7 @@ def test_a_killed_training_goes_on_where_it_was(student: str, tmp_path: Path, me
     process.wait()
     assert not killed.student.exists()
     done = subprocess.run([*command, str(killed.path)], check=True, capture_output=True, text=True)
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-5), f"killed after step {step}"
     assert eval_losses(killed) == pytest.approx(eval_losses(whole), rel=1e-5)
 
@@ -530,7 +530,7 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "saving a checkpoint after this step" in capsys.readouterr().err
     train_run(recipe, broken)
-    assert "going on from step 3 of 8" in capsys.readouterr().err
+    assert "resuming from step 3 of 8" in capsys.readouterr().err
     assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
     assert eval_losses(broken) == pytest.approx(eval_losses(whole), rel=1e-5)
 
