@@ -80,11 +80,32 @@ class Kept(Completion, frozen=True, kw_only=True):
     scores: dict[str, float] = {}
 
 
+class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why one rule drops an answer, as data; `filters.reasons.describe` says it in words. Unset fields stay out."""
+
+    rule: str  # its label in reports: `length`, `length#2`, the name of a user's function
+    what: str = ""  # what was looked at, where a rule looks at several things: a setting, a script, `answer`, `prompt`
+    value: int | float | None = None  # what was measured: characters, occurrences, a share (0 to 1), a score, a rank
+    at_least: int | float | None = None  # the limit that `value` is under
+    at_most: int | float | None = None  # the limit that `value` is over
+    count: int | None = None  # how often it occurs, or how many of `total`
+    total: int | None = None
+    n: int | None = None  # words of an n-gram, sentences of a span
+    found: str = ""  # the words of the answer that decided
+    allowed: list[str] = []  # what would have been right in place of `found`
+    missing: dict[str, list[str]] = {}  # slot: values that the answer does not name
+    of: str = ""  # id of the row that this one is like
+    source: str = ""  # the run or file which has that row; empty: this run
+    similarity: float | None = None  # Jaccard, 0 to 1; None: the same text, once folded
+    scores: dict[str, int] = {}  # the judge's criteria under the minimum
+    note: str = ""  # the words of a user's function, or of the judge's server
+
+
 class Dropped(Completion, frozen=True, kw_only=True):
     """An answer left out: `rule` is the first that dropped it, `detail` every rule's reason, in the rules' order."""
 
     rule: str
-    detail: dict[str, str]
+    detail: list[Reason]
 
 
 def folded(text: str) -> str:

@@ -17,13 +17,14 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
 from train.student_trainer import Batch, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.tokens import MASKED, stop_tokens
+from train.tokens import MASKED
 
 # Samples are drawn from the student's distribution as it is, whatever its generation_config.json says.
 AS_IT_IS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

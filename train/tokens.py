@@ -22,14 +22,6 @@ class LabelFaults:
     first: dict[str, str]  # the first row of each kind, and what is wrong with it
 
 
-def stop_tokens(tokenizer: Any, model: Any) -> set[int]:
-    """Ids that end an answer: the tokenizer's EOS and all that generation stops at (an end-of-turn token is one)."""
-    found: set[int] = set()
-    for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
-        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return found
-
-
 def count_faults(
     parts: Iterable[Iterable[TokenRow]], *, stops: set[int], decode: Callable[[list[int]], str]
 ) -> LabelFaults:

@@ -23,6 +23,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig
 
+from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.train_config import TrainConfig
 from train.machine import (
@@ -39,7 +40,7 @@ from train.progress import Milestones, TrainProgress, is_stopped_early
 from train.soft import GkdTrainer, KdTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
-from train.tokens import LabelFaults, count_faults, differing_prompts, stop_tokens
+from train.tokens import LabelFaults, count_faults, differing_prompts
 
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost

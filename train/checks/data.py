@@ -6,7 +6,7 @@ Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, SAFE_KEEP_RATE
+from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
 from pipeline.checks import Check, Status
 from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
@@ -68,7 +68,7 @@ def label_checks(faults: LabelFaults, rows: int) -> Iterator[Check]:
 
 def _rows(count: int) -> Check:
     low, high = ADVISED_ROWS
-    finding = f"{count:,} rows; {low:,} to {high:,} are advised"
+    finding = f"{count:,} rows; {low:,} to {high:,} are advised, {FAIR_START} are a fair start"
     if low <= count <= high:
         return Check(name="rows", status="pass", value=count, finding=finding)
     fix = "raise prompts.count" if count < low else "more rows than these seldom teach more"
