@@ -1,9 +1,9 @@
 """`python -m benchmarks.training`: tokens/s of training, ours against SFTTrainer's defaults, on the same rows.
 
-Real tokens: padding is not counted. Both train the same adapter (rank, targets, learning rate, rows a step, epochs) of
-the same model; everything else is SFTTrainer's default on one side and `python -m train`'s on the other. In the end
-both are scored on the same held-out rows by the same code: a training that is fast because it learns less would show.
-Rows: a run's kept.jsonl, or made-up stories whose lengths are those of a real run.
+Real tokens: padding is not counted. Both train the same adapter (rank, targets, learning rate, rows per step, epochs)
+of the same model; all else is SFTTrainer's default on one side and that of `python -m train` on the other. In the end
+both are scored on the same validation rows by the same code, to show if a training is fast because it learns less.
+Rows: a run's kept.jsonl, or made-up stories with the lengths of a real run.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
@@ -30,18 +29,18 @@ from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from train.rows import read_rows, to_examples
 from train.student_trainer import completion_logits
-from train.trainer import LORA_TARGETS, Examples, Prepared, prepare
+from train.trainer import Examples, Prepared, lora_config, prepare
 
 LENGTHS: list[int] = json.loads(Path(__file__).with_name("lengths.json").read_text())["lengths"]
 ANIMALS = ["Toby the rabbit", "a small brown bear", "Mimi the cat", "the old owl", "a shy hedgehog", "the gentle fox"]
 THINGS = ["a red kite", "the last carrot", "a round stone", "a letter", "the warm lamp", "a boat of bark", "an acorn"]
 PLACES = ["by the river", "under the oak", "in the snow", "behind the hill", "at the market", "in the quiet garden"]
 DEEDS = ["found", "carried", "looked for", "gave away", "painted", "hid", "shared", "dreamt of", "fixed"]
-WORDS_A_TOKEN = 0.8
+WORDS_PER_TOKEN = 0.8
 
 
 class Clock(TrainerCallback):
-    """Real tokens a second of each step, and over all of them a CPU second: the latter bears a busy machine."""
+    """Real tokens per second of each step, and per CPU second over all steps, which a busy machine changes less."""
 
     def __init__(self) -> None:
         self.speeds: list[float] = []
@@ -69,15 +68,15 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:smollm2-135m")
     parser.add_argument("--kept", type=Path, help="a kept.jsonl; default: made-up stories")
     parser.add_argument("--rows", type=int, default=48, help="rows to train on")
-    parser.add_argument("--held-out", type=int, default=8)
+    parser.add_argument("--validation", type=int, default=8, help="rows that both are scored on")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="how often each side trains, in turn")
     options = parser.parse_args()
     model = resolve_model(options.model)
-    rows = kept_rows(options.kept) if options.kept else made_up_rows(options.rows + options.held_out)
+    rows = kept_rows(options.kept) if options.kept else made_up_rows(options.rows + options.validation)
     random.Random(0).shuffle(rows)
-    count = min(options.rows, len(rows) - options.held_out)
-    examples = Examples(rows[:count], rows[count : count + options.held_out])
+    count = min(options.rows, len(rows) - options.validation)
+    examples = Examples(rows[:count], rows[count : count + options.validation])
     # So few steps leave none for a warm-up, which SFTTrainer's default schedule has not.
     config = TrainConfig(epochs=options.epochs, max_length=2048, lora_dropout=0, warmup=0)
     clocks: dict[str, list[Clock]] = {"ours": [], "SFTTrainer": []}
@@ -90,7 +89,7 @@ def main() -> None:
                 trainer = prepared.trainer if side == "ours" else defaults(model, examples, config, work)
                 trainer.add_callback(clock)
                 trainer.train()
-                losses[side] = held_out_loss(trainer, prepared)
+                losses[side] = validation_loss(trainer, prepared)
                 clocks[side].append(clock)
     lengths = length_range(prepared)
     print(f"{options.model}, {count} rows of {lengths} tokens, {options.epochs} epochs; ours in {prepared.precision}")
@@ -99,13 +98,6 @@ def main() -> None:
 
 def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) -> SFTTrainer:
     """SFTTrainer as it comes; given are only what is trained, the learning rate, and what writes no file."""
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=LORA_TARGETS,
-    )
     return SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -119,12 +111,12 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(examples.train),
-        peft_config=lora,
+        peft_config=lora_config(config),
     )
 
 
-def held_out_loss(trainer: SFTTrainer, prepared: Prepared) -> float:
-    """Cross-entropy a completion token, in nats."""
+def validation_loss(trainer: SFTTrainer, prepared: Prepared) -> float:
+    """Cross-entropy per completion token, in nats."""
     total, tokens = 0.0, 0
     model = trainer.model.eval()
     for row in prepared.trainer.eval_dataset:
@@ -141,7 +133,7 @@ def kept_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def made_up_rows(count: int) -> list[dict[str, Any]]:
-    """Stories without sense, as long as answers of a real run are."""
+    """Stories without sense, as long as the answers of a real run."""
     rng = random.Random(0)
     return [
         {
@@ -154,7 +146,7 @@ def made_up_rows(count: int) -> list[dict[str, Any]]:
 
 def _story(rng: random.Random, tokens: int) -> str:
     words: list[str] = []
-    while len(words) < tokens * WORDS_A_TOKEN:
+    while len(words) < tokens * WORDS_PER_TOKEN:
         who, what, where = rng.choice(ANIMALS), rng.choice(THINGS), rng.choice(PLACES)
         sentence = f"{who} {rng.choice(DEEDS)} {what} {where}."
         words += (sentence[0].upper() + sentence[1:]).split()
@@ -176,11 +168,17 @@ def report(clocks: dict[str, list[Clock]], losses: dict[str, float]) -> str:
         )
         for side, taken in clocks.items()
     }
-    head: Sequence[str] = ("", "tokens/s, median step", "tokens/s, all steps", "tokens a CPU second", "held-out loss")
+    head: Sequence[str] = (
+        "",
+        "tokens/s, median step",
+        "tokens/s, all steps",
+        "tokens/CPU second",
+        "validation loss",
+    )
     lines = [(side, *(f"{speed:.0f}" for speed in found), f"{losses[side]:.4f}") for side, found in figures.items()]
     ratios = [f"{a / b:.2f}" for a, b in zip(figures["ours"], figures["SFTTrainer"], strict=True)]
     change = losses["ours"] / losses["SFTTrainer"] - 1
-    return f"{show([head, *lines])}\n{', '.join(ratios)} times as fast; held-out loss {change:+.1%}"
+    return f"{show([head, *lines])}\n{', '.join(ratios)} times as fast; validation loss {change:+.1%}"
 
 
 if __name__ == "__main__":

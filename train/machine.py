@@ -103,13 +103,8 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, so
 def wants_checkpointing(model: Any, config: TrainConfig, tokens: int) -> str:
     """Why gradient checkpointing is needed, in words; empty if memory suffices or the model's shape is not known."""
     try:
-        needed = activation_bytes(
-            model.config.get_text_config(),
-            tokens,
-            width=2 if autocast(config.weights) else 4,
-            adapters=config.weights != "full",
-            soft=config.soft,
-        )
+        shape, width = model.config.get_text_config(), 2 if autocast(config.weights) else 4
+        needed = activation_bytes(shape, tokens, width=width, adapters=config.weights != "full", soft=config.soft)
     except AttributeError:
         return ""
     optimizer = ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0

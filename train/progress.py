@@ -127,8 +127,4 @@ class TrainProgress(TrainerCallback):
                 self.console.print(f"step {step}/{steps}: loss {loss}, {speed:,.0f} tokens/s, {left:,.0f} s left")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leaves the terminal as it was; also after an interrupt."""
         self.bar.stop()

@@ -113,8 +113,7 @@ def _fault(row: Kept) -> str | None:
         return "the answer is empty"
     if unknown := [message.role for message in row.messages if message.role not in ROLES]:
         return f"no role {unknown[0]!r} is known; there are {', '.join(ROLES)}"
-    if not row.messages or row.messages[-1].role != "user":
-        last = row.messages[-1].role if row.messages else "none"
+    if (last := row.messages[-1].role if row.messages else "none") != "user":
         return f"the conversation must end with a user message, the last one is {last!r}"
     if not row.messages[-1].content.strip():
         return "the question is empty"

@@ -14,7 +14,6 @@ from pipeline.models import local_folder
 
 SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
 HUB_TIMEOUT_S = 10
-UNITS = {"m": 1_000_000, "b": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -83,4 +82,4 @@ def parameters_of(folder: Path | None, reference: str) -> int | None:
         except (OSError, ValueError, KeyError):
             pass  # an architecture that this version does not know: its name may still say
     named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", Path(reference).name.lower())
-    return round(float(named[1]) * UNITS[named[2]]) if named else None
+    return round(float(named[1]) * (1e9 if named[2] == "b" else 1e6)) if named else None

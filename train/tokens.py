@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 MASKED = -100
 TokenRow = Mapping[str, Any]  # "input_ids" and "labels": list[int] of one length
-FaultKind = Literal["eos", "masked", "labels"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ def count_faults(
     return LabelFaults(dict(counts), first)
 
 
-def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str]) -> tuple[FaultKind, str] | None:
-    """What is wrong with a row's labels; None if loss falls on the whole answer with its EOS, and on nothing else.
+def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str]) -> tuple[str, str] | None:
+    """The kind of a row's fault (eos, masked or labels) and what is wrong; None if it has none.
 
-    After the EOS a template may add blanks.
+    Loss must fall on the whole answer with its EOS, and on nothing else. After the EOS a template may add blanks.
     """
     labels: list[int] = row["labels"]
     learned = [index for index, label in enumerate(labels) if label != MASKED]

@@ -64,7 +64,6 @@ class Prepared:
     """A trainer whose rows are tokenised, and what their tokens say. Keys of the dicts: train, validation."""
 
     trainer: StudentTrainer
-    tokenizer: Any
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
     faults: LabelFaults  # of the rows that are not too long
@@ -94,7 +93,7 @@ class Prepared:
                 ) from None
             raise
         finally:
-            progress.close()
+            progress.bar.stop()  # leaves the terminal as it was; also after an interrupt
 
     def _callback(self, kind: type[Callback]) -> Callback:
         return next(own for own in self.trainer.callback_handler.callbacks if isinstance(own, kind))
@@ -119,7 +118,7 @@ class Prepared:
             if write:
                 model.save_pretrained(folder)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
-                self.tokenizer.save_pretrained(folder)
+                self.trainer.processing_class.save_pretrained(folder)
 
     def _survives_rounding(self, model: Any, console: Console) -> bool:
         """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
@@ -180,7 +179,6 @@ def prepare(
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     return Prepared(
         trainer=trainer,
-        tokenizer=tokenizer,
         rows=kept,
         lengths=lengths,
         faults=faults,
@@ -270,13 +268,8 @@ def _trainer(
 
 def lora_config(config: TrainConfig) -> LoraConfig:
     """The adapter that the recipe asks for."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=LORA_TARGETS,
-    )
+    size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=LORA_TARGETS, **size)
 
 
 def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, checkpointing: bool) -> SFTConfig:

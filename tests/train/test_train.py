@@ -58,11 +58,20 @@ def byte_ids(text: str, tokenizer: Any) -> list[int]:
 def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None:
     examples = Examples(to_examples([kept_row(0, "Hi", "Yes")]), to_examples([kept_row(1, "Ho", "No")]))
     prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
-    row = prepared.trainer.train_dataset[0]
+    row, tokenizer = prepared.trainer.train_dataset[0], prepared.trainer.processing_class
     # <start>user\nHi<end>\n<start>assistant\n: 1 + 5 + 2 + 1 + 1 + 1 + 10 = 21 tokens of prompt
-    prompt = [START, *byte_ids("user\nHi", prepared.tokenizer), END, *byte_ids("\n", prepared.tokenizer)]
-    prompt += [START, *byte_ids("assistant\n", prepared.tokenizer)]
-    answer = [*byte_ids("Yes", prepared.tokenizer), END, *byte_ids("\n", prepared.tokenizer)]
+    prompt = [
+        START,
+        *byte_ids("user\nHi", tokenizer),
+        END,
+        *byte_ids("\n", tokenizer),
+    ]
+    prompt += [START, *byte_ids("assistant\n", tokenizer)]
+    answer = [
+        *byte_ids("Yes", tokenizer),
+        END,
+        *byte_ids("\n", tokenizer),
+    ]
     assert len(prompt) == 21
     assert row["input_ids"] == prompt + answer
     assert row["labels"] == [-100] * 21 + answer
@@ -72,7 +81,7 @@ def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None
 def test_padding_leaves_the_end_token_in_the_labels_though_it_is_the_pad_token(student: str, tmp_path: Path) -> None:
     examples = Examples(to_examples([kept_row(0, "Hi", "Yes"), kept_row(1, "Hi", "N")]), to_examples(story_rows(1)))
     prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
-    assert prepared.tokenizer.pad_token_id == prepared.tokenizer.eos_token_id == END
+    assert prepared.trainer.processing_class.pad_token_id == prepared.trainer.processing_class.eos_token_id == END
     batch = next(iter(prepared.trainer.get_train_dataloader()))
     labels = {sum(label != -100 for label in row): row for row in batch["labels"].tolist()}
     assert labels[5][-2] == END  # Yes, end, newline: the longest row

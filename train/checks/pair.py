@@ -5,6 +5,7 @@ Reads what is known of both models (train.teacher); writes nothing.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from pipeline.advice import BALANCED_SIZES
@@ -113,13 +114,8 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
 
 
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        messages = [{"role": message.role, "content": message.content} for message in row.messages]
-        found.setdefault(repr(messages), messages)
-        if len(found) == MAX_PROMPTS:
-            break
-    return list(found.values())
+    conversations = dict.fromkeys(tuple((turn.role, turn.content) for turn in row.messages) for row in rows)
+    return [[{"role": role, "content": text} for role, text in turns] for turns in islice(conversations, MAX_PROMPTS)]
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | Exception:
