@@ -497,7 +497,7 @@ def test_a_killed_training_goes_on_where_it_was(student: str, tmp_path: Path, me
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_train_the_same_student_as_one(student: str, tmp_path: Path) -> None:
-    alone, together = (make_run(tmp_path / name, story_rows(22)) for name in ("alone", "together"))
+    alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
     recipe = make_recipe(student, method="lora", epochs=2, lora_dropout=0)
     subprocess.run([sys.executable, *command_of(recipe, tmp_path), str(alone.path)], check=True, capture_output=True)
     # As with GPUs. On a machine without one accelerate starts two processes on its CPU; with --cpu it starts one.
