@@ -134,9 +134,8 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
         open_ids = {id_: None for id_ in open_ids if id_ not in judgements}
     errors = _errors(asked, open_ids) if open_ids else {}
     for id_ in open_ids:
-        judgements[id_] = Judgement(
-            id=id_, score=None, version=version, attempts=config.attempts, error=errors.get(id_)
-        )
+        why = errors.get(id_)
+        judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
     if same := undiscerning(judgements.values()):
         print(f"warning: {same}", file=sys.stderr)
@@ -264,13 +263,14 @@ def _verdicts(
         verdict = read_verdict(answer.text, config) if answer.prompt_id in wanted else None
         if verdict:
             score = verdict.pop("score")
+            seed = answer.sampling.get("seed")
             yield Judgement(
                 id=answer.prompt_id,
                 score=score,
                 criteria=verdict,
                 model=answer.model,
                 version=version,
-                seed=_seed(answer.sampling),
+                seed=seed if isinstance(seed, int) else None,
                 attempts=attempt,
             )
 
@@ -283,11 +283,6 @@ def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:
         for row in read_jsonl(asked.failures, Failure)
         if row.prompt_id in wanted and row.prompt_id not in answered
     }
-
-
-def _seed(sampling: dict[str, Any]) -> int | None:
-    seed = sampling.get("seed")
-    return seed if isinstance(seed, int) else None
 
 
 def read_judgements(run: RunDir) -> dict[str, Judgement]:

@@ -225,16 +225,12 @@ def check_keep_rate(
 
 
 def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dict[str, object]:
+    counts = {name: getattr(report, name) for name in ("rows", "kept", "dropped", "keep_rate", "bad_lines")}
     return {
         "rules": [rule.described() for rule in rules.rules],
-        "dedup": config.dedup.model_dump(mode="json") if config.dedup else None,
-        "judge": config.judge.model_dump(mode="json") if config.judge else None,
-        "rows": report.rows,
-        "kept": report.kept,
-        "dropped": report.dropped,
-        "keep_rate": report.keep_rate,
+        **config.model_dump(mode="json", include={"dedup", "judge"}),
+        **counts,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
-        "bad_lines": report.bad_lines,
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
 
