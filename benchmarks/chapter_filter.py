@@ -224,7 +224,7 @@ def speed(count: int, runs: int, seed: int, folder: Path | None) -> Iterator[str
 def recipe_of(rules: list[dict[str, Any]]) -> Recipe:
     return Recipe(
         _cli_parse_args=[],
-        name="chapter",
+        name="five_rules",
         teacher={"model": "teacher"},
         prompts={"template": TEMPLATE, "count": 1, "slots": {"character": CHARACTERS, "keywords": KEYWORDS}},
         filters={"rules": rules},

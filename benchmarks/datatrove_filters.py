@@ -108,14 +108,14 @@ def _datatrove(shards: Path, name: str) -> str:
         def span_tokenize(self, text: str) -> list[tuple[int, int]]:
             raise NotImplementedError
 
-    def chapter(document: Any) -> bool | tuple[bool, str]:
+    def reference(document: Any) -> bool | tuple[bool, str]:
         reason = chapter_reason(document.metadata["messages"][-1]["content"], document.text)
         return (False, reason) if reason else True
 
     with tempfile.TemporaryDirectory() as out:
         steps: list[Any] = [
             JsonlReader(str(shards), compression=None),
-            LambdaFilter(chapter, exclusion_writer=JsonlWriter(f"{out}/dropped", compression=None)),
+            LambdaFilter(reference, exclusion_writer=JsonlWriter(f"{out}/dropped", compression=None)),
         ]
         if name == REPETITION:
             writer = JsonlWriter(f"{out}/repeated", compression=None)

@@ -65,7 +65,7 @@ class Writer:
         self._verbs = [word + ending for word in self._words(1500, 1, 2) for ending in ("었어요", "했답니다")]
 
     def stories(self, count: int, copies: float) -> Iterator[Story]:
-        """So many stories; a share of them copies one of the others, 5-15% of the characters changed."""
+        """`count` stories; a share of them copies one of the others, 5-15% of the characters changed."""
         originals = count - round(count * copies)
         written: list[str] = []
         for _ in range(originals):

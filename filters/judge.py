@@ -2,7 +2,7 @@
 
 Runs on the engine of `generate`, one answer a request: concurrency, limits, journals and resume are the same. Reads the
 rows that the rules let pass; writes `judgements.jsonl`, and keeps its own run in `judge/<version>/<attempt>/`,
-where the version is a hash of all that determines a verdict: with another rubric or judge everything is judged anew.
+where the version is a hash of all that determines a verdict: with another rubric or judge everything is judged again.
 A verdict that cannot be read is asked for again with another seed, and after that the row is unjudged: never guessed.
 """
 
@@ -85,7 +85,7 @@ def question(row: Completion, config: JudgeConfig) -> list[Message]:
 
 
 def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
-    """Every score of a verdict, `score` included; None where any is missing or not one of 1 to 5."""
+    """Every score of a verdict, `score` included; None if any is missing or not one of 1 to 5."""
     try:
         said = json.loads(FENCE.sub("", text.strip()))
     except (ValueError, RecursionError):
@@ -292,4 +292,4 @@ def read_judgements(run: RunDir) -> dict[str, Judgement]:
     try:
         return {judgement.id: judgement for judgement in read_jsonl(run.judgements, Judgement)}
     except DistillError as error:
-        raise type(error)(f"{error}; move the file away, and it is made anew from {run.path / 'judge'}") from None
+        raise type(error)(f"{error}; move the file away, and it is made again from {run.path / 'judge'}") from None

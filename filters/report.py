@@ -188,7 +188,7 @@ def _print_scores(report: FilterReport, console: Console) -> None:
 
 
 def one_line(text: str, chars: int) -> str:
-    """At most so many characters, safe to print: no line breaks, control characters or console markup."""
+    """The text shortened to `chars` characters, safe to print: no line breaks, control characters or console markup."""
     line = "".join(char if char.isprintable() else " " for char in text)
     line = line if len(line) <= chars else line[: chars - 1] + "…"
     return escape(line)

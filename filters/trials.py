@@ -32,7 +32,7 @@ from pipeline.rundir import RunDir, replacing
 
 SHOWN = 10  # rows of each side
 SHOWN_CHARS = 200
-STEPS = (0.2, 0.4, 0.6, 0.8)  # a rule is asked again with thresholds so much stricter
+STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule is asked again
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
 Rank = tuple[int, float, float, float, str]
@@ -161,7 +161,7 @@ def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
 
 
 def stricter(rules: RuleSet) -> Thresholds:
-    """The rules that have a threshold, each with its settings so much stricter."""
+    """The rules that have a threshold, each with its settings made stricter, by STEPS."""
     found = [(rule.rule.check, [_tighter(rule.settings, step) for step in STEPS]) for rule in rules.rules]
     return [(check, [one for one in steps if one]) for check, steps in found if any(steps)]
 
