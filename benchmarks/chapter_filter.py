@@ -149,20 +149,17 @@ CHANGES: list[Callable[[str, str, random.Random], str]] = [
 
 
 def completion(number: int, text: str, prompt: str, slots: Slots | None = None) -> Completion:
+    fixed: dict[str, Any] = {"endpoint": "http://127.0.0.1:8000/v1", "model": "teacher", "finish_reason": "stop"}
+    fixed |= {"latency_s": 1.0, "attempts": 1, "created": "2026-01-01T00:00:00.000+00:00"}
     return Completion(
         id=f"{number:016x}",
         prompt_id=f"{number:016x}",
         messages=[Message("user", prompt)],
         slots=slots or {"character": "토끼 토토", "keywords": ["달", "비"]},
-        endpoint="http://127.0.0.1:8000/v1",
         sampling={"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": number},
         text=text,
-        finish_reason="stop",
-        model="teacher",
         usage=Usage(prompt_tokens=60, completion_tokens=200),
-        latency_s=1.0,
-        attempts=1,
-        created="2026-01-01T00:00:00.000+00:00",
+        **fixed,
     )
 
 
@@ -226,7 +223,7 @@ def speed(count: int, runs: int, seed: int, folder: Path | None) -> Iterator[str
 
 def recipe_of(rules: list[dict[str, Any]]) -> Recipe:
     return Recipe(
-        name="chapter",
+        name="five_rules",
         teacher={"model": "teacher"},
         prompts={"template": TEMPLATE, "count": 1, "slots": {"character": CHARACTERS, "keywords": KEYWORDS}},
         filters={"rules": rules},

@@ -5,18 +5,14 @@ datatrove is no dependency; put it into a folder of its own first, which only it
     pip install --target FOLDER "datatrove[processing,io]"
 
 Both read JSONL and write kept and dropped rows with reasons as JSONL, uncompressed, with two processes; both in one
-call, in turn; medians. The rows are the workload of `benchmarks.chapter_filter`. What corresponds:
+call, in turn; medians. The rows are the workload of `benchmarks.chapter_filter`. datatrove has one LambdaFilter with
+the reference function for the five rules, GopherRepetitionFilter with the same thresholds for `repetition` (words by
+white space: no tokenizer to download), and an `exclusion_writer` for each filter.
 
-| ours | datatrove's |
-|---|---|
-| the five rules | one LambdaFilter with the reference function, up to the first rule that drops |
-| `repetition` | GopherRepetitionFilter, same thresholds; words by white space: no tokenizer to download |
-| kept.jsonl, dropped.jsonl | JsonlWriter, and an `exclusion_writer` for each filter |
-
-What does not: datatrove runs a filter only on what the one before kept, checks no fields, and counts no slots; ours
-runs every rule on every row, checks each line in full, and writes report and lineage with fsync. Our repetition counts
-sentences, datatrove's lines. datatrove gets the rows in two files, one a task, and only `LocalPipelineExecutor.run` is
-timed, its workers forked.
+What does not correspond: datatrove runs a filter only on what the one before kept, checks no fields and counts no
+slots. Ours runs every rule on every row, checks each line in full, writes report and lineage with fsync, and counts
+sentences where datatrove counts lines. datatrove gets the rows in two files, one a task, and only
+`LocalPipelineExecutor.run` is timed, its workers forked.
 """
 
 import argparse
@@ -112,22 +108,21 @@ def _datatrove(shards: Path, name: str) -> str:
         def span_tokenize(self, text: str) -> list[tuple[int, int]]:
             raise NotImplementedError
 
-    def chapter(document: Any) -> bool | tuple[bool, str]:
+    def reference(document: Any) -> bool | tuple[bool, str]:
         reason = chapter_reason(document.metadata["messages"][-1]["content"], document.text)
         return (False, reason) if reason else True
 
     with tempfile.TemporaryDirectory() as out:
         steps: list[Any] = [
             JsonlReader(str(shards), compression=None),
-            LambdaFilter(chapter, exclusion_writer=JsonlWriter(f"{out}/dropped", compression=None)),
+            LambdaFilter(reference, exclusion_writer=JsonlWriter(f"{out}/dropped", compression=None)),
         ]
         if name == REPETITION:
             writer = JsonlWriter(f"{out}/repeated", compression=None)
             steps.append(GopherRepetitionFilter(exclusion_writer=writer, language=Words()))
         steps.append(JsonlWriter(f"{out}/kept", compression=None))
-        executor = LocalPipelineExecutor(
-            steps, tasks=TASKS, workers=TASKS, logging_dir=f"{out}/logs", start_method="fork"
-        )
+        tasks = {"tasks": TASKS, "workers": TASKS, "start_method": "fork"}
+        executor = LocalPipelineExecutor(steps, logging_dir=f"{out}/logs", **tasks)
         started = time.perf_counter()
         executor.run()
         seconds = time.perf_counter() - started
