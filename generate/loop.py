@@ -18,7 +18,7 @@ from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
-from generate.schedule import BACKOFF, JITTER, Schedule, wait_s
+from generate.schedule import BACKOFF, Schedule, wait_s
 from generate.verdict import (
     EndRun,
     Fail,
@@ -204,9 +204,7 @@ class Loop:
             case Retry():
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
-                self._schedule.put_back(
-                    job, now + verdict.after_s + wait_s(BACKOFF if verdict.step else JITTER, verdict.step)
-                )
+                self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
                 self._dialect.learn(fault, job, attempt.dialect, self._run.say)
                 job.attempts -= 1
