@@ -1,40 +1,34 @@
-"""`python -m benchmarks.chapter_filter`: the flagship's five chapter rules against the chapter's own function.
+"""`python -m benchmarks.chapter_filter`: the flagship's first five rules against the reference loop.
+
+The reference is the function that these rules come from (docs/filters.md), in a plain loop over texts in memory.
 
 Agreement: both decide on real answers (`--answers`, journals of runs), made-up stories, and mutations of them around
 every threshold, in NFC.
 
 Speed: our whole stage, JSONL in and kept and dropped rows with all their reasons, report and lineage out, against the
-function in a plain loop over texts that are in memory already. Both sides in one call, in turn; medians. The workload
-is the chapter's: its prompt (four characters, two of six keywords), stories of 200 to 400 characters, some up to 600,
-and 70% that pass. Of the others a third is too long, the rest too short, in another language, repeats the prompt, has a
-banned word, or loops; a third of all has paragraphs, which JSON escapes. The file was just written: it is in the page
-cache; each round filters the run for the first time (a later time also frees the old outputs, which took 0.09 s). Each
-side goes once before it counts: a virtual machine whose host took back free memory is given it anew page by page. The
-loop is in a process of its own, as the stage is forked from one that holds nothing.
-`--folder` says on which file system all that happens; how long fsync takes, as it does in production, is told apart.
-Then the same with the flagship's prompts, whose slots hardly ever come again, and with all rules of the package.
+reference loop. Both sides in one call, in turn; medians. The workload is the source's: its prompt (four characters,
+two of six keywords), stories of 200 to 400 characters, some up to 600, and 70% that pass. Of the others a third is too
+long, the rest too short, in another language, repeats the prompt, has a banned word, or loops; a third of all has
+paragraphs, which JSON escapes. The file was just written, so it is in the page cache; our side goes once before it
+counts, and the loop runs in a process of its own. `--folder` says on which file system all that happens. Then the same
+with the flagship's prompts, and with all rules of the package.
 """
 
 import argparse
-import multiprocessing
-import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unicodedata import normalize
-from unittest.mock import patch
 
 from benchmarks.stories import Writer
 from benchmarks.table import show
-from filters.answer import nfc
-from filters.batch import Batch
+from filters.answer import as_answer, nfc
 from filters.ruleset import load_rules
 from filters.run import filter_run
 from pipeline.recipe import FiltersConfig, Recipe, load_recipe
@@ -64,7 +58,7 @@ KEYWORDS = ["당근", "비", "달", "친구", "엄마", "꽃"]
 
 
 def chapter_reason(instruction: str, output: str) -> str | None:
-    """The chapter's decision: the first of its rules that drops an answer, by our name; None where it is kept."""
+    """The reference function's decision: the first of its rules that drops an answer, by our name, or None."""
     if len(output) < 150 or len(output) > 600:
         return "length"
     if any(word in output for word in BANNED):
@@ -86,7 +80,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the files of the speed test are; default: a temporary one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)  # the reference loop's own process: the rows
     options = parser.parse_args()
+    if options.loop:
+        print(*reference_loop(options.loop))
+        return
     for said in speed(options.rows, options.runs, options.seed, options.folder):
         print(f"{said}\n", flush=True)
     real = [(row.text, row.messages[-1].content) for path in options.answers for row in read_jsonl(path, Completion)]
@@ -169,18 +167,18 @@ def completion(number: int, text: str, prompt: str, slots: Slots | None = None) 
 
 
 def agreement(rows: list[Completion], real: int) -> str:
-    """How many are decided alike, as the stage decides: together."""
+    """How many are decided alike."""
     rules = load_rules(FiltersConfig.model_validate({"rules": RULES}), Path("recipe.yaml"))
-    found = rules.all_reasons(Batch(b"".join(map(encode_line, rows))))
     kept, unlike = 0, []
-    for index, row in enumerate(rows):
+    for row in rows:
         theirs = chapter_reason(nfc(row.messages[-1].content), nfc(row.text))
+        ours = next((reason.rule for reason in rules.reasons(as_answer(row))), None)
         kept += theirs is None
-        if theirs != next(iter(found.get(index, ())), None):
+        if theirs != ours:
             unlike.append(row)
     for row in unlike[:3]:
         print(f"unlike: {row.text[:200]!r}", file=sys.stderr)
-    what = f"{len(rows):,} texts ({real} real answers), {kept:,} kept by the chapter's function"
+    what = f"{len(rows):,} texts ({real} real answers), {kept:,} kept by the reference"
     return f"{what}: {len(unlike)} decided otherwise"
 
 
@@ -213,13 +211,13 @@ FAULTS: list[Callable[[str, str, random.Random], str]] = [
 
 
 def speed(count: int, runs: int, seed: int, folder: Path | None) -> Iterator[str]:
-    """The stage against the loop."""
+    """The stage against the reference loop."""
     prompts = load_recipe(Path(__file__).parents[1] / "recipes" / "korean_stories.yaml").prompts
     flagship = {name: values if isinstance(values, list) else values.from_ for name, values in prompts.slots.items()}
-    chapter = {"character": CHARACTERS, "keywords": KEYWORDS}
+    source = {"character": CHARACTERS, "keywords": KEYWORDS}
     for name, template, slots, rules in (
-        ("the chapter's rules and prompt", TEMPLATE, chapter, RULES),
-        ("the chapter's rules, the flagship's prompts", str(prompts.template), flagship, RULES),
+        ("the five rules, the source's prompt", TEMPLATE, source, RULES),
+        ("the five rules, the flagship's prompts", str(prompts.template), flagship, RULES),
         ("all rules, the flagship's prompts", str(prompts.template), flagship, [*RULES, *FURTHER_RULES]),
     ):
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -238,75 +236,37 @@ def recipe_of(rules: list[dict[str, Any]]) -> Recipe:
 def _race(place: Path, rows: Iterable[Completion], rules: list[dict[str, Any]], runs: int) -> str:
     recipe, run = recipe_of(rules), RunDir(place)
     with run.completions.open("wb") as file:
-        for row in rows:
-            file.write(encode_line(row))
-    size = run.completions.stat().st_size
-    loop, ours, disk = list[float](), list[float](), list[float]()
-    spawn = multiprocessing.get_context("spawn")
-    end, loop_end = spawn.Pipe()
-    process = spawn.Process(target=_loop, args=(run.completions, loop_end), daemon=True)
-    process.start()
-    count, kept = end.recv()  # it has looped once
-    for number in range(-1, runs):  # ours, too, goes once before it counts
+        file.writelines(map(encode_line, rows))
+    command = [sys.executable, "-m", "benchmarks.chapter_filter", "--loop", str(run.completions)]
+    loop, ours = list[float](), list[float]()
+    for number in range(-1, runs):
         for old in (run.kept, run.dropped):
             old.unlink(missing_ok=True)
-        os.sync()
-        with _timed_fsync() as waited:
-            started = time.perf_counter()
-            report = filter_run(recipe, run, Path("recipe.yaml"))
-            seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        report = filter_run(recipe, run, Path("recipe.yaml"))
+        seconds = time.perf_counter() - started
         if number >= 0:
             ours.append(seconds)
-            disk.append(sum(waited))
-            end.send(None)
-            loop.append(end.recv())
-        assert kept and report.rows == count
-    end.close()
-    process.join()
-    rate = f"{count:,} rows, {size >> 20} MiB, {report.keep_rate:.0%} kept"
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            loop.append(float(done.stdout.split()[0]))
     table = [
         ("side", "rows/s"),
-        ("the chapter's loop, in memory", f"{count / median(loop):,.0f}"),
-        ("filters, JSONL to JSONL", f"{count / median(ours):,.0f}"),
+        ("the reference loop, in memory", f"{report.rows / median(loop):,.0f}"),
+        ("filters, JSONL to JSONL", f"{report.rows / median(ours):,.0f}"),
     ]
-    return (
-        f"{show(table)}\n{rate}: {median(loop) / median(ours):.2f} times the loop's speed; "
-        f"fsync is {median(disk):.2f} of the {median(ours):.2f} s"
-    )
+    size = run.completions.stat().st_size >> 20
+    rate = f"{report.rows:,} rows, {size} MiB, {report.keep_rate:.0%} kept"
+    return f"{show(table)}\n{rate}: {median(loop) / median(ours):.2f} times the loop's speed"
 
 
-def _loop(completions: Path, end: Connection) -> None:
-    """The loop's side, a process of its own: ours would otherwise be forked from one with all these texts.
-
-    Says how many texts it has and how many it keeps, then, whenever it is asked, how many seconds a loop took.
-    """
+def reference_loop(completions: Path) -> tuple[float, int]:
+    """The seconds of one loop over all texts, the second time, and how many it keeps."""
     texts = [(row.text, row.messages[-1].content) for row in read_jsonl(completions, Completion)]
-    end.send((len(texts), _loop_once(texts)[1]))
-    with suppress(EOFError):
-        while True:
-            end.recv()
-            end.send(_loop_once(texts)[0])
-
-
-def _loop_once(texts: list[tuple[str, str]]) -> tuple[float, int]:
-    started = time.perf_counter()
-    kept = [text for text, prompt in texts if not chapter_reason(prompt, text)]
-    return time.perf_counter() - started, len(kept)
-
-
-@contextmanager
-def _timed_fsync() -> Iterator[list[float]]:
-    """Lets every fsync of this process be timed."""
-    seconds: list[float] = []
-    fsync = os.fsync
-
-    def timed(descriptor: int) -> None:
+    for _ in range(2):
         started = time.perf_counter()
-        fsync(descriptor)
-        seconds.append(time.perf_counter() - started)
-
-    with patch.object(os, "fsync", timed):
-        yield seconds
+        kept = [text for text, prompt in texts if not chapter_reason(prompt, text)]
+        seconds = time.perf_counter() - started
+    return seconds, len(kept)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ call, in turn; medians. The rows are the workload of `benchmarks.chapter_filter`
 
 | ours | datatrove's |
 |---|---|
-| the chapter's five rules | one LambdaFilter with the chapter's own function, up to the first rule that drops |
+| the five rules | one LambdaFilter with the reference function, up to the first rule that drops |
 | `repetition` | GopherRepetitionFilter, same thresholds; words by white space: no tokenizer to download |
 | kept.jsonl, dropped.jsonl | JsonlWriter, and an `exclusion_writer` for each filter |
 
@@ -37,9 +37,9 @@ from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 
 TASKS = 2
-REPETITION = "the chapter's rules and repetition"
+REPETITION = "the five rules and repetition"
 SETS: dict[str, list[dict[str, Any]]] = {
-    "the chapter's rules": RULES,
+    "the five rules": RULES,
     REPETITION: [*RULES, {"rule": "repetition", "repeated_span": None}],
 }
 

@@ -4,9 +4,8 @@ datasketch: precision, recall, time and memory, side by side.
 5% of the stories are copies of another, 5-15% of the characters changed. The truth is computed without any of the code
 under test: the exact Jaccard similarity of the sets of 3-grams of each copy and its original. A dropped row counts as
 right if it is as similar as the threshold, exactly, to the row it was dropped for. Both sides read the same JSONL, in a
-process of their own, and write what they keep. datasketch is asked before each insertion, and its candidates are
-checked by its own estimate. It has the bands that it chooses for the threshold; `--same-bands` asks it once more, with
-as many as the filters have, which takes six times as long.
+process of their own, and write what they keep. datasketch is asked before each insertion, with the bands that it
+chooses for the threshold, and its candidates are checked by its own estimate.
 
 datasketch is for this benchmark only: `pip install datasketch`.
 """
@@ -14,7 +13,6 @@ datasketch is for this benchmark only: `pip install datasketch`.
 import argparse
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,9 +25,11 @@ from typing import Any
 
 import yaml
 
-from benchmarks.stories import NAMES, PLACES, Writer
+from benchmarks.chapter_filter import PROMPT, completion
+from benchmarks.stories import Writer
 from benchmarks.table import show
-from filters.minhash import fold, shape_for
+from filters.minhash import fold
+from pipeline.records import encode_line
 
 NGRAM = 3
 COPIES = 0.05
@@ -41,91 +41,55 @@ def main() -> None:
     parser.add_argument("--near", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sides", default="filters,datasketch")
-    parser.add_argument("--same-bands", action="store_true", help="datasketch once more, with as many bands as ours")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--datasketch", type=Path, help=argparse.SUPPRESS)  # that side's own process: the folder
-    parser.add_argument("--bands", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.datasketch:
-        with_datasketch(options.datasketch, options.near, tuple(options.bands) if options.bands else None)
+        with_datasketch(options.datasketch, options.near)
         return
     if "datasketch" in options.sides and importlib.util.find_spec("datasketch") is None:
         sys.exit("datasketch is not installed: pip install datasketch, or leave it out with --sides filters")
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options)
-    print(describe(figures, options))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2))
+        print(measure(Path(folder), options))
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Each side's figures."""
+def measure(folder: Path, options: argparse.Namespace) -> str:
+    """Each side's figures, as a table."""
     texts, planted = write_run(folder, options.stories, options.seed)
     alike = {copy: original for copy, original in planted.items() if exact(texts, copy, original) >= options.near}
     print(f"{len(texts):,} stories, {len(planted):,} copies, {len(alike):,} of them {options.near} similar or more")
-    recipe = write_recipe(folder, options.near)
-    datasketch = ["-m", "benchmarks.near_duplicates", "--datasketch", str(folder), "--near", str(options.near)]
+    recipe = folder / "recipe.yaml"
+    about = {"name": "near", "teacher": {"model": "teacher"}, "prompts": {"count": 1, "template": PROMPT}}
+    recipe.write_text(yaml.safe_dump({**about, "filters": {"dedup": {"near": options.near, "ngram": NGRAM}}}))
+    filters = ["-m", "filters", str(recipe), "--run", str(folder)]
     commands = {
-        "filters": ["-m", "filters", str(recipe), "--run", str(folder)],
-        "filters, rules only": ["-m", "filters", str(recipe), "--run", str(folder), "--filters.dedup", "null"],
-        "datasketch": datasketch,
+        "filters": filters,
+        "filters, rules only": [*filters, "--filters.dedup", "null"],
+        "datasketch": ["-m", "benchmarks.near_duplicates", "--datasketch", str(folder), "--near", str(options.near)],
     }
-    if options.same_bands:
-        commands["datasketch, bands as here"] = [*datasketch, "--bands", *map(str, shape_for(options.near))]
-    figures = {}
+    rows: list[tuple[str, ...]] = [("side", "dropped", "precision", "recall", "seconds", "rows/s", "peak MiB")]
     for side, command in commands.items():
         if side.split(",")[0] not in options.sides:
             continue
         started = time.perf_counter()
         with peak_mib() as peak:
             subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        figures[side] = {"seconds": time.perf_counter() - started, "peak_mib": peak[0]}
-        if side != "filters, rules only":
-            figures[side] |= judge(dropped_by(folder), texts, alike, options.near)
-    return figures
+        seconds = time.perf_counter() - started
+        quality = ("-", "-", "-") if side == "filters, rules only" else judge(folder, texts, alike, options.near)
+        rows.append((side, *quality, f"{seconds:.1f}", f"{len(texts) / seconds:,.0f}", f"{peak[0]:,.0f}"))
+    return show(rows)
 
 
 def write_run(folder: Path, count: int, seed: int) -> tuple[list[str], dict[int, int]]:
     """Writes completions.jsonl; returns the texts by number, and for each copy its original."""
     texts: list[str] = []
     planted: dict[int, int] = {}
-    with (folder / "completions.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "completions.jsonl").open("wb") as file:
         for number, (text, copy_of) in enumerate(Writer(seed).stories(count, COPIES)):
             texts.append(text)
             if copy_of is not None:
                 planted[number] = copy_of
-            asked = (
-                f"어린이용 한국어 동화 한 편. 등장: {NAMES[number % 8]}. 장소: {PLACES[number // 8 % 8]}. 200~400자."
-            )
-            row = {
-                "id": f"{number:016x}",
-                "prompt_id": f"{number:016x}",
-                "messages": [{"role": "user", "content": asked}],
-                "slots": {"character": NAMES[number % 8], "place": PLACES[number // 8 % 8]},
-                "endpoint": "http://127.0.0.1:8000/v1",
-                "sampling": {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": number},
-                "text": text,
-                "finish_reason": "stop",
-                "model": "teacher",
-                "usage": {"prompt_tokens": 60, "completion_tokens": 250},
-                "latency_s": 1.5,
-                "attempts": 1,
-                "created": "2026-01-01T00:00:00Z",
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(encode_line(completion(number, text, PROMPT)))
     return texts, planted
-
-
-def write_recipe(folder: Path, near: float) -> Path:
-    recipe = {
-        "name": "near_duplicates",
-        "teacher": {"model": "teacher"},
-        "prompts": {"count": 1, "template": "동화 한 편."},
-        "filters": {"dedup": {"near": near, "ngram": NGRAM}},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    return path
 
 
 def exact(texts: list[str], first: int, second: int) -> float:
@@ -138,30 +102,20 @@ def _ngrams(folded: str) -> set[str]:
     return {folded[start : start + NGRAM] for start in range(max(1, len(folded) - NGRAM + 1))}
 
 
-def dropped_by(folder: Path) -> dict[int, int]:
-    """Numbers of the dropped stories, and of those they were dropped for."""
-    found = {}
-    with (folder / "dropped.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            other = re.search(r"[0-9a-f]{16}$", row["detail"][row["rule"]])
-            assert other is not None, row["detail"]
-            found[int(row["id"], 16)] = int(other[0], 16)
-    return found
-
-
-def judge(dropped: dict[int, int], texts: list[str], alike: dict[int, int], near: float) -> dict[str, float]:
-    """Recall: of the pairs as similar as the threshold, those of which one story was dropped."""
+def judge(folder: Path, texts: list[str], alike: dict[int, int], near: float) -> tuple[str, str, str]:
+    """Dropped rows, precision, and recall: of the pairs as similar as the threshold, those of which one was dropped."""
+    rows = map(json.loads, (folder / "dropped.jsonl").read_bytes().splitlines())
+    dropped = {int(row["id"], 16): int(row["detail"][0]["of"], 16) for row in rows}
     right = sum(exact(texts, row, other) >= near for row, other in dropped.items())
     found = sum(copy in dropped or original in dropped for copy, original in alike.items())
-    return {"dropped": len(dropped), "precision": right / max(1, len(dropped)), "recall": found / max(1, len(alike))}
+    return f"{len(dropped):,}", f"{right / max(1, len(dropped)):.4f}", f"{found / max(1, len(alike)):.4f}"
 
 
-def with_datasketch(folder: Path, near: float, bands: tuple[int, int] | None) -> None:
+def with_datasketch(folder: Path, near: float) -> None:
     """The same task as the filters have, with datasketch; kept.jsonl and dropped.jsonl are written alike."""
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=near, num_perm=128, params=bands)
+    index = MinHashLSH(threshold=near, num_perm=128)
     signatures: dict[str, Any] = {}
     with (
         (folder / "completions.jsonl").open(encoding="utf-8") as lines,
@@ -174,7 +128,7 @@ def with_datasketch(folder: Path, near: float, bands: tuple[int, int] | None) ->
             signature.update_batch([ngram.encode() for ngram in _ngrams(fold(row["text"]))])
             like = [other for other in index.query(signature) if signatures[other].jaccard(signature) >= near]
             if like:
-                row |= {"rule": "near_duplicate", "detail": {"near_duplicate": f"similar to {like[0]}"}}
+                row |= {"rule": "near_duplicate", "detail": [{"rule": "near_duplicate", "of": like[0]}]}
                 dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 index.insert(row["id"], signature)
@@ -184,8 +138,7 @@ def with_datasketch(folder: Path, near: float, bands: tuple[int, int] | None) ->
 
 @contextmanager
 def peak_mib() -> Iterator[list[float]]:
-    """The most memory that this process's children held together, shared pages counted once; looked at 5 times a
-    second."""
+    """The most memory that this process's children held together, shared pages counted once, in samples of 0.2 s."""
     import psutil
 
     peak, done = [0.0], Event()
@@ -207,26 +160,6 @@ def peak_mib() -> Iterator[list[float]]:
     finally:
         done.set()
         watcher.join()
-
-
-def describe(figures: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
-    rows: list[tuple[str, ...]] = [("side", "dropped", "precision", "recall", "seconds", "rows/s", "peak MiB")]
-    for side, row in figures.items():
-        quality = (
-            (f"{row['dropped']:,.0f}", f"{row['precision']:.4f}", f"{row['recall']:.4f}")
-            if "dropped" in row
-            else ("-", "-", "-")
-        )
-        per_s = options.stories / row["seconds"]
-        rows.append((side, *quality, f"{row['seconds']:.1f}", f"{per_s:,.0f}", f"{row['peak_mib']:,.0f}"))
-    table = show(rows)
-    for side in figures.keys() - {"filters", "filters, rules only"} if "filters" in figures else ():
-        ours, theirs = figures["filters"], figures[side]
-        table += (
-            f"\n{side}: {theirs['seconds'] / ours['seconds']:.1f} times the filters' time, "
-            f"{theirs['peak_mib'] / ours['peak_mib']:.1f} times their memory"
-        )
-    return table
 
 
 if __name__ == "__main__":

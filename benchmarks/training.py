@@ -130,7 +130,7 @@ def held_out_loss(trainer: SFTTrainer, prepared: Prepared) -> float:
     for row in prepared.trainer.eval_dataset:
         batch = prepared.trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")}])
         with torch.no_grad():
-            logits, targets = completion_logits(model, {k: v.to(model.device) for k, v in batch.items()})
+            logits, targets, _ = completion_logits(model, {k: v.to(model.device) for k, v in batch.items()})
         total += cross_entropy(logits.float(), targets, reduction="sum").item()
         tokens += len(targets)
     return total / tokens

@@ -1,19 +1,45 @@
-"""report.json: the document, typed. `evaluate.report.assemble` fills it; `html` and `terminal` beside it show it.
+"""report.json: the document, typed. `evaluate.report.assemble` fills it; `html` and `tables` beside it show it.
 
 None means: not measured. docs/evaluation.md says what each figure is, its formula and its source.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from pipeline.checks import Checklist
+from pipeline.errors import DataError
 from pipeline.rundir import RunDir, replacing
 
-SCHEMA = 2
+SCHEMA = 3
 
 Part = Literal["all", "seen", "unseen"]  # of the probes: see ProbeSet
 Better = Literal["higher", "lower"]
+File = TypeVar("File")
+
+
+def number(value: float) -> str:
+    """A figure for people: 2.6e-07, 3.03, 45.2, 12,345, 412k, 1.3M."""
+    size = abs(value)
+    if 0 < size < 0.01:
+        return f"{value:.2g}"
+    if size < 1000:
+        return f"{value:.2f}" if size < 10 else f"{value:.1f}"
+    if size < 100_000:
+        return f"{value:,.0f}"
+    return f"{value / 1e3:.0f}k" if size < 1e6 else f"{value / 1e6:.1f}M" if size < 1e9 else f"{value:.0e}"
+
+
+def percent(value: float) -> str:
+    """A share or a ratio for people: 82%, 1,200%."""
+    return f"{value:,.0%}"
+
+
+def millions(parameters: float) -> str:
+    """134.5M, 1.54B."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -22,6 +48,19 @@ class Estimate(msgspec.Struct, frozen=True):
     value: float
     low: float
     high: float
+
+    def interval(self, show: Callable[[float], str] = number) -> str:
+        """`3.20–3.60`, `-0.1 to 0.2`: every interval that people see is written here."""
+        return f"{show(self.low)}{' to ' if self.low < 0 else '–'}{show(self.high)}"
+
+    def told(self, show: Callable[[float], str] = number) -> str:
+        """`3.41 (3.20–3.60)`; only the figure if its interval has no width."""
+        return show(self.value) + (f" ({self.interval(show)})" if self.low < self.high else "")
+
+
+def exactly(value: float) -> Estimate:
+    """A figure that was counted, not sampled."""
+    return Estimate(value, value, value)
 
 
 class ProbeFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +88,7 @@ class Probes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of one model; None is: not measured.
+    """All that is known of one model; None: not measured.
 
     `key` is teacher, student_before, student_after, or other_1, other_2, … in the order of `evaluate.models`.
     """
@@ -60,68 +99,57 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     missing: str = ""  # why its weights could not be read
     parameters: int | None = None
     weights_mib: float | None = None  # as stored
-    perplexity: Estimate | None = None  # of held-out teacher answers, a token
+    perplexity: Estimate | None = None  # per token, of the teacher's test answers
     bits_per_character: Estimate | None = None  # of the same answers
     unseen_perplexity: Estimate | None = None  # of the teacher's own answers to the probes with unseen values
     unseen_bits_per_character: Estimate | None = None
     probes: Probes | None = None
-    tokens_per_s: float | None = None  # saturated: the median of the repetitions
-    tokens_per_s_range: tuple[float, float] | None = None  # the slowest and the fastest repetition
+    tokens_per_s: Estimate | None = None  # saturated: the median, the slowest and the fastest repetition
     tokens_per_s_alone: Estimate | None = None  # one request in flight; the interval is over requests
     first_token_s: Estimate | None = None  # median time to the first token, one request in flight
-    mean_completion_tokens: float | None = None
-    completion_tokens: int | None = None
-    requests: int | None = None
-    requests_failed: int | None = None
-    speed_wall_s: float | None = None
-    startup_s: float | None = None
+    mean_completion_tokens: float | None = None  # of an answer in the saturated timing
+    requests_failed: int | None = None  # in it
     peak_rss_mib: float | None = None  # of the whole server; None on a GPU
     kv_bytes_per_token: int | None = None  # 2 · layers · KV heads · head size · bytes of the served dtype
     served_dtype: str | None = None  # float32, bfloat16, …: what the engine computed in
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """One part of what the chapter promises of the student, and what this run says to it.
+    """One part of the promise (evaluate.figures.promise), and whether this run keeps it.
 
-    `holds` is true only where the whole interval keeps the promise: a miss, and a hit that chance may explain, are
-    false. `undecided` tells the latter: the promised figure lies within the interval, or the prompts are too few.
+    `holds` is true only if the whole interval keeps the promise. It is false for a miss, and for a hit that chance
+    may explain; then `undecided` is true: the promised figure lies within the interval, or the prompts are too few.
     """
 
     name: str  # quality_bits, quality_probes, quality_judge, size, speed, memory
     axis: Literal["quality", "speed", "memory"]
     text: str  # for people: `bits per character: the teacher's over the student's`
-    promised: float  # the ratio that the chapter promises at least: 0.9 of the quality, 3 times smaller or faster
-    value: Estimate | None = None  # that ratio; an interval of no width where a figure has none; None: not measured
-    holds: bool | None = None  # None: not measured
+    promised: float  # the ratio that is promised at least: 0.9 of the quality, 3 times smaller or faster
+    value: Estimate | None = None  # that ratio
+    holds: bool | None = None
     undecided: bool = False
 
 
 class Headline(msgspec.Struct, frozen=True, kw_only=True):
-    """What the student became, in one line and its numbers, and whether it is what the chapter promises."""
+    """What the student became, in one line and its numbers, and whether the promise is kept."""
 
     text: str
-    parameters_share: float | None = None  # of the teacher's
-    speed_ratio: float | None = None  # student's tokens/s over the teacher's, saturated
-    perplexity_before: float | None = None
-    perplexity_after: float | None = None
-    perplexity_teacher: float | None = None
     perplexity_after_over_before: Estimate | None = None  # paired
     bits_after_over_teacher: Estimate | None = None  # bits per character, paired
-    claims: list[Claim] = []  # every part of the promise, the ones not measured too
-    holds: bool | None = None  # every measured part holds; None: so it is, but an axis has no measured part
-    verdict: str = ""  # for people: which parts hold, which do not, which were not measured
+    claims: list[Claim] = []  # every part of the promise, also those not measured
+    holds: bool | None = None  # every measured part holds; None: they do, but an axis has no measured part
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """How far the trained student is from another model in one figure: paired, on the same prompts and resamples."""
 
     figure: str  # perplexity, bits_per_character, or a field of ProbeFigures
-    part: Literal["held_out", "all", "seen", "unseen"]  # held_out: the perplexity of held-out answers
+    part: Literal["test", "all", "seen", "unseen"]  # test: the perplexity of the test answers
     model: str  # key: student_after
     against: str  # key: student_before, teacher
     change: Estimate  # the student's figure minus the other's
     better: Better | None  # which way is better; None: neither (length, distinct-n)
-    improved: bool | None  # whether all of the interval is on the better side, or on the worse; None: it holds zero
+    improved: bool | None  # true or false: the whole interval is on the better or the worse side; None: it has zero
 
 
 class WinRate(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,7 +166,7 @@ class WinRate(msgspec.Struct, frozen=True, kw_only=True):
     wins: int
     losses: int
     ties: int
-    rate: Estimate | None  # (wins + ties / 2) / pairs; 0.5 is: as good; None where there is no pair
+    rate: Estimate | None  # (wins + ties / 2) / pairs; 0.5: as good; None if there is no pair
     first_chosen: float | None  # share of the verdicts, ties apart, for the answer shown first; 0.5 is no bias
     flipped: int  # pairs in which the order alone decided
 
@@ -146,11 +174,11 @@ class WinRate(msgspec.Struct, frozen=True, kw_only=True):
 class ProbeSet(msgspec.Struct, frozen=True, kw_only=True):
     """Which prompts the models answered. None of them was trained on.
 
-    seen    new combinations of the recipe's slot values, or the prompts of a file, or the held-out prompts
+    seen    new combinations of the recipe's slot values, or the prompts of a file, or the test prompts
     unseen  prompts with slot values that the recipe does not have
     """
 
-    source: Literal["slots", "file", "held_out"]  # of the seen part
+    source: Literal["slots", "file", "test"]  # of the seen part
     seen: int  # prompts
     unseen: int
     unseen_values: dict[str, list[str]] = {}
@@ -162,11 +190,13 @@ class ProbeSet(msgspec.Struct, frozen=True, kw_only=True):
 class Rows(msgspec.Struct, frozen=True, kw_only=True):
     """What the models were scored on."""
 
-    held_out: int  # rows that training never saw
+    test: int  # test rows: kept answers to prompts that training and the choice of the checkpoint never saw
     scored: int  # chosen of them, and within every model's context
     left_out: int  # chosen, but too long for one of the models
     prompts: int  # different prompts among the scored
     unseen: int = 0  # the teacher's answers to unseen values that pass the rules, scored apart
+    teacher_answers: int = 0  # all answers of the teacher to the test prompts, before the filters
+    teacher_kept: int = 0  # of them, those that the filters kept; 0 of 0: the run does not tell
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -198,8 +228,6 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     eval: list[LossPoint] = []
     method: str = ""
     train_rows: int | None = None
-    validation_rows: int | None = None
-    test_rows: int | None = None
     tokens: int | None = None
     wall_s: float | None = None
 
@@ -241,7 +269,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     probes: ProbeSet | None = None  # None: no probe was answered
     differences: list[Difference] = []  # student after against before, and against the teacher
     checklist: Checklist = Checklist()
-    wins: list[WinRate] = []  # the same pairs, by the judge; empty where there is none
+    wins: list[WinRate] = []  # the same pairs, by the judge; empty without a judge
 
 
 def write_report(run: RunDir, report: Report) -> None:
@@ -250,20 +278,18 @@ def write_report(run: RunDir, report: Report) -> None:
 
 
 def read_report(run: RunDir) -> Report | None:
-    """The report on disk; None where there is none or it is of another version."""
+    """The report on disk; None if there is none or it is of another version."""
     try:
         return msgspec.json.decode(run.report.read_bytes(), type=Report)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
 
 
-def number(value: float) -> str:
-    """A figure for people: 2.6e-07, 3.03, 45.2, 12,345, 412k, 1.3M."""
-    size = abs(value)
-    if 0 < size < 0.01:
-        return f"{value:.2g}"
-    if size < 1000:
-        return f"{value:.2f}" if size < 10 else f"{value:.1f}"
-    if size < 100_000:
-        return f"{value:,.0f}"
-    return f"{value / 1e3:.0f}k" if size < 1e6 else f"{value / 1e6:.1f}M" if size < 1e9 else f"{value:.0e}"
+def read_stage_file(path: Path, kind: type[File], fix: str) -> File | None:
+    """Another stage's file; None if there is none. Raises DataError if it is not what that stage writes."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: {error}; {fix}") from None

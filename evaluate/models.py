@@ -1,4 +1,4 @@
-"""The models under comparison: teacher, student before training, student after, and any other the recipe names.
+"""The models under comparison (teacher, student before and after training, others), and the machine they run on.
 
 Reads the recipe, the run's student/ and student-init/. Writes one thing: a LoRA student merged into an ordinary model
 folder (evaluation/<model>-merged), so that the engine runs it at full speed. Scoring and timing are left to
@@ -8,20 +8,31 @@ folder (evaluation/<model>-merged), so that the engine runs it at full speed. Sc
 import hashlib
 import json
 import math
+import os
+import platform
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.adapters import MERGED_FROM, merge_adapter
+from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, UsageError, first_line
 from pipeline.models import resolve_model
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
+from serve.command import build_command
+from serve.machine import detect
+from serve.model_facts import DTYPE_BYTES, model_facts
 
+TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"
 BLOCK = 1 << 24  # bytes read at once
+GIB = 1 << 30
+FLOAT32_BYTES = 4
+MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
 
 
@@ -32,13 +43,12 @@ class Subject:
     key: str  # its name in report.json
     label: str  # its name for people
     reference: str  # as the recipe names it
-    folder: Path | None  # weights and tokenizer; None where they are not on this machine
+    folder: Path | None  # weights and tokenizer; None if they are not on this machine
     adapter: Path | None = None  # a PEFT adapter over `folder`
     missing: str = ""  # why there is no folder
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """A model's size, as its safetensors files hold it. An adapter that is merged adds nothing."""
 
     parameters: int
@@ -48,7 +58,7 @@ class Weights:
 def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """Teacher, student before, student after, then `evaluate.models`: the order of the report.
 
-    Raises UsageError where there is no student yet, or another model is not there.
+    Raises UsageError if there is no student yet, or another model is missing.
     """
     if recipe.student is None:
         raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
@@ -64,14 +74,14 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     after = run.student if adapter is None else before
     return [
         _teacher(recipe),
-        Subject("student_before", "student before", reference, before),
-        Subject("student_after", "student after", reference, after, adapter),
+        Subject(BEFORE, "student before", reference, before),
+        Subject(AFTER, "student after", reference, after, adapter),
         *(_other(f"other_{number}", other) for number, other in enumerate(recipe.evaluate.models, start=1)),
     ]
 
 
 def _other(key: str, reference: str) -> Subject:
-    """A model that the recipe names beside its own: a run's folder stands for that run's student."""
+    """Another model that the recipe names; the folder of a run stands for its student."""
     path = Path(reference).expanduser()
     folder = path / "student" if (path / "student").is_dir() else path
     label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
@@ -86,7 +96,7 @@ def _other(key: str, reference: str) -> Subject:
 
 
 def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
-    """Refuses a student that another recipe trained: its base and its teacher would be taken for these."""
+    """Refuses a student that another recipe trained: its base and its teacher would be confused with these."""
     path = run.student / "lineage.json"
     try:
         trained = json.loads(path.read_bytes()).get("train", {})
@@ -103,27 +113,15 @@ def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
 
 
 def _teacher(recipe: Recipe) -> Subject:
-    """The teacher, and whether its weights can be had here: a paid API's cannot."""
+    """The teacher; without a folder if its weights cannot be had here, as those of a paid API."""
     reference, url = recipe.teacher.model, recipe.teacher.url
-    if is_local(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
-        try:
-            return Subject("teacher", "teacher", reference, _folder(reference))
-        except DistillError as error:
-            return Subject("teacher", "teacher", reference, None, missing=str(error))
-    missing = f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
-    return Subject("teacher", "teacher", reference, None, missing=missing)
-
-
-def is_local(url: str) -> bool:
-    """True for an address of this machine itself."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
+    if not is_loopback(url) and not reference.startswith(("embedded:", "/", "./", "../", "~")):
+        missing = f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
+        return Subject(TEACHER, "teacher", reference, None, missing=missing)
     try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
+        return Subject(TEACHER, "teacher", reference, _folder(reference))
+    except DistillError as error:
+        return Subject(TEACHER, "teacher", reference, None, missing=str(error))
 
 
 def _folder(reference: str) -> Path:
@@ -145,7 +143,7 @@ def _folder(reference: str) -> Path:
 
 
 def measure_weights(folder: Path) -> Weights | None:
-    """Parameters and bytes from the headers of the safetensors files; None where there are none.
+    """Parameters and bytes from the headers of the safetensors files; None if there are none.
 
     Tied weights are stored, and counted, once. Source of the format: the safetensors README (8 bytes of length,
     then a JSON header).
@@ -177,26 +175,26 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 def digest_subject(subject: Subject) -> str:
     """What identifies the weights: names and sizes for the (unchanging) teacher and base, else contents."""
     if subject.folder is None:
-        return _sha256(subject.reference, subject.missing)
+        return digest(subject.reference, subject.missing)
     parts = [subject.reference]
     if subject.adapter is not None:
         parts.append(digest_files(subject.adapter))
-    if subject.adapter is None and subject.key not in ("teacher", "student_before"):
+    if subject.adapter is None and subject.key not in (TEACHER, BEFORE):
         parts.append(digest_files(subject.folder))
     else:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
-    return _sha256(*parts)
+    return digest(*parts)
 
 
 def digest_files(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's or adapter's weights, configuration and chat template."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for path in _weight_files(folder):
-        digest.update(path.name.encode())
+        found.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+                found.update(block)
+    return found.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -204,7 +202,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(path for name in names for path in folder.glob(name))
 
 
-def _sha256(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """SHA-256 over several texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -243,3 +242,57 @@ def engine_folder(subject: Subject, run: RunDir) -> Path:
     (work / MERGED_FROM).write_text(json.dumps(made_of))
     work.rename(merged)
     return merged
+
+
+def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
+    """The dtype and the device that all models are scored with.
+
+    Half precision on a GPU, and on a CPU that multiplies bfloat16 in hardware: SmolLM2-135M took 7.2 and 7.7 s there
+    where float32 took 17.1 and 15.9 (32 rows, 2 shared cores). It moved the perplexity by +0.2%, Qwen2.5-Coder-0.5B's
+    by -0.06%. Other CPUs emulate bfloat16, slowly: float32, unless the largest model would not fit.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return ("bfloat16" if torch.cuda.is_bf16_supported() else "float16"), "cuda"
+    weights = [measure_weights(subject.folder) for subject in models if subject.folder is not None]
+    largest = max((w.parameters for w in weights if w), default=0)
+    fits = largest * FLOAT32_BYTES < total_memory() * MEMORY_SHARE
+    return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
+
+
+def engine_facts(folder: Path, config: ServeConfig) -> dict[str, int | str | None]:
+    """The dtype the engine computes in, and the bytes of KV cache that a token takes in it.
+
+    2 (keys and values) · layers · KV heads · head size · bytes of the dtype, from the model's config.json.
+    """
+    facts = model_facts(str(folder), ask_hub=False)
+    where: dict[str, Any] = {"served_name": folder.name, "host": "127.0.0.1", "port": 1}
+    command = build_command(str(folder), **where, config=config, machine=detect(), facts=facts, environ={})
+    dtype = command.dtype or facts.dtype
+    values, size = facts.kv_values_per_token, DTYPE_BYTES.get(dtype or "")
+    return {"served_dtype": dtype, "kv_bytes_per_token": values * size if values and size else None}
+
+
+def total_memory() -> int:
+    """Bytes of memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def describe_machine() -> dict[str, str]:
+    """What the figures were measured on; nothing that names the machine or its owner."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    cpu = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu[1] if cpu else platform.processor() or "unknown",
+        "cores": str(os.cpu_count()),
+        "memory": f"{total_memory() / GIB:.0f} GiB",
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    return machine

@@ -2,7 +2,7 @@
 
 Makes the rows of its arms (experiments.arms), trains and evaluates each with the stages that `chain` runs, and
 compares them (experiments.results). Everything is under experiments/NAME/ in the run directory: a run directory
-an arm, results.md, results.svg. An arm that is finished is not done again.
+for each arm, results.md, results.svg. An arm that is finished is not done again.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def finish(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
 
 
 def fingerprint(setup: Setup, arm: Arm) -> str:
-    """Of all that an arm's report depends on: its recipe, its rows, the test rows, whether servers are started."""
+    """Changes with all that an arm's report depends on: recipe, rows, test rows, whether servers are started."""
     recipe = load_recipe(setup.path, [*setup.flags, *arm.flags])
     digest = hashlib.sha256(f"{recipe.model_dump_json()}{setup.options.no_speed}".encode())
     for path in (arm.run.kept, setup.folder / "test.jsonl"):
@@ -79,7 +79,7 @@ def fingerprint(setup: Setup, arm: Arm) -> str:
 
 
 def share_measurements(arm: Arm, arms: list[Arm]) -> None:
-    """Takes over what other arms measured of the models that all share; each file says what it was measured on."""
+    """Copies what other arms measured of the models that all share; each file says what it was measured on."""
     target = arm.run.path / "evaluation"
     target.mkdir(exist_ok=True)
     for other in arms:

@@ -19,15 +19,16 @@ from pathlib import Path
 import msgspec
 
 from chain.stages import stage, teacher
+from evaluate.measure.results import answer_row
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
-from filters.sweep import parse_shares
+from filters.trials import parse_shares
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Completion, Dropped, Kept, Message, Prompt, Usage, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
 
@@ -55,7 +56,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Arms whose rows are on disk, and what they are scored on: test rows by where they come from."""
+    """Arms whose rows are on disk, and the test rows that they are scored on, by source."""
 
     arms: list[Arm]
     sources: dict[str, list[Kept]]
@@ -118,9 +119,8 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
 
 
 def _repeats(row: Kept | Dropped, ids: set[str]) -> bool:
-    """Whether a row was dropped as a duplicate of one of those: the reason ends with the other's id."""
-    reasons = [why for rule, why in row.detail.items() if rule in DEDUP_RULES] if isinstance(row, Dropped) else []
-    return any(why.split()[-1] in ids for why in reasons if why)
+    """Whether a row was dropped as a duplicate of one of those."""
+    return isinstance(row, Dropped) and any(why.of in ids for why in row.detail if why.rule in DEDUP_RULES)
 
 
 def _teachers(setup: Setup) -> Prepared:
@@ -176,7 +176,7 @@ def _soft(setup: Setup) -> Prepared:
 
 
 def _thousand(setup: Setup) -> Prepared:
-    """So many prompts, from the first answer to the report: the first of the run's answers, or new ones."""
+    """A number of prompts, from the first answer to the report: the run's first answers, or new ones."""
     run = RunDir(setup.folder / "thousand")
     flags = ["--prompts.count", str(setup.options.rows)]
     if setup.base.completions.is_file() and setup.base.prompts.is_file() and not run.completions.exists():
@@ -208,7 +208,7 @@ def ready(setup: Setup) -> RunDir:
 
 
 def _answered(setup: Setup, run: RunDir, flags: Sequence[str]) -> None:
-    """Generates and filters where that was not done yet."""
+    """Generates and filters, unless that is done."""
     if run.kept.is_file() and run.dropped.is_file():
         return
     given = [*setup.flags, *flags]
@@ -265,7 +265,7 @@ class HumanRow(msgspec.Struct, frozen=True):
 
 
 def read_human(path: Path, system: str | None) -> list[Kept]:
-    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError where there is no file."""
+    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError if there is no file."""
     if not path.is_file():
         raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
     rows = []
@@ -280,28 +280,15 @@ def read_human(path: Path, system: str | None) -> list[Kept]:
 
 
 def _human_row(row: HumanRow, system: str | None) -> Kept:
-    if row.messages is not None and row.prompt is None and row.completion is None:
-        if not row.messages or row.messages[-1].role != "assistant":
-            raise ValueError("`messages` must end with the assistant's")
-        question, answer = PromptRow(messages=row.messages[:-1]), row.messages[-1].content
-    elif row.messages is None and row.prompt is not None and row.completion is not None:
-        question, answer = PromptRow(prompt=row.prompt), row.completion
-    else:
+    pair = [Message("user", row.prompt or ""), Message("assistant", row.completion or "")]
+    given = [value is not None for value in (row.prompt, row.completion, row.messages)]
+    if given not in ([True, True, False], [False, False, True]):
         raise ValueError("give either `prompt` and `completion`, or `messages`")
-    if not answer.strip():
+    *question, answer = row.messages or pair
+    if answer.role != "assistant":
+        raise ValueError("`messages` must end with the assistant's")
+    if not answer.content.strip():
         raise ValueError("the answer is empty")
-    prompt = make_prompt(question, system)
-    return Kept(
-        id=blake2b(f"{prompt.id}\0{answer}".encode(), digest_size=8).hexdigest(),
-        prompt_id=prompt.id,
-        messages=prompt.messages,
-        endpoint="human",
-        sampling={},
-        text=answer,
-        finish_reason="stop",
-        model="human",
-        usage=Usage(),
-        latency_s=0.0,
-        attempts=1,
-        created="",
-    )
+    prompt = make_prompt(PromptRow(messages=question), system)
+    id_ = blake2b(f"{prompt.id}\0{answer.content}".encode(), digest_size=8).hexdigest()
+    return answer_row(id_, prompt, answer.content, "human")

@@ -1,43 +1,53 @@
-"""What the arms of an experiment became, side by side: a table, a plot, and the differences that are there.
+"""What the arms of an experiment became, side by side: a table, a plot, and the significant differences.
 
 Reads each arm's report.json and the scores and answers under its evaluation/; writes results.md and results.svg. All
 arms are scored on the same rows and answer the same probes, so their differences are paired: both on the same resamples
-of the prompts. A difference is named only where its 95% interval does not hold zero.
+of the prompts. A difference is named only if its 95% interval excludes zero.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.document import Estimate, ModelReport, Report, number, read_report
-from evaluate.figures.differences import BETTER
-from evaluate.figures.quality import measure_quality, probe_answers
-from evaluate.measure.perplexity import bootstrap
+from evaluate.document import Better, Difference, Estimate, ModelReport, Report, number, read_report
+from evaluate.figures.quality import (
+    BETTER,
+    common_rows,
+    difference,
+    measure_quality,
+    perplexity_figures,
+    probe_answers,
+)
+from evaluate.figures.statistics import Figure
 from evaluate.measure.probes import choose_probes
-from evaluate.measure.results import AFTER, JudgeResult, PerplexityResult, ProbeResult, read_held_out
-from evaluate.statistics import Figure
+from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
+from evaluate.models import AFTER, BEFORE, TEACHER
+from evaluate.report.charts import dot_panel, draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Prepared, Setup
-from experiments.plot import Dot, Panel, dot_chart
 from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage
 from pipeline.rundir import replacing
 
-PROBES = {"passing": "pass the rules", "adherence": "adherence", "loops": "loops", "judge": "judge"}
-HELD_OUT = {"perplexity": "perplexity", "bits_per_character": "bits/char"}
-UNSURE = (
+TITLES = {  # the figures that arms are compared in
+    "perplexity": "perplexity",
+    "bits_per_character": "bits/char",
+    "passing": "pass the rules",
+    "adherence": "adherence",
+    "loops": "loops",
+    "judge": "judge",
+}
+FACTS = ("rows", "steps", "keep rate", "USD")
+CAUTION = (
     "95% bootstrap intervals over prompts, of one training each: what another seed would give is not in them. "
     "{count} pairs of figures were compared, so one in twenty of those without a difference may show one."
 )
-
-Saved = TypeVar("Saved", PerplexityResult, ProbeResult, JudgeResult)
 
 
 @dataclass(frozen=True)
@@ -45,31 +55,9 @@ class Column:
     """One figure of every arm that has it."""
 
     title: str
-    better: str | None  # higher, lower, or neither
+    better: Better | None
     arms: Mapping[str, Figure]  # on the same resamples
     others: Mapping[str, Estimate]  # models that are no arm: teacher, student before
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Between two arms, in one figure."""
-
-    title: str
-    arm: str
-    against: str
-    change: Estimate
-    better: str | None
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return not self.change.low <= 0 <= self.change.high
-
-    def told(self) -> str:
-        value, low, high = (f"{v:+.3g}" for v in (self.change.value, self.change.low, self.change.high))
-        words = {None: "differs from", True: "is better than", False: "is worse than"}
-        verdict = None if self.better is None else (self.change.value > 0) == (self.better == "higher")
-        return f"{self.arm} {words[verdict]} {self.against} in {self.title}: {value} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -79,31 +67,28 @@ class Results:
     name: str
     question: str
     note: str
-    arms: dict[str, list[str]]  # name: its plain cells, under `facts`
-    facts: list[str]
+    facts: dict[str, list[str]]  # arm: one text for each of FACTS
     columns: list[Column]
     differences: list[Difference]
     remarks: list[str]
 
 
 def compare(setup: Setup, prepared: Prepared) -> Results:
-    """Puts the arms side by side. Raises DataError where an arm has no report."""
+    """Puts the arms side by side. Raises DataError if an arm has no report."""
     reports = {arm.name: _report(arm) for arm in prepared.arms}
-    others = _others(reports)
-    columns = [*_held_out(prepared, others), *_probes(setup, prepared, reports, others)]
+    columns = _columns(setup, prepared, _other_models(reports))
     differences = [
-        Difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.better)
+        difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.better, "test")
         for column in columns
         for other, one in combinations(column.arms, 2)
     ]
-    facts, cells = _facts(prepared.arms, reports)
-    spent = {arm.name: (read_lineage(arm.run).get("generate") or {}).get("spent") or {} for arm in prepared.arms}
+    lineages = {arm.name: read_lineage(arm.run) for arm in prepared.arms}
+    spent = {name: (lineage.get("generate") or {}).get("spent") or {} for name, lineage in lineages.items()}
     return Results(
         name=setup.options.kind,
         question=EXPERIMENTS[setup.options.kind].question,
         note=prepared.note,
-        arms=cells,
-        facts=facts,
+        facts={name: _facts(reports[name], lineages[name], spent[name]) for name in reports},
         columns=columns,
         differences=differences,
         remarks=list(_money(spent, differences)) if setup.options.kind == "teachers" else [],
@@ -117,129 +102,104 @@ def _report(arm: Arm) -> Report:
     return report
 
 
-def _others(reports: Mapping[str, Report]) -> dict[str, ModelReport]:
+def _other_models(reports: Mapping[str, Report]) -> dict[str, ModelReport]:
     """The models that are no arm, each once, under its name: two teachers are two."""
     found: dict[str, ModelReport] = {}
+    known: set[tuple[str, str]] = set()
     for arm, report in reports.items():
         for model in report.models:
-            if model.key in ("teacher", "student_before"):
-                same = next((m for m in found.values() if (m.key, m.reference) == (model.key, model.reference)), None)
-                if same is None:
-                    found[model.label if model.label not in found else f"{model.label} ({arm})"] = model
+            if model.key in (TEACHER, BEFORE) and (model.key, model.reference) not in known:
+                known.add((model.key, model.reference))
+                found[model.label if model.label not in found else f"{model.label} ({arm})"] = model
     return found
 
 
-def _held_out(prepared: Prepared, others: Mapping[str, ModelReport]) -> Iterator[Column]:
-    """Perplexity of the held-out rows; bits a character also for the rows of each source."""
-    saved = {arm.name: _saved(arm, "perplexity", PerplexityResult) for arm in prepared.arms}
-    scored = {name: result.scores for name, result in saved.items() if result}
-    common = set.intersection(*({score.id for score in scores} for scores in scored.values())) if scored else set()
-    figures = _scores(scored, common)
-    for place, (field, title) in enumerate(HELD_OUT.items()):
-        known = {name: getattr(model, field) for name, model in others.items() if getattr(model, field)}
-        yield Column(title, "lower", {name: pair[place] for name, pair in figures.items()}, known)
+def _columns(setup: Setup, prepared: Prepared, others: Mapping[str, ModelReport]) -> list[Column]:
+    """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
+    scored = _cached(prepared.arms, f"perplexity-{AFTER}", PerplexityResult)
+    scores = common_rows(scored)
+    figures = {name: dict(own) for name, own in perplexity_figures(scores).items()}
+    for name, own in _probe_figures(setup, prepared.arms).items():
+        figures.setdefault(name, {}).update(own)
+    columns = []
+    for field, title in TITLES.items():
+        arms = {name: own[field] for name, own in figures.items() if field in own}
+        known = {name: estimate for name, model in others.items() if (estimate := _estimate(model, field))}
+        if arms:
+            columns.append(Column(title, BETTER[field], arms, known))
     for source, rows in prepared.sources.items() if len(prepared.sources) > 1 else ():
-        own = _scores(scored, common & {row.id for row in rows})
-        yield Column(f"bits/char of {source}", "lower", {name: pair[1] for name, pair in own.items()}, {})
+        ids = {row.id for row in rows}
+        part = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
+        arms = {name: own["bits_per_character"] for name, own in part.items()}
+        columns.append(Column(f"bits/char of {source}", "lower", arms, {}))
+    return columns
 
 
-def _scores(scored: Mapping[str, Sequence[Any]], ids: set[str]) -> dict[str, tuple[Figure, Figure]]:
-    if not ids:
-        return {}
-    chosen = [[score for score in scores if score.id in ids] for scores in scored.values()]
-    return dict(zip(scored, bootstrap(chosen), strict=True))
-
-
-def _probes(
-    setup: Setup, prepared: Prepared, reports: Mapping[str, Report], others: Mapping[str, ModelReport]
-) -> Iterator[Column]:
-    """What the recipe's rules say of the arms' answers to the same prompts."""
-    arms = [arm for arm in prepared.arms if any(m.key == AFTER and m.probes for m in reports[arm.name].models)]
-    probed = {arm.name: result for arm in arms if (result := _saved(arm, "probes", ProbeResult))}
+def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Mapping[str, Mapping[str, Figure]]:
+    """What the recipe's rules and the judge say of the arms' answers to the same prompts."""
+    probed = _cached(arms, f"probes-{AFTER}", ProbeResult)
     if not probed:
-        return
-    prompts = choose_probes(setup.recipe, arms[0].run, read_held_out(arms[0].run))
-    answers = probe_answers(prompts, probed)
-    judged = [(arm.name, _saved(arm, "judged", JudgeResult, whole=True)) for arm in arms]
-    scores = {name: result.scores.get(AFTER, {}) for name, result in judged if result}
-    quality = measure_quality(
-        setup.recipe, recipe_rules(setup.recipe, setup.path), prompts, answers, _as_judged(scores) if scores else None
-    )
-    for field, title in PROBES.items():
-        part = quality.parts.get("all")
-        own = {name: figures[field] for name, figures in part.figures.items() if field in figures} if part else {}
-        known = {
-            name: estimate
-            for name, model in others.items()
-            if model.probes and (estimate := getattr(model.probes.all, field))
-        }
-        if own:
-            yield Column(title, BETTER[field], own, known)
+        return {}
+    prompts = choose_probes(setup.recipe, arms[0].run, read_test(arms[0].run))
+    judged = _cached(arms, "judged", JudgeResult)
+    scores = {name: result.scores.get(AFTER, {}) for name, result in judged.items()}
+    rules, answers = recipe_rules(setup.recipe, setup.path), probe_answers(prompts, probed)
+    return measure_quality(setup.recipe, rules, prompts, answers, scores).all.figures
 
 
-def _as_judged(scores: dict[str, dict[str, int]]) -> JudgeResult:
-    return JudgeResult(fingerprint="", model="", is_teacher=False, scores=scores, pairs=[])
+def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:
+    """What was measured of the arms' students; each arm's report, which is of this very student, used the same."""
+    found = {arm.name: read_result(arm.run.path / FOLDER / f"{name}.json", kind) for arm in arms}
+    return {arm: result for arm, result in found.items() if result}
 
 
-def _saved(arm: Arm, name: str, kind: type[Saved], *, whole: bool = False) -> Saved | None:
-    """A measurement of the arm's student, or of all models; its report says that it is of this very student."""
-    path = arm.run.path / "evaluation" / (f"{name}.json" if whole else f"{name}-{AFTER}.json")
-    return msgspec.json.decode(path.read_bytes(), type=kind) if path.is_file() else None
+def _estimate(model: ModelReport, field: str) -> Estimate | None:
+    found: Estimate | None = getattr(model, field, None) or getattr(model.probes and model.probes.all, field, None)
+    return found
 
 
-def _facts(arms: Sequence[Arm], reports: Mapping[str, Report]) -> tuple[list[str], dict[str, list[str]]]:
-    """Plain figures: how many rows, at what keep rate, how many steps, what the answers cost."""
-    cells = {}
-    for arm in arms:
-        lineage, training = read_lineage(arm.run), reports[arm.name].training
-        rate = (lineage.get("filters") or {}).get("keep_rate")
-        usd = ((lineage.get("generate") or {}).get("spent") or {}).get("usd")
-        cells[arm.name] = [
-            f"{training.train_rows:,}" if training.train_rows else "–",
-            f"{training.loss[-1].step:,.0f}" if training.loss else "–",
-            "–" if rate is None else f"{rate:.0%}",
-            "–" if usd is None else f"{usd:.2f}",
-        ]
-    return ["rows", "steps", "keep rate", "USD"], cells
+def _facts(report: Report, lineage: Mapping[str, Any], spent: Mapping[str, Any]) -> list[str]:
+    """How many rows and steps, at what keep rate, what the answers cost."""
+    training, rate, usd = report.training, (lineage.get("filters") or {}).get("keep_rate"), spent.get("usd")
+    return [
+        f"{training.train_rows:,}" if training.train_rows else "–",
+        f"{training.loss[-1].step:,.0f}" if training.loss else "–",
+        "–" if rate is None else f"{rate:.0%}",
+        "–" if usd is None else f"{usd:.2f}",
+    ]
 
 
 def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]) -> Iterator[str]:
-    """The quality that the second teacher brought, for the money it took more than the first."""
+    """What the second teacher gained over the first for the money it cost more."""
     one, other = spent
-    usd = {name: section.get("usd") for name, section in spent.items()}
-    for name, price in usd.items():
-        tokens = spent[name].get("tokens")
-        said = "no price is known (teacher.price)" if price is None else f"{price:.2f} USD"
+    for name, section in spent.items():
+        usd, tokens = section.get("usd"), section.get("tokens")
+        said = "no price is known (teacher.price)" if usd is None else f"{usd:.2f} USD"
         yield f"{name}: {said}, {tokens:,} tokens" if tokens is not None else f"{name}: {said}"
-    more = (usd[other] or 0.0) - (usd[one] or 0.0)
-    for difference in differences:
-        if difference.shown and difference.better and more > 0:
-            gained = difference.change.value * (1 if difference.better == "higher" else -1)
-            yield f"{difference.title}: {gained / more:+.3g} for each USD that {other} cost more than {one}"
-        elif difference.better and more > 0:
-            yield f"{difference.title}: {more:.2f} USD more bought no difference that is there for sure"
+    more = (spent[other].get("usd") or 0.0) - (spent[one].get("usd") or 0.0)
+    for found in differences if more > 0 else ():
+        gain = found.change.value * (-1 if found.better == "lower" else 1)
+        if found.improved is None:
+            yield f"{found.figure}: {more:.2f} USD more made no significant difference"
+        else:
+            yield f"{found.figure}: {gain / more:+.3g} for each USD that {other} cost more than {one}"
 
 
 def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
     """The table: heads, and a row for each arm and each other model."""
-    facts = [n for n in range(len(results.facts)) if any(cells[n] != "–" for cells in results.arms.values())]
-    heads = ["", *(results.facts[n] for n in facts), *(column.title for column in results.columns)]
-    rows = [
-        [name, *(cells[n] for n in facts), *(_cell(column.arms.get(name)) for column in results.columns)]
-        for name, cells in results.arms.items()
-    ]
-    names = dict.fromkeys(name for column in results.columns for name in column.others)
-    for name in names:
-        others = [column.others.get(name) for column in results.columns]
-        rows.append([name, *("" for _ in facts), *map(_cell, others)])
+    facts = [n for n in range(len(FACTS)) if any(own[n] != "–" for own in results.facts.values())]
+    heads = ["", *(FACTS[n] for n in facts), *(column.title for column in results.columns)]
+    rows = []
+    for name, own in results.facts.items():
+        figures = [column.arms.get(name) for column in results.columns]
+        rows.append([name, *(own[n] for n in facts), *(_cell(f.estimate() if f else None) for f in figures)])
+    for name in dict.fromkeys(name for column in results.columns for name in column.others):
+        rows.append([name, *("" for _ in facts), *(_cell(column.others.get(name)) for column in results.columns)])
     return heads, rows
 
 
-def _cell(figure: Figure | Estimate | None) -> str:
-    if figure is None:
-        return "–"
-    estimate = figure.estimate() if isinstance(figure, Figure) else figure
-    return f"{_short(estimate.value)} ({_short(estimate.low)}–{_short(estimate.high)})"
+def _cell(estimate: Estimate | None) -> str:
+    return f"{_short(estimate.value)} ({estimate.interval(_short)})" if estimate else "–"
 
 
 def _short(value: float) -> str:
@@ -247,21 +207,28 @@ def _short(value: float) -> str:
 
 
 def said(results: Results) -> list[str]:
-    """The differences in words, the remarks, and what none of it says."""
-    shown = [difference.told() for difference in results.differences if difference.shown]
-    quiet = len(results.differences) - len(shown)
-    lines = shown or (["No difference between the arms is there for sure."] if results.differences else [])
-    if shown and quiet:
-        lines = [*lines, f"{quiet} further pairs of figures show no difference."]
-    return [*lines, *results.remarks, results.note, UNSURE.format(count=len(results.differences))]
+    """The significant differences in words, the remarks, and what none of it says."""
+    lines = [_told(found) for found in results.differences if found.improved is not None]
+    quiet = len(results.differences) - len(lines)
+    if lines and quiet:
+        lines.append(f"{quiet} further pairs of figures show no significant difference.")
+    elif quiet:
+        lines.append("No difference between the arms is significant.")
+    return [*lines, *results.remarks, results.note, CAUTION.format(count=len(results.differences))]
+
+
+def _told(found: Difference) -> str:
+    """`soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)`."""
+    word = "better" if found.improved else "worse"
+    return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
 
 
 def print_results(results: Results, console: Console) -> None:
     """The table on the terminal, and what it says."""
     heads, rows = rows_of(results)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for place, head in enumerate(heads):
-        table.add_column(head.replace(" ", "\n"), justify="left" if not place else "right")
+    for index, head in enumerate(heads):
+        table.add_column(head.replace(" ", "\n"), justify="right" if index else "left")
     for row in rows:
         table.add_row(*(cell.replace(" (", "\n(") for cell in row))
     console.print(table)
@@ -270,26 +237,18 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """results.md with the plot beside it."""
+    """results.md, with the plot beside it."""
     heads, rows = rows_of(results)
-    lines = [f"# {results.name}: {results.question}", ""]
-    lines += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    title = f"{results.name}: {results.question}"
+    lines = [f"# {title}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     lines += ["", *(f"- {line}" for line in said(results)), "", "![](results.svg)", ""]
-    with replacing(folder / "results.md") as file:
-        file.write("\n".join(lines).encode())
-    with replacing(folder / "results.svg") as file:
-        file.write(dot_chart(f"{results.name}: {results.question}", list(_panels(results))).encode())
-
-
-def _panels(results: Results) -> Iterator[Panel]:
+    panels = []
     for column in results.columns:
-        dots = [_dot(name, figure.estimate(), arm=True) for name, figure in column.arms.items()]
-        dots += [_dot(name, estimate, arm=False) for name, estimate in column.others.items()]
-        hint = {"higher": "higher is better", "lower": "lower is better"}.get(column.better or "", "")
-        if dots:
-            yield Panel(column.title, hint, dots)
-
-
-def _dot(name: str, estimate: Estimate, *, arm: bool) -> Dot:
-    return Dot(name, estimate.value, estimate.low, estimate.high, _short(estimate.value), arm)
+        figures = [(name, figure.estimate(), "arm") for name, figure in column.arms.items()]
+        figures += [(name, estimate, "other") for name, estimate in column.others.items()]
+        dots = [(name, estimate, kind, _short(estimate.value)) for name, estimate, kind in figures]
+        panels.append(dot_panel(column.title, f"{column.better} is better" if column.better else "", dots))
+    for name, text in (("results.md", "\n".join(lines)), ("results.svg", draw_svg(title, panels))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())

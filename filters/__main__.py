@@ -6,8 +6,7 @@ from rich.console import Console
 
 from filters.report import FilterReport, print_report
 from filters.run import check_keep_rate, filter_run, recipe_rules
-from filters.sweep import parse_shares, print_sweep, sweep
-from filters.trials import dry_run, print_dry_run
+from filters.trials import dry_run, parse_shares, print_dry_run, print_sweep, sweep
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RequestsFailed
 from pipeline.rundir import RunDir

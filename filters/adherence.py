@@ -1,9 +1,10 @@
-"""The rule `adherence`: what the prompt's slots asked for is in the answer."""
+"""The rule `adherence`: the answer names what the prompt's slots asked for."""
 
 from pydantic import Field, field_validator
 
 from filters.answer import Answer, RuleSettings, nfc
 from filters.words import mentions
+from pipeline.records import Reason
 
 
 class AdherenceSettings(RuleSettings):
@@ -17,19 +18,18 @@ class AdherenceSettings(RuleSettings):
         return {nfc(value): [nfc(name) for name in names] for value, names in aliases.items()}
 
 
-def adherence(answer: Answer, settings: AdherenceSettings) -> str | None:
+def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
     """Drops an answer that does not name the values asked for (see filters.words.mentions for how they are found)."""
-    missing = []
+    missing: dict[str, list[str]] = {}
     for slot in settings.slots:
         asked = answer.slots.get(slot)
         if asked is None:
-            return f"the prompt has no slot `{slot}`"
-        for value in (asked,) if isinstance(asked, str) else asked:
-            value = nfc(value)
-            if not mentions(answer.text, value) and not any(
-                mentions(answer.text, name) for name in settings.aliases.get(value, ())
-            ):
-                missing.append(f"`{value}` ({slot})")
-    if len(missing) <= settings.max_missing:
+            return Reason(rule="adherence", what=slot)
+        for value in map(nfc, (asked,) if isinstance(asked, str) else asked):
+            names = (value, *settings.aliases.get(value, ()))
+            if not any(mentions(answer.text, name) for name in names):
+                missing.setdefault(slot, []).append(value)
+    count = sum(map(len, missing.values()))
+    if count <= settings.max_missing:
         return None
-    return f"asked for and not there: {', '.join(missing)}"
+    return Reason(rule="adherence", missing=missing, value=count, at_most=settings.max_missing)

@@ -6,7 +6,7 @@ from functools import partial
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.records import Completion, Message, Slots
+from pipeline.records import Completion, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
 
@@ -18,7 +18,7 @@ class Answer(msgspec.Struct, frozen=True):
     """
 
     text: str
-    instruction: str  # the last user message, empty where there is none
+    instruction: str  # the last user message; empty if there is none
     finish_reason: str
     slots: Slots  # what the prompt's template was filled with
 
@@ -31,16 +31,5 @@ class RuleSettings(BaseModel):
 
 def as_answer(row: Completion) -> Answer:
     """The answer of a completion, normalised."""
-    return Answer(nfc(row.text), instruction_of(row.messages), row.finish_reason, row.slots)
-
-
-def instruction_of(messages: list[Message]) -> str:
-    """The last user message, normalised; empty where there is none."""
-    return nfc(last_user_message(messages))
-
-
-def last_user_message(messages: list[Message]) -> str:
-    for message in reversed(messages):
-        if message.role == "user":
-            return message.content
-    return ""
+    asked = next((message.content for message in reversed(row.messages) if message.role == "user"), "")
+    return Answer(nfc(row.text), nfc(asked), row.finish_reason, row.slots)

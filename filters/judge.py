@@ -13,18 +13,15 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
-from filters.answer import as_answer
-from filters.rows import completion_part, dropped_tail, kept_tail
-from filters.tally import Tally
 from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
-from pipeline.records import Completion, Failure, Kept, Message, Prompt, encode_line, read_jsonl
+from pipeline.records import Completion, Failure, Message, Prompt, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 
 RULE = "judge"
@@ -53,11 +50,8 @@ from; a single serious fault makes it 2 or less.
 Reply with one JSON object and nothing else: {{{shape}, "score": 1-5}}"""
 
 
-_decoder = msgspec.json.Decoder(Kept)
-
-
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of judgements.jsonl. `score` is None where no verdict could be read."""
+    """A line of judgements.jsonl. `score` is None if no verdict could be read."""
 
     id: str  # the completion's
     score: int | None
@@ -66,7 +60,12 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     seed: int | None = None
     attempts: int
-    error: str | None = None  # why the last request failed; None where it was answered
+    error: str | None = None  # why the last request failed; None if it was answered
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What kept.jsonl says of the answer."""
+        return {} if self.score is None else {RULE: self.score, **self.criteria}
 
 
 def version_of(recipe: Recipe, config: JudgeConfig) -> str:
@@ -157,16 +156,16 @@ def undiscerning(judgements: Iterable[Judgement]) -> str | None:
     return f"{what}: it does not tell them apart; take a more able judge, and see whether a person agrees (make review)"
 
 
-def reason(judgement: Judgement, config: JudgeConfig) -> str | None:
-    """Why the judge drops a row, or None. An unjudged row is dropped: nobody has said that it is worth it."""
+def judge_reason(judgement: Judgement, config: JudgeConfig) -> Reason | None:
+    """Why the judge drops a row, or None. An unjudged row is dropped: nobody says that it is worth learning from."""
     if judgement.error is not None:
-        return f"not judged: {judgement.error}"
+        return Reason(rule=RULE, what=FAILED, note=f"not judged: {judgement.error}")
     if judgement.score is None:
-        return f"no verdict could be read, in {judgement.attempts} attempts"
+        return Reason(rule=RULE, what=UNREADABLE, count=judgement.attempts)
     if judgement.score >= config.min_score:
         return None
-    low = ", ".join(f"{name} {score}" for name, score in judgement.criteria.items() if score < config.min_score)
-    return f"score {judgement.score}, at least {config.min_score} wanted" + (f" ({low})" if low else "")
+    low = {name: score for name, score in judgement.criteria.items() if score < config.min_score}
+    return Reason(rule=RULE, value=judgement.score, at_least=config.min_score, scores=low)
 
 
 def judge_rules(config: JudgeConfig | None) -> list[dict[str, Any]]:
@@ -174,33 +173,7 @@ def judge_rules(config: JudgeConfig | None) -> list[dict[str, Any]]:
     return [] if config is None else [{"rule": RULE, "min_score": config.min_score, "model": config.model}]
 
 
-def judge_survivors(
-    survivors: Path, recipe: Recipe, run: RunDir, outputs: tuple[BinaryIO, BinaryIO], tally: Tally
-) -> None:
-    """Judges the rows of a file of kept ones: good ones go on with their scores, the others are dropped.
-
-    The verdicts asked for before an interruption are not asked again.
-    """
-    config = recipe.filters.judge
-    assert config is not None
-    kept, dropped = outputs
-    judgements = judge_rows(recipe, run, read_jsonl(survivors, Kept))
-    dropped.seek(0, 2)
-    with survivors.open("rb") as file:
-        for line in file:
-            row = _decoder.decode(line)
-            judgement = judgements[row.id]
-            why = reason(judgement, config)
-            _count(judgement, tally.scores)
-            if why is None:
-                scores = {**row.scores, RULE: judgement.score, **judgement.criteria}
-                kept.write(completion_part(line) + kept_tail(scores))
-            else:
-                tally.move_to_dropped(row.id, as_answer(row), {RULE: why})
-                dropped.write(completion_part(line) + dropped_tail({RULE: why}))
-
-
-def _count(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
+def count_scores(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
     """Adds a judgement to the histograms, the one of `score` under the judge's own name."""
     whole = judgement.score or (UNREADABLE if judgement.error is None else FAILED)
     for name, score in {RULE: whole, **judgement.criteria}.items():
@@ -318,7 +291,7 @@ def _seed(sampling: dict[str, Any]) -> int | None:
 
 
 def read_judgements(run: RunDir) -> dict[str, Judgement]:
-    """The run's judgements by id; none where it was not judged. Raises DistillError where the file is wrong."""
+    """The run's judgements by id; none if it was not judged. Raises DistillError if the file is wrong."""
     if not run.judgements.exists():
         return {}
     try:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from filters.answer import Answer, RuleSettings
+from pipeline.records import Reason
 
 
 class LanguageSettings(RuleSettings):
@@ -36,11 +37,12 @@ def _identifier() -> Any:
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
-def language(answer: Answer, settings: LanguageSettings) -> str | None:
-    """Drops an answer in another language, or in one that cannot be told with enough certainty."""
+def language(answer: Answer, settings: LanguageSettings) -> Reason | None:
+    """Drops an answer in another language, or in one that is not certain enough."""
     found, probability = _identifier().classify(answer.text)
+    probability = float(probability)
     if found not in settings.allowed:
-        return f"language is {found} ({probability:.0%}), allowed: {', '.join(settings.allowed)}"
+        return Reason(rule="language", found=found, value=probability, allowed=settings.allowed)
     if probability < settings.min_probability:
-        return f"language is {found}, but only with {probability:.0%}, at least {settings.min_probability:.0%} wanted"
+        return Reason(rule="language", found=found, value=probability, at_least=settings.min_probability)
     return None

@@ -10,6 +10,7 @@ from functools import cached_property
 from pydantic import Field, field_validator
 
 from filters.answer import Answer, RuleSettings, nfc
+from pipeline.records import Reason
 
 CLOSING_CHARS = 200  # how much of the end is searched for a closing remark
 BEFORE = r"[\s*#_>-]*(?:안녕하세요[^\n.!?]{0,20}[!,.]\s*)?"  # Markdown, and a greeting
@@ -73,17 +74,20 @@ CLOSINGS = (
 )
 
 
-# Each pattern of the two lists above needs one of these to match, in lower case; most answers have none.
-ANYWHERE_HINTS = (
+# Each pattern of the two lists above can match only where one of its list's hints stands; most answers have none.
+# The Latin ones are looked for in lower case, with single spaces, and only in answers that have Latin letters.
+ANYWHERE_HINTS = re.compile("모델|어시스턴트|챗봇|비서|작성|생성|제공|제안|인공지능|사용자|동화를|<\\|")
+ANYWHERE_LATIN_HINTS = (
     *("as a", "language model", "'m ", "’m ", "i am ", "i was ", "training data", "knowledge cutoff", "system prompt"),
-    *("qwen", "chatgpt", "smollm", "<|", "모델", "어시스턴트", "챗봇", "비서", "작성", "생성", "제공", "제안"),
-    *("저는 ai", "나는 ai", "인공지능", "사용자", "동화를"),
+    *("qwen", "chatgpt", "smollm", "저는 ai", "나는 ai"),
 )
-CLOSING_HINTS = (
+CLOSING_HINTS = re.compile(
+    "필요|궁금하|원하|요청|언제든|편하게|드릴까요|도움이|마음에|작성|구성|바랍니다|글자|자로|자입니다|\\("
+)
+CLOSING_LATIN_HINTS = (
     *("i hope ", "let me know ", "feel free", "hesitate", " me to", "is there any", "do you have any", "word count"),
-    *("필요", "궁금하", "원하", "요청", "언제든", "편하게", "도와드릴", "도와 드릴", "도움이", "마음에"),
-    *("작성", "구성", "바랍니다", "글자", "자로", "자입니다", "("),
 )
+_LATIN = re.compile("[A-Za-zſıİ]")
 _OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
 
 
@@ -116,26 +120,26 @@ class MetaTalkSettings(RuleSettings):
         return re.compile("|".join(CLOSINGS), re.IGNORECASE) if self.builtin else None
 
 
-def meta_talk(answer: Answer, settings: MetaTalkSettings) -> str | None:
+def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:
     """Drops an answer that talks about itself, or refuses."""
     text = answer.text
     if settings.opening and (found := settings.opening.match(text)):
-        return f"opens with `{found[1]}`"
-    plain = _plain(text)
-    unhinted = settings.builtin and not _hinted(plain, ANYWHERE_HINTS)
-    for pattern in settings.anywhere[1:] if unhinted else settings.anywhere:
+        return Reason(rule="meta_talk", what="opens with", found=found[1])
+    ours = settings.builtin and _hinted(text, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS)
+    for pattern in settings.anywhere if ours or not settings.builtin else settings.anywhere[1:]:
         if found := pattern.search(text):
-            return f"says `{found[0]}`"
-    end = max(0, len(text) - CLOSING_CHARS)
-    if settings.closing and _hinted(plain, CLOSING_HINTS) and (found := settings.closing.search(text, end)):
-        return f"closes with `{found[0]}`"
+            return Reason(rule="meta_talk", what="says", found=found[0])
+    if settings.closing and _hinted(text[-CLOSING_CHARS:], CLOSING_HINTS, CLOSING_LATIN_HINTS):
+        found = settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))
+        return Reason(rule="meta_talk", what="closes with", found=found[0]) if found else None
     return None
 
 
-def _plain(text: str) -> str | None:
-    """In lower case, each run of white space as one space; None where case is not so simple."""
-    return " ".join(text.lower().split()) if _OTHER_CASES.search(text) is None else None
-
-
-def _hinted(plain: str | None, hints: tuple[str, ...]) -> bool:
-    return plain is None or any(hint in plain for hint in hints)
+def _hinted(text: str, hints: re.Pattern[str], latin_hints: tuple[str, ...]) -> bool:
+    """Whether a pattern may match: one of the hints is in the text."""
+    if hints.search(text):
+        return True
+    if _LATIN.search(text) is None:
+        return False
+    plain = " ".join(text.lower().split())
+    return any(hint in plain for hint in latin_hints) or _OTHER_CASES.search(text) is not None

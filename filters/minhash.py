@@ -2,32 +2,32 @@
 similarity that decides. Reads and writes nothing.
 
 Broder 1997 for MinHash; bands of rows after Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4. The
-signatures are rensa's (Fast Similarity Sketching, Dahlgaard et al. 2017); they are never stored.
+signatures are rensa's (Fast Similarity Sketching, Dahlgaard et al. 2017); only band keys and glimpses are stored.
 """
 
 import re
 import unicodedata
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rensa import RMinHash
 
 from filters.answer import nfc
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Hashes = NDArray[np.uint64]
-    Keys = NDArray[np.uint32]
-
+Array = NDArray[Any]
 PERMUTATIONS = 120  # values of a signature: 120 has many divisors
-RECALL = 0.995  # of the pairs that are just as similar as the threshold, so many share a band at least
-GLIMPSE = 64
+RECALL = 0.995  # at least this share of the pairs exactly as similar as the threshold shares a band
+GLIMPSE = 64  # bytes
 _SEED = 1
-_BATCH = 128  # texts a call of rensa: from 256 on it starts threads, and a process forked after that would hang
+_BATCH = 128  # texts per call of rensa: from 256 on it starts threads, and a process forked after that would hang
 _BASE = 0x9E3779B97F4A7C15  # odd, and without a pattern in its bits
 _MIX = 0xBF58476D1CE4E5B9
 _SELECTORS = range(0xFE00, 0xFE10)  # they choose how an emoji is drawn, and count as marks
+_PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
+_PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
 
 
 class Shape(NamedTuple):
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class _Folding(dict[int, str]):
-    """What each character becomes; learnt as characters come."""
+    """What each character becomes; filled as characters come."""
 
     def __missing__(self, code: int) -> str:
         category = unicodedata.category(chr(code))
@@ -53,14 +53,12 @@ class _Folding(dict[int, str]):
 
 
 _folding = _Folding()
-_PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
-_PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
 
 
 def fold(text: str) -> str:
     """The text in NFC and without case; every run of spaces, punctuation and symbols is one space, none at the ends."""
     lower = text.casefold()
-    if _PLAIN.fullmatch(lower):  # nothing that NFC or a category would decide: a third of the time
+    if _PLAIN.fullmatch(lower):  # NFC and categories change nothing else there; three times as fast
         return " ".join(_PLAIN_WORDS.findall(lower))
     return " ".join(nfc(lower).translate(_folding).split())
 
@@ -70,13 +68,10 @@ def digest(folded: str) -> bytes:
     return blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def ngram_hashes(folded: Sequence[str], n: int) -> tuple["Hashes", "Hashes"]:
-    """Hashes of every run of n characters of each text, end to end, and where each text's begin (one more at the end).
-
-    A text under n characters counts as one run.
+def ngram_hashes(folded: Sequence[str], n: int) -> tuple[Array, Array]:
+    """Hashes (uint64) of every run of n characters of each text, end to end; and the offset where each text's begin,
+    one more at the end. A text under n characters counts as one run.
     """
-    import numpy as np
-
     lengths = np.array([max(len(text), n) for text in folded], dtype=np.int64)
     joined = "".join([text.ljust(n) for text in folded])
     codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
@@ -97,17 +92,13 @@ def ngram_hashes(folded: Sequence[str], n: int) -> tuple["Hashes", "Hashes"]:
     return hashes[within], starts
 
 
-def ngrams(folded: str, n: int) -> "Hashes":
+def ngrams(folded: str, n: int) -> Array:
     """The set of a text's n-grams, as sorted hashes."""
-    import numpy as np
-
     return np.unique(ngram_hashes([folded], n)[0])
 
 
-def jaccard(first: "Hashes", second: "Hashes") -> float:
-    """What two sets of n-grams share, as a part of what they have together (0 to 1)."""
-    import numpy as np
-
+def jaccard(first: Array, second: Array) -> float:
+    """What two sets of n-grams have in common, as a share of their union (0 to 1)."""
     merged = np.concatenate((first, second))
     merged.sort()
     shared = int(np.count_nonzero(merged[1:] == merged[:-1]))
@@ -116,22 +107,14 @@ def jaccard(first: "Hashes", second: "Hashes") -> float:
 
 def shape_for(threshold: float) -> Shape:
     """The bands with the most rows (so the fewest false candidates) that still find RECALL of the pairs."""
-    rows = max(
-        rows for rows in range(1, PERMUTATIONS + 1) if _found(threshold, Shape(PERMUTATIONS // rows, rows)) >= RECALL
+    shapes = [Shape(PERMUTATIONS // rows, rows) for rows in range(1, PERMUTATIONS + 1)]
+    return max(
+        (one for one in shapes if 1 - (1 - threshold**one.rows) ** one.bands >= RECALL), key=lambda one: one.rows
     )
-    return Shape(PERMUTATIONS // rows, rows)
 
 
-def _found(similarity: float, shape: Shape) -> float:
-    """The probability that a pair of that similarity shares a band."""
-    return float(1 - (1 - similarity**shape.rows) ** shape.bands)
-
-
-def signatures(folded: Sequence[str], n: int) -> "Keys":
-    """MinHash signatures, shape (texts, PERMUTATIONS)."""
-    import numpy as np
-    from rensa import RMinHash
-
+def signatures(folded: Sequence[str], n: int) -> Array:
+    """MinHash signatures, uint32, shape (texts, PERMUTATIONS)."""
     values = np.empty((len(folded), PERMUTATIONS), dtype=np.uint32)
     for start in range(0, len(folded), _BATCH):
         hashes, starts = ngram_hashes(folded[start : start + _BATCH], n)
@@ -140,10 +123,8 @@ def signatures(folded: Sequence[str], n: int) -> "Keys":
     return values
 
 
-def band_keys(values: "Keys", shape: Shape) -> "Keys":
-    """One 32-bit key a band, shape (texts, bands). Keys equal by chance cost a comparison, no more."""
-    import numpy as np
-
+def band_keys(values: Array, shape: Shape) -> Array:
+    """One uint32 key per band, shape (texts, bands). Keys that are equal by chance cost one comparison."""
     bands = values[:, : shape.bands * shape.rows].astype(np.uint64).reshape(len(values), shape.bands, shape.rows)
     mixed = np.zeros(bands.shape[:2], dtype=np.uint64)
     for row in range(shape.rows):
@@ -153,22 +134,17 @@ def band_keys(values: "Keys", shape: Shape) -> "Keys":
     return (mixed >> np.uint64(32)).astype(np.uint32)
 
 
-def glimpses(values: "Keys") -> "NDArray[np.uint8]":
-    """GLIMPSE bytes of each signature: enough to pass over most candidates without reading their texts."""
-    import numpy as np
-
+def glimpses(values: Array) -> Array:
+    """GLIMPSE bytes of each signature: enough to rule out most candidates without reading their texts."""
     mixed = values[:, :GLIMPSE] * np.uint32(_BASE & 0xFFFFFFFF)
     return (mixed >> np.uint32(24)).astype(np.uint8)
 
 
-def agreement(glimpses: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> "NDArray[np.uint64]":
+def agreement(glimpses: Array, other: Array) -> Array:
     """In how many bytes each glimpse agrees with another one; many times as fast as counting along an axis."""
-    import numpy as np
-
     lanes = (glimpses == other).view(np.uint64).sum(axis=1)  # eight bytes side by side, each a count up to 8
     lanes *= np.uint64(0x0101010101010101)  # all eight are summed in the top byte
-    agreeing: NDArray[np.uint64] = lanes >> np.uint64(56)
-    return agreeing
+    return np.asarray(lanes >> np.uint64(56))
 
 
 def least_agreement(threshold: float) -> float:

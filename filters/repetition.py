@@ -8,12 +8,14 @@ An n-gram is of words; a run longer than 24 characters without a space (Chinese,
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import TypeVar
 
+from msgspec.structs import replace
 from pydantic import Field, field_validator
 
 from filters.answer import Answer, RuleSettings
+from pipeline.records import Reason
 
 LONGEST_WORD = 24  # characters
 SHORTEST_SENTENCE = 10  # characters; shorter ones (와! 안녕!) may well come back
@@ -43,76 +45,104 @@ class RepetitionSettings(RuleSettings):
         return dict(sorted(table.items()))
 
 
-def repetition(answer: Answer, settings: RepetitionSettings) -> str | None:
+def repetition(answer: Answer, settings: RepetitionSettings) -> Reason | None:
     """Drops an answer that repeats its n-grams, sentences or paragraphs over the thresholds."""
-    return _repeated_ngrams(answer.text, settings) or _repeated_parts(answer.text, settings)
+    return _repeated_parts(answer.text, settings) or _repeated_ngrams(answer.text, settings)  # the cheap ones first
 
 
-def _repeated_ngrams(text: str, settings: RepetitionSettings) -> str | None:
-    units = _units(text)
-    total = sum(map(len, units))
+def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
+    units = text.split()
+    lengths = list(map(len, units))
+    if max(lengths, default=0) > LONGEST_WORD:
+        units = [unit for word in units for unit in (word if len(word) > LONGEST_WORD else [word])]
+        lengths = list(map(len, units))
+    total, longest, repeats = sum(lengths), max(lengths, default=0), _Repeats(units)
     for n, limit in settings.top_ngrams.items():
-        counts = Counter(_ngrams(units, n))
-        count = max(counts.values(), default=0)
-        if count < 2:
-            break  # where no n-gram comes twice, no longer one does
-        ngram = max((ngram for ngram in counts if counts[ngram] == count), key=lambda ngram: sum(map(len, ngram)))
-        if (share := min(1.0, sum(map(len, ngram)) * count / total)) > limit:
-            return f"`{' '.join(ngram)}` {count} times: {share:.0%} of the text, at most {limit:.0%}"
+        counts = Counter(repeats.of(n).values())
+        if not counts:
+            break  # if no n-gram comes twice, no longer one does
+        count = max(counts.values())
+        if count * n * longest / total <= limit:
+            continue  # even for the longest words
+        chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
+        if (share := min(1.0, chars * count / total)) > limit:
+            said = " ".join(units[top : top + n])
+            return Reason(
+                rule="repetition", what="top_ngrams", n=n, found=said, count=count, value=share, at_most=limit
+            )
     for n, limit in settings.duplicate_ngrams.items():
-        ngrams = list(_ngrams(units, n))
-        if len(set(ngrams)) == len(ngrams):
+        again = repeats.of(n)
+        if not again:
             break
-        if (share := _chars_again(ngrams, n) / total) > limit:
-            return f"repeated runs of {n} words: {share:.0%} of the text, at most {limit:.0%}"
+        if (share := _chars_again(again, n, lengths) / total) > limit:
+            return Reason(rule="repetition", what="duplicate_ngrams", n=n, value=share, at_most=limit)
     return None
 
 
-def _repeated_parts(text: str, settings: RepetitionSettings) -> str | None:
+class _Repeats:
+    """The n-grams of a text that come more than once.
+
+    Such an n-gram is two shorter ones, a word apart, that come more than once: few places are left for longer ones.
+    """
+
+    def __init__(self, units: list[str]) -> None:
+        self._found = [_first_places(enumerate(units))]  # by n, from 1
+
+    def of(self, n: int) -> dict[int, int]:
+        """Where they begin, and where the same n-gram begins first."""
+        while len(self._found) < n:
+            known = self._found[-1]
+            pairs = [(place, (known[place], known[place + 1])) for place in sorted(known) if place + 1 in known]
+            self._found.append(_first_places(pairs))
+        return self._found[n - 1]
+
+
+def _first_places(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
+    """For each place whose key comes more than once, the first place with that key."""
+    firsts: dict[Hashable, int] = {}
+    found: dict[int, int] = {}
+    for place, key in keys:
+        first = firsts.setdefault(key, place)
+        if first != place:
+            found[first] = found[place] = first
+    return found
+
+
+def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
     sentences = [part for found in _SENTENCE.findall(text) if len(part := found.strip()) >= SHORTEST_SENTENCE]
-    paragraphs = [part for part in _PARAGRAPHS.split(text.strip()) if part]
+    paragraphs = [part for part in _PARAGRAPHS.split(text.strip()) if part] if "\n" in text else []
+    if len(set(sentences)) == len(sentences) and len(set(paragraphs)) == len(paragraphs):
+        return None
     for name, parts, limit, char_limit in (
-        ("sentences", sentences, settings.duplicate_sentences, settings.duplicate_sentence_chars),
-        ("paragraphs", paragraphs, settings.duplicate_paragraphs, settings.duplicate_paragraph_chars),
+        ("sentence", sentences, settings.duplicate_sentences, settings.duplicate_sentence_chars),
+        ("paragraph", paragraphs, settings.duplicate_paragraphs, settings.duplicate_paragraph_chars),
     ):
         again = _later_occurrences(parts)
         if not again:
             continue
-        if limit is not None and (share := len(again) / len(parts)) > limit:
-            return f"{len(again)} of {len(parts)} {name} are repeats ({share:.0%}), at most {limit:.0%}: `{again[0]}`"
-        if char_limit is not None and (share := sum(map(len, again)) / len(text)) > char_limit:
-            return f"repeated {name}: {share:.0%} of the text, at most {char_limit:.0%}: `{again[0]}`"
-    if settings.repeated_span and (again := _later_occurrences(list(_ngrams(sentences, settings.repeated_span)))):
-        return f"{settings.repeated_span} sentences in a row come twice: `{again[0][0]}…`"
+        share, chars = len(again) / len(parts), sum(map(len, again)) / len(text)
+        reason = Reason(rule="repetition", found=again[0], count=len(again), total=len(parts))
+        if limit is not None and share > limit:
+            return replace(reason, what=f"duplicate_{name}s", value=share, at_most=limit)
+        if char_limit is not None and chars > char_limit:
+            return replace(reason, what=f"duplicate_{name}_chars", value=chars, at_most=char_limit)
+    span = settings.repeated_span
+    spans = zip(*(sentences[start:] for start in range(span or 0)), strict=False)
+    if twice := _later_occurrences(list(spans)):
+        return Reason(rule="repetition", what="repeated_span", n=span, found=twice[0][0])
     return None
 
 
-def _units(text: str) -> list[str]:
-    """Words; the characters of a run that is too long to be one."""
-    units: list[str] = []
-    for word in text.split():
-        if len(word) > LONGEST_WORD:
-            units.extend(word)
-        else:
-            units.append(word)
-    return units
-
-
-def _ngrams(units: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(units[start:] for start in range(n)), strict=False)
-
-
-def _chars_again(ngrams: list[tuple[str, ...]], n: int) -> int:
-    """Characters of the n-grams that came before, none counted twice."""
-    seen: set[tuple[str, ...]] = set()
-    chars = index = 0
-    while index < len(ngrams):
-        if ngrams[index] in seen:
-            chars += sum(map(len, ngrams[index]))
-            index += n
-        else:
-            seen.add(ngrams[index])
-            index += 1
+def _chars_again(again: dict[int, int], n: int, lengths: list[int]) -> int:
+    """Characters of the n-grams that were there before, none counted twice."""
+    seen: set[int] = set()
+    chars = end = 0
+    for place in sorted(again):
+        if place < end:
+            continue
+        if again[place] in seen:
+            chars, end = chars + sum(lengths[place : place + n]), place + n
+        seen.add(again[place])
     return chars
 
 

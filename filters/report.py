@@ -113,9 +113,9 @@ def make_report(
 
 def _slot_counts(tally: Tally) -> dict[str, dict[str, SlotCount]]:
     slots: dict[str, dict[str, SlotCount]] = {}
-    for name in dict.fromkeys([*tally.kept_slots, *tally.dropped_slots]):
-        kept = tally.kept_slots.get(name, Counter())
-        rows = kept + tally.dropped_slots.get(name, Counter())
+    for name in dict.fromkeys([*tally.kept_side.slots, *tally.dropped_side.slots]):
+        kept = tally.kept_side.slots.get(name, Counter())
+        rows = kept + tally.dropped_side.slots.get(name, Counter())
         if len(rows) <= MOST_VALUES:
             by_rate = sorted(rows, key=lambda value: (kept[value] / rows[value], value))
             slots[name] = {value: SlotCount(rows[value], kept[value], kept[value] / rows[value]) for value in by_rate}
@@ -123,10 +123,10 @@ def _slot_counts(tally: Tally) -> dict[str, dict[str, SlotCount]]:
 
 
 def _lengths(tally: Tally) -> dict[str, dict[str, int]]:
-    lengths = {}
-    for index in sorted({*tally.kept_lengths, *tally.dropped_lengths}):
+    lengths, kept, dropped = {}, tally.kept_side.lengths, tally.dropped_side.lengths
+    for index in sorted({*kept, *dropped}):
         name = f"{index * BIN}+" if index == LAST_BIN else f"{index * BIN}-{index * BIN + BIN - 1}"
-        lengths[name] = {"kept": tally.kept_lengths[index], "dropped": tally.dropped_lengths[index]}
+        lengths[name] = {"kept": kept[index], "dropped": dropped[index]}
     return lengths
 
 
@@ -139,7 +139,9 @@ def print_report(report: FilterReport, console: Console) -> None:
         table.add_column("for example")
         for rule in report.rules:
             example = rule.examples[0].reason if rule.examples else ""
-            table.add_row(rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", _plain(example, 60))
+            table.add_row(
+                rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", one_line(example, 60)
+            )
         console.print(table)
     _print_slots(report, console)
     _print_lengths(report, console)
@@ -163,7 +165,7 @@ def _print_slots(report: FilterReport, console: Console) -> None:
         if len(shown) > 4:
             shown = [*shown[:3], shown[-1]]
         for value, count in shown:
-            table.add_row(name, _plain(value, 30), f"{count.rows:,}", f"{count.kept:,}", f"{count.keep_rate:.0%}")
+            table.add_row(name, one_line(value, 30), f"{count.rows:,}", f"{count.kept:,}", f"{count.keep_rate:.0%}")
             name = ""
         table.add_section()
     if table.row_count:
@@ -194,8 +196,8 @@ def _print_scores(report: FilterReport, console: Console) -> None:
         console.print(table)
 
 
-def _plain(text: str, chars: int) -> str:
-    """One short line, safe to print: no line breaks, control characters or console markup."""
+def one_line(text: str, chars: int) -> str:
+    """At most so many characters, safe to print: no line breaks, control characters or console markup."""
     line = "".join(char if char.isprintable() else " " for char in text)
     line = line if len(line) <= chars else line[: chars - 1] + "…"
     return escape(line)

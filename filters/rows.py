@@ -6,35 +6,39 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import DataError
-from pipeline.records import Dropped, Kept, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Reason, read_jsonl
 from pipeline.rundir import RunDir
 
-_encoder = msgspec.json.Encoder()
+
+class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A completion and nothing else: another field means a file of another version, or one that is filtered already."""
 
 
-def completion_part(line: bytes) -> bytes:
-    """A kept row's line without its `scores`: the completion, its last brace left open."""
-    return line[: line.rindex(b',"scores":{')]
+decode_completion = msgspec.json.Decoder(_Row).decode
+_encode = msgspec.json.Encoder().encode
 
 
-def kept_tail(scores: dict[str, Any]) -> bytes:
-    """What makes a completion, its last brace left open, a kept row."""
-    return b',"scores":' + _encoder.encode(scores) + b"}\n"
+def kept_line(line: bytes, scores: dict[str, Any]) -> bytes:
+    """A line of kept.jsonl: the completion's line as it stands, its scores added at the end."""
+    return line.rstrip()[:-1] + b',"scores":' + _encode(scores) + b"}\n"
 
 
-def dropped_tail(reasons: dict[str, str]) -> bytes:
-    """What makes a completion, its last brace left open, a dropped row: its `rule` is the first of the reasons."""
-    return b"," + _encoder.encode({"rule": next(iter(reasons)), "detail": reasons})[1:] + b"\n"
+def dropped_line(line: bytes, reasons: list[Reason]) -> bytes:
+    """A line of dropped.jsonl: the completion's line as it stands, the first rule and every reason at the end."""
+    return line.rstrip()[:-1] + b"," + _encode({"rule": reasons[0].rule, "detail": reasons})[1:] + b"\n"
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
-    """Every answer of a filtered run. Raises DataError where it is not filtered, or at a bad line."""
+    """Every answer of a filtered run. Raises DataError if it is not filtered, or at a bad line."""
     yield from read_jsonl(run.kept, Kept)
-    yield from read_jsonl(run.dropped, Dropped)
+    try:
+        yield from read_jsonl(run.dropped, Dropped)
+    except DataError as error:
+        raise DataError(f"{error}; if another version wrote it, filter again") from None
 
 
 def check_filtered(run: RunDir, why: str) -> None:
-    """Raises DataError, with the reason why it matters, where the run is not filtered yet."""
+    """Raises DataError, with the reason why it matters, if the run is not filtered yet."""
     for path in (run.kept, run.dropped):
         if not path.exists():
             raise DataError(f"{path}: no such file; {why}: run the filters first")

@@ -1,7 +1,7 @@
 """The rules: each takes an answer and its settings, and returns the reason to drop it, or None.
 
 Pure functions, one table (RULES) at the end. `length`, `banned_words`, `repeated_word`, `prompt_echo` and
-`script_ratio` with the flagship's settings decide as the chapter's function does, character for character, on NFC text.
+`script_ratio` with the flagship's settings decide as the source's function does, character for character, on NFC text.
 docs/filters.md says for each rule what it drops, its settings and its source.
 """
 
@@ -9,21 +9,18 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cached_property
-from os.path import commonprefix
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
 from filters.answer import Answer, RuleSettings, nfc
-from filters.batch import Batch
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
-from filters.scripts import SCRIPTS, ScriptCounter, character_class, script_counter, script_ranges
-from filters.texts import Flags, Shares, flags, is_plain
+from filters.scripts import SCRIPTS, character_class, count_script
 from filters.words import whole_word
+from pipeline.records import Reason
 
 
 class LengthSettings(RuleSettings):
@@ -37,35 +34,19 @@ class LengthSettings(RuleSettings):
         return self
 
 
-def length(answer: Answer, settings: LengthSettings) -> str | None:
+def length(answer: Answer, settings: LengthSettings) -> Reason | None:
     """Drops an answer with fewer or more characters (code points in NFC, spaces included)."""
     size = len(answer.text)
-    return _wrong_length(size, settings) if _is_outside(size, settings) else None
-
-
-def _is_outside(size: Any, settings: LengthSettings) -> Any:
-    """Of one size, or of many at once."""
-    return (size < settings.min_chars) | (settings.max_chars is not None and size > settings.max_chars)
-
-
-def _wrong_length(size: int, settings: LengthSettings) -> str:
     if size < settings.min_chars:
-        return f"{size} characters, at least {settings.min_chars} wanted"
-    return f"{size} characters, at most {settings.max_chars} wanted"
-
-
-def fails_length(batch: Batch, settings: LengthSettings) -> Flags:
-    outside: Flags = _is_outside(batch.texts.sizes, settings)
-    return outside
-
-
-def length_at_a_glance(batch: Batch, indices: list[int], settings: LengthSettings) -> list[str]:
-    return [_wrong_length(size, settings) for size in batch.texts.sizes[indices].tolist()]
+        return Reason(rule="length", value=size, at_least=settings.min_chars)
+    if settings.max_chars is not None and size > settings.max_chars:
+        return Reason(rule="length", value=size, at_most=settings.max_chars)
+    return None
 
 
 class BannedWordsSettings(RuleSettings):
     words: list[str] = Field(min_length=1)
-    whole_word: bool = False  # False: anywhere, inside other words too, as the chapter has it
+    whole_word: bool = False  # False: anywhere, inside other words too
     ignore_case: bool = False
 
     @field_validator("words")
@@ -83,16 +64,10 @@ class BannedWordsSettings(RuleSettings):
         return re.compile("|".join(map(re.escape, self.words)), flags)
 
 
-def banned_words(answer: Answer, settings: BannedWordsSettings) -> str | None:
+def banned_words(answer: Answer, settings: BannedWordsSettings) -> Reason | None:
     """Drops an answer that contains a word."""
     found = settings.pattern.search(answer.text)
-    return f"contains `{found[0]}`" if found else None
-
-
-def may_have_banned_words(batch: Batch, settings: BannedWordsSettings) -> Flags:
-    if settings.ignore_case:
-        return np.ones(len(batch), np.bool_)
-    return batch.texts.occurrences(*settings.words) > 0
+    return Reason(rule="banned_words", found=found[0]) if found else None
 
 
 class RepeatedWordSettings(RuleSettings):
@@ -105,37 +80,28 @@ class RepeatedWordSettings(RuleSettings):
         return nfc(word)
 
 
-def repeated_word(answer: Answer, settings: RepeatedWordSettings) -> str | None:
+def repeated_word(answer: Answer, settings: RepeatedWordSettings) -> Reason | None:
     """Drops an answer that has a word too often; occurrences do not overlap."""
     count = answer.text.count(settings.word)
-    return f"`{settings.word}` {count} times, at most {settings.max_count}" if count > settings.max_count else None
-
-
-def may_repeat_word(batch: Batch, settings: RepeatedWordSettings) -> Flags:
-    return batch.texts.occurrences(settings.word) > settings.max_count
+    if count <= settings.max_count:
+        return None
+    return Reason(rule="repeated_word", found=settings.word, value=count, at_most=settings.max_count)
 
 
 class PromptEchoSettings(RuleSettings):
     chars: int = Field(20, ge=1)
 
 
-def prompt_echo(answer: Answer, settings: PromptEchoSettings) -> str | None:
-    """Drops an answer that contains the first characters of the instruction."""
+def prompt_echo(answer: Answer, settings: PromptEchoSettings) -> Reason | None:
+    """Drops an answer that contains the first characters of the instruction, and any answer to an empty one."""
     start = answer.instruction[: settings.chars]
-    if start not in answer.text:
-        return None
-    return f"repeats the instruction: `{start}`" if start else "there is no instruction"
+    return Reason(rule="prompt_echo", found=start) if start in answer.text else None
 
 
-def may_echo_prompt(batch: Batch, settings: PromptEchoSettings) -> Flags:
-    beginnings = batch.beginnings(settings.chars + 1)
-    if len(beginnings) > 20:
-        beginnings = {commonprefix(list(beginnings))}  # noqa: RUF071
-    # In NFC the last character may be changed by one that follows, the others by nothing.
-    starts = [beginning[:-1] for beginning in beginnings]
-    if not all(starts) or not all(map(is_plain, beginnings)):
-        return np.ones(len(batch), np.bool_)
-    return batch.texts.occurrences(*starts) > 0
+def _known_script(script: str) -> str:
+    if script not in SCRIPTS:
+        raise ValueError(f"is not a script known here; there are {', '.join(SCRIPTS)}")
+    return script
 
 
 class ScriptRatioSettings(RuleSettings):
@@ -147,48 +113,24 @@ class ScriptRatioSettings(RuleSettings):
     def _known(cls, script: str) -> str:
         return _known_script(script)
 
-    @cached_property
-    def counter(self) -> ScriptCounter:
-        return script_counter(self.script)
 
-
-def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> str | None:
+def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> Reason | None:
     """Drops an answer of whose characters (spaces and punctuation counted) too few are of the script."""
-    share = settings.counter.share(answer.text, enough=settings.min_share)
-    return _wrong_share(share, settings) if share < settings.min_share else None
-
-
-def _wrong_share(share: float, settings: ScriptRatioSettings) -> str:
-    return f"{share:.1%} {settings.script}, at least {settings.min_share:.0%} wanted"
-
-
-def lacks_script(batch: Batch, settings: ScriptRatioSettings) -> Flags:
-    lacking: Flags = _shares(batch, settings) < settings.min_share
-    return lacking
-
-
-def script_ratio_at_a_glance(batch: Batch, indices: list[int], settings: ScriptRatioSettings) -> list[str]:
-    return [_wrong_share(share, settings) for share in _shares(batch, settings)[indices].tolist()]
-
-
-def _shares(batch: Batch, settings: ScriptRatioSettings) -> Shares:
-    shares: Shares = batch.texts.count(SCRIPTS[settings.script]) / np.maximum(batch.texts.sizes, 1)
-    return shares
+    share = count_script(answer.text, settings.script) / max(len(answer.text), 1)
+    if share >= settings.min_share:
+        return None
+    return Reason(rule="script_ratio", what=settings.script, value=share, at_least=settings.min_share)
 
 
 class FinishReasonSettings(RuleSettings):
     allowed: list[str] = Field(["stop"], min_length=1)
 
 
-def finish_reason(answer: Answer, settings: FinishReasonSettings) -> str | None:
+def finish_reason(answer: Answer, settings: FinishReasonSettings) -> Reason | None:
     """Drops an answer that the engine ended for another reason (`length`: cut off, `content_filter`: withheld)."""
     if answer.finish_reason in settings.allowed:
         return None
-    return f"finish_reason is `{answer.finish_reason}`, allowed: {', '.join(settings.allowed)}"
-
-
-def has_other_finish_reason(batch: Batch, settings: FinishReasonSettings) -> Flags:
-    return flags([reason not in settings.allowed for reason in batch.finish_reasons], len(batch))
+    return Reason(rule="finish_reason", found=answer.finish_reason, allowed=settings.allowed)
 
 
 class ForeignScriptSettings(RuleSettings):
@@ -205,18 +147,15 @@ class ForeignScriptSettings(RuleSettings):
         return re.compile(f"[{character_class(*self.scripts)}]")
 
 
-def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> str | None:
+def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | None:
     """Drops an answer into which characters of other scripts leaked."""
     if settings.pattern.search(answer.text) is None:
         return None
     found = settings.pattern.findall(answer.text)
     if len(found) <= settings.max_count:
         return None
-    return f"{len(found)} characters of {', '.join(settings.scripts)}: `{''.join(found[:10])}`"
-
-
-def may_have_foreign_script(batch: Batch, settings: ForeignScriptSettings) -> Flags:
-    return batch.texts.count(script_ranges(*settings.scripts)) > settings.max_count
+    scripts, first = ", ".join(settings.scripts), "".join(found[:10])
+    return Reason(rule="foreign_script", what=scripts, value=len(found), at_most=settings.max_count, found=first)
 
 
 class EndingSettings(RuleSettings):
@@ -226,57 +165,34 @@ class EndingSettings(RuleSettings):
 _AFTER_THE_END = {"So", "Sk", "Cf", "Mn", "Zs", "Cc", "Pe", "Pf"}  # emoji, their modifiers, spaces, closing brackets
 
 
-def ending(answer: Answer, settings: EndingSettings) -> str | None:
+def ending(answer: Answer, settings: EndingSettings) -> Reason | None:
     """Drops an answer that stops in mid-sentence; quotes, brackets, Markdown and emoji after the mark are skipped."""
-    text = answer.text
-    end = len(text)
-    while (
-        end
-        and text[end - 1] not in settings.marks
-        and (text[end - 1] in "\"'*_`" or unicodedata.category(text[end - 1]) in _AFTER_THE_END)
-    ):
-        end -= 1
-    if end and text[end - 1] in settings.marks:
-        return None
-    return f"ends with `{text[-20:]}`, no sentence mark" if end else "no sentence in it"
-
-
-def may_end_otherwise(batch: Batch, settings: EndingSettings) -> Flags:
-    ended: Flags = np.logical_or.reduce([batch.texts.ends_with(mark) for mark in settings.marks])
-    return ~ended
-
-
-def _known_script(script: str) -> str:
-    if script not in SCRIPTS:
-        raise ValueError(f"is not a script known here; there are {', '.join(SCRIPTS)}")
-    return script
+    for char in reversed(answer.text):
+        if char in settings.marks:
+            return None
+        if char not in "\"'*_`" and unicodedata.category(char) not in _AFTER_THE_END:
+            return Reason(rule="ending", found=answer.text[-20:])
+    return Reason(rule="ending")
 
 
 class Rule(NamedTuple):
-    """A rule, the model of its settings, and its screen if it has one.
+    """A rule, and the model of its settings."""
 
-    A screen tells of many answers at once which the rule may drop; the others it does not drop, for certain. It knows
-    only answers that are not `unsure`. Without one the rule reads every answer. A rule with a glance drops all that its
-    screen suspects; the glance is what it says of them, without their texts.
-    """
-
-    check: Callable[[Answer, Any], str | None]
+    check: Callable[[Answer, Any], Reason | None]
     settings: type[RuleSettings]
-    screen: Callable[[Batch, Any], Flags] | None = None
-    glance: Callable[[Batch, list[int], Any], list[str]] | None = None
 
 
 RULES = {
-    "length": Rule(length, LengthSettings, fails_length, length_at_a_glance),
-    "banned_words": Rule(banned_words, BannedWordsSettings, may_have_banned_words),
-    "repeated_word": Rule(repeated_word, RepeatedWordSettings, may_repeat_word),
-    "prompt_echo": Rule(prompt_echo, PromptEchoSettings, may_echo_prompt),
-    "script_ratio": Rule(script_ratio, ScriptRatioSettings, lacks_script, script_ratio_at_a_glance),
-    "finish_reason": Rule(finish_reason, FinishReasonSettings, has_other_finish_reason),
-    "foreign_script": Rule(foreign_script, ForeignScriptSettings, may_have_foreign_script),
+    "length": Rule(length, LengthSettings),
+    "banned_words": Rule(banned_words, BannedWordsSettings),
+    "repeated_word": Rule(repeated_word, RepeatedWordSettings),
+    "prompt_echo": Rule(prompt_echo, PromptEchoSettings),
+    "script_ratio": Rule(script_ratio, ScriptRatioSettings),
+    "finish_reason": Rule(finish_reason, FinishReasonSettings),
+    "foreign_script": Rule(foreign_script, ForeignScriptSettings),
     "repetition": Rule(repetition, RepetitionSettings),
     "meta_talk": Rule(meta_talk, MetaTalkSettings),
     "adherence": Rule(adherence, AdherenceSettings),
-    "ending": Rule(ending, EndingSettings, may_end_otherwise),
+    "ending": Rule(ending, EndingSettings),
     "language": Rule(language, LanguageSettings),
 }

@@ -6,20 +6,19 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
 from filters.answer import Answer, RuleSettings
-from filters.batch import Batch
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
+from pipeline.records import Reason
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -57,42 +56,14 @@ class RuleSet:
 
     rules: tuple[ActiveRule, ...]
 
-    def reasons(self, answer: Answer) -> dict[str, str]:
-        """Why the answer is dropped: a reason by label, in the recipe's order; empty where it is kept."""
-        found = {}
+    def reasons(self, answer: Answer) -> list[Reason]:
+        """Why the answer is dropped, in the recipe's order; empty if it is kept."""
+        found = []
         for label, rule, settings in self.rules:
             reason = rule.check(answer, settings)
             if reason is not None:
-                found[label] = reason
+                found.append(reason if reason.rule == label else replace(reason, rule=label))
         return found
-
-    def all_reasons(self, batch: Batch) -> dict[int, dict[str, str]]:
-        """Why answers are dropped: `reasons` of each that is, by its index, in order.
-
-        A rule with a screen reads only the answers that its screen suspects, and those that a screen cannot judge.
-        """
-        suspects = [_suspects(batch, rule, settings) for _, rule, settings in self.rules]
-        batch.read(sorted(set[int]().union(*(to_read for to_read, _ in suspects))))
-        found: dict[int, dict[str, str]] = {}
-        for (label, rule, settings), (to_read, at_a_glance) in zip(self.rules, suspects, strict=True):
-            for index in to_read:
-                reason = rule.check(batch.answer(index), settings)
-                if reason is not None:
-                    found.setdefault(index, {})[label] = reason
-            for index, reason in at_a_glance:
-                found.setdefault(index, {})[label] = reason
-        return dict(sorted(found.items()))
-
-
-def _suspects(batch: Batch, rule: Rule, settings: RuleSettings) -> tuple[Sequence[int], list[tuple[int, str]]]:
-    """The rows whose answers the rule must read; those that it drops without, and why."""
-    if rule.screen is None:
-        return range(len(batch)), []
-    suspected = rule.screen(batch, settings)
-    if rule.glance is None:
-        return np.flatnonzero(suspected | batch.unsure).tolist(), []
-    sure = np.flatnonzero(suspected & ~batch.unsure).tolist()
-    return np.flatnonzero(batch.unsure).tolist(), list(zip(sure, rule.glance(batch, sure, settings), strict=True))
 
 
 def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:
@@ -146,7 +117,7 @@ def _check_slots(wanted: list[str], known: set[str], where: str) -> None:
             raise RecipeError(f"{where}.slots: the prompts have no slot `{slot}`; {there}")
 
 
-def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], str | None]:
+def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], Reason | None]:
     """Imports the user's function and checks that it can be called with the keys given."""
     path = folder / settings.file
     if not path.is_file():
@@ -168,15 +139,15 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
     except TypeError as error:
         raise RecipeError(f"{where}: {path}: {settings.name}(answer, …): {error}; got {arguments}") from None
 
-    def check(answer: Answer, _: Any) -> str | None:
-        own = {name: value if isinstance(value, str) else [*value] for name, value in answer.slots.items()}
+    def check(answer: Answer, _: Any) -> Reason | None:
+        slots = {name: value if isinstance(value, str) else [*value] for name, value in answer.slots.items()}
         try:
-            reason = function(replace(answer, slots=own), **arguments)  # it may change them: they are counted yet
+            said = function(replace(answer, slots=slots), **arguments)  # a copy: the report counts the slots later
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
-        if reason is not None and not isinstance(reason, str):
-            raise DistillError(f"{path}: {settings.name} returned {reason!r}; wanted a reason (text) or None")
-        return reason
+        if said is not None and not isinstance(said, str):
+            raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted a reason (text) or None")
+        return None if said is None else Reason(rule=settings.name, note=said or "no reason given")
 
     return check

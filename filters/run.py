@@ -1,35 +1,36 @@
-"""One pass over a run's answers: reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json and the
-lineage section `filters`. The rules come first; the judge is asked about the answers that they let pass, and duplicates
-are looked for among what is left, so that the better-scored one of two stays.
+"""One pass over a run's answers: stream → rules → exact duplicates → judge → near duplicates → files.
 
-A record is written as the teacher's line stands, the new fields added at its end: only what is judged is decoded, and
-nothing is written twice. The three files are staged beside the old ones and take their places together at the end.
+Reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json and the lineage section `filters`. The
+judge is asked about one of several exact copies; near duplicates are dropped after it: the better-scored of two stays.
+A record is written as the teacher's line stands, the new fields added at its end. The three files are staged beside the
+old ones and take their places together at the end.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
+import msgspec
 
-from filters.batch import read_batch
-from filters.duplicates import dedup_rules, dedup_sources, deduplicate
-from filters.judge import judge_rules, judge_survivors
+from filters.answer import as_answer
+from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
+from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
 from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
-from filters.rows import dropped_tail, kept_tail
+from filters.rows import decode_completion, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
-from filters.stream import Chunk, process
+from filters.sketches import Kind, Source, sketch
+from filters.stream import LONGEST_LINE, Line, in_blocks
 from filters.tally import Tally
-from filters.texts import doubtful_in_nfc
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
+from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.records import Completion, Reason
 from pipeline.rundir import RunDir
 
 
@@ -39,12 +40,24 @@ class LowKeepRate(DistillError):
 
 @dataclass
 class Judged:
-    """What is known of a chunk when its lines are written."""
+    """What the rules made of a block of lines."""
 
-    tally: Tally
-    lines: int
-    bad: list[tuple[int, str]]  # each line, numbered from 1 in the chunk, and what is wrong with it
-    torn: bool
+    tally: Tally = field(default_factory=Tally)
+    passed: list[bytes] = field(default_factory=list)  # lines, as they stand
+    dropped: list[bytes] = field(default_factory=list)  # lines of dropped.jsonl
+    lines: int = 0
+    bad: list[BadLine] = field(default_factory=list)  # numbered from 1 in the block
+    torn: bool = False  # the last line is cut off
+
+
+@dataclass
+class BadLines:
+    """Lines of completions.jsonl that are no completions."""
+
+    lines: int = 0  # of the whole file, good ones too
+    count: int = 0
+    first: list[BadLine] = field(default_factory=list)
+    torn: bool = False
 
 
 def recipe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
@@ -56,61 +69,139 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     """Judges every answer of a run and writes the outcome.
 
     Raises RecipeError for a wrong rule, DataError `path:line: reason` for a bad line (with `skip_bad` it is left out
-    and counted) or where there is nothing to judge; nothing is overwritten then.
+    and counted) or if there is nothing to judge; nothing is overwritten then.
     """
     rules, dedup, judging = recipe_rules(recipe, recipe_path), recipe.filters.dedup, recipe.filters.judge
     sources = dedup_sources(dedup, run, recipe_path) if dedup else []
-    tally, bad_lines, bad, torn, lines = Tally(), 0, list[BadLine](), False, 0
-    size = completions_size(run.completions)
+    if not run.completions.exists():
+        raise DataError(f"{run.completions}: no such file; run `python -m generate` first")
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
-    doubtful_in_nfc()  # made once, before processes are forked
-    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), ExitStack() as stack:
-        passed = stack.enter_context(_scratch(run.path / "survivors.jsonl.tmp")) if dedup or judging else kept
-        with closing(process(run.completions, size, partial(judge, rules=rules), (passed, dropped))) as chunks:
-            for judged in chunks:
-                for number, reason in judged.bad:
-                    line = BadLine(lines + number, reason)
-                    if not skip_bad:
-                        fix = "fix the line, or leave bad lines out with --skip-bad"
-                        raise DataError(f"{run.completions}:{line.line}: {line.reason}; {fix}")
-                    if len(bad) < FIRST_BAD_LINES:
-                        bad.append(line)
-                bad_lines += len(judged.bad)
-                lines += judged.lines
-                torn |= judged.torn  # a line that runs into the next chunk leaves that one empty
-                tally.add(judged.tally)
+    survivors = run.path / "survivors.jsonl.tmp"  # the completions that pass the rules
+    verdicts: dict[int, Judgement] = {}  # of survivors, numbered from 0
+    gone: dict[int, Reason] = {}  # survivors that are dropped after all
+    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), _removed(survivors):
+        tally, bad = _apply_rules(run, rules, survivors, dropped, skip_bad=skip_bad)
         if not tally.kept + tally.dropped:
-            what = f"none of its {lines} lines is a completion" if lines else "the file is empty"
+            what = f"none of its {bad.lines} lines is a completion" if bad.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
+        sketches = sketch([*sources, Source(survivors, Kind.OWN, "this run")], dedup) if dedup else None
         if judging:
-            good = stack.enter_context(_scratch(run.path / "judged.jsonl.tmp")) if dedup else kept
-            judge_survivors(Path(passed.name), recipe, run, (good, dropped), tally)
-            passed = good
-        if dedup:
-            passed.flush()
-            deduplicate(Path(passed.name), sources, dedup, run, (kept, dropped), tally)
+            copies = exact_copies(sketches, dedup) if dedup and sketches else {}
+            verdicts, gone = _ask_judge(recipe, run, survivors, copies, tally)
+        if dedup and sketches:
+            gone |= find_duplicates(sketches, dedup, gone, _scores(verdicts, run, survivors))
+        _write(survivors, gone, verdicts, kept, dropped, tally)
         described = [*(rule.described() for rule in rules.rules), *judge_rules(judging), *dedup_rules(dedup)]
-        report = make_report(tally, described, bad, bad_lines, torn=torn)
+        report = make_report(tally, described, bad.first, bad.count, torn=bad.torn)
         report_file.write(report.encoded())
-    record_lineage(run, "filters", _lineage(report, rules, dedup, judging))
+    record_lineage(run, "filters", _lineage(report, rules, recipe.filters))
     return report
 
 
-def judge(chunk: Chunk, rules: RuleSet) -> tuple[Judged, tuple[memoryview, memoryview]]:
-    """Runs every rule on every line of a chunk; also gives the lines of kept.jsonl and dropped.jsonl."""
-    lines = read_batch(chunk)
-    batch = lines.batch
-    found = rules.all_reasons(batch)
-    is_kept = np.ones(len(batch), np.bool_)
-    is_kept[list(found)] = False
-    tally, lengths = Tally(), batch.lengths()
-    tally.count_kept(lengths[is_kept], batch.slots(is_kept))
-    tally.count_dropped(lengths[~is_kept], batch.slots(~is_kept))
-    tally.note_all(batch, found)
-    kept, dropped = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)  # in this order `found` has them, too
-    kept_lines = batch.written(kept, [kept_tail({})] * len(kept))
-    dropped_lines = batch.written(dropped, list(map(dropped_tail, found.values())))
-    return Judged(tally, lines.count, lines.bad, lines.torn), (kept_lines, dropped_lines)
+def _apply_rules(
+    run: RunDir, rules: RuleSet, survivors: Path, dropped: BinaryIO, *, skip_bad: bool
+) -> tuple[Tally, BadLines]:
+    """Writes the completions that every rule lets pass to `survivors`, the others with their reasons to `dropped`."""
+    tally, bad = Tally(), BadLines()
+    blocks = in_blocks(run.completions, partial(judge_lines, rules=rules))
+    with survivors.open("wb") as passed, closing(blocks):
+        for block in blocks:
+            for found in block.bad:
+                line = BadLine(bad.lines + found.line, found.reason)
+                if not skip_bad:
+                    fix = "fix the line, or leave bad lines out with --skip-bad"
+                    raise DataError(f"{run.completions}:{line.line}: {line.reason}; {fix}")
+                bad.first += [line] if len(bad.first) < FIRST_BAD_LINES else []
+            bad.count += len(block.bad)
+            bad.torn |= block.torn
+            bad.lines += block.lines
+            tally.add(block.tally)
+            passed.writelines(block.passed)
+            dropped.writelines(block.dropped)
+    return tally, bad
+
+
+def judge_lines(lines: Iterator[Line], rules: RuleSet) -> Judged:
+    """Runs every rule on every line of a block."""
+    judged = Judged()
+    for number, (_, line) in enumerate(lines, start=1):
+        judged.lines = number
+        if line is None:
+            judged.bad.append(BadLine(number, f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long"))
+            continue
+        if line.isspace():
+            continue
+        try:
+            row = decode_completion(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if line.endswith(b"\n") or isinstance(error, msgspec.ValidationError):
+                judged.bad.append(BadLine(number, str(error)))
+            else:
+                judged.torn = True
+            continue
+        answer = as_answer(row)
+        reasons = rules.reasons(answer)
+        judged.tally.count(row.id, answer, reasons)
+        if reasons:
+            judged.dropped.append(dropped_line(line, reasons))
+        else:
+            judged.passed.append(line if line.endswith(b"\n") else line + b"\n")
+    return judged
+
+
+def _rows(survivors: Path, left_out: Container[int] = ()) -> Iterator[tuple[int, Completion]]:
+    """The survivors, numbered from 0, without some of them."""
+    with survivors.open("rb") as file:
+        for number, line in enumerate(file):
+            if number not in left_out:
+                yield number, decode_completion(line)
+
+
+def _ask_judge(
+    recipe: Recipe, run: RunDir, survivors: Path, copies: Mapping[int, int | None], tally: Tally
+) -> tuple[dict[int, Judgement], dict[int, Reason]]:
+    """The judge's verdicts by row, and the rows dropped for them. A copy has the verdict of the row it is a copy of."""
+    assert recipe.filters.judge is not None
+    by_id = judge_rows(recipe, run, (row for _, row in _rows(survivors, copies)))
+    verdicts: dict[int, Judgement] = {}
+    gone: dict[int, Reason] = {}
+    for number, row in _rows(survivors, copies):
+        verdicts[number] = by_id[row.id]
+        count_scores(verdicts[number], tally.scores)
+        if reason := judge_reason(verdicts[number], recipe.filters.judge):
+            gone[number] = reason
+    for copy, original in copies.items():
+        if original is not None:
+            verdicts[copy] = verdicts[original]
+            if original in gone:
+                gone[copy] = Reason(rule=EXACT, what="answer", of=verdicts[original].id)
+    return verdicts, gone
+
+
+def _scores(verdicts: Mapping[int, Judgement], run: RunDir, survivors: Path) -> dict[int, int]:
+    """The judge's scores by row; of an earlier call if this one asked no judge."""
+    if not verdicts and (earlier := read_judgements(run)):
+        verdicts = {number: earlier[row.id] for number, row in _rows(survivors) if row.id in earlier}
+    return {number: verdict.score for number, verdict in verdicts.items() if verdict.score is not None}
+
+
+def _write(
+    survivors: Path,
+    gone: Mapping[int, Reason],
+    verdicts: Mapping[int, Judgement],
+    kept: BinaryIO,
+    dropped: BinaryIO,
+    tally: Tally,
+) -> None:
+    """Writes each survivor where it belongs, and moves the counts of those that are gone."""
+    with survivors.open("rb") as file:
+        for number, line in enumerate(file):
+            if number in gone:
+                row, reason = decode_completion(line), gone[number]
+                tally.move_to_dropped(row.id, as_answer(row), reason)
+                dropped.write(dropped_line(line, [reason]))
+            else:
+                kept.write(kept_line(line, verdicts[number].scores if number in verdicts else {}))
 
 
 def check_keep_rate(
@@ -120,8 +211,8 @@ def check_keep_rate(
     rate, floor = report.keep_rate, config.min_keep_rate
     if floor is not None and rate < floor and not allow_low_keep:
         raise LowKeepRate(
-            f"keep rate {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see which rules drop "
-            "what above, fix the prompts or the rules, or go on with --allow-low-keep"
+            f"keep rate {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see above which rules "
+            "drop what, fix the prompts or the rules, or go on with --allow-low-keep"
         )
     if rate < config.warn_keep_rate:
         print(
@@ -131,21 +222,11 @@ def check_keep_rate(
         )
 
 
-def completions_size(completions: Path) -> int:
-    """Bytes of the file. Raises DataError if there is none."""
-    try:
-        return completions.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"{completions}: no such file; run `python -m generate` first") from None
-
-
-def _lineage(
-    report: FilterReport, rules: RuleSet, dedup: DedupConfig | None, judging: JudgeConfig | None
-) -> dict[str, object]:
+def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dict[str, object]:
     return {
         "rules": [rule.described() for rule in rules.rules],
-        "dedup": dedup.model_dump(mode="json") if dedup else None,
-        "judge": judging.model_dump(mode="json") if judging else None,
+        "dedup": config.dedup.model_dump(mode="json") if config.dedup else None,
+        "judge": config.judge.model_dump(mode="json") if config.judge else None,
         "rows": report.rows,
         "kept": report.kept,
         "dropped": report.dropped,
@@ -157,11 +238,10 @@ def _lineage(
 
 
 @contextmanager
-def _scratch(path: Path) -> Iterator[BinaryIO]:
-    """A file that is gone when the block ends."""
+def _removed(path: Path) -> Iterator[None]:
+    """Removes a file when the block ends."""
     try:
-        with path.open("wb") as file:
-            yield file
+        yield
     finally:
         path.unlink(missing_ok=True)
 

@@ -1,31 +1,26 @@
-"""What is remembered of every row while duplicates are looked for: some hundred bytes, and where its line is.
+"""What is remembered of every row while duplicates are looked for: some hundred bytes, and the offset of its line.
 
-Reads the survivors of the rules, kept.jsonl of other runs and evaluation files; writes nothing. The texts stay on disk:
-a row that looks like another is read again.
+Reads the answers that the rules let pass, kept.jsonl of other runs and evaluation files; writes nothing. The texts stay
+on disk: a row that looks like another is read again.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
-from filters.minhash import band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
-from filters.stream import Chunk, process
+from filters.minhash import Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
+from filters.stream import Line, in_blocks
 from pipeline.errors import DataError
 from pipeline.recipe import DedupConfig
 from pipeline.records import Message
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from filters.minhash import Hashes, Keys
 
 ID_BYTES = 16  # of an id, to order rows by
 READ_AGAIN = 4096  # rows whose n-grams are held at once: about 3 KB each
@@ -47,43 +42,41 @@ class Source(NamedTuple):
     name: str
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """What matters here of a row of kept.jsonl."""
-
-    id: str
-    messages: list[Message]
-    text: str
-
-
-class Question(msgspec.Struct, frozen=True):
-    """A row to evaluate on: a kept row that was held out, or a prompt alone."""
+class Row(msgspec.Struct, frozen=True):
+    """What matters here of a row: a kept answer, or a prompt to evaluate on, alone or with its answer."""
 
     id: str = ""
     messages: list[Message] = []
     prompt: str = ""
     text: str | None = None
 
+    @property
+    def question(self) -> str:
+        """What was asked: every turn but the system's."""
+        turns = [message.content for message in self.messages if message.role not in ("system", "developer")]
+        return "\n".join(turns) or self.prompt
 
-@dataclass
-class Columns:
-    """Rows as bytes, a column each; what a process hands over of a chunk, and what is gathered of all."""
-
-    exact: bytearray  # 8 bytes a row: the digest of its folded text
-    bands: bytearray  # 4 bytes a band; empty, as the next, where near-duplicates are not looked for
-    glimpse: bytearray  # GLIMPSE bytes
-    prompt: bytearray  # 8 bytes: the digest of its folded prompt; empty where prompts are not compared
-    prompt_bands: bytearray
-    prompt_glimpse: bytearray
-    ids: bytearray  # ID_BYTES, zeros added
-    scores: bytearray  # 4 bytes
-    starts: bytearray  # 8 bytes: the offset of its line
+    @property
+    def answer(self) -> str:
+        """The answer; of a prompt alone, the prompt: it is no answer to learn either."""
+        return self.question if self.text is None else self.text
 
 
-class Part(NamedTuple):
-    """A chunk's rows; `size` is the length of all its lines, `bad` the first line that is no row, and why."""
+class View(NamedTuple):
+    """One text of each row (its answer or its prompt), as numbers to compare."""
 
-    columns: Columns
-    size: int
+    digests: Array  # uint64 (rows,): equal for texts that are the same, once folded
+    bands: Array  # uint32 (rows, bands); no columns if near duplicates are not looked for
+    glimpses: Array  # uint8 (rows, GLIMPSE), or no columns
+
+
+class Block(NamedTuple):
+    """The rows of one block of lines; `bad` is the first line that is no row, and why."""
+
+    ids: Array  # bytes (rows,)
+    starts: Array  # int64 (rows,): offsets of their lines
+    answers: View
+    prompts: View | None  # None if prompts are not compared
     lines: int
     bad: tuple[int, str] | None
 
@@ -94,172 +87,99 @@ class Sketches:
 
     sources: Sequence[Source]
     first: list[int]
-    exact: "Hashes"
-    bands: "Keys"  # (rows, bands)
-    glimpse: "NDArray[np.uint8]"  # (rows, GLIMPSE)
-    prompt: "Hashes"
-    prompt_bands: "Keys"
-    prompt_glimpse: "NDArray[np.uint8]"
-    ids: "NDArray[np.bytes_]"
-    scores: "NDArray[np.float32]"
-    starts: "NDArray[np.int64]"
+    ids: Array
+    starts: Array
+    answers: View
+    prompts: View | None
+
+    @property
+    def kinds(self) -> Array:
+        """The Kind of each row."""
+        return np.repeat([source.kind for source in self.sources], np.diff(self.first))
 
     def source(self, row: int) -> int:
         """The index of the row's source."""
         return bisect_right(self.first, row) - 1
 
-    def order(self) -> "NDArray[np.int64]":
-        """The rows from the first to be kept to the last.
 
-        By kind, then by the judge's score, then by id: which row of a pair is kept does not hang on the files' order.
-        """
-        import numpy as np
-
-        kinds = np.repeat(
-            np.array([source.kind for source in self.sources], dtype=np.int8), np.diff(np.array(self.first))
-        )
-        order: NDArray[np.int64] = np.lexsort((self.ids, -self.scores, kinds))
-        return order
-
-
-def sketch(sources: Sequence[Source], config: DedupConfig, verdicts: Mapping[str, float]) -> Sketches:
-    """Reads every row of every source once; `verdicts` are scores by id, the higher the better, 0 where there is none.
-
-    Raises DataError `path:line: reason` at a line that is no row.
-    """
-    import numpy as np
-
-    all_rows = Columns(*(bytearray() for _ in fields(Columns)))
-    first = [0]
+def sketch(sources: Sequence[Source], config: DedupConfig) -> Sketches:
+    """Reads every row of every source once. Raises DataError `path:line: reason` at a line that is no row."""
+    blocks, first = [_sketch_lines(iter(()), Kind.OWN, config)], [0]
     for source in sources:
-        _gather(source, config, verdicts, all_rows)
-        first.append(len(all_rows.exact) // 8)
-    count = first[-1]
+        lines = 0
+        with closing(in_blocks(source.path, partial(_sketch_lines, kind=source.kind, config=config))) as made:
+            for block in made:
+                if block.bad is not None:
+                    number, reason = block.bad
+                    raise DataError(f"{source.path}:{lines + number}: {reason}")
+                lines += block.lines
+                blocks.append(block)
+        first.append(sum(len(block.ids) for block in blocks))
+    prompts = [block.prompts for block in blocks if block.prompts is not None]
     return Sketches(
         sources=sources,
         first=first,
-        exact=np.frombuffer(all_rows.exact, dtype=np.uint64),
-        bands=_table(all_rows.bands, np.uint32, count),
-        glimpse=_table(all_rows.glimpse, np.uint8, count),
-        prompt=np.frombuffer(all_rows.prompt, dtype=np.uint64),
-        prompt_bands=_table(all_rows.prompt_bands, np.uint32, count),
-        prompt_glimpse=_table(all_rows.prompt_glimpse, np.uint8, count),
-        ids=np.frombuffer(all_rows.ids, dtype=f"S{ID_BYTES}"),
-        scores=np.frombuffer(all_rows.scores, dtype=np.float32),
-        starts=np.frombuffer(all_rows.starts, dtype=np.int64),
+        ids=np.concatenate([block.ids for block in blocks]),
+        starts=np.concatenate([block.starts for block in blocks]),
+        answers=_joined([block.answers for block in blocks]),
+        prompts=_joined(prompts) if prompts else None,
     )
 
 
-def _table(column: bytearray, dtype: "type[np.generic]", count: int) -> "NDArray[Any]":
-    """A column of several values a row; of none where it is empty."""
-    import numpy as np
-
-    return np.frombuffer(column, dtype=dtype).reshape(count, -1 if column else 0)
+def _joined(views: list[View]) -> View:
+    return View(*(np.concatenate(columns) for columns in zip(*views, strict=True)))
 
 
-def _gather(source: Source, config: DedupConfig, verdicts: Mapping[str, float], all_rows: Columns) -> None:
-    import numpy as np
-
-    offset = lines = 0
-    size = source.path.stat().st_size
-    work = partial(sketch_chunk, kind=source.kind, config=config, verdicts=verdicts)
-    with closing(process(source.path, size, work, ())) as parts:
-        for part in parts:
-            if part.bad is not None:
-                number, reason = part.bad
-                raise DataError(f"{source.path}:{lines + number}: {reason}")
-            starts = np.frombuffer(part.columns.starts, dtype=np.int64) + offset
-            columns = replace(part.columns, starts=bytearray(starts.tobytes()))
-            for column in fields(Columns):
-                getattr(all_rows, column.name).extend(getattr(columns, column.name))
-            offset += part.size
-            lines += part.lines
-
-
-def sketch_chunk(
-    chunk: Chunk, kind: Kind, config: DedupConfig, verdicts: Mapping[str, float]
-) -> tuple[Part, tuple[bytes, ...]]:
-    """The rows of a chunk; the work of one process."""
-    import numpy as np
-
-    texts: list[str] = []
-    prompts: list[str] = []
-    ids: list[bytes] = []
-    scores: list[float] = []
-    starts: list[int] = []
-    position = 0
-    bad = None
-    for number, line in enumerate(chunk.lines, start=1):
-        if line is None:
-            bad = (number, "a line too long for a row")
+def _sketch_lines(lines: Iterator[Line], kind: Kind, config: DedupConfig) -> Block:
+    answers, prompts, ids, starts = list[str](), list[str](), list[bytes](), list[int]()
+    compare_prompts = config.prompts is not None or bool(config.contamination)
+    number, bad = 0, None
+    for number, (start, line) in enumerate(lines, start=1):
+        if line is not None and line.isspace():
+            continue
+        try:
+            row = _decode(line, kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            bad = (number, str(error))
             break
-        if line and not line.isspace():
-            try:
-                row = decode(line, kind)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                bad = (number, str(error))
-                break
-            texts.append(fold(text_of(row)))
-            prompts.append(fold(prompt_of(row)) if _prompts_matter(config) else "")
-            ids.append(row.id.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0"))
-            scores.append(verdicts.get(row.id, 0.0))
-            starts.append(position)
-        position += len(line) + 1
-    bands, glimpse = _bands(texts, config.near, config.ngram)
-    prompt_bands, prompt_glimpse = _bands(prompts, config.prompts if config.prompts != 1 else None, config.ngram)
-    columns = Columns(
-        exact=_digests(texts),
-        bands=bands,
-        glimpse=glimpse,
-        prompt=_digests(prompts) if _prompts_matter(config) else bytearray(),
-        prompt_bands=prompt_bands,
-        prompt_glimpse=prompt_glimpse,
-        ids=bytearray(b"".join(ids)),
-        scores=bytearray(np.array(scores, dtype=np.float32).tobytes()),
-        starts=bytearray(np.array(starts, dtype=np.int64).tobytes()),
+        answers.append(fold(row.answer))
+        if compare_prompts:
+            prompts.append(fold(row.question))
+        ids.append(row.id.encode())
+        starts.append(start)
+    return Block(
+        ids=np.array(ids, dtype=f"S{ID_BYTES}"),
+        starts=np.array(starts, dtype=np.int64),
+        answers=_view(answers, config.near, config.ngram),
+        prompts=_view(prompts, None if config.prompts == 1 else config.prompts, config.ngram)
+        if compare_prompts
+        else None,
+        lines=number,
+        bad=bad,
     )
-    return Part(columns, position, len(chunk.lines), bad), ()
 
 
-def _prompts_matter(config: DedupConfig) -> bool:
-    return config.prompts is not None or bool(config.contamination)
-
-
-def _digests(folded: list[str]) -> bytearray:
-    return bytearray(b"".join([digest(text) for text in folded]))
-
-
-def _bands(folded: list[str], threshold: float | None, n: int) -> tuple[bytearray, bytearray]:
-    """The bands' keys and the glimpses; nothing where there is no threshold."""
-    if threshold is None or not folded:
-        return bytearray(), bytearray()
+def _view(folded: list[str], threshold: float | None, n: int) -> View:
+    digests = np.frombuffer(b"".join(map(digest, folded)), dtype=np.uint64)
+    if threshold is None:
+        return View(digests, np.empty((len(folded), 0), np.uint32), np.empty((len(folded), 0), np.uint8))
     values = signatures(folded, n)
-    return bytearray(band_keys(values, shape_for(threshold)).tobytes()), bytearray(glimpses(values).tobytes())
+    return View(digests, band_keys(values, shape_for(threshold)), glimpses(values))
 
 
-def decode(line: bytes, kind: Kind) -> Kept | Question:
+_decoder = msgspec.json.Decoder(Row)
+
+
+def _decode(line: bytes | None, kind: Kind) -> Row:
     """A row of a source of that kind. Raises msgspec.DecodeError."""
-    if kind is not Kind.EVALUATION:
-        return _kept_decoder.decode(line)
-    row = _question_decoder.decode(line)
+    if line is None:
+        raise msgspec.ValidationError("a line too long for a row")
+    row = _decoder.decode(line)
+    if kind is not Kind.EVALUATION and row.text is None:
+        raise msgspec.ValidationError("no `text`: not a row of kept.jsonl")
     if not row.messages and not row.prompt:
         raise msgspec.ValidationError("neither `messages` nor `prompt`: no row to evaluate on")
     return row
-
-
-_kept_decoder = msgspec.json.Decoder(Kept)
-_question_decoder = msgspec.json.Decoder(Question)
-
-
-def prompt_of(row: Kept | Question) -> str:
-    """What was asked: every turn but the system's."""
-    turns = [message.content for message in row.messages if message.role not in ("system", "developer")]
-    return "\n".join(turns) or (row.prompt if isinstance(row, Question) else "")
-
-
-def text_of(row: Kept | Question) -> str:
-    """The answer; of a prompt alone, the prompt: it is no answer to learn either."""
-    return prompt_of(row) if row.text is None else row.text
 
 
 class Reader:
@@ -268,19 +188,10 @@ class Reader:
     def __init__(self, sketches: Sketches, ngram: int, stack: ExitStack) -> None:
         self._sketches = sketches
         self._files = [stack.enter_context(source.path.open("rb")) for source in sketches.sources]
-        self._ngram = ngram
-        self.text_ngrams = lru_cache(READ_AGAIN)(self._text_ngrams)
-        self.prompt_ngrams = lru_cache(READ_AGAIN)(self._prompt_ngrams)
+        self.answer_ngrams = lru_cache(READ_AGAIN)(lambda number: ngrams(fold(self.row(number).answer), ngram))
+        self.prompt_ngrams = lru_cache(READ_AGAIN)(lambda number: ngrams(fold(self.row(number).question), ngram))
 
-    def row(self, number: int) -> Kept | Question:
-        """The row, as far as it matters here."""
+    def row(self, number: int) -> Row:
         index = self._sketches.source(number)
-        file = self._files[index]
-        file.seek(int(self._sketches.starts[number]))
-        return decode(file.readline(), self._sketches.sources[index].kind)
-
-    def _text_ngrams(self, number: int) -> "Hashes":
-        return ngrams(fold(text_of(self.row(number))), self._ngram)
-
-    def _prompt_ngrams(self, number: int) -> "Hashes":
-        return ngrams(fold(prompt_of(self.row(number))), self._ngram)
+        self._files[index].seek(int(self._sketches.starts[number]))
+        return _decoder.decode(self._files[index].readline())

@@ -14,7 +14,6 @@ from generate.jobs import WHOLE, Partition
 from generate.journal import Contents
 from generate.prices import PICO, Price
 from generate.spending import (
-    NO_ACCOUNT,
     Account,
     Spend,
     account_of,
@@ -54,32 +53,29 @@ class Budget:
         spent: Spend,
         *,
         file: Path | None = None,
-        account: Account = NO_ACCOUNT,
-        share: Partition = WHOLE,
+        partition: Partition = WHOLE,
     ) -> None:
-        """`spent` is what earlier calls spent in all; `share` divides the rest. `account` is what `file` holds."""
-        self._config, self._price, self._file, self._account, self._before = config, price, file, account, spent
-        self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // share.of
-        self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // share.of
+        """`spent` is what earlier calls spent in all; each partition has its part of the rest. `file`: its account."""
+        self._config, self._price, self._before, self._file = config, price, spent, file
+        self._account = read_account(file) if file else Account()
+        self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
+        self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
         self._counts = price is not None or config.tokens is not None
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
         self._refused = FREE  # what the last request that did not fit could have cost
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
-        self._unsaid = account.unsaid
+        self._unsaid = self._account.unsaid
 
     @classmethod
-    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Partition = WHOLE) -> "Budget":
+    def open(cls, recipe: Recipe, run: RunDir, found: Contents, partition: Partition = WHOLE) -> "Budget":
         """The budget of a run whose journal holds `found`. Records in `spend.json` what that has cost.
 
         Raises RecipeError if budget.usd is set and the price is not known, DataError if a spend file cannot be read.
         """
-        price, spent = known_price(recipe), spent_so_far(recipe, run, found)
-        if share.of > 1:  # the first process has recorded it
-            file = run.path / f"spend-{share.part}.json"
-            return cls(recipe.budget, price, spent, file=file, account=read_account(file), share=share)
-        file = run.path / "spend.json"
-        budget = cls(recipe.budget, price, spent, file=file, account=read_account(file))
-        if budget._counts or file.exists():
+        price, spent, whole = known_price(recipe), spent_so_far(recipe, run, found), partition.of == 1
+        file = run.path / ("spend.json" if whole else f"spend-{partition.part}.json")
+        budget = cls(recipe.budget, price, spent, file=file, partition=partition)
+        if whole and (budget._counts or file.exists()):  # one of several processes leaves that to the first
             budget._write(account_of(run, found, price))
         return budget
 
@@ -121,14 +117,10 @@ class Budget:
 
     def _learn(self, reservation: Reservation, prompt_tokens: int, completion_tokens: int) -> None:
         """Raises the margins to what this answer would have needed."""
-        reserved = reservation.prompt_tokens, reservation.tokens - reservation.prompt_tokens
-        needed = [
-            margin + used - most
-            for margin, used, most in zip(
-                reservation.margins, (prompt_tokens, completion_tokens), reserved, strict=True
-            )
-        ]
-        self._margins = max(self._margins[0], needed[0]), max(self._margins[1], needed[1])
+        most_prompt, most_completion = reservation.prompt_tokens, reservation.tokens - reservation.prompt_tokens
+        prompt = reservation.margins[0] + prompt_tokens - most_prompt
+        completion = reservation.margins[1] + completion_tokens - most_completion
+        self._margins = max(self._margins[0], prompt), max(self._margins[1], completion)
 
     @property
     def spent(self) -> Spend:

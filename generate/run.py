@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from rich.console import Console
 from generate.budget import Budget
 from generate.client import check_teacher
 from generate.context import Finished, Interrupted, Left, Outcome, Run, raise_unless_finished
-from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.journal import Contents, Journal, read_journal
 from generate.online import on_signals, run_loop, send_from_here
@@ -101,9 +99,9 @@ async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_f
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
-    """How many requests of the recipe the run has no answer to; failed ones are among them. Changes nothing."""
-    left = Left(read_journal(run.completions, Completion).ids, IdSet(), retry_failures=True)
-    return _survey(recipe, left, None).to_ask
+    """How many requests of the recipe are left to ask: neither answered nor failed for good. Changes nothing."""
+    answered, failed = read_journal(run.completions, Completion).ids, read_journal(run.failures, Failure).ids
+    return _survey(recipe, Left(answered, failed, retry_failures=False), None).to_ask
 
 
 @dataclass
@@ -136,9 +134,7 @@ class _Call:
         """The Batch API's side of the run."""
         from generate.batch import Batches  # here: the openai package takes half a second to import
 
-        run = self.run
-        jobs = partial(run.left.jobs, run.recipe)
-        return Batches(run.recipe, run.dir, jobs, run.completions, run.failures, run.counters, run.budget, run.say)
+        return Batches(self.run)
 
     async def _send_batches(self, *, signals: bool) -> Outcome:
         stopped = asyncio.Event()
@@ -267,7 +263,7 @@ def _lineage(call: _Call) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         # With what failed attempts may have cost; `completions.jsonl` alone may say less.
-        "spent": {"tokens": spent.tokens, "usd": spent.cost / PICO if price else None},
+        "spent": {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None},
         "last_call": {
             "started": call.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -52,9 +52,6 @@ class Account(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.structs.replace(self, tokens=unsaid.tokens, cost=unsaid.cost)
 
 
-NO_ACCOUNT = Account()
-
-
 def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:
     """What all calls of a run have spent, by its journal and its spend files. Writes nothing; raises as Budget.open."""
     account = account_of(run, found, known_price(recipe))

@@ -56,9 +56,11 @@ def parse_stage(
 def run_stage(main: Callable[[], None]) -> NoReturn:
     """Runs a stage's main and exits: one line and the code for a known error, 130 for an interrupt.
 
-    SIGTERM is treated as Ctrl-C is, so that a stage cleans up after either.
+    SIGTERM, and the hangup of a terminal unless it is ignored (nohup), are treated as Ctrl-C is.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         main()
     except DistillError as error:

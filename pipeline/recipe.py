@@ -34,29 +34,10 @@ from pipeline.records import Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import KdConfig, TrainConfig
 
-__all__ = [
-    "RUBRIC",
-    "BudgetConfig",
-    "ChooseSlot",
-    "DedupConfig",
-    "EvaluateConfig",
-    "FiltersConfig",
-    "GenerateConfig",
-    "JudgeConfig",
-    "KdConfig",
-    "PriceConfig",
-    "PromptsConfig",
-    "Recipe",
-    "RuleConfig",
-    "SamplingConfig",
-    "Section",
-    "ServeConfig",
-    "StudentConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "load_recipe",
-    "slot_values",
-]
+__all__ = ["ChooseSlot", "GenerateConfig", "PromptsConfig", "Recipe", "SamplingConfig", "ServeConfig", "StudentConfig"]
+__all__ += ["TeacherConfig", "load_recipe", "slot_values"]
+__all__ += ["RUBRIC", "BudgetConfig", "DedupConfig", "EvaluateConfig", "FiltersConfig", "JudgeConfig", "KdConfig"]
+__all__ += ["PriceConfig", "RuleConfig", "Section", "TrainConfig"]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
 FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
@@ -290,16 +271,9 @@ class _Sources(Recipe, BaseSettings):
     )
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, *_: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags come first by themselves; then the environment; the YAML is passed to the constructor."""
-        return env_settings, init_settings
+        return sources["env_settings"], sources["init_settings"]
 
 
 def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:

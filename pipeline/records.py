@@ -33,15 +33,15 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Tokens as the server counted them; None where it did not say."""
+    """Tokens as the server counted them; None if it did not say."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    reasoning_tokens: int | None = None  # of the completion's, spent before the answer began
+    reasoning_tokens: int | None = None  # part of the completion's: spent before the answer began
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What identifies one answer; `id` is the hash of all that determines it (see generate.jobs)."""
+    """What identifies one answer. `id` is the hash of all that determines it (see generate.jobs)."""
 
     id: str
     prompt_id: str
@@ -66,9 +66,9 @@ class Completion(Request, frozen=True, kw_only=True):
 class Failure(Request, frozen=True, kw_only=True):
     """One request that failed for good."""
 
-    model: str  # as it was asked for
+    model: str  # as requested
     error: str  # the error's type
-    status: int | None  # the HTTP status, None where there was no answer
+    status: int | None  # the HTTP status; None: no reply
     message: str
     attempts: int
     created: str  # ISO 8601, UTC
@@ -80,20 +80,41 @@ class Kept(Completion, frozen=True, kw_only=True):
     scores: dict[str, float] = {}
 
 
+class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why one rule drops an answer, as data; `filters.reasons.describe` says it in words. Unset fields stay out."""
+
+    rule: str  # its label in reports: `length`, `length#2`, the name of a user's function
+    what: str = ""  # what was looked at, where a rule looks at several things: a setting, a script, `answer`, `prompt`
+    value: int | float | None = None  # what was measured: characters, occurrences, a share (0 to 1), a score, a rank
+    at_least: int | float | None = None  # the limit that `value` is under
+    at_most: int | float | None = None  # the limit that `value` is over
+    count: int | None = None  # how often it occurs, or how many of `total`
+    total: int | None = None
+    n: int | None = None  # words of an n-gram, sentences of a span
+    found: str = ""  # the words of the answer that decided
+    allowed: list[str] = []  # what would have been right in place of `found`
+    missing: dict[str, list[str]] = {}  # slot: values that the answer does not name
+    of: str = ""  # id of the row that this one is like
+    source: str = ""  # the run or file which has that row; empty: this run
+    similarity: float | None = None  # Jaccard, 0 to 1; None: the same text, once folded
+    scores: dict[str, int] = {}  # the judge's criteria under the minimum
+    note: str = ""  # the words of a user's function, or of the judge's server
+
+
 class Dropped(Completion, frozen=True, kw_only=True):
     """An answer left out: `rule` is the first that dropped it, `detail` every rule's reason, in the rules' order."""
 
     rule: str
-    detail: dict[str, str]
+    detail: list[Reason]
 
 
 def folded(text: str) -> str:
-    """A text without what makes it no other one: Unicode form, case, spacing."""
+    """A text normalised for comparison: Unicode form, case and spacing do not matter."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def question_text(messages: Sequence[Message]) -> str:
-    """A conversation without what makes it no other question."""
+    """A conversation as one text, normalised for comparison: equal for the same question."""
     return "\0".join(folded(part) for message in messages for part in (message.role, message.content))
 
 
@@ -108,9 +129,9 @@ def encode_line(record: msgspec.Struct) -> bytes:
 
 
 def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """Streams the records of a JSONL file; blank lines are passed over.
+    """Streams the records of a JSONL file. Blank lines are ignored.
 
-    Raises DataError `path:line: reason` at the first line that is not a `kind`, or when the file is not there.
+    Raises DataError `path:line: reason` at the first line that is not a `kind`, or if the file does not exist.
     """
     decoder = msgspec.json.Decoder(kind)
     try:

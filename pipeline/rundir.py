@@ -6,6 +6,7 @@ an interrupted stage leaves the old file or the new one.
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,23 +94,23 @@ class RunDir:
                     f"{self.path}: the file system cannot lock this run ({error.strerror}); "
                     "choose a directory on a local disk with --run"
                 ) from None
-            os.set_inheritable(file.fileno(), True)  # for the processes that share the work, not for any other
+            os.set_inheritable(file.fileno(), True)  # the processes that share the work hold it too
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
 
     def save_recipe(self, recipe: Recipe) -> None:
-        """Writes the recipe as resolved (YAML, environment and flags together). It holds no secret."""
+        """Writes the recipe as resolved from YAML, environment and flags. It holds no secret."""
         with replacing(self.recipe) as file:
             file.write(yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False).encode())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that takes the place of `path` when the block ends well, and leaves `path` alone otherwise.
+    """Opens a file that replaces `path` if the block ends without an error. Otherwise `path` stays as it is.
 
-    On disk before this returns, the new name included: a power cut leaves the old file or the new one.
+    The file and its new name are on disk when the block has ended: a power cut leaves the old file or the new one.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -120,10 +121,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is."""
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -135,6 +151,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
-    """Writes records, a line each, in the place of what was there."""
+    """Writes records, one per line, in place of the old file."""
     with replacing(path) as file:
         file.writelines(map(encode_line, records))

@@ -40,7 +40,7 @@ This page is made by `python -m pipeline.settings_page > docs/settings.md`.
 
 
 class Setting(NamedTuple):
-    """One key of a recipe, or a section (without type and default)."""
+    """One key of a recipe."""
 
     key: str
     kind: str
@@ -48,52 +48,55 @@ class Setting(NamedTuple):
     meaning: str
 
 
-def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Setting]:
-    """All keys in the order of the recipe; each section comes before its keys."""
-    nested = []
-    for name, field in model.model_fields.items():
-        key = prefix + (field.alias or name)
-        section = _section(field)
-        if section is None:
-            yield Setting(key, _kind(field.annotation), _default(field), field.description or "")
+class Group(NamedTuple):
+    """A section of a recipe and its own keys. The first, without a name, is the recipe itself."""
+
+    name: str
+    about: str
+    keys: list[Setting]
+
+
+def groups(model: type[BaseModel] = Recipe, name: str = "", about: str = "") -> Iterator[Group]:
+    """All sections in the order of the recipe, each before the sections within it."""
+    keys, nested = [], []
+    for field_name, field in model.model_fields.items():
+        key = f"{name}.{field.alias or field_name}".lstrip(".")
+        if section := _section(field):
+            nested.append((section, key, " ".join(filter(None, (section.__doc__, field.description)))))
         else:
-            nested.append((key, field, section))
-    for key, field, section in nested:
-        about = " ".join(filter(None, (section.__doc__, field.description)))
-        if key == "evaluate.judge":  # the same section again
-            yield Setting(key, "", "", f"{about} Its keys are those of `filters.judge`.")
-            continue
-        yield Setting(key, "", "", about)
-        yield from settings(section, f"{key}.")
+            keys.append(Setting(key, _kind(field.annotation), _default(field), field.description or ""))
+    yield Group(name, about, keys)
+    for section, key, text in nested:
+        if key == "evaluate.judge":  # the same section as filters.judge
+            yield Group(key, f"{text} Its keys are those of `filters.judge`.", [])
+        else:
+            yield from groups(section, key, text)
 
 
 def help_text(width: int = 100) -> str:
     """The settings as the end of a command's help."""
     lines = ["recipe keys, each also a flag (--<key> VALUE) or a variable (DISTILL_<SECTION>__<KEY>):"]
-    for setting in settings():
-        if not setting.kind:
-            lines += ["", *textwrap.wrap(f"{setting.key}: {setting.meaning}", width)]
-            continue
-        lines.append(f"  --{setting.key}  ({setting.kind}; {setting.default})")
-        lines += textwrap.wrap(setting.meaning, width, initial_indent="      ", subsequent_indent="      ")
+    for group in groups():
+        if group.name:
+            lines += ["", *textwrap.wrap(f"{group.name}: {group.about}", width)]
+        for key, kind, default, meaning in group.keys:
+            lines.append(f"  --{key}  ({kind}; {default})")
+            lines += textwrap.wrap(meaning, width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """docs/settings.md."""
     lines = [PAGE]
-    table = False
-    for setting in settings():
-        if not setting.kind:
-            lines += ["", f"## {setting.key}", "", setting.meaning]
-            table = False
-            continue
-        if not table:
-            lines += ["", "| key | type | default | meaning |", "|---|---|---|---|"]
-            table = True
-        cells = (f"`{setting.key}`", setting.kind, setting.default, setting.meaning)
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+    for group in groups():
+        if group.name:
+            lines += [f"## {group.name}", "", group.about, ""]
+        if group.keys:
+            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+            for key, *cells in group.keys:
+                lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in (f'`{key}`', *cells))} |")
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
@@ -121,8 +124,10 @@ def _kind(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
-    text: str = yaml.safe_dump(field.default, allow_unicode=True, default_flow_style=True, width=1000)
-    return "see below" if len(text) > 100 else text.removesuffix("\n...\n").strip()
+    if isinstance(field.default, dict) and field.default:
+        return ", ".join(field.default)
+    text: str = yaml.safe_dump(field.default, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 if __name__ == "__main__":

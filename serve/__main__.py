@@ -103,9 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=port_number, help="the port to listen on (default: that of teacher.base_url)")
     parser.add_argument("--model", help="another model than the teacher: a Hub id, a folder, or embedded:<name>")
     parser.add_argument("--print", action="store_true", help="show the command and its environment, start nothing")
-    parser.add_argument(
-        "--args", default="", metavar="FLAGS", help="further vLLM flags, in one string; they win"
-    )
+    parser.add_argument("--args", default="", metavar="FLAGS", help="further vLLM flags, in one string; they win")
     return parser
 
 

@@ -40,13 +40,13 @@ def tiny_tokenizer() -> Any:
 def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama") -> Path:
     """Writes a model folder: hidden size 64, random weights, the tiny tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    configs = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    config_class, model_class = configs[architecture]
-    config = config_class(
+    name = {"llama": "Llama", "qwen2": "Qwen2", "mixtral": "Mixtral"}[architecture]
+    experts = {"num_local_experts": 4, "router_aux_loss_coef": 0.5} if architecture == "mixtral" else {}
+    config = getattr(transformers, f"{name}Config")(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -57,8 +57,9 @@ def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama") ->
         bos_token_id=START,
         eos_token_id=END,
         pad_token_id=END,
+        **experts,
     )
-    model = model_class(config)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -87,9 +88,9 @@ ONE = 1e-9  # a share so small that the part has the one prompt that moves there
 def make_recipe(
     student: str, teacher: str = "teacher", *, validation: float = ONE, test: float = ONE, **train: Any
 ) -> Recipe:
-    """A recipe for the tiny student; no filter ran, and nobody knows the teacher's licence: both are accepted."""
+    """A recipe for the tiny student; no filter ran, which is accepted."""
     settings = {"method": "full", "epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 512, **train}
-    settings.setdefault("accept", ["filters", "licence"])
+    settings.setdefault("accept", ["filters"])
     return Recipe(
         name="tiny",
         teacher={"model": teacher},

@@ -1,11 +1,14 @@
 """Several processes that train one student: `accelerate launch --multi_gpu -m train RECIPE`.
 
-The first leads: it alone holds the run's lock, writes and prints. The others compute along and wait where it has to
-be first. The launcher tells each its place in the environment (RANK, WORLD_SIZE).
+The first leads: it alone holds the run's lock, writes and prints. The others compute too, and wait where it must go
+first. The launcher sets RANK and WORLD_SIZE in the environment of each.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,36 @@ class Processes:
     def lead(self) -> bool:
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Goes on when all of them are here."""
-        if self.count > 1:
-            import torch
-            from accelerate import PartialState
+    @contextmanager
+    def lead_first(self) -> Iterator[None]:
+        """The others enter the block when the leading process has left it."""
+        if self.count == 1:
+            yield
+            return
+        with self._state().main_process_first():
+            yield
 
-            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them must ask."""
+        if self.count == 1:
+            return flag
+        import torch
+
+        flags = torch.tensor(int(flag), device=self._state().device)
+        torch.distributed.all_reduce(flags)
+        return bool(flags.item())
+
+    @staticmethod
+    def _state() -> Any:
+        import torch
+        from accelerate import PartialState
+
+        return PartialState(cpu=not torch.cuda.is_available())
 
 
 ALONE = Processes()
 
 
 def launched() -> Processes:
-    """As the launcher says; one alone where there was none."""
+    """This process, as the launcher says; without a launcher it is alone."""
     return Processes(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))

@@ -1,41 +1,78 @@
-"""Live progress of a training: one bar on a terminal, plain lines elsewhere (stderr).
+"""When a training evaluates, saves and stops, and what it shows meanwhile: a bar on a terminal, plain lines elsewhere.
 
-Also decides when to evaluate and when to save, and notes the time spent beside each logged loss, so that a resumed
-training goes on counting.
+Writes to stderr. Also notes the time spent beside each logged loss, so that a resumed training continues the count.
 """
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.train_config import TrainConfig
+from train.processes import Processes
+
 LINES = 20  # plain lines of a whole training, evaluations aside
+SAME_SIGNAL_S = 1.0  # make, a launcher or the chain pass a Ctrl-C on: one this soon after another is the same one
 
 
 class Milestones(TrainerCallback):
     """Validation loss, then a checkpoint, at the end of each epoch and every `eval_steps`; more checkpoints if asked.
 
     In this order a checkpoint always holds the loss that belongs to it: a training killed right after one loses none.
-    After `patience` evaluations without a better loss the training ends.
+    After `early_stop` evaluations without a better loss the training ends. After an interrupt it ends too, with a
+    checkpoint of the step that was running.
     """
 
-    def __init__(
-        self, checkpoint_steps: int | None, eval_steps: int | None, patience: int | None, console: Console
-    ) -> None:
-        self.checkpoint_steps, self.eval_steps = checkpoint_steps, eval_steps
-        self.patience, self.console = patience, console
+    def __init__(self, config: TrainConfig, processes: Processes, console: Console) -> None:
+        self.config, self.processes, self.console = config, processes, console
+        self.signalled: float | None = None  # when
+        self.interrupted = False  # in all processes after the same step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         epoch_ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
-        control.should_evaluate = epoch_ends or _is_due(self.eval_steps, state)
-        control.should_save = control.should_evaluate or _is_due(self.checkpoint_steps, state)
+        self.interrupted = self.processes.any(self.signalled is not None)
+        control.should_evaluate = epoch_ends or _is_due(self.config.eval_steps, state)
+        save_is_due = self.interrupted or _is_due(self.config.checkpoint_steps, state)
+        control.should_save = control.should_evaluate or save_is_due
+        control.should_training_stop = control.should_training_stop or self.interrupted
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if is_stopped_early(state, self.patience) and not control.should_training_stop:
+        patience = self.config.early_stop
+        if is_stopped_early(state, patience) and not control.should_training_stop:
             control.should_training_stop = True
-            self.console.print(f"step {state.global_step}: no better validation loss in {self.patience} evaluations")
+            self.console.print(f"step {state.global_step}: no better validation loss in {patience} evaluations")
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM stop the training after the running step; KeyboardInterrupt is raised at the block's end.
+
+        A second one, later, raises it at once.
+        """
+        if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.interrupted or self.signalled is not None:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, *_: Any) -> None:
+        now = time.monotonic()
+        if self.signalled is None:
+            self.signalled = now
+            self.console.print("interrupted: saving a checkpoint after this step (Ctrl-C again stops at once)")
+        elif now - self.signalled > SAME_SIGNAL_S:
+            raise KeyboardInterrupt
 
 
 def is_stopped_early(state: TrainerState, patience: int | None) -> bool:

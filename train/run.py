@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
-from pipeline.errors import RecipeError, UsageError
+from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir, write_jsonl
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
-FINGERPRINT = "fingerprint"  # in training/: what its checkpoints belong to
+FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 # Settings that change no weight.
 SAME_RESULT = {"test_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
 
@@ -48,80 +48,60 @@ def train_run(
 ) -> None:
     """Trains the recipe's student on the run's kept rows, and saves it as run.student.
 
-    Returns at once if the student there was trained on these rows with these settings, unless `again`. `force` goes on
-    past checks that warn, `allow_chain` with a teacher that was itself distilled. Of several `processes` that train
-    together one writes and prints.
+    Returns at once if the student there was trained on these rows with these settings, unless `again`. `force`
+    continues past checks that warn, `allow_chain` with a teacher that was itself distilled. Of several `processes` that
+    train together one writes and prints.
     Raises RecipeError, DataError or DistillError, each with the fix; nothing is trained on faulty rows.
     """
-    if recipe.student is None:
-        raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
-    if recipe.train.soft and recipe.student.model.startswith(PRUNE) and recipe.train.weights != "full":
-        raise RecipeError(
-            f"student.model {recipe.student.model}: layers were cut out of it, which adapters cannot fix; "
-            f"set train.kd.weights: full, got {recipe.train.weights!r}"
-        )
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
     parts = read_parts(recipe, run)
-    fingerprint = training_fingerprint(recipe, run)
-    work = run.path / "training"
+    fingerprint, work = training_fingerprint(recipe, run), run.path / "training"
     if not again and run.test.is_file() and trained_from(run.student) == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         if processes.lead:
             shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
+    try:
+        from train.trainer import Examples, prepare
+    except ImportError as error:
+        raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
 
-    prepare, examples = _trainer_parts()
-    if not processes.lead:
-        processes.wait()  # for the student, where it has to be built or fetched
-    student = initial_student(recipe, run)
-    if processes.lead:
-        processes.wait()
+    with processes.lead_first():
+        student = initial_student(recipe, run)
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     checks = [*row_checks(parts, read_lineage(run)), *pair_checks(recipe, student, parts.all, allow_chain=allow_chain)]
-    if any(check.status == "fail" for check in checks):
-        decide(checks)
-    if processes.lead:
-        _open_work(work, fingerprint, again=again, console=console)
-    processes.wait()
-    checkpoint = _last_checkpoint(work)
-    shown = examples(train=to_examples(parts.train), validation=to_examples(parts.validation))
-    prepared: Prepared = prepare(
-        student, shown, recipe.train, work, console, teacher=recipe.teacher.model, processes=processes
-    )
+    decide(checks)
+    with processes.lead_first():
+        if processes.lead:
+            _open_work(work, fingerprint, again=again, console=console)
+    examples = Examples(train=to_examples(parts.train), validation=to_examples(parts.validation))
+    prepared = prepare(student, examples, recipe.train, work, console, recipe.teacher.model, processes)
     checks += token_checks(prepared, parts, recipe.train)
     decide(checks)
-    validation = [parts.validation[index] for index in prepared.validation_rows]
-    rows = {"train": len(prepared.train_rows), "validation": len(validation), "test": len(parts.test)}
-    console.print(
-        f"training {recipe.student.model} on {rows['train']} rows; {rows['validation']} for validation, "
-        f"{rows['test']} for the test"
-    )
+    validation = [parts.validation[index] for index in prepared.rows["validation"]]
+    rows = {"train": len(prepared.rows["train"]), "validation": len(validation), "test": len(parts.test)}
+    console.print(f"training on {rows['train']} rows; {len(validation)} validate, {len(parts.test)} test")
     if processes.lead:
         write_jsonl(run.validation, validation)
         write_jsonl(run.test, parts.test)
 
-    prepared.fit(checkpoint)
-
-    log = training_log(prepared, recipe, rows)
-    dropped = len(parts.train) + len(parts.validation) - rows["train"] - rows["validation"]
+    prepared.fit(_last_checkpoint(work))
+    prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
-        section = _lineage_section(recipe, fingerprint, log, dropped=dropped)
+        log = training_log(prepared, recipe, rows)
+        dropped = len(parts.train) + len(parts.validation) - rows["train"] - rows["validation"]
+        section = _lineage_section(recipe, log) | {"fingerprint": fingerprint, "too_long_dropped": dropped}
         section |= {"precision": prepared.precision, "processes": processes.count}
-        section |= {"checks": [msgspec.to_builtins(check) for check in checks]}
-        record_lineage(run, "train", section)
-    folder = work / "student"
-    prepared.save(folder, console, write=processes.lead)
-    if not processes.lead:
-        return
-    _publish(folder, log, recipe, run)
-    print(
-        f"{run.student}: trained on {log['train_rows']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
-        f"validation loss {_saved(log)['loss']:.4f}, at step {log['saved_step']} of {log['loss'][-1]['step']}"
-    )
+        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
+        _publish(work / "student", log, recipe, run)
+        print(
+            f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
+            f"validation loss {section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
+        )
 
 
 def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
-    """Hash of all that determines the trained student: rows, settings, student, the teacher it is cut from."""
+    """Hash of all that determines the trained student: rows, parts, settings, student, the teacher it is cut from."""
     unused = set() if recipe.train.soft else {"kd"}
     settings = {
         "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT | unused),
@@ -136,48 +116,6 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
     return digest.hexdigest()
 
 
-def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
-    """The loss curves and what they cost.
-
-    `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy per token
-    of the validation answers, which can be compared between methods. `saved_step`: that of the weights that were kept.
-    """
-    state = prepared.trainer.state
-    entries = state.log_history
-    return {
-        "loss": [
-            {name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")}
-            for entry in entries
-            if "loss" in entry
-        ],
-        "eval": [
-            {"step": entry["step"], "epoch": entry["epoch"], "loss": entry["eval_loss"]}
-            for entry in entries
-            if "eval_loss" in entry
-        ],
-        **{f"{part}_rows": count for part, count in rows.items()},
-        "saved_step": prepared.saved_step,
-        "tokens": state.num_input_tokens_seen,  # padding not counted
-        "wall_s": max((entry.get("elapsed_s", 0.0) for entry in entries), default=0.0),
-        "method": recipe.train.method,
-        "weights": recipe.train.weights,
-        "seed": recipe.train.seed,
-    }
-
-
-def _saved(log: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation of the weights that were kept."""
-    return next(entry for entry in log["eval"] if entry["step"] == log["saved_step"])
-
-
-def _trainer_parts() -> tuple[Any, Any]:
-    try:
-        from train.trainer import Examples, prepare
-    except ImportError as error:
-        raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
-    return prepare, Examples
-
-
 def trained_from(student: Path) -> str | None:
     """The fingerprint of the training that a saved student came from."""
     try:
@@ -185,6 +123,48 @@ def trained_from(student: Path) -> str | None:
     except (FileNotFoundError, ValueError):
         return None
     return lineage.get("train", {}).get("fingerprint")
+
+
+def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
+    """The loss curves and what they cost. `rows`: how many there are in each part.
+
+    `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy per token
+    of the validation answers, in nats, which can be compared between methods. `saved_step`: the step of the weights
+    that were kept.
+    """
+    state = prepared.trainer.state
+    steps = [entry for entry in state.log_history if "loss" in entry]
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    return {
+        "loss": [{name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")} for entry in steps],
+        "eval": [{"step": entry["step"], "epoch": entry["epoch"], "loss": entry["eval_loss"]} for entry in evaluations],
+        **{f"{part}_rows": count for part, count in rows.items()},
+        "saved_step": prepared.saved_step,
+        "tokens": state.num_input_tokens_seen,  # padding not counted
+        "wall_s": max((entry.get("elapsed_s", 0.0) for entry in state.log_history), default=0.0),
+        "method": recipe.train.method,
+        "weights": recipe.train.weights,
+        "seed": recipe.train.seed,
+    }
+
+
+def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
+    assert recipe.student is not None
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "student": recipe.student.model,
+        "teacher": recipe.teacher.model,
+        "initialised_from": recipe.teacher.model if recipe.student.model.startswith(PRUNE) else recipe.student.model,
+        "hyperparameters": recipe.train.model_dump(mode="json"),
+        **{name: log[name] for name in ("method", "weights", "seed", "saved_step")},
+        "rows": log["train_rows"],
+        "validation": log["validation_rows"],
+        "test": log["test_rows"],
+        "steps": log["loss"][-1]["step"],
+        "loss": log["loss"][-1]["loss"],
+        "validation_loss": next(entry["loss"] for entry in log["eval"] if entry["step"] == log["saved_step"]),
+        "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),
+    }
 
 
 def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
@@ -197,7 +177,9 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
     work.mkdir(parents=True, exist_ok=True)
     mark.write_text(fingerprint)
     for folder in work.glob("checkpoint-*"):
-        if not _is_whole(folder):
+        try:
+            json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
+        except (FileNotFoundError, ValueError):
             shutil.rmtree(folder)  # cut off while it was written
 
 
@@ -205,17 +187,8 @@ def _last_checkpoint(work: Path) -> Path | None:
     return max(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """The trainer writes its state last; a state that reads as JSON closes a checkpoint."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
-
-
 def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:
-    """The whole student folder at once, by rename; the checkpoints beside it are then of no more use."""
+    """The whole student folder appears at once, by rename; then the checkpoints beside it have no more use."""
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
@@ -224,27 +197,3 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
         run.student.rename(work / "old-student")
     folder.rename(run.student)
     shutil.rmtree(work)
-
-
-def _lineage_section(recipe: Recipe, fingerprint: str, log: dict[str, Any], *, dropped: int) -> dict[str, Any]:
-    assert recipe.student is not None
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "student": recipe.student.model,
-        "teacher": recipe.teacher.model,
-        "initialised_from": recipe.teacher.model if recipe.student.model.startswith(PRUNE) else recipe.student.model,
-        "method": recipe.train.method,
-        "weights": recipe.train.weights,
-        "hyperparameters": recipe.train.model_dump(mode="json"),
-        "rows": log["train_rows"],
-        "validation": log["validation_rows"],
-        "test": log["test_rows"],
-        "too_long_dropped": dropped,
-        "steps": log["loss"][-1]["step"],
-        "loss": log["loss"][-1]["loss"],
-        "saved_step": log["saved_step"],
-        "validation_loss": _saved(log)["loss"],
-        "seed": recipe.train.seed,
-        "fingerprint": fingerprint,
-        "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),
-    }

@@ -5,7 +5,7 @@
           https://arxiv.org/abs/2306.13649)
 
 Loads the teacher from its folder, the Hub or the cache of embedded models; writes no file. Data order, checkpoints and
-the validation loss are StudentTrainer's: they are the same for hard and soft.
+validation loss come from StudentTrainer: they are the same for hard and soft.
 """
 
 import random
@@ -15,61 +15,57 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
 from train.student_trainer import Batch, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.tokens import MASKED, stop_tokens
+from train.tokens import MASKED
+
+# Samples are drawn from the student's distribution as it is, whatever its generation_config.json says.
+AS_IT_IS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher whose distribution can be asked for."""
+    """A teacher whose distribution over the vocabulary is known."""
 
     model: Any
-    vocabulary: int  # ids that teacher and student share: the first so many of either's logits
-    memory: str  # in words
+    vocabulary: int  # ids that teacher and student share: the first so many of the logits of both
+    memory: str  # what it takes, in words
 
 
 def load_teacher(reference: str, student: Any, texts: Iterable[str]) -> Teacher:
     """Loads the teacher for inference, in bfloat16 where that is native. `student`: the student's tokenizer.
 
-    Raises RecipeError where only an API knows the teacher, or it has other tokens than the student, by its vocabulary
-    or in one of `texts`; DistillError where memory is too small for it.
+    Raises RecipeError where only an API knows the teacher, or its tokens are not the student's, by its vocabulary or in
+    one of `texts`; DistillError where memory is too small for it.
     """
     fix = "use train.method: lora or full, which learn from its text"
     try:
-        folder = resolve_model(reference)
-        known = known_files(reference)
+        folder, known = resolve_model(reference), known_files(reference)
         if known is None:
             raise RecipeError(f"soft distillation needs the teacher's weights, and {reference} has none here; {fix}")
-        tokenizer = AutoTokenizer.from_pretrained(known)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {fix}") from None
-    if difference := differing_tokens(tokenizer, student, texts):
-        raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {fix}")
-    dtype = torch.bfloat16 if native_bf16() else torch.float32
-    size = (parameters_of(known, reference) or 0) * dtype.itemsize
-    free = free_memory()
-    memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
-    if size > free:
-        raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {fix}")
-    try:
-        config = AutoConfig.from_pretrained(folder)
+        if difference := differing_tokens(AutoTokenizer.from_pretrained(known), student, texts):
+            raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {fix}")
+        dtype = torch.bfloat16 if native_bf16() else torch.float32
+        size, free = (parameters_of(known, reference) or 0) * dtype.itemsize, free_memory()
+        memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
+        if size > free:
+            raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {fix}")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {fix}") from None
-    shared = min(len(student), config.get_text_config().vocab_size)
+    shared = min(len(student), model.config.get_text_config().vocab_size)
     return Teacher(model=model.eval().requires_grad_(False), vocabulary=shared, memory=memory)
 
 
 def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
-    """How the teacher's tokenizer differs from the student's; empty where both make the same ids of everything.
+    """How the teacher's tokenizer differs from the student's; empty if both make the same ids of everything.
 
     The models may still differ in the size of their outputs, which makers pad as they like.
     """
@@ -102,9 +98,9 @@ class KdTrainer(StudentTrainer):
         return alpha * temperature**2 * divergence + (1 - alpha) * hard
 
     def log_probabilities(self, logits: torch.Tensor, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher's and student's log-probabilities (tokens, shared vocabulary) at the completion's places."""
+        """Teacher's and student's log-probabilities (tokens, shared vocabulary) at the completion's positions."""
         with torch.no_grad():
-            other, _ = completion_logits(self.teacher, inputs)
+            other = completion_logits(self.teacher, inputs).logits
         shared, temperature = self.vocabulary, self.soft.temperature
         teacher = log_softmax(other[:, :shared].float() / temperature, dim=-1)
         return teacher, log_softmax(logits[:, :shared].float() / temperature, dim=-1)
@@ -113,12 +109,12 @@ class KdTrainer(StudentTrainer):
 class GkdTrainer(KdTrainer):
     """Minimises the divergence on the kept answers, and in a share of the steps on the student's own samples.
 
-    A sample begins at a kept prompt, is drawn from the student as it is (temperature 1), and ends with a stop token or
-    at max_new_tokens. No gradient goes through the drawing.
+    A sample answers a kept prompt, is drawn from the student as it is (temperature 1), and ends with a stop token or
+    at max_new_tokens. No gradient flows through the drawing.
     """
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        # Drawn anew for each step from its number, so that a resumed training makes the same choices.
+        # Decided by the step's number, so that a resumed training makes the same choices.
         if random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.soft.lmbda:
             inputs = self.sampled(model, self._prepare_inputs(inputs))
             tokens = (inputs["labels"] != MASKED).sum()
@@ -131,45 +127,35 @@ class GkdTrainer(KdTrainer):
     def sampled(self, model: Any, inputs: Batch) -> Batch:
         """The batch with its answers replaced by the student's own."""
         student = self.accelerator.unwrap_model(model)
-        pad = self.processing_class.pad_token_id
         prompts = [
-            ids[: int((labels != MASKED).nonzero()[0])]
+            ids[: int((labels != MASKED).nonzero()[0])].tolist()
             for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True)
         ]
-        ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
-        ones = [torch.ones_like(prompt) for prompt in prompts]
-        mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
-        stops = stop_tokens(self.processing_class, student)
+        asked = self.processing_class.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        stops = sorted(stop_tokens(self.processing_class, student))
         student.eval()
         with torch.no_grad(), self.accelerator.autocast():
             drawn = student.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
+                **asked.to(self.args.device),
+                **AS_IT_IS,
                 max_new_tokens=self.soft.max_new_tokens,
-                eos_token_id=sorted(stops),
-                pad_token_id=pad,
-            )[:, ids.shape[1] :]
+                eos_token_id=stops,
+                pad_token_id=self.processing_class.pad_token_id,
+            )[:, asked["input_ids"].shape[1] :]
         student.train()
         rows = []
-        for prompt, sample in zip(prompts, drawn, strict=True):
-            ends = torch.isin(sample, torch.tensor(sorted(stops), device=sample.device)).nonzero()
-            answer = sample[: int(ends[0]) + 1] if len(ends) else sample
-            labels = [MASKED] * len(prompt) + answer.tolist()
-            rows.append({"input_ids": [*prompt.tolist(), *answer.tolist()], "labels": labels})
+        for prompt, sample in zip(prompts, drawn.tolist(), strict=True):
+            end = next((place + 1 for place, token in enumerate(sample) if token in stops), len(sample))
+            rows.append({"input_ids": prompt + sample[:end], "labels": [MASKED] * len(prompt) + sample[:end]})
         return self._prepare_inputs(self.data_collator(rows))
 
 
 def jsd(teacher: torch.Tensor, student: torch.Tensor, *, beta: float) -> torch.Tensor:
     """The generalised Jensen-Shannon divergence, summed over the tokens, in nats (Agarwal et al. 2024, eq. 1).
 
-    beta * KL(P || M) + (1 - beta) * KL(Q || M) of the teacher's P and the student's Q, M = beta * P + (1 - beta) * Q;
-    at its ends, where that is 0, KL(P || Q) for beta 0 and KL(Q || P) for beta 1. Both (tokens, vocabulary), as
-    log-probabilities.
+    beta * KL(P || M) + (1 - beta) * KL(Q || M) of teacher P and student Q, with M = beta * P + (1 - beta) * Q.
+    That is 0 at both ends, so beta 0 means KL(P || Q), and beta 1 means KL(Q || P). Both arguments are
+    log-probabilities (tokens, vocabulary).
     """
     if beta == 0:
         return kl_div(student, teacher, reduction="sum", log_target=True)

@@ -1,41 +1,49 @@
-"""The student before training: a model reference resolved, or `prune:<k>` built out of the teacher.
+"""The student before training: a model reference resolved, or `prune:<k>` built from the teacher.
 
 Reads the recipe's `student.model` and `teacher.model`; for `prune:<k>` writes the run's student-init folder.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, replacing_folder
 
 PRUNE = "prune:"
 PRUNED = "pruned.json"  # in student-init: what it was built from
 
 
 def initial_student(recipe: Recipe, run: RunDir) -> str:
-    """A folder or a Hub id of the student as it is before training; builds it first where it has to be built.
+    """A folder or a Hub id of the student before training; `prune:<k>` is built first.
 
-    Raises RecipeError if the recipe names no student, or `prune:<k>` asks for more layers than there are.
+    Raises RecipeError if the recipe names no student, if `prune:<k>` asks for more layers than there are, or if
+    adapters would have to fix a student that layers were cut out of.
     """
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     reference = recipe.student.model
     if not reference.startswith(PRUNE):
         return resolve_model(reference)
-    layers = _layer_count(reference)
+    if recipe.train.soft and recipe.train.weights != "full":
+        raise RecipeError(
+            f"student.model {reference}: layers were cut out of it, which adapters cannot fix; "
+            f"set train.kd.weights: full, got {recipe.train.weights!r}"
+        )
+    count = reference.removeprefix(PRUNE)
+    if not count.isdecimal() or int(count) < 1:
+        raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
+    layers = int(count)
     wanted = {"teacher": recipe.teacher.model, "prune": layers}
     if _built_from(run.student_init) != wanted:
         _prune(recipe.teacher.model, layers, run.student_init, wanted)
-    return str(run.student_init.resolve())  # absolute: an adapter's base has to be found from any folder
+    return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder
 
 
 def load_tokenizer(student: str) -> Any:
-    """The student's tokenizer. Raises RecipeError if it cannot be loaded or has no chat template."""
+    """The student's tokenizer. Raises RecipeError if it cannot be loaded, or has no chat template."""
     from transformers import AutoTokenizer
 
     try:
@@ -55,13 +63,6 @@ def layers_kept(total: int, k: int) -> list[int]:
     if k == 1:
         return [0]
     return [(2 * i * (total - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]  # rounded, halves up
-
-
-def _layer_count(reference: str) -> int:
-    count = reference.removeprefix(PRUNE)
-    if not count.isdecimal() or int(count) < 1:
-        raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
-    return int(count)
 
 
 def _built_from(folder: Path) -> dict[str, Any] | None:
@@ -100,10 +101,7 @@ def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
         if types := getattr(model.config, name, None):
             setattr(model.config, name, [types[index] for index in chosen])
 
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    model.save_pretrained(building)
-    tokenizer.save_pretrained(building)
-    (building / PRUNED).write_text(json.dumps({**origin, "layers": chosen}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+    with replacing_folder(folder) as building:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        (building / PRUNED).write_text(json.dumps({**origin, "layers": chosen}) + "\n")

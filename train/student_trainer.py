@@ -1,10 +1,10 @@
 """TRL's SFTTrainer with a data order that survives a resume, little padding, and one validation loss for all methods.
 
-Takes a model and tokenised rows; what the rows are and what becomes of the model is train.trainer's business.
+Takes a model and tokenised rows. train.trainer decides what the rows are and what becomes of the model.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,10 +16,18 @@ from train.tokens import MASKED
 Batch = dict[str, torch.Tensor]
 
 
-class StudentTrainer(SFTTrainer):
-    """One batch of the loader is all rows of a step in this process; it goes through the student in micro-batches.
+class Scored(NamedTuple):
+    """What a model says of the completion tokens of a batch."""
 
-    `step_rows`: rows of a step, over all processes. `micro_tokens`, `micro_rows`: of one forward pass, at most.
+    logits: torch.Tensor  # (tokens, vocabulary)
+    targets: torch.Tensor  # (tokens,)
+    router_loss: torch.Tensor | float  # a mixture of experts: how unevenly its experts are used; else 0
+
+
+class StudentTrainer(SFTTrainer):
+    """One batch of the loader holds all rows of a step in this process. They pass the student in micro-batches.
+
+    `step_rows`: rows per step, over all processes. `micro_tokens`, `micro_rows`: at most so many per forward pass.
     """
 
     def __init__(self, *, step_rows: int, micro_tokens: int, micro_rows: int | None = None, **settings: Any) -> None:
@@ -40,7 +48,7 @@ class StudentTrainer(SFTTrainer):
         return StepLoader(rows, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin)
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of a step; processes exchange gradients once, in its last micro-batch."""
+        """Forward and backward of a step. Processes exchange gradients once, in the last micro-batch."""
         parts = split(self._prepare_inputs(inputs), **self.micro)
         losses = []
         for part in parts:
@@ -51,15 +59,18 @@ class StudentTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Mean loss a completion token of the step, over all processes and micro-batches: this one's part of it."""
-        if self.aux_loss_enabled:  # a mixture of experts has a loss of its router too
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        logits, targets = completion_logits(model, inputs)
+        """This micro-batch's part of the step's loss: a mean per completion token, over all processes.
+
+        The router's loss of a mixture of experts is a mean already, so its part is weighted by its tokens too.
+        """
+        scored = completion_logits(model, inputs)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self.loss_of(logits, targets, inputs) * processes / num_items_in_batch  # processes: DDP averages
+        router_loss = self.router_aux_loss_coef * scored.router_loss * len(scored.targets)
+        loss = self.loss_of(scored.logits, scored.targets, inputs) + router_loss
+        return loss * processes / num_items_in_batch  # processes: DDP averages
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        """The sum over completion tokens of what is minimised: cross-entropy, in nats."""
+        """What is minimised, summed over the completion tokens: cross-entropy, in nats."""
         return cross_entropy(logits.float(), targets, reduction="sum")
 
     def evaluate(
@@ -74,7 +85,7 @@ class StudentTrainer(SFTTrainer):
         for group in groups[self.args.process_index :: self.args.world_size]:
             inputs = self._prepare_inputs(self.data_collator([rows[index] for index in group]))
             with torch.no_grad(), self.accelerator.autocast():
-                logits, targets = completion_logits(self.model, inputs)
+                logits, targets, _ = completion_logits(self.model, inputs)
                 loss = cross_entropy(logits.float(), targets, reduction="sum")
             sums += torch.tensor([loss.item(), len(targets)], dtype=torch.float64)
         loss, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
@@ -85,19 +96,24 @@ class StudentTrainer(SFTTrainer):
         return metrics
 
 
-def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (tokens, vocabulary) at the places that predict a completion token, and those tokens (tokens,).
+def completion_logits(model: Any, inputs: Batch) -> Scored:
+    """Logits at the positions that predict a completion token, and those tokens.
 
-    The output head is applied from the first such place on: over a vocabulary of 50,000 to 150,000 it costs a small
-    model as much as its layers do, and what it says of prompts is not used.
+    The output head is applied from the first such position on. Over a vocabulary of 50,000 to 150,000 it costs a small
+    model as much as its layers, and its logits for prompts are not used.
     """
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
-    places = torch.arange(first - 1, learned.shape[1] - 1, device=learned.device)
-    logits = model(
+    positions = torch.arange(first - 1, learned.shape[1] - 1, device=learned.device)
+    output = model(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        logits_to_keep=places,
+        logits_to_keep=positions,
         use_cache=False,
-    ).logits
-    return logits[learned[:, first:]], inputs["labels"][learned]
+    )
+    router_loss = getattr(output, "aux_loss", None)
+    return Scored(
+        logits=output.logits[learned[:, first:]],
+        targets=inputs["labels"][learned],
+        router_loss=0.0 if router_loss is None else router_loss,
+    )

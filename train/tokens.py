@@ -25,14 +25,6 @@ class LabelFaults:
     first: dict[str, str]  # the first row of each kind, and what is wrong with it
 
 
-def stop_tokens(tokenizer: Any, model: Any) -> set[int]:
-    """Ids that end an answer: the tokenizer's EOS and all that generation stops at (an end-of-turn token is one)."""
-    found: set[int] = set()
-    for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
-        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return found
-
-
 def count_faults(
     parts: Iterable[Iterable[TokenRow]], *, stops: set[int], decode: Callable[[list[int]], str]
 ) -> LabelFaults:
@@ -80,16 +72,15 @@ def check_batch(rows: Sequence[TokenRow], batch: Mapping[str, Any]) -> None:
             raise DataError(f"row {number}: padding changed its labels; the pad token may mask the EOS")
 
 
-def differing_prompts(
-    rows: Iterable[TokenRow], examples: Iterable[Mapping[str, Any]], prompt_ids: Callable[[Any], list[int]]
-) -> int:
+def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:
     """How many rows have a context that is not what the student is given when it answers (template or token merges)."""
     differing = 0
     known: dict[str, list[int]] = {}
     for row, example in zip(rows, examples, strict=True):
         key = repr(example["prompt"])
         if key not in known:
-            known[key] = prompt_ids(example["prompt"])
+            chat = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=True)
+            known[key] = chat["input_ids"]
         masked = sum(label == MASKED for label in row["labels"])
         differing += row["input_ids"][:masked] != known[key]
     return differing

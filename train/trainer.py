@@ -1,7 +1,7 @@
 """From rows to a trained model: TRL's SFTTrainer, set up for this machine and this recipe.
 
-Reads a model and rows; keeps checkpoints in the folder it is given. What becomes of the trained model is train.run's
-business. Importing this module imports torch, transformers, peft and trl.
+Reads a model and rows; keeps checkpoints in the folder it is given. train.run decides what becomes of the model.
+Importing this module imports torch, transformers, peft and trl.
 """
 
 import logging
@@ -13,16 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
 import transformers
 from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig
 
+from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.train_config import TrainConfig
 from train.machine import (
@@ -36,16 +37,18 @@ from train.machine import (
 )
 from train.processes import ALONE, Processes
 from train.progress import Milestones, TrainProgress, is_stopped_early
-from train.soft import GkdTrainer, KdTrainer, Teacher, load_teacher
+from train.soft import GkdTrainer, KdTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
-from train.tokens import LabelFaults, check_batch, count_faults, differing_prompts, stop_tokens
+from train.tokens import LabelFaults, check_batch, count_faults, differing_prompts
 
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
-ROUNDING_LOSS = 0.01  # nats a token: 1% of perplexity, that storing a model in its own dtype may cost
+ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 NEVER = 1_000_000_000  # steps: Milestones decides
-COMPARED_TEXTS = 50  # rows that both tokenizers are tried on
-REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # and the package of each
+COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
+
+
+Callback = TypeVar("Callback", bound=TrainerCallback)
 
 
 @dataclass(frozen=True)
@@ -58,28 +61,27 @@ class Examples:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A trainer whose rows are tokenised, and what their tokens say."""
+    """A trainer whose rows are tokenised, and what their tokens say. Keys of the dicts: train, validation."""
 
     trainer: StudentTrainer
     tokenizer: Any
-    train_rows: list[int]  # indices into Examples.train that are not too long
-    validation_rows: list[int]
-    lengths: dict[str, list[int]]  # tokens of every row, the too long ones too; keys: train, validation
+    rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
+    lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
     faults: LabelFaults  # of the rows that are not too long
-    differing: int  # training rows whose context is not the one that is asked for
+    differing: int  # training rows whose context is not the one that the student will be asked with
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
-    patience: int | None  # evaluations without a better validation loss, then training ends
 
     def fit(self, checkpoint: Path | None) -> None:
-        """Trains, or goes on from a checkpoint; then holds the weights of the best validation loss.
+        """Trains, or continues from a checkpoint; then holds the weights of the best validation loss.
 
-        Raises DistillError when memory runs out.
+        Raises DistillError when memory runs out, and KeyboardInterrupt when interrupted, with a checkpoint saved.
         """
-        progress = next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, TrainProgress))
+        progress, milestones = self._callback(TrainProgress), self._callback(Milestones)
         try:
-            with _quiet():
-                if checkpoint and is_stopped_early(state := _state_of(checkpoint), self.patience):
+            with _quiet(), milestones.interruptible():
+                state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+                if state and is_stopped_early(state, milestones.config.early_stop):
                     self.trainer.state = state
                     self.trainer._load_best_model()
                 else:
@@ -88,11 +90,14 @@ class Prepared:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(
                     "out of memory while training; lower train.micro_batch_size, set train.gradient_checkpointing: "
-                    "true, or train adapters (train.method: lora); the same command goes on from the last checkpoint"
+                    "true, or train adapters (train.method: lora); the same command continues from the last checkpoint"
                 ) from None
             raise
         finally:
             progress.close()
+
+    def _callback(self, kind: type[Callback]) -> Callback:
+        return next(own for own in self.trainer.callback_handler.callbacks if isinstance(own, kind))
 
     @property
     def saved_step(self) -> int:
@@ -102,17 +107,14 @@ class Prepared:
     def save(self, folder: Path, console: Console, *, write: bool = True) -> None:
         """Writes the model (full) or the adapter (lora), the tokenizer and the chat template.
 
-        A model is stored in the dtype it came in, so that before and after are of one size; unless rounding to it
-        would undo what was learned, which happens where few steps of a low learning rate moved the weights too little.
+        A model is stored in the dtype it came in, so that before and after are of one size, unless rounding to it
+        undoes what was learned: a few steps of a low learning rate move the weights too little for bfloat16.
         All processes take part; one writes.
         """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with _quiet():
-            if (
-                not hasattr(model, "peft_config")
-                and self.dtype != model.dtype
-                and self._survives_rounding(model, console)
-            ):
+            rounds = not hasattr(model, "peft_config") and self.dtype != model.dtype
+            if rounds and self._survives_rounding(model, console):
                 model = model.to(self.dtype)
             if write:
                 model.save_pretrained(folder)
@@ -132,8 +134,8 @@ class Prepared:
             for parameter, value in zip(model.parameters(), exact, strict=True):
                 parameter.copy_(value)
         console.print(
-            f"saved in {model.dtype}, not in {self.dtype}: rounded, its validation loss would be {after:.4f} and not "
-            f"{before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
+            f"saved in {model.dtype}, not in {self.dtype}: rounded, its validation loss would be {after:.4f} instead "
+            f"of {before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
         )
         return False
 
@@ -144,14 +146,13 @@ def prepare(
     config: TrainConfig,
     folder: Path,
     console: Console,
-    *,
-    teacher: str | None = None,
+    teacher: str = "",
     processes: Processes = ALONE,
 ) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
-    No row is cut, since its EOS would go with the end: those over `max_length` are left out. Whether training may go
-    on is train.checks.data' business. `teacher`: the reference of the model that soft distillation follows.
+    No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
+    whether training may start. `teacher`: the reference of the model that soft distillation follows.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; DataError if padding would change what a row teaches; DistillError if memory is too small.
     """
@@ -159,43 +160,39 @@ def prepare(
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
     with _quiet():
         model, tokenizer, dtype = _load(student, config)
-        soft = _load_teacher(teacher, tokenizer, examples, config, console)
-        trainer = _trainer(model, tokenizer, soft, examples, config, folder, console, processes)
-        tokenised = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-        lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in tokenised.items()}
+        trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher, processes)
+        parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
+        lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in parts.items()}
         kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
         trainer.train_dataset = trainer.train_dataset.select(kept["train"])
         trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
-        _check_padding(trainer)
+        _check_rows(trainer, processes)
         faults = count_faults(
             (trainer.train_dataset, trainer.eval_dataset),
             stops=stop_tokens(tokenizer, trainer.model),
             decode=tokenizer.decode,
         )
-        differing = _differing(trainer, tokenizer, [examples.train[index] for index in kept["train"]])
+        shown = [examples.train[index] for index in kept["train"]]
+        differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     return Prepared(
         trainer=trainer,
         tokenizer=tokenizer,
-        train_rows=kept["train"],
-        validation_rows=kept["validation"],
+        rows=kept,
         lengths=lengths,
         faults=faults,
         differing=differing,
         dtype=dtype,
         precision=precision(config.weights),
-        patience=config.early_stop,
     )
 
 
 def _check_machine(config: TrainConfig, processes: Processes) -> None:
-    """Raises UsageError or RecipeError where the recipe asks for what this machine has not."""
+    """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
     if config.weights == "qlora":
         check_qlora()
     for name in config.report_to:
-        if find_spec(REPORTERS[name]) is None:
-            raise RecipeError(
-                f"train.report_to: {name} is not installed; pip install {REPORTERS[name]}, or leave it out"
-            )
+        if find_spec(name) is None:
+            raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
     if processes.count > config.batch_size:
         raise RecipeError(
             f"train.batch_size {config.batch_size} is less than a row for each of {processes.count} processes; raise it"
@@ -225,30 +222,17 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     return model, tokenizer, stored
 
 
-def _load_teacher(
-    teacher: str | None, tokenizer: Any, examples: Examples, config: TrainConfig, console: Console
-) -> Teacher | None:
-    """The teacher of a soft distillation; says what memory it takes."""
-    if not config.soft:
-        return None
-    assert teacher is not None
-    texts = [row["completion"][0]["content"] for row in examples.train[:COMPARED_TEXTS]]
-    loaded = load_teacher(teacher, tokenizer, texts)
-    console.print(loaded.memory)
-    return loaded
-
-
 def _trainer(
     model: Any,
     tokenizer: Any,
-    teacher: Teacher | None,
     examples: Examples,
     config: TrainConfig,
     folder: Path,
     console: Console,
+    teacher: str,
     processes: Processes,
 ) -> StudentTrainer:
-    """The trainer of the recipe's method, its rows tokenised; says when memory asks for gradient checkpointing."""
+    """The trainer of the recipe's method, its rows tokenised. Says what memory a teacher or checkpointing is about."""
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
     reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest))
@@ -260,25 +244,25 @@ def _trainer(
         "train_dataset": datasets.Dataset.from_list(examples.train),
         "eval_dataset": datasets.Dataset.from_list(examples.validation),
         "processing_class": tokenizer,
-        "peft_config": None if config.weights == "full" else _lora(config),
-        "callbacks": [
-            Milestones(config.checkpoint_steps, config.eval_steps, config.early_stop, console),
-            TrainProgress(console),
-        ],
+        "peft_config": None if config.weights == "full" else lora_config(config),
+        "callbacks": [Milestones(config, processes, console), TrainProgress(console)],
         "step_rows": config.batch_size,
         "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
         "micro_rows": config.micro_batch_size,
     }
-    if teacher is None:
-        trainer = StudentTrainer(**settings)
-    else:
+    kind: type[StudentTrainer] = StudentTrainer
+    if config.soft:
+        texts = [row["completion"][0]["content"] for row in examples.train[:COMPARED_TEXTS]]
         kind = GkdTrainer if config.method == "gkd" else KdTrainer
-        trainer = kind(teacher=teacher, soft=config.kd, **settings)
+        settings |= {"teacher": load_teacher(teacher, tokenizer, texts), "soft": config.kd}
+        console.print(settings["teacher"].memory)
+    trainer = kind(**settings)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _lora(config: TrainConfig) -> LoraConfig:
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The adapter that the recipe asks for."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -298,9 +282,9 @@ def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, check
         warmup_steps=config.warmup,
         max_grad_norm=1.0,
         per_device_train_batch_size=max(1, config.batch_size // processes.count),
-        gradient_accumulation_steps=1,  # StudentTrainer takes a step's rows apart itself
+        gradient_accumulation_steps=1,  # StudentTrainer splits a step's rows itself
         gradient_checkpointing=checkpointing if auto else config.gradient_checkpointing,
-        max_length=None,  # nothing is cut: too long rows are refused or dropped before
+        max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows
         completion_only_loss=True,
         seed=config.seed,
@@ -322,24 +306,19 @@ def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, check
     )
 
 
-def _state_of(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def _check_padding(trainer: StudentTrainer) -> None:
+def _check_rows(trainer: StudentTrainer, processes: Processes) -> None:
+    """Raises UsageError where a process would have no row, DataError where padding changes what a row teaches."""
+    count = len(trainer.train_dataset)
+    if 0 < count < processes.count:
+        raise UsageError(
+            f"{count} rows to train on are fewer than {processes.count} processes; start at most {count} "
+            "(--num_processes), or generate more prompts"
+        )
     for part in (trainer.train_dataset, trainer.eval_dataset):
         some = [part[index] for index in range(min(len(part), trainer.args.train_batch_size))]
         if some:
             inputs = [{name: row[name] for name in ("input_ids", "labels")} for row in some]
             check_batch(some, trainer.data_collator(inputs))
-
-
-def _differing(trainer: StudentTrainer, tokenizer: Any, examples: list[dict[str, Any]]) -> int:
-    return differing_prompts(
-        trainer.train_dataset,
-        examples,
-        lambda prompt: tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"],
-    )
 
 
 @contextmanager

@@ -1,22 +1,167 @@
-"""The answers to the probes as figures: of each model, between models, and by the judge. Pure arithmetic.
+"""What the models' scores and answers are worth: figures of each model, and between models. Pure arithmetic.
 
-Every figure is over the prompts that all models have answered, and on the same resamples for all models.
+Every figure is over the rows or prompts that all models have, and on the same resamples for all models.
+
+Words are runs of letters and digits, in Unicode's form NFC and without case. A Korean word is what stands between
+spaces, particles included, so distinct-n compares models in one language, not languages. Chinese, Japanese and Thai,
+which are written without spaces, count by character.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from evaluate.document import Difference, Estimate, Part, ProbeFigures, Probes, WinRate
-from evaluate.figures.differences import BETTER, Judged, compute, look_at, naming
+from evaluate.document import Better, Difference, Estimate, Part, ProbeFigures, Probes, WinRate
+from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import AFTER, BEFORE, TEACHER, JudgeResult, PairVerdict, ProbeResult, probe_row
-from evaluate.statistics import Figures, draw, ratio
+from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore, probe_row
+from evaluate.models import AFTER, BEFORE, TEACHER
+from filters.adherence import AdherenceSettings
+from filters.answer import as_answer, nfc
+from filters.reasons import describe
+from filters.repetition import RepetitionSettings, repetition
 from filters.ruleset import RuleSet
+from filters.scripts import character_class
+from filters.words import mentions
 from pipeline.recipe import Recipe
+from pipeline.records import Kept
 
-PERPLEXITIES = ("perplexity", "bits_per_character")
+BETTER: dict[str, Better | None] = {  # every figure, and which way is better
+    "perplexity": "lower",
+    "bits_per_character": "lower",
+    "passing": "higher",
+    "adherence": "higher",
+    "named": "higher",
+    "loops": "lower",
+    "stopped": "higher",
+    "distinct_1": None,  # noise has the most
+    "distinct_2": None,
+    "characters": None,
+    "judge": "higher",
+}
+_UNSPACED = character_class("han", "kana", "thai")
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+(?:['’](?:(?![{_UNSPACED}])[^\W_])+)*")
+
+
+def common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowScore]]:
+    """The scores of the rows that every model could take: models are compared on the same rows only."""
+    ids = [{score.id for score in result.scores} for result in scored.values()]
+    shared = set.intersection(*ids) if ids else set()
+    return {key: [s for s in result.scores if s.id in shared] for key, result in scored.items() if shared}
+
+
+def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, dict[str, Figure]]:
+    """Every model's perplexity and bits per character. All models must have scored the same rows.
+
+    Perplexity is exp(sum of NLL / sum of tokens): every token weighs the same, not every row. Models with different
+    tokenizers cut an answer into different numbers of tokens; bits per character compares them fairly: NLL in bits over
+    the answers' characters (the end of a turn costs bits, and is no character).
+    """
+    import numpy as np
+
+    prompts = sorted({score.prompt_id for rows in scores.values() for score in rows})
+    if not prompts:
+        return {}
+    index = {prompt: number for number, prompt in enumerate(prompts)}
+    counts = draw(len(prompts))
+    figures = {}
+    for key, rows in scores.items():
+        sums = np.zeros((len(prompts), 3))  # NLL, tokens, characters of each prompt
+        for score in rows:
+            sums[index[score.prompt_id]] += (score.nll_nats, score.tokens, score.characters)
+        nll, tokens, characters = np.vstack([sums.sum(axis=0), counts @ sums]).T  # first all, then each resample
+        perplexity = np.exp(nll / tokens)
+        bits = nll / math.log(2) / np.maximum(characters, 1)
+        figures[key] = {
+            "perplexity": Figure(float(perplexity[0]), perplexity[1:]),
+            "bits_per_character": Figure(float(bits[0]), bits[1:]),
+        }
+    return figures
+
+
+class NamedSlots(NamedTuple):
+    """Which slots' values an answer must name, and what else counts for a value. No slots: all that a prompt has."""
+
+    slots: list[str]
+    aliases: dict[str, list[str]]
+
+
+class Assessment(NamedTuple):
+    """What is counted of one answer. None: the prompt has no slots, the recipe no rules, the judge no verdict."""
+
+    dropped_by: dict[str, str]  # reasons, by rule
+    passing: bool | None
+    named: float | None  # share of the values asked for
+    loops: bool
+    stopped: bool
+    characters: int
+    words: list[str]
+    judge: int | None
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, in order."""
+    return _WORD.findall(nfc(text).casefold())
+
+
+def named_slots(recipe: Recipe, rules: RuleSet) -> NamedSlots:
+    """What adherence asks: `evaluate.adherence`, else the slots of the recipe's rule of that name, else all slots."""
+    rule = next((rule.settings for rule in rules.rules if isinstance(rule.settings, AdherenceSettings)), None)
+    slots = recipe.evaluate.adherence or (rule.slots if rule else list(recipe.prompts.slots))
+    return NamedSlots(slots, rule.aliases if rule else {})
+
+
+def assess(row: Kept, rules: RuleSet, wanted: NamedSlots, score: int | None) -> Assessment:
+    """Everything that is counted of one answer, by the recipe's own rules; `score` is the judge's."""
+    answer = as_answer(row)
+    reasons = rules.reasons(answer)
+    loop = next((rule.settings for rule in rules.rules if isinstance(rule.settings, RepetitionSettings)), None)
+    return Assessment(
+        dropped_by={reason.rule: describe(reason) for reason in reasons},
+        passing=not reasons if rules.rules else None,
+        named=_named(answer.text, row, wanted),
+        loops=repetition(answer, loop or RepetitionSettings()) is not None,
+        stopped=row.finish_reason == "stop",
+        characters=len(row.text),
+        words=split_words(row.text),
+        judge=score,
+    )
+
+
+def _named(text: str, row: Kept, wanted: NamedSlots) -> float | None:
+    values: list[str] = []
+    for slot in wanted.slots or row.slots:
+        value = row.slots.get(slot, [])
+        values += [nfc(value)] if isinstance(value, str) else map(nfc, value)
+    if not values:
+        return None
+    found = [any(mentions(text, name) for name in (value, *wanted.aliases.get(value, ()))) for value in values]
+    return sum(found) / len(found)
+
+
+def answer_figures(answers: Sequence[Assessment], counts: Any) -> dict[str, Figure]:
+    """Every figure of one model's answers that exists; `counts` are the resamples (statistics.draw)."""
+
+    def mean(value: Callable[[Assessment], float | None]) -> Figure | None:
+        values = [value(answer) for answer in answers]
+        return ratio([v or 0.0 for v in values], [v is not None for v in values], counts)
+
+    words = [answer.words for answer in answers]
+    figures = {
+        "passing": mean(lambda a: a.passing),
+        "adherence": mean(lambda a: None if a.named is None else a.named == 1),
+        "named": mean(lambda a: a.named),
+        "loops": mean(lambda a: a.loops),
+        "stopped": mean(lambda a: a.stopped),
+        "distinct_1": distinct(words, 1, counts),
+        "distinct_2": distinct(words, 2, counts),
+        "characters": mean(lambda a: a.characters),
+        "judge": mean(lambda a: a.judge),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 @dataclass(frozen=True)
@@ -24,16 +169,20 @@ class PartQuality:
     """One part of the probes."""
 
     prompts: list[str]  # ids, in order
-    counts: Any  # how often each is in each resample
     figures: Figures
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What the probes say. Parts that have no prompts are not there; without any answers none is."""
+    """What the probes say. A part without prompts is left out; without answers there are no parts."""
 
-    answers: dict[str, dict[str, Judged]]  # model → prompt id → its answer, looked at
+    answers: dict[str, dict[str, Assessment]]  # model → prompt id → its answer
     parts: dict[Part, PartQuality]
+
+    @property
+    def all(self) -> PartQuality:
+        """Over all probes."""
+        return self.parts.get("all", PartQuality([], {}))
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
@@ -48,39 +197,43 @@ def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> A
 
 
 def measure_quality(
-    recipe: Recipe, rules: RuleSet, prompts: ProbePrompts, answers: Answers, judged: JudgeResult | None
+    recipe: Recipe,
+    rules: RuleSet,
+    prompts: ProbePrompts,
+    answers: Answers,
+    scores: Mapping[str, Mapping[str, int]],
 ) -> Quality:
-    """Looks at every answer and computes the figures of each part."""
-    wanted = naming(recipe, rules)
-    scores = judged.scores if judged else {}
+    """Assesses every answer and computes the figures of each part. `scores`: the judge's, by model and prompt."""
+    wanted = named_slots(recipe, rules)
     seen = {
-        key: {id_: look_at(row, rules, wanted, scores.get(key, {}).get(id_)) for id_, row in rows.items()}
+        key: {id_: assess(row, rules, wanted, scores.get(key, {}).get(id_)) for id_, row in rows.items()}
         for key, rows in answers.items()
     }
     common = next(iter(answers.values()), {})
     parts: dict[Part, PartQuality] = {}
-    members: tuple[tuple[Part, Sequence[str]], ...] = (
-        ("all", [prompt.id for prompt in prompts.all]),
-        ("seen", [prompt.id for prompt in prompts.seen]),
-        ("unseen", [prompt.id for prompt in prompts.unseen]),
-    )
-    for part, ids in members:
+    members: dict[Part, list[str]] = {
+        "all": [prompt.id for prompt in prompts.all],
+        "seen": [prompt.id for prompt in prompts.seen],
+        "unseen": [prompt.id for prompt in prompts.unseen],
+    }
+    for part, ids in members.items():
         if own := [id_ for id_ in ids if id_ in common]:
             counts = draw(len(own))
-            figures = {key: compute([of[id_] for id_ in own], counts) for key, of in seen.items()}
-            parts[part] = PartQuality(own, counts, figures)
+            parts[part] = PartQuality(
+                own, {key: answer_figures([of[id_] for id_ in own], counts) for key, of in seen.items()}
+            )
     return Quality(seen, parts)
 
 
 def probes_of(quality: Quality, key: str) -> Probes | None:
-    """A model's figures by part; None where it has answered nothing."""
+    """A model's figures by part; None if it has answered nothing."""
     if key not in quality.answers or not quality.parts:
         return None
-    parts = {part: _figures(quality, part, key) for part in quality.parts}
+    parts = {part: _probe_figures(quality, part, key) for part in quality.parts}
     return Probes(all=parts["all"], seen=parts.get("seen"), unseen=parts.get("unseen"))
 
 
-def _figures(quality: Quality, part: Part, key: str) -> ProbeFigures:
+def _probe_figures(quality: Quality, part: Part, key: str) -> ProbeFigures:
     own = quality.parts[part]
     answers = [quality.answers[key][id_] for id_ in own.prompts]
     labels = sorted({label for answer in answers for label in answer.dropped_by})
@@ -89,39 +242,32 @@ def _figures(quality: Quality, part: Part, key: str) -> ProbeFigures:
     return ProbeFigures(prompts=len(answers), failed_rules=failed, **estimates)
 
 
-def differences(held_out: Figures, unseen: Figures, quality: Quality) -> list[Difference]:
+def differences(test: Figures, unseen: Figures, quality: Quality) -> list[Difference]:
     """The trained student against itself before training, and against its teacher, in every figure that both have."""
+    probes = [(part, own.figures) for part, own in quality.parts.items()]
+    parts: list[tuple[Any, Figures]] = [("test", test), ("unseen", unseen), *probes]
     found = []
     for against in (BEFORE, TEACHER):
-        for part, figures in (
-            ("held_out", held_out),
-            ("unseen", unseen),
-            *((part, own.figures) for part, own in quality.parts.items()),
-        ):
+        for part, figures in parts:
             ours, theirs = figures.get(AFTER, {}), figures.get(against, {})
-            for name in ours:
-                if name not in theirs:
-                    continue
-                better = "lower" if name in PERPLEXITIES else BETTER[name]
+            for name in (name for name in ours if name in theirs):
                 change = ours[name].minus(theirs[name])
-                found.append(
-                    Difference(
-                        figure=name,
-                        part=part,  # type: ignore[arg-type]
-                        model=AFTER,
-                        against=against,
-                        change=change,
-                        better=better,
-                        improved=_improved(change, better),
-                    )
-                )
+                found.append(difference(name, AFTER, against, change, BETTER[name], part))
     return found
 
 
-def _improved(change: Estimate, better: str | None) -> bool | None:
-    if better is None or change.low <= 0 <= change.high:
-        return None
-    return (change.low > 0) == (better == "higher")
+def difference(figure: str, model: str, against: str, change: Estimate, better: Better | None, part: Any) -> Difference:
+    """A change that is judged: `improved` only if its whole interval is on the better side of zero."""
+    sure = better is not None and not change.low <= 0 <= change.high
+    return Difference(
+        figure=figure,
+        part=part,
+        model=model,
+        against=against,
+        change=change,
+        better=better,
+        improved=(change.low > 0) == (better == "higher") if sure else None,
+    )
 
 
 def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
@@ -135,11 +281,9 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
 
 
 def _win_rate(against: str, part: Part, pairs: Sequence[PairVerdict]) -> WinRate:
-    verdicts = [(pair.student_first, pair.student_second) for pair in pairs]
-    both = [(first, second) for first, second in verdicts if first and second]
-    wins = [first == "A" and second == "B" for first, second in both]
-    losses = [first == "B" and second == "A" for first, second in both]
-    points = [0.5 + (win - loss) / 2 for win, loss in zip(wins, losses, strict=True)]
+    both = [(p.student_first, p.student_second) for p in pairs if p.student_first and p.student_second]
+    wins, losses = both.count(("A", "B")), both.count(("B", "A"))
+    points = [0.5 + (pair == ("A", "B")) / 2 - (pair == ("B", "A")) / 2 for pair in both]
     rate = ratio(points, [1.0] * len(points), draw(len(points))) if points else None
     chosen = [choice for pair in both for choice in pair if choice != "tie"]
     return WinRate(
@@ -147,10 +291,10 @@ def _win_rate(against: str, part: Part, pairs: Sequence[PairVerdict]) -> WinRate
         against=against,
         part=part,
         pairs=len(both),
-        unjudged=len(verdicts) - len(both),
-        wins=sum(wins),
-        losses=sum(losses),
-        ties=len(both) - sum(wins) - sum(losses),
+        unjudged=len(pairs) - len(both),
+        wins=wins,
+        losses=losses,
+        ties=len(both) - wins - losses,
         rate=rate.estimate() if rate else None,
         first_chosen=chosen.count("A") / len(chosen) if chosen else None,
         flipped=sum(first == second != "tie" for first, second in both),

@@ -1,19 +1,18 @@
 """What a judge says of the models' answers to the probes: a score of each, and which of two is the better.
 
-The judge is `evaluate.judge`, else that of the filters; scores are asked for as the filters ask for
-them (filters.judge).
-A pair is asked about twice, once in either order, since judges favour a place (Zheng et al. 2023, arXiv:2306.05685).
-Writes evaluation/judged.json, and keeps the judge's own runs in evaluation/judge/ and evaluation/pairs/: a verdict once
-given is not asked for again.
+The judge is `evaluate.judge`, else that of the filters; scores are asked for as the filters do (filters.judge). A pair
+is asked about twice, once in each order, since judges favour a position (Zheng et al. 2023, arXiv:2306.05685). Keeps
+the judge's own runs in evaluation/judge/ and evaluation/pairs/, so that no verdict is asked for twice.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from evaluate.measure.results import AFTER, BEFORE, TEACHER, JudgeResult, PairVerdict
+import msgspec
+
+from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
+from evaluate.models import AFTER, BEFORE, TEACHER, digest
 from filters.judge import (
     FENCE,
     attempt_runs,
@@ -29,8 +28,7 @@ from pipeline.recipe import JudgeConfig, Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 
-CHOICES = ["A", "B", "tie"]
-CHOICE = {"better": {"type": "string", "enum": CHOICES}}
+CHOICE = {"better": {"type": "string", "enum": ["A", "B", "tie"]}}
 OPPONENTS = (TEACHER, BEFORE)
 
 QUESTION = """You compare two answers that two language models gave to one request. Judge strictly and only by what \
@@ -55,6 +53,13 @@ Reply with one JSON object and nothing else: {{"better": "A"}}, {{"better": "B"}
 neither is clearly better."""
 
 Answers = Mapping[str, Mapping[str, Kept]]  # model → prompt id → its answer
+Pair = tuple[Kept, Kept]  # two answers to one prompt, in the order in which they are shown
+
+
+class Choice(msgspec.Struct):
+    """What the judge replies to a pair."""
+
+    better: Literal["A", "B", "tie"]
 
 
 class Judge(NamedTuple):
@@ -71,7 +76,7 @@ class Judge(NamedTuple):
 
 
 def find_judge(recipe: Recipe) -> Judge | None:
-    """`evaluate.judge`, else `filters.judge`; None where the recipe has neither."""
+    """`evaluate.judge`, else `filters.judge`; None if the recipe has neither."""
     config = recipe.evaluate.judge or recipe.filters.judge
     if config is None:
         return None
@@ -82,57 +87,50 @@ def find_judge(recipe: Recipe) -> Judge | None:
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:
     """Changes with the judge, its rubric, the questions, and any answer."""
     rows = [row.id for key in sorted(answers) for row in answers[key].values()]
-    return _hash(version_of(judge.recipe, judge.config), QUESTION, *rows)
+    return digest(version_of(judge.recipe, judge.config), QUESTION, *rows)
 
 
 def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     """Scores every answer, and compares the trained student's with the teacher's and the untrained student's.
 
     An empty answer is not asked about: it scores 1, and loses to any other. Raises what `generate` raises; verdicts
-    that were given by then are kept, and the next call goes on.
+    that were given by then are kept, and the next call continues.
     """
     spoken = [row for rows in answers.values() for row in rows.values() if row.text]
-    folder = RunDir(run.path / "evaluation" / "judge")
+    folder = RunDir(run.path / FOLDER / "judge")
     folder.path.mkdir(parents=True, exist_ok=True)
     judgements = judge_rows(judge.recipe, folder, spoken, quiet=True)
     scores: dict[str, dict[str, int]] = {}
     for key, rows in answers.items():
         found = {id_: judgements[row.id].score if row.text else 1 for id_, row in rows.items()}
         scores[key] = {id_: score for id_, score in found.items() if score is not None}
-    pairs = [pair for other in OPPONENTS if other in answers and AFTER in answers for pair in _pairs(answers, other)]
+    pairs = [
+        (other, row, answers[other][prompt])
+        for other in OPPONENTS
+        for prompt, row in answers.get(AFTER, {}).items()
+        if prompt in answers.get(other, {})
+    ]
     scoring = attempt_runs(verdicts_folder(folder, version_of(judge.recipe, judge.config)), judge.config)
-    choices = _choose(judge, run.path / "evaluation" / "pairs", pairs, scoring)
+    ordered = [pair for _, student, other in pairs for pair in ((student, other), (other, student))]
+    choices = _choose(judge, run.path / FOLDER / "pairs", ordered, scoring)
     return JudgeResult(
-        fingerprint=judged_fingerprint(judge, answers),
         model=judge.model,
         is_teacher=judge.is_teacher,
         scores=scores,
         pairs=[
             PairVerdict(
-                against=pair.against,
-                prompt_id=pair.student.prompt_id,
-                student_first=_choice(pair.student, pair.other, choices),
-                student_second=_choice(pair.other, pair.student, choices),
+                against=against,
+                prompt_id=student.prompt_id,
+                student_first=_choice(student, other, choices),
+                student_second=_choice(other, student, choices),
             )
-            for pair in pairs
+            for against, student, other in pairs
         ],
     )
 
 
-class _Pair(NamedTuple):
-    against: str
-    student: Kept
-    other: Kept
-
-
-def _pairs(answers: Answers, other: str) -> Iterator[_Pair]:
-    for prompt, row in answers[AFTER].items():
-        if prompt in answers[other]:
-            yield _Pair(other, row, answers[other][prompt])
-
-
 def _choice(first: Kept, second: Kept, choices: Mapping[str, str]) -> str | None:
-    """A, B or tie; decided without the judge where an answer is empty or both are the same."""
+    """A, B or tie; decided without the judge if an answer is empty or both are the same."""
     if first.text == second.text:
         return "tie"
     if not first.text or not second.text:
@@ -140,16 +138,15 @@ def _choice(first: Kept, second: Kept, choices: Mapping[str, str]) -> str | None
     return choices.get(_pair_id(first, second))
 
 
-def _choose(judge: Judge, folder: Path, pairs: Sequence[_Pair], scoring: Sequence[RunDir]) -> dict[str, str]:
-    """The judge's choices by the id of the ordered pair; the ones that cannot be read are asked for again.
+def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence[RunDir]) -> dict[str, str]:
+    """The judge's choices by the pair's id; those that cannot be read are asked for again.
 
-    They have what the runs of its `scoring` left of its budget.
+    The budget is what the runs of the `scoring` left of it.
     """
-    version = _hash(version_of(judge.recipe, judge.config), QUESTION)[:8]
+    version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
     open_questions = {
         _pair_id(first, second): pair_question(first, second, judge.config)
-        for pair in pairs
-        for first, second in ((pair.student, pair.other), (pair.other, pair.student))
+        for first, second in pairs
         if first.text and second.text and first.text != second.text
     }
     choices: dict[str, str] = {}
@@ -182,18 +179,12 @@ def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Messag
 
 
 def read_choice(text: str) -> str | None:
-    """A, B or tie; None where the reply is anything else."""
+    """A, B or tie; None if the reply is anything else."""
     try:
-        said = json.loads(FENCE.sub("", text.strip()))
-    except (ValueError, RecursionError):
+        return msgspec.json.decode(FENCE.sub("", text.strip()), type=Choice).better
+    except (msgspec.DecodeError, RecursionError):
         return None
-    choice = said.get("better") if isinstance(said, dict) else None
-    return choice if isinstance(choice, str) and choice in CHOICES else None
 
 
 def _pair_id(first: Kept, second: Kept) -> str:
-    return _hash(first.id, second.id)[:16]
-
-
-def _hash(*parts: str) -> str:
-    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    return digest(first.id, second.id)[:16]

@@ -1,36 +1,27 @@
-"""Perplexity of held-out teacher answers under a model, teacher-forced.
+"""How well a model predicts the teacher's answers, teacher-forced: one score per row.
 
-Reads held-out rows and a loaded model; gives one score a row and their sums. Writes nothing.
+Reads rows and a model; writes nothing. `evaluate.figures.quality` computes perplexity and bits per character.
 
-A row is the prompt in that model's own chat template, then the answer's tokens, then the token that ends a turn.
-Loss counts on the answer and on its end only. Perplexity is exp(sum of NLL / sum of tokens) over all rows: every
-token weighs the same, not every row. Models with different tokenizers cut the same answer into different numbers of
-tokens; bits per character compares them fairly.
+A row is the prompt in that model's own chat template, then the answer's tokens, then the token that ends a turn. Loss
+counts on the answer and on its end only.
 """
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
+from evaluate.measure.results import PerplexityResult, RowScore
+from evaluate.models import Subject, load
+from pipeline.chat import end_of_turn, stop_tokens
+from pipeline.errors import DistillError
+from pipeline.records import Kept
 
-from evaluate.statistics import SEED, Figure, draw
-from pipeline.records import Kept, Message
-
+SEED = 0  # of the choice of rows
 LOGITS_BYTES = 512 << 20  # logits of one batch, at 4 bytes a value
 CHUNK = 256  # positions whose logits are held in float32 at once
-
-
-class RowScore(msgspec.Struct, frozen=True):
-    """How surprised a model was by one answer."""
-
-    id: str
-    prompt_id: str
-    nll_nats: float  # sum over the answer's tokens and the end of the turn
-    tokens: int
-    characters: int  # Unicode code points of the answer
 
 
 @dataclass(frozen=True)
@@ -45,44 +36,52 @@ class Encoded:
 
 
 def choose_rows(rows: Sequence[Kept], limit: int) -> list[Kept]:
-    """At most `limit` rows, the same ones whatever order the file has them in."""
+    """At most `limit` rows; the choice does not depend on their order."""
     ordered = sorted(rows, key=lambda row: row.id)
     return ordered if len(ordered) <= limit else sorted(random.Random(SEED).sample(ordered, limit), key=lambda r: r.id)
 
 
 def encode_row(tokenizer: Any, row: Kept, end: int) -> Encoded:
     """The row's token ids; an answer that was cut off (`finish_reason` is not stop) has no end to predict."""
-    prompt = tokenizer.apply_chat_template(_turns(row.messages), add_generation_prompt=True, return_dict=False)
+    turns = [{"role": message.role, "content": message.content} for message in row.messages]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     completion = tokenizer.encode(row.text, add_special_tokens=False)
     return Encoded(prompt, [*completion, end] if row.finish_reason == "stop" or not completion else completion)
 
 
-def end_of_turn(tokenizer: Any) -> int:
-    """The token that follows an answer in the chat template: what a model must say to stop.
+def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, device: str) -> PerplexityResult:
+    """Loads the model and scores the rows. Raises DistillError if no row fits its context."""
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.progress import Progress
 
-    Not always `eos_token`: Gemma's is <eos>, and its turns end with <end_of_turn>.
-    """
-    answer = "word"
-    turns = _turns([Message("user", "question"), Message("assistant", answer)])
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    tail = tokenizer.encode(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)
-    return next((token for token in tail if token in tokenizer.all_special_ids), tokenizer.eos_token_id)
-
-
-def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.monotonic()
+    model, tokenizer = load(subject, dtype=dtype, device=device)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(subject.label, total=len(rows))
+        scores = score_rows(model, tokenizer, rows, progress=lambda done: bar.advance(task, done))
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    if not scores:
+        raise DistillError(f"{subject.label}: no test row fits its context; use shorter prompts or another student")
+    return PerplexityResult(dtype=dtype, device=device, wall_s=time.monotonic() - started, scores=scores)
 
 
 def score_rows(
     model: Any, tokenizer: Any, rows: Sequence[Kept], *, progress: Callable[[int], None] | None = None
 ) -> list[RowScore]:
-    """Scores every row that fits the model's context; `progress` hears how many rows each batch had.
+    """Scores every row that fits the model's context; `progress` is told how many rows each batch had.
 
-    Rows of like length share a batch, so that little is padding. Only the answers' logits are computed.
+    Rows of similar length share a batch, so that little is padding. Only the answers' logits are computed.
     """
     import torch
 
-    end = end_of_turn(tokenizer)
+    end = end_of_turn(tokenizer, stop_tokens(tokenizer, model))
     encoded = [encode_row(tokenizer, row, end) for row in rows]
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     fitting = [index for index in range(len(rows)) if len(encoded[index]) <= context]
@@ -142,34 +141,3 @@ def _batch_nll(model: Any, batch: Sequence[Encoded]) -> list[float]:
             total += cross_entropy(logits[number, begin:stop].float(), wanted, reduction="sum").item()
         sums.append(total)
     return sums
-
-
-def perplexity(scores: Sequence[RowScore]) -> float:
-    """exp(NLL a token), over all tokens of all rows."""
-    return math.exp(sum(s.nll_nats for s in scores) / sum(s.tokens for s in scores))
-
-
-def bits_per_character(scores: Sequence[RowScore]) -> float:
-    """NLL in bits over the answers' characters; the end of a turn is paid for, and is no character."""
-    return sum(s.nll_nats for s in scores) / math.log(2) / max(1, sum(s.characters for s in scores))
-
-
-def bootstrap(scores: Sequence[Sequence[RowScore]]) -> list[tuple[Figure, Figure]]:
-    """Every model's perplexity and bits per character, on resamples of the same prompts.
-
-    Every model must have scored the same rows.
-    """
-    import numpy as np
-
-    prompts = sorted({score.prompt_id for score in scores[0]})
-    place = {prompt: number for number, prompt in enumerate(prompts)}
-    counts = draw(len(prompts))
-    figures = []
-    for rows in scores:
-        sums = np.zeros((len(prompts), 3))  # NLL, tokens, characters of each prompt
-        for score in rows:
-            sums[place[score.prompt_id]] += (score.nll_nats, score.tokens, score.characters)
-        nll, tokens, characters = (counts @ sums).T
-        bits = nll / math.log(2) / np.maximum(characters, 1)
-        figures.append((Figure(perplexity(rows), np.exp(nll / tokens)), Figure(bits_per_character(rows), bits)))
-    return figures

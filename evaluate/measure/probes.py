@@ -1,9 +1,9 @@
 """The prompts that every model answers for the report, none of which any model was trained on.
 
-Reads the recipe, the run's prompts.jsonl and the held-out rows; writes nothing. Two parts:
+Reads the recipe, the run's prompts.jsonl and the test rows; writes nothing. Two parts:
 
     seen      `evaluate.probes_file`; without one, combinations of the template's slot values that no prompt of the run
-              had; where there is no template, or every combination was asked, the held-out prompts
+              had; without a template, or if every combination was asked, the test prompts
     unseen    prompts with the values of `evaluate.unseen`, which the recipe's slots do not have
 
 The same recipe, run and seed give the same probes.
@@ -27,7 +27,7 @@ from pipeline.rundir import RunDir
 class ProbePrompts:
     """What is asked, by part."""
 
-    source: Literal["slots", "file", "held_out"]  # of the seen part
+    source: Literal["slots", "file", "test"]  # of the seen part
     seen: list[Prompt]
     unseen: list[Prompt] = field(default_factory=list)
     note: str = ""  # what a reader should know of how they were chosen
@@ -38,7 +38,7 @@ class ProbePrompts:
 
 
 class Asked:
-    """The questions that a run has asked: known again in other spacing or case, and by the values of their slots."""
+    """The questions that a run has asked, whatever their spacing and case, and the values of their slots."""
 
     def __init__(self, prompts: Iterable[Prompt | Kept]) -> None:
         self._texts: set[bytes] = set()
@@ -59,14 +59,14 @@ class Asked:
         return _digest(_combination(prompt.slots)) in self._slots
 
 
-def choose_probes(recipe: Recipe, run: RunDir, held_out: Sequence[Kept]) -> ProbePrompts:
+def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> ProbePrompts:
     """At most `evaluate.probes` prompts of the seen part and `evaluate.unseen_probes` of the unseen one.
 
-    Raises UsageError where a prompt of the run has a value that is said to be unseen, DataError where the run has
-    asked a prompt of `evaluate.probes_file`.
+    Raises UsageError if a prompt of the run has a value that should be unseen, DataError if the run has asked a prompt
+    of `evaluate.probes_file`.
     """
     config = recipe.evaluate
-    asked = Asked(chain(read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else (), held_out))
+    asked = Asked(chain(read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else (), test_rows))
     unseen = list(islice(_unseen(recipe, asked), config.unseen_probes)) if config.unseen else []
     if not config.probes:
         return ProbePrompts("slots", [], unseen)
@@ -79,10 +79,10 @@ def choose_probes(recipe: Recipe, run: RunDir, held_out: Sequence[Kept]) -> Prob
             if len(seen) < config.probes:
                 note = f"Only {len(seen)} combinations of the slots were left for probes, of {config.probes} wanted."
             return ProbePrompts("slots", seen, unseen, note)
-        note = "Every combination of the slots was asked, so the probes are the held-out prompts."
-    distinct = {question_text(row.messages): row for row in held_out}
+        note = "Every combination of the slots was asked, so the probes are the test prompts."
+    distinct = {question_text(row.messages): row for row in test_rows}
     prompts = [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in distinct.values()]
-    return ProbePrompts("held_out", _sample(prompts, config.probes, config.seed), unseen, note)
+    return ProbePrompts("test", _sample(prompts, config.probes, config.seed), unseen, note)
 
 
 def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
@@ -106,17 +106,13 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
     slots: dict[str, list[str] | ChooseSlot] = {}
     for name, slot in recipe.prompts.slots.items():
         new = config.unseen.get(name)
-        if new is None:
-            slots[name] = slot
+        if new and isinstance(slot, ChooseSlot):
+            slots[name] = ChooseSlot(choose=slot.choose, from_=[*slot.from_, *new])
         else:
-            slots[name] = _widened(slot, new) if isinstance(slot, ChooseSlot) else new
+            slots[name] = new or slot
     for prompt in _fresh(recipe.prompts.model_copy(update={"slots": slots}), asked, f"unseen:{config.seed}"):
         if all(set(_values(prompt.slots, name)) & set(values) for name, values in config.unseen.items()):
             yield prompt
-
-
-def _widened(slot: ChooseSlot, new: list[str]) -> ChooseSlot:
-    return ChooseSlot(choose=slot.choose, from_=[*slot.from_, *new])
 
 
 def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
@@ -134,7 +130,7 @@ def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` of the prompts, the same whatever order they come in."""
+    """`count` of the prompts; the choice does not depend on their order."""
     return sorted(prompts, key=lambda prompt: blake2b(f"{seed}:{prompt.id}".encode()).digest())[:count]
 
 

@@ -1,40 +1,53 @@
-"""What is measured once and kept: one file a model and a measurement, under evaluation/ in the run directory.
+"""The results of measurements, and the files that cache them under evaluation/ in the run directory.
 
-    evaluation/perplexity-<model>.json    the score of every held-out row
+    evaluation/perplexity-<model>.json    the score of every test row
     evaluation/unseen-<model>.json        the score of the teacher's answers to probes with unseen values
     evaluation/speed-<model>.json         tokens/s alone and saturated, time to the first token, memory
     evaluation/probes-<model>.json        the answers to the probes
     evaluation/judged.json                the judge's scores of these answers, and its choices between them
 
-Each carries the fingerprint of what it was measured on. A stopped evaluation goes on where it was, and a figure of
+Each carries the fingerprint of all it was measured on, so a stopped evaluation continues where it was, and a figure of
 another student, other rows or other settings is never taken for one of this run.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from evaluate.measure.perplexity import RowScore
-from evaluate.models import Subject, digest_subject
+from evaluate.models import Subject, digest, digest_subject
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Kept, Prompt, Usage, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
-TEACHER = "teacher"
-BEFORE = "student_before"
-AFTER = "student_after"
-SPEED = {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"}
+FOLDER = "evaluation"
+SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
+    "speed": {
+        "evaluate": {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"},
+        "sampling": True,
+        "serve": True,
+    },
+    "probes": {"sampling": True, "serve": {"dtype", "device", "args"}},  # a change of the rules asks no model again
+}
+
+
+class RowScore(msgspec.Struct, frozen=True):
+    """How surprised a model was by one answer."""
+
+    id: str
+    prompt_id: str
+    nll_nats: float  # sum over the answer's tokens and the end of the turn
+    tokens: int
+    characters: int  # Unicode code points of the answer
 
 
 class PerplexityResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a model scored the rows."""
 
-    fingerprint: str
+    fingerprint: str = ""
     dtype: str
     device: str
     wall_s: float
@@ -61,20 +74,25 @@ class Lone(msgspec.Struct, frozen=True):
 class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a model ran on the engine."""
 
-    fingerprint: str
+    fingerprint: str = ""
     device: str  # gpu or cpu, as the engine used it
     dtype: str | None  # that the engine was told; None: the stored one
     bursts: list[Burst]  # at least one with tokens in it
     alone: list[Lone]
     startup_s: float
-    peak_rss_bytes: int | None  # of all the server's processes; None on a GPU, where it says nothing
+    peak_rss_bytes: int | None  # of all the server's processes; None on a GPU: vLLM takes the share it is told to
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each burst."""
+        return [burst.completion_tokens / burst.wall_s for burst in self.bursts]
 
 
 class ProbeAnswer(msgspec.Struct, frozen=True):
     """A model's answer to one probe."""
 
     prompt_id: str
-    text: str  # empty where the model said nothing
+    text: str  # empty if the model said nothing
     finish_reason: str
     tokens: int | None
 
@@ -82,7 +100,7 @@ class ProbeAnswer(msgspec.Struct, frozen=True):
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
     """A model's answers to the probes, with the recipe's own sampling. A request that failed has none."""
 
-    fingerprint: str
+    fingerprint: str = ""
     wall_s: float
     answers: list[ProbeAnswer]
 
@@ -99,7 +117,7 @@ class PairVerdict(msgspec.Struct, frozen=True, kw_only=True):
 class JudgeResult(msgspec.Struct, frozen=True, kw_only=True):
     """What the judge said of all models' answers."""
 
-    fingerprint: str
+    fingerprint: str = ""
     model: str  # as the recipe names it
     is_teacher: bool
     scores: dict[str, dict[str, int]]  # model → prompt id → 1 to 5; those that could be read
@@ -113,10 +131,10 @@ Result = TypeVar("Result", PerplexityResult, SpeedResult, ProbeResult, JudgeResu
 class Results:
     """All that was measured, by the model's key."""
 
-    scored: dict[str, PerplexityResult] = field(default_factory=dict)
-    unseen: dict[str, PerplexityResult] = field(default_factory=dict)
-    timed: dict[str, SpeedResult] = field(default_factory=dict)
-    probed: dict[str, ProbeResult] = field(default_factory=dict)
+    scored: dict[str, PerplexityResult]
+    unseen: dict[str, PerplexityResult]
+    timed: dict[str, SpeedResult]
+    probed: dict[str, ProbeResult]
     judged: JudgeResult | None = None
 
     def __bool__(self) -> bool:
@@ -124,38 +142,60 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One thing to measure: where its result is kept and what it depends on."""
+class Entry:
+    """One measurement in the cache: its file, and the fingerprint of all it depends on."""
 
-    subject: Subject
     path: Path
     fingerprint: str
 
-    def saved(self, kind: type[Result]) -> Result | None:
-        """The result on disk if it is of exactly this; None otherwise."""
-        return read_result(self.path, self.fingerprint, kind)
+    def read(self, kind: type[Result]) -> Result | None:
+        """The cached result if it is of exactly this; None otherwise."""
+        result = read_result(self.path, kind)
+        return result if result and result.fingerprint == self.fingerprint else None
 
-    def save(self, result: PerplexityResult | SpeedResult | ProbeResult) -> None:
-        write_result(self.path, result)
+    def write(self, result: Result) -> Result:
+        """Caches a result, and gives it back."""
+        result = msgspec.structs.replace(result, fingerprint=self.fingerprint)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as file:
+            file.write(msgspec.json.encode(result))
+        return result
 
 
-def read_result(path: Path, fingerprint: str, kind: type[Result]) -> Result | None:
-    """The result on disk if it is of exactly this; None otherwise."""
+class Cache:
+    """The measurements of one run. Each entry is read once, and written when its measurement is done."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, dtype: str) -> None:
+        """`dtype`: what perplexity is computed in."""
+        self._recipe, self._folder, self._dtype = recipe, run.path / FOLDER, dtype
+        self._weights: dict[str, str] = {}  # model: what identifies its weights
+
+    def entry(self, name: str, subject: Subject, inputs: Sequence[Completion | Prompt]) -> Entry:
+        """Of the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts."""
+        if subject.key not in self._weights:
+            self._weights[subject.key] = digest_subject(subject)
+        settings = self._recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self._dtype
+        fingerprint = digest(self._weights[subject.key], digest_inputs(inputs), settings)
+        return Entry(self._folder / f"{name}-{subject.key}.json", fingerprint)
+
+    def judged(self, fingerprint: str) -> Entry:
+        """Of the judge's scores and choices."""
+        return Entry(self._folder / "judged.json", fingerprint)
+
+
+def read_result(path: Path, kind: type[Result]) -> Result | None:
+    """A cached result, of whatever it was measured on; None if there is none."""
     try:
-        result = msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return result if result.fingerprint == fingerprint else None
 
 
-def write_result(path: Path, result: PerplexityResult | SpeedResult | ProbeResult | JudgeResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(msgspec.json.encode(result))
+def read_test(run: RunDir) -> list[Kept]:
+    """The test rows: kept answers that neither training nor its choice of a checkpoint saw.
 
-
-def read_held_out(run: RunDir) -> list[Kept]:
-    """All rows that training never saw. Raises UsageError or DataError."""
+    Raises UsageError or DataError if there are none.
+    """
     if not run.test.is_file():
         raise UsageError(f"{run.test}: no test rows; run train first, it sets them apart")
     rows = list(read_jsonl(run.test, Kept))
@@ -164,62 +204,33 @@ def read_held_out(run: RunDir) -> list[Kept]:
     return rows
 
 
-class Measurements:
-    """What there is to measure of one model in one run."""
-
-    def __init__(self, subject: Subject, recipe: Recipe, run: RunDir) -> None:
-        self.subject, self._recipe, self._folder = subject, recipe, run.path / "evaluation"
-        self._weights = digest_subject(subject)
-
-    def perplexity(self, rows: Sequence[Kept], dtype: str) -> Measurement:
-        """Of the held-out rows."""
-        return self._of("perplexity", digest_rows(rows), dtype)
-
-    def unseen(self, rows: Sequence[Kept], dtype: str) -> Measurement:
-        """Of the teacher's answers to unseen values."""
-        return self._of("unseen", digest_rows(rows), dtype)
-
-    def speed(self, prompts: Sequence[Prompt]) -> Measurement:
-        settings = self._recipe.model_dump_json(include={"evaluate": SPEED, "sampling": True, "serve": True})
-        return self._of("speed", _prompts_digest(prompts), settings)
-
-    def probes(self, prompts: Sequence[Prompt]) -> Measurement:
-        """A change of the rules asks no model again: they are applied to the answers that are there."""
-        settings = self._recipe.model_dump_json(include={"sampling": True, "serve": {"dtype", "device", "args"}})
-        return self._of("probes", _prompts_digest(prompts), settings)
-
-    def _of(self, name: str, *parts: str) -> Measurement:
-        path = self._folder / f"{name}-{self.subject.key}.json"
-        return Measurement(self.subject, path, _hash(self._weights, *parts))
-
-
 def probe_row(key: str, prompt: Prompt, answer: ProbeAnswer) -> Kept:
     """An answer to a probe as a row, for rules, judge and perplexity; its id changes with its text."""
+    id_ = digest(key, prompt.id, answer.text)[:16]
+    return answer_row(id_, prompt, answer.text, key, answer.finish_reason, answer.tokens)
+
+
+def answer_row(
+    id_: str, prompt: Prompt, text: str, model: str, finish_reason: str = "stop", tokens: int | None = None
+) -> Kept:
+    """An answer that came from no endpoint of the run, as a kept row."""
     return Kept(
-        id=_hash(key, prompt.id, answer.text)[:16],
+        id=id_,
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
         endpoint="",
         sampling={},
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        model=key,
-        usage=Usage(completion_tokens=answer.tokens),
+        text=text,
+        finish_reason=finish_reason,
+        model=model,
+        usage=Usage(completion_tokens=tokens),
         latency_s=0.0,
         attempts=1,
         created="",
     )
 
 
-def digest_rows(rows: Sequence[Completion]) -> str:
-    """What identifies a list of rows."""
-    return _hash(*(f"{row.id} {row.finish_reason} {row.text}" for row in rows))
-
-
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    return _hash(*(prompt.id for prompt in prompts))
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def digest_inputs(inputs: Sequence[Completion | Prompt]) -> str:
+    """What identifies a list of rows or prompts."""
+    return digest(*(i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs))

@@ -1,76 +1,86 @@
-"""One vLLM server a model, for all that needs one: its speed, and its answers to the probes.
+"""What needs a server: a model's speed and its answers to the probes, through the project's own client.
 
-Starts the server the project serves with, measures what is not measured yet, ends it. Keeps the client's files under
-evaluation/served-<model>/ in the run directory, and the server's log beside them.
+Starts the vLLM server that the project serves with. Keeps the client's files and the server's log under
+evaluation/served-<model>/ in the run directory. Every model gets the same settings, prompts and machine. Answers end
+where the model ends them, so their lengths differ: the figure is tokens per second.
+
+    alone       one streamed request after the other: time to the first token, and tokens per second
+    saturated   many at once, several times over, each time with other prompts first
 """
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-from evaluate.measure.asking import answers_in, ask, asking
-from evaluate.measure.results import Measurement, ProbeResult, SpeedResult
-from evaluate.measure.speed import time_server
-from evaluate.models import engine_folder
+import aiohttp
+
+from evaluate.measure.results import FOLDER, Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
+from evaluate.models import Subject, engine_folder
+from generate.dialect import Dialect
+from generate.endpoint import TIMEOUT_WORKING_S
+from generate.jobs import build_jobs
+from generate.online import run_loop
+from generate.run import Summary, generate
+from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
-from pipeline.recipe import Recipe
-from pipeline.records import Prompt
-from pipeline.rundir import RunDir
+from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
+from pipeline.records import Completion, Failure, Kept, Prompt, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
 from serve.server import Server, free_port, serving
 
-DYING_S = 5.0  # for a server that stops answering to end
+EXIT_S = 5.0  # for a server that stopped answering to exit
+WARM_UP_REQUESTS = 8
+WARM_UP_TOKENS = 8
 
 
-def measure_served(
-    recipe: Recipe,
-    run: RunDir,
-    *,
-    speed: tuple[Measurement, Sequence[Prompt]] | None,
-    probes: tuple[Measurement, Sequence[Prompt]] | None,
-) -> None:
-    """Serves the model of the measurements that are given, and saves each as soon as it is there.
-
-    Raises DistillError if the server does not start or answers nothing.
-    """
-    given = speed or probes
-    if given is None:
-        return
-    subject = given[0].subject
-    folder = run.path / "evaluation" / f"served-{subject.key}"
-    shutil.rmtree(folder, ignore_errors=True)  # a timing is never continued: it starts anew
+@contextmanager
+def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tuple[Server, Path]]:
+    """A server of the model, and the empty folder for its files. Raises DistillError if it does not start, or exits."""
+    folder = run.path / FOLDER / f"served-{subject.key}"
+    shutil.rmtree(folder, ignore_errors=True)  # a stopped timing starts again
     folder.mkdir(parents=True)
-    model = str(engine_folder(subject, run))
-    log = folder / "server.log"
+    model, log = str(engine_folder(subject, run)), folder / "server.log"
     with serving(model, port=free_port(), config=recipe.serve, log=log, served_name=subject.key) as server:
         try:
-            if speed:
-                speed[0].save(_speed(recipe, server, folder, *speed))
-            if probes:
-                probes[0].save(answer_probes(asking(recipe, server), folder / "probes", *probes))
+            yield server, folder
         except DistillError as error:
-            if server.wait(DYING_S) is not None:
+            if server.wait(EXIT_S) is not None:
                 raise server.failure(f"while the {subject.label} was measured") from error
             raise
 
 
-def answer_probes(recipe: Recipe, folder: Path, measurement: Measurement, prompts: Sequence[Prompt]) -> ProbeResult:
-    """Has the recipe's teacher, whichever it is, answer the probes with the recipe's own sampling."""
+def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
+    """The recipe's teacher, which may be a server of ours, answers the probes with the recipe's own sampling."""
     started = time.monotonic()
-    ask(recipe, folder, prompts)
-    answers = answers_in(folder, prompts)
+    ask_prompts(recipe, folder, prompts)
+    answers = _answers_in(RunDir(folder), prompts)
     if not answers:
-        raise DistillError(f"{measurement.subject.label}: no probe was answered; see {folder}")
-    return ProbeResult(fingerprint=measurement.fingerprint, wall_s=time.monotonic() - started, answers=answers)
+        raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")
+    return ProbeResult(wall_s=time.monotonic() - started, answers=answers)
 
 
-def _speed(
-    recipe: Recipe, server: Server, folder: Path, measurement: Measurement, prompts: Sequence[Prompt]
-) -> SpeedResult:
-    bursts, alone = time_server(recipe, server, folder, prompts)
+def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
+    """Warms the server up, and times it. Raises DistillError if a lone request fails, or all requests of a burst do."""
+    wanted, start = recipe.evaluate, WARM_UP_REQUESTS
+    ask_prompts(recipe_for(recipe, server, max_tokens=WARM_UP_TOKENS), folder / "warm-up", prompts[:start])
+    alone = _time_alone(
+        recipe_for(recipe, server, max_tokens=wanted.speed_max_tokens), _cycle(prompts, start, wanted.speed_alone)
+    )
+    start += wanted.speed_alone
+    own = recipe_for(recipe, server, max_tokens=wanted.speed_max_tokens, concurrency=wanted.speed_concurrency)
+    bursts = []
+    for number in range(wanted.speed_repeats):
+        questions = _cycle(prompts, start + number * wanted.speed_requests, len(prompts))
+        done = ask_prompts(own, folder / f"timed-{number + 1}", questions, wanted.speed_requests)
+        if not done.completion_tokens:
+            raise DistillError(f"{server.served_name}: no request was answered; see {folder}")
+        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s))
     command = server.command
     return SpeedResult(
-        fingerprint=measurement.fingerprint,
         device=command.device,
         dtype=command.dtype,
         bursts=bursts,
@@ -78,3 +88,76 @@ def _speed(
         startup_s=server.startup_s,
         peak_rss_bytes=server.peak_rss() if command.device == "cpu" else None,
     )
+
+
+def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept]) -> list[Prompt]:
+    """Different prompts for the timing, as many as it can use: the test prompts first, then the run's others."""
+    wanted = recipe.evaluate
+    count = WARM_UP_REQUESTS + wanted.speed_alone + wanted.speed_requests * wanted.speed_repeats
+    found = {row.prompt_id: Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in rows}
+    others = read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else iter(())
+    while len(found) < count and (prompt := next(others, None)):
+        found.setdefault(prompt.id, prompt)
+    return list(islice(found.values(), count))
+
+
+def recipe_for(
+    recipe: Recipe, server: Server, *, max_tokens: int | None = None, concurrency: Literal["auto"] | int = "auto"
+) -> Recipe:
+    """The recipe with a server of ours in the teacher's place, and nothing to pay."""
+    sampling = {} if max_tokens is None else {"max_tokens": max_tokens}
+    return recipe.model_copy(
+        update={
+            "teacher": TeacherConfig(model=server.served_name, base_url=server.base_url, api_key_env="VLLM_API_KEY"),
+            "sampling": recipe.sampling.model_copy(update=sampling),
+            "generate": GenerateConfig(concurrency=concurrency),
+            "budget": BudgetConfig(),
+        }
+    )
+
+
+def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: int | None = None) -> Summary:
+    """Sends the prompts through `generate`, over and over until there are `count` of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = folder / "questions.jsonl"
+    write_jsonl(questions, prompts)
+    wanted = recipe.model_copy(update={"prompts": PromptsConfig(file=questions, count=count)})
+    return generate(wanted, RunDir(folder), quiet=True)
+
+
+def _answers_in(asked: RunDir, prompts: Sequence[Prompt]) -> list[ProbeAnswer]:
+    """What was answered to the prompts, in their order, once each.
+
+    For `generate` an empty answer is a failure; here it is what the model said.
+    Requests that failed for any other reason have none.
+    """
+    found = {}
+    for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
+        if failure.error == "empty_answer":
+            reason = "stop" if "finish_reason stop" in failure.message else "unknown"
+            found[failure.prompt_id] = ProbeAnswer(failure.prompt_id, "", reason, None)
+    for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
+        found[row.prompt_id] = ProbeAnswer(row.prompt_id, row.text, row.finish_reason, row.usage.completion_tokens)
+    return [found[prompt.id] for prompt in prompts if prompt.id in found]
+
+
+def _cycle(prompts: Sequence[Prompt], start: int, count: int) -> list[Prompt]:
+    """`count` prompts from number `start` on; after the last comes the first."""
+    return [prompts[(start + number) % len(prompts)] for number in range(count)]
+
+
+def _time_alone(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Lone]:
+    dialect, found = Dialect(), list[Lone]()
+
+    async def one_by_one() -> None:
+        timeout_s = recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
+        async with streaming_session(recipe.teacher, timeout_s) as session:
+            for job in build_jobs(prompts, recipe):
+                said = await stream(session, recipe.teacher, dialect.body(job))
+                found.append(Lone(said.first - said.begin, said.end - said.begin, said.tokens))
+
+    try:
+        run_loop(one_by_one())
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise DistillError(f"{recipe.teacher.url}: {str(error) or type(error).__name__}") from None
+    return found

@@ -21,6 +21,7 @@ from evaluate.document import (
     Sample,
     Training,
     WinRate,
+    exactly,
 )
 from pipeline.checks import Check, Checklist
 
@@ -38,7 +39,7 @@ def make_report(**changes: object) -> Report:
             weights_mib=2944.4,
             perplexity=Estimate(3.412, 3.2, 3.6),
             bits_per_character=Estimate(1.1119, 1.05, 1.18),
-            tokens_per_s=55.12,
+            tokens_per_s=exactly(55.12),
             peak_rss_mib=7312.4,
         ),
         ModelReport(
@@ -58,7 +59,7 @@ def make_report(**changes: object) -> Report:
             weights_mib=942.3,
             perplexity=Estimate(15.12, 14.8, 15.4),
             bits_per_character=Estimate(1.392, 1.35, 1.45),
-            tokens_per_s=141.2,
+            tokens_per_s=exactly(141.2),
             peak_rss_mib=4120,
         ),
     ]
@@ -69,7 +70,7 @@ def make_report(**changes: object) -> Report:
         "created": "2026-01-01T00:00:00+00:00",
         "headline": Headline(text="student: 32% of the parameters"),
         "models": models,
-        "rows": Rows(held_out=9, scored=9, left_out=0, prompts=8),
+        "rows": Rows(test=9, scored=9, left_out=0, prompts=8),
         "samples": [Sample(KOREAN, [Answer("teacher", KOREAN), Answer("student after", "짧아요.")])],
         "training": Training(),
         "filters": None,
@@ -145,12 +146,13 @@ def _probed(model: ModelReport, text: str, share: float, first: float) -> ModelR
         broken = {f"length{text}": 1 - share, "script_ratio": 0.03}
         return ProbeFigures(prompts=96, passing=near, named=near, loops=near, distinct_2=near, failed_rules=broken)
 
+    speed = model.tokens_per_s.value if model.tokens_per_s else None
     return msgspec.structs.replace(
         model,
         label=f"{model.label}{text}",
         reference=f"{model.reference}{text}",
         probes=Probes(all=figures(share), seen=figures(share), unseen=figures(share - 0.1)),
-        tokens_per_s_range=(0.9 * (model.tokens_per_s or 1), 1.1 * (model.tokens_per_s or 1)),
+        tokens_per_s=Estimate(speed, 0.9 * speed, 1.1 * speed) if speed else None,
         tokens_per_s_alone=Estimate(11.2, 10.9, 11.5),
         first_token_s=Estimate(first, first - 0.02, first + 0.02),
         kv_bytes_per_token=28_672,

@@ -20,8 +20,7 @@ from evaluate.document import (
     read_report,
     write_report,
 )
-from evaluate.report.checklist import checklist, main
-from evaluate.report.evidence import Evidence, Filtered
+from evaluate.report.checklist import Evidence, Filtered, checklist, main
 from filters.review.agreement import Agreement, Result, Share
 from pipeline.checks import Check
 from pipeline.errors import DistillError, UsageError
@@ -148,7 +147,9 @@ REPORTS = {
         ("teacher's ability", {"filters": filtered(failing={})}, "warn", 0.7),
         ("teacher's ability", {"filters": filtered(failing={}), "report": teacher_with(0.8)}, "pass", 0.7),
         ("teacher's ability", {"filters": filtered(pass_rules=None)}, "unknown", None),
-        ("rows", {"filters": filtered(kept=4_999)}, "fail", 4_999),
+        ("rows", {"filters": filtered(kept=149)}, "fail", 149),
+        ("rows", {"filters": filtered(kept=300)}, "warn", 300),  # training calls it a fair start
+        ("rows", {"filters": filtered(kept=4_999)}, "warn", 4_999),
         ("rows", {"filters": filtered(kept=5_000)}, "pass", 5_000),
         ("rows", {"filters": filtered(kept=50_001)}, "warn", 50_001),
         ("keep rate", {"filters": filtered(keep_rate=0.5)}, "pass", 0.5),

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-import evaluate.run
+import evaluate.measure.perplexity
 from evaluate.__main__ import main
-from evaluate.measure.perplexity import perplexity, score_rows
-from evaluate.measure.results import Burst, Lone, Measurement, Measurements, SpeedResult, read_held_out
-from evaluate.measure.speed import speed_prompts
+from evaluate.document import Estimate
+from evaluate.figures.quality import perplexity_figures
+from evaluate.measure.perplexity import score_rows
+from evaluate.measure.results import Burst, Cache, Entry, Lone, RowScore, SpeedResult, read_test
+from evaluate.measure.serving import speed_prompts
 from evaluate.models import engine_folder, load, measure_weights, subjects
 from evaluate.run import evaluate_run
 from pipeline.errors import DataError, UsageError
@@ -52,8 +54,12 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         labels.append(subject.key)
         return load(subject, **options)
 
-    monkeypatch.setattr(evaluate.run, "load", counting)
+    monkeypatch.setattr(evaluate.measure.perplexity, "load", counting)
     return labels
+
+
+def perplexity_of(scores: list[RowScore]) -> float:
+    return perplexity_figures({"model": scores})["model"]["perplexity"].value
 
 
 def shift_weights(folder: Path, by: float = 0.02) -> None:
@@ -69,18 +75,16 @@ def save_speeds(recipe: Recipe, run: RunDir) -> None:
     """What two servers would have given: the teacher 100 tokens in 10 s, the student 120 in 4 s."""
     for subject, tokens, wall_s in zip(subjects(recipe, run), (100, None, 120), (10.0, None, 4.0), strict=True):
         if tokens and wall_s:
-            measurement = speed_of(subject, recipe, run)
-            measurement.save(speed_result(measurement, tokens, wall_s))
+            speed_of(subject, recipe, run).write(speed_result(tokens, wall_s))
 
 
-def speed_of(subject: Any, recipe: Recipe, run: RunDir) -> Measurement:
-    return Measurements(subject, recipe, run).speed(speed_prompts(recipe, run, read_held_out(run)))
+def speed_of(subject: Any, recipe: Recipe, run: RunDir) -> Entry:
+    return Cache(recipe, run, "").entry("speed", subject, speed_prompts(recipe, run, read_test(run)))
 
 
-def speed_result(measurement: Measurement, tokens: int, wall_s: float) -> SpeedResult:
+def speed_result(tokens: int, wall_s: float) -> SpeedResult:
     """Three timings, the middle one of `wall_s`; three lone requests, 10 tokens in 1 s, the first after 0.1 to 0.3."""
     return SpeedResult(
-        fingerprint=measurement.fingerprint,
         device="cpu",
         dtype="float32",
         bursts=[Burst(11, 1, tokens, wall_s * factor) for factor in (1, 0.8, 1.25)],
@@ -96,24 +100,24 @@ def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recip
     assert loaded == ["teacher", "student_before", "student_after"]
     teacher, before, after = report.models
     assert before.perplexity and after.perplexity and teacher.perplexity
-    rows = read_held_out(run)
+    rows = read_test(run)
     model, tokenizer = load(subjects(recipe, run)[2], dtype="float32", device="cpu")
-    expected = perplexity(score_rows(model, tokenizer, rows))
+    expected = perplexity_of(score_rows(model, tokenizer, rows))
     assert after.perplexity.value == pytest.approx(expected, rel=0.02)  # it may be scored in bfloat16
     assert after.perplexity.low <= after.perplexity.value <= after.perplexity.high
     assert after.perplexity.value != before.perplexity.value
-    assert (report.rows.held_out, report.rows.scored, report.rows.prompts) == (ROWS, ROWS, ROWS)
-    assert teacher.tokens_per_s == 10 and after.tokens_per_s == 30 and before.tokens_per_s is None
+    assert (report.rows.test, report.rows.scored, report.rows.prompts) == (ROWS, ROWS, ROWS)
+    assert teacher.tokens_per_s and teacher.tokens_per_s.value == 10 and before.tokens_per_s is None
     assert after.mean_completion_tokens == 12  # over the ten that were answered
     assert after.peak_rss_mib == 3072
-    assert after.tokens_per_s_range == (24, 37.5) and report.headline.speed_ratio == 3
+    assert after.tokens_per_s == Estimate(30, 24, 37.5) and "3.0 times as fast" in report.headline.text
     assert after.tokens_per_s_alone and after.tokens_per_s_alone.value == 10
     assert after.first_token_s and after.first_token_s.value == 0.2
     assert report.samples == [] and report.probes is None and "Probes were not answered." in report.notes
-    assert json.loads(run.report.read_bytes())["models"][2]["tokens_per_s"] == 30
+    assert json.loads(run.report.read_bytes())["models"][2]["tokens_per_s"]["value"] == 30
     assert "3.0 times as fast" in run.report_html.read_text(encoding="utf-8")
     lineage = json.loads(run.lineage.read_bytes())["evaluate"]
-    assert lineage["perplexity_after"] == after.perplexity.value and lineage["rows"] == ROWS
+    assert lineage["perplexity"]["student_after"] == after.perplexity.value and lineage["rows"] == ROWS
 
 
 def test_nothing_changed_so_nothing_is_measured(
@@ -130,18 +134,18 @@ def test_nothing_changed_so_nothing_is_measured(
 def test_a_stopped_evaluation_goes_on_where_it_was(
     run: RunDir, recipe: Recipe, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counting = evaluate.run.load
+    counting = evaluate.measure.perplexity.load
 
     def stopped(subject: Any, **options: Any) -> Any:
         if subject.key == "student_before":
             raise KeyboardInterrupt
         return counting(subject, **options)
 
-    monkeypatch.setattr(evaluate.run, "load", stopped)
+    monkeypatch.setattr(evaluate.measure.perplexity, "load", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(recipe, run, PATH, speed=False)
     assert not run.report.exists()
-    monkeypatch.setattr(evaluate.run, "load", counting)
+    monkeypatch.setattr(evaluate.measure.perplexity, "load", counting)
     evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["teacher", "student_before", "student_after"]
 
@@ -153,17 +157,17 @@ def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe
     shift_weights(run.student)  # the same names and sizes, other values
     second = evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["student_after"]
-    assert second.headline.perplexity_after != first.headline.perplexity_after
+    assert second.models[2].perplexity != first.models[2].perplexity
     assert second.models[2].tokens_per_s is None  # the old student's speed is not this one's
-    assert second.models[0].tokens_per_s == 10
+    assert second.models[0].tokens_per_s and second.models[0].tokens_per_s.value == 10
 
 
 def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
     save_speeds(recipe, run)
     evaluate_run(recipe, run, PATH, speed=False)
-    measurement = speed_of(subjects(recipe, run)[2], recipe, run)
-    measurement.save(speed_result(measurement, 120, 8.0))  # of the same things, another time
-    assert evaluate_run(recipe, run, PATH, speed=False).models[2].tokens_per_s == 15
+    speed_of(subjects(recipe, run)[2], recipe, run).write(speed_result(120, 8.0))  # of the same things, another time
+    found = evaluate_run(recipe, run, PATH, speed=False).models[2].tokens_per_s
+    assert found and found.value == 15
 
 
 def test_other_rows_are_scored_anew(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
@@ -197,7 +201,7 @@ def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recip
     teacher = recipe.teacher.model_copy(update={"model": "gpt-4.1", "base_url": "https://api.example.com/v1"})
     report = evaluate_run(recipe.model_copy(update={"teacher": teacher}), run, PATH, speed=False)
     assert loaded == ["student_before", "student_after"]
-    assert report.models[0].perplexity is None and report.headline.perplexity_teacher is None
+    assert report.models[0].perplexity is None
     assert "teacher: not available: the teacher answers at api.example.com" in report.notes[0]
     assert "(teacher" not in report.headline.text
 
@@ -268,7 +272,7 @@ def test_an_adapter_is_laid_over_its_base_and_merged_for_the_engine(
     rows = story_rows(3)
 
     def score(subject: Any) -> float:
-        return perplexity(score_rows(*load(subject, dtype="float32", device="cpu"), rows))
+        return perplexity_of(score_rows(*load(subject, dtype="float32", device="cpu"), rows))
 
     merged = engine_folder(after, run)
     assert score(after) != pytest.approx(score(before), rel=1e-3)
@@ -292,7 +296,7 @@ def test_the_command_prints_the_table(
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     main([str(path), "--run", str(run.path), "--no-speed"])
     out = capsys.readouterr().out
-    assert "student before" in out and "perplexity" in out and "Speed and peak memory were not measured." in out
+    assert "before" in out and "perplexity" in out and "Speed and peak memory were not measured." in out
     assert str(run.report_html) in out
     with pytest.raises(DataError, match=r"test\.jsonl"):
         run.test.write_bytes(b"{}\n")

@@ -50,7 +50,7 @@ def judge_of(choose: Callable[[str, str], str], score: Callable[[str], int] = la
 
 def rates(result: JudgeResult, answers: dict[str, dict[str, Kept]]) -> dict[str, WinRate]:
     quality = measure_quality(
-        judging("http://127.0.0.1:1/v1"), RuleSet(()), ProbePrompts("slots", PROMPTS), answers, result
+        judging("http://127.0.0.1:1/v1"), RuleSet(()), ProbePrompts("slots", PROMPTS), answers, result.scores
     )
     return {win.against: win for win in win_rates(result, quality) if win.part == "all"}
 

@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 
 import evaluate.measure.perplexity as scoring
-from evaluate.measure.perplexity import (
-    RowScore,
-    bits_per_character,
-    bootstrap,
-    choose_rows,
-    encode_row,
-    end_of_turn,
-    perplexity,
-    score_rows,
-)
-from evaluate.statistics import Figure
+from evaluate.figures.quality import perplexity_figures
+from evaluate.figures.statistics import Figure
+from evaluate.measure.perplexity import choose_rows, encode_row, score_rows
+from evaluate.measure.results import RowScore
 from pipeline.records import Message
 from tests.tiny_student import END, kept_row, story_rows, tiny_model, tiny_tokenizer
+
+
+def perplexity(scores: list[RowScore]) -> float:
+    return perplexity_figures({"model": scores})["model"]["perplexity"].value
+
+
+def bits_per_character(scores: list[RowScore]) -> float:
+    return perplexity_figures({"model": scores})["model"]["bits_per_character"].value
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +104,25 @@ def test_the_prompt_ends_where_the_answer_begins_and_keeps_the_system_message() 
     assert text == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_end_of_a_turn_comes_from_the_template() -> None:
+def test_the_end_of_a_turn_is_scored_with_the_answer(tiny: tuple[Any, Any]) -> None:
+    """A turn that ends with a stop token other than the EOS: that one is scored."""
+    import torch
+
+    model, _ = tiny
     tokenizer = tiny_tokenizer()
-    assert end_of_turn(tokenizer) == END
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn_end>"]})
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<turn_end>' }}{% endfor %}"
-    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<turn_end>") != tokenizer.eos_token_id
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
-    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    end = tokenizer.encode("!", add_special_tokens=False)[0]
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "!")
+    row = kept_row(0, "Hi", "abc")
+    turns = [{"role": "user", "content": "Hi"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    ids = [*prompt, *tokenizer.encode("abc", add_special_tokens=False), end]
+    model.generation_config.eos_token_id = [END, end]
+    (score,) = score_rows(model, tokenizer, [row])
+    model.generation_config.eos_token_id = END
+    labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+    assert score.nll_nats / score.tokens == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_row_beyond_the_context_is_left_out(tiny: tuple[Any, Any]) -> None:
@@ -130,17 +142,18 @@ def test_the_choice_of_rows_is_seeded_and_ignores_the_order() -> None:
 def test_the_interval_of_one_prompt_is_a_point_and_of_two_their_extremes() -> None:
     # Two answers to one prompt are drawn together, so there is nothing to vary.
     one = [RowScore("a", "p", 1.0, 1, 1), RowScore("b", "p", 3.0, 1, 1)]
-    assert ends(bootstrap([one])[0][0]) == pytest.approx([math.exp(2)] * 2)
+    assert ends(perplexity_figures({"a": one})["a"]["perplexity"]) == pytest.approx([math.exp(2)] * 2)
     # Two prompts: {a, a} and {b, b} each come up in a quarter of the resamples, far more than 2.5%.
     two = [RowScore("a", "p", 1.0, 1, 1), RowScore("b", "q", 3.0, 1, 1)]
-    assert ends(bootstrap([two])[0][0]) == pytest.approx([math.e, math.exp(3)])
+    assert ends(perplexity_figures({"a": two})["a"]["perplexity"]) == pytest.approx([math.e, math.exp(3)])
 
 
 def test_differences_are_paired() -> None:
     before = [RowScore(str(i), str(i), 1.0 + i, 2, 4) for i in range(20)]
     after = [RowScore(s.id, s.prompt_id, s.nll_nats - 1.0, s.tokens, s.characters) for s in before]
-    (ours, _), (theirs, _) = bootstrap([after, before])
-    # Each row improves by half a nat a token, whichever rows are drawn; unpaired, the interval would be wide.
+    figures = perplexity_figures({"after": after, "before": before})
+    ours, theirs = (figures[key]["perplexity"] for key in ("after", "before"))
+    # Each row improves by half a nat per token, whichever rows are drawn; unpaired, the interval would be wide.
     quotient = ours.over(theirs)
     assert quotient and (quotient.low, quotient.high) == pytest.approx([math.exp(-0.5)] * 2)
     low, high = ends(theirs)

@@ -29,7 +29,7 @@ def run_of(path: Path, recipe: Recipe) -> RunDir:
     return run
 
 
-def held_out(prompts: list[Prompt]) -> list[Kept]:
+def rows_of(prompts: list[Prompt]) -> list[Kept]:
     return [Kept(**completion_fields(p.id, "x", prompt_id=p.id, messages=p.messages, slots=p.slots)) for p in prompts]
 
 
@@ -63,16 +63,16 @@ def test_the_values_in_another_order_or_template_are_no_new_combination(tmp_path
     chosen = choose_probes(recipe_of(probes=8), run, [])
     assert [combination(p) for p in chosen.seen] == [combination(left)]
     assert chosen.note == "Only 1 combinations of the slots were left for probes, of 8 wanted."
-    # A held-out row of an earlier run counts as asked too.
-    assert choose_probes(recipe_of(probes=8), run, held_out([left])).source == "held_out"
+    # A test row of an earlier run counts as asked too.
+    assert choose_probes(recipe_of(probes=8), run, rows_of([left])).source == "test"
 
 
-def test_where_every_combination_was_asked_the_held_out_prompts_are_the_probes(tmp_path: Path) -> None:
+def test_where_every_combination_was_asked_the_test_prompts_are_the_probes(tmp_path: Path) -> None:
     recipe = recipe_of(COMBINATIONS, probes=3)
     run = run_of(tmp_path, recipe)
     own = build_prompts(recipe)[:5]
-    chosen = choose_probes(recipe, run, held_out(own + own))
-    assert chosen.source == "held_out" and "Every combination" in chosen.note
+    chosen = choose_probes(recipe, run, rows_of(own + own))
+    assert chosen.source == "test" and "Every combination" in chosen.note
     assert len({p.id for p in chosen.seen}) == 3 and {p.id for p in chosen.seen} <= {p.id for p in own}
 
 

@@ -17,14 +17,15 @@ from evaluate.document import (
     LossPoint,
     ModelReport,
     Report,
+    Rows,
     RuleDrops,
     Training,
+    millions,
     number,
 )
-from evaluate.report.charts import LossChart, axis_charts, bar_groups, drop_bars, loss_chart
-from evaluate.report.html import render_html
-from evaluate.report.sections import kept, lang_of, probes, promise, wins
-from evaluate.report.terminal import millions, print_report
+from evaluate.report.charts import LossChart, axis_panels, bar_panels, drop_panel, loss_chart
+from evaluate.report.html import lang_of, render_html
+from evaluate.report.tables import VERDICTS, print_report, probes, promise, wins
 from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report
 
 CHROMIUM = "/usr/bin/chromium"
@@ -41,13 +42,28 @@ def test_the_table_holds_every_figure_in_80_characters() -> None:
     text = printed(make_report())
     lines = text.splitlines()
     assert all(len(line) <= 80 for line in lines) and "…" not in text
-    scored, timed = [line.split() for line in lines if line.lstrip().startswith("teacher")]
-    assert scored == ["teacher", "3.41", "1.112"]
-    assert timed == ["teacher", "55.1", "–", "–", "7,312", "2,944", "1.54B", "–"]
-    scored, timed = [line.split() for line in lines if "student before" in line]
-    assert scored == ["student", "before", "48,940", "4.900"]
-    assert timed == ["student", "before", *"–––", "–", "942", "494.0M", "–"]
+    shown = {line.strip()[:18].strip(): line[19:].split() for line in lines}
+    head = next(number for number, line in enumerate(lines) if line.lstrip().startswith("test answers"))
+    names = "student test answers teacher before student after"
+    assert " ".join(" ".join(lines[head - 1 : head + 1]).split()) == names
+    assert shown["perplexity"] == ["3.41", "48,940", "15.1"]
+    assert shown["bits per character"] == ["1.112", "4.900", "1.392"]
+    assert [line.split()[-3:] for line in lines if "tokens/s, saturated" in line] == [["55.1", "–", "141.2"]]
+    assert shown["peak memory, MiB"] == ["7,312", "–", "4,120"] and shown["weights, MiB"] == ["2,944", "942", "942"]
+    assert shown["parameters"] == ["1.54B", "494.0M", "494.0M"]
+    assert "tokens/s, alone" not in text and "KV bytes" not in text  # nobody has it
     assert "3.20–3.60" in text and "a note" in text and "32% of the parameters" in text
+
+
+def test_many_models_are_printed_in_more_tables() -> None:
+    models = make_report().models
+    others = [msgspec.structs.replace(models[0], key=f"other_{n}", label=f"other model {n}") for n in range(1, 4)]
+    lines = printed(make_report(models=[*models, *others])).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert [line.split()[1:] for line in lines if line.strip().startswith("parameters")] == [
+        ["1.54B", "494.0M", "494.0M", "1.54B"],
+        ["1.54B", "1.54B"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +83,7 @@ def test_numbers_for_people(value: float, text: str) -> None:
 
 
 def test_parameters_for_people() -> None:
-    assert (millions(134_515_008), millions(1_543_714_304), millions(None)) == ("134.5M", "1.54B", "–")
+    assert (millions(134_515_008), millions(1_543_714_304)) == ("134.5M", "1.54B")
 
 
 def test_every_text_on_the_page_is_escaped() -> None:
@@ -105,21 +121,22 @@ def test_the_promise_is_shown_part_by_part() -> None:
         ("3×", "3.12×", "", "yes"),
         ("3×", "2.56×", "", "no"),
     ]
-    assert kept(full_report()).text == "the promise does not hold"
+    assert VERDICTS[full_report().headline.holds] == ("the promise does not hold", "fail")
     assert promise(make_report()) == []
 
 
 def test_models_stand_on_three_axes_by_their_ratio_to_the_teacher() -> None:
     """One logarithmic scale for all: the ends are 1.1119 / 4.9 = 0.227 and the weights' 3.12, a little room beyond."""
-    charts = {chart.title: chart for chart in axis_charts(make_report())}
+    charts = {chart.title: chart for chart in axis_panels(make_report())}
     assert list(charts) == ["Quality", "Speed", "Memory", "Weights"]
     quality, speed = charts["Quality"], charts["Speed"]
-    assert [dot.text for dot in quality.dots] == ["1.00×", "0.23×", "0.80×"]
-    assert [dot.text for dot in speed.dots] == ["1.00×", "2.56×"] and speed.dots[0].at == speed.one == quality.one
+    assert [dot.text for dot in quality.marks] == ["1.00×", "0.23×", "0.80×"]
+    assert [dot.text for dot in speed.marks] == ["1.00×", "2.56×"] and speed.marks[0].at == speed.one == quality.one
     low, high = math.log(1.1119 / 4.9 / 1.15), math.log(2944.4 / 942.3 * 1.15)
     assert speed.goal == pytest.approx(100 * (math.log(3) - low) / (high - low), abs=0.01)
-    assert 0 < quality.dots[1].at < quality.goal < quality.one < speed.dots[1].at < speed.goal < 100
-    assert axis_charts(make_report(models=make_report().models[1:])) == []  # no teacher, no axis
+    assert quality.goal and quality.one and speed.goal
+    assert 0 < quality.marks[1].at < quality.goal < quality.one < speed.marks[1].at < speed.goal < 100
+    assert axis_panels(make_report(models=make_report().models[1:])) == []  # no teacher, no axis
 
 
 def test_a_difference_is_called_better_only_where_it_is_for_sure() -> None:
@@ -128,7 +145,7 @@ def test_a_difference_is_called_better_only_where_it_is_for_sure() -> None:
     assert [note.text for note in after["passes every rule"].notes] == ["better than before"]
     assert [note.mark for note in after["loops"].notes] == ["better"]
     assert after["named of what was asked for"].notes == []
-    assert (after["passes every rule"].text, after["passes every rule"].interval) == ("71%", "61–81%")
+    assert (after["passes every rule"].text, after["passes every rule"].interval) == ("71%", "61%–81%")
     assert unseen.title.startswith("32 prompts with values unseen")
     assert [(row.name, [cell.text for cell in row.cells]) for row in broken.rows] == [
         ("length", ["18%", "69%", "29%"]),
@@ -136,10 +153,16 @@ def test_a_difference_is_called_better_only_where_it_is_for_sure() -> None:
     ]
 
 
+def test_what_the_filters_kept_of_the_teachers_test_answers_is_said() -> None:
+    rows = Rows(test=9, scored=9, left_out=0, prompts=8, teacher_answers=12, teacher_kept=9)
+    assert "the filters kept 75% of the teacher’s answers to the test prompts" in render_html(make_report(rows=rows))
+    assert "the filters kept" not in render_html(make_report())
+
+
 def test_wins_ties_and_losses_fill_the_bar() -> None:
     first, second = wins(full_report())
     assert (first.won, first.tied, first.lost) == (25, 36, 39)
-    assert first.title == "student after against teacher: 43% (30–55%)" and "70 won" in second.counts
+    assert first.title == "student after against teacher: 43% (30%–55%)" and "70 won" in second.counts
 
 
 @pytest.mark.parametrize(
@@ -196,29 +219,29 @@ def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Bro
 
 
 def test_bars_are_as_long_as_their_figures() -> None:
-    groups = {group.title: group.bars for group in bar_groups(make_report())}
-    speed = groups["Speed"]
+    panels = {panel.title: panel.marks for panel in bar_panels(make_report())}
+    speed = panels["Speed"]
     assert [bar.label for bar in speed] == ["teacher", "student after"]
-    assert speed[1].width == 100 and speed[0].width == pytest.approx(39.04)
-    bits = groups["Bits per character"]
-    assert bits[1].high == 100 and bits[1].width == pytest.approx(92.45)  # of the highest interval end
-    assert bits[2].text == "1.39" and groups["Parameters"][0].text == "1.54B"
+    assert speed[1].at == 100 and speed[0].at == pytest.approx(39.04) and speed[0].low is None
+    bits = panels["Bits per character"]
+    assert bits[1].high == 100 and bits[1].at == pytest.approx(92.45)  # of the highest interval end
+    assert bits[2].text == "1.39" and panels["Parameters"][0].text == "1.54B"
 
 
 def test_perplexities_far_apart_are_drawn_on_a_logarithmic_scale_from_one() -> None:
-    (group,) = [group for group in bar_groups(make_report()) if group.title == "Perplexity"]
-    assert "logarithmic" in group.hint
-    assert group.bars[1].high == 100 and group.bars[0].width == pytest.approx(100 * math.log(3.412, 60_000), abs=0.01)
+    (panel,) = [panel for panel in bar_panels(make_report()) if panel.title == "Perplexity"]
+    assert "logarithmic" in panel.hint
+    assert panel.marks[1].high == 100 and panel.marks[0].at == pytest.approx(100 * math.log(3.412, 60_000), abs=0.01)
     near = [msgspec.structs.replace(m, perplexity=Estimate(2.0, 1.5, 4.0)) for m in make_report().models]
-    (group,) = [group for group in bar_groups(make_report(models=near)) if group.title == "Perplexity"]
-    assert "logarithmic" not in group.hint and group.bars[0].width == 50
+    (panel,) = [panel for panel in bar_panels(make_report(models=near)) if panel.title == "Perplexity"]
+    assert "logarithmic" not in panel.hint and panel.marks[0].at == 50
 
 
 def test_drops_come_largest_first_and_only_where_there_are_any() -> None:
     rules = [RuleDrops("length", 5), RuleDrops("script_ratio", 0), RuleDrops("finish_reason", 20)]
-    bars = drop_bars(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
-    assert [(bar.label, bar.text, bar.width) for bar in bars] == [("finish_reason", "20", 100), ("length", "5", 25)]
-    assert drop_bars(None) == []
+    bars = drop_panel(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules)).marks
+    assert [(bar.label, bar.text, bar.at) for bar in bars] == [("finish_reason", "20", 100), ("length", "5", 25)]
+    assert drop_panel(None).marks == []
 
 
 def test_the_loss_curve_is_drawn_to_scale() -> None:
@@ -228,8 +251,8 @@ def test_the_loss_curve_is_drawn_to_scale() -> None:
     )
     chart = loss_chart(training)
     assert isinstance(chart, LossChart)
-    assert [tick.label for tick in chart.y] == ["2", "2.5", "3", "3.5", "4"]
-    assert (chart.y[0].at, chart.y[-1].at) == (100, 0)
+    assert [label for _, label in chart.y] == ["2", "2.5", "3", "3.5", "4"]
+    assert (chart.y[0][0], chart.y[-1][0]) == (100, 0)
     assert chart.train == "M0.0 0.0 L50.0 50.0 L100.0 100.0"
     assert chart.eval_dots == [(100, 75)]
     assert loss_chart(Training(loss=[LossPoint(1, 2.0)])) is None

@@ -13,20 +13,17 @@ import pytest
 from aiohttp import web
 
 import evaluate.measure.serving
-from evaluate.measure.results import Measurement, ProbeAnswer, ProbeResult, SpeedResult
-from evaluate.measure.serving import measure_served
-from evaluate.measure.speed import speed_prompts
+from evaluate.measure.results import ProbeAnswer
+from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
 from evaluate.models import Subject
-from evaluate.run import answers
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.records import Prompt, encode_line
 from pipeline.rundir import RunDir
-from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, error, misbehaving
 from tests.tiny_student import kept_row, make_recipe
 
-ROWS = [kept_row(i, f"held out {i}", "An answer.") for i in range(3)]
+ROWS = [kept_row(i, f"test {i}", "An answer.") for i in range(3)]
 PROBES = [Prompt(id=f"probe{i}", messages=kept_row(i, f"probe {i}", "").messages) for i in range(4)]
 TIMED, PROBED = 9, 500  # max_tokens by which a request is known
 
@@ -102,21 +99,15 @@ def streamed(asked: Asked) -> Behaviour:
     return behave
 
 
-def measurement(run: RunDir, name: str, key: str = "student_after") -> Measurement:
-    subject = Subject(key, key, "reference", run.path / "model")
-    return Measurement(subject, run.path / "evaluation" / f"{name}-{key}.json", "f")
-
-
 def measure(recipe: Recipe, run: RunDir, *, speed: bool = True, probes: bool = False) -> tuple[Any, Any]:
-    """Measures, and gives what was saved."""
-    timing, probing = measurement(run, "speed"), measurement(run, "probes")
-    measure_served(
-        recipe,
-        run,
-        speed=(timing, speed_prompts(recipe, run, ROWS)) if speed else None,
-        probes=(probing, PROBES) if probes else None,
-    )
-    return timing.saved(SpeedResult), probing.saved(ProbeResult)
+    """Measures one model on one server."""
+    subject, timed, probed = Subject("student_after", "student_after", "reference", run.path / "model"), None, None
+    with serve_subject(recipe, run, subject) as (server, folder):
+        if speed:
+            timed = measure_speed(recipe, server, folder, speed_prompts(recipe, run, ROWS))
+        if probes:
+            probed = answer_probes(recipe_for(recipe, server), folder / "probes", PROBES)
+    return timed, probed
 
 
 def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
@@ -129,11 +120,11 @@ def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, start
         speed, probes = measure(recipe, run, probes=True)
     assert models == [str(run.path / "model")]  # one start for both
     assert {asked.body["model"] for asked in server.asked} == {"student_after"}
-    held_out = [row.messages[0].content for row in ROWS]
+    tested = [row.messages[0].content for row in ROWS]
     timed = [asked for asked in server.asked if asked.body["max_tokens"] == TIMED]
     alone = [asked.text for asked in timed if asked.body.get("stream")]
-    assert alone == ["held out 2", "other 3", "other 4"]  # 6 prompts, and the warm-up had 8: the next three, in turn
-    assert {asked.text for asked in timed} == {*held_out, "other 3", "other 4", "other 5"}
+    assert alone == ["test 2", "other 3", "other 4"]  # 6 prompts, and the warm-up had 8: the next three, in turn
+    assert {asked.text for asked in timed} == {*tested, "other 3", "other 4", "other 5"}
     assert len(timed) == 3 + 2 * 7 and server.most_at_once <= 8
     assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 0, 35)] * 2
     assert all(lone.tokens == 5 and 0.02 <= lone.first_token_s < lone.wall_s for lone in speed.alone)
@@ -162,7 +153,7 @@ def test_a_timing_starts_anew_and_probes_alone_are_not_timed(
 
 def test_failed_requests_are_counted_apart(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
     def script(asked: Asked) -> Behaviour:
-        return error(400) if asked.text == "held out 1" and not asked.body.get("stream") else streamed(asked)
+        return error(400) if asked.text == "test 1" and not asked.body.get("stream") else streamed(asked)
 
     with misbehaving(script) as server:
         started(server)
@@ -194,10 +185,3 @@ def test_a_server_that_died_says_why(tmp_path: Path, recipe: Recipe, started: Ca
         started(server, ended=True)
         with pytest.raises(DistillError, match="vLLM ended while the student_after was measured: engine died"):
             measure(recipe, RunDir(tmp_path))
-
-
-def test_a_teacher_that_is_still_served_is_noticed() -> None:
-    with misbehaving() as server:
-        assert answers(server.url)
-    assert not answers(f"http://127.0.0.1:{free_port()}/v1")
-    assert not answers("https://api.example.com/v1")

@@ -2,26 +2,31 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
+import evaluate.measure.results
 import evaluate.run
 from evaluate.document import Report
 from evaluate.measure.results import Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
-from evaluate.models import subjects
-from evaluate.report.terminal import print_report
+from evaluate.measure.serving import answer_probes
+from evaluate.models import Subject, subjects
+from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Message, Prompt, encode_line
+from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import answer, error, misbehaving
-from tests.tiny_student import story_rows, tiny_model
+from tests.tiny_student import kept_row, story_rows, tiny_model
 
 PATH = Path("recipe.yaml")
 SLOTS = {"who": ["a cat", "a dog", "a fox"], "where": ["at home", "in a wood", "at sea"]}
@@ -62,31 +67,37 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Puts made-up servers in place; gives the models that were served, and for what."""
     log: list[tuple[str, list[str]]] = []
 
-    def measure_served(recipe: Recipe, run: RunDir, *, speed: Any, probes: Any) -> None:
-        key = (speed or probes)[0].subject.key
-        log.append((key, [name for name, given in (("speed", speed), ("probes", probes)) if given]))
-        if speed:
-            speed[0].save(
-                SpeedResult(
-                    fingerprint=speed[0].fingerprint,
-                    device="cpu",
-                    dtype="float32",
-                    bursts=[Burst(4, 0, 300 if key == "student_after" else 100, 10.0)],
-                    alone=[Lone(0.1, 1.0, 10)],
-                    startup_s=1.0,
-                    peak_rss_bytes=(2 << 30) if key == "teacher" else (1 << 30),
-                )
-            )
-        if probes:
-            probes[0].save(probe_result(probes[0].fingerprint, key, probes[1]))
+    @contextmanager
+    def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tuple[Any, Path]]:
+        log.append((subject.key, []))
+        yield SimpleNamespace(served_name=subject.key, base_url="http://127.0.0.1:1/v1"), run.path
 
-    monkeypatch.setattr(evaluate.run, "measure_served", measure_served)
+    def measure_speed(recipe: Recipe, server: Any, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
+        log[-1][1].append("speed")
+        return SpeedResult(
+            device="cpu",
+            dtype="float32",
+            bursts=[Burst(4, 0, 300 if server.served_name == "student_after" else 100, 10.0)],
+            alone=[Lone(0.1, 1.0, 10)],
+            startup_s=1.0,
+            peak_rss_bytes=(2 << 30) if server.served_name == "teacher" else (1 << 30),
+        )
+
+    def probe(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
+        if recipe.teacher.model not in SAID:
+            return answer_probes(recipe, folder, prompts)
+        log[-1][1].append("probes")
+        answers = [ProbeAnswer(p.id, SAID[recipe.teacher.model].format(**p.slots), "stop", 9) for p in prompts]
+        return ProbeResult(wall_s=1.0, answers=answers)
+
+    monkeypatch.setattr(evaluate.run, "serve_subject", serve_subject)
+    monkeypatch.setattr(evaluate.run, "measure_speed", measure_speed)
+    monkeypatch.setattr(evaluate.run, "answer_probes", probe)
     return log
 
 
-def probe_result(fingerprint: str, key: str, prompts: Sequence[Prompt]) -> ProbeResult:
-    answers = [ProbeAnswer(p.id, SAID[key].format(**p.slots), "stop", 9) for p in prompts]
-    return ProbeResult(fingerprint=fingerprint, wall_s=1.0, answers=answers)
+def completion(row: Kept) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(row).items() if name != "scores"}
 
 
 def figure(report: Report, key: str, name: str, part: str = "all") -> float:
@@ -113,21 +124,24 @@ def test_every_model_is_served_once_and_compared(
     gains = {(d.against, d.figure, d.part): d for d in report.differences}
     assert gains["student_before", "named", "all"].improved is True
     assert gains["teacher", "named", "all"].improved is False
-    assert ("student_before", "perplexity", "held_out") in gains and ("teacher", "perplexity", "unseen") in gains
+    assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].holds
     assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].holds is False
-    assert report.headline.holds is False and "memory 2.00×: no" in report.headline.verdict
+    assert (
+        report.headline.holds is False and json.loads(run.lineage.read_bytes())["evaluate"]["promise"]["memory"] == "no"
+    )
     assert [(sample.part, len(sample.answers)) for sample in report.samples] == [("seen", 4)] * 2 + [("unseen", 4)] * 2
     assert after.kv_bytes_per_token and after.served_dtype
-    assert json.loads(run.report.read_bytes())["schema"] == 2
+    assert json.loads(run.report.read_bytes())["schema"] == 3
     capsys.readouterr()
     for width in (80, 100):
         print_report(report, Console(width=width))
         lines = capsys.readouterr().out.splitlines()
         assert not [line for line in lines if "…" in line or len(line) > width]
-        assert any("student after" in line and "50%" in line for line in lines)
-        assert any(line.startswith("student after against student before: better in") for line in lines)
+        assert any(line.strip().startswith("named of what was") and "50%" in line for line in lines)
+        assert any(line.strip().startswith("unseen perplexity") for line in lines)
+        assert "better than" in " ".join(lines) and "worse than" in " ".join(lines)
 
 
 def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
@@ -143,6 +157,43 @@ def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_pa
     assert [what for _, what in served] == [["probes"]] * 3  # the speed stands
 
 
+def test_a_cached_result_is_read_once_and_written_where_it_was_measured(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run keeps its results in memory: the files are no variables of it."""
+    read: list[str] = []
+    reading = evaluate.measure.results.read_result
+
+    def counting(path: Path, kind: Any) -> Any:
+        read.append(path.name)
+        return reading(path, kind)
+
+    monkeypatch.setattr(evaluate.measure.results, "read_result", counting)
+    for _ in range(2):  # all measured, all cached
+        read.clear()
+        evaluate_run(recipe_of(tmp_path), run, PATH)
+        kinds = ("perplexity", "probes", "speed", "unseen")
+        models = ("student_after", "student_before", "teacher")
+        assert sorted(read) == [f"{kind}-{model}.json" for kind in kinds for model in models]
+        assert sorted(set(read)) == sorted(path.name for path in (run.path / "evaluation").glob("*.json"))
+
+
+def test_the_report_says_what_the_filters_kept_of_the_teachers_test_answers(run: RunDir, tmp_path: Path) -> None:
+    """Of 40 answers every second one is dropped; only those to prompts of the test part count."""
+    recipe = recipe_of(tmp_path)
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
+    rows = [kept_row(i, f"Question {i}?", "An answer.") for i in range(40)]
+    dropped = [Dropped(**completion(row), rule="length", detail=[]) for row in rows[1::2]]
+    run.kept.write_bytes(b"".join(map(encode_line, rows[::2])))
+    run.dropped.write_bytes(b"".join(map(encode_line, dropped)))
+    in_test = [recipe.prompts.part_of(row.messages) == "test" for row in rows]
+    assert 10 < sum(in_test) < 30
+    found = evaluate_run(recipe, run, PATH, speed=False)
+    assert (found.rows.teacher_answers, found.rows.teacher_kept) == (sum(in_test), sum(in_test[::2]))
+    share = f"({sum(in_test[::2]) / sum(in_test):.1%})"
+    assert any("answers to the test prompts" in note and share in note for note in found.notes)
+
+
 def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
     report = evaluate_run(recipe_of(tmp_path), run, PATH, speed=False)
     assert served == [] and report.probes is None and report.differences and report.samples == []
@@ -152,7 +203,7 @@ def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: 
 def test_a_teacher_elsewhere_answers_where_it_is_only_if_asked_to(
     run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluate.models.is_local", lambda url: False)
+    monkeypatch.setattr("evaluate.models.is_loopback", lambda url: False)
     with misbehaving(lambda asked: answer("The teacher says that all is well.")) as server:
         away = {"model": "gpt", "base_url": server.url}
         silent = evaluate_run(recipe_of(tmp_path, teacher=away), run, PATH)

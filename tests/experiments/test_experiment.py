@@ -13,12 +13,13 @@ import experiments.__main__ as experiments_main
 import experiments.arms
 import filters.__main__
 from evaluate.document import Estimate, read_report
+from evaluate.figures.quality import difference
+from evaluate.figures.statistics import Figure
+from evaluate.report.charts import dot_panel, draw_svg
 from evaluate.run import evaluate_run
-from evaluate.statistics import Figure
 from experiments.__main__ import main
 from experiments.arms import matched_epochs, read_human
-from experiments.plot import Dot, Panel, dot_chart
-from experiments.results import Column, Difference, Results, rows_of, said
+from experiments.results import Column, Results, rows_of, said
 from generate.jobs import build_jobs
 from generate.prompts import build_prompts, iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -294,16 +295,16 @@ def figure(value: float, spread: float) -> Figure:
 def results(**arms: Figure) -> Results:
     column = Column("bits/char", "lower", arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
-    change = Difference("bits/char", other, one, arms[other].minus(arms[one]), "lower")
-    cells = {name: ["10", "–"] for name in arms}
-    return Results("soft", "Which?", "a note", cells, ["rows", "USD"], [column], [change], [])
+    change = difference("bits/char", other, one, arms[other].minus(arms[one]), "lower", "test")
+    facts = {name: ["10", "–", "–", "–"] for name in arms}
+    return Results("soft", "Which?", "a note", facts, [column], [change], [])
 
 
 def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None:
     lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
     assert lines[0] == "soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)"
     lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
-    assert lines[0] == "No difference between the arms is there for sure."
+    assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
 
 
@@ -315,6 +316,15 @@ def test_the_table_has_the_arms_and_the_other_models() -> None:
 
 
 def test_the_plot_is_to_scale_and_escaped() -> None:
-    svg = dot_chart("<x>", [Panel("a & b", "", [Dot("one", 1, 0, 2, "1", True), Dot("two", 2, 2, 2, "2", False)])])
+    dots = [("one", Estimate(1, 0, 2), "arm", "1"), ("둘", Estimate(2, 2, 2), "other", "2")]
+    svg = draw_svg("<x>", [dot_panel("a & b", "", dots)])
     assert "&lt;x&gt;" in svg and "a &amp; b" in svg and "<x>" not in svg
     assert 'cx="360.0"' in svg and 'cx="570.0"' in svg  # the middle and the end of 150 to 570
+    assert ">둘</text>" in svg and 'x1="150.0" x2="570.0"' in svg  # text stays text; the interval of the first
+
+
+def test_figures_far_apart_are_drawn_on_a_logarithmic_scale() -> None:
+    far = [("one", Estimate(1, 1, 1), "arm", ""), ("two", Estimate(10, 10, 10), "arm", "")]
+    assert dot_panel("", "lower is better", far).hint == "lower is better"
+    panel = dot_panel("", "lower is better", [*far, ("three", Estimate(100, 100, 100), "other", "")])
+    assert panel.hint == "lower is better; logarithmic scale" and panel.marks[1].at == 50

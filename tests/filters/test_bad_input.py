@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import filters.batch
 import filters.stream
 from pipeline.errors import DataError
 from pipeline.records import Completion, Kept, encode_line
@@ -33,7 +32,7 @@ LINES = GOOD.splitlines(keepends=True)
         (LINES[0].replace("토끼".encode(), rb"\udc00 x"), "surrogate"),
         (LINES[0].replace("토끼".encode(), rb"\ud83dabc\ud83d"), "surrogate"),
         (b"\xef\xbb\xbf" + LINES[0], "malformed"),
-        (b'{"id":"' + b"x" * 5000 + b'"}\n', "over 0 MiB in one line"),
+        (b'{"id":"' + b"x" * 5000 + b'"}\n', "over 16 MiB in one line"),
         (
             encode_line(Kept(**{name: getattr(ROWS[0], name) for name in Completion.__struct_fields__})),
             "field `scores`",
@@ -44,7 +43,6 @@ def test_a_bad_line_is_named_and_nothing_is_overwritten(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, bad: bytes, reason: str
 ) -> None:
     monkeypatch.setattr(filters.stream, "LONGEST_LINE", 4000)
-    monkeypatch.setattr(filters.batch, "LONGEST_LINE", 4000)
     stage.completions()
     stage.filter()
     old = stage.files()
@@ -109,8 +107,8 @@ def test_a_torn_last_line_is_left_out_with_a_notice(stage: Stage, capsys: pytest
     assert (report["rows"], report["torn_last_line"], report["bad_lines"]) == (5, True, 0)
 
 
-def test_a_torn_line_over_the_end_of_a_chunk(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filters.stream, "CHUNK", len(GOOD) + 20)
+def test_a_torn_line_over_the_end_of_a_block(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters.stream, "BLOCK", len(GOOD) + 20)
     stage.completions(GOOD + LINES[0][:-9])
     stage.filter()
     assert (stage.report()["rows"], stage.report()["torn_last_line"]) == (5, True)

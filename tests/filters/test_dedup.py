@@ -20,8 +20,9 @@ import filters.run
 import filters.stream
 from filters.__main__ import main
 from filters.minhash import GLIMPSE, agreement, band_keys, fold, jaccard, ngrams, shape_for, signatures
+from filters.reasons import describe
 from pipeline.errors import DataError, RecipeError
-from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 
@@ -75,10 +76,15 @@ class Stage:
     def kept(self) -> list[str]:
         return [row.id for row in read_jsonl(self.run.kept, Kept)]
 
-    def dropped(self) -> dict[str, dict[str, str]]:
+    def dropped(self) -> dict[str, Reason]:
+        """The reason of each row that is dropped; here they have one each."""
         rows = list(read_jsonl(self.run.dropped, Dropped))
-        assert all(next(iter(row.detail)) == row.rule for row in rows)
-        return {row.id: row.detail for row in rows}
+        assert all([reason.rule for reason in row.detail] == [row.rule] for row in rows)
+        return {row.id: row.detail[0] for row in rows}
+
+
+def like(rule: str, of: str, similarity: float | None = None, **more: Any) -> Reason:
+    return Reason(rule=rule, **{"what": "answer", "of": of, "similarity": similarity, **more})
 
 
 @pytest.fixture
@@ -164,13 +170,16 @@ def test_the_same_and_nearly_the_same_are_dropped_and_name_the_row_that_stays(st
     ]
     stage.filter(rows)
     assert stage.kept() == ["a", "d", "e"]
-    assert stage.dropped() == {
-        "b": {"exact_duplicate": "the same answer as a"},
-        "c": {"near_duplicate": f"answer {similarity(first, near):.2f} similar to a"},
+    dropped = stage.dropped()
+    assert dropped == {
+        "b": like("exact_duplicate", "a"),
+        "c": like("near_duplicate", "a", similarity(first, near)),
     }
+    assert describe(dropped["b"]) == "the same answer as a"
+    assert describe(dropped["c"]) == f"answer {similarity(first, near):.2f} similar to a"
 
 
-def test_what_stays_does_not_hang_on_the_order_of_the_file(stage: Stage) -> None:
+def test_what_stays_does_not_depend_on_the_order_of_the_file(stage: Stage) -> None:
     texts = [story(seed) for seed in range(40)]
     rows = [completion(f"{number:02}{copy}", edited(text, 3, copy) if copy else text)
             for number, text in enumerate(texts) for copy in range(3)]  # fmt: skip
@@ -194,10 +203,9 @@ def test_every_dropped_row_is_like_one_that_stayed(stage: Stage) -> None:
     stage.filter([completion(f"c{number}", text) for number, text in enumerate(chain)])
     texts = {f"c{number}": text for number, text in enumerate(chain)}
     assert stage.kept() == ["c0", "c2", "c4", "c6", "c8"]
-    for row_id, detail in stage.dropped().items():
-        other = detail["near_duplicate"].rsplit(" ", 1)[1]
-        assert other in stage.kept()
-        assert similarity(texts[row_id], texts[other]) >= 0.8
+    for row_id, reason in stage.dropped().items():
+        assert reason.of in stage.kept()
+        assert similarity(texts[row_id], texts[reason.of]) == reason.similarity >= 0.8
 
 
 def test_the_judges_verdicts_say_which_of_two_is_better(stage: Stage) -> None:
@@ -209,8 +217,8 @@ def test_the_judges_verdicts_say_which_of_two_is_better(stage: Stage) -> None:
     stage.run.judgements.write_text("".join(lines))
     stage.filter(rows)
     assert stage.kept() == ["c"]
-    assert {row: next(iter(detail)) for row, detail in stage.dropped().items()} == dict.fromkeys(
-        "abd", "near_duplicate"
+    assert {row: (reason.rule, reason.of) for row, reason in stage.dropped().items()} == dict.fromkeys(
+        "abd", ("near_duplicate", "c")
     )
 
 
@@ -219,10 +227,7 @@ def test_only_what_the_rules_let_pass_is_compared(stage: Stage) -> None:
     rows = [completion("a", "AI " + text), completion("b", text), completion("c", text)]
     stage.filter(rows, rules=[{"rule": "banned_words", "words": ["AI"]}])
     assert stage.kept() == ["b"]
-    assert stage.dropped() == {
-        "a": {"banned_words": "contains `AI`"},
-        "c": {"exact_duplicate": "the same answer as b"},
-    }
+    assert stage.dropped() == {"a": Reason(rule="banned_words", found="AI"), "c": like("exact_duplicate", "b")}
 
 
 def test_what_is_turned_off_is_not_dropped(stage: Stage) -> None:
@@ -243,8 +248,11 @@ def test_answers_like_those_of_another_run_are_dropped(stage: Stage) -> None:
     rows = [completion("a", edited(first, 3)), completion("b", first), completion("c", second)]
     stage.filter(rows, against=[str(other)])
     assert stage.kept() == ["c"]
-    assert stage.dropped()["b"] == {"exact_duplicate": f"the same answer as x in {other}"}
-    assert stage.dropped()["a"]["near_duplicate"].endswith(f"similar to x in {other}")
+    assert stage.dropped() == {
+        "b": like("exact_duplicate", "x", source=str(other)),
+        "a": like("near_duplicate", "x", similarity(first, rows[0].text), source=str(other)),
+    }
+    assert describe(stage.dropped()["b"]) == f"the same answer as x in {other}"
     assert [row.id for row in read_jsonl(RunDir(other).kept, Kept)] == ["x", "y"]
 
 
@@ -266,12 +274,13 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
     ]
     stage.filter(rows, contamination=[str(other), str(prompts)])
     assert stage.kept() == ["e", "f"]
-    reasons = {row: detail["contamination"] for row, detail in stage.dropped().items()}
-    assert reasons["a"] == f"the same prompt as h in {other}"
-    assert reasons["b"].startswith("answer 0.") and reasons["b"].endswith(f"similar to h in {other}")
-    assert reasons["g"] == f"the same prompt as v in {other}"
-    assert reasons["c"] == f"the same prompt as row 1 in {prompts}"
-    assert reasons["d"] == f"the same prompt as row 2 in {prompts}"
+    reasons = stage.dropped()
+    assert {reason.rule for reason in reasons.values()} == {"contamination"}
+    assert reasons["a"] == like("contamination", "h", source=str(other), what="prompt")
+    assert reasons["b"].similarity and describe(reasons["b"]).endswith(f"similar to h in {other}")
+    assert describe(reasons["g"]) == f"the same prompt as v in {other}"
+    assert describe(reasons["c"]) == f"the same prompt as row 1 in {prompts}"
+    assert describe(reasons["d"]) == f"the same prompt as row 2 in {prompts}"
 
 
 def test_answers_to_prompts_that_are_alike(stage: Stage) -> None:
@@ -291,8 +300,8 @@ def test_answers_to_prompts_that_are_alike(stage: Stage) -> None:
     stage.filter(rows, prompts=0.8)
     assert stage.kept() == ["a", "d"]
     assert stage.dropped() == {
-        "b": {"similar_prompt": "the same prompt as a"},
-        "c": {"similar_prompt": f"prompt {similarity(prompt, near):.2f} similar to a"},
+        "b": like("similar_prompt", "a", what="prompt"),
+        "c": like("similar_prompt", "a", similarity(prompt, near), what="prompt"),
     }
 
 
@@ -365,7 +374,7 @@ def test_an_interrupted_run_leaves_the_old_files(stage: Stage, monkeypatch: pyte
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(filters.run, "deduplicate", interrupted)
+    monkeypatch.setattr(filters.run, "find_duplicates", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stage.filter(rows)
     assert {path.name: path.read_bytes() for path in stage.run.path.iterdir()} == before
@@ -379,7 +388,7 @@ def test_several_processes_find_the_same(stage: Stage, monkeypatch: pytest.Monke
     random.Random(1).shuffle(rows)
     stage.filter(rows)
     alone = (stage.kept(), stage.dropped(), stage.run.filter_report.read_bytes())
-    monkeypatch.setattr(filters.stream, "CHUNK", 1 << 18)
+    monkeypatch.setattr(filters.stream, "BLOCK", 1 << 18)
     monkeypatch.setattr(filters.stream, "PARALLEL_FROM", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     stage.filter(rows)

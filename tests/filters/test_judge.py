@@ -5,26 +5,28 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from filters.__main__ import main
 from filters.judge import (
     Judgement,
+    judge_reason,
     judge_rows,
     question,
     read_judgements,
     read_verdict,
-    reason,
     undiscerning,
     version_of,
 )
+from filters.reasons import describe
 from filters.run import filter_run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DataError, DistillError, RequestsFailed
 from pipeline.lineage import read_lineage
 from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
-from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving, recipe_for
@@ -99,8 +101,10 @@ def test_every_row_is_judged_once_with_a_schema(run: RunDir) -> None:
     assert (server.asked[0].body["model"], server.asked[0].body["temperature"]) == ("judge", 0.0)
     config = recipe.filters.judge
     assert config is not None
-    assert reason(found["row3"], config) == "score 2, at least 3 wanted (fit 1)"
-    assert reason(found["row2"], config) is None
+    low = judge_reason(found["row3"], config)
+    assert low == Reason(rule="judge", value=2, at_least=3, scores={"fit": 1})
+    assert describe(low) == "score 2, at least 3 wanted (fit 1)"
+    assert judge_reason(found["row2"], config) is None
 
 
 def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir) -> None:
@@ -124,7 +128,8 @@ def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir)
     assert len(set(seeds)) == 3
     config = recipe.filters.judge
     assert config is not None
-    assert reason(found["row1"], config) == "no verdict could be read, in 3 attempts"
+    unread = judge_reason(found["row1"], config)
+    assert unread is not None and describe(unread) == "no verdict could be read, in 3 attempts"
 
 
 def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> None:
@@ -138,7 +143,8 @@ def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> N
         found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
         config = recipe.filters.judge
         assert config is not None and found["row1"].score is None
-        assert reason(found["row1"], config) == "not judged: bad_request 400: no"
+        failed = judge_reason(found["row1"], config)
+        assert failed is not None and describe(failed) == "not judged: bad_request 400: no"
         well = True
         assert judge_rows(recipe, run, map(row, range(3)), quiet=True)["row1"].score == 5
     assert len(server.asked) == 3 + 1 + 1
@@ -257,7 +263,7 @@ def test_the_stage_keeps_what_the_judge_finds_good_enough(tmp_path: Path) -> Non
     assert len(asked) == 11  # not about what a rule has dropped, and once each
     assert (report.kept, report.dropped, again.kept) == (10, 2, 10)
     assert {row.slots["n"]: row.rule for row in dropped} == {"7": "banned_words", "5": "judge"}
-    assert dropped[1].detail == {"judge": "score 2, at least 3 wanted (fluency 1)"}
+    assert dropped[1].detail == [Reason(rule="judge", value=2, at_least=3, scores={"fluency": 1})]
     assert all(row.scores == {"judge": 4, "fluency": 4, "fit": 4} for row in kept)
     assert [(rule.rule, rule.dropped) for rule in report.rules] == [("banned_words", 1), ("judge", 1)]
     assert report.scores == {
@@ -289,28 +295,76 @@ def test_the_scores_are_shown_and_answers_that_could_not_be_judged_end_with_4(
     cells = {cell[0].strip(): [part.strip() for part in cell[1:]] for cell in shown if len(cell) == 9}
     assert cells["judge"] == ["", "1", "", "", "3", "1", "1", "4.25"]
     assert cells["fluency"] == ["1", "", "", "3", "", "", "", "3.25"]
-    details = {row.id: row.detail["judge"] for row in read_jsonl(run.dropped, Dropped)}
+    details = {row.id: describe(row.detail[0]) for row in read_jsonl(run.dropped, Dropped)}
     assert details["row0"] == "no verdict could be read, in 3 attempts"
     assert details["row2"] == "not judged: bad_request 400: too long"
 
 
-def test_of_two_that_are_alike_the_better_scored_stays(tmp_path: Path) -> None:
-    """Judged before duplicates are looked for, so in the first run already."""
-    run = RunDir(tmp_path / "run")
+def judged_and_deduplicated(folder: Path, texts: list[str], scores: list[int]) -> tuple[RunDir, list[int]]:
+    """A run whose answers have these texts and would get these scores; and which of them the judge was asked about."""
+    run, asked = RunDir(folder / "run"), list[int]()
     run.path.mkdir()
-    run.completions.write_bytes(b"".join(encode_line(row(number, "The same story.")) for number in range(3)))
+    run.completions.write_bytes(b"".join(encode_line(row(number, text)) for number, text in enumerate(texts)))
 
-    def script(asked: Asked) -> Behaviour:
-        return answer(verdict({"0": 3, "1": 5, "2": 1}[asked.text.split("story ")[1][0]]))
+    def script(request: Asked) -> Behaviour:
+        asked.append(int(request.text.split("story ")[1].split(".")[0]))
+        return answer(verdict(scores[asked[-1]]))
 
     with misbehaving(script) as server:
         recipe = judging(server)
         filters = recipe.filters.model_copy(update={"dedup": DedupConfig()})
-        report = filter_run(recipe.model_copy(update={"filters": filters}), run, tmp_path / "r.yaml")
+        filter_run(recipe.model_copy(update={"filters": filters}), run, folder / "r.yaml")
+    return run, sorted(asked)
+
+
+def fates(run: RunDir) -> dict[str, tuple[str, str]]:
+    """Of each dropped row the rule, and the row that it is like."""
+    return {row.id: (row.rule, row.detail[0].of) for row in read_jsonl(run.dropped, Dropped)}
+
+
+def test_of_exact_copies_one_is_judged_and_stays(tmp_path: Path) -> None:
+    """A copy tells nothing new: nobody pays for it."""
+    run, asked = judged_and_deduplicated(
+        tmp_path, ["The same story.", "the SAME story!", "The same  story."], [4, 5, 1]
+    )
+    assert asked == [0]
     (kept,) = read_jsonl(run.kept, Kept)
-    assert (kept.id, kept.scores["judge"]) == ("row1", 5)
-    assert {row.id: row.rule for row in read_jsonl(run.dropped, Dropped)} == {
-        "row0": "exact_duplicate",
-        "row2": "judge",
-    }
-    assert (report.kept, report.dropped, report.scores["judge"]) == (1, 2, {"1": 1, "3": 1, "5": 1})
+    assert (kept.id, kept.scores["judge"]) == ("row0", 4)
+    assert fates(run) == {"row1": ("exact_duplicate", "row0"), "row2": ("exact_duplicate", "row0")}
+    report = json.loads(run.filter_report.read_bytes())
+    assert (report["kept"], report["dropped"], report["scores"]["judge"]) == (1, 2, {"4": 1})
+
+
+def test_copies_of_what_the_judge_drops_are_dropped(tmp_path: Path) -> None:
+    run, asked = judged_and_deduplicated(tmp_path, ["A bad story.", "A good story.", "a bad story"], [2, 5, 5])
+    assert asked == [0, 1]
+    assert fates(run) == {"row0": ("judge", ""), "row2": ("exact_duplicate", "row0")}
+
+
+def test_of_two_that_are_nearly_alike_the_better_scored_stays(tmp_path: Path) -> None:
+    """Judged before near duplicates are looked for, so in the first run already."""
+    story = "Once a small fox lived by the river and looked for blue stones under the old bridge every single morning."
+    run, asked = judged_and_deduplicated(tmp_path, [story, story + " Yes!", story], [3, 5, 5])
+    assert asked == [0, 1]
+    assert [row.id for row in read_jsonl(run.kept, Kept)] == ["row1"]
+    assert fates(run) == {"row0": ("near_duplicate", "row1"), "row2": ("near_duplicate", "row1")}
+
+
+def test_a_copy_stays_where_its_original_loses_to_another_answer(tmp_path: Path) -> None:
+    """One answer per prompt: row 0 loses to row 1. Its copy, the only answer to row 2's prompt, is like none left."""
+    rows = [row(0, "Some short story."), row(1, "Another tale of a fox."), row(2, "Some short story.")]
+    rows[1] = msgspec.structs.replace(rows[1], messages=rows[0].messages)
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.completions.write_bytes(b"".join(map(encode_line, rows)))
+
+    def script(request: Asked) -> Behaviour:
+        return answer(verdict(5 if "a fox" in request.text else 3))
+
+    with misbehaving(script) as server:
+        recipe = judging(server)
+        filters = recipe.filters.model_copy(update={"dedup": DedupConfig(prompts=1)})
+        filter_run(recipe.model_copy(update={"filters": filters}), run, tmp_path / "r.yaml")
+        assert len(server.asked) == 2
+    assert {row.id: row.scores["judge"] for row in read_jsonl(run.kept, Kept)} == {"row1": 5, "row2": 3}
+    assert fates(run) == {"row0": ("similar_prompt", "row1")}

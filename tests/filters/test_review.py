@@ -25,7 +25,7 @@ from filters.review.sample import KEPT, draw
 from filters.review.session import Session, read_reviews
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import load_recipe
-from pipeline.records import Dropped, Kept, Message, encode_line
+from pipeline.records import Dropped, Kept, Message, Reason, encode_line
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 
@@ -48,7 +48,9 @@ def run(tmp_path: Path) -> RunDir:
     made.kept.write_bytes(b"".join(encode_line(Kept(**fields(f"k{n}", f"{NASTY} {n}"))) for n in range(60)))
     dropped = [("length", f"l{n}") for n in range(30)] + [("judge", f"j{n}") for n in range(3)]
     made.dropped.write_bytes(
-        b"".join(encode_line(Dropped(**fields(name, NASTY), rule=rule, detail={rule: "why"})) for rule, name in dropped)
+        b"".join(
+            encode_line(Dropped(**fields(name, NASTY), rule=rule, detail=[Reason(rule=rule)])) for rule, name in dropped
+        )
     )
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(

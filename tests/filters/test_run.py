@@ -18,7 +18,7 @@ from filters.__main__ import main
 from filters.report import FilterReport, RuleCount, print_report
 from filters.tally import Example
 from pipeline.errors import DataError, DistillError, RecipeError
-from pipeline.records import Completion, Dropped, Kept, Message, Slots, Usage, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Reason, Slots, Usage, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -114,12 +114,13 @@ def test_every_answer_is_kept_or_dropped_with_all_reasons(stage: Stage) -> None:
     assert [row.id for row in kept] == ["id0000", "id0004"]
     assert [row.id for row in dropped] == ["id0001", "id0002", "id0003"]
     assert [row.rule for row in dropped] == ["length", "banned_words", "length"]
-    assert [row.detail for row in dropped] == [
-        {"length": "5 characters, at least 10 wanted", "banned_words": "contains `AI`"},
-        {"banned_words": "contains `AI`"},
-        {"length": "3 characters, at least 10 wanted", "finish_reason": "finish_reason is `length`, allowed: stop"},
+    too_short, banned = Reason(rule="length", value=5, at_least=10), Reason(rule="banned_words", found="AI")
+    cut = Reason(rule="finish_reason", found="length", allowed=["stop"])
+    shorter = Reason(rule="length", value=3, at_least=10)
+    assert [row.detail for row in dropped] == [[too_short, banned], [banned], [shorter, cut]]
+    assert json.loads(stage.run.dropped.read_bytes().splitlines()[1])["detail"] == [
+        {"rule": "banned_words", "found": "AI"}
     ]
-    assert all(next(iter(row.detail)) == row.rule for row in dropped)
 
 
 def test_the_records_fields_stay_as_they_were(stage: Stage) -> None:
@@ -209,15 +210,15 @@ def test_the_keep_rates_floor(stage: Stage) -> None:
     assert (at_the_floor.returncode, at_the_floor.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 600, 1_000])
+@pytest.mark.parametrize("block", [1, 7, 600, 1_000])
 @pytest.mark.parametrize("parallel_from", [0, 1 << 40])
-def test_chunks_and_processes_change_nothing(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, chunk: int, parallel_from: int
+def test_blocks_and_processes_change_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, block: int, parallel_from: int
 ) -> None:
     stage.completions(GOOD + b"\n" + GOOD)
     stage.filter()
     whole = stage.outputs()
-    monkeypatch.setattr(filters.stream, "CHUNK", chunk)
+    monkeypatch.setattr(filters.stream, "BLOCK", block)
     monkeypatch.setattr(filters.stream, "PARALLEL_FROM", parallel_from)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     stage.filter()
@@ -236,7 +237,7 @@ def test_a_users_own_rule(stage: Stage) -> None:
     stage.completions()
     stage.filter()
     (row,) = [row for row in read_jsonl(stage.run.dropped, Dropped) if row.rule == "no_bears"]
-    assert (row.id, row.detail) == ("id0004", {"no_bears": "has a 곰"})
+    assert (row.id, row.detail) == ("id0004", [Reason(rule="no_bears", note="has a 곰")])
     settings = stage.report()["rules"][3]["settings"]
     assert settings == {"file": "mine.py", "name": "no_bears", "word": "곰"}
 
@@ -252,25 +253,28 @@ def test_what_a_users_rule_does_to_the_slots_is_its_own(stage: Stage) -> None:
     assert (slots["hero"]["토토"]["rows"], slots["things"]["비"]["rows"]) == (4, 8)
 
 
-def test_a_disk_that_fails_while_others_work_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.completions()
     stage.filter()
     old = stage.files()
-    monkeypatch.setattr(filters.stream, "CHUNK", 600)
-    monkeypatch.setattr(filters.stream, "PARALLEL_FROM", 0)
-    monkeypatch.setattr(filters.stream, "_FLUSH_FROM", 1)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-
-    failures = [OSError(errno.ENOSPC, "No space left on device")]  # the kernel tells of it once
 
     def full(descriptor: int) -> None:
-        if failures:
-            raise failures.pop()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.fdatasync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DistillError, match="No space left on device; no old file was replaced"):
         stage.filter()
     assert stage.files() == old
+
+
+def test_an_old_dropped_file_says_what_to_do(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    lines = [json.loads(line) for line in stage.run.dropped.read_bytes().splitlines()]
+    old = [{**line, "detail": {"length": "3 characters, at least 10 wanted"}} for line in lines]
+    stage.run.dropped.write_text("".join(json.dumps(line) + "\n" for line in old))
+    with pytest.raises(DataError, match=r"dropped\.jsonl:1: Expected `array`.*another version wrote it, filter again"):
+        stage.filter("--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +295,7 @@ def test_stopped_in_the_middle_it_leaves_the_old_files(
         f"def stop(answer):\n    if '두두가' in answer.text:\n        raise {raised}\n"
     )
     stage.rules([{"rule": "function", "file": "mine.py", "name": "stop"}])
-    monkeypatch.setattr(filters.stream, "CHUNK", 600)
+    monkeypatch.setattr(filters.stream, "BLOCK", 600)
     monkeypatch.setattr(filters.stream, "PARALLEL_FROM", parallel_from)
     with pytest.raises(seen) as error:
         stage.filter()

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from filters.answer import Answer, nfc
 from filters.language import _identifier
-from filters.meta_talk import ANYWHERE, ANYWHERE_HINTS, CLOSING_HINTS, CLOSINGS, _hinted, _plain
+from filters.meta_talk import (
+    ANYWHERE,
+    ANYWHERE_HINTS,
+    ANYWHERE_LATIN_HINTS,
+    CLOSING_HINTS,
+    CLOSING_LATIN_HINTS,
+    CLOSINGS,
+    _hinted,
+)
+from filters.reasons import describe
 from filters.words import mentions, whole_word
 from pipeline.errors import RecipeError
 from pipeline.records import Slots
@@ -66,7 +75,7 @@ def test_ending_takes_other_marks() -> None:
     [
         (STORY, None),
         (ENGLISH_STORY, None),
-        ("토끼 토토는 당근을 먹었어요. " * 12, "`당근을 먹었어요.` 12 times"),
+        ("토끼 토토는 당근을 먹었어요. " * 12, "11 of 12 sentences"),
         (STORY + "\n\n" + STORY, "repeat"),
         ("하" * 300, "of the text"),
         ("从前有一只兔子住在森林里面很快乐" * 20, "of the text"),
@@ -170,15 +179,21 @@ def test_a_story_is_not_meta_talk(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "hints"),
-    [*((pattern, ANYWHERE_HINTS) for pattern in ANYWHERE), *((pattern, CLOSING_HINTS) for pattern in CLOSINGS)],
+    ("pattern", "hints", "latin_hints"),
+    [
+        *((pattern, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS) for pattern in ANYWHERE),
+        *((pattern, CLOSING_HINTS, CLOSING_LATIN_HINTS) for pattern in CLOSINGS),
+    ],
 )
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_what_a_pattern_finds_has_a_hint(pattern: str, hints: tuple[str, ...], data: st.DataObject) -> None:
+def test_what_a_pattern_finds_has_a_hint(
+    pattern: str, hints: re.Pattern[str], latin_hints: tuple[str, ...], data: st.DataObject
+) -> None:
     text = nfc(data.draw(st.from_regex(re.compile(pattern, re.IGNORECASE))))
-    assume(re.search(pattern, text, re.IGNORECASE))
-    assert _hinted(_plain(text), hints)
+    found = re.search(pattern, text, re.IGNORECASE)
+    assume(found)
+    assert found is not None and _hinted(found[0], hints, latin_hints)
 
 
 def test_meta_talk_takes_own_patterns() -> None:
@@ -234,17 +249,19 @@ def test_adherence_finds_a_value(value: str, text: str, there: bool) -> None:
 
 def _adherence(value: str, text: str, **settings: Any) -> str | None:
     answer = Answer(nfc(text), INSTRUCTION, "stop", {"thing": value})
-    return rule_set({"rule": "adherence", "slots": ["thing"], **settings}).reasons(answer).get("adherence")
+    return next(map(describe, rule_set({"rule": "adherence", "slots": ["thing"], **settings}).reasons(answer)), None)
 
 
 def test_adherence_names_all_that_is_missing() -> None:
     rules = rule_set({"rule": "adherence", "slots": ["character", "keywords"]})
     slots: Slots = {"character": "곰 두두", "keywords": ["당근", "달"], "place": "바다"}
-    said = rules.reasons(Answer(STORY, INSTRUCTION, "stop", slots))
-    assert said == {"adherence": "asked for and not there: `곰 두두` (character), `달` (keywords)"}
+    (reason,) = rules.reasons(Answer(STORY, INSTRUCTION, "stop", slots))
+    assert reason.missing == {"character": ["곰 두두"], "keywords": ["달"]}
+    assert describe(reason) == "asked for and not there: `곰 두두` (character), `달` (keywords)"
     lenient = rule_set({"rule": "adherence", "slots": ["character", "keywords"], "max_missing": 2})
-    assert lenient.reasons(Answer(STORY, INSTRUCTION, "stop", slots)) == {}
-    assert rules.reasons(Answer(STORY, INSTRUCTION, "stop", {})) == {"adherence": "the prompt has no slot `character`"}
+    assert lenient.reasons(Answer(STORY, INSTRUCTION, "stop", slots)) == []
+    (reason,) = rules.reasons(Answer(STORY, INSTRUCTION, "stop", {}))
+    assert describe(reason) == "the prompt has no slot `character`"
 
 
 def test_adherence_takes_other_names() -> None:

@@ -201,8 +201,9 @@ def test_two_calls_at_two_prices_cost_what_each_cost_then(tmp_path: Path, proces
     run = RunDir(tmp_path / "run")
     with misbehaving() as server:  # 7 and 5 tokens an answer
 
-        def call(count: int, price: float) -> float | None:
-            teacher = {"model": "stub", "base_url": server.url, "price": {"input": price, "output": price}}
+        def call(count: int, price: float | None) -> float | None:
+            costs = price and {"input": price, "output": price}
+            teacher = {"model": "stub", "base_url": server.url, "price": costs}
             recipe = recipe_for(server, 20, teacher=teacher)
             prompts = recipe.prompts.model_copy(update={"count": count})
             config = recipe.generate.model_copy(update={"processes": processes})
@@ -213,6 +214,7 @@ def test_two_calls_at_two_prices_cost_what_each_cost_then(tmp_path: Path, proces
         assert call(10, 10**6) == pytest.approx(120)
         assert call(20, 10**5) == pytest.approx(132)
         assert call(20, 10**3) == pytest.approx(132)
+        assert call(20, None) == pytest.approx(132)  # no price is known now, but the money is spent
 
 
 def test_processes_divide_what_is_left(tmp_path: Path) -> None:

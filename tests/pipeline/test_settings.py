@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.settings_page import help_text, page, settings
+from pipeline.settings_page import groups, help_text, page
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "trl", "openai", "aiohttp"}
@@ -20,7 +20,7 @@ def test_the_page_is_what_the_models_say() -> None:
 
 
 def test_every_key_has_a_meaning_and_a_type() -> None:
-    keys = [setting for setting in settings() if setting.kind]
+    keys = [setting for group in groups() for setting in group.keys]
     assert [setting.key for setting in keys if not setting.meaning.endswith((".", "…"))] == []
     assert len({setting.key for setting in keys}) == len(keys) > 80
     known = {setting.key: setting for setting in keys}
@@ -32,7 +32,7 @@ def test_every_key_has_a_meaning_and_a_type() -> None:
 
 
 def test_every_key_of_the_recipes_that_ship_is_listed() -> None:
-    known = {setting.key for setting in settings()}
+    known = {group.name for group in groups()} | {setting.key for group in groups() for setting in group.keys}
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(path)
         for section, value in recipe:

@@ -1,5 +1,7 @@
 """Checks of tokenised rows: what would teach something else than the answer is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -52,4 +54,5 @@ def test_padding_that_masks_the_end_token_is_refused() -> None:
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:
     rows = [row([10, 11, 12, 2], 2), row([10, 12, 12, 2], 2)]
     examples = [{"prompt": "same"}, {"prompt": "same"}]
-    assert differing_prompts(rows, examples, lambda prompt: [10, 11]) == 1
+    tokenizer = SimpleNamespace(apply_chat_template=lambda prompt, **_: {"input_ids": [10, 11]})
+    assert differing_prompts(rows, examples, tokenizer) == 1

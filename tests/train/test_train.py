@@ -25,10 +25,14 @@ from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from tests.tiny_student import END, START, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.machine import activation_bytes
+from train.processes import Processes
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run, trained_from, training_fingerprint
+from train.student_trainer import StudentTrainer
 from train.trainer import Examples, prepare
+
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -502,3 +506,75 @@ def test_two_processes_train_the_same_student_as_one(student: str, tmp_path: Pat
     assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
     files = [{file.name for file in run.path.rglob("*")} for run in (alone, together)]
     assert files[0] | {".lock"} == files[1] | {".lock"}
+
+
+def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real signal, in a training that is shorter than its first evaluation."""
+    whole, broken = (make_run(tmp_path / name, story_rows(34)) for name in ("whole", "broken"))
+    recipe = make_recipe(student, method="lora", lora_dropout=0.2)
+    train_run(recipe, whole)
+    original = StudentTrainer.training_step
+
+    def signalled(self: StudentTrainer, *inputs: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # passed on by make: the same one
+        return original(self, *inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StudentTrainer, "training_step", signalled)
+        train_run(recipe, broken)
+    assert [path.name for path in (broken.path / "training").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "saving a checkpoint after this step" in capsys.readouterr().err
+    train_run(recipe, broken)
+    assert "going on from step 3 of 8" in capsys.readouterr().err
+    assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
+    assert eval_losses(broken) == pytest.approx(eval_losses(whole), rel=1e-5)
+
+
+def test_a_second_interrupt_stops_at_once(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[int] = []
+
+    def signalled(self: StudentTrainer, *_: Any) -> Any:
+        taken.append(self.state.global_step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr("train.progress.SAME_SIGNAL_S", 0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(StudentTrainer, "training_step", signalled)
+    run = make_run(tmp_path / "run", story_rows(10))
+    with pytest.raises(KeyboardInterrupt):
+        train_run(make_recipe(student), run)
+    assert taken == [0] and not list((run.path / "training").glob("checkpoint-*"))
+
+
+def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path) -> None:
+    """Four equal rows: every micro-batch has the same router loss as all of them together."""
+    folder = str(tiny_model(tmp_path / "moe", architecture="mixtral"))
+    rows = [kept_row(n, "Hi?", "A cat sat here.") for n in range(4)]
+    found = {}
+    for size in (1, 2, 4):
+        config = make_recipe(folder, micro_batch_size=size).train
+        prepared = prepare(folder, Examples(to_examples(rows), to_examples(rows[:1])), config, tmp_path, QUIET)
+        trainer = prepared.trainer
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        tokens = (batch["labels"] != -100).sum()
+        found[size] = trainer.training_step(trainer.model, batch, tokens).item()
+        plain = trainer.evaluate()["eval_loss"]
+    assert trainer.aux_loss_enabled and trainer.router_aux_loss_coef > 0.1
+    assert found[4] > plain + 0.1  # the router's loss is part of it
+    assert found[1] == pytest.approx(found[4], rel=1e-4) and found[2] == pytest.approx(found[4], rel=1e-4)
+
+
+def test_fewer_rows_than_processes_are_refused(student: str, tmp_path: Path) -> None:
+    examples = Examples(to_examples(story_rows(3)), to_examples(story_rows(1)))
+    with pytest.raises(UsageError, match=r"3 rows to train on are fewer than 4 processes; start at most 3"):
+        prepare(student, examples, make_recipe(student).train, tmp_path, QUIET, processes=Processes(rank=1, count=4))

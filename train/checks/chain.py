@@ -8,12 +8,11 @@ from pathlib import Path
 
 from pipeline.adapters import MERGED_FROM
 from pipeline.checks import Check
-from train.checks.run import passed
 from train.teacher import Card
 
 OUR_TAG = "distillate"  # on every card that this tool writes
 OTHERS_TAGS = {"distillation", "distilled", "knowledge-distillation"}
-MEND = "distil from the first teacher instead"
+FIX = "distil from the first teacher instead"
 
 
 def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: bool = False) -> Check:
@@ -21,18 +20,18 @@ def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: boo
     if origin := _ours(folder, card):
         finding = f"the teacher {reference} is itself a distilled student: {origin}"
         if allowed:
-            return Check(name="chain", status="note", value=1, finding=f"{finding} (--allow-chain)", fix=MEND)
-        fix = f"{MEND}, or accept the risk of collapse with --allow-chain"
+            return Check(name="chain", status="note", value=1, finding=f"{finding} (--allow-chain)", fix=FIX)
+        fix = f"{FIX}, or accept the risk of collapse with --allow-chain"
         return Check(name="chain", status="fail", value=1, finding=finding, fix=fix)
     tags = sorted(card.tags & OTHERS_TAGS)
     if tags or "distill" in Path(reference).name.lower():
         why = f"its card is tagged {', '.join(tags)}" if tags else "its name says so"
         finding = f"the teacher {reference} was distilled by its makers: {why}"
-        return Check(name="chain", status="warn", value=1, finding=finding, fix=MEND)
+        return Check(name="chain", status="warn", value=1, finding=finding, fix=FIX)
     if folder is None:
         finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
-        return Check(name="chain", status="note", value=None, finding=finding)
-    return passed("chain", 0, "no sign that the teacher was distilled")
+        return Check(name="chain", status="note", finding=finding)
+    return Check(name="chain", status="pass", value=0, finding="no sign that the teacher was distilled")
 
 
 def _ours(folder: Path | None, card: Card) -> str:

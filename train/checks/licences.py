@@ -83,19 +83,28 @@ def terms_of(reference: str, card_licence: str | None = None, stated: str | None
 
 
 def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
-    """Whether the teacher's terms let a student learn from its answers, and what they ask of it."""
-    fix = "read its terms, and say what holds in train.teacher_licence"
+    """Whether the teacher's terms let a student learn from its answers, and what they ask of it.
+
+    Terms that are not known stop nobody: a private endpoint's are known to its user alone.
+    """
     if terms is None:
-        finding = f"the terms of {teacher} are not known to the table of {table().read}"
-        return Check(name="licence", status="warn", value=None, finding=finding, fix=fix)
+        finding = f"the terms of {teacher} are not known to the table of {table().read}; the card will say so"
+        fix = "state them in the recipe, in a licence's name or your own words: train.teacher_licence"
+        return Check(name="licence", status="note", finding=finding, fix=fix)
     name = PurePosixPath(model_name(student)).name.lower()
     verdict = terms.verdict
     if verdict == "forbidden" and terms.student and re.match(terms.student, name):
         verdict = "conditions"
     statuses: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restricted": "warn", "forbidden": "fail"}
     finding = f"{terms.name}: {terms.asks} ({terms.source}, read {table().read}; {NOT_ADVICE})"
-    fix = "" if verdict == "allowed" else "keep to it" if verdict == "conditions" else f"take another teacher, or {fix}"
-    return Check(name="licence", status=statuses[verdict], value=None, finding=finding, fix=fix)
+    fix = (
+        ""
+        if verdict == "allowed"
+        else "keep to it"
+        if verdict == "conditions"
+        else "take another teacher, or state what you agreed on: train.teacher_licence"
+    )
+    return Check(name="licence", status=statuses[verdict], finding=finding, fix=fix)
 
 
 def on_the_hub(licence: str) -> dict[str, str]:

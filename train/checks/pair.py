@@ -13,7 +13,6 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
-from train.checks.run import passed
 from train.student import load_tokenizer
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
@@ -23,7 +22,7 @@ MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what fram
 
 
 def pair_checks(recipe: Recipe, student: str, rows: Sequence[Kept], *, allow_chain: bool) -> Iterator[Check]:
-    """All of them. `student`: the folder or Hub id of the student as it is before training."""
+    """All of them. `student`: the folder or Hub id of the student before training."""
     assert recipe.student is not None
     teacher = recipe.teacher.model
     tokenizer, files = load_tokenizer(student), known_files(teacher)
@@ -39,7 +38,7 @@ def size_check(teacher: int | None, student: int | None) -> Check:
     """Teacher's parameters over the student's: 3 to 10 is balanced."""
     if teacher is None or student is None:
         finding = f"the {'teacher' if teacher is None else 'student'}'s size is not known"
-        return Check(name="size_ratio", status="note", value=None, finding=finding)
+        return Check(name="size_ratio", status="note", finding=finding)
     ratio = teacher / student
     low, high = BALANCED_SIZES
     finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
@@ -52,15 +51,15 @@ def size_check(teacher: int | None, student: int | None) -> Check:
         return Check(name="size_ratio", status="warn", value=ratio, finding=finding, fix=fix)
     if ratio < low:
         return Check(name="size_ratio", status="note", value=ratio, finding=finding, fix="a smaller student saves more")
-    return passed("size_ratio", ratio, finding)
+    return Check(name="size_ratio", status="pass", value=ratio, finding=finding)
 
 
 def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> Check:
-    """Both chat templates should make the same of a prompt, the system message included.
+    """Both chat templates should render a prompt alike, the system message included.
 
-    Models with the same tokens must render the same text: else it is a broken template, or a system message that only
-    one of them adds. Models of different families frame turns with other tokens, which is no harm; but words that only
-    one of them adds are.
+    Models with the same tokens must make the same text of it; if not, a template is broken, or only one adds a system
+    message. Models of different families frame turns with other tokens, which does no harm; words that only one of
+    them adds do.
     """
     prompts = _distinct(rows)
     own = []
@@ -73,13 +72,13 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
         own.append(text)
     if teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
-        return Check(name="templates", status="note", value=None, finding=finding)
+        return Check(name="templates", status="note", finding=finding)
     others = [str(_render(teacher, messages)) for messages in prompts]
     same = sum(a == b for a, b in zip(own, others, strict=True))
     share = same / len(prompts)
     if same == len(prompts):
         finding = f"teacher and student render {same} of {same} prompts alike"
-        return passed("templates", share, finding)
+        return Check(name="templates", status="pass", value=share, finding=finding)
     messages, mine, theirs = next((m, a, b) for m, a, b in zip(prompts, own, others, strict=True) if a != b)
     said, heard = _added(student, messages, mine), _added(teacher, messages, theirs)
     fix = "give prompts.system, which takes the place of either's own, and generate again"
@@ -98,12 +97,13 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
 
 
 def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
-    """Text that spells one of the student's control tokens would become it, and end a turn in its middle."""
+    """Text that spells one of the student's control tokens would become that token, and end a turn in its middle."""
     tokens = [token for token in student.all_special_tokens if token]
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     found = [(row, match) for row in rows if (match := _search(pattern, row))]
     if not found:
-        return passed("markup", 0, "no text spells a control token of the student")
+        finding = "no text spells a control token of the student"
+        return Check(name="markup", status="pass", value=0, finding=finding)
     row, match = found[0]
     finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {row.id}: {match[0]})"
     fix = "they are of another chat format; drop them with the rule banned_words"

@@ -1,4 +1,4 @@
-"""Checks before training: what one is, how they are shown, kept, and what stops a training.
+"""Checks before training: how they are shown and kept, and what stops a training.
 
 Writes checks.json. What is checked is in the modules beside this one: data, pair, chain and licences.
 
@@ -17,11 +17,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.rundir import RunDir, replacing
 
 
-def passed(name: str, value: float | None, finding: str) -> Check:
-    """A check that is as it should be."""
-    return Check(name=name, status="pass", value=value, finding=finding)
-
-
 def settle(
     checks: Sequence[Check],
     run: RunDir,
@@ -31,11 +26,14 @@ def settle(
     force: bool = False,
     write: bool = True,
 ) -> None:
-    """Shows the table, writes it as checks.json (unless another process does), and stops what must not go on.
+    """Shows the table, a line per check, and writes it as checks.json, unless another process does.
 
     Raises DataError if a check failed, UsageError if one warns that is neither in `accepted` nor forced.
     """
-    show(checks, console)
+    width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        colour = COLOURS[check.status]
+        console.print(f"  [{colour}]{check.status}[/]  {check.name:<{width}}  {escape(check.finding)}", highlight=False)
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
     table = {
@@ -50,15 +48,7 @@ def settle(
         raise DataError(f"{_named(failed)}; nothing was trained")
     if stopping:
         names = ", ".join(check.name for check in stopping)
-        raise UsageError(f"{_named(stopping)}; or go on as it is with --force, or train.accept: [{names}]")
-
-
-def show(checks: Sequence[Check], console: Console) -> None:
-    """The table: a line a check."""
-    width = max((len(check.name) for check in checks), default=0)
-    for check in checks:
-        colour = COLOURS[check.status]
-        console.print(f"  [{colour}]{check.status}[/]  {check.name:<{width}}  {escape(check.finding)}", highlight=False)
+        raise UsageError(f"{_named(stopping)}; or continue as it is with --force, or train.accept: [{names}]")
 
 
 def _named(checks: Sequence[Check]) -> str:

@@ -1,6 +1,6 @@
 """Cards: the README.md of a student and of its data set, filled from the lineage.
 
-Takes the recipe and the lineage, gives Markdown with metadata as the Hub reads it; writes no file. A folder of this
+Takes the recipe and the lineage, returns Markdown with metadata as the Hub reads it; writes no file. A folder of this
 machine is named by its last part only.
 """
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.recipe import Recipe
 from train.checks.chain import OUR_TAG
-from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
+from train.checks.licences import LicenceChain, Terms, model_name, on_the_hub, table, terms_of
 from train.student import PRUNE
 from train.teacher import known_files, read_card
 
@@ -60,18 +60,14 @@ def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, 
     """The card of a data set. `rows`: how many there are in each part."""
     chain = _chain(recipe, None)
     terms = chain.teacher
+    files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
     metadata = {
         **on_the_hub(terms.licence if terms and terms.verdict == "allowed" else "other"),
         "language": languages(recipe),
         "task_categories": ["text-generation"],
         "size_categories": [next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
         "tags": [*TAGS, "synthetic"],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": part, "path": f"data/{part}.jsonl"} for part in rows],
-            }
-        ],
+        "configs": [{"config_name": "default", "data_files": files}],
     }
     values = _common(recipe, lineage, chain, None) | {"repo": repo, "rows": rows}
     return _card("dataset.md.j2", metadata, values, recipe)
@@ -142,26 +138,20 @@ def _common(recipe: Recipe, lineage: Mapping[str, Any], chain: LicenceChain, ori
 
 
 def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
-    def card_licence(reference: str) -> str | None:
-        return read_card(known_files(reference)).licence
+    def terms(reference: str, stated: str | None = None) -> Terms | None:
+        return terms_of(reference, read_card(known_files(reference)).licence, stated)
 
-    teacher = recipe.teacher.model
-    return LicenceChain(
-        teacher=terms_of(teacher, card_licence(teacher), recipe.train.teacher_licence),
-        base=terms_of(origin, card_licence(origin)) if origin is not None else None,
-    )
+    teacher = terms(recipe.teacher.model, recipe.train.teacher_licence)
+    return LicenceChain(teacher=teacher, base=terms(origin) if origin is not None else None)
 
 
 def _rules(filters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    described = {rule["rule"]: rule for rule in filters.get("rules", [])}
-    return [
-        {
-            "name": name,
-            "settings": ", ".join(f"{k} {v}" for k, v in described.get(name, {}).items() if k != "rule"),
-            "dropped": dropped,
-        }
-        for name, dropped in filters.get("dropped_by_rule", {}).items()
-    ]
+    settings = {
+        rule["rule"]: ", ".join(f"{key} {value}" for key, value in rule.items() if key != "rule")
+        for rule in filters.get("rules", [])
+    }
+    dropped: dict[str, int] = filters.get("dropped_by_rule", {})
+    return [{"name": name, "settings": settings.get(name, ""), "dropped": count} for name, count in dropped.items()]
 
 
 def _scores(lineage: Mapping[str, Any]) -> dict[str, float]:

@@ -1,18 +1,16 @@
 """`python -m train.publish.export RECIPE [--run DIR] [--merged] [--dataset] [--push REPO]`: a student to be passed on.
 
-Reads student/, kept.jsonl and lineage.json; writes folders in export/, each whole by rename, and on request to the Hub:
+Reads student/, kept.jsonl and lineage.json; writes folders in export/, each whole by rename, and to the Hub on request:
 
     export/adapter/   the LoRA adapter, or export/model/ for a student that was trained whole
     export/merged/    the adapter merged into its base: an ordinary model
     export/dataset/   the rows, as `datasets.load_dataset` loads them
 
-Each has its card and the lineage. Folders of this machine are named by their last part only, endpoints not at all.
+Each has its card and the lineage. Folders of this machine are named by their last part only; endpoints are left out.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,14 @@ from pipeline.lineage import read_lineage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, replacing_folder
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
 from train.publish.hub import push, token_for
 from train.rows import read_parts
 from train.student import PRUNE
 
+ADAPTER = "adapter_config.json"
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
-PRIVATE = {"endpoint", "endpoints"}  # of lineage's sections: where the teacher answered
 
 
 def main() -> None:
@@ -60,48 +58,49 @@ def main() -> None:
 def export_model(
     recipe: Recipe, run: RunDir, *, merged: bool = False, repo: str | None = None, data: str | None = None
 ) -> Path:
-    """Writes export/adapter, export/merged or export/model, and gives the folder.
+    """Writes export/adapter, export/merged or export/model, and returns the folder.
 
     `repo` and `data`: the Hub repositories of the model and of its data set, for the card. Raises UsageError if there
     is no student, or its adapter's base is one that nobody else has.
     """
     lineage = _student_lineage(run)
-    adapter = (run.student / "adapter_config.json").is_file()
+    student: str = lineage["train"]["student"]
+    adapter = (run.student / ADAPTER).is_file()
     name = "merged" if merged and adapter else "adapter" if adapter else "model"
-    folder = run.path / "export" / name
-    if name == "adapter" and lineage["train"]["student"].startswith(PRUNE):
+    if name == "adapter" and student.startswith(PRUNE):
         raise UsageError(f"{run.student}: an adapter over a pruned base, which nobody else has; export with --merged")
-    with _whole(folder) as building:
+    with replacing_folder(run.path / "export" / name) as building:
         if name == "merged":
-            _merge(_base(recipe, run), run.student, building)
+            base = str(run.student_init) if student.startswith(PRUNE) else resolve_model(student)
+            merge_adapter(base, run.student, building)
         else:
             shutil.copytree(run.student, building, dirs_exist_ok=True, ignore=lambda _, names: NOT_PASSED_ON & {*names})
         if name == "adapter":
-            _name_base(building / "adapter_config.json", published(lineage["train"]["initialised_from"]))
+            config = json.loads((building / ADAPTER).read_bytes())
+            config["base_model_name_or_path"] = published(lineage["train"]["initialised_from"])
+            (building / ADAPTER).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         card = model_card(recipe, lineage, repo=repo or name, adapter=name == "adapter", data=data)
         _write(building, card, lineage, recipe)
-    return folder
+    return run.path / "export" / name
 
 
 def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path:
-    """Writes export/dataset and gives the folder: the kept rows in the three parts that training uses.
+    """Writes export/dataset, the kept rows in the three parts that training uses, and returns the folder.
 
     Raises DataError if there are none, or one is faulty.
     """
-    split = read_parts(recipe, run)
-    parts = {"train": split.train, "validation": split.validation, "test": split.test}
-    folder = run.path / "export" / "dataset"
-    lineage = read_lineage(run)
+    parts = read_parts(recipe, run)
+    rows = {"train": parts.train, "validation": parts.validation, "test": parts.test}
+    lineage = {"name": run.path.name, **read_lineage(run)}
     lineage = {name: lineage[name] for name in ("name", "generate", "filters") if name in lineage}
-    lineage.setdefault("name", run.path.name)
-    with _whole(folder) as building:
+    with replacing_folder(run.path / "export" / "dataset") as building:
         (building / "data").mkdir()
-        for part, rows in parts.items():
+        for part, own in rows.items():
             with (building / "data" / f"{part}.jsonl").open("wb") as file:
-                file.writelines(msgspec.json.encode(dataset_row(row)) + b"\n" for row in rows)
-        counts = {part: len(rows) for part, rows in parts.items()}
+                file.writelines(msgspec.json.encode(dataset_row(row)) + b"\n" for row in own)
+        counts = {part: len(own) for part, own in rows.items()}
         _write(building, dataset_card(recipe, lineage, counts, repo=repo or "dataset"), lineage, recipe)
-    return folder
+    return run.path / "export" / "dataset"
 
 
 def dataset_row(row: Kept) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def dataset_row(row: Kept) -> dict[str, Any]:
 
 
 def _student_lineage(run: RunDir) -> dict[str, Any]:
-    """The lineage that the student was saved with, and the scores of that student if it was evaluated since."""
+    """The lineage that the student was saved with, with its scores if this very student was evaluated since."""
     path = run.student / "lineage.json"
     try:
         lineage: dict[str, Any] = json.loads(path.read_bytes())
@@ -136,50 +135,14 @@ def _student_lineage(run: RunDir) -> dict[str, Any]:
     return lineage
 
 
-def _base(recipe: Recipe, run: RunDir) -> str:
-    assert recipe.student is not None
-    return str(run.student_init) if recipe.student.model.startswith(PRUNE) else resolve_model(recipe.student.model)
-
-
-def _merge(base: str, adapter: Path, folder: Path) -> None:
-    """Merges without transformers' messages and bars."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    merge_adapter(base, adapter, folder)
-
-
-def _name_base(path: Path, name: str) -> None:
-    config = json.loads(path.read_bytes())
-    config["base_model_name_or_path"] = name
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> None:
-    public = {
-        name: {key: value for key, value in section.items() if key not in PRIVATE}
-        if isinstance(section, dict)
-        else section
-        for name, section in lineage.items()
-    }
-    text = json.dumps(public, indent=2, ensure_ascii=False) + "\n"
+    for section in lineage.values():
+        if isinstance(section, dict):
+            section.pop("endpoint", None)  # where the teacher answered is nobody else's business
+            section.pop("endpoints", None)
+    text = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
     (folder / "lineage.json").write_text(without_paths(text, recipe), encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `folder` when the block ends well."""
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 if __name__ == "__main__":

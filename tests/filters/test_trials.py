@@ -9,15 +9,17 @@ import yaml
 from filters.__main__ import main
 from filters.answer import Answer
 from filters.judge import Judgement
+from filters.reasons import describe
 from filters.ruleset import load_rules
-from filters.sweep import margin, parse_shares, stricter
+from filters.trials import margin, parse_shares, stricter
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import FiltersConfig
-from pipeline.records import Dropped, Kept, encode_line, read_jsonl
+from pipeline.records import Dropped, Kept, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 110}, {"rule": "repeated_word", "word": "b", "max_count": 5}]
+LONG = Reason(rule="length", value=120, at_most=110)
 
 
 @pytest.fixture
@@ -28,15 +30,15 @@ def recipe(tmp_path: Path) -> Path:
     run.completions.write_text("{}\n")
     kept = [("near", 12, 4), ("middle", 60, 4), ("best", 40, 5), ("poor", 60, 3), ("far", 88, 4)]
     dropped = [
-        ("twice", "a" * 60, {"near_duplicate": "0.9 similar to best"}),
-        ("long", "a" * 120, {"length": "120"}),
-        ("worse", "b" * 6, {"length": "6", "repeated_word": "6"}),
-        ("empty", " ", {"length": "1"}),
-        ("judged", "a" * 60, {"judge": "score 2"}),
+        ("twice", "a" * 60, [Reason(rule="near_duplicate", what="answer", of="best", similarity=0.9)]),
+        ("long", "a" * 120, [LONG]),
+        ("worse", "b" * 6, [Reason(rule="length", value=6), Reason(rule="repeated_word", value=6)]),
+        ("empty", " ", [Reason(rule="length", value=1)]),
+        ("judged", "a" * 60, [Reason(rule="judge", value=2, at_least=3)]),
     ]
     rows = [Kept(**completion_fields(name, "a" * n), scores={"judge": score}) for name, n, score in kept]
     run.kept.write_bytes(b"".join(map(encode_line, rows)))
-    others = [Dropped(**completion_fields(name, text), rule=next(iter(why)), detail=why) for name, text, why in dropped]
+    others = [Dropped(**completion_fields(name, text), rule=why[0].rule, detail=why) for name, text, why in dropped]
     run.dropped.write_bytes(b"".join(map(encode_line, others)))
     run.lineage.write_text(json.dumps({"name": "run", "filters": {"rules": RULES, "keep_rate": 0.5}, "train": {}}))
     path = tmp_path / "recipe.yaml"
@@ -51,7 +53,7 @@ def names(run: RunDir) -> set[str]:
 
 def test_of_what_the_judge_dropped_the_better_scored_comes_first(recipe: Path) -> None:
     run = RunDir(recipe.with_name("run"))
-    why = {"judge": "too low"}
+    why = [Reason(rule="judge", value=1, at_least=3)]
     rows = [
         Dropped(**completion_fields(name, "a" * 60), rule="judge", detail=why) for name in ("bad", "bearable", "none")
     ]
@@ -73,8 +75,9 @@ def test_the_best_of_a_run_become_runs(recipe: Path, capsys: pytest.CaptureFixtu
     assert names(shares[100]) == names(shares[80]) | {"twice"}
     left_out = {row.id: row.detail for row in read_jsonl(shares[30].dropped, Dropped)}
     assert len(left_out) == 7
-    assert left_out["near"] == {"sweep": "rank 4 of 10, the best 30% are kept"}
-    assert left_out["long"] == {"length": "120"}
+    assert left_out["near"] == [Reason(rule="sweep", value=4, total=10, at_most=0.3)]
+    assert describe(left_out["near"][0]) == "rank 4 of 10, the best 30% are kept"
+    assert left_out["long"] == [LONG]
     lineage = json.loads(shares[80].lineage.read_bytes())
     assert lineage["filters"]["keep_rate"] == 0.8 and lineage["filters"]["rules"] == RULES and "train" not in lineage
     assert lineage["filters"]["sweep"] == {"percent": 80, "dropped_by_rules": 3}

@@ -1,7 +1,7 @@
 """Intervals by the percentile bootstrap over prompts (Efron and Tibshirani 1993), for figures that are ratios of sums.
 
-Pure arithmetic. The prompt is what is drawn, since several answers to one prompt are not independent; every model's
-figures are computed on the same resamples, so that differences and ratios between models are paired.
+Pure arithmetic. Prompts are drawn, since several answers to one prompt are not independent. Every model's figures are
+computed on the same resamples, so differences and ratios between models are paired.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,20 @@ AT_ONCE = 100  # resamples whose n-grams are counted at once
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, and the same on each resample: a numpy array; nan where a resample has nothing to divide by."""
+    """A figure, and the same on each resample (a numpy array; nan if a resample has nothing to divide by)."""
 
     value: float
     resampled: Any
 
     def estimate(self) -> Estimate:
-        """With the 2.5th and the 97.5th percentile."""
+        """With its 95% interval."""
         return Estimate(self.value, *interval(self.resampled))
 
     def minus(self, other: "Figure") -> Estimate:
         return Estimate(self.value - other.value, *interval(self.resampled - other.resampled))
 
     def over(self, other: "Figure") -> Estimate | None:
-        """The quotient; None where it would divide by zero."""
+        """The quotient; None if it would divide by zero."""
         import numpy as np
 
         if not other.value:
@@ -61,7 +61,7 @@ def interval(values: Any) -> list[float]:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], counts: Any) -> Figure | None:
-    """Sum over sum, one of each a prompt: a mean where the denominators are 1. None where there is nothing."""
+    """Sum over sum, one of each per prompt: a mean if the denominators are 1. None if they sum to 0."""
     import numpy as np
 
     above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
@@ -75,26 +75,26 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], counts: An
 def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | None:
     """distinct-n (Li et al. 2016): different n-grams over all words, of all texts together (each a list of words).
 
-    A resample holds some texts twice and so fewer different n-grams: all of its figures are too low by about as much.
-    They are moved so that their mean is the figure itself; only their spread makes the interval.
+    A resample holds some texts twice, so it has fewer different n-grams, and its figure is too low. So the resampled
+    figures are moved until their mean is the figure itself; only their spread makes the interval.
     """
     import numpy as np
 
     words = np.array([len(text) for text in texts], dtype=float)
     if not words.sum():
         return None
-    place: dict[tuple[str, ...], int] = {}
-    own = [sorted({place.setdefault(gram, len(place)) for gram in ngrams(text, n)}) for text in texts]
-    present = np.zeros((len(texts), len(place)), dtype=np.float32)
+    column: dict[tuple[str, ...], int] = {}
+    own = [sorted({column.setdefault(gram, len(column)) for gram in _ngrams(text, n)}) for text in texts]
+    present = np.zeros((len(texts), len(column)), dtype=np.float32)
     for number, grams in enumerate(own):
         present[number, grams] = 1
     some = (counts > 0).astype(np.float32)
     different = [((some[start : start + AT_ONCE] @ present) > 0).sum(axis=1) for start in range(0, len(some), AT_ONCE)]
     resampled = np.concatenate(different) / np.maximum(counts @ words, 1)
-    value = len(place) / float(words.sum())
+    value = len(column) / float(words.sum())
     return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1))
 
 
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """Runs of n neighbours."""
     return list(zip(*(words[start:] for start in range(n)), strict=False))
