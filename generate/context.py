@@ -1,4 +1,4 @@
-"""The `Run`: what every part of one call of `generate` works with, and what of the recipe is left to ask.
+"""The `Run`: what every part of one call of `generate` works with, and the ways in which it can end.
 
 Holds open journals; decides nothing.
 """
@@ -43,7 +43,7 @@ class Run:
     budget: Budget
     counters: Counters
     say: Callable[[str], None]  # a message to the user
-    show: Callable[[], None]  # the counters, a few times a second
+    show: Callable[[], None]  # shows the counters; called a few times per second
     partition: Partition = WHOLE
 
     def jobs(self) -> Iterator[Job]:
