@@ -22,6 +22,7 @@ class Left:
 
     def __init__(self, answered: IdSet, failed: IdSet, *, retry_failures: bool) -> None:
         self.answered, self.failed = answered, IdSet() if retry_failures else failed
+        self.retry_failures = retry_failures
 
     def has(self, job: Job) -> bool:
         return job.request.id not in self.answered and job.request.id not in self.failed
