@@ -1,7 +1,8 @@
-"""Made-up Korean stories for `near_duplicates`: no sense, but the statistics that count. Reads and writes nothing.
+"""Made-up Korean stories for `near_duplicates` and `chapter_filter`: no sense, but realistic statistics.
 
-Names, places and sentence patterns as the flagship's teacher uses them, over a vocabulary so large that two stories
-share little; some stories follow one plot word by word, and differ in what fills it; some copy another, with edits.
+Names, places and sentence patterns are as the flagship's teacher uses them, over a vocabulary so large that two stories
+share little. Some stories follow one plot word by word, and differ in the words that fill it. Some copy another, with
+edits.
 """
 
 import random
@@ -65,11 +66,11 @@ class Writer:
         self._verbs = [word + ending for word in self._words(1500, 1, 2) for ending in ("었어요", "했답니다")]
 
     def stories(self, count: int, copies: float) -> Iterator[Story]:
-        """So many stories; a share of them copies one of the others, 5-15% of the characters changed."""
+        """So many stories; the share `copies` of them copies one of the others, 5-15% of the characters changed."""
         originals = count - round(count * copies)
         written: list[str] = []
         for _ in range(originals):
-            written.append(self._by_plot() if self._rng.random() < 0.2 else self._free())
+            written.append(self._filled(PLOT) if self._rng.random() < 0.2 else self._free())
             yield Story(written[-1], None)
         for original in self._rng.sample(range(originals), count - originals):
             yield Story(self._edited(written[original]), original)
@@ -88,9 +89,6 @@ class Writer:
             **{slot: pick(self._adjectives) for slot in "ab"},
             **{slot: pick(self._verbs) for slot in "vw"},
         )
-
-    def _by_plot(self) -> str:
-        return self._filled(PLOT)
 
     def _free(self) -> str:
         patterns = self._rng.choices(PATTERNS, k=self._rng.randint(6, 12))
