@@ -17,11 +17,11 @@ from typing import NamedTuple
 from benchmarks.http_server import running
 from benchmarks.measure import flags, measured, show, steady_seconds
 from benchmarks.runs import answer_ends, bodies, concurrency, recipe_for, run_quietly
-from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
+from benchmarks.simulator import ENGINE, LENGTHS, answer_tokens, ideal_ends
 from pipeline.rundir import RunDir
 
 HOLDS = 0.98
-STEPS_MS = (30.0, 15.0, 10.0, 7.5, 6.0, 5.0, 4.0, 3.0)  # of a decoding step, for `--bind`
+STEPS_MS = (ENGINE["step_ms"], 15.0, 10.0, 7.5, 6.0, 5.0, 4.0, 3.0)  # of a decoding step, for `--bind`
 HEAD = ("processes", "concurrency", "step ms", "full slots give", "answers/s", "R whole", "R steady")
 
 
@@ -35,18 +35,7 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    options = flags(
-        __doc__,
-        requests=20_000,
-        replicas=8,
-        slots=256,
-        step_ms=STEPS_MS[0],
-        concurrency="auto",
-        processes="1,2",
-        runs=3,
-        no_metrics=False,
-        bind=False,
-    )
+    options = flags(__doc__, **ENGINE, requests=20_000, concurrency="auto", processes="1,2", runs=3, bind=False)
     rows: list[tuple[str, ...]] = [(*HEAD, "CPU ms per request")]
     for processes in map(int, options.processes.split(",")):
         for level in options.concurrency.split(","):

@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from benchmarks.http_server import Reply, chat_reply, serve
 from benchmarks.measure import flags
 
 LENGTHS: list[int] = json.loads(Path(__file__).with_name("lengths.json").read_text())["lengths"]
+ENGINE: dict[str, Any] = {"replicas": 8, "slots": 256, "step_ms": 30.0, "no_metrics": False}  # the flags' defaults
 ANSWER = chat_reply(40, 100)
 
 
@@ -85,7 +87,7 @@ class Replica:
 
 
 def main() -> None:
-    options = flags(__doc__, replicas=8, slots=256, step_ms=30.0, no_metrics=False)
+    options = flags(__doc__, **ENGINE)
     replicas: list[Replica] = []
 
     def chat(request: bytes, reply: Reply) -> None:
