@@ -48,16 +48,11 @@ def billed_usd(url: str) -> float:
 
 def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bool:
     """One run; True if the budget ended it."""
+    teacher = {"price": {"input": INPUT_USD, "output": OUTPUT_USD}}
+    sampling, settings = {"max_tokens": MAX_TOKENS, "seed": seed}, {"concurrency": in_flight}
+    sections = {"sampling": sampling, "generate": settings, "budget": {"usd": options.usd}}
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_for(
-            Path(folder),
-            url,
-            options.requests,
-            teacher={"price": {"input": INPUT_USD, "output": OUTPUT_USD}},
-            sampling={"max_tokens": MAX_TOKENS, "seed": seed},
-            generate={"concurrency": in_flight},
-            budget={"usd": options.usd},
-        )
+        recipe = recipe_for(Path(folder), url, options.requests, teacher, **sections)
         try:
             run_quietly(recipe, RunDir(Path(folder) / "run"))
         except BudgetReached:

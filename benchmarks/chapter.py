@@ -58,19 +58,13 @@ def load_loop(model: str, dtype: str) -> Callable[[Recipe], float]:
 
     def run(recipe: Recipe) -> float:
         sampling, tokens, started = recipe.sampling, 0, time.perf_counter()
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        shape = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         for prompt in iter_prompts(recipe):
             turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
-            inputs = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            inputs = tokenizer.apply_chat_template(turns, **shape)
             with torch.inference_mode():
-                answer = teacher.generate(
-                    **inputs,
-                    max_new_tokens=sampling.max_tokens,
-                    do_sample=True,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                )
+                answer = teacher.generate(**inputs, max_new_tokens=sampling.max_tokens, **drawn)
             tokens += answer.shape[1] - inputs["input_ids"].shape[1]
         return tokens / (time.perf_counter() - started)
 

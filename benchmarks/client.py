@@ -1,6 +1,7 @@
 """`python -m benchmarks.client`: our client against AsyncOpenAI and against a bare aiohttp loop, on a local stub.
 
-Each run is a process of its own. The sides take turns, so that a change in the machine's load affects all of them.
+Each run is a process of its own, which imports only what its side needs. The sides take turns, so that a change in the
+machine's load affects all of them.
 """
 
 import asyncio
@@ -15,8 +16,6 @@ from typing import Any
 from benchmarks.http_server import MODEL, running
 from benchmarks.measure import Measured, flags, measured, question, show
 
-# The sides import what they need themselves, so that each process holds only what its side needs.
-
 
 def main() -> None:
     options = flags(__doc__, requests=4000, in_flight="64,512", runs=3, delay_ms=50.0, clients=",".join(CLIENTS))
@@ -24,45 +23,27 @@ def main() -> None:
         for in_flight in map(int, options.in_flight.split(",")):
             figures = compare(url, options.clients.split(","), options.requests, in_flight, options.runs)
             print(f"{in_flight} in flight, {options.requests} requests, answers after {options.delay_ms:g} ms")
-            print(describe(figures, in_flight / options.delay_ms * 1000))
+            print(describe(figures, options.requests, in_flight / options.delay_ms * 1000))
 
 
-def compare(url: str, names: list[str], requests: int, in_flight: int, runs: int) -> dict[str, dict[str, float]]:
-    """The medians of each client's figures."""
+def compare(url: str, names: list[str], requests: int, in_flight: int, runs: int) -> dict[str, Measured]:
+    """The medians of each client's figures; the value is the seconds of asking."""
     taken: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(runs):
         for name in names:
             taken[name].append(measured(CLIENTS[name], url, requests, in_flight))
-    return {
-        name: {
-            "per_s": median(requests / run.value for run in calls),
-            "whole_s": median(run.seconds for run in calls),
-            "cpu_ms": median(1000 * run.cpu_s / requests for run in calls),
-            "peak_mib": median(run.peak_mib for run in calls),
-        }
-        for name, calls in taken.items()
-    }
+    return {name: Measured(*map(median, zip(*calls, strict=True))) for name, calls in taken.items()}
 
 
-def describe(figures: dict[str, dict[str, float]], most: float) -> str:
+def describe(figures: dict[str, Measured], requests: int, most: float) -> str:
     """The table; `most` is how many requests per second the stub can answer."""
-    head = (
-        "client",
-        "req/s",
-        "of the stub's most",
-        "of bare",
-        "of openai",
-        "whole s",
-        "CPU ms per request",
-        "peak MiB",
-    )
+    head = ("client", "req/s", "of the stub's most", "of bare", "of openai", "whole s", "CPU ms/request", "peak MiB")
     rows: list[tuple[str, ...]] = [head]
-    for name, row in figures.items():
-        ratios = [
-            f"{row['per_s'] / figures[other]['per_s']:.2f}" if other in figures else "-" for other in ("bare", "openai")
-        ]
-        used = f"{row['whole_s']:.1f}", f"{row['cpu_ms']:.2f}", f"{row['peak_mib']:.0f}"
-        rows.append((name, f"{row['per_s']:.0f}", f"{row['per_s'] / most:.2f}", *ratios, *used))
+    for name, (asking_s, whole_s, cpu_s, peak_mib) in figures.items():
+        others = (figures.get(other) for other in ("bare", "openai"))
+        ratios = (f"{other.value / asking_s:.2f}" if other else "-" for other in others)
+        used = f"{whole_s:.1f}", f"{1000 * cpu_s / requests:.2f}", f"{peak_mib:.0f}"
+        rows.append((name, f"{requests / asking_s:.0f}", f"{requests / asking_s / most:.2f}", *ratios, *used))
     return show(rows)
 
 
@@ -122,17 +103,15 @@ def openai_aiohttp(url: str, requests: int, in_flight: int) -> float:
     """AsyncOpenAI on its aiohttp transport."""
     from openai import DefaultAioHttpClient
 
-    async def main() -> float:
-        return await _openai(url, requests, in_flight, http_client=DefaultAioHttpClient())
-
-    return asyncio.run(main())
+    return asyncio.run(_openai(url, requests, in_flight, DefaultAioHttpClient))
 
 
-async def _openai(url: str, requests: int, in_flight: int, **client: Any) -> float:
+async def _openai(url: str, requests: int, in_flight: int, transport: Callable[[], Any] | None = None) -> float:
     """AsyncOpenAI as it is commonly used: one client, a semaphore, a gather."""
     from openai import AsyncOpenAI
 
-    async with AsyncOpenAI(api_key="none", base_url=url, timeout=300, max_retries=2, **client) as openai:
+    http = transport() if transport else None
+    async with AsyncOpenAI(api_key="none", base_url=url, timeout=300, max_retries=2, http_client=http) as openai:
         semaphore = asyncio.Semaphore(in_flight)
 
         async def answer(number: int) -> str:

@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--levels", default="1,4,16,64,256")
     parser.add_argument("--seconds", type=float, default=20.0, help="each level is measured")
     recipe, _, options = parse_stage(parser)
-    levels = [_level(text) for text in options.levels.split(",")]
+    levels = [int(text) for text in options.levels.split(",") if text.strip().isdigit()]
+    if 0 in levels or len(levels) <= options.levels.count(","):
+        raise UsageError(f"--levels must be whole numbers from 1, got {options.levels!r}")
     check_teacher(recipe.teacher)
     found: list[Level] = []
     run_loop(sweep(recipe, levels, options.seconds, found))
@@ -133,13 +135,12 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 def describe(found: list[Level]) -> str:
     """The table, and the concurrency from which throughput no longer rises."""
     seconds = "p50 · p95 · p99, s"
-    rows = [("in flight", "answers", "answers/s", "tok/s", f"first token {seconds}", f"latency {seconds}")]
+    head = ("in flight", "answers", "answers/s", "tok/s", f"first token {seconds}", f"latency {seconds}")
+    rows: list[tuple[str, ...]] = [head]
     for level in found:
-        first_token, latency = (
-            " · ".join(f"{value:.2f}" for value in values) for values in (level.first_token, level.latency)
-        )
+        times = (" · ".join(f"{value:.2f}" for value in values) for values in (level.first_token, level.latency))
         rates = f"{level.answers_per_s:.2f}", f"{level.tokens_per_s:.1f}"
-        rows.append((str(level.concurrency), str(level.answers), *rates, first_token, latency))
+        rows.append((str(level.concurrency), str(level.answers), *rates, *times))
     most = max(level.tokens_per_s for level in found)
     enough = next(level for level in found if level.tokens_per_s >= 0.97 * most)
     return f"{show(rows)}\n{enough.concurrency} in flight is enough: {enough.tokens_per_s:.1f} tok/s"
@@ -147,23 +148,16 @@ def describe(found: list[Level]) -> str:
 
 def chart(title: str, found: list[Level]) -> str:
     """Throughput and medians per level, as an SVG."""
-    series = (
+    panels = []
+    for name, hint, values in (
         ("Tokens per second", "", [level.tokens_per_s for level in found]),
         ("Latency", "median, seconds", [level.latency[0] for level in found]),
         ("First token", "median, seconds", [level.first_token[0] for level in found]),
-    )
-    names = [f"{level.concurrency} in flight" for level in found]
-    panels = []
-    for name, hint, values in series:
-        figures = [(at, exactly(value), "arm", number(value)) for at, value in zip(names, values, strict=True)]
+    ):
+        dots = zip(found, values, strict=True)
+        figures = [(f"{at.concurrency} in flight", exactly(value), "arm", number(value)) for at, value in dots]
         panels.append(dot_panel(name, hint, figures))
     return draw_svg(title, panels)
-
-
-def _level(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise UsageError(f"--levels must be whole numbers from 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -45,15 +45,11 @@ class _Connection(asyncio.Protocol):
                 return
             body = bytes(self._buffer[end + 4 : end + 4 + length])
             del self._buffer[: end + 4 + length]
-            self._answer(head.split(b" ", 2)[1].decode(), body)
-
-    def _answer(self, path: str, body: bytes) -> None:
-        if path in self._routes:
-            self._routes[path](body, self._reply)
-        elif path == "/v1/models":
-            self._reply(MODELS)
-        else:
-            self._reply(b'{"error":{"message":"Not Found"}}', b"404 Not Found")
+            path = head.split(b" ", 2)[1].decode()
+            if path in self._routes:
+                self._routes[path](body, self._reply)
+            else:
+                self._reply(b'{"error":{"message":"Not Found"}}', b"404 Not Found")
 
     def _reply(self, body: bytes, status: bytes = b"200 OK") -> None:
         if self._transport is not None:
@@ -63,6 +59,8 @@ class _Connection(asyncio.Protocol):
 
 def serve(routes: Routes) -> None:
     """Serves until SIGTERM on a free port of 127.0.0.1, and prints that port."""
+
+    routes = {"/v1/models": lambda _, reply: reply(MODELS), **routes}
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import Path
 
 from benchmarks.http_server import running
@@ -29,15 +30,13 @@ FAULTS = ("lost", "duplicated", "missing", "torn")
 
 def main() -> None:
     options = flags(__doc__, kills=500, requests=2000, power_cuts=0.2, processes=1, seed=0, at_once=2)
-    counts: Counter[str] = Counter()
     with (
         running("benchmarks.stub", "--delay-ms", 50, "--jitter-ms", 100) as url,
         ThreadPoolExecutor(options.at_once) as pool,
     ):
-        kills = [len(range(lane, options.kills, options.at_once)) for lane in range(options.at_once)]
-        lanes = enumerate(kills, start=options.seed)
-        for part in pool.map(lambda lane: work(url, options, lane[1], random.Random(lane[0])), lanes):
-            counts += part
+        seeds, kills = range(options.seed, options.seed + options.at_once), ceil(options.kills / options.at_once)
+        calls = [pool.submit(work, url, options, kills, random.Random(seed)) for seed in seeds]
+    counts = sum((call.result() for call in calls), Counter[str]())
     names = ("runs", "kills", "while asking", "power cuts", "cut by them", *FAULTS)
     print(f"seed {options.seed}: " + ", ".join(f"{counts[name]} {name}" for name in names))
     sys.exit(1 if any(counts[fault] for fault in FAULTS) else 0)

@@ -4,12 +4,12 @@ Imports only the standard library, so that it adds nothing to the memory that is
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any, NamedTuple
 
 
@@ -50,14 +50,10 @@ def measured(function: Callable[..., Any], *arguments: Any) -> Measured:
 
 
 def _measure(function: Callable[..., Any], arguments: Sequence[Any]) -> Measured:
-    started, cpu_s = time.perf_counter(), _cpu_s()
+    started, cpu_s = time.perf_counter(), sum(os.times()[:4])
     value = function(*arguments)
-    seconds, cpu_s = time.perf_counter() - started, _cpu_s() - cpu_s
+    seconds, cpu_s = time.perf_counter() - started, sum(os.times()[:4]) - cpu_s
     return Measured(value, seconds, cpu_s, _peak_mib())
-
-
-def _cpu_s() -> float:
-    return sum(used.ru_utime + used.ru_stime for used in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
 
 
 def _peak_mib() -> float:

@@ -43,8 +43,12 @@ def main() -> None:
 
 
 def compare(run: RunDir, options: argparse.Namespace) -> str:
-    """Each side's figures, as a table."""
-    texts, copies = write_stories(run, options.stories, options.seed)
+    """Writes the stories, and measures each side on them."""
+    stories = list(Writer(options.seed).stories(options.stories, COPIES))
+    with run.completions.open("wb") as file:
+        file.writelines(encode_line(completion(at, story.text, PROMPT)) for at, story in enumerate(stories))
+    texts = [story.text for story in stories]
+    copies = {number: story.copy_of for number, story in enumerate(stories) if story.copy_of is not None}
     alike = {copy: original for copy, original in copies.items() if exact(texts, copy, original) >= options.near}
     print(f"{len(texts):,} stories, {len(copies):,} copies, {len(alike):,} of them {options.near} similar or more")
     rows: list[tuple[str, ...]] = [("side", "dropped", "precision", "recall", "seconds", "rows/s", "peak MiB")]
@@ -55,15 +59,6 @@ def compare(run: RunDir, options: argparse.Namespace) -> str:
         seconds, quality = call.result().seconds, judge(run, texts, alike, options.near)
         rows.append((side, *quality, f"{seconds:.1f}", f"{len(texts) / seconds:,.0f}", f"{peak:,.0f}"))
     return show(rows)
-
-
-def write_stories(run: RunDir, count: int, seed: int) -> tuple[list[str], dict[int, int]]:
-    """Writes completions.jsonl; returns the texts by number, and for each copy its original."""
-    stories = list(Writer(seed).stories(count, COPIES))
-    with run.completions.open("wb") as file:
-        file.writelines(encode_line(completion(at, story.text, PROMPT)) for at, story in enumerate(stories))
-    copies = {number: story.copy_of for number, story in enumerate(stories) if story.copy_of is not None}
-    return [story.text for story in stories], copies
 
 
 def exact(texts: list[str], first: int, second: int) -> float:

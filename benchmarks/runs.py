@@ -40,8 +40,3 @@ def bodies(recipe: Recipe, most: int | None = None) -> list[bytes]:
 def answer_ends(run: RunDir) -> list[float]:
     """When each answer of the run came in, in seconds."""
     return [datetime.fromisoformat(line.created).timestamp() for line in read_jsonl(run.completions, Completion)]
-
-
-def concurrency(text: str) -> int | str:
-    """`generate.concurrency` from a flag: a number, or auto."""
-    return text if text == "auto" else int(text)

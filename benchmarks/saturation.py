@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 from benchmarks import offline
 from benchmarks.measure import flags, measured, show, steady_seconds
-from benchmarks.runs import answer_ends, bodies, concurrency, recipe_for, run_quietly
+from benchmarks.runs import answer_ends, bodies, recipe_for, run_quietly
+from pipeline.cli import run_stage
+from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
 from serve.server import free_port, serving
@@ -36,7 +38,7 @@ class Figures(NamedTuple):
 def main() -> None:
     options = flags(__doc__, model=MODEL, requests=256, tokens=48, slots=64, concurrency="auto,32,64,128", runs=3)
     if options.requests <= 2 * options.slots:
-        sys.exit(f"--requests must be more than twice --slots ({options.slots}), got {options.requests}")
+        raise UsageError(f"--requests must be more than twice --slots ({options.slots}), got {options.requests}")
     taken: dict[str, list[Figures]] = {side: [] for side in (OFFLINE, *options.concurrency.split(","))}
     config = ServeConfig(kv_cache_gib=1, args=["--max-num-seqs", str(options.slots)])
     with (
@@ -46,21 +48,22 @@ def main() -> None:
     ):
 
         def recipe(side: str, requests: int) -> Recipe:
-            level = concurrency("auto" if side == OFFLINE else side)
+            level = "auto" if side == OFFLINE else side
             sampling = {"max_tokens": options.tokens, "extra": {"ignore_eos": True}}
             teacher, settings = {"model": server.served_name}, {"concurrency": level}
             return recipe_for(Path(folder), server.base_url, requests, teacher, sampling=sampling, generate=settings)
 
         engine.submit(offline.load, server.command.argv[3:], server.command.env).result()  # the arguments alone
-        warm_up = recipe(OFFLINE, options.slots)
-        engine.submit(offline.answer, bodies(warm_up)).result()
-        run_quietly(warm_up, RunDir(Path(folder) / "warm-up"))
-        for _ in range(options.runs):
-            for side, runs in taken.items():
-                asked = recipe(side, options.requests)
-                runs.append(alone(engine, asked, options.slots) if side == OFFLINE else through(asked, options.slots))
-                print(side, runs[-1], file=sys.stderr)
-        engine.submit(offline.unload).result()
+        try:
+            warm_up = recipe(OFFLINE, options.slots)
+            engine.submit(offline.answer, bodies(warm_up)).result()
+            run_quietly(warm_up, RunDir(Path(folder) / "warm-up"))
+            for side in list(taken) * options.runs:
+                made, slots = recipe(side, options.requests), options.slots
+                taken[side].append(alone(engine, made, slots) if side == OFFLINE else through(made, slots))
+                print(side, taken[side][-1], file=sys.stderr)
+        finally:
+            engine.submit(offline.unload).result()
     print(describe({side: Figures(*map(median, zip(*runs, strict=True))) for side, runs in taken.items()}))
 
 
@@ -95,4 +98,4 @@ def describe(found: dict[str, Figures]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

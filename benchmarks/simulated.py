@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from benchmarks.http_server import running
 from benchmarks.measure import flags, measured, show, steady_seconds
-from benchmarks.runs import answer_ends, bodies, concurrency, recipe_for, run_quietly
+from benchmarks.runs import answer_ends, bodies, recipe_for, run_quietly
 from benchmarks.simulator import ENGINE, LENGTHS, answer_tokens, ideal_ends
 from pipeline.rundir import RunDir
 
@@ -57,7 +57,7 @@ def once(options: argparse.Namespace, requests: int, processes: int, level: str,
     server = ["--replicas", options.replicas, "--slots", options.slots, "--step-ms", step_ms]
     server += ["--no-metrics"] if options.no_metrics else []
     with tempfile.TemporaryDirectory() as folder, running("benchmarks.simulator", *server) as url:
-        settings = {"concurrency": concurrency(level), "processes": processes}
+        settings = {"concurrency": level, "processes": processes}
         recipe = recipe_for(Path(folder), url, requests, sampling={"max_tokens": 500}, generate=settings)
         run = RunDir(Path(folder) / "run")
         summary, _, cpu_s, _ = measured(run_quietly, recipe, run)

@@ -60,12 +60,9 @@ class Replica:
     def add(self, tokens: int, reply: Reply) -> None:
         """Begins the request with the next step if a slot is free, else puts it into the queue."""
         if self.running < self._slots:
-            self._begin(self._now() + 1, tokens, reply)
+            self._begin(ceil(self._loop.time() / self._step_s) + 1, tokens, reply)
         else:
             self._queue.append((tokens, reply))
-
-    def _now(self) -> int:
-        return ceil(self._loop.time() / self._step_s)
 
     def _begin(self, step: int, tokens: int, reply: Reply) -> None:
         self.running += 1

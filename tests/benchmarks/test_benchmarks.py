@@ -103,7 +103,7 @@ def test_the_clients_are_measured_on_the_same_stub() -> None:
     with running("benchmarks.stub", "--delay-ms", "1") as url:
         figures = compare(url, ["ours", "openai", "bare"], requests=40, in_flight=8, runs=1)
     assert set(figures) == {"ours", "openai", "bare"}
-    assert all(row["per_s"] > 0 and row["peak_mib"] > 10 for row in figures.values())
+    assert all(row.value > 0 and row.peak_mib > 10 for row in figures.values())
 
 
 def test_a_killed_run_is_counted() -> None:
