@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def compare(url: str, names: list[str], requests: int, in_flight: int, runs: int) -> dict[str, Measured]:
-    """The medians of each client's figures; the value is the seconds of asking."""
+    """The medians of each client's figures; the value is the seconds of the requests."""
     taken: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(runs):
         for name in names:
@@ -39,11 +39,11 @@ def describe(figures: dict[str, Measured], requests: int, most: float) -> str:
     """The table; `most` is how many requests per second the stub can answer."""
     head = ("client", "req/s", "of the stub's most", "of bare", "of openai", "whole s", "CPU ms/request", "peak MiB")
     rows: list[tuple[str, ...]] = [head]
-    for name, (asking_s, whole_s, cpu_s, peak_mib) in figures.items():
+    for name, (sent_s, whole_s, cpu_s, peak_mib) in figures.items():
         others = (figures.get(other) for other in ("bare", "openai"))
-        ratios = (f"{other.value / asking_s:.2f}" if other else "-" for other in others)
+        ratios = (f"{other.value / sent_s:.2f}" if other else "-" for other in others)
         used = f"{whole_s:.1f}", f"{1000 * cpu_s / requests:.2f}", f"{peak_mib:.0f}"
-        rows.append((name, f"{requests / asking_s:.0f}", f"{requests / asking_s / most:.2f}", *ratios, *used))
+        rows.append((name, f"{requests / sent_s:.0f}", f"{requests / sent_s / most:.2f}", *ratios, *used))
     return show(rows)
 
 
@@ -55,7 +55,7 @@ def body(number: int) -> dict[str, Any]:
 
 
 def ours(url: str, requests: int, in_flight: int) -> float:
-    """`generate` with everything on: ids, journals, fsync, limits and budget. Returns the seconds of asking."""
+    """`generate` with everything on: ids, journals, fsync, limits and budget. Returns the seconds of the requests."""
     from benchmarks.runs import recipe_for, run_quietly
     from pipeline.rundir import RunDir
 

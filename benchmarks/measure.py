@@ -52,8 +52,7 @@ def measured(function: Callable[..., Any], *arguments: Any) -> Measured:
 def _measure(function: Callable[..., Any], arguments: Sequence[Any]) -> Measured:
     started, cpu_s = time.perf_counter(), sum(os.times()[:4])
     value = function(*arguments)
-    seconds, cpu_s = time.perf_counter() - started, sum(os.times()[:4]) - cpu_s
-    return Measured(value, seconds, cpu_s, _peak_mib())
+    return Measured(value, time.perf_counter() - started, sum(os.times()[:4]) - cpu_s, _peak_mib())
 
 
 def _peak_mib() -> float:

@@ -4,8 +4,8 @@ datasketch: precision, recall, time and memory, side by side.
 5% of the stories are copies of another, with 5-15% of the characters changed. The truth is computed without the code
 under test: the exact Jaccard similarity of the sets of 3-grams of each copy and its original. A dropped row counts as
 right if it is at least as similar as the threshold to the row it was dropped for. Both sides read the same JSONL, in a
-process of their own, and write what they keep. datasketch is asked before each insertion, with the bands that it
-chooses for the threshold, and its candidates are checked by its own estimate.
+process of their own, and write what they keep. datasketch looks up each row before it inserts it, with the bands that
+it chooses for the threshold, and its candidates are checked by its own estimate.
 
 datasketch is for this benchmark only: `pip install datasketch`.
 """

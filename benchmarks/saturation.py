@@ -86,7 +86,7 @@ def through(recipe: Recipe, slots: int) -> Figures:
 def describe(found: dict[str, Figures]) -> str:
     """The table, and how `auto` compares with the best fixed number."""
     limit = found[OFFLINE]
-    rows = [("side", "tok/s", "R whole", "R steady", "client CPU ms per request")]
+    rows = [("side", "tok/s", "R whole", "R steady", "client CPU ms/request")]
     for side, one in found.items():
         name, cpu_ms = (OFFLINE, "-") if side == OFFLINE else (f"client, {side}", f"{one.cpu_ms:.2f}")
         ratios = f"{one.per_s / limit.per_s:.3f}", f"{limit.steady_s / one.steady_s:.3f}"

@@ -36,7 +36,7 @@ class Figures(NamedTuple):
 
 def main() -> None:
     options = flags(__doc__, **ENGINE, requests=20_000, concurrency="auto", processes="1,2", runs=3, bind=False)
-    rows: list[tuple[str, ...]] = [(*HEAD, "CPU ms per request")]
+    rows: list[tuple[str, ...]] = [(*HEAD, "CPU ms/request")]
     for processes in map(int, options.processes.split(",")):
         for level in options.concurrency.split(","):
             for step_ms in STEPS_MS if options.bind else (options.step_ms,):
