@@ -133,21 +133,21 @@ def agreement(texts: Iterable[tuple[str, str]], real: int) -> str:
 
 
 def completion(number: int, text: str, prompt: str, slots: Slots | None = None) -> Completion:
-<<<<<<< HEAD
-    fixed: dict[str, Any] = {"endpoint": "http://127.0.0.1:8000/v1", "model": "teacher", "finish_reason": "stop"}
-    fixed |= {"latency_s": 1.0, "attempts": 1, "created": "2026-01-01T00:00:00.000+00:00"}
-=======
     """A record with this text; all else is the same in each."""
->>>>>>> room/bench
     return Completion(
         id=f"{number:016x}",
         prompt_id=f"{number:016x}",
         messages=[Message("user", prompt)],
         slots=slots or {"character": "토끼 토토", "keywords": ["달", "비"]},
+        endpoint="http://127.0.0.1:8000/v1",
         sampling={"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": number},
         text=text,
+        finish_reason="stop",
+        model="teacher",
         usage=Usage(prompt_tokens=60, completion_tokens=200),
-        **fixed,
+        latency_s=1.0,
+        attempts=1,
+        created="2026-01-01T00:00:00.000+00:00",
     )
 
 
@@ -217,67 +217,6 @@ FAULTS: list[Change] = [  # of the workload
     lambda text, prompt, rng: _insert(text[:500], f"{rng.choice(BANNED)} ", rng),
     lambda text, prompt, rng: text[:300] + "같은 " * rng.randint(6, 20),
 ]
-<<<<<<< HEAD
-
-
-def speed(count: int, runs: int, seed: int, folder: Path | None) -> Iterator[str]:
-    """The stage against the reference loop."""
-    prompts = load_recipe(Path(__file__).parents[1] / "recipes" / "korean_stories.yaml").prompts
-    flagship = {name: values if isinstance(values, list) else values.from_ for name, values in prompts.slots.items()}
-    source = {"character": CHARACTERS, "keywords": KEYWORDS}
-    for name, template, slots, rules in (
-        ("the five rules, the source's prompt", TEMPLATE, source, RULES),
-        ("the five rules, the flagship's prompts", str(prompts.template), flagship, RULES),
-        ("all rules, the flagship's prompts", str(prompts.template), flagship, [*RULES, *FURTHER_RULES]),
-    ):
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            yield f"{name}:\n{_race(Path(place), workload(count, seed, template, slots), rules, runs)}"
-
-
-def recipe_of(rules: list[dict[str, Any]]) -> Recipe:
-    return Recipe(
-        name="five_rules",
-        teacher={"model": "teacher"},
-        prompts={"template": TEMPLATE, "count": 1, "slots": {"character": CHARACTERS, "keywords": KEYWORDS}},
-        filters={"rules": rules},
-    )
-
-
-def _race(place: Path, rows: Iterable[Completion], rules: list[dict[str, Any]], runs: int) -> str:
-    recipe, run = recipe_of(rules), RunDir(place)
-    with run.completions.open("wb") as file:
-        file.writelines(map(encode_line, rows))
-    command = [sys.executable, "-m", "benchmarks.chapter_filter", "--loop", str(run.completions)]
-    loop, ours = list[float](), list[float]()
-    for number in range(-1, runs):
-        for old in (run.kept, run.dropped):
-            old.unlink(missing_ok=True)
-        started = time.perf_counter()
-        report = filter_run(recipe, run, Path("recipe.yaml"))
-        seconds = time.perf_counter() - started
-        if number >= 0:
-            ours.append(seconds)
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            loop.append(float(done.stdout.split()[0]))
-    table = [
-        ("side", "rows/s"),
-        ("the reference loop, in memory", f"{report.rows / median(loop):,.0f}"),
-        ("filters, JSONL to JSONL", f"{report.rows / median(ours):,.0f}"),
-    ]
-    size = run.completions.stat().st_size >> 20
-    rate = f"{report.rows:,} rows, {size} MiB, {report.keep_rate:.0%} kept"
-    return f"{show(table)}\n{rate}: {median(loop) / median(ours):.2f} times the loop's speed"
-
-
-def reference_loop(completions: Path) -> tuple[float, int]:
-    """The seconds of one loop over all texts, the second time, and how many it keeps."""
-    texts = [(row.text, row.messages[-1].content) for row in read_jsonl(completions, Completion)]
-    for _ in range(2):
-        started = time.perf_counter()
-        kept = [text for text, prompt in texts if not chapter_reason(prompt, text)]
-        seconds = time.perf_counter() - started
-    return seconds, len(kept)
-=======
 CHANGES: list[Change] = [  # around the thresholds
     _resize,
     _other_script,
@@ -288,7 +227,6 @@ CHANGES: list[Change] = [  # around the thresholds
     lambda text, prompt, rng: normalize("NFD", text),
     lambda text, prompt, rng: text.replace(" ", rng.choice(["", "\n", "\t", "\u3000"])),
 ]
->>>>>>> room/bench
 
 
 if __name__ == "__main__":

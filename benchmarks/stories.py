@@ -1,15 +1,8 @@
-<<<<<<< HEAD
-"""Made-up Korean stories for the filters' benchmarks: no sense, but the statistics that count.
-
-Names, places and sentence patterns as the flagship's teacher uses them, over a vocabulary so large that two stories
-share little. Some stories follow one plot and differ in what fills it; some copy another, with edits.
-=======
 """Made-up Korean stories for `near_duplicates` and `chapter_filter`: no sense, but realistic statistics.
 
 Names, places and sentence patterns (stories.json) are as the flagship's teacher uses them, over a vocabulary so large
 that two stories share little. Some stories follow one plot word by word, and differ in the words that fill it. Some
 copy another, with edits.
->>>>>>> room/bench
 """
 
 import json
@@ -42,19 +35,11 @@ class Writer:
         self._slots = SLOTS | words
 
     def stories(self, count: int, copies: float) -> Iterator[Story]:
-<<<<<<< HEAD
-        """`count` stories; a share of them copies one of the others, 5-15% of the characters changed."""
-        originals = count - round(count * copies)
-        written: list[str] = []
-        for _ in range(originals):
-            written.append(self._filled(PLOT) if self._rng.random() < 0.2 else self._free())
-=======
         """So many stories; the share `copies` of them copies one of the others, 5-15% of the characters changed."""
         originals = count - round(count * copies)
         written: list[str] = []
         for _ in range(originals):
             written.append(self._filled(TEXTS["plot"]) if self._rng.random() < 0.2 else self._free())
->>>>>>> room/bench
             yield Story(written[-1], None)
         for original in self._rng.sample(range(originals), count - originals):
             yield Story(self._edited(written[original]), original)
@@ -63,20 +48,7 @@ class Writer:
         return ["".join(self._rng.choices(SYLLABLES, k=self._rng.randint(shortest, longest))) for _ in range(count)]
 
     def _filled(self, pattern: str) -> str:
-<<<<<<< HEAD
-        pick = self._rng.choice
-        return pattern.format(
-            name=pick(NAMES),
-            place=pick(PLACES),
-            opening=pick(OPENINGS),
-            closing=pick(CLOSINGS),
-            **{slot: pick(self._nouns) for slot in "nmk"},
-            **{slot: pick(self._adjectives) for slot in "ab"},
-            **{slot: pick(self._verbs) for slot in "vw"},
-        )
-=======
         return pattern.format(**{slot: self._rng.choice(words) for slot, words in self._slots.items()})
->>>>>>> room/bench
 
     def _free(self) -> str:
         patterns = self._rng.choices(TEXTS["patterns"], k=self._rng.randint(6, 12))
