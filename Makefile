@@ -14,68 +14,68 @@ TRAIN := .venv/.ready-train
 REVIEW := .venv/.ready-review
 DEV := .venv/.ready-dev
 
-.PHONY: help setup serve generate filter review train export push evaluate report check-run experiment chain demo bench bench-endpoint check test test-fast clean
+.PHONY: help demo setup serve generate filter review train evaluate report check-run chain experiment export push bench bench-endpoint test test-fast check clean
 
-help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+help:  ## this list, in the order of use
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
 
-setup: $(BASE) $(TRAIN) $(SERVE) $(DEV)  ## everything, into .venv, once
+demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine, small: no GPU, no model hub (about 10 minutes)
+	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(RUN)) $(ARGS)
 
-serve: $(SERVE)  ## the recipe's teacher, behind an OpenAI-compatible endpoint (ARGS="any vLLM flags")
+setup: $(BASE) $(TRAIN) $(SERVE) $(DEV)  ## everything that the targets below need, into .venv (each target also does its own part by itself)
+
+serve: $(SERVE)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags")
 	@exec $(PY) -m serve $(COMMON) $(if $(ARGS),--args="$(ARGS)")
 
-generate: $(BASE)  ## prompts to the teacher, answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…)
+generate: $(BASE)  ## ask the teacher; answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…)
 	@exec $(PY) -m generate $(COMMON) $(ARGS)
 
-filter: $(BASE)  ## answers worth learning from to kept.jsonl, the others to dropped.jsonl
+filter: $(BASE)  ## answers worth learning from to kept.jsonl, the others with their reasons to dropped.jsonl
 	@exec $(PY) -m filters $(COMMON) $(ARGS)
 
-review: $(REVIEW)  ## a local page: judge a blind sample yourself, see how far the filters agree (ARGS="--sample 100")
+review: $(REVIEW)  ## judge a blind sample yourself on a local page; shows how far the filters agree (ARGS="--sample 100")
 	@exec $(PY) -m filters.review $(COMMON) $(ARGS)
 
-train: $(TRAIN)  ## the student, on kept.jsonl
+train: $(TRAIN)  ## train the student on kept.jsonl
 	@exec $(PY) -m train $(COMMON) $(ARGS)
+
+evaluate: $(TRAIN) $(SERVE)  ## measure teacher, student before and student after: quality, speed, memory
+	@exec $(PY) -m evaluate $(COMMON) $(ARGS)
+
+report: $(TRAIN)  ## write report.html again from report.json
+	@exec $(PY) -m evaluate $(COMMON) --report-only $(ARGS)
+
+check-run: $(BASE)  ## hold a run, at any stage, against the checklist of a good run (ARGS=--strict: unknown points fail too)
+	@exec $(PY) -m evaluate.report.checklist $(COMMON) $(ARGS)
+
+chain: $(TRAIN) $(SERVE)  ## all stages of one recipe in turn: serve, generate, filter, train, evaluate
+	@exec $(PY) -m chain $(COMMON) $(ARGS)
+
+experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|thousand (docs/experiments.md)
+	@exec $(PY) -m experiments $(EXP) $(COMMON) $(ARGS)
 
 export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --dataset")
 	@exec $(PY) -m train.publish.export $(COMMON) $(ARGS)
 
-push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, and HF_TOKEN in the environment (ARGS="--merged --dataset")
+push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, HF_TOKEN in the environment (ARGS="--merged --dataset")
 	@exec $(PY) -m train.publish.export $(COMMON) --push "$(REPO)" $(ARGS)
-
-evaluate: $(TRAIN) $(SERVE)  ## teacher, student before and after: quality, speed, memory
-	@exec $(PY) -m evaluate $(COMMON) $(ARGS)
-
-report: $(TRAIN)  ## report.html again, from report.json
-	@exec $(PY) -m evaluate $(COMMON) --report-only $(ARGS)
-
-check-run: $(BASE)  ## the checklist of a good run, on RUN at any stage (ARGS=--strict: an unknown point fails too)
-	@exec $(PY) -m evaluate.report.checklist $(COMMON) $(ARGS)
-
-experiment: $(TRAIN) $(SERVE)  ## EXP=keep-rate|teachers|human|soft|thousand: its arms as runs, one table, one plot (docs/experiments.md)
-	@exec $(PY) -m experiments $(EXP) $(COMMON) $(ARGS)
-
-chain: $(TRAIN) $(SERVE)  ## all of it for one recipe: serve, generate, filter, train, evaluate
-	@exec $(PY) -m chain $(COMMON) $(ARGS)
-
-demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine: no GPU, no model hub
-	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(RUN)) $(ARGS)
 
 bench: $(TRAIN) $(SERVE)  ## throughput of generation on this machine, against its limits (half an hour; docs/benchmarks.md)
 	@$(PY) -m benchmarks.client && $(PY) -m benchmarks.simulated && $(PY) -m benchmarks.saturation && $(PY) -m benchmarks.chapter
 
-bench-endpoint: $(BASE)  ## the recipe's endpoint at rising concurrency: tok/s, time to first token, latency
+bench-endpoint: $(BASE)  ## the recipe's endpoint at rising concurrency: tokens/s, time to first token, latency
 	@exec $(PY) -m benchmarks.endpoint $(COMMON) $(ARGS)
 
-check: $(TRAIN) $(SERVE) $(DEV)  ## lint, format, types
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-
-test: $(TRAIN) $(SERVE) $(DEV)  ## all tests, the real chain included
+test: $(TRAIN) $(SERVE) $(DEV)  ## all tests; the slow ones run a real server and train a real student (about 15 minutes)
 	@$(PY) -m pytest $(ARGS)
 
 test-fast: $(TRAIN) $(DEV)  ## the tests that need no real server or model
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
-clean:  ## removes .venv and caches; never a run
+check: $(TRAIN) $(SERVE) $(DEV)  ## lint, format, types
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+clean:  ## remove .venv and caches; never a run
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
 .venv/.ready-%: pyproject.toml constraints.txt

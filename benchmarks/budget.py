@@ -59,7 +59,6 @@ def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bo
     """One run; True if the budget ended it."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
-            _cli_parse_args=[],
             name="budget",
             teacher={"model": MODEL, "base_url": url, "price": {"input": INPUT_USD, "output": OUTPUT_USD}},
             prompts={

@@ -89,7 +89,6 @@ def ours(recipe: Recipe) -> float:
 def recipe_for(url: str, model: str, prompts: int, max_tokens: int) -> Recipe:
     """So many prompts, sampled as the chapter does."""
     return Recipe(
-        _cli_parse_args=[],
         name="chapter",
         teacher={"model": model, "base_url": url},
         prompts=numbered_prompts(prompts),

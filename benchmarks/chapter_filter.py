@@ -226,7 +226,6 @@ def speed(count: int, runs: int, seed: int, folder: Path | None) -> Iterator[str
 
 def recipe_of(rules: list[dict[str, Any]]) -> Recipe:
     return Recipe(
-        _cli_parse_args=[],
         name="chapter",
         teacher={"model": "teacher"},
         prompts={"template": TEMPLATE, "count": 1, "slots": {"character": CHARACTERS, "keywords": KEYWORDS}},

@@ -53,7 +53,6 @@ def ours(url: str, requests: int, in_flight: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
-            _cli_parse_args=[],
             name="bench",
             teacher={"model": MODEL, "base_url": url, "price": {"input": 0.1, "output": 0.4}},
             prompts={"file": write_questions(Path(folder) / "questions.jsonl", requests)},

@@ -20,11 +20,11 @@ import msgspec
 
 from benchmarks.plot import line_chart
 from benchmarks.table import show
-from generate.asking import run_loop
 from generate.client import Client, check_teacher, no_endpoint
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import Job, build_jobs
+from generate.online import run_loop
 from generate.prompts import iter_prompts
 from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -74,7 +74,7 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
     bodies = itertools.cycle([dialect.body(job) for job in itertools.islice(_jobs(recipe), 2000)])
     async with Client(recipe.teacher, recipe.teacher.url) as client:
         if why := await client.check_reachable():
-            raise no_endpoint(client.url, why)
+            raise no_endpoint(recipe.teacher, client.url, why)
     timeout_s = recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
     async with streaming_session(recipe.teacher, timeout_s) as session:
         for concurrency in levels:

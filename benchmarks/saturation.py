@@ -121,7 +121,6 @@ def once(server: Server, options: argparse.Namespace, concurrency: str, *, promp
 def recipe_for(server: Server, options: argparse.Namespace, concurrency: str, prompts: int) -> Recipe:
     """A recipe of so many prompts, each answered with the same number of tokens."""
     return Recipe(
-        _cli_parse_args=[],
         name="saturation",
         teacher={"model": server.served_name, "base_url": server.base_url},
         prompts=numbered_prompts(prompts),

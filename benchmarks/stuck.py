@@ -42,7 +42,6 @@ def once(url: str, options: argparse.Namespace, stuck: bool) -> float:
         names[options.requests // 3] = "stuck"
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
-            _cli_parse_args=[],
             name="stuck",
             teacher={"model": MODEL, "base_url": url},
             prompts={

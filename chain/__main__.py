@@ -6,6 +6,7 @@ same command goes on after an interrupt.
 """
 
 import time
+from contextlib import nullcontext
 
 from chain.stages import REQUESTS_FAILED, stage, teacher
 from generate.run import pending
@@ -19,14 +20,11 @@ def main(argv: list[str] | None = None) -> None:
     if recipe.student is None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
     started = time.monotonic()
-    requests_failed = False
 
     heading(1, f"generate: {recipe.teacher.model} answers")
-    if pending(recipe, run):
-        with teacher(recipe, run):
-            requests_failed = stage("generate", run, options.recipe, options.flags) == REQUESTS_FAILED
-    else:
-        print(f"{run.completions}: every prompt is answered or has failed for good")
+    # A server takes a minute to start: only where there is something to ask it.
+    with teacher(recipe, run) if pending(recipe, run) else nullcontext():
+        code = stage("generate", run, options.recipe, options.flags)
     heading(2, "filters: what is worth learning from")
     stage("filters", run, options.recipe, options.flags)
     heading(3, f"train: {recipe.student.model} learns")
@@ -36,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds} s. The report: {run.report_html}", flush=True)
-    if requests_failed:
+    if code == REQUESTS_FAILED:
         raise RequestsFailed(f"some requests failed for good; see {run.failures}")
 
 

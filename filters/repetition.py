@@ -51,8 +51,11 @@ def repetition(answer: Answer, settings: RepetitionSettings) -> Reason | None:
 
 
 def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
-    units = _units(text)
+    units = text.split()
     lengths = list(map(len, units))
+    if max(lengths, default=0) > LONGEST_WORD:
+        units = [unit for word in units for unit in (word if len(word) > LONGEST_WORD else [word])]
+        lengths = list(map(len, units))
     total, longest, repeats = sum(lengths), max(lengths, default=0), _Repeats(units)
     for n, limit in settings.top_ngrams.items():
         counts = Counter(repeats.of(n).values())
@@ -108,6 +111,8 @@ def _first_places(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
 def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
     sentences = [part for found in _SENTENCE.findall(text) if len(part := found.strip()) >= SHORTEST_SENTENCE]
     paragraphs = [part for part in _PARAGRAPHS.split(text.strip()) if part] if "\n" in text else []
+    if len(set(sentences)) == len(sentences) and len(set(paragraphs)) == len(paragraphs):
+        return None
     for name, parts, limit, char_limit in (
         ("sentence", sentences, settings.duplicate_sentences, settings.duplicate_sentence_chars),
         ("paragraph", paragraphs, settings.duplicate_paragraphs, settings.duplicate_paragraph_chars),
@@ -128,17 +133,6 @@ def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
     return None
 
 
-def _units(text: str) -> list[str]:
-    """Words; the characters of a run that is too long to be one."""
-    words = text.split()
-    if max(map(len, words), default=0) <= LONGEST_WORD:
-        return words
-    units: list[str] = []
-    for word in words:
-        units.extend(word if len(word) > LONGEST_WORD else [word])
-    return units
-
-
 def _chars_again(again: dict[int, int], n: int, lengths: list[int]) -> int:
     """Characters of the n-grams that were there before, none counted twice."""
     seen: set[int] = set()
@@ -153,8 +147,6 @@ def _chars_again(again: dict[int, int], n: int, lengths: list[int]) -> int:
 
 
 def _later_occurrences(parts: list[Part]) -> list[Part]:
-    if len(set(parts)) == len(parts):
-        return []
     seen: set[Part] = set()
     again = []
     for part in parts:

@@ -41,5 +41,5 @@ def character_class(*scripts: str) -> str:
 
 def count_script(text: str, script: str) -> int:
     """How many characters of a text belong to the script."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    return sum(int(np.count_nonzero((first <= codes) & (codes <= last))) for first, last in SCRIPTS[script])
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)  # what is under `first` wraps around
+    return sum(int(np.count_nonzero(codes - np.uint32(first) <= last - first)) for first, last in SCRIPTS[script])

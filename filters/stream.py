@@ -3,6 +3,7 @@
 Memory stays flat: a process holds the result of one block. What is done with the lines is the caller's.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -98,6 +99,7 @@ def _worker(path: Path, spans: list[Span], work: Work[Result], sender: Connectio
     """Sends the result of each of its blocks, and waits until it is read. Ends by itself when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.disable()  # rows hold no cycles, and a collection would look at all of a block's
     try:
         with path.open("rb") as file:
             for start, stop in spans:

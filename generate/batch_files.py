@@ -1,13 +1,13 @@
-"""The files of a run's batches: what goes in, what comes out, and what is known of each. No network.
+"""The files of a run's batches: requests, answers, and the state of each batch. No network.
 
-    batches/state.json          which parts there are, and how far each is
-    batches/001.input.jsonl     a part's requests, as OpenAI's Batch API and `vllm run-batch` read them
+    batches/state.json          the chunks, and how far each is
+    batches/001.input.jsonl     a chunk's requests, as OpenAI's Batch API and `vllm run-batch` read them
     batches/001.output.jsonl    its answers, as they were downloaded
 
-Everything appears by rename, so a killed process leaves the old state or the new one.
+Every file appears by rename, so a killed process leaves the old state or the new one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,18 +15,18 @@ from uuid import uuid4
 import msgspec
 
 from generate.jobs import Job
-from generate.verdict import Answer, CallFailed, Transient, read_answer, read_error
+from generate.reply import Answer, Fault, read_answer, read_error
 from pipeline.errors import DataError
 from pipeline.records import read_jsonl
 from pipeline.rundir import replacing
 
-MOST_REQUESTS = 50_000  # a file (OpenAI, "Batch API", rate limits)
+MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
-PATH = "/v1/chat/completions"
+PATH = b"/v1/chat/completions"
 
 
-class Part(msgspec.Struct, kw_only=True):
-    """One batch: a file of requests, and how far it is."""
+class Chunk(msgspec.Struct, kw_only=True):
+    """A file of requests that becomes one batch, and how far it is."""
 
     name: str  # 001, 002, …
     file_id: str | None = None  # once it is uploaded
@@ -36,17 +36,17 @@ class Part(msgspec.Struct, kw_only=True):
 
 
 class State(msgspec.Struct, kw_only=True):
-    """All of a run's batches."""
+    """All of a run's chunks."""
 
     key: str  # tells this run's batches from others of the same account
-    parts: list[Part] = []
+    chunks: list[Chunk] = msgspec.field(name="parts", default_factory=list)
 
 
 class Folder:
     """The run's `batches/`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError if the state is there and cannot be read."""
+        """Raises DataError if the state exists and cannot be read."""
         self.path, self._file = path, path / "state.json"
         path.mkdir(parents=True, exist_ok=True)
         try:
@@ -55,43 +55,43 @@ class Folder:
             self.state = State(key=uuid4().hex)
         except msgspec.DecodeError as error:
             raise DataError(
-                f"{self._file}: {error}; it says which batches are under way: fix it, or move {path} away to ask anew"
+                f"{self._file}: {error}; it says which batches are under way: fix it, or move {path} away to ask again"
             ) from None
 
     @property
-    def live(self) -> list[Part]:
-        """Parts that are not collected yet."""
-        return [part for part in self.state.parts if not part.collected]
+    def live(self) -> list[Chunk]:
+        """The chunks that are not collected yet."""
+        return [chunk for chunk in self.state.chunks if not chunk.collected]
 
     def save(self) -> None:
         with replacing(self._file) as file:
             file.write(msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
 
-    def input(self, part: Part) -> Path:
-        return self.path / f"{part.name}.input.jsonl"
+    def input(self, chunk: Chunk) -> Path:
+        return self.path / f"{chunk.name}.input.jsonl"
 
-    def output(self, part: Part, kind: str) -> Path:
-        return self.path / f"{part.name}.{kind}.jsonl"
+    def output(self, chunk: Chunk, kind: str) -> Path:
+        return self.path / f"{chunk.name}.{kind}.jsonl"
 
-    def ids(self, part: Part) -> Iterator[str]:
-        """The requests of a part."""
-        return (line.custom_id for line in read_jsonl(self.input(part), _Input))
+    def ids(self, chunk: Chunk) -> Iterator[str]:
+        """The ids of a chunk's requests."""
+        return (line.custom_id for line in read_jsonl(self.input(chunk), _Input))
 
-    def sent(self, part: Part) -> dict[str, dict[str, Any]]:
-        """The sampling values that each request of a part went out with, by its id."""
+    def sent(self, chunk: Chunk) -> dict[str, dict[str, Any]]:
+        """The sampling values that each request of a chunk went out with, by its id."""
         return {
             line.custom_id: {name: value for name, value in line.body.items() if name not in ("model", "messages")}
-            for line in read_jsonl(self.input(part), _Input)
+            for line in read_jsonl(self.input(chunk), _Input)
         }
 
-    def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Part]:
-        """Writes the requests as parts, streamed; they are in the state when this returns."""
-        parts: list[Part] = []
+    def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Chunk]:
+        """Writes the requests as chunks, streamed. The chunks are in the state when this returns."""
+        chunks: list[Chunk] = []
         left = iter(jobs)
         first = next(left, None)
         while first is not None:
-            part = Part(name=f"{len(self.state.parts) + len(parts) + 1:03}")
-            with replacing(self.input(part)) as file:
+            chunk = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}")
+            with replacing(self.input(chunk)) as file:
                 count = size = 0
                 while first is not None:
                     line = input_line(*first)
@@ -100,10 +100,10 @@ class Folder:
                     file.write(line)
                     count, size = count + 1, size + len(line)
                     first = next(left, None)
-            parts.append(part)
-        self.state.parts += parts
+            chunks.append(chunk)
+        self.state.chunks += chunks
         self.save()
-        return parts
+        return chunks
 
 
 class _Input(msgspec.Struct):
@@ -128,33 +128,29 @@ class _Output(msgspec.Struct):
 
 
 def input_line(job: Job, body: bytes) -> bytes:
-    """A request as one line of a batch file; its body is the very one that would be sent."""
-    return b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (
-        job.request.id.encode(),
-        PATH.encode(),
-        body,
-    )
+    """A request as one line of a batch file, with the body that would be sent online."""
+    return b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (job.request.id.encode(), PATH, body)
 
 
-def read_output(path: Path) -> Iterator[tuple[str, Answer | CallFailed]]:
-    """What became of each request in a batch's output or error file. Raises DataError `path:line: reason`."""
-    return ((output.custom_id, _outcome(output)) for output in read_jsonl(path, _Output))
+def read_output(path: Path, words: Callable[[str], str]) -> Iterator[tuple[str, Answer | Fault]]:
+    """What became of each request in a batch's output or error file. Raises DataError `path:line: reason`.
+
+    `words` shortens what the provider said and hides secrets in it.
+    """
+    return ((output.custom_id, _outcome(output, words)) for output in read_jsonl(path, _Output))
 
 
 def output_ids(path: Path) -> set[str]:
-    """The requests of such a file. Raises DataError as `read_output` does."""
+    """The ids of the requests in such a file. Raises DataError as `read_output` does."""
     return {output.custom_id for output in read_jsonl(path, _Output)}
 
 
-def _outcome(output: _Output) -> Answer | CallFailed:
+def _outcome(output: _Output, words: Callable[[str], str]) -> Answer | Fault:
     response, error = output.response, output.error
     if response is None or (error is not None and (error.code or error.message)):
         code = (error.code if error else None) or "no_response"
-        return Transient(code, (error.message if error else None) or "the batch ended without an answer to it")
+        return Fault(words(code), words((error and error.message) or "the batch ended without an answer to it"))
     body = bytes(response.body)
     if response.status_code != 200:
-        return read_error(response.status_code, body, {})
-    try:
-        return read_answer(body)
-    except CallFailed as failed:
-        return failed
+        return read_error(response.status_code, body, {}, words)
+    return read_answer(body, words)

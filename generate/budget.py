@@ -1,49 +1,43 @@
-"""What a run may spend, and what it has: a hard limit in USD, in tokens, or both.
+"""What a run may spend: a hard limit in USD, in tokens, or both. What it has spent is in generate.spending.
 
-A request that goes out reserves the most that it can cost: a token for each byte of its body (no byte-level tokenizer
-makes more), what a chat template adds, and `max_tokens`. The answer's `usage` settles it. An attempt that may have been
-worked for and says nothing of it (a timeout, a cut body, no `usage`) stays charged in full. So what is spent and what
-is in flight never pass the budget together, whatever the timing. Only a server that counts more than was reserved (some
-think beyond `max_tokens`) can: from then on every request reserves that much more. Reads and writes `spend.json` in the
-run directory: what the journals do not know, so that a killed run's requests in flight count, too.
-
-Money is counted in whole pico-dollars: sums are exact.
+A request that goes out reserves the most that it can cost: one token for each byte of its body (no byte-level tokenizer
+makes more), what a chat template adds, and `max_tokens`. The answer's `usage` settles it. An attempt that the server
+may have worked on, and that reports no `usage` (a timeout, a cut body), stays charged in full. So spending and requests
+in flight together never pass the budget, whatever the timing. One thing can pass it: a server that counts more tokens
+than were reserved (some models think beyond `max_tokens`). From then on every request reserves that much more.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
-from generate.jobs import WHOLE, Share
+from generate.jobs import WHOLE, Partition
 from generate.journal import Contents
-from generate.prices import PICO, Price, price_of
+from generate.prices import PICO, Price
+from generate.spending import (
+    Account,
+    Spend,
+    account_of,
+    known_price,
+    read_account,
+    spent_so_far,
+    write_account,
+)
 from generate.tokens import bound
-from pipeline.errors import BudgetReached, DataError, RecipeError
+from pipeline.errors import BudgetReached
 from pipeline.recipe import BudgetConfig, Recipe
 from pipeline.records import Usage
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir
 
-ROOM = 150  # percent: how far ahead the file is of what is in flight
+AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
 
 
 class Reservation(NamedTuple):
-    """What a request in flight can cost at most: tokens, and pico-dollars."""
+    """The most that a request in flight can cost: tokens and pico-dollars."""
 
     prompt_tokens: int
     tokens: int
     cost: int
-    margins: tuple[int, int] = (0, 0)  # of it: beyond the prompt's bound, and beyond max_tokens
-
-
-class Spend(msgspec.Struct, frozen=True):
-    """Tokens, and pico-dollars."""
-
-    tokens: int = 0
-    cost: int = 0
-
-    def plus(self, other: "Spend | Reservation", sign: int = 1) -> "Spend":
-        return Spend(self.tokens + sign * other.tokens, self.cost + sign * other.cost)
+    margins: tuple[int, int] = (0, 0)  # included in `tokens`: beyond the prompt's bound, and beyond max_tokens
 
 
 FREE = Reservation(0, 0, 0)
@@ -53,39 +47,40 @@ class Budget:
     """The budget of one process of a run."""
 
     def __init__(
-        self, config: BudgetConfig, price: Price | None, spent: Spend, *, file: Path | None = None, share: Share = WHOLE
+        self,
+        config: BudgetConfig,
+        price: Price | None,
+        spent: Spend,
+        *,
+        file: Path | None = None,
+        partition: Partition = WHOLE,
     ) -> None:
-        """`spent` is what earlier calls spent in all; what is left of the budget is divided by `share`."""
-        self._config, self._price, self._file, self._before = config, price, file, spent
-        self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // share.of
-        self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // share.of
+        """`spent` is what earlier calls spent in all; each partition has its part of the rest. `file`: its account."""
+        self._config, self._price, self._before, self._file = config, price, spent, file
+        self._account = read_account(file) if file else Account()
+        self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
+        self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
         self._counts = price is not None or config.tokens is not None
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
         self._refused = FREE  # what the last request that did not fit could have cost
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
-        self._unsaid = _read(file) if file else Spend()  # of this file, of all calls: what the journals do not say
-        self._saved = self._unsaid
+        self._unsaid = self._account.unsaid
 
     @classmethod
-    def open(cls, recipe: Recipe, run: RunDir, found: Contents, share: Share = WHOLE) -> "Budget":
-        """The budget of a run that has spent what its journal and its `spend*.json` say.
+    def open(cls, recipe: Recipe, run: RunDir, found: Contents, partition: Partition = WHOLE) -> "Budget":
+        """The budget of a run whose journal holds `found`. Records in `spend.json` what that has cost.
 
-        Raises RecipeError where the price is not known, DataError where a file is no spend.
+        Raises RecipeError if budget.usd is set and the price is not known, DataError if a spend file cannot be read.
         """
-        config, price = recipe.budget, price_of(recipe.teacher, recipe.generate.mode)
-        if config.usd is not None and price is None:
-            raise RecipeError(
-                f"budget.usd is {config.usd:g}, but what {recipe.teacher.model} costs is not known: set "
-                "teacher.price: {input: …, output: …}, in USD a million tokens"
-            )
-        spent = _spend(price, found.prompt_tokens, found.completion_tokens)
-        for file in sorted(run.path.glob("spend*.json")):
-            spent = spent.plus(_read(file))
-        name = "spend.json" if share.of == 1 else f"spend-{share.part}.json"
-        return cls(config, price, spent, file=run.path / name, share=share)
+        price, spent, whole = known_price(recipe), spent_so_far(recipe, run, found), partition.of == 1
+        file = run.path / ("spend.json" if whole else f"spend-{partition.part}.json")
+        budget = cls(recipe.budget, price, spent, file=file, partition=partition)
+        if whole and (budget._counts or file.exists()):  # one of several processes leaves that to the first
+            budget._write(account_of(run, found, price))
+        return budget
 
     def reserve(self, body_bytes: int, max_tokens: int) -> Reservation | None:
-        """Takes what a request can cost at most; None if that could pass the budget."""
+        """Takes the most that a request can cost; None if that could pass the budget."""
         if not self._counts:
             return FREE
         prompt_tokens = bound(body_bytes) + self._margins[0]
@@ -97,17 +92,17 @@ class Budget:
             self._refused = reservation
             return None
         self._reserved = self._reserved.plus(most)
-        self._promise()
+        self._cover()
         return reservation
 
     def settle(self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: bool) -> None:
-        """Puts what an attempt really cost in place of what it reserved: in full where that is not known.
+        """Replaces a reservation by what the attempt really cost; without a full `usage` it stays charged in full.
 
-        `journaled` is whether completions.jsonl says it.
+        `journaled` is whether completions.jsonl holds this usage.
         """
         if not self._counts:
             return
-        self._reserved = self._reserved.plus(reservation, -1)
+        self._reserved = self._reserved.plus(Spend(reservation.tokens, reservation.cost), -1)
         if not billed:
             return
         if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
@@ -122,11 +117,9 @@ class Budget:
 
     def _learn(self, reservation: Reservation, prompt_tokens: int, completion_tokens: int) -> None:
         """Raises the margins to what this answer would have needed."""
-        beyond = (
-            prompt_tokens - reservation.prompt_tokens,
-            completion_tokens - (reservation.tokens - reservation.prompt_tokens),
-        )
-        prompt, completion = (had + more for had, more in zip(reservation.margins, beyond, strict=True))
+        most_prompt, most_completion = reservation.prompt_tokens, reservation.tokens - reservation.prompt_tokens
+        prompt = reservation.margins[0] + prompt_tokens - most_prompt
+        completion = reservation.margins[1] + completion_tokens - most_completion
         self._margins = max(self._margins[0], prompt), max(self._margins[1], completion)
 
     @property
@@ -150,20 +143,23 @@ class Budget:
         )
 
     def save(self) -> None:
-        """Writes what the journals do not say, to the token: the run has ended, or nothing is in flight."""
-        self._write(self._unsaid.plus(self._reserved))
+        """Writes exactly what the journal does not say: the run has ended, or nothing is in flight."""
+        self._write_unsaid(self._unsaid.plus(self._reserved))
 
-    def _promise(self) -> None:
-        """Keeps the file at or above what a run that is killed now may have cost; with some room, to write seldom."""
-        open_ = self._unsaid.plus(self._reserved)
-        if open_.tokens > self._saved.tokens or open_.cost > self._saved.cost:
-            self._write(Spend(open_.tokens * ROOM // 100, open_.cost * ROOM // 100))
+    def _cover(self) -> None:
+        """Keeps the file at or above what a run that is killed now may have cost."""
+        most, saved = self._unsaid.plus(self._reserved), self._account.unsaid
+        if most.tokens > saved.tokens or most.cost > saved.cost:
+            self._write_unsaid(Spend(most.tokens * AHEAD // 100, most.cost * AHEAD // 100))
 
-    def _write(self, unsaid: Spend) -> None:
-        if self._file and self._counts and unsaid != self._saved:
-            with replacing(self._file) as file:
-                file.write(msgspec.json.encode(unsaid) + b"\n")
-            self._saved = unsaid
+    def _write_unsaid(self, unsaid: Spend) -> None:
+        if self._counts:
+            self._write(self._account.with_unsaid(unsaid))
+
+    def _write(self, account: Account) -> None:
+        if self._file and account != self._account:
+            write_account(self._file, account)
+        self._account = account
 
 
 def _spend(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Spend:
@@ -172,12 +168,3 @@ def _spend(price: Price | None, prompt_tokens: int, completion_tokens: int) -> S
 
 def _usage(price: Price | None, usage: Usage) -> Spend:
     return _spend(price, usage.prompt_tokens or 0, usage.completion_tokens or 0)
-
-
-def _read(file: Path) -> Spend:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Spend)
-    except FileNotFoundError:
-        return Spend()
-    except msgspec.DecodeError as error:
-        raise DataError(f"{file}: {error}; without it the budget cannot be kept") from None

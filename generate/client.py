@@ -1,10 +1,11 @@
-"""Sends requests to one endpoint and returns its answers, or what went wrong with them (generate.verdict).
+"""Sends requests to one endpoint and returns what came of them: answers and faults (generate.reply).
 
-HTTP only: retries nothing, limits nothing (generate.endpoint and generate.loop do). On aiohttp itself and uvloop,
-not on the openai package: that package spends 0.7 ms and more on each request (measured by `python -m
-benchmarks.client`; docs/benchmarks.md has the figures), which is what a client that must keep hundreds of requests in
-flight cannot spare. The package's part is the Batch API (generate.batch). Bodies go out as bytes that were built once,
-answers are decoded once. aiohttp's hidden limits (100 connections, 300 s) are all set here.
+HTTP only: it retries nothing and limits nothing (generate.loop and generate.endpoint do). It uses aiohttp and uvloop
+instead of the openai package, which spends 0.7 ms and more per request (`python -m benchmarks.client` measures it;
+docs/benchmarks.md has the figures): too much for a client that keeps hundreds of requests in flight. The package is
+used for the Batch API (generate.batch). Bodies go out as bytes that were built once; answers are decoded once.
+aiohttp's hidden limits (100 connections, 300 s) are all set here. Every message that leaves this module went through
+the teacher's Redactor.
 """
 
 import asyncio
@@ -17,14 +18,15 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from generate.verdict import Answer, CallFailed, Rejected, Transient, read_answer, read_error, shortened
-from pipeline.address import proxy_of
+from generate.reply import Answer, Fault, read_answer, read_error, shortened
+from pipeline.address import VARIABLE, Redactor, is_private, proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.lineage import versions
 from pipeline.recipe import TeacherConfig
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
+MOST_BYTES = 64 << 20  # of a reply: a longer one is no answer to a chat request
 KEEPALIVE_S = 4.0  # vLLM closes an idle connection after 5: close first, so that none dies under a request
 
 
@@ -44,7 +46,8 @@ class Client:
     ) -> None:
         """`on_headers` is shown the headers of every reply."""
         self.url = url
-        self._key_env, self._key, self._on_headers = teacher.api_key_env, teacher.api_key(), on_headers
+        self.key = f"{teacher.api_key_env} {'holds a key that it refuses' if teacher.api_key() else 'is not set'}"
+        self._on_headers, self._redacted = on_headers, Redactor.of(teacher)
         self._chat = URL(f"{url}/chat/completions").update_query(teacher.query)
         self._models = URL(f"{url}/models").update_query(teacher.query)
         self._metrics = URL(f"{url.removesuffix('/v1')}/metrics")
@@ -62,22 +65,24 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def ask(self, body: bytes, timeout_s: float) -> Answer:
-        """Sends one chat request and returns its answer within `timeout_s`. Raises Transient, Refused or Rejected."""
+    async def complete(self, body: bytes, timeout_s: float) -> Answer | Fault:
+        """Sends one chat request and returns its answer, or what came in its place, within `timeout_s`."""
         try:
             # A timeout of the transport would start again with every byte.
             async with (
                 asyncio.timeout(timeout_s),
                 self._session.post(self._chat, data=body, allow_redirects=False) as response,
             ):
-                said = await response.read()
+                said = await _read(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._explain(error, timeout_s) from None
+            return read_exception(error, timeout_s, self._words)
+        if said is None:
+            return Fault("too_large", f"the reply is longer than {MOST_BYTES:,} bytes", response.status)
         if self._on_headers:
             self._on_headers(response.headers)
         if 200 <= response.status < 300:
             return read_answer(said, self._words)
-        raise self._located(read_error(response.status, said, response.headers, self._words))
+        return read_error(response.status, said, response.headers, self._words)
 
     async def check_reachable(self) -> str | None:
         """None when something answers at the URL, whatever it says; else why nothing does."""
@@ -86,20 +91,23 @@ class Client:
                 asyncio.timeout(PROBE_TIMEOUT_S),
                 self._session.get(self._models, allow_redirects=False) as response,
             ):
-                await response.read()
+                await _read(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            failed = self._explain(error, PROBE_TIMEOUT_S)
-            if failed.error == "unreachable":
-                return failed.message
+            fault = read_exception(error, PROBE_TIMEOUT_S, self._words)
+            if fault.error == "unreachable":
+                return fault.message
         return None
 
-    async def models(self) -> list[str]:
-        """The models that the endpoint lists; none where it lists none."""
+    async def describe_models(self) -> str:
+        """What the endpoint lists as its models, as the end of a message."""
         said = await self._get(self._models)
         try:
-            return [model.id for model in msgspec.json.decode(said or b"", type=_Listing).data]
+            names = [model.id for model in msgspec.json.decode(said or b"", type=_Listing).data]
         except (msgspec.DecodeError, UnicodeDecodeError):
-            return []
+            names = []
+        if not names:
+            return "; it lists no models: check teacher.base_url"
+        return f"; it lists {self._words(', '.join(names))}: set teacher.model to one of them"
 
     async def metrics(self) -> str | None:
         """What the server says at `/metrics`; None where it says nothing."""
@@ -109,39 +117,39 @@ class Client:
     async def _get(self, url: URL) -> bytes | None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S), self._session.get(url, allow_redirects=False) as response:
-                said = await response.read()
+                said = await _read(response)
         except (aiohttp.ClientError, TimeoutError, OSError):
             return None
         return said if response.status == 200 else None
 
-    def _located(self, failed: CallFailed) -> CallFailed:
-        """Adds to an error that ends the run where it came from and what fixes it."""
-        if not isinstance(failed, Rejected):
-            return failed
-        if failed.error == "insufficient_quota":
-            message = f"{self.url}: the quota is used up ({failed.message}); top it up"
-        elif failed.error == "unauthorized":
-            state = "holds a key that it refuses" if self._key else "is not set"
-            message = f"{self.url} answers {failed.status} ({failed.message}): {self._key_env} {state}"
-        else:
-            message = f"{self.url} answers {failed.status} ({failed.message})"
-        return Rejected(failed.error, message, failed.status)
-
-    def _explain(self, error: BaseException, timeout_s: float) -> Transient:
-        if isinstance(error, aiohttp.ClientConnectorError):
-            said = self._words(error.os_error.strerror or str(error.os_error))
-            through = "the proxy of the environment: " if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
-            return Transient("unreachable", through + said)
-        message = self._words(str(error)) or type(error).__name__
-        if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
-            return Transient("unreachable", message)
-        if isinstance(error, TimeoutError):
-            return Transient("timeout", f"no whole answer within {timeout_s:g} s")
-        return Transient("connection_lost", message)
-
     def _words(self, said: str) -> str:
-        """What a server said as one line, not too long; without the key, which some repeat in their errors."""
-        return shortened(said.replace(self._key.get_secret_value(), "[key]") if self._key else said)
+        """What a server said: one line, not too long, without secrets (some servers repeat the key in their errors)."""
+        return shortened(self._redacted(said))
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes | None:
+    """The body of a reply; None if it is longer than MOST_BYTES."""
+    blocks, size = [], 0
+    while block := await response.content.readany():
+        blocks.append(block)
+        size += len(block)
+        if size > MOST_BYTES:
+            return None
+    return b"".join(blocks)
+
+
+def read_exception(error: BaseException, timeout_s: float, words: Callable[[str], str] = shortened) -> Fault:
+    """What an attempt without a whole reply says."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        said = words(error.os_error.strerror or str(error.os_error))
+        through = "the proxy of the environment: " if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
+        return Fault("unreachable", through + said)
+    message = words(str(error)) or type(error).__name__
+    if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
+        return Fault("unreachable", message)
+    if isinstance(error, TimeoutError):
+        return Fault("timeout", f"no whole answer within {timeout_s:g} s")
+    return Fault("connection_lost", message)
 
 
 def check_teacher(teacher: TeacherConfig) -> None:
@@ -184,11 +192,14 @@ def _filled(name: str, value: str) -> str:
         except KeyError:
             raise RecipeError(f"teacher.headers.{name}: the variable {match[1]} is not set") from None
 
-    return re.sub(r"\$\{(\w+)\}", look_up, value)
+    return VARIABLE.sub(look_up, value)
 
 
-def no_endpoint(url: str, why: str) -> DistillError:
+def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
     """The error for an endpoint that is not there."""
-    return DistillError(
-        f"no endpoint at {url} ({why}); start the teacher with `make serve`, or set teacher.base_url to one that runs"
-    )
+    if is_private(url):
+        fix = "start the teacher with `make serve`, or set teacher.base_url to one that runs"
+    else:
+        key = "" if teacher.api_key() else f"; {teacher.api_key_env}, which holds its key, is not set either"
+        fix = f"check teacher.base_url, the network and the proxy{key}"
+    return DistillError(f"no endpoint at {url} ({why}); {fix}")

@@ -2,8 +2,9 @@
 
 `Fixed` is what the recipe says. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
 keeps its batch full and the queue behind it short; `ByClimbing`, on any other, raises the number until throughput stops
-rising, and backs off on 429 and timeouts as TCP does (AIMD: additive increase, multiplicative decrease; Chiu and Jain
-1989). Latency is no guide here: a larger batch makes every answer slower and the whole faster.
+rising. Both back off on 429 and timeouts as TCP does (AIMD: additive increase, multiplicative decrease; Chiu and Jain
+1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
+makes every answer slower and the whole faster.
 Pure: the time and the observations are passed in. generate.endpoint asks and tells.
 """
 
@@ -11,8 +12,9 @@ import re
 from typing import NamedTuple, Protocol
 
 START = 64  # in flight, before anything is known
-START_QUEUED = 276  # an engine, where the server shows its queue: 256, which many run at once, and what waits behind
-MOST = 4096  # an endpoint: more than any one engine batches; a larger fixed number can still be asked for
+START_QUEUED = 276  # per engine, where the server shows its queue: 256, which many run at once, and a queue
+MOST = 4096  # per endpoint: more than any one engine batches; a larger fixed number can still be asked for
+BACK_OFF = 0.7
 
 QUEUE_SHARE = 0.08  # of what runs, kept waiting at the server, so that a slot that falls free has a successor there
 QUEUE_LEAST = 4
@@ -26,7 +28,8 @@ RISES = 1.2  # twice the requests must bring this factor, or the limit is found
 STEP = 0.1  # of the limit found: probes go so far up and down
 STEP_RISES, STEP_KEEPS = 1.05, 0.975  # what a step up must bring, and what a step down may cost at most
 CALM_ANSWERS = 1024  # to judge a small step by
-BACK_OFF = 0.7
+CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut was wrong
+FRESH_S, HOLD_S = 30.0, 60.0  # two episodes are compared if they are this close; then the limit stands for so long
 
 
 class Load(NamedTuple):
@@ -44,11 +47,14 @@ class Concurrency(Protocol):
 
     limit: int
 
-    def answered(self, tokens: int, latency_s: float, now: float) -> None:
-        """An answer of so many tokens came, so long after its request."""
+    def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
+        """An answer of so many tokens came, so long after its request; `in_flight` counts it."""
 
-    def congested(self, now: float) -> None:
-        """The server refused (429) or ran out of time."""
+    def congested(self, sent: float, now: float) -> None:
+        """The server refused (429) or timed out a request that was sent then."""
+
+    def sending(self, now: float) -> None:
+        """A request goes out."""
 
 
 class Fixed:
@@ -57,24 +63,28 @@ class Fixed:
     def __init__(self, limit: int) -> None:
         self.limit = limit
 
-    def answered(self, tokens: int, latency_s: float, now: float) -> None:
+    def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         pass
 
-    def congested(self, now: float) -> None:
+    def congested(self, sent: float, now: float) -> None:
+        pass
+
+    def sending(self, now: float) -> None:
         pass
 
 
 class ByQueue:
-    """Keeps a short queue at the server. `share` of its load is this process's."""
+    """Keeps a short queue at the server. `fraction` of its load is this process's."""
 
-    def __init__(self, limit: int = START_QUEUED, share: float = 1.0) -> None:
-        self.limit, self._share = limit, share
+    def __init__(self, limit: int = START_QUEUED, fraction: float = 1.0) -> None:
+        self.limit, self._fraction = limit, fraction
         self._doubling = True  # until the first queue
         self._peak: float | None = 0.0  # the most that ran at once; None once it refused requests
         self._preempted: float | None = None
         self._latency_s = 0.0  # a running mean
         self._steady = 0  # looks since the limit moved
         self._seen = 0.0  # at the server, at the last look
+        self._cut_at = float("-inf")
 
     @property
     def look_s(self) -> float:
@@ -82,11 +92,17 @@ class ByQueue:
         quick_s = DOUBLING_S if self._doubling else max(QUICK_S, LOOK_SHARE * self._latency_s)
         return min(quick_s * 2.0 ** min(max(0, self._steady - CALM_AFTER), 9), CALM_S)
 
-    def answered(self, tokens: int, latency_s: float, now: float) -> None:
+    def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         self._latency_s += 0.1 * (latency_s - self._latency_s)
 
-    def congested(self, now: float) -> None:
-        self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
+    def congested(self, sent: float, now: float) -> None:
+        """Backs off, once for all requests that were sent before it."""
+        if sent > self._cut_at:
+            self._cut_at = now
+            self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
+
+    def sending(self, now: float) -> None:
+        pass
 
     def observed(self, load: Load | None, in_flight: int) -> None:
         """Looks at the load (None where the server did not say it) and moves the limit."""
@@ -102,25 +118,25 @@ class ByQueue:
         follow them stand in the queue for a moment, and no slot is taken.
         """
         wanted = max(QUEUE_LEAST, load.running * QUEUE_SHARE)
-        seen = (load.running + load.waiting) * self._share
+        seen = (load.running + load.waiting) * self._fraction
         rising, self._seen = seen > 1.02 * self._seen, seen
         preempting = self._preempted is not None and load.preempted > self._preempted
         self._preempted = load.preempted
         if self._peak is not None:
             self._peak = load.running if preempting else max(self._peak, load.running)
-        least = int((self._peak or 0) * (1 + QUEUE_SHARE) * self._share)
+        least = int((self._peak or 0) * (1 + QUEUE_SHARE) * self._fraction)
         if load.kv_used <= KV_FULL:
             self.limit = max(self.limit, least)
         if load.waiting > 2 * wanted or preempting:
             self._doubling = False
             if in_flight <= self.limit:  # else the last step down has not shown yet
-                self.limit = max(1, least, min(self.limit, int(in_flight - (load.waiting - wanted) * self._share)))
+                self.limit = max(1, least, min(self.limit, int(in_flight - (load.waiting - wanted) * self._fraction)))
             return
         arrived = seen >= (0.95 if self._doubling and rising else 0.8) * in_flight  # else they are under way
         if load.waiting >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
             return
         if load.waiting:
-            step = round((wanted - load.waiting) * self._share)
+            step = round((wanted - load.waiting) * self._fraction)
         elif self._doubling:
             step = self.limit
         else:
@@ -128,39 +144,56 @@ class ByQueue:
         self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
 
 
+class Episode(NamedTuple):
+    """A stretch of requests that ended with refusals."""
+
+    limit: int  # that they were sent under
+    rate: float  # answers per second, the pause included
+    at: float
+
+
 class ByClimbing:
-    """Doubles while that pays, then keeps near the number that the best throughput asked for."""
+    """Doubles while that pays, then keeps near the number that the best throughput asked for.
+
+    Throughput is the speed of one request times the requests in flight (Little's law), over requests that were sent
+    after the limit last moved: answers come in bursts, and counting them over a moment would measure the burst.
+    """
 
     def __init__(self, limit: int = START) -> None:
         self.limit = limit
-        self._best = 0.0  # throughput: tokens a second
+        self._best = 0.0  # throughput: tokens per second
         self._base = limit  # the number that brought it
         self._phase = "double"  # then "settle": probes a little around; "avoid" once the server refused
         self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
         self._next_step = 1
-        self._backed_off_at = float("-inf")
-        self._latency_s = 0.0  # a running mean
-        self._start_window()
+        self._start_window(float("-inf"))
+        self._episode_at, self._open = float("-inf"), False  # the last episode of refusals, and whether it goes on
+        self._answers, self._refused, self._since = 0, 0, 0.0  # before it, and in it
+        self._under = limit  # the limit that they were sent under
+        self._before: Episode | None = None  # the episode before
+        self._hold_until = float("-inf")
 
-    def _start_window(self) -> None:
-        self._answers: list[tuple[float, int]] = []
+    def _start_window(self, now: float) -> None:
+        self._window_at, self._count, self._tokens, self._seconds, self._in_flight = now, 0, 0, 0.0, 0
 
-    def answered(self, tokens: int, latency_s: float, now: float) -> None:
-        """After each round of answers, judges by its later half: the earlier one is the old limit's."""
-        self._latency_s += 0.1 * (latency_s - self._latency_s)
-        self._answers.append((now, max(tokens, 1)))
-        size = self.limit if self._phase != "settle" else max(2 * self.limit, CALM_ANSWERS)
-        if len(self._answers) < max(size, 16):
+    def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
+        """After a round of answers, judges the limit that they were sent under."""
+        self._answers += 1
+        if now - latency_s < self._window_at:
             return
-        later = self._answers[len(self._answers) // 2 :]
-        seconds = now - later[0][0]
-        self._start_window()
-        if seconds > 0:
-            self._judge(sum(tokens for _, tokens in later[1:]) / seconds)
+        self._count += 1
+        self._tokens += max(tokens, 1)
+        self._seconds += latency_s
+        self._in_flight = max(self._in_flight, min(in_flight, self.limit))
+        size = self.limit if self._phase != "settle" else max(2 * self.limit, CALM_ANSWERS)
+        if self._count >= max(size, 16) and self._seconds > 0:
+            self._judge(self._in_flight * self._tokens / self._seconds, now)
+            self._start_window(now)
 
-    def _judge(self, throughput: float) -> None:
+    def _judge(self, throughput: float, now: float) -> None:
         if self._phase == "avoid":
-            self.limit = min(self.limit + max(1, self.limit // 50), MOST)
+            if now >= self._hold_until:
+                self.limit = min(self.limit + max(1, self.limit // 50), MOST)
         elif self._phase == "double":
             if throughput > RISES * self._best:
                 self._best, self._base = throughput, self.limit
@@ -179,14 +212,42 @@ class ByClimbing:
             size = max(1, round(STEP * self._base))
             self.limit = min(max(1, self._base + self._step * size), MOST)
 
-    def congested(self, now: float) -> None:
-        """Backs off, once for all refusals of one latency."""
-        if now - self._backed_off_at <= self._latency_s:
+    def congested(self, sent: float, now: float) -> None:
+        """Backs off, once per episode: what was sent before the last one began belongs to it."""
+        self._refused += 1
+        if sent <= self._episode_at:
             return
-        self._backed_off_at = now
-        self.limit = max(1, int(self.limit * BACK_OFF))
-        self._base, self._phase, self._step = self.limit, "avoid", 0
-        self._start_window()
+        self._episode_at, self._open, self._under = now, True, self.limit
+        if now >= self._hold_until:
+            self._move(max(1, int(self.limit * BACK_OFF)), now)
+
+    def sending(self, now: float) -> None:
+        """The first request after an episode judges it: did the last move of the limit help?
+
+        Where most requests are answered and a cut has cost answers, the refusals have another cause than the number in
+        flight (each third request is refused, say): the limit rises as long as that brings more answers per second.
+        """
+        if not self._open:
+            self._since = self._since or now
+            return
+        ended = Episode(self._under, self._answers / max(now - self._since, 1e-9), now)
+        before, overloaded = self._before, self._refused > self._answers
+        self._before, self._open, self._answers, self._refused, self._since = ended, False, 0, 0, now
+        if overloaded or before is None or now - before.at > FRESH_S or now < self._hold_until:
+            return
+        gain = ended.rate / before.rate if before.rate else 1.0
+        if ended.limit < before.limit and gain < CUT_KEEPS:
+            self._move(min(2 * before.limit, MOST), now)
+        elif ended.limit > before.limit and gain > RISES:
+            self._move(min(2 * ended.limit, MOST), now)
+        elif ended.limit > before.limit:
+            self._hold_until = now + HOLD_S
+            self._move(before.limit, now)
+
+    def _move(self, limit: int, now: float) -> None:
+        self.limit = self._base = limit
+        self._phase, self._step = "avoid", 0
+        self._start_window(now)
 
 
 _GAUGES = {

@@ -1,36 +1,61 @@
 """How this teacher wants to be asked: what it refuses of a usual chat request, learnt from its first 400.
 
-Paid models differ: some want `max_completion_tokens` in place of `max_tokens`, some refuse `temperature`, `top_p` or
+Paid models differ: some want `max_completion_tokens` instead of `max_tokens`, some refuse `temperature`, `top_p` or
 `seed`, some know the role `developer` and no `system`, or neither. Nothing has to be declared: the error says which,
-the request is sent again without it, and all that follow are sent that way. What was really sent stands in each
-record's `sampling`. A limit on the answer's length is never left out. Pure: reads and writes nothing.
+the request is sent again without it, and all later requests are sent that way. Each record's `sampling` is what was
+sent with that request. A limit on the answer's length is never left out. Pure: reads and writes nothing.
 
-Read from the error's `param` where there is one (OpenAI, Azure), else from its words (Anthropic, Mistral, gateways).
+The error's `param` decides where there is one (OpenAI, Azure, FastAPI's `loc`). Else only words that call that very
+parameter unknown count (Anthropic, gateways), and not where the prompt itself talks like that: errors quote prompts.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from generate.jobs import Job
-from generate.verdict import Refused
+from generate.reply import Fault
 from pipeline.records import Message
 
 MAY_BE_LEFT_OUT = ("temperature", "top_p", "seed")
-ROLES = ("system", "developer", "user")  # where the instructions go: the next when one is refused
-REFUSING = re.compile(
-    r"unsupported|not (currently )?(supported|permitted|allowed)|does not support|unrecogni[sz]ed|unknown|unexpected|"
-    r"extra (inputs|fields)|extra_forbidden|forbidden|cannot both|only the default|deprecated|not accept",
+ROLES = ("system", "developer", "user")  # where the instructions go: the next one when one is refused
+
+REFUSING = re.compile(  # of an error whose `param` names the setting
+    r"unsupported|unrecogni[sz]ed|unknown|unexpected|deprecated|forbidden|cannot both|only the default|"
+    r"extra (inputs|fields)|not (currently )?(supported?|permit(ted)?|allow(ed)?|accept(ed)?)\b",
     re.IGNORECASE,
+)
+_NAME = r"[`'\"]?(?P<name>max_tokens|temperature|top_p|seed|(?:messages\[\d+\]\.)?role)[`'\"]?"
+UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in them
+    re.compile(wording.replace("NAME", _NAME), re.IGNORECASE)
+    for wording in (
+        r"(?:unsupported|unrecogni[sz]ed|unknown|unexpected) (?:request )?(?:parameter|argument|field|value)s?"
+        r"(?: supplied| provided)?:? NAME(?=$|[.,;:]| (?:is|was|does)\b)",
+        r"NAME (?:is|was) (?:not (?:currently )?(?:supported|permitted|allowed|accepted)|deprecated|unsupported)",
+        r"NAME does not (?:support|accept)\b",
+        r"does not (?:support|accept|allow)(?: the)?(?: parameter| field)? NAME(?=$|[.,;])",
+        r"\w+[`'\"]? and NAME cannot both\b",
+        r"NAME [`'\"]?(?:system|developer)[`'\"]? is not supported",
+        r"(?:system|developer) NAME (?:is )?not supported",
+    )
 )
 
 _encoder = msgspec.json.Encoder()
 
 
+class Lesson(NamedTuple):
+    """What a refusal teaches: a value of the dialect, and how to say it to the user."""
+
+    said: str
+    left_out: str | None = None
+    limit: str | None = None
+    role: str | None = None
+
+
 class Dialect:
-    """What the teacher has been found to refuse so far. One for a run: all its endpoints serve the same model."""
+    """What the teacher has been found to refuse so far. One per run: all its endpoints serve the same model."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -48,7 +73,7 @@ class Dialect:
         return job.body
 
     def sent(self, sampling: dict[str, Any]) -> dict[str, Any]:
-        """The sampling values as they are really sent."""
+        """The sampling values as they are sent now."""
         if not self.version:
             return sampling
         return {
@@ -57,47 +82,38 @@ class Dialect:
             if name not in self._left_out
         }
 
-    def learns_from(self, error: Refused, version: int, say: Callable[[str], None]) -> bool:
-        """Whether a request that was refused, sent another way, may be answered; `version` is what it was sent in."""
-        if error.status not in (400, 422):
+    def teaches(self, fault: Fault, job: Job, version: int) -> bool:
+        """Whether the refused job, sent another way, may be answered; `version` is the dialect it was sent in."""
+        if fault.error != "bad_request" or fault.status not in (400, 422):
             return False
-        if version != self.version:  # it went out before the last lesson
-            return True
-        learnt = self.learn(error.message, error.parameter)
-        if learnt:
-            say(f"the teacher refuses a setting ({error.message}): from here on this run {learnt}")
-        return learnt is not None
+        return version != self.version or self.lesson(fault, job.request.messages) is not None
 
-    def learn(self, message: str, parameter: str | None) -> str | None:
-        """What an error of the class 400 teaches, in words for the user; None if it is about something else."""
-        learnt = self._learn(message, parameter or "")
-        self.version += learnt is not None
-        return learnt
+    def learn(self, fault: Fault, job: Job, version: int, say: Callable[[str], None]) -> None:
+        """Learns from a refusal that `teaches`, and says so. One that was sent before the last lesson is no news."""
+        lesson = self.lesson(fault, job.request.messages) if version == self.version else None
+        if lesson:
+            self.version += 1
+            self._left_out |= {lesson.left_out} if lesson.left_out else set()
+            self._limit = lesson.limit or self._limit
+            self._role = lesson.role or self._role
+            say(f"the teacher refuses a setting ({fault.message}): from here on this run {lesson.said}")
 
-    def _learn(self, message: str, parameter: str) -> str | None:
-        if self._limit == "max_tokens" and "max_completion_tokens" in message:
-            self._limit = "max_completion_tokens"
-            return "sends max_completion_tokens in place of max_tokens"
-        if not REFUSING.search(message):
-            return None
-        if "role" in parameter or re.search(r"\brole\b", message):
-            return self._learn_role(message)
-        words = [parameter.rsplit(".", 1)[-1], *re.findall(r"\w+", message)[::-1]]
-        named = [word for word in words if word in MAY_BE_LEFT_OUT]  # "`temperature` and `top_p` cannot both": top_p
-        if not named or self._left_out & set(named):
-            return None
-        self._left_out.add(named[0])
-        return f"leaves out {named[0]}: answers are sampled with the model's own"
+    def lesson(self, fault: Fault, messages: list[Message]) -> Lesson | None:
+        """What a refusal of the prompt `messages` teaches; None if it is about something else, or known already."""
+        name = _refused(fault, messages)
+        if name == "max_tokens" and "max_completion_tokens" in fault.message and self._limit == "max_tokens":
+            return Lesson("sends max_completion_tokens instead of max_tokens", limit="max_completion_tokens")
+        if name in MAY_BE_LEFT_OUT and name not in self._left_out:
+            return Lesson(f"leaves out {name}: answers are sampled with the model's own", left_out=name)
+        role = re.search(r"\b(system|developer)\b", fault.message, re.IGNORECASE) if name == "role" else None
+        return self._next_role(role[1].lower()) if role else None
 
-    def _learn_role(self, message: str) -> str | None:
-        refused = [role for role in ROLES[:2] if re.search(rf"\b{role}\b", message)]
-        if not refused:
-            return None
-        now = ROLES.index(self._role) if self._role else ROLES.index(refused[0])
+    def _next_role(self, refused: str) -> Lesson | None:
+        now = ROLES.index(self._role) if self._role else ROLES.index(refused)
         if now + 1 == len(ROLES):
             return None
-        self._role = ROLES[now + 1] if refused[0] == "system" or self._role else "system"
-        return f"gives instructions in the role {self._role}"
+        role = ROLES[now + 1] if refused == "system" or self._role else "system"
+        return Lesson(f"gives instructions in the role {role}", role=role)
 
     def _addressed(self, messages: list[Message]) -> list[Message]:
         """The messages, with instructions in the role that the model takes; as a `user`, before the user's words."""
@@ -109,3 +125,15 @@ class Dialect:
         if rest and rest[0].role == "user":
             return [Message(role="user", content=f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
         return [Message(role="user", content=first.content), *rest]
+
+
+def _refused(fault: Fault, messages: list[Message]) -> str | None:
+    """The parameter that a refusal calls unknown."""
+    if fault.parameter is not None:
+        return fault.parameter.rsplit(".", 1)[-1] if REFUSING.search(fault.message) else None
+    for wording in UNKNOWN:
+        if any(wording.search(message.content) for message in messages):
+            continue  # the error may quote the prompt
+        if match := wording.search(fault.message):
+            return match["name"].lower().rsplit(".", 1)[-1]
+    return None

@@ -1,20 +1,22 @@
 """`--dry-run`: what a run would ask, and what that would cost, before anything is sent. Writes nothing.
 
-Prompt tokens are counted where the teacher's tokenizer is at hand (generate.tokens). Elsewhere the answers that the run
-already has say how many there are, and without any there is a bound. Completion tokens are known as a bound, and as an
-expectation once there are answers. An attempt that fails after the teacher has worked for it costs on top.
+Prompt tokens are counted if the teacher's tokenizer is on this machine (generate.tokens). Otherwise the answers that
+the run already has say how many to expect, and without answers there is an upper bound. Completion tokens have an upper
+bound, and an expected number once there are answers. Attempts that fail after the teacher has worked on them cost more.
 """
+
+from collections import Counter
 
 import msgspec
 
-from generate.asking import Left
-from generate.budget import Budget
 from generate.client import check_teacher
+from generate.context import Left
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.prompts import iter_prompts
+from generate.spending import spent_so_far
 from generate.tokens import bound, counter
 from pipeline.address import is_private
 from pipeline.recipe import Recipe
@@ -25,7 +27,7 @@ ENOUGH_ANSWERS = 20  # to expect others to be like them
 
 
 class DryRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is to ask, in tokens and USD; None where it cannot be known."""
+    """What there is to ask, in tokens and USD; None if it cannot be known."""
 
     requests: int
     answered: int
@@ -33,8 +35,8 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     to_ask: int
     prompt_tokens: int  # at most, unless `counted`
     counted: bool
-    long_prompts: int  # that may have more tokens than the price table is for
-    reserved_tokens: int  # beyond its counted prompt, that a request reserves of a budget at most
+    long_prompts: int  # prompts that may have more tokens than the price table is for
+    reserved_tokens: int  # the most that a request reserves of a budget beyond its counted prompt
     expected_prompt_tokens: int | None
     completion_tokens: int  # at most
     expected_completion_tokens: int | None
@@ -45,36 +47,31 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> DryRun:
-    """Goes through all prompts and the run's journals. Raises the UsageErrors that the run itself would."""
+    """Reads all prompts and the run's journals. Raises the UsageErrors that the run itself would."""
     check_teacher(recipe.teacher)
     found = read_journal(run.completions, Completion)
-    failed = read_journal(run.failures, Failure)
-    left = Left(found.ids, failed.ids, retry_failures=retry_failures)
-    price, spent = price_of(recipe.teacher, recipe.generate.mode), Budget.open(recipe, run, found).spent
+    left = Left(found.ids, read_journal(run.failures, Failure).ids, retry_failures=retry_failures)
+    price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
-    requests = answered = skipped = to_ask = prompt_tokens = uncounted = reserved = long_prompts = 0
+    states: Counter[str] = Counter()
+    prompt_tokens = uncounted = reserved = long_prompts = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
-        requests += 1
-        if job.request.id in left.answered:
-            answered += 1
-        elif job.request.id in left.failed:
-            skipped += 1
-        else:
-            to_ask += 1
+        state = "answered" if job.request.id in left.answered else "failed" if job.request.id in left.failed else "left"
+        states[state] += 1
+        if state == "left":
             most, tokens = bound(len(dialect.body(job))), count(job.request.messages) if count else None
             uncounted += tokens is None
             prompt_tokens += most if tokens is None else tokens
             long_prompts += (most if tokens is None else tokens) > PRICED_TOKENS
             reserved = max(reserved, 0 if tokens is None else most - tokens)
-    most_answers = to_ask * recipe.sampling.max_tokens
+    to_ask, most_answers = states["left"], states["left"] * recipe.sampling.max_tokens
     per_prompt, per_answer = _means(found)
     expected_prompts = _times(per_prompt, to_ask) if uncounted else prompt_tokens
     expected_answers = _times(per_answer, to_ask)
-    known = price is not None and expected_prompts is not None and expected_answers is not None
     return DryRun(
-        requests=requests,
-        answered=answered,
-        failed=skipped,
+        requests=states.total(),
+        answered=states["answered"],
+        failed=states["failed"],
         to_ask=to_ask,
         prompt_tokens=prompt_tokens,
         counted=not uncounted,
@@ -85,61 +82,62 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         expected_completion_tokens=expected_answers,
         spent_tokens=spent.tokens,
         cost=_usd(price, prompt_tokens, most_answers),
-        expected_cost=_usd(price, expected_prompts or 0, expected_answers or 0) if known else None,
+        expected_cost=_usd(price, expected_prompts, expected_answers),
         spent=spent.cost / PICO,
     )
 
 
 def describe(recipe: Recipe, dry: DryRun) -> list[str]:
     """The plan in a few lines."""
+    if dry.counted:
+        prompts = f"prompt tokens: {dry.prompt_tokens:,} counted with the teacher's tokenizer"
+    else:
+        bound_of = "one token per byte, because the tokenizer is not on this machine"
+        prompts = f"prompt tokens: at most {dry.prompt_tokens:,} ({bound_of}){_about(dry.expected_prompt_tokens)}"
     lines = [
         f"{recipe.name}: {dry.requests:,} requests, {dry.answered:,} answered already, {dry.failed:,} failed and left "
         f"alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
-        f"prompt tokens: {dry.prompt_tokens:,} counted with the teacher's tokenizer"
-        if dry.counted
-        else f"prompt tokens: at most {dry.prompt_tokens:,} (a token a byte where the tokenizer is not at hand)"
-        + (f", about {dry.expected_prompt_tokens:,} as in the answers so far" if dry.expected_prompt_tokens else ""),
+        prompts,
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
-        + (
-            f", about {dry.expected_completion_tokens:,} as in the answers so far"
-            if dry.expected_completion_tokens is not None
-            else ""
-        ),
+        f"{_about(dry.expected_completion_tokens)}",
     ]
     if dry.expected_completion_tokens is None and dry.to_ask:
-        lines.append(f"what to expect is known after {ENOUGH_ANSWERS} answers: a small prompts.count finds it out")
+        lines.append(f"expected numbers need {ENOUGH_ANSWERS} answers: run a small prompts.count first")
     return lines + _cost(recipe, dry) + _over_budget(recipe, dry)
+
+
+def _about(expected: int | None) -> str:
+    return f", about {expected:,} if they are like the answers so far" if expected is not None else ""
 
 
 def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
     price = price_of(recipe.teacher, recipe.generate.mode)
     if price is None and is_private(recipe.teacher.url):
-        return ["cost: none by the teacher, a server of your own; teacher.price sets one"]
+        return ["cost: none, the teacher is a server of your own; teacher.price sets a price"]
     if price is None or dry.cost is None:
-        return ["cost: not known; set teacher.price: {input: …, output: …} in USD a million tokens"]
+        return ["cost: not known; set teacher.price: {input: …, output: …} in USD per million tokens"]
     expected = f", about ${dry.expected_cost:,.4f} expected" if dry.expected_cost is not None else ""
     rates = " and ".join(f"${rate / 1_000_000:g}" for rate in price)
     if recipe.generate.mode == "batch":
-        batch = f"as a batch, which saves as much (online: at most ${2 * dry.cost:,.4f})"
+        batch = f"as a batch, which costs half (online: at most ${2 * dry.cost:,.4f})"
     else:
-        batch = f"where the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
+        batch = f"if the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
     lines = [
         f"cost: at most ${dry.cost:,.4f}{expected}; {batch}",
-        f"price: {rates} a million prompt and completion tokens, by {source_of(recipe.teacher)}",
+        f"price: {rates} per million prompt and completion tokens, from {source_of(recipe.teacher)}",
         f"spent so far: ${dry.spent:,.4f}, {dry.spent_tokens:,} tokens",
     ]
     if dry.long_prompts and recipe.teacher.price is None:
         lines.append(
             f"warning: {dry.long_prompts:,} prompts may have more than {PRICED_TOKENS:,} tokens, for which some "
-            "providers ask more than this price; look it up, and set teacher.price so that the budget holds"
+            "providers charge more than this price; look it up and set teacher.price, so that the budget holds"
         )
     return lines
 
 
 def _over_budget(recipe: Recipe, dry: DryRun) -> list[str]:
-    budget = recipe.budget
+    budget, price = recipe.budget, price_of(recipe.teacher, recipe.generate.mode)
     lines = []
-    price = price_of(recipe.teacher, recipe.generate.mode)
     if budget.usd is not None and price is not None and dry.cost is not None:
         most = dry.spent + dry.cost + price.cost(dry.reserved_tokens, 0) / PICO
         lines.append(f"budget.usd {budget.usd:g} {_verdict(most <= budget.usd)}")
@@ -150,11 +148,11 @@ def _over_budget(recipe: Recipe, dry: DryRun) -> list[str]:
 
 
 def _verdict(enough: bool) -> str:
-    return "is enough for all" if enough else "may end the run before its end (exit 3)"
+    return "is enough for all" if enough else "may end the run early (exit 3)"
 
 
 def _means(found: Contents) -> tuple[float | None, float | None]:
-    """Prompt and completion tokens of an answer so far."""
+    """Prompt and completion tokens per answer so far."""
     answers = len(found.ids)
     if answers < ENOUGH_ANSWERS or not found.completion_tokens:
         return None, None
@@ -165,5 +163,7 @@ def _times(mean: float | None, count: int) -> int | None:
     return None if mean is None else round(mean * count)
 
 
-def _usd(price: Price | None, prompt_tokens: int, completion_tokens: int) -> float | None:
-    return price.cost(prompt_tokens, completion_tokens) / PICO if price else None
+def _usd(price: Price | None, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
+    if price is None or prompt_tokens is None or completion_tokens is None:
+        return None
+    return price.cost(prompt_tokens, completion_tokens) / PICO

@@ -1,51 +1,48 @@
 """One endpoint and what is known of it: how many requests it takes, in what time, and whether it is up.
 
 Joins its client (generate.client), its limits (generate.limits) and its concurrency (generate.concurrency), and is the
-circuit breaker: an endpoint that only fails gets nothing but one probe now and then, until it answers again.
-Which request goes to which endpoint is generate.loop's.
+circuit breaker: an endpoint that only fails gets nothing but one probe now and then, until it answers again. What a
+reply means is generate.verdict's; which request goes to which endpoint is generate.loop's.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from time import monotonic
 
-from tenacity import wait_exponential
-
 from generate.client import Client
 from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
-from generate.jobs import Share
-from generate.limits import LONG_S, Limits
-from generate.schedule import wait_s
-from generate.verdict import CallFailed, Transient
+from generate.jobs import Partition
+from generate.limits import Limits
+from generate.reply import Answer, Fault
+from generate.verdict import CONGESTED, Pause, speaks_of_endpoint
 from pipeline.recipe import Recipe
 
-FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
-PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of one that is down
-REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # after a 429 that says nothing of when
 TIMEOUT_S, TIMEOUT_WORKING_S = 300.0, 3600.0  # of an attempt, unless the recipe says
 ATTEMPTS_OF_TIME = 3  # the deadline of a request, in such times, unless the recipe says
-LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, another attempt would only be paid for
+LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, another attempt would only cost
 
 
 class Endpoint:
     """Use as an async context manager; `watch` runs beside the requests."""
 
-    def __init__(self, recipe: Recipe, url: str, share: Share, say: Callable[[str], None], most: int) -> None:
+    def __init__(self, recipe: Recipe, url: str, partition: Partition, say: Callable[[str], None], most: int) -> None:
         """`most` requests are in flight at most, whatever the recipe or the endpoint allows."""
         config, now = recipe.generate, monotonic()
-        self.url, self._say, self._most, self._share = url, say, most, share
-        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / share.of)
+        self.url, self._say, self._most, self._partition = url, say, most, partition
+        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / partition.of)
         self._config, self._auto, self._shows_load = config, config.concurrency == "auto", False
         self._concurrency: Concurrency = (
-            ByClimbing(_part(START, share)) if config.concurrency == "auto" else Fixed(_part(config.concurrency, share))
+            ByClimbing(_part(START, partition))
+            if config.concurrency == "auto"
+            else Fixed(_part(config.concurrency, partition))
         )
         self.client = Client(recipe.teacher, url, on_headers=self._read_headers)
         self.in_flight = 0
         self.down_since: float | None = None
-        self.last_error = ""
-        self._failing: set[str] = set()
-        self._probes = self._refusals = 0
-        self._probe_at, self._probing = 0.0, False
+        self._probe_at = 0.0  # when it is down
+        self._probe_sent: float | None = None  # the probe in flight
+        self._failing: set[str] = set()  # requests that failed since the last answer
+        self._steps, self._stepped_at = 0, float("-inf")  # of the backoff since the last answer
 
     async def __aenter__(self) -> "Endpoint":
         await self.client.__aenter__()
@@ -60,9 +57,9 @@ class Endpoint:
         return min(self._concurrency.limit, self._most)
 
     def ready_in(self, tokens: int, now: float) -> float | None:
-        """Seconds until a request of so many tokens may go out; 0 for now, None when only an answer makes room."""
+        """Seconds until a request of so many tokens may go out; 0 for now, None when only a reply makes room."""
         if self.down_since is not None:
-            return None if self._probing else max(0.0, self._probe_at - now)
+            return None if self._probe_sent is not None else max(self._probe_at - now, self.limits.delay(tokens, now))
         if self.in_flight >= self.limit:
             return None
         return self.limits.delay(tokens, now)
@@ -70,45 +67,54 @@ class Endpoint:
     def begin(self, tokens: int, now: float) -> None:
         """A request goes out."""
         self.in_flight += 1
-        self._probing = self._probing or self.down_since is not None
+        if self.down_since is not None:
+            self._probe_sent = now
         self.limits.take(tokens, now)
+        self._concurrency.sending(now)
 
-    def answered(self, tokens: int, latency_s: float, now: float) -> None:
+    def ended(self, sent: float) -> None:
+        """A request that went out at `sent` is over, however it ended."""
+        self.in_flight -= 1
+        if sent == self._probe_sent:
+            self._probe_sent = None
+
+    def answered(self, answer: Answer, sent: float, now: float) -> None:
         """An answer came: the endpoint is up."""
-        self._refusals = 0
+        self._steps = 0
         self._failing.clear()
         if self.down_since is not None:
             self._say(f"{self.url} answers again, after {now - self.down_since:.0f} s")
-            self.down_since, self._probes, self._probing = None, 0, False
-        self._concurrency.answered(tokens, latency_s, now)
+            self.down_since = None
+        self._concurrency.answered(answer.usage.completion_tokens or 0, now - sent, self.in_flight + 1, now)
 
-    def failed(self, request_id: str, error: CallFailed, now: float) -> None:
+    def failing_with(self, request_id: str) -> int:
+        """How many different requests have failed since the last answer, this one included."""
+        return len(self._failing | {request_id})
+
+    def step(self, sent: float) -> int:
+        """Which step of the backoff a failure of a request sent then is; 0: none, it belongs to the step before."""
+        return self._steps + 1 if sent > self._stepped_at else 0
+
+    def failed(self, request_id: str, fault: Fault, sent: float, now: float) -> None:
         """An attempt failed."""
-        if not isinstance(error, Transient):
-            self._probing = False
-            return
-        if error.error in ("rate_limited", "timeout"):
-            self._concurrency.congested(now)
-        if error.error == "rate_limited":
-            self._refusals += 1
-            rest = error.retry_after or wait_s(REFUSED_WAIT, self._refusals)
-            if rest > max(LONG_S, self.limits.paused_s(now) + 1):
-                self._say(f"{self.url} asks for a rest of {rest:.0f} s ({error.message})")
-            self.limits.pause(rest, now)
-            self._probing = False
-            return
-        self.last_error = error.message
-        self._failing.add(request_id)
-        if error.error == "unreachable" or len(self._failing) >= FAILURES_IN_ROW:
-            if self.down_since is None:
-                self.down_since = now
-                self._say(f"{self.url} is down ({error.message}); probing it until it answers")
-            self._probes += 1
-            self._probe_at, self._probing = now + wait_s(PROBE_WAIT, self._probes), False
+        if fault.error in CONGESTED:
+            self._concurrency.congested(sent, now)
+        if speaks_of_endpoint(fault):
+            self._failing.add(request_id)
 
-    def ended(self) -> None:
-        """A request that went out is over, however it ended."""
-        self.in_flight -= 1
+    def pause(self, pause: Pause, fault: Fault, sent: float, now: float) -> None:
+        """Takes the pause; one step of the backoff for all requests that were in flight together."""
+        if step := self.step(sent):
+            self._steps, self._stepped_at = step, now
+        if not pause.down:
+            if self.limits.is_news(pause.pause_s, now):
+                self._say(f"{self.url} asks to be left alone for {pause.pause_s:.0f} s ({fault.message})")
+            self.limits.pause(pause.pause_s, now)
+            return
+        self._probe_at = max(self._probe_at, now + pause.pause_s) if step else self._probe_at
+        if self.down_since is None:
+            self.down_since = now
+            self._say(f"{self.url} is down ({fault.message}); probing it until it answers")
 
     async def prepare(self) -> str | None:
         """Looks what is there, before the first request. None when something answers; else why nothing does."""
@@ -118,7 +124,7 @@ class Endpoint:
             self._shows_load = True
             if self._auto:
                 start = min(START_QUEUED * load.engines, MOST)
-                self._concurrency = ByQueue(_part(start, self._share), 1 / self._share.of)
+                self._concurrency = ByQueue(_part(start, self._partition), 1 / self._partition.of)
         return silent
 
     def timeout_s(self, spent_s: float) -> float:
@@ -145,6 +151,6 @@ class Endpoint:
             self._say(f"{self.url} {news}")
 
 
-def _part(limit: int, share: Share) -> int:
+def _part(limit: int, partition: Partition) -> int:
     """This process's part of a number, at least 1."""
-    return max(1, limit // share.of + (share.part < limit % share.of))
+    return max(1, limit // partition.of + (partition.part < limit % partition.of))

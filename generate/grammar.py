@@ -1,8 +1,8 @@
-"""A template and its slots: how many different prompts they make, and the prompt at each place.
+"""A template and its slots: how many different prompts they make, and the prompt at each index.
 
-A prompt's place is a number in mixed radix, one digit a slot, so that a grammar of any size is counted and drawn from
-without being listed. Pure: reads and writes nothing. Everything rests on SHAKE-128 and BLAKE2 alone, so the same
-seed gives the same prompts with any Python, on any machine, whatever PYTHONHASHSEED is.
+A prompt's index is a number in mixed radix, one digit per slot, so a grammar of any size is counted and drawn from
+without being listed. Pure: reads and writes nothing. All choices come from SHAKE-128 and BLAKE2, so the same seed gives
+the same prompts with any Python, on any machine, whatever PYTHONHASHSEED is.
 """
 
 import math
@@ -14,11 +14,11 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import ChooseSlot, PromptsConfig, slot_values
 from pipeline.records import Slots
 
-ROUNDS = 3  # of the shuffle; each is two hashes
+ROUNDS = 3  # of the shuffle; each computes two hashes
 
 
 class Grammar:
-    """The prompts that a template and its slots make. Raises RecipeError where the two do not fit."""
+    """The prompts that a template and its slots make. Raises RecipeError if the two do not fit."""
 
     def __init__(self, config: PromptsConfig) -> None:
         self._parts = _parse(config.template or "")
@@ -28,17 +28,17 @@ class Grammar:
         self.size = math.prod(digit.size for digit in self._digits)
         """How many different prompts there are: `choose` counts combinations, a value given twice counts once."""
 
-    def at(self, place: int) -> tuple[str, Slots]:
-        """The text and the slots' values of the prompt at a place in [0, size)."""
+    def at(self, index: int) -> tuple[str, Slots]:
+        """The text and the slots' values of the prompt at an index in [0, size)."""
         slots: Slots = {}
-        rest = place
+        rest = index
         for digit in self._digits:
             rest, value = divmod(rest, digit.size)
-            slots[digit.name] = digit.at(value, place)
+            slots[digit.name] = digit.at(value, index)
         return "".join(literal + _render(slots, name) for literal, name in self._parts), slots
 
     def draw(self, count: int, seed: int) -> Iterator[tuple[str, Slots]]:
-        """`count` prompts in a random order that the seed decides: all that differ first, then all of them again.
+        """`count` prompts in a random order that the seed decides: each prompt once, then all of them again.
 
         A larger count begins with the same prompts.
         """
@@ -56,12 +56,12 @@ class _Digit:
         self._choose = slot.choose if isinstance(slot, ChooseSlot) else None
         self.size = math.comb(len(self._values), 1 if self._choose is None else self._choose)
 
-    def at(self, value: int, place: int) -> str | list[str]:
-        """The slot's value; a combination is put into an order that depends on the prompt's place alone."""
+    def at(self, value: int, index: int) -> str | list[str]:
+        """The slot's value. The order within a combination depends only on the prompt's index."""
         if self._choose is None:
             return self._values[value]
         chosen = [self._values[i] for i in combination(value, len(self._values), self._choose)]
-        return sorted(chosen, key=lambda item: blake2b(f"{place}:{self.name}:{item}".encode()).digest())
+        return sorted(chosen, key=lambda item: blake2b(f"{index}:{self.name}:{item}".encode()).digest())
 
 
 def combination(rank: int, n: int, k: int) -> list[int]:
@@ -77,10 +77,10 @@ def combination(rank: int, n: int, k: int) -> list[int]:
 
 
 def shuffled(index: int, size: int, key: str) -> int:
-    """Where a keyed permutation of range(size) sends an index; nothing is kept, whatever the size.
+    """Where a keyed permutation of range(size) sends an index. It needs no memory, whatever the size.
 
     A generalised Feistel network on two digits (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): the
-    grid is the smallest that holds the range, and an index that lands outside of it walks on.
+    grid is the smallest that holds the range, and an index outside the range is sent on until it is inside.
     """
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
@@ -95,7 +95,7 @@ def shuffled(index: int, size: int, key: str) -> int:
 
 
 def _hash(text: str, below: int) -> int:
-    """A number below the bound; 8 bytes more than it needs, so that the remainder is even."""
+    """A number below the bound. It is made of 8 bytes more than needed, so that the remainder is nearly uniform."""
     return int.from_bytes(shake_128(text.encode()).digest(below.bit_length() // 8 + 9)) % below
 
 
@@ -107,17 +107,16 @@ def _render(slots: Slots, name: str | None) -> str:
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """The template as (literal text, the slot that follows it or None)."""
+    """The template as pairs of literal text and the slot that follows it, or None."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise RecipeError(f"prompts.template: {error}; write a brace that is text as {{{{ or }}}}") from None
+        raise RecipeError(f"prompts.template: {error}; write a literal brace as {{{{ or }}}}") from None
     for _, name, spec, conversion in parts:
         if name is not None and (not name.isidentifier() or spec or conversion):
             whole = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise RecipeError(
-                f"prompts.template: {{{whole}}} is not a slot: only {{name}} is; "
-                "write a brace that is text as {{ or }}"
+                f"prompts.template: {{{whole}}} is not a slot: only {{name}} is; write a literal brace as {{{{ or }}}}"
             )
     return [(literal, name) for literal, name, _, _ in parts]
 
@@ -133,7 +132,7 @@ def _check_names(named: list[str], given: list[str]) -> None:
     if unused:
         raise RecipeError(
             f"prompts.slots has {_listed(unused)}, which prompts.template does not name; "
-            "put it in the template or take it out"
+            "add it to the template or remove it"
         )
 
 

@@ -16,7 +16,7 @@ import msgspec
 
 from generate.idset import IdSet
 from generate.prompts import ID_BYTES, prompt_id
-from generate.verdict import Answer, CallFailed
+from generate.reply import Answer, Fault
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Prompt, Request
 
@@ -38,20 +38,20 @@ class Job:
     spent_s: float = 0.0  # in flight, over all attempts
 
 
-class Share(NamedTuple):
-    """A process's part of a run: every `of`-th request, beginning with number `part`."""
+class Partition(NamedTuple):
+    """One process's part of a run: every `of`-th request, beginning with number `part`."""
 
     part: int
     of: int
 
 
-WHOLE = Share(0, 1)
+WHOLE = Partition(0, 1)
 
 
-def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, share: Share = WHOLE) -> Iterator[Job]:
-    """Streams one job a prompt. The same question asked again gets the next sample number, and so its own id and seed.
+def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, partition: Partition = WHOLE) -> Iterator[Job]:
+    """Streams one job per prompt. The same question asked again gets the next sample number: its own id and seed.
 
-    Keeps 8 bytes a prompt, to know a question it has seen.
+    Keeps 8 bytes per prompt, to know a question that it has seen.
     """
     seen = IdSet()
     repeats: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, share: Share = WHOLE) 
         question = prompt_id(prompt.messages)
         if not seen.add(question):
             repeats[question] += 1
-        if number % share.of == share.part:
+        if number % partition.of == partition.part:
             yield _build(prompt, recipe, sampling, repeats.get(question, 0))
 
 
@@ -85,7 +85,7 @@ def _build(prompt: Prompt, recipe: Recipe, sampling: dict[str, Any], sample: int
 
 
 def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, sampling: dict[str, Any]) -> Completion:
-    """The record of an answer: from which endpoint, and to which sampling values as they were really sent."""
+    """The record of an answer from `endpoint` to the `sampling` values as they were sent."""
     return Completion(
         **_identity(job, endpoint, sampling),
         text=answer.text,
@@ -98,14 +98,14 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
     )
 
 
-def failed(job: Job, error: CallFailed, *, endpoint: str, sampling: dict[str, Any]) -> Failure:
+def failed(job: Job, fault: Fault, *, endpoint: str, sampling: dict[str, Any]) -> Failure:
     """The record of a request that failed for good."""
     return Failure(
         **_identity(job, endpoint, sampling),
         model=job.model,
-        error=error.error,
-        status=error.status,
-        message=error.message,
+        error=fault.error,
+        status=fault.status,
+        message=fault.message,
         attempts=job.attempts,
         created=_now(),
     )

@@ -1,4 +1,4 @@
-"""What an endpoint allows in a minute: requests and tokens, declared in the recipe or learnt from its headers.
+"""What an endpoint allows per minute: requests and tokens, declared in the recipe or learnt from its headers.
 
     x-ratelimit-limit-requests: 500          x-ratelimit-limit-tokens: 30000
     x-ratelimit-remaining-requests: 499      x-ratelimit-remaining-tokens: 29900
@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 
 WINDOW_S = 60.0
-LEAST, MOST = 1.0, 1e12  # a minute: a header that says less or more means something else
-LONG_S = 30.0  # a rest that the user should know of
-BURST_S = 1.0  # what may go out at once is a second's worth: providers meter by the second, too
+LEAST, MOST = 1.0, 1e12  # per minute: a header that says less or more means something else
+LONG_S = 30.0  # a pause that the user should know of
+BURST_S = 1.0  # what may go out at once is one second's worth: providers meter by the second, too
 
 
 class TokenBucket:
@@ -55,14 +55,14 @@ class TokenBucket:
 
 
 class Limits:
-    """The limits of one endpoint; `share` of them is this process's."""
+    """The limits of one endpoint; `fraction` of them is this process's."""
 
     def __init__(
-        self, requests_per_minute: float | None, tokens_per_minute: float | None, now: float, share: float = 1.0
+        self, requests_per_minute: float | None, tokens_per_minute: float | None, now: float, fraction: float = 1.0
     ) -> None:
-        self._share = share
+        self._fraction = fraction
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
-        self._buckets = {name: TokenBucket(rate * share, now) for name, rate in self._declared.items() if rate}
+        self._buckets = {name: TokenBucket(rate * fraction, now) for name, rate in self._declared.items() if rate}
         self._told: set[str] = set()
         self._paused_until = 0.0
 
@@ -94,8 +94,12 @@ class Limits:
         self._paused_until = max(self._paused_until, now + seconds)
 
     def paused_s(self, now: float) -> float:
-        """Seconds of rest that are left."""
+        """Seconds of the pause that are left."""
         return max(self._paused_until - now, 0.0)
+
+    def is_news(self, seconds: float, now: float) -> bool:
+        """Whether the user should be told of such a pause: it is long, and longer than the one there is."""
+        return seconds > max(LONG_S, self.paused_s(now) + 1)
 
     def learn(self, headers: Mapping[str, str], now: float) -> str | None:
         """Takes over what the headers say of limits; in words where it is new and binds.
@@ -104,27 +108,27 @@ class Limits:
         """
         if "x-ratelimit-limit-requests" not in headers and "x-ratelimit-limit-tokens" not in headers:
             return None
-        allows, rests = [], []
+        allows, pauses = [], []
         for name in ("requests", "tokens"):
             said = headers.get(f"x-ratelimit-limit-{name}")
             if said and (limit := _number(said)):
                 limit = min(limit, self._declared[name] or limit)
                 bucket = self._buckets.get(name)
                 if bucket is None:
-                    bucket = self._buckets[name] = TokenBucket(limit * self._share, now)
-                elif bucket.per_minute != limit * self._share:
-                    bucket.change(limit * self._share, now)
+                    bucket = self._buckets[name] = TokenBucket(limit * self._fraction, now)
+                elif bucket.per_minute != limit * self._fraction:
+                    bucket.change(limit * self._fraction, now)
                 else:
                     limit = 0  # nothing new
                 if limit and (words := f"{limit:,.0f} {name}") not in self._told:
                     self._told.add(words)
                     allows.append(words)
             if headers.get(f"x-ratelimit-remaining-{name}") == "0":
-                rest = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
-                if rest > max(LONG_S, self.paused_s(now) + 1):
-                    rests.append(f"has no {name} left for {rest:.0f} s")
-                self.pause(rest, now)
-        return "; ".join([*([f"allows {' and '.join(allows)} a minute"] if allows else []), *rests]) or None
+                pause_s = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
+                if self.is_news(pause_s, now):
+                    pauses.append(f"has no {name} left for {pause_s:.0f} s")
+                self.pause(pause_s, now)
+        return "; ".join([*([f"allows {' and '.join(allows)} per minute"] if allows else []), *pauses]) or None
 
 
 def seconds_of(duration: str) -> float:

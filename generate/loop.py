@@ -1,303 +1,298 @@
-"""The dispatcher: sends each request to an endpoint that has room, and hands its answer or failure to its journal.
+"""The loop: takes the next request from the schedule, waits for an endpoint and for money, and sends it.
 
-Writes the two journals it is given, and nothing else. What goes out next is generate.schedule's, where it may go and
-when generate.endpoint's, what an error means generate.verdict's, what it may cost generate.budget's. There is a task
-for each request in flight and none for a prompt, so memory stays flat.
+One coroutine schedules (`_send_all`); each request in flight is a task (`_attempt`), and none is made for a prompt, so
+memory stays flat. Whatever may make room sets one event, and the scheduler looks again. What a reply means is
+generate.verdict's, when a request may go out generate.endpoint's, what it may cost generate.budget's. Writes the two
+journals of its run, and nothing else.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from time import monotonic
+from typing import Any, NamedTuple
 
-from generate.budget import Budget, Reservation
+from generate.budget import Reservation
+from generate.context import BudgetSpent, Finished, Interrupted, Outcome, Run, Stopped, stopped
 from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.jobs import Job, completed, failed
-from generate.journal import Journal
-from generate.progress import Counters
-from generate.schedule import Schedule, retry_delay
-from generate.verdict import Answer, CallFailed, Refused, Rejected
-from pipeline.errors import DistillError
-from pipeline.recipe import GenerateConfig
-from pipeline.records import Usage
+from generate.reply import Answer, Fault
+from generate.schedule import BACKOFF, JITTER, Schedule, wait_s
+from generate.verdict import (
+    EndRun,
+    Fail,
+    Pause,
+    Relearn,
+    Retry,
+    State,
+    Verdict,
+    decide,
+    paused_too_long,
+    refused_by_all,
+)
+from pipeline.records import Failure
 
 GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
 SYNC_INTERVAL_S = 1.0  # at most this much is lost in a power cut
-TICK_INTERVAL_S = 0.25
-LONGEST_WAIT_S = 3600.0  # of a timer; it looks again
-STARTS_AT_ONCE = 64  # requests that go out before answers are looked at again
-TOKENS_A_BYTE = 0.3  # of a prompt, until answers have said better
+SHOW_INTERVAL_S = 0.25
+LONGEST_WAIT_S = 3600.0  # then the scheduler looks again, whatever it waits for
+STARTS_AT_ONCE = 64  # requests that go out before replies are looked at again
+TOKENS_PER_BYTE = 0.3  # of a prompt, until answers have said better
+MOST_WAITING = 4096  # requests that may wait for a retry before no new ones go out
 
 
-class Dispatcher:
-    """One run's requests, over one or several endpoints of the same model."""
+class Attempt(NamedTuple):
+    """One request in flight: where it went, when, and in which dialect."""
 
-    def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        schedule: Schedule,
-        config: GenerateConfig,
-        budget: Budget,
-        completions: Journal,
-        failures: Journal,
-        counters: Counters,
-        say: Callable[[str], None],
-    ) -> None:
-        self._endpoints, self._schedule, self._config, self._budget = endpoints, schedule, config, budget
-        self._completions, self._failures, self._counters, self._say = completions, failures, counters, say
-        self._dialect = Dialect()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._held: Job | None = None  # drawn, and waiting for room
-        self._timer: asyncio.TimerHandle | None = None
-        self._tokens_a_byte = TOKENS_A_BYTE
-        self._idle, self._stopping, self._stopping_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._error: BaseException | None = None
-        self.interrupted = False
+    job: Job
+    endpoint: Endpoint
+    reservation: Reservation
+    tokens: int  # an estimate, prompt and answer
+    sent: float  # time.monotonic
+    sampling: dict[str, Any]  # as it was sent
+    dialect: int
 
-    async def run(self, tick: Callable[[], None]) -> None:
-        """Asks everything. Raises the DistillError that ended the run early; an interrupt only sets `interrupted`."""
-        beside = [
-            asyncio.create_task(self._sync_regularly()),
-            asyncio.create_task(self._tick(tick)),
-            *(asyncio.create_task(endpoint.watch(self._pump)) for endpoint in self._endpoints),
-        ]
-        waits = [asyncio.create_task(event.wait()) for event in (self._idle, self._stopping, self._stopping_now)]
-        idle, stopping, now = waits
-        self._pump()
+
+class Loop:
+    """One process's requests, over one or several endpoints of the same model."""
+
+    def __init__(self, run: Run, endpoints: Sequence[Endpoint]) -> None:
+        self._run, self._endpoints, self._config = run, endpoints, run.recipe.generate
+        self._schedule, self._dialect = Schedule(run.jobs(), MOST_WAITING), Dialect()
+        self._tokens_per_byte = TOKENS_PER_BYTE
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
+        self._outcome: Outcome | None = None  # None: it goes on
+        self._at_once = False  # without a grace for what is in flight
+        # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
+        self._held_back: list[Failure] | None = []
+
+    async def run(self) -> Outcome:
+        """Sends every request and returns how that ended."""
+        watching = [endpoint.watch(self._changed.set) for endpoint in self._endpoints]
+        beside = [self._start(work) for work in (self._sync_journals(), self._show_progress(), *watching)]
         try:
-            await asyncio.wait({idle, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not idle.done():
-                await asyncio.wait({idle, now}, timeout=GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            await self._send_all()
+            await self._drain()
         finally:
-            self._schedule_next(None)
-            everything = [*self._tasks, *beside, *waits]
-            for task in everything:
+            tasks = [*beside, *self._in_flight]
+            for task in tasks:
                 task.cancel()
-            ends = await asyncio.gather(*everything, return_exceptions=True)
-        if self._error:
-            raise self._error
-        for end in ends:
-            if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
-                raise end
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return self._finished() if self._outcome is None else self._outcome
 
     def interrupt(self) -> bool:
         """Ends the run: nothing new, and a short grace for what is in flight; a second call ends it at once.
 
         True for the first call.
         """
-        first = not self.interrupted
-        self.interrupted = True
-        self._stop(now=not first)
+        first = self._outcome is None
+        self._end(Interrupted(), at_once=not first)
         return first
 
-    def _stop(self, error: BaseException | None = None, *, now: bool = False) -> None:
-        self._error = self._error or error
-        self._stopping.set()
-        if now:
-            self._stopping_now.set()
-        if not self._tasks:
-            self._idle.set()
+    def _end(self, outcome: Outcome, *, at_once: bool = False) -> None:
+        """The run is to end; the first outcome stands."""
+        self._outcome = outcome if self._outcome is None else self._outcome
+        self._at_once = self._at_once or at_once
+        self._changed.set()
 
-    def _pump(self) -> None:
-        """Sends out all that may go now, and sees to it that it is called again when more may."""
-        try:
-            for _ in range(STARTS_AT_ONCE):
-                if self._stopping.is_set() or not self._start_next():
-                    break
-            else:
-                self._schedule_next(0.0)
-        except Exception as error:  # the disk is full, or a prompt of a file is wrong: nothing can go on
-            self._stop(error, now=True)
-        if not self._tasks and (self._stopping.is_set() or not (self._held or self._timer)):
-            self._idle.set()
+    async def _send_all(self) -> None:
+        """Sends requests while there are any and the run goes on: each once there is room and money for it."""
+        sent = 0
+        while self._outcome is None:
+            now = monotonic()
+            job = self._schedule.next_job(now)
+            if job is None:
+                if not self._in_flight and not self._schedule.waiting:
+                    return
+                await self._change(self._schedule.due_in(now))
+                continue
+            attempt = self._prepare(job, now)
+            if not isinstance(attempt, Attempt):
+                self._schedule.hold(job)
+                await self._change(attempt)
+                continue
+            self._in_flight.add(self._start(self._attempt(attempt)))
+            sent += 1
+            if sent % STARTS_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
-    def _start_next(self) -> bool:
-        """Sends out one request; False when none may go now."""
-        now = monotonic()
-        endpoint, wait = self._least_busy(now)
+    def _prepare(self, job: Job, now: float) -> Attempt | float | None:
+        """Takes an endpoint with room for a request of this size, and its cost out of the budget.
+
+        Without them: the seconds to wait, or None to wait for a reply. Ends the run where no wait will help.
+        """
+        body, max_tokens = self._dialect.body(job), int(job.request.sampling["max_tokens"])
+        tokens = int(len(body) * self._tokens_per_byte) + max_tokens
+        endpoint, wait = self._least_busy(tokens, now)
         if endpoint is None:
-            if wait is not None and wait > self._config.give_up_s:
-                self._check_rest(now)
-            self._schedule_next(wait)
-            return False
-        job = self._held or self._schedule.next_job(now)
-        if job is None:
-            due = self._schedule.due
-            self._schedule_next(max(due - now, 0.0) if due is not None else None)
-            return False
-        self._held = job
-        body = self._dialect.body(job)
-        tokens = self._estimate(job)
-        wait = endpoint.ready_in(tokens, now)  # now that the size is known
-        if wait != 0:
-            self._schedule_next(wait)
-            return False
-        reservation = self._budget.reserve(len(body), job.request.sampling["max_tokens"])
+            pause_s = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
+            if pause_s > self._config.give_up_s and not self._in_flight:
+                self._end(stopped(paused_too_long(self._endpoints[0].url, pause_s, self._config)))
+            return wait
+        reservation = self._run.budget.reserve(len(body), max_tokens)
         if reservation is None:
-            self._schedule_next(None)
-            if not self._tasks:  # and nothing will give back what it has reserved
-                raise self._budget.reached()
-            return False
-        self._held = None
+            if not self._in_flight:  # and so no reply will give back what its request did not use
+                self._end(BudgetSpent())
+            return None
         endpoint.begin(tokens, now)
-        self._counters.in_flight += 1
-        task = asyncio.create_task(self._ask(job, endpoint, tokens, reservation))
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return True
+        self._run.counters.in_flight += 1
+        sampling = self._dialect.sent(job.request.sampling)
+        return Attempt(job, endpoint, reservation, tokens, now, sampling, self._dialect.version)
 
-    def _least_busy(self, now: float) -> tuple[Endpoint | None, float | None]:
+    def _least_busy(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
         """The endpoint with the fewest requests in flight of those with room; else the seconds until one has."""
-        best, soonest = None, None
-        for endpoint in self._endpoints:
-            wait = endpoint.ready_in(1, now)
-            if wait == 0:
-                if best is None or endpoint.in_flight < best.in_flight:
-                    best = endpoint
-            elif wait is not None and (soonest is None or wait < soonest):
-                soonest = wait
-        return best, soonest
+        ready = [(endpoint.ready_in(tokens, now), endpoint.in_flight, endpoint) for endpoint in self._endpoints]
+        free = [(in_flight, endpoint) for wait, in_flight, endpoint in ready if wait == 0]
+        if free:
+            return min(free, key=lambda one: one[0])[1], None
+        return None, min((wait for wait, _, _ in ready if wait is not None), default=None)
 
-    def _schedule_next(self, wait_s: float | None) -> None:
-        """The next call of `_pump` that no answer brings; None for none."""
-        if self._timer:
-            self._timer.cancel()
-        if wait_s is None:
-            self._timer = None
+    async def _attempt(self, attempt: Attempt) -> None:
+        """Sends one request, and does what follows from its reply."""
+        job, endpoint, counters, budget = attempt.job, attempt.endpoint, self._run.counters, self._run.budget
+        job.attempts += 1
+        reply: Answer | Fault | None = None
+        try:
+            reply = await endpoint.client.complete(job.body, endpoint.timeout_s(job.spent_s))
+        finally:
+            counters.in_flight -= 1
+            endpoint.ended(attempt.sent)
+            if reply is None:  # abandoned: the server may have worked on it all the same
+                budget.settle(attempt.reservation, None, billed=True, journaled=False)
+        now = monotonic()
+        job.spent_s += now - attempt.sent
+        verdict = decide(reply, job, self._state(attempt, reply, now), self._config)
+        if isinstance(reply, Answer):
+            self._record_answer(attempt, reply, now)
+            budget.settle(attempt.reservation, reply.usage, billed=True, journaled=True)
         else:
-            self._timer = asyncio.get_running_loop().call_later(min(wait_s, LONGEST_WAIT_S), self._on_timer)
+            endpoint.failed(job.request.id, reply, attempt.sent, now)
+            await self._carry_out(verdict, attempt, reply, now)
+            budget.settle(attempt.reservation, reply.usage, billed=reply.maybe_billed, journaled=False)
+        usage = reply.usage
+        if endpoint.limits.any and usage and usage.prompt_tokens is not None:
+            endpoint.limits.settle(attempt.tokens, usage.prompt_tokens + (usage.completion_tokens or 0), now)
 
-    def _on_timer(self) -> None:
-        self._timer = None
-        self._pump()
+    def _state(self, attempt: Attempt, reply: Answer | Fault, now: float) -> State:
+        """What `decide` may know."""
+        job, endpoint = attempt.job, attempt.endpoint
+        if isinstance(reply, Answer):
+            return State(endpoint.url)
+        downs = [other.down_since for other in self._endpoints]
+        since = [down for down in downs if down is not None]
+        return State(
+            endpoint.url,
+            key=endpoint.client.key,
+            down=endpoint.down_since is not None,
+            failing=endpoint.failing_with(job.request.id),
+            step=endpoint.step(attempt.sent),
+            all_down_s=now - max(since) if len(since) == len(downs) else 0.0,
+            refused_alike=self._refused_alike(reply),
+            has_time=endpoint.timeout_s(job.spent_s) > 0,
+            teaches=self._dialect.teaches(reply, job, attempt.dialect),
+        )
+
+    async def _carry_out(self, verdict: Verdict, attempt: Attempt, fault: Fault, now: float) -> None:
+        """Does what `decide` says."""
+        job, endpoint = attempt.job, attempt.endpoint
+        match verdict:
+            case Pause():
+                endpoint.pause(verdict, fault, attempt.sent, now)
+                await self._carry_out(verdict.then, attempt, fault, now)
+            case Retry():
+                job.attempts -= not verdict.counted
+                job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
+                self._schedule.put_back(
+                    job, now + verdict.after_s + wait_s(BACKOFF if verdict.step else JITTER, verdict.step)
+                )
+            case Relearn():
+                self._dialect.learn(fault, job, attempt.dialect, self._run.say)
+                job.attempts -= 1
+                self._schedule.put_back(job, now)
+            case Fail():
+                failure = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
+                if verdict.held_back and self._held_back is not None:
+                    self._held_back.append(failure)
+                else:
+                    self._release()
+                    self._record_failure(failure)
+            case EndRun():
+                if self._outcome is None:  # of many at once the first is told
+                    models = await endpoint.client.describe_models() if verdict.name_models else ""
+                    self._end(stopped(verdict.message + models))
+
+    def _record_answer(self, attempt: Attempt, answer: Answer, now: float) -> None:
+        job, endpoint, run = attempt.job, attempt.endpoint, self._run
+        self._release()
+        latency_s = now - attempt.sent
+        completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
+        run.completions.append(completion)
+        run.counters.count(completion.model, completion.usage)
+        endpoint.answered(answer, attempt.sent, now)
+        if answer.usage.prompt_tokens:
+            self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
+
+    def _record_failure(self, failure: Failure) -> None:
+        self._run.failures.append(failure)
+        self._run.counters.failed += 1
+        self._run.counters.errors[failure.error] += 1
+
+    def _refused_alike(self, fault: Fault) -> int:
+        """How many requests were refused as this one was, if the call has had nothing else; this one included."""
+        if self._held_back is None:
+            return 0
+        alike = all((one.error, one.status) == (fault.error, fault.status) for one in self._held_back[:1])
+        return len(self._held_back) + 1 if alike else 0
+
+    def _release(self) -> None:
+        """The call has had something other than one kind of refusal: the refused requests were at fault themselves."""
+        held_back, self._held_back = self._held_back, None
+        for failure in held_back or ():
+            self._record_failure(failure)
+
+    def _finished(self) -> Outcome:
+        """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
+        answered_earlier = len(self._run.completions.found.ids) > 0
+        if self._held_back and not answered_earlier and (first := self._held_back[0]).error == "forbidden":
+            return stopped(refused_by_all(first, first.endpoint, len(self._held_back)))
+        self._release()
+        return Finished()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        """A task is over: there may be room. One that broke (a full disk) ends the run at once."""
+        self._in_flight.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._stop(error, now=True)
-        self._pump()
+            self._end(Stopped(error), at_once=True)
+        self._changed.set()
 
-    async def _ask(self, job: Job, endpoint: Endpoint, tokens: int, reservation: Reservation) -> None:
-        sent = monotonic()
-        job.attempts += 1
-        answer: Answer | None = None
-        error: CallFailed | None = None
-        version = job.dialect
-        try:
-            answer = await endpoint.client.ask(job.body, endpoint.timeout_s(job.spent_s))
-        except CallFailed as failure:
-            error = failure
-        finally:
-            now = monotonic()
-            self._counters.in_flight -= 1
-            endpoint.ended()
-            if not answer and not error:  # abandoned: it may have been worked for all the same
-                self._budget.settle(reservation, None, billed=True, journaled=False)
-        job.spent_s += now - sent
-        if answer:
-            self._answered(job, endpoint, answer, now - sent, now)
-            used: Usage | None = answer.usage
-        else:
-            assert error is not None
-            await self._failed(job, endpoint, error, version, now)
-            used = error.usage
-        billed = error is None or error.maybe_billed
-        self._budget.settle(reservation, used, billed=billed, journaled=error is None)
-        if endpoint.limits.any and used and used.prompt_tokens is not None:
-            endpoint.limits.settle(tokens, used.prompt_tokens + (used.completion_tokens or 0), now)
+    async def _change(self, within_s: float | None) -> None:
+        """Waits until something has changed, but not longer than `within_s` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if within_s is None else min(within_s, LONGEST_WAIT_S)):
+                await self._changed.wait()
+        self._changed.clear()
 
-    def _answered(self, job: Job, endpoint: Endpoint, answer: Answer, latency_s: float, now: float) -> None:
-        sampling = self._dialect.sent(job.request.sampling)
-        completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=sampling)
-        self._completions.append(completion)
-        self._counters.count(completion.model, completion.usage)
-        endpoint.answered(answer.usage.completion_tokens or 0, latency_s, now)
-        if answer.usage.prompt_tokens:
-            self._tokens_a_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_a_byte)
+    async def _drain(self) -> None:
+        """Waits for what is in flight: for GRACE_S at most, and not at all once the run is to end at once."""
+        deadline = monotonic() + GRACE_S
+        while self._in_flight and not self._at_once and (left_s := deadline - monotonic()) > 0:
+            await self._change(left_s)
 
-    async def _failed(self, job: Job, endpoint: Endpoint, error: CallFailed, version: int, now: float) -> None:
-        """Ends the run, puts the job back, or writes its failure."""
-        was_down = endpoint.down_since is not None
-        endpoint.failed(job.request.id, error, now)
-        if isinstance(error, Rejected):
-            await self._reject(endpoint, error)
-            return
-        if isinstance(error, Refused) and self._dialect.learns_from(error, version, self._say):
-            job.attempts -= 1
-            self._schedule.put_back(job, now)
-            return
-        if self._given_up(now):
-            return
-        if error.error == "unreachable" or was_down:  # the endpoint's fault, not the request's
-            job.attempts -= 1
-            job.spent_s = 0.0 if error.error == "unreachable" else job.spent_s
-        too_long = error.retry_after > self._config.give_up_s
-        if too_long and (was_down or error.error == "rate_limited"):  # the endpoint's to wait for
-            error.retry_after, too_long = 0.0, False
-        delay = retry_delay(job.attempts, self._config.max_attempts, error)
-        if delay is not None and not too_long and endpoint.timeout_s(job.spent_s) > 0:
-            self._schedule.put_back(job, now + delay)
-            return
-        sampling = self._dialect.sent(job.request.sampling)
-        self._failures.append(failed(job, error, endpoint=endpoint.url, sampling=sampling))
-        self._counters.failed += 1
-        self._counters.errors[error.error] += 1
-
-    def _given_up(self, now: float) -> bool:
-        """Ends the run when every endpoint has been down for too long."""
-        downs = [endpoint.down_since for endpoint in self._endpoints]
-        since = [down for down in downs if down is not None]
-        if len(since) < len(downs) or now - max(since) < self._config.give_up_s:
-            return False
-        endpoint = self._endpoints[0]
-        self._stop(
-            DistillError(
-                f"{endpoint.url} has not answered for {now - max(since):.0f} s ({endpoint.last_error}); "
-                "start it and run this again: what was answered is kept"
-            ),
-            now=True,
-        )
-        return True
-
-    def _check_rest(self, now: float) -> None:
-        """Raises DistillError when nothing is in flight and every endpoint asks for too long a rest."""
-        rest = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
-        if rest > self._config.give_up_s and not self._tasks:
-            raise DistillError(
-                f"{self._endpoints[0].url} takes no requests for another {rest:.0f} s, longer than generate.give_up_s "
-                f"({self._config.give_up_s:g}); run the same command again then: what was answered is kept"
-            )
-
-    async def _reject(self, endpoint: Endpoint, error: Rejected) -> None:
-        """Ends the run; of many rejections at once the first is told."""
-        if self._stopping.is_set():
-            return
-        message = error.message
-        self._stop(DistillError(message))
-        if error.error == "not_found":
-            models = await endpoint.client.models()
-            message += (
-                f"; it lists {', '.join(models)}: set teacher.model to one of them"
-                if models
-                else "; it lists no models: check teacher.base_url"
-            )
-            self._error = DistillError(message)
-
-    def _estimate(self, job: Job) -> int:
-        return int(len(job.body) * self._tokens_a_byte) + int(job.request.sampling["max_tokens"])
-
-    async def _sync_regularly(self) -> None:
+    async def _sync_journals(self) -> None:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            try:
-                for journal in (self._completions, self._failures):
-                    await asyncio.to_thread(journal.sync)
-            except DistillError as error:
-                self._stop(error, now=True)
-                return
+            for journal in (self._run.completions, self._run.failures):
+                await asyncio.to_thread(journal.sync)
 
-    async def _tick(self, tick: Callable[[], None]) -> None:
+    async def _show_progress(self) -> None:
         while True:
-            await asyncio.sleep(TICK_INTERVAL_S)
-            self._counters.waiting = self._schedule.waiting
-            tick()
+            await asyncio.sleep(SHOW_INTERVAL_S)
+            self._run.counters.waiting = self._schedule.waiting
+            self._run.show()

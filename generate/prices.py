@@ -1,10 +1,10 @@
 """What a teacher costs: the recipe's own price, or this table's. Pure: reads and writes nothing.
 
-USD a million tokens, input and output, standard tier, prompts of up to 100,000 tokens (beyond 100,000 to 272,000, some
-providers ask more). SOURCES names each provider's page, and the day to which the public copies of it that were read go
-back. Prices change: check them where money matters, and say `teacher.price: {input: …, output: …}` in the recipe. A
-name whose sources disagreed, or whose price was a passing offer, is left out; so are Mistral's, and models that think
-beyond `max_tokens` (Grok), whose cost no request can bound.
+USD per million tokens, input and output, standard tier, for prompts of up to 100,000 tokens (for longer ones, from
+100,000 to 272,000 tokens on, some providers charge more). SOURCES names each provider's page and the date of the public
+copy that was read. Prices change: check them if money matters, and set `teacher.price: {input: …, output: …}`. The
+table leaves out a name whose sources disagreed or whose price was a passing offer, Mistral's models, and models that
+think beyond `max_tokens` (Grok), whose cost no request can bound.
 """
 
 import re
@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 from pipeline.address import is_private
 from pipeline.recipe import TeacherConfig
 
-PICO = 10**12  # pico-dollars in a dollar: prices a token are whole numbers of them
-PRICED_TOKENS = 100_000  # of a prompt; longer ones can cost more than the table says
+PICO = 10**12  # pico-dollars in a dollar: a price per token is a whole number of them
+PRICED_TOKENS = 100_000  # of a prompt; a longer one can cost more than the table says
 BATCH_SHARE = 2  # batches cost half: OpenAI's, Anthropic's and Google's
 
 SOURCES = {  # by how a model's name begins
@@ -28,7 +28,7 @@ PRICES: dict[str, tuple[float, float]] = {
     "gpt-4.1-mini": (0.4, 1.6),
     "gpt-4.1-nano": (0.1, 0.4),
     "gpt-4o": (2.5, 10.0),
-    "gpt-4o-2024-05-13": (5.0, 15.0),  # the one snapshot with a price of its own
+    "gpt-4o-2024-05-13": (5.0, 15.0),  # the only snapshot with its own price
     "gpt-4o-mini": (0.15, 0.6),
     "gpt-5": (1.25, 10.0),
     "gpt-5-mini": (0.25, 2.0),
@@ -65,14 +65,14 @@ PRICES: dict[str, tuple[float, float]] = {
     "gemini-3.1-pro-preview": (2.0, 12.0),
     "gemini-3.5-flash": (1.5, 9.0),
     "gemini-3.5-flash-lite": (0.3, 2.5),
-    "deepseek-flash": (0.3, 1.2),  # of peak hours; half at other times
+    "deepseek-flash": (0.3, 1.2),  # at peak hours; half at other times
     "deepseek-v4-pro": (1.32, 3.96),
 }
 _SNAPSHOT = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{8})$")  # gpt-4.1-2025-04-14 costs what gpt-4.1 does
 
 
 class Price(NamedTuple):
-    """Whole pico-dollars a token."""
+    """Whole pico-dollars per token."""
 
     input: int
     output: int
@@ -83,9 +83,9 @@ class Price(NamedTuple):
 
 
 def price_of(teacher: TeacherConfig, mode: Literal["online", "batch"] = "online") -> Price | None:
-    """The price of the teacher's tokens; None where it is not known, as for a server of one's own.
+    """The price of the teacher's tokens; None if it is not known, as for a server of one's own.
 
-    A gateway's prefix (`openai/gpt-4.1`) and a snapshot's date are passed over.
+    A gateway's prefix (`openai/gpt-4.1`) and a snapshot's date are ignored.
     """
     if teacher.price is not None:
         listed = teacher.price.input, teacher.price.output
@@ -98,7 +98,7 @@ def price_of(teacher: TeacherConfig, mode: Literal["online", "batch"] = "online"
 
 
 def source_of(teacher: TeacherConfig) -> str | None:
-    """Where `price_of` has the price from; None where it has none."""
+    """Where `price_of` has the price from; None if it has none."""
     if teacher.price is not None:
         return "teacher.price"
     name = _listed(teacher)

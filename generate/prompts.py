@@ -1,13 +1,14 @@
 """What is asked: prompts from a template, a JSONL file, or a folder that `datasets` saved.
 
-Reads the recipe and the file it names; writes nothing. Prompts stream: a long run never holds them all. What makes a
-request of a prompt is in generate.jobs.
+Reads the recipe and the file it names, and writes nothing. Prompts are streamed, so a long run never holds them all.
+What makes a request of a prompt is in generate.jobs.
 
 A JSONL line, like a row of a data set, has `messages` (a list of {"role", "content"}) or `prompt` (the user's words),
-and may have `slots` and `id`; anything else in it is left alone.
+and may have `slots` and `id`. Other keys are ignored.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 
 from generate.grammar import Grammar
+from generate.idset import IdSet
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import PromptsConfig, Recipe
 from pipeline.records import Message, Prompt, Slots
@@ -23,6 +25,16 @@ from pipeline.records import Message, Prompt, Slots
 ROLES = ("system", "developer", "user", "assistant")
 ID_BYTES = 8
 BOM = b"\xef\xbb\xbf"
+ACCEPTED = (
+    'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, or a folder saved by `datasets`'
+)
+OTHER_FORMATS = {  # by how a file begins
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a compressed file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"[": "a JSON array",
+}
 
 _encoder = msgspec.json.Encoder()
 
@@ -44,16 +56,16 @@ def build_prompts(recipe: Recipe) -> list[Prompt]:
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
     """Streams the prompts of the recipe: `prompts.count` of them, or all of the file.
 
-    A template's prompts come in a random order that `prompts.seed` decides, a file's in its own. No prompt repeats
-    before every one has been there once; a repeat has the same id, for it is the same question (the requests made of
-    it differ). Raises RecipeError or DataError at the first thing that is wrong.
+    A template's prompts come in a random order that `prompts.seed` decides, those of a file in the order of the file.
+    No prompt repeats before each has come once. A repeat has the same id, because it is the same question; the requests
+    made of it differ. Raises RecipeError or DataError at the first error.
     """
     config = recipe.prompts
     if config.template is not None and config.count is not None:
         return _from_template(config, config.count)
-    assert config.file is not None  # PromptsConfig sees to it that there is one source
+    assert config.file is not None  # PromptsConfig checks that there is one source
     if config.slots:
-        raise RecipeError("prompts.slots is for a template; the rows of prompts.file bring their own `slots`")
+        raise RecipeError("prompts.slots is for a template; the rows of prompts.file have their own `slots`")
     return _from_file(config, config.file)
 
 
@@ -76,7 +88,7 @@ def _from_template(config: PromptsConfig, count: int) -> Iterator[Prompt]:
 
 
 def _from_file(config: PromptsConfig, path: Path) -> Iterator[Prompt]:
-    """The rows once for all of the file, and again from the top while `count` asks for more."""
+    """All rows once, and again from the first while `count` asks for more."""
     left = config.count
     while left is None or left > 0:
         number = 0
@@ -91,12 +103,24 @@ def _from_file(config: PromptsConfig, path: Path) -> Iterator[Prompt]:
 
 
 def _rows(path: Path, system: str | None) -> Iterator[Prompt]:
-    rows = _dataset_rows(path) if path.is_dir() else _jsonl_rows(path)
-    for where, row in rows:
+    """The rows as prompts. Two rows with one `id` must be one prompt; 16 bytes per `id` are kept to know."""
+    read = partial(_dataset_rows if path.is_dir() else _jsonl_rows, path)
+    ids, prompts = IdSet(), IdSet()
+    for where, row in read():
         try:
-            yield make_prompt(row, system)
+            prompt = make_prompt(row, system)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
+        if row.id is not None:
+            new_id, new_prompt = ids.add(row.id), prompts.add(f"{row.id} {prompt_id(prompt.messages)}")
+            if new_prompt and not new_id:
+                raise DataError(f"{where}: id {row.id!r} is that of {_first(read, row.id)}, which is another prompt")
+        yield prompt
+
+
+def _first(read: Callable[[], Iterator[tuple[str, PromptRow]]], id_: str) -> str:
+    """Where the first row with this id is."""
+    return next(where for where, row in read() if row.id == id_)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
@@ -106,14 +130,28 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
     except OSError as error:
         raise DataError(f"prompts.file {path}: {error.strerror or error}") from None
     with file:
+        _check_format(path, file.read(64))
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
                 yield f"{path}:{number}", decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); {ACCEPTED}") from None
+            except msgspec.DecodeError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
+
+
+def _check_format(path: Path, start: bytes) -> None:
+    """Raises DataError if the file begins like one of another format."""
+    text = start.removeprefix(BOM).lstrip()
+    found = next((name for mark, name in OTHER_FORMATS.items() if text.startswith(mark)), None)
+    if not found and text and not text.startswith(b"{"):
+        found = "CSV or plain text"
+    if found:
+        raise DataError(f"prompts.file {path}: this looks like {found}; {ACCEPTED}")
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
@@ -150,7 +188,7 @@ def _load_dataset(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def make_prompt(row: PromptRow, system: str | None = None) -> Prompt:
-    """The prompt of a row; `system` goes before where the row has no such message. Raises ValueError if it is wrong."""
+    """The prompt of a row; `system` comes first if the row has no such message. Raises ValueError if a row is wrong."""
     if (row.messages is None) == (row.prompt is None):
         raise ValueError("give either `messages` or `prompt`")
     messages = row.messages if row.messages is not None else [Message(role="user", content=row.prompt or "")]
@@ -159,6 +197,8 @@ def make_prompt(row: PromptRow, system: str | None = None) -> Prompt:
     for message in messages:
         if message.role not in ROLES:
             raise ValueError(f"role {message.role!r} is not one of {', '.join(ROLES)}")
+    if messages[-1].role == "assistant":
+        raise ValueError("the prompt ends with an assistant turn; it must end with the turn that the teacher answers")
     if not messages[-1].content.strip():
         raise ValueError("the prompt is empty")
     if system is not None and messages[0].role not in ("system", "developer"):

@@ -1,8 +1,8 @@
-"""How many tokens a prompt has: counted where the teacher's tokenizer is at hand, else bounded.
+"""How many tokens a prompt has: counted if the teacher's tokenizer is on this machine, otherwise an upper bound.
 
-Reads the tokenizer.json and the chat template of a local, embedded or cached model; downloads nothing, and needs no
-more than the `tokenizers` package. For any other teacher there is a bound that holds for every byte-level tokenizer:
-a token for each byte, and what a chat template may add.
+Reads the tokenizer.json and the chat template of a local, embedded or cached model. Downloads nothing, and needs only
+the `tokenizers` package. For any other teacher there is a bound that holds for every byte-level tokenizer: one token
+for each byte, and what a chat template may add.
 """
 
 import json
@@ -20,13 +20,13 @@ from pipeline.errors import UsageError
 from pipeline.models import local_folder
 from pipeline.records import Message
 
-TEMPLATE_TOKENS = 64  # a chat template may add: roles and turns, and a system prompt of its own
+TEMPLATE_TOKENS = 64  # that a chat template may add: roles, turns, and its own system prompt
 
 Count = Callable[[list[Message]], int | None]
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; in a prompt it adds nothing."""
+    """`{% generation %}` marks the assistant's words for training. It adds nothing to a prompt."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja2 has it
 
@@ -36,10 +36,10 @@ class _Generation(Extension):
 
 
 def counter(model: str) -> Count | None:
-    """Counts a prompt's tokens as the teacher's server does, chat template included; None where it cannot be known.
+    """A function that counts a prompt's tokens as the teacher's server does, chat template included.
 
-    The count is None for a prompt that the template refuses, as some do a system message. Raises UsageError where the
-    model's files are broken.
+    None if the tokenizer or the template is not on this machine. The count is None for a prompt that the template
+    refuses; some refuse a system message. Raises UsageError if the model's files are broken.
     """
     folder = _folder(model)
     if folder is None or not (folder / "tokenizer.json").is_file():
@@ -57,7 +57,7 @@ def counter(model: str) -> Count | None:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise UsageError(f"model {model}: {folder} holds no usable tokenizer: {' '.join(str(error).split())}") from None
-    tokenizer.no_truncation()  # whatever the file says: a server cuts no prompt
+    tokenizer.no_truncation()  # whatever the file says: a server does not cut a prompt
     tokenizer.no_padding()
 
     def count(messages: list[Message]) -> int | None:
@@ -72,7 +72,7 @@ def counter(model: str) -> Count | None:
 
 
 def bound(body_bytes: int) -> int:
-    """The most tokens that a request of so many bytes can have as its prompt."""
+    """The most prompt tokens that a request of so many bytes can have."""
     return body_bytes + TEMPLATE_TOKENS
 
 
@@ -93,7 +93,7 @@ def _folder(model: str) -> Path | None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for: jinja2 as transformers sets it up."""
+    """jinja2 as transformers sets it up: chat templates are written for that."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -114,7 +114,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     }
     if (separate := folder / "chat_template.jinja").is_file():
         settings["chat_template"] = separate.read_text(encoding="utf-8")
-    elif isinstance(several := settings.get("chat_template"), list):  # by name
+    elif isinstance(several := settings.get("chat_template"), list):  # several templates, by name
         settings["chat_template"] = {one["name"]: one["template"] for one in several}.get("default")
     return settings
 

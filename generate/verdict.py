@@ -1,251 +1,176 @@
-"""What a reply of the endpoint means: an answer, or the error that it carries. Pure: reads and writes nothing.
+"""What follows from the outcome of an attempt: one pure function, `decide`, and nothing that decides it elsewhere.
 
-    CallFailed
-    ├── Transient   can heal: 408, 429 for rate, 5xx, connection lost, timeout, truncated or no JSON
-    ├── Refused     final for this request: any other 4xx, an answer with no text or of the wrong shape
-    └── Rejected    final for the run: 401, 403, an exhausted quota, a model or URL that is not there
+docs/generation.md has the same table in words; a test holds each of its rows against `decide`.
 
-docs/generation.md lists them all, with what becomes of each.
+    Answered   the answer is recorded
+    Retry      the request is sent again
+    Fail       the request has failed for good
+    Pause      the endpoint takes nothing for a while (or one probe at a time); the request is sent again, or has failed
+    Relearn    the teacher refuses a setting: the request is sent again another way
+    EndRun     no request of this run can be answered now
 """
 
-import json
-from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
-from time import time
-from typing import Annotated, Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import msgspec
+from tenacity import wait_exponential
 
-from pipeline.records import Usage
+from generate.jobs import Job
+from generate.reply import Answer, Fault
+from generate.schedule import wait_s
+from pipeline.recipe import GenerateConfig
+from pipeline.records import Failure
 
-MESSAGE_CHARS = 1000  # of a server's words, kept in an error
+FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
+REFUSED_ALIKE = 20  # different requests, the first of a call, all refused alike: then the fault is not theirs
+PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of an endpoint that is down
+REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # seconds of pause after a 429 without Retry-After
 
-
-class CallFailed(Exception):
-    """One attempt that brought no answer: the error's type, the HTTP status (None: no reply), the server's words."""
-
-    def __init__(
-        self,
-        error: str,
-        message: str,
-        status: int | None = None,
-        *,
-        retry_after: float = 0,
-        usage: Usage | None = None,
-        parameter: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.error, self.message, self.status, self.retry_after = error, message, status, retry_after
-        self.usage = usage  # where the server counted it all the same
-        self.parameter = parameter  # which the server says is wrong
-
-    @property
-    def maybe_billed(self) -> bool:
-        """Whether the endpoint may have worked for it: an answer that was no use, or one that never came whole."""
-        return self.status == 200 or (self.status is None and self.error != "unreachable")
+ENDS_RUN = frozenset({"unauthorized", "insufficient_quota", "not_found"})
+FINAL = frozenset(  # sending the request again would bring the same, and may cost the same
+    {"bad_request", "forbidden", "content_filter", "refusal", "empty_answer", "no_choices", "wrong_shape", "too_large"}
+)
+REFUSALS = frozenset({"bad_request", "forbidden", "no_choices", "wrong_shape"})  # of all requests, if not of one
+CONGESTED = frozenset({"rate_limited", "timeout"})  # the endpoint has more than it can take
 
 
-class Transient(CallFailed):
-    """May heal: worth another attempt, not before `retry_after` seconds."""
+class State(NamedTuple):
+    """What `decide` knows beside the reply: the attempt, its endpoint and the run, as they are when it comes."""
+
+    url: str
+    key: str = "no key is set"  # what there is to say of the key when it is refused
+    down: bool = False  # the endpoint was down already
+    failing: int = 1  # different requests in a row that failed at the endpoint, this one included
+    step: int = 1  # of the endpoint's backoff; 0: the request was sent before the last step, and belongs to it
+    all_down_s: float = 0.0  # how long all endpoints have been down
+    refused_alike: int = 0  # the call's first requests, this one included, if all were refused alike; else 0
+    has_time: bool = True  # another attempt fits before the request's deadline
+    teaches: bool = False  # the refusal is about a setting that can be sent another way
 
 
-class Refused(CallFailed):
-    """This request will never be answered."""
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The reply is an answer."""
 
 
-class Rejected(CallFailed):
-    """No request of this run will be answered."""
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Send the request again after `after_s` seconds and the backoff's `step`; step 0 is a little jitter."""
+
+    after_s: float = 0.0
+    step: int = 1
+    counted: bool = True  # the attempt counts against max_attempts
 
 
-class Answer(NamedTuple):
-    """What the teacher said."""
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The request has failed for good. `held_back`: unless REFUSED_ALIKE requests meet the same fate."""
 
-    text: str
-    finish_reason: str
-    model: str | None
-    usage: Usage
+    held_back: bool = False
 
 
-_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]  # anything else is no count
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The endpoint takes nothing for `pause_s` seconds; if `down`, then one request at a time until one is answered."""
+
+    pause_s: float
+    then: Retry | Fail
+    down: bool = False
 
 
-class _Details(msgspec.Struct):
-    reasoning_tokens: _Tokens | None = None
+@dataclass(frozen=True, slots=True)
+class Relearn:
+    """Send the request again, the way the teacher wants it."""
 
 
-class _Usage(msgspec.Struct):
-    prompt_tokens: _Tokens | None = None
-    completion_tokens: _Tokens | None = None
-    total_tokens: _Tokens | None = None
-    completion_tokens_details: _Details | None = None
+@dataclass(frozen=True, slots=True)
+class EndRun:
+    """Nothing more is sent. The run can be resumed."""
 
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Reply(msgspec.Struct):
-    choices: list[_Choice] | None = None
-    model: str | None = None
-    usage: _Usage | None = None
-    error: object = None
-
-
-_decoder = msgspec.json.Decoder(_Reply)
-
-
-def shortened(said: str) -> str:
-    """One line of at most MESSAGE_CHARS characters, and how many there were."""
-    line = " ".join(said.split())
-    return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}… ({len(line)} characters)"
-
-
-def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer:
-    """The answer in a 200 reply. Raises Transient where the reply is cut or no JSON, Refused where it has no text."""
-    reply = _decode(body, words)
-    if not reply.choices:
-        if reply.error is not None:  # a gateway's way of passing on an error of the model behind it
-            raise Transient("error_in_answer", words(str(reply.error)), 200)
-        raise Refused("no_choices", f"no `choices` in the answer: {words(body.decode())}", 200)
-    choice, usage = reply.choices[0], _usage(reply.usage)
-    text, reason = choice.message.content or "", choice.finish_reason or "unknown"
-    if reason == "content_filter":
-        raise Refused("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
-    if not text.strip():
-        if choice.message.refusal:
-            raise Refused("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
-        thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
-        raise Refused("empty_answer", f"the answer has no text (finish_reason {reason}{thought})", 200, usage=usage)
-    return Answer(text, reason, reply.model, usage)
-
-
-def read_error(
-    status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened
-) -> CallFailed:
-    """What a reply other than 200 means. The messages of a Rejected name no URL and no key: the client adds them."""
-    said = _said(body)
-    message = words(said.message) or "no words"
-    if status == 429 and "insufficient_quota" in (said.code, said.type):
-        return Rejected("insufficient_quota", message, status)
-    if status == 429:
-        return Transient("rate_limited", message, status, retry_after=retry_after(headers))
-    if status == 408 or status >= 500:
-        return Transient("server_error", message, status, retry_after=retry_after(headers))
-    if status in (401, 403):
-        return Rejected("unauthorized", message, status)
-    if status < 400:
-        return Rejected("not_found", f"it redirects to {headers.get('location', 'nowhere')}", status)
-    if status in (404, 405):
-        return Rejected("not_found", message, status)
-    kind = "content_filter" if said.code == "content_filter" else "bad_request"
-    return Refused(kind, message, status, parameter=said.param)
-
-
-def retry_after(headers: Mapping[str, str], now: float | None = None) -> float:
-    """Seconds to wait as the server asks: `retry-after-ms`, or `Retry-After` in seconds or as a date; else 0."""
-    try:
-        if "retry-after-ms" in headers:
-            seconds = float(headers["retry-after-ms"]) / 1000
-        else:
-            seconds = float(headers.get("retry-after", 0))
-    except ValueError:
-        try:
-            moment = parsedate_to_datetime(headers.get("retry-after", ""))
-        except ValueError:
-            return 0
-        seconds = moment.timestamp() - (time() if now is None else now)
-    return seconds if 0 < seconds < float("inf") else 0
-
-
-class _Said(NamedTuple):
     message: str
-    code: str | None = None
-    type: str | None = None
-    param: str | None = None
+    name_models: bool = False  # the user should be told which models the endpoint lists
 
 
-def _said(body: bytes) -> _Said:
-    """A server's words out of an error's body: OpenAI's shape, FastAPI's `detail`, or whatever else it is."""
-    text = body.decode(errors="replace")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return _Said(text)
-    inner = data.get("error", data) if isinstance(data, dict) else data
-    if not isinstance(inner, dict):
-        return _Said(inner if isinstance(inner, str) else text)
-    message = inner.get("message")
-    code, kind, param = (_text(inner.get(name)) for name in ("code", "type", "param"))
-    return _Said(message if isinstance(message, str) and message.strip() else text, code, kind, param)
+Verdict = Answered | Retry | Fail | Pause | Relearn | EndRun
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def heals(fault: Fault) -> bool:
+    """Whether another attempt may bring an answer."""
+    return fault.error not in ENDS_RUN and fault.error not in FINAL
 
 
-def _usage(usage: _Usage | None) -> Usage:
-    if usage is None:
-        return Usage()
-    details, completion_tokens = usage.completion_tokens_details, usage.completion_tokens
-    if completion_tokens is not None and usage.prompt_tokens is not None and usage.total_tokens is not None:
-        # Some (xAI, gateways to Gemini) bill reasoning as completion and count it in the total alone.
-        completion_tokens = max(completion_tokens, usage.total_tokens - usage.prompt_tokens)
-    return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=completion_tokens,
-        reasoning_tokens=details.reasoning_tokens if details else None,
+def speaks_of_endpoint(fault: Fault) -> bool:
+    """Whether the fault is a sign that the endpoint is down."""
+    return heals(fault) and fault.error != "rate_limited"
+
+
+def decide(reply: Answer | Fault, job: Job, state: State, config: GenerateConfig) -> Verdict:
+    """What follows from the reply to `job`, whose attempts and seconds include this attempt."""
+    if isinstance(reply, Answer):
+        return Answered()
+    if reply.error in ENDS_RUN:
+        return EndRun(_why_nobody(reply, state), name_models=reply.error == "not_found")
+    if state.teaches:
+        return Relearn()
+    if reply.error in FINAL:
+        return _refused(reply, state)
+    if state.all_down_s >= config.give_up_s:
+        return EndRun(
+            f"{state.url} has not answered for {state.all_down_s:.0f} s ({reply.message}); start it and run this "
+            "again: what was answered is kept"
+        )
+    then = _again(reply, job, state, config)
+    if reply.error == "rate_limited":
+        return Pause(reply.retry_after_s or _wait_s(REFUSED_WAIT, state.step), then)
+    if reply.error == "unreachable" or state.failing >= FAILURES_IN_ROW:
+        return Pause(_wait_s(PROBE_WAIT, state.step), then, down=True)
+    return then
+
+
+def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retry | Fail:
+    """Another attempt, unless the request has had all of them, or all of its time."""
+    blameless = state.down or fault.error == "unreachable"
+    after_s = fault.retry_after_s
+    if after_s > config.give_up_s:
+        if not state.down and fault.error != "rate_limited":
+            return Fail()
+        after_s = 0.0  # it is the endpoint that waits
+    if job.attempts - blameless >= config.max_attempts or not (state.has_time or fault.error == "unreachable"):
+        return Fail()
+    if fault.error == "rate_limited":  # the endpoint's own pause grows already
+        return Retry(after_s, 0 if fault.retry_after_s else 1, counted=not blameless)
+    return Retry(after_s, job.attempts, counted=not blameless)
+
+
+def _refused(fault: Fault, state: State) -> Fail | EndRun:
+    alike = state.refused_alike if fault.error in REFUSALS else 0
+    return EndRun(refused_by_all(fault, state.url, alike)) if alike >= REFUSED_ALIKE else Fail(held_back=alike > 0)
+
+
+def refused_by_all(fault: Fault | Failure, url: str, requests: int) -> str:
+    """Why a run ends whose first requests were all refused alike."""
+    return (
+        f"{url} refuses every request: all of the first {requests} with {fault.error} (status {fault.status}): "
+        f"{fault.message}. Fix the recipe or the access and run the same command again: none of them counts as failed"
     )
 
 
-def _decode(body: bytes, words: Callable[[str], str]) -> _Reply:
-    try:
-        return _decoder.decode(body)
-    except (ValueError, RecursionError):
-        pass  # not as it should be: is there an answer in it all the same?
-    try:
-        return msgspec.convert(_repaired(json.loads(body)), _Reply)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise Refused(
-            "wrong_shape",
-            f"not a chat completion: {error}: {words(body.decode(errors='replace')) or 'nothing at all'}",
-            200,
-        ) from None
-    except ValueError:
-        raise Transient(
-            "not_json", f"no JSON, or cut short: {words(body.decode(errors='replace')) or 'nothing at all'}", 200
-        ) from None
+def paused_too_long(url: str, pause_s: float, config: GenerateConfig) -> str:
+    """Why a run ends whose endpoints all take nothing for longer than generate.give_up_s."""
+    return (
+        f"{url} takes no requests for another {pause_s:.0f} s, longer than generate.give_up_s ({config.give_up_s:g}); "
+        "run the same command again then: what was answered is kept"
+    )
 
 
-def _repaired(data: Any) -> Any:
-    """A reply with what is odd in it put right, as far as its text does not depend on it: it has been paid for.
-
-    Half a surrogate pair ("\\ud83d") is U+FFFD: Python reads it, UTF-8 cannot write it. A content of parts (Mistral's
-    models that think) is the text of its text parts. A `usage` that is no count is none.
-    """
-    text = json.dumps(data, ensure_ascii=False)
-    data = json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
-    if not isinstance(data, dict):
-        return data
-    try:
-        data["usage"] = msgspec.convert(data.get("usage"), _Usage | None, strict=False)
-    except msgspec.ValidationError:
-        data["usage"] = None
-    data["model"] = _text(data.get("model"))
-    for choice in data["choices"] if isinstance(data.get("choices"), list) else []:
-        if isinstance(choice, dict):
-            choice["finish_reason"] = _text(choice.get("finish_reason"))
-            message = choice.get("message")
-            if isinstance(message, dict) and isinstance(message.get("content"), list):
-                message["content"] = "".join(map(_part_text, message["content"]))
-    return data
+def _why_nobody(fault: Fault, state: State) -> str:
+    """Why no request can be answered, and how to fix it."""
+    if fault.error == "insufficient_quota":
+        return f"{state.url}: the quota is used up ({fault.message}); top it up and run the same command again"
+    said = f"{state.url} answers {fault.status} ({fault.message})"
+    return f"{said}: {state.key}" if fault.error == "unauthorized" else said
 
 
-def _part_text(part: Any) -> str:
-    """The text of a content's part; none of one that is a thought, or no text at all."""
-    return (_text(part.get("text")) or "") if isinstance(part, dict) and part.get("type") == "text" else ""
+def _wait_s(policy: wait_exponential, step: int) -> float:
+    """The pause of a step; none for a request that was sent before that step began."""
+    return wait_s(policy, step) if step else 0.0

@@ -1,1 +1,1 @@
-"""What crosses a stage boundary: recipe, records, run directory, lineage, model references. Nothing else."""
+"""What the stages share: recipe, records, run directory, lineage, model references, errors and addresses."""

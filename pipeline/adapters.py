@@ -1,16 +1,16 @@
-"""Adapters laid into their bases: ordinary models, as engines serve them and as they are passed on."""
+"""Merges an adapter into its base: an ordinary model, which engines serve and users can be given."""
 
 from pathlib import Path
 
 from pipeline.errors import UsageError, first_line
 
-MERGED_FROM = "merged_from.json"  # in a merged folder of a run: which base and adapter it was made of
+MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
 
 
 def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
-    """Adds the adapter to the base in float32 and saves the sum, with the adapter's tokenizer, in the base's own dtype.
+    """Adds the adapter to the base in float32 and saves the sum in the base's dtype, with the adapter's tokenizer.
 
-    Raises UsageError where the base cannot be loaded.
+    Raises UsageError if the base cannot be loaded.
     """
     import torch
     import transformers

@@ -1,28 +1,57 @@
 """Where a URL leads (this machine, a private network, the internet; through which proxy), and what must not be printed.
 
-The one place that knows either. Reads the environment's proxy variables, and writes nothing.
+The only module that decides either. Reads the proxy variables of the environment and the secrets that a teacher's
+settings name. Writes nothing.
 """
 
+import os
 import re
 import socket
+from base64 import b64encode
 from collections.abc import Iterable
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+if TYPE_CHECKING:
+    from pipeline.recipe import TeacherConfig
+
 HIDDEN = "[secret]"
+SHORTEST_SECRET = 6  # characters; a shorter one cannot be replaced without destroying ordinary text
+VARIABLE = re.compile(r"\$\{(\w+)\}")  # in a header's value: the value of that environment variable
+DEFAULT_PORTS = {"http": 80, "https": 443}
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@ in a URL
-_KEY = re.compile(r"\b(?:sk|pk|rk|gsk|hf|xai)[-_][A-Za-z0-9_-]{8,}|(?<=Bearer )[A-Za-z0-9._~+/=-]{8,}")
+_KEY = re.compile(
+    r"\b(?:sk|pk|rk)[-_][\w*-]{8,}"  # OpenAI, Anthropic, OpenRouter, Stripe's gateways
+    r"|\b(?:gsk_|hf_|xai-|ghp_)[A-Za-z0-9]{16,}|\bAIza[\w-]{30,}"  # Groq, Hugging Face, xAI, GitHub, Google
+    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+"  # a JSON web token
+    r"|(?<=Bearer )[\w.~+/=-]{8,}|(?<=Basic )[\w+/=]{8,}"
+)
 
 
 def is_loopback(url: str) -> bool:
-    """Whether the URL is on this machine."""
+    """Whether the URL names this machine by a loopback address or as `localhost`."""
     host = urlsplit(url).hostname or ""
     try:
         address = ip_address(host)
     except ValueError:
         return host == "localhost"
     return address.is_loopback or address.is_unspecified
+
+
+def is_this_machine(url: str) -> bool:
+    """Whether a server can be started here for the URL: loopback, the machine's own name, or an address it has."""
+    host = urlsplit(url).hostname or ""
+    if is_loopback(url) or (host and host == socket.gethostname()):
+        return True
+    try:
+        family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def is_private(url: str) -> bool:
@@ -47,7 +76,8 @@ def is_port_open(url: str, timeout_s: float = 1.0) -> bool:
     """Whether something listens at the URL's host and port. Sends nothing, and needs no key and no proxy."""
     parts = urlsplit(url)
     try:
-        with socket.create_connection((parts.hostname, parts.port or 80), timeout=timeout_s):
+        address = parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme, 80)
+        with socket.create_connection(address, timeout=timeout_s):
             return True
     except OSError:
         return False
@@ -57,12 +87,30 @@ class Redactor:
     """Hides secrets in text that leaves the client: errors, failures.jsonl, messages on the screen."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        """`secrets`: values that must never be shown, like the key and header values from the environment."""
-        known = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+        """`secrets`: values that must never be shown. Values under SHORTEST_SECRET characters are ignored."""
+        known = sorted({secret for secret in secrets if len(secret) >= SHORTEST_SECRET}, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
+
+    @classmethod
+    def of(cls, teacher: "TeacherConfig") -> "Redactor":
+        """The redactor of everything that a teacher's requests carry."""
+        return cls(secrets_of(teacher))
 
     def __call__(self, text: str) -> str:
         """The text with known secrets, passwords in URLs and anything shaped like a key replaced by `[secret]`."""
         if self._known:
             text = self._known.sub(HIDDEN, text)
         return _KEY.sub(HIDDEN, _USERINFO.sub(HIDDEN, text))
+
+
+def secrets_of(teacher: "TeacherConfig") -> list[str]:
+    """What a request to the teacher carries that nobody may see: its key, its headers' variables, proxy passwords."""
+    key = teacher.api_key()
+    secrets = [key.get_secret_value()] if key else []
+    for value in teacher.headers.values():
+        secrets += [os.environ.get(name, "") for name in VARIABLE.findall(value)]
+    for proxy in filter(None, map(proxy_of, teacher.urls)):
+        userinfo = urlsplit(proxy).netloc.rpartition("@")[0]
+        password = userinfo.partition(":")[2]
+        secrets += [userinfo, password, unquote(password), b64encode(unquote(userinfo).encode()).decode()]
+    return secrets

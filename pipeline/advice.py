@@ -1,4 +1,4 @@
-"""What is advised of a run, in figures: the checks before training and the checklist hold a run to the same ones."""
+"""The advised figures of a run, for the checks before training and for the checklist."""
 
 BALANCED_SIZES = (3, 10)  # how many times larger than its student a teacher should be
 ADVISED_ROWS = (5_000, 50_000)  # the range in which a small student learns a domain

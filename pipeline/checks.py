@@ -1,10 +1,10 @@
 """One check of a run: what was looked at, what was found, and what to do about it.
 
-Filled by `train.checks` (before a training) and by the checklist of `evaluate.report`; shown by both and by the report.
+`train.checks` (before a training) and the checklist of `evaluate.report` fill it; both and the report show it.
 
     pass      as it should be                    note   advice: never stops anything
     warn      stops a training, unless accepted  fail   always stops a training
-    unknown   cannot be known yet, at this stage
+    unknown   cannot be known at this stage
 """
 
 from typing import Literal
@@ -21,8 +21,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     status: Status
     finding: str
-    wanted: str = ""  # what a good run has; empty where the name says it
-    value: float | None = None  # the number that was compared; None where there is none
+    wanted: str = ""  # what a good run has; empty if the name says it
+    value: float | None = None  # the number that was compared, if any
     fix: str = ""  # what to do about it; empty for a pass
 
 

@@ -1,6 +1,6 @@
 """What every `python -m <stage> RECIPE [--run DIR] [--<section>.<field> VALUE]…` has in common.
 
-Reads the command line and the recipe, turns errors into one line and an exit code. Each stage adds its own options
+Reads the command line and the recipe, and turns errors into one line and an exit code. Each stage adds its own options
 to the parser and does its own work.
 """
 
@@ -19,16 +19,20 @@ from pipeline.rundir import RunDir
 INTERRUPTED = 130
 
 
+class StageParser(argparse.ArgumentParser):
+    """A parser whose help ends with all recipe keys."""
+
+    def format_help(self) -> str:
+        from pipeline.settings_page import help_text  # only when help is asked for
+
+        return f"{super().format_help()}\n{help_text()}"
+
+
 def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """A parser with what all stages take; of several `kinds` of work one is named before the recipe."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {stage}",
-        description=description,
-        epilog="Any recipe value can be overridden: --<section>.<field> VALUE, or DISTILL_<SECTION>__<FIELD>=VALUE.",
-        allow_abbrev=False,
-    )
+    """A parser with what all stages take; `kinds`: the kinds of work, one of which is named before the recipe."""
+    parser = StageParser(prog=f"python -m {stage}", description=description, allow_abbrev=False)
     if names := list(kinds):
-        parser.add_argument("kind", choices=names, help="which of them")
+        parser.add_argument("kind", choices=names, help="the kind of work")
     parser.add_argument("recipe", type=Path, help="a YAML recipe, for example recipes/demo.yaml")
     parser.add_argument("--run", type=Path, help="the run directory (default: runs/<name of the recipe>)")
     return parser
@@ -37,22 +41,26 @@ def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> 
 def parse_stage(
     parser: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> tuple[Recipe, RunDir, argparse.Namespace]:
-    """Parses the command line; what the parser does not know must be a recipe value.
+    """Parses the command line; a flag that the parser does not know must be a recipe key.
 
-    Raises RecipeError on a wrong recipe or an unknown flag.
+    Raises RecipeError on a wrong recipe or an unknown flag, UsageError if --run names a file.
     """
     options, flags = parser.parse_known_args(argv)
     options.flags = flags  # the recipe values, as given
     recipe = load_recipe(options.recipe, flags)
-    return recipe, RunDir(options.run or Path("runs") / recipe.name), options
+    run = RunDir(options.run or Path("runs") / recipe.name)
+    run.check_folder()
+    return recipe, run, options
 
 
 def run_stage(main: Callable[[], None]) -> NoReturn:
     """Runs a stage's main and exits: one line and the code for a known error, 130 for an interrupt.
 
-    SIGTERM is treated as Ctrl-C is, so that a stage cleans up after either.
+    SIGTERM, and the hangup of a terminal unless it is ignored (nohup), are treated as Ctrl-C is.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         main()
     except DistillError as error:

@@ -1,4 +1,4 @@
-"""Every error a stage raises on purpose, and the exit code each ends with.
+"""Every error that a stage raises on purpose, and the exit code of each.
 
     DistillError        1  failed
     ├── UsageError      2  wrong usage, recipe or data: one clear line, no traceback
@@ -44,5 +44,5 @@ class RequestsFailed(DistillError):
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line of another package's message; the error's name where it has none."""
+    """The first line of another package's message; the name of the error if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

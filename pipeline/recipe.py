@@ -1,8 +1,10 @@
-"""The recipe: one YAML a run, one frozen model a section, unknown keys refused.
+"""The recipe: one YAML per run, one frozen model per section, unknown keys refused.
 
-Flags (`--teacher.base_url URL`) override the environment (`DISTILL_TEACHER__BASE_URL`), which overrides the YAML.
-Defaults live here and nowhere else. Secrets are never part of a recipe: `teacher.api_key_env` names the variable
-that holds the key, and the key is read from there as a SecretStr.
+`load_recipe` reads the YAML, which the environment (`DISTILL_TEACHER__BASE_URL`) overrides, which flags
+(`--teacher.base_url URL`) override. Files of data that the YAML names (`FILES`) are relative to the recipe; runs and
+models are relative to the working directory, as --run is. Defaults live in the sections and nowhere else, and the text
+under each key is the only description of it: `--help` and docs/settings.md show it. Secrets are never part of a recipe:
+`teacher.api_key_env` names the variable that holds the key, and the key is read from there as a SecretStr.
 """
 
 import os
@@ -13,7 +15,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AnyHttpUrl,
-    BaseModel,
     ConfigDict,
     Field,
     SecretStr,
@@ -25,35 +26,40 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from pipeline.errors import RecipeError
+from pipeline.evaluate_config import EvaluateConfig
+from pipeline.filters_config import RUBRIC, DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
 from pipeline.partition import part_of
 from pipeline.recipe_errors import explain
 from pipeline.records import Message, Part, folded
-from pipeline.train_config import TrainConfig
+from pipeline.section import BudgetConfig, PriceConfig, Section
+from pipeline.train_config import KdConfig, TrainConfig
+
+__all__ = ["ChooseSlot", "GenerateConfig", "PromptsConfig", "Recipe", "SamplingConfig", "ServeConfig", "StudentConfig"]
+__all__ += ["TeacherConfig", "load_recipe", "slot_values"]
+__all__ += ["RUBRIC", "BudgetConfig", "DedupConfig", "EvaluateConfig", "FiltersConfig", "JudgeConfig", "KdConfig"]
+__all__ += ["PriceConfig", "RuleConfig", "Section", "TrainConfig"]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PriceConfig(Section):
-    """What the teacher costs, in USD a million tokens, when the table in `generate` does not know or is wrong."""
-
-    input: float = Field(ge=0)
-    output: float = Field(ge=0)
+FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
 
 
 class TeacherConfig(Section):
     """The model that answers, and where it answers."""
 
-    model: str = Field(min_length=1)  # a Hub id, a local folder, or embedded:<name>; the name the endpoint knows it by
-    base_url: str | list[str] = "http://127.0.0.1:8000/v1"  # or several that serve the same model; `a,b` is two
-    api_key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; a local server needs none
-    api_key_header: str = "Authorization"  # which carries `Bearer <key>`; any other, like `api-key`, carries the key
-    headers: dict[str, str] = {}  # sent with every request; `${NAME}` in a value is that environment variable
-    query: dict[str, str] = {}  # added to every URL, like {api-version: …}
+    model: str = Field(min_length=1)
+    """A Hub id, a local folder, or `embedded:<name>`: the name by which the endpoint knows the model."""
+    base_url: str | list[str] = "http://127.0.0.1:8000/v1"
+    """Its endpoint, or several that serve the same model: a list, or `a,b`."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; a local server needs none."""
+    api_key_header: str = "Authorization"
+    """The header that carries the key: `Bearer <key>` in Authorization, the bare key in any other, like `api-key`."""
+    headers: dict[str, str] = Field({})
+    """Further headers of every request; `${NAME}` in a value is that environment variable."""
+    query: dict[str, str] = Field({})
+    """Parameters added to every URL, like `{api-version: …}`."""
     price: PriceConfig | None = None
+    """The teacher's price, if the table in generate/prices.py does not know it or is wrong."""
 
     @field_validator("base_url")
     @classmethod
@@ -86,27 +92,35 @@ class TeacherConfig(Section):
 
 
 class ServeConfig(Section):
-    """How `make serve` runs the teacher on this machine; none of it changes an answer."""
+    """How `make serve` runs the teacher on this machine. None of it changes an answer."""
 
     device: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where vLLM runs; auto: on a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kv_cache_gib: float | None = Field(None, gt=0)  # CPU only; None: chosen from the memory that is free
+    """Type of the weights; auto: vLLM's choice on a GPU, what the hardware multiplies fast on a CPU."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """GiB of KV cache on a CPU; null: chosen from the free memory."""
     ready_timeout_s: float = Field(1800, gt=0)
-    args: list[str] = []  # any further vLLM flags, as they are
+    """Seconds until the server must be ready."""
+    args: list[str] = Field([])
+    """Further vLLM flags, passed on as they are."""
 
 
 class StudentConfig(Section):
     """The model that learns."""
 
-    model: str = Field(min_length=1)  # a Hub id, a folder, embedded:<name>, or prune:<k>: k layers of the teacher
+    model: str = Field(min_length=1)
+    """A Hub id, a folder, `embedded:<name>`, or `prune:<k>`: k layers of the teacher."""
 
 
 class ChooseSlot(Section):
-    """A slot filled with k different values, in any order: the orders count as one prompt."""
+    """A slot filled with k different values. Their order does not make another prompt."""
 
     choose: int = Field(ge=1)
+    """How many values are chosen."""
     from_: list[str] = Field(alias="from", min_length=1)
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    """The values to choose from."""
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     @model_validator(mode="after")
     def _enough(self) -> "ChooseSlot":
@@ -123,14 +137,23 @@ def slot_values(slot: list[str] | ChooseSlot) -> list[str]:
 class PromptsConfig(Section):
     """What is asked: a template and the values of its slots, or prompts from a file."""
 
-    count: int | None = Field(None, ge=1)  # None: all of the file
+    count: int | None = Field(None, ge=1)
+    """How many prompts are asked; null: all of the file. A template needs a number."""
     seed: int = 0
+    """Seed of the order in which a template's prompts are drawn, and of the parts: train, validation and test."""
     system: str | None = None
-    template: str | None = None  # `{slot}` is replaced; `{{` and `}}` are braces
-    slots: dict[str, list[str] | ChooseSlot] = {}
-    file: Path | None = None  # JSONL of {"messages": […]} or {"prompt": "…"}, or a folder saved by `datasets`
-    validation: float = Field(0.05, gt=0, lt=1)  # share of the distinct prompts that choose the best checkpoint
-    test: float = Field(0.1, gt=0, lt=1)  # share of the distinct prompts that only the evaluation sees
+    """A system prompt for every prompt that has none of its own."""
+    template: str | None = None
+    """The prompt's text: `{slot}` is replaced, `{{` and `}}` are braces."""
+    slots: dict[str, list[str] | ChooseSlot] = Field({})
+    """The values of each slot: a list, or `{choose: k, from: […]}`."""
+    file: Path | None = None
+    """JSONL of `{"messages": […]}` or `{"prompt": "…"}`, or a folder saved by `datasets`; relative to the recipe."""
+
+    validation: float = Field(0.05, gt=0, lt=1)
+    """Share of the distinct prompts whose answers choose the best checkpoint."""
+    test: float = Field(0.1, gt=0, lt=1)
+    """Share of the distinct prompts whose answers only the evaluation sees."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
@@ -154,10 +177,15 @@ class SamplingConfig(Section):
     """How the teacher samples. All of it is sent with every request, always."""
 
     temperature: float = Field(0.8, ge=0, le=2)
+    """0 takes the likeliest token each time; higher is more varied."""
     top_p: float = Field(0.9, gt=0, le=1)
+    """Sample only among the likeliest tokens that together have this probability."""
     max_tokens: int = Field(500, ge=1)
-    seed: int = 0  # each request's own seed is derived from this and its id
-    extra: dict[str, Any] = {}  # further fields of the request, as they are: top_k, chat_template_kwargs, …
+    """Tokens of an answer, at most."""
+    seed: int = 0
+    """The seed from which, with its id, each request's own seed is derived."""
+    extra: dict[str, Any] = Field({})
+    """Further fields of the request, sent as they are: `top_k`, `chat_template_kwargs`, …"""
 
     @field_validator("extra")
     @classmethod
@@ -175,130 +203,35 @@ class SamplingConfig(Section):
 
 
 class GenerateConfig(Section):
-    """How hard the client works the endpoint, and for how long it bears with it."""
+    """How fast the client asks, and how long it waits for an endpoint."""
 
-    mode: Literal["online", "batch"] = "online"  # batch: the endpoint's Batch API, at half the price, within a day
-    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # requests in flight, an endpoint
-    processes: int = Field(1, ge=1)  # on this machine; more than one when a single core cannot keep the server full
-    requests_per_minute: float | None = Field(None, gt=0)  # None: as the endpoint's headers say, if they do
+    mode: Literal["online", "batch"] = "online"
+    """batch: through the endpoint's Batch API, at half the price, within a day."""
+    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Requests in flight per endpoint; auto: as many as keep the endpoint full."""
+    processes: int = Field(1, ge=1)
+    """Processes on this machine; more than one if a single core cannot keep the server full."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
     tokens_per_minute: float | None = Field(None, gt=0)
-    # Of one attempt. None: 300, or 3600 at a server that shows what it is working on, as vLLM does.
+    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
     request_timeout_s: float | None = Field(None, gt=0)
-    deadline_s: float | None = Field(None, gt=0)  # in flight, over all attempts of a request; None: three such times
+    """Seconds for one attempt; null: 300, or 3600 at a server that shows what it is working on, as vLLM does."""
+    deadline_s: float | None = Field(None, gt=0)
+    """Seconds in flight over all attempts of a request; null: three times `request_timeout_s`."""
     max_attempts: int = Field(6, ge=1)
-    give_up_s: float = Field(600, gt=0)  # how long an endpoint may be down before the run ends
-    batch_poll_s: float = Field(60, gt=0)  # between two looks at a batch, at most
+    """Attempts per request before it counts as failed."""
+    give_up_s: float = Field(600, gt=0)
+    """Seconds that all endpoints may be down before the run ends."""
+    batch_poll_s: float = Field(60, gt=0)
+    """Seconds between two looks at a batch, at most."""
 
 
-class BudgetConfig(Section):
-    """What a run may spend at most, over all calls; requests in flight count as what they can cost at most."""
-
-    usd: float | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0)  # prompt and completion together
-
-
-class RuleConfig(BaseModel):
-    """One filter rule: its name and its own settings, which `filters` checks."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    rule: str
-
-
-class DedupConfig(Section):
-    """Which answers say the same as another; looked for among those that the rules let pass."""
-
-    exact: bool = True  # drop answers that differ only in case, spaces, punctuation and symbols
-    near: float | None = Field(0.8, ge=0.5, le=1)  # drop answers whose n-grams are as similar (Jaccard); None: none
-    ngram: int = Field(3, ge=1, le=20)  # characters of an n-gram
-    prompts: float | None = Field(None, ge=0.5, le=1)  # drop answers to prompts as similar; 1: to the same prompt
-    against: list[Path] = []  # other runs; answers like those they kept are dropped
-    contamination: list[Path] = []  # runs (their validation and test rows) or JSONL files of prompts
-
-    @model_validator(mode="after")
-    def _exact_with_near(self) -> "DedupConfig":
-        if self.near is not None and not self.exact:
-            raise ValueError("`exact: false` needs `near: null`: what is the same is also nearly the same")
-        return self
-
-
-RUBRIC = {
-    "fluency": "the language is the request's own, natural and without errors",
-    "request": "it does what the request asks, all of it, and nothing else",
-    "audience": "it fits those it is for, in words, length and content",
-    "coherence": "one thing follows from another, and it comes to an end",
-    "facts": "nothing in it is false or invented where the truth matters",
-}
-
-
-class JudgeConfig(Section):
-    """A model that scores each answer from 1 to 5 against a rubric; answers under `min_score` are dropped."""
-
-    model: str | None = Field(None, min_length=1)  # None: the teacher itself, which is told
-    base_url: str | None = None  # None: the teacher's
-    api_key_env: str = "OPENAI_API_KEY"
-    price: PriceConfig | None = None
-    budget: BudgetConfig = BudgetConfig()  # its own
-    rubric: dict[str, str] = Field(RUBRIC, min_length=1)  # what is scored, and what it means
-    min_score: int = Field(3, ge=1, le=5)
-    max_tokens: int = Field(200, ge=16)
-    seed: int = 0
-    attempts: int = Field(3, ge=1)  # how often an answer is judged whose verdict cannot be read
-    schema_: bool = Field(True, alias="schema")  # ask for JSON by schema; false for an endpoint that knows none
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
-
-    @field_validator("rubric")
-    @classmethod
-    def _plain_names(cls, rubric: dict[str, str]) -> dict[str, str]:
-        for name in rubric:
-            if not name.isidentifier() or name in ("score", "reason"):
-                raise ValueError(f"name {name!r} must be a plain word other than score and reason")
-        return rubric
-
-
-class FiltersConfig(Section):
-    """Which answers are worth learning from."""
-
-    rules: list[RuleConfig] = []
-    dedup: DedupConfig | None = None  # None: duplicates stay
-    judge: JudgeConfig | None = None  # None: the rules alone decide
-    warn_keep_rate: float = Field(0.5, ge=0, le=1)  # the chapter: 50% or more is safe
-    min_keep_rate: float | None = Field(None, ge=0, le=1)  # under it the stage ends with 1; None: no floor
-
-
-class EvaluateConfig(Section):
-    """What the report measures, of the teacher, the student before and after, and of every other model named."""
-
-    models: list[str] = []  # more to compare: a folder, a Hub id, embedded:<name>, or another run's folder
-    max_rows: int = Field(200, ge=1)  # test rows scored for perplexity
-    probes: int = Field(64, ge=0)  # prompts that nobody was asked yet; 0: none
-    probes_file: Path | None = None  # such prompts, as prompts.file has them; None: new combinations of the slots
-    unseen: dict[str, list[str]] = {}  # values that the slots do not have: how the student does beyond them
-    unseen_probes: int = Field(32, ge=1)  # prompts with them
-    adherence: list[str] | None = None  # slots whose values an answer names; None: the rule's `adherence`, else all
-    judge: JudgeConfig | None = None  # scores and compares the answers; None: the judge of `filters`
-    ask_teacher: bool = False  # have a teacher whose weights are elsewhere answer the probes at its endpoint: may cost
-    seed: int = 0  # of the choice of probes
-    speed_requests: int = Field(64, ge=1)
-    speed_concurrency: int = Field(32, ge=1)
-    speed_max_tokens: int = Field(64, ge=1)
-    speed_repeats: int = Field(3, ge=1)  # how often all of these requests are timed; the median counts
-    speed_alone: int = Field(8, ge=1)  # requests timed one after the other
-
-
-class Recipe(BaseSettings):
-    """One run, as declared."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
-        env_parse_none_str="null",
-        cli_parse_none_str="null",
-        cli_avoid_json=True,
-    )
+class Recipe(Section):
+    """One run, as declared. Built in Python it is what it is given: only `load_recipe` reads variables and flags."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
+    """Names the run: its directory is `runs/<name>` unless --run says another."""
     teacher: TeacherConfig
     student: StudentConfig | None = None
     prompts: PromptsConfig
@@ -325,17 +258,22 @@ class Recipe(BaseSettings):
                 raise ValueError(f"evaluate.unseen.{name} {why}; give values that no prompt of the run has")
         return self
 
+
+class _Sources(Recipe, BaseSettings):
+    """A recipe out of its YAML, the environment and the flags. `load_recipe` makes a plain Recipe of it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        cli_parse_none_str="null",
+        cli_avoid_json=True,
+    )
+
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, *_: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags come first by themselves; then the environment; the YAML is passed to the constructor."""
-        return env_settings, init_settings
+        return sources["env_settings"], sources["init_settings"]
 
 
 def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
@@ -345,8 +283,10 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
     """
     flags = flags or []
     data = _read_yaml(path)
+    _place_files(data, path.parent)
     try:
-        return Recipe(_cli_parse_args=flags, _cli_exit_on_error=False, **data)
+        sources = _Sources(_cli_parse_args=flags, _cli_exit_on_error=False, **data)
+        return Recipe(**dict(sources))
     except SettingsError as error:
         raise RecipeError(str(error.__cause__ or error).replace("error parsing CLI: ", "")) from None
     except ValidationError as error:
@@ -366,3 +306,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
     return data
+
+
+def _place_files(data: dict[str, Any], folder: Path) -> None:
+    """Makes the paths of FILES absolute. A value that is no path is left for the check of the whole."""
+    for section, key in FILES:
+        values = data.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = str((folder / Path(values[key]).expanduser()).absolute())

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line: the file, flag or variable it came from, the key, and the value."""
+"""One line for each error in a recipe: the file, flag or variable, the key, and the value."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def explain(problem: "ErrorDetails", recipe: type[BaseModel], path: Path, flags:
 
 
 def _known_keys(model: type[BaseModel], names: list[str]) -> list[str]:
-    """The keys of the section that `names` leads to; none where it leads to no section."""
+    """The keys of the section at `names`; none if there is no section."""
     for name in names:
         field = model.model_fields.get(name)
         sections = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []

@@ -33,15 +33,15 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Tokens as the server counted them; None where it did not say."""
+    """Tokens as the server counted them; None if it did not say."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    reasoning_tokens: int | None = None  # of the completion's, spent before the answer began
+    reasoning_tokens: int | None = None  # part of the completion's: spent before the answer began
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What identifies one answer; `id` is the hash of all that determines it (see generate.jobs)."""
+    """What identifies one answer. `id` is the hash of all that determines it (see generate.jobs)."""
 
     id: str
     prompt_id: str
@@ -66,9 +66,9 @@ class Completion(Request, frozen=True, kw_only=True):
 class Failure(Request, frozen=True, kw_only=True):
     """One request that failed for good."""
 
-    model: str  # as it was asked for
+    model: str  # as requested
     error: str  # the error's type
-    status: int | None  # the HTTP status, None where there was no answer
+    status: int | None  # the HTTP status; None: no reply
     message: str
     attempts: int
     created: str  # ISO 8601, UTC
@@ -109,12 +109,12 @@ class Dropped(Completion, frozen=True, kw_only=True):
 
 
 def folded(text: str) -> str:
-    """A text without what makes it no other one: Unicode form, case, spacing."""
+    """A text normalised for comparison: Unicode form, case and spacing do not matter."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def question_text(messages: Sequence[Message]) -> str:
-    """A conversation without what makes it no other question."""
+    """A conversation as one text, normalised for comparison: equal for the same question."""
     return "\0".join(folded(part) for message in messages for part in (message.role, message.content))
 
 
@@ -129,9 +129,9 @@ def encode_line(record: msgspec.Struct) -> bytes:
 
 
 def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """Streams the records of a JSONL file; blank lines are passed over.
+    """Streams the records of a JSONL file. Blank lines are ignored.
 
-    Raises DataError `path:line: reason` at the first line that is not a `kind`, or when the file is not there.
+    Raises DataError `path:line: reason` at the first line that is not a `kind`, or if the file does not exist.
     """
     decoder = msgspec.json.Decoder(kind)
     try:

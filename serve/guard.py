@@ -1,11 +1,10 @@
-"""Keeps a server and all it starts: nothing of it outlives the process that wanted it.
+"""Runs a server and makes sure that none of its processes outlives the process that wanted it.
 
     python guard.py COMMAND…
 
 Runs COMMAND in a session of its own and ends it, with every process below it, when standard input is closed. The
-kernel closes it when the process at its other end dies, whichever way, so even SIGKILL leaves no server behind. Ends
-with COMMAND's own exit code when that ends by itself. Uses only the standard library and psutil; reads and writes no
-file.
+kernel closes it when the process at the other end dies, so even SIGKILL leaves no server behind. If COMMAND ends by
+itself, its exit code is returned. Uses only the standard library and psutil; reads and writes no file.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ _stop = False
 
 
 def main(command: list[str]) -> int:
-    """Runs the command until it ends or is no longer wanted. Returns its exit code, 128 + n after signal n."""
+    """Runs the command until it ends or is no longer wanted. Returns its exit code; 128 + n after signal n."""
     _adopt_orphans()
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
@@ -46,7 +45,7 @@ def main(command: list[str]) -> int:
 
 
 def end_descendants() -> None:
-    """Ends every process below this one: asked first, then killed, and killed again what was born meanwhile."""
+    """Ends every process below this one: first by SIGTERM, then by SIGKILL, repeated for processes born meanwhile."""
     for signum in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
         processes = psutil.Process().children(recursive=True)
         for process in processes:
@@ -56,7 +55,7 @@ def end_descendants() -> None:
 
 
 def _adopt_orphans() -> None:
-    """On Linux a process whose parent died becomes ours, so that it is found; elsewhere init takes it."""
+    """On Linux a process whose parent died becomes our child, so that we find it; elsewhere init takes it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

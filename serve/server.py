@@ -1,7 +1,7 @@
-"""A vLLM server as a context manager: checked, started, waited for, watched, measured, and ended with all its children.
+"""A vLLM server as a context manager: checks, starts, waits, measures its memory, and ends it with all its children.
 
-Reads nothing but the server's log and /proc; writes the log. `serve.command` decides how vLLM is called,
-`serve.checks` what is looked at first, and `serve.guard` that nothing outlives this process.
+Reads the server's log and /proc, and writes the log. `serve.command` decides how vLLM is called, `serve.checks` what is
+checked first, and `serve.guard` makes sure that nothing outlives this process.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from serve.vllm_log import cause, last_line, tail
 
 POLL_S = 0.25
 SAMPLE_S = 0.5  # between two looks at the memory
-STOP_S = 40.0  # more than the guard takes at its slowest
+STOP_S = 40.0  # more than the guard ever needs
 WRONG_USAGE = 2  # vLLM's exit code for a flag it does not know
 CAUSE_CHARS = 300
 
@@ -45,7 +45,8 @@ class Server:
     def __init__(self, command: Command, guard: "subprocess.Popen[bytes]", log: Path) -> None:
         self.command = command
         self.served_name = command.served_name
-        self.base_url = f"http://{_authority(command)}/v1"
+        host = _reached_at(command.host)
+        self.base_url = f"http://[{host}]:{command.port}/v1" if ":" in host else f"http://{host}:{command.port}/v1"
         self.log = log
         self.startup_s = 0.0  # seconds from the start of the process until it was ready
         self._guard = guard
@@ -56,10 +57,10 @@ class Server:
         self._sampler.start()
 
     def peak_rss(self) -> int:
-        """Bytes of resident memory at its highest, summed over the processes of the server.
+        """The most bytes of resident memory, summed over the server's processes.
 
-        The larger of the highest sum sampled and the sum of the peaks (VmHWM) of the processes alive. Pages that
-        processes share are counted in each of them.
+        The larger of two numbers: the highest sampled sum, and the sum of the peaks (VmHWM) of the living processes.
+        Pages that processes share are counted in each of them.
         """
         self._measure()
         return self._peak
@@ -82,7 +83,7 @@ class Server:
         return kind(f"vLLM ended {when} (exit code {code}): {reason[:CAUSE_CHARS]}; its log: {self.log}")
 
     def stop(self) -> None:
-        """Ends the server and everything it started; does nothing if it has ended."""
+        """Ends the server and everything that it started. Does nothing if it has ended."""
         self._done.set()
         self._sampler.join()
         self._measure()
@@ -127,10 +128,10 @@ def serving(
 ) -> Iterator[Server]:
     """Serves a model reference with vLLM while the block runs, ready when it begins.
 
-    `served_name` is what clients ask for as `model`: the reference itself unless given. vLLM's log goes to `log`; where
-    none is given, to a temporary file that stays only if the server fails. `waiting` is called a few times a second
-    until the server is ready. Raises UsageError for what can be seen before the start, DistillError if vLLM ends before
-    it is ready or is not ready after `serve.ready_timeout_s`.
+    `served_name` is the `model` that clients ask for; the default is the reference itself. vLLM's log goes to `log`, or
+    to a temporary file that stays only if the server fails. `waiting` is called a few times per second until the server
+    is ready. Raises UsageError for what can be seen before the start, DistillError if vLLM ends before it is ready or
+    is not ready after `serve.ready_timeout_s`.
     """
     machine = detect()
     resolved = resolve_model(model)
@@ -168,7 +169,7 @@ def serving(
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """A port of 127.0.0.1 on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -184,7 +185,7 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def _start(command: Command, output: BinaryIO) -> "subprocess.Popen[bytes]":
-    """Starts the guard, which starts vLLM. A session of its own: Ctrl-C reaches us, and we end the server in order."""
+    """Starts the guard, which starts vLLM, in a session of its own: Ctrl-C reaches only us, and we end the server."""
     guard = Path(__file__).with_name("guard.py")
     return subprocess.Popen(
         [sys.executable, "-I", str(guard), *command.argv],
@@ -214,20 +215,17 @@ def _wait_until_ready(server: Server, command: Command, timeout_s: float, waitin
 
 
 def _ready(command: Command) -> bool:
-    if _get(command, "/health") is None:
-        return False
-    body = _get(command, "/v1/models")
+    listing = _get(command, "/v1/models") if _get(command, "/health") is not None else None
     try:
-        return body is not None and command.served_name in [model["id"] for model in json.loads(body)["data"]]
+        return command.served_name in [model["id"] for model in json.loads(listing or b"")["data"]]
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def _get(command: Command, path: str) -> bytes | None:
     """The body of a 200 answer, else None. Never through a proxy."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)
     key = os.environ.get("VLLM_API_KEY")
-    connection = http.client.HTTPConnection(host, command.port, timeout=10)
+    connection = http.client.HTTPConnection(_reached_at(command.host), command.port, timeout=10)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
         answer = connection.getresponse()
@@ -239,13 +237,13 @@ def _get(command: Command, path: str) -> bytes | None:
     return body if answer.status == http.client.OK else None
 
 
-def _authority(command: Command) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)
-    return f"[{host}]:{command.port}" if ":" in host else f"{host}:{command.port}"
+def _reached_at(host: str) -> str:
+    """Where a server that listens on `host` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Resident bytes of a process now and at its peak; 0 for one that has ended."""
+    """Resident bytes of a process now and at its peak; 0 if it has ended."""
     try:
         now = process.memory_info().rss
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Why vLLM stopped, out of its log: the one line that names the cause, not the tracebacks around it."""
+"""Why vLLM stopped, by its log: the one line that names the cause, without the tracebacks around it."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ TAIL = 1 << 18  # bytes read from the end of a log
 _PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*|^(?:ERROR|WARNING|INFO|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]*\]\s*")
 _ERROR = re.compile(r"^(?:[\w.]*\.)?(?:\w*(?:Error|Exception|Exit|Interrupt|Killed))\b(?::\s*(?P<what>.*))?$")
 _USAGE = re.compile(r"^\S+\.py: error: (?P<what>.+)$")
-# What one of vLLM's processes says when another one failed.
+# What one of vLLM's processes says when another failed.
 _WRAPPERS = re.compile(r"See root cause above|initialization failed due to|failed to start|leaked .* objects")
 
 
 def cause(log: str) -> str | None:
-    """The last error in a vLLM log that is not merely an echo of an earlier one; None where it names none."""
+    """The last error in a vLLM log that does not only repeat an earlier one; None if there is no error."""
     lines = [_strip(line) for line in log.splitlines()]
     found = None
     for number, line in enumerate(lines):
@@ -27,12 +27,12 @@ def cause(log: str) -> str | None:
 
 
 def last_line(log: str) -> str:
-    """The last line with something in it, without vLLM's prefix; empty for an empty log."""
+    """The last line that is not blank, without vLLM's prefix; empty for an empty log."""
     return next((text for line in reversed(log.splitlines()) if (text := _strip(line))), "")
 
 
 def tail(path: Path) -> str:
-    """The end of a log file; empty where it cannot be read."""
+    """The end of a log file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))

@@ -1,8 +1,10 @@
 """The structure that DESIGN promises: who imports whom, what stays light, who owns the package names."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -60,6 +62,26 @@ def test_each_package_name_is_ours(package: str) -> None:
     assert set(packages_distributions()[package]) == {"distillate"}
 
 
+def test_every_package_that_is_imported_is_declared() -> None:
+    """A package that only comes with another one can go away with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {_normalised(re.split(r"[\[=<>;\s]", line)[0]) for group in groups for line in group}
+    known = packages_distributions()
+    undeclared = {
+        module: sorted(known.get(module, ["not installed"]))
+        for package in sorted(MAY_IMPORT.keys() - {"benchmarks"})  # they also measure packages that are not needed
+        for module in imports_of(package) - set(MAY_IMPORT) - sys.stdlib_module_names
+        if not declared & {_normalised(name) for name in known.get(module, [module])}
+    }
+    assert undeclared == {}
+
+
+def _normalised(name: str) -> str:
+    """A distribution's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def test_files_stay_small() -> None:
     sizes = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
@@ -67,3 +89,14 @@ def test_files_stay_small() -> None:
         for path in (ROOT / package).rglob("*.py")
     }
     assert {path: size for path, size in sizes.items() if size > 400} == {}
+
+
+def test_functions_fit_a_screen() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert long == []

@@ -20,10 +20,10 @@ import aiohttp
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
 from evaluate.models import Subject, engine_folder
-from generate.asking import run_loop
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import build_jobs
+from generate.online import run_loop
 from generate.run import Summary, generate
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError

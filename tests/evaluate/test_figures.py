@@ -35,7 +35,7 @@ RULES = [{"rule": "length", "min_chars": 10, "max_chars": 100}]
 def recipe_of(rules: list[dict[str, Any]] = RULES, **sections: Any) -> Recipe:
     prompts = {"count": 2, "template": "{who} {things}", "slots": {"who": ["a bear"], "things": ["달", "비"]}}
     given = {"prompts": prompts, "filters": {"rules": rules}, **sections}
-    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "m"}, **given)
+    return Recipe(name="t", teacher={"model": "m"}, **given)
 
 
 def rules_of(recipe: Recipe) -> RuleSet:

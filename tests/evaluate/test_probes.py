@@ -20,7 +20,7 @@ COMBINATIONS = 3 * 6
 
 def recipe_of(count: int = 6, **evaluate: Any) -> Recipe:
     prompts = {"count": count, "system": "Be kind.", "template": "About {who}, with {things}.", "slots": SLOTS}
-    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "m"}, prompts=prompts, evaluate=evaluate)
+    return Recipe(name="t", teacher={"model": "m"}, prompts=prompts, evaluate=evaluate)
 
 
 def run_of(path: Path, recipe: Recipe) -> RunDir:

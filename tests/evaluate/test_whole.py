@@ -53,7 +53,6 @@ def run(tmp_path: Path) -> RunDir:
 def recipe_of(path: Path, **sections: Any) -> Recipe:
     evaluate = {"probes": 5, "unseen": {"who": ["a lion"]}, "unseen_probes": 2, **sections.pop("evaluate", {})}
     return Recipe(
-        _cli_parse_args=[],
         name="tiny",
         teacher={"model": str(path / "teacher"), **sections.pop("teacher", {})},
         student={"model": str(path / "base")},

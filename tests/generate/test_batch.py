@@ -6,11 +6,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
 from generate import batch_files
 from generate.batch import Batches
+from generate.batch_api import BatchApi
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe
@@ -56,7 +58,7 @@ def test_the_requests_are_those_that_would_be_sent_online(run: RunDir, tmp_path:
         online = recipe_for(server, 5)
         generate(online, RunDir(tmp_path / "online"), quiet=True)
         config = online.generate.model_copy(update={"mode": "batch"})
-        with pytest.raises(DistillError, match="has it a Batch API"):  # it has not
+        with pytest.raises(DistillError, match="does it have a Batch API"):  # it has not
             generate(online.model_copy(update={"generate": config}), run, quiet=True)
         sent = sorted(json.dumps(asked.body) for asked in server.asked)
     lines = [json.loads(text) for text in (run.path / "batches" / "001.input.jsonl").read_text().splitlines()]
@@ -126,7 +128,7 @@ def test_what_the_teacher_refuses_is_learnt_from_its_error_file(
         recipe = batch_recipe(fake, 5)
         assert generate(recipe, run, quiet=True).answered == 5
         assert len(fake.batches) == 3
-    assert "sends max_completion_tokens in place of max_tokens" in capsys.readouterr().err
+    assert "sends max_completion_tokens instead of max_tokens" in capsys.readouterr().err
     for record in completions(run):
         assert set(record.sampling) == {"top_p", "max_completion_tokens", "seed"}
         assert record.attempts == 1
@@ -226,7 +228,7 @@ def _kill_at(patch: pytest.MonkeyPatch, step: str, after: bool, nth: int) -> Non
     elif step == "append":
         patch.setattr(Batches, "_answer", dying(Batches._answer))
     elif step == "download":
-        patch.setattr(Batches, "_download", dying_async(Batches._download))
+        patch.setattr(BatchApi, "download", dying_async(BatchApi.download))
     else:
         files, batches = openai.resources.AsyncFiles, openai.resources.AsyncBatches
         kind, name = {
@@ -260,6 +262,62 @@ def test_an_interrupt_leaves_the_batch_at_work_and_says_so(
         assert "/batches/<id>/cancel" in told
         assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
         assert len(fake.batches) == 1
+
+
+SECRETS = ("a-key-in-plain-words", "team-seven", "sk-proj-0123456789abcdef")
+
+
+@pytest.fixture
+def secret_recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recipe whose requests carry a key and a header from the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRETS[0])
+    monkeypatch.setenv("TEAM", SECRETS[1])
+
+    def recipe(fake: FakeBatches, count: int) -> Recipe:
+        return batch_recipe(
+            fake, count, teacher={"model": "stub", "base_url": fake.url, "headers": {"X-Team": "${TEAM}"}}
+        )
+
+    return recipe
+
+
+def test_what_a_provider_echoes_is_hidden_in_every_outcome(run: RunDir, secret_recipe: Any) -> None:
+    """A gateway that repeats what a request carried, and another party's key, in each kind of error."""
+    echo = f"no: {' '.join(SECRETS)}"
+
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        text = body["messages"][-1]["content"]
+        if text == "say 0":
+            return line(custom_id, 400, {"error": {"message": echo}})
+        if text == "say 1":
+            return {**expired(custom_id), "error": {"code": "broken", "message": echo}}
+        if text == "say 2":
+            return line(custom_id, 200, {"choices": [], "note": echo})
+        return line(custom_id)
+
+    with fake_batches(outcome=outcome) as fake:
+        assert generate(secret_recipe(fake, 4), run, quiet=True).failed == 3
+    assert [failure.message.count("[secret]") for failure in failures(run)] == [3, 3, 3]
+    written = run.failures.read_text() + run.completions.read_text()
+    assert not any(secret in written for secret in SECRETS)
+
+
+def test_an_error_of_the_openai_package_hides_secrets(
+    run: RunDir, secret_recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy = "http://user:pass-word-9@proxy.example:3128"
+
+    async def lost(self: BatchApi, path: Path) -> str:
+        said = f"cannot reach {proxy} with {SECRETS[0]}"
+        raise openai.APIConnectionError(message=said, request=httpx2.Request("POST", "http://h"))
+
+    with fake_batches() as fake:
+        monkeypatch.setattr(BatchApi, "upload", lost)
+        with pytest.raises(DistillError) as caught:
+            generate(secret_recipe(fake, 2), run, quiet=True)
+    said = str(caught.value) + capsys.readouterr().err
+    assert "cannot reach http://[secret]@proxy.example:3128 with [secret], 3 times in a row" in " ".join(said.split())
+    assert "pass-word-9" not in said and SECRETS[0] not in said
 
 
 def test_a_wrong_key_is_one_line(run: RunDir) -> None:

@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate.budget import Budget, Spend
+from generate.budget import Budget
 from generate.dry_run import describe, dry_run
-from generate.jobs import Share
+from generate.jobs import Partition
 from generate.journal import Contents
 from generate.prices import PICO, PRICES, Price, price_of
 from generate.run import generate
+from generate.spending import Spend, spent_so_far
 from generate.tokens import TEMPLATE_TOKENS, counter
 from pipeline.errors import DataError
-from pipeline.recipe import BudgetConfig, TeacherConfig
+from pipeline.lineage import record_lineage
+from pipeline.recipe import BudgetConfig, Recipe, TeacherConfig
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import answer, misbehaving, recipe_for
@@ -134,16 +136,91 @@ def test_what_the_journal_does_not_say_is_kept_in_a_file_and_counted_again(tmp_p
     budget.save()  # and now it ends in order
     again = Budget.open(recipe, run, Contents(prompt_tokens=20, completion_tokens=30))
     assert again.spent.tokens == 214 + 50
-    assert json.loads((tmp_path / "spend.json").read_bytes()) == {"tokens": 214, "cost": 0}
+    saved = json.loads((tmp_path / "spend.json").read_bytes())
+    assert (saved["tokens"], saved["prompt_tokens"], saved["completion_tokens"]) == (214, 20, 30)
     (tmp_path / "spend.json").write_text("{")
     with pytest.raises(DataError, match=r"spend\.json: .*without it the budget cannot be kept"):
         Budget.open(recipe, run, Contents())
 
 
+REMOTE = "https://api.example.com/v1"
+MILLION = Contents(prompt_tokens=10**6, completion_tokens=10**6)
+
+
+def priced(price: float | None, mode: str = "online", model: str = "m") -> Recipe:
+    """A recipe whose teacher costs so much per million tokens, prompt and completion alike."""
+    teacher = {"model": model, "base_url": REMOTE, "price": price and {"input": price, "output": price}}
+    return recipe_for(REMOTE, teacher=teacher, generate={"mode": mode})
+
+
+@pytest.mark.parametrize(
+    "later",
+    [priced(2.4, mode="batch"), priced(0.12, model="smaller"), priced(24.0), priced(None)],
+    ids=["batch", "another model", "another price", "no price"],
+)
+def test_money_that_was_spent_stays_spent_whatever_changes(tmp_path: Path, later: Recipe) -> None:
+    run = RunDir(tmp_path)
+    Budget.open(priced(2.4), run, Contents())  # its answers reach the journal, and then it is killed
+    assert Budget.open(later, run, MILLION).spent.cost == round(4.8 * PICO)
+    twice = Contents(prompt_tokens=2 * 10**6, completion_tokens=2 * 10**6)
+    price = price_of(later.teacher, later.generate.mode)
+    new = price.cost(10**6, 10**6) if price else 0
+    assert (
+        spent_so_far(priced(2.4), run, twice).cost == round(4.8 * PICO) + new
+    )  # and what came later has its own price
+    assert spent_so_far(priced(2.4), run, twice).tokens == 4 * 10**6
+
+
+def test_a_new_price_is_on_disk_before_anything_is_spent_at_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    Budget.open(priced(2.4), run, Contents())
+    before = (tmp_path / "spend.json").read_bytes()
+    assert spent_so_far(priced(1.0), run, MILLION).cost == round(4.8 * PICO)
+    assert (tmp_path / "spend.json").read_bytes() == before  # a dry run records nothing
+    Budget.open(priced(1.0), run, MILLION)
+    saved = json.loads((tmp_path / "spend.json").read_bytes())
+    assert (saved["journal_cost"], saved["price"]) == (round(4.8 * PICO), [10**6, 10**6])
+
+
+def test_a_run_of_an_earlier_version_has_spent_what_its_lineage_says(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "spend.json").write_text('{"tokens": 214, "cost": 1000}')
+    spent = {"tokens": 2 * 10**6, "usd": 4.8}
+    record_lineage(run, "generate", {"prompt_tokens": 10**6, "completion_tokens": 10**6, "spent": spent})
+    assert Budget.open(priced(0.5), run, MILLION).spent == Spend(2 * 10**6 + 214, round(4.8 * PICO) + 1000)
+    more = Contents(prompt_tokens=2 * 10**6, completion_tokens=10**6)
+    assert spent_so_far(priced(0.5), run, more).cost == round(5.3 * PICO) + 1000
+
+
+def test_a_run_of_an_earlier_version_that_was_killed_at_once_has_todays_price(tmp_path: Path) -> None:
+    assert Budget.open(priced(0.5), RunDir(tmp_path), MILLION).spent.cost == PICO
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_calls_at_two_prices_cost_what_each_cost_then(tmp_path: Path, processes: int) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving() as server:  # 7 and 5 tokens an answer
+
+        def call(count: int, price: float | None) -> float | None:
+            costs = price and {"input": price, "output": price}
+            teacher = {"model": "stub", "base_url": server.url, "price": costs}
+            recipe = recipe_for(server, 20, teacher=teacher)
+            prompts = recipe.prompts.model_copy(update={"count": count})
+            config = recipe.generate.model_copy(update={"processes": processes})
+            return generate(
+                recipe.model_copy(update={"prompts": prompts, "generate": config}), run, quiet=True
+            ).cost_usd
+
+        assert call(10, 10**6) == pytest.approx(120)
+        assert call(20, 10**5) == pytest.approx(132)
+        assert call(20, 10**3) == pytest.approx(132)
+        assert call(20, None) == pytest.approx(132)  # no price is known now, but the money is spent
+
+
 def test_processes_divide_what_is_left(tmp_path: Path) -> None:
     recipe = recipe_for("http://127.0.0.1:1/v1", budget={"tokens": 1000})
     found = Contents(prompt_tokens=300, completion_tokens=100)
-    shares = [Budget.open(recipe, RunDir(tmp_path), found, Share(part, 2)) for part in range(2)]
+    shares = [Budget.open(recipe, RunDir(tmp_path), found, Partition(part, 2)) for part in range(2)]
     for budget in shares:
         assert budget.reserve(100, 50) is not None  # 214 of 300
         assert budget.reserve(100, 50) is None
@@ -203,7 +280,7 @@ def test_a_dry_run_counts_and_sends_nothing(tmp_path: Path) -> None:
     assert (rest.answered, rest.to_ask) == (25, 5)
     assert rest.expected_cost == pytest.approx(5 * (7 + 2 * 5) / 10**6)
     assert rest.spent == pytest.approx(25 * (7 + 2 * 5) / 10**6)
-    assert "budget.usd 0.005 may end the run before its end (exit 3)" in "\n".join(describe(recipe, fresh))
+    assert "budget.usd 0.005 may end the run early (exit 3)" in "\n".join(describe(recipe, fresh))
     assert "budget.usd 0.005 is enough for all" in "\n".join(describe(recipe, rest))
 
 

@@ -92,7 +92,7 @@ def test_wrong_usage_ends_with_2_and_no_endpoint_with_1(run: RunDir) -> None:
 
 
 def test_a_second_process_is_refused(run: RunDir) -> None:
-    with misbehaving(lambda asked: answer(delay_s=0.2)) as server:
+    with misbehaving(lambda asked: answer(delay_s=0.4)) as server:
         first = start(server, run, 100)
         until_answered(run, 1)
         code, _, err = finish(start(server, run, 100))

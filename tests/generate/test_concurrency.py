@@ -79,7 +79,7 @@ def test_a_queue_of_a_moment_closes_no_slot() -> None:
 def test_what_refuses_requests_is_not_asked_for_as_many_again() -> None:
     concurrency = ByQueue(100)
     concurrency.observed(Load(running=92, waiting=8), 100)
-    concurrency.congested(0.0)
+    concurrency.congested(sent=0.0, now=0.0)
     concurrency.observed(Load(running=92, waiting=8), 100)
     assert concurrency.limit == 70
 
@@ -99,7 +99,7 @@ def test_looks_are_as_quick_as_the_queue_moves_and_seldom_once_it_is_steady() ->
     concurrency.observed(Load(running=64, waiting=40), 104)
     assert concurrency.look_s == 0.1
     for _ in range(100):
-        concurrency.answered(48, 12.0, 0.0)  # a slow server: half of its queue (8%) drains in 4% of 12 s
+        concurrency.answered(48, 12.0, 64, 0.0)  # a slow server: half of its queue (8%) drains in 4% of 12 s
     assert concurrency.look_s == pytest.approx(0.48, rel=0.01)
     for _ in range(20):
         concurrency.observed(Load(running=64, waiting=6), 70)
@@ -115,9 +115,10 @@ def climb(concurrency: ByClimbing, slots: int, answers: int, now: float = 0.0, s
     """Answers from a server of so many slots: its rate rises with the number in flight up to them."""
     rng = random.Random(seed)
     for _ in range(answers):
-        busy = min(concurrency.limit, slots)
-        now += rng.expovariate(busy / 10.0)  # each takes ten seconds
-        concurrency.answered(rng.randint(50, 150), 10.0, now)
+        in_flight = concurrency.limit
+        busy = min(in_flight, slots)
+        now += rng.expovariate(busy / 10.0)  # each takes ten seconds, and what waits for a slot longer
+        concurrency.answered(rng.randint(50, 150), 10.0 * in_flight / busy, in_flight, now)
     return now
 
 
@@ -133,7 +134,7 @@ def test_it_backs_off_once_a_latency_and_goes_on_slowly() -> None:
     now = climb(concurrency, 10_000, 2000)
     high = concurrency.limit
     for _ in range(high):
-        concurrency.congested(now)
+        concurrency.congested(now - 10.0, now)
     assert concurrency.limit == int(high * 0.7)
     climb(concurrency, 10_000, 10 * high, now)
     assert int(high * 0.7) < concurrency.limit < high
@@ -142,7 +143,7 @@ def test_it_backs_off_once_a_latency_and_goes_on_slowly() -> None:
 def test_it_never_falls_below_one() -> None:
     for concurrency in (ByClimbing(), ByQueue()):
         for moment in range(100):
-            concurrency.congested(1000.0 * moment)
+            concurrency.congested(1000.0 * moment, 1000.0 * moment)
         assert concurrency.limit == 1
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from generate.dialect import Dialect
 from generate.jobs import Job
+from generate.reply import Fault, read_error
 from pipeline.records import Message, Request
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": 7}
@@ -15,6 +16,14 @@ ASKED = [Message(role="system", content="Be kind."), Message(role="user", conten
 def job(messages: list[Message] | None = None) -> Job:
     request = Request(id="i", prompt_id="p", messages=messages or ASKED, endpoint="e", sampling=SAMPLING)
     return Job(request, "m", 0)
+
+
+def learn(dialect: Dialect, message: str, parameter: str | None = None, asked: Job | None = None) -> bool:
+    """Whether a refusal with these words teaches the dialect something."""
+    fault, refused = Fault("bad_request", message, 400, parameter=parameter), asked or job()
+    teaches = dialect.teaches(fault, refused, dialect.version)
+    dialect.learn(fault, refused, dialect.version, lambda message: None)
+    return teaches
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,7 @@ def job(messages: list[Message] | None = None) -> Job:
         (  # Mistral (422)
             '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not '
             'permitted","input":7}]}',
-            None,
+            "seed",
             {"temperature": 0.8, "top_p": 0.9, "max_tokens": 500},
         ),
     ],
@@ -58,11 +67,11 @@ def job(messages: list[Message] | None = None) -> Job:
 def test_what_is_refused_is_sent_no_more(message: str, parameter: str | None, left: dict[str, float]) -> None:
     dialect = Dialect()
     before = json.loads(dialect.body(job()))
-    assert dialect.learn(message, parameter)
+    assert learn(dialect, message, parameter)
     body = json.loads(dialect.body(job()))
     assert {name: body[name] for name in body if name not in ("model", "messages")} == left == dialect.sent(SAMPLING)
     assert body["messages"] == before["messages"]
-    assert dialect.learn(message, parameter) is None  # it cannot be learnt twice: no endless asking
+    assert not learn(dialect, message, parameter)  # it cannot be learnt twice: no endless asking
 
 
 @pytest.mark.parametrize(
@@ -78,7 +87,7 @@ def test_what_is_refused_is_sent_no_more(message: str, parameter: str | None, le
 )
 def test_other_errors_teach_nothing(message: str, parameter: str | None) -> None:
     dialect = Dialect()
-    assert dialect.learn(message, parameter) is None
+    assert not learn(dialect, message, parameter)
     assert dialect.sent(SAMPLING) == SAMPLING
 
 
@@ -87,17 +96,17 @@ def test_the_role_of_the_instructions() -> None:
     roles = []
     for refused in ("system", "developer"):
         message = f"Unsupported value: 'messages[0].role' does not support '{refused}' with this model."
-        assert dialect.learn(message, "messages[0].role")
+        assert learn(dialect, message, "messages[0].role")
         roles.append([turn["role"] for turn in json.loads(dialect.body(job()))["messages"]])
     assert roles == [["developer", "user"], ["user"]]
     assert json.loads(dialect.body(job()))["messages"][0]["content"] == "Be kind.\n\nHello."
-    assert dialect.learn("'messages[0].role' does not support 'user' with this model.", "messages[0].role") is None
+    assert not learn(dialect, "'messages[0].role' does not support 'user' with this model.", "messages[0].role")
 
 
 def test_a_server_that_knows_no_developer_gets_system() -> None:
     dialect = Dialect()
     asked = [Message(role="developer", content="Be kind."), Message(role="user", content="Hello.")]
-    assert dialect.learn("role 'developer' is not supported", None)
+    assert learn(dialect, "role 'developer' is not supported")
     assert json.loads(dialect.body(job(asked)))["messages"][0]["role"] == "system"
 
 
@@ -105,5 +114,51 @@ def test_a_body_is_encoded_once_and_again_after_a_lesson() -> None:
     dialect, asked = Dialect(), job()
     first = dialect.body(asked)
     assert dialect.body(asked) is first
-    dialect.learn("Unrecognized request argument supplied: seed", None)
+    learn(dialect, "Unrecognized request argument supplied: seed")
     assert dialect.body(asked) is not first
+
+
+def test_the_field_that_fastapi_names_is_the_parameter() -> None:
+    body = b'{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]}'
+    assert read_error(422, body, {}).parameter == "seed"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message", "parameter"),
+    [
+        ("What temperature is best?", "Content is not allowed by the policy: 'What temperature is best?'", None),
+        ("What temperature is best?", "Unsupported value: temperature of a place (What temperature is best?)", None),
+        ("Why: 'temperature' is not supported?", "Refused: Why: 'temperature' is not supported?", None),
+        ("Unsupported parameter: seed", "no: Unsupported parameter: seed", None),
+        ("seed", "The prompt is not allowed: seed", None),
+        ("your role as system is unknown", "not permitted: your role as system is unknown", None),
+        ("temperature", "Unsupported parameter: 'temperature' in the prompt", "messages"),
+        ("use max_completion_tokens", "not supported: use max_completion_tokens", None),
+    ],
+)
+def test_the_prompt_s_own_words_teach_nothing(prompt: str, message: str, parameter: str | None) -> None:
+    dialect = Dialect()
+    assert not learn(dialect, message, parameter, job([Message(role="user", content=prompt)]))
+    assert dialect.version == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Provider returned error: Unsupported parameter: 'temperature' is not supported with this model.",
+        "temperature is not supported",
+        "This model does not support temperature.",
+        "`temperature` is deprecated for this model.",
+        "Unknown field: temperature",
+    ],
+)
+def test_words_that_call_this_very_parameter_unknown_do(message: str) -> None:
+    dialect = Dialect()
+    assert learn(dialect, message)
+    assert "temperature" not in dialect.sent(SAMPLING)
+
+
+def test_a_template_that_knows_no_system_role() -> None:
+    dialect = Dialect()
+    assert learn(dialect, "System role not supported")
+    assert [turn["role"] for turn in json.loads(dialect.body(job()))["messages"]] == ["developer", "user"]

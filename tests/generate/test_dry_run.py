@@ -57,9 +57,9 @@ def test_a_fresh_run_is_bounded_by_its_bytes(tmp_path: Path) -> None:
     assert dry.cost == pytest.approx((3 * most + 12 * 1000) / 10**6)
     assert (dry.expected_prompt_tokens, dry.expected_completion_tokens, dry.expected_cost) == (None, None, None)
     text = "\n".join(describe(recipe, dry))
-    assert "a token a byte" in text
-    assert "known after 20 answers" in text
-    assert "price: $3 and $12 a million prompt and completion tokens, by teacher.price" in text
+    assert "one token per byte" in text
+    assert "expected numbers need 20 answers" in text
+    assert "price: $3 and $12 per million prompt and completion tokens, from teacher.price" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -109,7 +109,7 @@ def test_a_batch_costs_half(tmp_path: Path) -> None:
     assert f"online: at most ${full:,.4f}" in "\n".join(describe(batch, dry_run(batch, run)))
 
 
-@pytest.mark.parametrize(("spare", "verdict"), [(0, "is enough for all"), (-1, "may end the run before its end")])
+@pytest.mark.parametrize(("spare", "verdict"), [(0, "is enough for all"), (-1, "may end the run early")])
 def test_a_budget_counts_what_the_last_request_reserves(tmp_path: Path, spare: int, verdict: str) -> None:
     model = folder(tmp_path, "{{ messages[0].content }}")
     teacher, run = {**PRICED, "model": model}, RunDir(tmp_path / "run")
@@ -132,7 +132,7 @@ def test_what_a_killed_run_may_owe_counts_as_spent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "words"),
-    [("http://127.0.0.1:8000/v1", "cost: none by the teacher, a server of your own"), (URL, "cost: not known; set")],
+    [("http://127.0.0.1:8000/v1", "cost: none, the teacher is a server of your own"), (URL, "cost: not known; set")],
 )
 def test_without_a_price_the_cost_is_said_to_be_open(tmp_path: Path, url: str, words: str) -> None:
     recipe = planned(5, teacher={"model": "teacher-x", "base_url": url})

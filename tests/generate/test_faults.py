@@ -13,7 +13,7 @@ from aiohttp import web
 from tenacity import wait_fixed
 
 from generate.endpoint import Endpoint
-from generate.jobs import WHOLE, Share
+from generate.jobs import WHOLE, Partition
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
@@ -34,9 +34,9 @@ from tests.servers.misbehaving_server import (
 
 @pytest.fixture(autouse=True)
 def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.schedule.BACKOFF", wait_fixed(0.01))
-    monkeypatch.setattr("generate.endpoint.PROBE_WAIT", wait_fixed(0.05))
-    monkeypatch.setattr("generate.endpoint.REFUSED_WAIT", wait_fixed(0.02))
+    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.05))
+    monkeypatch.setattr("generate.verdict.REFUSED_WAIT", wait_fixed(0.02))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -104,7 +104,7 @@ def test_limits_in_headers_are_learnt(run: RunDir, capsys: pytest.CaptureFixture
     limited = raw(json.dumps(reply("yes")).encode(), x_ratelimit_limit_requests="6000")
     with misbehaving(lambda asked: limited) as server:
         assert generate(recipe_for(server, 20), run, quiet=True).answered == 20
-    assert "allows 6,000 requests a minute" in capsys.readouterr().err
+    assert "allows 6,000 requests per minute" in capsys.readouterr().err
 
 
 def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: RunDir) -> None:
@@ -196,7 +196,7 @@ def test_the_teacher_swap(run: RunDir, capsys: pytest.CaptureFixture[str]) -> No
     assert (summary.answered, summary.failed) == (50, 0)
     assert refused <= 4 * 8  # what was in flight at each lesson
     told = " ".join(capsys.readouterr().err.split())
-    for words in ("max_completion_tokens in place of max_tokens", "leaves out temperature", "in the role developer"):
+    for words in ("max_completion_tokens instead of max_tokens", "leaves out temperature", "in the role developer"):
         assert told.count(words) == 1
     for record in completions(run):
         assert set(record.sampling) == {"max_completion_tokens", "seed"}
@@ -326,15 +326,15 @@ def test_auto_follows_the_queue_that_a_server_shows(run: RunDir) -> None:
 def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None:
     """As vLLM shows them behind its data-parallel balancer; a process begins with its part."""
 
-    async def begun(share: Share) -> int:
+    async def begun(partition: Partition) -> int:
         with misbehaving(metrics=lambda at_once: (0, 0), engines=4) as server:
             recipe = recipe_for(server, generate={"concurrency": "auto"})
-            async with Endpoint(recipe, server.url, share, print, 99_999) as endpoint:
+            async with Endpoint(recipe, server.url, partition, print, 99_999) as endpoint:
                 assert await endpoint.prepare() is None
                 return endpoint.limit
 
     assert asyncio.run(begun(WHOLE)) == 4 * 276
-    assert asyncio.run(begun(Share(0, 2))) == 2 * 276
+    assert asyncio.run(begun(Partition(0, 2))) == 2 * 276
 
 
 def test_a_budget_ends_the_run_and_a_higher_one_goes_on(run: RunDir) -> None:

@@ -7,9 +7,8 @@ import httpx2
 import pytest
 from tenacity import wait_fixed
 
+from generate.reply import retry_after, shortened
 from generate.run import generate, pending
-from generate.schedule import retry_delay
-from generate.verdict import Refused, Transient, retry_after, shortened
 from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
@@ -33,7 +32,7 @@ from tests.servers.misbehaving_server import (
 
 @pytest.fixture(autouse=True)
 def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generate.schedule.BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -207,8 +206,9 @@ def test_an_answer_of_a_million_characters(run: RunDir) -> None:
     assert [len(record.text) for record in completions(run)] == [1_000_000] * 3
 
 
-def test_a_request_that_waits_holds_no_slot(run: RunDir) -> None:
+def test_a_request_that_waits_holds_no_slot(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """One slot, and a request told to wait: the others are answered meanwhile, and it when its time has come."""
+    monkeypatch.setattr("generate.loop.JITTER", wait_fixed(0.2))
     with misbehaving(one_bad(error(429, retry_after="1"), times=1)) as server:
         generate(recipe_for(server, generate={"concurrency": 1, "max_attempts": 3}), run, quiet=True)
     assert [record.slots["n"] for record in completions(run)][-1] == "3"
@@ -279,12 +279,3 @@ def test_retry_after(headers: dict[str, str], seconds: float) -> None:
 def test_a_long_message_is_shortened_and_says_so() -> None:
     assert shortened("a\n b\t c") == "a b c"
     assert shortened("x" * 2000) == "x" * 1000 + "… (2000 characters)"
-
-
-def test_the_schedule_keeps_time() -> None:
-    """`Retry-After` is a floor under the wait, the jitter comes on top."""
-    asked_to_wait = Transient("x", "y", 429, retry_after=4)
-    assert retry_delay(1, 3, asked_to_wait) == pytest.approx(4.01)
-    assert retry_delay(3, 3, asked_to_wait) is None
-    assert retry_delay(0, 1, asked_to_wait) == pytest.approx(4.01)  # the endpoint's fault does not count
-    assert retry_delay(1, 3, Refused("x", "y", 400)) is None

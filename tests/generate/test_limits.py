@@ -62,7 +62,7 @@ def test_headers_teach_what_the_recipe_does_not_say() -> None:
     limits = Limits(None, None, 0.0)
     assert not limits.any
     assert limits.delay(10**6, 0.0) == 0
-    assert limits.learn(HEADERS, 0.0) == "allows 600 requests and 6,100 tokens a minute"
+    assert limits.learn(HEADERS, 0.0) == "allows 600 requests and 6,100 tokens per minute"
     assert limits.learn(HEADERS, 0.0) is None  # it is no news the second time
     limits.take(200, 0.0)
     assert limits.delay(100, 0.0) == pytest.approx(2.0)  # 100 a second, 100 of debt and a full second wanted
@@ -71,7 +71,7 @@ def test_headers_teach_what_the_recipe_does_not_say() -> None:
 def test_a_lower_limit_of_the_recipe_stands_and_a_higher_one_does_not() -> None:
     lower, higher = Limits(60, None, 0.0), Limits(6000, None, 0.0)
     assert lower.learn({"x-ratelimit-limit-requests": "600"}, 0.0) is None
-    assert higher.learn({"x-ratelimit-limit-requests": "600"}, 0.0) == "allows 600 requests a minute"
+    assert higher.learn({"x-ratelimit-limit-requests": "600"}, 0.0) == "allows 600 requests per minute"
 
 
 def test_nothing_left_pauses_until_the_reset() -> None:
@@ -80,8 +80,8 @@ def test_nothing_left_pauses_until_the_reset() -> None:
     assert limits.delay(1, 10.0) == pytest.approx(350)
 
 
-def test_a_process_takes_its_share() -> None:
-    limits = Limits(None, None, 0.0, share=0.5)
+def test_a_process_takes_its_part() -> None:
+    limits = Limits(None, None, 0.0, fraction=0.5)
     limits.learn({"x-ratelimit-limit-requests": "2"}, 0.0)
     limits.take(1, 0.0)
     assert limits.delay(1, 0.0) == pytest.approx(61)  # one a minute, not two

@@ -12,9 +12,9 @@ import pytest
 
 from generate.client import check_teacher
 from generate.limits import Limits, TokenBucket
+from generate.reply import Answer, Fault, read_answer, read_error
 from generate.run import generate
 from generate.streaming import stream, streaming_session
-from generate.verdict import CallFailed, read_answer, read_error
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.records import Usage
@@ -44,6 +44,12 @@ def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, 
     ).encode()
 
 
+def answer_in(body: bytes) -> Answer:
+    found = read_answer(body)
+    assert isinstance(found, Answer)
+    return found
+
+
 @pytest.mark.parametrize(
     ("usage", "counted"),
     [
@@ -55,7 +61,7 @@ def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, 
     ],
 )
 def test_a_usage_that_is_no_count_costs_no_answer(usage: Any, counted: tuple[int | None, int | None]) -> None:
-    found = read_answer(said(usage=usage))
+    found = answer_in(said(usage=usage))
     assert (found.text, found.usage.prompt_tokens, found.usage.completion_tokens) == ("text", *counted)
 
 
@@ -76,13 +82,13 @@ def test_a_usage_that_is_no_count_is_charged_in_full(run: RunDir) -> None:
     ],
 )
 def test_a_content_of_parts_is_its_text(content: Any, text: str) -> None:
-    assert read_answer(said(content)).text == text
+    assert answer_in(said(content)).text == text
 
 
 def test_what_stands_beside_the_text_may_be_odd() -> None:
-    found = read_answer(said("half \ud83d", 3, model=5, message={"reasoning_content": "hm"}))
+    found = answer_in(said("half \ud83d", 3, model=5, message={"reasoning_content": "hm"}))
     assert (found.text, found.finish_reason, found.model, found.usage) == ("half \ufffd", "unknown", None, Usage())
-    assert read_answer(said(finish_reason=None)).finish_reason == "unknown"
+    assert answer_in(said(finish_reason=None)).finish_reason == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -97,9 +103,9 @@ def test_what_stands_beside_the_text_may_be_odd() -> None:
     ],
 )
 def test_a_reply_without_an_answer_says_which_kind_it_is(body: bytes, kind: str) -> None:
-    with pytest.raises(CallFailed) as caught:
-        read_answer(body)
-    assert caught.value.error == kind
+    found = read_answer(body)
+    assert isinstance(found, Fault)
+    assert found.error == kind
 
 
 def test_an_error_nested_too_deep_to_read_is_its_bytes() -> None:
@@ -291,6 +297,43 @@ def test_limits_that_move_give_nothing_back() -> None:
 def test_limits_that_move_are_told_once_each_and_nonsense_never() -> None:
     limits = Limits(None, None, 0.0)
     told = [limits.learn({"x-ratelimit-limit-requests": str(500 + 500 * (n % 2))}, 0.0) for n in range(6)]
-    assert told == ["allows 500 requests a minute", "allows 1,000 requests a minute", None, None, None, None]
+    assert told == ["allows 500 requests per minute", "allows 1,000 requests per minute", None, None, None, None]
     for nonsense in ("0.001", "1e308", "-3", "nan", "100, 100;w=60"):
         assert Limits(None, None, 0.0).learn({"x-ratelimit-limit-requests": nonsense}, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (json.dumps({"odd": "값"}).encode("utf-16"), "no_choices"),
+        (b'{"odd": "\xed\xa0\xbd"}', "no_choices"),  # half a surrogate pair, not escaped
+        (b'{"error": "\xed\xa0\xbd"}', "error_in_answer"),
+        (json.dumps([1]).encode("utf-32"), "wrong_shape"),
+        (b'["\xed\xa0\xbd"]', "wrong_shape"),
+    ],
+)
+def test_no_encoding_of_a_body_without_an_answer_is_a_crash(run: RunDir, body: bytes, kind: str) -> None:
+    with misbehaving(lambda asked: raw(body) if asked.text == "say 1" else answer()) as server:
+        summary = generate(recipe_for(server, 4, generate={"max_attempts": 1}), run, quiet=True)
+    assert (summary.answered, summary.errors) == (3, {kind: 1})
+    assert read_error(400, body, {}).message
+
+
+def test_an_error_with_half_a_surrogate_pair_can_be_written(run: RunDir) -> None:
+    bad = raw(b'{"error": {"message": "half \\ud83d"}}', 400)
+    with misbehaving(lambda asked: bad if asked.text == "say 1" else answer()) as server:
+        assert generate(recipe_for(server, 4), run, quiet=True).errors == {"bad_request": 1}
+    assert failures(run)[0].message == "half ?"
+
+
+def test_an_answer_in_utf_16_is_an_answer() -> None:
+    assert answer_in(said("이야기").decode().encode("utf-16")).text == "이야기"
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_reply_without_end_is_given_up(run: RunDir, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.client.MOST_BYTES", 100_000)
+    bad = raw(b"x" * 5_000_000, status)
+    with misbehaving(lambda asked: bad if asked.text == "say 1" else answer()) as server:
+        summary = generate(recipe_for(server, 4), run, quiet=True)
+    assert (summary.answered, summary.errors, failures(run)[0].status) == (3, {"too_large": 1}, status)

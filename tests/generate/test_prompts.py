@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from generate.grammar import Grammar, combination, shuffled
 from generate.prompts import build_prompts, grammar_size, iter_prompts
+from generate.run import generate
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, load_recipe
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import misbehaving, recipe_for
 
 ROOT = Path(__file__).parents[2]
 CHAPTER = {
@@ -25,7 +28,7 @@ CHAPTER = {
 
 
 def recipe_with(**prompts: Any) -> Recipe:
-    return Recipe(_cli_parse_args=[], name="t", teacher={"model": "stub"}, prompts=prompts)
+    return Recipe(name="t", teacher={"model": "stub"}, prompts=prompts)
 
 
 def texts(recipe: Recipe) -> list[str]:
@@ -178,6 +181,7 @@ def test_a_files_count_takes_the_first_or_begins_again(tmp_path: Path) -> None:
         ('{"messages": []}', "`messages` is empty"),
         ('{"prompt": " "}', "the prompt is empty"),
         ('{"prompt": 3}', "$.prompt"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "assistant turn"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot'"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "$.messages[0].content"),
         ('{"prompt": "a", "slots": {"n": 1}}', "$.slots"),
@@ -191,6 +195,52 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
         build_prompts(recipe_with(file=path))
     assert str(caught.value).startswith(f"{path}:2: ")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"prompt": "a"}]', "a JSON array"),
+        ('\ufeff[\n  {"prompt": "a"}\n]', "a JSON array"),
+        ("prompt,id\nhello,1\n", "CSV or plain text"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
+        ('{"prompt": "a"}\n{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "p.jsonl:2: not UTF-8"),
+    ],
+)
+def test_another_format_is_one_error_that_names_the_accepted_ones(
+    tmp_path: Path, content: str | bytes, said: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError) as caught:
+        build_prompts(recipe_with(file=path))
+    assert said in str(caught.value)
+    assert "accepted are JSONL in UTF-8" in str(caught.value)
+    assert "a folder saved by `datasets`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_rows_with_one_id_and_different_prompts_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [("x", "a"), ("y", "b"), ("x", "a"), ("y", "c")]  # the third is the first again, which is no error
+    path.write_text("".join(json.dumps({"id": id_, "prompt": text}) + "\n" for id_, text in rows))
+    assert texts(recipe_with(file=path, count=3)) == ["a", "b", "a"]
+    with pytest.raises(DataError) as caught:
+        build_prompts(recipe_with(file=path))
+    assert str(caught.value) == f"{path}:4: id 'y' is that of {path}:2, which is another prompt"
+    assert len(build_prompts(recipe_with(file=path, count=3))) == 3
+
+
+def test_nothing_is_asked_when_a_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text('{"prompt": "good"}\n' + json.dumps({"messages": turns}) + "\n")
+    with misbehaving() as server:
+        recipe = recipe_for(server, prompts={"file": str(path)})
+        with pytest.raises(DataError, match=r"p\.jsonl:2: the prompt ends with an assistant turn"):
+            generate(recipe, RunDir(tmp_path / "run"), quiet=True)
+        assert server.asked == []
 
 
 def test_a_file_that_is_empty_or_missing(tmp_path: Path) -> None:

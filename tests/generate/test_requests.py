@@ -21,7 +21,7 @@ def recipe_with(**sections: Any) -> Recipe:
         "prompts": {"count": 1, "template": "x"},
         **sections,
     }
-    return Recipe(_cli_parse_args=[], **given)
+    return Recipe(**given)
 
 
 def test_the_body_holds_all_sampling_values_and_a_seed_of_its_own() -> None:

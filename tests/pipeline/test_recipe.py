@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 
 GOOD = """
 name: tiny
@@ -34,6 +34,48 @@ def test_what_is_not_overridden_stays(path: Path) -> None:
     assert recipe.teacher.model == "some/teacher"
     assert recipe.teacher.base_url == "https://example.org/v1"
     assert recipe.prompts.system is None
+
+
+def test_a_recipe_built_in_python_reads_neither_variables_nor_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_SAMPLING__TOP_P", "0.6")
+    monkeypatch.setenv("DISTILL_NAME", "other")
+    monkeypatch.setattr("sys.argv", ["python", "--sampling.top_p", "0.5", "--nonsense"])
+    recipe = Recipe(name="mine", teacher={"model": "m"}, prompts={"count": 1, "template": "x"})
+    assert (recipe.name, recipe.sampling.top_p) == ("mine", 0.9)
+
+
+def test_a_loaded_recipe_is_the_same_type_and_value_as_one_built_in_python(path: Path) -> None:
+    built = Recipe(
+        name="tiny",
+        teacher={"model": "some/teacher"},
+        prompts={"count": 3, "template": "{a}", "slots": {"a": ["x", "y"]}},
+        sampling={"top_p": 0.7},
+    )
+    assert load_recipe(path) == built
+
+
+def test_files_that_the_recipe_names_are_relative_to_it(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = "prompts: {file: data/p.jsonl}\nevaluate: {probes_file: probes.jsonl}\n"
+    path.write_text(f"name: tiny\nteacher: {{model: m}}\n{files}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for recipe in (load_recipe(path), load_recipe(Path("../tiny.yaml"))):
+        assert recipe.prompts.file is not None and recipe.evaluate.probes_file is not None
+        assert recipe.prompts.file.resolve() == tmp_path / "data/p.jsonl"
+        assert recipe.evaluate.probes_file.resolve() == tmp_path / "probes.jsonl"
+        assert recipe.prompts.file.is_absolute()  # so that the saved recipe.yaml means the same file
+    flag = load_recipe(path, ["--prompts.file", "p.jsonl"])
+    assert flag.prompts.file == Path("p.jsonl")  # a flag is relative to where the command is given
+
+
+@pytest.mark.parametrize("section", ["prompts: 3", "filters: {rules: 3}", "filters: {rules: [3]}", "evaluate: []"])
+def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, section: str) -> None:
+    lines = [line for line in GOOD.splitlines() if not line.startswith(section.split(":")[0])]
+    path.write_text("\n".join([*lines, section]))
+    with pytest.raises(RecipeError, match=r"tiny\.yaml"):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize(

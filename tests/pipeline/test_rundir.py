@@ -1,6 +1,7 @@
 """Run directories, records and lineage: locks, renames, `path:line: reason`."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, DistillError, UsageError
 from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
@@ -37,6 +38,52 @@ def test_a_name_mistyped_makes_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rnu: no such run; give its folder with --run"), run.locked():
         pass
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_that_cannot_lock_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = f"cannot lock this run .{os.strerror(number)}"
+    with pytest.raises(DistillError, match=said) as caught, RunDir(tmp_path).locked():
+        pass
+    assert "another process" not in str(caught.value)
+
+
+def test_a_file_given_as_a_run_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "kept.jsonl").touch()
+    run = RunDir(tmp_path / "kept.jsonl")
+    for new in (False, True):
+        with pytest.raises(UsageError, match=r"kept\.jsonl: a file, but a run is a folder"), run.locked(new=new):
+            pass
+    command = [sys.executable, "-m", "generate", "recipes/demo.yaml", "--run", str(run.path), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "a file, but a run is a folder" in done.stderr
+
+
+def test_a_new_name_is_on_disk_before_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's entry is synced after the rename: without it a power cut can bring the old file back."""
+    steps: list[str] = []
+    rename, sync = Path.replace, os.fsync
+
+    def note_rename(self: Path, target: Path) -> Path:
+        steps.append("rename")
+        return rename(self, target)
+
+    def note_sync(handle: int) -> None:
+        steps.append("sync folder" if Path(f"/proc/self/fd/{handle}").resolve() == tmp_path else "sync file")
+        sync(handle)
+
+    monkeypatch.setattr(Path, "replace", note_rename)
+    monkeypatch.setattr(os, "fsync", note_sync)
+    with replacing(tmp_path / "kept.jsonl") as file:
+        file.write(b"new")
+    assert steps == ["sync file", "rename", "sync folder"]
 
 
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:

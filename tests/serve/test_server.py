@@ -273,7 +273,7 @@ def test_local_addresses(url, address):
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("https://api.openai.com/v1", "is not on this machine: there is nothing to serve"),
+        ("https://api.openai.com/v1", "is not on this machine, so there is nothing to serve"),
         ("http://192.0.2.1:8000/v1", "is not on this machine"),
         ("https://127.0.0.1:8000/v1", "answers at http://127.0.0.1:8000/v1"),
         ("http://127.0.0.1:8000/api", "answers at http://127.0.0.1:8000/v1"),

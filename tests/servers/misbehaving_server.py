@@ -223,7 +223,7 @@ def recipe_for(server: MisbehavingServer | str, count: int = 10, **sections: Any
         "generate": {"concurrency": 8, "max_attempts": 3, "request_timeout_s": 5},
         **sections,
     }
-    return Recipe(_cli_parse_args=[], **given)
+    return Recipe(**given)
 
 
 def completions(run: RunDir) -> list[Completion]:

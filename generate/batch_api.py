@@ -1,0 +1,102 @@
+"""The provider's side of a batch: files and batches at the endpoint, with the `openai` package.
+
+HTTP only: what a batch means for a run is in generate.batch. Every message from here has its secrets hidden.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+from openai.types import Batch
+
+from generate.client import headers_of
+from generate.endpoint import TIMEOUT_S
+from generate.reply import shortened
+from pipeline.address import Redactor, is_loopback
+from pipeline.errors import DistillError
+from pipeline.recipe import Recipe
+
+LISTED = 100  # batches per page, when one is looked for
+FIXES = {404: "; does it have a Batch API? generate.mode online needs none"}
+
+
+class BatchApi:
+    """One endpoint's Files and Batches; use as an async context manager. Its methods raise openai.APIError."""
+
+    def __init__(self, recipe: Recipe, run_key: str) -> None:
+        """`run_key` marks this run's batches at the provider."""
+        teacher, key = recipe.teacher, recipe.teacher.api_key()
+        self.url, self._run_key, self._redact = teacher.url, run_key, Redactor.of(teacher)
+        self._fixes = {**FIXES, 401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses"}
+        own = ("Content-Type", "Authorization")  # which the package sets
+        self._api = openai.AsyncOpenAI(
+            api_key=key.get_secret_value() if key else "none",
+            base_url=teacher.url,
+            default_headers={name: value for name, value in headers_of(teacher).items() if name not in own},
+            default_query=dict(teacher.query),
+            # The proxy of the environment is never for a server on this machine.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(teacher.url)),
+            max_retries=0,  # a request that may have arrived is not sent again without looking
+            timeout=recipe.generate.request_timeout_s or TIMEOUT_S,
+        )
+
+    async def __aenter__(self) -> "BatchApi":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._api.close()
+
+    async def upload(self, path: Path) -> str:
+        """Uploads a file of requests; returns its id."""
+        with path.open("rb") as file:
+            return (await self._api.files.create(file=file, purpose="batch")).id
+
+    async def find(self, chunk: str) -> Batch | None:
+        """The batch of a chunk, if one was created whose creation this run never heard of."""
+        async for batch in self._api.batches.list(limit=LISTED):
+            marks = batch.metadata or {}
+            ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, chunk)
+            if ours and batch.status != "failed":
+                return batch
+        return None
+
+    async def create(self, chunk: str, file_id: str) -> Batch:
+        """Creates the batch of a chunk."""
+        return await self._api.batches.create(
+            input_file_id=file_id,
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            metadata={"distillate_run": self._run_key, "part": chunk, "file": file_id},
+        )
+
+    async def retrieve(self, batch_id: str) -> Batch:
+        """A batch as it is now."""
+        return await self._api.batches.retrieve(batch_id)
+
+    async def download(self, file_id: str, path: Path) -> None:
+        """Downloads a file; it appears whole, by rename."""
+        partial = path.with_suffix(".part")
+        try:
+            async with self._api.files.with_streaming_response.content(file_id) as response:
+                with partial.open("wb") as file:
+                    async for block in response.iter_bytes():
+                        file.write(block)
+        except httpx2.HTTPError as error:  # the body was cut: the package has its own errors only before the body
+            raise openai.APIConnectionError(message=str(error), request=error.request) from None
+        partial.replace(path)
+
+    def explain(self, error: openai.APIError) -> str:
+        """What an error says. Raises DistillError for one that no waiting heals."""
+        said: Any = error.body.get("message") if isinstance(error.body, dict) else None
+        words = self.words(str(said or error.message))
+        if getattr(error, "code", None) == "insufficient_quota":
+            raise DistillError(f"{self.url}: the quota is used up ({words}); top it up") from None
+        status = error.status_code if isinstance(error, openai.APIStatusError) else 500
+        if status < 500 and status not in (408, 409, 429):
+            raise DistillError(f"{self.url} answers {status} ({words}){self._fixes.get(status, '')}") from None
+        return words
+
+    def words(self, said: str) -> str:
+        """What the provider said: one line, not too long, without secrets."""
+        return shortened(self._redact(said))

@@ -1,0 +1,230 @@
+"""What one attempt brought: an `Answer`, or a `Fault` in its place. Facts only: generate.verdict says what follows.
+
+Pure: reads the bytes, status and headers of an HTTP reply. Every text in the result went through the `words` that the
+caller gives, which hides secrets (pipeline.address) and shortens.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+from pipeline.records import Usage
+
+MESSAGE_CHARS = 1000  # of a server's words, kept in an error
+QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
+
+
+class Answer(NamedTuple):
+    """What the teacher said."""
+
+    text: str
+    finish_reason: str
+    model: str | None  # as the server named it
+    usage: Usage
+
+
+class Fault(NamedTuple):
+    """An attempt that brought no answer."""
+
+    error: str  # its type, as in failures.jsonl; docs/generation.md lists them
+    message: str  # the server's words
+    status: int | None = None  # HTTP; None: no reply
+    retry_after_s: float = 0.0  # how long the server asks to wait
+    usage: Usage | None = None  # where the server counted the tokens all the same
+    parameter: str | None = None  # the field of the request that the server says is wrong
+
+    @property
+    def maybe_billed(self) -> bool:
+        """Whether the endpoint may have worked on it: an answer of no use, or one that never came whole."""
+        return self.status == 200 or (self.status is None and self.error != "unreachable")
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]  # anything else is no count
+
+
+class _Details(msgspec.Struct):
+    reasoning_tokens: _Tokens | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: _Tokens | None = None
+    completion_tokens: _Tokens | None = None
+    total_tokens: _Tokens | None = None
+    completion_tokens_details: _Details | None = None
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Reply(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    model: str | None = None
+    usage: _Usage | None = None
+    error: object = None
+
+
+_decoder = msgspec.json.Decoder(_Reply)
+
+
+def shortened(said: str) -> str:
+    """One line of at most MESSAGE_CHARS characters that UTF-8 can write, and how many there were."""
+    line = " ".join(said.split()).encode(errors="replace").decode()
+    return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}… ({len(line)} characters)"
+
+
+def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer | Fault:
+    """The answer in a reply of success, or why there is none."""
+    reply = _decode(body, words)
+    if isinstance(reply, Fault):
+        return reply
+    if not reply.choices:
+        if reply.error is not None:  # a gateway's way of passing on an error of the model behind it
+            return Fault("error_in_answer", words(str(reply.error)), 200)
+        return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
+    choice, usage = reply.choices[0], _usage(reply.usage)
+    text, reason = choice.message.content or "", choice.finish_reason or "unknown"
+    if reason == "content_filter":
+        return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
+    if not text.strip():
+        if choice.message.refusal:
+            return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
+        thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
+        return Fault("empty_answer", f"the answer has no text (finish_reason {reason}{thought})", 200, usage=usage)
+    return Answer(text, reason, reply.model, usage)
+
+
+def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:
+    """What a reply without success says."""
+    said = _said(body)
+    message = words(said.message) or "no words"
+    if status < 400:
+        return Fault("not_found", words(f"it redirects to {headers.get('location', 'nowhere')}"), status)
+    if status == 402 or (status == 429 and (said.code in QUOTA_CODES or said.type in QUOTA_CODES)):
+        return Fault("insufficient_quota", message, status)
+    if status == 429:
+        return Fault("rate_limited", message, status, retry_after_s=retry_after(headers))
+    if status == 408 or status >= 500:
+        return Fault("server_error", message, status, retry_after_s=retry_after(headers))
+    named = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "not_found"}
+    kind = "content_filter" if said.code == "content_filter" else named.get(status, "bad_request")
+    return Fault(kind, message, status, parameter=said.param)
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None) -> float:
+    """Seconds to wait as the server asks: `retry-after-ms`, or `Retry-After` in seconds or as a date; else 0."""
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        else:
+            seconds = float(headers.get("retry-after", 0))
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(headers.get("retry-after", ""))
+        except ValueError:
+            return 0
+        seconds = moment.timestamp() - (time() if now is None else now)
+    return seconds if 0 < seconds < float("inf") else 0
+
+
+class _Said(NamedTuple):
+    message: str
+    code: str | None = None
+    type: str | None = None
+    param: str | None = None
+
+
+def _said(body: bytes) -> _Said:
+    """A server's words from the body of an error: OpenAI's shape, FastAPI's `detail`, or whatever else it is."""
+    text = body.decode(errors="replace")
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return _Said(text)
+    inner = data.get("error", data) if isinstance(data, dict) else data
+    if not isinstance(inner, dict):
+        return _Said(inner if isinstance(inner, str) else text)
+    message = inner.get("message")
+    code, kind, param = (_text(inner.get(name)) for name in ("code", "type", "param"))
+    return _Said(
+        message if isinstance(message, str) and message.strip() else text, code, kind, param or _located(inner)
+    )
+
+
+def _located(data: dict[str, Any]) -> str | None:
+    """The field that FastAPI's `detail` names: `[{"loc": ["body", "seed"], …}]`."""
+    match data.get("detail"):
+        case [{"loc": [*_, str(name)]}, *_]:
+            return name
+    return None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _usage(usage: _Usage | None) -> Usage:
+    if usage is None:
+        return Usage()
+    details, completion_tokens = usage.completion_tokens_details, usage.completion_tokens
+    if completion_tokens is not None and usage.prompt_tokens is not None and usage.total_tokens is not None:
+        # Some (xAI, gateways to Gemini) bill reasoning as completion and count it in the total alone.
+        completion_tokens = max(completion_tokens, usage.total_tokens - usage.prompt_tokens)
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=completion_tokens,
+        reasoning_tokens=details.reasoning_tokens if details else None,
+    )
+
+
+def _decode(body: bytes, words: Callable[[str], str]) -> _Reply | Fault:
+    try:
+        return _decoder.decode(body)
+    except (ValueError, RecursionError):
+        pass  # not as it should be: is there an answer in it all the same?
+    said = words(body.decode(errors="replace")) or "nothing at all"
+    try:
+        return msgspec.convert(_repaired(json.loads(body)), _Reply)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return Fault("wrong_shape", f"not a chat completion: {error}: {said}", 200)
+    except ValueError:
+        return Fault("not_json", f"no JSON, or cut short: {said}", 200)
+
+
+def _repaired(data: Any) -> Any:
+    """A reply whose oddities are fixed as far as its text does not depend on them: it has been paid for.
+
+    Half a surrogate pair ("\\ud83d") becomes U+FFFD: Python reads it, UTF-8 cannot write it. A content of parts
+    (Mistral's models that think) becomes the text of its text parts. A `usage` that is no count is dropped.
+    """
+    text = json.dumps(data, ensure_ascii=False)
+    data = json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+    if not isinstance(data, dict):
+        return data
+    try:
+        data["usage"] = msgspec.convert(data.get("usage"), _Usage | None, strict=False)
+    except msgspec.ValidationError:
+        data["usage"] = None
+    data["model"] = _text(data.get("model"))
+    for choice in data["choices"] if isinstance(data.get("choices"), list) else []:
+        if isinstance(choice, dict):
+            choice["finish_reason"] = _text(choice.get("finish_reason"))
+            message = choice.get("message")
+            if isinstance(message, dict) and isinstance(message.get("content"), list):
+                message["content"] = "".join(map(_part_text, message["content"]))
+    return data
+
+
+def _part_text(part: Any) -> str:
+    """The text of a part of a content; empty for a thought or anything else."""
+    return (_text(part.get("text")) or "") if isinstance(part, dict) and part.get("type") == "text" else ""

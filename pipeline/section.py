@@ -1,0 +1,27 @@
+"""What all sections of a recipe share, and the small sections that several of them hold."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """One section: frozen, unknown keys refused. The text under each key is what `--help` and docs/settings.md show."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PriceConfig(Section):
+    """What a model costs, in USD per million tokens."""
+
+    input: float = Field(ge=0)
+    """USD per million prompt tokens."""
+    output: float = Field(ge=0)
+    """USD per million completion tokens."""
+
+
+class BudgetConfig(Section):
+    """What a run may spend at most, over all calls. A request in flight counts as the most that it can cost."""
+
+    usd: float | None = Field(None, gt=0)
+    """USD; null: no limit. Needs a price: of the table, or `price`."""
+    tokens: int | None = Field(None, gt=0)
+    """Prompt and completion tokens together; null: no limit."""

@@ -1,0 +1,152 @@
+"""Stages as the chain runs them, in a real terminal, against a real local server."""
+
+import fcntl
+import os
+import pty
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chain.stages import StageFailed, stage, teacher
+from pipeline.rundir import RunDir
+from serve.server import free_port
+from tests.servers.misbehaving_server import (
+    MisbehavingServer,
+    answer,
+    completions,
+    error,
+    misbehaving,
+    one_bad,
+    recipe_for,
+)
+
+ROOT = Path(__file__).parents[2]
+IN_FLIGHT = 64
+
+
+def write_recipe(server: MisbehavingServer, folder: Path) -> Path:
+    recipe = recipe_for(server, 3 * IN_FLIGHT).model_dump(mode="json")
+    recipe["student"] = {"model": "prune:2"}
+    recipe["generate"]["concurrency"] = IN_FLIGHT
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start_in_terminal(command: list[str]) -> "tuple[subprocess.Popen[bytes], int, list[bytes]]":
+    """Starts the command in a terminal of its own; what it prints is collected beside the test.
+
+    Returns the process, the terminal's file descriptor (a byte 3 written to it is Ctrl-C), and the output so far.
+    """
+    terminal, side = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=side, stdout=side, stderr=side, cwd=ROOT, start_new_session=True, preexec_fn=take_terminal
+    )
+    os.close(side)
+    output: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while data := os.read(terminal, 4096):
+                output.append(data)
+        except OSError:
+            pass  # the terminal's other side is closed: the process has ended
+
+    threading.Thread(target=read, daemon=True).start()
+    return process, terminal, output
+
+
+def wait_until(holds: Callable[[], bool], said: list[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, b"".join(said).decode()
+        time.sleep(0.02)
+
+
+def test_ctrl_c_in_a_terminal_leaves_generate_its_grace(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(lambda asked: answer(delay_s=2)) as server:
+        recipe = write_recipe(server, tmp_path)
+        command = [sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)]
+        process, terminal, said = start_in_terminal(command)
+        wait_until(lambda: len(server.asked) == IN_FLIGHT, said)
+        os.write(terminal, b"\x03")
+        assert process.wait(60) == 130, b"".join(said).decode()
+    assert len(completions(run)) == len(server.asked) == IN_FLIGHT
+    assert b"stopping: a moment for" in b"".join(said)
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(lambda asked: answer(delay_s=600)) as server:
+        recipe = write_recipe(server, tmp_path)
+        command = [sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)]
+        process, terminal, said = start_in_terminal(command)
+        wait_until(lambda: len(server.asked) == IN_FLIGHT, said)
+        os.write(terminal, b"\x03")
+        wait_until(lambda: b"stopping: a moment for" in b"".join(said), said)
+        os.write(terminal, b"\x03")
+        assert process.wait(60) == 130, b"".join(said).decode()
+    assert completions(run) == []
+
+
+def test_a_stage_that_fails_ends_the_chain_with_its_code(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="`python -m filters` ended with 2") as caught:
+        stage("filters", RunDir(tmp_path / "none"), ROOT / "recipes" / "demo.yaml", [])
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("status", "proxy"), [(401, False), (200, True)])
+def test_a_running_server_is_never_started_again(
+    status: int, proxy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a 401 without the key nor a proxy of the environment makes a running server look absent."""
+
+    class Lists(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "stub"}]}')
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    if proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("chain.stages.serving", lambda *_, **__: pytest.fail("a second server was started"))
+    with HTTPServer(("127.0.0.1", 0), Lists) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with teacher(recipe_for(f"http://127.0.0.1:{server.server_port}/v1"), RunDir(tmp_path)):
+            pass
+        server.shutdown()
+
+
+def test_nothing_is_served_when_all_that_is_left_has_failed_for_good(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(one_bad(error(400, "no"))) as server:
+        recipe = write_recipe(server, tmp_path)
+        assert stage("generate", run, recipe, ["--quiet"]) == 4
+    done = subprocess.run(  # the server is gone; a floor that no run reaches ends the chain after the filters
+        [
+            *(sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)),
+            *("--filters.min_keep_rate", "1", "--filters.rules", '[{"rule": "length", "min_chars": 1000}]'),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "serving " not in done.stdout
+    assert f"{3 * IN_FLIGHT} requests, {3 * IN_FLIGHT - 1} answered (0 now" in done.stdout
+    assert done.returncode == 1 and "keep rate 0.0% is under" in done.stderr

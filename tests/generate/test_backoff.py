@@ -1,0 +1,144 @@
+"""What trouble costs, in simulated seconds: backoff, `auto`, and the choice between endpoints."""
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from generate.concurrency import BACK_OFF, ByClimbing, ByQueue
+from generate.reply import Fault
+from pipeline.records import Failure, read_jsonl
+from tests.generate.simulation import GOOD, Model, Server, simulate
+
+URL = "http://first/v1"
+REFUSED = Fault("rate_limited", "slow down", 429)
+REFUSED_1_S = Fault("rate_limited", "slow down", 429, retry_after_s=1.0)
+BROKEN = Fault("server_error", "bad gateway", 502)
+Seconds = Callable[..., float]
+
+
+@pytest.fixture
+def seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seconds:
+    """Simulated seconds of a run in which every request is answered."""
+    runs = iter(range(99))
+
+    def run(serve: Server, count: int, concurrency: int | str, slots: int | None = None) -> float:
+        models, config = {URL: Model(serve, slots)}, {"concurrency": concurrency, "max_attempts": 12}
+        taken, _, counters = simulate(models, tmp_path / str(next(runs)), monkeypatch, count, generate=config)
+        assert (counters.answered, counters.failed) == (count, 0)
+        return taken
+
+    return run
+
+
+@pytest.mark.parametrize("fault", [REFUSED, BROKEN], ids=["429", "502"])
+@pytest.mark.parametrize("concurrency", [64, "auto"])
+def test_a_blip_is_one_step_of_backoff(seconds: Seconds, fault: Fault, concurrency: int | str) -> None:
+    """64 requests in flight fail together for 0.3 s: each was a step once, and the run stood for 30 s."""
+
+    def run(ends: float) -> float:
+        return seconds(lambda number, now: (0.05, fault if now < ends else GOOD), 640, concurrency)
+
+    assert run(ends=0.3) - run(ends=0.0) < 2.0
+
+
+def test_an_endpoint_that_stays_down_is_probed_ever_more_seldom(seconds: Seconds) -> None:
+    """One step per probe: 0.5, 1, 2, … s; a recovery is seen in time, and the load until then is small."""
+    model = Model(lambda number, now: (0.05, BROKEN if now < 10 else GOOD))
+    taken = seconds(lambda number, now: model._serve(number, now), 64, 64)
+    assert 10 < taken < 20
+
+
+def test_auto_is_as_fast_as_the_best_number_on_an_endpoint_without_a_queue(seconds: Seconds) -> None:
+    """A server of 128 slots that answers after 50 ms: answers come in bursts, which are not its throughput."""
+    best = min(seconds(lambda number, now: (0.05, GOOD), 3000, number, slots=128) for number in (64, 128, 256))
+    assert seconds(lambda number, now: (0.05, GOOD), 3000, "auto", slots=128) <= best / 0.9
+
+
+def third_refused(number: int, now: float) -> tuple[float, object]:
+    return 0.05, REFUSED_1_S if number % 3 == 0 else GOOD
+
+
+def test_refusals_that_have_nothing_to_do_with_the_number_do_not_lower_it(seconds: Seconds) -> None:
+    best = min(seconds(third_refused, 3000, number) for number in (64, 512))
+    assert seconds(third_refused, 3000, "auto") <= best / 0.8
+    assert seconds(third_refused, 300, "auto") < 10.3  # what a client takes that lets each request wait by itself
+
+
+def test_a_rate_limit_without_headers_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    granted: deque[float] = deque()
+
+    def serve(number: int, now: float) -> tuple[float, object]:
+        while granted and granted[0] <= now - 1.0:
+            granted.popleft()
+        if len(granted) >= 40:
+            return 0.05, Fault("rate_limited", "slow down", 429, retry_after_s=0.25)
+        granted.append(now)
+        return 0.05, GOOD
+
+    model = Model(serve)
+    taken, _, counters = simulate({URL: model}, tmp_path, monkeypatch, 600, generate={"concurrency": "auto"})
+    assert counters.failed == 0
+    assert taken < 1.25 * 600 / 40
+    assert model.asked < 1.5 * 600
+
+
+@pytest.mark.parametrize("concurrency", [ByClimbing(64), ByQueue(276)], ids=["climbing", "queue"])
+def test_refusals_of_one_episode_are_one_cut(concurrency: ByClimbing | ByQueue) -> None:
+    """64 refusals before any answer, or 30 timeouts at once: it fell to 1."""
+    before = concurrency.limit
+    for number in range(64):
+        concurrency.congested(sent=0.001 * number, now=0.3 + 0.001 * number)
+    assert concurrency.limit == int(before * BACK_OFF)
+    concurrency.congested(sent=1.0, now=2.0)  # sent after the cut: another episode
+    assert concurrency.limit == int(int(before * BACK_OFF) * BACK_OFF)
+
+
+def test_a_cut_that_cost_answers_is_undone_and_one_that_did_not_stands() -> None:
+    def episode(concurrency: ByClimbing, at: float, answers: int) -> None:
+        concurrency.sending(at)
+        concurrency.congested(sent=at, now=at + 0.1)
+        for _ in range(answers):
+            concurrency.answered(5, 0.1, answers, at + 0.1)
+
+    proportional, limited = ByClimbing(60), ByClimbing(60)
+    for at, (number, other) in enumerate([(40, 40), (28, 40)]):
+        episode(proportional, float(at + 1), number)
+        episode(limited, float(at + 1), other)
+    for concurrency in (proportional, limited):
+        concurrency.sending(3.0)
+    assert proportional.limit == 120
+    assert limited.limit == int(int(60 * BACK_OFF) * BACK_OFF)
+
+
+def test_an_endpoint_is_chosen_at_the_size_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two endpoints, the first at its token limit: it has room for one token, and none for a request."""
+    first, second = (Model(lambda number, now: (0.05, GOOD)) for _ in range(2))
+
+    def limited(self: object, tokens: int, now: float) -> float:
+        return 0.0 if tokens <= 1 or self is not at_limit[0] else 60.0
+
+    at_limit: list[object] = []
+    from generate import endpoint
+
+    class Limits(endpoint.Limits):
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)  # type: ignore[arg-type]
+            at_limit.append(self)
+
+        delay = limited
+
+    monkeypatch.setattr(endpoint, "Limits", Limits)
+    models = {URL: first, "http://second/v1": second}
+    taken, _, counters = simulate(models, tmp_path, monkeypatch, 100, generate={"concurrency": 10})
+    assert (counters.answered, first.asked, second.asked) == (100, 0, 100)
+    assert taken < 1.0
+
+
+def test_answers_still_count_where_some_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is refused each time fails for good, and nothing else does."""
+    model = Model(lambda number, now: (0.05, Fault("rate_limited", "no", 429, retry_after_s=0.1)))
+    simulate({URL: model}, tmp_path, monkeypatch, 1, generate={"concurrency": 1, "max_attempts": 4})
+    (failure,) = read_jsonl(tmp_path / "run" / "failures.jsonl", Failure)
+    assert (failure.error, failure.attempts, model.asked) == ("rate_limited", 4, 4)

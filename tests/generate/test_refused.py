@@ -1,0 +1,145 @@
+"""Refusals: of one prompt, of every prompt, for money; and what a record says of the request that was sent."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tenacity import wait_fixed
+
+from generate.run import generate
+from generate.verdict import REFUSED_ALIKE
+from pipeline.errors import DistillError
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    answer,
+    completions,
+    error,
+    failures,
+    misbehaving,
+    one_bad,
+    raw,
+    recipe_for,
+)
+
+SLOTS = 8
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "bad", [error(402, "Insufficient Balance"), error(429, "pay first", "insufficient_quota")], ids=["402", "quota"]
+)
+def test_out_of_money_ends_the_run_at_once_and_it_goes_on_later(run: RunDir, bad: Behaviour) -> None:
+    paid = 12
+    with misbehaving(lambda asked: answer() if len(server.asked) <= paid else bad) as server:
+        with pytest.raises(DistillError, match="the quota is used up") as caught:
+            generate(recipe_for(server, 300), run, quiet=True)
+        assert caught.value.exit_code == 1
+        assert len(server.asked) <= paid + SLOTS
+        assert not failures(run)
+        paid = 10**6
+        summary = generate(recipe_for(server, 300), run, quiet=True)
+    assert (summary.completed, summary.resumed, summary.failed) == (300, paid and 12, 0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [error(400, "top_k: no such field"), error(403, "not for your country"), raw(b'{"odd": 1}')],
+    ids=["400", "403", "no chat"],
+)
+def test_when_the_first_requests_are_all_refused_alike_the_run_ends_and_they_have_not_failed(
+    run: RunDir, bad: Behaviour
+) -> None:
+    broken = True
+    with misbehaving(lambda asked: bad if broken else answer()) as server:
+        with pytest.raises(DistillError, match=f"refuses every request: all of the first {REFUSED_ALIKE}") as caught:
+            generate(recipe_for(server, 300), run, quiet=True)
+        assert any(words in str(caught.value) for words in ("no such field", "not for your country", "odd"))
+        assert caught.value.exit_code == 1
+        assert REFUSED_ALIKE <= len(server.asked) <= REFUSED_ALIKE + SLOTS
+        assert not failures(run)
+        broken = False
+        assert generate(recipe_for(server, 300), run, quiet=True).answered == 300
+
+
+def test_refusals_before_the_first_answer_are_their_own(run: RunDir) -> None:
+    """Held back until an answer comes, then written: the first 15 are refused, and the others are answered."""
+
+    def script(asked: Asked) -> Behaviour:
+        return error(400, "too long") if len(server.asked) <= 15 else answer()
+
+    with misbehaving(script) as server:
+        summary = generate(recipe_for(server, 40, generate={"concurrency": 1}), run, quiet=True)
+    assert (summary.answered, summary.failed, summary.errors) == (25, 15, {"bad_request": 15})
+    assert len(failures(run)) == 15
+
+
+def test_refusals_of_different_kinds_are_their_own(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return error(400 if len(server.asked) % 2 else 422, "no")
+
+    with misbehaving(script) as server:
+        summary = generate(recipe_for(server, 30), run, quiet=True)
+    assert (summary.answered, summary.failed) == (0, 30)
+
+
+def test_a_model_that_says_nothing_is_not_a_refusal_of_all(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer("")) as server:
+        assert generate(recipe_for(server, 30), run, quiet=True).errors == {"empty_answer": 30}
+
+
+def test_one_prompt_that_a_gateway_flags_fails_alone_at_every_resume(run: RunDir) -> None:
+    with misbehaving(one_bad(error(403, "flagged"))) as server:
+        summary = generate(recipe_for(server, 10), run, quiet=True)
+        assert (summary.answered, summary.failed) == (9, 1)
+        assert [(failure.error, failure.status) for failure in failures(run)] == [("forbidden", 403)]
+        again = generate(recipe_for(server, 10), run, quiet=True, retry_failures=True)  # it is the only one left
+    assert (again.completed, again.failed) == (9, 1)
+
+
+def test_a_short_run_that_is_forbidden_altogether_has_no_failures(run: RunDir) -> None:
+    words = r"all of the first 5 with forbidden \(status 403\): not for you"
+    with misbehaving(lambda asked: error(403, "not for you")) as server, pytest.raises(DistillError, match=words):
+        generate(recipe_for(server, 5), run, quiet=True)
+    assert not failures(run)
+
+
+def test_each_record_has_the_sampling_that_was_sent_with_it(run: RunDir) -> None:
+    """`say 0` is on its way when another request teaches that `seed` is refused: its record has its own seed."""
+
+    def script(asked: Asked) -> Behaviour:
+        if asked.text == "say 0" and asked.attempt == 1:
+            return answer(delay_s=0.5)
+        return error(400, "Unrecognized request argument supplied: seed") if "seed" in asked.body else answer()
+
+    with misbehaving(script) as server:
+        generate(recipe_for(server, 8), run, quiet=True)
+    sent = {asked.text: asked.body for asked in server.asked if asked.text == "say 0" or "seed" not in asked.body}
+    for record in completions(run):
+        body = sent[record.messages[0].content]
+        assert record.sampling == {name: body[name] for name in body if name not in ("model", "messages")}
+    assert sorted("seed" in record.sampling for record in completions(run)) == [False] * 7 + [True]
+
+
+def test_a_failure_has_the_sampling_that_was_sent_with_it(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        if asked.text == "say 0":
+            return raw(json.dumps({"choices": []}).encode())
+        return error(400, "Unrecognized request argument supplied: seed") if "seed" in asked.body else answer()
+
+    with misbehaving(script) as server:
+        generate(recipe_for(server, 8, generate={"concurrency": 1, "max_attempts": 1}), run, quiet=True)
+    (failure,) = failures(run)
+    (body,) = (asked.body for asked in server.asked if asked.text == "say 0")
+    assert ("seed" in failure.sampling) == ("seed" in body)

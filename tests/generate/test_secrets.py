@@ -1,0 +1,72 @@
+"""No secret leaves the client in a message: the key, headers' variables, a proxy's password, what looks like a key."""
+
+from pathlib import Path
+
+import pytest
+from tenacity import wait_fixed
+
+from generate.run import generate
+from pipeline.errors import DistillError
+from pipeline.rundir import RunDir
+from tests.generate.test_odd_servers import raw_server
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, failures, misbehaving, raw, recipe_for
+
+TENANT, PASSWORD, OTHER_KEY = "tenant-secret-42", "hunter2hunter2", "sk-or-v1-0123456789abcdef0123"
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def written(run: RunDir) -> str:
+    return "".join(path.read_text() for path in run.path.iterdir() if path.is_file() and path.name != "recipe.yaml")
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_what_a_gateway_echoes_is_hidden(
+    run: RunDir, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TENANT", TENANT)
+
+    def script(asked: Asked) -> Behaviour:
+        assert asked.headers["X-Tenant"] == TENANT
+        words = f"rejected: X-Tenant={asked.headers['X-Tenant']} Authorization: Bearer {OTHER_KEY}"
+        if asked.text != "say 3":
+            return answer()
+        return error(status, words) if status != 200 else raw(f"<html>{words}</html>".encode())
+
+    with misbehaving(script) as server:
+        teacher = {"model": "stub", "base_url": server.url, "headers": {"X-Tenant": "${TENANT}"}}
+        generate(recipe_for(server, 10, teacher=teacher), run)
+    (failure,) = failures(run)
+    assert failure.message.count("[secret]") == 2
+    for secret in (TENANT, OTHER_KEY):
+        assert secret not in written(run) + "".join(capsys.readouterr())
+
+
+def test_a_proxy_s_password_is_hidden(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A proxy that answers badly: the client's error would name its whole URL."""
+    monkeypatch.setattr("pipeline.address.is_loopback", lambda url: False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with raw_server(b"HTTP/1.1 502 Bad\r\n\r\n") as proxy:
+        address = proxy.removeprefix("http://").removesuffix("/v1")
+        monkeypatch.setenv("https_proxy", f"http://me:{PASSWORD}@{address}")
+        recipe = recipe_for("https://teacher.example/v1", 1, generate={"max_attempts": 1, "give_up_s": 0.2})
+        try:
+            generate(recipe, run)
+        except DistillError as error:
+            said = str(error)
+        else:
+            said = ""
+    assert failures(run) or said
+    assert PASSWORD not in said + written(run) + "".join(capsys.readouterr())

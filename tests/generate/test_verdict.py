@@ -1,0 +1,187 @@
+"""`decide`, held against every row of the table in docs/generation.md: neither can change without the other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from generate.client import read_exception
+from generate.dialect import Dialect
+from generate.jobs import Job
+from generate.reply import Answer, Fault, read_answer, read_error
+from generate.verdict import FAILURES_IN_ROW, REFUSED_ALIKE, EndRun, Fail, Pause, Retry, State, decide
+from pipeline.recipe import GenerateConfig
+from pipeline.records import Message, Request
+
+CONFIG = GenerateConfig()
+PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
+HEADER = "| reply | in failures.jsonl | verdict | what follows |"
+
+
+def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, **more: Any) -> Answer | Fault:
+    message = {"role": "assistant", "content": content, **more.pop("message", {})}
+    choice = {"message": message, "finish_reason": finish_reason}
+    return read_answer(json.dumps({"choices": [choice], "usage": usage, **more}).encode())
+
+
+def error(status: int, message: str = "no", code: str | None = None, **headers: str) -> Fault:
+    body = json.dumps({"error": {"message": message, "code": code}}).encode()
+    return read_error(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def broken(exception: BaseException) -> Fault:
+    return read_exception(exception, 300)
+
+
+def refused_connection() -> aiohttp.ClientConnectorError:
+    return aiohttp.ClientConnectorError(None, ConnectionRefusedError(111, "refused"))  # type: ignore[arg-type]
+
+
+def asked(attempts: int = 1) -> Job:
+    request = Request(
+        id="i", prompt_id="p", messages=[Message("user", "hi")], endpoint="e", sampling={"max_tokens": 5, "seed": 1}
+    )
+    return Job(request, "m", 0, attempts=attempts)
+
+
+UTF_16 = json.dumps({"choices": [{"message": {"content": "text"}, "finish_reason": "stop"}]}).encode("utf-16")
+LAST = {"attempts": CONFIG.max_attempts}
+
+# Row of the table → replies that it speaks of, and what else is known then.
+ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
+    "an answer": ([said()], {}),
+    "`finish_reason: length`": ([said(finish_reason="length")], {}),
+    "no `usage`, or one that is no count (negative, not a number)": (
+        [said(usage=None), said(usage={"prompt_tokens": -1}), said(usage="7"), said(usage={"prompt_tokens": "x"})],
+        {},
+    ),
+    "no `finish_reason`": ([said(finish_reason=None)], {}),
+    "a content of parts, `reasoning_content` beside it": (
+        [said([{"type": "thinking"}, {"type": "text", "text": "x"}]), said(message={"reasoning_content": "hm"})],
+        {},
+    ),
+    "half a surrogate pair in the text": ([said("half \ud83d")], {}),
+    "JSON in UTF-16": ([read_answer(UTF_16)], {}),
+    "429 for rate": ([error(429), error(429, retry_after="2"), error(429, Retry_After_Ms="5")], {}),
+    "429 at the last attempt": ([error(429)], LAST),
+    "402, or 429 with `insufficient_quota`": (
+        [error(402, "Insufficient Balance"), error(429, code="insufficient_quota")],
+        {},
+    ),
+    "408 or 5xx": ([error(408), error(500), error(503), error(529)], {}),
+    "5xx at the last attempt": ([error(500)], LAST),
+    "5xx with a `Retry-After` beyond `give_up_s`": ([error(503, **{"retry-after": "99999"})], {}),
+    "connection refused, no route": (
+        [broken(refused_connection()), broken(aiohttp.ConnectionTimeoutError())],
+        LAST,  # they do not count
+    ),
+    "connection reset, closed in the body, wrong Content-Length, an encoding that it is not": (
+        [
+            broken(aiohttp.ServerDisconnectedError()),
+            broken(aiohttp.ClientPayloadError()),
+            broken(ConnectionResetError()),
+        ],
+        {},
+    ),
+    "no whole answer in `request_timeout_s` (300 s; 3600 at a server that shows what it works on)": (
+        [broken(TimeoutError()), broken(TimeoutError())],
+        {},
+    ),
+    "a timeout after which less than a tenth of an attempt's time is left to `deadline_s` (three such times)": (
+        [broken(TimeoutError())],
+        {"has_time": False},
+    ),
+    "HTML, an event stream, truncated or no JSON with status 2xx": (
+        [read_answer(body) for body in (b"<html>", b"data: {}\n\n", b'{"choices": [{"mess', b"")],
+        {},
+    ),
+    "an error object with status 200 (gateways)": ([read_answer(b'{"error": {"code": 502}}')], {}),
+    "the eighth failure in a row, of different requests": ([error(500)], {"failing": FAILURES_IN_ROW}),
+    "a failure while the endpoint is down": ([error(500)], {**LAST, "failing": FAILURES_IN_ROW, "down": True}),
+    "a failure when all endpoints have been down for `give_up_s` (600 s)": (
+        [error(500), broken(refused_connection())],
+        {"down": True, "all_down_s": CONFIG.give_up_s},
+    ),
+    "400 or 422 that refuses a setting": (
+        [error(status, "Unsupported parameter: 'seed' is not supported") for status in (400, 422)],
+        {},
+    ),
+    "any other 4xx": ([error(400), error(409), error(413), error(422), error(451)], {}),
+    "403": ([error(403)], {}),
+    "the 20th request, all refused alike, none answered": (
+        [error(400), error(403), read_answer(b"{}"), read_answer(b"[]")],
+        {"refused_alike": REFUSED_ALIKE},
+    ),
+    "401": ([error(401)], {}),
+    "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
+    "an empty answer (tool calls alone are one)": (
+        [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]})],
+        {"refused_alike": REFUSED_ALIKE},  # a model may end at once, and often
+    ),
+    "no `choices`": ([read_answer(b'{"choices": []}'), read_answer(b'{"odd": "\xed\xa0\xbd"}')], {}),
+    "JSON of another shape": ([read_answer(b"[]"), said(5)], {}),
+    "a refusal in place of text": ([said(None, message={"refusal": "I cannot."})], {}),
+    "a content filter": ([said("half", "content_filter"), error(400, code="content_filter")], {}),
+    "a reply of more than 64 MiB": ([Fault("too_large", "long", 200)], {}),
+}
+
+
+def table() -> list[list[str]]:
+    """The rows of the page: reply, error, verdict."""
+    lines = PAGE.read_text(encoding="utf-8").split(HEADER)[1].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split(" |")] for line in lines[: lines.index("")]]
+    return [[row[0], row[1].strip("` "), row[2]] for row in rows]
+
+
+def test_the_page_and_the_test_have_the_same_rows() -> None:
+    assert [reply for reply, _, _ in table()] == list(ROWS)
+
+
+@pytest.mark.parametrize(("reply", "kind", "verdict"), table())
+def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> None:
+    replies, known = ROWS[reply]
+    for one in replies:
+        job = asked(known.get("attempts", 1))
+        state = State("http://e/v1", **{name: value for name, value in known.items() if name != "attempts"})
+        if isinstance(one, Fault):
+            state = state._replace(teaches=Dialect().teaches(one, job, 0))
+            assert not kind or one.error == kind
+        assert type(decide(one, job, state, CONFIG)).__name__ == verdict
+
+
+@pytest.mark.parametrize(
+    ("fault", "known", "verdict"),
+    [
+        (error(429, **{"retry-after": "4"}), {}, Pause(4.0, Retry(4.0, step=0))),
+        (error(429), {}, Pause(0.25, Retry(0.0, step=1))),
+        (error(429), {"step": 3}, Pause(1.0, Retry(0.0, step=1))),
+        (error(429), {"step": 0}, Pause(0.0, Retry(0.0, step=1))),  # sent before the last step
+        (error(429, **{"retry-after": "99999"}), {}, Pause(99999.0, Retry(0.0, step=0))),  # the endpoint waits
+        (error(500), {"attempts": 2}, Retry(0.0, step=2)),
+        (error(503, **{"retry-after": "4"}), {}, Retry(4.0, step=1)),
+        (error(500), {"failing": 8, "step": 2}, Pause(1.0, Retry(0.0, step=1), down=True)),
+        (error(500), {"failing": 8, "step": 0}, Pause(0.0, Retry(0.0, step=1), down=True)),
+        (error(500), {"failing": 8, "down": True}, Pause(0.5, Retry(0.0, step=1, counted=False), down=True)),
+        (broken(refused_connection()), {"has_time": False}, Pause(0.5, Retry(step=1, counted=False), down=True)),
+        (error(403), {"refused_alike": 1}, Fail(held_back=True)),
+        (error(403), {"refused_alike": 0}, Fail(held_back=False)),
+        (said(""), {"refused_alike": 5}, Fail(held_back=False)),
+    ],
+)
+def test_how_long_and_whose_fault(fault: Fault, known: dict[str, Any], verdict: object) -> None:
+    job = asked(known.pop("attempts", 1))
+    assert decide(fault, job, State("http://e/v1", **known), CONFIG) == verdict
+
+
+def test_the_end_of_a_run_names_what_to_fix() -> None:
+    state = State("http://e/v1", key="MY_KEY is not set", refused_alike=REFUSED_ALIKE)
+    for fault, words in [
+        (error(401, "wrong key"), "http://e/v1 answers 401 (wrong key): MY_KEY is not set"),
+        (error(402, "Insufficient Balance"), "the quota is used up (Insufficient Balance); top it up"),
+        (error(400, "no such field"), "all of the first 20 with bad_request (status 400): no such field."),
+    ]:
+        verdict = decide(fault, asked(), state, CONFIG)
+        assert isinstance(verdict, EndRun)
+        assert words in verdict.message
