@@ -29,7 +29,6 @@ from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
 
 TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"
-BLOCK = 1 << 24  # bytes read at once
 GIB = 1 << 30
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
@@ -149,27 +148,20 @@ def measure_weights(folder: Path) -> Weights | None:
     then a JSON header).
     """
     index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    elif single.is_file():
-        files = [single]
-    else:
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [folder / name for name in names]
+    if not all(file.is_file() for file in files):
         return None
     parameters = size = 0
-    for file in files:
-        for tensor in _safetensors_header(file).values():
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
             parameters += math.prod(tensor["shape"])
             start, end = tensor["data_offsets"]
             size += end - start
     return Weights(parameters, size)
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
 
 
 def digest_subject(subject: Subject) -> str:
@@ -192,8 +184,7 @@ def digest_files(folder: Path) -> str:
     for path in _weight_files(folder):
         found.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                found.update(block)
+            found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
 
 
@@ -261,7 +252,7 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
 
 
-def engine_facts(folder: Path, config: ServeConfig) -> dict[str, int | str | None]:
+def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | None]:
     """The dtype the engine computes in, and the bytes of KV cache that a token takes in it.
 
     2 (keys and values) · layers · KV heads · head size · bytes of the dtype, from the model's config.json.
@@ -271,7 +262,7 @@ def engine_facts(folder: Path, config: ServeConfig) -> dict[str, int | str | Non
     command = build_command(str(folder), **where, config=config, machine=detect(), facts=facts, environ={})
     dtype = command.dtype or facts.dtype
     values, size = facts.kv_values_per_token, DTYPE_BYTES.get(dtype or "")
-    return {"served_dtype": dtype, "kv_bytes_per_token": values * size if values and size else None}
+    return dtype, values * size if values and size else None
 
 
 def total_memory() -> int:

@@ -7,7 +7,6 @@ evaluation/ or measured and written there, so a stopped evaluation continues whe
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -16,61 +15,29 @@ from evaluate.document import Report, read_report
 from evaluate.figures.promise import answer
 from evaluate.figures.quality import probe_answers
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
-from evaluate.measure.perplexity import choose_rows, measure_perplexity
-from evaluate.measure.probes import ProbePrompts, choose_probes
+from evaluate.measure.perplexity import measure_perplexity
 from evaluate.measure.results import (
     FOLDER,
-    Cache,
     JudgeResult,
     PerplexityResult,
     ProbeResult,
     Results,
     SpeedResult,
     probe_row,
-    read_test,
 )
-from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
-from evaluate.models import TEACHER, Subject, choose_precision, subjects
-from evaluate.report.assemble import Measured, build_report, report_fingerprint
+from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject
+from evaluate.models import TEACHER, Subject
+from evaluate.plan import Plan, make_plan
+from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
 from filters.answer import as_answer
-from filters.ruleset import RuleSet
-from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt
+from pipeline.records import Kept
 from pipeline.rundir import RunDir
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured on what, decided before anything is measured."""
-
-    recipe: Recipe
-    run: RunDir
-    rules: RuleSet
-    models: list[Subject]
-    test_rows: int
-    rows: list[Kept]  # of them, chosen for perplexity
-    timing: list[Prompt]
-    probes: ProbePrompts
-    dtype: str
-    device: str
-    cache: Cache
-    force: bool  # measure again what is cached
-
-    @property
-    def here(self) -> list[Subject]:
-        """The models whose weights are on this machine."""
-        return [subject for subject in self.models if subject.folder is not None]
-
-    def answers_probes(self, subject: Subject) -> bool:
-        """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
-        asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)
-        return asked and bool(self.probes.all)
 
 
 def evaluate_run(
@@ -87,7 +54,7 @@ def evaluate_run(
     `report_only` measures nothing, `speed=False` starts no server, `force` measures again what is cached. Raises
     UsageError if there is no student or no test row, and what the judge raises once the report is written.
     """
-    plan = prepare(recipe, run, recipe_path, force=force and not report_only)
+    plan = make_plan(recipe, run, recipe_path, force=force and not report_only)
     for subject in plan.models:
         if subject.missing:
             say(f"{subject.label}: not available: {subject.missing}")
@@ -105,37 +72,13 @@ def evaluate_run(
     if old and current and measure and not problem:
         say(f"{run.report}: the report is up to date (--force measures again)")
         return old
-    problems = [problem] if problem else []
-    measured = Measured(plan.models, plan.test_rows, plan.rows, plan.probes, plan.rules, results, problems)
-    report = build_report(recipe, run, measured)
+    report = build_report(plan, results, problem)
     report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
     publish(run, report)
     _record(run, report)
     if error:
         raise error
     return report
-
-
-def prepare(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = False) -> Plan:
-    """Reads the run and chooses models, rows and prompts."""
-    models = subjects(recipe, run)
-    test_rows = read_test(run)
-    rows = choose_rows(test_rows, recipe.evaluate.max_rows)
-    dtype, device = choose_precision(models)
-    return Plan(
-        recipe=recipe,
-        run=run,
-        rules=recipe_rules(recipe, recipe_path),
-        models=models,
-        test_rows=len(test_rows),
-        rows=rows,
-        timing=speed_prompts(recipe, run, rows),
-        probes=choose_probes(recipe, run, test_rows),
-        dtype=dtype,
-        device=device,
-        cache=Cache(recipe, run, dtype),
-        force=force,
-    )
 
 
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:
@@ -225,7 +168,7 @@ def _record(run: RunDir, report: Report) -> None:
     section = {
         "created": report.created,
         "headline": headline.text,
-        "perplexity": {model.key: model.perplexity.value for model in report.models if model.perplexity},
+        "perplexity": {m.key: own.value for m in report.models if (own := m.figure("test", "perplexity"))},
         "promise": {claim.name: answer(claim) for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,

@@ -15,33 +15,33 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.document import Better, Difference, Estimate, ModelReport, Report, number, read_report
+from evaluate.document import MEASURES, Better, Difference, Estimate, ModelReport, Part, Report, number, read_report
 from evaluate.figures.quality import (
-    BETTER,
     common_rows,
     difference,
     measure_quality,
     perplexity_figures,
     probe_answers,
 )
-from evaluate.figures.statistics import Figure
+from evaluate.figures.statistics import Figure, Figures, merged
 from evaluate.measure.probes import choose_probes
 from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
 from evaluate.models import AFTER, BEFORE, TEACHER
-from evaluate.report.charts import dot_panel, draw_svg
+from evaluate.report.charts import dot_panel
+from evaluate.report.html import draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Prepared, Setup
 from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage
 from pipeline.rundir import replacing
 
-TITLES = {  # the figures that arms are compared in
-    "perplexity": "perplexity",
-    "bits_per_character": "bits/char",
-    "passing": "pass the rules",
-    "adherence": "adherence",
-    "loops": "loops",
-    "judge": "judge",
+TITLES: dict[str, tuple[str, Part]] = {  # the figures that arms are compared in: what they are called, and their part
+    "perplexity": ("perplexity", "test"),
+    "bits_per_character": ("bits/char", "test"),
+    "passing": ("pass the rules", "all"),
+    "adherence": ("adherence", "all"),
+    "loops": ("loops", "all"),
+    "judge": ("judge", "all"),
 }
 FACTS = ("rows", "steps", "keep rate", "USD")
 CAUTION = (
@@ -118,24 +118,22 @@ def _columns(setup: Setup, prepared: Prepared, others: Mapping[str, ModelReport]
     """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
     scored = _cached(prepared.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
-    figures = {name: dict(own) for name, own in perplexity_figures(scores).items()}
-    for name, own in _probe_figures(setup, prepared.arms).items():
-        figures.setdefault(name, {}).update(own)
+    figures = merged(perplexity_figures(scores), _probe_figures(setup, prepared.arms))
     columns = []
-    for field, title in TITLES.items():
+    for field, (title, part) in TITLES.items():
         arms = {name: own[field] for name, own in figures.items() if field in own}
-        known = {name: estimate for name, model in others.items() if (estimate := _estimate(model, field))}
+        known = {name: estimate for name, model in others.items() if (estimate := model.figure(part, field))}
         if arms:
-            columns.append(Column(title, BETTER[field], arms, known))
+            columns.append(Column(title, MEASURES[field].better, arms, known))
     for source, rows in prepared.sources.items() if len(prepared.sources) > 1 else ():
         ids = {row.id for row in rows}
-        part = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
-        arms = {name: own["bits_per_character"] for name, own in part.items()}
+        scored_here = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
+        arms = {name: own["bits_per_character"] for name, own in scored_here.items()}
         columns.append(Column(f"bits/char of {source}", "lower", arms, {}))
     return columns
 
 
-def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Mapping[str, Mapping[str, Figure]]:
+def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
     """What the recipe's rules and the judge say of the arms' answers to the same prompts."""
     probed = _cached(arms, f"probes-{AFTER}", ProbeResult)
     if not probed:
@@ -144,18 +142,13 @@ def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Mapping[str, Mapping[st
     judged = _cached(arms, "judged", JudgeResult)
     scores = {name: result.scores.get(AFTER, {}) for name, result in judged.items()}
     rules, answers = recipe_rules(setup.recipe, setup.path), probe_answers(prompts, probed)
-    return measure_quality(setup.recipe, rules, prompts, answers, scores).all.figures
+    return measure_quality(setup.recipe, rules, prompts, answers, scores).figures.get("all", {})
 
 
 def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:
     """What was measured of the arms' students; each arm's report, which is of this very student, used the same."""
     found = {arm.name: read_result(arm.run.path / FOLDER / f"{name}.json", kind) for arm in arms}
     return {arm: result for arm, result in found.items() if result}
-
-
-def _estimate(model: ModelReport, field: str) -> Estimate | None:
-    found: Estimate | None = getattr(model, field, None) or getattr(model.probes and model.probes.all, field, None)
-    return found
 
 
 def _facts(report: Report, lineage: Mapping[str, Any], spent: Mapping[str, Any]) -> list[str]:

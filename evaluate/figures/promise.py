@@ -31,17 +31,15 @@ def claims(
     bits = _over(test, "bits_per_character", TEACHER, AFTER)
     passing = _over(probes, "passing", AFTER, TEACHER)
     judge = _over(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
-    memory, what = _times(teacher.peak_rss_mib, after.peak_rss_mib), "peak memory of the server"
-    if memory is None:
-        memory, what = _times(teacher.weights_mib, after.weights_mib), "weights"
-    size = _times(teacher.parameters, after.parameters)
+    size, weights, peak = (_times(teacher, after, name) for name in ("parameters", "weights_mib", "peak_rss_mib"))
+    what = "peak memory of the server" if peak else "weights"
     return [
         _claim("quality_bits", "quality", "bits per character, teacher's over student's", bits, scored),
         _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", passing, answered),
         _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", judge, answered),
         _claim("size", "memory", "parameters, teacher's over student's", size),
         _claim("speed", "speed", "tokens/s saturated, student's over teacher's", _speed(teacher, after)),
-        _claim("memory", "memory", f"{what}, teacher's over student's", memory),
+        _claim("memory", "memory", f"{what}, teacher's over student's", peak or weights),
     ]
 
 
@@ -92,13 +90,14 @@ def _over(figures: Figures, name: str, above: str, below: str, less: float = 0) 
     return Figure(one.value - less, one.resampled - less).over(Figure(other.value - less, other.resampled - less))
 
 
-def _times(above: float | None, below: float | None) -> Estimate | None:
-    return exactly(above / below) if above and below else None
+def _times(teacher: ModelReport, after: ModelReport, name: str) -> Estimate | None:
+    above, below = teacher.figure("engine", name), after.figure("engine", name)
+    return exactly(above.value / below.value) if above and below and below.value else None
 
 
 def _speed(teacher: ModelReport, after: ModelReport) -> Estimate | None:
     """The ratio of the medians, from the slowest student over the fastest teacher to the other way round."""
-    ours, theirs = after.tokens_per_s, teacher.tokens_per_s
+    ours, theirs = (model.figure("engine", "tokens_per_s") for model in (after, teacher))
     if not ours or not theirs or not theirs.low:
         return None
     return Estimate(ours.value / theirs.value, ours.low / theirs.high, ours.high / theirs.low)

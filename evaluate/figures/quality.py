@@ -9,11 +9,12 @@ which are written without spaces, count by character.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from evaluate.document import Better, Difference, Estimate, Part, ProbeFigures, Probes, WinRate
+from evaluate.document import MEASURES, Better, Difference, Estimate, Part, WinRate
 from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
@@ -27,21 +28,8 @@ from filters.ruleset import RuleSet
 from filters.scripts import character_class
 from filters.words import mentions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, Prompt
 
-BETTER: dict[str, Better | None] = {  # every figure, and which way is better
-    "perplexity": "lower",
-    "bits_per_character": "lower",
-    "passing": "higher",
-    "adherence": "higher",
-    "named": "higher",
-    "loops": "lower",
-    "stopped": "higher",
-    "distinct_1": None,  # noise has the most
-    "distinct_2": None,
-    "characters": None,
-    "judge": "higher",
-}
 _UNSPACED = character_class("han", "kana", "thai")
 _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+(?:['’](?:(?![{_UNSPACED}])[^\W_])+)*")
 
@@ -165,24 +153,12 @@ def answer_figures(answers: Sequence[Assessment], counts: Any) -> dict[str, Figu
 
 
 @dataclass(frozen=True)
-class PartQuality:
-    """One part of the probes."""
-
-    prompts: list[str]  # ids, in order
-    figures: Figures
-
-
-@dataclass(frozen=True)
 class Quality:
     """What the probes say. A part without prompts is left out; without answers there are no parts."""
 
     answers: dict[str, dict[str, Assessment]]  # model → prompt id → its answer
-    parts: dict[Part, PartQuality]
-
-    @property
-    def all(self) -> PartQuality:
-        """Over all probes."""
-        return self.parts.get("all", PartQuality([], {}))
+    prompts: dict[Part, list[str]]  # ids that every model has answered, in order
+    figures: dict[Part, Figures]
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
@@ -197,66 +173,48 @@ def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> A
 
 
 def measure_quality(
-    recipe: Recipe,
-    rules: RuleSet,
-    prompts: ProbePrompts,
-    answers: Answers,
-    scores: Mapping[str, Mapping[str, int]],
+    recipe: Recipe, rules: RuleSet, prompts: ProbePrompts, answers: Answers, scores: Mapping[str, Mapping[str, int]]
 ) -> Quality:
     """Assesses every answer and computes the figures of each part. `scores`: the judge's, by model and prompt."""
     wanted = named_slots(recipe, rules)
-    seen = {
+    assessed = {
         key: {id_: assess(row, rules, wanted, scores.get(key, {}).get(id_)) for id_, row in rows.items()}
         for key, rows in answers.items()
     }
     common = next(iter(answers.values()), {})
-    parts: dict[Part, PartQuality] = {}
-    members: dict[Part, list[str]] = {
-        "all": [prompt.id for prompt in prompts.all],
-        "seen": [prompt.id for prompt in prompts.seen],
-        "unseen": [prompt.id for prompt in prompts.unseen],
-    }
-    for part, ids in members.items():
-        if own := [id_ for id_ in ids if id_ in common]:
-            counts = draw(len(own))
-            parts[part] = PartQuality(
-                own, {key: answer_figures([of[id_] for id_ in own], counts) for key, of in seen.items()}
-            )
-    return Quality(seen, parts)
+    parts: dict[Part, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
+    quality = Quality(assessed, {}, {})
+    for part, asked in parts.items():
+        if ids := [prompt.id for prompt in asked if prompt.id in common]:
+            counts = draw(len(ids))
+            quality.prompts[part] = ids
+            quality.figures[part] = {
+                key: answer_figures([own[id_] for id_ in ids], counts) for key, own in assessed.items()
+            }
+    return quality
 
 
-def probes_of(quality: Quality, key: str) -> Probes | None:
-    """A model's figures by part; None if it has answered nothing."""
-    if key not in quality.answers or not quality.parts:
-        return None
-    parts = {part: _probe_figures(quality, part, key) for part in quality.parts}
-    return Probes(all=parts["all"], seen=parts.get("seen"), unseen=parts.get("unseen"))
+def failed_rules(answers: Collection[Assessment]) -> dict[str, float]:
+    """The share of the answers that each rule would drop."""
+    labels = Counter(label for answer in answers for label in answer.dropped_by)
+    return {label: labels[label] / len(answers) for label in sorted(labels)}
 
 
-def _probe_figures(quality: Quality, part: Part, key: str) -> ProbeFigures:
-    own = quality.parts[part]
-    answers = [quality.answers[key][id_] for id_ in own.prompts]
-    labels = sorted({label for answer in answers for label in answer.dropped_by})
-    failed = {label: sum(label in answer.dropped_by for answer in answers) / len(answers) for label in labels}
-    estimates: dict[str, Any] = {name: figure.estimate() for name, figure in own.figures[key].items()}
-    return ProbeFigures(prompts=len(answers), failed_rules=failed, **estimates)
-
-
-def differences(test: Figures, unseen: Figures, quality: Quality) -> list[Difference]:
+def differences(figures: Mapping[Part, Figures]) -> list[Difference]:
     """The trained student against itself before training, and against its teacher, in every figure that both have."""
-    probes = [(part, own.figures) for part, own in quality.parts.items()]
-    parts: list[tuple[Any, Figures]] = [("test", test), ("unseen", unseen), *probes]
     found = []
     for against in (BEFORE, TEACHER):
-        for part, figures in parts:
-            ours, theirs = figures.get(AFTER, {}), figures.get(against, {})
+        for part, models in figures.items():
+            ours, theirs = models.get(AFTER, {}), models.get(against, {})
             for name in (name for name in ours if name in theirs):
                 change = ours[name].minus(theirs[name])
-                found.append(difference(name, AFTER, against, change, BETTER[name], part))
+                found.append(difference(name, AFTER, against, change, MEASURES[name].better, part))
     return found
 
 
-def difference(figure: str, model: str, against: str, change: Estimate, better: Better | None, part: Any) -> Difference:
+def difference(
+    figure: str, model: str, against: str, change: Estimate, better: Better | None, part: Part
+) -> Difference:
     """A change that is judged: `improved` only if its whole interval is on the better side of zero."""
     sure = better is not None and not change.low <= 0 <= change.high
     return Difference(
@@ -275,8 +233,8 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
     found = []
     for against in OPPONENTS:
         pairs = {pair.prompt_id: pair for pair in (judged.pairs if judged else ()) if pair.against == against}
-        for part, own in quality.parts.items() if pairs else ():
-            found.append(_win_rate(against, part, [pairs[id_] for id_ in own.prompts if id_ in pairs]))
+        for part, ids in quality.prompts.items() if pairs else ():
+            found.append(_win_rate(against, part, [pairs[id_] for id_ in ids if id_ in pairs]))
     return found
 
 

@@ -43,6 +43,11 @@ class Figure:
 Figures = Mapping[str, Mapping[str, Figure]]  # model → name → figure
 
 
+def merged(one: Figures, other: Figures) -> Figures:
+    """Both figures of every model."""
+    return {key: {**one.get(key, {}), **other.get(key, {})} for key in {**one, **other}}
+
+
 def draw(prompts: int, resamples: int = RESAMPLES) -> Any:
     """How often each prompt (second axis) is in each resample (first axis): floats."""
     import numpy as np

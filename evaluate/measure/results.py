@@ -87,6 +87,11 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens per second of each burst."""
         return [burst.completion_tokens / burst.wall_s for burst in self.bursts]
 
+    @property
+    def failed(self) -> int:
+        """Requests that failed, in all bursts."""
+        return sum(burst.failed for burst in self.bursts)
+
 
 class ProbeAnswer(msgspec.Struct, frozen=True):
     """A model's answer to one probe."""

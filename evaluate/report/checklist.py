@@ -171,7 +171,7 @@ def _adherence(seen: Evidence) -> tuple[float | None, str]:
     if "adherence" in failing:
         return 1 - failing["adherence"], "the rule adherence"
     teacher = next((m for m in seen.report.models if m.key == TEACHER), None) if seen.report else None
-    figure = teacher.probes.all.adherence if teacher and teacher.probes else None
+    figure = teacher.figure("all", "adherence") if teacher else None
     return (figure.value, "probes") if figure else (None, "")
 
 

@@ -1,8 +1,8 @@
-"""report.html: the report as one self-contained page, no script, no link to anywhere. Draws; computes no figure."""
+"""report.html, one self-contained page without scripts or links; results.svg of an experiment. Computes no figure."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,16 +28,9 @@ def publish(run: RunDir, report: Report) -> None:
 
 def render_html(report: Report) -> str:
     """The page. Every text of the report is escaped."""
-    environment = Environment(
-        loader=PackageLoader("evaluate", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"lang_of": lang_of, "remarks": remarks}  # macros see globals only
     parts = tables.promise(report)
-    return environment.get_template("report.html.j2").render(
+    return _render(
+        "report.html.j2",
         report=report,
         promise=parts if any(claim.value for claim in report.headline.claims) else [],
         kept=tables.Note(*tables.VERDICTS[report.headline.holds]),
@@ -52,6 +45,23 @@ def render_html(report: Report) -> str:
         origin=[(name, value) for name, value in _origin(report) if value],
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )
+
+
+def draw_svg(title: str, panels: Sequence[charts.Panel]) -> str:
+    """Panels of dots with their intervals, one below the other, as one self-contained SVG."""
+    return _render("dots.svg.j2", title=title, panels=panels)
+
+
+def _render(template: str, **variables: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("evaluate", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"lang_of": lang_of, "remarks": remarks}  # macros see globals only
+    return environment.get_template(template).render(**variables)
 
 
 def lang_of(text: str) -> str:
@@ -71,7 +81,7 @@ def remarks(answer: Answer) -> Iterator[str]:
 
 def _costs(report: Report) -> Iterator[tuple[str, str]]:
     """Money, tokens and time, from the lineage and the training's log."""
-    generated, training = _section(report, "generate"), report.training
+    generated, training = report.lineage.get("generate") or {}, report.training
     spent, call = generated.get("spent") or {}, generated.get("last_call") or {}
     usd, kept = spent.get("usd"), report.filters.kept if report.filters else None
     if generated:
@@ -96,21 +106,12 @@ def _time(seconds: float) -> str:
 
 def _origin(report: Report) -> Iterator[tuple[str, str]]:
     """Teacher, sampling, rules, student, machine and versions: one line each."""
-    generated, trained = _section(report, "generate"), _section(report, "train")
-    yield "teacher", str(_mapping(generated.get("teacher")).get("asked", ""))
-    yield "sampling", ", ".join(f"{name} {value}" for name, value in _mapping(generated.get("sampling")).items())
-    rules = _section(report, "filters").get("rules") or []
-    yield "rules", ", ".join(str(_mapping(rule).get("rule")) for rule in rules)
+    generated, filtered, trained = (report.lineage.get(stage) or {} for stage in ("generate", "filters", "train"))
+    yield "teacher", generated.get("teacher", {}).get("asked", "")
+    yield "sampling", ", ".join(f"{name} {value}" for name, value in generated.get("sampling", {}).items())
+    yield "rules", ", ".join(rule["rule"] for rule in filtered.get("rules", []))
     if trained:
-        yield "student", str(trained.get("student", ""))
+        yield "student", trained.get("student", "")
         yield "training", f"{trained.get('method')}, seed {trained.get('seed')}, {trained.get('precision', '')}"
     yield from report.machine.items()
     yield from report.versions.items()
-
-
-def _section(report: Report, name: str) -> Mapping[str, Any]:
-    return _mapping(report.lineage.get(name))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

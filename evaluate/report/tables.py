@@ -1,55 +1,20 @@
 """The figures of a report as tables of text: printed on the terminal here, drawn in the page by `html`."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import Estimate, ModelReport, Report, WinRate, millions, number, percent
+from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, Estimate, ModelReport, Part, Report, WinRate, percent
 from evaluate.figures.promise import answer, shown
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
 MODELS_ACROSS = 4  # side by side on the terminal; more are printed below
 
-Show = Callable[[float], str]
 Mark = Literal["pass", "warn", "fail", "unknown", "better", "worse", ""]
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-# The field of ModelReport, its name for people, how it is written.
-SCORES: tuple[tuple[str, str, Show], ...] = (
-    ("perplexity", "perplexity", number),
-    ("bits_per_character", "bits per character", "{:.3f}".format),
-    ("unseen_perplexity", "unseen perplexity", number),
-    ("unseen_bits_per_character", "unseen bits per character", "{:.3f}".format),
-)
-SPEED: tuple[tuple[str, str, Show], ...] = (
-    ("tokens_per_s", "tokens/s, saturated", number),
-    ("tokens_per_s_alone", "tokens/s, alone", number),
-    ("first_token_s", "first token, ms", lambda seconds: f"{1000 * seconds:,.0f}"),
-    ("peak_rss_mib", "peak memory, MiB", _count),
-    ("weights_mib", "weights, MiB", _count),
-    ("parameters", "parameters", millions),
-    ("kv_bytes_per_token", "KV bytes per token", _count),
-)
-# The field of ProbeFigures, its name for people, how it is written.
-PROBES: tuple[tuple[str, str, Show], ...] = (
-    ("passing", "passes every rule", percent),
-    ("adherence", "names all that was asked for", percent),
-    ("named", "named of what was asked for", percent),
-    ("loops", "loops", percent),
-    ("stopped", "ends by itself", percent),
-    ("distinct_1", "distinct-1", number),
-    ("distinct_2", "distinct-2", number),
-    ("characters", "characters per answer", number),
-    ("judge", "judge’s mean, 1 to 5", number),
-)
 ANSWERS: dict[str, Mark] = {"yes": "pass", "no": "fail", "not shown": "warn"}
 VERDICTS: dict[bool | None, tuple[str, Mark]] = {
     True: ("the promise holds", "pass"),
@@ -80,22 +45,15 @@ class Row(NamedTuple):
     cells: list[Cell]
 
 
-class Head(NamedTuple):
-    """A model's column."""
-
-    label: str
-    reference: str = ""
-
-
 class Table(NamedTuple):
     """Figures by model."""
 
     title: str
-    heads: list[Head]
+    models: Sequence[ModelReport]
     rows: list[Row]
 
 
-class Part(NamedTuple):
+class Promise(NamedTuple):
     """One part of the promise."""
 
     text: str
@@ -118,53 +76,54 @@ class Win(NamedTuple):
 
 def measured(report: Report) -> list[Table]:
     """Perplexity, then speed and memory of every model; a figure that no model has is left out."""
-    heads = [Head(model.label, model.reference) for model in report.models]
-    tables = []
-    for title, figures in (("test answers", SCORES), ("speed and memory", SPEED)):
-        rows = [
-            Row(name, [_cell(getattr(m, field), show, _notes(report, m.key, field, "test")) for m in report.models])
-            for field, name, show in figures
-            if any(getattr(model, field) is not None for model in report.models)
-        ]
-        tables.append(Table(title, heads, rows))
+    scores: list[tuple[str, Part, str]] = [("", "test", name) for name in SCORES]
+    scores += [("unseen ", "unseen", name) for name in SCORES]
+    tables = (
+        _table(report, report.models, "test answers", scores),
+        _table(report, report.models, "speed and memory", [("", "engine", name) for name in ENGINE]),
+    )
     return [table for table in tables if table.rows]
 
 
 def probes(report: Report) -> list[Table]:
     """The answers to the probes: to all of them, to those with unseen values, and which rules they break."""
-    models, asked = [model for model in report.models if model.probes], report.probes
+    models, asked = [model for model in report.models if "all" in model.figures], report.probes
     if not models or not asked:
         return []
-    tables = [_probe_table(report, models, "all", f"{asked.seen + asked.unseen} prompts")]
+    tables = [_table(report, models, f"{asked.seen + asked.unseen} prompts", [("", "all", name) for name in PROBES])]
     if asked.unseen and asked.seen:
         values = ", ".join(value for values in asked.unseen_values.values() for value in values)
-        tables.append(_probe_table(report, models, "unseen", f"{asked.unseen} prompts with values unseen: {values}"))
-    shares = [model.probes.all.failed_rules if model.probes else {} for model in models]
-    rules = sorted({rule for own in shares for rule in own}, key=lambda rule: -max(own.get(rule, 0) for own in shares))
-    broken = [Row(rule, [Cell(percent(own.get(rule, 0))) for own in shares]) for rule in rules]
-    tables.append(Table("answers that break", [Head(model.label) for model in models], broken))
+        title = f"{asked.unseen} prompts with values unseen: {values}"
+        tables.append(_table(report, models, title, [("", "unseen", name) for name in PROBES]))
+    rules = sorted({rule for model in models for rule in model.failed_rules})
+    rules.sort(key=lambda rule: -max(model.failed_rules.get(rule, 0) for model in models))
+    broken = [Row(rule, [Cell(percent(model.failed_rules.get(rule, 0))) for model in models]) for rule in rules]
+    tables.append(Table("answers that break", models, broken))
     return [table for table in tables if table.rows]
 
 
-def _probe_table(report: Report, models: Sequence[ModelReport], part: str, title: str) -> Table:
-    figures = [(model.key, getattr(model.probes, part)) for model in models]
-    rows = [
-        Row(name, [_cell(getattr(own, field, None), show, _notes(report, key, field, part)) for key, own in figures])
-        for field, name, show in PROBES
-        if any(getattr(own, field, None) for _, own in figures)
-    ]
-    return Table(title, [Head(model.label) for model in models], rows)
+def _table(
+    report: Report, models: Sequence[ModelReport], title: str, figures: Iterable[tuple[str, Part, str]]
+) -> Table:
+    """The figures (what stands before its name, part, name) that any of the models has."""
+    rows = []
+    for before, part, name in figures:
+        own = [model.figure(part, name) for model in models]
+        if any(own):
+            cells = [_cell(f, name, _notes(report, m.key, name, part)) for m, f in zip(models, own, strict=True)]
+            rows.append(Row(before + MEASURES[name].name, cells))
+    return Table(title, models, rows)
 
 
-def _cell(figure: Any, show: Show, notes: Sequence[Note] = ()) -> Cell:
+def _cell(figure: Estimate | None, name: str, notes: Sequence[Note]) -> Cell:
     if figure is None:
         return Cell(NOTHING)
-    if isinstance(figure, Estimate):
-        return Cell(show(figure.value), figure.interval(show), notes)
-    return Cell(show(figure))
+    show = MEASURES[name].show
+    counted = figure.low == figure.high and name in ENGINE
+    return Cell(show(figure.value), "" if counted else figure.interval(show), notes)
 
 
-def _notes(report: Report, key: str, figure: str, part: str) -> list[Note]:
+def _notes(report: Report, key: str, figure: str, part: Part) -> list[Note]:
     """The significant differences between a model's figure and another's, in words."""
     notes: list[Note] = []
     for d in report.differences:
@@ -179,10 +138,10 @@ def label_of(report: Report, key: str) -> str:
     return next((model.label for model in report.models if model.key == key), key)
 
 
-def promise(report: Report) -> list[Part]:
+def promise(report: Report) -> list[Promise]:
     """Every part of the promise."""
     return [
-        Part(
+        Promise(
             text=claim.text,
             promised=f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×",
             here=shown(claim)(claim.value.value) if claim.value else NOTHING,
@@ -217,7 +176,7 @@ def print_report(report: Report, console: Console) -> None:
         asked += f", {report.probes.unseen} with values never seen" if report.probes.unseen else ""
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
     for table in (*measured(report), *probes(report)):
-        for start in range(0, len(table.heads), MODELS_ACROSS):
+        for start in range(0, len(table.models), MODELS_ACROSS):
             console.print(_rich_table(table, slice(start, start + MODELS_ACROSS)))
     for win in wins(report):
         console.print(f"judge, {win.title}; {win.counts}", highlight=False, markup=False)
@@ -231,7 +190,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _rich_table(table: Table, models: slice) -> RichTable:
-    found = _bare_table(table.title, *(head.label for head in table.heads[models]))
+    found = _bare_table(table.title, *(model.label for model in table.models[models]))
     for row in table.rows:
         cells = [[cell.text, cell.interval, *(note.text for note in cell.notes)] for cell in row.cells[models]]
         found.add_row(row.name, *("\n".join(filter(None, lines)) for lines in cells))

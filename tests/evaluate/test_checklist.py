@@ -14,8 +14,6 @@ from evaluate.document import (
     Estimate,
     Headline,
     ModelReport,
-    ProbeFigures,
-    Probes,
     WinRate,
     read_report,
     write_report,
@@ -119,8 +117,8 @@ def named(name: str, **changes: Any) -> Check:
 
 
 def teacher_with(adherence: float) -> Any:
-    probes = Probes(all=ProbeFigures(prompts=9, adherence=Estimate(adherence, 0.0, 1.0)))
-    return make_report(models=[ModelReport(key="teacher", label="teacher", reference="t", probes=probes)])
+    figures = {"all": {"adherence": Estimate(adherence, 0.0, 1.0)}}
+    return make_report(models=[ModelReport(key="teacher", label="teacher", reference="t", figures=figures)])  # type: ignore[arg-type]
 
 
 BETTER = Estimate(0.5, 0.4, 0.6)

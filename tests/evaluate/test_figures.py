@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.document import Claim, Estimate, ModelReport
+from evaluate.document import Claim, Estimate, ModelReport, exactly
 from evaluate.figures.promise import answer, claims, holds
 from evaluate.figures.quality import (
     answer_figures,
     assess,
     differences,
+    failed_rules,
     measure_quality,
     named_slots,
     probe_answers,
-    probes_of,
     split_words,
 )
 from evaluate.figures.statistics import Figure, distinct, draw, ratio
@@ -154,13 +154,11 @@ def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
     }
     answers = probe_answers(prompts, probed)
     quality = measure_quality(recipe, rules_of(recipe), prompts, answers, {})
-    after = probes_of(quality, "student_after")
-    assert after and after.seen and after.unseen and after.all.passing
-    assert (after.all.prompts, after.seen.prompts, after.unseen.prompts) == (3, 2, 1)
-    assert after.all.passing.value == pytest.approx(2 / 3)
-    assert after.all.failed_rules == {"length": pytest.approx(1 / 3)}
-    assert probes_of(quality, "other_1") is None
-    found = {(d.against, d.part): d for d in differences({}, {}, quality) if d.figure == "passing"}
+    assert {part: len(ids) for part, ids in quality.prompts.items()} == {"all": 3, "seen": 2, "unseen": 1}
+    assert quality.figures["all"]["student_after"]["passing"].value == pytest.approx(2 / 3)
+    after = [quality.answers["student_after"][id_] for id_ in quality.prompts["all"]]
+    assert failed_rules(after) == {"length": pytest.approx(1 / 3)}
+    found = {(d.against, d.part): d for d in differences(quality.figures) if d.figure == "passing"}
     gain = found["student_before", "all"]
     assert gain.change.value == pytest.approx(2 / 3) and gain.better == "higher"
     assert found["student_before", "unseen"].change == Estimate(1.0, 1.0, 1.0)
@@ -186,8 +184,8 @@ def test_kv_bytes_of_smollm2_by_hand(tmp_path: Path) -> None:
     save_file({"w": np.zeros(1, dtype=np.float32)}, tmp_path / "model.safetensors")
     # Keys and values of 30 layers, 3 heads of 64: 2 · 30 · 3 · 64 = 11,520 numbers.
     half = engine_facts(tmp_path, ServeConfig(device="cpu", dtype="bfloat16"))
-    assert half == {"served_dtype": "bfloat16", "kv_bytes_per_token": 23_040}
-    assert engine_facts(tmp_path, ServeConfig(device="cpu", dtype="float32"))["kv_bytes_per_token"] == 46_080
+    assert half == ("bfloat16", 23_040)
+    assert engine_facts(tmp_path, ServeConfig(device="cpu", dtype="float32")) == ("float32", 46_080)
 
 
 def figure(value: float, width: float = 0.0) -> Figure:
@@ -195,11 +193,12 @@ def figure(value: float, width: float = 0.0) -> Figure:
 
 
 def models(**student: Any) -> tuple[ModelReport, ModelReport]:
-    teacher = {"parameters": 1500, "tokens_per_s": Estimate(10.0, 9.9, 10.1), "peak_rss_mib": 3000.0}
-    fields = {"parameters": 500, "tokens_per_s": Estimate(35.0, 34.0, 36.0), "peak_rss_mib": 1000.0}
+    teacher = {"parameters": exactly(1500), "tokens_per_s": Estimate(10.0, 9.9, 10.1), "peak_rss_mib": exactly(3000)}
+    fields = {"parameters": exactly(500), "tokens_per_s": Estimate(35.0, 34.0, 36.0), "peak_rss_mib": exactly(1000)}
+    after = {name: value for name, value in {**fields, **student}.items() if value}
     return (
-        ModelReport(key="teacher", label="teacher", reference="t", **teacher),
-        ModelReport(key="student_after", label="student after", reference="s", **{**fields, **student}),
+        ModelReport(key="teacher", label="teacher", reference="t", figures={"engine": teacher}),
+        ModelReport(key="student_after", label="student after", reference="s", figures={"engine": after}),
     )
 
 
@@ -232,7 +231,7 @@ def test_a_promise_that_is_kept_in_every_part() -> None:
 
 def test_a_miss_is_never_a_hit() -> None:
     # Just under: 89.99% of the quality, 2.99 times smaller.
-    found = promise((figure(0.8999), figure(1.0)), (figure(0.9), figure(0.9)), parameters=501)
+    found = promise((figure(0.8999), figure(1.0)), (figure(0.9), figure(0.9)), parameters=exactly(501))
     assert found["quality_bits"].holds is False and not found["quality_bits"].undecided
     assert answer(found["quality_bits"]) == "no" and found["size"].holds is False
     assert holds(list(found.values())) is False

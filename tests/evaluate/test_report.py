@@ -220,19 +220,22 @@ def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Bro
 
 def test_bars_are_as_long_as_their_figures() -> None:
     panels = {panel.title: panel.marks for panel in bar_panels(make_report())}
-    speed = panels["Speed"]
+    speed = panels["Tokens/s, saturated"]
     assert [bar.label for bar in speed] == ["teacher", "student after"]
     assert speed[1].at == 100 and speed[0].at == pytest.approx(39.04) and speed[0].low is None
     bits = panels["Bits per character"]
     assert bits[1].high == 100 and bits[1].at == pytest.approx(92.45)  # of the highest interval end
-    assert bits[2].text == "1.39" and panels["Parameters"][0].text == "1.54B"
+    assert bits[2].text == "1.392" and panels["Parameters"][0].text == "1.54B"
 
 
 def test_perplexities_far_apart_are_drawn_on_a_logarithmic_scale_from_one() -> None:
     (panel,) = [panel for panel in bar_panels(make_report()) if panel.title == "Perplexity"]
     assert "logarithmic" in panel.hint
     assert panel.marks[1].high == 100 and panel.marks[0].at == pytest.approx(100 * math.log(3.412, 60_000), abs=0.01)
-    near = [msgspec.structs.replace(m, perplexity=Estimate(2.0, 1.5, 4.0)) for m in make_report().models]
+    near = [
+        msgspec.structs.replace(m, figures={"test": {"perplexity": Estimate(2.0, 1.5, 4.0)}})
+        for m in make_report().models
+    ]
     (panel,) = [panel for panel in bar_panels(make_report(models=near)) if panel.title == "Perplexity"]
     assert "logarithmic" not in panel.hint and panel.marks[0].at == 50
 

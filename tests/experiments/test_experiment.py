@@ -15,7 +15,8 @@ import filters.__main__
 from evaluate.document import Estimate, read_report
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
-from evaluate.report.charts import dot_panel, draw_svg
+from evaluate.report.charts import dot_panel
+from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
 from experiments.arms import matched_epochs, read_human
