@@ -124,8 +124,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """One part of the promise (evaluate.figures.promise), and whether this run keeps it.
 
-    `holds` is true only if the whole interval keeps the promise. It is false for a miss, and for a hit that chance
-    may explain; then `undecided` is true: the promised figure lies within the interval, or the prompts are too few.
+    yes          the whole interval keeps the promise
+    not shown    chance may explain it: the promised figure lies within the interval, or the prompts are too few
     """
 
     name: str  # quality_bits, quality_probes, quality_judge, size, speed, memory
@@ -133,8 +133,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     text: str  # for people: `bits per character: the teacher's over the student's`
     promised: float  # the ratio that is promised at least: 0.9 of the quality, 3 times smaller or faster
     value: Estimate | None = None  # that ratio
-    holds: bool | None = None
-    undecided: bool = False
+    verdict: Literal["yes", "not shown", "no", "not measured"] = "not measured"
 
 
 class Headline(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +212,7 @@ class Answer(msgspec.Struct, frozen=True):
     key: str = ""  # the model's
     finish_reason: str = ""
     dropped_by: dict[str, str] = {}  # why the recipe's rules would drop it, by rule; empty: it passes
-    score: int | None = None  # the judge's
+    score: float | None = None  # the judge's, 1 to 5
 
 
 class Sample(msgspec.Struct, frozen=True):

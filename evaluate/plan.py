@@ -1,18 +1,28 @@
 """What an evaluation measures on what: models, test rows, probes and prompts for the timing. Measures nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaluate.measure.perplexity import choose_rows
 from evaluate.measure.probes import ProbePrompts, choose_probes
-from evaluate.measure.results import Cache, read_test
+from evaluate.measure.results import FOLDER, Entry, read_test
 from evaluate.measure.serving import speed_prompts
-from evaluate.models import TEACHER, Subject, choose_precision, subjects
+from evaluate.models import TEACHER, Subject, choose_precision, digest, digest_subject, subjects
 from filters.ruleset import RuleSet
 from filters.run import recipe_rules
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt
+from pipeline.records import Completion, Kept, Prompt
 from pipeline.rundir import RunDir
+
+SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
+    "speed": {
+        "evaluate": {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"},
+        "sampling": True,
+        "serve": True,
+    },
+    "probes": {"sampling": True, "serve": {"dtype", "device", "args"}},  # a change of the rules asks no model again
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Plan:
     probes: ProbePrompts
     dtype: str
     device: str
-    cache: Cache
+    weights: dict[str, str]  # model: what identifies its weights
     force: bool  # measure again what is cached
 
     @property
@@ -41,6 +51,13 @@ class Plan:
         """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
         asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)
         return asked and bool(self.probes.all)
+
+    def entry(self, name: str, subject: Subject, inputs: Sequence[Completion | Prompt]) -> Entry:
+        """Where the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts is cached."""
+        what = (i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs)
+        settings = self.recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self.dtype
+        fingerprint = digest(self.weights[subject.key], digest(*what), settings)
+        return Entry(self.run.path / FOLDER / f"{name}-{subject.key}.json", fingerprint)
 
 
 def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = False) -> Plan:
@@ -60,6 +77,6 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         probes=choose_probes(recipe, run, test_rows),
         dtype=dtype,
         device=device,
-        cache=Cache(recipe, run, dtype),
+        weights={subject.key: digest_subject(subject) for subject in models},
         force=force,
     )

@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from evaluate.document import Report, read_report
-from evaluate.figures.promise import answer
 from evaluate.figures.quality import probe_answers
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import measure_perplexity
 from evaluate.measure.results import (
     FOLDER,
+    Entry,
     JudgeResult,
     PerplexityResult,
     ProbeResult,
@@ -85,7 +85,7 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
     """How every model scores the rows."""
     found = {}
     for subject in plan.here if rows else ():
-        entry = plan.cache.entry(name, subject, rows)
+        entry = plan.entry(name, subject, rows)
         result = None if plan.force else entry.read(PerplexityResult)
         if result is None and measure:
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
@@ -109,7 +109,7 @@ def _serve(plan: Plan, *, measure: bool) -> tuple[dict[str, SpeedResult], dict[s
 def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedResult | None, ProbeResult | None]:
     """Speed and probes of one model, on one server; a teacher elsewhere is asked where it is, and not timed."""
     recipe, prompts, fresh = plan.recipe, plan.probes.all, plan.force and measure
-    timing, probing = plan.cache.entry("speed", subject, plan.timing), plan.cache.entry("probes", subject, prompts)
+    timing, probing = plan.entry("speed", subject, plan.timing), plan.entry("probes", subject, prompts)
     here, probes = subject.folder is not None, plan.answers_probes(subject)
     speed = timing.read(SpeedResult) if here and not fresh else None
     answers = probing.read(ProbeResult) if probes and not fresh else None
@@ -148,7 +148,7 @@ def _judge(
     judge, answers = find_judge(plan.recipe), probe_answers(plan.probes, probed)
     if judge is None or not any(answers.values()):
         return None, "", None
-    entry = plan.cache.judged(judged_fingerprint(judge, answers))
+    entry = Entry(plan.run.path / FOLDER / "judged.json", judged_fingerprint(judge, answers))
     judged = entry.read(JudgeResult)
     if judged or not measure:
         return judged, "", None
@@ -169,7 +169,7 @@ def _record(run: RunDir, report: Report) -> None:
         "created": report.created,
         "headline": headline.text,
         "perplexity": {m.key: own.value for m in report.models if (own := m.figure("test", "perplexity"))},
-        "promise": {claim.name: answer(claim) for claim in headline.claims if claim.value},
+        "promise": {claim.name: claim.verdict for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,
         "versions": report.versions,

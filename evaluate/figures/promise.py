@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import msgspec
+
 from evaluate.document import Claim, Estimate, ModelReport, exactly
 from evaluate.figures.statistics import Figure, Figures
 from evaluate.models import AFTER, TEACHER
@@ -45,17 +47,10 @@ def claims(
 
 def holds(parts: Sequence[Claim]) -> bool | None:
     """False if any part that was measured does not hold; None if those that were do, but an axis has none."""
-    measured = [claim for claim in parts if claim.holds is not None]
-    if not all(claim.holds for claim in measured):
+    measured = [claim for claim in parts if claim.verdict != "not measured"]
+    if any(claim.verdict != "yes" for claim in measured):
         return False
     return True if {claim.axis for claim in measured} == set(AXES) else None
-
-
-def answer(claim: Claim) -> str:
-    """Yes, no, not shown (the promise lies within the interval), or a dash."""
-    if claim.holds is None:
-        return "–"
-    return "yes" if claim.holds else "not shown" if claim.undecided else "no"
 
 
 def shown(claim: Claim) -> Callable[[float], str]:
@@ -68,19 +63,13 @@ def shown(claim: Claim) -> Callable[[float], str]:
 def _claim(
     name: str, axis: Literal["quality", "speed", "memory"], text: str, value: Estimate | None, prompts: int = ENOUGH
 ) -> Claim:
-    promised = QUALITY if axis == "quality" else TIMES
+    claim = Claim(name=name, axis=axis, text=text, promised=QUALITY if axis == "quality" else TIMES)
     if value is None or not math.isfinite(value.low):
-        return Claim(name=name, axis=axis, text=text, promised=promised)
-    reached = value.low >= promised
-    return Claim(
-        name=name,
-        axis=axis,
-        text=text,
-        promised=promised,
-        value=value,
-        holds=reached and prompts >= ENOUGH,
-        undecided=prompts < ENOUGH if reached else promised <= value.high,
-    )
+        return claim
+    reached = value.low >= claim.promised
+    chance = prompts < ENOUGH if reached else claim.promised <= value.high
+    verdict = "not shown" if chance else "yes" if reached else "no"
+    return msgspec.structs.replace(claim, value=value, verdict=verdict)
 
 
 def _over(figures: Figures, name: str, above: str, below: str, less: float = 0) -> Estimate | None:

@@ -10,7 +10,7 @@ which are written without spaces, count by character.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,16 +78,11 @@ class NamedSlots(NamedTuple):
 
 
 class Assessment(NamedTuple):
-    """What is counted of one answer. None: the prompt has no slots, the recipe no rules, the judge no verdict."""
+    """What is counted of one answer."""
 
-    dropped_by: dict[str, str]  # reasons, by rule
-    passing: bool | None
-    named: float | None  # share of the values asked for
-    loops: bool
-    stopped: bool
-    characters: int
+    values: dict[str, float | None]  # by the names in PROBES; None: no rules, no slots, no verdict of the judge
     words: list[str]
-    judge: int | None
+    dropped_by: dict[str, str]  # reasons, by rule
 
 
 def split_words(text: str) -> list[str]:
@@ -107,16 +102,17 @@ def assess(row: Kept, rules: RuleSet, wanted: NamedSlots, score: int | None) -> 
     answer = as_answer(row)
     reasons = rules.reasons(answer)
     loop = next((rule.settings for rule in rules.rules if isinstance(rule.settings, RepetitionSettings)), None)
-    return Assessment(
-        dropped_by={reason.rule: describe(reason) for reason in reasons},
-        passing=not reasons if rules.rules else None,
-        named=_named(answer.text, row, wanted),
-        loops=repetition(answer, loop or RepetitionSettings()) is not None,
-        stopped=row.finish_reason == "stop",
-        characters=len(row.text),
-        words=split_words(row.text),
-        judge=score,
-    )
+    named = _named(answer.text, row, wanted)
+    values = {
+        "passing": not reasons if rules.rules else None,
+        "adherence": None if named is None else named == 1,
+        "named": named,
+        "loops": repetition(answer, loop or RepetitionSettings()) is not None,
+        "stopped": row.finish_reason == "stop",
+        "characters": len(row.text),
+        "judge": score,
+    }
+    return Assessment(values, split_words(row.text), {reason.rule: describe(reason) for reason in reasons})
 
 
 def _named(text: str, row: Kept, wanted: NamedSlots) -> float | None:
@@ -132,23 +128,11 @@ def _named(text: str, row: Kept, wanted: NamedSlots) -> float | None:
 
 def answer_figures(answers: Sequence[Assessment], counts: Any) -> dict[str, Figure]:
     """Every figure of one model's answers that exists; `counts` are the resamples (statistics.draw)."""
-
-    def mean(value: Callable[[Assessment], float | None]) -> Figure | None:
-        values = [value(answer) for answer in answers]
-        return ratio([v or 0.0 for v in values], [v is not None for v in values], counts)
-
     words = [answer.words for answer in answers]
-    figures = {
-        "passing": mean(lambda a: a.passing),
-        "adherence": mean(lambda a: None if a.named is None else a.named == 1),
-        "named": mean(lambda a: a.named),
-        "loops": mean(lambda a: a.loops),
-        "stopped": mean(lambda a: a.stopped),
-        "distinct_1": distinct(words, 1, counts),
-        "distinct_2": distinct(words, 2, counts),
-        "characters": mean(lambda a: a.characters),
-        "judge": mean(lambda a: a.judge),
-    }
+    figures = {"distinct_1": distinct(words, 1, counts), "distinct_2": distinct(words, 2, counts)}
+    for name in answers[0].values:
+        values = [answer.values[name] for answer in answers]
+        figures[name] = ratio([value or 0.0 for value in values], [value is not None for value in values], counts)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 

@@ -10,28 +10,18 @@ Each carries the fingerprint of all it was measured on, so a stopped evaluation 
 another student, other rows or other settings is never taken for one of this run.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from evaluate.models import Subject, digest, digest_subject
+from evaluate.models import digest
 from pipeline.errors import DataError, UsageError
-from pipeline.recipe import Recipe
-from pipeline.records import Completion, Kept, Prompt, Usage, read_jsonl
+from pipeline.records import Kept, Prompt, Usage, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
-SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
-    "speed": {
-        "evaluate": {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"},
-        "sampling": True,
-        "serve": True,
-    },
-    "probes": {"sampling": True, "serve": {"dtype", "device", "args"}},  # a change of the rules asks no model again
-}
 
 
 class RowScore(msgspec.Struct, frozen=True):
@@ -98,7 +88,7 @@ class ProbeAnswer(msgspec.Struct, frozen=True):
 
     prompt_id: str
     text: str  # empty if the model said nothing
-    finish_reason: str
+    finish_reason: str  # `empty_answer` if it said nothing
     tokens: int | None
 
 
@@ -167,27 +157,6 @@ class Entry:
         return result
 
 
-class Cache:
-    """The measurements of one run. Each entry is read once, and written when its measurement is done."""
-
-    def __init__(self, recipe: Recipe, run: RunDir, dtype: str) -> None:
-        """`dtype`: what perplexity is computed in."""
-        self._recipe, self._folder, self._dtype = recipe, run.path / FOLDER, dtype
-        self._weights: dict[str, str] = {}  # model: what identifies its weights
-
-    def entry(self, name: str, subject: Subject, inputs: Sequence[Completion | Prompt]) -> Entry:
-        """Of the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts."""
-        if subject.key not in self._weights:
-            self._weights[subject.key] = digest_subject(subject)
-        settings = self._recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self._dtype
-        fingerprint = digest(self._weights[subject.key], digest_inputs(inputs), settings)
-        return Entry(self._folder / f"{name}-{subject.key}.json", fingerprint)
-
-    def judged(self, fingerprint: str) -> Entry:
-        """Of the judge's scores and choices."""
-        return Entry(self._folder / "judged.json", fingerprint)
-
-
 def read_result(path: Path, kind: type[Result]) -> Result | None:
     """A cached result, of whatever it was measured on; None if there is none."""
     try:
@@ -234,8 +203,3 @@ def answer_row(
         attempts=1,
         created="",
     )
-
-
-def digest_inputs(inputs: Sequence[Completion | Prompt]) -> str:
-    """What identifies a list of rows or prompts."""
-    return digest(*(i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs))

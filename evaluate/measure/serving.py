@@ -128,14 +128,13 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: 
 def _answers_in(asked: RunDir, prompts: Sequence[Prompt]) -> list[ProbeAnswer]:
     """What was answered to the prompts, in their order, once each.
 
-    For `generate` an empty answer is a failure; here it is what the model said.
-    Requests that failed for any other reason have none.
+    For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
+    a finish_reason. Requests that failed for any other reason have none.
     """
     found = {}
     for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
         if failure.error == "empty_answer":
-            reason = "stop" if "finish_reason stop" in failure.message else "unknown"
-            found[failure.prompt_id] = ProbeAnswer(failure.prompt_id, "", reason, None)
+            found[failure.prompt_id] = ProbeAnswer(failure.prompt_id, "", failure.error, None)
     for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
         found[row.prompt_id] = ProbeAnswer(row.prompt_id, row.text, row.finish_reason, row.usage.completion_tokens)
     return [found[prompt.id] for prompt in prompts if prompt.id in found]

@@ -234,7 +234,8 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
         for subject in plan.models:
             if subject.key in answers:
                 row, own = answers[subject.key][id_], quality.answers[subject.key][id_]
-                shown.append(Answer(subject.label, row.text, subject.key, row.finish_reason, own.dropped_by, own.judge))
+                said = (row.text, subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
+                shown.append(Answer(subject.label, *said))
         prompt = next(iter(answers.values()))[id_]
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))

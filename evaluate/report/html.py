@@ -41,8 +41,6 @@ def render_html(report: Report) -> str:
         wins=tables.wins(report),
         drops=charts.drop_panel(report.filters),
         loss=charts.loss_chart(report.training),
-        costs=[(name, value) for name, value in _costs(report) if value],
-        origin=[(name, value) for name, value in _origin(report) if value],
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )
 
@@ -72,46 +70,8 @@ def lang_of(text: str) -> str:
 def remarks(answer: Answer) -> Iterator[str]:
     """What is known of an answer: the judge's score, an end that was cut off, the rules that would drop it."""
     if answer.score is not None:
-        yield f"judge: {answer.score} of 5"
-    if answer.finish_reason and answer.finish_reason != "stop":
+        yield f"judge: {answer.score:g} of 5"
+    if answer.text and answer.finish_reason not in ("", "stop"):
         yield f"did not end by itself ({answer.finish_reason})"
     for rule, why in answer.dropped_by.items():
         yield f"{rule} would drop it: {why}"
-
-
-def _costs(report: Report) -> Iterator[tuple[str, str]]:
-    """Money, tokens and time, from the lineage and the training's log."""
-    generated, training = report.lineage.get("generate") or {}, report.training
-    spent, call = generated.get("spent") or {}, generated.get("last_call") or {}
-    usd, kept = spent.get("usd"), report.filters.kept if report.filters else None
-    if generated:
-        requests, completed = generated.get("requests"), generated.get("completed")
-        yield "answers", f"{completed:,} of {requests:,} requests answered" if completed and requests else ""
-        counts = [(generated.get("prompt_tokens"), "prompt"), (generated.get("completion_tokens"), "completion")]
-        counts.append((spent.get("tokens"), "in all, failed attempts counted"))
-        yield "tokens", ", ".join(f"{count:,} {what}" for count, what in counts if count)
-        yield "money", "no price is known: the teacher ran on your own machine" if usd is None else f"{usd:,.4g} USD"
-        yield "money per kept row", f"{usd / kept:,.3g} USD" if usd is not None and kept else ""
-        took, answered = call.get("wall_s"), call.get("answered", 0)
-        yield "last call of generate", f"{_time(took)}, {answered:,} answers" if took else ""
-    if training.wall_s is not None:
-        yield "training", _time(training.wall_s) + (f", {training.tokens:,} tokens" if training.tokens else "")
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _origin(report: Report) -> Iterator[tuple[str, str]]:
-    """Teacher, sampling, rules, student, machine and versions: one line each."""
-    generated, filtered, trained = (report.lineage.get(stage) or {} for stage in ("generate", "filters", "train"))
-    yield "teacher", generated.get("teacher", {}).get("asked", "")
-    yield "sampling", ", ".join(f"{name} {value}" for name, value in generated.get("sampling", {}).items())
-    yield "rules", ", ".join(rule["rule"] for rule in filtered.get("rules", []))
-    if trained:
-        yield "student", trained.get("student", "")
-        yield "training", f"{trained.get('method')}, seed {trained.get('seed')}, {trained.get('precision', '')}"
-    yield from report.machine.items()
-    yield from report.versions.items()

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, Estimate, ModelReport, Part, Report, WinRate, percent
-from evaluate.figures.promise import answer, shown
+from evaluate.figures.promise import shown
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
 MODELS_ACROSS = 4  # side by side on the terminal; more are printed below
 
 Mark = Literal["pass", "warn", "fail", "unknown", "better", "worse", ""]
-ANSWERS: dict[str, Mark] = {"yes": "pass", "no": "fail", "not shown": "warn"}
+MARKS: dict[str, Mark] = {"yes": "pass", "no": "fail", "not shown": "warn", "not measured": "unknown"}
 VERDICTS: dict[bool | None, tuple[str, Mark]] = {
     True: ("the promise holds", "pass"),
     False: ("the promise does not hold", "fail"),
@@ -146,8 +146,8 @@ def promise(report: Report) -> list[Promise]:
             promised=f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×",
             here=shown(claim)(claim.value.value) if claim.value else NOTHING,
             interval=claim.value.interval(shown(claim)) if claim.value and claim.value.low < claim.value.high else "",
-            answer="not measured" if claim.holds is None else answer(claim),
-            mark="unknown" if claim.holds is None else ANSWERS[answer(claim)],
+            answer=claim.verdict,
+            mark=MARKS[claim.verdict],
         )
         for claim in report.headline.claims
     ]

@@ -165,7 +165,8 @@ def _probed(model: ModelReport, text: str, share: float, first: float) -> ModelR
 def _claim(name: str, axis: str, promised: float, value: Estimate | None) -> Claim:
     fields: dict[str, object] = {"name": name, "axis": axis, "text": f"{name}, ratio", "promised": promised}
     if value is not None:
-        fields |= {"value": value, "holds": value.low >= promised, "undecided": value.low < promised <= value.high}
+        verdict = "yes" if value.low >= promised else "not shown" if promised <= value.high else "no"
+        fields |= {"value": value, "verdict": verdict}
     return Claim(**fields)  # type: ignore[arg-type]
 
 

@@ -63,7 +63,7 @@ def claim(name: str, axis: str, value: float | None, promised: float, width: flo
     estimate = None if value is None else Estimate(value, value - width, value + width)
     fields = {"name": name, "axis": axis, "text": name, "promised": promised, "value": estimate}
     if estimate is not None:
-        fields |= {"holds": estimate.low >= promised, "undecided": estimate.low < promised <= estimate.high}
+        fields["verdict"] = "yes" if estimate.low >= promised else "not shown" if promised <= estimate.high else "no"
     return Claim(**fields)  # type: ignore[arg-type]
 
 

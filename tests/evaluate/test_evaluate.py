@@ -13,9 +13,9 @@ from evaluate.__main__ import main
 from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
-from evaluate.measure.results import Burst, Cache, Entry, Lone, RowScore, SpeedResult, read_test
-from evaluate.measure.serving import speed_prompts
+from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
 from evaluate.models import AFTER, BEFORE, TEACHER, engine_folder, load, measure_weights, subjects
+from evaluate.plan import make_plan
 from evaluate.run import evaluate_run
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
@@ -83,7 +83,8 @@ def save_speeds(recipe: Recipe, run: RunDir) -> None:
 
 
 def speed_of(subject: Any, recipe: Recipe, run: RunDir) -> Entry:
-    return Cache(recipe, run, "").entry("speed", subject, speed_prompts(recipe, run, read_test(run)))
+    plan = make_plan(recipe, run, PATH)
+    return plan.entry("speed", subject, plan.timing)
 
 
 def speed_result(tokens: int, wall_s: float) -> SpeedResult:

@@ -174,8 +174,8 @@ def test_a_model_that_says_nothing_has_answered(
         _, probes = measure(recipe, RunDir(tmp_path), speed=False, probes=True)
     assert [(one.prompt_id, one.text, one.finish_reason) for one in probes.answers] == [
         ("probe0", "Words.", "stop"),
-        ("probe1", "", "stop"),
-        ("probe3", "", "unknown"),
+        ("probe1", "", "empty_answer"),
+        ("probe3", "", "empty_answer"),
     ]
 
 

@@ -125,8 +125,8 @@ def test_every_model_is_served_once_and_compared(
     assert gains["teacher", "named", "all"].improved is False
     assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
-    assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].holds
-    assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].holds is False
+    assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].verdict == "yes"
+    assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].verdict == "no"
     assert (
         report.headline.holds is False and json.loads(run.lineage.read_bytes())["evaluate"]["promise"]["memory"] == "no"
     )
