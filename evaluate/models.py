@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, UsageError, first_line
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, replacing_folder
 from serve.command import build_command
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
@@ -61,20 +60,19 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """
     if recipe.student is None:
         raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
-    reference = recipe.student.model
-    adapter = run.student if (run.student / "adapter_config.json").is_file() else None
-    if adapter is None and not (run.student / "config.json").is_file():
+    reference, adapter = recipe.student.model, (run.student / "adapter_config.json").is_file()
+    if not adapter and not (run.student / "config.json").is_file():
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
     _check_origin(recipe, reference, run)
     pruned = reference.startswith("prune:")
     if pruned and not (run.student_init / "config.json").is_file():
         raise UsageError(f"{run.student_init}: student {reference} as it was before training is not there; run train")
     before = run.student_init if pruned else _folder(reference)
-    after = run.student if adapter is None else before
+    after = (before, run.student) if adapter else (run.student, None)
     return [
         _teacher(recipe),
         Subject(BEFORE, "student before", reference, before),
-        Subject(AFTER, "student after", reference, after, adapter),
+        Subject(AFTER, "student after", reference, *after),
         *(_other(f"other_{number}", other) for number, other in enumerate(recipe.evaluate.models, start=1)),
     ]
 
@@ -114,13 +112,13 @@ def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
 def _teacher(recipe: Recipe) -> Subject:
     """The teacher; without a folder if its weights cannot be had here, as those of a paid API."""
     reference, url = recipe.teacher.model, recipe.teacher.url
-    if not is_loopback(url) and not reference.startswith(("embedded:", "/", "./", "../", "~")):
-        missing = f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
-        return Subject(TEACHER, "teacher", reference, None, missing=missing)
-    try:
-        return Subject(TEACHER, "teacher", reference, _folder(reference))
-    except DistillError as error:
-        return Subject(TEACHER, "teacher", reference, None, missing=str(error))
+    folder, missing = None, f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
+    if is_loopback(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
+        try:
+            folder, missing = _folder(reference), ""
+        except DistillError as error:
+            missing = str(error)
+    return Subject(TEACHER, "teacher", reference, folder, missing=missing)
 
 
 def _folder(reference: str) -> Path:
@@ -168,12 +166,9 @@ def digest_subject(subject: Subject) -> str:
     """What identifies the weights: names and sizes for the (unchanging) teacher and base, else contents."""
     if subject.folder is None:
         return digest(subject.reference, subject.missing)
-    parts = [subject.reference]
-    if subject.adapter is not None:
-        parts.append(digest_files(subject.adapter))
-    if subject.adapter is None and subject.key not in (TEACHER, BEFORE):
-        parts.append(digest_files(subject.folder))
-    else:
+    trained = subject.adapter or (None if subject.key in (TEACHER, BEFORE) else subject.folder)
+    parts = [subject.reference] + ([digest_files(trained)] if trained else [])
+    if trained != subject.folder:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
     return digest(*parts)
 
@@ -225,13 +220,9 @@ def engine_folder(subject: Subject, run: RunDir) -> Path:
     marker = merged / MERGED_FROM
     if marker.is_file() and json.loads(marker.read_bytes()) == made_of:
         return merged
-    work = merged.with_name(f"{merged.name}.tmp")
-    for old in (work, merged):
-        shutil.rmtree(old, ignore_errors=True)
-    work.mkdir(parents=True)
-    merge_adapter(subject.folder, subject.adapter, work)
-    (work / MERGED_FROM).write_text(json.dumps(made_of))
-    work.rename(merged)
+    with replacing_folder(merged) as building:
+        merge_adapter(subject.folder, subject.adapter, building)
+        (building / MERGED_FROM).write_text(json.dumps(made_of))
     return merged
 
 
@@ -277,13 +268,11 @@ def describe_machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     cpu = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    machine = {
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu[1] if cpu else platform.processor() or "unknown",
         "cores": str(os.cpu_count()),
         "memory": f"{total_memory() / GIB:.0f} GiB",
         "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        machine["gpu"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    return machine
+    } | ({"gpu": ", ".join(gpus)} if gpus else {})

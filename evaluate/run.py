@@ -23,7 +23,6 @@ from evaluate.measure.results import (
     ProbeResult,
     Results,
     SpeedResult,
-    probe_row,
 )
 from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject
 from evaluate.models import TEACHER, Subject
@@ -135,10 +134,9 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedRes
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
     """The teacher's answers to probes with unseen values that pass the rules, as test rows do."""
-    prompts = {prompt.id: prompt for prompt in plan.probes.unseen}
-    answers = probed[TEACHER].answers if TEACHER in probed else []
-    rows = [probe_row(TEACHER, prompts[a.prompt_id], a) for a in answers if a.prompt_id in prompts]
-    return [row for row in rows if row.text and not plan.rules.reasons(as_answer(row))]
+    unseen = {prompt.id for prompt in plan.probes.unseen}
+    rows = probed[TEACHER].answers if TEACHER in probed else []
+    return [row for row in rows if row.prompt_id in unseen and row.text and not plan.rules.reasons(as_answer(row))]
 
 
 def _judge(

@@ -11,10 +11,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from evaluate.document import MEASURES, Better, Difference, Estimate, ModelReport, Part, Report, number, read_report
 from evaluate.figures.quality import (
     common_rows,
@@ -32,7 +28,6 @@ from evaluate.report.html import draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Prepared, Setup
 from filters.run import recipe_rules
 from pipeline.errors import DataError
-from pipeline.lineage import read_lineage
 from pipeline.rundir import replacing
 
 TITLES: dict[str, tuple[str, Part]] = {  # the figures that arms are compared in: what they are called, and their part
@@ -82,13 +77,12 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
         for column in columns
         for other, one in combinations(column.arms, 2)
     ]
-    lineages = {arm.name: read_lineage(arm.run) for arm in prepared.arms}
-    spent = {name: (lineage.get("generate") or {}).get("spent") or {} for name, lineage in lineages.items()}
+    spent = {name: (report.lineage.get("generate") or {}).get("spent") or {} for name, report in reports.items()}
     return Results(
         name=setup.options.kind,
         question=EXPERIMENTS[setup.options.kind].question,
         note=prepared.note,
-        facts={name: _facts(reports[name], lineages[name], spent[name]) for name in reports},
+        facts={name: _facts(report, spent[name].get("usd")) for name, report in reports.items()},
         columns=columns,
         differences=differences,
         remarks=list(_money(spent, differences)) if setup.options.kind == "teachers" else [],
@@ -151,9 +145,9 @@ def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Res
     return {arm: result for arm, result in found.items() if result}
 
 
-def _facts(report: Report, lineage: Mapping[str, Any], spent: Mapping[str, Any]) -> list[str]:
+def _facts(report: Report, usd: float | None) -> list[str]:
     """How many rows and steps, at what keep rate, what the answers cost."""
-    training, rate, usd = report.training, (lineage.get("filters") or {}).get("keep_rate"), spent.get("usd")
+    training, rate = report.training, (report.lineage.get("filters") or {}).get("keep_rate")
     return [
         f"{training.train_rows:,}" if training.train_rows else "–",
         f"{training.loss[-1].step:,.0f}" if training.loss else "–",
@@ -216,32 +210,24 @@ def _told(found: Difference) -> str:
     return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
 
 
-def print_results(results: Results, console: Console) -> None:
-    """The table on the terminal, and what it says."""
+def as_markdown(results: Results) -> str:
+    """The question, the table and what it says."""
     heads, rows = rows_of(results)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for index, head in enumerate(heads):
-        table.add_column(head.replace(" ", "\n"), justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*(cell.replace(" (", "\n(") for cell in row))
-    console.print(table)
-    for line in said(results):
-        console.print(f"- {line}", highlight=False, markup=False)
+    lines = [f"# {results.name}: {results.question}", ""]
+    lines += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {line}" for line in said(results)), ""])
 
 
 def write_results(results: Results, folder: Path) -> None:
     """results.md, with the plot beside it."""
-    heads, rows = rows_of(results)
-    title = f"{results.name}: {results.question}"
-    lines = [f"# {title}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    lines += ["", *(f"- {line}" for line in said(results)), "", "![](results.svg)", ""]
     panels = []
     for column in results.columns:
         figures = [(name, figure.estimate(), "arm") for name, figure in column.arms.items()]
         figures += [(name, estimate, "other") for name, estimate in column.others.items()]
         dots = [(name, estimate, kind, _short(estimate.value)) for name, estimate, kind in figures]
         panels.append(dot_panel(column.title, f"{column.better} is better" if column.better else "", dots))
-    for name, text in (("results.md", "\n".join(lines)), ("results.svg", draw_svg(title, panels))):
+    svg = draw_svg(f"{results.name}: {results.question}", panels)
+    for name, text in (("results.md", as_markdown(results) + "\n![](results.svg)\n"), ("results.svg", svg)):
         with replacing(folder / name) as file:
             file.write(text.encode())

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from evaluate.document import Claim, Estimate, ModelReport, exactly
-from evaluate.figures.statistics import Figure, Figures
+from evaluate.figures.statistics import Figures, quotient
 from evaluate.models import AFTER, TEACHER
 
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
@@ -30,9 +30,9 @@ def claims(
 
     `test` has bits per character, over `scored` prompts; `probes` the figures of all `answered` probes.
     """
-    bits = _over(test, "bits_per_character", TEACHER, AFTER)
-    passing = _over(probes, "passing", AFTER, TEACHER)
-    judge = _over(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
+    bits = quotient(test, "bits_per_character", TEACHER, AFTER)
+    passing = quotient(probes, "passing", AFTER, TEACHER)
+    judge = quotient(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
     size, weights, peak = (_times(teacher, after, name) for name in ("parameters", "weights_mib", "peak_rss_mib"))
     what = "peak memory of the server" if peak else "weights"
     return [
@@ -70,13 +70,6 @@ def _claim(
     chance = prompts < ENOUGH if reached else claim.promised <= value.high
     verdict = "not shown" if chance else "yes" if reached else "no"
     return msgspec.structs.replace(claim, value=value, verdict=verdict)
-
-
-def _over(figures: Figures, name: str, above: str, below: str, less: float = 0) -> Estimate | None:
-    one, other = figures.get(above, {}).get(name), figures.get(below, {}).get(name)
-    if one is None or other is None:
-        return None
-    return Figure(one.value - less, one.resampled - less).over(Figure(other.value - less, other.resampled - less))
 
 
 def _times(teacher: ModelReport, after: ModelReport, name: str) -> Estimate | None:

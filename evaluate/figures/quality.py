@@ -18,15 +18,14 @@ from evaluate.document import MEASURES, Better, Difference, Estimate, Part, WinR
 from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore, probe_row
+from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
 from evaluate.models import AFTER, BEFORE, TEACHER
-from filters.adherence import AdherenceSettings
-from filters.answer import as_answer, nfc
+from filters.adherence import AdherenceSettings, adherence
+from filters.answer import Answer, as_answer, nfc
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
-from filters.words import mentions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 
@@ -70,13 +69,6 @@ def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, di
     return figures
 
 
-class NamedSlots(NamedTuple):
-    """Which slots' values an answer must name, and what else counts for a value. No slots: all that a prompt has."""
-
-    slots: list[str]
-    aliases: dict[str, list[str]]
-
-
 class Assessment(NamedTuple):
     """What is counted of one answer."""
 
@@ -90,19 +82,19 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(nfc(text).casefold())
 
 
-def named_slots(recipe: Recipe, rules: RuleSet) -> NamedSlots:
+def named_slots(recipe: Recipe, rules: RuleSet) -> AdherenceSettings:
     """What adherence asks: `evaluate.adherence`, else the slots of the recipe's rule of that name, else all slots."""
     rule = next((rule.settings for rule in rules.rules if isinstance(rule.settings, AdherenceSettings)), None)
     slots = recipe.evaluate.adherence or (rule.slots if rule else list(recipe.prompts.slots))
-    return NamedSlots(slots, rule.aliases if rule else {})
+    return AdherenceSettings.model_construct(slots=slots, max_missing=0, aliases=rule.aliases if rule else {})
 
 
-def assess(row: Kept, rules: RuleSet, wanted: NamedSlots, score: int | None) -> Assessment:
+def assess(row: Kept, rules: RuleSet, wanted: AdherenceSettings, score: int | None) -> Assessment:
     """Everything that is counted of one answer, by the recipe's own rules; `score` is the judge's."""
     answer = as_answer(row)
     reasons = rules.reasons(answer)
     loop = next((rule.settings for rule in rules.rules if isinstance(rule.settings, RepetitionSettings)), None)
-    named = _named(answer.text, row, wanted)
+    named = _named(answer, wanted)
     values = {
         "passing": not reasons if rules.rules else None,
         "adherence": None if named is None else named == 1,
@@ -115,15 +107,14 @@ def assess(row: Kept, rules: RuleSet, wanted: NamedSlots, score: int | None) -> 
     return Assessment(values, split_words(row.text), {reason.rule: describe(reason) for reason in reasons})
 
 
-def _named(text: str, row: Kept, wanted: NamedSlots) -> float | None:
-    values: list[str] = []
-    for slot in wanted.slots or row.slots:
-        value = row.slots.get(slot, [])
-        values += [nfc(value)] if isinstance(value, str) else map(nfc, value)
-    if not values:
+def _named(answer: Answer, wanted: AdherenceSettings) -> float | None:
+    """The share of the values asked for that the answer names; no slots wanted: all that its prompt has."""
+    slots = [slot for slot in wanted.slots or answer.slots if slot in answer.slots]
+    values = [1 if isinstance(answer.slots[slot], str) else len(answer.slots[slot]) for slot in slots]
+    if not sum(values):
         return None
-    found = [any(mentions(text, name) for name in (value, *wanted.aliases.get(value, ()))) for value in values]
-    return sum(found) / len(found)
+    reason = adherence(answer, wanted.model_copy(update={"slots": slots}))
+    return 1 - sum(map(len, reason.missing.values())) / sum(values) if reason else 1.0
 
 
 def answer_figures(answers: Sequence[Assessment], counts: Any) -> dict[str, Figure]:
@@ -146,14 +137,10 @@ class Quality:
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
-    """Every model's answers to the prompts that all models have answered, as rows."""
-    by_id = {prompt.id: prompt for prompt in prompts.all}
-    found = {key: {answer.prompt_id: answer for answer in result.answers} for key, result in probed.items()}
-    common = set(by_id).intersection(*found.values()) if found else set()
-    return {
-        key: {id_: probe_row(key, by_id[id_], answers[id_]) for id_ in by_id if id_ in common}
-        for key, answers in found.items()
-    }
+    """Every model's answers to the prompts that all models have answered."""
+    found = {key: {row.prompt_id: row for row in result.answers} for key, result in probed.items()}
+    common = [prompt.id for prompt in prompts.all if all(prompt.id in rows for rows in found.values())]
+    return {key: {id_: rows[id_] for id_ in common} for key, rows in found.items()}
 
 
 def measure_quality(
@@ -201,14 +188,9 @@ def difference(
 ) -> Difference:
     """A change that is judged: `improved` only if its whole interval is on the better side of zero."""
     sure = better is not None and not change.low <= 0 <= change.high
+    improved = (change.low > 0) == (better == "higher") if sure else None
     return Difference(
-        figure=figure,
-        part=part,
-        model=model,
-        against=against,
-        change=change,
-        better=better,
-        improved=(change.low > 0) == (better == "higher") if sure else None,
+        figure=figure, part=part, model=model, against=against, change=change, better=better, improved=improved
     )
 
 

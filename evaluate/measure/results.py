@@ -40,7 +40,6 @@ class PerplexityResult(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     dtype: str
     device: str
-    wall_s: float
     scores: list[RowScore]
 
 
@@ -69,7 +68,6 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str | None  # that the engine was told; None: the stored one
     bursts: list[Burst]  # at least one with tokens in it
     alone: list[Lone]
-    startup_s: float
     peak_rss_bytes: int | None  # of all the server's processes; None on a GPU: vLLM takes the share it is told to
 
     @property
@@ -77,27 +75,15 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens per second of each burst."""
         return [burst.completion_tokens / burst.wall_s for burst in self.bursts]
 
-    @property
-    def failed(self) -> int:
-        """Requests that failed, in all bursts."""
-        return sum(burst.failed for burst in self.bursts)
-
-
-class ProbeAnswer(msgspec.Struct, frozen=True):
-    """A model's answer to one probe."""
-
-    prompt_id: str
-    text: str  # empty if the model said nothing
-    finish_reason: str  # `empty_answer` if it said nothing
-    tokens: int | None
-
 
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's answers to the probes, with the recipe's own sampling. A request that failed has none."""
+    """A model's answers to the probes, with the recipe's own sampling.
+
+    An empty answer's finish_reason is `empty_answer`. A request that failed for another reason has no answer.
+    """
 
     fingerprint: str = ""
-    wall_s: float
-    answers: list[ProbeAnswer]
+    answers: list[Kept]
 
 
 class PairVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,18 +164,10 @@ def read_test(run: RunDir) -> list[Kept]:
     return rows
 
 
-def probe_row(key: str, prompt: Prompt, answer: ProbeAnswer) -> Kept:
-    """An answer to a probe as a row, for rules, judge and perplexity; its id changes with its text."""
-    id_ = digest(key, prompt.id, answer.text)[:16]
-    return answer_row(id_, prompt, answer.text, key, answer.finish_reason, answer.tokens)
-
-
-def answer_row(
-    id_: str, prompt: Prompt, text: str, model: str, finish_reason: str = "stop", tokens: int | None = None
-) -> Kept:
-    """An answer that came from no endpoint of the run, as a kept row."""
+def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop") -> Kept:
+    """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and text."""
     return Kept(
-        id=id_,
+        id=digest(model, prompt.id, text)[:16],
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
@@ -198,7 +176,7 @@ def answer_row(
         text=text,
         finish_reason=finish_reason,
         model=model,
-        usage=Usage(completion_tokens=tokens),
+        usage=Usage(),
         latency_s=0.0,
         attempts=1,
         created="",

@@ -41,7 +41,7 @@ from evaluate.figures.quality import (
     probe_answers,
     win_rates,
 )
-from evaluate.figures.statistics import Figures, draw, interval, merged, ratio
+from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Results, RowScore, SpeedResult
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
@@ -146,7 +146,7 @@ def _model_report(
         missing=subject.missing,
         figures={**own, "engine": engine},
         failed_rules=failed_rules(answers),
-        requests_failed=timed.failed if timed else None,
+        requests_failed=sum(burst.failed for burst in timed.bursts) if timed else None,
         served_dtype=dtype,
     )
 
@@ -154,11 +154,11 @@ def _model_report(
 def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
     import numpy as np
 
-    requests, tokens = (sum(getattr(b, name) for b in timed.bursts) for name in ("requests", "completion_tokens"))
     rates = timed.rates
+    tokens = sum(burst.completion_tokens for burst in timed.bursts)
     found = {
         "tokens_per_s": Estimate(median(rates), min(rates), max(rates)),
-        "completion_tokens": exactly(tokens / (requests - timed.failed)),
+        "completion_tokens": exactly(tokens / sum(burst.requests - burst.failed for burst in timed.bursts)),
     }
     if timed.peak_rss_bytes is not None:
         found["peak_rss_mib"] = exactly(timed.peak_rss_bytes / MIB)
@@ -186,8 +186,8 @@ def _headline(models: Sequence[ModelReport], figures: Mapping[Part, Figures], sc
     ]
     return Headline(
         text="student: " + (", ".join(filter(None, parts)) or "nothing measured yet"),
-        perplexity_after_over_before=_ratio(figures["test"], BEFORE, "perplexity"),
-        bits_after_over_teacher=_ratio(figures["test"], TEACHER, "bits_per_character"),
+        perplexity_after_over_before=quotient(figures["test"], "perplexity", AFTER, BEFORE),
+        bits_after_over_teacher=quotient(figures["test"], "bits_per_character", AFTER, TEACHER),
         claims=promised,
         holds=holds(promised),
     )
@@ -200,13 +200,6 @@ def _change(name: str, figures: Sequence[Estimate | None], show: Any, what: str 
         return ""
     told = f"{name}{show(before.value)} → {show(after.value)}{what}"
     return told + (f" (teacher {show(teacher.value)})" if teacher else "")
-
-
-def _ratio(figures: Figures, other: str, name: str) -> Estimate | None:
-    """The trained student's figure over another model's, paired: both on the same resamples."""
-    if AFTER not in figures or other not in figures:
-        return None
-    return figures[AFTER][name].over(figures[other][name])
 
 
 def _probe_set(plan: Plan, results: Results, quality: Quality) -> ProbeSet | None:

@@ -94,7 +94,6 @@ def speed_result(tokens: int, wall_s: float) -> SpeedResult:
         dtype="float32",
         bursts=[Burst(11, 1, tokens, wall_s * factor) for factor in (1, 0.8, 1.25)],
         alone=[Lone(first, 1.0, 10) for first in (0.1, 0.3, 0.2)],
-        startup_s=1.0,
         peak_rss_bytes=3 << 30,
     )
 

@@ -22,7 +22,7 @@ from evaluate.figures.quality import (
 )
 from evaluate.figures.statistics import Figure, distinct, draw, ratio
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import ProbeAnswer, ProbeResult
+from evaluate.measure.results import ProbeResult, answer_row
 from evaluate.models import engine_facts
 from filters.ruleset import RuleSet, load_rules
 from pipeline.recipe import Recipe, ServeConfig
@@ -142,8 +142,8 @@ def prompt(number: int) -> Prompt:
 
 
 def result(texts: dict[int, str]) -> ProbeResult:
-    answers = [ProbeAnswer(f"p{number}", text, "stop", 3) for number, text in texts.items()]
-    return ProbeResult(wall_s=1.0, answers=answers)
+    answers = [answer_row("m", prompt(number), text) for number, text in texts.items()]
+    return ProbeResult(answers=answers)
 
 
 def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:

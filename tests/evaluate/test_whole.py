@@ -15,7 +15,7 @@ from rich.console import Console
 import evaluate.measure.results
 import evaluate.run
 from evaluate.document import Part, Report
-from evaluate.measure.results import Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
+from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.measure.serving import answer_probes
 from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
@@ -79,7 +79,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
             dtype="float32",
             bursts=[Burst(4, 0, 300 if server.served_name == "student_after" else 100, 10.0)],
             alone=[Lone(0.1, 1.0, 10)],
-            startup_s=1.0,
             peak_rss_bytes=(2 << 30) if server.served_name == "teacher" else (1 << 30),
         )
 
@@ -87,8 +86,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         if recipe.teacher.model not in SAID:
             return answer_probes(recipe, folder, prompts)
         log[-1][1].append("probes")
-        answers = [ProbeAnswer(p.id, SAID[recipe.teacher.model].format(**p.slots), "stop", 9) for p in prompts]
-        return ProbeResult(wall_s=1.0, answers=answers)
+        model = recipe.teacher.model
+        answers = [answer_row(model, p, SAID[model].format(**p.slots)) for p in prompts]
+        return ProbeResult(answers=answers)
 
     monkeypatch.setattr(evaluate.run, "serve_subject", serve_subject)
     monkeypatch.setattr(evaluate.run, "measure_speed", measure_speed)
