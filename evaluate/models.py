@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from pipeline.adapters import MERGED_FROM, merge_adapter
 from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, UsageError, first_line
+from pipeline.lineage import read_lineage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir, replacing_folder
@@ -94,13 +95,7 @@ def _other(key: str, reference: str) -> Subject:
 
 def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
     """Refuses a student that another recipe trained: its base and its teacher would be confused with these."""
-    path = run.student / "lineage.json"
-    try:
-        trained = json.loads(path.read_bytes()).get("train", {})
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; train again") from None
+    trained = read_lineage(RunDir(run.student)).get("train", {})
     for name, wanted in (("student", reference), ("teacher", recipe.teacher.model)):
         if (found := trained.get(name, wanted)) != wanted:
             raise UsageError(

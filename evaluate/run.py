@@ -14,23 +14,26 @@ import msgspec
 from evaluate.document import Report, read_report
 from evaluate.figures.quality import probe_answers
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
-from evaluate.measure.perplexity import measure_perplexity
+from evaluate.measure.perplexity import choose_rows, measure_perplexity
+from evaluate.measure.probes import choose_probes
 from evaluate.measure.results import (
     FOLDER,
     Entry,
     JudgeResult,
     PerplexityResult,
+    Plan,
     ProbeResult,
     Results,
     SpeedResult,
+    read_test,
 )
-from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject
-from evaluate.models import TEACHER, Subject
-from evaluate.plan import Plan, make_plan
+from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
+from evaluate.models import TEACHER, Subject, choose_precision, digest_subject, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
 from filters.answer import as_answer
+from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
@@ -63,7 +66,7 @@ def evaluate_run(
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
     results = Results(scored, unseen, timed, probed, judged)
-    if not results:
+    if not (scored or timed or probed):
         raise UsageError(f"{run.path / FOLDER}: nothing measured yet; run evaluate without --report-only")
 
     old = read_report(run)
@@ -78,6 +81,28 @@ def evaluate_run(
     if error:
         raise error
     return report
+
+
+def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = False) -> Plan:
+    """Reads the run and chooses models, rows and prompts. Raises UsageError if there is no student or no test row."""
+    models = subjects(recipe, run)
+    test_rows = read_test(run)
+    rows = choose_rows(test_rows, recipe.evaluate.max_rows)
+    dtype, device = choose_precision(models)
+    return Plan(
+        recipe=recipe,
+        run=run,
+        rules=recipe_rules(recipe, recipe_path),
+        models=models,
+        test_rows=len(test_rows),
+        rows=rows,
+        timing=speed_prompts(recipe, run, rows),
+        probes=choose_probes(recipe, run, test_rows),
+        dtype=dtype,
+        device=device,
+        weights={subject.key: digest_subject(subject) for subject in models},
+        force=force,
+    )
 
 
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:

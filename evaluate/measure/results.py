@@ -1,4 +1,4 @@
-"""The results of measurements, and the files that cache them under evaluation/ in the run directory.
+"""What is measured on what, the results, and the files that cache them under evaluation/ in the run directory.
 
     evaluation/perplexity-<model>.json    the score of every test row
     evaluation/unseen-<model>.json        the score of the teacher's answers to probes with unseen values
@@ -10,18 +10,30 @@ Each carries the fingerprint of all it was measured on, so a stopped evaluation 
 another student, other rows or other settings is never taken for one of this run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from evaluate.models import digest
+from evaluate.measure.probes import ProbePrompts
+from evaluate.models import TEACHER, Subject, digest
+from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
-from pipeline.records import Kept, Prompt, Usage, read_jsonl
+from pipeline.recipe import Recipe
+from pipeline.records import Completion, Kept, Prompt, Usage, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
+SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
+    "speed": {
+        "evaluate": {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"},
+        "sampling": True,
+        "serve": True,
+    },
+    "probes": {"sampling": True, "serve": {"dtype", "device", "args"}},  # a change of the rules asks no model again
+}
 
 
 class RowScore(msgspec.Struct, frozen=True):
@@ -118,9 +130,6 @@ class Results:
     probed: dict[str, ProbeResult]
     judged: JudgeResult | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self.scored or self.timed or self.probed)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -141,6 +150,41 @@ class Entry:
         with replacing(self.path) as file:
             file.write(msgspec.json.encode(result))
         return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on what, decided before anything is measured."""
+
+    recipe: Recipe
+    run: RunDir
+    rules: RuleSet
+    models: list[Subject]
+    test_rows: int
+    rows: list[Kept]  # of them, chosen for perplexity
+    timing: list[Prompt]
+    probes: ProbePrompts
+    dtype: str
+    device: str
+    weights: dict[str, str]  # model: what identifies its weights
+    force: bool  # measure again what is cached
+
+    @property
+    def here(self) -> list[Subject]:
+        """The models whose weights are on this machine."""
+        return [subject for subject in self.models if subject.folder is not None]
+
+    def answers_probes(self, subject: Subject) -> bool:
+        """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
+        asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)
+        return asked and bool(self.probes.all)
+
+    def entry(self, name: str, subject: Subject, inputs: Sequence[Completion | Prompt]) -> Entry:
+        """Where the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts is cached."""
+        what = (i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs)
+        settings = self.recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self.dtype
+        fingerprint = digest(self.weights[subject.key], digest(*what), settings)
+        return Entry(self.run.path / FOLDER / f"{name}-{subject.key}.json", fingerprint)
 
 
 def read_result(path: Path, kind: type[Result]) -> Result | None:

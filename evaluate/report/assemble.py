@@ -43,9 +43,8 @@ from evaluate.figures.quality import (
 )
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
-from evaluate.measure.results import Results, RowScore, SpeedResult
+from evaluate.measure.results import Plan, Results, RowScore, SpeedResult
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
-from evaluate.plan import Plan
 from filters.rows import filtered_rows
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe

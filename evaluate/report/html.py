@@ -33,7 +33,7 @@ def render_html(report: Report) -> str:
         "report.html.j2",
         report=report,
         promise=parts if any(claim.value for claim in report.headline.claims) else [],
-        kept=tables.Note(*tables.VERDICTS[report.headline.holds]),
+        kept=tables.Line(*tables.VERDICTS[report.headline.holds]),
         axes=charts.axis_panels(report),
         measured=tables.measured(report),
         bars=charts.bar_panels(report),

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, Estimate, ModelReport, Part, Report, WinRate, percent
+from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, ModelReport, Part, Report, WinRate, percent
 from evaluate.figures.promise import shown
 
 NOTHING = "–"
@@ -23,26 +23,18 @@ VERDICTS: dict[bool | None, tuple[str, Mark]] = {
 }
 
 
-class Note(NamedTuple):
-    """A remark on a figure."""
+class Line(NamedTuple):
+    """A line of a cell: a figure, its interval, or a remark on it."""
 
     text: str
-    mark: Mark
-
-
-class Cell(NamedTuple):
-    """A figure of a model, its interval, and how it compares with other models."""
-
-    text: str
-    interval: str = ""
-    notes: Sequence[Note] = ()
+    mark: Mark = ""
 
 
 class Row(NamedTuple):
     """One figure of every model."""
 
     name: str
-    cells: list[Cell]
+    cells: list[list[Line]]
 
 
 class Table(NamedTuple):
@@ -97,7 +89,7 @@ def probes(report: Report) -> list[Table]:
         tables.append(_table(report, models, title, [("", "unseen", name) for name in PROBES]))
     rules = sorted({rule for model in models for rule in model.failed_rules})
     rules.sort(key=lambda rule: -max(model.failed_rules.get(rule, 0) for model in models))
-    broken = [Row(rule, [Cell(percent(model.failed_rules.get(rule, 0))) for model in models]) for rule in rules]
+    broken = [Row(rule, [[Line(percent(model.failed_rules.get(rule, 0)))] for model in models]) for rule in rules]
     tables.append(Table("answers that break", models, broken))
     return [table for table in tables if table.rows]
 
@@ -106,31 +98,26 @@ def _table(
     report: Report, models: Sequence[ModelReport], title: str, figures: Iterable[tuple[str, Part, str]]
 ) -> Table:
     """The figures (what stands before its name, part, name) that any of the models has."""
-    rows = []
-    for before, part, name in figures:
-        own = [model.figure(part, name) for model in models]
-        if any(own):
-            cells = [_cell(f, name, _notes(report, m.key, name, part)) for m, f in zip(models, own, strict=True)]
-            rows.append(Row(before + MEASURES[name].name, cells))
+    rows = [
+        Row(before + MEASURES[name].name, [_cell(report, model, part, name) for model in models])
+        for before, part, name in figures
+        if any(model.figure(part, name) for model in models)
+    ]
     return Table(title, models, rows)
 
 
-def _cell(figure: Estimate | None, name: str, notes: Sequence[Note]) -> Cell:
+def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Line]:
+    """A figure, its interval, and in words how it differs significantly from other models'."""
+    figure, show = model.figure(part, name), MEASURES[name].show
     if figure is None:
-        return Cell(NOTHING)
-    show = MEASURES[name].show
+        return [Line(NOTHING)]
     counted = figure.low == figure.high and name in ENGINE
-    return Cell(show(figure.value), "" if counted else figure.interval(show), notes)
-
-
-def _notes(report: Report, key: str, figure: str, part: Part) -> list[Note]:
-    """The significant differences between a model's figure and another's, in words."""
-    notes: list[Note] = []
+    lines = [Line(show(figure.value))] + ([] if counted else [Line(figure.interval(show))])
     for d in report.differences:
-        if (d.model, d.figure, d.part) == (key, figure, part) and d.improved is not None:
+        if (d.model, d.figure, d.part) == (model.key, name, part) and d.improved is not None:
             word: Mark = "better" if d.improved else "worse"
-            notes.append(Note(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
-    return notes
+            lines.append(Line(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
+    return lines
 
 
 def label_of(report: Report, key: str) -> str:
@@ -192,8 +179,7 @@ def print_report(report: Report, console: Console) -> None:
 def _rich_table(table: Table, models: slice) -> RichTable:
     found = _bare_table(table.title, *(model.label for model in table.models[models]))
     for row in table.rows:
-        cells = [[cell.text, cell.interval, *(note.text for note in cell.notes)] for cell in row.cells[models]]
-        found.add_row(row.name, *("\n".join(filter(None, lines)) for lines in cells))
+        found.add_row(row.name, *("\n".join(line.text for line in cell) for cell in row.cells[models]))
     return found
 
 

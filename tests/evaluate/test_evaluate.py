@@ -15,8 +15,7 @@ from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
 from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
 from evaluate.models import AFTER, BEFORE, TEACHER, engine_folder, load, measure_weights, subjects
-from evaluate.plan import make_plan
-from evaluate.run import evaluate_run
+from evaluate.run import evaluate_run, make_plan
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
