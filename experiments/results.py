@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from evaluate.document import MEASURES, Better, Difference, Estimate, ModelReport, Part, Report, number, read_report
+from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
 from evaluate.figures.quality import (
     common_rows,
     difference,
@@ -30,13 +30,9 @@ from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.rundir import replacing
 
-TITLES: dict[str, tuple[str, Part]] = {  # the figures that arms are compared in: what they are called, and their part
-    "perplexity": ("perplexity", "test"),
-    "bits_per_character": ("bits/char", "test"),
-    "passing": ("pass the rules", "all"),
-    "adherence": ("adherence", "all"),
-    "loops": ("loops", "all"),
-    "judge": ("judge", "all"),
+COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared in
+    "test": ("perplexity", "bits_per_character"),
+    "all": ("passing", "adherence", "loops", "judge"),
 }
 FACTS = ("rows", "steps", "keep rate", "USD")
 CAUTION = (
@@ -50,7 +46,7 @@ class Column:
     """One figure of every arm that has it."""
 
     title: str
-    better: Better | None
+    measure: Measure
     arms: Mapping[str, Figure]  # on the same resamples
     others: Mapping[str, Estimate]  # models that are no arm: teacher, student before
 
@@ -73,7 +69,7 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
     reports = {arm.name: _report(arm) for arm in prepared.arms}
     columns = _columns(setup, prepared, _other_models(reports))
     differences = [
-        difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.better, "test")
+        difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.measure.better, "test")
         for column in columns
         for other, one in combinations(column.arms, 2)
     ]
@@ -114,16 +110,17 @@ def _columns(setup: Setup, prepared: Prepared, others: Mapping[str, ModelReport]
     scores = common_rows(scored)
     figures = merged(perplexity_figures(scores), _probe_figures(setup, prepared.arms))
     columns = []
-    for field, (title, part) in TITLES.items():
-        arms = {name: own[field] for name, own in figures.items() if field in own}
-        known = {name: estimate for name, model in others.items() if (estimate := model.figure(part, field))}
+    for part, name in ((part, name) for part, names in COMPARED.items() for name in names):
+        arms = {arm: own[name] for arm, own in figures.items() if name in own}
+        known = {label: estimate for label, model in others.items() if (estimate := model.figure(part, name))}
         if arms:
-            columns.append(Column(title, MEASURES[field].better, arms, known))
+            columns.append(Column(MEASURES[name].name, MEASURES[name], arms, known))
     for source, rows in prepared.sources.items() if len(prepared.sources) > 1 else ():
         ids = {row.id for row in rows}
         scored_here = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
         arms = {name: own["bits_per_character"] for name, own in scored_here.items()}
-        columns.append(Column(f"bits/char of {source}", "lower", arms, {}))
+        measure = MEASURES["bits_per_character"]
+        columns.append(Column(f"{measure.name} of {source}", measure, arms, {}))
     return columns
 
 
@@ -178,19 +175,15 @@ def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
     heads = ["", *(FACTS[n] for n in facts), *(column.title for column in results.columns)]
     rows = []
     for name, own in results.facts.items():
-        figures = [column.arms.get(name) for column in results.columns]
-        rows.append([name, *(own[n] for n in facts), *(_cell(f.estimate() if f else None) for f in figures)])
+        figures = [(column, column.arms.get(name)) for column in results.columns]
+        rows.append([name, *(own[n] for n in facts), *(_cell(c, f.estimate() if f else None) for c, f in figures)])
     for name in dict.fromkeys(name for column in results.columns for name in column.others):
-        rows.append([name, *("" for _ in facts), *(_cell(column.others.get(name)) for column in results.columns)])
+        rows.append([name, *("" for _ in facts), *(_cell(c, c.others.get(name)) for c in results.columns)])
     return heads, rows
 
 
-def _cell(estimate: Estimate | None) -> str:
-    return f"{_short(estimate.value)} ({estimate.interval(_short)})" if estimate else "–"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 2 else number(value)
+def _cell(column: Column, estimate: Estimate | None) -> str:
+    return estimate.told(column.measure.show) if estimate else "–"
 
 
 def said(results: Results) -> list[str]:
@@ -225,8 +218,8 @@ def write_results(results: Results, folder: Path) -> None:
     for column in results.columns:
         figures = [(name, figure.estimate(), "arm") for name, figure in column.arms.items()]
         figures += [(name, estimate, "other") for name, estimate in column.others.items()]
-        dots = [(name, estimate, kind, _short(estimate.value)) for name, estimate, kind in figures]
-        panels.append(dot_panel(column.title, f"{column.better} is better" if column.better else "", dots))
+        dots = [(name, estimate, kind, column.measure.show(estimate.value)) for name, estimate, kind in figures]
+        panels.append(dot_panel(column.title, f"{column.measure.better} is better", dots))
     svg = draw_svg(f"{results.name}: {results.question}", panels)
     for name, text in (("results.md", as_markdown(results) + "\n![](results.svg)\n"), ("results.svg", svg)):
         with replacing(folder / name) as file:

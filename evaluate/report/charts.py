@@ -13,7 +13,6 @@ from evaluate.document import (
     SCORES,
     Estimate,
     Filtering,
-    LossPoint,
     ModelReport,
     Part,
     Report,
@@ -68,12 +67,11 @@ class Panel(NamedTuple):
 
 
 class LossChart(NamedTuple):
-    """SVG path data in a 100 × 100 box, y downwards."""
+    """Points in a 100 × 100 box, y downwards, and the labelled places on the axes."""
 
-    train: str
-    eval: str
-    eval_dots: list[tuple[float, float]]
-    x: list[tuple[float, str]]  # labelled places on the axis
+    train: list[tuple[float, float]]
+    eval: list[tuple[float, float]]
+    x: list[tuple[float, str]]
     y: list[tuple[float, str]]
 
 
@@ -152,12 +150,11 @@ def bar_panels(report: Report) -> list[Panel]:
     return panels
 
 
-def drop_panel(filters: Filtering | None) -> Panel:
+def drop_bars(filters: Filtering | None) -> list[Mark]:
     """Dropped answers by the rule that dropped them, most first."""
     drops = sorted((d for d in (filters.rules if filters else ()) if d.dropped), key=lambda d: -d.dropped)
     place = scale(0, max((d.dropped for d in drops), default=0))
-    marks = [mark(d.rule, exactly(d.dropped), place, "drop", f"{d.dropped:,}") for d in drops]
-    return Panel("", "", marks)
+    return [mark(d.rule, exactly(d.dropped), place, "drop", f"{d.dropped:,}") for d in drops]
 
 
 def _kind(model: ModelReport) -> str:
@@ -174,20 +171,12 @@ def loss_chart(training: Training) -> LossChart | None:
     y_ticks = _ticks(min(point.loss for point in points), max(point.loss for point in points))
     x, y = scale(0, right), scale(-y_ticks[-1], -y_ticks[0])  # y downwards
 
-    def place(point: LossPoint) -> tuple[float, float]:
-        return x(point.step), y(-point.loss)
-
     return LossChart(
-        train=_path([place(point) for point in train]),
-        eval=_path([place(point) for point in evaluated]),
-        eval_dots=[place(point) for point in evaluated],
+        train=[(x(point.step), y(-point.loss)) for point in train],
+        eval=[(x(point.step), y(-point.loss)) for point in evaluated],
         x=[(x(tick), f"{tick:g}") for tick in _ticks(0, right) if tick <= right],
         y=[(y(-tick), f"{tick:g}") for tick in y_ticks],
     )
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{'L' if index else 'M'}{x} {y}" for index, (x, y) in enumerate(points))
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -39,7 +39,7 @@ def render_html(report: Report) -> str:
         bars=charts.bar_panels(report),
         probes=tables.probes(report),
         wins=tables.wins(report),
-        drops=charts.drop_panel(report.filters),
+        drops=charts.drop_bars(report.filters),
         loss=charts.loss_chart(report.training),
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )

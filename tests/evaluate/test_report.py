@@ -23,7 +23,7 @@ from evaluate.document import (
     millions,
     number,
 )
-from evaluate.report.charts import LossChart, axis_panels, bar_panels, drop_panel, loss_chart
+from evaluate.report.charts import LossChart, axis_panels, bar_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
 from evaluate.report.tables import VERDICTS, print_report, probes, promise, wins
 from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report
@@ -241,9 +241,9 @@ def test_perplexities_far_apart_are_drawn_on_a_logarithmic_scale_from_one() -> N
 
 def test_drops_come_largest_first_and_only_where_there_are_any() -> None:
     rules = [RuleDrops("length", 5), RuleDrops("script_ratio", 0), RuleDrops("finish_reason", 20)]
-    bars = drop_panel(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules)).marks
+    bars = drop_bars(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
     assert [(bar.label, bar.text, bar.at) for bar in bars] == [("finish_reason", "20", 100), ("length", "5", 25)]
-    assert drop_panel(None).marks == []
+    assert drop_bars(None) == []
 
 
 def test_the_loss_curve_is_drawn_to_scale() -> None:
@@ -255,6 +255,6 @@ def test_the_loss_curve_is_drawn_to_scale() -> None:
     assert isinstance(chart, LossChart)
     assert [label for _, label in chart.y] == ["2", "2.5", "3", "3.5", "4"]
     assert (chart.y[0][0], chart.y[-1][0]) == (100, 0)
-    assert chart.train == "M0.0 0.0 L50.0 50.0 L100.0 100.0"
-    assert chart.eval_dots == [(100, 75)]
+    assert chart.train == [(0, 0), (50, 50), (100, 100)]
+    assert chart.eval == [(100, 75)]
     assert loss_chart(Training(loss=[LossPoint(1, 2.0)])) is None

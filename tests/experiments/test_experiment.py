@@ -13,7 +13,7 @@ import evaluate.run
 import experiments.__main__ as experiments_main
 import experiments.arms
 import filters.__main__
-from evaluate.document import Estimate, read_report
+from evaluate.document import MEASURES, Estimate, read_report
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
 from evaluate.report.charts import dot_panel
@@ -219,7 +219,7 @@ def test_another_teacher_has_its_own_run_and_its_price(
         trained = json.loads((folder / name / "lineage.json").read_bytes())["train"]
         assert trained["rows"] + trained["validation"] == 18 - len(test) / 2
     text = (folder / "results.md").read_text(encoding="utf-8")
-    assert "bits/char of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
+    assert "bits per character of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
 
 
 def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp
     assert {row.model for row in kept(folder / "human")} == {"human"}
     asked = {prompt.id for prompt in read_jsonl(RunDir(folder / "distilled").prompts, Prompt)}
     assert len(asked) == PROMPTS + 10  # what people were asked is no probe for either
-    assert "bits/char of human" in (folder / "results.md").read_text(encoding="utf-8")
+    assert "bits per character of human" in (folder / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -302,16 +302,16 @@ def figure(value: float, spread: float) -> Figure:
 
 
 def results(**arms: Figure) -> Results:
-    column = Column("bits/char", "lower", arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
+    column = Column("bits per character", MEASURES["bits_per_character"], arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
-    change = difference("bits/char", other, one, arms[other].minus(arms[one]), "lower", "test")
+    change = difference("bits per character", other, one, arms[other].minus(arms[one]), "lower", "test")
     facts = {name: ["10", "–", "–", "–"] for name in arms}
     return Results("soft", "Which?", "a note", facts, [column], [change], [])
 
 
 def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None:
     lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
-    assert lines[0] == "soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)"
+    assert lines[0] == "soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)"
     lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
@@ -319,7 +319,7 @@ def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None
 
 def test_the_table_has_the_arms_and_the_other_models() -> None:
     heads, rows = rows_of(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
-    assert heads == ["", "rows", "bits/char"]  # nobody has a price
+    assert heads == ["", "rows", "bits per character"]  # nobody has a price
     assert rows[1] == ["soft", "10", "1.200 (1.162–1.238)"]
     assert rows[2] == ["teacher", "", "0.500 (0.400–0.600)"]
 
