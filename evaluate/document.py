@@ -1,6 +1,6 @@
 """report.json: the document, typed. `evaluate.report.assemble` fills it; `html` and `tables` beside it show it.
 
-None means: not measured. docs/evaluation.md says what each figure is, its formula and its source.
+None, or a figure that is not there, means: not measured. docs/evaluation.md says what each figure is, its formula and its source.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,8 @@ from pipeline.rundir import RunDir, replacing
 
 SCHEMA = 3
 
-Part = Literal[
-    "test", "engine", "all", "seen", "unseen"
-]  # the test answers, speed and memory, the probes: see ProbeSet
+# What figures are of: the test answers, the served model (speed and memory), and the probes (see ProbeSet).
+Part = Literal["test", "engine", "all", "seen", "unseen"]
 Better = Literal["higher", "lower"]
 File = TypeVar("File")
 

@@ -198,7 +198,7 @@ def said(results: Results) -> list[str]:
 
 
 def _told(found: Difference) -> str:
-    """`soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)`."""
+    """`soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)`."""
     word = "better" if found.improved else "worse"
     return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
 
