@@ -38,42 +38,36 @@ def dedup_rules(config: DedupConfig | None) -> list[dict[str, Any]]:
     """The rules that are at work, with their settings, for the report."""
     if config is None:
         return []
-    found: list[dict[str, Any]] = []
-    if config.exact:
-        found.append({"rule": EXACT})
-    if config.near is not None:
-        found.append({"rule": NEAR, "near": config.near, "ngram": config.ngram})
-    if config.prompts is not None:
-        found.append({"rule": PROMPT, "prompts": config.prompts, "ngram": config.ngram})
-    if config.contamination:
-        found.append({"rule": CONTAMINATED, "contamination": [str(path) for path in config.contamination]})
-    return found
+    ngram, files = {"ngram": config.ngram}, [str(path) for path in config.contamination]
+    at_work = {
+        EXACT: {} if config.exact else None,
+        NEAR: None if config.near is None else {"near": config.near, **ngram},
+        PROMPT: None if config.prompts is None else {"prompts": config.prompts, **ngram},
+        CONTAMINATED: {"contamination": files} if files else None,
+    }
+    return [{"rule": rule, **settings} for rule, settings in at_work.items() if settings is not None]
 
 
 def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[Source]:
     """The files that answers are compared with. Raises RecipeError if one is not there, or is this run's own."""
     sources = []
-    for kind, key, paths in (
-        (Kind.EVALUATION, "contamination", config.contamination),
-        (Kind.OTHER_RUN, "against", config.against),
-    ):
-        for index, path in enumerate(paths):
-            where = f"{recipe_path}: filters.dedup.{key}[{index}]"
-            if run.path.resolve() in (path.resolve(), path.resolve().parent):
-                raise RecipeError(f"{where}: {path} is this run itself; name another one")
-            files = [path]
-            if kind is Kind.OTHER_RUN or path.is_dir():
-                files = [RunDir(path).kept] if kind is Kind.OTHER_RUN else [RunDir(path).validation, RunDir(path).test]
-            for file in files:
-                if not file.is_file():
-                    stage = "filters" if kind is Kind.OTHER_RUN else "train"
-                    fix = (
-                        f"name a run's folder, and run `{stage}` there first"
-                        if file != path
-                        else "name a file or a run"
-                    )
-                    raise RecipeError(f"{where}: {file}: no such file; {fix}")
-                sources.append(Source(file, kind, str(path)))
+    wanted = [(Kind.EVALUATION, "contamination", *one) for one in enumerate(config.contamination)]
+    wanted += [(Kind.OTHER_RUN, "against", *one) for one in enumerate(config.against)]
+    for kind, key, index, path in wanted:
+        where = f"{recipe_path}: filters.dedup.{key}[{index}]"
+        if run.path.resolve() in (path.resolve(), path.resolve().parent):
+            raise RecipeError(f"{where}: {path} is this run itself; name another one")
+        other, files = RunDir(path), [path]
+        if kind is Kind.OTHER_RUN:
+            files = [other.kept]
+        elif path.is_dir():
+            files = [other.validation, other.test]
+        for file in files:
+            if not file.is_file():
+                stage = "filters" if kind is Kind.OTHER_RUN else "train"
+                fix = f"name a run's folder, and run `{stage}` there first" if file != path else "name a file or a run"
+                raise RecipeError(f"{where}: {file}: no such file; {fix}")
+            sources.append(Source(file, kind, str(path)))
     return sources
 
 

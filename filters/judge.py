@@ -2,7 +2,7 @@
 
 Runs on the engine of `generate`, one answer a request: concurrency, limits, journals and resume are the same. Reads the
 rows that the rules let pass; writes `judgements.jsonl`, and keeps its own run in `judge/<version>/<attempt>/`,
-where the version is a hash of all that determines a verdict: with another rubric or judge everything is judged anew.
+where the version is a hash of all that determines a verdict: with another rubric or judge everything is judged again.
 A verdict that cannot be read is asked for again with another seed, and after that the row is unjudged: never guessed.
 """
 
@@ -85,7 +85,7 @@ def question(row: Completion, config: JudgeConfig) -> list[Message]:
 
 
 def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
-    """Every score of a verdict, `score` included; None where any is missing or not one of 1 to 5."""
+    """Every score of a verdict, `score` included; None if any is missing or not one of 1 to 5."""
     try:
         said = json.loads(FENCE.sub("", text.strip()))
     except (ValueError, RecursionError):
@@ -134,9 +134,8 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
         open_ids = {id_: None for id_ in open_ids if id_ not in judgements}
     errors = _errors(asked, open_ids) if open_ids else {}
     for id_ in open_ids:
-        judgements[id_] = Judgement(
-            id=id_, score=None, version=version, attempts=config.attempts, error=errors.get(id_)
-        )
+        why = errors.get(id_)
+        judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
     if same := undiscerning(judgements.values()):
         print(f"warning: {same}", file=sys.stderr)
@@ -264,13 +263,14 @@ def _verdicts(
         verdict = read_verdict(answer.text, config) if answer.prompt_id in wanted else None
         if verdict:
             score = verdict.pop("score")
+            seed = answer.sampling.get("seed")
             yield Judgement(
                 id=answer.prompt_id,
                 score=score,
                 criteria=verdict,
                 model=answer.model,
                 version=version,
-                seed=_seed(answer.sampling),
+                seed=seed if isinstance(seed, int) else None,
                 attempts=attempt,
             )
 
@@ -285,11 +285,6 @@ def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:
     }
 
 
-def _seed(sampling: dict[str, Any]) -> int | None:
-    seed = sampling.get("seed")
-    return seed if isinstance(seed, int) else None
-
-
 def read_judgements(run: RunDir) -> dict[str, Judgement]:
     """The run's judgements by id; none if it was not judged. Raises DistillError if the file is wrong."""
     if not run.judgements.exists():
@@ -297,4 +292,4 @@ def read_judgements(run: RunDir) -> dict[str, Judgement]:
     try:
         return {judgement.id: judgement for judgement in read_jsonl(run.judgements, Judgement)}
     except DistillError as error:
-        raise type(error)(f"{error}; move the file away, and it is made anew from {run.path / 'judge'}") from None
+        raise type(error)(f"{error}; move the file away, and it is made again from {run.path / 'judge'}") from None

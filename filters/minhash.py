@@ -8,8 +8,9 @@ signatures are rensa's (Fast Similarity Sketching, Dahlgaard et al. 2017); only 
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,34 +26,17 @@ _SEED = 1
 _BATCH = 128  # texts per call of rensa: from 256 on it starts threads, and a process forked after that would hang
 _BASE = 0x9E3779B97F4A7C15  # odd, and without a pattern in its bits
 _MIX = 0xBF58476D1CE4E5B9
-_SELECTORS = range(0xFE00, 0xFE10)  # they choose how an emoji is drawn, and count as marks
+_SELECTORS = {chr(code) for code in range(0xFE00, 0xFE10)}  # they choose how an emoji is drawn, and count as marks
 _PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
 _PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
 
 
-class Shape(NamedTuple):
-    """So many bands of so many rows each; two texts whose signatures agree in a whole band are candidates."""
-
-    bands: int
-    rows: int
-
-
-class _Folding(dict[int, str]):
-    """What each character becomes; filled as characters come."""
-
-    def __missing__(self, code: int) -> str:
-        category = unicodedata.category(chr(code))
-        if category == "Cf":
-            folded = ""  # joiners, soft hyphens: nobody sees them
-        elif category[0] in "LMN" and code not in _SELECTORS:
-            folded = chr(code)
-        else:
-            folded = " "
-        self[code] = folded
-        return folded
-
-
-_folding = _Folding()
+@cache
+def _fold_char(char: str) -> str:
+    category = unicodedata.category(char)
+    if category == "Cf":
+        return ""  # joiners, soft hyphens: nobody sees them
+    return char if category[0] in "LMN" and char not in _SELECTORS else " "
 
 
 def fold(text: str) -> str:
@@ -60,7 +44,7 @@ def fold(text: str) -> str:
     lower = text.casefold()
     if _PLAIN.fullmatch(lower):  # NFC and categories change nothing else there; three times as fast
         return " ".join(_PLAIN_WORDS.findall(lower))
-    return " ".join(nfc(lower).translate(_folding).split())
+    return " ".join("".join(map(_fold_char, nfc(lower))).split())
 
 
 def digest(folded: str) -> bytes:
@@ -105,12 +89,14 @@ def jaccard(first: Array, second: Array) -> float:
     return shared / (len(merged) - shared)
 
 
-def shape_for(threshold: float) -> Shape:
-    """The bands with the most rows (so the fewest false candidates) that still find RECALL of the pairs."""
-    shapes = [Shape(PERMUTATIONS // rows, rows) for rows in range(1, PERMUTATIONS + 1)]
-    return max(
-        (one for one in shapes if 1 - (1 - threshold**one.rows) ** one.bands >= RECALL), key=lambda one: one.rows
-    )
+def shape_for(threshold: float) -> tuple[int, int]:
+    """Bands, and rows of a band: the most rows (so the fewest false candidates) that still find RECALL of the pairs.
+
+    Two texts whose signatures agree in a whole band are candidates.
+    """
+    shapes = [(PERMUTATIONS // rows, rows) for rows in range(1, PERMUTATIONS + 1)]
+    found = [(bands, rows) for bands, rows in shapes if 1 - (1 - threshold**rows) ** bands >= RECALL]
+    return found[-1]
 
 
 def signatures(folded: Sequence[str], n: int) -> Array:
@@ -123,11 +109,12 @@ def signatures(folded: Sequence[str], n: int) -> Array:
     return values
 
 
-def band_keys(values: Array, shape: Shape) -> Array:
+def band_keys(values: Array, shape: tuple[int, int]) -> Array:
     """One uint32 key per band, shape (texts, bands). Keys that are equal by chance cost one comparison."""
-    bands = values[:, : shape.bands * shape.rows].astype(np.uint64).reshape(len(values), shape.bands, shape.rows)
+    count, rows = shape
+    bands = values[:, : count * rows].astype(np.uint64).reshape(len(values), count, rows)
     mixed = np.zeros(bands.shape[:2], dtype=np.uint64)
-    for row in range(shape.rows):
+    for row in range(rows):
         mixed += bands[:, :, row]
         mixed *= np.uint64(_BASE)
         mixed ^= mixed >> np.uint64(29)

@@ -34,7 +34,7 @@ class RepetitionSettings(RuleSettings):
     duplicate_sentence_chars: float | None = Field(0.20, ge=0, le=1)
     duplicate_paragraphs: float | None = Field(0.30, ge=0, le=1)  # of the number of paragraphs
     duplicate_paragraph_chars: float | None = Field(0.20, ge=0, le=1)
-    repeated_span: int | None = Field(3, ge=1)  # so many sentences in a row must not come twice
+    repeated_span: int | None = Field(3, ge=1)  # as many sentences in a row must not come twice
 
     @field_validator("top_ngrams", "duplicate_ngrams")
     @classmethod

@@ -58,9 +58,7 @@ class FilterReport:
     overlaps: dict[str, int]  # rules that dropped the same answers, joined by " + ": answers
     slots: dict[str, dict[str, SlotCount]]  # slot, value; a slot with more than MOST_VALUES values is left out
     lengths: dict[str, dict[str, int]]  # characters (`150-199`): kept, dropped
-    scores: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # the judge's: `judge` or a criterion, score: answers
+    scores: dict[str, dict[str, int]] = field(default_factory=dict)  # `judge` or a criterion, score: answers
     judge_failures: int = 0  # answers without a score because the request for it failed; another call asks again
     bad_lines: int = 0
     first_bad_lines: list[BadLine] = field(default_factory=list)
@@ -133,10 +131,8 @@ def _lengths(tally: Tally) -> dict[str, dict[str, int]]:
 def print_report(report: FilterReport, console: Console) -> None:
     """The drops by rule, the slot values that fare worst, the lengths, and last the keep rate."""
     if report.rules:
-        table = Table(Column("rule", no_wrap=True))
-        for heading in ("dropped", "alone", "with others"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("for example")
+        counts = (Column(name, justify="right", no_wrap=True) for name in ("dropped", "alone", "with others"))
+        table = Table(Column("rule", no_wrap=True), *counts, "for example")
         for rule in report.rules:
             example = rule.examples[0].reason if rule.examples else ""
             table.add_row(
@@ -155,16 +151,12 @@ def print_report(report: FilterReport, console: Console) -> None:
 
 def _print_slots(report: FilterReport, console: Console) -> None:
     """The three values of each slot that are kept least, and the one that is kept most; all are in the JSON."""
-    table = Table("slot", "value", "answers", "kept", "keep rate")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table("slot", "value", *(Column(name, justify="right") for name in ("answers", "kept", "keep rate")))
     for name, values in report.slots.items():
         if len(values) < 2:
             continue
-        shown = [*values.items()]
-        if len(shown) > 4:
-            shown = [*shown[:3], shown[-1]]
-        for value, count in shown:
+        items = [*values.items()]
+        for value, count in items if len(items) <= 4 else [*items[:3], items[-1]]:
             table.add_row(name, one_line(value, 30), f"{count.rows:,}", f"{count.kept:,}", f"{count.keep_rate:.0%}")
             name = ""
         table.add_section()
@@ -173,8 +165,7 @@ def _print_slots(report: FilterReport, console: Console) -> None:
 
 
 def _print_lengths(report: FilterReport, console: Console) -> None:
-    table = Table("characters", "kept", "dropped", "")
-    table.columns[1].justify = table.columns[2].justify = "right"
+    table = Table("characters", Column("kept", justify="right"), Column("dropped", justify="right"), "")
     most = max((bar["kept"] + bar["dropped"] for bar in report.lengths.values()), default=0)
     for name, bar in report.lengths.items():
         kept, dropped = round(30 * bar["kept"] / most), round(30 * bar["dropped"] / most)
@@ -197,7 +188,7 @@ def _print_scores(report: FilterReport, console: Console) -> None:
 
 
 def one_line(text: str, chars: int) -> str:
-    """At most so many characters, safe to print: no line breaks, control characters or console markup."""
+    """The text shortened to `chars` characters, safe to print: no line breaks, control characters or console markup."""
     line = "".join(char if char.isprintable() else " " for char in text)
     line = line if len(line) <= chars else line[: chars - 1] + "…"
     return escape(line)

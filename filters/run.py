@@ -25,7 +25,7 @@ from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
 from filters.rows import decode_completion, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, sketch
-from filters.stream import LONGEST_LINE, Line, in_blocks
+from filters.stream import LONGEST_LINE, Line, Work, in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
@@ -43,7 +43,7 @@ class Judged:
     """What the rules made of a block of lines."""
 
     tally: Tally = field(default_factory=Tally)
-    passed: list[bytes] = field(default_factory=list)  # lines, as they stand
+    passed: list[bytes] = field(default_factory=list)  # lines of completions.jsonl, or of kept.jsonl
     dropped: list[bytes] = field(default_factory=list)  # lines of dropped.jsonl
     lines: int = 0
     bad: list[BadLine] = field(default_factory=list)  # numbered from 1 in the block
@@ -80,7 +80,10 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     verdicts: dict[int, Judgement] = {}  # of survivors, numbered from 0
     gone: dict[int, Reason] = {}  # survivors that are dropped after all
     with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), _removed(survivors):
-        tally, bad = _apply_rules(run, rules, survivors, dropped, skip_bad=skip_bad)
+        later = dedup is not None or judging is not None
+        with survivors.open("wb") as passed:
+            outputs = (passed if later else kept, dropped)
+            tally, bad = _apply_rules(run, partial(judge_lines, rules=rules, later=later), outputs, skip_bad=skip_bad)
         if not tally.kept + tally.dropped:
             what = f"none of its {bad.lines} lines is a completion" if bad.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
@@ -99,12 +102,11 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
 
 
 def _apply_rules(
-    run: RunDir, rules: RuleSet, survivors: Path, dropped: BinaryIO, *, skip_bad: bool
+    run: RunDir, work: Work[Judged], outputs: tuple[BinaryIO, BinaryIO], *, skip_bad: bool
 ) -> tuple[Tally, BadLines]:
-    """Writes the completions that every rule lets pass to `survivors`, the others with their reasons to `dropped`."""
-    tally, bad = Tally(), BadLines()
-    blocks = in_blocks(run.completions, partial(judge_lines, rules=rules))
-    with survivors.open("wb") as passed, closing(blocks):
+    """Writes the answers that every rule lets pass to the first output, the others with their reasons to the second."""
+    tally, bad, (passed, dropped) = Tally(), BadLines(), outputs
+    with closing(in_blocks(run.completions, work)) as blocks:
         for block in blocks:
             for found in block.bad:
                 line = BadLine(bad.lines + found.line, found.reason)
@@ -121,8 +123,8 @@ def _apply_rules(
     return tally, bad
 
 
-def judge_lines(lines: Iterator[Line], rules: RuleSet) -> Judged:
-    """Runs every rule on every line of a block."""
+def judge_lines(lines: Iterator[Line], rules: RuleSet, *, later: bool) -> Judged:
+    """Runs every rule on every line of a block. `later`: other stages follow, so what passes is not a kept row yet."""
     judged = Judged()
     for number, (_, line) in enumerate(lines, start=1):
         judged.lines = number
@@ -145,7 +147,7 @@ def judge_lines(lines: Iterator[Line], rules: RuleSet) -> Judged:
         if reasons:
             judged.dropped.append(dropped_line(line, reasons))
         else:
-            judged.passed.append(line if line.endswith(b"\n") else line + b"\n")
+            judged.passed.append(line.rstrip() + b"\n" if later else kept_line(line, {}))
     return judged
 
 
@@ -223,16 +225,12 @@ def check_keep_rate(
 
 
 def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dict[str, object]:
+    counts = {name: getattr(report, name) for name in ("rows", "kept", "dropped", "keep_rate", "bad_lines")}
     return {
         "rules": [rule.described() for rule in rules.rules],
-        "dedup": config.dedup.model_dump(mode="json") if config.dedup else None,
-        "judge": config.judge.model_dump(mode="json") if config.judge else None,
-        "rows": report.rows,
-        "kept": report.kept,
-        "dropped": report.dropped,
-        "keep_rate": report.keep_rate,
+        **config.model_dump(mode="json", include={"dedup", "judge"}),
+        **counts,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
-        "bad_lines": report.bad_lines,
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -32,15 +32,14 @@ from pipeline.rundir import RunDir, replacing
 
 SHOWN = 10  # rows of each side
 SHOWN_CHARS = 200
-STEPS = (0.2, 0.4, 0.6, 0.8)  # a rule is asked again with thresholds so much stricter
+STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule is asked again
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
 Rank = tuple[int, float, float, float, str]
 Thresholds = list[tuple[Callable[[Answer, Any], Reason | None], list[RuleSettings]]]
 
 
-@dataclass(frozen=True)
-class Flip:
+class Flip(NamedTuple):
     """A row that would change sides, and the reasons that drop it (then or now)."""
 
     id: str
@@ -49,16 +48,26 @@ class Flip:
 
 
 @dataclass
-class DryRun:
-    """How many rows would change sides; the first of them."""
+class Flips:
+    """Rows that would change to one side: how many, and the first of them."""
 
-    kept_before: int = 0
-    kept_after: int = 0
+    count: int = 0
+    first: list[Flip] = field(default_factory=list)
+
+    def add(self, row: Completion, reasons: Sequence[Reason]) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(Flip(row.id, reasons, row.text))
+
+
+@dataclass
+class DryRun:
+    """What would change."""
+
     rows: int = 0
-    to_dropped: int = 0
-    to_kept: int = 0
-    first_to_dropped: list[Flip] = field(default_factory=list)
-    first_to_kept: list[Flip] = field(default_factory=list)
+    kept_before: int = 0
+    to_dropped: Flips = field(default_factory=Flips)
+    to_kept: Flips = field(default_factory=Flips)
 
 
 @dataclass(frozen=True)
@@ -77,39 +86,31 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
     check_filtered(run, "--dry-run compares with a filtered run")
     result = DryRun()
     for row in filtered_rows(run):
-        reasons = rules.reasons(as_answer(row))
-        if isinstance(row, Dropped) and row.rule in (*DEDUP_RULES, JUDGE):
-            reasons = reasons or row.detail  # neither duplicates nor the judge are asked again
-        was_kept = not isinstance(row, Dropped)
         result.rows += 1
-        result.kept_before += was_kept
-        result.kept_after += not reasons
-        if was_kept and reasons:
-            result.to_dropped += 1
-            if len(result.first_to_dropped) < SHOWN:
-                result.first_to_dropped.append(Flip(row.id, reasons, row.text))
-        elif isinstance(row, Dropped) and not reasons:
-            result.to_kept += 1
-            if len(result.first_to_kept) < SHOWN:
-                result.first_to_kept.append(Flip(row.id, row.detail, row.text))
+        reasons = rules.reasons(as_answer(row))
+        if isinstance(row, Kept):
+            result.kept_before += 1
+            if reasons:
+                result.to_dropped.add(row, reasons)
+        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE):  # neither is asked again
+            result.to_kept.add(row, row.detail)
     return result
 
 
 def print_dry_run(result: DryRun, console: Console) -> None:
     """Both directions side by side, then the counts."""
-    if result.to_dropped or result.to_kept:
-        table = Table(
-            f"kept, would be dropped ({result.to_dropped:,})",
-            f"dropped, would be kept ({result.to_kept:,})",
-            show_lines=True,
-        )
-        for dropped, kept in zip_longest(result.first_to_dropped, result.first_to_kept):
-            table.add_row(_cell(dropped, "now"), _cell(kept, "was"))
+    dropped, kept = result.to_dropped, result.to_kept
+    if dropped.count or kept.count:
+        headings = (f"kept, would be dropped ({dropped.count:,})", f"dropped, would be kept ({kept.count:,})")
+        table = Table(*headings, show_lines=True)
+        for one, other in zip_longest(dropped.first, kept.first):
+            table.add_row(_cell(one, "now"), _cell(other, "was"))
         console.print(table)
-    before, after = (count / result.rows if result.rows else 0.0 for count in (result.kept_before, result.kept_after))
+    before, after = result.kept_before, result.kept_before - dropped.count + kept.count
+    rows = max(result.rows, 1)
     console.print(
-        f"{result.rows:,} answers: {result.kept_before:,} kept ({before:.1%}), with these rules {result.kept_after:,} "
-        f"({after:.1%}). Nothing was written.",
+        f"{result.rows:,} answers: {before:,} kept ({before / rows:.1%}), with these rules {after:,} "
+        f"({after / rows:.1%}). Nothing was written.",
         highlight=False,
     )
 
@@ -160,12 +161,9 @@ def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
 
 
 def stricter(rules: RuleSet) -> Thresholds:
-    """The rules that have a threshold, each with its settings so much stricter."""
-    return [
-        (rule.rule.check, [tighten(rule.settings, step) for step in STEPS])
-        for rule in rules.rules
-        if (tighten := _TIGHTEN.get(type(rule.settings)))
-    ]
+    """The rules that have a threshold, each with its settings made stricter, by STEPS."""
+    found = [(rule.rule.check, [_tighter(rule.settings, step) for step in STEPS]) for rule in rules.rules]
+    return [(check, [one for one in steps if one]) for check, steps in found if any(steps)]
 
 
 def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
@@ -216,35 +214,25 @@ def print_sweep(subsets: Sequence[Subset], console: Console) -> None:
     console.print("train each: python -m train RECIPE --run <run>", highlight=False)
 
 
-def _tighter_length(settings: LengthSettings, step: float) -> LengthSettings:
-    low, high = settings.min_chars, settings.max_chars
-    if high is None:
-        return settings.model_copy(update={"min_chars": ceil(low * (1 + step))})
-    by = step * (high - low) / 2
-    return settings.model_copy(update={"min_chars": ceil(low + by), "max_chars": int(high - by)})
+def _tighter(settings: RuleSettings, step: float) -> RuleSettings | None:
+    """The same settings with stricter thresholds; None for a rule that has none. `step`: 0 to 1, how much stricter."""
 
-
-def _tighter_repeated_word(settings: RepeatedWordSettings, step: float) -> RepeatedWordSettings:
-    return settings.model_copy(update={"max_count": int(settings.max_count * (1 - step))})
-
-
-def _tighter_script_ratio(settings: ScriptRatioSettings, step: float) -> ScriptRatioSettings:
-    return settings.model_copy(update={"min_share": settings.min_share + step * (1 - settings.min_share)})
-
-
-def _tighter_repetition(settings: RepetitionSettings, step: float) -> RepetitionSettings:
     def less(limit: Any) -> Any:
         if isinstance(limit, dict):
             return {n: share * (1 - step) for n, share in limit.items()}
         return None if limit is None else limit * (1 - step)
 
-    names = (name for name in type(settings).model_fields if name != "repeated_span")
-    return settings.model_copy(update={name: less(getattr(settings, name)) for name in names})
-
-
-_TIGHTEN: dict[type[RuleSettings], Callable[[Any, float], RuleSettings]] = {
-    LengthSettings: _tighter_length,
-    RepeatedWordSettings: _tighter_repeated_word,
-    ScriptRatioSettings: _tighter_script_ratio,
-    RepetitionSettings: _tighter_repetition,
-}
+    match settings:
+        case LengthSettings(min_chars=low, max_chars=None):
+            return settings.model_copy(update={"min_chars": ceil(low * (1 + step))})
+        case LengthSettings(min_chars=low, max_chars=int(high)):
+            by = step * (high - low) / 2
+            return settings.model_copy(update={"min_chars": ceil(low + by), "max_chars": int(high - by)})
+        case RepeatedWordSettings(max_count=count):
+            return settings.model_copy(update={"max_count": int(count * (1 - step))})
+        case ScriptRatioSettings(min_share=share):
+            return settings.model_copy(update={"min_share": share + step * (1 - share)})
+        case RepetitionSettings():
+            names = (name for name in type(settings).model_fields if name != "repeated_span")
+            return settings.model_copy(update={name: less(getattr(settings, name)) for name in names})
+    return None

@@ -56,7 +56,7 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             headers=headers_of(teacher),
             cookie_jar=aiohttp.DummyCookieJar(),
-            proxy=proxy_of(url),  # not by trust_env: that asks two threads a request, and takes passwords from .netrc
+            proxy=proxy_of(url),  # not by trust_env: it costs two threads per request, and reads .netrc
         )
 
     async def __aenter__(self) -> "Client":

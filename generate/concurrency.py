@@ -5,7 +5,7 @@ keeps its batch full and the queue behind it short; `ByClimbing`, on any other, 
 rising. Both back off on 429 and timeouts as TCP does (AIMD: additive increase, multiplicative decrease; Chiu and Jain
 1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
 makes every answer slower and the whole faster.
-Pure: the time and the observations are passed in. generate.endpoint asks and tells.
+Pure: the time and the observations are passed in by generate.endpoint.
 """
 
 import re
@@ -16,12 +16,12 @@ START_QUEUED = 276  # per engine, where the server shows its queue: 256, which m
 MOST = 4096  # per endpoint: more than any one engine batches; a larger fixed number can still be asked for
 BACK_OFF = 0.7
 
-QUEUE_SHARE = 0.08  # of what runs, kept waiting at the server, so that a slot that falls free has a successor there
+QUEUE_SHARE = 0.08  # of the running requests: so many wait at the server, so that a free slot is filled at once
 QUEUE_LEAST = 4
 # Seconds between two looks at the load, which cost a server: while the limit doubles, while it moves, and after.
 DOUBLING_S, QUICK_S, CALM_S = 0.03, 0.1, 5.0
 CALM_AFTER = 10  # looks at which it did not move
-LOOK_SHARE = QUEUE_SHARE / 2  # of an answer's time between two looks: the queue has half drained by then
+LOOK_SHARE = QUEUE_SHARE / 2  # of an answer's time between two looks: half of the queue has drained by then
 KV_FULL = 0.97  # above it the engine puts requests aside and computes them twice
 
 RISES = 1.2  # twice the requests must bring this factor, or the limit is found
@@ -43,7 +43,7 @@ class Load(NamedTuple):
 
 
 class Concurrency(Protocol):
-    """How many requests may be in flight; told of what may change it."""
+    """How many requests may be in flight. Its methods report what may change that."""
 
     limit: int
 
@@ -115,7 +115,7 @@ class ByQueue:
         """Moves the limit by what is missing in the queue, or too much in it.
 
         Never below what the server has run at once, and its queue: where many answers end in one step, those that
-        follow them stand in the queue for a moment, and no slot is taken.
+        follow them wait in the queue for a moment, which is no reason to lower the limit.
         """
         wanted = max(QUEUE_LEAST, load.running * QUEUE_SHARE)
         seen = (load.running + load.waiting) * self._fraction
@@ -153,7 +153,7 @@ class Episode(NamedTuple):
 
 
 class ByClimbing:
-    """Doubles while that pays, then keeps near the number that the best throughput asked for.
+    """Doubles while that raises throughput, then stays near the number with the best throughput.
 
     Throughput is the speed of one request times the requests in flight (Little's law), over requests that were sent
     after the limit last moved: answers come in bursts, and counting them over a moment would measure the burst.
@@ -199,7 +199,7 @@ class ByClimbing:
                 self._best, self._base = throughput, self.limit
                 self.limit = min(2 * self.limit, MOST)
             else:
-                gain = max(throughput / self._best, 1.0)  # of twice the number: the rest of it only waits
+                gain = max(throughput / self._best, 1.0)  # what doubling brought; the other requests only wait
                 self.limit = self._base = max(1, int(self._base * gain * 1.1))
                 self._best, self._phase = max(self._best, throughput), "settle"
         elif self._step:

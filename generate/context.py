@@ -1,4 +1,4 @@
-"""The `Run`: what every part of one call of `generate` works with, and what of the recipe is left to ask.
+"""The `Run`: what every part of one call of `generate` works with, and the ways in which it can end.
 
 Holds open journals; decides nothing.
 """
@@ -22,6 +22,7 @@ class Left:
 
     def __init__(self, answered: IdSet, failed: IdSet, *, retry_failures: bool) -> None:
         self.answered, self.failed = answered, IdSet() if retry_failures else failed
+        self.retry_failures = retry_failures
 
     def has(self, job: Job) -> bool:
         return job.request.id not in self.answered and job.request.id not in self.failed
@@ -43,7 +44,7 @@ class Run:
     budget: Budget
     counters: Counters
     say: Callable[[str], None]  # a message to the user
-    show: Callable[[], None]  # the counters, a few times a second
+    show: Callable[[], None]  # shows the counters; called a few times per second
     partition: Partition = WHOLE
 
     def jobs(self) -> Iterator[Job]:

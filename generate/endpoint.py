@@ -1,4 +1,4 @@
-"""One endpoint and what is known of it: how many requests it takes, in what time, and whether it is up.
+"""One endpoint: how many requests it takes, how long an attempt may last, and whether it is up.
 
 Joins its client (generate.client), its limits (generate.limits) and its concurrency (generate.concurrency), and is the
 circuit breaker: an endpoint that only fails gets nothing but one probe now and then, until it answers again. What a
@@ -79,7 +79,7 @@ class Endpoint:
             self._probe_sent = None
 
     def answered(self, answer: Answer, sent: float, now: float) -> None:
-        """An answer came: the endpoint is up."""
+        """The endpoint has answered: it is up."""
         self._steps = 0
         self._failing.clear()
         if self.down_since is not None:
@@ -117,7 +117,7 @@ class Endpoint:
             self._say(f"{self.url} is down ({fault.message}); probing it until it answers")
 
     async def prepare(self) -> str | None:
-        """Looks what is there, before the first request. None when something answers; else why nothing does."""
+        """Checks the endpoint before the first request. None if something answers there, else why nothing does."""
         silent = await self.client.check_reachable()
         load = None if silent else read_load(await self.client.metrics() or "")
         if load is not None:
@@ -128,7 +128,7 @@ class Endpoint:
         return silent
 
     def timeout_s(self, spent_s: float) -> float:
-        """Seconds that the next attempt of a request may take which has been in flight for `spent_s`; 0 for none."""
+        """Seconds for the next attempt of a request that has been in flight for `spent_s`; 0: no attempt."""
         config = self._config
         timeout_s = config.request_timeout_s or (TIMEOUT_WORKING_S if self._shows_load else TIMEOUT_S)
         deadline_s = config.deadline_s or ATTEMPTS_OF_TIME * timeout_s
@@ -136,7 +136,7 @@ class Endpoint:
         return left if left >= LEAST_OF_FIRST * first else 0.0
 
     async def watch(self, changed: Callable[[], None]) -> None:
-        """Follows the server's own queue where that decides; calls `changed` when the limit rises."""
+        """Follows the server's queue if it shows one; calls `changed` when the limit rises."""
         while isinstance(self._concurrency, ByQueue):
             await asyncio.sleep(self._concurrency.look_s)
             before = self.limit

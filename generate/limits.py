@@ -90,7 +90,7 @@ class Limits:
             bucket.take(used - estimated, now)
 
     def pause(self, seconds: float, now: float) -> None:
-        """Nothing goes out for so long: the server asks for it."""
+        """Nothing goes out for so many seconds: the server asks for it."""
         self._paused_until = max(self._paused_until, now + seconds)
 
     def paused_s(self, now: float) -> float:
@@ -102,7 +102,7 @@ class Limits:
         return seconds > max(LONG_S, self.paused_s(now) + 1)
 
     def learn(self, headers: Mapping[str, str], now: float) -> str | None:
-        """Takes over what the headers say of limits; in words where it is new and binds.
+        """Takes over the limits in the headers; returns what is new, in words.
 
         A lower limit of the recipe's own stands. Headers that say nothing change nothing.
         """

@@ -18,7 +18,7 @@ from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
-from generate.schedule import BACKOFF, JITTER, Schedule, wait_s
+from generate.schedule import BACKOFF, Schedule, wait_s
 from generate.verdict import (
     EndRun,
     Fail,
@@ -204,9 +204,7 @@ class Loop:
             case Retry():
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
-                self._schedule.put_back(
-                    job, now + verdict.after_s + wait_s(BACKOFF if verdict.step else JITTER, verdict.step)
-                )
+                self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
                 self._dialect.learn(fault, job, attempt.dialect, self._run.say)
                 job.attempts -= 1
@@ -220,8 +218,9 @@ class Loop:
                     self._record_failure(failure)
             case EndRun():
                 if self._outcome is None:  # of many at once the first is told
-                    models = await endpoint.client.describe_models() if verdict.name_models else ""
-                    self._end(stopped(verdict.message + models))
+                    self._end(stopped(verdict.message))
+                    if verdict.name_models:
+                        self._outcome = stopped(verdict.message + await endpoint.client.describe_models())
 
     def _record_answer(self, attempt: Attempt, answer: Answer, now: float) -> None:
         job, endpoint, run = attempt.job, attempt.endpoint, self._run
@@ -249,8 +248,9 @@ class Loop:
     def _release(self) -> None:
         """The call has had something other than one kind of refusal: the refused requests were at fault themselves."""
         held_back, self._held_back = self._held_back, None
-        for failure in held_back or ():
-            self._record_failure(failure)
+        if self._outcome is None:  # else they are asked again by the next call
+            for failure in held_back or ():
+                self._record_failure(failure)
 
     def _finished(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""

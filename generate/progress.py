@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pipeline.records import Usage
 
-WINDOW_S = 30.0  # speed and the time left are those of the last so many seconds
+WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0
 SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens")
 
@@ -29,7 +29,7 @@ class Counters:
     answered: int = 0
     failed: int = 0
     in_flight: int = 0
-    waiting: int = 0  # failed once, to be asked again
+    waiting: int = 0  # failed once, waiting for a retry
     prompt_tokens: int = 0
     completion_tokens: int = 0
     models: set[str] = field(default_factory=set)  # as the server named them
@@ -68,7 +68,7 @@ class Counters:
 
 
 class Display:
-    """Shows the counters; use as a context manager and call `tick` a few times a second."""
+    """Shows the counters; use as a context manager and call `tick` a few times per second."""
 
     def __init__(self, counters: Counters, console: Console, *, quiet: bool) -> None:
         self._counters, self._console, self._quiet = counters, console, quiet
@@ -119,14 +119,14 @@ class Display:
         self.say(f"{counters.answered} answered in this call, {counters.total - counters.done} {left}")
 
     def _line(self, now: float) -> str:
-        """Tokens a second, in flight, waiting, failures and the time left."""
+        """Tokens per second, in flight, waiting, failures and the time left."""
         counters = self._counters
         since, done, tokens = self._samples[0]
         seconds = max(now - since, 1e-9)
         per_second = (counters.done - done) / seconds
         parts = [f"{(counters.completion_tokens - tokens) / seconds:.0f} tok/s", f"{counters.in_flight} in flight"]
         if counters.waiting:
-            parts.append(f"{counters.waiting} to be asked again")
+            parts.append(f"{counters.waiting} waiting for a retry")
         failed = counters.failed + counters.failed_before
         parts.append(f"{failed} failed")
         if per_second > 0:

@@ -111,7 +111,6 @@ class _Call:
     run: Run
     plan: Plan
     display: Display
-    retry_failures: bool
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     lineage: dict[str, Any] = field(default_factory=dict)  # once saved
 
@@ -121,9 +120,7 @@ class _Call:
         if config.mode == "batch":
             outcome = await self._send_batches(signals=signals)
         elif config.processes > 1:
-            outcome = await send_from_workers(
-                self.run, self.display, retry_failures=self.retry_failures, signals=signals
-            )
+            outcome = await send_from_workers(self.run, self.display, signals=signals)
         else:
             outcome = await send_from_here(self.run, self.display, signals=signals)
         if isinstance(outcome, Interrupted):
@@ -192,7 +189,7 @@ def _opened(recipe: Recipe, run_dir: RunDir, *, quiet: bool, retry_failures: boo
         )
         for message in _findings(run, plan):
             display.say(message)
-        call = _Call(run, plan, display, retry_failures)
+        call = _Call(run, plan, display)
         try:
             yield call
         except BaseException:

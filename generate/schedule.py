@@ -9,19 +9,20 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import count
 
-from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
+from tenacity import RetryCallState, Retrying, wait_random_exponential
 from tenacity.wait import wait_base
 
 from generate.jobs import Job
 
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds; full jitter: uniform below 0.5, 1, 2, 4, …
-JITTER = wait_random(0, 0.1)  # seconds, after the time that the server named
 
 
 def wait_s(policy: wait_base, step: int) -> float:
-    """Seconds that a tenacity policy waits at a step of its backoff; the first is 1."""
+    """Seconds that a tenacity policy waits at a step of its backoff: the first is 1, and at 0 there is no wait."""
+    if not step:
+        return 0.0
     state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = max(step, 1)
+    state.attempt_number = step
     return float(policy(state))
 
 

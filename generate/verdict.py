@@ -55,7 +55,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Send the request again after `after_s` seconds and the backoff's `step`; step 0 is a little jitter."""
+    """Send the request again after `after_s` seconds and a step of the backoff; step 0 adds nothing."""
 
     after_s: float = 0.0
     step: int = 1
@@ -121,9 +121,9 @@ def decide(reply: Answer | Fault, job: Job, state: State, config: GenerateConfig
         )
     then = _again(reply, job, state, config)
     if reply.error == "rate_limited":
-        return Pause(reply.retry_after_s or _wait_s(REFUSED_WAIT, state.step), then)
+        return Pause(reply.retry_after_s or wait_s(REFUSED_WAIT, state.step), then)
     if reply.error == "unreachable" or state.failing >= FAILURES_IN_ROW:
-        return Pause(_wait_s(PROBE_WAIT, state.step), then, down=True)
+        return Pause(wait_s(PROBE_WAIT, state.step), then, down=True)
     return then
 
 
@@ -137,9 +137,10 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
         after_s = 0.0  # it is the endpoint that waits
     if job.attempts - blameless >= config.max_attempts or not (state.has_time or fault.error == "unreachable"):
         return Fail()
+    step = job.attempts
     if fault.error == "rate_limited":  # the endpoint's own pause grows already
-        return Retry(after_s, 0 if fault.retry_after_s else 1, counted=not blameless)
-    return Retry(after_s, job.attempts, counted=not blameless)
+        step = 0 if fault.retry_after_s and job.attempts == 1 else 1
+    return Retry(after_s, step, counted=not blameless)
 
 
 def _refused(fault: Fault, state: State) -> Fail | EndRun:
@@ -169,8 +170,3 @@ def _why_nobody(fault: Fault, state: State) -> str:
         return f"{state.url}: the quota is used up ({fault.message}); top it up and run the same command again"
     said = f"{state.url} answers {fault.status} ({fault.message})"
     return f"{said}: {state.key}" if fault.error == "unauthorized" else said
-
-
-def _wait_s(policy: wait_exponential, step: int) -> float:
-    """The pause of a step; none for a request that was sent before that step began."""
-    return wait_s(policy, step) if step else 0.0

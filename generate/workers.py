@@ -64,9 +64,9 @@ class Told(msgspec.Struct, kw_only=True, omit_defaults=True):
     kind: str = "DistillError"  # the error's class
 
 
-async def send_from_workers(run: Run, display: Display, *, retry_failures: bool, signals: bool) -> Outcome:
+async def send_from_workers(run: Run, display: Display, *, signals: bool) -> Outcome:
     """Sends all that is left, from `generate.processes` children."""
-    workers = _Workers(run, display, retry_failures=retry_failures)
+    workers = _Workers(run, display)
     ticking = asyncio.create_task(_tick(display))
     try:
         with on_signals(workers.interrupt if signals else None), display:
@@ -79,8 +79,8 @@ async def send_from_workers(run: Run, display: Display, *, retry_failures: bool,
 class _Workers:
     """The children of a run, as their parent knows them."""
 
-    def __init__(self, run: Run, display: Display, *, retry_failures: bool) -> None:
-        self._run, self._display, self._retry_failures = run, display, retry_failures
+    def __init__(self, run: Run, display: Display) -> None:
+        self._run, self._display = run, display
         self._children: list[Process] = []
         self._counts: list[dict[str, Any]] = []  # the last that each child told
         self._failed: list[DistillError] = []
@@ -127,7 +127,7 @@ class _Workers:
         first = len(self._children)
         for partition in partitions:
             self._counts.append(Counters(total=0).snapshot())
-            work = Work(self._run.recipe, self._run.dir, partition, self._retry_failures)
+            work = Work(self._run.recipe, self._run.dir, partition, self._run.left.retry_failures)
             self._children.append(await _start(work))
         new = enumerate(self._children[first:], start=first)
         return await asyncio.gather(*(self._listen(index, child) for index, child in new))

@@ -1,7 +1,7 @@
-"""Which rows a step takes, and which of them go through the student at once.
+"""Which rows a step takes, and which of them pass the student at once.
 
-A step's rows are drawn from rows of about one length; within it, micro-batches of a bounded number of tokens hold rows
-of nearly one length, so that little of what is computed is padding. Pure: no row is read, only lengths.
+A step takes rows of about one length. Its micro-batches hold rows of nearly one length and a bounded number of tokens,
+so that little of what is computed is padding. Pure: no row is read, only lengths.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class StepSampler(Sampler[list[int]]):
     """The rows of each step, in this process; over all processes every row once an epoch.
 
-    The order depends on the seed and the epoch alone: the library's samplers draw from torch's global generator, whose
-    state at the start of an epoch is gone when a training resumes in its middle. They also give some rows twice where
-    the processes do not divide the rows; here a last step that has fewer rows than there are processes joins the one
-    before it.
+    The order depends on the seed and the epoch alone. The library's samplers draw from torch's global generator, whose
+    state at the start of an epoch is lost when a training resumes in its middle. They also give some rows twice if the
+    processes do not divide the rows. Here a last step with fewer rows than processes joins the one before it.
     """
 
     def __init__(self, lengths: Sequence[int], step_rows: int, *, seed: int, rank: int = 0, processes: int = 1) -> None:
@@ -39,7 +38,7 @@ class StepSampler(Sampler[list[int]]):
             yield rows[self.rank :: self.processes]
 
     def steps(self) -> list[list[int]]:
-        """The rows of each step, the longest of a step first; the first step holds the longest of all."""
+        """The rows of each step, its longest first; the first step holds the longest row of all."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = get_length_grouped_indices(self.lengths, self.step_rows, generator=generator)
         steps = [order[start : start + self.step_rows] for start in range(0, len(order), self.step_rows)]
@@ -59,7 +58,7 @@ class StepLoader(DataLoader[dict[str, torch.Tensor]]):
 
 
 def micro_batches(lengths: Sequence[int], *, tokens: int, rows: int | None = None) -> list[list[int]]:
-    """Splits rows into groups of at most so many tokens, padding counted, and at most so many rows; longest first.
+    """Splits rows into groups of at most `tokens`, padding counted, and at most `rows`; longest first.
 
     A row that is longer than `tokens` is a group of its own.
     """

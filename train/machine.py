@@ -13,41 +13,39 @@ from pipeline.errors import DistillError, RecipeError
 from pipeline.train_config import TrainConfig, Weights
 
 GIB = 1 << 30
-ADAMW_BYTES = 12  # a trained parameter: gradient and two moments, in float32
-LOGITS_BYTES = 1 << 30  # of one forward pass's logits, in float32, where they are the larger part
-CPU_TOKENS = 512  # of a forward pass on a CPU: more are slower (SmolLM2-135M: 139 tokens a CPU second, 108 of 2048)
+ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
+LOGITS_BYTES = 1 << 30  # for the logits of one forward pass, in float32, which are the larger part
+CPU_TOKENS = 512  # per forward pass on a CPU; more are slower (SmolLM2-135M: 139 tokens per CPU second, with 2048 108)
 SAFE_SHARE = 0.8  # of free memory that a step may plan for
 
 
 def precision(weights: Weights) -> str:
     """In words: the weights' dtype, and autocast if there is any."""
-    return f"{weights_dtype(weights)} weights".removeprefix("torch.") + (
-        ", bfloat16 autocast" if autocast(weights) else ""
-    )
+    dtype = str(weights_dtype(weights)).removeprefix("torch.")
+    return f"{dtype} weights, bfloat16 autocast" if autocast(weights) else f"{dtype} weights"
 
 
 def weights_dtype(weights: Weights) -> torch.dtype:
-    """The dtype that a student is loaded in for training, by what is trained and by machine.
+    """The dtype that a student is loaded in for training.
 
-    `full`: float32 always. In bfloat16 weights an update below half a unit in the last place is lost, and most are:
-    after 6 steps of a learning rate of 1e-5 SmolLM2-135M had a held-out loss of 0.848 in float32 and of 1.225 in
-    bfloat16, where it had started. Adapters: the base is frozen, so it stays in bfloat16 where that is native; PEFT
-    keeps the adapter in float32.
+    `full`: always float32. bfloat16 weights lose an update below half a unit in the last place, and most are: after 6
+    steps at a learning rate of 1e-5 SmolLM2-135M had a loss of 0.848 in float32, and still its first 1.225 in bfloat16.
+    Adapters: the frozen base stays in bfloat16 where that is native; PEFT keeps the adapter in float32.
     """
     return torch.bfloat16 if weights != "full" and native_bf16() else torch.float32
 
 
 def autocast(weights: Weights) -> bool:
-    """Whether forward passes run in bfloat16: wherever that is native, but for `full` on a CPU.
+    """Whether forward passes run in bfloat16: wherever that is native, except for `full` on a CPU.
 
-    There, autocast was 17% faster on 2 cores with avx512_bf16 (147 tokens/s against 126) but rounds the weights that
-    each step is computed with, so small updates stay unseen: 1.173 in the comparison above, against 0.848.
+    There, autocast was 17% faster (2 cores with avx512_bf16) but rounds the weights of each step, so small updates have
+    no effect: a loss of 1.173 in the comparison above, against 0.848.
     """
     return native_bf16() and (weights != "full" or torch.cuda.is_available())
 
 
 def native_bf16() -> bool:
-    """Whether bfloat16 is more than emulated here."""
+    """Whether this machine computes in bfloat16 without emulating it."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
@@ -55,7 +53,7 @@ def native_bf16() -> bool:
 
 
 def check_qlora() -> None:
-    """Raises RecipeError where a base cannot be held in 4 bits."""
+    """Raises RecipeError if a base cannot be held in 4 bits here."""
     if not torch.cuda.is_available():
         raise RecipeError("train.method qlora needs a GPU, and there is none here; use lora")
     if find_spec("bitsandbytes") is None:
@@ -78,20 +76,20 @@ def check_optimizer_fits(student: str, model: Any, weights: Weights) -> None:
 
 
 def micro_tokens(vocabulary: int, *, soft: bool) -> int:
-    """Tokens of one forward pass: as many as their logits have room, and on a CPU no more than help.
+    """Tokens of one forward pass: as many as there is room for their logits, and on a CPU no more than help.
 
-    Soft losses hold four times as much: two models' logits and log-probabilities.
+    Soft losses hold four times as much: the logits and log-probabilities of two models.
     """
     room = LOGITS_BYTES // (4 * vocabulary) // (4 if soft else 1)
     return max(1, room if torch.cuda.is_available() else min(room, CPU_TOKENS))
 
 
 def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, soft: bool) -> int:
-    """What the backward pass of a decoder needs of its forward pass, estimated.
+    """Bytes that a decoder keeps of a forward pass for its backward pass, estimated.
 
-    `config`: the model's; `width`: bytes of an activation. Counted for each token and layer of a gated block: what its
-    two norms, four projections, attention, gate and product keep, norms in float32; adapters keep the input of each of
-    the seven projections again, in float32 and with dropout.
+    `config`: the model's; `width`: bytes per activation. Per token and layer of a gated block it counts what two norms
+    (in float32), four projections, attention, gate and product keep. Adapters keep the input of each of the seven
+    projections again, in float32 and with dropout.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -103,12 +101,10 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, so
 
 
 def wants_checkpointing(model: Any, config: TrainConfig, tokens: int) -> str:
-    """Why gradient checkpointing is needed, in words; empty where memory suffices or the model's shape is not known."""
+    """Why gradient checkpointing is needed, in words; empty if memory suffices or the model's shape is not known."""
     try:
-        width = 2 if autocast(config.weights) else 4
-        adapters = config.weights != "full"
-        shape = model.config.get_text_config()
-        needed = activation_bytes(shape, tokens, width=width, adapters=adapters, soft=config.soft)
+        shape, width = model.config.get_text_config(), 2 if autocast(config.weights) else 4
+        needed = activation_bytes(shape, tokens, width=width, adapters=config.weights != "full", soft=config.soft)
     except AttributeError:
         return ""
     optimizer = ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0

@@ -109,38 +109,22 @@ class TrainProgress(TrainerCallback):
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
         self.bar.start()
         if state.global_step:
-            self.console.print(f"going on from step {state.global_step} of {state.max_steps}")
+            self.console.print(f"resuming from step {state.global_step} of {state.max_steps}")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        logs = logs or {}
-        elapsed = time.monotonic() - self.started
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        logs: dict[str, float] = given["logs"]
+        elapsed, step, steps = time.monotonic() - self.started, state.global_step, state.max_steps
         state.log_history[-1]["elapsed_s"] = round(self.earlier_s + elapsed, 3)
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}: validation loss {logs['eval_loss']:.4f}")
+            self.console.print(f"step {step}/{steps}: validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
+            loss = f"{logs['loss']:.4f}"
             speed = (state.num_input_tokens_seen - self.first_tokens) / max(elapsed, 1e-9)
-            self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}", speed=speed)
-            if not self.console.is_terminal and self._line_is_due(state):
-                left = elapsed / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-                self.console.print(
-                    f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, {speed:,.0f} tokens/s, "
-                    f"{left:,.0f} s left"
-                )
+            self.bar.update(self.task, completed=step, loss=loss, speed=speed)
+            line_is_due = step % max(1, steps // LINES) == 0 or step in (self.first_step + 1, steps)
+            if line_is_due and not self.console.is_terminal:
+                left = elapsed / (step - self.first_step) * (steps - step)
+                self.console.print(f"step {step}/{steps}: loss {loss}, {speed:,.0f} tokens/s, {left:,.0f} s left")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leaves the terminal as it was; also after an interrupt."""
         self.bar.stop()
-
-    def _line_is_due(self, state: TrainerState) -> bool:
-        every = max(1, state.max_steps // LINES)
-        return state.global_step % every == 0 or state.global_step in (self.first_step + 1, state.max_steps)

@@ -66,9 +66,9 @@ def read_parts(recipe: Recipe, run: RunDir) -> Parts:
 def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:
     """The rows by the part of their prompt (pipeline.partition).
 
-    `test_rows` are tested on instead of the run's own: no row that asks one of their questions stays, nor any row of
-    the run's own test part. In a run so small that a part has no row, the training question of the lowest hash moves
-    there. Raises DataError if a part is still empty.
+    `test_rows` take the place of the run's own test rows; rows that ask one of their questions are left out. If a part
+    has no row, as in a small run, the training question of the lowest hash moves there. Raises DataError if a part is
+    still empty.
     """
     asked = {prompt_text(row) for row in test_rows or ()}
     parts: dict[Part, list[Kept]] = {"train": [], "validation": [], "test": []}
@@ -93,7 +93,7 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
 
 
 def prompt_text(row: Completion) -> str:
-    """A conversation up to the answer, without what makes it no other question."""
+    """A conversation up to the answer, normalised for comparison."""
     return question_text(row.messages)
 
 
@@ -113,8 +113,7 @@ def _fault(row: Kept) -> str | None:
         return "the answer is empty"
     if unknown := [message.role for message in row.messages if message.role not in ROLES]:
         return f"no role {unknown[0]!r} is known; there are {', '.join(ROLES)}"
-    if not row.messages or row.messages[-1].role != "user":
-        last = row.messages[-1].role if row.messages else "none"
+    if (last := row.messages[-1].role if row.messages else "none") != "user":
         return f"the conversation must end with a user message, the last one is {last!r}"
     if not row.messages[-1].content.strip():
         return "the question is empty"

@@ -58,8 +58,7 @@ def train_run(
     fingerprint, work = training_fingerprint(recipe, run), run.path / "training"
     if not again and run.test.is_file() and trained_from(run.student) == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
-        if processes.lead:
-            shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
+        shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
     try:
         from train.trainer import Examples, prepare
@@ -89,9 +88,8 @@ def train_run(
     prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
         log = training_log(prepared, recipe, rows)
-        dropped = len(parts.train) + len(parts.validation) - rows["train"] - rows["validation"]
-        section = _lineage_section(recipe, log) | {"fingerprint": fingerprint, "too_long_dropped": dropped}
-        section |= {"precision": prepared.precision, "processes": processes.count}
+        section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
+        section |= {"fingerprint": fingerprint, "too_long_dropped": len(parts.all) - sum(rows.values())}
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
         print(

@@ -37,7 +37,7 @@ def initial_student(recipe: Recipe, run: RunDir) -> str:
         raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
     layers = int(count)
     wanted = {"teacher": recipe.teacher.model, "prune": layers}
-    if _built_from(run.student_init) != wanted:
+    if not _built_from(run.student_init).items() >= wanted.items():
         _prune(recipe.teacher.model, layers, run.student_init, wanted)
     return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder
 
@@ -65,13 +65,11 @@ def layers_kept(total: int, k: int) -> list[int]:
     return [(2 * i * (total - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]  # rounded, halves up
 
 
-def _built_from(folder: Path) -> dict[str, Any] | None:
+def _built_from(folder: Path) -> dict[str, Any]:
     try:
-        made: dict[str, Any] = json.loads((folder / PRUNED).read_bytes())
+        return dict(json.loads((folder / PRUNED).read_bytes()))
     except (FileNotFoundError, ValueError):
-        return None
-    made.pop("layers", None)
-    return made
+        return {}
 
 
 def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
@@ -97,7 +95,7 @@ def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
     chosen = layers_kept(total, k)
     model.base_model.layers = type(layers)([layers[index] for index in chosen])
     model.config.num_hidden_layers = k
-    for name in ("layer_types", "mlp_layer_types"):  # one entry a layer, where an architecture has them
+    for name in ("layer_types", "mlp_layer_types"):  # one entry per layer, if the architecture has them
         if types := getattr(model.config, name, None):
             setattr(model.config, name, [types[index] for index in chosen])
 

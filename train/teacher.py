@@ -1,6 +1,6 @@
 """What is known of a model without its weights: configuration, tokenizer, card, number of parameters.
 
-Reads a folder, the Hub's cache, or the Hub (small files only). A model that only an API knows has none of it.
+Reads a folder, the Hub's cache, or the Hub (small files only). A model behind an API has none of it.
 """
 
 import re
@@ -12,10 +12,8 @@ import yaml
 
 from pipeline.models import local_folder
 
-SMALL_FILES = ["config.json", "generation_config.json", "chat_template*", "README.md", "vocab.json", "merges.txt"]
-SMALL_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
+SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
 HUB_TIMEOUT_S = 10
-UNITS = {"m": 1_000_000, "b": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,20 @@ class Card:
 
 def known_files(reference: str) -> Path | None:
     """A folder with what is known of a model: its own, or the Hub's files without the weights; None if nothing is."""
-    if (folder := local_folder(reference)) is not None:
+    if (folder := local_folder(reference)) is not None or not re.fullmatch(r"[\w.-]+/[\w.-]+", reference):
         return folder
-    return _from_hub(reference) if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) else None
+    import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(reference, allow_patterns=SMALL_FILES, etag_timeout=HUB_TIMEOUT_S))
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError):
+        return None  # not on the Hub, or no network: an API's model
 
 
 def read_card(folder: Path | None) -> Card:
-    """Tags and licence of a model's card; nothing where there is no card that can be read."""
+    """Tags and licence of a model's card; none if no card can be read."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
         head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -52,7 +57,7 @@ def read_card(folder: Path | None) -> Card:
 
 
 def tokenizer_of(folder: Path | None) -> Any | None:
-    """The tokenizer in a folder; None where there is none with a chat template."""
+    """The tokenizer in a folder; None if there is none with a chat template."""
     from transformers import AutoTokenizer
 
     if folder is None:
@@ -77,15 +82,4 @@ def parameters_of(folder: Path | None, reference: str) -> int | None:
         except (OSError, ValueError, KeyError):
             pass  # an architecture that this version does not know: its name may still say
     named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", Path(reference).name.lower())
-    return round(float(named[1]) * UNITS[named[2]]) if named else None
-
-
-def _from_hub(reference: str) -> Path | None:
-    import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(reference, allow_patterns=SMALL_FILES, etag_timeout=HUB_TIMEOUT_S))
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError):
-        return None  # not on the Hub, or no network: an API's model
+    return round(float(named[1]) * (1e9 if named[2] == "b" else 1e6)) if named else None

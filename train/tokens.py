@@ -1,25 +1,21 @@
 """What the student is really shown: checks of the tokenised rows that the trainer will use.
 
-Takes rows as TRL tokenised them (`input_ids`, and `labels` with -100 where no loss falls) and the batches its collator
-makes of them. Reads and writes no file.
+Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no loss falls. Reads and writes no file.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
-
-from pipeline.errors import DataError
+from typing import Any
 
 MASKED = -100
 TokenRow = Mapping[str, Any]  # "input_ids" and "labels": list[int] of one length
-FaultKind = Literal["eos", "masked", "labels"]
 
 
 @dataclass(frozen=True)
 class LabelFaults:
-    """Rows that would teach something else than their answer, by kind; none for a kind that is not there."""
+    """Rows that would teach something else than their answer, by kind of fault."""
 
     counts: dict[str, int]
     first: dict[str, str]  # the first row of each kind, and what is wrong with it
@@ -28,7 +24,7 @@ class LabelFaults:
 def count_faults(
     parts: Iterable[Iterable[TokenRow]], *, stops: set[int], decode: Callable[[list[int]], str]
 ) -> LabelFaults:
-    """Looks at the labels of every row: what each would teach besides its answer, or leave out of it."""
+    """Counts the rows whose labels teach more than their answer, or less."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for number, row in enumerate(chain.from_iterable(parts), start=1):
@@ -39,10 +35,10 @@ def count_faults(
     return LabelFaults(dict(counts), first)
 
 
-def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str]) -> tuple[FaultKind, str] | None:
-    """What is wrong with a row's labels; None if loss falls on the answer, all of it, the EOS at its end, and no more.
+def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str]) -> tuple[str, str] | None:
+    """The kind of a row's fault (eos, masked or labels) and what is wrong; None if it has none.
 
-    After the EOS a template may add blanks.
+    Loss must fall on the whole answer with its EOS, and on nothing else. After the EOS a template may add blanks.
     """
     labels: list[int] = row["labels"]
     learned = [index for index, label in enumerate(labels) if label != MASKED]
@@ -59,17 +55,6 @@ def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]],
             f"the answer does not end with a stop token ({decode(sorted(stops))!r}); its end is {decode(labels[-8:])!r}"
         )
     return None
-
-
-def check_batch(rows: Sequence[TokenRow], batch: Mapping[str, Any]) -> None:
-    """Checks that collating kept the labels: a pad token that is also the EOS must not take the EOS with it.
-
-    `batch["labels"]` is a (rows, longest) tensor. Raises DataError if a row's labels are not those it had.
-    """
-    for number, (row, collated) in enumerate(zip(rows, batch["labels"].tolist(), strict=True), start=1):
-        labels = row["labels"]
-        if collated[: len(labels)] != labels or any(label != MASKED for label in collated[len(labels) :]):
-            raise DataError(f"row {number}: padding changed its labels; the pad token may mask the EOS")
 
 
 def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:

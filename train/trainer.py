@@ -40,7 +40,7 @@ from train.progress import Milestones, TrainProgress, is_stopped_early
 from train.soft import GkdTrainer, KdTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
-from train.tokens import LabelFaults, check_batch, count_faults, differing_prompts
+from train.tokens import LabelFaults, count_faults, differing_prompts
 
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
@@ -64,7 +64,6 @@ class Prepared:
     """A trainer whose rows are tokenised, and what their tokens say. Keys of the dicts: train, validation."""
 
     trainer: StudentTrainer
-    tokenizer: Any
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
     faults: LabelFaults  # of the rows that are not too long
@@ -94,7 +93,7 @@ class Prepared:
                 ) from None
             raise
         finally:
-            progress.close()
+            progress.bar.stop()  # leaves the terminal as it was; also after an interrupt
 
     def _callback(self, kind: type[Callback]) -> Callback:
         return next(own for own in self.trainer.callback_handler.callbacks if isinstance(own, kind))
@@ -119,7 +118,7 @@ class Prepared:
             if write:
                 model.save_pretrained(folder)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
-                self.tokenizer.save_pretrained(folder)
+                self.trainer.processing_class.save_pretrained(folder)
 
     def _survives_rounding(self, model: Any, console: Console) -> bool:
         """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
@@ -154,7 +153,7 @@ def prepare(
     No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
     whether training may start. `teacher`: the reference of the model that soft distillation follows.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
-    there; DataError if padding would change what a row teaches; DistillError if memory is too small.
+    there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
     _check_machine(config, processes)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
@@ -166,7 +165,11 @@ def prepare(
         kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
         trainer.train_dataset = trainer.train_dataset.select(kept["train"])
         trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
-        _check_rows(trainer, processes)
+        if 0 < len(kept["train"]) < processes.count:
+            raise UsageError(
+                f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
+                f"{len(kept['train'])} (--num_processes), or generate more prompts"
+            )
         faults = count_faults(
             (trainer.train_dataset, trainer.eval_dataset),
             stops=stop_tokens(tokenizer, trainer.model),
@@ -176,7 +179,6 @@ def prepare(
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     return Prepared(
         trainer=trainer,
-        tokenizer=tokenizer,
         rows=kept,
         lengths=lengths,
         faults=faults,
@@ -235,12 +237,15 @@ def _trainer(
     """The trainer of the recipe's method, its rows tokenised. Says what memory a teacher or checkpointing is about."""
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest))
-    if reason and config.gradient_checkpointing == "auto":
-        console.print(f"gradient checkpointing is on: {reason} (train.gradient_checkpointing: auto)")
+    checkpointing = config.gradient_checkpointing
+    if checkpointing == "auto":
+        reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest))
+        checkpointing = bool(reason)
+        if reason:
+            console.print(f"gradient checkpointing is on: {reason} (train.gradient_checkpointing: auto)")
     settings: dict[str, Any] = {
         "model": model,
-        "args": _arguments(config, folder, processes, checkpointing=bool(reason)),
+        "args": _arguments(config, folder, processes, checkpointing=checkpointing),
         "train_dataset": datasets.Dataset.from_list(examples.train),
         "eval_dataset": datasets.Dataset.from_list(examples.validation),
         "processing_class": tokenizer,
@@ -263,17 +268,11 @@ def _trainer(
 
 def lora_config(config: TrainConfig) -> LoraConfig:
     """The adapter that the recipe asks for."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=LORA_TARGETS,
-    )
+    size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=LORA_TARGETS, **size)
 
 
 def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, checkpointing: bool) -> SFTConfig:
-    auto = config.gradient_checkpointing == "auto"
     return SFTConfig(
         output_dir=str(folder.resolve()),  # the best checkpoint is found again from any folder
         num_train_epochs=config.epochs,
@@ -283,7 +282,7 @@ def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, check
         max_grad_norm=1.0,
         per_device_train_batch_size=max(1, config.batch_size // processes.count),
         gradient_accumulation_steps=1,  # StudentTrainer splits a step's rows itself
-        gradient_checkpointing=checkpointing if auto else config.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
         max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows
         completion_only_loss=True,
@@ -304,21 +303,6 @@ def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, check
         disable_tqdm=True,
         report_to=config.report_to or "none",
     )
-
-
-def _check_rows(trainer: StudentTrainer, processes: Processes) -> None:
-    """Raises UsageError where a process would have no row, DataError where padding changes what a row teaches."""
-    count = len(trainer.train_dataset)
-    if 0 < count < processes.count:
-        raise UsageError(
-            f"{count} rows to train on are fewer than {processes.count} processes; start at most {count} "
-            "(--num_processes), or generate more prompts"
-        )
-    for part in (trainer.train_dataset, trainer.eval_dataset):
-        some = [part[index] for index in range(min(len(part), trainer.args.train_batch_size))]
-        if some:
-            inputs = [{name: row[name] for name in ("input_ids", "labels")} for row in some]
-            check_batch(some, trainer.data_collator(inputs))
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Share(NamedTuple):
 
 class Agreement(NamedTuple):
     """Of one decider: precision is the share of what it keeps that the person accepts, recall the share kept of what
-    the person accepts; None where there is nothing to divide by.
+    the person accepts; None if there is nothing to divide by.
     """
 
     decider: str
@@ -128,7 +128,7 @@ def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> t
 
 
 def weighted_kappa(pairs: Counter[tuple[int, int]]) -> float | None:
-    """Cohen's kappa with quadratic weights; None where neither side ever changes its score."""
+    """Cohen's kappa with quadratic weights; None if neither side ever changes its score."""
     total = pairs.total()
     rows, columns = Counter[int](), Counter[int]()
     for (one, other), count in pairs.items():

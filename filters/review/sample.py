@@ -36,7 +36,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def draw(run: RunDir, size: int, seed: int) -> Sample:
-    """Draws `size` answers, fewer where the run has fewer. Raises DataError where there is nothing to draw from."""
+    """Draws `size` answers, or all if the run has fewer. Raises DataError if there is nothing to draw from."""
     rng = random.Random(seed)
     population: dict[str, int] = {}
     drawn: dict[str, list[Item]] = {}

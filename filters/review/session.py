@@ -1,4 +1,4 @@
-"""A review that can be left and taken up again: the sample in review_sample.json, each verdict in reviews.jsonl.
+"""A review that can be stopped and continued: the sample in review_sample.json, each verdict in reviews.jsonl.
 
 A verdict is on disk (fsync) before `record` returns. The file is append-only: to undo is to add a line.
 """
@@ -32,16 +32,16 @@ class Session:
     """One person's review of a run; use as a context manager."""
 
     def __init__(self, run: RunDir, *, size: int, seed: int) -> None:
-        """Takes up the review where it was left, or draws a sample.
+        """Continues the review where it was stopped, or draws a sample.
 
-        Raises DataError at a file that is wrong, UsageError where another process has the review open: each would show
-        what the other has judged. The run itself is not locked: it may be filtered meanwhile.
+        Raises DataError for a wrong file, and UsageError if another process has the review open: each would show what
+        the other has judged. The run itself is not locked: it may be filtered meanwhile.
         """
         self.sample = load_sample(run) or _drawn(run, size, seed)
         self._file: BinaryIO = run.reviews.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise UsageError(f"{run.reviews}: another review of this run is open; go on there, or end it") from None
         self.verdicts, good = _read(run.reviews)
@@ -94,7 +94,7 @@ def load_sample(run: RunDir) -> Sample | None:
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
-        raise DataError(f"{run.review_sample}: {error}; move it and {run.reviews} away to review anew") from None
+        raise DataError(f"{run.review_sample}: {error}; move it and {run.reviews} away to start a new review") from None
 
 
 def read_reviews(run: RunDir) -> dict[str, Review]:

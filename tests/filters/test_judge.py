@@ -231,7 +231,7 @@ def test_a_judge_that_tells_no_criteria_apart_is_told() -> None:
 
 def test_a_wrong_file_is_one_line(run: RunDir) -> None:
     run.judgements.write_text('{"id": 3}\n')
-    with pytest.raises(DataError, match=r"judgements\.jsonl:1: .*made anew"):
+    with pytest.raises(DataError, match=r"judgements\.jsonl:1: .*made again"):
         read_judgements(run)
     assert Judgement(id="a", score=None, version="v", attempts=1).criteria == {}
 

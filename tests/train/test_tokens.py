@@ -3,10 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from pipeline.errors import DataError
-from train.tokens import check_batch, count_faults, differing_prompts, label_fault
+from train.tokens import count_faults, differing_prompts, label_fault
 
 STOP = 2
 TEXT = {2: "<end>", 3: "\n", 10: "a", 11: "b", 12: "c"}
@@ -40,15 +38,6 @@ def test_a_row_that_teaches_something_else_is_named(bad: dict[str, list[int]], k
     faults = count_faults([[good, bad], [good, bad, bad]], stops={STOP}, decode=decode)
     assert faults.counts == {kind: 3}
     assert faults.first[kind].startswith("row 2: ") and reason in faults.first[kind]
-
-
-def test_padding_that_masks_the_end_token_is_refused() -> None:
-    rows = [row([10, 11, 12, 2], 1), row([10, 2], 1)]
-    check_batch(rows, {"labels": torch.tensor([[-100, 11, 12, 2], [-100, 2, -100, -100]])})
-    with pytest.raises(DataError, match="row 2: padding changed its labels"):
-        check_batch(rows, {"labels": torch.tensor([[-100, 11, 12, 2], [-100, -100, -100, -100]])})
-    with pytest.raises(DataError, match="row 2: padding changed its labels"):
-        check_batch(rows, {"labels": torch.tensor([[-100, 11, 12, 2], [-100, 2, 2, 2]])})
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 DROPPED_SHARE = 0.1  # of the rows, too long: with more, the student never sees long answers
-FILTER_FIX = "a teacher's faults are copied too: name filters.rules and run the filters"
 
 
 def row_checks(parts: Parts, lineage: Mapping[str, Any]) -> Iterator[Check]:
@@ -86,15 +85,16 @@ def _prompts(rows: Sequence[Kept]) -> Check:
 
 
 def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
-    if not section:
-        finding = "no filters were run on these rows"
-        yield Check(name="filters", status="warn", value=0, finding=finding, fix=FILTER_FIX)
-        return
-    if rules := len(section["rules"]) + bool(section.get("dedup")) + bool(section.get("judge")):
+    rules = len(section["rules"]) + bool(section.get("dedup")) + bool(section.get("judge")) if section else 0
+    if not section or not rules:
+        finding = "the filters had no rule" if section else "no filters were run on these rows"
+        fix = "a teacher's faults are copied too: name filters.rules and run the filters"
+        yield Check(name="filters", status="warn", value=0, finding=finding, fix=fix)
+    else:
         finding = f"{rules} rules judged {section['rows']:,} answers"
         yield Check(name="filters", status="pass", value=rules, finding=finding)
-    else:
-        yield Check(name="filters", status="warn", value=0, finding="the filters had no rule", fix=FILTER_FIX)
+    if not section:
+        return
     rate = section["keep_rate"]
     finding = f"{rate:.1%} of the answers were kept; {SAFE_KEEP_RATE:.0%} or more is safe"
     if rate >= SAFE_KEEP_RATE:

@@ -1,6 +1,6 @@
 """What a teacher's terms ask of its student: a small, dated table, read from licences.yaml. Not legal advice.
 
-Writes nothing. The table knows makers and families by the model's name, and licences by their name on its card.
+Writes nothing. The table knows makers and families by the model's name, and licences by their name on a card.
 """
 
 import re
@@ -27,8 +27,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Literal["allowed", "conditions", "restricted", "forbidden"]
     asks: str
     source: str
-    names: list[str] = []  # patterns that the beginning of a model's name matches
-    student: str = ""  # a pattern of students for which a `forbidden` does not hold
+    names: list[str] = []  # patterns for the beginning of a model's name
+    student: str = ""  # a pattern for the students that `forbidden` does not hold for
     inherits: bool = False  # a model trained on the answers falls under this licence too
 
 
@@ -36,20 +36,20 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """licences.yaml."""
 
     read: str  # the month in which the sources were read
-    hub: list[str]  # licences that the Hub knows by name; any other is `other` to it
+    hub: list[str]  # licences that the Hub knows by name; it calls any other `other`
     terms: list[Terms]
 
 
 @dataclass(frozen=True)
 class LicenceChain:
-    """Teacher, the model that the student was, and what follows for the student."""
+    """The terms of the teacher and of the model that the student was, and what follows for the student."""
 
     teacher: Terms | None
     base: Terms | None
 
     @property
     def student(self) -> str:
-        """The licence that both leave to the student; `other` where they leave the choice to a lawyer."""
+        """The licence that both give the student; `other` where a lawyer must decide."""
         if self.teacher is None or self.base is None or self.teacher.verdict not in ("allowed", "conditions"):
             return "other"
         if not self.teacher.inherits or self.teacher.licence == self.base.licence:
@@ -64,13 +64,13 @@ def table() -> Table:
 
 
 def model_name(reference: str) -> str:
-    """The name that a model is published under, as far as its reference says."""
+    """The name that a model is published under, as far as its reference tells."""
     embedded = EMBEDDED.get(reference.removeprefix(PREFIX)) if reference.startswith(PREFIX) else None
     return embedded.name if embedded else reference
 
 
 def terms_of(reference: str, card_licence: str | None = None, stated: str | None = None) -> Terms | None:
-    """What is known of a model's terms: as the recipe states, by the model's name, by its card; None if nothing is."""
+    """A model's terms: as the recipe states, or by the model's name, or by its card; None if they are not known."""
     if stated is not None:
         known = _by_licence(stated)
         word = "your word in train.teacher_licence"
@@ -108,13 +108,13 @@ def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
 
 
 def on_the_hub(licence: str) -> dict[str, str]:
-    """A licence as a card's metadata has it."""
+    """A licence in the form of a card's metadata."""
     if licence in table().hub:
         return {"license": licence}
     return {"license": "other", "license_name": "see-licence-chain" if licence == "other" else licence}
 
 
 def _by_licence(licence: str) -> Terms | None:
-    """Terms of a licence: the entry without names first, since those with names speak of one family."""
+    """The terms of a licence: an entry without names if there is one, since names speak of one family."""
     found = [terms for terms in table().terms if terms.licence == licence.lower()]
     return min(found, key=lambda terms: bool(terms.names), default=None)

@@ -5,10 +5,11 @@ Reads what is known of both models (train.teacher); writes nothing.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from pipeline.advice import BALANCED_SIZES
-from pipeline.checks import Check
+from pipeline.checks import Check, Status
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
@@ -62,36 +63,34 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
     them adds do.
     """
     prompts = _distinct(rows)
-    own = []
-    for messages in prompts:
-        text = _render(student, messages)
-        if isinstance(text, Exception):
-            finding = f"the student's chat template cannot render a prompt: {text}"
-            fix = "change the prompts (a system message, most likely), or the student"
-            return Check(name="templates", status="fail", value=0, finding=finding, fix=fix)
-        own.append(text)
+    own = [_render(student, messages) for messages in prompts]
+    if refused := next((text for text in own if isinstance(text, Exception)), None):
+        finding = f"the student's chat template cannot render a prompt: {refused}"
+        fix = "change the prompts (a system message, most likely), or the student"
+        return Check(name="templates", status="fail", value=0, finding=finding, fix=fix)
     if teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
         return Check(name="templates", status="note", finding=finding)
     others = [str(_render(teacher, messages)) for messages in prompts]
-    same = sum(a == b for a, b in zip(own, others, strict=True))
+    differing = [index for index, text in enumerate(others) if text != own[index]]
+    same = len(prompts) - len(differing)
     share = same / len(prompts)
-    if same == len(prompts):
+    if not differing:
         finding = f"teacher and student render {same} of {same} prompts alike"
         return Check(name="templates", status="pass", value=share, finding=finding)
-    messages, mine, theirs = next((m, a, b) for m, a, b in zip(prompts, own, others, strict=True) if a != b)
-    said, heard = _added(student, messages, mine), _added(teacher, messages, theirs)
-    fix = "give prompts.system, which takes the place of either's own, and generate again"
-    words = f"only {same} of {len(prompts)} prompts are rendered alike"
+    first = differing[0]
+    said, heard = _added(student, prompts[first], str(own[first])), _added(teacher, prompts[first], others[first])
+    one_vocabulary = student.get_vocab() == teacher.get_vocab()
+    finding = f"only {same} of {len(prompts)} prompts are rendered alike"
     if said != heard:
-        words += f": the teacher's template adds {heard!r}, the student's {said!r}"
-    if student.get_vocab() == teacher.get_vocab():
-        if said == heard:
-            words += ", though both models know the same tokens"
-            fix = "copy the teacher's chat_template.jinja into the student's folder"
-        return Check(name="templates", status="fail", value=share, finding=words, fix=fix)
-    if said != heard:
-        return Check(name="templates", status="warn", value=share, finding=words, fix=fix)
+        finding += f": the teacher's template adds {heard!r}, the student's {said!r}"
+        fix = "give prompts.system, which replaces the system message of both, and generate again"
+        status: Status = "fail" if one_vocabulary else "warn"
+        return Check(name="templates", status=status, value=share, finding=finding, fix=fix)
+    if one_vocabulary:
+        finding += ", though both models know the same tokens"
+        fix = "copy the teacher's chat_template.jinja into the student's folder"
+        return Check(name="templates", status="fail", value=share, finding=finding, fix=fix)
     finding = "the same words in other control tokens: each is asked with its own template"
     return Check(name="templates", status="note", value=share, finding=finding)
 
@@ -100,29 +99,23 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     """Text that spells one of the student's control tokens would become that token, and end a turn in its middle."""
     tokens = [token for token in student.all_special_tokens if token]
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-    found = [(row, match) for row in rows if (match := _search(pattern, row))]
+    found: dict[str, str] = {}  # a row's id, and what it spells
+    for row in rows:
+        for text in (row.text, *(message.content for message in row.messages)):
+            if match := pattern.search(text):
+                found.setdefault(row.id, match[0])
     if not found:
         finding = "no text spells a control token of the student"
         return Check(name="markup", status="pass", value=0, finding=finding)
-    row, match = found[0]
-    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {row.id}: {match[0]})"
+    first, token = next(iter(found.items()))
+    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {first}: {token})"
     fix = "they are of another chat format; drop them with the rule banned_words"
     return Check(name="markup", status="fail", value=len(found), finding=finding, fix=fix)
 
 
-def _search(pattern: re.Pattern[str], row: Kept) -> re.Match[str] | None:
-    texts = (row.text, *(message.content for message in row.messages))
-    return next((match for text in texts if (match := pattern.search(text))), None)
-
-
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        messages = [{"role": message.role, "content": message.content} for message in row.messages]
-        found.setdefault(repr(messages), messages)
-        if len(found) == MAX_PROMPTS:
-            break
-    return list(found.values())
+    conversations = dict.fromkeys(tuple((turn.role, turn.content) for turn in row.messages) for row in rows)
+    return [[{"role": role, "content": text} for role, text in turns] for turns in islice(conversations, MAX_PROMPTS)]
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | Exception:

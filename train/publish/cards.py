@@ -159,18 +159,16 @@ def _scores(lineage: Mapping[str, Any]) -> dict[str, float]:
     section = lineage.get("evaluate", {})
     if section.get("created", "") < lineage["train"].get("created", ""):
         return {}
-    return {
-        name.replace("_", " "): value
-        for name, value in section.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in NO_SCORES
-    }
+    numbers = {name: value for name, value in section.items() if type(value) in (int, float)}
+    return {name.replace("_", " "): value for name, value in numbers.items() if name not in NO_SCORES}
 
 
 def _shown(train: Mapping[str, Any]) -> Iterable[str]:
-    names = ["epochs", "learning_rate", "warmup", "batch_size", "max_length"]
-    names += ["lora_rank", "lora_alpha", "lora_dropout"] if train["weights"] != "full" else []
-    names += ["kd"] if train["method"] in ("kd", "gkd") else []
-    return (name for name in names if name in train["hyperparameters"])
+    yield from ("epochs", "learning_rate", "warmup", "batch_size", "max_length")
+    if train["weights"] != "full":
+        yield from ("lora_rank", "lora_alpha", "lora_dropout")
+    if train["method"] in ("kd", "gkd"):
+        yield "kd"
 
 
 def _versions(lineage: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ def token_for(repo: str) -> SecretStr:
 
 
 def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool = False) -> str:
-    """Uploads a folder's files to a model or dataset repository; gives its address.
+    """Uploads a folder's files to a model or dataset repository; returns its address.
 
     Raises UsageError if the Hub refuses, DistillError if it cannot be reached.
     """
@@ -44,17 +44,13 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
     api = HfApi(token=token.get_secret_value(), library_name="distillate")
     try:
         made = api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, repo_type=kind, folder_path=folder, commit_message=f"{folder.name} of a distillation"
-        )
+        message = f"{folder.name} of a distillation"
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message)
     except HfHubHTTPError as error:
         reason = first_line(error.server_message or error)
-        raise UsageError(
-            f"--push {repo}: the Hub refused ({error.response.status_code}: {reason}); may the key in {TOKEN_VARIABLE} "
-            "write there?"
-        ) from None
+        refused = f"--push {repo}: the Hub refused ({error.response.status_code}: {reason})"
+        raise UsageError(f"{refused}; may the key in {TOKEN_VARIABLE} write there?") from None
     except (httpx2.HTTPError, OSError) as error:
-        raise DistillError(
-            f"--push {repo}: the Hub cannot be reached ({first_line(error)}); {folder} is whole"
-        ) from None
+        reason = first_line(error)
+        raise DistillError(f"--push {repo}: the Hub cannot be reached ({reason}); {folder} is whole") from None
     return str(made)
