@@ -1,6 +1,7 @@
 """report.json: the document, typed. `evaluate.report.assemble` fills it; `html` and `tables` beside it show it.
 
-None, or a figure that is not there, means: not measured. docs/evaluation.md says what each figure is, its formula and its source.
+None, or a figure that is not there, means: not measured. docs/evaluation.md says what each figure is, with its formula
+and its source.
 """
 
 from collections.abc import Callable

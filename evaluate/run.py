@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:
     """How every model scores the rows."""
     found = {}
-    for subject in plan.here if rows else ():
+    for subject in (model for model in plan.models if rows and model.folder):
         entry = plan.entry(name, subject, rows)
         result = None if plan.force else entry.read(PerplexityResult)
         if result is None and measure:

@@ -169,11 +169,6 @@ class Plan:
     weights: dict[str, str]  # model: what identifies its weights
     force: bool  # measure again what is cached
 
-    @property
-    def here(self) -> list[Subject]:
-        """The models whose weights are on this machine."""
-        return [subject for subject in self.models if subject.folder is not None]
-
     def answers_probes(self, subject: Subject) -> bool:
         """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
         asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)

@@ -241,11 +241,8 @@ def _notes(
     yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
     yield from filter(None, [plan.probes.note, problem])
     if results.scored:
-        kinds = sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()})
-        yield (
-            f"Perplexity: the teacher's answers to the test prompts, teacher-forced, loss on the answer and its end "
-            f"only ({', '.join(kinds)}); 95% bootstrap intervals over prompts."
-        )
+        kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
+        yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
         if TEACHER in scores:
             yield "These answers are the teacher's own, which favours the teacher."
         if len({tuple(score.tokens for score in own) for own in scores.values()}) > 1:
@@ -265,10 +262,7 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
     if probes.unseen:
         values = ", ".join(value for values in probes.unseen_values.values() for value in values)
         what.append(f"{probes.unseen} with values never seen ({values})")
-    yield (
-        f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling; 95% bootstrap intervals "
-        "over prompts."
-    )
+    yield f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling."
     if not recipe.filters.rules:
         yield "The recipe has no rules, so no share passes them."
     if TEACHER not in results.probed:
