@@ -170,16 +170,18 @@ def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Differe
 
 
 def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
-    """The table: heads, and a row for each arm and each other model."""
-    facts = [n for n in range(len(FACTS)) if any(own[n] != "–" for own in results.facts.values())]
-    heads = ["", *(FACTS[n] for n in facts), *(column.title for column in results.columns)]
+    """The table: heads (arms, then other models), and a row for each fact and figure."""
+    arms = list(results.facts)
+    others = list(dict.fromkeys(name for column in results.columns for name in column.others))
     rows = []
-    for name, own in results.facts.items():
-        figures = [(column, column.arms.get(name)) for column in results.columns]
-        rows.append([name, *(own[n] for n in facts), *(_cell(c, f.estimate() if f else None) for c, f in figures)])
-    for name in dict.fromkeys(name for column in results.columns for name in column.others):
-        rows.append([name, *("" for _ in facts), *(_cell(c, c.others.get(name)) for c in results.columns)])
-    return heads, rows
+    for number, fact in enumerate(FACTS):
+        texts = [own[number] for own in results.facts.values()]
+        if any(text != "–" for text in texts):
+            rows.append([fact, *texts, *("" for _ in others)])
+    for column in results.columns:
+        estimates = {name: figure.estimate() for name, figure in column.arms.items()} | dict(column.others)
+        rows.append([column.title, *(_cell(column, estimates.get(name)) for name in (*arms, *others))])
+    return ["", *arms, *others], rows
 
 
 def _cell(column: Column, estimate: Estimate | None) -> str:

@@ -28,11 +28,10 @@ def publish(run: RunDir, report: Report) -> None:
 
 def render_html(report: Report) -> str:
     """The page. Every text of the report is escaped."""
-    parts = tables.promise(report)
     return _render(
         "report.html.j2",
         report=report,
-        promise=parts if any(claim.value for claim in report.headline.claims) else [],
+        promise=tables.promise(report).rows if any(claim.value for claim in report.headline.claims) else [],
         kept=tables.Line(*tables.VERDICTS[report.headline.holds]),
         axes=charts.axis_panels(report),
         measured=tables.measured(report),

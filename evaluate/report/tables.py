@@ -38,22 +38,12 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Figures by model."""
+    """Figures under heads: models, with their references where the page shows these."""
 
     title: str
-    models: Sequence[ModelReport]
+    heads: list[str]
     rows: list[Row]
-
-
-class Promise(NamedTuple):
-    """One part of the promise."""
-
-    text: str
-    promised: str
-    here: str
-    interval: str
-    answer: str
-    mark: Mark
+    references: Sequence[str] = ()
 
 
 class Win(NamedTuple):
@@ -74,7 +64,8 @@ def measured(report: Report) -> list[Table]:
         _table(report, report.models, "test answers", scores),
         _table(report, report.models, "speed and memory", [("", "engine", name) for name in ENGINE]),
     )
-    return [table for table in tables if table.rows]
+    references = [model.reference for model in report.models]
+    return [table._replace(references=references) for table in tables if table.rows]
 
 
 def probes(report: Report) -> list[Table]:
@@ -90,7 +81,7 @@ def probes(report: Report) -> list[Table]:
     rules = sorted({rule for model in models for rule in model.failed_rules})
     rules.sort(key=lambda rule: -max(model.failed_rules.get(rule, 0) for model in models))
     broken = [Row(rule, [[Line(percent(model.failed_rules.get(rule, 0)))] for model in models]) for rule in rules]
-    tables.append(Table("answers that break", models, broken))
+    tables.append(Table("answers that break", [model.label for model in models], broken))
     return [table for table in tables if table.rows]
 
 
@@ -103,7 +94,7 @@ def _table(
         for before, part, name in figures
         if any(model.figure(part, name) for model in models)
     ]
-    return Table(title, models, rows)
+    return Table(title, [model.label for model in models], rows)
 
 
 def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Line]:
@@ -125,19 +116,17 @@ def label_of(report: Report, key: str) -> str:
     return next((model.label for model in report.models if model.key == key), key)
 
 
-def promise(report: Report) -> list[Promise]:
-    """Every part of the promise."""
-    return [
-        Promise(
-            text=claim.text,
-            promised=f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×",
-            here=shown(claim)(claim.value.value) if claim.value else NOTHING,
-            interval=claim.value.interval(shown(claim)) if claim.value and claim.value.low < claim.value.high else "",
-            answer=claim.verdict,
-            mark=MARKS[claim.verdict],
-        )
-        for claim in report.headline.claims
-    ]
+def promise(report: Report) -> Table:
+    """Every part of the promise: what is promised, what is here, and the verdict."""
+    rows = []
+    for claim in report.headline.claims:
+        promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
+        show, here = shown(claim), [Line(NOTHING)]
+        if claim.value:
+            here = [Line(show(claim.value.value))]
+            here += [Line(claim.value.interval(show))] if claim.value.low < claim.value.high else []
+        rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
+    return Table("the promise", ["promised", "here", "holds"], rows)
 
 
 def wins(report: Report) -> list[Win]:
@@ -163,29 +152,22 @@ def print_report(report: Report, console: Console) -> None:
         asked += f", {report.probes.unseen} with values never seen" if report.probes.unseen else ""
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
     for table in (*measured(report), *probes(report)):
-        for start in range(0, len(table.models), MODELS_ACROSS):
-            console.print(_rich_table(table, slice(start, start + MODELS_ACROSS)))
+        _print_table(table, console)
     for win in wins(report):
         console.print(f"judge, {win.title}; {win.counts}", highlight=False, markup=False)
-    parts = _bare_table("the promise", "promised", "here", "interval", "holds")
-    for part in promise(report):
-        parts.add_row(*part[:5])
-    console.print(parts)
+    _print_table(promise(report), console)
     console.print(report.headline.text, style="bold", highlight=False, markup=False)
     for note in report.notes:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
-def _rich_table(table: Table, models: slice) -> RichTable:
-    found = _bare_table(table.title, *(model.label for model in table.models[models]))
-    for row in table.rows:
-        found.add_row(row.name, *("\n".join(line.text for line in cell) for cell in row.cells[models]))
-    return found
-
-
-def _bare_table(title: str, *columns: str) -> RichTable:
-    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column(title, max_width=NAME_WIDTH)
-    for column in columns:
-        table.add_column(column, justify="right", max_width=FIGURE_WIDTH)
-    return table
+def _print_table(table: Table, console: Console) -> None:
+    for start in range(0, len(table.heads), MODELS_ACROSS):
+        shown_here = slice(start, start + MODELS_ACROSS)
+        rich = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+        rich.add_column(table.title, max_width=NAME_WIDTH)
+        for head in table.heads[shown_here]:
+            rich.add_column(head, justify="right", max_width=FIGURE_WIDTH)
+        for row in table.rows:
+            rich.add_row(row.name, *("\n".join(line.text for line in cell) for cell in row.cells[shown_here]))
+        console.print(rich)

@@ -166,7 +166,12 @@ def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     text = (folder / "results.md").read_text(encoding="utf-8")
     trained = json.loads((folder / "keep-40" / "lineage.json").read_bytes())["train"]
     assert trained["rows"] + trained["validation"] == len(kept(folder / "keep-40"))
-    assert f"| keep-40 | {trained['rows']} |" in text and "student before" in text and "steps" in text
+    assert (
+        f"| rows | {trained['rows']} |" in text
+        and "|  | keep-40 | keep-90 |" in text
+        and "student before" in text
+        and "steps" in text
+    )
     assert (folder / "results.svg").read_text().startswith("<svg")
     assert "keep-90" in capsys.readouterr().out
 
@@ -319,9 +324,11 @@ def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None
 
 def test_the_table_has_the_arms_and_the_other_models() -> None:
     heads, rows = rows_of(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
-    assert heads == ["", "rows", "bits per character"]  # nobody has a price
-    assert rows[1] == ["soft", "10", "1.200 (1.162–1.238)"]
-    assert rows[2] == ["teacher", "", "0.500 (0.400–0.600)"]
+    assert heads == ["", "hard", "soft", "teacher"]
+    assert rows == [  # nobody has a price
+        ["rows", "10", "10", ""],
+        ["bits per character", "1.300", "1.200 (1.162–1.238)", "0.500 (0.400–0.600)"],
+    ]
 
 
 def test_the_plot_is_to_scale_and_escaped() -> None:
