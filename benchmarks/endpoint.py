@@ -21,7 +21,8 @@ import msgspec
 from benchmarks.measure import show
 from benchmarks.runs import bodies
 from evaluate.document import exactly, number
-from evaluate.report.charts import dot_panel, draw_svg
+from evaluate.report.charts import dot_panel
+from evaluate.report.html import draw_svg
 from generate.client import Client, check_teacher, no_endpoint
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.online import run_loop
