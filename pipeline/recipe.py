@@ -40,7 +40,8 @@ __all__ += ["RUBRIC", "BudgetConfig", "DedupConfig", "EvaluateConfig", "FiltersC
 __all__ += ["PriceConfig", "RuleConfig", "Section", "TrainConfig"]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
-FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
+# Relative to the recipe, as the `file` of a filter rule is.
+FILES = (("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
 
 
 class TeacherConfig(Section):

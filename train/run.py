@@ -75,8 +75,8 @@ def train_run(
             _open_work(work, fingerprint, again=again, console=console)
     examples = Examples(train=to_examples(parts.train), validation=to_examples(parts.validation))
     prepared = prepare(student, examples, recipe.train, work, console, recipe.teacher.model, processes)
-    checks += token_checks(prepared, parts, recipe.train)
-    decide(checks)
+    of_tokens = list(token_checks(prepared, parts, recipe.train))
+    decide(of_tokens, earlier=checks)
     validation = [parts.validation[index] for index in prepared.rows["validation"]]
     rows = {"train": len(prepared.rows["train"]), "validation": len(validation), "test": len(parts.test)}
     console.print(f"training on {rows['train']} rows; {len(validation)} validate, {len(parts.test)} test")
@@ -90,7 +90,7 @@ def train_run(
         log = training_log(prepared, recipe, rows)
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
         section |= {"fingerprint": fingerprint, "too_long_dropped": len(parts.all) - sum(rows.values())}
-        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
+        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins([*checks, *of_tokens])})
         _publish(work / "student", log, recipe, run)
         print(
             f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "

@@ -87,7 +87,7 @@ class KdTrainer(StudentTrainer):
 
     def __init__(self, *, teacher: Teacher, soft: KdConfig, **settings: Any) -> None:
         super().__init__(**settings)
-        self.aux_loss_enabled = False  # the router's loss of a mixture of experts is TRL's alone
+        self.aux_loss_enabled = False  # a mixture of experts follows the teacher, without the router's loss
         self.soft, self.vocabulary = soft, teacher.vocabulary
         self.teacher = teacher.model.to(self.args.device)
 

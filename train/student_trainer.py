@@ -21,7 +21,7 @@ class Scored(NamedTuple):
 
     logits: torch.Tensor  # (tokens, vocabulary)
     targets: torch.Tensor  # (tokens,)
-    router_loss: torch.Tensor | float  # a mixture of experts: how unevenly its experts are used; else 0
+    router_loss: torch.Tensor | None  # of a mixture of experts: how unevenly its experts are used
 
 
 class StudentTrainer(SFTTrainer):
@@ -61,13 +61,13 @@ class StudentTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """This micro-batch's part of the step's loss: a mean per completion token, over all processes.
 
-        The router's loss of a mixture of experts is a mean already, so its part is weighted by its tokens too.
+        The router's loss of a mixture of experts is a mean already, so it is weighted by the tokens.
         """
-        scored = completion_logits(model, inputs)
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        router_loss = self.router_aux_loss_coef * scored.router_loss * len(scored.targets)
-        loss = self.loss_of(scored.logits, scored.targets, inputs) + router_loss
-        return loss * processes / num_items_in_batch  # processes: DDP averages
+        logits, targets, router_loss = completion_logits(model, inputs)
+        loss = self.loss_of(logits, targets, inputs)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * router_loss * len(targets)
+        return loss * self.accelerator.num_processes / num_items_in_batch  # processes: DDP averages
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
         """What is minimised, summed over the completion tokens: cross-entropy, in nats."""
@@ -111,9 +111,4 @@ def completion_logits(model: Any, inputs: Batch) -> Scored:
         logits_to_keep=positions,
         use_cache=False,
     )
-    router_loss = getattr(output, "aux_loss", None)
-    return Scored(
-        logits=output.logits[learned[:, first:]],
-        targets=inputs["labels"][learned],
-        router_loss=0.0 if router_loss is None else router_loss,
-    )
+    return Scored(output.logits[learned[:, first:]], inputs["labels"][learned], getattr(output, "aux_loss", None))

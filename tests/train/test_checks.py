@@ -362,6 +362,14 @@ def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path:
     assert json.loads((run.student / "lineage.json").read_bytes())["train"]["checks"] == written["checks"]
 
 
+def test_each_check_is_shown_once(student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    train_run(make_recipe(student), run)
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    written = json.loads((run.path / "checks.json").read_bytes())["checks"]
+    assert [line[:2] for line in lines] == [[check["status"], check["name"]] for check in written]
+
+
 def test_force_never_goes_past_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks = [
         Check(name="licence", status="warn", value=None, finding="unknown [terms]"),

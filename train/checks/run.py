@@ -22,11 +22,12 @@ def settle(
     run: RunDir,
     console: Console,
     *,
+    earlier: Sequence[Check] = (),
     accepted: Collection[str] = (),
     force: bool = False,
     write: bool = True,
 ) -> None:
-    """Shows the table, a line per check, and writes it as checks.json, unless another process does.
+    """Shows a line per check, and writes them after the `earlier` ones as checks.json, unless another process does.
 
     Raises DataError if a check failed, UsageError if one warns that is neither in `accepted` nor forced.
     """
@@ -37,8 +38,8 @@ def settle(
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
     table = {
-        "checks": checks,
-        "accepted": [c.name for c in checks if c.status == "warn" and c not in stopping],
+        "checks": [*earlier, *checks],
+        "accepted": [c.name for c in (*earlier, *checks) if c.status == "warn" and c not in stopping],
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
     if write:
