@@ -14,6 +14,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
+from train.checks.run import graded
 from train.student import load_tokenizer
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
@@ -40,19 +41,17 @@ def size_check(teacher: int | None, student: int | None) -> Check:
     if teacher is None or student is None:
         finding = f"the {'teacher' if teacher is None else 'student'}'s size is not known"
         return Check(name="size_ratio", status="note", finding=finding)
-    ratio = teacher / student
-    low, high = BALANCED_SIZES
+    ratio, (low, high) = teacher / student, BALANCED_SIZES
     finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
-    if student > teacher:
-        finding = f"the student ({_size(student)}) is larger than its teacher ({_size(teacher)})"
-        fix = "it cannot learn to be better than its teacher; swap the models"
-        return Check(name="size_ratio", status="fail", value=ratio, finding=finding, fix=fix)
-    if ratio > high:
+    status: Status = "note"
+    fix = "a smaller student saves more"
+    if ratio < 1:
+        status = "fail"
+        fix = "a student cannot learn to be better than its teacher; swap the models"
+    elif ratio > high:
+        status = "warn"
         fix = f"a {_size(teacher)} teacher is too far for a {_size(student)} student; take a size between"
-        return Check(name="size_ratio", status="warn", value=ratio, finding=finding, fix=fix)
-    if ratio < low:
-        return Check(name="size_ratio", status="note", value=ratio, finding=finding, fix="a smaller student saves more")
-    return Check(name="size_ratio", status="pass", value=ratio, finding=finding)
+    return graded("size_ratio", ratio, finding, passes=low <= ratio <= high, otherwise=status, fix=fix)
 
 
 def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> Check:
@@ -74,25 +73,24 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
     others = [str(_render(teacher, messages)) for messages in prompts]
     differing = [index for index, text in enumerate(others) if text != own[index]]
     same = len(prompts) - len(differing)
-    share = same / len(prompts)
-    if not differing:
-        finding = f"teacher and student render {same} of {same} prompts alike"
-        return Check(name="templates", status="pass", value=share, finding=finding)
-    first = differing[0]
-    said, heard = _added(student, prompts[first], str(own[first])), _added(teacher, prompts[first], others[first])
-    one_vocabulary = student.get_vocab() == teacher.get_vocab()
-    finding = f"only {same} of {len(prompts)} prompts are rendered alike"
-    if said != heard:
-        finding += f": the teacher's template adds {heard!r}, the student's {said!r}"
-        fix = "give prompts.system, which replaces the system message of both, and generate again"
-        status: Status = "fail" if one_vocabulary else "warn"
-        return Check(name="templates", status=status, value=share, finding=finding, fix=fix)
-    if one_vocabulary:
-        finding += ", though both models know the same tokens"
-        fix = "copy the teacher's chat_template.jinja into the student's folder"
-        return Check(name="templates", status="fail", value=share, finding=finding, fix=fix)
-    finding = "the same words in other control tokens: each is asked with its own template"
-    return Check(name="templates", status="note", value=share, finding=finding)
+    status: Status = "pass"
+    finding, fix = f"{same} of {len(prompts)} prompts are rendered alike by teacher and student", ""
+    if differing:
+        one_vocabulary = student.get_vocab() == teacher.get_vocab()
+        first = differing[0]
+        said = _added(student, prompts[first], str(own[first]))
+        heard = _added(teacher, prompts[first], others[first])
+        if said != heard:
+            status = "fail" if one_vocabulary else "warn"
+            finding = f"only {finding}: the teacher's template adds {heard!r}, the student's {said!r}"
+            fix = "give prompts.system, which replaces the system message of both, and generate again"
+        elif one_vocabulary:
+            status = "fail"
+            finding = f"only {finding}, though both models know the same tokens"
+            fix = "copy the teacher's chat_template.jinja into the student's folder"
+        else:
+            status, finding = "note", "the same words in other control tokens: each is asked with its own template"
+    return Check(name="templates", status=status, value=same / len(prompts), finding=finding, fix=fix)
 
 
 def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
@@ -104,13 +102,12 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
         for text in (row.text, *(message.content for message in row.messages)):
             if match := pattern.search(text):
                 found.setdefault(row.id, match[0])
-    if not found:
-        finding = "no text spells a control token of the student"
-        return Check(name="markup", status="pass", value=0, finding=finding)
-    first, token = next(iter(found.items()))
-    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {first}: {token})"
+    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student"
+    if found:
+        first, token = next(iter(found.items()))
+        finding += f" (the first, {first}: {token})"
     fix = "they are of another chat format; drop them with the rule banned_words"
-    return Check(name="markup", status="fail", value=len(found), finding=finding, fix=fix)
+    return graded("markup", len(found), finding, passes=not found, otherwise="fail", fix=fix)
 
 
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, str]]]:
@@ -139,7 +136,4 @@ def _added(tokenizer: Any, messages: list[dict[str, str]], text: str) -> str:
 
 
 def _size(parameters: int) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g}{name}"
-    return f"{parameters:,}"
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
