@@ -84,7 +84,7 @@ def train_run(
         write_jsonl(run.validation, validation)
         write_jsonl(run.test, parts.test)
 
-    prepared.fit(_last_checkpoint(work))
+    prepared.fit()
     prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
         log = training_log(prepared, recipe, rows)
@@ -115,12 +115,9 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
 
 
 def trained_from(student: Path) -> str | None:
-    """The fingerprint of the training that a saved student came from."""
-    try:
-        lineage = json.loads((student / "lineage.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return lineage.get("train", {}).get("fingerprint")
+    """The fingerprint of the training that a saved student came from; None if there is none."""
+    fingerprint: str | None = read_lineage(RunDir(student)).get("train", {}).get("fingerprint")
+    return fingerprint
 
 
 def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
@@ -140,9 +137,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
         "saved_step": prepared.saved_step,
         "tokens": state.num_input_tokens_seen,  # padding not counted
         "wall_s": max((entry.get("elapsed_s", 0.0) for entry in state.log_history), default=0.0),
-        "method": recipe.train.method,
-        "weights": recipe.train.weights,
-        "seed": recipe.train.seed,
+        **{name: getattr(recipe.train, name) for name in ("method", "weights", "seed")},
     }
 
 
@@ -179,10 +174,6 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
             json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
         except (FileNotFoundError, ValueError):
             shutil.rmtree(folder)  # cut off while it was written
-
-
-def _last_checkpoint(work: Path) -> Path | None:
-    return max(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:

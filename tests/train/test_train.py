@@ -444,7 +444,7 @@ def test_activations_are_estimated_as_they_were_measured(
 def test_a_reporter_that_is_not_installed_is_named(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("train.trainer.find_spec", lambda package: None)
+    monkeypatch.setattr("train.machine.find_spec", lambda package: None)
     run = make_run(tmp_path / "run", story_rows(4))
     with pytest.raises(RecipeError, match=rf"train\.report_to: {name} is not installed; pip install {name}, or leave"):
         train_run(make_recipe(student, report_to=[name]), run)

@@ -20,7 +20,8 @@ def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: boo
     status: Status = "pass"
     finding, fix = f"no sign that the teacher {reference} was distilled", ""
     if origin := _ours(folder, card):
-        status, fix = ("note", FIX) if allowed else ("fail", f"{FIX}, or accept the risk of collapse with --allow-chain")
+        status = "note" if allowed else "fail"
+        fix = f"{FIX}, or accept the risk of collapse with --allow-chain"
         finding = f"the teacher {reference} is itself a distilled student: {origin}"
     elif tags := sorted(card.tags & OTHERS_TAGS):
         status, finding, fix = "warn", f"the makers of the teacher {reference} tag it {', '.join(tags)}", FIX

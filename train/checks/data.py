@@ -3,7 +3,7 @@
 Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
@@ -11,7 +11,6 @@ from pipeline.checks import Check, Status
 from pipeline.train_config import TrainConfig
 from train.checks.run import graded
 from train.rows import Parts, prompt_text
-from train.tokens import LabelFaults
 
 if TYPE_CHECKING:
     from train.trainer import Prepared
@@ -67,12 +66,12 @@ def parts_check(parts: Parts) -> Check:
     return graded("parts", len(shared), finding, passes=not shared, otherwise="fail", fix=fix)
 
 
-def label_checks(faults: LabelFaults, rows: int) -> Iterator[Check]:
+def label_checks(faults: Mapping[str, Sequence[str]], rows: int) -> Iterator[Check]:
     """EOS in the labels of every row; loss on the whole answer, and on nothing else."""
     for name, (what, fix) in LABELS.items():
-        bad = faults.counts.get(name, 0)
-        finding = f"{rows - bad:,} of {rows:,} rows {what}" + (f"; {faults.first[name]}" if bad else "")
-        yield graded(name, bad, finding, passes=not bad, otherwise="fail", fix=fix)
+        bad = faults.get(name, ())
+        finding = "; ".join((f"{rows - len(bad):,} of {rows:,} rows {what}", *bad[:1]))
+        yield graded(name, len(bad), finding, passes=not bad, otherwise="fail", fix=fix)
 
 
 def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
