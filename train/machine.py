@@ -58,10 +58,11 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
     """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
     if config.weights == "qlora" and not torch.cuda.is_available():
         raise RecipeError("train.method qlora needs a GPU, and there is none here; use lora")
-    for name in [*config.report_to, *(["bitsandbytes"] if config.weights == "qlora" else [])]:
+    if config.weights == "qlora" and find_spec("bitsandbytes") is None:
+        raise RecipeError("train.method qlora needs bitsandbytes; install it (pip install bitsandbytes), or use lora")
+    for name in config.report_to:
         if find_spec(name) is None:
-            key = f"train.report_to: {name}" if name in config.report_to else f"train.method qlora: {name}"
-            raise RecipeError(f"{key} is not installed; pip install {name}, or leave it out")
+            raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
     if processes.count > config.batch_size:
         raise RecipeError(
             f"train.batch_size {config.batch_size} is less than a row for each of {processes.count} processes; raise it"
@@ -76,16 +77,6 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
 def free_memory() -> int:
     """Bytes that are free: the GPU's, or the machine's."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-
-
-def check_optimizer_fits(student: str, model: Any, weights: Weights) -> None:
-    """Raises DistillError where training all weights needs more memory than is free."""
-    needed, free = model.num_parameters() * ADAMW_BYTES, free_memory()
-    if weights == "full" and needed > free:
-        raise DistillError(
-            f"training all of {student} needs {needed / GIB:.1f} GiB more than its weights, {free / GIB:.1f} GiB "
-            "are free; use train.method: lora, or a smaller student"
-        )
 
 
 def micro_tokens(vocabulary: int, *, soft: bool) -> int:
@@ -114,14 +105,24 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, so
 
 
 def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console) -> bool:
-    """Whether memory is too short without gradient checkpointing, and says so; not if the model's shape is unknown."""
+    """Whether to use gradient checkpointing for forward passes of so many tokens.
+
+    The recipe decides, or short memory, which is printed. Raises DistillError if memory does not suffice even so.
+    """
+    free, optimizer = free_memory(), ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
+    if optimizer > free:
+        raise DistillError(
+            f"training all of {model.name_or_path} needs {optimizer / GIB:.1f} GiB more than its weights, "
+            f"{free / GIB:.1f} GiB are free; use train.method: lora, or a smaller student"
+        )
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing
     try:
         shape, width = model.config.get_text_config(), 2 if autocast(config.weights) else 4
         needed = activation_bytes(shape, tokens, width=width, adapters=config.weights != "full", soft=config.soft)
     except AttributeError:
-        return False
-    optimizer = ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
-    left = SAFE_SHARE * free_memory() - optimizer
+        return False  # a shape that is not known
+    left = SAFE_SHARE * free - optimizer
     if needed > left:
         console.print(
             f"gradient checkpointing is on: {tokens:,} tokens need about {needed / GIB:.1f} GiB without it, there is "

@@ -61,7 +61,7 @@ def train_run(
         shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
     try:
-        from train.trainer import Examples, prepare
+        from train.trainer import prepare
     except ImportError as error:
         raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
 
@@ -73,7 +73,7 @@ def train_run(
     with processes.lead_first():
         if processes.lead:
             _open_work(work, fingerprint, again=again, console=console)
-    examples = Examples(train=to_examples(parts.train), validation=to_examples(parts.validation))
+    examples = {"train": to_examples(parts.train), "validation": to_examples(parts.validation)}
     prepared = prepare(student, examples, recipe.train, work, console, recipe.teacher.model, processes)
     of_tokens = list(token_checks(prepared, parts, recipe.train))
     decide(of_tokens, earlier=checks)

@@ -30,7 +30,6 @@ from pipeline.train_config import TrainConfig
 from train.machine import (
     autocast,
     check_machine,
-    check_optimizer_fits,
     micro_tokens,
     precision,
     wants_checkpointing,
@@ -47,12 +46,7 @@ ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model i
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Prompt-completion rows (train.rows.to_examples) by what they are for."""
-
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+Examples = dict[str, list[dict[str, Any]]]  # train and validation: prompt-completion rows (train.rows.to_examples)
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,7 @@ def prepare(
             )
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         faults = label_faults(seen, stops=stop_tokens(tokenizer, trainer.model), decode=tokenizer.decode)
-        shown = [examples.train[index] for index in kept["train"]]
+        shown = [examples["train"][index] for index in kept["train"]]
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     words = precision(config.weights)
     return Prepared(trainer, kept, lengths, faults, differing, dtype, words, milestones, progress)
@@ -188,7 +182,6 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised)
     except (OSError, ValueError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
-    check_optimizer_fits(student, model, config.weights)
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model, tokenizer, stored
@@ -200,14 +193,12 @@ def _trainer(
     """The trainer of the recipe's method, its rows tokenised. Says what memory a teacher or checkpointing is about."""
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    checkpointing = config.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
+    checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
     settings: dict[str, Any] = {
         "model": model,
         "args": _arguments(config, folder, checkpointing=checkpointing),
-        "train_dataset": datasets.Dataset.from_list(examples.train),
-        "eval_dataset": datasets.Dataset.from_list(examples.validation),
+        "train_dataset": datasets.Dataset.from_list(examples["train"]),
+        "eval_dataset": datasets.Dataset.from_list(examples["validation"]),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,
@@ -216,7 +207,7 @@ def _trainer(
     }
     kinds: dict[str, type[StudentTrainer]] = {"kd": KdTrainer, "gkd": GkdTrainer}
     if config.soft:
-        texts = [row["completion"][0]["content"] for row in examples.train[:COMPARED_TEXTS]]
+        texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
         settings |= {"teacher": load_teacher(teacher, tokenizer, texts, console), "soft": config.kd}
     trainer = kinds.get(config.method, StudentTrainer)(**settings)
     trainer.remove_callback(PrinterCallback)

@@ -17,7 +17,7 @@ from train.run import train_run
 from train.soft import differing_tokens, jsd
 from train.student_trainer import completion_logits
 from train.tokens import MASKED
-from train.trainer import Examples, Prepared, prepare
+from train.trainer import Prepared, prepare
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
     rows = story_rows(6)
-    examples = Examples(to_examples(rows[2:]), to_examples(rows[:2]))
+    examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
     config = make_recipe(models[0], models[1], **train).train
     return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=models[1])
 

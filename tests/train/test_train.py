@@ -30,7 +30,7 @@ from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run, trained_from, training_fingerprint
 from train.student_trainer import StudentTrainer
-from train.trainer import Examples, prepare
+from train.trainer import prepare
 
 QUIET = Console(quiet=True)
 
@@ -56,7 +56,7 @@ def byte_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None:
-    examples = Examples(to_examples([kept_row(0, "Hi", "Yes")]), to_examples([kept_row(1, "Ho", "No")]))
+    examples = {"train": to_examples([kept_row(0, "Hi", "Yes")]), "validation": to_examples([kept_row(1, "Ho", "No")])}
     prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
     row, tokenizer = prepared.trainer.train_dataset[0], prepared.trainer.processing_class
     # <start>user\nHi<end>\n<start>assistant\n: 1 + 5 + 2 + 1 + 1 + 1 + 10 = 21 tokens of prompt
@@ -79,7 +79,8 @@ def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None
 
 
 def test_padding_leaves_the_end_token_in_the_labels_though_it_is_the_pad_token(student: str, tmp_path: Path) -> None:
-    examples = Examples(to_examples([kept_row(0, "Hi", "Yes"), kept_row(1, "Hi", "N")]), to_examples(story_rows(1)))
+    rows = [kept_row(0, "Hi", "Yes"), kept_row(1, "Hi", "N")]
+    examples = {"train": to_examples(rows), "validation": to_examples(story_rows(1))}
     prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
     assert prepared.trainer.processing_class.pad_token_id == prepared.trainer.processing_class.eos_token_id == END
     batch = next(iter(prepared.trainer.get_train_dataloader()))
@@ -413,7 +414,7 @@ def test_gradient_checkpointing_is_chosen_by_memory(
     on: bool,
 ) -> None:
     monkeypatch.setattr("train.machine.free_memory", lambda: free_mib << 20)
-    examples = Examples(to_examples(story_rows(4)), to_examples(story_rows(1)))
+    examples = {"train": to_examples(story_rows(4)), "validation": to_examples(story_rows(1))}
     config = make_recipe(student, method="lora", gradient_checkpointing=setting).train
     prepared = prepare(student, examples, config, tmp_path, Console(stderr=True, soft_wrap=True))
     assert prepared.trainer.args.gradient_checkpointing is on
@@ -570,7 +571,8 @@ def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path)
     found = {}
     for size in (1, 2, 4):
         config = make_recipe(folder, micro_batch_size=size).train
-        prepared = prepare(folder, Examples(to_examples(rows), to_examples(rows[:1])), config, tmp_path, QUIET)
+        examples = {"train": to_examples(rows), "validation": to_examples(rows[:1])}
+        prepared = prepare(folder, examples, config, tmp_path, QUIET)
         trainer = prepared.trainer
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.create_optimizer()
@@ -584,6 +586,6 @@ def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path)
 
 
 def test_fewer_rows_than_processes_are_refused(student: str, tmp_path: Path) -> None:
-    examples = Examples(to_examples(story_rows(3)), to_examples(story_rows(1)))
+    examples = {"train": to_examples(story_rows(3)), "validation": to_examples(story_rows(1))}
     with pytest.raises(UsageError, match=r"3 rows to train on are fewer than 4 processes; start at most 3"):
         prepare(student, examples, make_recipe(student).train, tmp_path, QUIET, processes=Processes(rank=1, count=4))

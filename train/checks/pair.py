@@ -43,13 +43,11 @@ def size_check(teacher: int | None, student: int | None) -> Check:
         return Check(name="size_ratio", status="note", finding=finding)
     ratio, (low, high) = teacher / student, BALANCED_SIZES
     finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
-    status: Status = "note"
+    status: Status = "fail" if ratio < 1 else "warn" if ratio > high else "note"
     fix = "a smaller student saves more"
     if ratio < 1:
-        status = "fail"
         fix = "a student cannot learn to be better than its teacher; swap the models"
     elif ratio > high:
-        status = "warn"
         fix = f"a {_size(teacher)} teacher is too far for a {_size(student)} student; take a size between"
     return graded("size_ratio", ratio, finding, passes=low <= ratio <= high, otherwise=status, fix=fix)
 
@@ -70,27 +68,27 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
     if teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
         return Check(name="templates", status="note", finding=finding)
-    others = [str(_render(teacher, messages)) for messages in prompts]
-    differing = [index for index, text in enumerate(others) if text != own[index]]
+    pairs = [(str(text), str(_render(teacher, messages))) for text, messages in zip(own, prompts, strict=True)]
+    differing = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
     same = len(prompts) - len(differing)
-    status: Status = "pass"
-    finding, fix = f"{same} of {len(prompts)} prompts are rendered alike by teacher and student", ""
-    if differing:
-        one_vocabulary = student.get_vocab() == teacher.get_vocab()
-        first = differing[0]
-        said = _added(student, prompts[first], str(own[first]))
-        heard = _added(teacher, prompts[first], others[first])
-        if said != heard:
-            status = "fail" if one_vocabulary else "warn"
-            finding = f"only {finding}: the teacher's template adds {heard!r}, the student's {said!r}"
-            fix = "give prompts.system, which replaces the system message of both, and generate again"
-        elif one_vocabulary:
-            status = "fail"
-            finding = f"only {finding}, though both models know the same tokens"
-            fix = "copy the teacher's chat_template.jinja into the student's folder"
-        else:
-            status, finding = "note", "the same words in other control tokens: each is asked with its own template"
-    return Check(name="templates", status=status, value=same / len(prompts), finding=finding, fix=fix)
+    share = same / len(prompts)
+    finding = f"{same} of {len(prompts)} prompts are rendered alike by teacher and student"
+    if not differing:
+        return Check(name="templates", status="pass", value=share, finding=finding)
+    one_vocabulary = student.get_vocab() == teacher.get_vocab()
+    status: Status = "fail" if one_vocabulary else "warn"
+    messages, (ours, theirs) = prompts[differing[0]], pairs[differing[0]]
+    said, heard = _added(student, messages, ours), _added(teacher, messages, theirs)
+    if said != heard:
+        finding = f"only {finding}: the teacher's template adds {heard!r}, the student's {said!r}"
+        fix = "give prompts.system, which replaces the system message of both, and generate again"
+    elif one_vocabulary:
+        finding = f"only {finding}, though both models know the same tokens"
+        fix = "copy the teacher's chat_template.jinja into the student's folder"
+    else:
+        status, fix = "note", ""
+        finding = "the same words in other control tokens: each is asked with its own template"
+    return Check(name="templates", status=status, value=share, finding=finding, fix=fix)
 
 
 def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
@@ -99,9 +97,8 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     found: dict[str, str] = {}  # a row's id, and what it spells
     for row in rows:
-        for text in (row.text, *(message.content for message in row.messages)):
-            if match := pattern.search(text):
-                found.setdefault(row.id, match[0])
+        if match := pattern.search("\n".join([row.text, *(message.content for message in row.messages)])):
+            found[row.id] = match[0]
     finding = f"{len(found)} of {len(rows)} rows spell a control token of the student"
     if found:
         first, token = next(iter(found.items()))
