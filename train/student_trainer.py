@@ -62,7 +62,7 @@ class StudentTrainer(SFTTrainer):
         """What is minimised, summed over the completion tokens: cross-entropy, in nats."""
         return cross_entropy(logits.float(), targets, reduction="sum")
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+    def evaluate(self, *given: Any, metric_key_prefix: str = "eval", **more: Any) -> dict[str, float]:
         """Cross-entropy per completion token of the validation rows; all tokens weigh the same, for every method."""
         rows = self._remove_unused_columns(self.eval_dataset, description="evaluation")
         groups = micro_batches([len(ids) for ids in rows["input_ids"]], **self.micro)
