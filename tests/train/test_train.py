@@ -144,6 +144,27 @@ def _plain(message: Any) -> dict[str, str]:
     return {"role": message.role, "content": message.content}
 
 
+@pytest.mark.parametrize(("allowed", "dtype"), [(0.5, torch.bfloat16), (-0.5, torch.float32)])
+def test_a_student_is_stored_as_it_came_unless_rounding_undoes_what_it_learned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    allowed: float,
+    dtype: torch.dtype,
+) -> None:
+    folder = tiny_model(tmp_path / "student")
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    monkeypatch.setattr("train.trainer.ROUNDING_LOSS", allowed)
+    run = make_run(tmp_path / "run", story_rows(10))
+    train_run(make_recipe(str(folder)), run)
+    saved = AutoModelForCausalLM.from_pretrained(run.student)
+    assert saved.dtype == dtype
+    assert ("saved in float32, not in bfloat16: rounded" in capsys.readouterr().err) == (dtype == torch.float32)
+    exact = all(torch.equal(value, value.to(torch.bfloat16).to(value.dtype)) for value in saved.parameters())
+    assert exact == (dtype == torch.bfloat16)  # the weights are back where they were before rounding
+    assert cross_entropy_of(run) == pytest.approx(log_of(run)["eval"][-1]["loss"], abs=0.05)
+
+
 def test_a_lora_student_loads_in_peft_and_has_all_linear_layers(student: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", story_rows(10))
     train_run(make_recipe(student, method="lora", lora_rank=4, learning_rate=1e-2), run)
