@@ -63,7 +63,7 @@ def main() -> None:
         rows = made_up_rows(options.rows + options.validation)
     random.Random(0).shuffle(rows)
     count = min(options.rows, len(rows) - options.validation)
-    examples = Examples(rows[:count], rows[count : count + options.validation])
+    examples = {"train": rows[:count], "validation": rows[count : count + options.validation]}
     # So few steps leave none for a warm-up, which SFTTrainer's default schedule does not have.
     config = TrainConfig(epochs=options.epochs, max_length=2048, lora_dropout=0, warmup=0)
     clocks: dict[str, list[Clock]] = {"ours": [], "SFTTrainer": []}
@@ -98,7 +98,7 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(examples.train),
+        train_dataset=Dataset.from_list(examples["train"]),
         peft_config=lora_config(config),
     )
 

@@ -28,7 +28,8 @@ from pipeline.train_config import TrainConfig
 __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleConfig"]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
-FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
+# Relative to the recipe, as the `file` of a filter rule is.
+FILES = (("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
 
 
 class TeacherConfig(Section):
