@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
@@ -102,6 +101,8 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     `rows` is iterated once. A request that failed for good in an earlier call is made again. Raises what `generate`
     raises; what was judged by then is kept, and the next call goes on.
     """
+    from generate.run import generate  # the client is slow to import, and most calls ask no judge
+
     config = recipe.filters.judge
     assert config is not None
     version = version_of(recipe, config)
