@@ -26,8 +26,8 @@ def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
         if asked is None:
             return Reason(rule="adherence", what=slot)
         for value in map(nfc, (asked,) if isinstance(asked, str) else asked):
-            names = (value, *settings.aliases.get(value, ()))
-            if not any(mentions(answer.text, name) for name in names):
+            others = settings.aliases.get(value, ())
+            if not mentions(answer.text, value) and not any(mentions(answer.text, name) for name in others):
                 missing.setdefault(slot, []).append(value)
     count = sum(map(len, missing.values()))
     if count <= settings.max_missing:

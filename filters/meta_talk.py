@@ -123,23 +123,24 @@ class MetaTalkSettings(RuleSettings):
 def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:
     """Drops an answer that talks about itself, or refuses."""
     text = answer.text
+    latin = _LATIN.search(text) is not None
     if settings.opening and (found := settings.opening.match(text)):
         return Reason(rule="meta_talk", what="opens with", found=found[1])
-    ours = settings.builtin and _hinted(text, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS)
+    ours = settings.builtin and _hinted(text, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS if latin else ())
     for pattern in settings.anywhere if ours or not settings.builtin else settings.anywhere[1:]:
         if found := pattern.search(text):
             return Reason(rule="meta_talk", what="says", found=found[0])
-    if settings.closing and _hinted(text[-CLOSING_CHARS:], CLOSING_HINTS, CLOSING_LATIN_HINTS):
+    if settings.closing and _hinted(text[-CLOSING_CHARS:], CLOSING_HINTS, CLOSING_LATIN_HINTS if latin else ()):
         found = settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))
         return Reason(rule="meta_talk", what="closes with", found=found[0]) if found else None
     return None
 
 
 def _hinted(text: str, hints: re.Pattern[str], latin_hints: tuple[str, ...]) -> bool:
-    """Whether a pattern may match: one of the hints is in the text."""
+    """Whether a pattern may match: one of the hints is in the text. Latin ones are given if it has Latin letters."""
     if hints.search(text):
         return True
-    if _LATIN.search(text) is None:
+    if not latin_hints:
         return False
     plain = " ".join(text.lower().split())
     return any(hint in plain for hint in latin_hints) or _OTHER_CASES.search(text) is not None

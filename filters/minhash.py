@@ -70,7 +70,9 @@ def ngrams(folded: str, n: int) -> Array:
     """The set of a text's n-grams, as sorted hashes. A text under n characters counts as one n-gram."""
     hashes = ngram_hashes(folded.ljust(n), n)
     hashes.sort()
-    return hashes[np.append(hashes[1:] != hashes[:-1], True)]
+    last = np.ones(len(hashes), dtype=bool)  # of equal hashes
+    np.not_equal(hashes[1:], hashes[:-1], out=last[:-1])
+    return hashes[last]
 
 
 def jaccard(first: Array, second: Array) -> float:

@@ -50,7 +50,7 @@ class Side:
             counts = self.slots[name]
             if len(counts) <= MOST_VALUES:
                 for one in (value,) if isinstance(value, str) else value:
-                    counts[one] = counts.get(one, 0) + number
+                    counts[one] += number
 
     def add(self, other: "Side") -> None:
         self.lengths.update(other.lengths)
