@@ -72,7 +72,7 @@ def ngrams(folded: str, n: int) -> Array:
     hashes.sort()
     last = np.ones(len(hashes), dtype=bool)  # of equal hashes
     np.not_equal(hashes[1:], hashes[:-1], out=last[:-1])
-    return hashes[last]
+    return np.asarray(hashes[last])
 
 
 def jaccard(first: Array, second: Array) -> float:

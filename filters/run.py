@@ -23,7 +23,7 @@ from filters.judge import Judgement, count_scores, judge_reason, judge_rows, jud
 from filters.report import FilterReport, make_report
 from filters.rows import decode_completion, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
-from filters.sketches import Kind, Sketch, Sketcher, Source, joined, sketch_file
+from filters.sketches import Kind, Sketch, Source, Text, joined, question_of, sketch, sketch_file
 from filters.stream import LONGEST_LINE, Line, Work, in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
@@ -65,7 +65,9 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     survivors = run.path / "survivors.jsonl.tmp"  # the completions that pass the rules
     verdicts: dict[int, Judgement] = {}  # of survivors, numbered from 0
     gone: dict[int, Reason] = {}  # survivors that are dropped after all
-    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), _removed(survivors):
+    with ExitStack() as stack:
+        kept, dropped, report_file = stack.enter_context(_staged(run.kept, run.dropped, run.filter_report))
+        stack.callback(survivors.unlink, missing_ok=True)
         later = dedup is not None or judging is not None
         with survivors.open("wb") as passed:
             work = partial(judge_lines, rules=rules, dedup=dedup, later=later)
@@ -75,8 +77,8 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         sketches = None
         if dedup:
-            others = [[*sketch_file(source, dedup)] for source in sources]
-            sketches = joined([*sources, Source(survivors, Kind.OWN, "this run")], [*others, own], dedup)
+            others = [(source, sketch_file(source, dedup)) for source in sources]
+            sketches = joined([*others, (Source(survivors, Kind.OWN, "this run"), own)], dedup)
         if judging:
             copies = exact_copies(sketches, dedup) if dedup and sketches else {}
             verdicts, gone = _ask_judge(recipe, run, survivors, copies, tally)
@@ -112,7 +114,7 @@ def _apply_rules(
 def judge_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None, *, later: bool) -> Judged:
     """Runs every rule on every line of a block. `later`: other stages follow, so what passes is not a kept row yet."""
     tally, passed, dropped = Tally(), bytearray(), bytearray()
-    sketcher = Sketcher(dedup) if dedup else None
+    texts: list[Text] = []
     for _, line in lines:
         tally.lines += 1
         if line is None:
@@ -134,10 +136,10 @@ def judge_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None
         if reasons:
             dropped += dropped_line(line, reasons)
             continue
-        if sketcher:
-            sketcher.add(row.id, len(passed), row.text, row.messages)
+        if dedup:
+            texts.append(Text(row.id, len(passed), row.text, question_of(row.messages)))
         passed += line.rstrip() + b"\n" if later else kept_line(line, {})
-    return Judged(tally, bytes(passed), bytes(dropped), sketcher.sketch() if sketcher else None)
+    return Judged(tally, bytes(passed), bytes(dropped), sketch(texts, dedup) if dedup else None)
 
 
 def _rows(survivors: Path, left_out: Container[int] = ()) -> Iterator[tuple[int, Completion]]:
@@ -222,15 +224,6 @@ def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dic
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
-
-
-@contextmanager
-def _removed(path: Path) -> Iterator[None]:
-    """Removes a file when the block ends."""
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -33,7 +33,8 @@ SCRIPTS: dict[str, Ranges] = {
 }
 
 _STARTS = {  # first code point of each range, and how far the last is from it
-    script: [(np.uint32(first), np.uint32(last - first)) for first, last in ranges] for script, ranges in SCRIPTS.items()
+    script: [(np.uint32(first), np.uint32(last - first)) for first, last in ranges]
+    for script, ranges in SCRIPTS.items()
 }
 
 

@@ -5,7 +5,7 @@ nothing. The texts stay on disk: a row that looks like another is read again.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
@@ -70,6 +70,15 @@ class View(NamedTuple):
     glimpses: Array  # uint8 (rows, GLIMPSE), or no columns
 
 
+class Text(NamedTuple):
+    """What is compared of a row, and where its line begins in the file."""
+
+    id: str
+    start: int
+    answer: str
+    question: str
+
+
 class Sketch(NamedTuple):
     """Rows as numbers, in the order of their file."""
 
@@ -96,56 +105,34 @@ class Sketches:
         return bisect_right(self.first, row) - 1
 
 
-class Sketcher:
-    """Collects rows, one after the other, for a sketch of them."""
-
-    def __init__(self, config: DedupConfig) -> None:
-        self._config = config
-        self._prompts = config.prompts is not None or bool(config.contamination)
-        self._ids, self._starts, self._answers, self._questions = list[bytes](), list[int](), list[str](), list[str]()
-
-    def add(self, row_id: str, start: int, answer: str, messages: Sequence[Message], prompt: str = "") -> None:
-        """Notes a row; `prompt` is what was asked if there are no messages."""
-        self._ids.append(row_id.encode())
-        self._starts.append(start)
-        self._answers.append(fold(answer))
-        if self._prompts:
-            self._questions.append(fold(question_of(messages) or prompt))
-
-    def sketch(self) -> Sketch:
-        config = self._config
-        views = [_view(self._answers, config.near, config.ngram)]
-        if self._prompts:
-            views.append(_view(self._questions, None if config.prompts == 1 else config.prompts, config.ngram))
-        return Sketch(np.array(self._ids, dtype=f"S{ID_BYTES}"), np.array(self._starts, dtype=np.int64), views)
-
-
 def question_of(messages: Sequence[Message]) -> str:
     """What was asked: every turn but the system's."""
     return "\n".join([message.content for message in messages if message.role not in ("system", "developer")])
 
 
-def joined(sources: Sequence[Source], sketches: Sequence[Sequence[Sketch]], config: DedupConfig) -> Sketches:
-    """All rows; `sketches` are those of each source."""
-    all_ = [Sketcher(config).sketch(), *(sketch for of_source in sketches for sketch in of_source)]
-    counts = [sum(len(sketch.ids) for sketch in of_source) for of_source in sketches]
-    return Sketches(
-        sources=sources,
-        first=np.cumsum([0, *counts]).tolist(),
-        rows=Sketch(
-            ids=np.concatenate([sketch.ids for sketch in all_]),
-            starts=np.concatenate([sketch.starts for sketch in all_]),
-            views=[
-                View(*map(np.concatenate, zip(*views, strict=True)))
-                for views in zip(*(sketch.views for sketch in all_), strict=True)
-            ],
-        ),
-    )
+def sketch(texts: Sequence[Text], config: DedupConfig) -> Sketch:
+    """Some rows of one file."""
+    views = [_view([fold(text.answer) for text in texts], config.near, config.ngram)]
+    if config.prompts is not None or config.contamination:
+        threshold = None if config.prompts == 1 else config.prompts
+        views.append(_view([fold(text.question) for text in texts], threshold, config.ngram))
+    ids = np.array([text.id.encode() for text in texts], dtype=f"S{ID_BYTES}")
+    return Sketch(ids, np.array([text.start for text in texts], dtype=np.int64), views)
 
 
-def sketch_file(source: Source, config: DedupConfig) -> Iterator[Sketch]:
+def joined(parts: Sequence[tuple[Source, Sequence[Sketch]]], config: DedupConfig) -> Sketches:
+    """All rows of all sources."""
+    every = [sketch([], config), *(one for _, sketches in parts for one in sketches)]
+    ids, starts, views = zip(*every, strict=True)
+    columns = [View(*map(np.concatenate, zip(*of_texts, strict=True))) for of_texts in zip(*views, strict=True)]
+    counts = [sum(len(one.ids) for one in sketches) for _, sketches in parts]
+    rows = Sketch(np.concatenate(ids), np.concatenate(starts), columns)
+    return Sketches([source for source, _ in parts], np.cumsum([0, *counts]).tolist(), rows)
+
+
+def sketch_file(source: Source, config: DedupConfig) -> list[Sketch]:
     """Reads another run's or an evaluation's rows. Raises DataError `path:line: reason` at a line that is no row."""
-    sketcher = Sketcher(config)
+    made, texts = [], list[Text]()
     with source.path.open("rb") as file:
         for number, (start, line) in enumerate(read_lines(file, 0, source.path.stat().st_size), start=1):
             if line is not None and line.isspace():
@@ -154,11 +141,11 @@ def sketch_file(source: Source, config: DedupConfig) -> Iterator[Sketch]:
                 row = _decode(line, source.kind)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{source.path}:{number}: {error}") from None
-            sketcher.add(row.id, start, row.answer, row.messages, row.prompt)
-            if number % BATCH == 0:
-                yield sketcher.sketch()
-                sketcher = Sketcher(config)
-    yield sketcher.sketch()
+            texts.append(Text(row.id, start, row.answer, row.question))
+            if len(texts) == BATCH:
+                made.append(sketch(texts, config))
+                texts = []
+    return [*made, sketch(texts, config)]
 
 
 def _view(folded: list[str], threshold: float | None, n: int) -> View:
