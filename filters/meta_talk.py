@@ -6,8 +6,9 @@ answer to learn from says anywhere. The patterns are this project's own, drawn f
 
 import re
 from functools import cached_property
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from filters.answer import Answer, RuleSettings, nfc
 from pipeline.records import Reason
@@ -91,19 +92,20 @@ _LATIN = re.compile("[A-Za-zſıİ]")
 _OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
 
 
-class MetaTalkSettings(RuleSettings):
-    patterns: list[str] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
-    builtin: bool = True  # False: only your own
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+    return nfc(pattern)
 
-    @field_validator("patterns")
-    @classmethod
-    def _regular(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
-        return [nfc(pattern) for pattern in patterns]
+
+Pattern = Annotated[str, AfterValidator(_regular)]
+
+
+class MetaTalkSettings(RuleSettings):
+    patterns: list[Pattern] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
+    builtin: bool = True  # False: only your own
 
     @cached_property
     def opening(self) -> re.Pattern[str] | None:

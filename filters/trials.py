@@ -22,7 +22,7 @@ from filters.judge import read_judgements
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings
 from filters.report import one_line
-from filters.rows import check_filtered, filtered_rows
+from filters.rows import filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
@@ -75,7 +75,6 @@ class Subset:
 
 def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
     """Judges a filtered run's rows again. Raises DataError if it is not filtered yet, or at a bad line."""
-    check_filtered(run, "--dry-run compares with a filtered run")
     result = DryRun()
     for row in filtered_rows(run):
         result.rows += 1
@@ -129,7 +128,6 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     Fewer rules against an answer come first, then the judge's score, then the distance to the rules' thresholds.
     Duplicates come last, and an answer without text is in no share.
     """
-    check_filtered(run, "--sweep ranks a filtered run")
     thresholds, total, ranks = stricter(rules), 0, list[Rank]()
     scores = {id_: judgement.score or 0 for id_, judgement in read_judgements(run).items()}
     for row in filtered_rows(run):
