@@ -137,7 +137,7 @@ def main() -> None:
     """A child: sends its partition."""
     try:
         _send_partition(pickle.load(sys.stdin.buffer))
-    except EOFError:
+    except (EOFError, pickle.UnpicklingError):
         sys.exit("the parent has gone")
     except DistillError as error:
         _tell(type(error).__name__, str(error))
@@ -162,6 +162,7 @@ def _send_partition(work: Work) -> None:
         try:
             outcome = run_loop(_send(run))
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended: a stop must not cost the last counts
             run.budget.save()
             run.show()
         if outcome and not isinstance(outcome, KeyboardInterrupt):
@@ -178,8 +179,8 @@ async def _send(run: Run) -> Outcome:
             loop.interrupt()
 
         events.add_reader(sys.stdin, parent_gone)
-        with on_signals(loop.interrupt):
-            return await loop.run()
+        events.add_signal_handler(signal.SIGTERM, loop.interrupt)
+        return await loop.run()
 
 
 def _tell(kind: str, said: object) -> None:
