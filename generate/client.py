@@ -12,6 +12,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,6 +29,14 @@ CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
 MOST_BYTES = 64 << 20  # of a reply: a longer one is no answer to a chat request
 KEEPALIVE_S = 4.0  # vLLM closes an idle connection after 5: close first, so that none dies under a request
+
+
+class Reply(NamedTuple):
+    """A whole HTTP reply."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class _Model(msgspec.Struct):
@@ -67,75 +76,61 @@ class Client:
 
     async def complete(self, body: bytes, timeout_s: float) -> Answer | Fault:
         """Sends one chat request and returns its answer, or what came in its place, within `timeout_s`."""
-        try:
-            # A timeout of the transport would start again with every byte.
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.post(self._chat, data=body, allow_redirects=False) as response,
-            ):
-                said = await _read(response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return read_exception(error, timeout_s, self._words)
-        if said is None:
-            return Fault("too_large", f"the reply is longer than {MOST_BYTES:,} bytes", response.status)
+        reply = await self._ask("POST", self._chat, timeout_s, body)
+        if isinstance(reply, Fault):
+            return reply
+        status, headers, said = reply
         if self._on_headers:
-            self._on_headers(response.headers)
-        if 200 <= response.status < 300:
+            self._on_headers(headers)
+        if 200 <= status < 300:
             return read_answer(said, self._words)
-        return read_error(response.status, said, response.headers, self._words)
+        return read_error(status, said, headers, self._words)
 
     async def check_reachable(self) -> str | None:
         """None when something answers at the URL, whatever it says; else why nothing does."""
-        try:
-            async with (
-                asyncio.timeout(PROBE_TIMEOUT_S),
-                self._session.get(self._models, allow_redirects=False) as response,
-            ):
-                await _read(response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            fault = read_exception(error, PROBE_TIMEOUT_S, self._words)
-            if fault.error == "unreachable":
-                return fault.message
-        return None
+        reply = await self._ask("GET", self._models)
+        return reply.message if isinstance(reply, Fault) and reply.error == "unreachable" else None
 
     async def describe_models(self) -> str:
         """What the endpoint lists as its models, as the end of a message."""
-        said = await self._get(self._models)
+        reply = await self._ask("GET", self._models)
         try:
-            names = [model.id for model in msgspec.json.decode(said or b"", type=_Listing).data]
+            listed = b"" if isinstance(reply, Fault) or reply.status != 200 else reply.body
+            names = [model.id for model in msgspec.json.decode(listed, type=_Listing).data]
         except (msgspec.DecodeError, UnicodeDecodeError):
             names = []
         if not names:
             return "; it lists no models: check teacher.base_url"
         return f"; it lists {self._words(', '.join(names))}: set teacher.model to one of them"
 
-    async def metrics(self) -> str | None:
-        """What the server says at `/metrics`; None where it says nothing."""
-        said = await self._get(self._metrics)
-        return said.decode(errors="replace") if said else None
+    async def metrics(self) -> str:
+        """What the server says at `/metrics`; empty if it says nothing."""
+        reply = await self._ask("GET", self._metrics)
+        return "" if isinstance(reply, Fault) or reply.status != 200 else reply.body.decode(errors="replace")
 
-    async def _get(self, url: URL) -> bytes | None:
+    async def _ask(
+        self, method: str, url: URL, timeout_s: float = PROBE_TIMEOUT_S, body: bytes | None = None
+    ) -> Reply | Fault:
+        """One HTTP request: its whole reply, whatever the status, or why there is none."""
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), self._session.get(url, allow_redirects=False) as response:
-                said = await _read(response)
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return None
-        return said if response.status == 200 else None
+            # A timeout of the transport would start again with every byte.
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, url, data=body, allow_redirects=False) as response,
+            ):
+                blocks, size = [], 0
+                while block := await response.content.readany():
+                    blocks.append(block)
+                    size += len(block)
+                    if size > MOST_BYTES:
+                        return Fault("too_large", f"the reply is longer than {MOST_BYTES:,} bytes", response.status)
+                return Reply(response.status, response.headers, b"".join(blocks))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return read_exception(error, timeout_s, self._words)
 
     def _words(self, said: str) -> str:
         """What a server said: one line, not too long, without secrets (some servers repeat the key in their errors)."""
         return shortened(self._redacted(said))
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes | None:
-    """The body of a reply; None if it is longer than MOST_BYTES."""
-    blocks, size = [], 0
-    while block := await response.content.readany():
-        blocks.append(block)
-        size += len(block)
-        if size > MOST_BYTES:
-            return None
-    return b"".join(blocks)
 
 
 def read_exception(error: BaseException, timeout_s: float, words: Callable[[str], str] = shortened) -> Fault:

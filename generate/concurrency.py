@@ -1,6 +1,6 @@
 """How many requests to have in flight at an endpoint: a fixed number, or one that finds itself.
 
-`Fixed` is what the recipe says. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
+`Concurrency` is a fixed number. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
 keeps its batch full and the queue behind it short; `ByClimbing`, on any other, raises the number until throughput stops
 rising. Both back off on 429 and timeouts as TCP does (AIMD: additive increase, multiplicative decrease; Chiu and Jain
 1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
@@ -9,7 +9,7 @@ Pure: the time and the observations are passed in by generate.endpoint.
 """
 
 import re
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 START = 64  # in flight, before anything is known
 START_QUEUED = 276  # per engine, where the server shows its queue: 256, which many run at once, and a queue
@@ -42,10 +42,11 @@ class Load(NamedTuple):
     engines: int = 1  # behind this one endpoint
 
 
-class Concurrency(Protocol):
-    """How many requests may be in flight. Its methods report what may change that."""
+class Concurrency:
+    """How many requests may be in flight: as many as the recipe says. Those that find the number override a method."""
 
-    limit: int
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
 
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         """An answer of so many tokens came, so long after its request; `in_flight` counts it."""
@@ -57,27 +58,12 @@ class Concurrency(Protocol):
         """A request goes out."""
 
 
-class Fixed:
-    """As many as the recipe says."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-
-    def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
-        pass
-
-    def congested(self, sent: float, now: float) -> None:
-        pass
-
-    def sending(self, now: float) -> None:
-        pass
-
-
-class ByQueue:
+class ByQueue(Concurrency):
     """Keeps a short queue at the server. `fraction` of its load is this process's."""
 
     def __init__(self, limit: int = START_QUEUED, fraction: float = 1.0) -> None:
-        self.limit, self._fraction = limit, fraction
+        super().__init__(limit)
+        self._fraction = fraction
         self._doubling = True  # until the first queue
         self._peak: float | None = 0.0  # the most that ran at once; None once it refused requests
         self._preempted: float | None = None
@@ -100,9 +86,6 @@ class ByQueue:
         if sent > self._cut_at:
             self._cut_at = now
             self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
-
-    def sending(self, now: float) -> None:
-        pass
 
     def observed(self, load: Load | None, in_flight: int) -> None:
         """Looks at the load (None where the server did not say it) and moves the limit."""
@@ -152,7 +135,7 @@ class Episode(NamedTuple):
     at: float
 
 
-class ByClimbing:
+class ByClimbing(Concurrency):
     """Doubles while that raises throughput, then stays near the number with the best throughput.
 
     Throughput is the speed of one request times the requests in flight (Little's law), over requests that were sent
@@ -160,7 +143,7 @@ class ByClimbing:
     """
 
     def __init__(self, limit: int = START) -> None:
-        self.limit = limit
+        super().__init__(limit)
         self._best = 0.0  # throughput: tokens per second
         self._base = limit  # the number that brought it
         self._phase = "double"  # then "settle": probes a little around; "avoid" once the server refused

@@ -1,9 +1,10 @@
-"""The `Run`: what every part of one call of `generate` works with, and the ways in which it can end.
+"""The `Run`: what every part of one call of `generate` works with.
 
-Holds open journals; decides nothing.
+Opens the journals and the budget; decides nothing.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from generate.budget import Budget
@@ -12,9 +13,13 @@ from generate.jobs import WHOLE, Job, Partition, build_jobs
 from generate.journal import Journal
 from generate.progress import Counters
 from generate.prompts import iter_prompts
-from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
+from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir
+
+# How a run ends: None when every request was answered or has failed for good, else what the API is to raise.
+# KeyboardInterrupt: the user stopped it. BudgetReached: the next request could pass it. Others: it cannot go on.
+Outcome = BaseException | None
 
 
 class Left:
@@ -51,43 +56,33 @@ class Run:
         """Streams the jobs that are left to this process."""
         return self.left.jobs(self.recipe, self.partition)
 
-
-@dataclass(frozen=True)
-class Finished:
-    """Every request was answered or has failed for good."""
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """The user stopped it; the rest can be asked later."""
+    def say_stopping(self) -> None:
+        """Tells the user that the run ends when what is in flight has ended."""
+        self.say(f"stopping: a moment for {self.counters.in_flight} requests in flight; again to stop at once")
 
 
-@dataclass(frozen=True)
-class BudgetSpent:
-    """The next request could pass the budget."""
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """It cannot go on."""
-
-    error: BaseException
-
-
-Outcome = Finished | Interrupted | BudgetSpent | Stopped
-
-
-def raise_unless_finished(outcome: Outcome, budget: Budget) -> None:
-    """Turns an outcome into what the API promises: KeyboardInterrupt, BudgetReached or the error that stopped it."""
-    match outcome:
-        case Interrupted():
-            raise KeyboardInterrupt
-        case BudgetSpent():
-            raise budget.reached()
-        case Stopped(error):
-            raise error
-
-
-def stopped(message: str) -> Stopped:
-    """An end with a message for the user."""
-    return Stopped(DistillError(message))
+@contextmanager
+def opened_run(
+    recipe: Recipe,
+    folder: RunDir,
+    counters: Counters,
+    *,
+    say: Callable[[str], None],
+    show: Callable[[], None],
+    retry_failures: bool = False,
+    partition: Partition = WHOLE,
+) -> Iterator[Run]:
+    """Opens the journals and the budget of a run, or of one process's part of it."""
+    with Journal(folder.completions, Completion) as completions, Journal(folder.failures, Failure) as failures:
+        yield Run(
+            recipe=recipe,
+            dir=folder,
+            completions=completions,
+            failures=failures,
+            left=Left(completions.found.ids, failures.found.ids, retry_failures=retry_failures),
+            budget=Budget.open(recipe, folder, completions.found, partition),
+            counters=counters,
+            say=say,
+            show=show,
+            partition=partition,
+        )

@@ -45,23 +45,19 @@ UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in the
 _encoder = msgspec.json.Encoder()
 
 
-class Lesson(NamedTuple):
-    """What a refusal teaches: a value of the dialect, and how to say it to the user."""
+class Manner(NamedTuple):
+    """How the teacher is asked."""
 
-    said: str
-    left_out: str | None = None
-    limit: str | None = None
-    role: str | None = None
+    left_out: frozenset[str] = frozenset()
+    limit: str = "max_tokens"
+    role: str | None = None  # for the instructions; None: as they come
 
 
 class Dialect:
     """What the teacher has been found to refuse so far. One per run: all its endpoints serve the same model."""
 
     def __init__(self) -> None:
-        self.version = 0
-        self._left_out: set[str] = set()
-        self._limit = "max_tokens"
-        self._role: str | None = None  # for the instructions; None: as they come
+        self.version, self._manner = 0, Manner()
 
     def body(self, job: Job) -> bytes:
         """What is sent for a job: encoded once, and again only after something was learnt."""
@@ -77,51 +73,51 @@ class Dialect:
         if not self.version:
             return sampling
         return {
-            self._limit if name == "max_tokens" else name: value
+            self._manner.limit if name == "max_tokens" else name: value
             for name, value in sampling.items()
-            if name not in self._left_out
+            if name not in self._manner.left_out
         }
 
     def teaches(self, fault: Fault, job: Job, version: int) -> bool:
         """Whether the refused job, sent another way, may be answered; `version` is the dialect it was sent in."""
         if fault.error != "bad_request" or fault.status not in (400, 422):
             return False
-        return version != self.version or self.lesson(fault, job.request.messages) is not None
+        return version != self.version or self._lesson(fault, job.request.messages) is not None
 
     def learn(self, fault: Fault, job: Job, version: int, say: Callable[[str], None]) -> None:
         """Learns from a refusal that `teaches`, and says so. One that was sent before the last lesson is no news."""
-        lesson = self.lesson(fault, job.request.messages) if version == self.version else None
+        lesson = self._lesson(fault, job.request.messages) if version == self.version else None
         if lesson:
+            said, self._manner = lesson
             self.version += 1
-            self._left_out |= {lesson.left_out} if lesson.left_out else set()
-            self._limit = lesson.limit or self._limit
-            self._role = lesson.role or self._role
-            say(f"the teacher refuses a setting ({fault.message}): from here on this run {lesson.said}")
+            say(f"the teacher refuses a setting ({fault.message}): from here on this run {said}")
 
-    def lesson(self, fault: Fault, messages: list[Message]) -> Lesson | None:
-        """What a refusal of the prompt `messages` teaches; None if it is about something else, or known already."""
-        name = _refused(fault, messages)
-        if name == "max_tokens" and "max_completion_tokens" in fault.message and self._limit == "max_tokens":
-            return Lesson("sends max_completion_tokens instead of max_tokens", limit="max_completion_tokens")
-        if name in MAY_BE_LEFT_OUT and name not in self._left_out:
-            return Lesson(f"leaves out {name}: answers are sampled with the model's own", left_out=name)
-        role = re.search(r"\b(system|developer)\b", fault.message, re.IGNORECASE) if name == "role" else None
-        return self._next_role(role[1].lower()) if role else None
+    def _lesson(self, fault: Fault, messages: list[Message]) -> tuple[str, Manner] | None:
+        """What a refusal of these messages teaches, in words too; None if nothing, or nothing new."""
+        name, now = _refused(fault, messages), self._manner
+        if name == "max_tokens" and "max_completion_tokens" in fault.message and now.limit == "max_tokens":
+            limit = "max_completion_tokens"
+            return f"sends {limit} instead of max_tokens", now._replace(limit=limit)
+        if name in MAY_BE_LEFT_OUT and name not in now.left_out:
+            said = f"leaves out {name}: answers are sampled with the model's own"
+            return said, now._replace(left_out=now.left_out | {name})
+        refused = re.search(r"\b(system|developer)\b", fault.message, re.IGNORECASE) if name == "role" else None
+        role = self._next_role(refused[1].lower()) if refused else None
+        return (f"gives instructions in the role {role}", now._replace(role=role)) if role else None
 
-    def _next_role(self, refused: str) -> Lesson | None:
-        now = ROLES.index(self._role) if self._role else ROLES.index(refused)
-        if now + 1 == len(ROLES):
-            return None
-        role = ROLES[now + 1] if refused == "system" or self._role else "system"
-        return Lesson(f"gives instructions in the role {role}", role=role)
+    def _next_role(self, refused: str) -> str | None:
+        """`system`, `developer` and `user` in turn; a recipe's own `developer` is tried as `system` first."""
+        if self._manner.role is None:
+            return "developer" if refused == "system" else "system"
+        return {"system": "developer", "developer": "user"}.get(self._manner.role)
 
     def _addressed(self, messages: list[Message]) -> list[Message]:
         """The messages, with instructions in the role that the model takes; as a `user`, before the user's words."""
-        if self._role is None or messages[0].role not in ROLES[:2]:
+        if self._manner.role is None or messages[0].role not in ROLES[:2]:
             return messages
         first, *rest = messages
-        if self._role != "user":
-            return [Message(role=self._role, content=first.content), *rest]
+        if self._manner.role != "user":
+            return [Message(role=self._manner.role, content=first.content), *rest]
         if rest and rest[0].role == "user":
             return [Message(role="user", content=f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
         return [Message(role="user", content=first.content), *rest]

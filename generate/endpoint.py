@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 
 from generate.client import Client
-from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, Fixed, read_load
+from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, read_load
 from generate.jobs import Partition
 from generate.limits import Limits
 from generate.reply import Answer, Fault
@@ -23,7 +23,7 @@ LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, a
 
 
 class Endpoint:
-    """Use as an async context manager; `watch` runs beside the requests."""
+    """Its `client` is open while requests go out, and `watch` runs beside them."""
 
     def __init__(self, recipe: Recipe, url: str, partition: Partition, say: Callable[[str], None], most: int) -> None:
         """`most` requests are in flight at most, whatever the recipe or the endpoint allows."""
@@ -34,7 +34,7 @@ class Endpoint:
         self._concurrency: Concurrency = (
             ByClimbing(_part(START, partition))
             if config.concurrency == "auto"
-            else Fixed(_part(config.concurrency, partition))
+            else Concurrency(_part(config.concurrency, partition))
         )
         self.client = Client(recipe.teacher, url, on_headers=self._read_headers)
         self.in_flight = 0
@@ -43,13 +43,6 @@ class Endpoint:
         self._probe_sent: float | None = None  # the probe in flight
         self._failing: set[str] = set()  # requests that failed since the last answer
         self._steps, self._stepped_at = 0, float("-inf")  # of the backoff since the last answer
-
-    async def __aenter__(self) -> "Endpoint":
-        await self.client.__aenter__()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.client.__aexit__(*_)
 
     @property
     def limit(self) -> int:
@@ -107,9 +100,8 @@ class Endpoint:
         if step := self.step(sent):
             self._steps, self._stepped_at = step, now
         if not pause.down:
-            if self.limits.is_news(pause.pause_s, now):
+            if self.limits.pause(pause.pause_s, now):
                 self._say(f"{self.url} asks to be left alone for {pause.pause_s:.0f} s ({fault.message})")
-            self.limits.pause(pause.pause_s, now)
             return
         self._probe_at = max(self._probe_at, now + pause.pause_s) if step else self._probe_at
         if self.down_since is None:
@@ -119,7 +111,7 @@ class Endpoint:
     async def prepare(self) -> str | None:
         """Checks the endpoint before the first request. None if something answers there, else why nothing does."""
         silent = await self.client.check_reachable()
-        load = None if silent else read_load(await self.client.metrics() or "")
+        load = None if silent else read_load(await self.client.metrics())
         if load is not None:
             self._shows_load = True
             if self._auto:
@@ -140,7 +132,7 @@ class Endpoint:
         while isinstance(self._concurrency, ByQueue):
             await asyncio.sleep(self._concurrency.look_s)
             before = self.limit
-            load = read_load(await self.client.metrics() or "") if self.down_since is None else None
+            load = read_load(await self.client.metrics()) if self.down_since is None else None
             self._concurrency.observed(load, self.in_flight)
             if self.limit > before:
                 changed()

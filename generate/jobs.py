@@ -61,15 +61,11 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, partition: Partition =
         if not seen.add(question):
             repeats[question] += 1
         if number % partition.of == partition.part:
-            yield _build(prompt, recipe, sampling, repeats.get(question, 0))
+            yield _build_job(prompt, recipe, sampling, repeats.get(question, 0))
 
 
-def build_job(prompt: Prompt, recipe: Recipe, sample: int = 0) -> Job:
+def _build_job(prompt: Prompt, recipe: Recipe, sampling: dict[str, Any], sample: int) -> Job:
     """The job of a prompt. `sampling.seed` in it is the request's own, derived from the recipe's and the identity."""
-    return _build(prompt, recipe, recipe.sampling.fields(), sample)
-
-
-def _build(prompt: Prompt, recipe: Recipe, sampling: dict[str, Any], sample: int) -> Job:
     model, endpoint = recipe.teacher.model, recipe.teacher.url
     identity = _encoder.encode([prompt.messages, sorted(sampling.items()), model, endpoint, sample])
     digest = blake2b(identity, digest_size=ID_BYTES + 8).digest()

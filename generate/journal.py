@@ -83,23 +83,17 @@ class Journal:
 
     def __init__(self, path: Path, kind: type[Completion] | type[Failure]) -> None:
         """Reads the journal, fixes its end and opens it. Raises DataError or DistillError."""
-        self.path = path
-        self._dirty = False
-        try:
+        self.path, self._dirty = path, False
+        with self._explained():
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from None
         try:
-            with self._locked():
+            with self._explained(), self._locked():
                 self.found = read_journal(path, kind)
                 if self.found.torn_bytes:
                     os.ftruncate(self._fd, self.found.good_bytes)
                 self._end = self.found.good_bytes
                 if self.found.unended:
                     self._write(b"\n")
-        except OSError as error:
-            os.close(self._fd)
-            raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from None
         except BaseException:
             os.close(self._fd)
             raise
@@ -107,26 +101,18 @@ class Journal:
     def append(self, record: Completion | Failure) -> None:
         """Writes one line. Raises DistillError when the disk does not take it; the file then ends as it did before."""
         line = encode_line(record)
-        try:
-            with self._locked():
-                size = os.fstat(self._fd).st_size
-                if size != self._end:  # another process has written; was it killed at that?
-                    self._end = self._repaired(size)
-                self._write(line)
-        except OSError as error:
-            raise DistillError(
-                f"{self.path}: cannot be written: {error.strerror or error}; what was written before is whole. "
-                "Fix that and run the same command again"
-            ) from None
+        with self._explained(), self._locked():
+            size = os.fstat(self._fd).st_size
+            if size != self._end:  # another process has written; was it killed at that?
+                self._end = self._repaired(size)
+            self._write(line)
 
     def sync(self) -> None:
         """Makes sure that what was written survives a power cut (fsync). May run in another thread than `append`."""
         if self._dirty:
             self._dirty = False
-            try:
+            with self._explained():
                 os.fsync(self._fd)
-            except OSError as error:
-                raise DistillError(f"{self.path}: fsync failed: {error.strerror or error}; check the disk") from None
 
     def __enter__(self) -> "Journal":
         return self
@@ -136,6 +122,16 @@ class Journal:
             self.sync()
         finally:
             os.close(self._fd)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DistillError(
+                f"{self.path}: cannot be written: {error.strerror or error}; what was written before is whole. "
+                "Fix that and run the same command again"
+            ) from None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -63,7 +63,7 @@ class Limits:
         self._fraction = fraction
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {name: TokenBucket(rate * fraction, now) for name, rate in self._declared.items() if rate}
-        self._told: set[str] = set()
+        self._told: set[tuple[str, float]] = set()
         self._paused_until = 0.0
 
     @property
@@ -89,17 +89,15 @@ class Limits:
         if bucket:
             bucket.take(used - estimated, now)
 
-    def pause(self, seconds: float, now: float) -> None:
-        """Nothing goes out for so many seconds: the server asks for it."""
+    def pause(self, seconds: float, now: float) -> bool:
+        """Nothing goes out for so many seconds. True if the user should know: it is long, and longer than before."""
+        news = seconds > max(LONG_S, self.paused_s(now) + 1)
         self._paused_until = max(self._paused_until, now + seconds)
+        return news
 
     def paused_s(self, now: float) -> float:
         """Seconds of the pause that are left."""
         return max(self._paused_until - now, 0.0)
-
-    def is_news(self, seconds: float, now: float) -> bool:
-        """Whether the user should be told of such a pause: it is long, and longer than the one there is."""
-        return seconds > max(LONG_S, self.paused_s(now) + 1)
 
     def learn(self, headers: Mapping[str, str], now: float) -> str | None:
         """Takes over the limits in the headers; returns what is new, in words.
@@ -108,27 +106,30 @@ class Limits:
         """
         if "x-ratelimit-limit-requests" not in headers and "x-ratelimit-limit-tokens" not in headers:
             return None
-        allows, pauses = [], []
+        news = []
         for name in ("requests", "tokens"):
-            said = headers.get(f"x-ratelimit-limit-{name}")
-            if said and (limit := _number(said)):
-                limit = min(limit, self._declared[name] or limit)
-                bucket = self._buckets.get(name)
-                if bucket is None:
-                    bucket = self._buckets[name] = TokenBucket(limit * self._fraction, now)
-                elif bucket.per_minute != limit * self._fraction:
-                    bucket.change(limit * self._fraction, now)
-                else:
-                    limit = 0  # nothing new
-                if limit and (words := f"{limit:,.0f} {name}") not in self._told:
-                    self._told.add(words)
-                    allows.append(words)
+            said = _number(headers.get(f"x-ratelimit-limit-{name}", ""))
+            limit = min(said, self._declared[name] or said)
+            if said and self._change(name, limit, now):
+                news.append(f"allows {limit:,.0f} {name} per minute")
             if headers.get(f"x-ratelimit-remaining-{name}") == "0":
                 pause_s = seconds_of(headers.get(f"x-ratelimit-reset-{name}", ""))
-                if self.is_news(pause_s, now):
-                    pauses.append(f"has no {name} left for {pause_s:.0f} s")
-                self.pause(pause_s, now)
-        return "; ".join([*([f"allows {' and '.join(allows)} per minute"] if allows else []), *pauses]) or None
+                if self.pause(pause_s, now):
+                    news.append(f"has no {name} left for {pause_s:.0f} s")
+        return "; ".join(news) or None
+
+    def _change(self, name: str, limit: float, now: float) -> bool:
+        """The limit is in force from now on; True if it is one that never was."""
+        bucket, rate = self._buckets.get(name), limit * self._fraction
+        if bucket and bucket.per_minute == rate:
+            return False
+        if bucket:
+            bucket.change(rate, now)
+        else:
+            self._buckets[name] = TokenBucket(rate, now)
+        new = (name, limit) not in self._told
+        self._told.add((name, limit))
+        return new
 
 
 def seconds_of(duration: str) -> float:
@@ -143,9 +144,10 @@ def seconds_of(duration: str) -> float:
     return sum(float(number) * scale[unit] for number, unit in parts)
 
 
-def _number(said: str) -> float | None:
+def _number(said: str) -> float:
+    """A limit in a header; 0 for anything else."""
     try:
         value = float(said)
     except ValueError:
-        return None
-    return value if LEAST <= value <= MOST else None
+        return 0.0
+    return value if LEAST <= value <= MOST else 0.0

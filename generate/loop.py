@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from generate.budget import Reservation
-from generate.context import BudgetSpent, Finished, Interrupted, Outcome, Run, Stopped, stopped
+from generate.context import Outcome, Run
 from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.jobs import Job, completed, failed
@@ -31,6 +31,7 @@ from generate.verdict import (
     paused_too_long,
     refused_by_all,
 )
+from pipeline.errors import DistillError
 from pipeline.records import Failure
 
 GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
@@ -63,7 +64,7 @@ class Loop:
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
-        self._outcome: Outcome | None = None  # None: it goes on
+        self._ended_by: Outcome = None  # None: it goes on
         self._at_once = False  # without a grace for what is in flight
         # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
         self._held_back: list[Failure] | None = []
@@ -80,27 +81,27 @@ class Loop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return self._finished() if self._outcome is None else self._outcome
+        return self._ended_by or self._all_sent()
 
     def interrupt(self) -> bool:
         """Ends the run: nothing new, and a short grace for what is in flight; a second call ends it at once.
 
         True for the first call.
         """
-        first = self._outcome is None
-        self._end(Interrupted(), at_once=not first)
+        first = self._ended_by is None
+        self._end(KeyboardInterrupt(), at_once=not first)
         return first
 
-    def _end(self, outcome: Outcome, *, at_once: bool = False) -> None:
-        """The run is to end; the first outcome stands."""
-        self._outcome = outcome if self._outcome is None else self._outcome
+    def _end(self, why: BaseException, *, at_once: bool = False) -> None:
+        """The run is to end; the first reason stands."""
+        self._ended_by = self._ended_by or why
         self._at_once = self._at_once or at_once
         self._changed.set()
 
     async def _send_all(self) -> None:
         """Sends requests while there are any and the run goes on: each once there is room and money for it."""
         sent = 0
-        while self._outcome is None:
+        while not self._ended_by:
             now = monotonic()
             job = self._schedule.next_job(now)
             if job is None:
@@ -129,12 +130,12 @@ class Loop:
         if endpoint is None:
             pause_s = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
             if pause_s > self._config.give_up_s and not self._in_flight:
-                self._end(stopped(paused_too_long(self._endpoints[0].url, pause_s, self._config)))
+                self._end(DistillError(paused_too_long(self._endpoints[0].url, pause_s, self._config)))
             return wait
         reservation = self._run.budget.reserve(len(body), max_tokens)
         if reservation is None:
             if not self._in_flight:  # and so no reply will give back what its request did not use
-                self._end(BudgetSpent())
+                self._end(self._run.budget.reached())
             return None
         endpoint.begin(tokens, now)
         self._run.counters.in_flight += 1
@@ -217,10 +218,10 @@ class Loop:
                     self._release()
                     self._record_failure(failure)
             case EndRun():
-                if self._outcome is None:  # of many at once the first is told
-                    self._end(stopped(verdict.message))
+                if not self._ended_by:  # of many at once the first is told
+                    self._end(DistillError(verdict.message))
                     if verdict.name_models:
-                        self._outcome = stopped(verdict.message + await endpoint.client.describe_models())
+                        self._ended_by = DistillError(verdict.message + await endpoint.client.describe_models())
 
     def _record_answer(self, attempt: Attempt, answer: Answer, now: float) -> None:
         job, endpoint, run = attempt.job, attempt.endpoint, self._run
@@ -248,17 +249,17 @@ class Loop:
     def _release(self) -> None:
         """The call has had something other than one kind of refusal: the refused requests were at fault themselves."""
         held_back, self._held_back = self._held_back, None
-        if self._outcome is None:  # else they are asked again by the next call
+        if not self._ended_by:  # else they are asked again by the next call
             for failure in held_back or ():
                 self._record_failure(failure)
 
-    def _finished(self) -> Outcome:
+    def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
         answered_earlier = len(self._run.completions.found.ids) > 0
         if self._held_back and not answered_earlier and (first := self._held_back[0]).error == "forbidden":
-            return stopped(refused_by_all(first, first.endpoint, len(self._held_back)))
+            return DistillError(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
-        return Finished()
+        return None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -269,7 +270,7 @@ class Loop:
         """A task is over: there may be room. One that broke (a full disk) ends the run at once."""
         self._in_flight.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._end(Stopped(error), at_once=True)
+            self._end(error, at_once=True)
         self._changed.set()
 
     async def _change(self, within_s: float | None) -> None:

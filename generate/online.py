@@ -15,7 +15,6 @@ from generate.client import no_endpoint
 from generate.context import Outcome, Run
 from generate.endpoint import Endpoint
 from generate.loop import Loop
-from generate.progress import Display
 from pipeline.errors import UsageError
 
 SPARE_FILES = 64  # file descriptors that are not connections
@@ -23,15 +22,15 @@ SPARE_FILES = 64  # file descriptors that are not connections
 Result = TypeVar("Result")
 
 
-async def send_from_here(run: Run, display: Display, *, signals: bool) -> Outcome:
+async def send_from_here(run: Run, *, signals: bool) -> Outcome:
     """Sends every request that is left. With `signals`, Ctrl-C and SIGTERM end it in order."""
     async with opened_loop(run) as loop:
 
         def interrupt() -> None:
             if loop.interrupt():
-                display.stopping()
+                run.say_stopping()
 
-        with on_signals(interrupt if signals else None), display:
+        with on_signals(interrupt if signals else None):
             return await loop.run()
 
 
@@ -45,9 +44,9 @@ async def opened_loop(run: Run) -> AsyncIterator[Loop]:
             f"warning: this system allows {most} connections per endpoint (ulimit -n): that many requests are in flight"
         )
     async with AsyncExitStack() as stack:
-        endpoints = [
-            await stack.enter_async_context(Endpoint(recipe, url, run.partition, run.say, most)) for url in urls
-        ]
+        endpoints = [Endpoint(recipe, url, run.partition, run.say, most) for url in urls]
+        for endpoint in endpoints:
+            await stack.enter_async_context(endpoint.client)
         silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))
         if all(silent):
             raise no_endpoint(recipe.teacher, urls[0], silent[0] or "")
@@ -58,7 +57,7 @@ async def opened_loop(run: Run) -> AsyncIterator[Loop]:
 
 
 @contextmanager
-def on_signals(handle: Callable[[], None] | None) -> Iterator[None]:
+def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
     """Ctrl-C and SIGTERM call `handle` in the running loop; afterwards they do what they did before."""
     if handle is None or threading.current_thread() is not threading.main_thread():
         yield  # Python gives signals to the main thread only

@@ -23,7 +23,8 @@ SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "comple
 class Counters:
     """Where a run is. Tokens are those of this call, as the server counted them."""
 
-    total: int
+    total: int = 0  # requests of the run
+    repeats: int = 0  # of them ask a question again
     resumed: int = 0  # answered by an earlier call
     failed_before: int = 0  # failed in an earlier call, and not asked again
     answered: int = 0
@@ -40,6 +41,11 @@ class Counters:
     def done(self) -> int:
         """Requests that need nothing more: answered, or failed for good."""
         return self.resumed + self.failed_before + self.answered + self.failed
+
+    @property
+    def left(self) -> int:
+        """Requests still to be asked."""
+        return self.total - self.done
 
     def count(self, model: str, usage: Usage) -> None:
         """Counts an answer."""
@@ -72,12 +78,15 @@ class Display:
 
     def __init__(self, counters: Counters, console: Console, *, quiet: bool) -> None:
         self._counters, self._console, self._quiet = counters, console, quiet
-        self._samples: deque[tuple[float, int, int]] = deque([(counters.started, counters.done, 0)])
-        self._next_line = counters.started + PLAIN_INTERVAL_S
+        self._samples: deque[tuple[float, int, int]] = deque()
+        self._next_line = 0.0
         self._live: Progress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> "Display":
+        started = time.monotonic()
+        self._samples.append((started, self._counters.done, 0))
+        self._next_line = started + PLAIN_INTERVAL_S
         if not self._quiet and self._console.is_terminal:
             self._live = Progress(
                 BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"), console=self._console
@@ -109,15 +118,6 @@ class Display:
         """A message above the live line; shown however quiet the run is."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def stopping(self) -> None:
-        """The run ends when what is in flight has ended."""
-        self.say(f"stopping: a moment for {self._counters.in_flight} requests in flight; again to stop at once")
-
-    def stopped(self, left: str) -> None:
-        """The run has ended early; `left` says what the others are."""
-        counters = self._counters
-        self.say(f"{counters.answered} answered in this call, {counters.total - counters.done} {left}")
-
     def _line(self, now: float) -> str:
         """Tokens per second, in flight, waiting, failures and the time left."""
         counters = self._counters
@@ -130,7 +130,7 @@ class Display:
         failed = counters.failed + counters.failed_before
         parts.append(f"{failed} failed")
         if per_second > 0:
-            parts.append(f"{clock((counters.total - counters.done) / per_second)} left")
+            parts.append(f"{clock(counters.left / per_second)} left")
         return " · ".join(parts)
 
 

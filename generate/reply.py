@@ -58,20 +58,20 @@ class _Usage(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    content: str | None = None
+    content: str | list[Any] | None = None
     refusal: str | None = None
 
 
 class _Choice(msgspec.Struct):
     message: _Message
-    finish_reason: str | None = None
+    finish_reason: Any = None
 
 
 class _Reply(msgspec.Struct):
     choices: list[_Choice] | None = None
-    model: str | None = None
-    usage: _Usage | None = None
-    error: object = None
+    model: Any = None
+    usage: Any = None
+    error: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Reply)
@@ -93,7 +93,7 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
             return Fault("error_in_answer", words(str(reply.error)), 200)
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choice, usage = reply.choices[0], _usage(reply.usage)
-    text, reason = choice.message.content or "", choice.finish_reason or "unknown"
+    text, reason = _content(choice.message.content), _text(choice.finish_reason) or "unknown"
     if reason == "content_filter":
         return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
     if not text.strip():
@@ -101,7 +101,7 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
         return Fault("empty_answer", f"the answer has no text (finish_reason {reason}{thought})", 200, usage=usage)
-    return Answer(text, reason, reply.model, usage)
+    return Answer(text, reason, _text(reply.model), usage)
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:
@@ -153,28 +153,23 @@ def _said(body: bytes) -> _Said:
         return _Said(text)
     inner = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(inner, dict):
-        return _Said(inner if isinstance(inner, str) else text)
-    message = inner.get("message")
-    code, kind, param = (_text(inner.get(name)) for name in ("code", "type", "param"))
-    return _Said(
-        message if isinstance(message, str) and message.strip() else text, code, kind, param or _located(inner)
-    )
-
-
-def _located(data: dict[str, Any]) -> str | None:
-    """The field that FastAPI's `detail` names: `[{"loc": ["body", "seed"], …}]`."""
-    match data.get("detail"):
-        case [{"loc": [*_, str(name)]}, *_]:
-            return name
-    return None
+        return _Said(_text(inner) or text)
+    message, code, kind, param = (_text(inner.get(name)) for name in ("message", "code", "type", "param"))
+    match inner.get("detail"):
+        case [{"loc": [*_, str(field)]}, *_]:  # [{"loc": ["body", "seed"], …}]
+            param = param or field
+    return _Said(message if message and message.strip() else text, code, kind, param)
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _usage(usage: _Usage | None) -> Usage:
-    if usage is None:
+def _usage(said: Any) -> Usage:
+    """The tokens that the server counted; unknown where it says nothing, or what is no count."""
+    try:
+        usage = msgspec.convert(said or {}, _Usage, strict=False)
+    except msgspec.ValidationError:
         return Usage()
     details, completion_tokens = usage.completion_tokens_details, usage.completion_tokens
     if completion_tokens is not None and usage.prompt_tokens is not None and usage.total_tokens is not None:
@@ -187,44 +182,26 @@ def _usage(usage: _Usage | None) -> Usage:
     )
 
 
+def _content(content: str | list[Any] | None) -> str:
+    """The text of a message: of parts (Mistral's models that think) only the text, without the thoughts."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(_text(part.get("text")) or "" for part in parts)
+    return content or ""
+
+
 def _decode(body: bytes, words: Callable[[str], str]) -> _Reply | Fault:
     try:
         return _decoder.decode(body)
     except (ValueError, RecursionError):
-        pass  # not as it should be: is there an answer in it all the same?
+        pass  # Python's own reader takes more: UTF-16, NaN, and half a surrogate pair ("\ud83d")
     said = words(body.decode(errors="replace")) or "nothing at all"
     try:
-        return msgspec.convert(_repaired(json.loads(body)), _Reply)
+        text = json.dumps(json.loads(body), ensure_ascii=False)
+        # UTF-8 cannot write half a surrogate pair: it becomes U+FFFD.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return msgspec.convert(json.loads(text), _Reply)
     except (msgspec.ValidationError, RecursionError) as error:
         return Fault("wrong_shape", f"not a chat completion: {error}: {said}", 200)
     except ValueError:
         return Fault("not_json", f"no JSON, or cut short: {said}", 200)
-
-
-def _repaired(data: Any) -> Any:
-    """A reply whose oddities are fixed as far as its text does not depend on them: it has been paid for.
-
-    Half a surrogate pair ("\\ud83d") becomes U+FFFD: Python reads it, UTF-8 cannot write it. A content of parts
-    (Mistral's models that think) becomes the text of its text parts. A `usage` that is no count is dropped.
-    """
-    text = json.dumps(data, ensure_ascii=False)
-    data = json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
-    if not isinstance(data, dict):
-        return data
-    try:
-        data["usage"] = msgspec.convert(data.get("usage"), _Usage | None, strict=False)
-    except msgspec.ValidationError:
-        data["usage"] = None
-    data["model"] = _text(data.get("model"))
-    for choice in data["choices"] if isinstance(data.get("choices"), list) else []:
-        if isinstance(choice, dict):
-            choice["finish_reason"] = _text(choice.get("finish_reason"))
-            message = choice.get("message")
-            if isinstance(message, dict) and isinstance(message.get("content"), list):
-                message["content"] = "".join(map(_part_text, message["content"]))
-    return data
-
-
-def _part_text(part: Any) -> str:
-    """The text of a part of a content; empty for a thought or anything else."""
-    return (_text(part.get("text")) or "") if isinstance(part, dict) and part.get("type") == "text" else ""

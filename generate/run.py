@@ -7,21 +7,22 @@ kill are generate.journal's.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
 
-from generate.budget import Budget
+from generate.budget import spent_so_far
 from generate.client import check_teacher
-from generate.context import Finished, Interrupted, Left, Outcome, Run, raise_unless_finished
+from generate.context import Left, Outcome, Run, opened_run
 from generate.jobs import build_jobs
-from generate.journal import Contents, Journal, read_journal
+from generate.journal import Contents, read_journal
 from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display
@@ -51,16 +52,6 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is there to do: counts of requests."""
-
-    requests: int
-    repeats: int  # of them ask a question again
-    answered: int  # already
-    failed: int  # already, and left alone
-    to_ask: int
-
-
 def generate(
     recipe: Recipe,
     run: RunDir,
@@ -77,196 +68,188 @@ def generate(
     Raises DistillError when the run cannot go on (what was answered is kept, and the next call goes on from there), its
     UsageErrors before anything is asked, and KeyboardInterrupt once interrupted.
     """
-    with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as call:
-        if not call.plan.to_ask:
+    with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
+        if not call.counters.left:
             pass
         elif collect is not None:
-            call.batches().collect(collect)
+            _batches(call).collect(collect)
         elif write_batches:
-            for path in call.batches().write():
-                call.display.say(f"{path}")
+            for path in _batches(call).write():
+                call.say(f"{path}")
         else:
-            raise_unless_finished(run_loop(call.send(signals=True)), call.run.budget)
-    return call.summary()
+            run_loop(_send(call, display, signals=True))
+    return _summary(call)
 
 
 async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures: bool = False) -> Summary:
     """As `generate`, in the running event loop. Leaves signals alone; a cancelled call keeps what was answered."""
-    with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as call:
-        if call.plan.to_ask:
-            raise_unless_finished(await call.send(signals=False), call.run.budget)
-    return call.summary()
+    with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
+        if call.counters.left:
+            await _send(call, display, signals=False)
+    return _summary(call)
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
     """How many requests of the recipe are left to ask: neither answered nor failed for good. Changes nothing."""
     answered, failed = read_journal(run.completions, Completion).ids, read_journal(run.failures, Failure).ids
-    return _survey(recipe, Left(answered, failed, retry_failures=False), None).to_ask
-
-
-@dataclass
-class _Call:
-    """One call of `generate`: the run, what it is to do, and what it says."""
-
-    run: Run
-    plan: Plan
-    display: Display
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    lineage: dict[str, Any] = field(default_factory=dict)  # once saved
-
-    async def send(self, *, signals: bool) -> Outcome:
-        """Sends what is left, as the recipe says."""
-        config = self.run.recipe.generate
-        if config.mode == "batch":
-            outcome = await self._send_batches(signals=signals)
-        elif config.processes > 1:
-            outcome = await send_from_workers(self.run, self.display, signals=signals)
-        else:
-            outcome = await send_from_here(self.run, self.display, signals=signals)
-        if isinstance(outcome, Interrupted):
-            self.display.stopped("still to come" if config.mode == "batch" else "still to ask")
-        return outcome
-
-    def batches(self) -> "Batches":
-        """The Batch API's side of the run."""
-        from generate.batch import Batches  # here: the openai package takes half a second to import
-
-        return Batches(self.run)
-
-    async def _send_batches(self, *, signals: bool) -> Outcome:
-        stopped = asyncio.Event()
-        with on_signals(stopped.set if signals else None):
-            await self.batches().run(stopped)
-        return Interrupted() if stopped.is_set() else Finished()
-
-    def save(self) -> None:
-        """Saves what was spent, and the call in lineage.json."""
-        self.run.budget.save()
-        self.lineage = _lineage(self)
-        record_lineage(self.run.dir, "generate", self.lineage)
-
-    def summary(self) -> Summary:
-        """The counts, once saved."""
-        plan, counters = self.plan, self.run.counters
-        return Summary(
-            requests=plan.requests,
-            completed=plan.answered + counters.answered,
-            failed=plan.failed + counters.failed,
-            resumed=plan.answered,
-            answered=counters.answered,
-            prompt_tokens=counters.prompt_tokens,
-            completion_tokens=counters.completion_tokens,
-            wall_s=round(counters.seconds, 3),
-            errors=dict(counters.errors),
-            cost_usd=self.lineage["spent"]["usd"],
-        )
+    counters = Counters()
+    for _ in _surveyed(recipe, Left(answered, failed, retry_failures=False), counters):
+        pass
+    return counters.left
 
 
 @contextmanager
-def _opened(recipe: Recipe, run_dir: RunDir, *, quiet: bool, retry_failures: bool) -> Iterator[_Call]:
+def _opened(recipe: Recipe, folder: RunDir, *, quiet: bool, retry_failures: bool) -> Iterator[tuple[Run, Display]]:
     """Opens the run, and says what there is to do. However the block ends, what was done and spent is saved."""
     check_teacher(recipe.teacher)
-    read_lineage(run_dir)  # raises now rather than at the end
-    run_dir.path.mkdir(parents=True, exist_ok=True)
-    with Journal(run_dir.completions, Completion) as completions, Journal(run_dir.failures, Failure) as failures:
-        left = Left(completions.found.ids, failures.found.ids, retry_failures=retry_failures)
-        budget = Budget.open(recipe, run_dir, completions.found)
-        with replacing(run_dir.prompts) as file:
-            plan = _survey(recipe, left, file)
-        run_dir.save_recipe(recipe)
-        counters = Counters(total=plan.requests, resumed=plan.answered, failed_before=plan.failed)
-        display = Display(counters, Console(stderr=True), quiet=quiet)
-        run = Run(
-            recipe=recipe,
-            dir=run_dir,
-            completions=completions,
-            failures=failures,
-            left=left,
-            budget=budget,
-            counters=counters,
-            say=display.say,
-            show=display.tick,
-        )
-        for message in _findings(run, plan):
-            display.say(message)
-        call = _Call(run, plan, display)
+    read_lineage(folder)  # raises now rather than at the end
+    folder.path.mkdir(parents=True, exist_ok=True)
+    counters = Counters()
+    display = Display(counters, Console(stderr=True), quiet=quiet)
+    with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
+        with replacing(folder.prompts) as file:
+            file.writelines(_surveyed(recipe, run.left, counters))
+        folder.save_recipe(recipe)
+        for message in _findings(run):
+            run.say(message)
+        counters.started = monotonic()
         try:
-            yield call
+            yield run, display
         except BaseException:
             with suppress(OSError):  # the disk may be what ended the run: that is the error to tell
-                call.save()
+                _save(run)
             raise
-        call.save()
+        _save(run)
 
 
-def _survey(recipe: Recipe, left: Left, file: IO[bytes] | None) -> Plan:
-    """Counts what is there to do and writes the prompts. All of them are checked here, before any is asked."""
-    requests = repeats = answered = failed = 0
+def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[bytes]:
+    """Counts what is there to do; yields the lines of prompts.jsonl. So all prompts are checked before any is asked."""
     for job in build_jobs(iter_prompts(recipe), recipe):
-        if file is not None:
-            request, part = job.request, recipe.prompts.part_of(job.request.messages)
-            prompt = Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part)
-            file.write(encode_line(prompt))
-        requests += 1
-        repeats += job.sample > 0
-        if job.request.id in left.answered:
-            answered += 1
-        elif job.request.id in left.failed:
-            failed += 1
-    return Plan(
-        requests=requests, repeats=repeats, answered=answered, failed=failed, to_ask=requests - answered - failed
-    )
+        request = job.request
+        counters.total += 1
+        counters.repeats += job.sample > 0
+        if request.id in left.answered:
+            counters.resumed += 1
+        elif request.id in left.failed:
+            counters.failed_before += 1
+        part = recipe.prompts.part_of(request.messages)
+        yield encode_line(Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part))
 
 
-def _findings(run: Run, plan: Plan) -> Iterator[str]:
+async def _send(run: Run, display: Display, *, signals: bool) -> None:
+    """Sends what is left, as the recipe says. Raises what ended it early."""
+    config = run.recipe.generate
+    if config.mode == "batch":
+        outcome = await _send_batches(run, signals=signals)
+    else:
+        send = send_from_workers if config.processes > 1 else send_from_here
+        with display:
+            outcome = await send(run, signals=signals)
+    if isinstance(outcome, KeyboardInterrupt):
+        left = "still to come" if config.mode == "batch" else "still to ask"
+        run.say(f"{run.counters.answered} answered in this call, {run.counters.left} {left}")
+    if outcome:
+        raise outcome
+
+
+async def _send_batches(run: Run, *, signals: bool) -> Outcome:
+    stopped = asyncio.Event()
+    with on_signals(stopped.set if signals else None):
+        await _batches(run).run(stopped)
+    return KeyboardInterrupt() if stopped.is_set() else None
+
+
+def _batches(run: Run) -> "Batches":
+    from generate.batch import Batches  # here: the openai package takes half a second to import
+
+    return Batches(run)
+
+
+def _findings(run: Run) -> Iterator[str]:
     """What the user should know before the first request goes out."""
+    counters = run.counters
     for journal in (run.completions, run.failures):
         if journal.found.torn_bytes:
             yield f"{journal.path}: cut off a torn last line ({journal.found.torn_bytes} bytes)"
-    if plan.repeats:
-        distinct = plan.requests - plan.repeats
+    if counters.repeats:
         yield (
-            f"warning: {plan.requests} prompts asked for, but only {distinct} differ: {plan.repeats} ask the same "
-            "again; add prompts or slot values, or lower prompts.count"
+            f"warning: {counters.total} prompts asked for, but only {counters.total - counters.repeats} differ: "
+            f"{counters.repeats} ask the same again; add prompts or slot values, or lower prompts.count"
         )
-    strangers = len(run.completions.found.ids) - plan.answered
+    strangers = len(run.completions.found.ids) - counters.resumed
     if strangers:
         yield (
             f"warning: {run.completions.path} also holds {strangers} answers that this recipe does not ask for (other "
             "prompts, sampling, model or endpoint); later stages read them too. Another --run keeps them apart"
         )
-    if plan.answered or plan.failed:
-        yield f"{run.recipe.name}: {plan.requests} requests, {plan.answered} answered already, {plan.to_ask} to ask"
-    if plan.failed:
-        yield f"{plan.failed} requests failed for good earlier and are left alone; --retry-failures asks them again"
+    if counters.done:
+        found = f"{counters.total} requests, {counters.resumed} answered already, {counters.left} to ask"
+        yield f"{run.recipe.name}: {found}"
+    if counters.failed_before:
+        yield (
+            f"{counters.failed_before} requests failed for good earlier and are left alone; --retry-failures asks them "
+            "again"
+        )
 
 
-def _lineage(call: _Call) -> dict[str, Any]:
-    """The run so far; tokens and the model's names are those of all of completions.jsonl."""
-    recipe, plan, counters = call.run.recipe, call.plan, call.run.counters
-    found = call.run.completions.found
-    prompt_tokens = found.prompt_tokens + counters.prompt_tokens
-    completion_tokens = found.completion_tokens + counters.completion_tokens
-    now = Contents(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-    spent, price = Budget.open(recipe, call.run.dir, now).spent, price_of(recipe.teacher, recipe.generate.mode)
-    return {
-        "teacher": {"asked": recipe.teacher.model, "served": sorted(counters.models | set(found.models))},
-        "endpoints": recipe.teacher.urls,
-        "sampling": recipe.sampling.fields(),
-        "prompts": {"distinct": plan.requests - plan.repeats, "grammar": grammar_size(recipe)},
-        "requests": plan.requests,
-        "completed": plan.answered + counters.answered,
-        "failed": plan.failed + counters.failed,
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        # With what failed attempts may have cost; `completions.jsonl` alone may say less.
-        "spent": {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None},
-        "last_call": {
-            "started": call.started.isoformat(timespec="seconds"),
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "answered": counters.answered,
-            "failed": counters.failed,
-            "wall_s": round(counters.seconds, 3),
+def _summary(run: Run) -> Summary:
+    counters = run.counters
+    return Summary(
+        requests=counters.total,
+        completed=counters.resumed + counters.answered,
+        failed=counters.failed_before + counters.failed,
+        resumed=counters.resumed,
+        answered=counters.answered,
+        prompt_tokens=counters.prompt_tokens,
+        completion_tokens=counters.completion_tokens,
+        wall_s=round(counters.seconds, 3),
+        errors=dict(counters.errors),
+        cost_usd=_spent(run)["usd"],
+    )
+
+
+def _save(run: Run) -> None:
+    """Saves what was spent, and the run so far in lineage.json."""
+    run.budget.save()
+    recipe, counters, now, answers = run.recipe, run.counters, datetime.now(UTC), _answers(run)
+    record_lineage(
+        run.dir,
+        "generate",
+        {
+            "teacher": {"asked": recipe.teacher.model, "served": sorted(answers.models)},
+            "endpoints": recipe.teacher.urls,
+            "sampling": recipe.sampling.fields(),
+            "prompts": {"distinct": counters.total - counters.repeats, "grammar": grammar_size(recipe)},
+            "requests": counters.total,
+            "completed": counters.resumed + counters.answered,
+            "failed": counters.failed_before + counters.failed,
+            "prompt_tokens": answers.prompt_tokens,
+            "completion_tokens": answers.completion_tokens,
+            "spent": _spent(run),
+            "last_call": {
+                "started": (now - timedelta(seconds=counters.seconds)).isoformat(timespec="seconds"),
+                "ended": now.isoformat(timespec="seconds"),
+                "answered": counters.answered,
+                "failed": counters.failed,
+                "wall_s": round(counters.seconds, 3),
+            },
+            "versions": versions("openai", "aiohttp", "uvloop", "msgspec", "tenacity"),
         },
-        "versions": versions("openai", "aiohttp", "uvloop", "msgspec", "tenacity"),
-    }
+    )
+
+
+def _answers(run: Run) -> Contents:
+    """What completions.jsonl holds now, without its ids: what it held, and this call's answers."""
+    found, counters = run.completions.found, run.counters
+    return Contents(
+        models=found.models + Counter(counters.models),
+        prompt_tokens=found.prompt_tokens + counters.prompt_tokens,
+        completion_tokens=found.completion_tokens + counters.completion_tokens,
+    )
+
+
+def _spent(run: Run) -> dict[str, Any]:
+    """Tokens and USD of all calls, with what failed attempts may have cost; USD is None while no price is known."""
+    spent = spent_so_far(run.recipe, run.dir, _answers(run))
+    price = price_of(run.recipe.teacher, run.recipe.generate.mode)
+    return {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None}

@@ -30,7 +30,7 @@ class Schedule:
     """New jobs from the iterator, and those that wait for a retry; at most `max_waiting` of the latter."""
 
     def __init__(self, jobs: Iterator[Job], max_waiting: int) -> None:
-        self._jobs: Iterator[Job] | None = jobs
+        self._jobs = jobs
         self._max_waiting = max_waiting
         self._later: list[tuple[float, int, Job]] = []  # a heap: when it is due, a number that breaks ties, the job
         self._numbers = count()
@@ -59,9 +59,4 @@ class Schedule:
             return heapq.heappop(self._later)[2]
         if self._held:
             return self._held.popleft()
-        if self._jobs is None or len(self._later) >= self._max_waiting:
-            return None
-        job = next(self._jobs, None)
-        if job is None:
-            self._jobs = None
-        return job
+        return next(self._jobs, None) if len(self._later) < self._max_waiting else None

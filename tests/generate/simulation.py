@@ -6,21 +6,17 @@ A simulated hour takes a moment, so tests can bound the seconds that a run takes
 import asyncio
 import selectors
 from collections.abc import Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from generate.budget import Budget
-from generate.context import Left, Outcome, Run
+from generate.context import Outcome, opened_run
 from generate.endpoint import Endpoint
-from generate.idset import IdSet
-from generate.journal import Journal
 from generate.loop import Loop
 from generate.progress import Counters
 from generate.reply import Answer, Fault
-from pipeline.records import Completion, Failure, Usage
+from pipeline.records import Usage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import recipe_for
 
@@ -117,23 +113,8 @@ def simulate(
     run_dir = RunDir(folder / "run")
     run_dir.path.mkdir(parents=True)
 
-    @asynccontextmanager
-    async def opened() -> Any:
-        with Journal(run_dir.completions, Completion) as completions, Journal(run_dir.failures, Failure) as failures:
-            yield Run(
-                recipe=recipe,
-                dir=run_dir,
-                completions=completions,
-                failures=failures,
-                left=Left(completions.found.ids, IdSet(), retry_failures=True),
-                budget=Budget.open(recipe, run_dir, completions.found),
-                counters=Counters(total=count),
-                say=lambda message: None,
-                show=lambda: None,
-            )
-
     async def main() -> tuple[float, Outcome, Counters]:
-        async with opened() as run:
+        with opened_run(recipe, run_dir, Counters(total=count), say=lambda message: None, show=lambda: None) as run:
             endpoints = [Endpoint(recipe, url, run.partition, run.say, 99_999) for url in urls]
             outcome = await Loop(run, endpoints).run()
             return clock.time(), outcome, run.counters

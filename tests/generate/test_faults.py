@@ -135,7 +135,8 @@ def test_an_attempt_without_time_to_be_answered_is_not_made(
 ) -> None:
     async def asked() -> float:
         url = "http://127.0.0.1:1/v1"
-        async with Endpoint(recipe_for(url, generate=config), url, WHOLE, print, 99_999) as endpoint:
+        endpoint = Endpoint(recipe_for(url, generate=config), url, WHOLE, print, 99_999)
+        async with endpoint.client:
             return endpoint.timeout_s(spent_s)
 
     assert asyncio.run(asked()) == pytest.approx(allowed_s)
@@ -329,7 +330,8 @@ def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None
     async def begun(partition: Partition) -> int:
         with misbehaving(metrics=lambda at_once: (0, 0), engines=4) as server:
             recipe = recipe_for(server, generate={"concurrency": "auto"})
-            async with Endpoint(recipe, server.url, partition, print, 99_999) as endpoint:
+            endpoint = Endpoint(recipe, server.url, partition, print, 99_999)
+            async with endpoint.client:
                 assert await endpoint.prepare() is None
                 return endpoint.limit
 

@@ -62,7 +62,7 @@ def test_headers_teach_what_the_recipe_does_not_say() -> None:
     limits = Limits(None, None, 0.0)
     assert not limits.any
     assert limits.delay(10**6, 0.0) == 0
-    assert limits.learn(HEADERS, 0.0) == "allows 600 requests and 6,100 tokens per minute"
+    assert limits.learn(HEADERS, 0.0) == "allows 600 requests per minute; allows 6,100 tokens per minute"
     assert limits.learn(HEADERS, 0.0) is None  # it is no news the second time
     limits.take(200, 0.0)
     assert limits.delay(100, 0.0) == pytest.approx(2.0)  # 100 a second, 100 of debt and a full second wanted

@@ -126,14 +126,32 @@ def test_an_interrupt_stops_all_in_order(run: RunDir) -> None:
     assert whole(run, 400)
 
 
+def test_a_second_interrupt_stops_all_at_once(run: RunDir) -> None:
+    """Every request takes 3 s, and one interrupt alone waits 5 s for those in flight."""
+    with slow(3.0) as server:  # type: ignore[attr-defined]
+        process = started(server, run)
+        until_asked(server, 8)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        assert any("stopping: a moment" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        assert finish(process)[0] == 130
+    assert not completions(run)
+
+
+def until_asked(server: MisbehavingServer, count: int) -> None:
+    """Waits until so many requests are in flight at the server."""
+    deadline = time.monotonic() + 30
+    while server.at_once < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_second_run_is_refused_while_children_of_a_killed_one_are_there(run: RunDir) -> None:
     """They hold the run's lock with their parent, so nobody can begin before the last of them is gone."""
     with slow(1.0) as server:  # type: ignore[attr-defined]
         process = started(server, run)
-        deadline = time.monotonic() + 30
-        while server.at_once < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_asked(server, 8)
         family = children(process)
         for child in family:
             child.suspend()

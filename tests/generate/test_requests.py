@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from generate.dialect import Dialect
-from generate.jobs import build_job, build_jobs
+from generate.jobs import Job, build_jobs
 from generate.prompts import iter_prompts
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt
@@ -22,6 +22,11 @@ def recipe_with(**sections: Any) -> Recipe:
         **sections,
     }
     return Recipe(**given)
+
+
+def build_job(prompt: Prompt, recipe: Recipe) -> Job:
+    (job,) = build_jobs([prompt], recipe)
+    return job
 
 
 def test_the_body_holds_all_sampling_values_and_a_seed_of_its_own() -> None:
