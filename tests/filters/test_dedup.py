@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import filters.run
+import filters.sketches
 import filters.stream
 from filters.__main__ import main
 from filters.minhash import GLIMPSE, agreement, band_keys, fold, jaccard, ngrams, shape_for, signatures
@@ -364,6 +365,19 @@ def test_a_bad_line_of_another_file_is_named_and_nothing_is_replaced(stage: Stag
         stage.filter(rows, contamination=[str(prompts)])
     assert stage.run.kept.read_bytes() == before
     assert not list(stage.run.path.glob("*.tmp"))
+
+
+def test_another_run_is_read_in_batches(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.filter([completion(f"old{n}", story(n)) for n in range(7)], run="old")
+    other = str(stage.run.path)
+    monkeypatch.setattr(filters.sketches, "BATCH", 3)
+    stage.filter([completion(f"new{n}", edited(story(n), 2)) for n in range(8)], against=[other])
+    assert {row: why.of for row, why in stage.dropped().items()} == {f"new{n}": f"old{n}" for n in range(7)}
+    assert {why.source for why in stage.dropped().values()} == {other}
+    with (stage.folder / "old" / "kept.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(DataError, match=r"kept\.jsonl:8: no `text`"):
+        stage.filter([completion("a", story(1))], against=[other])
 
 
 def test_an_interrupted_run_leaves_the_old_files(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -357,3 +357,9 @@ def test_what_a_teacher_writes_is_no_markup(reason: str, capsys: pytest.CaptureF
     print_report(report, Console(width=200))
     shown = capsys.readouterr().out
     assert reason.replace("\x1b", " ").split("\r")[0].strip() in shown and "\x1b" not in shown
+
+
+def test_the_client_is_imported_for_a_judge_only() -> None:
+    code = "import sys, filters.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"aiohttp", "generate.run"} & set(done.stdout.split())
