@@ -1,7 +1,7 @@
 """`python -m benchmarks.budget`: many runs under a small hard budget, with different timing; none may pass it.
 
 Answers differ in their tokens by up to the whole of `max_tokens`. What is spent is what the stub billed, whether or
-not our client heard the answer. A budget that is passed once ends with exit code 1.
+not our client received the answer. If a run passes its budget, the exit code is 1.
 """
 
 import argparse
@@ -11,39 +11,30 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from benchmarks.clients import MODEL, prompt
 from benchmarks.http_server import running
-from generate.run import generate
+from benchmarks.measure import flags
+from benchmarks.runs import recipe_for, run_quietly
 from pipeline.errors import BudgetReached
-from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
-PROMPT_TOKENS, MAX_TOKENS = 40, 200  # of an answer at most
-INPUT_USD, OUTPUT_USD = 0.15, 0.6  # a million tokens
+PROMPT_TOKENS, MAX_TOKENS = 40, 200  # per answer, at most
+INPUT_USD, OUTPUT_USD = 0.15, 0.6  # per million tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--usd", type=float, default=0.01)
-    parser.add_argument("--requests", type=int, default=1000)
-    options = parser.parse_args()
-    shares = []
+    options = flags(__doc__, runs=100, usd=0.01, requests=1000)
+    spent = []
     for number in range(options.runs):
-        delay, jitter, in_flight = 2 + number % 7, 5 * (number % 11), 1 + 13 * (number % 20)
-        with running(
-            "benchmarks.stub",
-            *("--delay-ms", str(delay), "--jitter-ms", str(jitter)),
-            *("--vary", "--prompt-tokens", str(PROMPT_TOKENS), "--completion-tokens", str(MAX_TOKENS)),
-        ) as url:
-            ended = once(url, options, in_flight, seed=number)
-            shares.append(billed_usd(url) / options.usd)
-        if not ended:
-            sys.exit(f"run {number} ended without reaching the budget: give it more requests")
-    passed = sum(share > 1 for share in shares)
+        timing = ("--delay-ms", 2 + number % 7, "--jitter-ms", 5 * (number % 11))
+        tokens = ("--prompt-tokens", PROMPT_TOKENS, "--completion-tokens", MAX_TOKENS)
+        with running("benchmarks.stub", "--vary", *timing, *tokens) as url:
+            if not once(url, options, in_flight=1 + 13 * (number % 20), seed=number):
+                sys.exit(f"run {number} ended without reaching the budget: give it more requests")
+            spent.append(billed_usd(url) / options.usd)
+    passed = sum(ratio > 1 for ratio in spent)
     print(
         f"{options.runs} runs of budget.usd {options.usd:g}: {passed} passed it; "
-        f"spent {min(shares):.1%} to {max(shares):.1%} of it"
+        f"spent {min(spent):.1%} to {max(spent):.1%} of it"
     )
     sys.exit(1 if passed else 0)
 
@@ -57,21 +48,13 @@ def billed_usd(url: str) -> float:
 
 def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bool:
     """One run; True if the budget ended it."""
+    teacher = {"price": {"input": INPUT_USD, "output": OUTPUT_USD}}
+    sampling, settings = {"max_tokens": MAX_TOKENS, "seed": seed}, {"concurrency": in_flight}
+    sections = {"sampling": sampling, "generate": settings, "budget": {"usd": options.usd}}
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe(
-            name="budget",
-            teacher={"model": MODEL, "base_url": url, "price": {"input": INPUT_USD, "output": OUTPUT_USD}},
-            prompts={
-                "count": options.requests,
-                "template": prompt(0) + "{n}",
-                "slots": {"n": [str(number) for number in range(options.requests)]},
-            },
-            sampling={"max_tokens": MAX_TOKENS, "seed": seed},
-            generate={"concurrency": in_flight},
-            budget={"usd": options.usd},
-        )
+        recipe = recipe_for(Path(folder), url, options.requests, teacher, **sections)
         try:
-            generate(recipe, RunDir(Path(folder) / "run"), quiet=True)
+            run_quietly(recipe, RunDir(Path(folder) / "run"))
         except BudgetReached:
             return True
         return False

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.chapter`: the chapter's loop (transformers, one prompt at a time) against this system.
+"""`python -m benchmarks.chapter`: the reference loop (transformers, one prompt at a time) against this system.
 
-The same model, prompts, dtype and sampling on the same machine; ours through a real server, which is up and warm before
-the clock starts, as the loop's model is. The sides take turns; tokens a second, medians, and their ratio.
+The same model, prompts, dtype and sampling on the same machine. Our side uses a real server, which is warm before the
+clock starts, as the loop's model is. The sides take turns. A few prompts (`--loop-prompts`) give the
+loop's rate. Prints the medians of tokens per second, and their ratio.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from benchmarks.clients import numbered_prompts
-from generate.jobs import build_jobs
+from benchmarks.measure import flags
+from benchmarks.runs import recipe_for, run_quietly
 from generate.prompts import iter_prompts
-from generate.run import generate
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
@@ -25,31 +24,31 @@ MODEL = "embedded:smollm2-135m"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--loop-prompts", type=int, default=8, help="the loop is slow: a few give its rate")
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    options = flags(__doc__, model=MODEL, loop_prompts=8, prompts=256, max_tokens=128, runs=3)
     rates: dict[str, list[float]] = {"loop": [], "ours": []}
-    with serving(options.model, port=free_port(), config=ServeConfig()) as server:
+    with (
+        serving(options.model, port=free_port(), config=ServeConfig()) as server,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+
+        def recipe(prompts: int) -> Recipe:
+            about, sampling = {"model": server.served_name}, {"max_tokens": options.max_tokens}
+            return recipe_for(Path(folder), server.base_url, prompts, about, sampling=sampling)
+
         dtype = server.command.dtype or "float32"
         loop = load_loop(options.model, dtype)
-        few = recipe_for(server.base_url, server.served_name, options.loop_prompts, options.max_tokens)
-        many = recipe_for(server.base_url, server.served_name, options.prompts, options.max_tokens)
-        loop(few.model_copy(update={"prompts": few.prompts.model_copy(update={"count": 1})}))  # warm-up
-        ours(few)
+        loop(recipe(1))  # warm-up
+        ours(recipe(options.loop_prompts))
         for _ in range(options.runs):
-            rates["loop"].append(loop(few))
-            rates["ours"].append(ours(many))
+            rates["loop"].append(loop(recipe(options.loop_prompts)))
+            rates["ours"].append(ours(recipe(options.prompts)))
             print({side: round(taken[-1], 1) for side, taken in rates.items()}, file=sys.stderr)
     slow, fast = median(rates["loop"]), median(rates["ours"])
     print(f"{options.model}, {dtype}: the loop {slow:.1f} tok/s, ours {fast:.1f} tok/s: {fast / slow:.1f} times")
 
 
 def load_loop(model: str, dtype: str) -> Callable[[Recipe], float]:
-    """The chapter's loop: returns a function from a recipe to its tokens a second."""
+    """The reference loop: returns a function from a recipe to its tokens per second."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,20 +57,14 @@ def load_loop(model: str, dtype: str) -> Callable[[Recipe], float]:
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     def run(recipe: Recipe) -> float:
-        tokens, started = 0, time.perf_counter()
-        for job in build_jobs(iter_prompts(recipe), recipe):
-            turns = [{"role": turn.role, "content": turn.content} for turn in job.request.messages]
-            inputs = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+        sampling, tokens, started = recipe.sampling, 0, time.perf_counter()
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        shape = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        for prompt in iter_prompts(recipe):
+            turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+            inputs = tokenizer.apply_chat_template(turns, **shape)
             with torch.inference_mode():
-                answer = teacher.generate(
-                    **inputs,
-                    max_new_tokens=recipe.sampling.max_tokens,
-                    do_sample=True,
-                    temperature=recipe.sampling.temperature,
-                    top_p=recipe.sampling.top_p,
-                )
+                answer = teacher.generate(**inputs, max_new_tokens=sampling.max_tokens, **drawn)
             tokens += answer.shape[1] - inputs["input_ids"].shape[1]
         return tokens / (time.perf_counter() - started)
 
@@ -79,21 +72,11 @@ def load_loop(model: str, dtype: str) -> Callable[[Recipe], float]:
 
 
 def ours(recipe: Recipe) -> float:
-    """`generate` on a fresh run directory: tokens a second."""
+    """`generate` on a fresh run directory: tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
-        summary = generate(recipe, RunDir(Path(folder)), quiet=True)
+        summary = run_quietly(recipe, RunDir(Path(folder)))
         assert not summary.failed, summary
         return summary.completion_tokens / summary.wall_s
-
-
-def recipe_for(url: str, model: str, prompts: int, max_tokens: int) -> Recipe:
-    """So many prompts, sampled as the chapter does."""
-    return Recipe(
-        name="chapter",
-        teacher={"model": model, "base_url": url},
-        prompts=numbered_prompts(prompts),
-        sampling={"temperature": 0.8, "top_p": 0.9, "max_tokens": max_tokens},
-    )
 
 
 if __name__ == "__main__":

@@ -1,30 +1,32 @@
 """A lean HTTP/1.1 server for local stubs: one asyncio.Protocol on uvloop, so that the client is what is measured.
 
-Reads requests with a Content-Length (all that our clients send), keeps connections alive, and answers through a
-function from path and body to a reply, now or later. Loopback only.
+Reads requests with a Content-Length (all that our clients send), keeps connections alive, and gives each body to the
+function of its path, which replies at once or later. Knows /v1/models itself. Loopback only.
 """
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
 import uvloop
 
-JSON, TEXT = b"application/json", b"text/plain; version=0.0.4"
+MODEL = "stub"  # as the servers name it
+TEXT_CHARS = 400  # of an answer
 
-Reply = Callable[[int, bytes, bytes], None]  # status, body, content type
-Handle = Callable[[str, bytes, Reply], None]
+Reply = Callable[[bytes], None]
+Routes = Mapping[str, Callable[[bytes, Reply], None]]
 
-_REASONS = {200: b"OK", 404: b"Not Found", 429: b"Too Many Requests"}
+MODELS = json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}).encode()
 
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, handle: Handle) -> None:
-        self._handle, self._buffer = handle, bytearray()
+    def __init__(self, routes: Routes) -> None:
+        self._routes, self._buffer = routes, bytearray()
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -43,23 +45,26 @@ class _Connection(asyncio.Protocol):
                 return
             body = bytes(self._buffer[end + 4 : end + 4 + length])
             del self._buffer[: end + 4 + length]
-            self._handle(head.split(b" ", 2)[1].decode(), body, self._reply)
+            path = head.split(b" ", 2)[1].decode()
+            if path in self._routes:
+                self._routes[path](body, self._reply)
+            else:
+                self._reply(b'{"error":{"message":"Not Found"}}', b"404 Not Found")
 
-    def _reply(self, status: int, body: bytes, content_type: bytes) -> None:
-        if self._transport is None:
-            return
-        self._transport.write(
-            b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s"
-            % (status, _REASONS.get(status, b"Error"), content_type, len(body), body)
-        )
+    def _reply(self, body: bytes, status: bytes = b"200 OK") -> None:
+        if self._transport is not None:
+            head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            self._transport.write(head % (status, len(body)) + body)
 
 
-def serve(handle: Handle) -> None:
+def serve(routes: Routes) -> None:
     """Serves until SIGTERM on a free port of 127.0.0.1, and prints that port."""
+
+    routes = {"/v1/models": lambda _, reply: reply(MODELS), **routes}
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: _Connection(handle), "127.0.0.1", 0, backlog=4096)
+        server = await loop.create_server(lambda: _Connection(routes), "127.0.0.1", 0, backlog=4096)
         print(server.sockets[0].getsockname()[1], flush=True)
         stopped = asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, stopped.set)
@@ -70,12 +75,23 @@ def serve(handle: Handle) -> None:
 
 
 @contextmanager
-def running(module: str, *arguments: str) -> Iterator[str]:
+def running(module: str, *arguments: object) -> Iterator[str]:
     """Starts `python -m <module>` as a server of its own process; yields its base URL."""
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
         process.terminate()
         process.wait(10)
+
+
+def chat_reply(prompt_tokens: int, completion_tokens: int) -> bytes:
+    """A chat completion as OpenAI and vLLM shape it; its text is always the same."""
+    message = {"role": "assistant", "content": "x" * TEXT_CHARS}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    usage["total_tokens"] = prompt_tokens + completion_tokens
+    head = {"id": "chatcmpl-stub", "object": "chat.completion", "created": 0, "model": MODEL}
+    return json.dumps({**head, "choices": [choice], "usage": usage}).encode()

@@ -1,45 +1,43 @@
-"""`python -m benchmarks.offline`: vLLM without a server, for `saturation`: one process that loads the model once.
-
-stdin: a JSON line with the server's arguments, then one a run: {"bodies": [chat requests]}. stdout: a JSON line when
-ready, and one a run: {"seconds": …, "tokens": …, "ends": […]}, an end being the moment of an answer's last token.
-"""
+"""vLLM without a server, for `saturation`: `load` once and then `answer`, in a process that does nothing else."""
 
 import json
 import os
-import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SAMPLING = ("temperature", "top_p", "max_tokens", "seed", "ignore_eos")
+
+_engine: Any = None
 
 
-def main() -> None:
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM and its processes print, too
-    from vllm import LLM, SamplingParams
+def load(arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    """Loads the engine with the arguments and the environment of a server."""
+    global _engine
+    os.environ.update(env, VLLM_LOGGING_LEVEL="ERROR")
+    os.dup2(2, 1)  # vLLM prints, and stdout is for the figures
+    from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    arguments = json.loads(sys.stdin.readline())
-    parsed, _ = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(arguments)
-    engine = LLM(**vars(EngineArgs.from_cli_args(parsed)))
-    print(json.dumps({"ready": True}), file=channel, flush=True)
-    for line in sys.stdin:
-        bodies = json.loads(line)["bodies"]
-        sampling = [
-            SamplingParams(
-                temperature=body["temperature"],
-                top_p=body["top_p"],
-                max_tokens=body["max_tokens"],
-                seed=body["seed"],
-                ignore_eos=body["ignore_eos"],
-            )
-            for body in bodies
-        ]
-        started = time.perf_counter()
-        answers = engine.chat([body["messages"] for body in bodies], sampling, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        tokens = sum(len(answer.outputs[0].token_ids) for answer in answers)
-        ends = [answer.metrics.last_token_ts for answer in answers if answer.metrics]
-        print(json.dumps({"seconds": seconds, "tokens": tokens, "ends": ends}), file=channel, flush=True)
+    parsed, _ = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(list(arguments))
+    _engine = LLM(**vars(EngineArgs.from_cli_args(parsed)))
 
 
-if __name__ == "__main__":
-    main()
+def answer(requests: Sequence[bytes]) -> tuple[int, float, list[float]]:
+    """Answers chat requests: the tokens, the seconds, and the moment of each answer's last token."""
+    from vllm import SamplingParams
+
+    bodies = [json.loads(request) for request in requests]
+    sampling = [SamplingParams(**{name: body[name] for name in SAMPLING}) for body in bodies]
+    started = time.perf_counter()
+    answers = _engine.chat([body["messages"] for body in bodies], sampling, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(answer.outputs[0].token_ids) for answer in answers)
+    return tokens, seconds, [answer.metrics.last_token_ts for answer in answers if answer.metrics]
+
+
+def unload() -> None:
+    """Ends the engine's own processes."""
+    global _engine
+    _engine = None

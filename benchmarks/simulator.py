@@ -1,15 +1,15 @@
 """`python -m benchmarks.simulator`: a continuous-batching engine, simulated, behind a real local HTTP server.
 
-`replicas` engines of `slots` slots each, and one queue before each, as behind vLLM's data-parallel load balancer: a
-request goes to the replica with the fewest. In a step of `step_ms` every running request gets one token; a request
-that ends frees its slot, and the next in the queue begins with the following step. How long an answer is depends on
-the request's bytes alone, drawn from the lengths of a real run (`lengths.json`), so a run's least time can be computed:
-`ideal_ends` is the same simulation with queues that are never empty while requests are left.
+There are `replicas` engines of `slots` slots each, with a queue before each, as behind vLLM's data-parallel load
+balancer: a request goes to the replica with the fewest. In a step of `step_ms` every running request gets one token. A
+request that ends frees its slot, and the next in the queue begins with the following step. The length of an answer
+depends on the request's bytes alone and is drawn from the lengths of a real run (`lengths.json`). So a run's least time
+can be computed: `ideal_ends` is the same simulation with queues that are never empty while requests are left.
 
-Nothing is done for each token: a request's last step is known when it begins. `/metrics` is as vLLM's.
+No work is done per token: a request's last step is known when it begins. `/metrics` is as vLLM's;
+`--no-metrics` hides it.
 """
 
-import argparse
 import asyncio
 import heapq
 import json
@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from math import ceil
 from pathlib import Path
+from typing import Any
 
-from benchmarks.http_server import JSON, TEXT, Reply, serve
-from benchmarks.stub import TEXT_CHARS, chat_reply
+from benchmarks.http_server import Reply, chat_reply, serve
+from benchmarks.measure import flags
 
 LENGTHS: list[int] = json.loads(Path(__file__).with_name("lengths.json").read_text())["lengths"]
-TOO_MANY = b'{"error":{"message":"too many requests wait","type":"rate_limit_exceeded"}}'
+ENGINE: dict[str, Any] = {"replicas": 8, "slots": 256, "step_ms": 30.0, "no_metrics": False}  # the flags' defaults
+ANSWER = chat_reply(40, 100)
 
 
 def answer_tokens(body: bytes) -> int:
@@ -32,8 +34,8 @@ def answer_tokens(body: bytes) -> int:
 
 
 def ideal_ends(tokens: Sequence[int], replicas: int, slots: int, step_s: float) -> list[float]:
-    """When each of the answers, of so many tokens, ends, in seconds; each begins in the first slot that falls free."""
-    free = [0] * min(replicas * slots, len(tokens))  # the step in which each slot falls free: a heap, as it is
+    """When each answer ends, in seconds, if it has so many `tokens` and begins in the first slot that falls free."""
+    free = [0] * min(replicas * slots, len(tokens))  # the step in which each slot falls free: all zeros are a heap
     ends = []
     for count in tokens:
         ends.append(free[0] + count)
@@ -46,25 +48,21 @@ class Replica:
 
     def __init__(self, slots: int, step_s: float) -> None:
         self._slots, self._step_s = slots, step_s
-        self.running, self.waiting = 0, 0
+        self.running = 0
         self._queue: deque[tuple[int, Reply]] = deque()
         self._ends: dict[int, list[Reply]] = {}  # step → the replies due
         self._loop = asyncio.get_running_loop()
 
     @property
-    def load(self) -> int:
-        return self.running + self.waiting
+    def waiting(self) -> int:
+        return len(self._queue)
 
     def add(self, tokens: int, reply: Reply) -> None:
-        """A request comes in: it begins with the next step if a slot is free."""
+        """Begins the request with the next step if a slot is free, else puts it into the queue."""
         if self.running < self._slots:
-            self._begin(self._now() + 1, tokens, reply)
+            self._begin(ceil(self._loop.time() / self._step_s) + 1, tokens, reply)
         else:
-            self.waiting += 1
             self._queue.append((tokens, reply))
-
-    def _now(self) -> int:
-        return ceil(self._loop.time() / self._step_s)
 
     def _begin(self, step: int, tokens: int, reply: Reply) -> None:
         self.running += 1
@@ -75,51 +73,33 @@ class Replica:
         self._ends[end].append(reply)
 
     def _end(self, step: int) -> None:
-        """The requests whose last token this step made are answered, and those that waited begin in their slots."""
+        """Answers the requests whose last token this step made; requests that waited begin in their slots."""
         ended = self._ends.pop(step)
         self.running -= len(ended)
         while self._queue and self.running < self._slots:
             tokens, reply = self._queue.popleft()
-            self.waiting -= 1
             self._begin(step, tokens, reply)
         for reply in ended:
-            reply(200, ANSWER, JSON)
-
-
-ANSWER = chat_reply("x" * TEXT_CHARS, 40, 100)
+            reply(ANSWER)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--replicas", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=256)
-    parser.add_argument("--step-ms", type=float, default=30.0)
-    parser.add_argument("--no-metrics", action="store_true", help="an endpoint that does not show its queue")
-    parser.add_argument("--max-waiting", type=int, help="429 when so many wait at every replica")
-    options = parser.parse_args()
+    options = flags(__doc__, **ENGINE)
     replicas: list[Replica] = []
 
-    def handle(path: str, request: bytes, reply: Reply) -> None:
-        if not replicas:
+    def chat(request: bytes, reply: Reply) -> None:
+        if not replicas:  # they need the running event loop
             replicas.extend(Replica(options.slots, options.step_ms / 1000) for _ in range(options.replicas))
-        if path == "/v1/chat/completions":
-            replica = min(replicas, key=lambda replica: replica.load)
-            if options.max_waiting is not None and replica.waiting >= options.max_waiting:
-                reply(429, TOO_MANY, JSON)
-            else:
-                replica.add(answer_tokens(request), reply)
-        elif path == "/metrics" and not options.no_metrics:
-            reply(200, metrics(replicas), TEXT)
-        elif path == "/v1/models":
-            reply(200, b'{"object":"list","data":[{"id":"stub","object":"model"}]}', JSON)
-        else:
-            reply(404, b'{"error":{"message":"Not Found"}}', JSON)
+        min(replicas, key=lambda replica: replica.running + replica.waiting).add(answer_tokens(request), reply)
 
-    serve(handle)
+    routes = {"/v1/chat/completions": chat, "/metrics": lambda _, reply: reply(metrics(replicas))}
+    if options.no_metrics:
+        del routes["/metrics"]
+    serve(routes)
 
 
 def metrics(replicas: Sequence[Replica]) -> bytes:
-    """The gauges that a client may look at, as vLLM writes them."""
+    """The gauges that a client may read, as vLLM writes them."""
     lines = []
     for name in ("running", "waiting"):
         lines.append(f"# TYPE vllm:num_requests_{name} gauge")

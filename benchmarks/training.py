@@ -1,98 +1,86 @@
-"""`python -m benchmarks.training`: tokens/s of training, ours against SFTTrainer's defaults, on the same rows.
+"""`python -m benchmarks.training`: tokens per second of training, ours against SFTTrainer's defaults, on the same rows.
 
-Real tokens: padding is not counted. Both train the same adapter (rank, targets, learning rate, rows per step, epochs)
-of the same model; all else is SFTTrainer's default on one side and that of `python -m train` on the other. In the end
-both are scored on the same validation rows by the same code, to show if a training is fast because it learns less.
-Rows: a run's kept.jsonl, or made-up stories with the lengths of a real run.
+Padding is not counted. Both sides train the same adapter (rank, targets, learning rate, rows per step, epochs) of the
+same model; all else is SFTTrainer's default on one side and that of `python -m train` on the other. In the end both are
+scored on the same validation rows by the same code: a training that is fast because it learns less would show. Rows are
+a run's kept.jsonl (`--kept`), or made-up stories whose lengths are those of a real run. `--rounds`: how often each side
+trains, in turn.
 """
 
-import argparse
-import json
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
-from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.table import show
+from benchmarks.measure import flags, show
+from benchmarks.simulator import LENGTHS
 from pipeline.models import resolve_model
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from train.rows import read_rows, to_examples
-from train.student_trainer import completion_logits
-from train.trainer import Examples, Prepared, lora_config, prepare
+from train.trainer import Examples, lora_config, prepare
 
-LENGTHS: list[int] = json.loads(Path(__file__).with_name("lengths.json").read_text())["lengths"]
 ANIMALS = ["Toby the rabbit", "a small brown bear", "Mimi the cat", "the old owl", "a shy hedgehog", "the gentle fox"]
+DEEDS = ["found", "carried", "looked for", "gave away", "painted", "hid", "shared", "dreamt of", "fixed"]
 THINGS = ["a red kite", "the last carrot", "a round stone", "a letter", "the warm lamp", "a boat of bark", "an acorn"]
 PLACES = ["by the river", "under the oak", "in the snow", "behind the hill", "at the market", "in the quiet garden"]
-DEEDS = ["found", "carried", "looked for", "gave away", "painted", "hid", "shared", "dreamt of", "fixed"]
 WORDS_PER_TOKEN = 0.8
 
 
 class Clock(TrainerCallback):
-    """Real tokens per second of each step, and per CPU second over all steps, which a busy machine changes less."""
+    """Tokens, wall seconds and CPU seconds of each step. A busy machine changes the CPU seconds least."""
 
     def __init__(self) -> None:
-        self.speeds: list[float] = []
-        self.tokens, self.wall, self.cpu = 0, 0.0, 0.0
+        self.steps: list[tuple[int, float, float]] = []
+        self.seen = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start()
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    on_evaluate = on_train_begin  # the time of an evaluation is no step's
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-        tokens = int(state.num_input_tokens_seen) - self.tokens
-        self.speeds.append(tokens / wall)
-        self.tokens, self.wall, self.cpu = self.tokens + tokens, self.wall + wall, self.cpu + cpu
-        self._start()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start()  # what evaluation took is not the next step's
-
-    def _start(self) -> None:
-        self.started = time.perf_counter(), time.process_time()
+        self.steps.append((state.num_input_tokens_seen - self.seen, wall, cpu))
+        self.seen = state.num_input_tokens_seen
+        self.on_train_begin()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="embedded:smollm2-135m")
-    parser.add_argument("--kept", type=Path, help="a kept.jsonl; default: made-up stories")
-    parser.add_argument("--rows", type=int, default=48, help="rows to train on")
-    parser.add_argument("--validation", type=int, default=8, help="rows that both are scored on")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=1, help="how often each side trains, in turn")
-    options = parser.parse_args()
+    options = flags(__doc__, model="embedded:smollm2-135m", kept="", rows=48, validation=8, epochs=1, rounds=1)
     model = resolve_model(options.model)
-    rows = kept_rows(options.kept) if options.kept else made_up_rows(options.rows + options.validation)
+    if options.kept:
+        rows = to_examples(read_rows(RunDir(Path(options.kept).parent)))
+    else:
+        rows = made_up_rows(options.rows + options.validation)
     random.Random(0).shuffle(rows)
     count = min(options.rows, len(rows) - options.validation)
-    examples = Examples(rows[:count], rows[count : count + options.validation])
-    # So few steps leave none for a warm-up, which SFTTrainer's default schedule has not.
+    examples = {"train": rows[:count], "validation": rows[count : count + options.validation]}
+    # So few steps leave none for a warm-up, which SFTTrainer's default schedule does not have.
     config = TrainConfig(epochs=options.epochs, max_length=2048, lora_dropout=0, warmup=0)
     clocks: dict[str, list[Clock]] = {"ours": [], "SFTTrainer": []}
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for side, clock in ((side, Clock()) for side in clocks):
-                work = Path(folder) / side
-                prepared = prepare(model, examples, config, work, Console(stderr=True))
-                trainer = prepared.trainer if side == "ours" else defaults(model, examples, config, work)
-                trainer.add_callback(clock)
-                trainer.train()
-                losses[side] = validation_loss(trainer, prepared)
-                clocks[side].append(clock)
-    lengths = length_range(prepared)
-    print(f"{options.model}, {count} rows of {lengths} tokens, {options.epochs} epochs; ours in {prepared.precision}")
+        for side in list(clocks) * options.rounds:
+            prepared = prepare(model, examples, config, Path(folder) / side, Console(stderr=True))
+            scorer = prepared.trainer
+            trainer = scorer if side == "ours" else defaults(model, examples, config, Path(folder) / side)
+            clocks[side].append(Clock())
+            trainer.add_callback(clocks[side][-1])
+            trainer.train()
+            scorer.model = trainer.model
+            losses[side] = scorer.evaluate()["eval_loss"]
+    lengths = sorted(prepared.lengths["train"])
+    sizes = f"{lengths[0]} to {lengths[-1]} (median {median(lengths):.0f})"
+    print(f"{options.model}, {count} rows of {sizes} tokens, {options.epochs} epochs; ours in {prepared.precision}")
     print(report(clocks, losses))
 
 
@@ -110,71 +98,39 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(examples.train),
+        train_dataset=Dataset.from_list(examples["train"]),
         peft_config=lora_config(config),
     )
 
 
-def validation_loss(trainer: SFTTrainer, prepared: Prepared) -> float:
-    """Cross-entropy per completion token, in nats."""
-    total, tokens = 0.0, 0
-    model = trainer.model.eval()
-    for row in prepared.trainer.eval_dataset:
-        batch = prepared.trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")}])
-        with torch.no_grad():
-            logits, targets, _ = completion_logits(model, {k: v.to(model.device) for k, v in batch.items()})
-        total += cross_entropy(logits.float(), targets, reduction="sum").item()
-        tokens += len(targets)
-    return total / tokens
-
-
-def kept_rows(path: Path) -> list[dict[str, Any]]:
-    return to_examples(read_rows(RunDir(path.parent)))
-
-
 def made_up_rows(count: int) -> list[dict[str, Any]]:
-    """Stories without sense, as long as the answers of a real run."""
+    """Stories without sense, as long as answers of a real run are."""
     rng = random.Random(0)
+
+    def story(tokens: int) -> str:
+        words: list[str] = []
+        while len(words) < tokens * WORDS_PER_TOKEN:
+            sentence = f"{' '.join(map(rng.choice, (ANIMALS, DEEDS, THINGS, PLACES)))}."
+            words += (sentence[0].upper() + sentence[1:]).split()
+        return " ".join(words)
+
     return [
         {
             "prompt": [{"role": "user", "content": f"Write a story about {rng.choice(ANIMALS)}, {number}."}],
-            "completion": [{"role": "assistant", "content": _story(rng, rng.choice(LENGTHS))}],
+            "completion": [{"role": "assistant", "content": story(rng.choice(LENGTHS))}],
         }
         for number in range(count)
     ]
 
 
-def _story(rng: random.Random, tokens: int) -> str:
-    words: list[str] = []
-    while len(words) < tokens * WORDS_PER_TOKEN:
-        who, what, where = rng.choice(ANIMALS), rng.choice(THINGS), rng.choice(PLACES)
-        sentence = f"{who} {rng.choice(DEEDS)} {what} {where}."
-        words += (sentence[0].upper() + sentence[1:]).split()
-    return " ".join(words)
-
-
-def length_range(prepared: Prepared) -> str:
-    lengths = sorted(prepared.lengths["train"])
-    return f"{lengths[0]} to {lengths[-1]} (median {statistics.median(lengths):.0f})"
-
-
 def report(clocks: dict[str, list[Clock]], losses: dict[str, float]) -> str:
-    """A table of medians, and the ratios that count."""
-    figures = {
-        side: (
-            statistics.median(speed for clock in taken for speed in clock.speeds),
-            statistics.median(clock.tokens / clock.wall for clock in taken),
-            statistics.median(clock.tokens / clock.cpu for clock in taken),
-        )
-        for side, taken in clocks.items()
-    }
-    head: Sequence[str] = (
-        "",
-        "tokens/s, median step",
-        "tokens/s, all steps",
-        "tokens/CPU second",
-        "validation loss",
-    )
+    """A table of medians, and the ratios."""
+    figures = {}
+    for side, taken in clocks.items():
+        sums = [[sum(column) for column in zip(*clock.steps, strict=True)] for clock in taken]
+        steps = median(tokens / wall for clock in taken for tokens, wall, _ in clock.steps)
+        figures[side] = steps, median(t / wall for t, wall, _ in sums), median(t / cpu for t, _, cpu in sums)
+    head = ("", "tokens/s, median step", "tokens/s, all steps", "tokens per CPU second", "validation loss")
     lines = [(side, *(f"{speed:.0f}" for speed in found), f"{losses[side]:.4f}") for side, found in figures.items()]
     ratios = [f"{a / b:.2f}" for a, b in zip(figures["ours"], figures["SFTTrainer"], strict=True)]
     change = losses["ours"] / losses["SFTTrainer"] - 1

@@ -1,11 +1,12 @@
 """report.json: the document, typed. `evaluate.report.assemble` fills it; `html` and `tables` beside it show it.
 
-None means: not measured. docs/evaluation.md says what each figure is, its formula and its source.
+None, or a figure that is not there, means: not measured. docs/evaluation.md says what each figure is, with its formula
+and its source.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -15,7 +16,8 @@ from pipeline.rundir import RunDir, replacing
 
 SCHEMA = 3
 
-Part = Literal["all", "seen", "unseen"]  # of the probes: see ProbeSet
+# What figures are of: the test answers, the served model (speed and memory), and the probes (see ProbeSet).
+Part = Literal["test", "engine", "all", "seen", "unseen"]
 Better = Literal["higher", "lower"]
 File = TypeVar("File")
 
@@ -42,6 +44,42 @@ def millions(parameters: float) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
+class Measure(NamedTuple):
+    """What a figure is called, how it is written, and which way is better; None: neither."""
+
+    name: str
+    show: Callable[[float], str]
+    better: Better | None
+
+
+SCORES = {  # of texts that are given to the model (docs/evaluation.md says what each is)
+    "perplexity": Measure("perplexity", number, "lower"),
+    "bits_per_character": Measure("bits per character", "{:.3f}".format, "lower"),
+}
+ENGINE = {  # of a served model
+    "tokens_per_s": Measure("tokens/s, saturated", number, "higher"),  # from the slowest repetition to the fastest
+    "tokens_per_s_alone": Measure("tokens/s, alone", number, "higher"),
+    "first_token_s": Measure("first token, ms", lambda seconds: f"{1000 * seconds:,.0f}", "lower"),
+    "completion_tokens": Measure("tokens per timed answer", number, None),
+    "peak_rss_mib": Measure("peak memory, MiB", "{:,.0f}".format, "lower"),  # of the whole server; not on a GPU
+    "weights_mib": Measure("weights, MiB", "{:,.0f}".format, "lower"),  # as stored
+    "parameters": Measure("parameters", millions, None),
+    "kv_bytes_per_token": Measure("KV bytes per token", "{:,.0f}".format, "lower"),
+}
+PROBES = {  # of a model's answers to the probes; shares are from 0 to 1, of the prompts
+    "passing": Measure("passes every rule", percent, "higher"),
+    "adherence": Measure("names all that was asked for", percent, "higher"),
+    "named": Measure("named of what was asked for", percent, "higher"),
+    "loops": Measure("loops", percent, "lower"),
+    "stopped": Measure("ends by itself", percent, "higher"),
+    "distinct_1": Measure("distinct-1", number, None),  # noise has the most
+    "distinct_2": Measure("distinct-2", number, None),
+    "characters": Measure("characters per answer", number, None),
+    "judge": Measure("judge’s mean, 1 to 5", number, "higher"),
+}
+MEASURES = SCORES | ENGINE | PROBES
+
+
 class Estimate(msgspec.Struct, frozen=True):
     """A figure with its 95% bootstrap interval."""
 
@@ -63,32 +101,8 @@ def exactly(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
-class ProbeFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model answered a part of the probes. Shares are from 0 to 1, of the prompts; intervals are over prompts."""
-
-    prompts: int  # that every model has answered: the same ones for all, so that figures compare
-    passing: Estimate | None = None  # share that passes every rule of the recipe (no dedup, no judge); None: no rules
-    adherence: Estimate | None = None  # share that names all that the slots asked for; None: the prompts have no slots
-    named: Estimate | None = None  # mean share of the values asked for that the answer names
-    loops: Estimate | None = None  # share that fails the rule `repetition`; less is better
-    stopped: Estimate | None = None  # share that ended by itself (finish_reason stop)
-    distinct_1: Estimate | None = None  # different words over all words of all answers
-    distinct_2: Estimate | None = None  # different pairs of neighbouring words over all words of all answers
-    characters: Estimate | None = None  # mean length of an answer; neither more nor less is better
-    judge: Estimate | None = None  # mean of the judge's scores, 1 to 5
-    failed_rules: dict[str, float] = {}  # share of the answers that each rule would drop, by its label
-
-
-class Probes(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's answers to the probes, in all and by part; a part that has no prompts is None."""
-
-    all: ProbeFigures
-    seen: ProbeFigures | None = None
-    unseen: ProbeFigures | None = None
-
-
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of one model; None: not measured.
+    """All that is known of one model. A figure that was not measured is not there.
 
     `key` is teacher, student_before, student_after, or other_1, other_2, … in the order of `evaluate.models`.
     """
@@ -97,28 +111,21 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     reference: str
     missing: str = ""  # why its weights could not be read
-    parameters: int | None = None
-    weights_mib: float | None = None  # as stored
-    perplexity: Estimate | None = None  # per token, of the teacher's test answers
-    bits_per_character: Estimate | None = None  # of the same answers
-    unseen_perplexity: Estimate | None = None  # of the teacher's own answers to the probes with unseen values
-    unseen_bits_per_character: Estimate | None = None
-    probes: Probes | None = None
-    tokens_per_s: Estimate | None = None  # saturated: the median, the slowest and the fastest repetition
-    tokens_per_s_alone: Estimate | None = None  # one request in flight; the interval is over requests
-    first_token_s: Estimate | None = None  # median time to the first token, one request in flight
-    mean_completion_tokens: float | None = None  # of an answer in the saturated timing
-    requests_failed: int | None = None  # in it
-    peak_rss_mib: float | None = None  # of the whole server; None on a GPU
-    kv_bytes_per_token: int | None = None  # 2 · layers · KV heads · head size · bytes of the served dtype
+    figures: dict[Part, dict[str, Estimate]] = {}  # by the names in MEASURES
+    failed_rules: dict[str, float] = {}  # share of its answers to all probes that each rule would drop, by its label
+    requests_failed: int | None = None  # in the saturated timing
     served_dtype: str | None = None  # float32, bfloat16, …: what the engine computed in
+
+    def figure(self, part: Part, name: str) -> Estimate | None:
+        """One of its figures; None: not measured."""
+        return self.figures.get(part, {}).get(name)
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """One part of the promise (evaluate.figures.promise), and whether this run keeps it.
 
-    `holds` is true only if the whole interval keeps the promise. It is false for a miss, and for a hit that chance
-    may explain; then `undecided` is true: the promised figure lies within the interval, or the prompts are too few.
+    yes          the whole interval keeps the promise
+    not shown    chance may explain it: the promised figure lies within the interval, or the prompts are too few
     """
 
     name: str  # quality_bits, quality_probes, quality_judge, size, speed, memory
@@ -126,8 +133,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     text: str  # for people: `bits per character: the teacher's over the student's`
     promised: float  # the ratio that is promised at least: 0.9 of the quality, 3 times smaller or faster
     value: Estimate | None = None  # that ratio
-    holds: bool | None = None
-    undecided: bool = False
+    verdict: Literal["yes", "not shown", "no", "not measured"] = "not measured"
 
 
 class Headline(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,8 +149,8 @@ class Headline(msgspec.Struct, frozen=True, kw_only=True):
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """How far the trained student is from another model in one figure: paired, on the same prompts and resamples."""
 
-    figure: str  # perplexity, bits_per_character, or a field of ProbeFigures
-    part: Literal["test", "all", "seen", "unseen"]  # test: the perplexity of the test answers
+    figure: str  # its name in MEASURES
+    part: Part
     model: str  # key: student_after
     against: str  # key: student_before, teacher
     change: Estimate  # the student's figure minus the other's
@@ -181,6 +187,7 @@ class ProbeSet(msgspec.Struct, frozen=True, kw_only=True):
     source: Literal["slots", "file", "test"]  # of the seen part
     seen: int  # prompts
     unseen: int
+    answered: int  # of both, by every model: figures are over these, so that they compare
     unseen_values: dict[str, list[str]] = {}
     adherence_slots: list[str] = []  # whose values an answer must name
     judge: str | None = None  # the model that judged; None: none did
@@ -205,7 +212,7 @@ class Answer(msgspec.Struct, frozen=True):
     key: str = ""  # the model's
     finish_reason: str = ""
     dropped_by: dict[str, str] = {}  # why the recipe's rules would drop it, by rule; empty: it passes
-    score: int | None = None  # the judge's
+    score: float | None = None  # the judge's, 1 to 5
 
 
 class Sample(msgspec.Struct, frozen=True):

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,15 @@ from urllib.parse import urlsplit
 from pipeline.adapters import MERGED_FROM, merge_adapter
 from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, UsageError, first_line
+from pipeline.lineage import read_lineage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, replacing_folder
 from serve.command import build_command
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
 
 TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"
-BLOCK = 1 << 24  # bytes read at once
 GIB = 1 << 30
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
@@ -62,20 +61,19 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """
     if recipe.student is None:
         raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
-    reference = recipe.student.model
-    adapter = run.student if (run.student / "adapter_config.json").is_file() else None
-    if adapter is None and not (run.student / "config.json").is_file():
+    reference, adapter = recipe.student.model, (run.student / "adapter_config.json").is_file()
+    if not adapter and not (run.student / "config.json").is_file():
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
     _check_origin(recipe, reference, run)
     pruned = reference.startswith("prune:")
     if pruned and not (run.student_init / "config.json").is_file():
         raise UsageError(f"{run.student_init}: student {reference} as it was before training is not there; run train")
     before = run.student_init if pruned else _folder(reference)
-    after = run.student if adapter is None else before
+    after = (before, run.student) if adapter else (run.student, None)
     return [
         _teacher(recipe),
         Subject(BEFORE, "student before", reference, before),
-        Subject(AFTER, "student after", reference, after, adapter),
+        Subject(AFTER, "student after", reference, *after),
         *(_other(f"other_{number}", other) for number, other in enumerate(recipe.evaluate.models, start=1)),
     ]
 
@@ -97,13 +95,7 @@ def _other(key: str, reference: str) -> Subject:
 
 def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
     """Refuses a student that another recipe trained: its base and its teacher would be confused with these."""
-    path = run.student / "lineage.json"
-    try:
-        trained = json.loads(path.read_bytes()).get("train", {})
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; train again") from None
+    trained = read_lineage(RunDir(run.student)).get("train", {})
     for name, wanted in (("student", reference), ("teacher", recipe.teacher.model)):
         if (found := trained.get(name, wanted)) != wanted:
             raise UsageError(
@@ -115,13 +107,13 @@ def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
 def _teacher(recipe: Recipe) -> Subject:
     """The teacher; without a folder if its weights cannot be had here, as those of a paid API."""
     reference, url = recipe.teacher.model, recipe.teacher.url
-    if not is_loopback(url) and not reference.startswith(("embedded:", "/", "./", "../", "~")):
-        missing = f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
-        return Subject(TEACHER, "teacher", reference, None, missing=missing)
-    try:
-        return Subject(TEACHER, "teacher", reference, _folder(reference))
-    except DistillError as error:
-        return Subject(TEACHER, "teacher", reference, None, missing=str(error))
+    folder, missing = None, f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
+    if is_loopback(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
+        try:
+            folder, missing = _folder(reference), ""
+        except DistillError as error:
+            missing = str(error)
+    return Subject(TEACHER, "teacher", reference, folder, missing=missing)
 
 
 def _folder(reference: str) -> Path:
@@ -149,39 +141,29 @@ def measure_weights(folder: Path) -> Weights | None:
     then a JSON header).
     """
     index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    elif single.is_file():
-        files = [single]
-    else:
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [folder / name for name in names]
+    if not all(file.is_file() for file in files):
         return None
     parameters = size = 0
-    for file in files:
-        for tensor in _safetensors_header(file).values():
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
             parameters += math.prod(tensor["shape"])
             start, end = tensor["data_offsets"]
             size += end - start
     return Weights(parameters, size)
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
-
-
 def digest_subject(subject: Subject) -> str:
     """What identifies the weights: names and sizes for the (unchanging) teacher and base, else contents."""
     if subject.folder is None:
         return digest(subject.reference, subject.missing)
-    parts = [subject.reference]
-    if subject.adapter is not None:
-        parts.append(digest_files(subject.adapter))
-    if subject.adapter is None and subject.key not in (TEACHER, BEFORE):
-        parts.append(digest_files(subject.folder))
-    else:
+    trained = subject.adapter or (None if subject.key in (TEACHER, BEFORE) else subject.folder)
+    parts = [subject.reference] + ([digest_files(trained)] if trained else [])
+    if trained != subject.folder:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
     return digest(*parts)
 
@@ -192,8 +174,7 @@ def digest_files(folder: Path) -> str:
     for path in _weight_files(folder):
         found.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                found.update(block)
+            found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
 
 
@@ -234,13 +215,9 @@ def engine_folder(subject: Subject, run: RunDir) -> Path:
     marker = merged / MERGED_FROM
     if marker.is_file() and json.loads(marker.read_bytes()) == made_of:
         return merged
-    work = merged.with_name(f"{merged.name}.tmp")
-    for old in (work, merged):
-        shutil.rmtree(old, ignore_errors=True)
-    work.mkdir(parents=True)
-    merge_adapter(subject.folder, subject.adapter, work)
-    (work / MERGED_FROM).write_text(json.dumps(made_of))
-    work.rename(merged)
+    with replacing_folder(merged) as building:
+        merge_adapter(subject.folder, subject.adapter, building)
+        (building / MERGED_FROM).write_text(json.dumps(made_of))
     return merged
 
 
@@ -261,7 +238,7 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
 
 
-def engine_facts(folder: Path, config: ServeConfig) -> dict[str, int | str | None]:
+def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | None]:
     """The dtype the engine computes in, and the bytes of KV cache that a token takes in it.
 
     2 (keys and values) · layers · KV heads · head size · bytes of the dtype, from the model's config.json.
@@ -271,7 +248,7 @@ def engine_facts(folder: Path, config: ServeConfig) -> dict[str, int | str | Non
     command = build_command(str(folder), **where, config=config, machine=detect(), facts=facts, environ={})
     dtype = command.dtype or facts.dtype
     values, size = facts.kv_values_per_token, DTYPE_BYTES.get(dtype or "")
-    return {"served_dtype": dtype, "kv_bytes_per_token": values * size if values and size else None}
+    return dtype, values * size if values and size else None
 
 
 def total_memory() -> int:
@@ -286,13 +263,11 @@ def describe_machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     cpu = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    machine = {
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu[1] if cpu else platform.processor() or "unknown",
         "cores": str(os.cpu_count()),
         "memory": f"{total_memory() / GIB:.0f} GiB",
         "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        machine["gpu"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    return machine
+    } | ({"gpu": ", ".join(gpus)} if gpus else {})

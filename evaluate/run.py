@@ -7,70 +7,39 @@ evaluation/ or measured and written there, so a stopped evaluation continues whe
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from evaluate.document import Report, read_report
-from evaluate.figures.promise import answer
 from evaluate.figures.quality import probe_answers
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
-from evaluate.measure.probes import ProbePrompts, choose_probes
+from evaluate.measure.probes import choose_probes
 from evaluate.measure.results import (
     FOLDER,
-    Cache,
+    Entry,
     JudgeResult,
     PerplexityResult,
+    Plan,
     ProbeResult,
     Results,
     SpeedResult,
-    probe_row,
     read_test,
 )
 from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
-from evaluate.models import TEACHER, Subject, choose_precision, subjects
-from evaluate.report.assemble import Measured, build_report, report_fingerprint
+from evaluate.models import TEACHER, Subject, choose_precision, digest_subject, subjects
+from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
 from filters.answer import as_answer
-from filters.ruleset import RuleSet
 from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt
+from pipeline.records import Kept
 from pipeline.rundir import RunDir
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured on what, decided before anything is measured."""
-
-    recipe: Recipe
-    run: RunDir
-    rules: RuleSet
-    models: list[Subject]
-    test_rows: int
-    rows: list[Kept]  # of them, chosen for perplexity
-    timing: list[Prompt]
-    probes: ProbePrompts
-    dtype: str
-    device: str
-    cache: Cache
-    force: bool  # measure again what is cached
-
-    @property
-    def here(self) -> list[Subject]:
-        """The models whose weights are on this machine."""
-        return [subject for subject in self.models if subject.folder is not None]
-
-    def answers_probes(self, subject: Subject) -> bool:
-        """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
-        asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)
-        return asked and bool(self.probes.all)
 
 
 def evaluate_run(
@@ -87,7 +56,7 @@ def evaluate_run(
     `report_only` measures nothing, `speed=False` starts no server, `force` measures again what is cached. Raises
     UsageError if there is no student or no test row, and what the judge raises once the report is written.
     """
-    plan = prepare(recipe, run, recipe_path, force=force and not report_only)
+    plan = make_plan(recipe, run, recipe_path, force=force and not report_only)
     for subject in plan.models:
         if subject.missing:
             say(f"{subject.label}: not available: {subject.missing}")
@@ -97,7 +66,7 @@ def evaluate_run(
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
     results = Results(scored, unseen, timed, probed, judged)
-    if not results:
+    if not (scored or timed or probed):
         raise UsageError(f"{run.path / FOLDER}: nothing measured yet; run evaluate without --report-only")
 
     old = read_report(run)
@@ -105,9 +74,7 @@ def evaluate_run(
     if old and current and measure and not problem:
         say(f"{run.report}: the report is up to date (--force measures again)")
         return old
-    problems = [problem] if problem else []
-    measured = Measured(plan.models, plan.test_rows, plan.rows, plan.probes, plan.rules, results, problems)
-    report = build_report(recipe, run, measured)
+    report = build_report(plan, results, problem)
     report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
     publish(run, report)
     _record(run, report)
@@ -116,8 +83,8 @@ def evaluate_run(
     return report
 
 
-def prepare(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = False) -> Plan:
-    """Reads the run and chooses models, rows and prompts."""
+def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = False) -> Plan:
+    """Reads the run and chooses models, rows and prompts. Raises UsageError if there is no student or no test row."""
     models = subjects(recipe, run)
     test_rows = read_test(run)
     rows = choose_rows(test_rows, recipe.evaluate.max_rows)
@@ -133,7 +100,7 @@ def prepare(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = Fal
         probes=choose_probes(recipe, run, test_rows),
         dtype=dtype,
         device=device,
-        cache=Cache(recipe, run, dtype),
+        weights={subject.key: digest_subject(subject) for subject in models},
         force=force,
     )
 
@@ -141,8 +108,8 @@ def prepare(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = Fal
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:
     """How every model scores the rows."""
     found = {}
-    for subject in plan.here if rows else ():
-        entry = plan.cache.entry(name, subject, rows)
+    for subject in (model for model in plan.models if rows and model.folder):
+        entry = plan.entry(name, subject, rows)
         result = None if plan.force else entry.read(PerplexityResult)
         if result is None and measure:
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
@@ -166,7 +133,7 @@ def _serve(plan: Plan, *, measure: bool) -> tuple[dict[str, SpeedResult], dict[s
 def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedResult | None, ProbeResult | None]:
     """Speed and probes of one model, on one server; a teacher elsewhere is asked where it is, and not timed."""
     recipe, prompts, fresh = plan.recipe, plan.probes.all, plan.force and measure
-    timing, probing = plan.cache.entry("speed", subject, plan.timing), plan.cache.entry("probes", subject, prompts)
+    timing, probing = plan.entry("speed", subject, plan.timing), plan.entry("probes", subject, prompts)
     here, probes = subject.folder is not None, plan.answers_probes(subject)
     speed = timing.read(SpeedResult) if here and not fresh else None
     answers = probing.read(ProbeResult) if probes and not fresh else None
@@ -192,10 +159,9 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedRes
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
     """The teacher's answers to probes with unseen values that pass the rules, as test rows do."""
-    prompts = {prompt.id: prompt for prompt in plan.probes.unseen}
-    answers = probed[TEACHER].answers if TEACHER in probed else []
-    rows = [probe_row(TEACHER, prompts[a.prompt_id], a) for a in answers if a.prompt_id in prompts]
-    return [row for row in rows if row.text and not plan.rules.reasons(as_answer(row))]
+    unseen = {prompt.id for prompt in plan.probes.unseen}
+    rows = probed[TEACHER].answers if TEACHER in probed else []
+    return [row for row in rows if row.prompt_id in unseen and row.text and not plan.rules.reasons(as_answer(row))]
 
 
 def _judge(
@@ -205,7 +171,7 @@ def _judge(
     judge, answers = find_judge(plan.recipe), probe_answers(plan.probes, probed)
     if judge is None or not any(answers.values()):
         return None, "", None
-    entry = plan.cache.judged(judged_fingerprint(judge, answers))
+    entry = Entry(plan.run.path / FOLDER / "judged.json", judged_fingerprint(judge, answers))
     judged = entry.read(JudgeResult)
     if judged or not measure:
         return judged, "", None
@@ -225,8 +191,8 @@ def _record(run: RunDir, report: Report) -> None:
     section = {
         "created": report.created,
         "headline": headline.text,
-        "perplexity": {model.key: model.perplexity.value for model in report.models if model.perplexity},
-        "promise": {claim.name: answer(claim) for claim in headline.claims if claim.value},
+        "perplexity": {m.key: own.value for m in report.models if (own := m.figure("test", "perplexity"))},
+        "promise": {claim.name: claim.verdict for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,
         "versions": report.versions,

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 
 from chain.stages import stage
 from experiments.arms import EXPERIMENTS, Arm, Setup
-from experiments.results import compare, print_results, write_results
+from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, UsageError
 from pipeline.recipe import load_recipe
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         finish(setup, arm, prepared.arms)
     results = compare(setup, prepared)
     write_results(results, folder)
-    print_results(results, Console())
+    Console().print(Markdown(as_markdown(results)))
     print(f"\n{folder / 'results.md'}", flush=True)
 
 

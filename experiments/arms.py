@@ -11,7 +11,6 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import islice
 from math import ceil, nextafter
 from pathlib import Path
@@ -75,8 +74,8 @@ class Experiment:
 def _keep_rate(setup: Setup) -> Prepared:
     """The best shares of all answers but those to the test prompts, the rules' drops taken in as they rank."""
     shares = parse_shares(setup.options.shares)
-    base = ready(setup)
-    test = _test_rows(setup, read_rows(base))
+    base = _answered(setup, setup.base)
+    test = part_rows(read_rows(base), setup.recipe.prompts).test
     pool = _pool(setup, base, test)
     stage("filters", pool, setup.path, [*setup.flags, "--sweep", ",".join(map(str, shares))])
     kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
@@ -107,9 +106,10 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
     questions, ids = {prompt_text(row) for row in test}, {row.id for row in test}
     with replacing(pool.kept) as kept, replacing(pool.dropped) as dropped:
         for row in filtered_rows(base):
-            if part_of(row.messages) == "test" or prompt_text(row) in questions or _repeats(row, ids):
-                continue
-            (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
+            reasons = row.detail if isinstance(row, Dropped) else []
+            repeats = any(why.of in ids for why in reasons if why.rule in DEDUP_RULES)
+            if not repeats and part_of(row.messages) != "test" and prompt_text(row) not in questions:
+                (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
     for path in (base.lineage, base.recipe):
         if path.exists():
             shutil.copyfile(path, pool.path / path.name)
@@ -118,20 +118,14 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
     return pool
 
 
-def _repeats(row: Kept | Dropped, ids: set[str]) -> bool:
-    """Whether a row was dropped as a duplicate of one of those."""
-    return isinstance(row, Dropped) and any(why.of in ids for why in row.detail if why.rule in DEDUP_RULES)
-
-
 def _teachers(setup: Setup) -> Prepared:
     """The same prompts, rules and student; another teacher, with its own answers."""
     flags = ["--teacher.model", setup.options.b_model]
     flags += ["--teacher.base_url", setup.options.b_url] if setup.options.b_url else []
-    other = RunDir(setup.folder / "b")
-    _answered(setup, other, flags)
-    base = ready(setup)
+    other = _answered(setup, RunDir(setup.folder / "b"), *flags)
+    base = _answered(setup, setup.base)
     rows = {"A": read_rows(base), "B": read_rows(other)}
-    test = _test_rows(setup, [*rows["A"], *rows["B"]])
+    test = part_rows([*rows["A"], *rows["B"]], setup.recipe.prompts).test
     arms = [_arm(setup, "a", base, test, []), _arm(setup, "b", other, test, flags)]
     names = {"A": setup.recipe.teacher.model, "B": setup.options.b_model}
     note = f"a is {names['A']}, b is {names['B']}; each with all that the filters kept of it, for the recipe's epochs"
@@ -140,21 +134,21 @@ def _teachers(setup: Setup) -> Prepared:
 
 def _human(setup: Setup) -> Prepared:
     """As many rows that people wrote as rows of the teacher; scored on both."""
-    base, path = ready(setup), setup.options.human
+    base, path = _answered(setup, setup.base), setup.options.human
     sources = {"teacher": read_rows(base), "human": read_human(path, setup.recipe.prompts.system)}
-    test = _test_rows(setup, [row for rows in sources.values() for row in rows])
+    test = part_rows([*sources["teacher"], *sources["human"]], setup.recipe.prompts).test
     parts = {name: part_rows(rows, setup.recipe.prompts, test) for name, rows in sources.items()}
     train = {name: [*own.train, *own.validation] for name, own in parts.items()}
     count = min(map(len, train.values()))
     pick = random.Random(setup.recipe.train.seed)
+    asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
+    asked += [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in sources["human"]]
     arms = []
     for name, title in (("teacher", "distilled"), ("human", "human")):
         chosen = RunDir(setup.folder / "rows" / title)
         chosen.path.mkdir(parents=True, exist_ok=True)
         write_jsonl(chosen.kept, pick.sample(train[name], count))
-        questions = [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in sources["human"]]
-        asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
-        write_jsonl(chosen.prompts, [*asked, *questions])  # a probe must be new to both arms
+        write_jsonl(chosen.prompts, asked)  # a probe must be new to both arms
         if name == "teacher":
             shutil.copyfile(base.lineage, chosen.lineage)
         accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []
@@ -164,13 +158,11 @@ def _human(setup: Setup) -> Prepared:
 
 def _soft(setup: Setup) -> Prepared:
     """The same rows, learned by the teacher's text, by its distribution, and in part on the student's own samples."""
-    base = ready(setup)
-    test = _test_rows(setup, read_rows(base))
+    base = _answered(setup, setup.base)
+    test = part_rows(read_rows(base), setup.recipe.prompts).test
     hard = setup.recipe.train.weights
-    soft = {"kd": ["--train.method", "kd"], "gkd": ["--train.method", "gkd"]}
-    methods = {hard: ["--train.method", hard]} | {
-        name: [*flags, "--train.kd.weights", hard] for name, flags in soft.items()
-    }
+    methods: dict[str, list[str]] = {hard: ["--train.method", hard]}
+    methods |= {soft: ["--train.method", soft, "--train.kd.weights", hard] for soft in ("kd", "gkd")}
     arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]
     return Prepared(arms, {"": test}, "the same rows, steps and trained weights in every arm")
 
@@ -186,8 +178,7 @@ def _thousand(setup: Setup) -> Prepared:
         write_jsonl(run.completions, (row for row in rows if row.prompt_id in first))
         shutil.copyfile(setup.base.prompts, run.prompts)
         _copy_lineage(setup.base, run, ("generate",))
-    _answered(setup, run, flags)
-    test = _test_rows(setup, read_rows(run))
+    test = part_rows(read_rows(_answered(setup, run, *flags)), setup.recipe.prompts).test
     arm = _arm(setup, "thousand", run, test, flags)
     return Prepared([arm], {"": test}, f"{setup.options.rows:,} prompts")
 
@@ -201,27 +192,17 @@ EXPERIMENTS = {
 }
 
 
-def ready(setup: Setup) -> RunDir:
-    """The base run, answered and filtered."""
-    _answered(setup, setup.base, [])
-    return setup.base
-
-
-def _answered(setup: Setup, run: RunDir, flags: Sequence[str]) -> None:
-    """Generates and filters, unless that is done."""
+def _answered(setup: Setup, run: RunDir, *flags: str) -> RunDir:
+    """The run, with answers and filtered; what it lacks is done now."""
     if run.kept.is_file() and run.dropped.is_file():
-        return
+        return run
     given = [*setup.flags, *flags]
     recipe = load_recipe(setup.path, given)
     if pending(recipe, run):
         with teacher(recipe, run):
             stage("generate", run, setup.path, given)
     stage("filters", run, setup.path, given)
-
-
-def _test_rows(setup: Setup, rows: list[Kept]) -> list[Kept]:
-    """What no arm is trained on: the test part of all sources at once."""
-    return part_rows(rows, setup.recipe.prompts).test
+    return run
 
 
 def _by_source(sources: Mapping[str, Sequence[Kept]], test: Sequence[Kept]) -> dict[str, list[Kept]]:
@@ -270,25 +251,20 @@ def read_human(path: Path, system: str | None) -> list[Kept]:
         raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
     rows = []
     for number, row in enumerate(read_jsonl(path, HumanRow), start=1):
+        given = [value is not None for value in (row.prompt, row.completion, row.messages)]
+        if given not in ([True, True, False], [False, False, True]):
+            raise DataError(f"{path}: row {number}: give either `prompt` and `completion`, or `messages`")
+        pair = [Message("user", row.prompt or ""), Message("assistant", row.completion or "")]
+        *question, answer = row.messages or pair
+        if answer.role != "assistant":
+            raise DataError(f"{path}: row {number}: `messages` must end with the assistant's")
+        if not answer.content.strip():
+            raise DataError(f"{path}: row {number}: the answer is empty")
         try:
-            rows.append(_human_row(row, system))
+            prompt = make_prompt(PromptRow(messages=question), system)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {error}") from None
+        rows.append(answer_row("human", prompt, answer.content))
     if not rows:
         raise DataError(f"{path}: no rows in it")
     return rows
-
-
-def _human_row(row: HumanRow, system: str | None) -> Kept:
-    pair = [Message("user", row.prompt or ""), Message("assistant", row.completion or "")]
-    given = [value is not None for value in (row.prompt, row.completion, row.messages)]
-    if given not in ([True, True, False], [False, False, True]):
-        raise ValueError("give either `prompt` and `completion`, or `messages`")
-    *question, answer = row.messages or pair
-    if answer.role != "assistant":
-        raise ValueError("`messages` must end with the assistant's")
-    if not answer.content.strip():
-        raise ValueError("the answer is empty")
-    prompt = make_prompt(PromptRow(messages=question), system)
-    id_ = blake2b(f"{prompt.id}\0{answer.content}".encode(), digest_size=8).hexdigest()
-    return answer_row(id_, prompt, answer.content, "human")

@@ -11,37 +11,28 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from evaluate.document import Better, Difference, Estimate, ModelReport, Report, number, read_report
+from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
 from evaluate.figures.quality import (
-    BETTER,
     common_rows,
     difference,
     measure_quality,
     perplexity_figures,
     probe_answers,
 )
-from evaluate.figures.statistics import Figure
+from evaluate.figures.statistics import Figure, Figures, merged
 from evaluate.measure.probes import choose_probes
 from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
 from evaluate.models import AFTER, BEFORE, TEACHER
-from evaluate.report.charts import dot_panel, draw_svg
+from evaluate.report.charts import dot_panel
+from evaluate.report.html import draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Prepared, Setup
 from filters.run import recipe_rules
 from pipeline.errors import DataError
-from pipeline.lineage import read_lineage
 from pipeline.rundir import replacing
 
-TITLES = {  # the figures that arms are compared in
-    "perplexity": "perplexity",
-    "bits_per_character": "bits/char",
-    "passing": "pass the rules",
-    "adherence": "adherence",
-    "loops": "loops",
-    "judge": "judge",
+COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared in
+    "test": ("perplexity", "bits_per_character"),
+    "all": ("passing", "adherence", "loops", "judge"),
 }
 FACTS = ("rows", "steps", "keep rate", "USD")
 CAUTION = (
@@ -55,7 +46,7 @@ class Column:
     """One figure of every arm that has it."""
 
     title: str
-    better: Better | None
+    measure: Measure
     arms: Mapping[str, Figure]  # on the same resamples
     others: Mapping[str, Estimate]  # models that are no arm: teacher, student before
 
@@ -78,17 +69,16 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
     reports = {arm.name: _report(arm) for arm in prepared.arms}
     columns = _columns(setup, prepared, _other_models(reports))
     differences = [
-        difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.better, "test")
+        difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.measure.better, "test")
         for column in columns
         for other, one in combinations(column.arms, 2)
     ]
-    lineages = {arm.name: read_lineage(arm.run) for arm in prepared.arms}
-    spent = {name: (lineage.get("generate") or {}).get("spent") or {} for name, lineage in lineages.items()}
+    spent = {name: (report.lineage.get("generate") or {}).get("spent") or {} for name, report in reports.items()}
     return Results(
         name=setup.options.kind,
         question=EXPERIMENTS[setup.options.kind].question,
         note=prepared.note,
-        facts={name: _facts(reports[name], lineages[name], spent[name]) for name in reports},
+        facts={name: _facts(report, spent[name].get("usd")) for name, report in reports.items()},
         columns=columns,
         differences=differences,
         remarks=list(_money(spent, differences)) if setup.options.kind == "teachers" else [],
@@ -118,24 +108,23 @@ def _columns(setup: Setup, prepared: Prepared, others: Mapping[str, ModelReport]
     """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
     scored = _cached(prepared.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
-    figures = {name: dict(own) for name, own in perplexity_figures(scores).items()}
-    for name, own in _probe_figures(setup, prepared.arms).items():
-        figures.setdefault(name, {}).update(own)
+    figures = merged(perplexity_figures(scores), _probe_figures(setup, prepared.arms))
     columns = []
-    for field, title in TITLES.items():
-        arms = {name: own[field] for name, own in figures.items() if field in own}
-        known = {name: estimate for name, model in others.items() if (estimate := _estimate(model, field))}
+    for part, name in ((part, name) for part, names in COMPARED.items() for name in names):
+        arms = {arm: own[name] for arm, own in figures.items() if name in own}
+        known = {label: estimate for label, model in others.items() if (estimate := model.figure(part, name))}
         if arms:
-            columns.append(Column(title, BETTER[field], arms, known))
+            columns.append(Column(MEASURES[name].name, MEASURES[name], arms, known))
     for source, rows in prepared.sources.items() if len(prepared.sources) > 1 else ():
         ids = {row.id for row in rows}
-        part = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
-        arms = {name: own["bits_per_character"] for name, own in part.items()}
-        columns.append(Column(f"bits/char of {source}", "lower", arms, {}))
+        scored_here = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
+        arms = {name: own["bits_per_character"] for name, own in scored_here.items()}
+        measure = MEASURES["bits_per_character"]
+        columns.append(Column(f"{measure.name} of {source}", measure, arms, {}))
     return columns
 
 
-def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Mapping[str, Mapping[str, Figure]]:
+def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
     """What the recipe's rules and the judge say of the arms' answers to the same prompts."""
     probed = _cached(arms, f"probes-{AFTER}", ProbeResult)
     if not probed:
@@ -144,7 +133,7 @@ def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Mapping[str, Mapping[st
     judged = _cached(arms, "judged", JudgeResult)
     scores = {name: result.scores.get(AFTER, {}) for name, result in judged.items()}
     rules, answers = recipe_rules(setup.recipe, setup.path), probe_answers(prompts, probed)
-    return measure_quality(setup.recipe, rules, prompts, answers, scores).all.figures
+    return measure_quality(setup.recipe, rules, prompts, answers, scores).figures.get("all", {})
 
 
 def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:
@@ -153,14 +142,9 @@ def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Res
     return {arm: result for arm, result in found.items() if result}
 
 
-def _estimate(model: ModelReport, field: str) -> Estimate | None:
-    found: Estimate | None = getattr(model, field, None) or getattr(model.probes and model.probes.all, field, None)
-    return found
-
-
-def _facts(report: Report, lineage: Mapping[str, Any], spent: Mapping[str, Any]) -> list[str]:
+def _facts(report: Report, usd: float | None) -> list[str]:
     """How many rows and steps, at what keep rate, what the answers cost."""
-    training, rate, usd = report.training, (lineage.get("filters") or {}).get("keep_rate"), spent.get("usd")
+    training, rate = report.training, (report.lineage.get("filters") or {}).get("keep_rate")
     return [
         f"{training.train_rows:,}" if training.train_rows else "–",
         f"{training.loss[-1].step:,.0f}" if training.loss else "–",
@@ -186,24 +170,22 @@ def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Differe
 
 
 def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
-    """The table: heads, and a row for each arm and each other model."""
-    facts = [n for n in range(len(FACTS)) if any(own[n] != "–" for own in results.facts.values())]
-    heads = ["", *(FACTS[n] for n in facts), *(column.title for column in results.columns)]
+    """The table: heads (arms, then other models), and a row for each fact and figure."""
+    arms = list(results.facts)
+    others = list(dict.fromkeys(name for column in results.columns for name in column.others))
     rows = []
-    for name, own in results.facts.items():
-        figures = [column.arms.get(name) for column in results.columns]
-        rows.append([name, *(own[n] for n in facts), *(_cell(f.estimate() if f else None) for f in figures)])
-    for name in dict.fromkeys(name for column in results.columns for name in column.others):
-        rows.append([name, *("" for _ in facts), *(_cell(column.others.get(name)) for column in results.columns)])
-    return heads, rows
+    for number, fact in enumerate(FACTS):
+        texts = [own[number] for own in results.facts.values()]
+        if any(text != "–" for text in texts):
+            rows.append([fact, *texts, *("" for _ in others)])
+    for column in results.columns:
+        estimates = {name: figure.estimate() for name, figure in column.arms.items()} | dict(column.others)
+        rows.append([column.title, *(_cell(column, estimates.get(name)) for name in (*arms, *others))])
+    return ["", *arms, *others], rows
 
 
-def _cell(estimate: Estimate | None) -> str:
-    return f"{_short(estimate.value)} ({estimate.interval(_short)})" if estimate else "–"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 2 else number(value)
+def _cell(column: Column, estimate: Estimate | None) -> str:
+    return estimate.told(column.measure.show) if estimate else "–"
 
 
 def said(results: Results) -> list[str]:
@@ -218,37 +200,29 @@ def said(results: Results) -> list[str]:
 
 
 def _told(found: Difference) -> str:
-    """`soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)`."""
+    """`soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)`."""
     word = "better" if found.improved else "worse"
     return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
 
 
-def print_results(results: Results, console: Console) -> None:
-    """The table on the terminal, and what it says."""
+def as_markdown(results: Results) -> str:
+    """The question, the table and what it says."""
     heads, rows = rows_of(results)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for index, head in enumerate(heads):
-        table.add_column(head.replace(" ", "\n"), justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*(cell.replace(" (", "\n(") for cell in row))
-    console.print(table)
-    for line in said(results):
-        console.print(f"- {line}", highlight=False, markup=False)
+    lines = [f"# {results.name}: {results.question}", ""]
+    lines += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {line}" for line in said(results)), ""])
 
 
 def write_results(results: Results, folder: Path) -> None:
     """results.md, with the plot beside it."""
-    heads, rows = rows_of(results)
-    title = f"{results.name}: {results.question}"
-    lines = [f"# {title}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    lines += ["", *(f"- {line}" for line in said(results)), "", "![](results.svg)", ""]
     panels = []
     for column in results.columns:
         figures = [(name, figure.estimate(), "arm") for name, figure in column.arms.items()]
         figures += [(name, estimate, "other") for name, estimate in column.others.items()]
-        dots = [(name, estimate, kind, _short(estimate.value)) for name, estimate, kind in figures]
-        panels.append(dot_panel(column.title, f"{column.better} is better" if column.better else "", dots))
-    for name, text in (("results.md", "\n".join(lines)), ("results.svg", draw_svg(title, panels))):
+        dots = [(name, estimate, kind, column.measure.show(estimate.value)) for name, estimate, kind in figures]
+        panels.append(dot_panel(column.title, f"{column.measure.better} is better", dots))
+    svg = draw_svg(f"{results.name}: {results.question}", panels)
+    for name, text in (("results.md", as_markdown(results) + "\n![](results.svg)\n"), ("results.svg", svg)):
         with replacing(folder / name) as file:
             file.write(text.encode())

@@ -1,8 +1,8 @@
 """The rule `adherence`: the answer names what the prompt's slots asked for."""
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from filters.answer import Answer, RuleSettings, nfc
+from filters.answer import Answer, Nfc, RuleSettings, nfc
 from filters.words import mentions
 from pipeline.records import Reason
 
@@ -10,12 +10,7 @@ from pipeline.records import Reason
 class AdherenceSettings(RuleSettings):
     slots: list[str] = Field(min_length=1)  # slots whose values must be named in the answer
     max_missing: int = Field(0, ge=0)  # values that may be missing
-    aliases: dict[str, list[str]] = Field({})  # other names that count for a value: {달: [달님, 보름달]}
-
-    @field_validator("aliases")
-    @classmethod
-    def _normalised(cls, aliases: dict[str, list[str]]) -> dict[str, list[str]]:
-        return {nfc(value): [nfc(name) for name in names] for value, names in aliases.items()}
+    aliases: dict[Nfc, list[Nfc]] = Field({})  # other names that count for a value: {달: [달님, 보름달]}
 
 
 def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
@@ -26,8 +21,8 @@ def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
         if asked is None:
             return Reason(rule="adherence", what=slot)
         for value in map(nfc, (asked,) if isinstance(asked, str) else asked):
-            names = (value, *settings.aliases.get(value, ()))
-            if not any(mentions(answer.text, name) for name in names):
+            others = settings.aliases.get(value, ())
+            if not mentions(answer.text, value) and not any(mentions(answer.text, name) for name in others):
                 missing.setdefault(slot, []).append(value)
     count = sum(map(len, missing.values()))
     if count <= settings.max_missing:

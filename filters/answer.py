@@ -2,13 +2,15 @@
 
 import unicodedata
 from functools import partial
+from typing import Annotated
 
 import msgspec
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from pipeline.records import Completion, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
+Nfc = Annotated[str, AfterValidator(nfc)]  # a setting that is compared with an answer
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -78,8 +78,9 @@ def exact_copies(sketches: Sketches, config: DedupConfig) -> dict[int, int | Non
     own = sketches.first[-2]
     copies: dict[int, int | None] = {}
     if config.exact:
-        order = np.lexsort((sketches.ids, sketches.kinds))
-        _, first, group = np.unique(sketches.answers.digests[order], return_index=True, return_inverse=True)
+        order = np.lexsort((sketches.rows.ids, sketches.kinds))
+        digests = sketches.rows.views[0].digests
+        _, first, group = np.unique(digests[order], return_index=True, return_inverse=True)
         for row, original in zip(order.tolist(), order[first[group]].tolist(), strict=True):
             if row >= own and row != original:
                 copies[row - own] = original - own if original >= own else None
@@ -97,16 +98,19 @@ def find_duplicates(
     better, alive = np.zeros(sketches.first[-1], np.float32), np.ones(sketches.first[-1], bool)
     better[[own + row for row in scores]] = list(scores.values())
     alive[[own + row for row in gone]] = False
-    order = np.lexsort((sketches.ids, -better, sketches.kinds))
+    order = np.lexsort((sketches.rows.ids, -better, sketches.kinds))
     order = order[alive[order]]
     found: dict[int, Reason] = {}
     with ExitStack() as stack:
         reader = Reader(sketches, config.ngram, stack)
-        compared = None if config.exact else evaluated
-        searches = [_Search("answer", sketches.answers, order, compared, config.near, reader.answer_ngrams)]
-        if sketches.prompts is not None:
-            compared = evaluated if config.prompts is None else None
-            searches.append(_Search("prompt", sketches.prompts, order, compared, config.prompts, reader.prompt_ngrams))
+        asked = (  # of answers, then of prompts: only rows under `compared` are found
+            ("answer", None if config.exact else evaluated, config.near, reader.answer_ngrams),
+            ("prompt", evaluated if config.prompts is None else None, config.prompts, reader.prompt_ngrams),
+        )
+        searches = [
+            _Search(what, view, order, compared, threshold, ngrams_of)
+            for view, (what, compared, threshold, ngrams_of) in zip(sketches.rows.views, asked, strict=False)
+        ]
         for position, row in enumerate(order.tolist()):
             matches = [match for search in searches if row >= own and (match := search.match(position, row))]
             if matches:

@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
@@ -102,6 +101,8 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     `rows` is iterated once. A request that failed for good in an earlier call is made again. Raises what `generate`
     raises; what was judged by then is kept, and the next call goes on.
     """
+    from generate.run import generate  # the client is slow to import, and most calls ask no judge
+
     config = recipe.filters.judge
     assert config is not None
     version = version_of(recipe, config)
@@ -109,20 +110,16 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     folder.mkdir(parents=True, exist_ok=True)
     if is_teacher(recipe, config):
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
-    questions = folder / "1.questions.jsonl"
+    prompts: Iterable[Prompt] = (Prompt(id=row.id, messages=question(row, config)) for row in rows)
     open_ids: dict[str, None] = {}  # a set in the rows' order
-    with replacing(questions) as file:
-        for row in rows:
-            file.write(encode_line(Prompt(id=row.id, messages=question(row, config))))
-            open_ids[row.id] = None
     judgements: dict[str, Judgement] = {}
     properties = {name: {"type": "integer", "enum": SCORES} for name in (*config.rubric, "score")}
     attempts = attempt_runs(folder, config)
     for attempt, asked in enumerate(attempts, start=1):
+        questions = folder / f"{attempt}.questions.jsonl"
+        open_ids = _write_questions(questions, prompts)
         if not open_ids:
             break
-        if attempt > 1:
-            questions = _again(folder, attempt, open_ids)
         others = [other for other in attempts if other != asked]
         try:
             asking = judge_recipe(recipe, config, questions, attempt, properties, others)
@@ -131,7 +128,8 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
             raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
         for judgement in _verdicts(asked, open_ids, config, version, attempt):
             judgements[judgement.id] = judgement
-        open_ids = {id_: None for id_ in open_ids if id_ not in judgements}
+            del open_ids[judgement.id]
+        prompts = (prompt for prompt in read_jsonl(questions, Prompt) if prompt.id not in judgements)
     errors = _errors(asked, open_ids) if open_ids else {}
     for id_ in open_ids:
         why = errors.get(id_)
@@ -245,14 +243,14 @@ def _left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
     )
 
 
-def _again(folder: Path, attempt: int, ids: Container[str]) -> Path:
-    """The questions of the rows without a verdict, for another attempt."""
-    path = folder / f"{attempt}.questions.jsonl"
+def _write_questions(path: Path, prompts: Iterable[Prompt]) -> dict[str, None]:
+    """Writes an attempt's prompts. Returns their ids, a set in their order."""
+    ids: dict[str, None] = {}
     with replacing(path) as file:
-        for prompt in read_jsonl(folder / f"{attempt - 1}.questions.jsonl", Prompt):
-            if prompt.id in ids:
-                file.write(encode_line(prompt))
-    return path
+        for prompt in prompts:
+            file.write(encode_line(prompt))
+            ids[prompt.id] = None
+    return ids
 
 
 def _verdicts(

@@ -6,8 +6,9 @@ answer to learn from says anywhere. The patterns are this project's own, drawn f
 
 import re
 from functools import cached_property
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from filters.answer import Answer, RuleSettings, nfc
 from pipeline.records import Reason
@@ -91,19 +92,20 @@ _LATIN = re.compile("[A-Za-zſıİ]")
 _OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
 
 
-class MetaTalkSettings(RuleSettings):
-    patterns: list[str] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
-    builtin: bool = True  # False: only your own
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+    return nfc(pattern)
 
-    @field_validator("patterns")
-    @classmethod
-    def _regular(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
-        return [nfc(pattern) for pattern in patterns]
+
+Pattern = Annotated[str, AfterValidator(_regular)]
+
+
+class MetaTalkSettings(RuleSettings):
+    patterns: list[Pattern] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
+    builtin: bool = True  # False: only your own
 
     @cached_property
     def opening(self) -> re.Pattern[str] | None:
@@ -123,23 +125,24 @@ class MetaTalkSettings(RuleSettings):
 def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:
     """Drops an answer that talks about itself, or refuses."""
     text = answer.text
+    latin = _LATIN.search(text) is not None
     if settings.opening and (found := settings.opening.match(text)):
         return Reason(rule="meta_talk", what="opens with", found=found[1])
-    ours = settings.builtin and _hinted(text, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS)
+    ours = settings.builtin and _hinted(text, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS if latin else ())
     for pattern in settings.anywhere if ours or not settings.builtin else settings.anywhere[1:]:
         if found := pattern.search(text):
             return Reason(rule="meta_talk", what="says", found=found[0])
-    if settings.closing and _hinted(text[-CLOSING_CHARS:], CLOSING_HINTS, CLOSING_LATIN_HINTS):
+    if settings.closing and _hinted(text[-CLOSING_CHARS:], CLOSING_HINTS, CLOSING_LATIN_HINTS if latin else ()):
         found = settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))
         return Reason(rule="meta_talk", what="closes with", found=found[0]) if found else None
     return None
 
 
 def _hinted(text: str, hints: re.Pattern[str], latin_hints: tuple[str, ...]) -> bool:
-    """Whether a pattern may match: one of the hints is in the text."""
+    """Whether a pattern may match: one of the hints is in the text. Latin ones are given if it has Latin letters."""
     if hints.search(text):
         return True
-    if _LATIN.search(text) is None:
+    if not latin_hints:
         return False
     plain = " ".join(text.lower().split())
     return any(hint in plain for hint in latin_hints) or _OTHER_CASES.search(text) is not None

@@ -24,8 +24,8 @@ RECALL = 0.995  # at least this share of the pairs exactly as similar as the thr
 GLIMPSE = 64  # bytes
 _SEED = 1
 _BATCH = 128  # texts per call of rensa: from 256 on it starts threads, and a process forked after that would hang
-_BASE = 0x9E3779B97F4A7C15  # odd, and without a pattern in its bits
-_MIX = 0xBF58476D1CE4E5B9
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and without a pattern in its bits
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SELECTORS = {chr(code) for code in range(0xFE00, 0xFE10)}  # they choose how an emoji is drawn, and count as marks
 _PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
 _PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
@@ -52,33 +52,27 @@ def digest(folded: str) -> bytes:
     return blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def ngram_hashes(folded: Sequence[str], n: int) -> tuple[Array, Array]:
-    """Hashes (uint64) of every run of n characters of each text, end to end; and the offset where each text's begin,
-    one more at the end. A text under n characters counts as one run.
-    """
-    lengths = np.array([max(len(text), n) for text in folded], dtype=np.int64)
-    joined = "".join([text.ljust(n) for text in folded])
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+def ngram_hashes(text: str, n: int) -> Array:
+    """Hashes (uint64) of every run of n characters of a text that has at least n."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     count = len(codes) - n + 1
     hashes = codes[:count].copy()
     for place in range(1, n):
-        hashes *= np.uint64(_BASE)
+        hashes *= _BASE
         hashes += codes[place : place + count]
     hashes ^= hashes >> np.uint64(29)
-    hashes *= np.uint64(_MIX)
+    hashes *= _MIX
     hashes ^= hashes >> np.uint64(32)
-    within = np.ones(count, dtype=bool)  # not the runs that reach over into the next text
-    ends = np.cumsum(lengths)[:-1]
-    for place in range(1, n):
-        within[ends - place] = False
-    starts = np.zeros(len(folded) + 1, dtype=np.uint64)
-    starts[1:] = np.cumsum(lengths - n + 1)
-    return hashes[within], starts
+    return hashes
 
 
 def ngrams(folded: str, n: int) -> Array:
-    """The set of a text's n-grams, as sorted hashes."""
-    return np.unique(ngram_hashes([folded], n)[0])
+    """The set of a text's n-grams, as sorted hashes. A text under n characters counts as one n-gram."""
+    hashes = ngram_hashes(folded.ljust(n), n)
+    hashes.sort()
+    last = np.ones(len(hashes), dtype=bool)  # of equal hashes
+    np.not_equal(hashes[1:], hashes[:-1], out=last[:-1])
+    return np.asarray(hashes[last])
 
 
 def jaccard(first: Array, second: Array) -> float:
@@ -102,10 +96,16 @@ def shape_for(threshold: float) -> tuple[int, int]:
 def signatures(folded: Sequence[str], n: int) -> Array:
     """MinHash signatures, uint32, shape (texts, PERMUTATIONS)."""
     values = np.empty((len(folded), PERMUTATIONS), dtype=np.uint32)
-    for start in range(0, len(folded), _BATCH):
-        hashes, starts = ngram_hashes(folded[start : start + _BATCH], n)
-        digests = RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts, num_perm=PERMUTATIONS, seed=_SEED)
-        values[start : start + _BATCH] = digests.to_rows()
+    for first in range(0, len(folded), _BATCH):
+        texts = [text.ljust(n) for text in folded[first : first + _BATCH]]
+        ends = np.cumsum([len(text) for text in texts])
+        hashes = ngram_hashes("".join(texts), n)
+        inside = np.ones(len(hashes), dtype=bool)
+        for place in range(1, n):
+            inside[ends[:-1] - place] = False  # these reach over into the next text
+        starts = np.append(0, ends - (n - 1) * np.arange(1, len(texts) + 1)).astype(np.uint64)
+        digests = RMinHash.digest_matrix_from_flat_token_hashes(hashes[inside], starts, PERMUTATIONS, _SEED)
+        values[first : first + _BATCH] = digests.to_rows()
     return values
 
 
@@ -116,14 +116,14 @@ def band_keys(values: Array, shape: tuple[int, int]) -> Array:
     mixed = np.zeros(bands.shape[:2], dtype=np.uint64)
     for row in range(rows):
         mixed += bands[:, :, row]
-        mixed *= np.uint64(_BASE)
+        mixed *= _BASE
         mixed ^= mixed >> np.uint64(29)
     return (mixed >> np.uint64(32)).astype(np.uint32)
 
 
 def glimpses(values: Array) -> Array:
     """GLIMPSE bytes of each signature: enough to rule out most candidates without reading their texts."""
-    mixed = values[:, :GLIMPSE] * np.uint32(_BASE & 0xFFFFFFFF)
+    mixed = values[:, :GLIMPSE] * np.uint32(int(_BASE) & 0xFFFFFFFF)
     return (mixed >> np.uint32(24)).astype(np.uint8)
 
 

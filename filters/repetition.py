@@ -19,7 +19,7 @@ from pipeline.records import Reason
 
 LONGEST_WORD = 24  # characters
 SHORTEST_SENTENCE = 10  # characters; shorter ones (와! 안녕!) may well come back
-_SENTENCE = re.compile(r"[^.!?…。！？\n]+")
+OTHER_MARKS = "!?…。！？\n"  # that end a sentence, as a full stop does
 _PARAGRAPHS = re.compile(r"\n\s*")
 Part = TypeVar("Part", bound=Hashable)
 
@@ -86,18 +86,19 @@ class _Repeats:
     """
 
     def __init__(self, units: list[str]) -> None:
-        self._found = [_first_places(enumerate(units))]  # by n, from 1
+        self._found = [_same(enumerate(units))]  # by n, from 1
 
     def of(self, n: int) -> dict[int, int]:
-        """Where they begin, and where the same n-gram begins first."""
+        """Where they begin; equal n-grams have equal numbers."""
         while len(self._found) < n:
             known = self._found[-1]
-            pairs = [(place, (known[place], known[place + 1])) for place in sorted(known) if place + 1 in known]
-            self._found.append(_first_places(pairs))
+            self._found.append(
+                _same([(place, (known[place], known[place + 1])) for place in known if place + 1 in known])
+            )
         return self._found[n - 1]
 
 
-def _first_places(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
+def _same(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
     """For each place whose key comes more than once, the first place with that key."""
     firsts: dict[Hashable, int] = {}
     found: dict[int, int] = {}
@@ -109,7 +110,10 @@ def _first_places(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
 
 
 def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
-    sentences = [part for found in _SENTENCE.findall(text) if len(part := found.strip()) >= SHORTEST_SENTENCE]
+    marked = text
+    for mark in OTHER_MARKS:
+        marked = marked.replace(mark, ".")
+    sentences = [part for found in marked.split(".") if len(part := found.strip()) >= SHORTEST_SENTENCE]
     paragraphs = [part for part in _PARAGRAPHS.split(text.strip()) if part] if "\n" in text else []
     if len(set(sentences)) == len(sentences) and len(set(paragraphs)) == len(paragraphs):
         return None

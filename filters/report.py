@@ -12,9 +12,7 @@ from rich.table import Column, Table
 
 from filters.judge import FAILED, SCORES, UNREADABLE
 from filters.judge import RULE as JUDGE
-from filters.tally import BIN, LAST_BIN, MOST_VALUES, Example, Tally
-
-FIRST_BAD_LINES = 100  # named in the report
+from filters.tally import BIN, LAST_BIN, MOST_VALUES, BadLine, Example, Tally
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,6 @@ class SlotCount:
     rows: int
     kept: int
     keep_rate: float
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line that is no completion, left out with --skip-bad; it stays in completions.jsonl as it is."""
-
-    line: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -69,9 +59,7 @@ class FilterReport:
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-def make_report(
-    tally: Tally, rules: Sequence[dict[str, Any]], bad: list[BadLine], bad_lines: int, *, torn: bool
-) -> FilterReport:
+def make_report(tally: Tally, rules: Sequence[dict[str, Any]]) -> FilterReport:
     """Sums a tally up. `rules` are all that may have dropped a row, each its label (`rule`) and its settings."""
     rows = tally.kept + tally.dropped
     first: Counter[str] = Counter()
@@ -103,9 +91,9 @@ def make_report(
         lengths=_lengths(tally),
         scores={name: dict(sorted(counts.items())) for name, counts in tally.scores.items()},
         judge_failures=tally.scores.get(JUDGE, Counter())[FAILED],
-        bad_lines=bad_lines,
-        first_bad_lines=bad,
-        torn_last_line=torn,
+        bad_lines=tally.bad_lines,
+        first_bad_lines=tally.first_bad_lines,
+        torn_last_line=tally.torn,
     )
 
 

@@ -30,15 +30,11 @@ def dropped_line(line: bytes, reasons: list[Reason]) -> bytes:
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
     """Every answer of a filtered run. Raises DataError if it is not filtered, or at a bad line."""
+    for path in (run.kept, run.dropped):
+        if not path.exists():
+            raise DataError(f"{path}: no such file; run the filters first")
     yield from read_jsonl(run.kept, Kept)
     try:
         yield from read_jsonl(run.dropped, Dropped)
     except DataError as error:
         raise DataError(f"{error}; if another version wrote it, filter again") from None
-
-
-def check_filtered(run: RunDir, why: str) -> None:
-    """Raises DataError, with the reason why it matters, if the run is not filtered yet."""
-    for path in (run.kept, run.dropped):
-        if not path.exists():
-            raise DataError(f"{path}: no such file; {why}: run the filters first")

@@ -9,12 +9,12 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
-from filters.answer import Answer, RuleSettings, nfc
+from filters.answer import Answer, Nfc, RuleSettings
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
@@ -45,7 +45,7 @@ def length(answer: Answer, settings: LengthSettings) -> Reason | None:
 
 
 class BannedWordsSettings(RuleSettings):
-    words: list[str] = Field(min_length=1)
+    words: list[Nfc] = Field(min_length=1)
     whole_word: bool = False  # False: anywhere, inside other words too
     ignore_case: bool = False
 
@@ -54,7 +54,7 @@ class BannedWordsSettings(RuleSettings):
     def _not_empty(cls, words: list[str]) -> list[str]:
         if not all(words):
             raise ValueError("an empty word is in every answer; remove it")
-        return [nfc(word) for word in words]
+        return words
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -71,13 +71,8 @@ def banned_words(answer: Answer, settings: BannedWordsSettings) -> Reason | None
 
 
 class RepeatedWordSettings(RuleSettings):
-    word: str = Field(min_length=1)
+    word: Nfc = Field(min_length=1)
     max_count: int = Field(5, ge=0)
-
-    @field_validator("word")
-    @classmethod
-    def _normalised(cls, word: str) -> str:
-        return nfc(word)
 
 
 def repeated_word(answer: Answer, settings: RepeatedWordSettings) -> Reason | None:
@@ -104,14 +99,12 @@ def _known_script(script: str) -> str:
     return script
 
 
-class ScriptRatioSettings(RuleSettings):
-    script: str
-    min_share: float = Field(0.5, gt=0, le=1)
+Script = Annotated[str, AfterValidator(_known_script)]
 
-    @field_validator("script")
-    @classmethod
-    def _known(cls, script: str) -> str:
-        return _known_script(script)
+
+class ScriptRatioSettings(RuleSettings):
+    script: Script
+    min_share: float = Field(0.5, gt=0, le=1)
 
 
 def script_ratio(answer: Answer, settings: ScriptRatioSettings) -> Reason | None:
@@ -134,13 +127,8 @@ def finish_reason(answer: Answer, settings: FinishReasonSettings) -> Reason | No
 
 
 class ForeignScriptSettings(RuleSettings):
-    scripts: list[str] = Field(["han", "kana", "cyrillic"], min_length=1)
+    scripts: list[Script] = Field(["han", "kana", "cyrillic"], min_length=1)
     max_count: int = Field(0, ge=0)  # characters
-
-    @field_validator("scripts")
-    @classmethod
-    def _known(cls, scripts: list[str]) -> list[str]:
-        return [_known_script(script) for script in scripts]
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:

@@ -11,25 +11,24 @@ import signal
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
 from filters.answer import as_answer
 from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
-from filters.report import FIRST_BAD_LINES, BadLine, FilterReport, make_report
+from filters.report import FilterReport, make_report
 from filters.rows import decode_completion, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
-from filters.sketches import Kind, Source, sketch
+from filters.sketches import Kind, Sketch, Source, Text, joined, question_of, sketch, sketch_file
 from filters.stream import LONGEST_LINE, Line, Work, in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
 from pipeline.records import Completion, Reason
 from pipeline.rundir import RunDir
 
@@ -38,26 +37,13 @@ class LowKeepRate(DistillError):
     """Fewer answers were kept than the recipe's floor; the files are written."""
 
 
-@dataclass
-class Judged:
+class Judged(NamedTuple):
     """What the rules made of a block of lines."""
 
-    tally: Tally = field(default_factory=Tally)
-    passed: list[bytes] = field(default_factory=list)  # lines of completions.jsonl, or of kept.jsonl
-    dropped: list[bytes] = field(default_factory=list)  # lines of dropped.jsonl
-    lines: int = 0
-    bad: list[BadLine] = field(default_factory=list)  # numbered from 1 in the block
-    torn: bool = False  # the last line is cut off
-
-
-@dataclass
-class BadLines:
-    """Lines of completions.jsonl that are no completions."""
-
-    lines: int = 0  # of the whole file, good ones too
-    count: int = 0
-    first: list[BadLine] = field(default_factory=list)
-    torn: bool = False
+    tally: Tally
+    passed: bytes  # lines of completions.jsonl, or of kept.jsonl
+    dropped: bytes  # lines of dropped.jsonl
+    sketch: Sketch | None  # of the answers that passed; None if duplicates are not looked for
 
 
 def recipe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
@@ -79,15 +65,20 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     survivors = run.path / "survivors.jsonl.tmp"  # the completions that pass the rules
     verdicts: dict[int, Judgement] = {}  # of survivors, numbered from 0
     gone: dict[int, Reason] = {}  # survivors that are dropped after all
-    with _staged(run.kept, run.dropped, run.filter_report) as (kept, dropped, report_file), _removed(survivors):
+    with ExitStack() as stack:
+        kept, dropped, report_file = stack.enter_context(_staged(run.kept, run.dropped, run.filter_report))
+        stack.callback(survivors.unlink, missing_ok=True)
         later = dedup is not None or judging is not None
         with survivors.open("wb") as passed:
-            outputs = (passed if later else kept, dropped)
-            tally, bad = _apply_rules(run, partial(judge_lines, rules=rules, later=later), outputs, skip_bad=skip_bad)
+            work = partial(judge_lines, rules=rules, dedup=dedup, later=later)
+            tally, own = _apply_rules(run, work, passed if later else kept, dropped, skip_bad=skip_bad)
         if not tally.kept + tally.dropped:
-            what = f"none of its {bad.lines} lines is a completion" if bad.lines else "the file is empty"
+            what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
-        sketches = sketch([*sources, Source(survivors, Kind.OWN, "this run")], dedup) if dedup else None
+        sketches = None
+        if dedup:
+            others = [(source, sketch_file(source, dedup)) for source in sources]
+            sketches = joined([*others, (Source(survivors, Kind.OWN, "this run"), own)], dedup)
         if judging:
             copies = exact_copies(sketches, dedup) if dedup and sketches else {}
             verdicts, gone = _ask_judge(recipe, run, survivors, copies, tally)
@@ -95,41 +86,39 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
             gone |= find_duplicates(sketches, dedup, gone, _scores(verdicts, run, survivors))
         _write(survivors, gone, verdicts, kept, dropped, tally)
         described = [*(rule.described() for rule in rules.rules), *judge_rules(judging), *dedup_rules(dedup)]
-        report = make_report(tally, described, bad.first, bad.count, torn=bad.torn)
+        report = make_report(tally, described)
         report_file.write(report.encoded())
     record_lineage(run, "filters", _lineage(report, rules, recipe.filters))
     return report
 
 
 def _apply_rules(
-    run: RunDir, work: Work[Judged], outputs: tuple[BinaryIO, BinaryIO], *, skip_bad: bool
-) -> tuple[Tally, BadLines]:
-    """Writes the answers that every rule lets pass to the first output, the others with their reasons to the second."""
-    tally, bad, (passed, dropped) = Tally(), BadLines(), outputs
+    run: RunDir, work: Work[Judged], passed: BinaryIO, dropped: BinaryIO, *, skip_bad: bool
+) -> tuple[Tally, list[Sketch]]:
+    """Writes the answers that every rule lets pass to the first file, the others with their reasons to the second."""
+    tally, sketches = Tally(), list[Sketch]()
     with closing(in_blocks(run.completions, work)) as blocks:
         for block in blocks:
-            for found in block.bad:
-                line = BadLine(bad.lines + found.line, found.reason)
-                if not skip_bad:
-                    fix = "fix the line, or leave bad lines out with --skip-bad"
-                    raise DataError(f"{run.completions}:{line.line}: {line.reason}; {fix}")
-                bad.first += [line] if len(bad.first) < FIRST_BAD_LINES else []
-            bad.count += len(block.bad)
-            bad.torn |= block.torn
-            bad.lines += block.lines
             tally.add(block.tally)
-            passed.writelines(block.passed)
-            dropped.writelines(block.dropped)
-    return tally, bad
+            if tally.first_bad_lines and not skip_bad:
+                bad = tally.first_bad_lines[0]
+                fix = "fix the line, or leave bad lines out with --skip-bad"
+                raise DataError(f"{run.completions}:{bad.line}: {bad.reason}; {fix}")
+            if block.sketch:
+                sketches.append(block.sketch._replace(starts=block.sketch.starts + passed.tell()))
+            passed.write(block.passed)
+            dropped.write(block.dropped)
+    return tally, sketches
 
 
-def judge_lines(lines: Iterator[Line], rules: RuleSet, *, later: bool) -> Judged:
+def judge_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None, *, later: bool) -> Judged:
     """Runs every rule on every line of a block. `later`: other stages follow, so what passes is not a kept row yet."""
-    judged = Judged()
-    for number, (_, line) in enumerate(lines, start=1):
-        judged.lines = number
+    tally, passed, dropped = Tally(), bytearray(), bytearray()
+    texts: list[Text] = []
+    for _, line in lines:
+        tally.lines += 1
         if line is None:
-            judged.bad.append(BadLine(number, f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long"))
+            tally.count_bad(f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long")
             continue
         if line.isspace():
             continue
@@ -137,18 +126,20 @@ def judge_lines(lines: Iterator[Line], rules: RuleSet, *, later: bool) -> Judged
             row = decode_completion(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if line.endswith(b"\n") or isinstance(error, msgspec.ValidationError):
-                judged.bad.append(BadLine(number, str(error)))
+                tally.count_bad(str(error))
             else:
-                judged.torn = True
+                tally.torn = True
             continue
         answer = as_answer(row)
         reasons = rules.reasons(answer)
-        judged.tally.count(row.id, answer, reasons)
+        tally.count(row.id, answer, reasons)
         if reasons:
-            judged.dropped.append(dropped_line(line, reasons))
-        else:
-            judged.passed.append(line.rstrip() + b"\n" if later else kept_line(line, {}))
-    return judged
+            dropped += dropped_line(line, reasons)
+            continue
+        if dedup:
+            texts.append(Text(row.id, len(passed), row.text, question_of(row.messages)))
+        passed += line.rstrip() + b"\n" if later else kept_line(line, {})
+    return Judged(tally, bytes(passed), bytes(dropped), sketch(texts, dedup) if dedup else None)
 
 
 def _rows(survivors: Path, left_out: Container[int] = ()) -> Iterator[tuple[int, Completion]]:
@@ -233,15 +224,6 @@ def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dic
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
-
-
-@contextmanager
-def _removed(path: Path) -> Iterator[None]:
-    """Removes a file when the block ends."""
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

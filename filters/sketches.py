@@ -1,15 +1,15 @@
 """What is remembered of every row while duplicates are looked for: some hundred bytes, and the offset of its line.
 
-Reads the answers that the rules let pass, kept.jsonl of other runs and evaluation files; writes nothing. The texts stay
-on disk: a row that looks like another is read again.
+Reads kept.jsonl of other runs and evaluation files; this run's rows are sketched while the rules judge them. Writes
+nothing. The texts stay on disk: a row that looks like another is read again.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +17,13 @@ import msgspec
 import numpy as np
 
 from filters.minhash import Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
-from filters.stream import Line, in_blocks
+from filters.stream import read_lines
 from pipeline.errors import DataError
 from pipeline.recipe import DedupConfig
 from pipeline.records import Message
 
 ID_BYTES = 16  # of an id, to order rows by
+BATCH = 4096  # rows of another file whose texts are held at once
 READ_AGAIN = 4096  # rows whose n-grams are held at once: about 3 KB each
 
 
@@ -53,8 +54,7 @@ class Row(msgspec.Struct, frozen=True):
     @property
     def question(self) -> str:
         """What was asked: every turn but the system's."""
-        turns = [message.content for message in self.messages if message.role not in ("system", "developer")]
-        return "\n".join(turns) or self.prompt
+        return question_of(self.messages) or self.prompt
 
     @property
     def answer(self) -> str:
@@ -70,15 +70,21 @@ class View(NamedTuple):
     glimpses: Array  # uint8 (rows, GLIMPSE), or no columns
 
 
-class Block(NamedTuple):
-    """The rows of one block of lines; `bad` is the first line that is no row, and why."""
+class Text(NamedTuple):
+    """What is compared of a row, and where its line begins in the file."""
+
+    id: str
+    start: int
+    answer: str
+    question: str
+
+
+class Sketch(NamedTuple):
+    """Rows as numbers, in the order of their file."""
 
     ids: Array  # bytes (rows,)
     starts: Array  # int64 (rows,): offsets of their lines
-    answers: View
-    prompts: View | None  # None if prompts are not compared
-    lines: int
-    bad: tuple[int, str] | None
+    views: list[View]  # of the answers; and of the prompts, if those are compared
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,7 @@ class Sketches:
 
     sources: Sequence[Source]
     first: list[int]
-    ids: Array
-    starts: Array
-    answers: View
-    prompts: View | None
+    rows: Sketch
 
     @property
     def kinds(self) -> Array:
@@ -102,61 +105,47 @@ class Sketches:
         return bisect_right(self.first, row) - 1
 
 
-def sketch(sources: Sequence[Source], config: DedupConfig) -> Sketches:
-    """Reads every row of every source once. Raises DataError `path:line: reason` at a line that is no row."""
-    blocks, first = [_sketch_lines(iter(()), Kind.OWN, config)], [0]
-    for source in sources:
-        lines = 0
-        with closing(in_blocks(source.path, partial(_sketch_lines, kind=source.kind, config=config))) as made:
-            for block in made:
-                if block.bad is not None:
-                    number, reason = block.bad
-                    raise DataError(f"{source.path}:{lines + number}: {reason}")
-                lines += block.lines
-                blocks.append(block)
-        first.append(sum(len(block.ids) for block in blocks))
-    prompts = [block.prompts for block in blocks if block.prompts is not None]
-    return Sketches(
-        sources=sources,
-        first=first,
-        ids=np.concatenate([block.ids for block in blocks]),
-        starts=np.concatenate([block.starts for block in blocks]),
-        answers=_joined([block.answers for block in blocks]),
-        prompts=_joined(prompts) if prompts else None,
-    )
+def question_of(messages: Sequence[Message]) -> str:
+    """What was asked: every turn but the system's."""
+    return "\n".join([message.content for message in messages if message.role not in ("system", "developer")])
 
 
-def _joined(views: list[View]) -> View:
-    return View(*(np.concatenate(columns) for columns in zip(*views, strict=True)))
+def sketch(texts: Sequence[Text], config: DedupConfig) -> Sketch:
+    """Some rows of one file."""
+    views = [_view([fold(text.answer) for text in texts], config.near, config.ngram)]
+    if config.prompts is not None or config.contamination:
+        threshold = None if config.prompts == 1 else config.prompts
+        views.append(_view([fold(text.question) for text in texts], threshold, config.ngram))
+    ids = np.array([text.id.encode() for text in texts], dtype=f"S{ID_BYTES}")
+    return Sketch(ids, np.array([text.start for text in texts], dtype=np.int64), views)
 
 
-def _sketch_lines(lines: Iterator[Line], kind: Kind, config: DedupConfig) -> Block:
-    answers, prompts, ids, starts = list[str](), list[str](), list[bytes](), list[int]()
-    compare_prompts = config.prompts is not None or bool(config.contamination)
-    number, bad = 0, None
-    for number, (start, line) in enumerate(lines, start=1):
-        if line is not None and line.isspace():
-            continue
-        try:
-            row = _decode(line, kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            bad = (number, str(error))
-            break
-        answers.append(fold(row.answer))
-        if compare_prompts:
-            prompts.append(fold(row.question))
-        ids.append(row.id.encode())
-        starts.append(start)
-    return Block(
-        ids=np.array(ids, dtype=f"S{ID_BYTES}"),
-        starts=np.array(starts, dtype=np.int64),
-        answers=_view(answers, config.near, config.ngram),
-        prompts=_view(prompts, None if config.prompts == 1 else config.prompts, config.ngram)
-        if compare_prompts
-        else None,
-        lines=number,
-        bad=bad,
-    )
+def joined(parts: Sequence[tuple[Source, Sequence[Sketch]]], config: DedupConfig) -> Sketches:
+    """All rows of all sources."""
+    every = [sketch([], config), *(one for _, sketches in parts for one in sketches)]
+    ids, starts, views = zip(*every, strict=True)
+    columns = [View(*map(np.concatenate, zip(*of_texts, strict=True))) for of_texts in zip(*views, strict=True)]
+    counts = [sum(len(one.ids) for one in sketches) for _, sketches in parts]
+    rows = Sketch(np.concatenate(ids), np.concatenate(starts), columns)
+    return Sketches([source for source, _ in parts], np.cumsum([0, *counts]).tolist(), rows)
+
+
+def sketch_file(source: Source, config: DedupConfig) -> list[Sketch]:
+    """Reads another run's or an evaluation's rows. Raises DataError `path:line: reason` at a line that is no row."""
+    made, texts = [], list[Text]()
+    with source.path.open("rb") as file:
+        for number, (start, line) in enumerate(read_lines(file, 0, source.path.stat().st_size), start=1):
+            if line is not None and line.isspace():
+                continue
+            try:
+                row = _decode(line, source.kind)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{source.path}:{number}: {error}") from None
+            texts.append(Text(row.id, start, row.answer, row.question))
+            if len(texts) == BATCH:
+                made.append(sketch(texts, config))
+                texts = []
+    return [*made, sketch(texts, config)]
 
 
 def _view(folded: list[str], threshold: float | None, n: int) -> View:
@@ -175,7 +164,7 @@ def _decode(line: bytes | None, kind: Kind) -> Row:
     if line is None:
         raise msgspec.ValidationError("a line too long for a row")
     row = _decoder.decode(line)
-    if kind is not Kind.EVALUATION and row.text is None:
+    if kind is Kind.OTHER_RUN and row.text is None:
         raise msgspec.ValidationError("no `text`: not a row of kept.jsonl")
     if not row.messages and not row.prompt:
         raise msgspec.ValidationError("neither `messages` nor `prompt`: no row to evaluate on")
@@ -193,5 +182,5 @@ class Reader:
 
     def row(self, number: int) -> Row:
         index = self._sketches.source(number)
-        self._files[index].seek(int(self._sketches.starts[number]))
+        self._files[index].seek(int(self._sketches.rows.starts[number]))
         return _decoder.decode(self._files[index].readline())

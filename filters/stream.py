@@ -16,9 +16,9 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.errors import DistillError
 
-BLOCK = 1 << 22  # bytes
+BLOCK = 1 << 21  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
-PARALLEL_FROM = 1 << 24  # bytes; a smaller file is done before the other processes have started
+PARALLEL_FROM = 1 << 22  # bytes; for a smaller file other processes are not worth their start
 MOST_PROCESSES = 16
 
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ def in_blocks(path: Path, work: Work[Result]) -> Generator[Result, None, None]:
     """
     size = path.stat().st_size
     spans = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if sys.platform == "linux" else 1
+    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES, len(spans)) if sys.platform == "linux" else 1
     if processes > 1 and size >= PARALLEL_FROM:
         yield from _in_processes(path, spans, work, processes)
     else:

@@ -12,6 +12,7 @@ from filters.reasons import describe
 from pipeline.records import Reason
 
 BIN = 50  # characters a bar of the length histogram
+FIRST_BAD_LINES = 100  # named in the report
 LAST_BIN = 100  # the last bar holds all that is longer
 EXAMPLES = 2  # kept of each rule
 EXAMPLE_CHARS = 600
@@ -25,6 +26,14 @@ class Example:
     id: str
     reason: str
     text: str  # its first EXAMPLE_CHARS characters
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no completion, left out with --skip-bad; it stays in completions.jsonl as it is."""
+
+    line: int
+    reason: str
 
 
 @dataclass
@@ -52,8 +61,12 @@ class Side:
 
 @dataclass
 class Tally:
-    """Counts of kept and dropped answers."""
+    """Counts of lines, and of kept and dropped answers."""
 
+    lines: int = 0  # of the file, bad ones too
+    bad_lines: int = 0
+    first_bad_lines: list[BadLine] = field(default_factory=list)
+    torn: bool = False  # the last line is cut off
     failed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # labels of the rules that dropped an answer
     kept: int = 0
     kept_side: Side = field(default_factory=Side)
@@ -78,6 +91,12 @@ class Tally:
             if len(examples) < EXAMPLES:
                 examples.append(Example(row_id, describe(reason), answer.text[:EXAMPLE_CHARS]))
 
+    def count_bad(self, reason: str) -> None:
+        """Notes that the last line counted in `lines` is no completion."""
+        self.bad_lines += 1
+        if len(self.first_bad_lines) < FIRST_BAD_LINES:
+            self.first_bad_lines.append(BadLine(self.lines, reason))
+
     def move_to_dropped(self, row_id: str, answer: Answer, reason: Reason) -> None:
         """Takes back an answer that was counted as kept: it is dropped after all."""
         self.kept -= 1
@@ -86,6 +105,11 @@ class Tally:
 
     def add(self, later: "Tally") -> None:
         """Adds a later block's tally."""
+        bad = [BadLine(self.lines + one.line, one.reason) for one in later.first_bad_lines]
+        self.first_bad_lines += bad[: FIRST_BAD_LINES - len(self.first_bad_lines)]
+        self.lines += later.lines
+        self.bad_lines += later.bad_lines
+        self.torn |= later.torn
         self.kept += later.kept
         self.failed.update(later.failed)
         self.kept_side.add(later.kept_side)

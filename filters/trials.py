@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +22,7 @@ from filters.judge import read_judgements
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings
 from filters.report import one_line
-from filters.rows import check_filtered, filtered_rows
+from filters.rows import filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
@@ -39,25 +39,17 @@ Rank = tuple[int, float, float, float, str]
 Thresholds = list[tuple[Callable[[Answer, Any], Reason | None], list[RuleSettings]]]
 
 
-class Flip(NamedTuple):
-    """A row that would change sides, and the reasons that drop it (then or now)."""
-
-    id: str
-    reasons: Sequence[Reason]
-    text: str
-
-
 @dataclass
 class Flips:
-    """Rows that would change to one side: how many, and the first of them."""
+    """Rows that would change to one side: how many, and the first of them with the reasons that drop them."""
 
     count: int = 0
-    first: list[Flip] = field(default_factory=list)
+    first: list[tuple[Completion, Sequence[Reason]]] = field(default_factory=list)
 
     def add(self, row: Completion, reasons: Sequence[Reason]) -> None:
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(Flip(row.id, reasons, row.text))
+            self.first.append((row, reasons))
 
 
 @dataclass
@@ -83,7 +75,6 @@ class Subset:
 
 def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
     """Judges a filtered run's rows again. Raises DataError if it is not filtered yet, or at a bad line."""
-    check_filtered(run, "--dry-run compares with a filtered run")
     result = DryRun()
     for row in filtered_rows(run):
         result.rows += 1
@@ -115,12 +106,12 @@ def print_dry_run(result: DryRun, console: Console) -> None:
     )
 
 
-def _cell(flip: Flip | None, when: str) -> str:
+def _cell(flip: tuple[Completion, Sequence[Reason]] | None, when: str) -> str:
     if flip is None:
         return ""
-    reasons = "; ".join(f"{reason.rule}: {describe(reason)}" for reason in flip.reasons)
-    text = one_line(flip.text, SHOWN_CHARS)
-    return f"{one_line(flip.id, 12)}  [dim]{when}: {one_line(reasons, SHOWN_CHARS)}[/dim]\n{text}"
+    row, why = flip
+    reasons = one_line("; ".join(f"{reason.rule}: {describe(reason)}" for reason in why), SHOWN_CHARS)
+    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(row.text, SHOWN_CHARS)}"
 
 
 def parse_shares(text: str) -> list[int]:
@@ -137,7 +128,6 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     Fewer rules against an answer come first, then the judge's score, then the distance to the rules' thresholds.
     Duplicates come last, and an answer without text is in no share.
     """
-    check_filtered(run, "--sweep ranks a filtered run")
     thresholds, total, ranks = stricter(rules), 0, list[Rank]()
     scores = {id_: judgement.score or 0 for id_, judgement in read_judgements(run).items()}
     for row in filtered_rows(run):

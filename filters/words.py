@@ -55,7 +55,7 @@ def mentions(text: str, value: str) -> bool:
     A Korean word of two syllables or more may be part of a longer one (당근 in 당근밭); one of a single syllable must
     stand alone with its particles, since 비 is also in 나비, 준비 and 비밀. Case does not matter.
     """
-    if len(value) > 1 and _HANGUL.match(value[-1]) and value in text:
+    if value in text and len(value) > 1 and "가" <= value[-1] <= "힣":
         return True
     return all(word in text if isinstance(word, str) else word.search(text) for word in _words_of(value))
 

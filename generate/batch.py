@@ -16,7 +16,7 @@ import openai
 from openai.types import Batch
 
 from generate.batch_api import BatchApi
-from generate.batch_files import Chunk, Folder, output_ids, read_output
+from generate.batch_files import Chunk, Folder, read_output
 from generate.budget import Reservation
 from generate.context import Run
 from generate.dialect import Dialect
@@ -44,9 +44,8 @@ class Batches:
         self._dialect = Dialect()
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
-        self._last: dict[str, Fault] = {}  # why a request is to be asked again
         self._reserved: dict[str, Reservation] = {}
-        self._versions: dict[str, int] = {}  # of the dialect in which this call's chunks were written
+        self._written_in = 0  # the version of the dialect in which this call wrote its chunks
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
@@ -63,7 +62,7 @@ class Batches:
         if not self._folder.live:
             self._write()
         self._leave()
-        return [self._folder.input(chunk) for chunk in self._folder.live if chunk.batch_id is None]
+        return [self._folder.file(chunk, "input") for chunk in self._folder.live if chunk.batch_id is None]
 
     def collect(self, path: Path) -> None:
         """Collects an output file that came another way, as `vllm run-batch` writes it.
@@ -74,7 +73,7 @@ class Batches:
             raise UsageError(f"{path}: no such file; give the output of a batch")
         self._collect(path)
         for chunk in self._folder.live:
-            if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.ids(chunk)):
+            if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True
         self._folder.save()
 
@@ -87,20 +86,16 @@ class Batches:
             for job in self._run.jobs():
                 if job.request.id in self._done:
                     continue
-                job.attempts = self._tries[job.request.id]
-                if job.attempts >= self._config.max_attempts:
-                    self._fail(job, self._last[job.request.id], self._dialect.sent(job.request.sampling))
-                elif body := self._reserve(job):
-                    yield job, body
-                else:
+                if (body := self._reserve(job)) is None:
                     refused = True
                     return
+                yield job, body
 
+        self._written_in = self._dialect.version
         chunks = self._folder.write(affordable())
-        self._versions |= {chunk.name: self._dialect.version for chunk in chunks}
         if chunks:
-            counted = sum(1 for chunk in chunks for _ in self._folder.ids(chunk))
-            self._run.say(f"{counted} requests in {len(chunks)} batch file(s) in {self._folder.path}")
+            requests = sum(chunk.requests for chunk in chunks)
+            self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
         elif refused:
             raise self._run.budget.reached()
         return bool(chunks)
@@ -108,15 +103,14 @@ class Batches:
     def _reserve(self, job: Job) -> bytes | None:
         """Reserves what a request can cost; its body, or None if the budget does not cover it."""
         body = self._dialect.body(job)
-        reservation = self._run.budget.reserve(len(body), job.request.sampling["max_tokens"])
-        if reservation is None:
+        if (reservation := self._run.budget.reserve(len(body), job.request.sampling["max_tokens"])) is None:
             return None
         self._reserved[job.request.id] = reservation
         return body
 
     def _reserve_live(self) -> None:
         """Batches of an earlier call still cost money: their requests are reserved again."""
-        live = {id_ for chunk in self._folder.live for id_ in self._folder.ids(chunk)}
+        live = {id_ for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
         for job in self._run.jobs() if live else ():
             if job.request.id in live:
                 self._reserve(job)
@@ -147,7 +141,7 @@ class Batches:
     async def _advance(self, chunk: Chunk) -> None:
         """Takes a chunk as far as it goes now."""
         if chunk.file_id is None:
-            chunk.file_id = await self._api.upload(self._folder.input(chunk))
+            chunk.file_id = await self._api.upload(self._folder.file(chunk, "input"))
             self._folder.save()
         if chunk.batch_id is None:
             others = [other for other in self._folder.live if other.batch_id and other.status not in ENDED]
@@ -156,7 +150,7 @@ class Batches:
             batch = await self._api.find(chunk.name) or await self._api.create(chunk.name, chunk.file_id)
             chunk.batch_id, chunk.status = batch.id, batch.status
             self._folder.save()
-            self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({self._folder.input(chunk).name})")
+            self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({self._folder.file(chunk, 'input').name})")
             return
         batch = await self._api.retrieve(chunk.batch_id)
         if batch.status != chunk.status:
@@ -178,9 +172,10 @@ class Batches:
             return
         for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
             if file_id:
-                await self._api.download(file_id, self._folder.output(chunk, kind))
-                self._collect(self._folder.output(chunk, kind), chunk)
-        for id_ in self._folder.ids(chunk):  # neither answered nor failed: an expired batch does no more work on them
+                file = self._folder.file(chunk, kind)
+                await self._api.download(file_id, file)
+                self._collect(file, chunk)
+        for id_ in self._folder.sent(chunk):  # neither answered nor failed: an expired batch does no more work on them
             self._settle(id_, None)
         for journal in (self._run.completions, self._run.failures):
             journal.sync()
@@ -193,51 +188,50 @@ class Batches:
 
     def _collect(self, path: Path, chunk: Chunk | None = None) -> None:
         """Writes the outcomes in a file to the journals: each request's first answer, and no more."""
-        ids = output_ids(path)
+        outcomes = read_output(path, self._api.words)
         sent = self._folder.sent(chunk) if chunk else {}
-        jobs = {job.request.id: job for job in self._run.jobs() if job.request.id in ids}
-        for id_, outcome in read_output(path, self._api.words):
-            job = jobs.get(id_)
-            if job is None or id_ in self._done:
+        strangers = len(outcomes)
+        for job in self._run.jobs():
+            id_ = job.request.id
+            if id_ not in outcomes:
                 continue
-            self._tries[id_] += 1
-            job.attempts = self._tries[id_]
-            sampling = sent.get(id_) or self._dialect.sent(job.request.sampling)
-            if isinstance(outcome, Answer):
-                self._answer(job, outcome, sampling)
-                continue
-            self._settle(id_, outcome)
-            version = self._versions.get(chunk.name, 0) if chunk else 0
-            if chunk and self._dialect.teaches(outcome, job, version):
-                self._dialect.learn(outcome, job, version, self._run.say)
-                self._tries[id_] -= 1
-            elif heals(outcome):
-                self._last[id_] = outcome
-            else:
-                self._fail(job, outcome, sampling)
-        if strangers := len(ids) - len(jobs):
+            strangers -= 1
+            if id_ not in self._done:
+                self._take(job, outcomes[id_], sent.get(id_) or self._dialect.sent(job.request.sampling), chunk)
+        if strangers:
             self._run.say(f"{path}: ignored {strangers} answers that the run has already, or that nothing asks for")
 
+    def _take(self, job: Job, outcome: Answer | Fault, sampling: dict[str, Any], chunk: Chunk | None) -> None:
+        """Records an outcome; one that may heal, or that teaches something, leaves the request to another batch."""
+        id_, version = job.request.id, self._written_in
+        if isinstance(outcome, Fault):
+            self._settle(id_, outcome)
+            if chunk and self._dialect.teaches(outcome, job, version):
+                self._dialect.learn(outcome, job, version, self._run.say)
+                return
+        self._tries[id_] += 1
+        job.attempts = self._tries[id_]
+        if isinstance(outcome, Answer):
+            self._answer(job, outcome, sampling)
+        elif not heals(outcome) or job.attempts >= self._config.max_attempts:
+            self._run.failures.append(failed(job, outcome, endpoint=self._url, sampling=sampling))
+            self._done.add(id_)
+            self._run.counters.failed += 1
+            self._run.counters.errors[outcome.error] += 1
+
     def _answer(self, job: Job, answer: Answer, sampling: dict[str, Any]) -> None:
-        reservation = self._reserved.pop(job.request.id, None)
         completion = completed(job, answer, latency_s=0.0, endpoint=self._url, sampling=sampling)
         self._run.completions.append(completion)
         self._done.add(job.request.id)
         self._run.counters.count(completion.model, completion.usage)
-        if reservation is not None:
+        if reservation := self._reserved.pop(job.request.id, None):
             self._run.budget.settle(reservation, answer.usage, billed=True, journaled=True)
 
     def _settle(self, id_: str, fault: Fault | None) -> None:
         """Gives back what a request without an answer reserved, but for what it cost."""
-        if (reservation := self._reserved.pop(id_, None)) is not None:
+        if reservation := self._reserved.pop(id_, None):
             usage, billed = (fault.usage, fault.status == 200) if fault else (None, False)
             self._run.budget.settle(reservation, usage, billed=billed, journaled=False)
-
-    def _fail(self, job: Job, fault: Fault, sampling: dict[str, Any]) -> None:
-        self._run.failures.append(failed(job, fault, endpoint=self._url, sampling=sampling))
-        self._done.add(job.request.id)
-        self._run.counters.failed += 1
-        self._run.counters.errors[fault.error] += 1
 
     def _leave(self) -> None:
         """Leaves the batches at work. The call that collects them reserves again what they may cost."""

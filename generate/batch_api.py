@@ -16,9 +16,9 @@ from generate.reply import shortened
 from pipeline.address import Redactor, is_loopback
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
+from pipeline.rundir import replacing
 
 LISTED = 100  # batches per page, when one is looked for
-FIXES = {404: "; does it have a Batch API? generate.mode online needs none"}
 
 
 class BatchApi:
@@ -28,7 +28,10 @@ class BatchApi:
         """`run_key` marks this run's batches at the provider."""
         teacher, key = recipe.teacher, recipe.teacher.api_key()
         self.url, self._run_key, self._redact = teacher.url, run_key, Redactor.of(teacher)
-        self._fixes = {**FIXES, 401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses"}
+        self._fixes = {
+            401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses",
+            404: "; does it have a Batch API? generate.mode online needs none",
+        }
         own = ("Content-Type", "Authorization")  # which the package sets
         self._api = openai.AsyncOpenAI(
             api_key=key.get_secret_value() if key else "none",
@@ -76,15 +79,13 @@ class BatchApi:
 
     async def download(self, file_id: str, path: Path) -> None:
         """Downloads a file; it appears whole, by rename."""
-        partial = path.with_suffix(".part")
         try:
             async with self._api.files.with_streaming_response.content(file_id) as response:
-                with partial.open("wb") as file:
+                with replacing(path) as file:
                     async for block in response.iter_bytes():
                         file.write(block)
         except httpx2.HTTPError as error:  # the body was cut: the package has its own errors only before the body
             raise openai.APIConnectionError(message=str(error), request=error.request) from None
-        partial.replace(path)
 
     def explain(self, error: openai.APIError) -> str:
         """What an error says. Raises DistillError for one that no waiting heals."""

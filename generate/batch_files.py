@@ -7,7 +7,7 @@
 Every file appears by rename, so a killed process leaves the old state or the new one.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,6 +29,7 @@ class Chunk(msgspec.Struct, kw_only=True):
     """A file of requests that becomes one batch, and how far it is."""
 
     name: str  # 001, 002, …
+    requests: int
     file_id: str | None = None  # once it is uploaded
     batch_id: str | None = None  # once it is created
     status: str = "written"
@@ -39,7 +40,7 @@ class State(msgspec.Struct, kw_only=True):
     """All of a run's chunks."""
 
     key: str  # tells this run's batches from others of the same account
-    chunks: list[Chunk] = msgspec.field(name="parts", default_factory=list)
+    chunks: list[Chunk] = []
 
 
 class Folder:
@@ -67,21 +68,15 @@ class Folder:
         with replacing(self._file) as file:
             file.write(msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
 
-    def input(self, chunk: Chunk) -> Path:
-        return self.path / f"{chunk.name}.input.jsonl"
-
-    def output(self, chunk: Chunk, kind: str) -> Path:
+    def file(self, chunk: Chunk, kind: str) -> Path:
+        """A chunk's `input`, `output` or `error` file."""
         return self.path / f"{chunk.name}.{kind}.jsonl"
-
-    def ids(self, chunk: Chunk) -> Iterator[str]:
-        """The ids of a chunk's requests."""
-        return (line.custom_id for line in read_jsonl(self.input(chunk), _Input))
 
     def sent(self, chunk: Chunk) -> dict[str, dict[str, Any]]:
         """The sampling values that each request of a chunk went out with, by its id."""
         return {
             line.custom_id: {name: value for name, value in line.body.items() if name not in ("model", "messages")}
-            for line in read_jsonl(self.input(chunk), _Input)
+            for line in read_jsonl(self.file(chunk, "input"), _Input)
         }
 
     def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Chunk]:
@@ -90,15 +85,16 @@ class Folder:
         left = iter(jobs)
         first = next(left, None)
         while first is not None:
-            chunk = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}")
-            with replacing(self.input(chunk)) as file:
-                count = size = 0
+            chunk = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}", requests=0)
+            size = 0
+            with replacing(self.file(chunk, "input")) as file:
                 while first is not None:
                     line = input_line(*first)
-                    if count and (count == MOST_REQUESTS or size + len(line) > MOST_BYTES):
+                    size += len(line)
+                    if chunk.requests and (chunk.requests == MOST_REQUESTS or size > MOST_BYTES):
                         break
                     file.write(line)
-                    count, size = count + 1, size + len(line)
+                    chunk.requests += 1
                     first = next(left, None)
             chunks.append(chunk)
         self.state.chunks += chunks
@@ -132,25 +128,23 @@ def input_line(job: Job, body: bytes) -> bytes:
     return b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (job.request.id.encode(), PATH, body)
 
 
-def read_output(path: Path, words: Callable[[str], str]) -> Iterator[tuple[str, Answer | Fault]]:
-    """What became of each request in a batch's output or error file. Raises DataError `path:line: reason`.
+def read_output(path: Path, words: Callable[[str], str]) -> dict[str, Answer | Fault]:
+    """What first became of each request in a batch's output or error file. Raises DataError `path:line: reason`.
 
     `words` shortens what the provider said and hides secrets in it.
     """
-    return ((output.custom_id, _outcome(output, words)) for output in read_jsonl(path, _Output))
-
-
-def output_ids(path: Path) -> set[str]:
-    """The ids of the requests in such a file. Raises DataError as `read_output` does."""
-    return {output.custom_id for output in read_jsonl(path, _Output)}
+    outcomes: dict[str, Answer | Fault] = {}
+    for output in read_jsonl(path, _Output):
+        if output.custom_id not in outcomes:
+            outcomes[output.custom_id] = _outcome(output, words)
+    return outcomes
 
 
 def _outcome(output: _Output, words: Callable[[str], str]) -> Answer | Fault:
-    response, error = output.response, output.error
-    if response is None or (error is not None and (error.code or error.message)):
-        code = (error.code if error else None) or "no_response"
-        return Fault(words(code), words((error and error.message) or "the batch ended without an answer to it"))
+    response, error = output.response, output.error or _Error()
+    if response is None or error.code or error.message:
+        return Fault(words(error.code or "no_response"), words(error.message or "the batch ended without an answer"))
     body = bytes(response.body)
-    if response.status_code != 200:
-        return read_error(response.status_code, body, {}, words)
-    return read_answer(body, words)
+    return (
+        read_answer(body, words) if response.status_code == 200 else read_error(response.status_code, body, {}, words)
+    )

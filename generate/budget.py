@@ -1,46 +1,63 @@
-"""What a run may spend: a hard limit in USD, in tokens, or both. What it has spent is in generate.spending.
+"""What a run may spend, a hard limit in USD, in tokens, or both; and what it has spent, in `spend.json`.
 
 A request that goes out reserves the most that it can cost: one token for each byte of its body (no byte-level tokenizer
 makes more), what a chat template adds, and `max_tokens`. The answer's `usage` settles it. An attempt that the server
 may have worked on, and that reports no `usage` (a timeout, a cut body), stays charged in full. So spending and requests
 in flight together never pass the budget, whatever the timing. One thing can pass it: a server that counts more tokens
 than were reserved (some models think beyond `max_tokens`). From then on every request reserves that much more.
+
+Each call begins by recording what all answers in the journal have cost until now, and the price of the answers to come
+(`Account`). The record is on disk before the first request goes out, so a `kill -9` loses nothing of it: the next call
+adds the journal's new answers at the price that they had, whatever mode, model and price are now. `spend.json` and,
+with several processes, `spend-<n>.json` also hold what the journal does not say. Amounts are whole pico-dollars.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from generate.jobs import WHOLE, Partition
 from generate.journal import Contents
-from generate.prices import PICO, Price
-from generate.spending import (
-    Account,
-    Spend,
-    account_of,
-    known_price,
-    read_account,
-    spent_so_far,
-    write_account,
-)
+from generate.prices import PICO, Price, price_of
 from generate.tokens import bound
-from pipeline.errors import BudgetReached
+from pipeline.errors import BudgetReached, DataError, RecipeError
 from pipeline.recipe import BudgetConfig, Recipe
 from pipeline.records import Usage
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, replacing
 
 AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
 
 
+class Spend(msgspec.Struct, frozen=True):
+    """Tokens and pico-dollars."""
+
+    tokens: int = 0
+    cost: int = 0
+
+    def __add__(self, other: "Spend") -> "Spend":
+        return Spend(self.tokens + other.tokens, self.cost + other.cost)
+
+    def __sub__(self, other: "Spend") -> "Spend":
+        return Spend(self.tokens - other.tokens, self.cost - other.cost)
+
+
+class Account(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A spend file: what the journal does not say, and in `spend.json` also what the journal has cost."""
+
+    unsaid: Spend = Spend()  # of attempts without an answer, and of requests in flight
+    journal_cost: int = 0  # of the journal's answers when a call began
+    prompt_tokens: int = 0  # theirs
+    completion_tokens: int = 0  # theirs
+    price: Price | None = None  # of the answers that came later; None: not known, or a server of one's own
+
+
 class Reservation(NamedTuple):
-    """The most that a request in flight can cost: tokens and pico-dollars."""
+    """The most that a request in flight can cost."""
 
-    prompt_tokens: int
-    tokens: int
-    cost: int
-    margins: tuple[int, int] = (0, 0)  # included in `tokens`: beyond the prompt's bound, and beyond max_tokens
-
-
-FREE = Reservation(0, 0, 0)
+    prompt_tokens: int = 0  # by the bytes of its body
+    max_tokens: int = 0
+    most: Spend = Spend()  # of these, and of what earlier answers had beyond such bounds
 
 
 class Budget:
@@ -53,16 +70,20 @@ class Budget:
         spent: Spend,
         *,
         file: Path | None = None,
+        account: Account | None = None,
         partition: Partition = WHOLE,
     ) -> None:
-        """`spent` is what earlier calls spent in all; each partition has its part of the rest. `file`: its account."""
+        """`spent` is what earlier calls spent in all; each partition has its part of the rest.
+
+        `account` is what `file` holds.
+        """
         self._config, self._price, self._before, self._file = config, price, spent, file
-        self._account = read_account(file) if file else Account()
+        self._account = account or Account()
         self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
         self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
         self._counts = price is not None or config.tokens is not None
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
-        self._refused = FREE  # what the last request that did not fit could have cost
+        self._refused = Spend()  # what the last request that did not fit could have cost
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
         self._unsaid = self._account.unsaid
 
@@ -72,28 +93,31 @@ class Budget:
 
         Raises RecipeError if budget.usd is set and the price is not known, DataError if a spend file cannot be read.
         """
-        price, spent, whole = known_price(recipe), spent_so_far(recipe, run, found), partition.of == 1
-        file = run.path / ("spend.json" if whole else f"spend-{partition.part}.json")
-        budget = cls(recipe.budget, price, spent, file=file, partition=partition)
-        if whole and (budget._counts or file.exists()):  # one of several processes leaves that to the first
-            budget._write(account_of(run, found, price))
+        price, spent = known_price(recipe), spent_so_far(recipe, run, found)
+        if partition.of > 1:  # the first process keeps the account of the run
+            file = run.path / f"spend-{partition.part}.json"
+            account = read_account(file)
+        else:
+            file, account = run.path / "spend.json", account_of(run, found, price)
+        budget = cls(recipe.budget, price, spent, file=file, account=account, partition=partition)
+        if partition.of == 1 and (budget._counts or file.exists()):
+            write_account(file, account)
         return budget
 
     def reserve(self, body_bytes: int, max_tokens: int) -> Reservation | None:
         """Takes the most that a request can cost; None if that could pass the budget."""
         if not self._counts:
-            return FREE
-        prompt_tokens = bound(body_bytes) + self._margins[0]
-        most = _spend(self._price, prompt_tokens, max_tokens + self._margins[1])
-        reservation = Reservation(prompt_tokens, most.tokens, most.cost, self._margins)
-        total = self._used.plus(self._reserved).plus(most)
+            return Reservation()
+        prompt_tokens = bound(body_bytes)
+        most = self._spend(prompt_tokens + self._margins[0], max_tokens + self._margins[1])
+        total = self._used + self._reserved + most
         too_many = self._tokens is not None and total.tokens > self._tokens
         if too_many or (self._cost is not None and total.cost > self._cost):
-            self._refused = reservation
+            self._refused = most
             return None
-        self._reserved = self._reserved.plus(most)
+        self._reserved += most
         self._cover()
-        return reservation
+        return Reservation(prompt_tokens, max_tokens, most)
 
     def settle(self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: bool) -> None:
         """Replaces a reservation by what the attempt really cost; without a full `usage` it stays charged in full.
@@ -102,30 +126,26 @@ class Budget:
         """
         if not self._counts:
             return
-        self._reserved = self._reserved.plus(Spend(reservation.tokens, reservation.cost), -1)
+        self._reserved -= reservation.most
         if not billed:
             return
-        if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
-            said = Spend() if usage is None or not journaled else _usage(self._price, usage)
-            used = Spend(max(reservation.tokens, said.tokens), max(reservation.cost, said.cost))
+        usage, most = usage or Usage(), reservation.most
+        counted = self._spend(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+        if usage.prompt_tokens is None or usage.completion_tokens is None:
+            used = Spend(max(most.tokens, counted.tokens), max(most.cost, counted.cost))
         else:
-            used = _usage(self._price, usage)
-            said = used if journaled else Spend()
-            self._learn(reservation, usage.prompt_tokens, usage.completion_tokens)
-        self._used = self._used.plus(used)
-        self._unsaid = self._unsaid.plus(used).plus(said, -1)
-
-    def _learn(self, reservation: Reservation, prompt_tokens: int, completion_tokens: int) -> None:
-        """Raises the margins to what this answer would have needed."""
-        most_prompt, most_completion = reservation.prompt_tokens, reservation.tokens - reservation.prompt_tokens
-        prompt = reservation.margins[0] + prompt_tokens - most_prompt
-        completion = reservation.margins[1] + completion_tokens - most_completion
-        self._margins = max(self._margins[0], prompt), max(self._margins[1], completion)
+            used = counted
+            self._margins = (
+                max(self._margins[0], usage.prompt_tokens - reservation.prompt_tokens),
+                max(self._margins[1], usage.completion_tokens - reservation.max_tokens),
+            )
+        self._used += used
+        self._unsaid += used - counted if journaled else used
 
     @property
     def spent(self) -> Spend:
         """Of all calls, without what is in flight."""
-        return self._before.plus(self._used)
+        return self._before + self._used
 
     def reached(self) -> BudgetReached:
         """The error for a budget that the next request could pass."""
@@ -144,27 +164,65 @@ class Budget:
 
     def save(self) -> None:
         """Writes exactly what the journal does not say: the run has ended, or nothing is in flight."""
-        self._write_unsaid(self._unsaid.plus(self._reserved))
+        self._write(self._unsaid + self._reserved)
 
     def _cover(self) -> None:
         """Keeps the file at or above what a run that is killed now may have cost."""
-        most, saved = self._unsaid.plus(self._reserved), self._account.unsaid
+        most, saved = self._unsaid + self._reserved, self._account.unsaid
         if most.tokens > saved.tokens or most.cost > saved.cost:
-            self._write_unsaid(Spend(most.tokens * AHEAD // 100, most.cost * AHEAD // 100))
+            self._write(Spend(most.tokens * AHEAD // 100, most.cost * AHEAD // 100))
 
-    def _write_unsaid(self, unsaid: Spend) -> None:
-        if self._counts:
-            self._write(self._account.with_unsaid(unsaid))
+    def _write(self, unsaid: Spend) -> None:
+        if self._file and self._counts and unsaid != self._account.unsaid:
+            self._account = msgspec.structs.replace(self._account, unsaid=unsaid)
+            write_account(self._file, self._account)
 
-    def _write(self, account: Account) -> None:
-        if self._file and account != self._account:
-            write_account(self._file, account)
-        self._account = account
-
-
-def _spend(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Spend:
-    return Spend(prompt_tokens + completion_tokens, price.cost(prompt_tokens, completion_tokens) if price else 0)
+    def _spend(self, prompt_tokens: int, completion_tokens: int) -> Spend:
+        cost = self._price.cost(prompt_tokens, completion_tokens) if self._price else 0
+        return Spend(prompt_tokens + completion_tokens, cost)
 
 
-def _usage(price: Price | None, usage: Usage) -> Spend:
-    return _spend(price, usage.prompt_tokens or 0, usage.completion_tokens or 0)
+def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:
+    """What all calls of a run have spent, by its journal and its spend files. Writes nothing; raises as Budget.open."""
+    account = account_of(run, found, known_price(recipe))
+    unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
+    return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
+
+
+def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:
+    """spend.json as a call finds it, carried on to now: the whole journal has its cost, and `price` is for the rest."""
+    before = read_account(run.path / "spend.json")
+    cost = before.journal_cost
+    if before.price:
+        cost += before.price.cost(
+            max(found.prompt_tokens - before.prompt_tokens, 0),
+            max(found.completion_tokens - before.completion_tokens, 0),
+        )
+    return Account(before.unsaid, cost, found.prompt_tokens, found.completion_tokens, price)
+
+
+def known_price(recipe: Recipe) -> Price | None:
+    """The price of the teacher's tokens. Raises RecipeError if it is not known and budget.usd needs it."""
+    price = price_of(recipe.teacher, recipe.generate.mode)
+    if recipe.budget.usd is not None and price is None:
+        raise RecipeError(
+            f"budget.usd is {recipe.budget.usd:g}, but the price of {recipe.teacher.model} is not known: set "
+            "teacher.price: {input: …, output: …}, in USD per million tokens"
+        )
+    return price
+
+
+def read_account(file: Path) -> Account:
+    """A spend file; empty if there is none. Raises DataError."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Account)
+    except FileNotFoundError:
+        return Account()
+    except msgspec.DecodeError as error:
+        raise DataError(f"{file}: {error}; without it the budget cannot be kept") from None
+
+
+def write_account(file: Path, account: Account) -> None:
+    """Replaces a spend file."""
+    with replacing(file) as out:
+        out.write(msgspec.json.encode(account) + b"\n")

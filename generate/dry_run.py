@@ -5,18 +5,16 @@ the run already has say how many to expect, and without answers there is an uppe
 bound, and an expected number once there are answers. Attempts that fail after the teacher has worked on them cost more.
 """
 
-from collections import Counter
-
 import msgspec
 
+from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
-from generate.journal import Contents, read_journal
+from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.prompts import iter_prompts
-from generate.spending import spent_so_far
 from generate.tokens import bound, counter
 from pipeline.address import is_private
 from pipeline.recipe import Recipe
@@ -53,25 +51,29 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     left = Left(found.ids, read_journal(run.failures, Failure).ids, retry_failures=retry_failures)
     price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
-    states: Counter[str] = Counter()
-    prompt_tokens = uncounted = reserved = long_prompts = 0
+    requests = answered = to_ask = prompt_tokens = uncounted = reserved = long_prompts = 0
     for job in build_jobs(iter_prompts(recipe), recipe):
-        state = "answered" if job.request.id in left.answered else "failed" if job.request.id in left.failed else "left"
-        states[state] += 1
-        if state == "left":
-            most, tokens = bound(len(dialect.body(job))), count(job.request.messages) if count else None
-            uncounted += tokens is None
-            prompt_tokens += most if tokens is None else tokens
-            long_prompts += (most if tokens is None else tokens) > PRICED_TOKENS
-            reserved = max(reserved, 0 if tokens is None else most - tokens)
-    to_ask, most_answers = states["left"], states["left"] * recipe.sampling.max_tokens
-    per_prompt, per_answer = _means(found)
-    expected_prompts = _times(per_prompt, to_ask) if uncounted else prompt_tokens
-    expected_answers = _times(per_answer, to_ask)
+        requests += 1
+        answered += job.request.id in left.answered
+        if not left.has(job):
+            continue
+        to_ask += 1
+        most, counted = bound(len(dialect.body(job))), count(job.request.messages) if count else None
+        tokens = most if counted is None else counted
+        uncounted += counted is None
+        prompt_tokens += tokens
+        long_prompts += tokens > PRICED_TOKENS
+        reserved = max(reserved, most - tokens)
+    most_answers = to_ask * recipe.sampling.max_tokens
+    expected_prompts, expected_answers = None if uncounted else prompt_tokens, None
+    if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:
+        expected_answers = round(to_ask * found.completion_tokens / len(found.ids))
+        if uncounted:
+            expected_prompts = round(to_ask * found.prompt_tokens / len(found.ids))
     return DryRun(
-        requests=states.total(),
-        answered=states["answered"],
-        failed=states["failed"],
+        requests=requests,
+        answered=answered,
+        failed=requests - answered - to_ask,
         to_ask=to_ask,
         prompt_tokens=prompt_tokens,
         counted=not uncounted,
@@ -85,6 +87,12 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         expected_cost=_usd(price, expected_prompts, expected_answers),
         spent=spent.cost / PICO,
     )
+
+
+def _usd(price: Price | None, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
+    if price is None or prompt_tokens is None or completion_tokens is None:
+        return None
+    return price.cost(prompt_tokens, completion_tokens) / PICO
 
 
 def describe(recipe: Recipe, dry: DryRun) -> list[str]:
@@ -107,21 +115,21 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
 
 
 def _about(expected: int | None) -> str:
-    return f", about {expected:,} if they are like the answers so far" if expected is not None else ""
+    return "" if expected is None else f", about {expected:,} if they are like the answers so far"
 
 
 def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
     price = price_of(recipe.teacher, recipe.generate.mode)
-    if price is None and is_private(recipe.teacher.url):
-        return ["cost: none, the teacher is a server of your own; teacher.price sets a price"]
     if price is None or dry.cost is None:
+        if is_private(recipe.teacher.url):
+            return ["cost: none, the teacher is a server of your own; teacher.price sets a price"]
         return ["cost: not known; set teacher.price: {input: …, output: …} in USD per million tokens"]
-    expected = f", about ${dry.expected_cost:,.4f} expected" if dry.expected_cost is not None else ""
-    rates = " and ".join(f"${rate / 1_000_000:g}" for rate in price)
+    expected = "" if dry.expected_cost is None else f", about ${dry.expected_cost:,.4f} expected"
     if recipe.generate.mode == "batch":
         batch = f"as a batch, which costs half (online: at most ${2 * dry.cost:,.4f})"
     else:
         batch = f"if the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
+    rates = " and ".join(f"${rate / 1_000_000:g}" for rate in price)
     lines = [
         f"cost: at most ${dry.cost:,.4f}{expected}; {batch}",
         f"price: {rates} per million prompt and completion tokens, from {source_of(recipe.teacher)}",
@@ -136,34 +144,13 @@ def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
 
 
 def _over_budget(recipe: Recipe, dry: DryRun) -> list[str]:
+    """Whether each limit covers all, the bound that the last request reserves included."""
     budget, price = recipe.budget, price_of(recipe.teacher, recipe.generate.mode)
-    lines = []
+    limits = []
     if budget.usd is not None and price is not None and dry.cost is not None:
         most = dry.spent + dry.cost + price.cost(dry.reserved_tokens, 0) / PICO
-        lines.append(f"budget.usd {budget.usd:g} {_verdict(most <= budget.usd)}")
+        limits.append((f"budget.usd {budget.usd:g}", most <= budget.usd))
     if budget.tokens is not None:
         tokens = dry.spent_tokens + dry.prompt_tokens + dry.reserved_tokens + dry.completion_tokens
-        lines.append(f"budget.tokens {budget.tokens:,} {_verdict(tokens <= budget.tokens)}")
-    return lines
-
-
-def _verdict(enough: bool) -> str:
-    return "is enough for all" if enough else "may end the run early (exit 3)"
-
-
-def _means(found: Contents) -> tuple[float | None, float | None]:
-    """Prompt and completion tokens per answer so far."""
-    answers = len(found.ids)
-    if answers < ENOUGH_ANSWERS or not found.completion_tokens:
-        return None, None
-    return found.prompt_tokens / answers, found.completion_tokens / answers
-
-
-def _times(mean: float | None, count: int) -> int | None:
-    return None if mean is None else round(mean * count)
-
-
-def _usd(price: Price | None, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
-    if price is None or prompt_tokens is None or completion_tokens is None:
-        return None
-    return price.cost(prompt_tokens, completion_tokens) / PICO
+        limits.append((f"budget.tokens {budget.tokens:,}", tokens <= budget.tokens))
+    return [f"{name} {'is enough for all' if enough else 'may end the run early (exit 3)'}" for name, enough in limits]

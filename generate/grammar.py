@@ -6,7 +6,7 @@ the same prompts with any Python, on any machine, whatever PYTHONHASHSEED is.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b, shake_128
 from string import Formatter
 
@@ -21,9 +21,8 @@ class Grammar:
     """The prompts that a template and its slots make. Raises RecipeError if the two do not fit."""
 
     def __init__(self, config: PromptsConfig) -> None:
-        self._parts = _parse(config.template or "")
-        named = list(dict.fromkeys(name for _, name in self._parts if name is not None))
-        _check_names(named, list(config.slots))
+        self._template = config.template or ""
+        _check_names(self._template, config.slots)
         self._digits = [_Digit(name, slot) for name, slot in config.slots.items()]
         self.size = math.prod(digit.size for digit in self._digits)
         """How many different prompts there are: `choose` counts combinations, a value given twice counts once."""
@@ -35,7 +34,8 @@ class Grammar:
         for digit in self._digits:
             rest, value = divmod(rest, digit.size)
             slots[digit.name] = digit.at(value, index)
-        return "".join(literal + _render(slots, name) for literal, name in self._parts), slots
+        words = {name: value if isinstance(value, str) else ", ".join(value) for name, value in slots.items()}
+        return self._template.format_map(words), slots
 
     def draw(self, count: int, seed: int) -> Iterator[tuple[str, Slots]]:
         """`count` prompts in a random order that the seed decides: each prompt once, then all of them again.
@@ -53,14 +53,15 @@ class _Digit:
     def __init__(self, name: str, slot: list[str] | ChooseSlot) -> None:
         self.name = name
         self._values = list(dict.fromkeys(slot_values(slot)))
-        self._choose = slot.choose if isinstance(slot, ChooseSlot) else None
-        self.size = math.comb(len(self._values), 1 if self._choose is None else self._choose)
+        self._listed = isinstance(slot, ChooseSlot)
+        self._choose = slot.choose if isinstance(slot, ChooseSlot) else 1
+        self.size = math.comb(len(self._values), self._choose)
 
     def at(self, value: int, index: int) -> str | list[str]:
         """The slot's value. The order within a combination depends only on the prompt's index."""
-        if self._choose is None:
-            return self._values[value]
         chosen = [self._values[i] for i in combination(value, len(self._values), self._choose)]
+        if not self._listed:
+            return chosen[0]
         return sorted(chosen, key=lambda item: blake2b(f"{index}:{self.name}:{item}".encode()).digest())
 
 
@@ -99,42 +100,26 @@ def _hash(text: str, below: int) -> int:
     return int.from_bytes(shake_128(text.encode()).digest(below.bit_length() // 8 + 9)) % below
 
 
-def _render(slots: Slots, name: str | None) -> str:
-    if name is None:
-        return ""
-    value = slots[name]
-    return value if isinstance(value, str) else ", ".join(value)
-
-
-def _parse(template: str) -> list[tuple[str, str | None]]:
-    """The template as pairs of literal text and the slot that follows it, or None."""
+def _check_names(template: str, slots: Iterable[str]) -> None:
+    """Raises RecipeError unless the template names exactly the slots, each as a plain {name}."""
+    braces = "write a literal brace as {{ or }}"
     try:
-        parts = list(Formatter().parse(template))
+        fields = list(Formatter().parse(template))
     except ValueError as error:
-        raise RecipeError(f"prompts.template: {error}; write a literal brace as {{{{ or }}}}") from None
-    for _, name, spec, conversion in parts:
-        if name is not None and (not name.isidentifier() or spec or conversion):
+        raise RecipeError(f"prompts.template: {error}; {braces}") from None
+    named: dict[str, None] = {}
+    for _, name, spec, conversion in fields:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
             whole = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise RecipeError(
-                f"prompts.template: {{{whole}}} is not a slot: only {{name}} is; write a literal brace as {{{{ or }}}}"
-            )
-    return [(literal, name) for literal, name, _, _ in parts]
-
-
-def _check_names(named: list[str], given: list[str]) -> None:
-    unknown = [name for name in named if name not in given]
-    if unknown:
+            raise RecipeError(f"prompts.template: {{{whole}}} is not a slot: only {{name}} is; {braces}")
+        named[name] = None
+    given = list(slots)
+    if unknown := ", ".join(f"`{name}`" for name in named if name not in given):
         known = ", ".join(given) or "none"
+        raise RecipeError(f"prompts.template names {unknown}, which prompts.slots does not have; there are: {known}")
+    if unused := ", ".join(f"`{name}`" for name in given if name not in named):
         raise RecipeError(
-            f"prompts.template names {_listed(unknown)}, which prompts.slots does not have; there are: {known}"
+            f"prompts.slots has {unused}, which prompts.template does not name; add it to the template or remove it"
         )
-    unused = [name for name in given if name not in named]
-    if unused:
-        raise RecipeError(
-            f"prompts.slots has {_listed(unused)}, which prompts.template does not name; "
-            "add it to the template or remove it"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -7,10 +7,10 @@ A JSONL line, like a row of a data set, has `messages` (a list of {"role", "cont
 and may have `slots` and `id`. Other keys are ignored.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,6 @@ BOM = b"\xef\xbb\xbf"
 ACCEPTED = (
     'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, or a folder saved by `datasets`'
 )
-OTHER_FORMATS = {  # by how a file begins
-    b"PAR1": "a Parquet file",
-    b"\x1f\x8b": "a compressed file",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"[": "a JSON array",
-}
-
 _encoder = msgspec.json.Encoder()
 
 
@@ -48,11 +40,6 @@ class PromptRow(msgspec.Struct, frozen=True):
     id: str | None = None
 
 
-def build_prompts(recipe: Recipe) -> list[Prompt]:
-    """All prompts of the recipe, in order. See `iter_prompts`."""
-    return list(iter_prompts(recipe))
-
-
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
     """Streams the prompts of the recipe: `prompts.count` of them, or all of the file.
 
@@ -61,12 +48,15 @@ def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
     made of it differ. Raises RecipeError or DataError at the first error.
     """
     config = recipe.prompts
-    if config.template is not None and config.count is not None:
-        return _from_template(config, config.count)
-    assert config.file is not None  # PromptsConfig checks that there is one source
+    if config.template is not None:
+        return _from_template(config)
     if config.slots:
         raise RecipeError("prompts.slots is for a template; the rows of prompts.file have their own `slots`")
-    return _from_file(config, config.file)
+    assert config.file is not None  # PromptsConfig checks that there is one source
+    if config.count is None:
+        return _rows(config.file, config.system)
+    again_and_again = (_rows(config.file, config.system) for _ in repeat(None))
+    return islice(chain.from_iterable(again_and_again), config.count)
 
 
 def grammar_size(recipe: Recipe) -> int | None:
@@ -79,33 +69,19 @@ def prompt_id(messages: list[Message]) -> str:
     return blake2b(_encoder.encode(messages), digest_size=ID_BYTES).hexdigest()
 
 
-def _from_template(config: PromptsConfig, count: int) -> Iterator[Prompt]:
-    for text, slots in Grammar(config).draw(count, config.seed):
+def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
+    for text, slots in Grammar(config).draw(config.count or 0, config.seed):
         try:
             yield make_prompt(PromptRow(prompt=text, slots=slots), config.system)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
 
-def _from_file(config: PromptsConfig, path: Path) -> Iterator[Prompt]:
-    """All rows once, and again from the first while `count` asks for more."""
-    left = config.count
-    while left is None or left > 0:
-        number = 0
-        for prompt in islice(_rows(path, config.system), left):
-            number += 1
-            yield prompt
-        if not number:
-            raise DataError(f"{path}: no prompts in it")
-        if left is None:
-            return
-        left -= number
-
-
 def _rows(path: Path, system: str | None) -> Iterator[Prompt]:
     """The rows as prompts. Two rows with one `id` must be one prompt; 16 bytes per `id` are kept to know."""
     read = partial(_dataset_rows if path.is_dir() else _jsonl_rows, path)
     ids, prompts = IdSet(), IdSet()
+    where = None
     for where, row in read():
         try:
             prompt = make_prompt(row, system)
@@ -114,13 +90,11 @@ def _rows(path: Path, system: str | None) -> Iterator[Prompt]:
         if row.id is not None:
             new_id, new_prompt = ids.add(row.id), prompts.add(f"{row.id} {prompt_id(prompt.messages)}")
             if new_prompt and not new_id:
-                raise DataError(f"{where}: id {row.id!r} is that of {_first(read, row.id)}, which is another prompt")
+                first = next(earlier for earlier, other in read() if other.id == row.id)
+                raise DataError(f"{where}: id {row.id!r} is that of {first}, which is another prompt")
         yield prompt
-
-
-def _first(read: Callable[[], Iterator[tuple[str, PromptRow]]], id_: str) -> str:
-    """Where the first row with this id is."""
-    return next(where for where, row in read() if row.id == id_)
+    if where is None:
+        raise DataError(f"{path}: no prompts in it")
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
@@ -130,28 +104,14 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
     except OSError as error:
         raise DataError(f"prompts.file {path}: {error.strerror or error}") from None
     with file:
-        _check_format(path, file.read(64))
-        file.seek(0)
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
                 yield f"{path}:{number}", decoder.decode(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); {ACCEPTED}") from None
-            except msgspec.DecodeError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
-
-
-def _check_format(path: Path, start: bytes) -> None:
-    """Raises DataError if the file begins like one of another format."""
-    text = start.removeprefix(BOM).lstrip()
-    found = next((name for mark, name in OTHER_FORMATS.items() if text.startswith(mark)), None)
-    if not found and text and not text.startswith(b"{"):
-        found = "CSV or plain text"
-    if found:
-        raise DataError(f"prompts.file {path}: this looks like {found}; {ACCEPTED}")
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
+from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.jobs import build_jobs
@@ -26,7 +27,6 @@ from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display
 from generate.prompts import grammar_size, iter_prompts
-from generate.spending import spent_so_far
 from generate.workers import send_from_workers
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe

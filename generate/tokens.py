@@ -6,14 +6,14 @@ for each byte, and what a chat template may add.
 """
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import UsageError
@@ -23,16 +23,6 @@ from pipeline.records import Message
 TEMPLATE_TOKENS = 64  # that a chat template may add: roles, turns, and its own system prompt
 
 Count = Callable[[list[Message]], int | None]
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training. It adds nothing to a prompt."""
-
-    tags = {"generation"}  # noqa: RUF012, as jinja2 has it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def counter(model: str) -> Count | None:
@@ -53,6 +43,9 @@ def counter(model: str) -> Count | None:
         template = settings.pop("chat_template", None)
         if not isinstance(template, str):
             return None
+        # `generation` marks the assistant's words for training. It adds nothing to a prompt.
+        template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
+        template = re.sub(r"({%[-+]?\s*end)generation\b", r"\1if", template)
         render = _environment().from_string(template).render
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # `tokenizers` raises nothing narrower
@@ -82,25 +75,24 @@ def _folder(model: str) -> Path | None:
         return folder
     try:
         from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        return None
-    try:
+
         found = try_to_load_from_cache(model, "tokenizer.json")
-    except HFValidationError:
+    except (ImportError, ValueError):  # not installed, or a name that the Hub cannot have
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """jinja2 as transformers sets it up: chat templates are written for that."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -117,7 +109,3 @@ def _settings(folder: Path) -> dict[str, Any]:
     elif isinstance(several := settings.get("chat_template"), list):  # several templates, by name
         settings["chat_template"] = {one["name"]: one["template"] for one in several}.get("default")
     return settings
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)

@@ -93,24 +93,19 @@ class Redactor:
 
     @classmethod
     def of(cls, teacher: "TeacherConfig") -> "Redactor":
-        """The redactor of everything that a teacher's requests carry."""
-        return cls(secrets_of(teacher))
+        """Knows what a teacher's requests carry: its key, the variables in its headers, and proxy passwords."""
+        key = teacher.api_key()
+        secrets = [key.get_secret_value()] if key else []
+        for value in teacher.headers.values():
+            secrets += [os.environ.get(name, "") for name in VARIABLE.findall(value)]
+        for proxy in filter(None, map(proxy_of, teacher.urls)):
+            userinfo = urlsplit(proxy).netloc.rpartition("@")[0]
+            password = userinfo.partition(":")[2]
+            secrets += [userinfo, password, unquote(password), b64encode(unquote(userinfo).encode()).decode()]
+        return cls(secrets)
 
     def __call__(self, text: str) -> str:
         """The text with known secrets, passwords in URLs and anything shaped like a key replaced by `[secret]`."""
         if self._known:
             text = self._known.sub(HIDDEN, text)
         return _KEY.sub(HIDDEN, _USERINFO.sub(HIDDEN, text))
-
-
-def secrets_of(teacher: "TeacherConfig") -> list[str]:
-    """What a request to the teacher carries that nobody may see: its key, its headers' variables, proxy passwords."""
-    key = teacher.api_key()
-    secrets = [key.get_secret_value()] if key else []
-    for value in teacher.headers.values():
-        secrets += [os.environ.get(name, "") for name in VARIABLE.findall(value)]
-    for proxy in filter(None, map(proxy_of, teacher.urls)):
-        userinfo = urlsplit(proxy).netloc.rpartition("@")[0]
-        password = userinfo.partition(":")[2]
-        secrets += [userinfo, password, unquote(password), b64encode(unquote(userinfo).encode()).decode()]
-    return secrets

@@ -15,22 +15,23 @@ from typing import NoReturn
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
+from pipeline.settings_page import help_text
 
 INTERRUPTED = 130
 
 
-class StageParser(argparse.ArgumentParser):
-    """A parser whose help ends with all recipe keys."""
-
-    def format_help(self) -> str:
-        from pipeline.settings_page import help_text  # only when help is asked for
-
-        return f"{super().format_help()}\n{help_text()}"
-
-
 def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """A parser with what all stages take; `kinds`: the kinds of work, one of which is named before the recipe."""
-    parser = StageParser(prog=f"python -m {stage}", description=description, allow_abbrev=False)
+    """A parser with what all stages take. Its help ends with all recipe keys.
+
+    `kinds`: the kinds of work, one of which is named before the recipe.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {stage}",
+        description=description,
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     if names := list(kinds):
         parser.add_argument("kind", choices=names, help="the kind of work")
     parser.add_argument("recipe", type=Path, help="a YAML recipe, for example recipes/demo.yaml")

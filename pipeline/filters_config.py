@@ -48,8 +48,6 @@ class DedupConfig(Section):
 class JudgeConfig(Section):
     """A model that scores each answer from 1 to 5 against a rubric."""
 
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
-
     model: str | None = Field(None, min_length=1)
     """The judge, as its endpoint names it; null: the teacher judges itself, and is told so."""
     base_url: str | None = None

@@ -6,6 +6,7 @@ Every section has the versions of the packages that did the work.
 """
 
 import json
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,10 +18,8 @@ def versions(*packages: str) -> dict[str, str]:
     """The versions of the named packages, without those that are not installed."""
     found = {}
     for package in ("distillate", *packages):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

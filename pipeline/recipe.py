@@ -13,34 +13,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AnyHttpUrl,
-    ConfigDict,
-    Field,
-    SecretStr,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
-from pipeline.filters_config import RUBRIC, DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
-from pipeline.partition import part_of
+from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
+from pipeline.partition import position
 from pipeline.recipe_errors import explain
 from pipeline.records import Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
-from pipeline.train_config import KdConfig, TrainConfig
+from pipeline.train_config import TrainConfig
 
-__all__ = ["ChooseSlot", "GenerateConfig", "PromptsConfig", "Recipe", "SamplingConfig", "ServeConfig", "StudentConfig"]
-__all__ += ["TeacherConfig", "load_recipe", "slot_values"]
-__all__ += ["RUBRIC", "BudgetConfig", "DedupConfig", "EvaluateConfig", "FiltersConfig", "JudgeConfig", "KdConfig"]
-__all__ += ["PriceConfig", "RuleConfig", "Section", "TrainConfig"]  # defined elsewhere
+__all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleConfig"]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
-FILES = (("prompts", "file"), ("evaluate", "probes_file"))  # relative to the recipe, as the `file` of a filter rule is
+# Relative to the recipe, as the `file` of a filter rule is.
+FILES = (("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
 
 
 class TeacherConfig(Section):
@@ -83,7 +72,7 @@ class TeacherConfig(Section):
         return self.urls[0]
 
     def api_key(self) -> SecretStr | None:
-        """The key, from the environment only; None where the variable is unset or empty.
+        """The key, from the environment only; None if the variable is unset or empty.
 
         Spaces and line breaks around it are what `$(cat file)` and .env files leave, never part of a key.
         """
@@ -120,7 +109,6 @@ class ChooseSlot(Section):
     """How many values are chosen."""
     from_: list[str] = Field(alias="from", min_length=1)
     """The values to choose from."""
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     @model_validator(mode="after")
     def _enough(self) -> "ChooseSlot":
@@ -170,7 +158,10 @@ class PromptsConfig(Section):
 
     def part_of(self, messages: Sequence[Message]) -> Part:
         """What a prompt is for: training, validation or test."""
-        return part_of(messages, seed=self.seed, validation=self.validation, test=self.test)
+        where = position(messages, self.seed)
+        if where < self.test:
+            return "test"
+        return "validation" if where < self.test + self.validation else "train"
 
 
 class SamplingConfig(Section):
@@ -297,10 +288,9 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: a folder, not a recipe") from None
+    except OSError as error:
+        reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
+        raise RecipeError(f"{path}: {reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

@@ -1,12 +1,23 @@
 """What all sections of a recipe share, and the small sections that several of them hold."""
 
+from typing import get_args
+
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
     """One section: frozen, unknown keys refused. The text under each key is what `--help` and docs/settings.md show."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
+    )
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a key holds; None for a plain value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 class PriceConfig(Section):

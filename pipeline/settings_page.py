@@ -12,11 +12,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.recipe import ChooseSlot, Recipe, RuleConfig, Section
+from pipeline.recipe import ChooseSlot, Recipe, RuleConfig
+from pipeline.section import Section, section_of
 
 NAMES = {
     str: "text",
@@ -32,8 +32,8 @@ PAGE = """# Settings
 
 Every key of a recipe. `python -m <stage> --help` shows the same. A key can also be given as a flag
 (`--sampling.temperature 0.7`) or as an environment variable (`DISTILL_SAMPLING__TEMPERATURE=0.7`). Flags override
-variables, and variables override the file. `prompts.file`, `evaluate.probes_file` and the `file` of a filter rule are
-relative to the recipe. Runs and model folders are relative to the working directory, as `--run` is.
+variables, and variables override the file. `prompts.file`, `train.test_rows`, `evaluate.probes_file` and the `file` of
+a filter rule are relative to the recipe. Runs and model folders are relative to the working directory, as `--run` is.
 
 This page is made by `python -m pipeline.settings_page > docs/settings.md`.
 """
@@ -56,21 +56,17 @@ class Group(NamedTuple):
     keys: list[Setting]
 
 
-def groups(model: type[BaseModel] = Recipe, name: str = "", about: str = "") -> Iterator[Group]:
+def groups(section: type[Section] = Recipe, name: str = "", about: str = "") -> Iterator[Group]:
     """All sections in the order of the recipe, each before the sections within it."""
-    keys, nested = [], []
-    for field_name, field in model.model_fields.items():
-        key = f"{name}.{field.alias or field_name}".lstrip(".")
-        if section := _section(field):
-            nested.append((section, key, " ".join(filter(None, (section.__doc__, field.description)))))
-        else:
-            keys.append(Setting(key, _kind(field.annotation), _default(field), field.description or ""))
-    yield Group(name, about, keys)
-    for section, key, text in nested:
-        if key == "evaluate.judge":  # the same section as filters.judge
-            yield Group(key, f"{text} Its keys are those of `filters.judge`.", [])
-        else:
-            yield from groups(section, key, text)
+    fields = {f"{name}.{field.alias or key}".lstrip("."): field for key, field in section.model_fields.items()}
+    yield Group(name, about, [_setting(key, field) for key, field in fields.items() if not section_of(field)])
+    for key, field in fields.items():
+        if inner := section_of(field):
+            text = " ".join(filter(None, (inner.__doc__, field.description)))
+            if key == "evaluate.judge":
+                yield Group(key, f"{text} Its keys are those of `filters.judge`.", [])
+            else:
+                yield from groups(inner, key, text)
 
 
 def help_text(width: int = 100) -> str:
@@ -99,10 +95,14 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a key holds; None for a plain value."""
-    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
-    return next((kind for kind in kinds if issubclass(kind, Section)), None)
+def _setting(key: str, field: FieldInfo) -> Setting:
+    if field.default is PydanticUndefined:
+        default = "required"
+    elif isinstance(field.default, dict) and field.default:
+        default = ", ".join(field.default)
+    else:
+        default = str(yaml.safe_dump(field.default, allow_unicode=True)).removesuffix("...\n").strip()
+    return Setting(key, _kind(field.annotation), default, field.description or "")
 
 
 def _kind(annotation: Any) -> str:
@@ -119,15 +119,6 @@ def _kind(annotation: Any) -> str:
     if origin is dict:
         return f"mapping to {_kind(parts[1])}"
     return NAMES[annotation]
-
-
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
-        return "required"
-    if isinstance(field.default, dict) and field.default:
-        return ", ".join(field.default)
-    text: str = yaml.safe_dump(field.default, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout of the adapters' input."""
     test_rows: Path | None = None
-    """A test.jsonl to test on instead of the run's own, for runs that are to be compared."""
+    """A test.jsonl to test on instead of the run's own, for runs to be compared; relative to the recipe."""
     eval_steps: int | None = Field(None, ge=1)
     """Steps between evaluations within an epoch; null: only at its end."""
     early_stop: int | None = Field(None, ge=1)

@@ -10,66 +10,48 @@ import shlex
 import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
-from pipeline.rundir import RunDir
 from serve.checks import local_address
 from serve.command import Command, build_command, merge_args, port_number
 
-LINE_S = 15.0  # between two lines of progress if there is no terminal
-
 
 def main(argv: list[str] | None = None) -> None:
+    """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
     host, port = local_address(recipe.teacher.url)
-    model = options.model or recipe.teacher.model
+    model, port = options.model or recipe.teacher.model, options.port or port
     config = _with_args(recipe.serve, options.args)
-    port = options.port or port
     if options.print:
         print(shown(model, host, port, config).shell())
         return
-    serve(recipe, run, options.recipe, model=model, host=host, port=port, config=config)
-
-
-def serve(
-    recipe: Recipe, run: RunDir, recipe_path: Path, *, model: str, host: str, port: int, config: ServeConfig
-) -> None:
-    """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
     try:
-        from rich.console import Console
-        from rich.markup import escape
-
         from serve.server import serving
     except ImportError as error:
         raise UsageError(f"serving needs the `serve` or `serve-cpu` extra: {error}; run `make serve`") from None
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     log = run.path / f"serve-{port}.log"
-    console.print(f"starting vLLM for {model}; its log: {log}", markup=False)
-    told = 0.0
+    console.print(f"starting vLLM for {model}; its log: {log}")
     with console.status("starting vLLM") as status:
 
         def waiting(seconds: float, line: str) -> None:
-            nonlocal told
-            if console.is_terminal:
-                status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
-            elif seconds - told >= LINE_S:
-                told = seconds
-                console.print(f"starting vLLM, {seconds:.0f} s", markup=False)
+            status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
 
         with serving(model, port=port, host=host, config=config, log=log, waiting=waiting) as server:
             status.stop()
-            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {model}", markup=False)
-            console.print(
-                f"next, in another terminal: {_next(recipe, recipe_path, server.base_url, model)}", markup=False
-            )
-            console.print("Ctrl-C ends it", markup=False)
+            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {model}")
+            console.print(f"next, in another terminal: {_next(recipe, options.recipe, server.base_url, model)}")
+            console.print("Ctrl-C ends it")
             try:
                 server.wait()
             except KeyboardInterrupt:
-                console.print("ending vLLM", markup=False)
+                console.print("ending vLLM")
                 raise
             raise server.failure("while it was serving")
 

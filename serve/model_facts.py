@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pipeline.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,10 +40,7 @@ def model_facts(model: str, *, ask_hub: bool) -> ModelFacts:
 
     Raises UsageError if a folder holds no weights or no readable config, or the Hub does not give the model.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return _from_folder(folder)
-    return _from_hub(model, ask_hub=ask_hub)
+    return _from_folder(Path(model)) if Path(model).is_dir() else _from_hub(model, ask_hub=ask_hub)
 
 
 def facts_of(config: Mapping[str, Any], sizes: Mapping[str, int]) -> ModelFacts:
@@ -80,10 +79,8 @@ def _total(sizes: Mapping[str, int], suffix: str) -> int:
 def _from_folder(folder: Path) -> ModelFacts:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
         raise UsageError(f"{path}: not a model's configuration ({error}); give a model folder or a Hub id") from None
     facts = facts_of(config, {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()})
     if facts.weight_bytes is None:
@@ -93,23 +90,19 @@ def _from_folder(folder: Path) -> ModelFacts:
 
 def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
     import httpx2  # huggingface_hub sends its requests with it and lets its errors through
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         cached = try_to_load_from_cache(model, "config.json")
-        if isinstance(cached, str):
-            folder = Path(snapshot_download(model, local_files_only=True))
-            if _total({file.name: 1 for file in folder.iterdir()}, ".safetensors"):
-                return _from_folder(folder)
+        if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
+            return _from_folder(Path(cached).parent)
         if not ask_hub:
             return ModelFacts()
         files = HfApi().model_info(model, files_metadata=True, timeout=30).siblings or []
         config = json.loads(Path(hf_hub_download(model, "config.json")).read_bytes())
     except HFValidationError:
         raise UsageError(f"model {model!r}: neither a folder nor a Hub id (owner/name)") from None
-    except LocalEntryNotFoundError:
-        return ModelFacts()
     except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(

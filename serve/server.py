@@ -8,11 +8,12 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ from serve.model_facts import model_facts
 from serve.vllm_log import cause, last_line, tail
 
 POLL_S = 0.25
-SAMPLE_S = 0.5  # between two looks at the memory
 STOP_S = 40.0  # more than the guard ever needs
 WRONG_USAGE = 2  # vLLM's exit code for a flag it does not know
 CAUSE_CHARS = 300
@@ -50,27 +50,23 @@ class Server:
         self.log = log
         self.startup_s = 0.0  # seconds from the start of the process until it was ready
         self._guard = guard
-        self._seen: set[psutil.Process] = set()
         self._peak = 0
-        self._done = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, name="server-memory", daemon=True)
-        self._sampler.start()
 
     def peak_rss(self) -> int:
         """The most bytes of resident memory, summed over the server's processes.
 
-        The larger of two numbers: the highest sampled sum, and the sum of the peaks (VmHWM) of the living processes.
-        Pages that processes share are counted in each of them.
+        It is the sum of their peaks (VmHWM). Pages that processes share are counted in each of them.
         """
-        self._measure()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(self._guard.pid).children(recursive=True)
+            self._peak = max(self._peak, sum(map(_peak_memory, tree)))
         return self._peak
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Waits for the server to end by itself. Returns its exit code, or None after `timeout` seconds."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self._guard.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        return None
 
     def failure(self, when: str) -> DistillError:
         """The error that says why the server ended."""
@@ -84,35 +80,14 @@ class Server:
 
     def stop(self) -> None:
         """Ends the server and everything that it started. Does nothing if it has ended."""
-        self._done.set()
-        self._sampler.join()
-        self._measure()
+        self.peak_rss()
         if self._guard.stdin:
             with contextlib.suppress(OSError):
                 self._guard.stdin.close()
-        try:
-            self._guard.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._guard.kill()
-            self._guard.wait()
-        left = [process for process in self._seen if process.is_running()]
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=STOP_S)
-
-    def _sample(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            self._measure()
-
-    def _measure(self) -> None:
-        if self._guard.poll() is not None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree = psutil.Process(self._guard.pid).children(recursive=True)
-            self._seen.update(tree)
-            sizes = [_memory(process) for process in tree]
-            self._peak = max(self._peak, sum(now for now, _ in sizes), sum(peak for _, peak in sizes))
+        self.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):  # a guard that hangs or was killed leaves its session
+            os.killpg(self._guard.pid, signal.SIGKILL)
+        self._guard.wait()
 
 
 @contextmanager
@@ -215,26 +190,22 @@ def _wait_until_ready(server: Server, command: Command, timeout_s: float, waitin
 
 
 def _ready(command: Command) -> bool:
-    listing = _get(command, "/v1/models") if _get(command, "/health") is not None else None
-    try:
-        return command.served_name in [model["id"] for model in json.loads(listing or b"")["data"]]
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _get(command: Command, path: str) -> bytes | None:
-    """The body of a 200 answer, else None. Never through a proxy."""
+    """Whether the server answers, and serves the model. Never asks a proxy."""
     key = os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     connection = http.client.HTTPConnection(_reached_at(command.host), command.port, timeout=10)
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
-        answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException):
-        return None
+        for path in ("/health", "/v1/models"):
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            body = answer.read()
+            if answer.status != http.client.OK:
+                return False
+        return command.served_name in [model["id"] for model in json.loads(body)["data"]]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return False
     finally:
         connection.close()
-    return body if answer.status == http.client.OK else None
 
 
 def _reached_at(host: str) -> str:
@@ -242,13 +213,11 @@ def _reached_at(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Resident bytes of a process now and at its peak; 0 if it has ended."""
+def _peak_memory(process: psutil.Process) -> int:
+    """The most bytes that were resident for a process; 0 if it has ended."""
     try:
-        now = process.memory_info().rss
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return now, int(line.split()[1]) * 1024
-    except (psutil.Error, OSError):
-        return 0, 0
-    return now, now
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else 0

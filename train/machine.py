@@ -8,9 +8,11 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
 
-from pipeline.errors import DistillError, RecipeError
+from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.train_config import TrainConfig, Weights
+from train.processes import Processes
 
 GIB = 1 << 30
 ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
@@ -52,27 +54,29 @@ def native_bf16() -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def check_qlora() -> None:
-    """Raises RecipeError if a base cannot be held in 4 bits here."""
-    if not torch.cuda.is_available():
+def check_machine(config: TrainConfig, processes: Processes) -> None:
+    """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
+    if config.weights == "qlora" and not torch.cuda.is_available():
         raise RecipeError("train.method qlora needs a GPU, and there is none here; use lora")
-    if find_spec("bitsandbytes") is None:
+    if config.weights == "qlora" and find_spec("bitsandbytes") is None:
         raise RecipeError("train.method qlora needs bitsandbytes; install it (pip install bitsandbytes), or use lora")
+    for name in config.report_to:
+        if find_spec(name) is None:
+            raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
+    if processes.count > config.batch_size:
+        raise RecipeError(
+            f"train.batch_size {config.batch_size} is less than a row for each of {processes.count} processes; raise it"
+        )
+    if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise UsageError(
+            f"{gpus} GPUs are visible to one process; use them all with `accelerate launch --multi_gpu --num_processes "
+            f"{gpus} -m train …`, or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def free_memory() -> int:
     """Bytes that are free: the GPU's, or the machine's."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-
-
-def check_optimizer_fits(student: str, model: Any, weights: Weights) -> None:
-    """Raises DistillError where training all weights needs more memory than is free."""
-    needed, free = model.num_parameters() * ADAMW_BYTES, free_memory()
-    if weights == "full" and needed > free:
-        raise DistillError(
-            f"training all of {student} needs {needed / GIB:.1f} GiB more than its weights, {free / GIB:.1f} GiB "
-            "are free; use train.method: lora, or a smaller student"
-        )
 
 
 def micro_tokens(vocabulary: int, *, soft: bool) -> int:
@@ -100,16 +104,28 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, so
     return tokens * (config.num_hidden_layers * layer + logits)
 
 
-def wants_checkpointing(model: Any, config: TrainConfig, tokens: int) -> str:
-    """Why gradient checkpointing is needed, in words; empty if memory suffices or the model's shape is not known."""
+def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console) -> bool:
+    """Whether to use gradient checkpointing for forward passes of so many tokens.
+
+    The recipe decides, or short memory, which is printed. Raises DistillError if memory does not suffice even so.
+    """
+    free, optimizer = free_memory(), ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
+    if optimizer > free:
+        raise DistillError(
+            f"training all of {model.name_or_path} needs {optimizer / GIB:.1f} GiB more than its weights, "
+            f"{free / GIB:.1f} GiB are free; use train.method: lora, or a smaller student"
+        )
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing
     try:
         shape, width = model.config.get_text_config(), 2 if autocast(config.weights) else 4
         needed = activation_bytes(shape, tokens, width=width, adapters=config.weights != "full", soft=config.soft)
     except AttributeError:
-        return ""
-    optimizer = ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
-    left = SAFE_SHARE * free_memory() - optimizer
-    if needed <= left:
-        return ""
-    room = max(left, 0) / GIB
-    return f"{tokens:,} tokens need about {needed / GIB:.1f} GiB without it, there is room for {room:.1f}"
+        return False  # a shape that is not known
+    left = SAFE_SHARE * free - optimizer
+    if needed > left:
+        console.print(
+            f"gradient checkpointing is on: {tokens:,} tokens need about {needed / GIB:.1f} GiB without it, there is "
+            f"room for {max(left, 0) / GIB:.1f} (train.gradient_checkpointing: auto)"
+        )
+    return needed > left

@@ -5,8 +5,7 @@ first. The launcher sets RANK and WORLD_SIZE in the environment of each.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +21,17 @@ class Processes:
     def lead(self) -> bool:
         return self.rank == 0
 
-    @contextmanager
-    def lead_first(self) -> Iterator[None]:
+    def lead_first(self) -> AbstractContextManager[None]:
         """The others enter the block when the leading process has left it."""
-        if self.count == 1:
-            yield
-            return
-        with self._state().main_process_first():
-            yield
+        first: AbstractContextManager[None] = self._state().main_process_first()
+        return first
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them must ask."""
-        if self.count == 1:
-            return flag
         import torch
+        from accelerate.utils import reduce
 
-        flags = torch.tensor(int(flag), device=self._state().device)
-        torch.distributed.all_reduce(flags)
-        return bool(flags.item())
+        return bool(reduce(torch.tensor(int(flag), device=self._state().device), reduction="sum"))
 
     @staticmethod
     def _state() -> Any:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline.train_config import TrainConfig
 from train.processes import Processes
 
+NEVER = 1_000_000_000  # steps
 LINES = 20  # plain lines of a whole training, evaluations aside
 SAME_SIGNAL_S = 1.0  # make, a launcher or the chain pass a Ctrl-C on: one this soon after another is the same one
 
@@ -36,9 +37,10 @@ class Milestones(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         epoch_ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+        eval_steps, checkpoint_steps = self.config.eval_steps or NEVER, self.config.checkpoint_steps or NEVER
         self.interrupted = self.processes.any(self.signalled is not None)
-        control.should_evaluate = epoch_ends or _is_due(self.config.eval_steps, state)
-        save_is_due = self.interrupted or _is_due(self.config.checkpoint_steps, state)
+        control.should_evaluate = epoch_ends or state.global_step % eval_steps == 0
+        save_is_due = self.interrupted or state.global_step % checkpoint_steps == 0
         control.should_save = control.should_evaluate or save_is_due
         control.should_training_stop = control.should_training_stop or self.interrupted
 
@@ -79,10 +81,6 @@ def is_stopped_early(state: TrainerState, patience: int | None) -> bool:
     """Whether the last `patience` evaluations were no better than the best before them."""
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
-
-
-def _is_due(every: int | None, state: TrainerState) -> bool:
-    return every is not None and state.global_step % every == 0
 
 
 class TrainProgress(TrainerCallback):

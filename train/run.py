@@ -61,7 +61,7 @@ def train_run(
         shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
     try:
-        from train.trainer import Examples, prepare
+        from train.trainer import prepare
     except ImportError as error:
         raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
 
@@ -73,10 +73,10 @@ def train_run(
     with processes.lead_first():
         if processes.lead:
             _open_work(work, fingerprint, again=again, console=console)
-    examples = Examples(train=to_examples(parts.train), validation=to_examples(parts.validation))
+    examples = {"train": to_examples(parts.train), "validation": to_examples(parts.validation)}
     prepared = prepare(student, examples, recipe.train, work, console, recipe.teacher.model, processes)
-    checks += token_checks(prepared, parts, recipe.train)
-    decide(checks)
+    of_tokens = list(token_checks(prepared, parts, recipe.train))
+    decide(of_tokens, earlier=checks)
     validation = [parts.validation[index] for index in prepared.rows["validation"]]
     rows = {"train": len(prepared.rows["train"]), "validation": len(validation), "test": len(parts.test)}
     console.print(f"training on {rows['train']} rows; {len(validation)} validate, {len(parts.test)} test")
@@ -84,13 +84,13 @@ def train_run(
         write_jsonl(run.validation, validation)
         write_jsonl(run.test, parts.test)
 
-    prepared.fit(_last_checkpoint(work))
+    prepared.fit()
     prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
         log = training_log(prepared, recipe, rows)
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
         section |= {"fingerprint": fingerprint, "too_long_dropped": len(parts.all) - sum(rows.values())}
-        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
+        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins([*checks, *of_tokens])})
         _publish(work / "student", log, recipe, run)
         print(
             f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
@@ -115,12 +115,9 @@ def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
 
 
 def trained_from(student: Path) -> str | None:
-    """The fingerprint of the training that a saved student came from."""
-    try:
-        lineage = json.loads((student / "lineage.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return lineage.get("train", {}).get("fingerprint")
+    """The fingerprint of the training that a saved student came from; None if there is none."""
+    fingerprint: str | None = read_lineage(RunDir(student)).get("train", {}).get("fingerprint")
+    return fingerprint
 
 
 def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
@@ -140,9 +137,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
         "saved_step": prepared.saved_step,
         "tokens": state.num_input_tokens_seen,  # padding not counted
         "wall_s": max((entry.get("elapsed_s", 0.0) for entry in state.log_history), default=0.0),
-        "method": recipe.train.method,
-        "weights": recipe.train.weights,
-        "seed": recipe.train.seed,
+        **{name: getattr(recipe.train, name) for name in ("method", "weights", "seed")},
     }
 
 
@@ -179,10 +174,6 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
             json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
         except (FileNotFoundError, ValueError):
             shutil.rmtree(folder)  # cut off while it was written
-
-
-def _last_checkpoint(work: Path) -> Path | None:
-    return max(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:

@@ -10,10 +10,10 @@ validation loss come from StudentTrainer: they are the same for hard and soft.
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,20 +30,11 @@ from train.tokens import MASKED
 AS_IT_IS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher whose distribution over the vocabulary is known."""
+def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Console) -> Any:
+    """Loads the teacher for inference, in bfloat16 where that is native, and says what it takes.
 
-    model: Any
-    vocabulary: int  # ids that teacher and student share: the first so many of the logits of both
-    memory: str  # what it takes, in words
-
-
-def load_teacher(reference: str, student: Any, texts: Iterable[str]) -> Teacher:
-    """Loads the teacher for inference, in bfloat16 where that is native. `student`: the student's tokenizer.
-
-    Raises RecipeError where only an API knows the teacher, or its tokens are not the student's, by its vocabulary or in
-    one of `texts`; DistillError where memory is too small for it.
+    `student`: the student's tokenizer. Raises RecipeError where only an API knows the teacher, or its tokens are not
+    the student's, by its vocabulary or in one of `texts`; DistillError where memory is too small for it.
     """
     fix = "use train.method: lora or full, which learn from its text"
     try:
@@ -57,18 +48,14 @@ def load_teacher(reference: str, student: Any, texts: Iterable[str]) -> Teacher:
         memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
         if size > free:
             raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {fix}")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        console.print(memory)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {fix}") from None
-    shared = min(len(student), model.config.get_text_config().vocab_size)
-    return Teacher(model=model.eval().requires_grad_(False), vocabulary=shared, memory=memory)
 
 
 def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
-    """How the teacher's tokenizer differs from the student's; empty if both make the same ids of everything.
-
-    The models may still differ in the size of their outputs, which makers pad as they like.
-    """
+    """How the teacher's tokenizer differs from the student's; empty if both make the same ids of everything."""
     own, other = student.get_vocab(), teacher.get_vocab()
     if own != other:
         differing = len({*own.items()} ^ {*other.items()})
@@ -85,11 +72,12 @@ class KdTrainer(StudentTrainer):
     The factor T^2 keeps the gradients of the two in proportion when the temperature changes (Hinton et al. 2015).
     """
 
-    def __init__(self, *, teacher: Teacher, soft: KdConfig, **settings: Any) -> None:
+    def __init__(self, *, teacher: Any, soft: KdConfig, **settings: Any) -> None:
         super().__init__(**settings)
-        self.aux_loss_enabled = False  # the router's loss of a mixture of experts is TRL's alone
-        self.soft, self.vocabulary = soft, teacher.vocabulary
-        self.teacher = teacher.model.to(self.args.device)
+        self.aux_loss_enabled = False  # a mixture of experts follows the teacher, without the router's loss
+        self.soft, self.teacher = soft, teacher.to(self.args.device)
+        outputs = teacher.config.get_text_config().vocab_size  # makers pad them as they like
+        self.vocabulary = min(len(self.processing_class), outputs)  # the ids that both know: the first of their logits
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
         alpha, temperature = self.soft.alpha, self.soft.temperature
@@ -100,7 +88,7 @@ class KdTrainer(StudentTrainer):
     def log_probabilities(self, logits: torch.Tensor, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Teacher's and student's log-probabilities (tokens, shared vocabulary) at the completion's positions."""
         with torch.no_grad():
-            other = completion_logits(self.teacher, inputs).logits
+            other, _, _ = completion_logits(self.teacher, inputs)
         shared, temperature = self.vocabulary, self.soft.temperature
         teacher = log_softmax(other[:, :shared].float() / temperature, dim=-1)
         return teacher, log_softmax(logits[:, :shared].float() / temperature, dim=-1)
@@ -127,10 +115,8 @@ class GkdTrainer(KdTrainer):
     def sampled(self, model: Any, inputs: Batch) -> Batch:
         """The batch with its answers replaced by the student's own."""
         student = self.accelerator.unwrap_model(model)
-        prompts = [
-            ids[: int((labels != MASKED).nonzero()[0])].tolist()
-            for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True)
-        ]
+        lengths = (inputs["labels"] != MASKED).int().argmax(dim=1).tolist()  # of the prompts
+        prompts = [ids[:length].tolist() for ids, length in zip(inputs["input_ids"], lengths, strict=True)]
         asked = self.processing_class.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         stops = sorted(stop_tokens(self.processing_class, student))
         student.eval()

@@ -35,10 +35,8 @@ def initial_student(recipe: Recipe, run: RunDir) -> str:
     count = reference.removeprefix(PRUNE)
     if not count.isdecimal() or int(count) < 1:
         raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
-    layers = int(count)
-    wanted = {"teacher": recipe.teacher.model, "prune": layers}
-    if not _built_from(run.student_init).items() >= wanted.items():
-        _prune(recipe.teacher.model, layers, run.student_init, wanted)
+    if not _is_built(run.student_init, recipe.teacher.model, int(count)):
+        _prune(recipe.teacher.model, int(count), run.student_init)
     return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder
 
 
@@ -48,7 +46,7 @@ def load_tokenizer(student: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(student)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
     if not tokenizer.chat_template:
         raise RecipeError(f"student.model: {student} has no chat template; choose an instruction-tuned model")
@@ -65,14 +63,15 @@ def layers_kept(total: int, k: int) -> list[int]:
     return [(2 * i * (total - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]  # rounded, halves up
 
 
-def _built_from(folder: Path) -> dict[str, Any]:
+def _is_built(folder: Path, teacher: str, k: int) -> bool:
     try:
-        return dict(json.loads((folder / PRUNED).read_bytes()))
-    except (FileNotFoundError, ValueError):
-        return {}
+        built = json.loads((folder / PRUNED).read_bytes())
+        return (built["teacher"], built["prune"]) == (teacher, k)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
 
 
-def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
+def _prune(teacher: str, k: int, folder: Path) -> None:
     """Writes a model folder with k of the teacher's layers, its tokenizer and chat template; appears by rename."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,9 +80,8 @@ def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     except OSError as error:
-        first = first_line(error)
         raise RecipeError(
-            f"student.model {PRUNE}{k} needs the teacher's weights, and {teacher} has none here ({first}); "
+            f"student.model {PRUNE}{k} needs the teacher's weights, and {teacher} has none here ({first_line(error)}); "
             "name a student model, or a teacher that is a folder or on the Hub"
         ) from None
     layers = getattr(model.base_model, "layers", None)
@@ -102,4 +100,4 @@ def _prune(teacher: str, k: int, folder: Path, origin: dict[str, Any]) -> None:
     with replacing_folder(folder) as building:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
-        (building / PRUNED).write_text(json.dumps({**origin, "layers": chosen}) + "\n")
+        (building / PRUNED).write_text(json.dumps({"teacher": teacher, "prune": k, "layers": chosen}) + "\n")

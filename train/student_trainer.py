@@ -4,7 +4,7 @@ Takes a model and tokenised rows. train.trainer decides what the rows are and wh
 """
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -14,14 +14,6 @@ from train.batches import StepLoader, StepSampler, micro_batches, split
 from train.tokens import MASKED
 
 Batch = dict[str, torch.Tensor]
-
-
-class Scored(NamedTuple):
-    """What a model says of the completion tokens of a batch."""
-
-    logits: torch.Tensor  # (tokens, vocabulary)
-    targets: torch.Tensor  # (tokens,)
-    router_loss: torch.Tensor | float  # a mixture of experts: how unevenly its experts are used; else 0
 
 
 class StudentTrainer(SFTTrainer):
@@ -37,15 +29,12 @@ class StudentTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> StepLoader:
         rows = self._remove_unused_columns(self.train_dataset, description="training")
-        sampler = StepSampler(
-            [len(ids) for ids in rows["input_ids"]],
-            self.step_rows,
-            seed=self.args.seed,
-            rank=self.args.process_index,
-            processes=self.args.world_size,
+        lengths, args = [len(ids) for ids in rows["input_ids"]], self.args
+        place = {"rank": args.process_index, "processes": args.world_size}
+        sampler = StepSampler(lengths, self.step_rows, seed=args.seed, **place)
+        return StepLoader(
+            rows, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=args.dataloader_pin_memory
         )
-        pin = self.args.dataloader_pin_memory
-        return StepLoader(rows, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin)
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a step. Processes exchange gradients once, in the last micro-batch."""
@@ -61,21 +50,19 @@ class StudentTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """This micro-batch's part of the step's loss: a mean per completion token, over all processes.
 
-        The router's loss of a mixture of experts is a mean already, so its part is weighted by its tokens too.
+        The router's loss of a mixture of experts is a mean already, so it is weighted by the tokens.
         """
-        scored = completion_logits(model, inputs)
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        router_loss = self.router_aux_loss_coef * scored.router_loss * len(scored.targets)
-        loss = self.loss_of(scored.logits, scored.targets, inputs) + router_loss
-        return loss * processes / num_items_in_batch  # processes: DDP averages
+        logits, targets, router_loss = completion_logits(model, inputs)
+        loss = self.loss_of(logits, targets, inputs)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * router_loss * len(targets)
+        return loss * self.accelerator.num_processes / num_items_in_batch  # processes: DDP averages
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
         """What is minimised, summed over the completion tokens: cross-entropy, in nats."""
         return cross_entropy(logits.float(), targets, reduction="sum")
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, *given: Any, metric_key_prefix: str = "eval", **more: Any) -> dict[str, float]:
         """Cross-entropy per completion token of the validation rows; all tokens weigh the same, for every method."""
         rows = self._remove_unused_columns(self.eval_dataset, description="evaluation")
         groups = micro_batches([len(ids) for ids in rows["input_ids"]], **self.micro)
@@ -96,11 +83,12 @@ class StudentTrainer(SFTTrainer):
         return metrics
 
 
-def completion_logits(model: Any, inputs: Batch) -> Scored:
-    """Logits at the positions that predict a completion token, and those tokens.
+def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Logits (tokens, vocabulary) where a completion token is predicted, those tokens, and the loss of a router if any.
 
-    The output head is applied from the first such position on. Over a vocabulary of 50,000 to 150,000 it costs a small
-    model as much as its layers, and its logits for prompts are not used.
+    A mixture of experts has a router; its loss says how unevenly the experts are used. The output head is applied from
+    the first such position on. Over a vocabulary of 50,000 to 150,000 it costs a small model as much as its layers, and
+    its logits for prompts are not used.
     """
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
@@ -111,9 +99,4 @@ def completion_logits(model: Any, inputs: Batch) -> Scored:
         logits_to_keep=positions,
         use_cache=False,
     )
-    router_loss = getattr(output, "aux_loss", None)
-    return Scored(
-        logits=output.logits[learned[:, first:]],
-        targets=inputs["labels"][learned],
-        router_loss=0.0 if router_loss is None else router_loss,
-    )
+    return output.logits[learned[:, first:]], inputs["labels"][learned], getattr(output, "aux_loss", None)

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import RecipeError
 from pipeline.models import local_folder
+from train.student import load_tokenizer
 
 SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
 HUB_TIMEOUT_S = 10
@@ -40,33 +42,25 @@ def known_files(reference: str) -> Path | None:
 
 def read_card(folder: Path | None) -> Card:
     """Tags and licence of a model's card; none if no card can be read."""
+    from huggingface_hub.repocard import metadata_load
+
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
-        head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-        data = yaml.safe_load(head[1]) if head else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = (metadata_load(folder / "README.md") or {}) if folder else {}
+    except (OSError, ValueError, yaml.YAMLError):
         return Card()
-    if not isinstance(data, dict):
-        return Card()
-    tags = data.get("tags")
-    licence = data.get("license_name") if data.get("license") == "other" else data.get("license")
+    tags, licence = data.get("tags"), data.get("license_name" if data.get("license") == "other" else "license")
     return Card(
-        tags=frozenset(tag.lower() for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else frozenset(),
+        tags=frozenset(str(tag).lower() for tag in tags) if isinstance(tags, list) else frozenset(),
         licence=licence if isinstance(licence, str) else None,
     )
 
 
 def tokenizer_of(folder: Path | None) -> Any | None:
     """The tokenizer in a folder; None if there is none with a chat template."""
-    from transformers import AutoTokenizer
-
-    if folder is None:
-        return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+        return load_tokenizer(str(folder)) if folder else None
+    except RecipeError:
         return None
-    return tokenizer if tokenizer.chat_template else None
 
 
 def parameters_of(folder: Path | None, reference: str) -> int | None:

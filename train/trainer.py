@@ -11,16 +11,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
 import transformers
 from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from pipeline.chat import stop_tokens
@@ -28,35 +29,24 @@ from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.train_config import TrainConfig
 from train.machine import (
     autocast,
-    check_optimizer_fits,
-    check_qlora,
+    check_machine,
     micro_tokens,
     precision,
     wants_checkpointing,
     weights_dtype,
 )
 from train.processes import ALONE, Processes
-from train.progress import Milestones, TrainProgress, is_stopped_early
+from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import GkdTrainer, KdTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
-from train.tokens import LabelFaults, count_faults, differing_prompts
+from train.tokens import differing_prompts, label_faults
 
-LORA_TARGETS = "all-linear"  # every linear layer but the output head (Dettmers et al. 2023)
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
-NEVER = 1_000_000_000  # steps: Milestones decides
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-Callback = TypeVar("Callback", bound=TrainerCallback)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Prompt-completion rows (train.rows.to_examples) by what they are for."""
-
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+Examples = dict[str, list[dict[str, Any]]]  # train and validation: prompt-completion rows (train.rows.to_examples)
 
 
 @dataclass(frozen=True)
@@ -66,25 +56,27 @@ class Prepared:
     trainer: StudentTrainer
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
-    faults: LabelFaults  # of the rows that are not too long
+    faults: dict[str, list[str]]  # by kind, of the rows that are not too long (train.tokens)
     differing: int  # training rows whose context is not the one that the student will be asked with
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
+    milestones: Milestones
+    progress: TrainProgress
 
-    def fit(self, checkpoint: Path | None) -> None:
-        """Trains, or continues from a checkpoint; then holds the weights of the best validation loss.
+    def fit(self) -> None:
+        """Trains, from the last checkpoint if there is one; then holds the weights of the best validation loss.
 
         Raises DistillError when memory runs out, and KeyboardInterrupt when interrupted, with a checkpoint saved.
         """
-        progress, milestones = self._callback(TrainProgress), self._callback(Milestones)
+        checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
         try:
-            with _quiet(), milestones.interruptible():
-                state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
-                if state and is_stopped_early(state, milestones.config.early_stop):
+            with _quiet(), self.milestones.interruptible():
+                state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
+                if state and is_stopped_early(state, self.milestones.config.early_stop):
                     self.trainer.state = state
                     self.trainer._load_best_model()
                 else:
-                    self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                    self.trainer.train(resume_from_checkpoint=checkpoint)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(
@@ -93,10 +85,7 @@ class Prepared:
                 ) from None
             raise
         finally:
-            progress.bar.stop()  # leaves the terminal as it was; also after an interrupt
-
-    def _callback(self, kind: type[Callback]) -> Callback:
-        return next(own for own in self.trainer.callback_handler.callbacks if isinstance(own, kind))
+            self.progress.bar.stop()  # leaves the terminal as it was; also after an interrupt
 
     @property
     def saved_step(self) -> int:
@@ -123,8 +112,8 @@ class Prepared:
     def _survives_rounding(self, model: Any, console: Console) -> bool:
         """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
         exact = [parameter.detach().clone() for parameter in model.parameters()]
+        before = float(self.trainer.state.best_metric)
         with torch.no_grad():
-            before = self.trainer.evaluate(metric_key_prefix="exact")["exact_loss"]
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(self.dtype))
             after = self.trainer.evaluate(metric_key_prefix="rounded")["rounded_loss"]
@@ -155,11 +144,14 @@ def prepare(
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
-    _check_machine(config, processes)
+    check_machine(config, processes)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
     with _quiet():
         model, tokenizer, dtype = _load(student, config)
-        trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher, processes)
+        trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher)
+        milestones, progress = Milestones(config, processes, console), TrainProgress(console)
+        trainer.add_callback(milestones)
+        trainer.add_callback(progress)
         parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
         lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in parts.items()}
         kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
@@ -170,40 +162,12 @@ def prepare(
                 f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
                 f"{len(kept['train'])} (--num_processes), or generate more prompts"
             )
-        faults = count_faults(
-            (trainer.train_dataset, trainer.eval_dataset),
-            stops=stop_tokens(tokenizer, trainer.model),
-            decode=tokenizer.decode,
-        )
-        shown = [examples.train[index] for index in kept["train"]]
+        seen = chain(trainer.train_dataset, trainer.eval_dataset)
+        faults = label_faults(seen, stops=stop_tokens(tokenizer, trainer.model), decode=tokenizer.decode)
+        shown = [examples["train"][index] for index in kept["train"]]
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
-    return Prepared(
-        trainer=trainer,
-        rows=kept,
-        lengths=lengths,
-        faults=faults,
-        differing=differing,
-        dtype=dtype,
-        precision=precision(config.weights),
-    )
-
-
-def _check_machine(config: TrainConfig, processes: Processes) -> None:
-    """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
-    if config.weights == "qlora":
-        check_qlora()
-    for name in config.report_to:
-        if find_spec(name) is None:
-            raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
-    if processes.count > config.batch_size:
-        raise RecipeError(
-            f"train.batch_size {config.batch_size} is less than a row for each of {processes.count} processes; raise it"
-        )
-    if processes.count == 1 and (gpus := torch.cuda.device_count()) > 1:
-        raise UsageError(
-            f"{gpus} GPUs are visible to one process; use them all with `accelerate launch --multi_gpu --num_processes "
-            f"{gpus} -m train …`, or show it one: CUDA_VISIBLE_DEVICES=0"
-        )
+    words = precision(config.weights)
+    return Prepared(trainer, kept, lengths, faults, differing, dtype, words, milestones, progress)
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
@@ -218,70 +182,52 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised)
     except (OSError, ValueError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
-    check_optimizer_fits(student, model, config.weights)
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model, tokenizer, stored
 
 
 def _trainer(
-    model: Any,
-    tokenizer: Any,
-    examples: Examples,
-    config: TrainConfig,
-    folder: Path,
-    console: Console,
-    teacher: str,
-    processes: Processes,
+    model: Any, tokenizer: Any, examples: Examples, config: TrainConfig, folder: Path, console: Console, teacher: str
 ) -> StudentTrainer:
     """The trainer of the recipe's method, its rows tokenised. Says what memory a teacher or checkpointing is about."""
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    checkpointing = config.gradient_checkpointing
-    if checkpointing == "auto":
-        reason = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest))
-        checkpointing = bool(reason)
-        if reason:
-            console.print(f"gradient checkpointing is on: {reason} (train.gradient_checkpointing: auto)")
+    checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
     settings: dict[str, Any] = {
         "model": model,
-        "args": _arguments(config, folder, processes, checkpointing=checkpointing),
-        "train_dataset": datasets.Dataset.from_list(examples.train),
-        "eval_dataset": datasets.Dataset.from_list(examples.validation),
+        "args": _arguments(config, folder, checkpointing=checkpointing),
+        "train_dataset": datasets.Dataset.from_list(examples["train"]),
+        "eval_dataset": datasets.Dataset.from_list(examples["validation"]),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
-        "callbacks": [Milestones(config, processes, console), TrainProgress(console)],
         "step_rows": config.batch_size,
         "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
         "micro_rows": config.micro_batch_size,
     }
-    kind: type[StudentTrainer] = StudentTrainer
+    kinds: dict[str, type[StudentTrainer]] = {"kd": KdTrainer, "gkd": GkdTrainer}
     if config.soft:
-        texts = [row["completion"][0]["content"] for row in examples.train[:COMPARED_TEXTS]]
-        kind = GkdTrainer if config.method == "gkd" else KdTrainer
-        settings |= {"teacher": load_teacher(teacher, tokenizer, texts), "soft": config.kd}
-        console.print(settings["teacher"].memory)
-    trainer = kind(**settings)
+        texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
+        settings |= {"teacher": load_teacher(teacher, tokenizer, texts, console), "soft": config.kd}
+    trainer = kinds.get(config.method, StudentTrainer)(**settings)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
-    """The adapter that the recipe asks for."""
+    """The adapter that the recipe asks for: on every linear layer but the output head (Dettmers et al. 2023)."""
     size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=LORA_TARGETS, **size)
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size)
 
 
-def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, checkpointing: bool) -> SFTConfig:
+def _arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder.resolve()),  # the best checkpoint is found again from any folder
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup,
-        max_grad_norm=1.0,
-        per_device_train_batch_size=max(1, config.batch_size // processes.count),
-        gradient_accumulation_steps=1,  # StudentTrainer splits a step's rows itself
+        gradient_accumulation_steps=1,  # StudentTrainer takes all rows of a step, and splits them itself
         gradient_checkpointing=checkpointing,
         max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows
@@ -290,7 +236,7 @@ def _arguments(config: TrainConfig, folder: Path, processes: Processes, *, check
         use_cpu=not torch.cuda.is_available(),
         bf16=autocast(config.weights),
         save_strategy="steps",
-        save_steps=NEVER,
+        save_steps=NEVER,  # Milestones decides
         eval_strategy="steps",
         eval_steps=NEVER,
         save_total_limit=2,  # the last and the best; with 1 the last would go when training ends

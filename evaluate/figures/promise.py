@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import msgspec
+
 from evaluate.document import Claim, Estimate, ModelReport, exactly
-from evaluate.figures.statistics import Figure, Figures
+from evaluate.figures.statistics import Figures, quotient
 from evaluate.models import AFTER, TEACHER
 
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
@@ -28,36 +30,27 @@ def claims(
 
     `test` has bits per character, over `scored` prompts; `probes` the figures of all `answered` probes.
     """
-    bits = _over(test, "bits_per_character", TEACHER, AFTER)
-    passing = _over(probes, "passing", AFTER, TEACHER)
-    judge = _over(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
-    memory, what = _times(teacher.peak_rss_mib, after.peak_rss_mib), "peak memory of the server"
-    if memory is None:
-        memory, what = _times(teacher.weights_mib, after.weights_mib), "weights"
-    size = _times(teacher.parameters, after.parameters)
+    bits = quotient(test, "bits_per_character", TEACHER, AFTER)
+    passing = quotient(probes, "passing", AFTER, TEACHER)
+    judge = quotient(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
+    size, weights, peak = (_times(teacher, after, name) for name in ("parameters", "weights_mib", "peak_rss_mib"))
+    what = "peak memory of the server" if peak else "weights"
     return [
         _claim("quality_bits", "quality", "bits per character, teacher's over student's", bits, scored),
         _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", passing, answered),
         _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", judge, answered),
         _claim("size", "memory", "parameters, teacher's over student's", size),
         _claim("speed", "speed", "tokens/s saturated, student's over teacher's", _speed(teacher, after)),
-        _claim("memory", "memory", f"{what}, teacher's over student's", memory),
+        _claim("memory", "memory", f"{what}, teacher's over student's", peak or weights),
     ]
 
 
 def holds(parts: Sequence[Claim]) -> bool | None:
     """False if any part that was measured does not hold; None if those that were do, but an axis has none."""
-    measured = [claim for claim in parts if claim.holds is not None]
-    if not all(claim.holds for claim in measured):
+    measured = [claim for claim in parts if claim.verdict != "not measured"]
+    if any(claim.verdict != "yes" for claim in measured):
         return False
     return True if {claim.axis for claim in measured} == set(AXES) else None
-
-
-def answer(claim: Claim) -> str:
-    """Yes, no, not shown (the promise lies within the interval), or a dash."""
-    if claim.holds is None:
-        return "–"
-    return "yes" if claim.holds else "not shown" if claim.undecided else "no"
 
 
 def shown(claim: Claim) -> Callable[[float], str]:
@@ -70,35 +63,23 @@ def shown(claim: Claim) -> Callable[[float], str]:
 def _claim(
     name: str, axis: Literal["quality", "speed", "memory"], text: str, value: Estimate | None, prompts: int = ENOUGH
 ) -> Claim:
-    promised = QUALITY if axis == "quality" else TIMES
+    claim = Claim(name=name, axis=axis, text=text, promised=QUALITY if axis == "quality" else TIMES)
     if value is None or not math.isfinite(value.low):
-        return Claim(name=name, axis=axis, text=text, promised=promised)
-    reached = value.low >= promised
-    return Claim(
-        name=name,
-        axis=axis,
-        text=text,
-        promised=promised,
-        value=value,
-        holds=reached and prompts >= ENOUGH,
-        undecided=prompts < ENOUGH if reached else promised <= value.high,
-    )
+        return claim
+    reached = value.low >= claim.promised
+    chance = prompts < ENOUGH if reached else claim.promised <= value.high
+    verdict = "not shown" if chance else "yes" if reached else "no"
+    return msgspec.structs.replace(claim, value=value, verdict=verdict)
 
 
-def _over(figures: Figures, name: str, above: str, below: str, less: float = 0) -> Estimate | None:
-    one, other = figures.get(above, {}).get(name), figures.get(below, {}).get(name)
-    if one is None or other is None:
-        return None
-    return Figure(one.value - less, one.resampled - less).over(Figure(other.value - less, other.resampled - less))
-
-
-def _times(above: float | None, below: float | None) -> Estimate | None:
-    return exactly(above / below) if above and below else None
+def _times(teacher: ModelReport, after: ModelReport, name: str) -> Estimate | None:
+    above, below = teacher.figure("engine", name), after.figure("engine", name)
+    return exactly(above.value / below.value) if above and below and below.value else None
 
 
 def _speed(teacher: ModelReport, after: ModelReport) -> Estimate | None:
     """The ratio of the medians, from the slowest student over the fastest teacher to the other way round."""
-    ours, theirs = after.tokens_per_s, teacher.tokens_per_s
+    ours, theirs = (model.figure("engine", "tokens_per_s") for model in (after, teacher))
     if not ours or not theirs or not theirs.low:
         return None
     return Estimate(ours.value / theirs.value, ours.low / theirs.high, ours.high / theirs.low)

@@ -9,39 +9,26 @@ which are written without spaces, count by character.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from evaluate.document import Better, Difference, Estimate, Part, ProbeFigures, Probes, WinRate
+from evaluate.document import MEASURES, Better, Difference, Estimate, Part, WinRate
 from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore, probe_row
+from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
 from evaluate.models import AFTER, BEFORE, TEACHER
-from filters.adherence import AdherenceSettings
-from filters.answer import as_answer, nfc
+from filters.adherence import AdherenceSettings, adherence
+from filters.answer import Answer, as_answer, nfc
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
-from filters.words import mentions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, Prompt
 
-BETTER: dict[str, Better | None] = {  # every figure, and which way is better
-    "perplexity": "lower",
-    "bits_per_character": "lower",
-    "passing": "higher",
-    "adherence": "higher",
-    "named": "higher",
-    "loops": "lower",
-    "stopped": "higher",
-    "distinct_1": None,  # noise has the most
-    "distinct_2": None,
-    "characters": None,
-    "judge": "higher",
-}
 _UNSPACED = character_class("han", "kana", "thai")
 _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+(?:['’](?:(?![{_UNSPACED}])[^\W_])+)*")
 
@@ -82,24 +69,12 @@ def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, di
     return figures
 
 
-class NamedSlots(NamedTuple):
-    """Which slots' values an answer must name, and what else counts for a value. No slots: all that a prompt has."""
-
-    slots: list[str]
-    aliases: dict[str, list[str]]
-
-
 class Assessment(NamedTuple):
-    """What is counted of one answer. None: the prompt has no slots, the recipe no rules, the judge no verdict."""
+    """What is counted of one answer."""
 
-    dropped_by: dict[str, str]  # reasons, by rule
-    passing: bool | None
-    named: float | None  # share of the values asked for
-    loops: bool
-    stopped: bool
-    characters: int
+    values: dict[str, float | None]  # by the names in PROBES; None: no rules, no slots, no verdict of the judge
     words: list[str]
-    judge: int | None
+    dropped_by: dict[str, str]  # reasons, by rule
 
 
 def split_words(text: str) -> list[str]:
@@ -107,69 +82,49 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(nfc(text).casefold())
 
 
-def named_slots(recipe: Recipe, rules: RuleSet) -> NamedSlots:
+def named_slots(recipe: Recipe, rules: RuleSet) -> AdherenceSettings:
     """What adherence asks: `evaluate.adherence`, else the slots of the recipe's rule of that name, else all slots."""
     rule = next((rule.settings for rule in rules.rules if isinstance(rule.settings, AdherenceSettings)), None)
     slots = recipe.evaluate.adherence or (rule.slots if rule else list(recipe.prompts.slots))
-    return NamedSlots(slots, rule.aliases if rule else {})
+    return AdherenceSettings.model_construct(slots=slots, max_missing=0, aliases=rule.aliases if rule else {})
 
 
-def assess(row: Kept, rules: RuleSet, wanted: NamedSlots, score: int | None) -> Assessment:
+def assess(row: Kept, rules: RuleSet, wanted: AdherenceSettings, score: int | None) -> Assessment:
     """Everything that is counted of one answer, by the recipe's own rules; `score` is the judge's."""
     answer = as_answer(row)
     reasons = rules.reasons(answer)
     loop = next((rule.settings for rule in rules.rules if isinstance(rule.settings, RepetitionSettings)), None)
-    return Assessment(
-        dropped_by={reason.rule: describe(reason) for reason in reasons},
-        passing=not reasons if rules.rules else None,
-        named=_named(answer.text, row, wanted),
-        loops=repetition(answer, loop or RepetitionSettings()) is not None,
-        stopped=row.finish_reason == "stop",
-        characters=len(row.text),
-        words=split_words(row.text),
-        judge=score,
-    )
+    named = _named(answer, wanted)
+    values = {
+        "passing": not reasons if rules.rules else None,
+        "adherence": None if named is None else named == 1,
+        "named": named,
+        "loops": repetition(answer, loop or RepetitionSettings()) is not None,
+        "stopped": row.finish_reason == "stop",
+        "characters": len(row.text),
+        "judge": score,
+    }
+    return Assessment(values, split_words(row.text), {reason.rule: describe(reason) for reason in reasons})
 
 
-def _named(text: str, row: Kept, wanted: NamedSlots) -> float | None:
-    values: list[str] = []
-    for slot in wanted.slots or row.slots:
-        value = row.slots.get(slot, [])
-        values += [nfc(value)] if isinstance(value, str) else map(nfc, value)
-    if not values:
+def _named(answer: Answer, wanted: AdherenceSettings) -> float | None:
+    """The share of the values asked for that the answer names; no slots wanted: all that its prompt has."""
+    slots = [slot for slot in wanted.slots or answer.slots if slot in answer.slots]
+    values = [1 if isinstance(answer.slots[slot], str) else len(answer.slots[slot]) for slot in slots]
+    if not sum(values):
         return None
-    found = [any(mentions(text, name) for name in (value, *wanted.aliases.get(value, ()))) for value in values]
-    return sum(found) / len(found)
+    reason = adherence(answer, wanted.model_copy(update={"slots": slots}))
+    return 1 - sum(map(len, reason.missing.values())) / sum(values) if reason else 1.0
 
 
 def answer_figures(answers: Sequence[Assessment], counts: Any) -> dict[str, Figure]:
     """Every figure of one model's answers that exists; `counts` are the resamples (statistics.draw)."""
-
-    def mean(value: Callable[[Assessment], float | None]) -> Figure | None:
-        values = [value(answer) for answer in answers]
-        return ratio([v or 0.0 for v in values], [v is not None for v in values], counts)
-
     words = [answer.words for answer in answers]
-    figures = {
-        "passing": mean(lambda a: a.passing),
-        "adherence": mean(lambda a: None if a.named is None else a.named == 1),
-        "named": mean(lambda a: a.named),
-        "loops": mean(lambda a: a.loops),
-        "stopped": mean(lambda a: a.stopped),
-        "distinct_1": distinct(words, 1, counts),
-        "distinct_2": distinct(words, 2, counts),
-        "characters": mean(lambda a: a.characters),
-        "judge": mean(lambda a: a.judge),
-    }
+    figures = {"distinct_1": distinct(words, 1, counts), "distinct_2": distinct(words, 2, counts)}
+    for name in answers[0].values:
+        values = [answer.values[name] for answer in answers]
+        figures[name] = ratio([value or 0.0 for value in values], [value is not None for value in values], counts)
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-@dataclass(frozen=True)
-class PartQuality:
-    """One part of the probes."""
-
-    prompts: list[str]  # ids, in order
-    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -177,96 +132,65 @@ class Quality:
     """What the probes say. A part without prompts is left out; without answers there are no parts."""
 
     answers: dict[str, dict[str, Assessment]]  # model → prompt id → its answer
-    parts: dict[Part, PartQuality]
-
-    @property
-    def all(self) -> PartQuality:
-        """Over all probes."""
-        return self.parts.get("all", PartQuality([], {}))
+    prompts: dict[Part, list[str]]  # ids that every model has answered, in order
+    figures: dict[Part, Figures]
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
-    """Every model's answers to the prompts that all models have answered, as rows."""
-    by_id = {prompt.id: prompt for prompt in prompts.all}
-    found = {key: {answer.prompt_id: answer for answer in result.answers} for key, result in probed.items()}
-    common = set(by_id).intersection(*found.values()) if found else set()
-    return {
-        key: {id_: probe_row(key, by_id[id_], answers[id_]) for id_ in by_id if id_ in common}
-        for key, answers in found.items()
-    }
+    """Every model's answers to the prompts that all models have answered."""
+    found = {key: {row.prompt_id: row for row in result.answers} for key, result in probed.items()}
+    common = [prompt.id for prompt in prompts.all if all(prompt.id in rows for rows in found.values())]
+    return {key: {id_: rows[id_] for id_ in common} for key, rows in found.items()}
 
 
 def measure_quality(
-    recipe: Recipe,
-    rules: RuleSet,
-    prompts: ProbePrompts,
-    answers: Answers,
-    scores: Mapping[str, Mapping[str, int]],
+    recipe: Recipe, rules: RuleSet, prompts: ProbePrompts, answers: Answers, scores: Mapping[str, Mapping[str, int]]
 ) -> Quality:
     """Assesses every answer and computes the figures of each part. `scores`: the judge's, by model and prompt."""
     wanted = named_slots(recipe, rules)
-    seen = {
+    assessed = {
         key: {id_: assess(row, rules, wanted, scores.get(key, {}).get(id_)) for id_, row in rows.items()}
         for key, rows in answers.items()
     }
     common = next(iter(answers.values()), {})
-    parts: dict[Part, PartQuality] = {}
-    members: dict[Part, list[str]] = {
-        "all": [prompt.id for prompt in prompts.all],
-        "seen": [prompt.id for prompt in prompts.seen],
-        "unseen": [prompt.id for prompt in prompts.unseen],
-    }
-    for part, ids in members.items():
-        if own := [id_ for id_ in ids if id_ in common]:
-            counts = draw(len(own))
-            parts[part] = PartQuality(
-                own, {key: answer_figures([of[id_] for id_ in own], counts) for key, of in seen.items()}
-            )
-    return Quality(seen, parts)
+    parts: dict[Part, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
+    quality = Quality(assessed, {}, {})
+    for part, asked in parts.items():
+        if ids := [prompt.id for prompt in asked if prompt.id in common]:
+            counts = draw(len(ids))
+            quality.prompts[part] = ids
+            quality.figures[part] = {
+                key: answer_figures([own[id_] for id_ in ids], counts) for key, own in assessed.items()
+            }
+    return quality
 
 
-def probes_of(quality: Quality, key: str) -> Probes | None:
-    """A model's figures by part; None if it has answered nothing."""
-    if key not in quality.answers or not quality.parts:
-        return None
-    parts = {part: _probe_figures(quality, part, key) for part in quality.parts}
-    return Probes(all=parts["all"], seen=parts.get("seen"), unseen=parts.get("unseen"))
+def failed_rules(answers: Collection[Assessment]) -> dict[str, float]:
+    """The share of the answers that each rule would drop."""
+    labels = Counter(label for answer in answers for label in answer.dropped_by)
+    return {label: labels[label] / len(answers) for label in sorted(labels)}
 
 
-def _probe_figures(quality: Quality, part: Part, key: str) -> ProbeFigures:
-    own = quality.parts[part]
-    answers = [quality.answers[key][id_] for id_ in own.prompts]
-    labels = sorted({label for answer in answers for label in answer.dropped_by})
-    failed = {label: sum(label in answer.dropped_by for answer in answers) / len(answers) for label in labels}
-    estimates: dict[str, Any] = {name: figure.estimate() for name, figure in own.figures[key].items()}
-    return ProbeFigures(prompts=len(answers), failed_rules=failed, **estimates)
-
-
-def differences(test: Figures, unseen: Figures, quality: Quality) -> list[Difference]:
+def differences(figures: Mapping[Part, Figures]) -> list[Difference]:
     """The trained student against itself before training, and against its teacher, in every figure that both have."""
-    probes = [(part, own.figures) for part, own in quality.parts.items()]
-    parts: list[tuple[Any, Figures]] = [("test", test), ("unseen", unseen), *probes]
     found = []
     for against in (BEFORE, TEACHER):
-        for part, figures in parts:
-            ours, theirs = figures.get(AFTER, {}), figures.get(against, {})
+        for part, models in figures.items():
+            ours, theirs = models.get(AFTER, {}), models.get(against, {})
             for name in (name for name in ours if name in theirs):
                 change = ours[name].minus(theirs[name])
-                found.append(difference(name, AFTER, against, change, BETTER[name], part))
+                found.append(difference(name, AFTER, against, change, MEASURES[name].better, part))
     return found
 
 
-def difference(figure: str, model: str, against: str, change: Estimate, better: Better | None, part: Any) -> Difference:
+def difference(
+    figure: str, model: str, against: str, change: Estimate, better: Better | None, part: Part
+) -> Difference:
     """A change that is judged: `improved` only if its whole interval is on the better side of zero."""
     sure = better is not None and not change.low <= 0 <= change.high
+    improved = (change.low > 0) == (better == "higher") if sure else None
     return Difference(
-        figure=figure,
-        part=part,
-        model=model,
-        against=against,
-        change=change,
-        better=better,
-        improved=(change.low > 0) == (better == "higher") if sure else None,
+        figure=figure, part=part, model=model, against=against, change=change, better=better, improved=improved
     )
 
 
@@ -275,8 +199,8 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
     found = []
     for against in OPPONENTS:
         pairs = {pair.prompt_id: pair for pair in (judged.pairs if judged else ()) if pair.against == against}
-        for part, own in quality.parts.items() if pairs else ():
-            found.append(_win_rate(against, part, [pairs[id_] for id_ in own.prompts if id_ in pairs]))
+        for part, ids in quality.prompts.items() if pairs else ():
+            found.append(_win_rate(against, part, [pairs[id_] for id_ in ids if id_ in pairs]))
     return found
 
 

@@ -43,6 +43,19 @@ class Figure:
 Figures = Mapping[str, Mapping[str, Figure]]  # model → name → figure
 
 
+def merged(one: Figures, other: Figures) -> Figures:
+    """Both figures of every model."""
+    return {key: {**one.get(key, {}), **other.get(key, {})} for key in {**one, **other}}
+
+
+def quotient(figures: Figures, name: str, above: str, below: str, less: float = 0) -> Estimate | None:
+    """A figure of one model over that of another, `less` taken from both; None if one of them does not have it."""
+    one, other = figures.get(above, {}).get(name), figures.get(below, {}).get(name)
+    if one is None or other is None:
+        return None
+    return Figure(one.value - less, one.resampled - less).over(Figure(other.value - less, other.resampled - less))
+
+
 def draw(prompts: int, resamples: int = RESAMPLES) -> Any:
     """How often each prompt (second axis) is in each resample (first axis): floats."""
     import numpy as np

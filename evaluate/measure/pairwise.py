@@ -113,57 +113,47 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     scoring = attempt_runs(verdicts_folder(folder, version_of(judge.recipe, judge.config)), judge.config)
     ordered = [pair for _, student, other in pairs for pair in ((student, other), (other, student))]
     choices = _choose(judge, run.path / FOLDER / "pairs", ordered, scoring)
-    return JudgeResult(
-        model=judge.model,
-        is_teacher=judge.is_teacher,
-        scores=scores,
-        pairs=[
-            PairVerdict(
-                against=against,
-                prompt_id=student.prompt_id,
-                student_first=_choice(student, other, choices),
-                student_second=_choice(other, student, choices),
-            )
-            for against, student, other in pairs
-        ],
-    )
-
-
-def _choice(first: Kept, second: Kept, choices: Mapping[str, str]) -> str | None:
-    """A, B or tie; decided without the judge if an answer is empty or both are the same."""
-    if first.text == second.text:
-        return "tie"
-    if not first.text or not second.text:
-        return "A" if first.text else "B"
-    return choices.get(_pair_id(first, second))
+    verdicts = [
+        PairVerdict(
+            against=against,
+            prompt_id=student.prompt_id,
+            student_first=choices.get(_pair_id(student, other)),
+            student_second=choices.get(_pair_id(other, student)),
+        )
+        for against, student, other in pairs
+    ]
+    return JudgeResult(model=judge.model, is_teacher=judge.is_teacher, scores=scores, pairs=verdicts)
 
 
 def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence[RunDir]) -> dict[str, str]:
-    """The judge's choices by the pair's id; those that cannot be read are asked for again.
+    """The choices by the pair's id: A, B or tie. What the judge's reply does not tell is asked for again.
 
-    The budget is what the runs of the `scoring` left of it.
+    Equal answers tie, and an empty one loses, without a question. The budget is what the runs of the `scoring` left.
     """
-    version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
-    open_questions = {
-        _pair_id(first, second): pair_question(first, second, judge.config)
-        for first, second in pairs
-        if first.text and second.text and first.text != second.text
-    }
     choices: dict[str, str] = {}
+    questions: dict[str, list[Message]] = {}
+    for first, second in pairs:
+        if first.text == second.text:
+            choices[_pair_id(first, second)] = "tie"
+        elif not first.text or not second.text:
+            choices[_pair_id(first, second)] = "A" if first.text else "B"
+        else:
+            questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
+    version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
     attempts = attempt_runs(folder / version, judge.config)
     for attempt, asked in enumerate(attempts, start=1):
+        open_questions = [Prompt(id=id_, messages=asking) for id_, asking in questions.items() if id_ not in choices]
         if not open_questions:
             break
         asked.path.mkdir(parents=True, exist_ok=True)
-        questions = folder / version / f"{attempt}.questions.jsonl"
-        write_jsonl(questions, (Prompt(id=id_, messages=messages) for id_, messages in open_questions.items()))
+        file = folder / version / f"{attempt}.questions.jsonl"
+        write_jsonl(file, open_questions)
         others = [*scoring, *(other for other in attempts if other != asked)]
-        wanted = judge_recipe(judge.recipe, judge.config, questions, attempt, CHOICE, others)
+        wanted = judge_recipe(judge.recipe, judge.config, file, attempt, CHOICE, others)
         generate(wanted, asked, quiet=True, retry_failures=True)
         for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-            if row.prompt_id in open_questions and (choice := read_choice(row.text)):
-                choices[row.prompt_id] = choice
-        open_questions = {id_: question for id_, question in open_questions.items() if id_ not in choices}
+            if row.prompt_id in questions and (choice := read_choice(row.text)):
+                choices.setdefault(row.prompt_id, choice)
     return choices
 
 

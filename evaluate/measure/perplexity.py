@@ -8,7 +8,6 @@ counts on the answer and on its end only.
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +57,6 @@ def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, de
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    started = time.monotonic()
     model, tokenizer = load(subject, dtype=dtype, device=device)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -69,7 +67,7 @@ def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, de
         torch.cuda.empty_cache()
     if not scores:
         raise DistillError(f"{subject.label}: no test row fits its context; use shorter prompts or another student")
-    return PerplexityResult(dtype=dtype, device=device, wall_s=time.monotonic() - started, scores=scores)
+    return PerplexityResult(dtype=dtype, device=device, scores=scores)
 
 
 def score_rows(

@@ -41,22 +41,20 @@ class Asked:
     """The questions that a run has asked, whatever their spacing and case, and the values of their slots."""
 
     def __init__(self, prompts: Iterable[Prompt | Kept]) -> None:
-        self._texts: set[bytes] = set()
-        self._slots: set[bytes] = set()
+        self._known: set[bytes] = set()  # digests of questions, and of combinations of values
         self.values: dict[str, set[str]] = {}  # that each slot has had
         for prompt in prompts:
-            self._texts.add(_digest(question_text(prompt.messages)))
-            self._slots.add(_digest(_combination(prompt.slots)))
+            self._known |= {_digest(question_text(prompt.messages)), _digest(_combination(prompt.slots))}
             for name in prompt.slots:
                 self.values.setdefault(name, set()).update(_values(prompt.slots, name))
 
     def has(self, prompt: Prompt) -> bool:
         """Whether these words were asked."""
-        return _digest(question_text(prompt.messages)) in self._texts
+        return _digest(question_text(prompt.messages)) in self._known
 
     def has_combination(self, prompt: Prompt) -> bool:
         """Whether a prompt of any template had these values, in any order."""
-        return _digest(_combination(prompt.slots)) in self._slots
+        return _digest(_combination(prompt.slots)) in self._known
 
 
 def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> ProbePrompts:

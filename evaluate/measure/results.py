@@ -1,4 +1,4 @@
-"""The results of measurements, and the files that cache them under evaluation/ in the run directory.
+"""What is measured on what, the results, and the files that cache them under evaluation/ in the run directory.
 
     evaluation/perplexity-<model>.json    the score of every test row
     evaluation/unseen-<model>.json        the score of the teacher's answers to probes with unseen values
@@ -17,7 +17,9 @@ from typing import TypeVar
 
 import msgspec
 
-from evaluate.models import Subject, digest, digest_subject
+from evaluate.measure.probes import ProbePrompts
+from evaluate.models import TEACHER, Subject, digest
+from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Kept, Prompt, Usage, read_jsonl
@@ -50,7 +52,6 @@ class PerplexityResult(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     dtype: str
     device: str
-    wall_s: float
     scores: list[RowScore]
 
 
@@ -79,7 +80,6 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str | None  # that the engine was told; None: the stored one
     bursts: list[Burst]  # at least one with tokens in it
     alone: list[Lone]
-    startup_s: float
     peak_rss_bytes: int | None  # of all the server's processes; None on a GPU: vLLM takes the share it is told to
 
     @property
@@ -88,21 +88,14 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
         return [burst.completion_tokens / burst.wall_s for burst in self.bursts]
 
 
-class ProbeAnswer(msgspec.Struct, frozen=True):
-    """A model's answer to one probe."""
-
-    prompt_id: str
-    text: str  # empty if the model said nothing
-    finish_reason: str
-    tokens: int | None
-
-
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's answers to the probes, with the recipe's own sampling. A request that failed has none."""
+    """A model's answers to the probes, with the recipe's own sampling.
+
+    An empty answer's finish_reason is `empty_answer`. A request that failed for another reason has no answer.
+    """
 
     fingerprint: str = ""
-    wall_s: float
-    answers: list[ProbeAnswer]
+    answers: list[Kept]
 
 
 class PairVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,9 +130,6 @@ class Results:
     probed: dict[str, ProbeResult]
     judged: JudgeResult | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self.scored or self.timed or self.probed)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -162,25 +152,34 @@ class Entry:
         return result
 
 
-class Cache:
-    """The measurements of one run. Each entry is read once, and written when its measurement is done."""
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on what, decided before anything is measured."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, dtype: str) -> None:
-        """`dtype`: what perplexity is computed in."""
-        self._recipe, self._folder, self._dtype = recipe, run.path / FOLDER, dtype
-        self._weights: dict[str, str] = {}  # model: what identifies its weights
+    recipe: Recipe
+    run: RunDir
+    rules: RuleSet
+    models: list[Subject]
+    test_rows: int
+    rows: list[Kept]  # of them, chosen for perplexity
+    timing: list[Prompt]
+    probes: ProbePrompts
+    dtype: str
+    device: str
+    weights: dict[str, str]  # model: what identifies its weights
+    force: bool  # measure again what is cached
+
+    def answers_probes(self, subject: Subject) -> bool:
+        """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
+        asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)
+        return asked and bool(self.probes.all)
 
     def entry(self, name: str, subject: Subject, inputs: Sequence[Completion | Prompt]) -> Entry:
-        """Of the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts."""
-        if subject.key not in self._weights:
-            self._weights[subject.key] = digest_subject(subject)
-        settings = self._recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self._dtype
-        fingerprint = digest(self._weights[subject.key], digest_inputs(inputs), settings)
-        return Entry(self._folder / f"{name}-{subject.key}.json", fingerprint)
-
-    def judged(self, fingerprint: str) -> Entry:
-        """Of the judge's scores and choices."""
-        return Entry(self._folder / "judged.json", fingerprint)
+        """Where the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts is cached."""
+        what = (i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs)
+        settings = self.recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self.dtype
+        fingerprint = digest(self.weights[subject.key], digest(*what), settings)
+        return Entry(self.run.path / FOLDER / f"{name}-{subject.key}.json", fingerprint)
 
 
 def read_result(path: Path, kind: type[Result]) -> Result | None:
@@ -204,18 +203,10 @@ def read_test(run: RunDir) -> list[Kept]:
     return rows
 
 
-def probe_row(key: str, prompt: Prompt, answer: ProbeAnswer) -> Kept:
-    """An answer to a probe as a row, for rules, judge and perplexity; its id changes with its text."""
-    id_ = digest(key, prompt.id, answer.text)[:16]
-    return answer_row(id_, prompt, answer.text, key, answer.finish_reason, answer.tokens)
-
-
-def answer_row(
-    id_: str, prompt: Prompt, text: str, model: str, finish_reason: str = "stop", tokens: int | None = None
-) -> Kept:
-    """An answer that came from no endpoint of the run, as a kept row."""
+def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop") -> Kept:
+    """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and text."""
     return Kept(
-        id=id_,
+        id=digest(model, prompt.id, text)[:16],
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
@@ -224,13 +215,8 @@ def answer_row(
         text=text,
         finish_reason=finish_reason,
         model=model,
-        usage=Usage(completion_tokens=tokens),
+        usage=Usage(),
         latency_s=0.0,
         attempts=1,
         created="",
     )
-
-
-def digest_inputs(inputs: Sequence[Completion | Prompt]) -> str:
-    """What identifies a list of rows or prompts."""
-    return digest(*(i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs))

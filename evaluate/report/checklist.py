@@ -76,39 +76,14 @@ class Evidence:
 Found = tuple[Status, float | None, str, str]  # status, value, finding, fix
 
 
-class Point(NamedTuple):
-    """One point of the checklist."""
-
-    name: str
-    wanted: str
-    look: Callable[[Evidence], Found | None]  # None: not measured yet
-    unknown: tuple[str, str] = ("", "")  # what to say then, and what to do
-
-
 def check_run(recipe: Recipe, run: RunDir, report: Report | None) -> Checklist:
     """The checklist of a run, from its files and its report. Raises DataError at a file that is wrong."""
-    return checklist(gather(recipe, run, report))
-
-
-def checklist(seen: Evidence) -> Checklist:
-    """Compares the evidence with what is wanted; pure."""
-
-    def check(point: Point) -> Check:
-        status, value, finding, fix = point.look(seen) or ("unknown", None, *point.unknown)
-        fix = "" if status == "pass" else fix
-        return Check(name=point.name, wanted=point.wanted, status=status, value=value, finding=finding, fix=fix)
-
-    return Checklist(points=[check(point) for point in POINTS], failures=[check(point) for point in FAILURES])
-
-
-def gather(recipe: Recipe, run: RunDir, report: Report | None) -> Evidence:
-    """Reads the run. Raises DataError at a file that is not what its stage writes."""
     lineage = read_lineage(run)
     generated = lineage.get("generate") or {}
     requests = generated.get("requests")
     trained = read_stage_file(run.checks, TrainChecks, "train again")
     filtered = run.kept.is_file() and run.dropped.is_file()
-    return Evidence(
+    seen = Evidence(
         recipe=recipe,
         filters=_filtered(run, lineage.get("filters")),
         distinct_prompts=generated["prompts"]["distinct"] / requests if requests else None,
@@ -116,6 +91,7 @@ def gather(recipe: Recipe, run: RunDir, report: Report | None) -> Evidence:
         review=agreement(recipe, run) if filtered and run.reviews.is_file() else None,
         report=report,
     )
+    return checklist(seen)
 
 
 def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None:
@@ -138,10 +114,20 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
     )
 
 
-def _size(seen: Evidence) -> Found | None:
-    ratio = _size_ratio(seen)
-    if ratio is None:
-        return None
+def checklist(seen: Evidence) -> Checklist:
+    """Compares the evidence with what is wanted; pure."""
+
+    def check(point: Point) -> Check:
+        own = point.source.get(seen)
+        found = None if own is None else point.look(own)
+        status, value, finding, fix = found or ("unknown", None, point.source.missing, point.source.fix)
+        fix = "" if status == "pass" else fix
+        return Check(name=point.name, wanted=point.wanted, status=status, value=value, finding=finding, fix=fix)
+
+    return Checklist(points=[check(point) for point in POINTS], failures=[check(point) for point in FAILURES])
+
+
+def _size(ratio: float) -> Found:
     status: Status = "pass" if LOWEST <= ratio <= HIGHEST else "warn" if 1 <= ratio < LOWEST else "fail"
     fix = "take a smaller student: it saves more" if ratio < LOWEST else "take a model of a size between"
     return status, ratio, f"{ratio:.1f} times", fix
@@ -152,10 +138,15 @@ def _ability(seen: Evidence) -> Found | None:
     filters = seen.filters
     if filters is None or filters.pass_rules is None:
         return None
-    adherence, where = _adherence(seen)
-    finding = f"{percent(filters.pass_rules)} pass the rules"
-    value = filters.pass_rules if adherence is None else min(filters.pass_rules, adherence)
+    finding, value = f"{percent(filters.pass_rules)} pass the rules", filters.pass_rules
+    failing = {_plain(label): share for label, share in filters.failing.items()}
+    teacher = next((m for m in seen.report.models if m.key == TEACHER), None) if seen.report else None
+    probed = teacher.figure("all", "adherence") if teacher else None
+    adherence, where = (probed.value if probed else None), "probes"
+    if "adherence" in failing:
+        adherence, where = 1 - failing["adherence"], "the rule adherence"
     if adherence is not None:
+        value = min(value, adherence)
         finding += f", {percent(adherence)} name all that was asked for ({where})"
     elif seen.recipe.prompts.slots:
         finding += "; whether they name what was asked for is not measured"
@@ -165,29 +156,15 @@ def _ability(seen: Evidence) -> Found | None:
     return "pass" if value >= ABLE else "fail", value, finding, fix
 
 
-def _adherence(seen: Evidence) -> tuple[float | None, str]:
-    """The share of the teacher's answers that name what was asked for, and where it was measured."""
-    failing = {_plain(label): share for label, share in seen.filters.failing.items()} if seen.filters else {}
-    if "adherence" in failing:
-        return 1 - failing["adherence"], "the rule adherence"
-    teacher = next((m for m in seen.report.models if m.key == TEACHER), None) if seen.report else None
-    figure = teacher.probes.all.adherence if teacher and teacher.probes else None
-    return (figure.value, "probes") if figure else (None, "")
-
-
-def _rows(seen: Evidence) -> Found | None:
-    if seen.filters is None:
-        return None
-    kept = seen.filters.kept
+def _rows(filters: Filtered) -> Found:
+    kept = filters.kept
     status: Status = "fail" if kept < FAIR_START else "pass" if FEWEST <= kept <= MOST else "warn"
     fix = "raise prompts.count" if kept < FEWEST else "more rows than these seldom teach more"
-    return status, kept, f"{kept:,} of {seen.filters.rows:,} answers", fix
+    return status, kept, f"{kept:,} of {filters.rows:,} answers", fix
 
 
-def _keep_rate(seen: Evidence) -> Found | None:
-    if seen.filters is None:
-        return None
-    rate = seen.filters.keep_rate
+def _keep_rate(filters: Filtered) -> Found:
+    rate = filters.keep_rate
     fix = "see which rules drop what in filter_report.json; fix the prompts, or take another teacher"
     return "pass" if rate >= SAFE_KEEP_RATE else "fail", rate, f"{rate:.1%}", fix
 
@@ -207,13 +184,13 @@ def _review(seen: Evidence) -> Found | None:
     return "pass" if done >= enough else "warn", done, finding, REVIEW
 
 
-def _student(seen: Evidence) -> Found | None:
+def _student(report: Report) -> Found | None:
     """Perplexity and probes of the student: better than before training, with intervals."""
-    ratio = seen.report.headline.perplexity_after_over_before if seen.report else None
-    if seen.report is None or ratio is None:
+    ratio = report.headline.perplexity_after_over_before
+    if ratio is None:
         return None
     finding = f"perplexity times what it was: {ratio.told()}"
-    changes = [d for d in seen.report.differences if d.against == BEFORE and d.part == "all" and d.better]
+    changes = [d for d in report.differences if d.against == BEFORE and d.part == "all" and d.better]
     better, worse = ([d.figure.replace("_", " ") for d in changes if d.improved is way] for way in (True, False))
     if changes:
         finding += f"; probes better in {', '.join(better) or 'nothing'}"
@@ -226,52 +203,45 @@ def _student(seen: Evidence) -> Found | None:
     return "pass" if ratio.high < 1 and better and not worse else "warn", ratio.value, finding, fix
 
 
-def _axes(seen: Evidence) -> Found:
+def _axes(report: Report) -> Found:
     """Teacher against student: each part of the promise, by its axis."""
-    claims = [claim for claim in seen.report.headline.claims if claim.value] if seen.report else []
+    claims = [claim for claim in report.headline.claims if claim.value]
     missing = [axis for axis in AXES if not any(claim.axis == axis for claim in claims)]
     finding = "; ".join(map(_told, claims)) or "nothing is measured"
-    missed = [claim.name for claim in claims if claim.holds is False and not claim.undecided]
+    missed, undecided = ([c.name for c in claims if c.verdict == verdict] for verdict in ("no", "not shown"))
     if missed:
         fix = f"the promise does not hold for this run ({', '.join(missed)}): do not claim it"
         return "fail", len(claims), finding, fix
     if missing:
         return "unknown", None, f"{finding}; not measured: {', '.join(missing)}", "evaluate teacher and student"
-    undecided = [claim.name for claim in claims if claim.undecided]
     fix = f"chance may explain {', '.join(undecided)}: evaluate on more rows and probes"
     return "warn" if undecided else "pass", len(claims), finding, fix
 
 
-def _licence(seen: Evidence) -> Found | None:
-    return _from_training(seen, "licence")
+def _as_training_found(found: Check) -> Found:
+    """A point that the checks before training have answered; their advice is a warning here."""
+    return "warn" if found.status == "note" else found.status, found.value, found.finding, found.fix
 
 
-def _unfiltered(seen: Evidence) -> Found | None:
-    if seen.filters is None:
-        return None
-    rules = len(seen.filters.rules)
-    finding = f"{rules} rules judged {seen.filters.rows:,} answers" if rules else "the filters had no rule"
+def _unfiltered(filters: Filtered) -> Found:
+    rules = len(filters.rules)
+    finding = f"{rules} rules judged {filters.rows:,} answers" if rules else "the filters had no rule"
     return "pass" if rules else "fail", rules, finding, "a teacher's faults are copied too: name filters.rules"
 
 
-def _too_large(seen: Evidence) -> Found | None:
-    ratio = _size_ratio(seen)
-    if ratio is None:
-        return None
+def _too_large(ratio: float) -> Found:
     fix = "take a teacher of a size between, or a larger student"
     return "pass" if ratio <= HIGHEST else "fail", ratio, f"{ratio:.1f} times", fix
 
 
-def _chain(seen: Evidence) -> Found | None:
-    found = seen.checks.get("chain")
-    if found and found.status == "note" and found.value is None:
+def _chain(found: Check) -> Found:
+    if found.status == "note" and found.value is None:
         return "unknown", None, found.finding, found.fix
-    return _from_training(seen, "chain")
+    return _as_training_found(found)
 
 
-def _domain_shift(seen: Evidence) -> Found | None:
-    failing = seen.filters.failing if seen.filters else {}
-    found = {rule: 1 - share for rule, share in failing.items() if _plain(rule) in SCRIPT_RULES}
+def _domain_shift(filters: Filtered) -> Found | None:
+    found = {rule: 1 - share for rule, share in filters.failing.items() if _plain(rule) in SCRIPT_RULES}
     if not found:
         return None
     worst = min(found.values())
@@ -294,48 +264,18 @@ def _same_prompts(seen: Evidence) -> Found | None:
     return "warn" if twins > SAFE_DUPLICATES else "pass", share, finding, fix
 
 
-def _beats_teacher(seen: Evidence) -> Found | None:
+def _beats_teacher(report: Report) -> Found | None:
     """A student is bounded by its teacher: a quality over 100% is a reason to look twice, not to rejoice."""
-    claims = [c for c in seen.report.headline.claims if c.axis == "quality" and c.value] if seen.report else []
-    wins = [w.rate for w in seen.report.wins if w.against == TEACHER and w.rate] if seen.report else []
-    if not claims and not wins:
+    claims = {_told(c): c.value.value for c in report.headline.claims if c.axis == "quality" and c.value}
+    rates = [win.rate.value for win in report.wins if win.against == TEACHER and win.rate]
+    quality = claims | {f"wins {percent(rate)} of the pairs": 2 * rate for rate in rates}  # 1: the teacher's
+    if not quality:
         return None
-    most = max([claim.value.value for claim in claims if claim.value] + [2 * rate.value for rate in wins])
-    over = [_told(claim) for claim in claims if claim.value and claim.value.value > 1]
-    over += [f"wins {percent(rate.value)} of the pairs" for rate in wins if rate.value > 0.5]
-    if not over:
+    most = max(quality.values())
+    if most <= 1:
         return "pass", most, f"at most {percent(most)} of the teacher's", ""
     fix = "look for test prompts that were trained on, for a judge with a taste, and for rules that ask too little"
-    return "warn", most, f"suspicious: {'; '.join(over)}", fix
-
-
-UNFILTERED = ("the answers are not filtered", "run the filters")
-UNSIZED = ("the sizes are not known", "train: it counts both models' parameters")
-UNCHECKED = ("not checked yet", "train: its checks come first")
-ABLE_WANTED = f"{percent(ABLE)} of its answers pass the rules, and name what was asked for"
-THREE_WANTED = "measured against the teacher: 90% of its quality, 3 times smaller and faster"
-SCRIPT_WANTED = f"{percent(IN_LANGUAGE[1])} of the answers in the wanted script or language"
-NO_SCRIPT_RULE = ("no rule looks at it", "name a rule script_ratio or language in filters.rules, and filter")
-UNCOMPARED = ("quality is not compared with the teacher's", "evaluate")
-# Name, what is wanted, how it is found out; what to say, and to do, if it is not known yet.
-POINTS = (
-    Point("size ratio", f"a teacher {LOWEST} to {HIGHEST} times larger", _size, UNSIZED),
-    Point("teacher's ability", ABLE_WANTED, _ability, UNFILTERED),
-    Point("rows", f"{FEWEST:,} to {MOST:,} kept rows; {FAIR_START} are a fair start", _rows, UNFILTERED),
-    Point("keep rate", f"{percent(SAFE_KEEP_RATE)} or more kept", _keep_rate, UNFILTERED),
-    Point("human review", f"{REVIEWED_ROWS} answers reviewed by a person", _review, ("no answer is reviewed", REVIEW)),
-    Point("student's quality", "better than before training", _student, ("the student is not evaluated", "evaluate")),
-    Point("three axes", THREE_WANTED, _axes),
-    Point("licence chain", "the teacher's terms allow it, and what they ask is done", _licence, UNCHECKED),
-)
-FAILURES = (
-    Point("1 no filter", "the answers went through rules", _unfiltered, UNFILTERED),
-    Point("2 teacher far larger", f"at most {HIGHEST} times the student", _too_large, UNSIZED),
-    Point("3 distilling the distilled", "a teacher that was not itself distilled", _chain, UNCHECKED),
-    Point("4 domain shift", SCRIPT_WANTED, _domain_shift, NO_SCRIPT_RULE),
-    Point("5 same prompts", "different prompts and answers", _same_prompts, ("nothing is generated", "generate")),
-    Point("6 student beats teacher", "no claim of more than the teacher's quality", _beats_teacher, UNCOMPARED),
-)
+    return "warn", most, f"suspicious: {'; '.join(said for said, times in quality.items() if times > 1)}", fix
 
 
 def _size_ratio(seen: Evidence) -> float | None:
@@ -356,12 +296,58 @@ def _told(claim: Claim) -> str:
     return f"{claim.name.replace('_', ' ')} {claim.value.told('{:.2f}'.format) if claim.value else ''}"
 
 
-def _from_training(seen: Evidence, name: str) -> Found | None:
-    """A point that the checks before training have answered; their advice is a warning here."""
-    found = seen.checks.get(name)
-    if found is None:
-        return None
-    return "warn" if found.status == "note" else found.status, found.value, found.finding, found.fix
+class Source(NamedTuple):
+    """What a point is made from, and what to say and do if the run does not have it yet."""
+
+    get: Callable[[Evidence], Any]
+    missing: str
+    fix: str
+
+
+class Point(NamedTuple):
+    """One point of the checklist."""
+
+    name: str
+    wanted: str
+    source: Source
+    look: Callable[[Any], Found | None]  # at what the source gives; None: not measured yet
+
+
+FILTERS = Source(lambda seen: seen.filters, "the answers are not filtered", "run the filters")
+SIZE = Source(_size_ratio, "the sizes are not known", "train: it counts both models' parameters")
+LICENCE = Source(lambda seen: seen.checks.get("licence"), "not checked yet", "train: its checks come first")
+CHAIN = Source(lambda seen: seen.checks.get("chain"), LICENCE.missing, LICENCE.fix)
+ABILITY = Source(lambda seen: seen, FILTERS.missing, FILTERS.fix)
+REVIEWS = Source(lambda seen: seen, "no answer is reviewed", REVIEW)
+STUDENT = Source(lambda seen: seen.report, "the student is not evaluated", "evaluate")
+COMPARED = Source(lambda seen: seen.report, "quality is not compared with the teacher's", "evaluate")
+PROMISE = Source(lambda seen: seen.report, "nothing is measured", "evaluate teacher and student")
+SCRIPTS = Source(
+    FILTERS.get, "no rule looks at it", "name a rule script_ratio or language in filters.rules, and filter"
+)
+PROMPTS = Source(lambda seen: seen, "nothing is generated", "generate")
+
+ABLE_WANTED = f"{percent(ABLE)} of its answers pass the rules, and name what was asked for"
+AXES_WANTED = "measured against the teacher: 90% of its quality, 3 times smaller and faster"
+SCRIPT_WANTED = f"{percent(IN_LANGUAGE[1])} of the answers in the wanted script or language"
+POINTS = (
+    Point("size ratio", f"a teacher {LOWEST} to {HIGHEST} times larger", SIZE, _size),
+    Point("teacher's ability", ABLE_WANTED, ABILITY, _ability),
+    Point("rows", f"{FEWEST:,} to {MOST:,} kept rows; {FAIR_START} are a fair start", FILTERS, _rows),
+    Point("keep rate", f"{percent(SAFE_KEEP_RATE)} or more kept", FILTERS, _keep_rate),
+    Point("human review", f"{REVIEWED_ROWS} answers reviewed by a person", REVIEWS, _review),
+    Point("student's quality", "better than before training", STUDENT, _student),
+    Point("three axes", AXES_WANTED, PROMISE, _axes),
+    Point("licence chain", "the teacher's terms allow it, and what they ask is done", LICENCE, _as_training_found),
+)
+FAILURES = (
+    Point("1 no filter", "the answers went through rules", FILTERS, _unfiltered),
+    Point("2 teacher far larger", f"at most {HIGHEST} times the student", SIZE, _too_large),
+    Point("3 distilling the distilled", "a teacher that was not itself distilled", CHAIN, _chain),
+    Point("4 domain shift", SCRIPT_WANTED, SCRIPTS, _domain_shift),
+    Point("5 same prompts", "different prompts and answers", PROMPTS, _same_prompts),
+    Point("6 student beats teacher", "no claim of more than the teacher's quality", COMPARED, _beats_teacher),
+)
 
 
 def print_checklist(found: Checklist, console: Console) -> None:

@@ -1,8 +1,8 @@
-"""report.html: the report as one self-contained page, no script, no link to anywhere. Draws; computes no figure."""
+"""report.html, one self-contained page without scripts or links; results.svg of an experiment. Computes no figure."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,6 +28,28 @@ def publish(run: RunDir, report: Report) -> None:
 
 def render_html(report: Report) -> str:
     """The page. Every text of the report is escaped."""
+    return _render(
+        "report.html.j2",
+        report=report,
+        promise=tables.promise(report).rows if any(claim.value for claim in report.headline.claims) else [],
+        kept=tables.Line(*tables.VERDICTS[report.headline.holds]),
+        axes=charts.axis_panels(report),
+        measured=tables.measured(report),
+        bars=charts.bar_panels(report),
+        probes=tables.probes(report),
+        wins=tables.wins(report),
+        drops=charts.drop_bars(report.filters),
+        loss=charts.loss_chart(report.training),
+        lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
+    )
+
+
+def draw_svg(title: str, panels: Sequence[charts.Panel]) -> str:
+    """Panels of dots with their intervals, one below the other, as one self-contained SVG."""
+    return _render("dots.svg.j2", title=title, panels=panels)
+
+
+def _render(template: str, **variables: Any) -> str:
     environment = Environment(
         loader=PackageLoader("evaluate", "."),
         autoescape=True,
@@ -36,22 +58,7 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {"lang_of": lang_of, "remarks": remarks}  # macros see globals only
-    parts = tables.promise(report)
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        promise=parts if any(claim.value for claim in report.headline.claims) else [],
-        kept=tables.Note(*tables.VERDICTS[report.headline.holds]),
-        axes=charts.axis_panels(report),
-        measured=tables.measured(report),
-        bars=charts.bar_panels(report),
-        probes=tables.probes(report),
-        wins=tables.wins(report),
-        drops=charts.drop_panel(report.filters),
-        loss=charts.loss_chart(report.training),
-        costs=[(name, value) for name, value in _costs(report) if value],
-        origin=[(name, value) for name, value in _origin(report) if value],
-        lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
-    )
+    return environment.get_template(template).render(**variables)
 
 
 def lang_of(text: str) -> str:
@@ -62,55 +69,8 @@ def lang_of(text: str) -> str:
 def remarks(answer: Answer) -> Iterator[str]:
     """What is known of an answer: the judge's score, an end that was cut off, the rules that would drop it."""
     if answer.score is not None:
-        yield f"judge: {answer.score} of 5"
-    if answer.finish_reason and answer.finish_reason != "stop":
+        yield f"judge: {answer.score:g} of 5"
+    if answer.text and answer.finish_reason not in ("", "stop"):
         yield f"did not end by itself ({answer.finish_reason})"
     for rule, why in answer.dropped_by.items():
         yield f"{rule} would drop it: {why}"
-
-
-def _costs(report: Report) -> Iterator[tuple[str, str]]:
-    """Money, tokens and time, from the lineage and the training's log."""
-    generated, training = _section(report, "generate"), report.training
-    spent, call = generated.get("spent") or {}, generated.get("last_call") or {}
-    usd, kept = spent.get("usd"), report.filters.kept if report.filters else None
-    if generated:
-        requests, completed = generated.get("requests"), generated.get("completed")
-        yield "answers", f"{completed:,} of {requests:,} requests answered" if completed and requests else ""
-        counts = [(generated.get("prompt_tokens"), "prompt"), (generated.get("completion_tokens"), "completion")]
-        counts.append((spent.get("tokens"), "in all, failed attempts counted"))
-        yield "tokens", ", ".join(f"{count:,} {what}" for count, what in counts if count)
-        yield "money", "no price is known: the teacher ran on your own machine" if usd is None else f"{usd:,.4g} USD"
-        yield "money per kept row", f"{usd / kept:,.3g} USD" if usd is not None and kept else ""
-        took, answered = call.get("wall_s"), call.get("answered", 0)
-        yield "last call of generate", f"{_time(took)}, {answered:,} answers" if took else ""
-    if training.wall_s is not None:
-        yield "training", _time(training.wall_s) + (f", {training.tokens:,} tokens" if training.tokens else "")
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _origin(report: Report) -> Iterator[tuple[str, str]]:
-    """Teacher, sampling, rules, student, machine and versions: one line each."""
-    generated, trained = _section(report, "generate"), _section(report, "train")
-    yield "teacher", str(_mapping(generated.get("teacher")).get("asked", ""))
-    yield "sampling", ", ".join(f"{name} {value}" for name, value in _mapping(generated.get("sampling")).items())
-    rules = _section(report, "filters").get("rules") or []
-    yield "rules", ", ".join(str(_mapping(rule).get("rule")) for rule in rules)
-    if trained:
-        yield "student", str(trained.get("student", ""))
-        yield "training", f"{trained.get('method')}, seed {trained.get('seed')}, {trained.get('precision', '')}"
-    yield from report.machine.items()
-    yield from report.versions.items()
-
-
-def _section(report: Report, name: str) -> Mapping[str, Any]:
-    return _mapping(report.lineage.get(name))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -1,56 +1,21 @@
 """The figures of a report as tables of text: printed on the terminal here, drawn in the page by `html`."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import Estimate, ModelReport, Report, WinRate, millions, number, percent
-from evaluate.figures.promise import answer, shown
+from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, ModelReport, Part, Report, WinRate, percent
+from evaluate.figures.promise import shown
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
 MODELS_ACROSS = 4  # side by side on the terminal; more are printed below
 
-Show = Callable[[float], str]
 Mark = Literal["pass", "warn", "fail", "unknown", "better", "worse", ""]
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-# The field of ModelReport, its name for people, how it is written.
-SCORES: tuple[tuple[str, str, Show], ...] = (
-    ("perplexity", "perplexity", number),
-    ("bits_per_character", "bits per character", "{:.3f}".format),
-    ("unseen_perplexity", "unseen perplexity", number),
-    ("unseen_bits_per_character", "unseen bits per character", "{:.3f}".format),
-)
-SPEED: tuple[tuple[str, str, Show], ...] = (
-    ("tokens_per_s", "tokens/s, saturated", number),
-    ("tokens_per_s_alone", "tokens/s, alone", number),
-    ("first_token_s", "first token, ms", lambda seconds: f"{1000 * seconds:,.0f}"),
-    ("peak_rss_mib", "peak memory, MiB", _count),
-    ("weights_mib", "weights, MiB", _count),
-    ("parameters", "parameters", millions),
-    ("kv_bytes_per_token", "KV bytes per token", _count),
-)
-# The field of ProbeFigures, its name for people, how it is written.
-PROBES: tuple[tuple[str, str, Show], ...] = (
-    ("passing", "passes every rule", percent),
-    ("adherence", "names all that was asked for", percent),
-    ("named", "named of what was asked for", percent),
-    ("loops", "loops", percent),
-    ("stopped", "ends by itself", percent),
-    ("distinct_1", "distinct-1", number),
-    ("distinct_2", "distinct-2", number),
-    ("characters", "characters per answer", number),
-    ("judge", "judge’s mean, 1 to 5", number),
-)
-ANSWERS: dict[str, Mark] = {"yes": "pass", "no": "fail", "not shown": "warn"}
+MARKS: dict[str, Mark] = {"yes": "pass", "no": "fail", "not shown": "warn", "not measured": "unknown"}
 VERDICTS: dict[bool | None, tuple[str, Mark]] = {
     True: ("the promise holds", "pass"),
     False: ("the promise does not hold", "fail"),
@@ -58,52 +23,27 @@ VERDICTS: dict[bool | None, tuple[str, Mark]] = {
 }
 
 
-class Note(NamedTuple):
-    """A remark on a figure."""
+class Line(NamedTuple):
+    """A line of a cell: a figure, its interval, or a remark on it."""
 
     text: str
-    mark: Mark
-
-
-class Cell(NamedTuple):
-    """A figure of a model, its interval, and how it compares with other models."""
-
-    text: str
-    interval: str = ""
-    notes: Sequence[Note] = ()
+    mark: Mark = ""
 
 
 class Row(NamedTuple):
     """One figure of every model."""
 
     name: str
-    cells: list[Cell]
-
-
-class Head(NamedTuple):
-    """A model's column."""
-
-    label: str
-    reference: str = ""
+    cells: list[list[Line]]
 
 
 class Table(NamedTuple):
-    """Figures by model."""
+    """Figures under heads: models, with their references where the page shows these."""
 
     title: str
-    heads: list[Head]
+    heads: list[str]
     rows: list[Row]
-
-
-class Part(NamedTuple):
-    """One part of the promise."""
-
-    text: str
-    promised: str
-    here: str
-    interval: str
-    answer: str
-    mark: Mark
+    references: Sequence[str] = ()
 
 
 class Win(NamedTuple):
@@ -118,60 +58,57 @@ class Win(NamedTuple):
 
 def measured(report: Report) -> list[Table]:
     """Perplexity, then speed and memory of every model; a figure that no model has is left out."""
-    heads = [Head(model.label, model.reference) for model in report.models]
-    tables = []
-    for title, figures in (("test answers", SCORES), ("speed and memory", SPEED)):
-        rows = [
-            Row(name, [_cell(getattr(m, field), show, _notes(report, m.key, field, "test")) for m in report.models])
-            for field, name, show in figures
-            if any(getattr(model, field) is not None for model in report.models)
-        ]
-        tables.append(Table(title, heads, rows))
-    return [table for table in tables if table.rows]
+    scores: list[tuple[str, Part, str]] = [("", "test", name) for name in SCORES]
+    scores += [("unseen ", "unseen", name) for name in SCORES]
+    tables = (
+        _table(report, report.models, "test answers", scores),
+        _table(report, report.models, "speed and memory", [("", "engine", name) for name in ENGINE]),
+    )
+    references = [model.reference for model in report.models]
+    return [table._replace(references=references) for table in tables if table.rows]
 
 
 def probes(report: Report) -> list[Table]:
     """The answers to the probes: to all of them, to those with unseen values, and which rules they break."""
-    models, asked = [model for model in report.models if model.probes], report.probes
+    models, asked = [model for model in report.models if "all" in model.figures], report.probes
     if not models or not asked:
         return []
-    tables = [_probe_table(report, models, "all", f"{asked.seen + asked.unseen} prompts")]
+    tables = [_table(report, models, f"{asked.seen + asked.unseen} prompts", [("", "all", name) for name in PROBES])]
     if asked.unseen and asked.seen:
         values = ", ".join(value for values in asked.unseen_values.values() for value in values)
-        tables.append(_probe_table(report, models, "unseen", f"{asked.unseen} prompts with values unseen: {values}"))
-    shares = [model.probes.all.failed_rules if model.probes else {} for model in models]
-    rules = sorted({rule for own in shares for rule in own}, key=lambda rule: -max(own.get(rule, 0) for own in shares))
-    broken = [Row(rule, [Cell(percent(own.get(rule, 0))) for own in shares]) for rule in rules]
-    tables.append(Table("answers that break", [Head(model.label) for model in models], broken))
+        title = f"{asked.unseen} prompts with values unseen: {values}"
+        tables.append(_table(report, models, title, [("", "unseen", name) for name in PROBES]))
+    rules = sorted({rule for model in models for rule in model.failed_rules})
+    rules.sort(key=lambda rule: -max(model.failed_rules.get(rule, 0) for model in models))
+    broken = [Row(rule, [[Line(percent(model.failed_rules.get(rule, 0)))] for model in models]) for rule in rules]
+    tables.append(Table("answers that break", [model.label for model in models], broken))
     return [table for table in tables if table.rows]
 
 
-def _probe_table(report: Report, models: Sequence[ModelReport], part: str, title: str) -> Table:
-    figures = [(model.key, getattr(model.probes, part)) for model in models]
+def _table(
+    report: Report, models: Sequence[ModelReport], title: str, figures: Iterable[tuple[str, Part, str]]
+) -> Table:
+    """The figures (what stands before its name, part, name) that any of the models has."""
     rows = [
-        Row(name, [_cell(getattr(own, field, None), show, _notes(report, key, field, part)) for key, own in figures])
-        for field, name, show in PROBES
-        if any(getattr(own, field, None) for _, own in figures)
+        Row(before + MEASURES[name].name, [_cell(report, model, part, name) for model in models])
+        for before, part, name in figures
+        if any(model.figure(part, name) for model in models)
     ]
-    return Table(title, [Head(model.label) for model in models], rows)
+    return Table(title, [model.label for model in models], rows)
 
 
-def _cell(figure: Any, show: Show, notes: Sequence[Note] = ()) -> Cell:
+def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Line]:
+    """A figure, its interval, and in words how it differs significantly from other models'."""
+    figure, show = model.figure(part, name), MEASURES[name].show
     if figure is None:
-        return Cell(NOTHING)
-    if isinstance(figure, Estimate):
-        return Cell(show(figure.value), figure.interval(show), notes)
-    return Cell(show(figure))
-
-
-def _notes(report: Report, key: str, figure: str, part: str) -> list[Note]:
-    """The significant differences between a model's figure and another's, in words."""
-    notes: list[Note] = []
+        return [Line(NOTHING)]
+    counted = figure.low == figure.high and name in ENGINE
+    lines = [Line(show(figure.value))] + ([] if counted else [Line(figure.interval(show))])
     for d in report.differences:
-        if (d.model, d.figure, d.part) == (key, figure, part) and d.improved is not None:
+        if (d.model, d.figure, d.part) == (model.key, name, part) and d.improved is not None:
             word: Mark = "better" if d.improved else "worse"
-            notes.append(Note(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
-    return notes
+            lines.append(Line(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
+    return lines
 
 
 def label_of(report: Report, key: str) -> str:
@@ -179,19 +116,17 @@ def label_of(report: Report, key: str) -> str:
     return next((model.label for model in report.models if model.key == key), key)
 
 
-def promise(report: Report) -> list[Part]:
-    """Every part of the promise."""
-    return [
-        Part(
-            text=claim.text,
-            promised=f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×",
-            here=shown(claim)(claim.value.value) if claim.value else NOTHING,
-            interval=claim.value.interval(shown(claim)) if claim.value and claim.value.low < claim.value.high else "",
-            answer="not measured" if claim.holds is None else answer(claim),
-            mark="unknown" if claim.holds is None else ANSWERS[answer(claim)],
-        )
-        for claim in report.headline.claims
-    ]
+def promise(report: Report) -> Table:
+    """Every part of the promise: what is promised, what is here, and the verdict."""
+    rows = []
+    for claim in report.headline.claims:
+        promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
+        show, here = shown(claim), [Line(NOTHING)]
+        if claim.value:
+            here = [Line(show(claim.value.value))]
+            here += [Line(claim.value.interval(show))] if claim.value.low < claim.value.high else []
+        rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
+    return Table("the promise", ["promised", "here", "holds"], rows)
 
 
 def wins(report: Report) -> list[Win]:
@@ -217,30 +152,22 @@ def print_report(report: Report, console: Console) -> None:
         asked += f", {report.probes.unseen} with values never seen" if report.probes.unseen else ""
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
     for table in (*measured(report), *probes(report)):
-        for start in range(0, len(table.heads), MODELS_ACROSS):
-            console.print(_rich_table(table, slice(start, start + MODELS_ACROSS)))
+        _print_table(table, console)
     for win in wins(report):
         console.print(f"judge, {win.title}; {win.counts}", highlight=False, markup=False)
-    parts = _bare_table("the promise", "promised", "here", "interval", "holds")
-    for part in promise(report):
-        parts.add_row(*part[:5])
-    console.print(parts)
+    _print_table(promise(report), console)
     console.print(report.headline.text, style="bold", highlight=False, markup=False)
     for note in report.notes:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
-def _rich_table(table: Table, models: slice) -> RichTable:
-    found = _bare_table(table.title, *(head.label for head in table.heads[models]))
-    for row in table.rows:
-        cells = [[cell.text, cell.interval, *(note.text for note in cell.notes)] for cell in row.cells[models]]
-        found.add_row(row.name, *("\n".join(filter(None, lines)) for lines in cells))
-    return found
-
-
-def _bare_table(title: str, *columns: str) -> RichTable:
-    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column(title, max_width=NAME_WIDTH)
-    for column in columns:
-        table.add_column(column, justify="right", max_width=FIGURE_WIDTH)
-    return table
+def _print_table(table: Table, console: Console) -> None:
+    for start in range(0, len(table.heads), MODELS_ACROSS):
+        shown_here = slice(start, start + MODELS_ACROSS)
+        rich = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+        rich.add_column(table.title, max_width=NAME_WIDTH)
+        for head in table.heads[shown_here]:
+            rich.add_column(head, justify="right", max_width=FIGURE_WIDTH)
+        for row in table.rows:
+            rich.add_row(row.name, *("\n".join(line.text for line in cell) for cell in row.cells[shown_here]))
+        console.print(rich)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -13,16 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import budget, chapter_filter, kills, simulated, stuck
-from benchmarks.client import measure
-from benchmarks.clients import body
-from benchmarks.endpoint import level_of, tokens_within
+from benchmarks import budget, chapter_filter, kills, runs, simulated, stuck
+from benchmarks.client import body, compare
+from benchmarks.endpoint import chart, level_of, tokens_within
 from benchmarks.http_server import running
-from benchmarks.plot import line_chart
+from benchmarks.measure import flags, measured, question, show, steady_seconds
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
-from benchmarks.steady import steady_seconds
 from benchmarks.stories import Writer
-from benchmarks.table import show
 from filters.answer import nfc
 from generate.streaming import Streamed
 from tests.servers.misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
@@ -55,6 +53,40 @@ def test_the_steady_part_leaves_out_both_ends() -> None:
         steady_seconds([1.0] * 6, 3)
 
 
+def test_a_call_is_measured_in_a_process_of_its_own() -> None:
+    here = os.getpid()
+    pid, seconds, cpu_s, peak_mib = measured(os.getpid)
+    assert pid != here
+    assert min(seconds, cpu_s) >= 0
+    assert peak_mib > 5
+    held = bytearray(300 << 20)  # the memory of this process does not count
+    more_mib = measured(bytearray, 200 << 20).peak_mib
+    assert peak_mib + 190 < more_mib < peak_mib + 250, len(held)
+    with pytest.raises(ZeroDivisionError):
+        measured(divmod, 1, 0)
+
+
+def test_flags_have_the_type_of_their_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["bench", "--in-flight", "8", "--no-metrics", "--answers", "a", "b"]
+    monkeypatch.setattr(sys, "argv", given)
+    options = flags("", in_flight=64, delay_ms=50.0, no_metrics=False, bind=False, answers=[])
+    assert vars(options) == {
+        "in_flight": 8,
+        "delay_ms": 50.0,
+        "no_metrics": True,
+        "bind": False,
+        "answers": [Path("a"), Path("b")],
+    }
+
+
+def test_the_other_clients_send_what_ours_sends(tmp_path: Path) -> None:
+    ours = [json.loads(sent) for sent in runs.bodies(runs.recipe_for(tmp_path, "http://127.0.0.1:9/v1", 3))]
+    theirs = [body(number) for number in range(3)]
+    for sent in (*ours, *theirs):
+        del sent["seed"]  # of ours: a hash
+    assert ours == theirs
+
+
 def test_an_answer_s_length_depends_on_the_request_alone() -> None:
     assert answer_tokens(b"one") == answer_tokens(b"one")
     assert {answer_tokens(str(number).encode()) for number in range(20_000)} == set(LENGTHS)
@@ -62,16 +94,16 @@ def test_an_answer_s_length_depends_on_the_request_alone() -> None:
 
 def test_the_simulated_engine_answers_every_request_in_no_less_than_the_least_time() -> None:
     options = argparse.Namespace(requests=300, replicas=2, slots=16, no_metrics=False)
-    one = simulated.once(options, requests=options.requests, processes=1, concurrency="auto", step_ms=1.0)
+    one = simulated.once(options, requests=options.requests, processes=1, level="auto", step_ms=1.0)
     assert 0 < one.whole <= 1.02
     assert one.steady > 0
 
 
 def test_the_clients_are_measured_on_the_same_stub() -> None:
     with running("benchmarks.stub", "--delay-ms", "1") as url:
-        figures = measure(url, ["ours", "openai", "bare"], requests=40, in_flight=8, runs=1)
+        figures = compare(url, ["ours", "openai", "bare"], requests=40, in_flight=8, runs=1)
     assert set(figures) == {"ours", "openai", "bare"}
-    assert all(row["per_s"] > 0 and row["peak_mib"] > 10 for row in figures.values())
+    assert all(row.value > 0 and row.peak_mib > 10 for row in figures.values())
 
 
 def test_a_killed_run_is_counted() -> None:
@@ -127,9 +159,11 @@ def test_memory_is_measured_fresh_and_resumed() -> None:
 
 
 def test_one_stuck_request_is_the_only_failure() -> None:
-    with running("benchmarks.stub", "--stuck", stuck.STUCK, "--delay-ms", "1") as url:
+    with running("benchmarks.stub", "--stuck", question(16), "--delay-ms", "1") as url:
         options = argparse.Namespace(requests=50, in_flight=8, timeout_s=0.3)
-        assert stuck.once(url, options, True) > 0
+        assert stuck.once(url, options, [question(16)]) > 0
+        with pytest.raises(AssertionError):
+            stuck.once(url, options, [question(17)])
 
 
 def test_an_endpoint_is_swept(tmp_path: Path) -> None:
@@ -193,21 +227,22 @@ def test_a_level_is_of_its_time_alone() -> None:
 
 
 def test_a_chart_is_well_formed_and_escaped() -> None:
-    chart = ElementTree.fromstring(line_chart("a < b", [1, 4, 64], {"x & y": [1.0, 2.0, 4.0], "zero": [0.0, 0.0, 0.0]}))
-    texts = [element.text for element in chart.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[0] == "a < b"
-    assert "x & y" in texts
+    levels = [level_of([Streamed(1.0, 1.5, 2.0, tokens)], at, 0.0, 10.0) for at, tokens in ((1, 0), (4, 20), (64, 0))]
+    svg = ElementTree.fromstring(chart("a < b & c", levels))
+    texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "a < b & c"
+    assert texts.count("64 in flight") == 3  # a dot per level in each of the three panels
+    assert [texts[texts.index("Tokens per second") + 3], texts.count("0.50")] == ["0.00", 3]
 
 
 def test_a_table_is_markdown() -> None:
     assert show([("a", "b"), ("long", "1")]) == "| a    | b |\n|------|--:|\n| long | 1 |"
 
 
-def test_the_chapters_rules_and_its_function_decide_alike() -> None:
+def test_the_reference_rules_and_ours_decide_alike() -> None:
     """On texts around every threshold; some of each side, else the agreement says nothing."""
     made = [(story.text, chapter_filter.PROMPT) for story in Writer(1).stories(200, 0.0)]
     texts = list(chapter_filter.mutations(made, 3000, seed=1))
-    rows = [chapter_filter.completion(number, text, prompt) for number, (text, prompt) in enumerate(texts)]
-    said = chapter_filter.agreement(rows, 0)
+    said = chapter_filter.agreement(texts, 0)
     assert said.endswith(": 0 decided otherwise")
     assert 500 < sum(chapter_filter.chapter_reason(nfc(prompt), nfc(text)) is None for text, prompt in texts) < 2500

@@ -14,8 +14,6 @@ from evaluate.document import (
     Estimate,
     Headline,
     ModelReport,
-    ProbeFigures,
-    Probes,
     WinRate,
     read_report,
     write_report,
@@ -65,7 +63,7 @@ def claim(name: str, axis: str, value: float | None, promised: float, width: flo
     estimate = None if value is None else Estimate(value, value - width, value + width)
     fields = {"name": name, "axis": axis, "text": name, "promised": promised, "value": estimate}
     if estimate is not None:
-        fields |= {"holds": estimate.low >= promised, "undecided": estimate.low < promised <= estimate.high}
+        fields["verdict"] = "yes" if estimate.low >= promised else "not shown" if promised <= estimate.high else "no"
     return Claim(**fields)  # type: ignore[arg-type]
 
 
@@ -119,8 +117,8 @@ def named(name: str, **changes: Any) -> Check:
 
 
 def teacher_with(adherence: float) -> Any:
-    probes = Probes(all=ProbeFigures(prompts=9, adherence=Estimate(adherence, 0.0, 1.0)))
-    return make_report(models=[ModelReport(key="teacher", label="teacher", reference="t", probes=probes)])
+    figures = {"all": {"adherence": Estimate(adherence, 0.0, 1.0)}}
+    return make_report(models=[ModelReport(key="teacher", label="teacher", reference="t", figures=figures)])  # type: ignore[arg-type]
 
 
 BETTER = Estimate(0.5, 0.4, 0.6)

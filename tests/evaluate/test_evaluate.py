@@ -10,13 +10,12 @@ import pytest
 
 import evaluate.measure.perplexity
 from evaluate.__main__ import main
-from evaluate.document import Estimate
+from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
-from evaluate.measure.results import Burst, Cache, Entry, Lone, RowScore, SpeedResult, read_test
-from evaluate.measure.serving import speed_prompts
-from evaluate.models import engine_folder, load, measure_weights, subjects
-from evaluate.run import evaluate_run
+from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
+from evaluate.models import AFTER, BEFORE, TEACHER, engine_folder, load, measure_weights, subjects
+from evaluate.run import evaluate_run, make_plan
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
@@ -62,6 +61,10 @@ def perplexity_of(scores: list[RowScore]) -> float:
     return perplexity_figures({"model": scores})["model"]["perplexity"].value
 
 
+def perplexity_in(report: Report, key: str) -> Estimate | None:
+    return next(model for model in report.models if model.key == key).figure("test", "perplexity")
+
+
 def shift_weights(folder: Path, by: float = 0.02) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +82,8 @@ def save_speeds(recipe: Recipe, run: RunDir) -> None:
 
 
 def speed_of(subject: Any, recipe: Recipe, run: RunDir) -> Entry:
-    return Cache(recipe, run, "").entry("speed", subject, speed_prompts(recipe, run, read_test(run)))
+    plan = make_plan(recipe, run, PATH)
+    return plan.entry("speed", subject, plan.timing)
 
 
 def speed_result(tokens: int, wall_s: float) -> SpeedResult:
@@ -89,7 +93,6 @@ def speed_result(tokens: int, wall_s: float) -> SpeedResult:
         dtype="float32",
         bursts=[Burst(11, 1, tokens, wall_s * factor) for factor in (1, 0.8, 1.25)],
         alone=[Lone(first, 1.0, 10) for first in (0.1, 0.3, 0.2)],
-        startup_s=1.0,
         peak_rss_bytes=3 << 30,
     )
 
@@ -99,25 +102,29 @@ def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recip
     report = evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["teacher", "student_before", "student_after"]
     teacher, before, after = report.models
-    assert before.perplexity and after.perplexity and teacher.perplexity
+    scored, untrained = perplexity_in(report, AFTER), perplexity_in(report, BEFORE)
+    assert scored and untrained and perplexity_in(report, TEACHER)
     rows = read_test(run)
     model, tokenizer = load(subjects(recipe, run)[2], dtype="float32", device="cpu")
     expected = perplexity_of(score_rows(model, tokenizer, rows))
-    assert after.perplexity.value == pytest.approx(expected, rel=0.02)  # it may be scored in bfloat16
-    assert after.perplexity.low <= after.perplexity.value <= after.perplexity.high
-    assert after.perplexity.value != before.perplexity.value
+    assert scored.value == pytest.approx(expected, rel=0.02)  # it may be scored in bfloat16
+    assert scored.low <= scored.value <= scored.high
+    assert scored.value != untrained.value
     assert (report.rows.test, report.rows.scored, report.rows.prompts) == (ROWS, ROWS, ROWS)
-    assert teacher.tokens_per_s and teacher.tokens_per_s.value == 10 and before.tokens_per_s is None
-    assert after.mean_completion_tokens == 12  # over the ten that were answered
-    assert after.peak_rss_mib == 3072
-    assert after.tokens_per_s == Estimate(30, 24, 37.5) and "3.0 times as fast" in report.headline.text
-    assert after.tokens_per_s_alone and after.tokens_per_s_alone.value == 10
-    assert after.first_token_s and after.first_token_s.value == 0.2
+    assert teacher.figures["engine"]["tokens_per_s"].value == 10 and "tokens_per_s" not in before.figures["engine"]
+    engine = after.figures["engine"]
+    assert (
+        engine["completion_tokens"] == exactly(12) and after.requests_failed == 3
+    )  # 12: over those that were answered
+    assert engine["peak_rss_mib"] == exactly(3072)
+    assert engine["tokens_per_s"] == Estimate(30, 24, 37.5) and "3.0 times as fast" in report.headline.text
+    assert engine["tokens_per_s_alone"].value == 10
+    assert engine["first_token_s"].value == 0.2
     assert report.samples == [] and report.probes is None and "Probes were not answered." in report.notes
-    assert json.loads(run.report.read_bytes())["models"][2]["tokens_per_s"]["value"] == 30
+    assert json.loads(run.report.read_bytes())["models"][2]["figures"]["engine"]["tokens_per_s"]["value"] == 30
     assert "3.0 times as fast" in run.report_html.read_text(encoding="utf-8")
     lineage = json.loads(run.lineage.read_bytes())["evaluate"]
-    assert lineage["perplexity"]["student_after"] == after.perplexity.value and lineage["rows"] == ROWS
+    assert lineage["perplexity"]["student_after"] == scored.value and lineage["rows"] == ROWS
 
 
 def test_nothing_changed_so_nothing_is_measured(
@@ -157,16 +164,16 @@ def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe
     shift_weights(run.student)  # the same names and sizes, other values
     second = evaluate_run(recipe, run, PATH, speed=False)
     assert loaded == ["student_after"]
-    assert second.models[2].perplexity != first.models[2].perplexity
-    assert second.models[2].tokens_per_s is None  # the old student's speed is not this one's
-    assert second.models[0].tokens_per_s and second.models[0].tokens_per_s.value == 10
+    assert perplexity_in(second, AFTER) != perplexity_in(first, AFTER)
+    assert second.models[2].figure("engine", "tokens_per_s") is None  # the old student's speed is not this one's
+    assert second.models[0].figures["engine"]["tokens_per_s"].value == 10
 
 
 def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
     save_speeds(recipe, run)
     evaluate_run(recipe, run, PATH, speed=False)
     speed_of(subjects(recipe, run)[2], recipe, run).write(speed_result(120, 8.0))  # of the same things, another time
-    found = evaluate_run(recipe, run, PATH, speed=False).models[2].tokens_per_s
+    found = evaluate_run(recipe, run, PATH, speed=False).models[2].figure("engine", "tokens_per_s")
     assert found and found.value == 15
 
 
@@ -187,7 +194,7 @@ def test_report_only_measures_nothing(run: RunDir, recipe: Recipe, loaded: list[
     evaluate_run(recipe, run, PATH, report_only=True, force=True)
     assert loaded == [] and run.report_html.read_text(encoding="utf-8").startswith("<!doctype html>")
     shift_weights(run.student)
-    assert evaluate_run(recipe, run, PATH, report_only=True).models[2].perplexity is None
+    assert perplexity_in(evaluate_run(recipe, run, PATH, report_only=True), AFTER) is None
 
 
 def test_a_row_too_long_for_one_model_counts_for_none(run: RunDir, recipe: Recipe) -> None:
@@ -201,7 +208,7 @@ def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recip
     teacher = recipe.teacher.model_copy(update={"model": "gpt-4.1", "base_url": "https://api.example.com/v1"})
     report = evaluate_run(recipe.model_copy(update={"teacher": teacher}), run, PATH, speed=False)
     assert loaded == ["student_before", "student_after"]
-    assert report.models[0].perplexity is None
+    assert perplexity_in(report, TEACHER) is None
     assert "teacher: not available: the teacher answers at api.example.com" in report.notes[0]
     assert "(teacher" not in report.headline.text
 

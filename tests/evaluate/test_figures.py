@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.document import Claim, Estimate, ModelReport
-from evaluate.figures.promise import answer, claims, holds
+from evaluate.document import Claim, Estimate, ModelReport, exactly
+from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     answer_figures,
     assess,
     differences,
+    failed_rules,
     measure_quality,
     named_slots,
     probe_answers,
-    probes_of,
     split_words,
 )
 from evaluate.figures.statistics import Figure, distinct, draw, ratio
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import ProbeAnswer, ProbeResult
+from evaluate.measure.results import ProbeResult, answer_row
 from evaluate.models import engine_facts
 from filters.ruleset import RuleSet, load_rules
 from pipeline.recipe import Recipe, ServeConfig
@@ -85,14 +85,16 @@ def test_one_answer_looked_at() -> None:
     recipe = recipe_of()
     rules, wanted = rules_of(recipe), named_slots(recipe, rules_of(recipe))
     found = assess(row_of("Bear saw 달님.", slots={"who": "a bear", "things": ["달", "비"]}), rules, wanted, 4)
-    assert found.passing and found.stopped and not found.loops and found.judge == 4
-    assert found.named == pytest.approx(2 / 3)  # the bear, and 달 with its 님; no 비
+    said = found.values
+    assert said["passing"] and said["stopped"] and not said["loops"] and said["judge"] == 4
+    assert said["named"] == pytest.approx(2 / 3) and said["adherence"] == 0  # the bear, and 달 with its 님; no 비
     short = assess(row_of("Bear", finish_reason="length"), rules, wanted, None)
-    assert short.passing is False and list(short.dropped_by) == ["length"] and not short.stopped and short.named is None
+    assert short.values["passing"] is False and list(short.dropped_by) == ["length"]
+    assert not short.values["stopped"] and short.values["named"] is None
     loop = assess(row_of("It ran up the hill and fell. " * 3), rules, wanted, None)
-    assert loop.loops and loop.passing  # whether or not the recipe has the rule
+    assert loop.values["loops"] and loop.values["passing"]  # whether or not the recipe has the rule
     bare = recipe_of([])
-    assert assess(row_of("Bear"), rules_of(bare), named_slots(bare, rules_of(bare)), None).passing is None
+    assert assess(row_of("Bear"), rules_of(bare), named_slots(bare, rules_of(bare)), None).values["passing"] is None
 
 
 def test_what_adherence_asks_comes_from_the_recipe_its_rule_or_all_slots() -> None:
@@ -108,7 +110,7 @@ def test_what_adherence_asks_comes_from_the_recipe_its_rule_or_all_slots() -> No
     found = assess(
         row_of("Dudu came home.", slots={"who": "a bear", "things": "달"}), rules, named_slots(recipe, rules), None
     )
-    assert found.named == 1 and found.passing
+    assert found.values["named"] == 1 and found.values["passing"]
 
 
 def test_figures_are_means_over_the_answers_that_have_one() -> None:
@@ -140,8 +142,8 @@ def prompt(number: int) -> Prompt:
 
 
 def result(texts: dict[int, str]) -> ProbeResult:
-    answers = [ProbeAnswer(f"p{number}", text, "stop", 3) for number, text in texts.items()]
-    return ProbeResult(wall_s=1.0, answers=answers)
+    answers = [answer_row("m", prompt(number), text) for number, text in texts.items()]
+    return ProbeResult(answers=answers)
 
 
 def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
@@ -154,13 +156,11 @@ def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
     }
     answers = probe_answers(prompts, probed)
     quality = measure_quality(recipe, rules_of(recipe), prompts, answers, {})
-    after = probes_of(quality, "student_after")
-    assert after and after.seen and after.unseen and after.all.passing
-    assert (after.all.prompts, after.seen.prompts, after.unseen.prompts) == (3, 2, 1)
-    assert after.all.passing.value == pytest.approx(2 / 3)
-    assert after.all.failed_rules == {"length": pytest.approx(1 / 3)}
-    assert probes_of(quality, "other_1") is None
-    found = {(d.against, d.part): d for d in differences({}, {}, quality) if d.figure == "passing"}
+    assert {part: len(ids) for part, ids in quality.prompts.items()} == {"all": 3, "seen": 2, "unseen": 1}
+    assert quality.figures["all"]["student_after"]["passing"].value == pytest.approx(2 / 3)
+    after = [quality.answers["student_after"][id_] for id_ in quality.prompts["all"]]
+    assert failed_rules(after) == {"length": pytest.approx(1 / 3)}
+    found = {(d.against, d.part): d for d in differences(quality.figures) if d.figure == "passing"}
     gain = found["student_before", "all"]
     assert gain.change.value == pytest.approx(2 / 3) and gain.better == "higher"
     assert found["student_before", "unseen"].change == Estimate(1.0, 1.0, 1.0)
@@ -186,8 +186,8 @@ def test_kv_bytes_of_smollm2_by_hand(tmp_path: Path) -> None:
     save_file({"w": np.zeros(1, dtype=np.float32)}, tmp_path / "model.safetensors")
     # Keys and values of 30 layers, 3 heads of 64: 2 · 30 · 3 · 64 = 11,520 numbers.
     half = engine_facts(tmp_path, ServeConfig(device="cpu", dtype="bfloat16"))
-    assert half == {"served_dtype": "bfloat16", "kv_bytes_per_token": 23_040}
-    assert engine_facts(tmp_path, ServeConfig(device="cpu", dtype="float32"))["kv_bytes_per_token"] == 46_080
+    assert half == ("bfloat16", 23_040)
+    assert engine_facts(tmp_path, ServeConfig(device="cpu", dtype="float32")) == ("float32", 46_080)
 
 
 def figure(value: float, width: float = 0.0) -> Figure:
@@ -195,11 +195,12 @@ def figure(value: float, width: float = 0.0) -> Figure:
 
 
 def models(**student: Any) -> tuple[ModelReport, ModelReport]:
-    teacher = {"parameters": 1500, "tokens_per_s": Estimate(10.0, 9.9, 10.1), "peak_rss_mib": 3000.0}
-    fields = {"parameters": 500, "tokens_per_s": Estimate(35.0, 34.0, 36.0), "peak_rss_mib": 1000.0}
+    teacher = {"parameters": exactly(1500), "tokens_per_s": Estimate(10.0, 9.9, 10.1), "peak_rss_mib": exactly(3000)}
+    fields = {"parameters": exactly(500), "tokens_per_s": Estimate(35.0, 34.0, 36.0), "peak_rss_mib": exactly(1000)}
+    after = {name: value for name, value in {**fields, **student}.items() if value}
     return (
-        ModelReport(key="teacher", label="teacher", reference="t", **teacher),
-        ModelReport(key="student_after", label="student after", reference="s", **{**fields, **student}),
+        ModelReport(key="teacher", label="teacher", reference="t", figures={"engine": teacher}),
+        ModelReport(key="student_after", label="student after", reference="s", figures={"engine": after}),
     )
 
 
@@ -216,13 +217,13 @@ def promise(
 
 def test_a_promise_that_is_kept_in_every_part() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)))
-    assert {name: claim.holds for name, claim in found.items()} == {
-        "quality_bits": True,
-        "quality_probes": True,
-        "quality_judge": None,  # no judge
-        "size": True,
-        "speed": True,
-        "memory": True,
+    assert {name: claim.verdict for name, claim in found.items()} == {
+        "quality_bits": "yes",
+        "quality_probes": "yes",
+        "quality_judge": "not measured",  # no judge
+        "size": "yes",
+        "speed": "yes",
+        "memory": "yes",
     }
     assert holds(list(found.values())) is True
     assert found["size"].value == Estimate(3.0, 3.0, 3.0)
@@ -232,40 +233,37 @@ def test_a_promise_that_is_kept_in_every_part() -> None:
 
 def test_a_miss_is_never_a_hit() -> None:
     # Just under: 89.99% of the quality, 2.99 times smaller.
-    found = promise((figure(0.8999), figure(1.0)), (figure(0.9), figure(0.9)), parameters=501)
-    assert found["quality_bits"].holds is False and not found["quality_bits"].undecided
-    assert answer(found["quality_bits"]) == "no" and found["size"].holds is False
+    found = promise((figure(0.8999), figure(1.0)), (figure(0.9), figure(0.9)), parameters=exactly(501))
+    assert found["quality_bits"].verdict == "no" and found["size"].verdict == "no"
     assert holds(list(found.values())) is False
-    assert answer(found["quality_judge"]) == "–" and found["quality_judge"].value is None
+    assert found["quality_judge"].verdict == "not measured" and found["quality_judge"].value is None
 
 
 def test_what_chance_may_explain_is_not_shown() -> None:
     # 92%, but between 87% and 97%: the promise of 90% lies within.
     found = promise((figure(0.92, 0.05), figure(1.0)), (figure(0.9), figure(0.9)))
-    claim = found["quality_bits"]
-    assert claim.holds is False and claim.undecided and answer(claim) == "not shown"
+    assert found["quality_bits"].verdict == "not shown"
     assert holds(list(found.values())) is False
 
 
 def test_few_prompts_show_no_quality() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=29)
-    assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and answer(found["quality_probes"]) == "not shown"
+    assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and found["quality_probes"].verdict == "not shown"
     assert holds(list(found.values())) is False
     missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=29)
-    assert answer(missed["quality_bits"]) == "no"
+    assert missed["quality_bits"].verdict == "no"
 
 
 def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)), tokens_per_s=None)
-    assert found["speed"].holds is None and holds(list(found.values())) is None
-    assert answer(found["speed"]) == "–"
+    assert found["speed"].verdict == "not measured" and holds(list(found.values())) is None
     nothing = promise((figure(0.5), figure(0.5)), (figure(0.0), figure(0.4)))  # the teacher passes nothing
-    assert nothing["quality_probes"].value is None and nothing["quality_probes"].holds is None
+    assert nothing["quality_probes"].value is None and nothing["quality_probes"].verdict == "not measured"
 
 
 def test_a_judge_s_quality_counts_from_the_least_score() -> None:
     # 2 of 1 to 5 is a quarter of the way, 3 is half: half of the teacher's, not two thirds.
     probes = {"teacher": {"judge": figure(3.0)}, "student_after": {"judge": figure(2.0)}}
     claim = next(c for c in claims({}, probes, *models(), scored=99, answered=99) if c.name == "quality_judge")
-    assert claim.value and claim.value.value == pytest.approx(0.5) and claim.holds is False
+    assert claim.value and claim.value.value == pytest.approx(0.5) and claim.verdict == "no"
     assert math.isclose(claim.value.low, claim.value.high)

@@ -13,7 +13,7 @@ from evaluate.document import WinRate
 from evaluate.figures.quality import measure_quality, win_rates
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint, read_choice
 from evaluate.measure.probes import ProbePrompts
-from evaluate.measure.results import JudgeResult, ProbeAnswer, probe_row
+from evaluate.measure.results import JudgeResult, answer_row
 from filters.ruleset import RuleSet
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Prompt
@@ -30,10 +30,7 @@ def judging(url: str, **judge: Any) -> Recipe:
 
 
 def texts(**models: Callable[[int], str]) -> dict[str, dict[str, Kept]]:
-    return {
-        key: {p.id: probe_row(key, p, ProbeAnswer(p.id, text(i), "stop", 3)) for i, p in enumerate(PROMPTS)}
-        for key, text in models.items()
-    }
+    return {key: {p.id: answer_row(key, p, text(i)) for i, p in enumerate(PROMPTS)} for key, text in models.items()}
 
 
 def judge_of(choose: Callable[[str, str], str], score: Callable[[str], int] = lambda text: 3) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from evaluate.measure.probes import choose_probes
-from generate.prompts import build_prompts
+from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Kept, Message, Prompt, encode_line
@@ -25,7 +25,7 @@ def recipe_of(count: int = 6, **evaluate: Any) -> Recipe:
 
 def run_of(path: Path, recipe: Recipe) -> RunDir:
     run = RunDir(path)
-    run.prompts.write_bytes(b"".join(map(encode_line, build_prompts(recipe))))
+    run.prompts.write_bytes(b"".join(map(encode_line, iter_prompts(recipe))))
     return run
 
 
@@ -42,7 +42,7 @@ def test_probes_are_combinations_that_no_prompt_had(tmp_path: Path) -> None:
     run = run_of(tmp_path, recipe)
     chosen = choose_probes(recipe, run, [])
     asked, probed = (
-        {combination(p) for p in build_prompts(recipe)},
+        {combination(p) for p in iter_prompts(recipe)},
         {combination(p) for p in chosen.seen},
     )
     assert chosen.source == "slots" and len(probed) == 8 and not probed & asked
@@ -53,7 +53,7 @@ def test_probes_are_combinations_that_no_prompt_had(tmp_path: Path) -> None:
 
 def test_the_values_in_another_order_or_template_are_no_new_combination(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    everything = build_prompts(recipe_of(COMBINATIONS))
+    everything = list(iter_prompts(recipe_of(COMBINATIONS)))
     left, *others = everything
     turned = [
         Prompt(id=p.id, messages=[Message("user", "other words")], slots={**p.slots, "things": p.slots["things"][::-1]})
@@ -70,7 +70,7 @@ def test_the_values_in_another_order_or_template_are_no_new_combination(tmp_path
 def test_where_every_combination_was_asked_the_test_prompts_are_the_probes(tmp_path: Path) -> None:
     recipe = recipe_of(COMBINATIONS, probes=3)
     run = run_of(tmp_path, recipe)
-    own = build_prompts(recipe)[:5]
+    own = list(iter_prompts(recipe))[:5]
     chosen = choose_probes(recipe, run, rows_of(own + own))
     assert chosen.source == "test" and "Every combination" in chosen.note
     assert len({p.id for p in chosen.seen}) == 3 and {p.id for p in chosen.seen} <= {p.id for p in own}
@@ -123,7 +123,7 @@ def test_probes_come_from_a_file_and_none_of_them_was_asked(tmp_path: Path) -> N
     chosen = choose_probes(recipe, run, [])
     assert chosen.source == "file" and len(chosen.seen) == 2
     assert chosen.seen[0].messages[0] == Message("system", "Be kind.")
-    words = build_prompts(recipe)[0].messages[-1].content
+    words = next(iter_prompts(recipe)).messages[-1].content
     with path.open("a") as file:
         file.write(f'{{"prompt": "{words.upper()}"}}\n')
     with pytest.raises(DataError, match="1 of its 4 prompts are prompts of this run"):

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 import evaluate.measure.serving
-from evaluate.measure.results import ProbeAnswer
+from evaluate.measure.results import answer_row
 from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
 from evaluate.models import Subject
 from pipeline.errors import DistillError
@@ -35,7 +35,6 @@ class StandIn:
     base_url: str
     served_name: str
     ended: bool
-    startup_s: float = 2.5
     command: Any = field(default_factory=lambda: SimpleNamespace(device="cpu", dtype="float32"))
 
     def peak_rss(self) -> int:
@@ -128,12 +127,14 @@ def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, start
     assert len(timed) == 3 + 2 * 7 and server.most_at_once <= 8
     assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 0, 35)] * 2
     assert all(lone.tokens == 5 and 0.02 <= lone.first_token_s < lone.wall_s for lone in speed.alone)
-    assert (speed.startup_s, speed.peak_rss_bytes, speed.dtype) == (2.5, 5 << 30, "float32")
+    assert (speed.peak_rss_bytes, speed.dtype) == (5 << 30, "float32")
     # The probes are asked with the recipe's own limit.
     assert sorted(asked.text for asked in server.asked if asked.body["max_tokens"] == PROBED) == [
         f"probe {i}" for i in range(4)
     ]
-    assert probes.answers == [ProbeAnswer(f"probe{i}", f"answer to probe {i}", "stop", 5) for i in range(4)]
+    assert probes.answers == [
+        answer_row("student_after", probe, f"answer to probe {i}") for i, probe in enumerate(PROBES)
+    ]
 
 
 def test_a_timing_starts_anew_and_probes_alone_are_not_timed(
@@ -174,8 +175,8 @@ def test_a_model_that_says_nothing_has_answered(
         _, probes = measure(recipe, RunDir(tmp_path), speed=False, probes=True)
     assert [(one.prompt_id, one.text, one.finish_reason) for one in probes.answers] == [
         ("probe0", "Words.", "stop"),
-        ("probe1", "", "stop"),
-        ("probe3", "", "unknown"),
+        ("probe1", "", "empty_answer"),
+        ("probe3", "", "empty_answer"),
     ]
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import evaluate.measure.results
 import evaluate.run
-from evaluate.document import Report
-from evaluate.measure.results import Burst, Lone, ProbeAnswer, ProbeResult, SpeedResult
+from evaluate.document import Part, Report
+from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.measure.serving import answer_probes
 from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
@@ -79,7 +79,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
             dtype="float32",
             bursts=[Burst(4, 0, 300 if server.served_name == "student_after" else 100, 10.0)],
             alone=[Lone(0.1, 1.0, 10)],
-            startup_s=1.0,
             peak_rss_bytes=(2 << 30) if server.served_name == "teacher" else (1 << 30),
         )
 
@@ -87,8 +86,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         if recipe.teacher.model not in SAID:
             return answer_probes(recipe, folder, prompts)
         log[-1][1].append("probes")
-        answers = [ProbeAnswer(p.id, SAID[recipe.teacher.model].format(**p.slots), "stop", 9) for p in prompts]
-        return ProbeResult(wall_s=1.0, answers=answers)
+        model = recipe.teacher.model
+        answers = [answer_row(model, p, SAID[model].format(**p.slots)) for p in prompts]
+        return ProbeResult(answers=answers)
 
     monkeypatch.setattr(evaluate.run, "serve_subject", serve_subject)
     monkeypatch.setattr(evaluate.run, "measure_speed", measure_speed)
@@ -100,9 +100,8 @@ def completion(row: Kept) -> dict[str, Any]:
     return {name: value for name, value in msgspec.structs.asdict(row).items() if name != "scores"}
 
 
-def figure(report: Report, key: str, name: str, part: str = "all") -> float:
-    model = next(model for model in report.models if model.key == key)
-    return float(getattr(getattr(model.probes, part), name).value)
+def figure(report: Report, key: str, name: str, part: Part = "all") -> float:
+    return next(model for model in report.models if model.key == key).figures[part][name].value
 
 
 def test_every_model_is_served_once_and_compared(
@@ -120,19 +119,19 @@ def test_every_model_is_served_once_and_compared(
     assert figure(report, "teacher", "adherence", "unseen") == 1 and figure(report, "student_before", "named") == 0
     assert figure(report, "student_before", "loops") == 1
     after = report.models[2]
-    assert after.unseen_perplexity and after.unseen_bits_per_character and report.rows.unseen == 2
+    assert {"perplexity", "bits_per_character", "passing"} <= set(after.figures["unseen"]) and report.rows.unseen == 2
     gains = {(d.against, d.figure, d.part): d for d in report.differences}
     assert gains["student_before", "named", "all"].improved is True
     assert gains["teacher", "named", "all"].improved is False
     assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
-    assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].holds
-    assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].holds is False
+    assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].verdict == "yes"
+    assert claims["memory"].value and claims["memory"].value.value == 2 and claims["memory"].verdict == "no"
     assert (
         report.headline.holds is False and json.loads(run.lineage.read_bytes())["evaluate"]["promise"]["memory"] == "no"
     )
     assert [(sample.part, len(sample.answers)) for sample in report.samples] == [("seen", 4)] * 2 + [("unseen", 4)] * 2
-    assert after.kv_bytes_per_token and after.served_dtype
+    assert after.figure("engine", "kv_bytes_per_token") and after.served_dtype
     assert json.loads(run.report.read_bytes())["schema"] == 3
     capsys.readouterr()
     for width in (80, 100):
@@ -207,12 +206,12 @@ def test_a_teacher_elsewhere_answers_where_it_is_only_if_asked_to(
     with misbehaving(lambda asked: answer("The teacher says that all is well.")) as server:
         away = {"model": "gpt", "base_url": server.url}
         silent = evaluate_run(recipe_of(tmp_path, teacher=away), run, PATH)
-        assert server.asked == [] and silent.models[0].probes is None
+        assert server.asked == [] and "all" not in silent.models[0].figures
         assert any("evaluate.ask_teacher" in note for note in silent.notes)
         said = evaluate_run(recipe_of(tmp_path, teacher=away, evaluate={"ask_teacher": True}), run, PATH)
         assert len(server.asked) == 7 and {asked.body["model"] for asked in server.asked} == {"gpt"}
-    assert figure(said, "teacher", "passing") == 1 and said.models[0].perplexity is None
-    assert said.models[2].unseen_perplexity  # of the teacher's answers, wherever they come from
+    assert figure(said, "teacher", "passing") == 1 and said.models[0].figure("test", "perplexity") is None
+    assert said.models[2].figure("unseen", "perplexity")  # of the teacher's answers, wherever they come from
 
 
 def test_a_judge_that_is_not_there_is_said_and_the_rest_is_reported(run: RunDir, tmp_path: Path) -> None:

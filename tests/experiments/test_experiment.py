@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import yaml
 
+import evaluate.run
 import experiments.__main__ as experiments_main
 import experiments.arms
 import filters.__main__
-from evaluate.document import Estimate, read_report
+from evaluate.document import MEASURES, Estimate, read_report
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
-from evaluate.report.charts import dot_panel, draw_svg
+from evaluate.report.charts import dot_panel
+from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
 from experiments.arms import matched_epochs, read_human
 from experiments.results import Column, Results, rows_of, said
 from generate.jobs import build_jobs
-from generate.prompts import build_prompts, iter_prompts
+from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe, load_recipe
@@ -77,7 +79,7 @@ def recipe(models: Path, tmp_path: Path) -> Path:
 def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
     """What `generate` would leave: every fourth answer too short, one said twice."""
     run.path.mkdir(parents=True, exist_ok=True)
-    run.prompts.write_bytes(b"".join(map(encode_line, build_prompts(recipe))))
+    run.prompts.write_bytes(b"".join(map(encode_line, iter_prompts(recipe))))
     lines = []
     for number, job in enumerate(build_jobs(iter_prompts(recipe), recipe)):
         text = "Too short." if number % (PROMPTS // SHORT) == 1 else f"Once there was a cat, number {number}. It sat."
@@ -164,7 +166,12 @@ def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     text = (folder / "results.md").read_text(encoding="utf-8")
     trained = json.loads((folder / "keep-40" / "lineage.json").read_bytes())["train"]
     assert trained["rows"] + trained["validation"] == len(kept(folder / "keep-40"))
-    assert f"| keep-40 | {trained['rows']} |" in text and "student before" in text and "steps" in text
+    assert (
+        f"| rows | {trained['rows']} |" in text
+        and "|  | keep-40 | keep-90 |" in text
+        and "student before" in text
+        and "steps" in text
+    )
     assert (folder / "results.svg").read_text().startswith("<svg")
     assert "keep-90" in capsys.readouterr().out
 
@@ -174,7 +181,14 @@ def test_what_is_finished_is_not_done_again(
 ) -> None:
     """Stopped in the second arm, it goes on there; other settings are another training; one measures for all."""
     flags = ["--shares", "50,60", "--match", "epochs"]
-    running = experiments_main.stage
+    running, measuring = experiments_main.stage, evaluate.run.measure_perplexity
+    measured: list[str] = []
+
+    def measure(subject: Any, *rest: Any, **options: Any) -> Any:
+        measured.append(subject.key)
+        return measuring(subject, *rest, **options)
+
+    monkeypatch.setattr(evaluate.run, "measure_perplexity", measure)
 
     def stopped(name: str, arm: RunDir, *rest: Any) -> int:
         if (name, arm.path.name) == ("train", "keep-60"):
@@ -188,8 +202,8 @@ def test_what_is_finished_is_not_done_again(
     stages.clear()
     folder = experiment("keep-rate", recipe, run, *flags)
     assert stages == ["filters pool", "train keep-60", "evaluate keep-60"]
-    first, second = (folder / name / "evaluation" / "perplexity-teacher.json" for name in ("keep-50", "keep-60"))
-    assert first.read_bytes() == second.read_bytes()  # wall_s too: it was not measured again
+    assert (folder / "keep-60" / "evaluation" / "perplexity-teacher.json").is_file()
+    assert measured == ["teacher", "student_before", "student_after", "student_after"]
     stages.clear()
     experiment("keep-rate", recipe, run, *flags)
     assert stages == ["filters pool"]
@@ -210,7 +224,7 @@ def test_another_teacher_has_its_own_run_and_its_price(
         trained = json.loads((folder / name / "lineage.json").read_bytes())["train"]
         assert trained["rows"] + trained["validation"] == 18 - len(test) / 2
     text = (folder / "results.md").read_text(encoding="utf-8")
-    assert "bits/char of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
+    assert "bits per character of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
 
 
 def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
@@ -228,7 +242,7 @@ def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp
     assert {row.model for row in kept(folder / "human")} == {"human"}
     asked = {prompt.id for prompt in read_jsonl(RunDir(folder / "distilled").prompts, Prompt)}
     assert len(asked) == PROMPTS + 10  # what people were asked is no probe for either
-    assert "bits/char of human" in (folder / "results.md").read_text(encoding="utf-8")
+    assert "bits per character of human" in (folder / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +273,7 @@ def test_hard_and_soft_learn_the_same_rows(recipe: Path, run: RunDir) -> None:
 
 def test_the_first_thousand_are_the_runs_own(recipe: Path, run: RunDir, stages: list[str]) -> None:
     folder = experiment("thousand", recipe, run, "--rows", "12")
-    asked = {prompt.id for prompt in build_prompts(load_recipe(recipe, ["--prompts.count", "12"]))}
+    asked = {prompt.id for prompt in iter_prompts(load_recipe(recipe, ["--prompts.count", "12"]))}
     answers = list(read_jsonl(RunDir(folder / "thousand").completions, Completion))
     assert {row.prompt_id for row in answers} == asked and len(answers) == 12
     assert stages == ["filters thousand", "train thousand", "evaluate thousand"]  # nobody is asked again
@@ -293,16 +307,16 @@ def figure(value: float, spread: float) -> Figure:
 
 
 def results(**arms: Figure) -> Results:
-    column = Column("bits/char", "lower", arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
+    column = Column("bits per character", MEASURES["bits_per_character"], arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
-    change = difference("bits/char", other, one, arms[other].minus(arms[one]), "lower", "test")
+    change = difference("bits per character", other, one, arms[other].minus(arms[one]), "lower", "test")
     facts = {name: ["10", "–", "–", "–"] for name in arms}
     return Results("soft", "Which?", "a note", facts, [column], [change], [])
 
 
 def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None:
     lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
-    assert lines[0] == "soft is better than hard in bits/char: -0.1 (-0.138 to -0.062)"
+    assert lines[0] == "soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)"
     lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
@@ -310,9 +324,11 @@ def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None
 
 def test_the_table_has_the_arms_and_the_other_models() -> None:
     heads, rows = rows_of(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
-    assert heads == ["", "rows", "bits/char"]  # nobody has a price
-    assert rows[1] == ["soft", "10", "1.200 (1.162–1.238)"]
-    assert rows[2] == ["teacher", "", "0.500 (0.400–0.600)"]
+    assert heads == ["", "hard", "soft", "teacher"]
+    assert rows == [  # nobody has a price
+        ["rows", "10", "10", ""],
+        ["bits per character", "1.300", "1.200 (1.162–1.238)", "0.500 (0.400–0.600)"],
+    ]
 
 
 def test_the_plot_is_to_scale_and_escaped() -> None:

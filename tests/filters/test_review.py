@@ -85,7 +85,7 @@ def test_where_one_side_is_short_the_other_fills_up(run: RunDir) -> None:
 
 
 def test_nothing_to_review_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="run the stage that writes it first"):
+    with pytest.raises(DataError, match="run the filters first"):
         draw(RunDir(tmp_path), 10, seed=0)
 
 

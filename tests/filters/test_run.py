@@ -342,7 +342,7 @@ def test_dry_run_shows_ten_rows_of_each_side(stage: Stage, capsys: pytest.Captur
 
 def test_dry_run_wants_a_filtered_run_and_right_rules(stage: Stage) -> None:
     stage.completions()
-    with pytest.raises(DataError, match=r"kept\.jsonl: no such file; --dry-run compares with a filtered run"):
+    with pytest.raises(DataError, match=r"kept\.jsonl: no such file; run the filters first"):
         stage.filter("--dry-run")
     stage.filter()
     stage.rules([{"rule": "nothing"}])

@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from generate.budget import Budget
 from generate.dialect import Dialect
 from generate.dry_run import describe, dry_run
 from generate.jobs import build_jobs
+from generate.journal import Contents
 from generate.prompts import iter_prompts
 from generate.tokens import bound
 from pipeline.errors import RecipeError
@@ -37,6 +39,7 @@ def answered(recipe: Recipe, run: RunDir, count: int, usage: Usage, failures: in
     jobs = list(build_jobs(iter_prompts(recipe), recipe))
     said = {"model": "teacher-x", "attempts": 1, "created": ""}
     run.path.mkdir(parents=True)
+    Budget.open(recipe, run, Contents())  # a call begins
     with run.completions.open("wb") as file:
         for job in jobs[:count]:
             answer = {"text": "once", "finish_reason": "stop", "usage": usage, "latency_s": 1.0}
@@ -125,7 +128,7 @@ def test_a_budget_counts_what_the_last_request_reserves(tmp_path: Path, spare: i
 def test_what_a_killed_run_may_owe_counts_as_spent(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
-    (run.path / "spend.json").write_text(json.dumps({"tokens": 700, "cost": 4_000_000_000}))
+    (run.path / "spend.json").write_text(json.dumps({"unsaid": {"tokens": 700, "cost": 4_000_000_000}}))
     dry = dry_run(planned(5), run)
     assert (dry.spent_tokens, dry.spent) == (700, pytest.approx(0.004))
 

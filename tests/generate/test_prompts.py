@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generate.grammar import Grammar, combination, shuffled
-from generate.prompts import build_prompts, grammar_size, iter_prompts
+from generate.prompts import grammar_size, iter_prompts
 from generate.run import generate
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, load_recipe
@@ -32,12 +32,12 @@ def recipe_with(**prompts: Any) -> Recipe:
 
 
 def texts(recipe: Recipe) -> list[str]:
-    return [prompt.messages[-1].content for prompt in build_prompts(recipe)]
+    return [prompt.messages[-1].content for prompt in iter_prompts(recipe)]
 
 
 def test_same_seed_same_prompts_everywhere() -> None:
     """Literal ids: they may differ on no machine, no Python and with no PYTHONHASHSEED."""
-    prompts = build_prompts(recipe_with(count=3, seed=7, **CHAPTER))
+    prompts = list(iter_prompts(recipe_with(count=3, seed=7, **CHAPTER)))
     assert [(prompt.id, prompt.messages[0].content) for prompt in prompts] == [
         ("074f096c1532ff8d", "등장: 할머니. 키워드: 엄마, 꽃."),
         ("0b1a9f15e4ce4f75", "등장: 곰 두두. 키워드: 꽃, 당근."),
@@ -59,14 +59,14 @@ def test_a_larger_count_begins_with_the_same_prompts() -> None:
 def test_the_chapters_grammar_has_60_prompts_and_repeats_only_after_them() -> None:
     recipe = recipe_with(count=150, **CHAPTER)
     assert grammar_size(recipe) == 60
-    ids = [prompt.id for prompt in build_prompts(recipe)]
+    ids = [prompt.id for prompt in iter_prompts(recipe)]
     assert len(set(ids[:60])) == 60
     assert set(ids[60:120]) == set(ids[:60])  # a repeat is the same question, and has its id
     assert ids[60:120] != ids[:60]
 
 
 def test_a_choose_slot_is_a_list_in_slots_and_joined_in_the_text() -> None:
-    for prompt in build_prompts(recipe_with(count=60, **CHAPTER)):
+    for prompt in iter_prompts(recipe_with(count=60, **CHAPTER)):
         chosen = prompt.slots["keywords"]
         assert isinstance(chosen, list)
         assert len(set(chosen)) == 2
@@ -74,7 +74,7 @@ def test_a_choose_slot_is_a_list_in_slots_and_joined_in_the_text() -> None:
 
 
 def test_chosen_values_come_in_either_order() -> None:
-    chosen = [prompt.slots["keywords"] for prompt in build_prompts(recipe_with(count=60, **CHAPTER))]
+    chosen = [prompt.slots["keywords"] for prompt in iter_prompts(recipe_with(count=60, **CHAPTER))]
     order = CHAPTER["slots"]["keywords"]["from"]  # type: ignore[index]
     forward = sum(order.index(first) < order.index(second) for first, second in chosen)
     assert 15 < forward < 45
@@ -120,12 +120,12 @@ def test_a_grammar_far_too_large_to_list() -> None:
     slots = {f"s{i}": {"choose": 5, "from": [f"v{n}" for n in range(100)]} for i in range(40)}
     recipe = recipe_with(count=200, template=" ".join(f"{{{name}}}" for name in slots), slots=slots)
     assert (grammar_size(recipe) or 0) > 10**300
-    assert len({prompt.id for prompt in build_prompts(recipe)}) == 200
+    assert len({prompt.id for prompt in iter_prompts(recipe)}) == 200
 
 
 def test_braces_a_slot_used_twice_and_a_system_prompt() -> None:
     recipe = recipe_with(count=1, system="짧게", template="{a} {{x}} {a}", slots={"a": ["b"]})
-    (prompt,) = build_prompts(recipe)
+    (prompt,) = list(iter_prompts(recipe))
     assert [(message.role, message.content) for message in prompt.messages] == [("system", "짧게"), ("user", "b {x} b")]
 
 
@@ -146,7 +146,7 @@ def test_braces_a_slot_used_twice_and_a_system_prompt() -> None:
 )
 def test_a_template_that_does_not_fit_is_refused(template: str, slots: Any, named: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
-        build_prompts(recipe_with(count=1, template=template, slots=slots))
+        list(iter_prompts(recipe_with(count=1, template=template, slots=slots)))
     for words in named:
         assert words in str(caught.value)
 
@@ -158,7 +158,7 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "둘"}]},
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(row) for row in rows).encode())
-    first, second = build_prompts(recipe_with(file=path, system="from the recipe"))
+    first, second = list(iter_prompts(recipe_with(file=path, system="from the recipe")))
     assert (first.id, first.slots) == ("mine", {"k": ["a", "b"]})
     assert [message.content for message in first.messages] == ["from the recipe", "하나"]
     assert [message.content for message in second.messages] == ["own", "둘"]  # its own system prompt stays
@@ -192,7 +192,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "good"}\n' + line + "\n")
     with pytest.raises(DataError) as caught:
-        build_prompts(recipe_with(file=path))
+        list(iter_prompts(recipe_with(file=path)))
     assert str(caught.value).startswith(f"{path}:2: ")
     assert reason in str(caught.value)
 
@@ -200,12 +200,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('[{"prompt": "a"}]', "a JSON array"),
-        ('\ufeff[\n  {"prompt": "a"}\n]', "a JSON array"),
-        ("prompt,id\nhello,1\n", "CSV or plain text"),
-        (b"PAR1\x15\x04", "a Parquet file"),
-        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
-        ('{"prompt": "a"}\n{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "p.jsonl:2: not UTF-8"),
+        ('[{"prompt": "a"}]', "p.jsonl:1: Expected `object`, got `array`"),
+        ('\ufeff[\n  {"prompt": "a"}\n]', "p.jsonl:1: Expected `object`, got `array`"),
+        ("prompt,id\nhello,1\n", "p.jsonl:1: JSON is malformed"),
+        (b"PAR1\x15\x04", "p.jsonl:1: JSON is malformed"),
+        ('{"prompt": "a"}'.encode("utf-16"), "p.jsonl:1: JSON is malformed"),
+        ('{"prompt": "a"}\n{"prompt": "caf\u00e9"}\n'.encode("latin-1"), "p.jsonl:2: 'utf-8' codec can't decode"),
     ],
 )
 def test_another_format_is_one_error_that_names_the_accepted_ones(
@@ -214,7 +214,7 @@ def test_another_format_is_one_error_that_names_the_accepted_ones(
     path = tmp_path / "p.jsonl"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as caught:
-        build_prompts(recipe_with(file=path))
+        list(iter_prompts(recipe_with(file=path)))
     assert said in str(caught.value)
     assert "accepted are JSONL in UTF-8" in str(caught.value)
     assert "a folder saved by `datasets`" in str(caught.value)
@@ -227,9 +227,9 @@ def test_two_rows_with_one_id_and_different_prompts_are_named(tmp_path: Path) ->
     path.write_text("".join(json.dumps({"id": id_, "prompt": text}) + "\n" for id_, text in rows))
     assert texts(recipe_with(file=path, count=3)) == ["a", "b", "a"]
     with pytest.raises(DataError) as caught:
-        build_prompts(recipe_with(file=path))
+        list(iter_prompts(recipe_with(file=path)))
     assert str(caught.value) == f"{path}:4: id 'y' is that of {path}:2, which is another prompt"
-    assert len(build_prompts(recipe_with(file=path, count=3))) == 3
+    assert len(list(iter_prompts(recipe_with(file=path, count=3)))) == 3
 
 
 def test_nothing_is_asked_when_a_row_is_refused(tmp_path: Path) -> None:
@@ -246,9 +246,9 @@ def test_nothing_is_asked_when_a_row_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_empty_or_missing(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no prompts in it"):
-        build_prompts(recipe_with(file=tmp_path / "empty.jsonl", count=3))
+        list(iter_prompts(recipe_with(file=tmp_path / "empty.jsonl", count=3)))
     with pytest.raises(DataError, match=r"missing\.jsonl: No such file"):
-        build_prompts(recipe_with(file=tmp_path / "missing.jsonl"))
+        list(iter_prompts(recipe_with(file=tmp_path / "missing.jsonl")))
 
 
 def test_slots_do_not_go_with_a_file(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_prompts_from_a_datasets_folder(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "slots": {"k": "x", "l": None}}, {"prompt": "b", "slots": {"k": None, "l": ["y"]}}]
     del rows[0]["slots"]["l"], rows[1]["slots"]["k"]  # type: ignore[attr-defined]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "rows"))
-    prompts = build_prompts(recipe_with(file=tmp_path / "rows"))
+    prompts = list(iter_prompts(recipe_with(file=tmp_path / "rows")))
     assert [(prompt.messages[0].content, prompt.slots) for prompt in prompts] == [
         ("a", {"k": "x"}),
         ("b", {"l": ["y"]}),
@@ -273,18 +273,18 @@ def test_a_datasets_folder_that_cannot_serve(tmp_path: Path) -> None:
     good = datasets.Dataset.from_dict({"prompt": ["a"]})
     datasets.DatasetDict({"train": good, "test": good}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(DataError, match="splits train, test"):
-        build_prompts(recipe_with(file=tmp_path / "splits"))
+        list(iter_prompts(recipe_with(file=tmp_path / "splits")))
     datasets.Dataset.from_dict({"prompt": ["a", "b", ""]}).save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(DataError, match="rows: row 2: the prompt is empty"):
-        build_prompts(recipe_with(file=tmp_path / "rows"))
+        list(iter_prompts(recipe_with(file=tmp_path / "rows")))
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match="not a folder that `datasets` saved"):
-        build_prompts(recipe_with(file=tmp_path / "other"))
+        list(iter_prompts(recipe_with(file=tmp_path / "other")))
 
 
 def test_the_flagship_recipe() -> None:
     recipe = load_recipe(ROOT / "recipes" / "korean_stories.yaml")
-    prompts = build_prompts(recipe)
+    prompts = list(iter_prompts(recipe))
     assert (grammar_size(recipe) or 0) >= 20_000
     assert len({prompt.id for prompt in prompts}) == 5000
     assert {"토끼 토토", "곰 두두", "할머니", "고양이 미미"} <= {str(prompt.slots["character"]) for prompt in prompts}

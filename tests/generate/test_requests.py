@@ -7,7 +7,7 @@ import pytest
 
 from generate.dialect import Dialect
 from generate.jobs import Job, build_jobs
-from generate.prompts import build_prompts
+from generate.prompts import iter_prompts
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt
 
@@ -81,7 +81,7 @@ def test_what_does_not_leaves_them(changed: dict[str, Any]) -> None:
 
 def test_the_same_question_again_is_another_request_for_the_same_prompt() -> None:
     recipe = recipe_with(prompts={"count": 9, "template": "{a}", "slots": {"a": ["x", "y"]}})
-    jobs = list(build_jobs(build_prompts(recipe), recipe))
+    jobs = list(build_jobs(list(iter_prompts(recipe)), recipe))
     assert len({job.request.id for job in jobs}) == 9
     assert len({job.request.sampling["seed"] for job in jobs}) == 9
     assert len({job.request.prompt_id for job in jobs}) == 2
@@ -91,4 +91,4 @@ def test_the_same_question_again_is_another_request_for_the_same_prompt() -> Non
 def test_two_fillings_with_the_same_words_are_two_requests() -> None:
     slots = {"a": ["x", "x y"], "b": ["y z", "z"]}
     recipe = recipe_with(prompts={"count": 4, "template": "{a} {b}", "slots": slots})
-    assert len({job.request.id for job in build_jobs(build_prompts(recipe), recipe)}) == 4
+    assert len({job.request.id for job in build_jobs(list(iter_prompts(recipe)), recipe)}) == 4

@@ -12,7 +12,6 @@ from pipeline.address import (
     is_private,
     is_this_machine,
     proxy_of,
-    secrets_of,
 )
 from pipeline.recipe import TeacherConfig
 
@@ -117,5 +116,4 @@ def test_all_that_a_teachers_requests_carry_is_hidden(monkeypatch: pytest.Monkey
     redact = Redactor.of(teacher)
     basic = b64encode(b"user:pa@ss-word").decode()
     for secret in ("plain-words-as-a-key", "team-seven", "pa%40ss-word", "pa@ss-word", basic):
-        assert secret in secrets_of(teacher)
         assert redact(f"the server says: {secret}!") == "the server says: [secret]!"

@@ -42,7 +42,6 @@ def tiny(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
 
 
 def copy(gguf: Path, folder: Path) -> None:
-    folder.mkdir()
     (folder / "config.json").write_bytes(gguf.read_bytes())
 
 
@@ -125,8 +124,11 @@ def test_a_conversion_that_fails_leaves_nothing_and_heals(tiny, tmp_path, monkey
 
 
 def test_what_a_killed_process_left_is_cleared(tiny, tmp_path):
-    (tmp_path / "cache/tiny.x1.work/model").mkdir(parents=True)
-    folder = Path(resolve_model("embedded:tiny"))
+    folder = embedded_folder("embedded:tiny")
+    assert folder is not None
+    (tmp_path / f"cache/{folder.name}.tmp/left").mkdir(parents=True)
+    assert resolve_model("embedded:tiny") == str(folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json"]
     assert left_in_cache(tmp_path) == [folder.name, "tiny.lock"]
 
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RecipeError
-from pipeline.partition import part_of, position
+from pipeline.partition import position
 from pipeline.recipe import PromptsConfig, load_recipe
 from pipeline.records import Message
 
-SHARES = {"validation": 0.05, "test": 0.1}
+PROMPTS = PromptsConfig(template="x", count=1, validation=0.05, test=0.1)
 
 
 def asked(text: str, *, system: str | None = None) -> list[Message]:
@@ -20,7 +20,7 @@ def asked(text: str, *, system: str | None = None) -> list[Message]:
 
 
 def test_the_shares_are_what_was_asked_for() -> None:
-    parts = Counter(part_of(asked(f"Question {n}?"), seed=0, **SHARES) for n in range(20_000))
+    parts = Counter(PROMPTS.part_of(asked(f"Question {n}?")) for n in range(20_000))
     # Three standard deviations of 20,000 draws: 127 for test, 92 for validation.
     assert abs(parts["test"] - 2000) < 127 and abs(parts["validation"] - 1000) < 92
 
@@ -29,7 +29,8 @@ def test_the_shares_are_what_was_asked_for() -> None:
 def test_the_same_question_in_other_spacing_or_case_is_in_the_same_part(text: str, seed: int) -> None:
     other = f"  {text.replace(' ', '  ')}\n"
     assert position(asked(text), seed) == position(asked(other), seed)
-    assert part_of(asked(text), seed=seed, **SHARES) == part_of(asked(other), seed=seed, **SHARES)
+    prompts = PROMPTS.model_copy(update={"seed": seed})
+    assert prompts.part_of(asked(text)) == prompts.part_of(asked(other))
     assert position(asked("A Story"), seed) == position(asked("a story"), seed)
 
 
@@ -52,18 +53,4 @@ def test_shares_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> No
     path = tmp_path / "recipe.yaml"
     path.write_text("{name: x, teacher: {model: t}, prompts: {template: Hi, count: 1, validation: 0.5, test: 0.5}}")
     with pytest.raises(RecipeError, match=r"prompts validation 0\.5 and test 0\.5 leave no prompt to train on"):
-        load_recipe(path)
-
-
-@pytest.mark.parametrize(
-    ("key", "named"),
-    [
-        ("held_out: 0.1", r"train\.held_out is now two shares: prompts\.validation .* prompts\.test"),
-        ("held_out_rows: x.jsonl", r"train\.held_out_rows is now train\.test_rows"),
-    ],
-)
-def test_the_keys_of_the_two_part_split_name_the_new_ones(key: str, named: str, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"{{name: x, teacher: {{model: t}}, prompts: {{template: Hi, count: 1}}, train: {{{key}}}}}")
-    with pytest.raises(RecipeError, match=named):
         load_recipe(path)

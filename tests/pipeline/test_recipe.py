@@ -58,6 +58,7 @@ def test_files_that_the_recipe_names_are_relative_to_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = "prompts: {file: data/p.jsonl}\nevaluate: {probes_file: probes.jsonl}\n"
+    files += "train: {test_rows: test.jsonl}\n"
     path.write_text(f"name: tiny\nteacher: {{model: m}}\n{files}")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -65,6 +66,7 @@ def test_files_that_the_recipe_names_are_relative_to_it(
         assert recipe.prompts.file is not None and recipe.evaluate.probes_file is not None
         assert recipe.prompts.file.resolve() == tmp_path / "data/p.jsonl"
         assert recipe.evaluate.probes_file.resolve() == tmp_path / "probes.jsonl"
+        assert recipe.train.test_rows is not None and recipe.train.test_rows.resolve() == tmp_path / "test.jsonl"
         assert recipe.prompts.file.is_absolute()  # so that the saved recipe.yaml means the same file
     flag = load_recipe(path, ["--prompts.file", "p.jsonl"])
     assert flag.prompts.file == Path("p.jsonl")  # a flag is relative to where the command is given

@@ -62,7 +62,7 @@ def test_cpu_command_is_exactly_this():
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0-2,5",
+        "VLLM_CPU_OMP_THREADS_BIND": "0,1,2,5",
     }
 
 

@@ -106,6 +106,15 @@ def test_a_server_is_ready_then_gone(stub, model, tmp_path):
     assert "stub engine started" in log.read_text()
 
 
+def test_a_guard_that_is_killed_leaves_nothing_once_the_block_ends(stub, model):
+    processes = stub("ok")
+    with serving(model, port=free_port(), config=SETTINGS):
+        (guard,) = [process for process in processes() if process.ppid() == os.getpid()]
+        guard.kill()
+        wait_until(lambda: len(processes()) == 2)
+    wait_until(lambda: processes() == [])
+
+
 def test_the_served_name_is_the_reference_unless_given(stub, model):
     stub("ok")
     with serving(model, port=free_port(), config=SETTINGS) as server:

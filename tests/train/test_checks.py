@@ -22,7 +22,6 @@ from train.checks.run import settle
 from train.rows import Parts, part_rows
 from train.run import train_run
 from train.teacher import Card, known_files, parameters_of, read_card
-from train.tokens import LabelFaults
 
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
 
@@ -110,7 +109,7 @@ def test_a_contaminated_part_is_refused(student: str, tmp_path: Path, monkeypatc
 
 
 def test_label_faults_fail_with_their_number_and_first_row() -> None:
-    faults = LabelFaults({"eos": 2, "masked": 1}, {"eos": "row 4: why", "masked": "row 7: why"})
+    faults = {"eos": ["row 4: why", "row 6: why"], "masked": ["row 7: why"]}
     checks = {check.name: check for check in label_checks(faults, 9)}
     assert {name: finding(check) for name, check in checks.items()} == {
         "eos": ("fail", 2), "masked": ("fail", 1), "labels": ("pass", 0),
@@ -126,7 +125,7 @@ class Figures:
         self.rows = {
             part: [index for index, length in enumerate(of) if length <= limit] for part, of in self.lengths.items()
         }
-        self.faults = LabelFaults({}, {})
+        self.faults: dict[str, list[str]] = {}
         self.differing = 0
 
 
@@ -360,6 +359,14 @@ def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path:
         "length", "eos", "masked", "labels", "context",
     ]  # fmt: skip
     assert json.loads((run.student / "lineage.json").read_bytes())["train"]["checks"] == written["checks"]
+
+
+def test_each_check_is_shown_once(student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    train_run(make_recipe(student), run)
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    written = json.loads((run.path / "checks.json").read_bytes())["checks"]
+    assert [line[:2] for line in lines] == [[check["status"], check["name"]] for check in written]
 
 
 def test_force_never_goes_past_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

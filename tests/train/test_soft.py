@@ -15,8 +15,9 @@ from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run
 from train.soft import differing_tokens, jsd
+from train.student_trainer import completion_logits
 from train.tokens import MASKED
-from train.trainer import Examples, Prepared, prepare
+from train.trainer import Prepared, prepare
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
     rows = story_rows(6)
-    examples = Examples(to_examples(rows[2:]), to_examples(rows[:2]))
+    examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
     config = make_recipe(models[0], models[1], **train).train
     return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=models[1])
 
@@ -136,6 +137,24 @@ def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp
     section = json.loads(run.lineage.read_bytes())["train"]
     assert section["hyperparameters"]["kd"]["weights"] == "full"
     assert "max_new_tokens" in (run.student / "README.md").read_text()
+
+
+def test_a_mixture_of_experts_follows_its_teacher(models: tuple[str, str], tmp_path: Path) -> None:
+    """The loss is the divergence alone, without the router's, which would hide it."""
+    moe = str(tiny_model(tmp_path / "moe", layers=1, architecture="mixtral"))
+    soft = {"weights": "full", "alpha": 1.0}
+    trainer = prepared((moe, models[1]), tmp_path / "one", method="kd", kd=soft).trainer
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        logits, targets, _ = completion_logits(trainer.model.eval(), batch)
+        divergence = jsd(*trainer.log_probabilities(logits, batch), beta=0).item() / len(targets)
+    trainer.create_optimizer()
+    loss = trainer.training_step(trainer.model, batch, torch.tensor(len(targets))).item()
+    assert loss == pytest.approx(divergence, rel=1e-3 if trainer.teacher.dtype == torch.float32 else 2e-2)
+
+    run = make_run(tmp_path / "run", story_rows(40))
+    train_run(make_recipe(moe, models[1], method="kd", kd=soft, learning_rate=1e-2), run)
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
 
 
 def test_an_adapter_is_what_soft_distillation_trains_by_default(models: tuple[str, str], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.tokens import count_faults, differing_prompts, label_fault
+from train.tokens import differing_prompts, label_fault, label_faults
 
 STOP = 2
 TEXT = {2: "<end>", 3: "\n", 10: "a", 11: "b", 12: "c"}
@@ -35,9 +35,9 @@ def test_an_answer_that_ends_with_the_stop_token_passes(ids: list[int]) -> None:
 )
 def test_a_row_that_teaches_something_else_is_named(bad: dict[str, list[int]], kind: str, reason: str) -> None:
     good = row([10, 11, 2], 1)
-    faults = count_faults([[good, bad], [good, bad, bad]], stops={STOP}, decode=decode)
-    assert faults.counts == {kind: 3}
-    assert faults.first[kind].startswith("row 2: ") and reason in faults.first[kind]
+    faults = label_faults([good, bad, good, bad, bad], stops={STOP}, decode=decode)
+    assert [kind, *(fault.partition(": ")[0] for fault in faults[kind])] == [*faults, "row 2", "row 4", "row 5"]
+    assert all(reason in fault for fault in faults[kind])
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:

@@ -30,7 +30,7 @@ from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run, trained_from, training_fingerprint
 from train.student_trainer import StudentTrainer
-from train.trainer import Examples, prepare
+from train.trainer import prepare
 
 QUIET = Console(quiet=True)
 
@@ -56,7 +56,7 @@ def byte_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None:
-    examples = Examples(to_examples([kept_row(0, "Hi", "Yes")]), to_examples([kept_row(1, "Ho", "No")]))
+    examples = {"train": to_examples([kept_row(0, "Hi", "Yes")]), "validation": to_examples([kept_row(1, "Ho", "No")])}
     prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
     row, tokenizer = prepared.trainer.train_dataset[0], prepared.trainer.processing_class
     # <start>user\nHi<end>\n<start>assistant\n: 1 + 5 + 2 + 1 + 1 + 1 + 10 = 21 tokens of prompt
@@ -79,7 +79,8 @@ def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None
 
 
 def test_padding_leaves_the_end_token_in_the_labels_though_it_is_the_pad_token(student: str, tmp_path: Path) -> None:
-    examples = Examples(to_examples([kept_row(0, "Hi", "Yes"), kept_row(1, "Hi", "N")]), to_examples(story_rows(1)))
+    rows = [kept_row(0, "Hi", "Yes"), kept_row(1, "Hi", "N")]
+    examples = {"train": to_examples(rows), "validation": to_examples(story_rows(1))}
     prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
     assert prepared.trainer.processing_class.pad_token_id == prepared.trainer.processing_class.eos_token_id == END
     batch = next(iter(prepared.trainer.get_train_dataloader()))
@@ -141,6 +142,27 @@ def test_a_full_student_folder_is_whole(student: str, tmp_path: Path) -> None:
 
 def _plain(message: Any) -> dict[str, str]:
     return {"role": message.role, "content": message.content}
+
+
+@pytest.mark.parametrize(("allowed", "dtype"), [(0.5, torch.bfloat16), (-0.5, torch.float32)])
+def test_a_student_is_stored_as_it_came_unless_rounding_undoes_what_it_learned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    allowed: float,
+    dtype: torch.dtype,
+) -> None:
+    folder = tiny_model(tmp_path / "student")
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    monkeypatch.setattr("train.trainer.ROUNDING_LOSS", allowed)
+    run = make_run(tmp_path / "run", story_rows(10))
+    train_run(make_recipe(str(folder)), run)
+    saved = AutoModelForCausalLM.from_pretrained(run.student)
+    assert saved.dtype == dtype
+    assert ("saved in float32, not in bfloat16: rounded" in capsys.readouterr().err) == (dtype == torch.float32)
+    exact = all(torch.equal(value, value.to(torch.bfloat16).to(value.dtype)) for value in saved.parameters())
+    assert exact == (dtype == torch.bfloat16)  # the weights are back where they were before rounding
+    assert cross_entropy_of(run) == pytest.approx(log_of(run)["eval"][-1]["loss"], abs=0.05)
 
 
 def test_a_lora_student_loads_in_peft_and_has_all_linear_layers(student: str, tmp_path: Path) -> None:
@@ -413,7 +435,7 @@ def test_gradient_checkpointing_is_chosen_by_memory(
     on: bool,
 ) -> None:
     monkeypatch.setattr("train.machine.free_memory", lambda: free_mib << 20)
-    examples = Examples(to_examples(story_rows(4)), to_examples(story_rows(1)))
+    examples = {"train": to_examples(story_rows(4)), "validation": to_examples(story_rows(1))}
     config = make_recipe(student, method="lora", gradient_checkpointing=setting).train
     prepared = prepare(student, examples, config, tmp_path, Console(stderr=True, soft_wrap=True))
     assert prepared.trainer.args.gradient_checkpointing is on
@@ -444,7 +466,7 @@ def test_activations_are_estimated_as_they_were_measured(
 def test_a_reporter_that_is_not_installed_is_named(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("train.trainer.find_spec", lambda package: None)
+    monkeypatch.setattr("train.machine.find_spec", lambda package: None)
     run = make_run(tmp_path / "run", story_rows(4))
     with pytest.raises(RecipeError, match=rf"train\.report_to: {name} is not installed; pip install {name}, or leave"):
         train_run(make_recipe(student, report_to=[name]), run)
@@ -570,7 +592,8 @@ def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path)
     found = {}
     for size in (1, 2, 4):
         config = make_recipe(folder, micro_batch_size=size).train
-        prepared = prepare(folder, Examples(to_examples(rows), to_examples(rows[:1])), config, tmp_path, QUIET)
+        examples = {"train": to_examples(rows), "validation": to_examples(rows[:1])}
+        prepared = prepare(folder, examples, config, tmp_path, QUIET)
         trainer = prepared.trainer
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.create_optimizer()
@@ -584,6 +607,6 @@ def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path)
 
 
 def test_fewer_rows_than_processes_are_refused(student: str, tmp_path: Path) -> None:
-    examples = Examples(to_examples(story_rows(3)), to_examples(story_rows(1)))
+    examples = {"train": to_examples(story_rows(3)), "validation": to_examples(story_rows(1))}
     with pytest.raises(UsageError, match=r"3 rows to train on are fewer than 4 processes; start at most 3"):
         prepare(student, examples, make_recipe(student).train, tmp_path, QUIET, processes=Processes(rank=1, count=4))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from pipeline.adapters import MERGED_FROM
-from pipeline.checks import Check
+from pipeline.checks import Check, Status
 from train.teacher import Card
 
 OUR_TAG = "distillate"  # on every card that this tool writes
@@ -17,21 +17,20 @@ FIX = "distil from the first teacher instead"
 
 def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: bool = False) -> Check:
     """Fails for a product of this tool unless `allowed`; warns for a model that others call distilled."""
+    status: Status = "pass"
+    finding, fix = f"no sign that the teacher {reference} was distilled", ""
     if origin := _ours(folder, card):
-        finding = f"the teacher {reference} is itself a distilled student: {origin}"
-        if allowed:
-            return Check(name="chain", status="note", value=1, finding=f"{finding} (--allow-chain)", fix=FIX)
+        status = "note" if allowed else "fail"
         fix = f"{FIX}, or accept the risk of collapse with --allow-chain"
-        return Check(name="chain", status="fail", value=1, finding=finding, fix=fix)
-    tags = sorted(card.tags & OTHERS_TAGS)
-    if tags or "distill" in Path(reference).name.lower():
-        why = f"its card is tagged {', '.join(tags)}" if tags else "its name says so"
-        finding = f"the teacher {reference} was distilled by its makers: {why}"
-        return Check(name="chain", status="warn", value=1, finding=finding, fix=FIX)
-    if folder is None:
+        finding = f"the teacher {reference} is itself a distilled student: {origin}"
+    elif tags := sorted(card.tags & OTHERS_TAGS):
+        status, finding, fix = "warn", f"the makers of the teacher {reference} tag it {', '.join(tags)}", FIX
+    elif "distill" in Path(reference).name.lower():
+        status, finding, fix = "warn", f"the teacher {reference} was distilled by its makers: its name says so", FIX
+    elif folder is None:
         finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
         return Check(name="chain", status="note", finding=finding)
-    return Check(name="chain", status="pass", value=0, finding="no sign that the teacher was distilled")
+    return Check(name="chain", status=status, value=float(status != "pass"), finding=finding, fix=fix)
 
 
 def _ours(folder: Path | None, card: Card) -> str:

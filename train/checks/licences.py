@@ -16,7 +16,7 @@ from pipeline.checks import Check, Status
 from pipeline.models import EMBEDDED, PREFIX
 
 TABLE = Path(__file__).with_name("licences.yaml")
-NOT_ADVICE = "not legal advice"
+STATUSES: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restricted": "warn", "forbidden": "fail"}
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,9 +72,9 @@ def model_name(reference: str) -> str:
 def terms_of(reference: str, card_licence: str | None = None, stated: str | None = None) -> Terms | None:
     """A model's terms: as the recipe states, or by the model's name, or by its card; None if they are not known."""
     if stated is not None:
-        known = _by_licence(stated)
         word = "your word in train.teacher_licence"
-        return known or Terms(name=stated, licence=stated, verdict="allowed", asks="as you know", source=word)
+        terms = Terms(name=stated, licence=stated, verdict="allowed", asks="as you know", source=word)
+        return _by_licence(stated) or terms
     name = PurePosixPath(model_name(reference)).name.lower()
     for terms in table().terms:
         if any(re.match(pattern, name) for pattern in terms.names):
@@ -95,16 +95,10 @@ def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
     verdict = terms.verdict
     if verdict == "forbidden" and terms.student and re.match(terms.student, name):
         verdict = "conditions"
-    statuses: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restricted": "warn", "forbidden": "fail"}
-    finding = f"{terms.name}: {terms.asks} ({terms.source}, read {table().read}; {NOT_ADVICE})"
-    fix = (
-        ""
-        if verdict == "allowed"
-        else "keep to it"
-        if verdict == "conditions"
-        else "take another teacher, or state what you agreed on: train.teacher_licence"
-    )
-    return Check(name="licence", status=statuses[verdict], finding=finding, fix=fix)
+    finding = f"{terms.name}: {terms.asks} ({terms.source}, read {table().read}; not legal advice)"
+    fixes = {"allowed": "", "conditions": "keep to it"}
+    fix = fixes.get(verdict, "take another teacher, or state what you agreed on: train.teacher_licence")
+    return Check(name="licence", status=STATUSES[verdict], finding=finding, fix=fix)
 
 
 def on_the_hub(licence: str) -> dict[str, str]:

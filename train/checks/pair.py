@@ -14,6 +14,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
+from train.checks.run import graded
 from train.student import load_tokenizer
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
@@ -40,19 +41,15 @@ def size_check(teacher: int | None, student: int | None) -> Check:
     if teacher is None or student is None:
         finding = f"the {'teacher' if teacher is None else 'student'}'s size is not known"
         return Check(name="size_ratio", status="note", finding=finding)
-    ratio = teacher / student
-    low, high = BALANCED_SIZES
+    ratio, (low, high) = teacher / student, BALANCED_SIZES
     finding = f"teacher {_size(teacher)}, student {_size(student)}: {ratio:.1f} times; {low} to {high} is balanced"
-    if student > teacher:
-        finding = f"the student ({_size(student)}) is larger than its teacher ({_size(teacher)})"
-        fix = "it cannot learn to be better than its teacher; swap the models"
-        return Check(name="size_ratio", status="fail", value=ratio, finding=finding, fix=fix)
-    if ratio > high:
+    status: Status = "fail" if ratio < 1 else "warn" if ratio > high else "note"
+    fix = "a smaller student saves more"
+    if ratio < 1:
+        fix = "a student cannot learn to be better than its teacher; swap the models"
+    elif ratio > high:
         fix = f"a {_size(teacher)} teacher is too far for a {_size(student)} student; take a size between"
-        return Check(name="size_ratio", status="warn", value=ratio, finding=finding, fix=fix)
-    if ratio < low:
-        return Check(name="size_ratio", status="note", value=ratio, finding=finding, fix="a smaller student saves more")
-    return Check(name="size_ratio", status="pass", value=ratio, finding=finding)
+    return graded("size_ratio", ratio, finding, passes=low <= ratio <= high, otherwise=status, fix=fix)
 
 
 def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> Check:
@@ -71,28 +68,27 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
     if teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
         return Check(name="templates", status="note", finding=finding)
-    others = [str(_render(teacher, messages)) for messages in prompts]
-    differing = [index for index, text in enumerate(others) if text != own[index]]
+    pairs = [(str(text), str(_render(teacher, messages))) for text, messages in zip(own, prompts, strict=True)]
+    differing = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
     same = len(prompts) - len(differing)
     share = same / len(prompts)
+    finding = f"{same} of {len(prompts)} prompts are rendered alike by teacher and student"
     if not differing:
-        finding = f"teacher and student render {same} of {same} prompts alike"
         return Check(name="templates", status="pass", value=share, finding=finding)
-    first = differing[0]
-    said, heard = _added(student, prompts[first], str(own[first])), _added(teacher, prompts[first], others[first])
     one_vocabulary = student.get_vocab() == teacher.get_vocab()
-    finding = f"only {same} of {len(prompts)} prompts are rendered alike"
+    status: Status = "fail" if one_vocabulary else "warn"
+    messages, (ours, theirs) = prompts[differing[0]], pairs[differing[0]]
+    said, heard = _added(student, messages, ours), _added(teacher, messages, theirs)
     if said != heard:
-        finding += f": the teacher's template adds {heard!r}, the student's {said!r}"
+        finding = f"only {finding}: the teacher's template adds {heard!r}, the student's {said!r}"
         fix = "give prompts.system, which replaces the system message of both, and generate again"
-        status: Status = "fail" if one_vocabulary else "warn"
-        return Check(name="templates", status=status, value=share, finding=finding, fix=fix)
-    if one_vocabulary:
-        finding += ", though both models know the same tokens"
+    elif one_vocabulary:
+        finding = f"only {finding}, though both models know the same tokens"
         fix = "copy the teacher's chat_template.jinja into the student's folder"
-        return Check(name="templates", status="fail", value=share, finding=finding, fix=fix)
-    finding = "the same words in other control tokens: each is asked with its own template"
-    return Check(name="templates", status="note", value=share, finding=finding)
+    else:
+        status, fix = "note", ""
+        finding = "the same words in other control tokens: each is asked with its own template"
+    return Check(name="templates", status=status, value=share, finding=finding, fix=fix)
 
 
 def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
@@ -101,16 +97,14 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     found: dict[str, str] = {}  # a row's id, and what it spells
     for row in rows:
-        for text in (row.text, *(message.content for message in row.messages)):
-            if match := pattern.search(text):
-                found.setdefault(row.id, match[0])
-    if not found:
-        finding = "no text spells a control token of the student"
-        return Check(name="markup", status="pass", value=0, finding=finding)
-    first, token = next(iter(found.items()))
-    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student (the first, {first}: {token})"
+        if match := pattern.search("\n".join([row.text, *(message.content for message in row.messages)])):
+            found[row.id] = match[0]
+    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student"
+    if found:
+        first, token = next(iter(found.items()))
+        finding += f" (the first, {first}: {token})"
     fix = "they are of another chat format; drop them with the rule banned_words"
-    return Check(name="markup", status="fail", value=len(found), finding=finding, fix=fix)
+    return graded("markup", len(found), finding, passes=not found, otherwise="fail", fix=fix)
 
 
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, str]]]:
@@ -139,7 +133,4 @@ def _added(tokenizer: Any, messages: list[dict[str, str]], text: str) -> str:
 
 
 def _size(parameters: int) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g}{name}"
-    return f"{parameters:,}"
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"

@@ -12,9 +12,15 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.checks import COLOURS, Check
+from pipeline.checks import COLOURS, Check, Status
 from pipeline.errors import DataError, UsageError
 from pipeline.rundir import RunDir, replacing
+
+
+def graded(name: str, value: float, finding: str, *, passes: bool, otherwise: Status, fix: str) -> Check:
+    """A check of what was found: it passes, or it has another status and a fix."""
+    status: Status = "pass" if passes else otherwise
+    return Check(name=name, status=status, value=value, finding=finding, fix="" if passes else fix)
 
 
 def settle(
@@ -22,11 +28,12 @@ def settle(
     run: RunDir,
     console: Console,
     *,
+    earlier: Sequence[Check] = (),
     accepted: Collection[str] = (),
     force: bool = False,
     write: bool = True,
 ) -> None:
-    """Shows the table, a line per check, and writes it as checks.json, unless another process does.
+    """Shows a line per check, and writes them after the `earlier` ones as checks.json, unless another process does.
 
     Raises DataError if a check failed, UsageError if one warns that is neither in `accepted` nor forced.
     """
@@ -37,8 +44,8 @@ def settle(
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
     table = {
-        "checks": checks,
-        "accepted": [c.name for c in checks if c.status == "warn" and c not in stopping],
+        "checks": [*earlier, *checks],
+        "accepted": [c.name for c in (*earlier, *checks) if c.status == "warn" and c not in stopping],
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
     if write:
@@ -54,5 +61,5 @@ def settle(
 def _named(checks: Sequence[Check]) -> str:
     """The first of the checks with its fix, and the names of the others."""
     first, *others = checks
-    text = f"check {first.name}: {first.finding}" + (f"; {first.fix}" if first.fix else "")
-    return text + (f" (and {', '.join(check.name for check in others)}, see checks.json)" if others else "")
+    more = f" (and {', '.join(check.name for check in others)}, see checks.json)" if others else ""
+    return "; ".join(filter(None, (f"check {first.name}: {first.finding}", first.fix))) + more

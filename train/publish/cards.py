@@ -1,10 +1,10 @@
 """Cards: the README.md of a student and of its data set, filled from the lineage.
 
-Takes the recipe and the lineage, returns Markdown with metadata as the Hub reads it; writes no file. A folder of this
-machine is named by its last part only.
+Takes the recipe and the lineage, returns Markdown with metadata as the Hub reads it; writes no file. The text is in the
+templates beside this module. A folder of this machine is named by its last part only.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.recipe import Recipe
 from train.checks.chain import OUR_TAG
-from train.checks.licences import LicenceChain, Terms, model_name, on_the_hub, table, terms_of
-from train.student import PRUNE
+from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
 from train.teacher import known_files, read_card
 
 CARD = "README.md"
 TAGS = [OUR_TAG, "distillation"]
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 LANGUAGES = {"hangul": "ko", "kana": "ja", "thai": "th", "greek": "el", "hebrew": "he"}  # scripts of one language
-NO_SCORES = {"rows"}  # numbers of lineage's evaluate section that are no score
 
 
 def model_card(
@@ -42,18 +40,8 @@ def model_card(
         "datasets": [data] if data else None,
         "tags": [*TAGS, *(["lora"] if adapter else [])],
     }
-    values = _common(recipe, lineage, chain, origin) | {
-        "repo": repo,
-        "base": published(origin),
-        "pruned": train["student"].removeprefix(PRUNE) if train["student"].startswith(PRUNE) else "",
-        "adapter": adapter,
-        "rank": train["hyperparameters"].get("lora_rank"),
-        "train": train,
-        "hyperparameters": {name: train["hyperparameters"][name] for name in _shown(train)},
-        "scores": _scores(lineage),
-        "headline": lineage.get("evaluate", {}).get("headline", ""),
-    }
-    return _card("model.md.j2", metadata, values, recipe)
+    values = {"repo": repo, "train": train, "adapter": adapter, "base": published(origin)}
+    return _card("model.md.j2", metadata, recipe, lineage, chain, values)
 
 
 def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
@@ -69,8 +57,7 @@ def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, 
         "tags": [*TAGS, "synthetic"],
         "configs": [{"config_name": "default", "data_files": files}],
     }
-    values = _common(recipe, lineage, chain, None) | {"repo": repo, "rows": rows}
-    return _card("dataset.md.j2", metadata, values, recipe)
+    return _card("dataset.md.j2", metadata, recipe, lineage, chain, {"repo": repo, "rows": rows, "base": None})
 
 
 def published(reference: str) -> str:
@@ -99,7 +86,21 @@ def without_paths(text: str, recipe: Recipe) -> str:
     return text
 
 
-def _card(template: str, metadata: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe) -> str:
+def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
+    """`origin`: the model that the student was before training; None for a data set."""
+    teacher = recipe.teacher.model
+    terms = terms_of(teacher, read_card(known_files(teacher)).licence, recipe.train.teacher_licence)
+    return LicenceChain(terms, terms_of(origin, read_card(known_files(origin)).licence) if origin else None)
+
+
+def _card(
+    template: str,
+    metadata: Mapping[str, Any],
+    recipe: Recipe,
+    lineage: Mapping[str, Any],
+    chain: LicenceChain,
+    values: Mapping[str, Any],
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         undefined=StrictUndefined,
@@ -109,73 +110,21 @@ def _card(template: str, metadata: Mapping[str, Any], values: Mapping[str, Any],
         autoescape=False,  # Markdown, not HTML
     )
     environment.filters |= {"cell": _cell, "number": "{:,}".format}
+    versions: dict[str, str] = {}
+    for section in lineage.values():
+        versions |= section.get("versions", {}) if isinstance(section, dict) else {}
+    text = environment.get_template(template).render(
+        recipe=recipe,
+        lineage=lineage,
+        teacher=published(recipe.teacher.model),
+        chain=chain,
+        read=table().read,
+        versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        **values,
+    )
     given = {name: value for name, value in metadata.items() if value is not None}
     head = yaml.safe_dump(given, allow_unicode=True, sort_keys=False)
-    return f"---\n{head}---\n\n" + without_paths(environment.get_template(template).render(values), recipe)
-
-
-def _common(recipe: Recipe, lineage: Mapping[str, Any], chain: LicenceChain, origin: str | None) -> dict[str, Any]:
-    generate, filters = lineage.get("generate", {}), lineage.get("filters", {})
-    parts = [{"part": "teacher", "model": published(recipe.teacher.model), "terms": chain.teacher}]
-    if origin is not None:
-        parts.append({"part": "student before", "model": published(origin), "terms": chain.base})
-    asked = generate.get("teacher", {}).get("asked")
-    distinct = generate.get("prompts", {}).get("distinct")
-    return {
-        "name": lineage["name"],
-        "teacher": published(recipe.teacher.model),
-        "served": [name for name in generate.get("teacher", {}).get("served", []) if name != asked],
-        "generate": generate,
-        "prompts": recipe.prompts,
-        "distinct": "" if distinct is None else f", {distinct:,} distinct",
-        "sampling": generate.get("sampling") or recipe.sampling.model_dump(mode="json"),
-        "filters": filters,
-        "rules": _rules(filters),
-        "chain": parts,
-        "read": table().read,
-        "versions": _versions(lineage),
-    }
-
-
-def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
-    def terms(reference: str, stated: str | None = None) -> Terms | None:
-        return terms_of(reference, read_card(known_files(reference)).licence, stated)
-
-    teacher = terms(recipe.teacher.model, recipe.train.teacher_licence)
-    return LicenceChain(teacher=teacher, base=terms(origin) if origin is not None else None)
-
-
-def _rules(filters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    settings = {
-        rule["rule"]: ", ".join(f"{key} {value}" for key, value in rule.items() if key != "rule")
-        for rule in filters.get("rules", [])
-    }
-    dropped: dict[str, int] = filters.get("dropped_by_rule", {})
-    return [{"name": name, "settings": settings.get(name, ""), "dropped": count} for name, count in dropped.items()]
-
-
-def _scores(lineage: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of the evaluation; none if it is older than the student."""
-    section = lineage.get("evaluate", {})
-    if section.get("created", "") < lineage["train"].get("created", ""):
-        return {}
-    numbers = {name: value for name, value in section.items() if type(value) in (int, float)}
-    return {name.replace("_", " "): value for name, value in numbers.items() if name not in NO_SCORES}
-
-
-def _shown(train: Mapping[str, Any]) -> Iterable[str]:
-    yield from ("epochs", "learning_rate", "warmup", "batch_size", "max_length")
-    if train["weights"] != "full":
-        yield from ("lora_rank", "lora_alpha", "lora_dropout")
-    if train["method"] in ("kd", "gkd"):
-        yield "kd"
-
-
-def _versions(lineage: Mapping[str, Any]) -> str:
-    found: dict[str, str] = {}
-    for section in lineage.values():
-        found |= section.get("versions", {}) if isinstance(section, dict) else {}
-    return ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
+    return f"---\n{head}---\n\n" + without_paths(text, recipe)
 
 
 def _cell(text: object) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from pipeline.adapters import merge_adapter
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
@@ -34,9 +34,8 @@ NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}
 
 
 def main() -> None:
-    parser = stage_parser(
-        "train.publish.export", "Writes the student with its card into export/; pushes it on request."
-    )
+    about = "Writes the student with its card into export/; pushes it on request."
+    parser = stage_parser("train.publish.export", about)
     parser.add_argument("--merged", action="store_true", help="the adapter merged into its base, not the adapter")
     parser.add_argument("--dataset", action="store_true", help="the data set too")
     parser.add_argument("--push", metavar="OWNER/NAME", help="to this repository of the Hub; HF_TOKEN is the key")
@@ -47,8 +46,9 @@ def main() -> None:
     token = token_for(options.push) if options.push else None  # before anything is written
     with run.locked():
         data = options.push if options.dataset else None
-        folder = export_model(recipe, run, merged=options.merged, repo=options.push, data=data)
-        folders = {"model": folder} | ({"dataset": export_dataset(recipe, run, data)} if options.dataset else {})
+        folders = {"model": export_model(recipe, run, merged=options.merged, repo=options.push, data=data)}
+        if options.dataset:
+            folders["dataset"] = export_dataset(recipe, run, data)
     for kind, exported in folders.items():
         print(f"{kind}: {exported}")
         if token is not None:
@@ -69,7 +69,8 @@ def export_model(
     name = "merged" if merged and adapter else "adapter" if adapter else "model"
     if name == "adapter" and student.startswith(PRUNE):
         raise UsageError(f"{run.student}: an adapter over a pruned base, which nobody else has; export with --merged")
-    with replacing_folder(run.path / "export" / name) as building:
+    folder = run.path / "export" / name
+    with replacing_folder(folder) as building:
         if name == "merged":
             base = str(run.student_init) if student.startswith(PRUNE) else resolve_model(student)
             merge_adapter(base, run.student, building)
@@ -81,7 +82,7 @@ def export_model(
             (building / ADAPTER).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         card = model_card(recipe, lineage, repo=repo or name, adapter=name == "adapter", data=data)
         _write(building, card, lineage, recipe)
-    return run.path / "export" / name
+    return folder
 
 
 def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path:
@@ -90,20 +91,21 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
     Raises DataError if there are none, or one is faulty.
     """
     parts = read_parts(recipe, run)
-    rows = {"train": parts.train, "validation": parts.validation, "test": parts.test}
-    lineage = {"name": run.path.name, **read_lineage(run)}
-    lineage = {name: lineage[name] for name in ("name", "generate", "filters") if name in lineage}
-    with replacing_folder(run.path / "export" / "dataset") as building:
+    rows_of = {"train": parts.train, "validation": parts.validation, "test": parts.test}
+    sections = {name: section for name, section in read_lineage(run).items() if name in ("generate", "filters")}
+    lineage = {"name": run.path.name, **sections}
+    folder = run.path / "export" / "dataset"
+    with replacing_folder(folder) as building:
         (building / "data").mkdir()
-        for part, own in rows.items():
+        for part, rows in rows_of.items():
             with (building / "data" / f"{part}.jsonl").open("wb") as file:
-                file.writelines(msgspec.json.encode(dataset_row(row)) + b"\n" for row in own)
-        counts = {part: len(own) for part, own in rows.items()}
+                file.writelines(msgspec.json.encode(_dataset_row(row)) + b"\n" for row in rows)
+        counts = {part: len(rows) for part, rows in rows_of.items()}
         _write(building, dataset_card(recipe, lineage, counts, repo=repo or "dataset"), lineage, recipe)
-    return run.path / "export" / "dataset"
+    return folder
 
 
-def dataset_row(row: Kept) -> dict[str, Any]:
+def _dataset_row(row: Kept) -> dict[str, Any]:
     """One row of the data set: the same columns for every recipe, so that any reader finds one schema."""
     return {
         "id": row.id,
@@ -120,26 +122,18 @@ def dataset_row(row: Kept) -> dict[str, Any]:
 
 def _student_lineage(run: RunDir) -> dict[str, Any]:
     """The lineage that the student was saved with, with its scores if this very student was evaluated since."""
-    path = run.student / "lineage.json"
-    try:
-        lineage: dict[str, Any] = json.loads(path.read_bytes())
-        fingerprint = lineage["train"]["fingerprint"]
-    except FileNotFoundError:
-        raise UsageError(f"{run.student}: no student yet; run train first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a lineage ({error}); train again with --again") from None
+    lineage = read_lineage(RunDir(run.student))
+    if "train" not in lineage:
+        raise UsageError(f"{run.student}: no student yet; run train first")
     lineage.pop("evaluate", None)  # of a student before it
     now = read_lineage(run)
-    if "evaluate" in now and now.get("train", {}).get("fingerprint") == fingerprint:
+    if "evaluate" in now and now.get("train", {}).get("fingerprint") == lineage["train"]["fingerprint"]:
         lineage["evaluate"] = now["evaluate"]
     return lineage
 
 
 def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> None:
-    for section in lineage.values():
-        if isinstance(section, dict):
-            section.pop("endpoint", None)  # where the teacher answered is nobody else's business
-            section.pop("endpoints", None)
+    lineage.get("generate", {}).pop("endpoints", None)  # where the teacher answered is nobody else's business
     text = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
     (folder / "lineage.json").write_text(without_paths(text, recipe), encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
