@@ -111,12 +111,15 @@ def test_one_of_them_killed_ends_the_run_and_the_next_goes_on(run: RunDir) -> No
     assert whole(run, 400)
 
 
-def test_an_interrupt_stops_all_in_order(run: RunDir) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["Ctrl-C", "SIGTERM to every process"])
+def test_an_interrupt_stops_all_in_order(run: RunDir, to_all: bool) -> None:
     with slow() as server:  # type: ignore[attr-defined]
         process = started(server, run)
         until_answered(run, 30)
         family = children(process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM if to_all else signal.SIGINT)
+        for child in family if to_all else ():
+            child.terminate()
         code, _, _ = finish(process)
         assert code == 130
         assert not psutil.wait_procs(family, timeout=5)[1]
