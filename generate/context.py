@@ -18,7 +18,7 @@ from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir
 
 # How a run ends: None when every request was answered or has failed for good, else what the API is to raise.
-# KeyboardInterrupt: the user stopped it. BudgetReached: the next request could pass it. Others: it cannot go on.
+# KeyboardInterrupt: the user stopped it. BudgetReached: the next request could cost too much. Others: it cannot go on.
 Outcome = BaseException | None
 
 

@@ -44,7 +44,7 @@ MOST_WAITING = 4096  # requests that may wait for a retry before no new ones go 
 
 
 class Attempt(NamedTuple):
-    """One request in flight: where it went, when, and in which dialect."""
+    """One request in flight: where it went, when, and how it was asked."""
 
     job: Job
     endpoint: Endpoint
@@ -52,7 +52,6 @@ class Attempt(NamedTuple):
     tokens: int  # an estimate, prompt and answer
     sent: float  # time.monotonic
     sampling: dict[str, Any]  # as it was sent
-    dialect: int
 
 
 class Loop:
@@ -139,8 +138,7 @@ class Loop:
             return None
         endpoint.begin(tokens, now)
         self._run.counters.in_flight += 1
-        sampling = self._dialect.sent(job.request.sampling)
-        return Attempt(job, endpoint, reservation, tokens, now, sampling, self._dialect.version)
+        return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling))
 
     def _least_busy(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
         """The endpoint with the fewest requests in flight of those with room; else the seconds until one has."""
@@ -192,7 +190,7 @@ class Loop:
             all_down_s=now - max(since) if len(since) == len(downs) else 0.0,
             refused_alike=self._refused_alike(reply),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
-            teaches=self._dialect.teaches(reply, job, attempt.dialect),
+            teaches=self._dialect.teaches(reply, job, job.dialect),
         )
 
     async def _carry_out(self, verdict: Verdict, attempt: Attempt, fault: Fault, now: float) -> None:
@@ -207,7 +205,7 @@ class Loop:
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
                 self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
-                self._dialect.learn(fault, job, attempt.dialect, self._run.say)
+                self._dialect.learn(fault, job, job.dialect, self._run.say)
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
             case Fail():

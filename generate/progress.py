@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline.records import Usage
 
@@ -80,25 +80,19 @@ class Display:
         self._counters, self._console, self._quiet = counters, console, quiet
         self._samples: deque[tuple[float, int, int]] = deque()
         self._next_line = 0.0
-        self._live: Progress | None = None
-        self._task = TaskID(0)
+        columns = BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self._task = self._bar.add_task("")
 
     def __enter__(self) -> "Display":
-        started = time.monotonic()
-        self._samples.append((started, self._counters.done, 0))
-        self._next_line = started + PLAIN_INTERVAL_S
-        if not self._quiet and self._console.is_terminal:
-            self._live = Progress(
-                BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"), console=self._console
-            )
-            self._task = self._live.add_task("", total=self._counters.total, completed=self._counters.done)
-            self._live.start()
+        self._next_line = time.monotonic() + PLAIN_INTERVAL_S
+        self.tick()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
-            self.tick()
-            self._live.stop()
+        self.tick()
+        self._bar.stop()
 
     def tick(self) -> None:
         """Shows where the run is now."""
@@ -106,9 +100,8 @@ class Display:
         self._samples.append((now, counters.done, counters.completion_tokens))
         while self._samples[0][0] < now - WINDOW_S:
             self._samples.popleft()
-        if self._live:
-            self._live.update(self._task, completed=counters.done, description=self._line(now))
-        elif not self._quiet and now >= self._next_line:
+        self._bar.update(self._task, total=counters.total, completed=counters.done, description=self._line(now))
+        if self._bar.disable and not self._quiet and now >= self._next_line:
             self._next_line = now + PLAIN_INTERVAL_S
             self._console.print(
                 f"{counters.done}/{counters.total} · {self._line(now)}", highlight=False, soft_wrap=True

@@ -76,16 +76,16 @@ def generate(
         elif write_batches:
             for path in _batches(call).write():
                 call.say(f"{path}")
-        else:
-            run_loop(_send(call, display, signals=True))
+        elif outcome := run_loop(_send(call, display, signals=True)):
+            raise outcome
     return _summary(call)
 
 
 async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures: bool = False) -> Summary:
     """As `generate`, in the running event loop. Leaves signals alone; a cancelled call keeps what was answered."""
     with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
-        if call.counters.left:
-            await _send(call, display, signals=False)
+        if call.counters.left and (outcome := await _send(call, display, signals=False)):
+            raise outcome
     return _summary(call)
 
 
@@ -136,8 +136,8 @@ def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[bytes]
         yield encode_line(Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part))
 
 
-async def _send(run: Run, display: Display, *, signals: bool) -> None:
-    """Sends what is left, as the recipe says. Raises what ended it early."""
+async def _send(run: Run, display: Display, *, signals: bool) -> Outcome:
+    """Sends what is left, as the recipe says."""
     config = run.recipe.generate
     if config.mode == "batch":
         outcome = await _send_batches(run, signals=signals)
@@ -148,8 +148,7 @@ async def _send(run: Run, display: Display, *, signals: bool) -> None:
     if isinstance(outcome, KeyboardInterrupt):
         left = "still to come" if config.mode == "batch" else "still to ask"
         run.say(f"{run.counters.answered} answered in this call, {run.counters.left} {left}")
-    if outcome:
-        raise outcome
+    return outcome
 
 
 async def _send_batches(run: Run, *, signals: bool) -> Outcome:

@@ -6,8 +6,9 @@ their sum, and stops them. When parts of the budget are spent, one more process 
 budget ends the run where it would end it in one process.
 
 A child reads its pickled work from stdin and writes JSON lines to stdout: `["counters", {…}]` four times per second,
-`["say", message]`, or `[class of an error, its message]`. SIGTERM stops it as Ctrl-C stops a run. The end of stdin,
-when its parent has died, stops it at once. It inherits the run's lock, which stays held until the last child is gone.
+`["say", message]`, or `[class of an error, its message]`. SIGUSR1 stops it as Ctrl-C stops a run; SIGTERM, which a
+system may send to all processes, is for the parent. The end of stdin, when its parent has died, stops it at once. It
+inherits the run's lock, which stays held until the last child is gone.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
 LINE_BYTES = 1 << 20
+STOP = signal.SIGUSR1
 
 
 class Work(NamedTuple):
@@ -78,7 +80,7 @@ class _Workers:
 
     def interrupt(self) -> None:
         """Stops the children in order; a second call stops them at once."""
-        self.signal(signal.SIGTERM)
+        self.signal(STOP)
         if not self._interrupted:
             self._run.say_stopping()
         self._interrupted = True
@@ -114,7 +116,7 @@ class _Workers:
             else:
                 self._failed.append(getattr(errors, kind, DistillError)(said))
                 if not self._only_budget():  # of a part: the others may have some left
-                    self.signal(signal.SIGTERM)
+                    self.signal(STOP)
         return await child.wait()
 
 
@@ -135,6 +137,8 @@ async def _start(work: Work) -> Process:
 
 def main() -> None:
     """A child: sends its partition."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         _send_partition(pickle.load(sys.stdin.buffer))
     except (EOFError, pickle.UnpicklingError):
@@ -162,7 +166,7 @@ def _send_partition(work: Work) -> None:
         try:
             outcome = run_loop(_send(run))
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended: a stop must not cost the last counts
+            signal.signal(STOP, signal.SIG_IGN)  # it has ended: a stop must not cost the last counts
             run.budget.save()
             run.show()
         if outcome and not isinstance(outcome, KeyboardInterrupt):
@@ -179,7 +183,7 @@ async def _send(run: Run) -> Outcome:
             loop.interrupt()
 
         events.add_reader(sys.stdin, parent_gone)
-        events.add_signal_handler(signal.SIGTERM, loop.interrupt)
+        events.add_signal_handler(STOP, loop.interrupt)
         return await loop.run()
 
 

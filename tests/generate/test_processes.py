@@ -79,8 +79,8 @@ def children(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def started(server: MisbehavingServer, run: RunDir) -> "subprocess.Popen[str]":
-    return start(server, run, 400, "--generate.processes", "2", "--quiet")
+def started(server: MisbehavingServer, run: RunDir, *flags: str) -> "subprocess.Popen[str]":
+    return start(server, run, 400, "--generate.processes", "2", "--quiet", *flags)
 
 
 def test_killed_with_its_parent_nothing_is_lost_or_repeated(run: RunDir) -> None:
@@ -111,12 +111,15 @@ def test_one_of_them_killed_ends_the_run_and_the_next_goes_on(run: RunDir) -> No
     assert whole(run, 400)
 
 
-def test_an_interrupt_stops_all_in_order(run: RunDir) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["Ctrl-C", "SIGTERM to every process"])
+def test_an_interrupt_stops_all_in_order(run: RunDir, to_all: bool) -> None:
     with slow() as server:  # type: ignore[attr-defined]
         process = started(server, run)
         until_answered(run, 30)
         family = children(process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM if to_all else signal.SIGINT)
+        for child in family if to_all else ():
+            child.terminate()
         code, _, _ = finish(process)
         assert code == 130
         assert not psutil.wait_procs(family, timeout=5)[1]
@@ -126,10 +129,12 @@ def test_an_interrupt_stops_all_in_order(run: RunDir) -> None:
     assert whole(run, 400)
 
 
-def test_a_second_interrupt_stops_all_at_once(run: RunDir) -> None:
-    """Every request takes 3 s, and one interrupt alone waits 5 s for those in flight."""
-    with slow(3.0) as server:  # type: ignore[attr-defined]
-        process = started(server, run)
+def test_a_second_interrupt_stops_all_at_once(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One interrupt alone would wait for those in flight, which are answered after 20 s."""
+    (tmp_path / "sitecustomize.py").write_text("import generate.loop\ngenerate.loop.GRACE_S = 60.0\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")  # in the run's own processes
+    with slow(20.0) as server:  # type: ignore[attr-defined]
+        process = started(server, run, "--generate.request_timeout_s", "60")
         until_asked(server, 8)
         process.send_signal(signal.SIGINT)
         assert process.stderr
