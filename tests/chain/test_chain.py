@@ -111,10 +111,13 @@ def test_the_chain_interrupted_and_run_again_ends_with_a_measured_student(
     assert {"generate", "filters", "train", "evaluate"} <= set(lineage)
     assert json.loads((run.student / "config.json").read_text())["num_hidden_layers"] == 2
     assert run.report_html.exists()
-    for model in json.loads(run.report.read_text())["models"]:  # the engine streamed, and answered every probe
-        assert model["probes"]["seen"]["prompts"] == 4 and model["probes"]["unseen"]["prompts"] == 2, model
-        assert model["first_token_s"]["value"] > 0 and model["tokens_per_s_alone"]["value"] > 0, model
-        assert model["kv_bytes_per_token"] and model["peak_rss_mib"] and model["tokens_per_s"], model
+    report = json.loads(run.report.read_text())
+    assert (report["probes"]["seen"], report["probes"]["unseen"], report["probes"]["answered"]) == (4, 2, 6)
+    for model in report["models"]:  # the engine streamed, and answered every probe
+        figures = model["figures"]
+        assert {"passing", "loops"} <= figures["seen"].keys() & figures["unseen"].keys(), model
+        for name in ("first_token_s", "tokens_per_s", "tokens_per_s_alone", "peak_rss_mib", "kv_bytes_per_token"):
+            assert figures["engine"][name]["value"] > 0, (name, model)
 
     before = run.report.stat().st_mtime_ns
     third = start(recipe, run)

@@ -154,7 +154,7 @@ def until_asked(server: MisbehavingServer, count: int) -> None:
 
 def test_a_second_run_is_refused_while_children_of_a_killed_one_are_there(run: RunDir) -> None:
     """They hold the run's lock with their parent, so nobody can begin before the last of them is gone."""
-    with slow(1.0) as server:  # type: ignore[attr-defined]
+    with slow(0.2) as server:  # type: ignore[attr-defined]
         process = started(server, run)
         until_asked(server, 8)
         family = children(process)
