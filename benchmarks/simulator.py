@@ -87,12 +87,15 @@ def main() -> None:
     options = flags(__doc__, **ENGINE)
     replicas: list[Replica] = []
 
-    def chat(request: bytes, reply: Reply) -> None:
-        if not replicas:  # they need the running event loop
+    def engines() -> list[Replica]:
+        if not replicas:  # made with the first request of any kind: they need the running event loop
             replicas.extend(Replica(options.slots, options.step_ms / 1000) for _ in range(options.replicas))
-        min(replicas, key=lambda replica: replica.running + replica.waiting).add(answer_tokens(request), reply)
+        return replicas
 
-    routes = {"/v1/chat/completions": chat, "/metrics": lambda _, reply: reply(metrics(replicas))}
+    def chat(request: bytes, reply: Reply) -> None:
+        min(engines(), key=lambda replica: replica.running + replica.waiting).add(answer_tokens(request), reply)
+
+    routes = {"/v1/chat/completions": chat, "/metrics": lambda _, reply: reply(metrics(engines()))}
     if options.no_metrics:
         del routes["/metrics"]
     serve(routes)

@@ -22,6 +22,7 @@ from benchmarks.measure import flags, measured, question, show, steady_seconds
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
 from benchmarks.stories import Writer
 from filters.answer import nfc
+from generate.concurrency import read_load
 from generate.streaming import Streamed
 from tests.servers.misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
 
@@ -90,6 +91,16 @@ def test_the_other_clients_send_what_ours_sends(tmp_path: Path) -> None:
 def test_an_answer_s_length_depends_on_the_request_alone() -> None:
     assert answer_tokens(b"one") == answer_tokens(b"one")
     assert {answer_tokens(str(number).encode()) for number in range(20_000)} == set(LENGTHS)
+
+
+def test_the_simulated_engines_show_their_queue_before_the_first_request() -> None:
+    """Else a client would take them for an endpoint that shows none."""
+    with (
+        running("benchmarks.simulator", "--replicas", "3") as url,
+        urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as reply,
+    ):
+        load = read_load(reply.read().decode())
+    assert load is not None and (load.engines, load.running, load.waiting) == (3, 0, 0)
 
 
 def test_the_simulated_engine_answers_every_request_in_no_less_than_the_least_time() -> None:
