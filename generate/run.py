@@ -30,7 +30,7 @@ from generate.prompts import grammar_size, iter_prompts
 from generate.workers import send_from_workers
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Prompt, encode_line
+from pipeline.records import Completion, Failure, Prompt, Request, encode_line
 from pipeline.rundir import RunDir, replacing
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _opened(recipe: Recipe, folder: RunDir, *, quiet: bool, retry_failures: bool
     display = Display(counters, Console(stderr=True), quiet=quiet)
     with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
         with replacing(folder.prompts) as file:
-            file.writelines(_surveyed(recipe, run.left, counters))
+            file.writelines(_prompt_line(request, recipe) for request in _surveyed(recipe, run.left, counters))
         folder.save_recipe(recipe)
         for message in _findings(run):
             run.say(message)
@@ -122,8 +122,8 @@ def _opened(recipe: Recipe, folder: RunDir, *, quiet: bool, retry_failures: bool
         _save(run)
 
 
-def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[bytes]:
-    """Counts what is there to do; yields the lines of prompts.jsonl. So all prompts are checked before any is asked."""
+def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Request]:
+    """Counts what there is to do and yields every request. So all prompts are checked before any is asked."""
     for job in build_jobs(iter_prompts(recipe), recipe):
         request = job.request
         counters.total += 1
@@ -132,8 +132,13 @@ def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[bytes]
             counters.resumed += 1
         elif request.id in left.failed:
             counters.failed_before += 1
-        part = recipe.prompts.part_of(request.messages)
-        yield encode_line(Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part))
+        yield request
+
+
+def _prompt_line(request: Request, recipe: Recipe) -> bytes:
+    """The line of prompts.jsonl."""
+    part = recipe.prompts.part_of(request.messages)
+    return encode_line(Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part))
 
 
 async def _send(run: Run, display: Display, *, signals: bool) -> Outcome:

@@ -75,13 +75,18 @@ def wait_until(holds: Callable[[], bool], said: list[bytes]) -> None:
         time.sleep(0.02)
 
 
+def start_chain(server: MisbehavingServer, run: RunDir) -> "tuple[subprocess.Popen[bytes], int, list[bytes]]":
+    """The chain in a terminal, once all requests that may be in flight are."""
+    recipe = write_recipe(server, run.path.parent)
+    process, terminal, said = start_in_terminal([sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)])
+    wait_until(lambda: len(server.asked) == IN_FLIGHT, said)
+    return process, terminal, said
+
+
 def test_ctrl_c_in_a_terminal_leaves_generate_its_grace(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with misbehaving(lambda asked: answer(delay_s=2)) as server:
-        recipe = write_recipe(server, tmp_path)
-        command = [sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)]
-        process, terminal, said = start_in_terminal(command)
-        wait_until(lambda: len(server.asked) == IN_FLIGHT, said)
+        process, terminal, said = start_chain(server, run)
         os.write(terminal, b"\x03")
         assert process.wait(60) == 130, b"".join(said).decode()
     assert len(completions(run)) == len(server.asked) == IN_FLIGHT
@@ -91,10 +96,7 @@ def test_ctrl_c_in_a_terminal_leaves_generate_its_grace(tmp_path: Path) -> None:
 def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with misbehaving(lambda asked: answer(delay_s=600)) as server:
-        recipe = write_recipe(server, tmp_path)
-        command = [sys.executable, "-m", "chain", str(recipe), "--run", str(run.path)]
-        process, terminal, said = start_in_terminal(command)
-        wait_until(lambda: len(server.asked) == IN_FLIGHT, said)
+        process, terminal, said = start_chain(server, run)
         os.write(terminal, b"\x03")
         wait_until(lambda: b"stopping: a moment for" in b"".join(said), said)
         os.write(terminal, b"\x03")
