@@ -2,12 +2,12 @@
 
 import unicodedata
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from pipeline.records import Completion, Slots
+from pipeline.records import Completion, Json, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
 Nfc = Annotated[str, AfterValidator(nfc)]  # a setting that is compared with an answer
@@ -23,6 +23,11 @@ class Answer(msgspec.Struct, frozen=True):
     instruction: str  # the last user message; empty if there is none
     finish_reason: str
     slots: Slots  # what the prompt's template was filled with
+    reference: Any = None  # the prompt's own, any JSON
+    columns: Json = {}
+    tools: list[Json] = []
+    reasoning: str = ""
+    tool_calls: list[Json] = []
 
 
 class RuleSettings(BaseModel):
@@ -34,4 +39,14 @@ class RuleSettings(BaseModel):
 def as_answer(row: Completion) -> Answer:
     """The answer of a completion, normalised."""
     asked = next((message.content for message in reversed(row.messages) if message.role == "user"), "")
-    return Answer(nfc(row.text), nfc(asked), row.finish_reason, row.slots)
+    return Answer(
+        nfc(row.text),
+        nfc(asked),
+        row.finish_reason,
+        row.slots,
+        row.reference,
+        row.columns,
+        row.tools,
+        row.reasoning,
+        row.tool_calls,
+    )

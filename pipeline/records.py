@@ -1,6 +1,7 @@
 """The records that stages hand to each other: JSONL, UTF-8, one object a line.
 
-Reads and writes nothing but such lines. Decoding checks types; a bad line is a DataError `path:line: reason`.
+Reads and writes nothing but such lines. Decoding checks types; a bad line is a DataError `path:line: reason`. A field
+that has its default value is left out of the line.
 """
 
 import unicodedata
@@ -14,21 +15,27 @@ from pipeline.errors import DataError
 
 Part = Literal["train", "validation", "test"]
 Slots = dict[str, str | list[str]]
+Json = dict[str, Any]  # a JSON object
 
 
-class Message(msgspec.Struct, frozen=True, gc=False):
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One chat turn, as the OpenAI chat format has it."""
 
     role: str
     content: str
+    tool_calls: list[Json] = []  # of an assistant turn: {"id", "type": "function", "function": {"name", "arguments"}}
+    tool_call_id: str = ""  # of a turn with the role `tool`: the call that it answers
 
 
-class Prompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One question to the teacher. `slots` holds what the template was filled with, for adherence."""
+class Prompt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One question, as the student will be asked it. `slots` holds what the template was filled with, for adherence."""
 
     id: str
     messages: list[Message]
     slots: Slots = {}
+    reference: Any = None  # what a right answer is held against: any JSON; None: nothing is known
+    columns: Json = {}  # the row's further columns, as the user wrote them
+    tools: list[Json] = []  # the functions that the teacher may call, in the OpenAI format
     part: Part | None = None  # what it is for in its run (pipeline.partition); None: it belongs to no run
 
 
@@ -40,21 +47,27 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reasoning_tokens: int | None = None  # part of the completion's: spent before the answer began
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What identifies one answer. `id` is the hash of all that determines it (see generate.jobs)."""
 
     id: str
     prompt_id: str
-    messages: list[Message]
+    messages: list[Message]  # as the student will be asked; what only the teacher is told is in the recipe
     slots: Slots = {}
+    reference: Any = None  # with `columns` and `tools`: the prompt's own; not part of the identity
+    columns: Json = {}
+    tools: list[Json] = []
+    sample: int = 0  # the number of this answer among those to the same question
     endpoint: str
-    sampling: dict[str, Any]
+    sampling: Json
 
 
 class Completion(Request, frozen=True, kw_only=True):
     """One teacher answer: the only shape that leaves `generate`. An error never becomes `text`."""
 
-    text: str
+    text: str  # without the reasoning; may be empty if there are tool calls
+    reasoning: str = ""  # what the model thought before it answered
+    tool_calls: list[Json] = []  # in the OpenAI format, as in Message
     finish_reason: str
     model: str  # as the server named it
     usage: Usage
