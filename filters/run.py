@@ -73,7 +73,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         with survivors.open("wb") as passed:
             work = partial(judge_lines, rules=rules, dedup=dedup, later=later)
             tally, own = _apply_rules(run, work, passed if later else kept, dropped, skip_bad=skip_bad)
-        if not tally.kept + tally.dropped:
+        if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         sketches = None
