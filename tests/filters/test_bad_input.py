@@ -34,7 +34,9 @@ LINES = GOOD.splitlines(keepends=True)
         (b"\xef\xbb\xbf" + LINES[0], "malformed"),
         (b'{"id":"' + b"x" * 5000 + b'"}\n', "over 16 MiB in one line"),
         (
-            encode_line(Kept(**{name: getattr(ROWS[0], name) for name in Completion.__struct_fields__})),
+            encode_line(
+                Kept(**{name: getattr(ROWS[0], name) for name in Completion.__struct_fields__}, scores={"judge": 5})
+            ),
             "field `scores`",
         ),
     ],
