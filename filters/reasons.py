@@ -56,6 +56,12 @@ def _duplicate(why: Reason) -> str:
     return f"{why.what} {why.similarity:.2f} similar to {other}"
 
 
+def _agrees(why: Reason) -> str:
+    if why.at_least is not None:
+        return f"{why.n} of {why.total} answers agree ({why.value:.0%}), {_limit(why)} wanted"
+    return f"{why.count} of {why.total} answers say the same, {why.n} another"
+
+
 def _judge(why: Reason) -> str:
     if why.value is None:
         return f"no verdict could be read, in {why.count} attempts"
@@ -80,6 +86,8 @@ SENTENCES: dict[str, Callable[[Reason], str]] = {
     "near_duplicate": _duplicate,
     "similar_prompt": _duplicate,
     "contamination": _duplicate,
+    "agrees": _agrees,
+    "select": lambda why: f"answer {why.n} to this prompt stays ({why.what})",
     "judge": _judge,
     "sweep": lambda why: f"rank {why.value} of {why.total}, the best {why.at_most:.0%} are kept",
 }

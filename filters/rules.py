@@ -14,7 +14,8 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
-from filters.answer import Answer, Nfc, RuleSettings
+from filters.answer import Answer, Nfc, RuleSettings, Verified
+from filters.groups import AGREES, AgreesSettings, agrees
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
@@ -164,10 +165,11 @@ def ending(answer: Answer, settings: EndingSettings) -> Reason | None:
 
 
 class Rule(NamedTuple):
-    """A rule, and the model of its settings."""
+    """A rule, and the model of its settings. `check` returns a Reason or None, or a Verified as verifiers do."""
 
-    check: Callable[[Answer, Any], Reason | None]
+    check: Callable[[Answer, Any], Reason | Verified | None]
     settings: type[RuleSettings]
+    verifies: bool = False  # it says which answers are right, and may take long
 
 
 RULES = {
@@ -183,4 +185,5 @@ RULES = {
     "adherence": Rule(adherence, AdherenceSettings),
     "ending": Rule(ending, EndingSettings),
     "language": Rule(language, LanguageSettings),
+    AGREES: Rule(agrees, AgreesSettings),
 }

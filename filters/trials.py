@@ -7,7 +7,7 @@ compare: `sweep/<share>/` with kept.jsonl, dropped.jsonl and lineage.json. It ke
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import DEDUP_RULES
+from filters.groups import AGREES, SELECT
 from filters.judge import RULE as JUDGE
 from filters.judge import read_judgements
 from filters.reasons import describe
@@ -25,7 +26,7 @@ from filters.repetition import RepetitionSettings
 from filters.report import one_line
 from filters.rows import filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
-from filters.ruleset import RuleSet
+from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.records import Completion, Dropped, Kept, Reason, encode_line
@@ -38,7 +39,7 @@ RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in t
 
 Flip = tuple[Completion, Sequence[Reason]]
 Rank = tuple[int, float, float, float, str]
-Thresholds = list[tuple[Callable[[Answer, Any], Reason | None], list[RuleSettings]]]
+Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 
 
 @dataclass
@@ -78,7 +79,7 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
             result.kept_before += 1
             if reasons:
                 result.add(row, reasons, kept=False)
-        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE):  # neither is asked again
+        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE, AGREES, SELECT):  # none of them is asked again
             result.add(row, row.detail, kept=True)
     return result
 
@@ -145,13 +146,14 @@ def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
 
 def stricter(rules: RuleSet) -> Thresholds:
     """The rules that have a threshold, each with its settings made stricter, by STEPS."""
-    found = [(one.rule.check, [_tighter(one.settings, step) for step in STEPS]) for one in rules.rules]
-    return [(check, [one for one in steps if one]) for check, steps in found if any(steps)]
+    found = ([(rule, _tighter(rule.settings, step)) for step in STEPS] for rule in rules.rules)
+    every = ([rule._replace(settings=settings) for rule, settings in steps if settings] for steps in found)
+    return [steps for steps in every if steps]
 
 
 def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
     """How far an answer is inside the rules' thresholds: of the rule that it is nearest to, and the mean; 0 to 1."""
-    found = [sum(check(answer, settings) is None for settings in steps) / len(steps) for check, steps in thresholds]
+    found = [sum(rule.verify(answer).reason is None for rule in steps) / len(steps) for steps in thresholds]
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
