@@ -88,7 +88,7 @@ def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
     grammar = Grammar(config)
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
-        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots), tools=config.tools)
         prompt = make_prompt(row, config.system)
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
@@ -116,7 +116,8 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
 
 def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
     config = recipe.evaluate
-    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system)
+    same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
+    wanted = PromptsConfig(file=config.probes_file, **same)
     rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
     prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
     if known := [prompt for prompt in prompts if asked.has(prompt)]:
