@@ -27,14 +27,7 @@ from trl import SFTConfig
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.train_config import TrainConfig
-from train.machine import (
-    autocast,
-    check_machine,
-    micro_tokens,
-    precision,
-    wants_checkpointing,
-    weights_dtype,
-)
+from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import GkdTrainer, KdTrainer, load_teacher
@@ -111,16 +104,13 @@ class Prepared:
 
     def _survives_rounding(self, model: Any, console: Console) -> bool:
         """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
-        exact = [parameter.detach().clone() for parameter in model.parameters()]
+        exact = {name: value.clone() for name, value in model.state_dict().items()}
         before = float(self.trainer.state.best_metric)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(self.dtype))
-            after = self.trainer.evaluate(metric_key_prefix="rounded")["rounded_loss"]
-            if after - before <= ROUNDING_LOSS:
-                return True
-            for parameter, value in zip(model.parameters(), exact, strict=True):
-                parameter.copy_(value)
+        model.load_state_dict({name: value.to(self.dtype) for name, value in exact.items()})
+        after = self.trainer.evaluate(metric_key_prefix="rounded")["rounded_loss"]
+        if after - before <= ROUNDING_LOSS:
+            return True
+        model.load_state_dict(exact)
         console.print(
             f"saved in {model.dtype}, not in {self.dtype}: rounded, its validation loss would be {after:.4f} instead "
             f"of {before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
@@ -227,7 +217,6 @@ def _arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> SFT
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup,
-        gradient_accumulation_steps=1,  # StudentTrainer takes all rows of a step, and splits them itself
         gradient_checkpointing=checkpointing,
         max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows

@@ -90,13 +90,12 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
 
 
 def _length(prepared: "Prepared", parts: Parts, config: TrainConfig) -> Check:
-    ids = [row.id for row in (*parts.train, *parts.validation)]
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
-    longest = max(lengths)
-    worst = f"the longest, {ids[lengths.index(longest)]}, has {longest} tokens"
+    longest, row = max(zip(lengths, (*parts.train, *parts.validation), strict=True), key=lambda pair: pair[0])
     over = sum(length > config.max_length for length in lengths)
     share = over / len(lengths)
-    finding = f"{over} of {len(lengths)} rows are longer than train.max_length {config.max_length} ({worst})"
+    finding = f"{over} of {len(lengths)} rows are longer than train.max_length {config.max_length} "
+    finding += f"(the longest, {row.id}, has {longest} tokens)"
     status: Status = "note" if share <= DROPPED_SHARE else "warn"
     fix = f"raise it to {longest}; they are left out now"
     if config.too_long == "refuse":

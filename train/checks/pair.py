@@ -68,17 +68,16 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
     if teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
         return Check(name="templates", status="note", finding=finding)
-    pairs = [(str(text), str(_render(teacher, messages))) for text, messages in zip(own, prompts, strict=True)]
-    differing = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
-    same = len(prompts) - len(differing)
-    share = same / len(prompts)
-    finding = f"{same} of {len(prompts)} prompts are rendered alike by teacher and student"
+    pairs = [(text, _render(teacher, messages), messages) for text, messages in zip(own, prompts, strict=True)]
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    share = 1 - len(differing) / len(prompts)
+    finding = f"{len(prompts) - len(differing)} of {len(prompts)} prompts are rendered alike by teacher and student"
     if not differing:
         return Check(name="templates", status="pass", value=share, finding=finding)
     one_vocabulary = student.get_vocab() == teacher.get_vocab()
     status: Status = "fail" if one_vocabulary else "warn"
-    messages, (ours, theirs) = prompts[differing[0]], pairs[differing[0]]
-    said, heard = _added(student, messages, ours), _added(teacher, messages, theirs)
+    ours, theirs, messages = differing[0]
+    said, heard = _added(student, messages, str(ours)), _added(teacher, messages, str(theirs))
     if said != heard:
         finding = f"only {finding}: the teacher's template adds {heard!r}, the student's {said!r}"
         fix = "give prompts.system, which replaces the system message of both, and generate again"
@@ -95,14 +94,9 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     """Text that spells one of the student's control tokens would become that token, and end a turn in its middle."""
     tokens = [token for token in student.all_special_tokens if token]
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-    found: dict[str, str] = {}  # a row's id, and what it spells
-    for row in rows:
-        if match := pattern.search("\n".join([row.text, *(message.content for message in row.messages)])):
-            found[row.id] = match[0]
-    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student"
-    if found:
-        first, token = next(iter(found.items()))
-        finding += f" (the first, {first}: {token})"
+    texts = {row.id: "\n".join([row.text, *(message.content for message in row.messages)]) for row in rows}
+    found = [f" (the first, {name}: {match[0]})" for name, text in texts.items() if (match := pattern.search(text))]
+    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student{found[0] if found else ''}"
     fix = "they are of another chat format; drop them with the rule banned_words"
     return graded("markup", len(found), finding, passes=not found, otherwise="fail", fix=fix)
 
