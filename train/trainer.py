@@ -22,7 +22,8 @@ from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
+from trl import SFTConfig, get_training_chat_template
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
@@ -153,7 +154,8 @@ def prepare(
                 f"{len(kept['train'])} (--num_processes), or generate more prompts"
             )
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
-        faults = label_faults(seen, stops=stop_tokens(tokenizer, trainer.model), decode=tokenizer.decode)
+        stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
+        faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
         shown = [examples["train"][index] for index in kept["train"]]
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     words = precision(config.weights)
@@ -162,6 +164,8 @@ def prepare(
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     tokenizer = load_tokenizer(student)
+    if config.loss_on == "all":
+        _check_marks(tokenizer)
     dtype = weights_dtype(config.weights)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -177,6 +181,19 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     return model, tokenizer, stored
 
 
+def _check_marks(tokenizer: Any) -> None:
+    """Raises RecipeError if neither the template nor TRL's version of it marks what the assistant says."""
+    try:
+        template = None if "generation %}" in tokenizer.chat_template else get_training_chat_template(tokenizer)
+    except ValueError:
+        template = ""
+    if template == "" or not is_chat_template_stop_token_trained(tokenizer, template):
+        raise RecipeError(
+            "train.loss_on all: the student's chat template does not mark what the assistant says ({% generation %}), "
+            "and TRL knows no version of it that does; use train.loss_on: last, or another student"
+        )
+
+
 def _trainer(
     model: Any, tokenizer: Any, examples: Examples, config: TrainConfig, folder: Path, console: Console, teacher: str
 ) -> StudentTrainer:
@@ -187,8 +204,8 @@ def _trainer(
     settings: dict[str, Any] = {
         "model": model,
         "args": _arguments(config, folder, checkpointing=checkpointing),
-        "train_dataset": datasets.Dataset.from_list(examples["train"]),
-        "eval_dataset": datasets.Dataset.from_list(examples["validation"]),
+        "train_dataset": datasets.Dataset.from_list(examples["train"], on_mixed_types="use_json"),
+        "eval_dataset": datasets.Dataset.from_list(examples["validation"], on_mixed_types="use_json"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,
@@ -220,7 +237,8 @@ def _arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> SFT
         gradient_checkpointing=checkpointing,
         max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows
-        completion_only_loss=True,
+        completion_only_loss=config.loss_on == "last",
+        assistant_only_loss=config.loss_on == "all",
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=autocast(config.weights),

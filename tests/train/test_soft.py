@@ -283,5 +283,5 @@ def test_adapters_over_four_bits_need_a_gpu(models: tuple[str, str], tmp_path: P
         pytest.fail("this test is of a machine without a GPU")
     run = make_run(tmp_path / "run", story_rows(6))
     for settings in ({"method": "qlora"}, {"method": "kd", "kd": {"weights": "qlora"}}):
-        with pytest.raises(RecipeError, match="qlora needs a GPU and bitsandbytes .*; or use lora"):
+        with pytest.raises(RecipeError, match="qlora needs a GPU and bitsandbytes"):
             train_run(make_recipe(*models, **settings), run)

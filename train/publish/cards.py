@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.recipe import Recipe
 from train.checks.chain import OUR_TAG
 from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
+from train.checks.pair import told_only
 from train.teacher import known_files, read_card
 
 CARD = "README.md"
@@ -113,6 +114,7 @@ def _card(
         lineage=lineage,
         teacher=published(recipe.teacher.model),
         read=table().read,
+        told=told_only(recipe),
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,
     )
