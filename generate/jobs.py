@@ -85,6 +85,7 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
     return Completion(
         **_identity(job, endpoint, sampling),
         text=answer.text,
+        reasoning=answer.reasoning,
         finish_reason=answer.finish_reason,
         model=answer.model or job.model,
         usage=answer.usage,

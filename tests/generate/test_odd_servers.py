@@ -85,6 +85,53 @@ def test_a_content_of_parts_is_its_text(content: Any, text: str) -> None:
     assert answer_in(said(content)).text == text
 
 
+@pytest.mark.parametrize(
+    ("content", "message", "reasoning", "text"),
+    [
+        ("two", {"reasoning": "hm"}, "hm", "two"),
+        ("two", {"reasoning_content": "\nhm\n"}, "hm", "two"),
+        ("two", {"reasoning": None, "reasoning_content": "hm"}, "hm", "two"),
+        ("two", {"reasoning": "hm", "reasoning_content": "hm"}, "hm", "two"),
+        ("<think>ah</think>two", {"reasoning": "hm"}, "hm", "two"),
+        ("<think>hm</think>\n\ntwo", {"reasoning": ""}, "hm", "two"),
+        ("hm\n</think>\n\ntwo", {}, "hm", "two"),
+        ("two", {"reasoning": {"odd": 1}, "reasoning_content": 5}, "", "two"),
+        ([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "two"}], {}, "hm", "two"),
+        (
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                "odd",
+                {"type": "text", "text": "two"},
+            ],
+            {},
+            "hm",
+            "two",
+        ),
+    ],
+)
+def test_reasoning_is_kept_apart_from_the_text(content: Any, message: Any, reasoning: str, text: str) -> None:
+    found = answer_in(said(content, message=message))
+    assert (found.reasoning, found.text) == (reasoning, text)
+
+
+@pytest.mark.parametrize("content", ["<think>Let me see", None])
+def test_an_answer_cut_off_in_its_reasoning_is_empty(content: str | None) -> None:
+    usage = {"completion_tokens": 500, "completion_tokens_details": {"reasoning_tokens": 500}}
+    found = read_answer(said(content, "length", usage, message={} if content else {"reasoning": "Let me see"}))
+    assert isinstance(found, Fault)
+    assert found.error == "empty_answer"
+    assert found.message == (
+        "the answer has no text (finish_reason length, 500 reasoning tokens): it was cut off while the model was "
+        "thinking; raise sampling.max_tokens"
+    )
+
+
+def test_reasoning_is_in_the_record_and_not_in_the_text(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer("<think>hm</think>two")) as server:
+        generate(recipe_for(server, 1), run, quiet=True)
+    assert [(row.reasoning, row.text) for row in completions(run)] == [("hm", "two")]
+
+
 def test_what_stands_beside_the_text_may_be_odd() -> None:
     found = answer_in(said("half \ud83d", 3, model=5, message={"reasoning_content": "hm"}))
     assert (found.text, found.finish_reason, found.model, found.usage) == ("half \ufffd", "unknown", None, Usage())

@@ -58,8 +58,9 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {},
     ),
     "no `finish_reason`": ([said(finish_reason=None)], {}),
-    "a content of parts, `reasoning_content` beside it": (
-        [said([{"type": "thinking"}, {"type": "text", "text": "x"}]), said(message={"reasoning_content": "hm"})],
+    "a content of parts": ([said([{"type": "thinking"}, {"type": "text", "text": "x"}])], {}),
+    "reasoning beside the text, or before it in `<think>…</think>`": (
+        [said(message={"reasoning_content": "hm"}), said("<think>hm</think>text")],
         {},
     ),
     "half a surrogate pair in the text": ([said("half \ud83d")], {}),
@@ -120,6 +121,7 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]})],
         {"refused_alike": REFUSED_ALIKE},  # a model may end at once, and often
     ),
+    "a thought that was cut off before the text began": ([said("<think>hm", "length")], {}),
     "no `choices`": ([read_answer(b'{"choices": []}'), read_answer(b'{"odd": "\xed\xa0\xbd"}')], {}),
     "JSON of another shape": ([read_answer(b"[]"), said(5)], {}),
     "a refusal in place of text": ([said(None, message={"refusal": "I cannot."})], {}),
