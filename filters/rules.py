@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
-from filters.answer import Answer, Nfc, RuleSettings
+from filters.answer import Answer, Nfc, RuleSettings, TextSettings
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
@@ -23,7 +23,7 @@ from filters.words import whole_word
 from pipeline.records import Reason
 
 
-class LengthSettings(RuleSettings):
+class LengthSettings(TextSettings):
     min_chars: int = Field(1, ge=0)
     max_chars: int | None = Field(None, ge=1)
 
@@ -44,7 +44,7 @@ def length(answer: Answer, settings: LengthSettings) -> Reason | None:
     return None
 
 
-class BannedWordsSettings(RuleSettings):
+class BannedWordsSettings(TextSettings):
     words: list[Nfc] = Field(min_length=1)
     whole_word: bool = False  # False: anywhere, inside other words too
     ignore_case: bool = False
@@ -70,7 +70,7 @@ def banned_words(answer: Answer, settings: BannedWordsSettings) -> Reason | None
     return Reason(rule="banned_words", found=found[0]) if found else None
 
 
-class RepeatedWordSettings(RuleSettings):
+class RepeatedWordSettings(TextSettings):
     word: Nfc = Field(min_length=1)
     max_count: int = Field(5, ge=0)
 
@@ -102,7 +102,7 @@ def _known_script(script: str) -> str:
 Script = Annotated[str, AfterValidator(_known_script)]
 
 
-class ScriptRatioSettings(RuleSettings):
+class ScriptRatioSettings(TextSettings):
     script: Script
     min_share: float = Field(0.5, gt=0, le=1)
 
@@ -126,7 +126,7 @@ def finish_reason(answer: Answer, settings: FinishReasonSettings) -> Reason | No
     return Reason(rule="finish_reason", found=answer.finish_reason, allowed=settings.allowed)
 
 
-class ForeignScriptSettings(RuleSettings):
+class ForeignScriptSettings(TextSettings):
     scripts: list[Script] = Field(["han", "kana", "cyrillic"], min_length=1)
     max_count: int = Field(0, ge=0)  # characters
 
@@ -146,7 +146,7 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | 
     return Reason(rule="foreign_script", what=scripts, value=len(found), at_most=settings.max_count, found=first)
 
 
-class EndingSettings(RuleSettings):
+class EndingSettings(TextSettings):
     marks: str = Field(".!?…。！？", min_length=1)  # characters that may end the last sentence
 
 

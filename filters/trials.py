@@ -6,7 +6,7 @@ compare: `sweep/<share>/` with kept.jsonl, dropped.jsonl and lineage.json. It ke
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil
@@ -24,7 +24,7 @@ from filters.repetition import RepetitionSettings
 from filters.report import one_line
 from filters.rows import filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
-from filters.ruleset import RuleSet
+from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.records import Completion, Dropped, Kept, Reason, encode_line
@@ -36,7 +36,7 @@ STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
 Rank = tuple[int, float, float, float, str]
-Thresholds = list[tuple[Callable[[Answer, Any], Reason | None], list[RuleSettings]]]
+Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 
 
 @dataclass
@@ -152,13 +152,14 @@ def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
 
 def stricter(rules: RuleSet) -> Thresholds:
     """The rules that have a threshold, each with its settings made stricter, by STEPS."""
-    found = [(rule.rule.check, [_tighter(rule.settings, step) for step in STEPS]) for rule in rules.rules]
-    return [(check, [one for one in steps if one]) for check, steps in found if any(steps)]
+    found = ([(rule, _tighter(rule.settings, step)) for step in STEPS] for rule in rules.rules)
+    every = ([rule._replace(settings=settings) for rule, settings in steps if settings] for steps in found)
+    return [steps for steps in every if steps]
 
 
 def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
     """How far an answer is inside the rules' thresholds: of the rule that it is nearest to, and the mean; 0 to 1."""
-    found = [sum(check(answer, settings) is None for settings in steps) / len(steps) for check, steps in thresholds]
+    found = [sum(rule.reason(answer) is None for rule in steps) / len(steps) for steps in thresholds]
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
@@ -223,6 +224,6 @@ def _tighter(settings: RuleSettings, step: float) -> RuleSettings | None:
         case ScriptRatioSettings(min_share=share):
             return settings.model_copy(update={"min_share": share + step * (1 - share)})
         case RepetitionSettings():
-            names = (name for name in type(settings).model_fields if name != "repeated_span")
+            names = (name for name in type(settings).model_fields if name not in ("of", "repeated_span"))
             return settings.model_copy(update={name: less(getattr(settings, name)) for name in names})
     return None

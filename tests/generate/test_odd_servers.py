@@ -293,6 +293,23 @@ async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch,
     assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
 
 
+async def test_a_streamed_thought_and_a_streamed_call_are_tokens_of_the_answer() -> None:
+    deltas = [
+        {"role": "assistant", "content": ""},
+        {"reasoning": "hm"},
+        {"reasoning_content": "so"},
+        {"content": "two"},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+    ]
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode() + b"data: [DONE]\n\n"
+    with misbehaving(lambda asked: raw(body, content_type="text/event-stream")) as server:
+        teacher = recipe_for(server).teacher
+        async with streaming_session(teacher, timeout_s=5) as session:
+            said = await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
+    assert said.tokens == 4
+
+
 def once(bad: Behaviour) -> Callable[[Asked], Behaviour]:
     return lambda asked: bad if asked.text == "say 1" and asked.attempt == 1 else answer()
 
