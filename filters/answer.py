@@ -12,6 +12,8 @@ from pipeline.records import Completion, Json, Slots
 nfc = partial(unicodedata.normalize, "NFC")
 Nfc = Annotated[str, AfterValidator(nfc)]  # a setting that is compared with an answer
 
+UNVERIFIED = "unverified"  # the rule of a reason to drop an answer that could not be checked: not the answer's fault
+
 
 class Answer(msgspec.Struct, frozen=True):
     """One answer under judgement. Its texts are in Unicode's form NFC; the record itself is not changed.

@@ -19,6 +19,7 @@ from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
 from filters.scripts import SCRIPTS, character_class, count_script
+from filters.tool_calls import ToolCallsSettings, tool_calls
 from filters.words import whole_word
 from pipeline.records import Reason
 
@@ -120,8 +121,12 @@ class FinishReasonSettings(RuleSettings):
 
 
 def finish_reason(answer: Answer, settings: FinishReasonSettings) -> Reason | None:
-    """Drops an answer that the engine ended for another reason (`length`: cut off, `content_filter`: withheld)."""
-    if answer.finish_reason in settings.allowed:
+    """Drops an answer that the engine ended for another reason (`length`: cut off, `content_filter`: withheld).
+
+    An answer that calls tools ends with `tool_calls`, which counts as `stop`.
+    """
+    found = "stop" if answer.finish_reason == "tool_calls" else answer.finish_reason
+    if found in settings.allowed or answer.finish_reason in settings.allowed:
         return None
     return Reason(rule="finish_reason", found=answer.finish_reason, allowed=settings.allowed)
 
@@ -183,4 +188,5 @@ RULES = {
     "adherence": Rule(adherence, AdherenceSettings),
     "ending": Rule(ending, EndingSettings),
     "language": Rule(language, LanguageSettings),
+    "tool_calls": Rule(tool_calls, ToolCallsSettings),
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
-from filters.answer import Answer, RuleSettings, TextSettings
+from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
@@ -58,7 +58,7 @@ class ActiveRule(NamedTuple):
             elif answer.tool_calls and not answer.text:
                 return None
         reason = rule.check(answer, settings)
-        return reason if reason is None or reason.rule == label else replace(reason, rule=label)
+        return reason if reason is None or reason.rule in (label, UNVERIFIED) else replace(reason, rule=label)
 
 
 @dataclass(frozen=True)

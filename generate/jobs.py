@@ -86,6 +86,7 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
         **_identity(job, endpoint, sampling),
         text=answer.text,
         reasoning=answer.reasoning,
+        tool_calls=list(answer.tool_calls),
         finish_reason=answer.finish_reason,
         model=answer.model or job.model,
         usage=answer.usage,

@@ -5,7 +5,7 @@ caller gives, which hides secrets (pipeline.address) and shortens.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Annotated, Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from pipeline.reasoning import split_reasoning
-from pipeline.records import Usage
+from pipeline.records import Json, Usage
 
 MESSAGE_CHARS = 1000  # of a server's words, kept in an error
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
@@ -27,6 +27,7 @@ class Answer(NamedTuple):
     model: str | None  # as the server named it
     usage: Usage
     reasoning: str = ""  # what it thought before
+    tool_calls: Sequence[Json] = ()  # as in a Message
 
 
 class Fault(NamedTuple):
@@ -59,11 +60,22 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _Details | None = None
 
 
+class _Function(msgspec.Struct):
+    name: str
+    arguments: str | Json | None = None
+
+
+class _Call(msgspec.Struct):
+    function: _Function
+    id: str | None = None
+
+
 class _Message(msgspec.Struct):
     content: str | list[Any] | None = None
     refusal: str | None = None
     reasoning: Any = None  # vLLM, OpenRouter
     reasoning_content: Any = None  # DeepSeek, SGLang, older vLLM
+    tool_calls: list[_Call] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -101,11 +113,12 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
     reason = _text(choice.finish_reason) or "unknown"
     if reason == "content_filter":
         return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
-    if not text.strip():
+    if not text.strip() and not choice.message.tool_calls:
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
-    return Answer(text, reason, _text(reply.model), usage, reasoning)
+    calls = [_call(call) for call in choice.message.tool_calls or ()]
+    return Answer(text, reason, _text(reply.model), usage, reasoning, calls)
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:
@@ -194,6 +207,13 @@ def _thought_and_text(message: _Message) -> tuple[str, str]:
     tagged, text = split_reasoning(content)
     said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
     return next((one.strip() for one in said if one and one.strip()), ""), text
+
+
+def _call(call: _Call) -> Json:
+    """A tool call in OpenAI's form; some servers send the arguments as an object, or none at all."""
+    arguments = call.function.arguments or {}
+    said = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+    return {"id": call.id or "", "type": "function", "function": {"name": call.function.name, "arguments": said}}
 
 
 def _joined(content: Any) -> str:

@@ -114,6 +114,32 @@ def test_reasoning_is_kept_apart_from_the_text(content: Any, message: Any, reaso
     assert (found.reasoning, found.text) == (reasoning, text)
 
 
+@pytest.mark.parametrize("text", [None, "", "I look it up."])
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ({"name": "look_up", "arguments": '{"city": "서울"}'}, '{"city": "서울"}'),
+        ({"name": "look_up", "arguments": {"city": "서울"}}, '{"city":"서울"}'),  # an object where a text is due
+        ({"name": "look_up", "arguments": ""}, "{}"),
+        ({"name": "look_up"}, "{}"),
+        ({"name": "look_up", "arguments": '{"city": '}, '{"city": '),  # what is wrong with it is the filters' to say
+    ],
+)
+def test_tool_calls_are_an_answer(text: str | None, function: Any, arguments: str) -> None:
+    call = {"id": "call_1", "type": "function", "index": 0, "function": function}
+    found = answer_in(said(text, "tool_calls", message={"tool_calls": [call, call]}))
+    kept = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    assert (found.text, found.finish_reason, found.tool_calls) == (text or "", "tool_calls", [kept, kept])
+
+
+def test_tool_calls_are_in_the_record(run: RunDir) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    body = said(None, "tool_calls", message={"tool_calls": [call], "reasoning": "hm"})
+    with misbehaving(lambda asked: raw(body)) as server:
+        generate(recipe_for(server, 1), run, quiet=True)
+    assert [(row.tool_calls, row.text, row.reasoning) for row in completions(run)] == [([call], "", "hm")]
+
+
 @pytest.mark.parametrize("content", ["<think>Let me see", None])
 def test_an_answer_cut_off_in_its_reasoning_is_empty(content: str | None) -> None:
     usage = {"completion_tokens": 500, "completion_tokens_details": {"reasoning_tokens": 500}}
@@ -142,7 +168,9 @@ def test_what_stands_beside_the_text_may_be_odd() -> None:
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        (said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]}), "empty_answer"),
+        (said(None, "tool_calls", message={"tool_calls": []}), "empty_answer"),
+        (said("text", message={"tool_calls": [{"id": "1", "type": "function"}]}), "wrong_shape"),
+        (said("text", message={"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}), "wrong_shape"),
         (said([{"type": "image_url"}]), "empty_answer"),
         (said(5), "wrong_shape"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "wrong_shape"),
