@@ -59,7 +59,7 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, partition: Partition =
     repeats: Counter[str] = Counter()
     sampling, samples = recipe.sampling.fields(), recipe.prompts.samples
     for number, prompt in enumerate(prompts):
-        question = prompt_id(prompt.messages)
+        question = prompt_id(prompt.messages, prompt.tools)
         if not seen.add(question):
             repeats[question] += 1
         if number % partition.of == partition.part:

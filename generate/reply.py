@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from pipeline.conversation import ToolCall
 from pipeline.reasoning import split_reasoning
 from pipeline.records import Json, Usage
 
@@ -60,22 +61,12 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _Details | None = None
 
 
-class _Function(msgspec.Struct):
-    name: str
-    arguments: str | Json | None = None
-
-
-class _Call(msgspec.Struct):
-    function: _Function
-    id: str | None = None
-
-
 class _Message(msgspec.Struct):
     content: str | list[Any] | None = None
     refusal: str | None = None
     reasoning: Any = None  # vLLM, OpenRouter
     reasoning_content: Any = None  # DeepSeek, SGLang, older vLLM
-    tool_calls: list[_Call] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -117,7 +108,7 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
-    calls = [_call(call) for call in choice.message.tool_calls or ()]
+    calls = [call.json(number) for number, call in enumerate(choice.message.tool_calls or (), start=1)]
     return Answer(text, reason, _text(reply.model), usage, reasoning, calls)
 
 
@@ -207,13 +198,6 @@ def _thought_and_text(message: _Message) -> tuple[str, str]:
     tagged, text = split_reasoning(content)
     said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
     return next((one.strip() for one in said if one and one.strip()), ""), text
-
-
-def _call(call: _Call) -> Json:
-    """A tool call in OpenAI's form; some servers send the arguments as an object, or none at all."""
-    arguments = call.function.arguments or {}
-    said = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
-    return {"id": call.id or "", "type": "function", "function": {"name": call.function.name, "arguments": said}}
 
 
 def _joined(content: Any) -> str:
