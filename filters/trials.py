@@ -6,6 +6,7 @@ compare: `sweep/<share>/` with kept.jsonl, dropped.jsonl and lineage.json. It ke
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -35,31 +36,25 @@ SHOWN_CHARS = 200
 STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule is asked again
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
+Flip = tuple[Completion, Sequence[Reason]]
 Rank = tuple[int, float, float, float, str]
 Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 
 
 @dataclass
-class Flips:
-    """Rows that would change to one side: how many, and the first of them with the reasons that drop them."""
-
-    count: int = 0
-    first: list[tuple[Completion, Sequence[Reason]]] = field(default_factory=list)
-
-    def add(self, row: Completion, reasons: Sequence[Reason]) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append((row, reasons))
-
-
-@dataclass
 class DryRun:
-    """What would change."""
+    """What would change: how many rows to each side, and the first of them with the reasons that drop them."""
 
     rows: int = 0
     kept_before: int = 0
-    to_dropped: Flips = field(default_factory=Flips)
-    to_kept: Flips = field(default_factory=Flips)
+    count: Counter[bool] = field(default_factory=Counter)  # by whether it would be kept
+    first: dict[bool, list[Flip]] = field(default_factory=lambda: {True: [], False: []})
+
+    def add(self, row: Completion, reasons: Sequence[Reason], *, kept: bool) -> None:
+        """Counts a row that would change to that side."""
+        self.count[kept] += 1
+        if len(self.first[kept]) < SHOWN:
+            self.first[kept].append((row, reasons))
 
 
 @dataclass(frozen=True)
@@ -82,23 +77,21 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
         if isinstance(row, Kept):
             result.kept_before += 1
             if reasons:
-                result.to_dropped.add(row, reasons)
+                result.add(row, reasons, kept=False)
         elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE):  # neither is asked again
-            result.to_kept.add(row, row.detail)
+            result.add(row, row.detail, kept=True)
     return result
 
 
 def print_dry_run(result: DryRun, console: Console) -> None:
     """Both directions side by side, then the counts."""
-    dropped, kept = result.to_dropped, result.to_kept
-    if dropped.count or kept.count:
-        headings = (f"kept, would be dropped ({dropped.count:,})", f"dropped, would be kept ({kept.count:,})")
-        table = Table(*headings, show_lines=True)
-        for one, other in zip_longest(dropped.first, kept.first):
+    dropped, kept = result.count[False], result.count[True]
+    if dropped or kept:
+        table = Table(f"kept, would be dropped ({dropped:,})", f"dropped, would be kept ({kept:,})", show_lines=True)
+        for one, other in zip_longest(result.first[False], result.first[True]):
             table.add_row(_cell(one, "now"), _cell(other, "was"))
         console.print(table)
-    before, after = result.kept_before, result.kept_before - dropped.count + kept.count
-    rows = max(result.rows, 1)
+    before, after, rows = result.kept_before, result.kept_before - dropped + kept, max(result.rows, 1)
     console.print(
         f"{result.rows:,} answers: {before:,} kept ({before / rows:.1%}), with these rules {after:,} "
         f"({after / rows:.1%}). Nothing was written.",
@@ -106,7 +99,7 @@ def print_dry_run(result: DryRun, console: Console) -> None:
     )
 
 
-def _cell(flip: tuple[Completion, Sequence[Reason]] | None, when: str) -> str:
+def _cell(flip: Flip | None, when: str) -> str:
     if flip is None:
         return ""
     row, why = flip
