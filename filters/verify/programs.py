@@ -42,15 +42,9 @@ class PythonSettings(ReferenceSettings):
     @model_validator(mode="after")
     def _runs(self) -> Self:
         try:
-            missing = missing_layers(tuple(self.command or ()), self.site_packages)
+            missing_layers(tuple(self.command or ()), self.site_packages)
         except Unverified as error:
             raise ValueError(f"cannot run Python programs: {error}") from None
-        if missing:
-            print(
-                f"warning: filters: `python` runs answers without {' and '.join(missing)}, which this system refuses; "
-                "docs/verifiers.md says what that means, and how to use a container",
-                file=sys.stderr,
-            )
         return self
 
     def tests_of(self, answer: Answer) -> list[str]:
@@ -65,9 +59,16 @@ class PythonSettings(ReferenceSettings):
 
 @cache
 def missing_layers(command: tuple[str, ...], site_packages: bool) -> list[str]:
-    """What the sandbox lacks on this system. Raises Unverified if it does not start."""
+    """What the sandbox lacks on this system; a warning says it. Raises Unverified if it does not start."""
     trial = PythonSettings.model_construct(command=list(command) or None, site_packages=site_packages, seconds=20)
-    return list(run_program("", ["pass"], trial).get("missing", []))
+    missing = list(run_program("", ["pass"], trial).get("missing", []))
+    if missing:
+        print(
+            f"warning: the rule `python` runs answers without {' and '.join(missing)}, which this system refuses; "
+            "docs/verifiers.md says what that means, and how to use a container",
+            file=sys.stderr,
+        )
+    return missing
 
 
 def python(answer: Answer, settings: PythonSettings) -> Verified:

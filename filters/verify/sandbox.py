@@ -26,7 +26,7 @@ _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _SYSTEM = ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]  # shared libraries, time zones
 _DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom"]
 STARTED, TIMED_OUT = b"started\n", 124
-WORK = "/work"  # the only folder that a program can write, where namespaces work
+WORK = "/answer"  # the only folder that a program can write, where namespaces work
 
 
 def die_with_parent() -> None:
