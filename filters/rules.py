@@ -19,7 +19,13 @@ from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
 from filters.scripts import SCRIPTS, character_class, count_script
-from filters.tool_calls import ToolCallsSettings, tool_calls
+from filters.verify.compare import ChoiceSettings, MatchesSettings, choice, matches
+from filters.verify.guard import guarded
+from filters.verify.maths import MathSettings, math
+from filters.verify.programs import PythonSettings, python
+from filters.verify.schema import JsonSchemaSettings, json_schema
+from filters.verify.sql import SqlSettings, sql
+from filters.verify.tool_calls import ToolCallsSettings, tool_calls
 from filters.words import whole_word
 from pipeline.records import Reason
 
@@ -169,9 +175,9 @@ def ending(answer: Answer, settings: EndingSettings) -> Reason | None:
 
 
 class Rule(NamedTuple):
-    """A rule, and the model of its settings."""
+    """A rule, and the model of its settings. `check` returns a Reason or None, or a Verified as verifiers do."""
 
-    check: Callable[[Answer, Any], Reason | None]
+    check: Callable[[Answer, Any], Any]
     settings: type[RuleSettings]
 
 
@@ -188,5 +194,11 @@ RULES = {
     "adherence": Rule(adherence, AdherenceSettings),
     "ending": Rule(ending, EndingSettings),
     "language": Rule(language, LanguageSettings),
-    "tool_calls": Rule(tool_calls, ToolCallsSettings),
+    "matches": Rule(guarded(matches), MatchesSettings),
+    "choice": Rule(guarded(choice), ChoiceSettings),
+    "json_schema": Rule(guarded(json_schema), JsonSchemaSettings),
+    "math": Rule(guarded(math), MathSettings),
+    "sql": Rule(guarded(sql), SqlSettings),
+    "python": Rule(guarded(python), PythonSettings),
+    "tool_calls": Rule(guarded(tool_calls), ToolCallsSettings),
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
-from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings
+from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings, Verified
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
@@ -49,16 +49,21 @@ class ActiveRule(NamedTuple):
         """Label and every setting, defaults included, for reports and lineage."""
         return {"rule": self.label, **self.settings.model_dump(mode="json")}
 
-    def reason(self, answer: Answer) -> Reason | None:
-        """Why this rule drops the answer. A rule of the text has nothing to say of tool calls without text."""
-        label, rule, settings = self
-        if isinstance(settings, TextSettings):
-            if settings.of == "reasoning":
+    def verify(self, answer: Answer) -> Verified:
+        """What this rule says of the answer; a reason is under this rule's label, or under `unverified`.
+
+        A rule of the text has nothing to say of tool calls without text.
+        """
+        if isinstance(self.settings, TextSettings):
+            if self.settings.of == "reasoning":
                 answer = replace(answer, text=answer.reasoning)
             elif answer.tool_calls and not answer.text:
-                return None
-        reason = rule.check(answer, settings)
-        return reason if reason is None or reason.rule in (label, UNVERIFIED) else replace(reason, rule=label)
+                return Verified()
+        said = self.rule.check(answer, self.settings)
+        verified = said if isinstance(said, Verified) else Verified(said)
+        if verified.reason is None or verified.reason.rule in (self.label, UNVERIFIED):
+            return verified
+        return verified._replace(reason=replace(verified.reason, rule=self.label))
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class RuleSet:
 
     def reasons(self, answer: Answer) -> list[Reason]:
         """Why the answer is dropped, in the recipe's order; empty if it is kept."""
-        return [reason for rule in self.rules if (reason := rule.reason(answer)) is not None]
+        return [reason for rule in self.rules if (reason := rule.verify(answer).reason) is not None]
 
 
 def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:

@@ -152,7 +152,7 @@ def stricter(rules: RuleSet) -> Thresholds:
 
 def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
     """How far an answer is inside the rules' thresholds: of the rule that it is nearest to, and the mean; 0 to 1."""
-    found = [sum(rule.reason(answer) is None for rule in steps) / len(steps) for steps in thresholds]
+    found = [sum(rule.verify(answer).reason is None for rule in steps) / len(steps) for steps in thresholds]
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
