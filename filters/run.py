@@ -30,7 +30,7 @@ from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
-from pipeline.records import Completion, Reason
+from pipeline.records import Completion, Reason, said
 from pipeline.rundir import RunDir
 
 
@@ -139,7 +139,7 @@ def judge_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None
             dropped += dropped_line(line, reasons)
             continue
         if dedup:
-            texts.append(Text(row.id, len(passed), row.text, question_of(row.messages)))
+            texts.append(Text(row.id, len(passed), said(row), question_of(row.messages)))
         passed += line.rstrip() + b"\n" if later else kept_line(line, {})
     return Judged(tally, bytes(passed), bytes(dropped), sketch(texts, dedup) if dedup else None)
 

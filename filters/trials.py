@@ -28,7 +28,7 @@ from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSetti
 from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
-from pipeline.records import Completion, Dropped, Kept, Reason, encode_line
+from pipeline.records import Completion, Dropped, Kept, Reason, encode_line, said
 from pipeline.rundir import RunDir, replacing
 
 SHOWN = 10  # rows of each side
@@ -104,7 +104,7 @@ def _cell(flip: Flip | None, when: str) -> str:
         return ""
     row, why = flip
     reasons = one_line("; ".join(f"{reason.rule}: {describe(reason)}" for reason in why), SHOWN_CHARS)
-    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(row.text, SHOWN_CHARS)}"
+    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(said(row), SHOWN_CHARS)}"
 
 
 def parse_shares(text: str) -> list[int]:
@@ -125,7 +125,7 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     scores = {id_: judgement.score or 0 for id_, judgement in read_judgements(run).items()}
     for row in filtered_rows(run):
         total += 1
-        if row.text.strip():
+        if said(row).strip():
             score = row.scores.get(JUDGE, 0.0) if isinstance(row, Kept) else scores.get(row.id, 0)
             ranks.append(_rank(row, thresholds, score))
     if not ranks:

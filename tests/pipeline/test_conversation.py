@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from pipeline.conversation import Turn, conversation, read_tools, template_turns
-from pipeline.records import Message
+from pipeline.records import Message, question_text, said
 
 CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bonn"}'}}
 OTHER = {"id": "b", "type": "function", "function": {"name": "now", "arguments": "{}"}}
@@ -77,6 +77,15 @@ def test_what_no_chat_can_be_is_named(turns: list[dict[str, Any]], fault: str) -
     with pytest.raises(ValueError) as error:
         read(*turns)
     assert str(error.value).startswith(fault)
+
+
+def test_conversations_that_call_different_tools_are_different_questions() -> None:
+    turns = [Message("user", "go"), Message("assistant", "", [CALL]), Message("tool", "x", tool_call_id="a")]
+    other = [turns[0], Message("assistant", "", [OTHER]), turns[2]]
+    assert question_text(turns) != question_text(other)
+    assert question_text(turns) == question_text([Message("user", " GO"), *turns[1:]])
+    assert said(turns[1]) == 'weather {"city":"Bonn"}'
+    assert said(Message("assistant", "Look.", [CALL, OTHER])) == 'Look.\nweather {"city":"Bonn"}\nnow {}'
 
 
 def test_tools_are_a_list_or_its_json() -> None:
