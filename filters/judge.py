@@ -10,13 +10,12 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
@@ -118,11 +117,7 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
     attempts = attempt_runs(folder, config)
     for attempt, asked in enumerate(attempts, start=1):
         questions = folder / f"{attempt}.questions.jsonl"
-        open_ids = {}
-        with replacing(questions) as file:
-            for prompt in prompts:
-                file.write(encode_line(prompt))
-                open_ids[prompt.id] = None
+        open_ids = _write_questions(questions, prompts)
         if not open_ids:
             break
         others = [other for other in attempts if other != asked]
@@ -131,23 +126,14 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
             generate(asking, asked, quiet=quiet, retry_failures=True)
         except DistillError as error:
             raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
-        for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-            verdict = read_verdict(answer.text, config) if answer.prompt_id in open_ids else None
-            if verdict:
-                del open_ids[answer.prompt_id]
-                judgements[answer.prompt_id] = Judgement(
-                    id=answer.prompt_id,
-                    score=verdict.pop("score"),
-                    criteria=verdict,
-                    model=answer.model,
-                    version=version,
-                    seed=answer.sampling.get("seed"),
-                    attempts=attempt,
-                )
+        for judgement in _verdicts(asked, open_ids, config, version, attempt):
+            judgements[judgement.id] = judgement
+            del open_ids[judgement.id]
         prompts = (prompt for prompt in read_jsonl(questions, Prompt) if prompt.id not in judgements)
     errors = _errors(asked, open_ids) if open_ids else {}
-    unjudged = Judgement(id="", score=None, version=version, attempts=config.attempts)
-    judgements |= {id_: replace(unjudged, id=id_, error=errors.get(id_)) for id_ in open_ids}
+    for id_ in open_ids:
+        why = errors.get(id_)
+        judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
     if same := undiscerning(judgements.values()):
         print(f"warning: {same}", file=sys.stderr)
@@ -257,6 +243,36 @@ def _left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
         usd=None if budget.usd is None else max(budget.usd - usd, 1e-12),
         tokens=None if budget.tokens is None else max(budget.tokens - tokens, 1),
     )
+
+
+def _write_questions(path: Path, prompts: Iterable[Prompt]) -> dict[str, None]:
+    """Writes an attempt's prompts. Returns their ids, a set in their order."""
+    ids: dict[str, None] = {}
+    with replacing(path) as file:
+        for prompt in prompts:
+            file.write(encode_line(prompt))
+            ids[prompt.id] = None
+    return ids
+
+
+def _verdicts(
+    asked: RunDir, wanted: Container[str], config: JudgeConfig, version: str, attempt: int
+) -> Iterator[Judgement]:
+    """The verdicts of an attempt that can be read, of the rows that it was about."""
+    for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
+        verdict = read_verdict(answer.text, config) if answer.prompt_id in wanted else None
+        if verdict:
+            score = verdict.pop("score")
+            seed = answer.sampling.get("seed")
+            yield Judgement(
+                id=answer.prompt_id,
+                score=score,
+                criteria=verdict,
+                model=answer.model,
+                version=version,
+                seed=seed if isinstance(seed, int) else None,
+                attempts=attempt,
+            )
 
 
 def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:
