@@ -159,9 +159,13 @@ def test_what_the_filters_kept_of_the_teachers_test_answers_is_said() -> None:
 
 
 def test_wins_ties_and_losses_fill_the_bar() -> None:
-    first, second = wins(full_report())
-    assert (first.won, first.tied, first.lost) == (25, 36, 39)
-    assert first.title == "student after against teacher: 43% (30%–55%)" and "70 won" in second.counts
+    (_, title, _), (_, _, counts) = wins(full_report())
+    assert title == "student after against teacher: 43% (30%–55%)" and "70 won" in counts
+    page = render_html(full_report())
+    widths = [
+        f'class="{name}" style="width: {share}%"' for name, share in (("won", 25.0), ("tied", 36.0), ("lost", 39.0))
+    ]
+    assert [width for width in widths if width not in page] == []
 
 
 @pytest.mark.parametrize(
