@@ -1,7 +1,7 @@
 """How often the models are right, by `evaluate.verify`: on the test prompts, on unseen ones, and by category.
 
-Arithmetic over answers and the rules that check them. An answer is right if no rule has a reason against it. What cannot
-be verified (the verifier failed, or there is nothing to hold the answer against) counts as wrong, with its reason.
+Checks answers by rules, and counts. An answer is right if no rule has a reason against it. What cannot be verified (the
+verifier failed, or there is nothing to hold the answer against) counts as wrong, with its reason.
 """
 
 from collections import Counter

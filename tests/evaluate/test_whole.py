@@ -339,7 +339,8 @@ def test_right_answers_are_the_quality_where_they_are_verified(
     capsys.readouterr()
     print_report(report, Console(width=80))
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "right answers" in line][0].split()[2:6] == ["90.0%", "0.0%", "80.0%", "30.0%"]
+    shares = next(line for line in lines if "right answers" in line).split()[2:]
+    assert shares == ["90.0%", "0.0%", "80.0%", "30.0%"]
 
 
 def test_a_new_reference_or_rule_checks_again_and_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
