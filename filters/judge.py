@@ -94,7 +94,7 @@ def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
     names = (*config.rubric, "score")
     if not isinstance(said, dict) or any(type(said.get(name)) is not int or said[name] not in SCORES for name in names):
         return None
-    return {name: verdict[name] for name in names}
+    return {name: said[name] for name in names}
 
 
 def ask_judge(
