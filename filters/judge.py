@@ -20,7 +20,7 @@ import msgspec
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
-from pipeline.records import Completion, Failure, Message, Prompt, Reason, read_jsonl
+from pipeline.records import Completion, Failure, Message, Prompt, Reason, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
 
 Verdict = TypeVar("Verdict")
@@ -78,10 +78,10 @@ def version_of(recipe: Recipe, config: JudgeConfig) -> str:
 
 def question(row: Completion, config: JudgeConfig) -> list[Message]:
     """What the judge is asked about a row."""
-    request = "\n\n".join(message.content for message in row.messages)
+    request = "\n\n".join(map(said, row.messages))
     criteria = "".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items())
     shape = ", ".join(f'"{name}": 1-5' for name in config.rubric)
-    content = QUESTION.format(criteria=criteria, request=request, answer=row.text, shape=shape)
+    content = QUESTION.format(criteria=criteria, request=request, answer=said(row), shape=shape)
     return [Message(role="user", content=content)]
 
 

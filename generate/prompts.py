@@ -4,10 +4,10 @@ Reads the recipe and the file it names, and writes nothing. Prompts are streamed
 What makes a request of a prompt is in generate.jobs.
 
 A JSONL line, like a row of a data set, has `messages` (a list of {"role", "content"}) or `prompt` (the user's words),
-and may have `slots` and `id`. Other keys are ignored.
+and may have `tools`, `slots` and `id`. Other keys are ignored.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice, repeat
@@ -18,11 +18,11 @@ import msgspec
 
 from generate.grammar import Grammar
 from generate.idset import IdSet
+from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Message, Prompt, Slots
+from pipeline.records import Json, Message, Prompt, Slots
 
-ROLES = ("system", "developer", "user", "assistant")
 ID_BYTES = 8
 BOM = b"\xef\xbb\xbf"
 ACCEPTED = (
@@ -34,11 +34,12 @@ _encoder = msgspec.json.Encoder()
 class PromptRow(msgspec.Struct, frozen=True):
     """One row of a prompt file, as the user wrote it."""
 
-    messages: list[Message] | None = None
+    messages: list[Turn] | None = None
     prompt: str | None = None
     slots: Slots | None = None
     id: str | None = None
     reference: Any = None
+    tools: list[Any] | str | None = None  # or their JSON
 
 
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
@@ -55,8 +56,8 @@ def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
         raise RecipeError("prompts.slots is for a template; the rows of prompts.file have their own `slots`")
     assert config.file is not None  # PromptsConfig checks that there is one source
     if config.count is None:
-        return _rows(config.file, config.system)
-    again_and_again = (_rows(config.file, config.system) for _ in repeat(None))
+        return _rows(config.file, config)
+    again_and_again = (_rows(config.file, config) for _ in repeat(None))
     return islice(chain.from_iterable(again_and_again), config.count)
 
 
@@ -65,9 +66,10 @@ def grammar_size(recipe: Recipe) -> int | None:
     return Grammar(recipe.prompts).size if recipe.prompts.template is not None else None
 
 
-def prompt_id(messages: list[Message]) -> str:
-    """16 hex digits of the BLAKE2b hash of the messages: the same words, the same id."""
-    return blake2b(_encoder.encode(messages), digest_size=ID_BYTES).hexdigest()
+def prompt_id(messages: list[Message], tools: Sequence[Json] = ()) -> str:
+    """16 hex digits of the BLAKE2b hash of the messages and the tools, if any: the same question, the same id."""
+    asked = _encoder.encode([messages, tools] if tools else messages)
+    return blake2b(asked, digest_size=ID_BYTES).hexdigest()
 
 
 def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
@@ -75,23 +77,23 @@ def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
     for text, slots in grammar.draw(config.count or 0, config.seed):
         row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
         try:
-            yield make_prompt(row, config.system)
+            yield make_prompt(row, config.system, config.tools)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
 
-def _rows(path: Path, system: str | None) -> Iterator[Prompt]:
+def _rows(path: Path, config: PromptsConfig) -> Iterator[Prompt]:
     """The rows as prompts. Two rows with one `id` must be one prompt; 16 bytes per `id` are kept to know."""
     read = partial(_dataset_rows if path.is_dir() else _jsonl_rows, path)
     ids, prompts = IdSet(), IdSet()
     where = None
     for where, row in read():
         try:
-            prompt = make_prompt(row, system)
+            prompt = make_prompt(row, config.system, config.tools)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
         if row.id is not None:
-            new_id, new_prompt = ids.add(row.id), prompts.add(f"{row.id} {prompt_id(prompt.messages)}")
+            new_id, new_prompt = ids.add(row.id), prompts.add(f"{row.id} {prompt_id(prompt.messages, prompt.tools)}")
             if new_prompt and not new_id:
                 first = next(earlier for earlier, other in read() if other.id == row.id)
                 raise DataError(f"{where}: id {row.id!r} is that of {first}, which is another prompt")
@@ -150,25 +152,34 @@ def _load_dataset(path: Path) -> Iterable[dict[str, Any]]:
     return rows
 
 
-def make_prompt(row: PromptRow, system: str | None = None) -> Prompt:
-    """The prompt of a row; `system` comes first if the row has no such message. Raises ValueError if a row is wrong."""
+def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | None = None) -> Prompt:
+    """The prompt of a row; `system` comes first if the row has no such message, and it has `tools` if it names none.
+
+    Raises ValueError if a row is wrong.
+    """
     if (row.messages is None) == (row.prompt is None):
         raise ValueError("give either `messages` or `prompt`")
-    messages = row.messages if row.messages is not None else [Message(role="user", content=row.prompt or "")]
-    if not messages:
+    turns = row.messages if row.messages is not None else [Turn("user", row.prompt)]
+    if not turns:
         raise ValueError("`messages` is empty")
-    for message in messages:
-        if message.role not in ROLES:
-            raise ValueError(f"role {message.role!r} is not one of {', '.join(ROLES)}")
-    if messages[-1].role == "assistant":
+    if turns[-1].role == "assistant":
         raise ValueError("the prompt ends with an assistant turn; it must end with the turn that the teacher answers")
-    if not messages[-1].content.strip():
+    messages = conversation(turns)
+    if not messages[-1].content.strip() and messages[-1].role != "tool":
         raise ValueError("the prompt is empty")
+    try:
+        own = (tools or []) if row.tools is None else read_tools(row.tools)
+    except ValueError as error:
+        raise ValueError(f"tools {error}") from None
     if system is not None and messages[0].role not in ("system", "developer"):
         messages = [Message(role="system", content=system), *messages]
     try:
         return Prompt(
-            id=row.id or prompt_id(messages), messages=messages, slots=row.slots or {}, reference=row.reference
+            id=row.id or prompt_id(messages, own),
+            messages=messages,
+            slots=row.slots or {},
+            reference=row.reference,
+            tools=own,
         )
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair, which UTF-8 cannot write") from None

@@ -17,12 +17,13 @@ import yaml
 from pydantic import AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from pipeline.conversation import read_tools
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
-from pipeline.records import Message, Part, folded
+from pipeline.records import Json, Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import TrainConfig
 
@@ -30,7 +31,13 @@ __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleC
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
-FILES = (("teacher", "examples"), ("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
+FILES = (
+    ("teacher", "examples"),
+    ("prompts", "file"),
+    ("prompts", "tools"),
+    ("train", "test_rows"),
+    ("evaluate", "probes_file"),
+)
 
 
 class Example(Section):
@@ -168,6 +175,8 @@ class PromptsConfig(Section):
     """The values of each slot: a list, or `{choose: k, from: […]}`."""
     reference: Any = None
     """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace."""
+    tools: list[dict[str, Any]] = Field([])
+    """The functions that an answer may call, in the OpenAI format: a list, or a JSON file; a row may have its own."""
     file: Path | None = None
     """JSONL of `{"messages": […]}` or `{"prompt": "…"}`, or a folder saved by `datasets`; relative to the recipe."""
 
@@ -175,6 +184,14 @@ class PromptsConfig(Section):
     """Share of the distinct prompts whose answers choose the best checkpoint."""
     test: float = Field(0.1, gt=0, lt=1)
     """Share of the distinct prompts whose answers only the evaluation sees."""
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _read_tools(cls, given: Any) -> list[Json]:
+        try:
+            return read_tools(Path(given).read_bytes() if isinstance(given, str | Path) else given)
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: give a list, or a JSON file of one") from None
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
@@ -216,7 +233,17 @@ class SamplingConfig(Section):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n"} & extra.keys()
+        taken = {
+            "temperature",
+            "top_p",
+            "max_tokens",
+            "seed",
+            "model",
+            "messages",
+            "stream",
+            "n",
+            "tools",
+        } & extra.keys()
         if taken:
             raise ValueError(
                 f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"

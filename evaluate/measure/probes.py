@@ -107,7 +107,7 @@ def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
         row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
-        prompt = make_prompt(row, config.system)
+        prompt = make_prompt(row, config.system, config.tools)
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
 
@@ -134,7 +134,7 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
 
 def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
     config = recipe.evaluate
-    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system)
+    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system, tools=recipe.prompts.tools)
     rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
     prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
     if known := [prompt for prompt in prompts if asked.has(prompt)]:
