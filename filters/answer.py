@@ -2,12 +2,12 @@
 
 import unicodedata
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from pipeline.records import Completion, Json, Slots
+from pipeline.records import Completion, Json, Reason, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
 Nfc = Annotated[str, AfterValidator(nfc)]  # a setting that is compared with an answer
@@ -28,6 +28,14 @@ class Answer(msgspec.Struct, frozen=True):
     tools: list[Json] = []
     reasoning: str = ""
     tool_calls: list[Json] = []
+
+
+class Verified(NamedTuple):
+    """What a rule may return in place of a reason, where it knows more than whether the answer is right."""
+
+    reason: Reason | None = None  # why the answer is dropped; None: it passes
+    score: float | None = None  # how good the answer is; higher is better
+    result: str | None = None  # the answer or what came of it, normalised: equal for answers that say the same
 
 
 class RuleSettings(BaseModel):

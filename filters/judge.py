@@ -218,7 +218,9 @@ def judge_recipe(
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": teacher.model_copy(update={"price": config.price or teacher.price}),
+            "teacher": teacher.model_copy(
+                update={"price": config.price or teacher.price, "system": None, "examples": []}
+            ),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,

@@ -14,6 +14,7 @@ from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
+from generate.progress import requests_of
 from generate.prompts import iter_prompts
 from generate.tokens import bound, counter
 from pipeline.address import is_private
@@ -27,7 +28,8 @@ ENOUGH_ANSWERS = 20  # to expect others to be like them
 class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to ask, in tokens and USD; None if it cannot be known."""
 
-    requests: int
+    prompts: int
+    requests: int  # prompts × prompts.samples
     answered: int
     failed: int
     to_ask: int
@@ -58,7 +60,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         if not left.has(job):
             continue
         to_ask += 1
-        most, counted = bound(len(dialect.body(job))), count(job.request.messages) if count else None
+        most, counted = bound(len(dialect.body(job))), count(job.told, job.request.tools) if count else None
         tokens = most if counted is None else counted
         uncounted += counted is None
         prompt_tokens += tokens
@@ -71,6 +73,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         if uncounted:
             expected_prompts = round(to_ask * found.prompt_tokens / len(found.ids))
     return DryRun(
+        prompts=requests // recipe.prompts.samples,
         requests=requests,
         answered=answered,
         failed=requests - answered - to_ask,
@@ -103,8 +106,9 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
         bound_of = "one token per byte, because the tokenizer is not on this machine"
         prompts = f"prompt tokens: at most {dry.prompt_tokens:,} ({bound_of}){_about(dry.expected_prompt_tokens)}"
     lines = [
-        f"{recipe.name}: {dry.requests:,} requests, {dry.answered:,} answered already, {dry.failed:,} failed and left "
-        f"alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
+        f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, "
+        f"{dry.failed:,} failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} "
+        f"at {', '.join(recipe.teacher.urls)}",
         prompts,
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
         f"{_about(dry.expected_completion_tokens)}",

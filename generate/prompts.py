@@ -38,6 +38,7 @@ class PromptRow(msgspec.Struct, frozen=True):
     prompt: str | None = None
     slots: Slots | None = None
     id: str | None = None
+    reference: Any = None
 
 
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
@@ -70,9 +71,11 @@ def prompt_id(messages: list[Message]) -> str:
 
 
 def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
-    for text, slots in Grammar(config).draw(config.count or 0, config.seed):
+    grammar = Grammar(config)
+    for text, slots in grammar.draw(config.count or 0, config.seed):
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
         try:
-            yield make_prompt(PromptRow(prompt=text, slots=slots), config.system)
+            yield make_prompt(row, config.system)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
@@ -164,6 +167,8 @@ def make_prompt(row: PromptRow, system: str | None = None) -> Prompt:
     if system is not None and messages[0].role not in ("system", "developer"):
         messages = [Message(role="system", content=system), *messages]
     try:
-        return Prompt(id=row.id or prompt_id(messages), messages=messages, slots=row.slots or {})
+        return Prompt(
+            id=row.id or prompt_id(messages), messages=messages, slots=row.slots or {}, reference=row.reference
+        )
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair, which UTF-8 cannot write") from None

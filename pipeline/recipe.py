@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import yaml
 from pydantic import AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
@@ -29,7 +30,16 @@ __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleC
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
-FILES = (("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
+FILES = (("teacher", "examples"), ("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
+
+
+class Example(Section):
+    """A question and its right answer, told as two turns."""
+
+    prompt: str
+    """What a user asks."""
+    answer: str
+    """What the teacher is to answer."""
 
 
 class TeacherConfig(Section):
@@ -49,6 +59,23 @@ class TeacherConfig(Section):
     """Parameters added to every URL, like `{api-version: …}`."""
     price: PriceConfig | None = None
     """The teacher's price, if the table in generate/prices.py does not know it or is wrong."""
+    system: str | None = None
+    """A system prompt for the teacher only; a prompt's own follows it. What every model is told: `prompts.system`."""
+    examples: list[Example] = Field([])
+    """For the teacher only, before the prompt: a list of `{prompt: …, answer: …}`, or a JSONL file of them."""
+
+    @field_validator("examples", mode="before")
+    @classmethod
+    def _read_examples(cls, given: Any) -> Any:
+        try:
+            return (
+                msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
+                if isinstance(given, str | Path)
+                else given
+            )
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{reason}: give a list or a JSONL file of {{prompt, answer}}") from None
 
     @field_validator("base_url")
     @classmethod
@@ -100,6 +127,8 @@ class StudentConfig(Section):
 
     model: str = Field(min_length=1)
     """A Hub id, a folder, `embedded:<name>`, or `prune:<k>`: k layers of the teacher."""
+    system: str | None = None
+    """The student's system prompt, in place of the prompt's own; null: the prompt's own; empty: none."""
 
 
 class ChooseSlot(Section):
@@ -127,14 +156,18 @@ class PromptsConfig(Section):
 
     count: int | None = Field(None, ge=1)
     """How many prompts are asked; null: all of the file. A template needs a number."""
+    samples: int = Field(1, ge=1)
+    """How many answers are wanted of each prompt, each with its own seed."""
     seed: int = 0
     """Seed of the order in which a template's prompts are drawn, and of the parts: train, validation and test."""
     system: str | None = None
-    """A system prompt for every prompt that has none of its own."""
+    """A system prompt for every prompt that has none of its own: for the teacher and the student."""
     template: str | None = None
     """The prompt's text: `{slot}` is replaced, `{{` and `}}` are braces."""
     slots: dict[str, list[str] | ChooseSlot] = Field({})
     """The values of each slot: a list, or `{choose: k, from: […]}`."""
+    reference: Any = None
+    """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace."""
     file: Path | None = None
     """JSONL of `{"messages": […]}` or `{"prompt": "…"}`, or a folder saved by `datasets`; relative to the recipe."""
 
@@ -147,6 +180,8 @@ class PromptsConfig(Section):
     def _one_source(self) -> "PromptsConfig":
         if (self.template is None) == (self.file is None):
             raise ValueError("give either `template` (with `slots` and `count`) or `file`")
+        if self.reference is not None and self.template is None:
+            raise ValueError("reference is for a template; the rows of `file` have their own `reference`")
         if self.template is not None and self.count is None:
             raise ValueError("a template needs `count`: how many prompts to draw")
         for name, slot in self.slots.items():
@@ -233,6 +268,15 @@ class Recipe(Section):
     filters: FiltersConfig = FiltersConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _one_system_prompt(self) -> "Recipe":
+        if self.prompts.system is not None and self.teacher.system is not None:
+            raise ValueError(
+                "prompts.system and teacher.system are both set; keep prompts.system if the student is told the same, "
+                "teacher.system if only the teacher is told"
+            )
+        return self
 
     @model_validator(mode="after")
     def _unseen_is_unseen(self) -> "Recipe":

@@ -88,7 +88,8 @@ def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
     grammar = Grammar(config)
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
-        prompt = make_prompt(PromptRow(prompt=text, slots=slots), config.system)
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
+        prompt = make_prompt(row, config.system)
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
 

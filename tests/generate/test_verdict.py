@@ -43,7 +43,7 @@ def asked(attempts: int = 1) -> Job:
     request = Request(
         id="i", prompt_id="p", messages=[Message("user", "hi")], endpoint="e", sampling={"max_tokens": 5, "seed": 1}
     )
-    return Job(request, "m", 0, attempts=attempts)
+    return Job(request, request.messages, "m", attempts=attempts)
 
 
 UTF_16 = json.dumps({"choices": [{"message": {"content": "text"}, "finish_reason": "stop"}]}).encode("utf-16")
