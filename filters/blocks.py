@@ -15,6 +15,7 @@ from filters.sketches import Text, question_of, sketch
 from filters.stream import LONGEST_LINE, Line
 from filters.tally import Tally
 from pipeline.recipe import DedupConfig
+from pipeline.records import said
 
 
 class Block(NamedTuple):
@@ -55,7 +56,7 @@ def check_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None
             dropped += dropped_line(line, checked.reasons)
             continue
         if dedup:
-            texts.append(Text(row.id, len(passed), row.text, question_of(row.messages)))
+            texts.append(Text(row.id, len(passed), said(row), question_of(row.messages)))
         passed += kept_line(line, checked.scores)
     made = sketch(texts, dedup) if dedup else None
     return Block(tally, bytes(passed), bytes(dropped), np.array(samples, SAMPLE), made)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from filters.answer import UNVERIFIED, Answer, RuleSettings
 from filters.minhash import Array, digest
-from pipeline.records import Completion, Reason, folded
+from pipeline.records import Completion, Reason, folded, said
 
 AGREES, SELECT = "agrees", "select"
 SAMPLE = np.dtype(
@@ -54,9 +54,9 @@ def sample_of(row: Completion, checked: Checked, start: int) -> tuple[int | floa
         not checked.reasons,
         any(reason.rule != UNVERIFIED for reason in checked.reasons),
         start,
-        hash_of(folded(row.text) if checked.result is None else checked.result),
+        hash_of(folded(said(row)) if checked.result is None else checked.result),
         sum(scores) / len(scores) if scores else -np.inf,
-        len(row.text),
+        len(said(row)),
     )
 
 

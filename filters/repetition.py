@@ -14,7 +14,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 from pydantic import Field, field_validator
 
-from filters.answer import Answer, RuleSettings
+from filters.answer import Answer, TextSettings
 from pipeline.records import Reason
 
 LONGEST_WORD = 24  # characters
@@ -24,7 +24,7 @@ _PARAGRAPHS = re.compile(r"\n\s*")
 Part = TypeVar("Part", bound=Hashable)
 
 
-class RepetitionSettings(RuleSettings):
+class RepetitionSettings(TextSettings):
     """Highest shares of the text, 0 to 1, that still pass; null (or an empty table) turns a measure off."""
 
     top_ngrams: dict[int, float] = Field({2: 0.20, 3: 0.18, 4: 0.16})  # the most frequent n-gram, if it comes twice

@@ -20,7 +20,7 @@ from filters.minhash import GLIMPSE, Array, band_keys, digest, fold, glimpses, n
 from filters.stream import read_lines
 from pipeline.errors import DataError
 from pipeline.recipe import DedupConfig
-from pipeline.records import Message
+from pipeline.records import Json, Message, said
 
 BATCH = 4096  # rows of another file whose texts are held at once
 READ_AGAIN = 4096  # rows whose n-grams are held at once: about 3 KB each
@@ -138,6 +138,7 @@ class _Row(msgspec.Struct):
     messages: list[Message] = []
     prompt: str = ""
     text: str | None = None
+    tool_calls: list[Json] = []
 
 
 _decode = msgspec.json.Decoder(_Row).decode
@@ -153,7 +154,8 @@ def _text(line: bytes | None, start: int, kind: Kind) -> Text:
     if not row.messages and not row.prompt:
         raise msgspec.ValidationError("neither `messages` nor `prompt`: no row to evaluate on")
     question = question_of(row.messages) or row.prompt
-    return Text(row.id, start, question if row.text is None else row.text, question)
+    answer = question if row.text is None else said(Message("assistant", row.text, row.tool_calls))
+    return Text(row.id, start, answer, question)
 
 
 class Reader:

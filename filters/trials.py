@@ -29,7 +29,7 @@ from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSetti
 from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
-from pipeline.records import Completion, Dropped, Kept, Reason, encode_line
+from pipeline.records import Completion, Dropped, Kept, Reason, encode_line, said
 from pipeline.rundir import RunDir, replacing
 
 SHOWN = 10  # rows of each side
@@ -105,7 +105,7 @@ def _cell(flip: Flip | None, when: str) -> str:
         return ""
     row, why = flip
     reasons = one_line("; ".join(f"{reason.rule}: {describe(reason)}" for reason in why), SHOWN_CHARS)
-    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(row.text, SHOWN_CHARS)}"
+    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(said(row), SHOWN_CHARS)}"
 
 
 def parse_shares(text: str) -> list[int]:
@@ -126,7 +126,7 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     scores = {id_: judgement.score or 0 for id_, judgement in read_judgements(run).items()}
     for row in filtered_rows(run):
         total += 1
-        if row.text.strip():
+        if said(row).strip():
             score = row.scores.get(JUDGE, 0.0) if isinstance(row, Kept) else scores.get(row.id, 0)
             ranks.append(_rank(row, thresholds, score))
     if not ranks:
@@ -218,6 +218,6 @@ def _tighter(settings: RuleSettings, step: float) -> RuleSettings | None:
         case ScriptRatioSettings(min_share=share):
             return settings.model_copy(update={"min_share": share + step * (1 - share)})
         case RepetitionSettings():
-            names = (name for name in type(settings).model_fields if name != "repeated_span")
+            names = (name for name in type(settings).model_fields if name not in ("of", "repeated_span"))
             return settings.model_copy(update={name: less(getattr(settings, name)) for name in names})
     return None

@@ -37,7 +37,7 @@ class DedupConfig(Section):
     against: list[Path] = Field([])
     """Other runs: answers like those that they kept are dropped."""
     of: Literal["answer", "row"] | None = None
-    """What is compared: the answer, or the prompt and the answer as one text; null: `row` if a rule verifies answers."""
+    """What is compared: the answer, or prompt and answer as one text; null: `row` if a rule verifies answers."""
     contamination: list[Path] = Field([])
     """Runs (their validation and test rows) or JSONL files of prompts: answers to prompts like these are dropped."""
 
