@@ -228,13 +228,14 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     where float32 took 17.1 and 15.9 (32 rows, 2 shared cores). It moved the perplexity by +0.2%, Qwen2.5-Coder-0.5B's
     by -0.06%. Other CPUs emulate bfloat16, slowly: float32, unless the largest model would not fit.
     """
+    import psutil
     import torch
 
     if torch.cuda.is_available():
         return ("bfloat16" if torch.cuda.is_bf16_supported() else "float16"), "cuda"
     weights = [measure_weights(subject.folder) for subject in models if subject.folder is not None]
     largest = max((w.parameters for w in weights if w), default=0)
-    fits = largest * FLOAT32_BYTES < total_memory() * MEMORY_SHARE
+    fits = largest * FLOAT32_BYTES < psutil.virtual_memory().total * MEMORY_SHARE
     return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
 
 
@@ -251,13 +252,9 @@ def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | N
     return dtype, values * size if values and size else None
 
 
-def total_memory() -> int:
-    """Bytes of memory this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def describe_machine() -> dict[str, str]:
     """What the figures were measured on; nothing that names the machine or its owner."""
+    import psutil
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -268,6 +265,6 @@ def describe_machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu[1] if cpu else platform.processor() or "unknown",
         "cores": str(os.cpu_count()),
-        "memory": f"{total_memory() / GIB:.0f} GiB",
+        "memory": f"{psutil.virtual_memory().total / GIB:.0f} GiB",
         "python": platform.python_version(),
     } | ({"gpu": ", ".join(gpus)} if gpus else {})

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from evaluate.document import (
-    ENGINE,
     MEASURES,
-    SCORES,
     Estimate,
     Filtering,
     ModelReport,
@@ -29,18 +27,11 @@ LOGARITHMIC = "logarithmic scale"
 
 # Title, hint, which figure, the ratio that is promised.
 AXES: tuple[tuple[str, str, Part, str, float], ...] = (
-    (
-        "Quality",
-        "bits per character of test answers, teacher's over model's",
-        "test",
-        "bits_per_character",
-        QUALITY,
-    ),
+    ("Quality", "bits per character of test answers, teacher's over model's", "test", "bits_per_character", QUALITY),
     ("Speed", "tokens per second, saturated, the model's over the teacher's", "engine", "tokens_per_s", TIMES),
     ("Memory", "peak of the whole server, the teacher's over the model's", "engine", "peak_rss_mib", TIMES),
     ("Weights", "MiB as stored, the teacher's over the model's", "engine", "weights_mib", TIMES),
 )
-BARS: list[tuple[Part, str]] = [("test", name) for name in SCORES] + [("engine", name) for name in ENGINE]
 
 Scale = Callable[[float], float]
 
@@ -131,23 +122,6 @@ def axis_panels(report: Report) -> list[Panel]:
         )
         for title, hint, goal, ratios in found
     ]
-
-
-def bar_panels(report: Report) -> list[Panel]:
-    """Every figure that at least two models have, as bars from zero."""
-    panels = []
-    for part, name in BARS:
-        bars = [(model, figure) for model in report.models if (figure := model.figure(part, name))]
-        if len(bars) < 2:  # nothing to compare
-            continue
-        measure = MEASURES[name]
-        top, bottom = max(figure.high for _, figure in bars), min(figure.low for _, figure in bars)
-        far = name == "perplexity" and top > WIDE * bottom
-        place = scale(1, top, logarithmic=True) if far else scale(0, top)
-        marks = [mark(m.label, figure, place, _kind(m), measure.show(figure.value)) for m, figure in bars]
-        hints = [f"{measure.better} is better" if measure.better else "", f"{LOGARITHMIC} from 1" if far else ""]
-        panels.append(Panel(measure.name[0].upper() + measure.name[1:], "; ".join(filter(None, hints)), marks))
-    return panels
 
 
 def drop_bars(filters: Filtering | None) -> list[Mark]:

@@ -35,7 +35,6 @@ def render_html(report: Report) -> str:
         kept=tables.Line(*tables.VERDICTS[report.headline.holds]),
         axes=charts.axis_panels(report),
         measured=tables.measured(report),
-        bars=charts.bar_panels(report),
         probes=tables.probes(report),
         wins=tables.wins(report),
         drops=charts.drop_bars(report.filters),

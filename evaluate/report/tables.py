@@ -46,16 +46,6 @@ class Table(NamedTuple):
     references: Sequence[str] = ()
 
 
-class Win(NamedTuple):
-    """The judge's choices between two models: in words, and in percent of the pairs."""
-
-    title: str
-    counts: str
-    won: float
-    tied: float
-    lost: float
-
-
 def measured(report: Report) -> list[Table]:
     """Perplexity, then speed and memory of every model; a figure that no model has is left out."""
     scores: list[tuple[str, Part, str]] = [("", "test", name) for name in SCORES]
@@ -129,19 +119,18 @@ def promise(report: Report) -> Table:
     return Table("the promise", ["promised", "here", "holds"], rows)
 
 
-def wins(report: Report) -> list[Win]:
-    """The judge's choices over all probes."""
-    return [_win(win, report) for win in report.wins if win.part == "all" and win.pairs]
+def wins(report: Report) -> list[tuple[WinRate, str, str]]:
+    """The judge's choices over all probes: a title, and the counts in words."""
+    return [(win, *_told(win, report)) for win in report.wins if win.part == "all" and win.pairs]
 
 
-def _win(win: WinRate, report: Report) -> Win:
+def _told(win: WinRate, report: Report) -> tuple[str, str]:
     rate = f": {win.rate.told(percent)}" if win.rate else ""
     counts = f"{win.wins} won, {win.ties} tied, {win.losses} lost; in {win.flipped} the order alone decided"
     if win.first_chosen is not None:
         counts += f"; the answer shown first was chosen in {percent(win.first_chosen)}"
     counts += f"; verdicts that could not be read: {win.unjudged}" if win.unjudged else ""
-    shares = [round(100 * count / win.pairs, 2) for count in (win.wins, win.ties, win.losses)]
-    return Win(f"{label_of(report, win.model)} against {label_of(report, win.against)}{rate}", counts, *shares)
+    return f"{label_of(report, win.model)} against {label_of(report, win.against)}{rate}", counts
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -153,8 +142,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
     for table in (*measured(report), *probes(report)):
         _print_table(table, console)
-    for win in wins(report):
-        console.print(f"judge, {win.title}; {win.counts}", highlight=False, markup=False)
+    for _, title, counts in wins(report):
+        console.print(f"judge, {title}; {counts}", highlight=False, markup=False)
     _print_table(promise(report), console)
     console.print(report.headline.text, style="bold", highlight=False, markup=False)
     for note in report.notes:
@@ -169,5 +158,6 @@ def _print_table(table: Table, console: Console) -> None:
         for head in table.heads[shown_here]:
             rich.add_column(head, justify="right", max_width=FIGURE_WIDTH)
         for row in table.rows:
-            rich.add_row(row.name, *("\n".join(line.text for line in cell) for cell in row.cells[shown_here]))
+            cells = ("\n".join(line.text for line in cell) for cell in row.cells[shown_here])
+            rich.add_row(row.name, *(cell.replace("better than", "▲").replace("worse than", "▼") for cell in cells))
         console.print(rich)

@@ -140,7 +140,7 @@ def test_every_model_is_served_once_and_compared(
         assert not [line for line in lines if "…" in line or len(line) > width]
         assert any(line.strip().startswith("named of what was") and "50%" in line for line in lines)
         assert any(line.strip().startswith("unseen perplexity") for line in lines)
-        assert "better than" in " ".join(lines) and "worse than" in " ".join(lines)
+        assert "▲ before" in " ".join(lines) and "▼ teacher" in " ".join(lines)
 
 
 def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
