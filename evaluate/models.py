@@ -14,15 +14,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+import msgspec
 
 from pipeline.adapters import MERGED_FROM, merge_adapter
 from pipeline.address import is_loopback
+from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DataError, DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
+from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir, replacing_folder
 from serve.command import build_command
 from serve.machine import detect
@@ -33,6 +37,9 @@ GIB = 1 << 30
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
+
+
+Asked = TypeVar("Asked", Prompt, Kept)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,19 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
         Subject(AFTER, "student after", reference, *after),
         *(_other(f"other_{number}", other) for number, other in enumerate(recipe.evaluate.models, start=1)),
     ]
+
+
+def as_asked(recipe: Recipe, subject: Subject, asked: Sequence[Asked], *, told: bool = False) -> list[Asked]:
+    """Prompts, or rows, as a model is asked them: the teacher is told what the recipe tells it, a student is not.
+
+    `told`: a student is, too.
+    """
+    told = told or subject.key == TEACHER
+    turns = [
+        told_to_teacher(one.messages, recipe.teacher) if told else asked_of_student(one.messages, recipe.student)
+        for one in asked
+    ]
+    return [msgspec.structs.replace(one, messages=own) for one, own in zip(asked, turns, strict=True)]
 
 
 def _other(key: str, reference: str) -> Subject:

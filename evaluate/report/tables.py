@@ -1,14 +1,15 @@
 """The figures of a report as tables of text: printed on the terminal here, drawn in the page by `html`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, ModelReport, Part, Report, WinRate, percent
+from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, Estimate, ModelReport, Part, Report, WinRate, percent
 from evaluate.figures.promise import shown
+from evaluate.models import AFTER
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
@@ -44,6 +45,26 @@ class Table(NamedTuple):
     heads: list[str]
     rows: list[Row]
     references: Sequence[str] = ()
+
+
+def verified(report: Report) -> list[Table]:
+    """How often the models are right: in all, by category, and why they are wrong."""
+    found = report.accuracy
+    if not found:
+        return []
+    models = [model for model in [*report.models, *filter(None, [found.told])] if "verified" in model.figures]
+    labels, keys = [model.label for model in models], [model.key for model in models]
+    figures: list[tuple[str, Part, str]] = [("", "verified", "accuracy"), ("unseen, ", "verified_unseen", "accuracy")]
+    table = _table(report, models, f"{found.prompts.get('verified', 0)} test prompts", figures)
+    names = {"verified": "of the teacher's", "verified_unseen": "unseen, of the teacher's"}
+    share = MEASURES["accuracy"].show
+    for part, ratio in found.over_teacher.items():
+        table.rows.append(Row(names[part], [_lines(ratio, share) if key == AFTER else [Line("")] for key in keys]))
+    categories = [Row(name, [_lines(own[key], share) for key in keys]) for name, own in found.categories.items()]
+    reasons = dict.fromkeys(reason for key in keys for reason in found.wrong.get(key, {}))
+    wrong = [Row(name, [[Line(percent(found.wrong[key].get(name, 0)))] for key in keys]) for name in reasons]
+    tables = (table, Table("right, by category", labels, categories), Table("wrong", labels, wrong))
+    return [table for table in tables if table.rows]
 
 
 def measured(report: Report) -> list[Table]:
@@ -92,13 +113,18 @@ def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Lin
     figure, show = model.figure(part, name), MEASURES[name].show
     if figure is None:
         return [Line(NOTHING)]
-    counted = figure.low == figure.high and name in ENGINE
-    lines = [Line(show(figure.value))] + ([] if counted else [Line(figure.interval(show))])
+    lines = _lines(figure, show, counted=name in ENGINE)
     for d in report.differences:
         if (d.model, d.figure, d.part) == (model.key, name, part) and d.improved is not None:
             word: Mark = "better" if d.improved else "worse"
             lines.append(Line(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
     return lines
+
+
+def _lines(figure: Estimate, show: Callable[[float], str], *, counted: bool = False) -> list[Line]:
+    """A figure and its interval; `counted`: without one if that has no width."""
+    told = not counted or figure.low < figure.high
+    return [Line(show(figure.value)), *([Line(figure.interval(show))] if told else [])]
 
 
 def label_of(report: Report, key: str) -> str:
@@ -111,10 +137,7 @@ def promise(report: Report) -> Table:
     rows = []
     for claim in report.headline.claims:
         promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
-        show, here = shown(claim), [Line(NOTHING)]
-        if claim.value:
-            here = [Line(show(claim.value.value))]
-            here += [Line(claim.value.interval(show))] if claim.value.low < claim.value.high else []
+        here = _lines(claim.value, shown(claim), counted=True) if claim.value else [Line(NOTHING)]
         rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
     return Table("the promise", ["promised", "here", "holds"], rows)
 
@@ -135,12 +158,13 @@ def _told(win: WinRate, report: Report) -> tuple[str, str]:
 
 def print_report(report: Report, console: Console) -> None:
     """The tables (below each figure its 95% interval), the judge's choices, the promise, and the notes."""
-    asked = f"{report.rows.scored} test answers"
+    asked = f"{report.accuracy.prompts.get('verified', 0)} test prompts verified, " if report.accuracy else ""
+    asked += f"{report.rows.scored} test answers"
     if report.probes:
         asked += f", {report.probes.seen} new prompts"
         asked += f", {report.probes.unseen} with values never seen" if report.probes.unseen else ""
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
-    for table in (*measured(report), *probes(report)):
+    for table in (*verified(report), *measured(report), *probes(report)):
         _print_table(table, console)
     for _, title, counts in wins(report):
         console.print(f"judge, {title}; {counts}", highlight=False, markup=False)

@@ -13,6 +13,7 @@ import pytest
 from generate import batch_files
 from generate.batch import Batches
 from generate.batch_api import BatchApi
+from generate.context import Run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe
@@ -233,7 +234,7 @@ def _kill_at(patch: pytest.MonkeyPatch, step: str, after: bool, nth: int) -> Non
     if step == "save":
         patch.setattr(batch_files.Folder, "save", dying(batch_files.Folder.save))
     elif step == "append":
-        patch.setattr(Batches, "_answer", dying(Batches._answer))
+        patch.setattr(Run, "record_answer", dying(Run.record_answer))
     elif step == "download":
         patch.setattr(BatchApi, "download", dying_async(BatchApi.download))
     else:
