@@ -1,12 +1,15 @@
 """The verifiers that compare: matches, choice, json_schema, math. After a hostile answer the next one is judged."""
 
+import socket
 import time
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from referencing.exceptions import Unresolvable
 
 from filters.verify.extract import boxed, fenced_block, last_number
+from filters.verify.schema import first_error
 from tests.filters.verifying import outcome, settings_of, verify
 
 NEVER_ENDS = "a" * 40  # for the pattern (a+)+$ with another letter after it
@@ -111,6 +114,15 @@ def test_a_schema_may_lie_beside_the_recipe(tmp_path: Any) -> None:
             settings_of("json_schema", tmp_path, schema=schema)
 
 
+def test_what_a_schema_refers_to_is_not_fetched() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        with pytest.raises(Unresolvable):
+            first_error(f'{{"$ref": "http://127.0.0.1:{server.getsockname()[1]}/schema.json"}}', 1)
+        with pytest.raises(BlockingIOError):  # nobody has come
+            server.accept()
+
+
 def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
     settings = settings_of("matches", pattern="(a+)+$", seconds=0.5)
     said = verify("matches", NEVER_ENDS + "!", settings, "a")
@@ -128,7 +140,7 @@ def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
         ("It is 1,000 dollars", "1000", "passes", "1000"),
         ("$x^2 + 2x + 1$", "(x+1)^2", "passes", "x**2 + 2*x + 1"),
         ("The answer is 5.", "4", "math", "5"),
-        ("I do not know.", "4", "math number", None),
+        ("I do not know.", "4", "math value", None),
         ("The answer is 5.", None, "unverified math", None),
         ("\\boxed{9^{9^{9}}}", "4", "unverified math", None),
         ("9**9**9", "4", "unverified math", None),
