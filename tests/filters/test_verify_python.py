@@ -195,7 +195,7 @@ def test_without_namespaces_nothing_can_be_started(tmp_path: Path) -> None:
         (BIG_FILE, "OSError: [Errno 27]"),
     ):
         done = subprocess.run(
-            [*weaker, Path(sandbox.__file__).read_text()],
+            [*weaker, "-I", "-S", "-c", Path(sandbox.__file__).read_text()],
             input=json.dumps({**asked, "program": program}).encode(),
             capture_output=True,
             cwd=tmp_path,
