@@ -63,6 +63,16 @@ def _judge(why: Reason) -> str:
     return f"score {why.value}, {_limit(why)} wanted" + (f" ({low})" if low else "")
 
 
+def _tool_calls(why: Reason) -> str:
+    match why.what:
+        case "none":
+            return "no tool is called"
+        case "calls":
+            return f"{why.value} tool calls, {_limit(why)} wanted"
+        case _:
+            return f"calls `{why.found}`, allowed: {', '.join(why.allowed) or 'none'}"
+
+
 SENTENCES: dict[str, Callable[[Reason], str]] = {
     "length": lambda why: f"{why.value} characters, {_limit(why)} wanted",
     "banned_words": lambda why: f"contains `{why.found}`",
@@ -76,6 +86,7 @@ SENTENCES: dict[str, Callable[[Reason], str]] = {
     "adherence": _adherence,
     "ending": lambda why: f"ends with `{why.found}`, no sentence mark" if why.found else "no sentence in it",
     "language": _language,
+    "tool_calls": _tool_calls,
     "exact_duplicate": _duplicate,
     "near_duplicate": _duplicate,
     "similar_prompt": _duplicate,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
-from filters.answer import Answer, RuleSettings
+from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings, Verified
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
@@ -39,7 +39,7 @@ class FunctionSettings(RuleSettings):
 
 
 class ActiveRule(NamedTuple):
-    """One rule of the recipe. `label` names it in reports: the rule's name, `#2` added where it stands twice."""
+    """One rule of the recipe. `label` names it in reports: the rule's name, with `#reasoning` or `#2` added."""
 
     label: str
     rule: Rule
@@ -48,6 +48,22 @@ class ActiveRule(NamedTuple):
     def described(self) -> dict[str, Any]:
         """Label and every setting, defaults included, for reports and lineage."""
         return {"rule": self.label, **self.settings.model_dump(mode="json")}
+
+    def verify(self, answer: Answer) -> Verified:
+        """What this rule says of the answer; a reason is under this rule's label, or under `unverified`.
+
+        A rule of the text has nothing to say of tool calls without text.
+        """
+        if isinstance(self.settings, TextSettings):
+            if self.settings.of == "reasoning":
+                answer = replace(answer, text=answer.reasoning)
+            elif answer.tool_calls and not answer.text:
+                return Verified()
+        said = self.rule.check(answer, self.settings)
+        verified = said if isinstance(said, Verified) else Verified(said)
+        if verified.reason is None or verified.reason.rule in (self.label, UNVERIFIED):
+            return verified
+        return verified._replace(reason=replace(verified.reason, rule=self.label))
 
 
 @dataclass(frozen=True)
@@ -58,12 +74,7 @@ class RuleSet:
 
     def reasons(self, answer: Answer) -> list[Reason]:
         """Why the answer is dropped, in the recipe's order; empty if it is kept."""
-        found = []
-        for label, rule, settings in self.rules:
-            reason = rule.check(answer, settings)
-            if reason is not None:
-                found.append(reason if reason.rule == label else replace(reason, rule=label))
-        return found
+        return [reason for rule in self.rules if (reason := rule.verify(answer).reason) is not None]
 
 
 def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:
@@ -80,6 +91,8 @@ def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None 
         if rule.rule == "adherence" and slots is not None:
             _check_slots(getattr(settings, "slots", []), slots, where)
         name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
+        if isinstance(settings, TextSettings) and settings.of == "reasoning":
+            name += "#reasoning"
         taken[name] = taken.get(name, 0) + 1
         rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings))
     return RuleSet(tuple(rules))

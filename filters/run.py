@@ -20,16 +20,17 @@ import msgspec
 from filters.answer import as_answer
 from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
+from filters.minhash import Array
 from filters.report import FilterReport, make_report
 from filters.rows import decode_completion, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
-from filters.sketches import Kind, Sketch, Source, Text, joined, question_of, sketch, sketch_file
+from filters.sketches import Kind, Source, Text, joined, question_of, sketch, sketch_file
 from filters.stream import LONGEST_LINE, Line, Work, in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
-from pipeline.records import Completion, Reason
+from pipeline.records import Completion, Reason, said
 from pipeline.rundir import RunDir
 
 
@@ -43,7 +44,7 @@ class Judged(NamedTuple):
     tally: Tally
     passed: bytes  # lines of completions.jsonl, or of kept.jsonl
     dropped: bytes  # lines of dropped.jsonl
-    sketch: Sketch | None  # of the answers that passed; None if duplicates are not looked for
+    sketch: Array | None  # of the answers that passed; None if duplicates are not looked for
 
 
 def recipe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
@@ -72,7 +73,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         with survivors.open("wb") as passed:
             work = partial(judge_lines, rules=rules, dedup=dedup, later=later)
             tally, own = _apply_rules(run, work, passed if later else kept, dropped, skip_bad=skip_bad)
-        if not tally.kept + tally.dropped:
+        if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         sketches = None
@@ -94,9 +95,9 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
 
 def _apply_rules(
     run: RunDir, work: Work[Judged], passed: BinaryIO, dropped: BinaryIO, *, skip_bad: bool
-) -> tuple[Tally, list[Sketch]]:
+) -> tuple[Tally, list[Array]]:
     """Writes the answers that every rule lets pass to the first file, the others with their reasons to the second."""
-    tally, sketches = Tally(), list[Sketch]()
+    tally, sketches = Tally(), list[Array]()
     with closing(in_blocks(run.completions, work)) as blocks:
         for block in blocks:
             tally.add(block.tally)
@@ -104,8 +105,9 @@ def _apply_rules(
                 bad = tally.first_bad_lines[0]
                 fix = "fix the line, or leave bad lines out with --skip-bad"
                 raise DataError(f"{run.completions}:{bad.line}: {bad.reason}; {fix}")
-            if block.sketch:
-                sketches.append(block.sketch._replace(starts=block.sketch.starts + passed.tell()))
+            if block.sketch is not None:
+                block.sketch["start"] += passed.tell()
+                sketches.append(block.sketch)
             passed.write(block.passed)
             dropped.write(block.dropped)
     return tally, sketches
@@ -137,7 +139,7 @@ def judge_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None
             dropped += dropped_line(line, reasons)
             continue
         if dedup:
-            texts.append(Text(row.id, len(passed), row.text, question_of(row.messages)))
+            texts.append(Text(row.id, len(passed), said(row), question_of(row.messages)))
         passed += line.rstrip() + b"\n" if later else kept_line(line, {})
     return Judged(tally, bytes(passed), bytes(dropped), sketch(texts, dedup) if dedup else None)
 

@@ -7,8 +7,8 @@ created is looked for before it is created again, and an answer that is collecte
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -78,35 +78,23 @@ class Batches:
         self._folder.save()
 
     def _write(self) -> bool:
-        """Writes what is still to be asked, and can be paid, as new chunks; False if that is nothing."""
-        refused = False
-
-        def affordable() -> Iterator[tuple[Job, bytes]]:
-            nonlocal refused
-            for job in self._run.jobs():
-                if job.request.id in self._done:
-                    continue
-                if (body := self._reserve(job)) is None:
-                    refused = True
-                    return
-                yield job, body
-
+        """Writes what is still to be asked, and can be paid, as new chunks; False if nothing is left to ask."""
         self._written_in = self._dialect.version
-        chunks = self._folder.write(affordable())
+        left = (job for job in self._run.jobs() if job.request.id not in self._done)
+        chunks = self._folder.write(takewhile(self._reserve, left))
         if chunks:
             requests = sum(chunk.requests for chunk in chunks)
             self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
-        elif refused:
+        elif self._run.counters.left:
             raise self._run.budget.reached()
         return bool(chunks)
 
-    def _reserve(self, job: Job) -> bytes | None:
-        """Reserves what a request can cost; its body, or None if the budget does not cover it."""
-        body = self._dialect.body(job)
-        if (reservation := self._run.budget.reserve(len(body), job.request.sampling["max_tokens"])) is None:
-            return None
-        self._reserved[job.request.id] = reservation
-        return body
+    def _reserve(self, job: Job) -> bool:
+        """Encodes a request and reserves what it can cost; False if the budget does not cover it."""
+        reservation = self._run.budget.reserve(len(self._dialect.body(job)), job.request.sampling["max_tokens"])
+        if reservation is not None:
+            self._reserved[job.request.id] = reservation
+        return reservation is not None
 
     def _reserve_live(self) -> None:
         """Batches of an earlier call still cost money: their requests are reserved again."""
@@ -203,35 +191,28 @@ class Batches:
 
     def _take(self, job: Job, outcome: Answer | Fault, sampling: dict[str, Any], chunk: Chunk | None) -> None:
         """Records an outcome; one that may heal, or that teaches something, leaves the request to another batch."""
-        id_, version = job.request.id, self._written_in
-        if isinstance(outcome, Fault):
+        id_ = job.request.id
+        job.dialect = self._written_in
+        if chunk and isinstance(outcome, Fault) and self._dialect.teaches(outcome, job):
             self._settle(id_, outcome)
-            if chunk and self._dialect.teaches(outcome, job, version):
-                self._dialect.learn(outcome, job, version, self._run.say)
-                return
+            self._dialect.learn(outcome, job, self._run.say)
+            return
         self._tries[id_] += 1
         job.attempts = self._tries[id_]
         if isinstance(outcome, Answer):
-            self._answer(job, outcome, sampling)
-        elif not heals(outcome) or job.attempts >= self._config.max_attempts:
-            self._run.failures.append(failed(job, outcome, endpoint=self._url, sampling=sampling))
+            self._run.record_answer(completed(job, outcome, latency_s=0.0, endpoint=self._url, sampling=sampling))
             self._done.add(id_)
-            self._run.counters.failed += 1
-            self._run.counters.errors[outcome.error] += 1
+        elif not heals(outcome) or job.attempts >= self._config.max_attempts:
+            self._run.record_failure(failed(job, outcome, endpoint=self._url, sampling=sampling))
+            self._done.add(id_)
+        self._settle(id_, outcome)
 
-    def _answer(self, job: Job, answer: Answer, sampling: dict[str, Any]) -> None:
-        completion = completed(job, answer, latency_s=0.0, endpoint=self._url, sampling=sampling)
-        self._run.completions.append(completion)
-        self._done.add(job.request.id)
-        self._run.counters.count(completion.model, completion.usage)
-        if reservation := self._reserved.pop(job.request.id, None):
-            self._run.budget.settle(reservation, answer.usage, billed=True, journaled=True)
-
-    def _settle(self, id_: str, fault: Fault | None) -> None:
-        """Gives back what a request without an answer reserved, but for what it cost."""
+    def _settle(self, id_: str, outcome: Answer | Fault | None) -> None:
+        """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost."""
         if reservation := self._reserved.pop(id_, None):
-            usage, billed = (fault.usage, fault.status == 200) if fault else (None, False)
-            self._run.budget.settle(reservation, usage, billed=billed, journaled=False)
+            usage, answered = outcome.usage if outcome else None, isinstance(outcome, Answer)
+            billed = answered or (isinstance(outcome, Fault) and outcome.status == 200)
+            self._run.budget.settle(reservation, usage, billed=billed, journaled=answered)
 
     def _leave(self) -> None:
         """Leaves the batches at work. The call that collects them reserves again what they may cost."""

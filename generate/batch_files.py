@@ -80,23 +80,18 @@ class Folder:
             for line in read_jsonl(self.file(chunk, "input"), _Input)
         }
 
-    def write(self, jobs: Iterable[tuple[Job, bytes]]) -> list[Chunk]:
+    def write(self, jobs: Iterable[Job]) -> list[Chunk]:
         """Writes the requests as chunks, streamed. The chunks are in the state when this returns."""
         chunks: list[Chunk] = []
-        left = iter(jobs)
-        first = next(left, None)
-        while first is not None:
-            chunk = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}", requests=0)
-            size = 0
+        lines = map(input_line, jobs)
+        line = next(lines, None)
+        while line is not None:
+            chunk, size = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}", requests=0), 0
             with replacing(self.file(chunk, "input")) as file:
-                while first is not None:
-                    line = input_line(*first)
-                    size += len(line)
-                    if chunk.requests and (chunk.requests == MOST_REQUESTS or size > MOST_BYTES):
-                        break
-                    file.write(line)
+                while line and (not size or (chunk.requests < MOST_REQUESTS and size + len(line) <= MOST_BYTES)):
+                    size += file.write(line)
                     chunk.requests += 1
-                    first = next(left, None)
+                    line = next(lines, None)
             chunks.append(chunk)
         self.state.chunks += chunks
         self.save()
@@ -124,9 +119,9 @@ class _Output(msgspec.Struct):
     error: _Error | None = None
 
 
-def input_line(job: Job, body: bytes) -> bytes:
-    """A request as one line of a batch file, with the body that would be sent online."""
-    return b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (job.request.id.encode(), PATH, body)
+def input_line(job: Job) -> bytes:
+    """An encoded request as one line of a batch file, with the body that would be sent online."""
+    return b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (job.request.id.encode(), PATH, job.body)
 
 
 def read_output(path: Path, words: Callable[[str], str]) -> dict[str, Answer | Fault]:

@@ -9,14 +9,13 @@ the teacher's Redactor.
 """
 
 import asyncio
+import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
-import msgspec
 from yarl import URL
 
 from generate.reply import Answer, Fault, read_answer, read_error, shortened
@@ -37,14 +36,6 @@ class Reply(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Listing(msgspec.Struct):
-    data: list[_Model]
 
 
 class Client:
@@ -95,13 +86,12 @@ class Client:
         """What the endpoint lists as its models, as the end of a message."""
         reply = await self._ask("GET", self._models)
         try:
-            listed = b"" if isinstance(reply, Fault) or reply.status != 200 else reply.body
-            names = [model.id for model in msgspec.json.decode(listed, type=_Listing).data]
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            names = [] if isinstance(reply, Fault) else [model["id"] for model in json.loads(reply.body)["data"]]
+        except (ValueError, KeyError, TypeError):  # an error, or no JSON
             names = []
         if not names:
             return "; it lists no models: check teacher.base_url"
-        return f"; it lists {self._words(', '.join(names))}: set teacher.model to one of them"
+        return f"; it lists {self._words(', '.join(map(str, names)))}: set teacher.model to one of them"
 
     async def metrics(self) -> str:
         """What the server says at `/metrics`; empty if it says nothing."""
@@ -181,13 +171,10 @@ def headers_of(teacher: TeacherConfig) -> dict[str, str]:
 
 
 def _filled(name: str, value: str) -> str:
-    def look_up(match: re.Match[str]) -> str:
-        try:
-            return os.environ[match[1]]
-        except KeyError:
-            raise RecipeError(f"teacher.headers.{name}: the variable {match[1]} is not set") from None
-
-    return VARIABLE.sub(look_up, value)
+    try:
+        return VARIABLE.sub(lambda match: os.environ[match[1]], value)
+    except KeyError as error:
+        raise RecipeError(f"teacher.headers.{name}: the variable {error.args[0]} is not set") from None
 
 
 def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:

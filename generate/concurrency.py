@@ -9,6 +9,7 @@ Pure: the time and the observations are passed in by generate.endpoint.
 """
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 START = 64  # in flight, before anything is known
@@ -28,8 +29,8 @@ RISES = 1.2  # twice the requests must bring this factor, or the limit is found
 STEP = 0.1  # of the limit found: probes go so far up and down
 STEP_RISES, STEP_KEEPS = 1.05, 0.975  # what a step up must bring, and what a step down may cost at most
 CALM_ANSWERS = 1024  # to judge a small step by
+HOLD_S = 60.0  # how long the limit stands after a rise that won nothing
 CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut was wrong
-FRESH_S, HOLD_S = 30.0, 60.0  # two episodes are compared if they are this close; then the limit stands for so long
 
 
 class Load(NamedTuple):
@@ -47,12 +48,19 @@ class Concurrency:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._cut_at = float("-inf")
 
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         """An answer of so many tokens came, so long after its request; `in_flight` counts it."""
 
     def congested(self, sent: float, now: float) -> None:
-        """The server refused (429) or timed out a request that was sent then."""
+        """The server refused (429) or timed out a request that was sent then: one cut for all sent before the cut."""
+        if sent > self._cut_at:
+            self._cut_at = now
+            self._cut(now)
+
+    def _cut(self, now: float) -> None:
+        """An episode of refusals begins."""
 
     def sending(self, now: float) -> None:
         """A request goes out."""
@@ -70,7 +78,6 @@ class ByQueue(Concurrency):
         self._latency_s = 0.0  # a running mean
         self._steady = 0  # looks since the limit moved
         self._seen = 0.0  # at the server, at the last look
-        self._cut_at = float("-inf")
 
     @property
     def look_s(self) -> float:
@@ -81,11 +88,8 @@ class ByQueue(Concurrency):
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         self._latency_s += 0.1 * (latency_s - self._latency_s)
 
-    def congested(self, sent: float, now: float) -> None:
-        """Backs off, once for all requests that were sent before it."""
-        if sent > self._cut_at:
-            self._cut_at = now
-            self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
+    def _cut(self, now: float) -> None:
+        self.limit, self._doubling, self._peak = max(1, int(self.limit * BACK_OFF)), False, None
 
     def observed(self, load: Load | None, in_flight: int) -> None:
         """Looks at the load (None where the server did not say it) and moves the limit."""
@@ -127,12 +131,15 @@ class ByQueue(Concurrency):
         self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
 
 
-class Episode(NamedTuple):
-    """A stretch of requests that ended with refusals."""
+@dataclass
+class _Round:
+    """Answers to requests that were sent since `began`."""
 
-    limit: int  # that they were sent under
-    rate: float  # answers per second, the pause included
-    at: float
+    began: float
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # the sum of their latencies
+    in_flight: int = 0  # at most
 
 
 class ByClimbing(Concurrency):
@@ -149,34 +156,33 @@ class ByClimbing(Concurrency):
         self._phase = "double"  # then "settle": probes a little around; "avoid" once the server refused
         self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
         self._next_step = 1
-        self._start_window(float("-inf"))
-        self._episode_at, self._open = float("-inf"), False  # the last episode of refusals, and whether it goes on
-        self._answers, self._refused, self._since = 0, 0, 0.0  # before it, and in it
-        self._under = limit  # the limit that they were sent under
-        self._before: Episode | None = None  # the episode before
+        self._round = _Round(float("-inf"))
+        # Since the last episode of refusals began to end: when that was, and the replies since.
+        self._since, self._answers, self._refused = 0.0, 0, 0
+        self._refused_at: int | None = None  # the limit under which the episode now open began
+        self._before: tuple[int, float] | None = None  # that of the episode before, and its answers per second
         self._hold_until = float("-inf")
-
-    def _start_window(self, now: float) -> None:
-        self._window_at, self._count, self._tokens, self._seconds, self._in_flight = now, 0, 0, 0.0, 0
 
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         """After a round of answers, judges the limit that they were sent under."""
         self._answers += 1
-        if now - latency_s < self._window_at:
+        this = self._round
+        if now - latency_s < this.began:
             return
-        self._count += 1
-        self._tokens += max(tokens, 1)
-        self._seconds += latency_s
-        self._in_flight = max(self._in_flight, min(in_flight, self.limit))
-        size = self.limit if self._phase != "settle" else max(2 * self.limit, CALM_ANSWERS)
-        if self._count >= max(size, 16) and self._seconds > 0:
-            self._judge(self._in_flight * self._tokens / self._seconds, now)
-            self._start_window(now)
+        this.answers += 1
+        this.tokens += max(tokens, 1)
+        this.seconds += latency_s
+        this.in_flight = max(this.in_flight, min(in_flight, self.limit))
+        size = max(2 * self.limit, CALM_ANSWERS) if self._phase == "settle" else self.limit // 2
+        if this.answers >= max(size, 16) and this.seconds > 0:
+            self._climb(this.in_flight * this.tokens / this.seconds, now)
+            self._round = _Round(now)
 
-    def _judge(self, throughput: float, now: float) -> None:
+    def _climb(self, throughput: float, now: float) -> None:
+        if now < self._hold_until:
+            return
         if self._phase == "avoid":
-            if now >= self._hold_until:
-                self.limit = min(self.limit + max(1, self.limit // 50), MOST)
+            self.limit = min(self.limit + max(1, self.limit // 50), MOST)
         elif self._phase == "double":
             if throughput > RISES * self._best:
                 self._best, self._base = throughput, self.limit
@@ -196,11 +202,11 @@ class ByClimbing(Concurrency):
             self.limit = min(max(1, self._base + self._step * size), MOST)
 
     def congested(self, sent: float, now: float) -> None:
-        """Backs off, once per episode: what was sent before the last one began belongs to it."""
         self._refused += 1
-        if sent <= self._episode_at:
-            return
-        self._episode_at, self._open, self._under = now, True, self.limit
+        super().congested(sent, now)
+
+    def _cut(self, now: float) -> None:
+        self._refused_at = self.limit
         if now >= self._hold_until:
             self._move(max(1, int(self.limit * BACK_OFF)), now)
 
@@ -210,27 +216,27 @@ class ByClimbing(Concurrency):
         Where most requests are answered and a cut has cost answers, the refusals have another cause than the number in
         flight (each third request is refused, say): the limit rises as long as that brings more answers per second.
         """
-        if not self._open:
+        if self._refused_at is None:
             self._since = self._since or now
             return
-        ended = Episode(self._under, self._answers / max(now - self._since, 1e-9), now)
-        before, overloaded = self._before, self._refused > self._answers
-        self._before, self._open, self._answers, self._refused, self._since = ended, False, 0, 0, now
-        if overloaded or before is None or now - before.at > FRESH_S or now < self._hold_until:
+        limit, rate = self._refused_at, self._answers / max(now - self._since, 1e-9)
+        before, self._before = self._before, (limit, rate)
+        overloaded = self._refused > self._answers
+        self._since, self._answers, self._refused, self._refused_at = now, 0, 0, None
+        if before is None or overloaded or now < self._hold_until:
             return
-        gain = ended.rate / before.rate if before.rate else 1.0
-        if ended.limit < before.limit and gain < CUT_KEEPS:
-            self._move(min(2 * before.limit, MOST), now)
-        elif ended.limit > before.limit and gain > RISES:
-            self._move(min(2 * ended.limit, MOST), now)
-        elif ended.limit > before.limit:
+        gain = rate / max(before[1], 1e-9)
+        rise = limit > before[0]
+        if gain > RISES if rise else (limit < before[0] and gain < CUT_KEEPS):
+            self._move(min(2 * max(limit, before[0]), MOST), now)
+        elif rise:
             self._hold_until = now + HOLD_S
-            self._move(before.limit, now)
+            self._move(before[0], now)
 
     def _move(self, limit: int, now: float) -> None:
         self.limit = self._base = limit
         self._phase, self._step = "avoid", 0
-        self._start_window(now)
+        self._round = _Round(now)
 
 
 _GAUGES = {

@@ -56,6 +56,20 @@ class Run:
         """Streams the jobs that are left to this process."""
         return self.left.jobs(self.recipe, self.partition)
 
+    def record_answer(self, completion: Completion) -> None:
+        """Writes an answer to its journal and counts it."""
+        self.completions.append(completion)
+        self.counters.answered += 1
+        self.counters.models.add(completion.model)
+        self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
+        self.counters.completion_tokens += completion.usage.completion_tokens or 0
+
+    def record_failure(self, failure: Failure) -> None:
+        """Writes the failure of a request, for good, to its journal and counts it."""
+        self.failures.append(failure)
+        self.counters.failed += 1
+        self.counters.errors[failure.error] += 1
+
     def say_stopping(self) -> None:
         """Tells the user that the run ends when what is in flight has ended."""
         self.say(f"stopping: a moment for {self.counters.in_flight} requests in flight; again to stop at once")

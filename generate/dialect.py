@@ -79,16 +79,15 @@ class Dialect:
             if name not in self._manner.left_out
         }
 
-    def teaches(self, fault: Fault, job: Job, version: int) -> bool:
-        """Whether the refused job, sent another way, may be answered; `version` is the dialect it was sent in."""
+    def teaches(self, fault: Fault, job: Job) -> bool:
+        """Whether the refused job, sent another way, may be answered."""
         if fault.error != "bad_request" or fault.status not in (400, 422):
             return False
-        return version != self.version or self._lesson(fault, job.told) is not None
+        return job.dialect != self.version or self._lesson(fault, job.told) is not None
 
-    def learn(self, fault: Fault, job: Job, version: int, say: Callable[[str], None]) -> None:
+    def learn(self, fault: Fault, job: Job, say: Callable[[str], None]) -> None:
         """Learns from a refusal that `teaches`, and says so. One that was sent before the last lesson is no news."""
-        lesson = self._lesson(fault, job.told) if version == self.version else None
-        if lesson:
+        if job.dialect == self.version and (lesson := self._lesson(fault, job.told)):
             said, self._manner = lesson
             self.version += 1
             say(f"the teacher refuses a setting ({fault.message}): from here on this run {said}")

@@ -59,7 +59,7 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, partition: Partition =
     repeats: Counter[str] = Counter()
     sampling, samples = recipe.sampling.fields(), recipe.prompts.samples
     for number, prompt in enumerate(prompts):
-        question = prompt_id(prompt.messages)
+        question = prompt_id(prompt.messages, prompt.tools)
         if not seen.add(question):
             repeats[question] += 1
         if number % partition.of == partition.part:
@@ -96,6 +96,8 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
     return Completion(
         **_identity(job, endpoint, sampling),
         text=answer.text,
+        reasoning=answer.reasoning,
+        tool_calls=list(answer.tool_calls),
         finish_reason=answer.finish_reason,
         model=answer.model or job.model,
         usage=answer.usage,

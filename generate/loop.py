@@ -162,11 +162,11 @@ class Loop:
                 budget.settle(attempt.reservation, None, billed=True, journaled=False)
         now = monotonic()
         job.spent_s += now - attempt.sent
-        verdict = decide(reply, job, self._state(attempt, reply, now), self._config)
         if isinstance(reply, Answer):
             self._record_answer(attempt, reply, now)
             budget.settle(attempt.reservation, reply.usage, billed=True, journaled=True)
         else:
+            verdict = decide(reply, job, self._state(attempt, reply, now), self._config)
             endpoint.failed(job.request.id, reply, attempt.sent, now)
             await self._carry_out(verdict, attempt, reply, now)
             budget.settle(attempt.reservation, reply.usage, billed=reply.maybe_billed, journaled=False)
@@ -174,11 +174,9 @@ class Loop:
         if endpoint.limits.any and usage and usage.prompt_tokens is not None:
             endpoint.limits.settle(attempt.tokens, usage.prompt_tokens + (usage.completion_tokens or 0), now)
 
-    def _state(self, attempt: Attempt, reply: Answer | Fault, now: float) -> State:
+    def _state(self, attempt: Attempt, reply: Fault, now: float) -> State:
         """What `decide` may know."""
         job, endpoint = attempt.job, attempt.endpoint
-        if isinstance(reply, Answer):
-            return State(endpoint.url)
         downs = [other.down_since for other in self._endpoints]
         since = [down for down in downs if down is not None]
         return State(
@@ -190,7 +188,7 @@ class Loop:
             all_down_s=now - max(since) if len(since) == len(downs) else 0.0,
             refused_alike=self._refused_alike(reply),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
-            teaches=self._dialect.teaches(reply, job, job.dialect),
+            teaches=self._dialect.teaches(reply, job),
         )
 
     async def _carry_out(self, verdict: Verdict, attempt: Attempt, fault: Fault, now: float) -> None:
@@ -205,7 +203,7 @@ class Loop:
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
                 self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
-                self._dialect.learn(fault, job, job.dialect, self._run.say)
+                self._dialect.learn(fault, job, self._run.say)
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
             case Fail():
@@ -214,7 +212,7 @@ class Loop:
                     self._held_back.append(failure)
                 else:
                     self._release()
-                    self._record_failure(failure)
+                    self._run.record_failure(failure)
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
                     self._end(DistillError(verdict.message))
@@ -226,16 +224,10 @@ class Loop:
         self._release()
         latency_s = now - attempt.sent
         completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
-        run.completions.append(completion)
-        run.counters.count(completion.model, completion.usage)
+        run.record_answer(completion)
         endpoint.answered(answer, attempt.sent, now)
         if answer.usage.prompt_tokens:
             self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
-
-    def _record_failure(self, failure: Failure) -> None:
-        self._run.failures.append(failure)
-        self._run.counters.failed += 1
-        self._run.counters.errors[failure.error] += 1
 
     def _refused_alike(self, fault: Fault) -> int:
         """How many requests were refused as this one was, if the call has had nothing else; this one included."""
@@ -249,7 +241,7 @@ class Loop:
         held_back, self._held_back = self._held_back, None
         if not self._ended_by:  # else they are asked again by the next call
             for failure in held_back or ():
-                self._record_failure(failure)
+                self._run.record_failure(failure)
 
     def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""

@@ -101,8 +101,8 @@ def source_of(teacher: TeacherConfig) -> str | None:
     """Where `price_of` has the price from; None if it has none."""
     if teacher.price is not None:
         return "teacher.price"
-    name = _listed(teacher)
-    return next((source for begins, source in SOURCES.items() if name and name.startswith(begins)), None)
+    name = _listed(teacher) or ""
+    return next((source for begins, source in SOURCES.items() if name.startswith(begins)), None)
 
 
 def _listed(teacher: TeacherConfig) -> str | None:

@@ -12,8 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pipeline.records import Usage
-
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0
 SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens")
@@ -47,13 +45,6 @@ class Counters:
     def left(self) -> int:
         """Requests still to be asked."""
         return self.total - self.done
-
-    def count(self, model: str, usage: Usage) -> None:
-        """Counts an answer."""
-        self.answered += 1
-        self.models.add(model)
-        self.prompt_tokens += usage.prompt_tokens or 0
-        self.completion_tokens += usage.completion_tokens or 0
 
     def snapshot(self) -> dict[str, Any]:
         """The counts as plain values."""
@@ -118,14 +109,15 @@ class Display:
         since, done, tokens = self._samples[0]
         seconds = max(now - since, 1e-9)
         per_second = (counters.done - done) / seconds
-        parts = [f"{(counters.completion_tokens - tokens) / seconds:.0f} tok/s", f"{counters.in_flight} in flight"]
-        if counters.waiting:
-            parts.append(f"{counters.waiting} waiting for a retry")
-        failed = counters.failed + counters.failed_before
-        parts.append(f"{failed} failed")
-        if per_second > 0:
-            parts.append(f"{clock(counters.left / per_second)} left")
-        return " · ".join(parts)
+        waiting = f"{counters.waiting} waiting for a retry" if counters.waiting else ""
+        parts = [
+            f"{(counters.completion_tokens - tokens) / seconds:.0f} tok/s",
+            f"{counters.in_flight} in flight",
+            waiting,
+            f"{counters.failed + counters.failed_before} failed",
+            f"{clock(counters.left / per_second)} left" if per_second > 0 else "",
+        ]
+        return " · ".join(filter(None, parts))
 
 
 def requests_of(requests: int, prompts: int) -> str:

@@ -62,12 +62,9 @@ def generate(
     write_batches: bool = False,
     collect: Path | None = None,
 ) -> Summary:
-    """Asks the teacher everything that the recipe's run has no answer to.
+    """As the API's `generate` (generate/__init__.py), without the lock.
 
-    Requests that failed for good in an earlier call are asked again only with `retry_failures`. `quiet` leaves out the
-    progress, not the warnings. `write_batches` only writes batch files, and `collect` only takes in the output of one.
-    Raises DistillError when the run cannot go on (what was answered is kept, and the next call goes on from there), its
-    UsageErrors before anything is asked, and KeyboardInterrupt once interrupted.
+    `write_batches` only writes batch files, and `collect` only takes in the output of one.
     """
     with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
         if not call.counters.left:
@@ -83,7 +80,7 @@ def generate(
 
 
 async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures: bool = False) -> Summary:
-    """As `generate`, in the running event loop. Leaves signals alone; a cancelled call keeps what was answered."""
+    """As the API's `agenerate`, without the lock."""
     with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
         if call.counters.left and (outcome := await _send(call, display, signals=False)):
             raise outcome

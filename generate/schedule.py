@@ -19,11 +19,9 @@ BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds; full jitte
 
 def wait_s(policy: wait_base, step: int) -> float:
     """Seconds that a tenacity policy waits at a step of its backoff: the first is 1, and at 0 there is no wait."""
-    if not step:
-        return 0.0
     state = RetryCallState(Retrying(), None, (), {})
     state.attempt_number = step
-    return float(policy(state))
+    return float(policy(state)) if step else 0.0
 
 
 class Schedule:

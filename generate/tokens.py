@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from msgspec import to_builtins
 
+from pipeline.conversation import template_turns
 from pipeline.errors import UsageError
 from pipeline.models import local_folder
 from pipeline.records import Json, Message
@@ -56,7 +56,9 @@ def counter(model: str) -> Count | None:
 
     def count(messages: list[Message], tools: list[Json]) -> int | None:
         try:
-            text = render(messages=to_builtins(messages), tools=tools or None, add_generation_prompt=True, **settings)
+            text = render(
+                messages=template_turns(messages), tools=tools or None, add_generation_prompt=True, **settings
+            )
         except TemplateError:
             return None
         return len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,8 +1,7 @@
-"""What follows from the outcome of an attempt: one pure function, `decide`, and nothing that decides it elsewhere.
+"""What follows from an attempt without an answer: one pure function, `decide`; nothing decides it elsewhere.
 
 docs/generation.md has the same table in words; a test holds each of its rows against `decide`.
 
-    Answered   the answer is recorded
     Retry      the request is sent again
     Fail       the request has failed for good
     Pause      the endpoint takes nothing for a while (or one probe at a time); the request is sent again, or has failed
@@ -16,7 +15,7 @@ from typing import NamedTuple
 from tenacity import wait_exponential
 
 from generate.jobs import Job
-from generate.reply import Answer, Fault
+from generate.reply import Fault
 from generate.schedule import wait_s
 from pipeline.recipe import GenerateConfig
 from pipeline.records import Failure
@@ -46,11 +45,6 @@ class State(NamedTuple):
     refused_alike: int = 0  # the call's first requests, this one included, if all were refused alike; else 0
     has_time: bool = True  # another attempt fits before the request's deadline
     teaches: bool = False  # the refusal is about a setting that can be sent another way
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The reply is an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +85,7 @@ class EndRun:
     name_models: bool = False  # the user should be told which models the endpoint lists
 
 
-Verdict = Answered | Retry | Fail | Pause | Relearn | EndRun
+Verdict = Retry | Fail | Pause | Relearn | EndRun
 
 
 def heals(fault: Fault) -> bool:
@@ -104,25 +98,23 @@ def speaks_of_endpoint(fault: Fault) -> bool:
     return heals(fault) and fault.error != "rate_limited"
 
 
-def decide(reply: Answer | Fault, job: Job, state: State, config: GenerateConfig) -> Verdict:
-    """What follows from the reply to `job`, whose attempts and seconds include this attempt."""
-    if isinstance(reply, Answer):
-        return Answered()
-    if reply.error in ENDS_RUN:
-        return EndRun(_why_nobody(reply, state), name_models=reply.error == "not_found")
+def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verdict:
+    """What follows from the fault in answer to `job`, whose attempts and seconds include this attempt."""
+    if fault.error in ENDS_RUN:
+        return EndRun(_why_nobody(fault, state), name_models=fault.error == "not_found")
     if state.teaches:
         return Relearn()
-    if reply.error in FINAL:
-        return _refused(reply, state)
+    if fault.error in FINAL:
+        return _refused(fault, state)
     if state.all_down_s >= config.give_up_s:
         return EndRun(
-            f"{state.url} has not answered for {state.all_down_s:.0f} s ({reply.message}); start it and run this "
+            f"{state.url} has not answered for {state.all_down_s:.0f} s ({fault.message}); start it and run this "
             "again: what was answered is kept"
         )
-    then = _again(reply, job, state, config)
-    if reply.error == "rate_limited":
-        return Pause(reply.retry_after_s or wait_s(REFUSED_WAIT, state.step), then)
-    if reply.error == "unreachable" or state.failing >= FAILURES_IN_ROW:
+    then = _again(fault, job, state, config)
+    if fault.error == "rate_limited":
+        return Pause(fault.retry_after_s or wait_s(REFUSED_WAIT, state.step), then)
+    if fault.error == "unreachable" or state.failing >= FAILURES_IN_ROW:
         return Pause(wait_s(PROBE_WAIT, state.step), then, down=True)
     return then
 

@@ -17,7 +17,7 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -32,15 +32,6 @@ from pipeline.rundir import RunDir
 
 LINE_BYTES = 1 << 20
 STOP = signal.SIGUSR1
-
-
-class Work(NamedTuple):
-    """What a child is given."""
-
-    recipe: Recipe
-    run: RunDir
-    partition: Partition
-    retry_failures: bool
 
 
 async def send_from_workers(run: Run, *, signals: bool) -> Outcome:
@@ -96,10 +87,10 @@ class _Workers:
 
     async def _send_all(self, partitions: list[Partition]) -> list[int]:
         """Children for the partitions; returns their exit codes."""
-        run, first = self._run, len(self._children)
+        first = len(self._children)
         for partition in partitions:
             self._counts.append(Counters().snapshot())
-            self._children.append(await _start(Work(run.recipe, run.dir, partition, run.left.retry_failures)))
+            self._children.append(await _start(self._run, partition))
         new = enumerate(self._children[first:], start=first)
         return await asyncio.gather(*(self._listen(index, child) for index, child in new))
 
@@ -120,7 +111,7 @@ class _Workers:
         return await child.wait()
 
 
-async def _start(work: Work) -> Process:
+async def _start(run: Run, partition: Partition) -> Process:
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "generate.workers"),
         stdin=PIPE,
@@ -130,7 +121,7 @@ async def _start(work: Work) -> Process:
         start_new_session=True,  # Ctrl-C is for the first process, which stops the others in order
     )
     assert child.stdin
-    child.stdin.write(pickle.dumps(work))
+    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures)))
     await child.stdin.drain()
     return child
 
@@ -140,7 +131,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        _send_partition(pickle.load(sys.stdin.buffer))
+        _send_partition(*pickle.load(sys.stdin.buffer))
     except (EOFError, pickle.UnpicklingError):
         sys.exit("the parent has gone")
     except DistillError as error:
@@ -148,20 +139,17 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _send_partition(work: Work) -> None:
+def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool) -> None:
     """Raises what ended it; an interrupt is the parent's to tell."""
-    recipe, folder, partition, retry_failures = work
     counters = Counters()
-
-    def say(message: str) -> None:
-        if partition.part == 0:  # they all see the same endpoints
-            _tell("say", message)
-
-    def show() -> None:
-        _tell("counters", counters.snapshot())
-
     with opened_run(
-        recipe, folder, counters, say=say, show=show, retry_failures=retry_failures, partition=partition
+        recipe,
+        folder,
+        counters,
+        say=lambda message: _tell("say", message) if partition.part == 0 else None,  # all see the same endpoints
+        show=lambda: _tell("counters", counters.snapshot()),
+        retry_failures=retry_failures,
+        partition=partition,
     ) as run:
         try:
             outcome = run_loop(_send(run))

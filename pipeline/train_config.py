@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 
 from pipeline.section import Section
 
-Warns = Literal["prompts", "keep_rate", "filters", "size_ratio", "templates", "chain", "licence", "length", "context"]
+Warns = Literal[
+    "prompts", "keep_rate", "filters", "reasoning", "size_ratio", "templates", "chain", "licence", "length", "context"
+]
 Weights = Literal["lora", "qlora", "full"]
 
 
@@ -48,6 +50,10 @@ class TrainConfig(Section):
     """Saves memory and is a third slower; auto: only if memory is short."""
     max_length: int = Field(1024, ge=8)
     """Tokens of a row, prompt and completion together."""
+    reasoning: Literal["strip", "keep"] = "strip"
+    """keep: the student learns the answers' reasoning too, in the form of its chat template or as <think>…</think>."""
+    loss_on: Literal["last", "all"] = "last"
+    """all: on every turn of the assistant in a conversation, if the student's chat template can tell them apart."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """What to do with a row over `max_length`; it is never cut."""
     lora_rank: int = Field(16, ge=1)
@@ -84,7 +90,9 @@ class TrainConfig(Section):
         return self.kd.weights if self.method == "kd" or self.method == "gkd" else self.method
 
     @model_validator(mode="after")
-    def _micro_in_batch(self) -> "TrainConfig":
+    def _fits_together(self) -> "TrainConfig":
+        if self.loss_on == "all" and self.method == "gkd":
+            raise ValueError("loss_on all is not for method gkd, whose samples are last turns; use last")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} is more than batch_size {self.batch_size}")
         return self

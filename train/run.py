@@ -25,8 +25,8 @@ from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
-from train.rows import read_parts, to_examples
-from train.student import PRUNE, initial_student
+from train.rows import read_parts, reasoning_form, to_examples
+from train.student import PRUNE, initial_student, load_tokenizer
 
 if TYPE_CHECKING:
     from train.trainer import Prepared
@@ -68,12 +68,15 @@ def train_run(
     with processes.lead_first():
         student = initial_student(recipe, run)
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
-    checks = [*row_checks(parts, read_lineage(run)), *pair_checks(recipe, student, parts.all, allow_chain=allow_chain)]
+    tokenizer = load_tokenizer(student)
+    checks = [*row_checks(parts, read_lineage(run), recipe.train)]
+    checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
     decide(checks)
     with processes.lead_first():
         if processes.lead:
             _open_work(work, fingerprint, again=again, console=console)
-    examples = {"train": to_examples(parts.train), "validation": to_examples(parts.validation)}
+    shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(recipe.train, tokenizer))
+    examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     prepared = prepare(student, examples, recipe.train, work, console, recipe.teacher.model, processes)
     of_tokens = list(token_checks(prepared, parts, recipe.train))
     decide(of_tokens, earlier=checks)

@@ -22,19 +22,13 @@ from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
+from trl import SFTConfig, get_training_chat_template
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.train_config import TrainConfig
-from train.machine import (
-    autocast,
-    check_machine,
-    micro_tokens,
-    precision,
-    wants_checkpointing,
-    weights_dtype,
-)
+from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import GkdTrainer, KdTrainer, load_teacher
@@ -111,16 +105,13 @@ class Prepared:
 
     def _survives_rounding(self, model: Any, console: Console) -> bool:
         """Rounds the weights and scores the validation rows again; puts the weights back if that cost too much."""
-        exact = [parameter.detach().clone() for parameter in model.parameters()]
+        exact = {name: value.clone() for name, value in model.state_dict().items()}
         before = float(self.trainer.state.best_metric)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(self.dtype))
-            after = self.trainer.evaluate(metric_key_prefix="rounded")["rounded_loss"]
-            if after - before <= ROUNDING_LOSS:
-                return True
-            for parameter, value in zip(model.parameters(), exact, strict=True):
-                parameter.copy_(value)
+        model.load_state_dict({name: value.to(self.dtype) for name, value in exact.items()})
+        after = self.trainer.evaluate(metric_key_prefix="rounded")["rounded_loss"]
+        if after - before <= ROUNDING_LOSS:
+            return True
+        model.load_state_dict(exact)
         console.print(
             f"saved in {model.dtype}, not in {self.dtype}: rounded, its validation loss would be {after:.4f} instead "
             f"of {before:.4f}; a higher train.learning_rate or more rows move the weights further".replace("torch.", "")
@@ -163,7 +154,8 @@ def prepare(
                 f"{len(kept['train'])} (--num_processes), or generate more prompts"
             )
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
-        faults = label_faults(seen, stops=stop_tokens(tokenizer, trainer.model), decode=tokenizer.decode)
+        stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
+        faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
         shown = [examples["train"][index] for index in kept["train"]]
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     words = precision(config.weights)
@@ -172,6 +164,8 @@ def prepare(
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     tokenizer = load_tokenizer(student)
+    if config.loss_on == "all":
+        _check_marks(tokenizer)
     dtype = weights_dtype(config.weights)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -187,6 +181,19 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     return model, tokenizer, stored
 
 
+def _check_marks(tokenizer: Any) -> None:
+    """Raises RecipeError if neither the template nor TRL's version of it marks what the assistant says."""
+    try:
+        template = None if "generation %}" in tokenizer.chat_template else get_training_chat_template(tokenizer)
+    except ValueError:
+        template = ""
+    if template == "" or not is_chat_template_stop_token_trained(tokenizer, template):
+        raise RecipeError(
+            "train.loss_on all: the student's chat template does not mark what the assistant says ({% generation %}), "
+            "and TRL knows no version of it that does; use train.loss_on: last, or another student"
+        )
+
+
 def _trainer(
     model: Any, tokenizer: Any, examples: Examples, config: TrainConfig, folder: Path, console: Console, teacher: str
 ) -> StudentTrainer:
@@ -197,8 +204,8 @@ def _trainer(
     settings: dict[str, Any] = {
         "model": model,
         "args": _arguments(config, folder, checkpointing=checkpointing),
-        "train_dataset": datasets.Dataset.from_list(examples["train"]),
-        "eval_dataset": datasets.Dataset.from_list(examples["validation"]),
+        "train_dataset": datasets.Dataset.from_list(examples["train"], on_mixed_types="use_json"),
+        "eval_dataset": datasets.Dataset.from_list(examples["validation"], on_mixed_types="use_json"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,
@@ -227,11 +234,11 @@ def _arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> SFT
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup,
-        gradient_accumulation_steps=1,  # StudentTrainer takes all rows of a step, and splits them itself
         gradient_checkpointing=checkpointing,
         max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
         packing=False,  # without FlashAttention it mixes rows
-        completion_only_loss=True,
+        completion_only_loss=config.loss_on == "last",
+        assistant_only_loss=config.loss_on == "all",
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=autocast(config.weights),

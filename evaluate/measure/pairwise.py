@@ -15,18 +15,17 @@ from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
 from evaluate.models import AFTER, BEFORE, TEACHER, digest
 from filters.judge import (
     FENCE,
+    ask_judge,
     attempt_runs,
     is_teacher,
     judge_address,
-    judge_recipe,
     judge_rows,
     verdicts_folder,
     version_of,
 )
-from generate.run import generate
 from pipeline.recipe import JudgeConfig, Recipe
-from pipeline.records import Completion, Kept, Message, Prompt, read_jsonl
-from pipeline.rundir import RunDir, write_jsonl
+from pipeline.records import Completion, Kept, Message, Prompt
+from pipeline.rundir import RunDir
 
 CHOICE = {"better": {"type": "string", "enum": ["A", "B", "tie"]}}
 OPPONENTS = (TEACHER, BEFORE)
@@ -140,21 +139,9 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence
         else:
             questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
     version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
-    attempts = attempt_runs(folder / version, judge.config)
-    for attempt, asked in enumerate(attempts, start=1):
-        open_questions = [Prompt(id=id_, messages=asking) for id_, asking in questions.items() if id_ not in choices]
-        if not open_questions:
-            break
-        asked.path.mkdir(parents=True, exist_ok=True)
-        file = folder / version / f"{attempt}.questions.jsonl"
-        write_jsonl(file, open_questions)
-        others = [*scoring, *(other for other in attempts if other != asked)]
-        wanted = judge_recipe(judge.recipe, judge.config, file, attempt, CHOICE, others)
-        generate(wanted, asked, quiet=True, retry_failures=True)
-        for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-            if row.prompt_id in questions and (choice := read_choice(row.text)):
-                choices.setdefault(row.prompt_id, choice)
-    return choices
+    prompts = [Prompt(id=id_, messages=asking) for id_, asking in questions.items()]
+    found, _ = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, others=scoring)
+    return choices | found
 
 
 def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Message]:
@@ -168,10 +155,10 @@ def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Messag
     return [Message(role="user", content=content)]
 
 
-def read_choice(text: str) -> str | None:
+def read_choice(reply: Completion, _attempt: int = 1) -> str | None:
     """A, B or tie; None if the reply is anything else."""
     try:
-        return msgspec.json.decode(FENCE.sub("", text.strip()), type=Choice).better
+        return msgspec.json.decode(FENCE.sub("", reply.text.strip()), type=Choice).better
     except (msgspec.DecodeError, RecursionError):
         return None
 

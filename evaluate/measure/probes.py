@@ -69,7 +69,7 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     if not config.probes:
         return ProbePrompts("slots", [], unseen)
     if config.probes_file is not None:
-        return ProbePrompts("file", _from_file(recipe, asked), unseen)
+        return ProbePrompts("file", _from_file(recipe, asked, config.probes), unseen)
     note = ""
     if recipe.prompts.template is not None:
         seen = list(islice(_fresh(recipe.prompts, asked, f"probes:{config.seed}"), config.probes))
@@ -83,13 +83,36 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     return ProbePrompts("test", _sample(prompts, config.probes, config.seed), unseen, note)
 
 
+def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
+    """What `evaluate.verify` is asked of: the run's test prompts, and those of `evaluate.probes_file` as unseen.
+
+    The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
+    Raises DataError if there is none, or if the run has asked a prompt of the file.
+    """
+    config = recipe.evaluate
+    if not config.verify:
+        return ProbePrompts("test", [])
+    prompts = list(read_jsonl(run.prompts, Prompt))
+    distinct = {question_text(prompt.messages): prompt for prompt in prompts}.values()
+    test = [prompt for prompt in distinct if (prompt.part or recipe.prompts.part_of(prompt.messages)) == "test"]
+    if not test:
+        raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
+    unseen = _from_file(recipe, Asked(prompts), config.verify_count) if config.probes_file else []
+    return ProbePrompts("test", _sample(test, config.verify_count, config.seed), unseen)
+
+
 def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
     """The template's prompts that were not asked, in an order that the key decides."""
     grammar = Grammar(config)
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
-        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
+<<<<<<< HEAD
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots), tools=config.tools)
         prompt = make_prompt(row, config.system)
+=======
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
+        prompt = make_prompt(row, config.system, config.tools)
+>>>>>>> main
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
 
@@ -114,9 +137,14 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
             yield prompt
 
 
-def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
+def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
     config = recipe.evaluate
-    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system)
+<<<<<<< HEAD
+    same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
+    wanted = PromptsConfig(file=config.probes_file, **same)
+=======
+    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system, tools=recipe.prompts.tools)
+>>>>>>> main
     rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
     prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
     if known := [prompt for prompt in prompts if asked.has(prompt)]:
@@ -125,7 +153,7 @@ def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
             f"{config.probes_file}: {len(known)} of its {len(prompts)} prompts are prompts of this run, the first "
             f"{first!r}; take them out, or the models are asked what the student was trained on"
         )
-    return _sample(prompts, config.probes, config.seed)
+    return _sample(prompts, count, config.seed)
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from random import Random
 
-NAMES = ["Anna", "Ben", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Katja", "Leon", "Maria", "Nils", "Olga", "Pablo"]
+NAMES = [
+    *("Anna", "Ben", "Clara", "David", "Elena", "Felix", "Greta", "Hugo"),
+    *("Irene", "Jonas", "Katja", "Leon", "Maria", "Nils", "Olga", "Pablo"),
+]
 THINGS = ["apples", "pens", "stickers", "books", "marbles", "cookies", "shells", "stamps", "cards", "candles"]
 
 

@@ -277,9 +277,35 @@ def test_all_rules_run_and_the_same_rule_may_stand_twice() -> None:
     assert labels(rules, Answer("비 비 달 달", "", "stop", {})) == ["length", "repeated_word", "repeated_word#2"]
 
 
+def test_a_rule_of_the_text_may_look_at_the_reasoning() -> None:
+    of: dict[str, Any] = {"of": "reasoning"}
+    rules = rule_set(
+        {"rule": "length", "max_chars": 20},
+        {"rule": "length", "max_chars": 20, **of},
+        {"rule": "length", "max_chars": 30, **of},
+        {"rule": "banned_words", "words": ["wait"], **of},
+        {"rule": "repetition", **of},
+        {"rule": "foreign_script", **of},
+    )
+    thought = "wait, is it 4? " * 3 + "그래 森林"
+    answer = Answer("It is 4.", "", "stop", {}, reasoning=thought)
+    wanted = ["length#reasoning", "length#reasoning#2", "banned_words#reasoning", "repetition#reasoning"]
+    assert labels(rules, answer) == [*wanted, "foreign_script#reasoning"]
+    assert describe(rules.reasons(answer)[0]) == "50 characters, at most 20 wanted"
+    assert labels(rules, Answer(thought, "", "stop", {}, reasoning="It is 4.")) == ["length"]
+
+
+def test_reasoning_can_be_required() -> None:
+    rules = rule_set({"rule": "length", "of": "reasoning"})
+    assert labels(rules, Answer("It is 4.", "", "stop", {})) == ["length#reasoning"]
+    assert labels(rules, Answer("It is 4.", "", "stop", {}, reasoning="2 + 2")) == []
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
+        ({"rule": "length", "of": "thought"}, "filters.rules[0].of should be 'text' or 'reasoning', got 'thought'"),
+        ({"rule": "finish_reason", "of": "text"}, "the rule `finish_reason` has no such setting"),
         ({"rule": "lenght"}, "filters.rules[0]: no rule named `lenght`; there are length, banned_words,"),
         ({"rule": "length", "min_char": 3}, "filters.rules[0].min_char: the rule `length` has no such setting, got 3"),
         ({"rule": "length", "min_chars": "few"}, "filters.rules[0].min_chars"),

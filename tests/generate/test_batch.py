@@ -13,6 +13,7 @@ import pytest
 from generate import batch_files
 from generate.batch import Batches
 from generate.batch_api import BatchApi
+from generate.context import Run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe
@@ -65,6 +66,13 @@ def test_the_requests_are_those_that_would_be_sent_online(run: RunDir, tmp_path:
     assert sorted(json.dumps(text["body"]) for text in lines) == sent
     assert {text["url"] for text in lines} == {"/v1/chat/completions"}
     assert {text["custom_id"] for text in lines} == {record.id for record in completions(RunDir(tmp_path / "online"))}
+
+
+def test_reasoning_comes_through_a_batch(run: RunDir) -> None:
+    with fake_batches() as fake:
+        fake.outcome = lambda id_, body, batch: line(id_, body=reply("<think>hm</think>two"))
+        generate(batch_recipe(fake, 2), run, quiet=True)
+    assert [(row.reasoning, row.text) for row in completions(run)] == [("hm", "two")] * 2
 
 
 def test_it_is_split_by_count_and_by_size(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +234,7 @@ def _kill_at(patch: pytest.MonkeyPatch, step: str, after: bool, nth: int) -> Non
     if step == "save":
         patch.setattr(batch_files.Folder, "save", dying(batch_files.Folder.save))
     elif step == "append":
-        patch.setattr(Batches, "_answer", dying(Batches._answer))
+        patch.setattr(Run, "record_answer", dying(Run.record_answer))
     elif step == "download":
         patch.setattr(BatchApi, "download", dying_async(BatchApi.download))
     else:

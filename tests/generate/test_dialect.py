@@ -21,8 +21,9 @@ def job(messages: list[Message] | None = None) -> Job:
 def learn(dialect: Dialect, message: str, parameter: str | None = None, asked: Job | None = None) -> bool:
     """Whether a refusal with these words teaches the dialect something."""
     fault, refused = Fault("bad_request", message, 400, parameter=parameter), asked or job()
-    teaches = dialect.teaches(fault, refused, dialect.version)
-    dialect.learn(fault, refused, dialect.version, lambda message: None)
+    refused.dialect = dialect.version
+    teaches = dialect.teaches(fault, refused)
+    dialect.learn(fault, refused, lambda message: None)
     return teaches
 
 

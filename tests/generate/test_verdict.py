@@ -47,6 +47,7 @@ def asked(attempts: int = 1) -> Job:
 
 
 UTF_16 = json.dumps({"choices": [{"message": {"content": "text"}, "finish_reason": "stop"}]}).encode("utf-16")
+CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
 LAST = {"attempts": CONFIG.max_attempts}
 
 # Row of the table → replies that it speaks of, and what else is known then.
@@ -58,8 +59,13 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {},
     ),
     "no `finish_reason`": ([said(finish_reason=None)], {}),
-    "a content of parts, `reasoning_content` beside it": (
-        [said([{"type": "thinking"}, {"type": "text", "text": "x"}]), said(message={"reasoning_content": "hm"})],
+    "a content of parts": ([said([{"type": "thinking"}, {"type": "text", "text": "x"}])], {}),
+    "reasoning beside the text, or before it in `<think>…</think>`": (
+        [said(message={"reasoning_content": "hm"}), said("<think>hm</think>text")],
+        {},
+    ),
+    "tool calls, with or without text": (
+        [said(text, "tool_calls", message={"tool_calls": [CALL]}) for text in (None, "", "text")],
         {},
     ),
     "half a surrogate pair in the text": ([said("half \ud83d")], {}),
@@ -116,12 +122,13 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "401": ([error(401)], {}),
     "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
-    "an empty answer (tool calls alone are one)": (
-        [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]})],
+    "an empty answer": (
+        [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": []})],
         {"refused_alike": REFUSED_ALIKE},  # a model may end at once, and often
     ),
+    "a thought that was cut off before the text began": ([said("<think>hm", "length")], {}),
     "no `choices`": ([read_answer(b'{"choices": []}'), read_answer(b'{"odd": "\xed\xa0\xbd"}')], {}),
-    "JSON of another shape": ([read_answer(b"[]"), said(5)], {}),
+    "JSON of another shape": ([read_answer(b"[]"), said(5), said(message={"tool_calls": [{"id": "1"}]})], {}),
     "a refusal in place of text": ([said(None, message={"refusal": "I cannot."})], {}),
     "a content filter": ([said("half", "content_filter"), error(400, code="content_filter")], {}),
     "a reply of more than 64 MiB": ([Fault("too_large", "long", 200)], {}),
@@ -143,11 +150,13 @@ def test_the_page_and_the_test_have_the_same_rows() -> None:
 def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> None:
     replies, known = ROWS[reply]
     for one in replies:
+        if isinstance(one, Answer):
+            assert verdict == "Answered"
+            continue
         job = asked(known.get("attempts", 1))
         state = State("http://e/v1", **{name: value for name, value in known.items() if name != "attempts"})
-        if isinstance(one, Fault):
-            state = state._replace(teaches=Dialect().teaches(one, job, 0))
-            assert not kind or one.error == kind
+        state = state._replace(teaches=Dialect().teaches(one, job))
+        assert not kind or one.error == kind
         assert type(decide(one, job, state, CONFIG)).__name__ == verdict
 
 

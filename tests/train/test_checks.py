@@ -33,7 +33,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def of_rows(rows: list[Kept], lineage: dict[str, Any] | None = None) -> dict[str, Check]:
     parts = Parts(train=rows, validation=[], test=[])
-    return {check.name: check for check in row_checks(parts, lineage or {})}
+    return {check.name: check for check in row_checks(parts, lineage or {}, TrainConfig())}
 
 
 def filtered(kept: int, rows: int = 100, rules: int = 1) -> dict[str, Any]:
