@@ -4,11 +4,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar
 
-from filters.answer import Answer, RuleSettings, Verified
+from filters.answer import UNVERIFIED, Answer, RuleSettings, Verified
 from pipeline.records import Reason
 
 Settings = TypeVar("Settings", bound=RuleSettings)
-UNVERIFIED = "unverified"  # the rule under which such rows are dropped
 
 
 class Unverified(Exception):

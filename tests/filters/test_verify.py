@@ -8,8 +8,10 @@ import pytest
 from pydantic import ValidationError
 from referencing.exceptions import Unresolvable
 
+from filters.reasons import describe
 from filters.verify.extract import boxed, fenced_block, last_number
 from filters.verify.schema import first_error
+from pipeline.records import Reason
 from tests.filters.verifying import outcome, settings_of, verify
 
 NEVER_ENDS = "a" * 40  # for the pattern (a+)+$ with another letter after it
@@ -164,3 +166,26 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
     fenced_block("```" * 300_000)
     boxed("\\boxed{" + "{" * 1_000_000)
     assert time.monotonic() - started < 60  # none of them is quadratic
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (Reason(rule="matches", found="a dog", allowed=["the cat", "a cat"]), "`a dog`, wanted: `the cat` or `a cat`"),
+        (Reason(rule="matches#2", what="pattern", found="hm"), "the pattern is not in `hm`"),
+        (Reason(rule="json_schema", what="$.queue", found="'x' is not one of"), "$.queue: 'x' is not one of"),
+        (Reason(rule="sql", what="error", found="no such column: x"), "does not run: no such column: x"),
+        (Reason(rule="sql", what="time", found="2 s"), "takes too long: more than 2 s"),
+        (
+            Reason(rule="sql", what="result", value=3, total=1, found="SELECT 1"),
+            "finds something else (3 rows, the reference 1): `SELECT 1`",
+        ),
+        (
+            Reason(rule="python", what="error", count=1, total=3, found="AssertionError: "),
+            "1 of 3 tests pass; the first that does not: AssertionError: ",
+        ),
+        (Reason(rule="unverified", what="sql", note="the row has no reference"), "sql: the row has no reference"),
+    ],
+)
+def test_reasons_in_words(reason: Reason, words: str) -> None:
+    assert describe(reason) == words
