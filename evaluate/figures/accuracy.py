@@ -19,7 +19,7 @@ from evaluate.measure.results import ProbeResult
 from filters.answer import as_answer
 from filters.reasons import describe
 from filters.ruleset import RuleSet
-from pipeline.records import Kept, Prompt, Reason
+from pipeline.records import Kept, Prompt, Reason, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -101,7 +101,7 @@ def verified_samples(verified: Verified, labels: Mapping[str, str]) -> list[Samp
             if key in verified.answers:
                 row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
                 wrong = {reason.rule: describe(reason) for reason in reasons}
-                shown.append(Answer(label, row.text, key, row.finish_reason, wrong, right=not reasons))
+                shown.append(Answer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
     return samples

@@ -24,7 +24,7 @@ from evaluate.models import Subject, digest
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt, Usage, read_jsonl
+from pipeline.records import Json, Kept, Prompt, Usage, read_jsonl
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
@@ -216,10 +216,18 @@ def read_test(run: RunDir) -> list[Kept]:
     return rows
 
 
-def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop") -> Kept:
-    """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and text."""
+def answer_row(
+    model: str,
+    prompt: Prompt,
+    text: str,
+    finish_reason: str = "stop",
+    reasoning: str = "",
+    tool_calls: Sequence[Json] = (),
+) -> Kept:
+    """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and words."""
+    calls = [msgspec.json.encode(tool_calls).decode()] if tool_calls else []
     return Kept(
-        id=digest(model, prompt.id, text)[:16],
+        id=digest(model, prompt.id, text, *calls)[:16],
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
@@ -229,6 +237,8 @@ def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop
         endpoint="",
         sampling={},
         text=text,
+        reasoning=reasoning,
+        tool_calls=list(tool_calls),
         finish_reason=finish_reason,
         model=model,
         usage=Usage(),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -156,12 +156,13 @@ def _answers_in(asked: RunDir, prompts: Sequence[Prompt], model: str) -> list[Ke
     For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
     a finish_reason. Requests that failed for any other reason have none.
     """
-    by_id, found = {prompt.id: prompt for prompt in prompts}, {}
+    by_id = {prompt.id: prompt for prompt in prompts}
+    found: dict[str, tuple[Any, ...]] = {}
     for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
         if failure.error == "empty_answer":
             found[failure.prompt_id] = ("", failure.error)
     for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-        found[row.prompt_id] = (row.text, row.finish_reason)
+        found[row.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
     return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]
 
 
