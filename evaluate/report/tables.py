@@ -57,7 +57,7 @@ def verified(report: Report) -> list[Table]:
     labels, keys = [model.label for model in models], [model.key for model in models]
     figures: list[tuple[str, Part, str]] = [("", "verified", "accuracy"), ("unseen, ", "verified_unseen", "accuracy")]
     table = _table(report, models, f"{found.prompts.get('verified', 0)} test prompts", figures)
-    names = {"verified": "of the teacher's", "verified_unseen": "unseen, of the teacher's"}
+    names = {"verified": "over the teacher's", "verified_unseen": "unseen, over the teacher's"}
     share = MEASURES["accuracy"].show
     for part, ratio in found.over_teacher.items():
         table.rows.append(Row(names[part], [_lines(ratio, share) if key == AFTER else [Line("")] for key in keys]))

@@ -106,7 +106,7 @@ def test_right_answers_come_first_and_stand_by_model_category_and_reason() -> No
     assert shares.split()[2:] == ["84.0%", "12.0%", "81.0%", "30.0%"]
     first = [next(i for i, line in enumerate(lines) if name in line) for name in ("right answers", "perplexity")]
     assert first == sorted(first)
-    assert next(line for line in lines if "of the teacher's" in line).split()[-1] == "96.0%"
+    assert next(line for line in lines if "over the teacher's" in line).split()[-1] == "96.0%"
     assert next(line for line in lines if line.startswith("sql: result")).split()[2:] == ["10%"] * 4
     page = render_html(report)
     headings = ("Right answers", "Three axes", "All figures", "Right and wrong, side by side", "The same prompt")
