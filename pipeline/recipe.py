@@ -31,6 +31,11 @@ __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleC
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
+<<<<<<< HEAD
+FILES = (("teacher", "examples"), ("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
+HUB = "hub:"  # begins a `prompts.file` that is a data set of the Hub
+RowPart = Literal["prompt", "messages", "reference", "id", "slots", "tools"]
+=======
 FILES = (
     ("teacher", "examples"),
     ("prompts", "file"),
@@ -38,6 +43,7 @@ FILES = (
     ("train", "test_rows"),
     ("evaluate", "probes_file"),
 )
+>>>>>>> main
 
 
 class Example(Section):
@@ -178,7 +184,15 @@ class PromptsConfig(Section):
     tools: list[dict[str, Any]] = Field([])
     """The functions that an answer may call, in the OpenAI format: a list, or a JSON file; a row may have its own."""
     file: Path | None = None
-    """JSONL of `{"messages": […]}` or `{"prompt": "…"}`, or a folder saved by `datasets`; relative to the recipe."""
+    """JSONL, `.csv`, `.tsv`, `.parquet`, a folder saved by `datasets`, `hub:<owner>/<name>`, or `.py` with `rows()`."""
+    split: str | None = None
+    """The split of a `datasets` folder or of the Hub; null: its only one."""
+    columns: dict[RowPart, str | None] = Field({})
+    """Where a row has its `prompt` or `messages`, `reference`, `id`, `slots` and `tools`, if under other names."""
+    json_columns: list[str] = Field([])
+    """Columns whose text is JSON to be read, as in CSV; the text of all others stays as it is."""
+    tools: list[dict[str, Any]] = Field([])
+    """Functions that the teacher may call, in the OpenAI format, for every prompt that has none of its own."""
 
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of the distinct prompts whose answers choose the best checkpoint."""
@@ -197,6 +211,8 @@ class PromptsConfig(Section):
     def _one_source(self) -> "PromptsConfig":
         if (self.template is None) == (self.file is None):
             raise ValueError("give either `template` (with `slots` and `count`) or `file`")
+        if self.file is None and (self.split or self.columns or self.json_columns):
+            raise ValueError("`split`, `columns` and `json_columns` are for `file`; a template has no rows")
         if self.reference is not None and self.template is None:
             raise ValueError("reference is for a template; the rows of `file` have their own `reference`")
         if self.template is not None and self.count is None:
@@ -233,6 +249,10 @@ class SamplingConfig(Section):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+<<<<<<< HEAD
+        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools"}
+        if taken := taken & extra.keys():
+=======
         taken = {
             "temperature",
             "top_p",
@@ -245,6 +265,7 @@ class SamplingConfig(Section):
             "tools",
         } & extra.keys()
         if taken:
+>>>>>>> main
             raise ValueError(
                 f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
             )
@@ -370,8 +391,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:
-    """Makes the paths of FILES absolute. A value that is no path is left for the check of the whole."""
+    """Makes the paths of FILES absolute. What is not a path is left for the check of the whole."""
     for section, key in FILES:
         values = data.get(section)
-        if isinstance(values, dict) and isinstance(values.get(key), str):
+        if isinstance(values, dict) and isinstance(values.get(key), str) and not values[key].startswith(HUB):
             values[key] = str((folder / Path(values[key]).expanduser()).absolute())
