@@ -96,8 +96,8 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
         prompts = f"prompt tokens: at most {dry.prompt_tokens:,} ({bound_of}){_about(dry.expected_prompt_tokens)}"
     failed = dry.requests - dry.answered - dry.to_ask
     lines = [
-        f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, "
-        f"{failed:,} failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
+        f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, {failed:,} "
+        f"failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
         prompts,
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
         f"{_about(dry.expected_completion_tokens)}",
