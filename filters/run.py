@@ -106,14 +106,15 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     with ExitStack() as stack:
         files = stack.enter_context(staged([run.kept, run.dropped, run.filter_report, *wanted], stale))
         stack.callback(path.unlink, missing_ok=True)
-        work = partial(check_lines, rules=rules, dedup=dedup)
+        compared = rules.agrees is not None or config.select == "agreed"
+        work = partial(check_lines, rules=rules, dedup=dedup, results=compared)
         with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
             tally, own, samples = _gather(blocks, passed, files[1], None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         survivors = Survivors(path, samples[samples["passed"]])
-        found = agreement(samples) if rules.agrees or config.select == "agreed" else None
+        found = agreement(samples) if compared else None
         if rules.agrees and found:
             survivors.gone = disagreeing(found, rules.agrees)
             survivors.shares = found.same / found.total
