@@ -68,9 +68,7 @@ def test_the_rules_see_the_newest_values(stage: Stage) -> None:
 
 def test_values_in_another_order_are_the_same(stage: Stage) -> None:
     row = completion(0, "토끼 토토가 당근을 먹었어요.")
-    known = Completion(
-        **{name: getattr(row, name) for name in Completion.__struct_fields__} | {"columns": {"a": 1, "b": 2}}
-    )
+    known = msgspec.structs.replace(row, columns={"a": 1, "b": 2})
     stage.completions(encode_line(known))
     prompts(stage, Prompt(id="p0", messages=QUESTION, columns={"b": 2, "a": 1}))
     stage.filter()
