@@ -3,20 +3,11 @@
 Reads the recipe and the file it names, and writes nothing. Prompts are streamed, so a long run never holds them all.
 What makes a request of a prompt is in generate.jobs.
 
-<<<<<<< HEAD
 A row has `messages` (a list of {"role", "content"}) or `prompt` (the user's words), and may have `reference`, `id`,
 `slots` and `tools`, under these names or those of `prompts.columns`. All its other columns are kept in `columns`.
 """
 
-from collections.abc import Iterator
-=======
-A JSONL line, like a row of a data set, has `messages` (a list of {"role", "content"}) or `prompt` (the user's words),
-and may have `tools`, `slots` and `id`. Other keys are ignored.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
->>>>>>> main
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain, islice, repeat
 from typing import Any, get_args
@@ -25,20 +16,12 @@ import msgspec
 
 from generate.grammar import Grammar
 from generate.idset import IdSet
-<<<<<<< HEAD
 from generate.sources import read_rows
+from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, RowPart
 from pipeline.records import Json, Message, Prompt, Slots
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-=======
-from pipeline.conversation import Turn, conversation, read_tools
-from pipeline.errors import DataError, RecipeError, UsageError
-from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Json, Message, Prompt, Slots
-
->>>>>>> main
 ID_BYTES = 8
 _encoder = msgspec.json.Encoder()
 
@@ -51,12 +34,8 @@ class PromptRow(msgspec.Struct, frozen=True):
     slots: Slots | None = None
     id: str | int | None = None
     reference: Any = None
-<<<<<<< HEAD
     columns: Json = {}
-    tools: list[Json] = []
-=======
     tools: list[Any] | str | None = None  # or their JSON
->>>>>>> main
 
 
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
@@ -72,13 +51,8 @@ def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
     if config.slots:
         raise RecipeError("prompts.slots is for a template; the rows of prompts.file have their own `slots`")
     if config.count is None:
-<<<<<<< HEAD
         return _rows(config)
     again_and_again = (_rows(config) for _ in repeat(None))
-=======
-        return _rows(config.file, config)
-    again_and_again = (_rows(config.file, config) for _ in repeat(None))
->>>>>>> main
     return islice(chain.from_iterable(again_and_again), config.count)
 
 
@@ -96,36 +70,24 @@ def prompt_id(messages: list[Message], tools: Sequence[Json] = ()) -> str:
 def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
     grammar = Grammar(config)
     for text, slots in grammar.draw(config.count or 0, config.seed):
-        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots), tools=config.tools)
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
         try:
             yield make_prompt(row, config.system, config.tools)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
 
-<<<<<<< HEAD
 def _rows(config: PromptsConfig) -> Iterator[Prompt]:
-=======
-def _rows(path: Path, config: PromptsConfig) -> Iterator[Prompt]:
->>>>>>> main
     """The rows as prompts. Two rows with one `id` must be one prompt; 16 bytes per `id` are kept to know."""
     ids, prompts = IdSet(), IdSet()
     where = None
     for where, row in read_rows(config):
         try:
-<<<<<<< HEAD
-            prompt = make_prompt(_prompt_row(row, config), config.system)
+            prompt = make_prompt(_prompt_row(row, config), config.system, config.tools)
         except (ValueError, msgspec.ValidationError) as error:
             raise DataError(f"{where}: {error}") from None
-        if prompt.id != (question := prompt_id(prompt.messages)):
+        if prompt.id != (question := prompt_id(prompt.messages, prompt.tools)):
             new_id, new_prompt = ids.add(prompt.id), prompts.add(f"{prompt.id} {question}")
-=======
-            prompt = make_prompt(row, config.system, config.tools)
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from None
-        if row.id is not None:
-            new_id, new_prompt = ids.add(row.id), prompts.add(f"{row.id} {prompt_id(prompt.messages, prompt.tools)}")
->>>>>>> main
             if new_prompt and not new_id:
                 first = next(at for at, other in read_rows(config) if _prompt_row(other, config).id == prompt.id)
                 raise DataError(f"{where}: id {prompt.id!r} is that of {first}, which is another prompt")
@@ -149,25 +111,21 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
             f"row has {', '.join(row) or 'no columns'}"
         )
     messages = parts.get("messages")
-    if isinstance(messages, list):
-        parts["messages"] = turns = [_turn(message) for message in messages]
-        if any(isinstance(turn, dict) and turn.keys() - set(Message.__struct_fields__) for turn in turns):
-            columns[config.columns.get("messages") or "messages"] = messages  # they say more than a Message holds
+    if isinstance(messages, list) and any(_says_more(turn) for turn in messages):
+        columns[config.columns.get("messages") or "messages"] = messages
     if isinstance(inner := columns.get("columns"), dict):  # a line of some run's prompts.jsonl
         del columns["columns"]
         if both := inner.keys() & columns.keys():
             raise ValueError(f"{', '.join(sorted(both))} stands both in `columns` and beside it; rename one")
         columns |= inner
-    present = {part: _without_nulls(parts[part]) for part in ("slots", "tools") if parts.get(part) is not None}
-    return msgspec.convert({**parts, "tools": config.tools, **present, "columns": columns}, PromptRow)
+    return msgspec.convert(
+        {**_without_nulls(parts), "reference": parts.get("reference"), "columns": columns}, PromptRow
+    )
 
 
-def _turn(message: Any) -> Any:
-    """A message as the user wrote it, without nulls. One of tool calls may have no content."""
-    if not isinstance(message, dict):
-        return message
-    turn = _without_nulls(message)
-    return {"content": "", **turn} if "tool_calls" in turn else turn
+def _says_more(turn: Any) -> bool:
+    """Whether a turn has keys that a Message has no room for."""
+    return isinstance(turn, dict) and any(turn[key] is not None for key in turn.keys() - set(Message.__struct_fields__))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -183,15 +141,9 @@ def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | N
     Raises ValueError if a row is wrong.
     """
     if (row.messages is None) == (row.prompt is None):
-<<<<<<< HEAD
         raise ValueError("the prompt is empty" if row.prompt is None else "give either `messages` or `prompt`")
-    messages = row.messages if row.messages is not None else [Message(role="user", content=row.prompt or "")]
-    if not messages:
-=======
-        raise ValueError("give either `messages` or `prompt`")
     turns = row.messages if row.messages is not None else [Turn("user", row.prompt)]
     if not turns:
->>>>>>> main
         raise ValueError("`messages` is empty")
     if turns[-1].role == "assistant":
         raise ValueError("the prompt ends with an assistant turn; it must end with the turn that the teacher answers")
@@ -206,20 +158,12 @@ def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | N
         messages = [Message(role="system", content=system), *messages]
     try:
         return Prompt(
-<<<<<<< HEAD
-            id=prompt_id(messages) if row.id in (None, "") else str(row.id),
+            id=prompt_id(messages, own) if row.id in (None, "") else str(row.id),
             messages=messages,
             slots=row.slots or {},
             reference=row.reference,
             columns=row.columns,
-            tools=row.tools,
-=======
-            id=row.id or prompt_id(messages, own),
-            messages=messages,
-            slots=row.slots or {},
-            reference=row.reference,
             tools=own,
->>>>>>> main
         )
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair, which UTF-8 cannot write") from None

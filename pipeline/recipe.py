@@ -31,11 +31,6 @@ __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleC
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
-<<<<<<< HEAD
-FILES = (("teacher", "examples"), ("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
-HUB = "hub:"  # begins a `prompts.file` that is a data set of the Hub
-RowPart = Literal["prompt", "messages", "reference", "id", "slots", "tools"]
-=======
 FILES = (
     ("teacher", "examples"),
     ("prompts", "file"),
@@ -43,7 +38,8 @@ FILES = (
     ("train", "test_rows"),
     ("evaluate", "probes_file"),
 )
->>>>>>> main
+HUB = "hub:"  # begins a `prompts.file` that is a data set of the Hub
+RowPart = Literal["prompt", "messages", "reference", "id", "slots", "tools"]
 
 
 class Example(Section):
@@ -191,8 +187,6 @@ class PromptsConfig(Section):
     """Where a row has its `prompt` or `messages`, `reference`, `id`, `slots` and `tools`, if under other names."""
     json_columns: list[str] = Field([])
     """Columns whose text is JSON to be read, as in CSV; the text of all others stays as it is."""
-    tools: list[dict[str, Any]] = Field([])
-    """Functions that the teacher may call, in the OpenAI format, for every prompt that has none of its own."""
 
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of the distinct prompts whose answers choose the best checkpoint."""
@@ -249,23 +243,8 @@ class SamplingConfig(Section):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-<<<<<<< HEAD
         taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools"}
         if taken := taken & extra.keys():
-=======
-        taken = {
-            "temperature",
-            "top_p",
-            "max_tokens",
-            "seed",
-            "model",
-            "messages",
-            "stream",
-            "n",
-            "tools",
-        } & extra.keys()
-        if taken:
->>>>>>> main
             raise ValueError(
                 f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
             )

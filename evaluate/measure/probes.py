@@ -106,13 +106,8 @@ def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
     grammar = Grammar(config)
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
-<<<<<<< HEAD
-        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots), tools=config.tools)
-        prompt = make_prompt(row, config.system)
-=======
         row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
         prompt = make_prompt(row, config.system, config.tools)
->>>>>>> main
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
 
@@ -139,12 +134,8 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
 
 def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
     config = recipe.evaluate
-<<<<<<< HEAD
     same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
     wanted = PromptsConfig(file=config.probes_file, **same)
-=======
-    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system, tools=recipe.prompts.tools)
->>>>>>> main
     rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
     prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
     if known := [prompt for prompt in prompts if asked.has(prompt)]:

@@ -151,10 +151,14 @@ def test_values_that_json_does_not_have_become_text(tmp_path: Path) -> None:
 
 def test_conversations_and_tools_of_arrow_have_no_nulls_of_other_rows(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    tools = [
+        {"type": "function", "function": {"name": "f", "strict": True}},
+        {"type": "function", "function": {"name": "g", "parameters": {"type": "object"}}},
+    ]
     rows = [
-        {"messages": [{"role": "user", "content": "a"}], "tools": [{"function": {"name": "f", "strict": True}}]},
-        {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [{"type": "function"}]},
+        {"messages": [{"role": "user", "content": "a"}], "tools": tools[:1]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "tools": tools[1:]},
     ]
     rows[1]["messages"].append({"role": "tool", "content": "b", "tool_call_id": "1"})  # type: ignore[attr-defined]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "rows"))
@@ -220,7 +224,7 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
         ("p.csv", "prompt,r\na,{b\n", {"json_columns": ["r"]}, "p.csv:2: column 'r' is not JSON"),
         ("p.csv", "prompt,r\na,1\n", {"json_columns": ["s"]}, "p.csv:2: no column 's', which prompts.json_columns"),
         ("p.jsonl", '{"prompt": "a", "columns": {"x": 1}, "x": 2}\n', {}, "p.jsonl:1: x stands both in `columns`"),
-        ("p.jsonl", '{"prompt": "a", "tools": "f"}\n', {}, "p.jsonl:1: Expected `array`, got `str` - at `$.tools`"),
+        ("p.jsonl", '{"prompt": "a", "tools": "f"}\n', {}, "p.jsonl:1: tools must be a list of"),
         ("p.parquet", b"PAR1\x15\x04", {}, "p.parquet: not Parquet"),
         ("p.py", "def rows():\n    yield {'prompt': 'a'}\n    1/0\n", {}, "p.py: ZeroDivisionError: division by zero"),
         ("p.py", "def rows():\n    yield 'a'\n", {}, "p.py: row 0: a row is a dict, got str"),
