@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from random import Random
 
-ROOMS = (
-    "kitchen, bedroom, bathroom, living room, dining room, office, hallway, garage, nursery, attic, basement, guest room"
-).split(", ")
+ROOMS = ["kitchen", "bedroom", "bathroom", "living room", "dining room", "office", "hallway", "garage", "nursery"]
+ROOMS += ["attic", "basement", "guest room"]
 DEVICES = {  # by what can be asked of them
     "on": ["lamp", "fan", "heater", "radio", "TV", "speaker"],
     "off": ["lamp", "fan", "heater", "radio", "TV", "speaker"],
