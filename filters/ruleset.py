@@ -114,7 +114,7 @@ def _load_rule(rule: RuleConfig, where: str, recipe_path: Path) -> tuple[Rule, R
 def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSettings]) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(model.model_fields)
+        known = ", ".join(field.alias or name for name, field in model.model_fields.items())
         return f"{where}{key}: the rule `{rule}` has no such setting, got {problem['input']!r}; there are {known}"
     if problem["type"] == "missing":
         return f"{where}{key} is missing; the rule `{rule}` needs it"
