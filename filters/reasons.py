@@ -57,6 +57,12 @@ def _duplicate(why: Reason) -> str:
     return f"{why.what} {why.similarity:.2f} similar to {other}"
 
 
+def _agrees(why: Reason) -> str:
+    if why.at_least is not None:
+        return f"{why.n} of {why.total} answers agree ({why.value:.0%}), {_limit(why)} wanted"
+    return f"{why.count} of {why.total} answers say the same, {why.n} another"
+
+
 _VERIFIED = {  # by what was looked at; {0} is what was found
     "pattern": "the pattern is not in `{0}`",
     "json": "is not JSON: {0}",
@@ -119,6 +125,8 @@ SENTENCES: dict[str, Callable[[Reason], str]] = {
     "near_duplicate": _duplicate,
     "similar_prompt": _duplicate,
     "contamination": _duplicate,
+    "agrees": _agrees,
+    "select": lambda why: f"answer {why.n} to this prompt stays ({why.what})",
     **dict.fromkeys(("matches", "choice", "json_schema", "math", "sql", "python"), _verified),
     "judge": _judge,
     "sweep": lambda why: f"rank {why.value} of {why.total}, the best {why.at_most:.0%} are kept",

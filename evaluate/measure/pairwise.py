@@ -24,7 +24,7 @@ from filters.judge import (
     version_of,
 )
 from pipeline.recipe import JudgeConfig, Recipe
-from pipeline.records import Completion, Kept, Message, Prompt
+from pipeline.records import Completion, Kept, Message, Prompt, said
 from pipeline.rundir import RunDir
 
 CHOICE = {"better": {"type": "string", "enum": ["A", "B", "tie"]}}
@@ -95,13 +95,13 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     An empty answer is not asked about: it scores 1, and loses to any other. Raises what `generate` raises; verdicts
     that were given by then are kept, and the next call continues.
     """
-    spoken = [row for rows in answers.values() for row in rows.values() if row.text]
+    spoken = [row for rows in answers.values() for row in rows.values() if said(row)]
     folder = RunDir(run.path / FOLDER / "judge")
     folder.path.mkdir(parents=True, exist_ok=True)
     judgements = judge_rows(judge.recipe, folder, spoken, quiet=True)
     scores: dict[str, dict[str, int]] = {}
     for key, rows in answers.items():
-        found = {id_: judgements[row.id].score if row.text else 1 for id_, row in rows.items()}
+        found = {id_: judgements[row.id].score if said(row) else 1 for id_, row in rows.items()}
         scores[key] = {id_: score for id_, score in found.items() if score is not None}
     pairs = [
         (other, row, answers[other][prompt])
@@ -132,10 +132,10 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence
     choices: dict[str, str] = {}
     questions: dict[str, list[Message]] = {}
     for first, second in pairs:
-        if first.text == second.text:
+        if said(first) == said(second):
             choices[_pair_id(first, second)] = "tie"
-        elif not first.text or not second.text:
-            choices[_pair_id(first, second)] = "A" if first.text else "B"
+        elif not said(first) or not said(second):
+            choices[_pair_id(first, second)] = "A" if said(first) else "B"
         else:
             questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
     version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
@@ -148,9 +148,9 @@ def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Messag
     """What the judge is asked about two answers to one prompt."""
     content = QUESTION.format(
         criteria="".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items()),
-        request="\n\n".join(message.content for message in first.messages),
-        first=first.text,
-        second=second.text,
+        request="\n\n".join(map(said, first.messages)),
+        first=said(first),
+        second=said(second),
     )
     return [Message(role="user", content=content)]
 

@@ -24,7 +24,7 @@ from evaluate.models import Subject, digest
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt, Usage, read_jsonl
+from pipeline.records import Json, Kept, Prompt, Usage, read_jsonl, said
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
@@ -216,10 +216,17 @@ def read_test(run: RunDir) -> list[Kept]:
     return rows
 
 
-def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop") -> Kept:
+def answer_row(
+    model: str,
+    prompt: Prompt,
+    text: str,
+    finish_reason: str = "stop",
+    reasoning: str = "",
+    tool_calls: Sequence[Json] = (),
+) -> Kept:
     """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and text."""
-    return Kept(
-        id=digest(model, prompt.id, text)[:16],
+    row = Kept(
+        id="",
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
@@ -229,6 +236,8 @@ def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop
         endpoint="",
         sampling={},
         text=text,
+        reasoning=reasoning,
+        tool_calls=list(tool_calls),
         finish_reason=finish_reason,
         model=model,
         usage=Usage(),
@@ -236,3 +245,4 @@ def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop
         attempts=1,
         created="",
     )
+    return msgspec.structs.replace(row, id=digest(model, prompt.id, said(row))[:16])
