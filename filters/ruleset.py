@@ -89,6 +89,11 @@ class RuleSet:
         """Whether a rule may take long: a verifier, or a user's function."""
         return self.verifies or any(isinstance(rule.settings, FunctionSettings) for rule in self.rules)
 
+    def described(self) -> list[dict[str, Any]]:
+        """Every rule that may drop an answer, with its settings."""
+        unverified: list[dict[str, Any]] = [{"rule": UNVERIFIED}] if self.verifies else []
+        return [*(rule.described() for rule in self.rules), *unverified]
+
     def check(self, answer: Answer) -> Checked:
         """What the rules say of an answer, all of them."""
         said = [(rule.label, rule.verify(answer)) for rule in self.rules]
