@@ -192,9 +192,11 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
+        if isinstance(said, Verified):
+            return said
         reason, score = said if isinstance(said, tuple) and len(said) == 2 else (said, None)
         if not isinstance(reason, str | None) or not isinstance(score, float | int | None) or isinstance(score, bool):
-            wanted = "a reason (text) or None, or a pair of that and a score (a number)"
+            wanted = "a reason (text) or None, or a pair of that and a score (a number), or a Verified"
             raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted {wanted}")
         dropped = None if reason is None else Reason(rule=settings.name, note=reason or "no reason given")
         return Verified(dropped, None if score is None else float(score))
