@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from evaluate.document import Report, read_report
+from evaluate.figures.accuracy import verify_rules
 from evaluate.figures.quality import probe_answers
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
@@ -41,12 +42,11 @@ from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
 from filters.answer import as_answer
-from filters.ruleset import RuleSet, load_rules
 from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
-from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
-from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
 
@@ -116,14 +116,6 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         weights={subject.key: digest_subject(subject) for subject in models},
         force=force,
     )
-
-
-def verify_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
-    """The rules of `evaluate.verify`, checked as those of the filters. Raises RecipeError."""
-    try:
-        return load_rules(FiltersConfig(rules=recipe.evaluate.verify), recipe_path)
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("filters.rules[", "evaluate.verify[")) from None
 
 
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:

@@ -7,6 +7,7 @@ verifier failed, or there is nothing to hold the answer against) counts as wrong
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import msgspec
@@ -18,8 +19,10 @@ from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult
 from filters.answer import as_answer
 from filters.reasons import describe
-from filters.ruleset import RuleSet
-from pipeline.records import Kept, Prompt, Reason
+from filters.ruleset import RuleSet, load_rules
+from pipeline.errors import RecipeError
+from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.records import Kept, Prompt, Reason, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -51,6 +54,14 @@ class Verified:
             first = Counter(": ".join(filter(None, [own[0].rule, own[0].what])) for own in reasons.values() if own)
             found[key] = {name: count / len(reasons) for name, count in first.most_common()}
         return found
+
+
+def verify_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
+    """The rules of `evaluate.verify`, checked as those of the filters. Raises RecipeError."""
+    try:
+        return load_rules(FiltersConfig(rules=recipe.evaluate.verify), recipe_path)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("filters.rules[", "evaluate.verify[")) from None
 
 
 def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult]) -> Verified:
@@ -100,8 +111,8 @@ def verified_samples(verified: Verified, labels: Mapping[str, str]) -> list[Samp
         for key, label in labels.items():
             if key in verified.answers:
                 row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
-                wrong = {reason.rule: describe(reason) for reason in reasons}
-                shown.append(Answer(label, row.text, key, row.finish_reason, wrong, right=not reasons))
+                wrong = {reason.rule: describe(reason) or reason.what for reason in reasons}
+                shown.append(Answer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
     return samples

@@ -50,7 +50,7 @@ from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, e
 from filters.rows import filtered_rows
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, said
 from serve.command import KV_TOKENS
 
 MIB = 1 << 20
@@ -268,8 +268,8 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
         for subject in plan.models:
             if subject.key in answers:
                 row, own = answers[subject.key][id_], quality.answers[subject.key][id_]
-                said = (row.text, subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
-                shown.append(Answer(subject.label, *said))
+                about = (said(row), subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
+                shown.append(Answer(subject.label, *about))
         prompt = next(iter(answers.values()))[id_]
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))

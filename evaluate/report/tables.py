@@ -13,6 +13,7 @@ from evaluate.models import AFTER
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
+REASONS = 12  # shown of those for which answers are wrong
 MODELS_ACROSS = 4  # side by side on the terminal; more are printed below
 
 Mark = Literal["pass", "warn", "fail", "unknown", "better", "worse", ""]
@@ -56,12 +57,15 @@ def verified(report: Report) -> list[Table]:
     labels, keys = [model.label for model in models], [model.key for model in models]
     figures: list[tuple[str, Part, str]] = [("", "verified", "accuracy"), ("unseen, ", "verified_unseen", "accuracy")]
     table = _table(report, models, f"{found.prompts.get('verified', 0)} test prompts", figures)
-    names = {"verified": "of the teacher's", "verified_unseen": "unseen, of the teacher's"}
+    names = {"verified": "over the teacher's", "verified_unseen": "unseen, over the teacher's"}
     share = MEASURES["accuracy"].show
     for part, ratio in found.over_teacher.items():
         table.rows.append(Row(names[part], [_lines(ratio, share) if key == AFTER else [Line("")] for key in keys]))
     categories = [Row(name, [_lines(own[key], share) for key in keys]) for name, own in found.categories.items()]
-    reasons = dict.fromkeys(reason for key in keys for reason in found.wrong.get(key, {}))
+    most: dict[str, float] = {}
+    for name, value in ((name, value) for key in keys for name, value in found.wrong[key].items()):
+        most[name] = max(value, most.get(name, 0))
+    reasons = sorted(most, key=lambda name: -most[name])[:REASONS]
     wrong = [Row(name, [[Line(percent(found.wrong[key].get(name, 0)))] for key in keys]) for name in reasons]
     tables = (table, Table("right, by category", labels, categories), Table("wrong", labels, wrong))
     return [table for table in tables if table.rows]

@@ -25,7 +25,7 @@ from evaluate.document import (
 from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
 from evaluate.report.tables import VERDICTS, print_report, probes, promise, wins
-from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report
+from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report, verified_report
 
 CHROMIUM = "/usr/bin/chromium"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
@@ -86,7 +86,7 @@ def test_parameters_for_people() -> None:
 
 
 def test_every_text_on_the_page_is_escaped() -> None:
-    page = render_html(full_report(ATTACK, words=ATTACK + KOREAN))
+    page = render_html(verified_report(ATTACK, words=ATTACK + KOREAN))
     assert "<script" not in page and "<img" not in page
     assert page.count("&lt;script&gt;") >= 50
 
@@ -96,6 +96,27 @@ def test_the_page_stands_alone() -> None:
     assert '<html lang="en">' in page and 'name="viewport"' in page and "@media print" in page
     assert "keep-all" in page and "Noto Sans KR" in page and KOREAN in page
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?://", page)
+
+
+def test_right_answers_come_first_and_stand_by_model_category_and_reason() -> None:
+    report = verified_report()
+    lines = [line.strip() for line in printed(report).splitlines()]
+    assert all(len(line) <= 80 for line in lines) and "…" not in "".join(lines)
+    shares = next(line for line in lines if line.startswith("right answers"))
+    assert shares.split()[2:] == ["84.0%", "12.0%", "81.0%", "30.0%"]
+    first = [next(i for i, line in enumerate(lines) if name in line) for name in ("right answers", "perplexity")]
+    assert first == sorted(first)
+    assert next(line for line in lines if "over the teacher's" in line).split()[-1] == "96.0%"
+    assert next(line for line in lines if line.startswith("sql: result")).split()[2:] == ["10%"] * 4
+    page = render_html(report)
+    headings = ("Right answers", "Three axes", "All figures", "Right and wrong, side by side", "The same prompt")
+    assert [page.index(heading) for heading in headings] == sorted(page.index(heading) for heading in headings)
+    assert "count" in page and "join, unseen" in page and '<p class="remark">wrong</p>' in page
+    assert [(panel.title, panel.hint[:7]) for panel in axis_panels(report)][:2] == [
+        ("Quality", "right a"),
+        ("Speed", "answers"),
+    ]
+    assert "Right answers" not in render_html(full_report())
 
 
 HEADINGS = ["The promise", "Three axes", "Answers to new prompts", "Win rate", "side by side"]
@@ -190,7 +211,11 @@ def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path
     page = browser.new_page(viewport={"width": width, "height": 800})
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    for name, report in (("full", full_report()), ("hostile", full_report(ATTACK + "x" * 300, "가" * 300 + ATTACK))):
+    for name, report in (
+        ("full", full_report()),
+        ("verified", verified_report()),
+        ("hostile", verified_report(ATTACK + "x" * 300, "가" * 300 + ATTACK)),
+    ):
         file = tmp_path / f"{name}.html"
         file.write_text(render_html(report), encoding="utf-8")
         page.goto(file.as_uri())
@@ -203,7 +228,7 @@ def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path
             assert page.evaluate("getComputedStyle(document.querySelector('.prompt')).wordBreak") == "keep-all"
             assert page.get_attribute(".prompt", "lang") == "ko"
     assert page.query_selector("script, img, iframe") is None
-    assert all(url.startswith("file:") for url in asked) and len(asked) == 2
+    assert all(url.startswith("file:") for url in asked) and len(asked) == 3
     page.close()
 
 
