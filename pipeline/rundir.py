@@ -45,6 +45,7 @@ class RunDir:
     dropped = File("dropped.jsonl")  # `filters`
     preferences = File("preferences.jsonl")  # pairs of a kept and a failed answer, if the recipe wants them; `filters`
     judgements = File("judgements.jsonl")  # the judge's verdicts; `filters`
+    preferences = File("preferences.jsonl")  # pairs of a kept and a failed answer, if the recipe wants them; `filters`
     filter_report = File("filter_report.json")  # `filters`
     review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`
     reviews = File("reviews.jsonl")  # the person's verdicts, in the order given; `filters.review`
@@ -53,6 +54,7 @@ class RunDir:
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
     student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
     student = File("student")  # `train`
+    student_sft = File("student-sft")  # the student before it learned from preferences; `train`
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 
