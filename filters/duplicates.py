@@ -71,14 +71,17 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
     return sources
 
 
-def exact_copies(sketches: Sketches, config: DedupConfig) -> dict[int, int | None]:
+def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int]) -> dict[int, int | None]:
     """This run's rows, numbered from 0, that the judge need not be paid for, as they are the same as another row; and
     the row of this run that is judged for them. None: the other row is an evaluation's or another run's.
+
+    Rows in `gone` are left out.
     """
     own, rows = sketches.first[-2], sketches.rows
     copies: dict[int, int | None] = {}
     if config.exact:
         order = np.lexsort((rows["id"], sketches.kinds))
+        order = order[~np.isin(order, [own + row for row in gone])]
         _, first, group = np.unique(rows["answer"]["digest"][order], return_index=True, return_inverse=True)
         for row, original in zip(order.tolist(), order[first[group]].tolist(), strict=True):
             if row >= own and row != original:
@@ -102,7 +105,7 @@ def find_duplicates(
     found: dict[int, Reason] = {}
     same = {"answer": config.exact, "prompt": config.prompts is not None}  # whether they may be like one of this run
     with ExitStack() as stack:
-        reader = Reader(sketches, config.ngram, stack)
+        reader = Reader(sketches, config, stack)
         searches = [
             _Search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
             for what, threshold in thresholds(config).items()

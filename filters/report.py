@@ -15,6 +15,8 @@ from filters.judge import FAILED, SCORES, UNREADABLE
 from filters.judge import RULE as JUDGE
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, BadLine, Example, Tally
 
+FEW_VALUES = 20  # of a slot or column: reported always
+
 
 @dataclass(frozen=True)
 class RuleCount:
@@ -38,6 +40,19 @@ class SlotCount:
 
 
 @dataclass(frozen=True)
+class PromptCounts:
+    """The same by prompts, which may have several answers. An answer passes that no rule drops."""
+
+    prompts: int  # with an answer
+    kept: int  # with a kept answer
+    keep_rate: float
+    answers: int  # to one prompt, the most
+    pass_at: dict[int, float]  # pass@k, the mean over the prompts that have k answers or more
+    unsolved: int  # prompts none of whose answers passes
+    unsolved_ids: list[str]  # the first of them
+
+
+@dataclass(frozen=True)
 class FilterReport:
     """What the filters did with a run's answers."""
 
@@ -47,8 +62,9 @@ class FilterReport:
     keep_rate: float
     rules: list[RuleCount]
     overlaps: dict[str, int]  # rules that dropped the same answers, joined by " + ": answers
-    slots: dict[str, dict[str, SlotCount]]  # slot, value; a slot with more than MOST_VALUES values is left out
+    slots: dict[str, dict[str, SlotCount]]  # slot or column, value; left out: those with nearly a value per answer
     lengths: dict[str, dict[str, int]]  # characters (`150-199`): kept, dropped
+    prompts: PromptCounts | None = None  # None: a report of an earlier version
     scores: dict[str, dict[str, int]] = field(default_factory=dict)  # `judge` or a criterion, score: answers
     judge_failures: int = 0  # answers without a score because the request for it failed; another call asks again
     bad_lines: int = 0
@@ -60,7 +76,7 @@ class FilterReport:
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-def make_report(tally: Tally, rules: Sequence[dict[str, Any]]) -> FilterReport:
+def make_report(tally: Tally, rules: Sequence[dict[str, Any]], prompts: PromptCounts) -> FilterReport:
     """Sums a tally up. `rules` are all that may have dropped a row, each its label (`rule`) and its settings."""
     dropped_by = [(labels, count) for labels, count in tally.outcomes.most_common() if labels]
     first: Counter[str] = Counter()
@@ -88,6 +104,7 @@ def make_report(tally: Tally, rules: Sequence[dict[str, Any]]) -> FilterReport:
         overlaps={" + ".join(labels): count for labels, count in dropped_by if len(labels) > 1},
         slots=_slot_counts(tally),
         lengths=_lengths(tally),
+        prompts=prompts,
         scores={name: dict(sorted(counts.items())) for name, counts in tally.scores.items()},
         judge_failures=tally.scores.get(JUDGE, Counter())[FAILED],
         bad_lines=tally.bad_lines,
@@ -100,7 +117,7 @@ def _slot_counts(tally: Tally) -> dict[str, dict[str, SlotCount]]:
     slots: dict[str, dict[str, SlotCount]] = {}
     for name, counts in tally.slots.items():
         values = {value for value, _ in counts}
-        if len(values) <= MOST_VALUES:
+        if len(values) <= min(MOST_VALUES, max(FEW_VALUES, tally.rows // 2)):
             by_value = {value: _slot_count(counts[value, True], counts[value, False]) for value in values}
             slots[name] = dict(sorted(by_value.items(), key=lambda item: (item[1].keep_rate, item[0])))
     return slots
@@ -133,6 +150,17 @@ def print_report(report: FilterReport, console: Console) -> None:
     console.print(
         f"{report.rows:,} answers in, {report.kept:,} kept, {report.dropped:,} dropped: "
         f"keep rate {report.keep_rate:.1%}",
+        highlight=False,
+    )
+    if report.prompts and report.prompts.answers > 1:
+        _print_prompts(report.prompts, console)
+
+
+def _print_prompts(counts: PromptCounts, console: Console) -> None:
+    passes = ", ".join(f"pass@{k} {share:.1%}" for k, share in counts.pass_at.items())
+    console.print(
+        f"{counts.prompts:,} prompts, {counts.kept:,} with a kept answer ({counts.keep_rate:.1%}); {passes}; "
+        f"{counts.unsolved:,} with no answer that passes",
         highlight=False,
     )
 

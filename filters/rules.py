@@ -14,7 +14,8 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
-from filters.answer import Answer, Nfc, RuleSettings, TextSettings
+from filters.answer import Answer, Nfc, RuleSettings, TextSettings, Verified
+from filters.groups import AGREES, AgreesSettings, agrees
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
@@ -177,8 +178,9 @@ def ending(answer: Answer, settings: EndingSettings) -> Reason | None:
 class Rule(NamedTuple):
     """A rule, and the model of its settings. `check` returns a Reason or None, or a Verified as verifiers do."""
 
-    check: Callable[[Answer, Any], Any]
+    check: Callable[[Answer, Any], Reason | Verified | None]
     settings: type[RuleSettings]
+    verifies: bool = False  # it says which answers are right, and may take long
 
 
 RULES = {
@@ -194,11 +196,12 @@ RULES = {
     "adherence": Rule(adherence, AdherenceSettings),
     "ending": Rule(ending, EndingSettings),
     "language": Rule(language, LanguageSettings),
-    "matches": Rule(guarded(matches), MatchesSettings),
-    "choice": Rule(guarded(choice), ChoiceSettings),
-    "json_schema": Rule(guarded(json_schema), JsonSchemaSettings),
-    "math": Rule(guarded(math), MathSettings),
-    "sql": Rule(guarded(sql), SqlSettings),
-    "python": Rule(guarded(python), PythonSettings),
-    "tool_calls": Rule(guarded(tool_calls), ToolCallsSettings),
+    AGREES: Rule(agrees, AgreesSettings),
+    "matches": Rule(guarded(matches), MatchesSettings, verifies=True),
+    "choice": Rule(guarded(choice), ChoiceSettings, verifies=True),
+    "json_schema": Rule(guarded(json_schema), JsonSchemaSettings, verifies=True),
+    "math": Rule(guarded(math), MathSettings, verifies=True),
+    "sql": Rule(guarded(sql), SqlSettings, verifies=True),
+    "python": Rule(guarded(python), PythonSettings, verifies=True),
+    "tool_calls": Rule(guarded(tool_calls), ToolCallsSettings, verifies=True),
 }

@@ -87,13 +87,18 @@ def thresholds(config: DedupConfig) -> dict[str, float | None]:
     return {"answer": config.near, **(prompts if config.prompts or config.contamination else {})}
 
 
+def _compared(text: Text, name: str, config: DedupConfig) -> str:
+    """A text as it is compared: by itself, or an answer with its prompt."""
+    return fold(f"{text.prompt}\n{text.answer}" if name == "answer" and config.of == "row" else getattr(text, name))
+
+
 def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
     """Some rows of one file, of `_row_type`."""
     rows = np.empty(len(texts), _row_type(config))
     rows["id"] = [text.id.encode() for text in texts]
     rows["start"] = [text.start for text in texts]
     for name, threshold in thresholds(config).items():
-        folded, view = [fold(getattr(text, name)) for text in texts], rows[name]
+        folded, view = [_compared(text, name, config) for text in texts], rows[name]
         view["digest"] = np.frombuffer(b"".join(map(digest, folded)), dtype=np.uint64)
         if threshold is not None:
             values = signatures(folded, config.ngram)
@@ -156,10 +161,12 @@ def _text(line: bytes | None, start: int, kind: Kind) -> Text:
 class Reader:
     """Reads rows again, by number: their ids, and their n-grams to compare."""
 
-    def __init__(self, sketches: Sketches, ngram: int, stack: ExitStack) -> None:
+    def __init__(self, sketches: Sketches, config: DedupConfig, stack: ExitStack) -> None:
         self._sketches = sketches
         self._files = [stack.enter_context(source.path.open("rb")) for source in sketches.sources]
-        self.ngrams = lru_cache(READ_AGAIN)(lambda number, text: ngrams(fold(getattr(self.text(number), text)), ngram))
+        self.ngrams = lru_cache(READ_AGAIN)(
+            lambda number, text: ngrams(_compared(self.text(number), text, config), config.ngram)
+        )
 
     def text(self, number: int) -> Text:
         index, start = self._sketches.source(number), int(self._sketches.rows["start"][number])

@@ -9,7 +9,7 @@ from functools import partial
 
 from filters.answer import Answer
 from filters.reasons import describe
-from pipeline.records import Reason
+from pipeline.records import Reason, Slots
 
 BIN = 50  # characters a bar of the length histogram
 FIRST_BAD_LINES = 100  # named in the report
@@ -46,7 +46,8 @@ class Tally:
     torn: bool = False  # the last line is cut off
     outcomes: Counter[tuple[str, ...]] = field(default_factory=Counter)  # labels of the rules that dropped it; (): kept
     lengths: Counter[tuple[int, bool]] = field(default_factory=Counter)  # bin of BIN characters, whether it is kept
-    slots: defaultdict[str, Counter[tuple[str, bool]]] = field(default_factory=partial(defaultdict, Counter))  # by name
+    # By the name of a slot or column: its values, and whether the answer is kept.
+    slots: defaultdict[str, Counter[tuple[str, bool]]] = field(default_factory=partial(defaultdict, Counter))
     examples: dict[str, list[Example]] = field(default_factory=dict)  # by rule
     scores: dict[str, Counter[str]] = field(default_factory=dict)  # the judge's: criterion, score: answers
 
@@ -75,7 +76,8 @@ class Tally:
         self.outcomes[labels] += number
         kept = not labels
         self.lengths[min(len(answer.text) // BIN, LAST_BIN), kept] += number
-        for name, value in answer.slots.items():
+        fields: Slots = {name: value for name, value in answer.columns.items() if isinstance(value, str)}
+        for name, value in (fields | answer.slots).items():
             counts = self.slots[name]
             if len(counts) <= 2 * MOST_VALUES:
                 for one in (value,) if isinstance(value, str) else value:

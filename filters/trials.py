@@ -18,6 +18,7 @@ from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import DEDUP_RULES
+from filters.groups import AGREES, SELECT
 from filters.judge import RULE as JUDGE
 from filters.judge import read_judgements
 from filters.reasons import describe
@@ -78,7 +79,7 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
             result.kept_before += 1
             if reasons:
                 result.add(row, reasons, kept=False)
-        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE):  # neither is asked again
+        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE, AGREES, SELECT):  # none of them is asked again
             result.add(row, row.detail, kept=True)
     return result
 

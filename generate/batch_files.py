@@ -108,15 +108,10 @@ class _Response(msgspec.Struct):
     body: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _Error(msgspec.Struct):
-    code: str | None = None
-    message: str | None = None
-
-
 class _Output(msgspec.Struct):
     custom_id: str
     response: _Response | None = None
-    error: _Error | None = None
+    error: dict[str, Any] | None = None
 
 
 def input_line(job: Job) -> bytes:
@@ -137,10 +132,9 @@ def read_output(path: Path, words: Callable[[str], str]) -> dict[str, Answer | F
 
 
 def _outcome(output: _Output, words: Callable[[str], str]) -> Answer | Fault:
-    response, error = output.response, output.error or _Error()
-    if response is None or error.code or error.message:
-        return Fault(words(error.code or "no_response"), words(error.message or "the batch ended without an answer"))
-    body = bytes(response.body)
-    return (
-        read_answer(body, words) if response.status_code == 200 else read_error(response.status_code, body, {}, words)
-    )
+    response, error = output.response, output.error or {}
+    code, message = error.get("code"), error.get("message")
+    if response is None or code or message:
+        return Fault(words(str(code or "no_response")), words(str(message or "the batch ended without an answer")))
+    status, body = response.status_code, bytes(response.body)
+    return read_answer(body, words) if status == 200 else read_error(status, body, {}, words)

@@ -5,7 +5,7 @@ the run already has say how many to expect, and without answers there is an uppe
 bound, and an expected number once there are answers. Attempts that fail after the teacher has worked on them cost more.
 """
 
-import msgspec
+from dataclasses import dataclass
 
 from generate.budget import spent_so_far
 from generate.client import check_teacher
@@ -25,25 +25,35 @@ from pipeline.rundir import RunDir
 ENOUGH_ANSWERS = 20  # to expect others to be like them
 
 
-class DryRun(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(kw_only=True)
+class DryRun:
     """What there is to ask, in tokens and USD; None if it cannot be known."""
 
-    prompts: int
-    requests: int  # prompts × prompts.samples
-    answered: int
-    failed: int
-    to_ask: int
-    prompt_tokens: int  # at most, unless `counted`
-    counted: bool
-    long_prompts: int  # prompts that may have more tokens than the price table is for
-    reserved_tokens: int  # the most that a request reserves of a budget beyond its counted prompt
-    expected_prompt_tokens: int | None
-    completion_tokens: int  # at most
-    expected_completion_tokens: int | None
+    price: Price | None
     spent_tokens: int
-    cost: float | None  # at most
-    expected_cost: float | None
     spent: float
+    prompts: int = 0
+    requests: int = 0  # prompts × prompts.samples
+    answered: int = 0
+    to_ask: int = 0
+    prompt_tokens: int = 0  # at most, unless `counted`
+    counted: bool = True
+    long_prompts: int = 0  # prompts that may have more tokens than the price table is for
+    reserved_tokens: int = 0  # the most that a request reserves of a budget beyond its counted prompt
+    completion_tokens: int = 0  # at most
+    expected_prompt_tokens: int | None = None
+    expected_completion_tokens: int | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """At most."""
+        return self.price and self.price.cost(self.prompt_tokens, self.completion_tokens) / PICO
+
+    @property
+    def expected_cost(self) -> float | None:
+        if self.price is None or self.expected_prompt_tokens is None or self.expected_completion_tokens is None:
+            return None
+        return self.price.cost(self.expected_prompt_tokens, self.expected_completion_tokens) / PICO
 
 
 def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> DryRun:
@@ -53,49 +63,28 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     left = Left(found.ids, read_journal(run.failures, Failure).ids, retry_failures=retry_failures)
     price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
-    requests = answered = to_ask = prompt_tokens = uncounted = reserved = long_prompts = 0
+    dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
     for job in build_jobs(iter_prompts(recipe), recipe):
-        requests += 1
-        answered += job.request.id in left.answered
+        dry.requests += 1
+        dry.answered += job.request.id in left.answered
         if not left.has(job):
             continue
-        to_ask += 1
+        dry.to_ask += 1
         most, counted = bound(len(dialect.body(job))), count(job.told, job.request.tools) if count else None
         tokens = most if counted is None else counted
-        uncounted += counted is None
-        prompt_tokens += tokens
-        long_prompts += tokens > PRICED_TOKENS
-        reserved = max(reserved, most - tokens)
-    most_answers = to_ask * recipe.sampling.max_tokens
-    expected_prompts, expected_answers = None if uncounted else prompt_tokens, None
+        dry.counted &= counted is not None
+        dry.prompt_tokens += tokens
+        dry.long_prompts += tokens > PRICED_TOKENS
+        dry.reserved_tokens = max(dry.reserved_tokens, most - tokens)
+    dry.prompts = dry.requests // recipe.prompts.samples
+    dry.completion_tokens = dry.to_ask * recipe.sampling.max_tokens
+    dry.expected_prompt_tokens = dry.prompt_tokens if dry.counted else None
     if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:
-        expected_answers = round(to_ask * found.completion_tokens / len(found.ids))
-        if uncounted:
-            expected_prompts = round(to_ask * found.prompt_tokens / len(found.ids))
-    return DryRun(
-        prompts=requests // recipe.prompts.samples,
-        requests=requests,
-        answered=answered,
-        failed=requests - answered - to_ask,
-        to_ask=to_ask,
-        prompt_tokens=prompt_tokens,
-        counted=not uncounted,
-        long_prompts=long_prompts,
-        reserved_tokens=reserved,
-        expected_prompt_tokens=expected_prompts,
-        completion_tokens=most_answers,
-        expected_completion_tokens=expected_answers,
-        spent_tokens=spent.tokens,
-        cost=_usd(price, prompt_tokens, most_answers),
-        expected_cost=_usd(price, expected_prompts, expected_answers),
-        spent=spent.cost / PICO,
-    )
-
-
-def _usd(price: Price | None, prompt_tokens: int | None, completion_tokens: int | None) -> float | None:
-    if price is None or prompt_tokens is None or completion_tokens is None:
-        return None
-    return price.cost(prompt_tokens, completion_tokens) / PICO
+        share = dry.to_ask / len(found.ids)
+        dry.expected_completion_tokens = round(share * found.completion_tokens)
+        if not dry.counted:
+            dry.expected_prompt_tokens = round(share * found.prompt_tokens)
+    return dry
 
 
 def describe(recipe: Recipe, dry: DryRun) -> list[str]:
@@ -105,10 +94,10 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
     else:
         bound_of = "one token per byte, because the tokenizer is not on this machine"
         prompts = f"prompt tokens: at most {dry.prompt_tokens:,} ({bound_of}){_about(dry.expected_prompt_tokens)}"
+    failed = dry.requests - dry.answered - dry.to_ask
     lines = [
-        f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, "
-        f"{dry.failed:,} failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} "
-        f"at {', '.join(recipe.teacher.urls)}",
+        f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, {failed:,} "
+        f"failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
         prompts,
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
         f"{_about(dry.expected_completion_tokens)}",
@@ -123,8 +112,7 @@ def _about(expected: int | None) -> str:
 
 
 def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
-    price = price_of(recipe.teacher, recipe.generate.mode)
-    if price is None or dry.cost is None:
+    if dry.price is None or dry.cost is None:
         if is_private(recipe.teacher.url):
             return ["cost: none, the teacher is a server of your own; teacher.price sets a price"]
         return ["cost: not known; set teacher.price: {input: …, output: …} in USD per million tokens"]
@@ -133,7 +121,7 @@ def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
         batch = f"as a batch, which costs half (online: at most ${2 * dry.cost:,.4f})"
     else:
         batch = f"if the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
-    rates = " and ".join(f"${rate / 1_000_000:g}" for rate in price)
+    rates = " and ".join(f"${rate / 1_000_000:g}" for rate in dry.price)
     lines = [
         f"cost: at most ${dry.cost:,.4f}{expected}; {batch}",
         f"price: {rates} per million prompt and completion tokens, from {source_of(recipe.teacher)}",
@@ -149,10 +137,9 @@ def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
 
 def _over_budget(recipe: Recipe, dry: DryRun) -> list[str]:
     """Whether each limit covers all, the bound that the last request reserves included."""
-    budget, price = recipe.budget, price_of(recipe.teacher, recipe.generate.mode)
-    limits = []
-    if budget.usd is not None and price is not None and dry.cost is not None:
-        most = dry.spent + dry.cost + price.cost(dry.reserved_tokens, 0) / PICO
+    budget, limits = recipe.budget, []
+    if budget.usd is not None and dry.price is not None and dry.cost is not None:
+        most = dry.spent + dry.cost + dry.price.cost(dry.reserved_tokens, 0) / PICO
         limits.append((f"budget.usd {budget.usd:g}", most <= budget.usd))
     if budget.tokens is not None:
         tokens = dry.spent_tokens + dry.prompt_tokens + dry.reserved_tokens + dry.completion_tokens

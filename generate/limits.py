@@ -63,7 +63,7 @@ class Limits:
         self._fraction = fraction
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {name: TokenBucket(rate * fraction, now) for name, rate in self._declared.items() if rate}
-        self._told: set[tuple[str, float]] = set()
+        self._told: set[tuple[str, float | None]] = set(self._declared.items())
         self._paused_until = 0.0
 
     @property
@@ -85,8 +85,7 @@ class Limits:
 
     def settle(self, estimated: int, used: int, now: float) -> None:
         """A request was estimated at so many tokens, and took so many."""
-        bucket = self._buckets.get("tokens")
-        if bucket:
+        if bucket := self._buckets.get("tokens"):
             bucket.take(used - estimated, now)
 
     def pause(self, seconds: float, now: float) -> bool:
@@ -120,13 +119,8 @@ class Limits:
 
     def _change(self, name: str, limit: float, now: float) -> bool:
         """The limit is in force from now on; True if it is one that never was."""
-        bucket, rate = self._buckets.get(name), limit * self._fraction
-        if bucket and bucket.per_minute == rate:
-            return False
-        if bucket:
-            bucket.change(rate, now)
-        else:
-            self._buckets[name] = TokenBucket(rate, now)
+        rate = limit * self._fraction
+        self._buckets.setdefault(name, TokenBucket(rate, now)).change(rate, now)
         new = (name, limit) not in self._told
         self._told.add((name, limit))
         return new

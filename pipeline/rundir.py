@@ -43,6 +43,7 @@ class RunDir:
     failures = File("failures.jsonl")  # `generate`
     kept = File("kept.jsonl")  # `filters`
     dropped = File("dropped.jsonl")  # `filters`
+    preferences = File("preferences.jsonl")  # pairs of a kept and a failed answer, if the recipe wants them; `filters`
     judgements = File("judgements.jsonl")  # the judge's verdicts; `filters`
     filter_report = File("filter_report.json")  # `filters`
     review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`

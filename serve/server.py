@@ -5,7 +5,6 @@ checked first, and `serve.guard` makes sure that nothing outlives this process.
 """
 
 import contextlib
-import http.client
 import json
 import os
 import re
@@ -17,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
+from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
 
@@ -45,7 +46,7 @@ class Server:
     def __init__(self, command: Command, guard: "subprocess.Popen[bytes]", log: Path) -> None:
         self.command = command
         self.served_name = command.served_name
-        host = _reached_at(command.host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)  # reached from this machine
         self.base_url = f"http://[{host}]:{command.port}/v1" if ":" in host else f"http://{host}:{command.port}/v1"
         self.log = log
         self.startup_s = 0.0  # seconds from the start of the process until it was ready
@@ -131,7 +132,7 @@ def serving(
     with open_log(log) as output:
         server = Server(command, _start(command, output), log)
     try:
-        _wait_until_ready(server, command, config.ready_timeout_s, waiting)
+        _wait_until_ready(server, config.ready_timeout_s, waiting)
         yield server
         temporary = temporary and server.wait(0) is None
     except DistillError:
@@ -172,10 +173,10 @@ def _start(command: Command, output: BinaryIO) -> "subprocess.Popen[bytes]":
     )
 
 
-def _wait_until_ready(server: Server, command: Command, timeout_s: float, waiting: Waiting | None) -> None:
+def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None) -> None:
     """Returns once /health answers and /v1/models names the model."""
     start = time.monotonic()
-    while not _ready(command):
+    while not _ready(server):
         server.startup_s = time.monotonic() - start
         if server.wait(POLL_S) is not None:
             raise server.failure("before it was ready")
@@ -189,28 +190,18 @@ def _wait_until_ready(server: Server, command: Command, timeout_s: float, waitin
     server.startup_s = time.monotonic() - start
 
 
-def _ready(command: Command) -> bool:
-    """Whether the server answers, and serves the model. Never asks a proxy."""
+def _ready(server: Server) -> bool:
+    """Whether the server answers, and serves the model."""
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    connection = http.client.HTTPConnection(_reached_at(command.host), command.port, timeout=10)
+    opener = build_opener(ProxyHandler({}))  # never asks a proxy
     try:
-        for path in ("/health", "/v1/models"):
-            connection.request("GET", path, headers=headers)
-            answer = connection.getresponse()
-            body = answer.read()
-            if answer.status != http.client.OK:
-                return False
-        return command.served_name in [model["id"] for model in json.loads(body)["data"]]
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        for url in (f"{server.base_url.removesuffix('/v1')}/health", f"{server.base_url}/models"):
+            with opener.open(Request(url, headers=headers), timeout=10) as answer:
+                body = answer.read()
+        return server.served_name in [model["id"] for model in json.loads(body)["data"]]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
         return False
-    finally:
-        connection.close()
-
-
-def _reached_at(host: str) -> str:
-    """Where a server that listens on `host` is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _peak_memory(process: psutil.Process) -> int:

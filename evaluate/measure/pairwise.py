@@ -148,7 +148,7 @@ def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Messag
     """What the judge is asked about two answers to one prompt."""
     content = QUESTION.format(
         criteria="".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items()),
-        request="\n\n".join(message.content for message in first.messages),
+        request="\n\n".join(map(said, first.messages)),
         first=said(first),
         second=said(second),
     )

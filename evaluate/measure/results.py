@@ -26,7 +26,7 @@ from evaluate.models import Subject, digest
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Json, Kept, Prompt, Usage, read_jsonl
+from pipeline.records import Json, Kept, Prompt, Usage, read_jsonl, said
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
@@ -235,10 +235,9 @@ def answer_row(
     reasoning: str = "",
     tool_calls: Sequence[Json] = (),
 ) -> Kept:
-    """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and words."""
-    calls = [msgspec.json.encode(tool_calls).decode()] if tool_calls else []
-    return Kept(
-        id=digest(model, prompt.id, text, *calls)[:16],
+    """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and text."""
+    row = Kept(
+        id="",
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
@@ -257,3 +256,4 @@ def answer_row(
         attempts=1,
         created="",
     )
+    return msgspec.structs.replace(row, id=digest(model, prompt.id, said(row))[:16])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import aiohttp
 import msgspec
@@ -28,7 +28,7 @@ from generate.run import Summary, generate
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
-from pipeline.records import Completion, Failure, Kept, Prompt, read_jsonl
+from pipeline.records import Completion, Failure, Json, Kept, Prompt, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from serve.server import Server, free_port, serving
 
@@ -154,13 +154,13 @@ def _answers_in(asked: RunDir, prompts: Sequence[Prompt], model: str) -> list[Ke
     """What was answered to the prompts, in their order, once each.
 
     For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
-    a finish_reason. Requests that failed for any other reason have none.
+    a finish_reason. Requests that failed for any other reason have none. What a model thought is apart from its text,
+    as it is for the teacher's answers (pipeline.reasoning).
     """
-    by_id = {prompt.id: prompt for prompt in prompts}
-    found: dict[str, tuple[Any, ...]] = {}
+    by_id, found = {prompt.id: prompt for prompt in prompts}, dict[str, tuple[str, str, str, list[Json]]]()
     for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
         if failure.error == "empty_answer":
-            found[failure.prompt_id] = ("", failure.error)
+            found[failure.prompt_id] = ("", failure.error, "", [])
     for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
         found[row.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
     return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]

@@ -8,14 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from filters.answer import Answer, RuleSettings, Verified, nfc
-from filters.verify.extract import (
-    ReferenceSettings,
-    all_shown,
-    canonical,
-    last_number,
-    parse_json,
-    shown,
-)
+from filters.verify.extract import ReferenceSettings, all_shown, canonical, last_number, parse_json, shown
+from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
@@ -39,11 +33,13 @@ class PatternSettings(RuleSettings):
     pattern: Pattern | None = Field(None, description="a regular expression: its first group is the answer")
     seconds: float = Field(1, gt=0)  # for the pattern
 
-    def part_of(self, text: str) -> str | None:
-        """The part of an answer that counts; None if the pattern is not in it. Raises Unverified."""
+    def part_of(self, answer: Answer) -> str:
+        """The part of an answer that counts. Raises Unreadable if the pattern is not in it."""
         if self.pattern is None:
-            return text
-        found: str | None = call(__name__, "search", self.pattern, text, seconds=self.seconds)
+            return answer.text
+        found: str | None = call(__name__, "search", self.pattern, answer.text, seconds=self.seconds)
+        if found is None:
+            raise Unreadable("pattern", shown(answer.text))
         return found
 
 
@@ -72,10 +68,7 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
 
 def matches(answer: Answer, settings: MatchesSettings) -> Verified:
     """Drops an answer that is not the reference, or none of them where the reference is a list of texts or numbers."""
-    reference = settings.reference_of(answer)
-    part = settings.part_of(answer.text)
-    if part is None:
-        return Verified(Reason(rule="matches", what="pattern", found=shown(answer.text)))
+    reference, part = settings.reference_of(answer), settings.part_of(answer)
     if settings.form == "json":
         return _same_json(part, reference)
     wanted = reference if isinstance(reference, list) else [reference]
@@ -89,21 +82,20 @@ def matches(answer: Answer, settings: MatchesSettings) -> Verified:
 
 
 def _same_number(part: str, wanted: list[Any], tolerance: float) -> Verified:
+    numbers = [number for one in wanted if (number := last_number(str(one))) is not None]
+    if not numbers:
+        raise Unverified(f"the reference has no number: {shown(str(wanted))}")
     number = last_number(part)
     if number is None:
-        return Verified(Reason(rule="matches", what="number", found=shown(part)))
-    numbers = [last_number(str(one)) for one in wanted]
+        raise Unreadable("number", shown(part))
     result = canonical(number)
-    if any(one is not None and math.isclose(number, one, rel_tol=tolerance) for one in numbers):
+    if any(math.isclose(number, one, rel_tol=tolerance) for one in numbers):
         return Verified(result=result)
     return Verified(Reason(rule="matches", found=result, allowed=all_shown(map(str, wanted))), result=result)
 
 
 def _same_json(part: str, reference: Any) -> Verified:
-    try:
-        result = canonical(parse_json(part))
-    except ValueError as error:
-        return Verified(Reason(rule="matches", what="json", found=str(error)))
+    result = canonical(parse_json(part))
     wanted = canonical(reference if not isinstance(reference, str) else _text_or_json(reference))
     if result == wanted:
         return Verified(result=result)
@@ -113,7 +105,7 @@ def _same_json(part: str, reference: Any) -> Verified:
 def _text_or_json(reference: str) -> Any:
     try:
         return parse_json(reference)
-    except ValueError:
+    except Unreadable:
         return reference
 
 
@@ -131,9 +123,7 @@ class ChoiceSettings(PatternSettings, ReferenceSettings):
 def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     """Drops an answer that is not one of the labels, or not the row's own label."""
     wanted = str(settings.reference_of(answer)) if settings.reference else None
-    part = settings.part_of(answer.text)
-    if part is None:
-        return Verified(Reason(rule="choice", what="pattern", found=shown(answer.text)))
+    part = settings.part_of(answer)
     result = _label(part)
     if settings.labels and result not in map(_label, settings.labels):
         return Verified(Reason(rule="choice", found=shown(part), allowed=settings.labels))

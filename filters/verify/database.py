@@ -130,7 +130,7 @@ def run(file: str, query: str, seconds: float) -> Result:
         return Result("size", f"more than {_MEMORY >> 20} MiB of memory")
     except (sqlite3.Error, sqlite3.Warning, ValueError, UnicodeError) as error:  # ValueError: a zero byte in the query
         if str(error) == "interrupted":
-            return Result("time", f"more than {seconds:g} s")
+            return Result("time", f"{seconds:g} s")
         if "one statement" in str(error):
             return Result("statement", "more than one statement")
         if "authoriz" in str(error):  # `not authorized`, `authorization denied`

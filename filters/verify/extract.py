@@ -1,16 +1,17 @@
-r"""What a verifier takes out of an answer (a fenced block, a number, \boxed{…}) and out of its reference. Pure."""
+r"""What a verifier takes out of an answer (a fenced block, a number, \boxed{…}) and out of its reference."""
 
 import json
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
-from pydantic import Field
+from pydantic import Field, ValidationInfo
 
 from filters.answer import Answer, RuleSettings
-from filters.verify.guard import Unverified
+from filters.verify.guard import Unreadable, Unverified
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
@@ -31,6 +32,17 @@ class ReferenceSettings(RuleSettings):
         if not isinstance(answer.reference, dict) or self.field not in answer.reference:
             raise Unverified(f"the reference has no key `{self.field}`")
         return answer.reference[self.field]
+
+
+def beside_recipe(name: str | Path, info: ValidationInfo) -> Path:
+    """The path of a file that a recipe's settings name. Raises ValueError if there is none.
+
+    The recipe's folder is `folder` in the context of validation; without one it is the current folder.
+    """
+    path = Path((info.context or {}).get("folder", "."), name)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it is looked for beside the recipe")
+    return path
 
 
 def fenced_block(text: str, *languages: str) -> str:
@@ -61,13 +73,13 @@ def boxed(text: str) -> str | None:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON text, or the fenced block that holds it. Raises ValueError saying what is wrong with it."""
+    """A JSON text, or the fenced block that holds it. Raises Unreadable saying what is wrong with it."""
     try:
         return msgspec.json.decode(fenced_block(text, "json"))
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise Unreadable("json", "nested too deep") from None
     except (msgspec.MsgspecError, UnicodeError) as error:  # the latter for half a surrogate pair
-        raise ValueError(str(error)) from None
+        raise Unreadable("json", str(error)) from None
 
 
 def canonical(value: Any) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from filters.answer import Answer, Verified
 from filters.verify.compare import PatternSettings
 from filters.verify.extract import ReferenceSettings, boxed, shown
+from filters.verify.guard import Unreadable
 from filters.verify.worker import call
 from pipeline.records import Reason
 
@@ -25,16 +26,13 @@ class MathSettings(PatternSettings, ReferenceSettings):
 
 def math(answer: Answer, settings: MathSettings) -> Verified:
     r"""Drops an answer whose value is not the reference's: what \boxed{…} or the pattern holds, else its last value."""
-    reference = str(settings.reference_of(answer))
-    part = settings.part_of(answer.text)
-    if part is None:
-        return Verified(Reason(rule="math", what="pattern", found=shown(answer.text)))
+    reference, part = str(settings.reference_of(answer)), settings.part_of(answer)
     exact = boxed(part) or (part if settings.pattern else None)
     found = call("filters.verify.algebra", "compare", exact, part, reference, seconds=settings.seconds)
     if found["same"]:
         return Verified(result=found["result"])
     if found["result"] is None:
-        return Verified(Reason(rule="math", what="number", found=shown(part[-100:])))
+        raise Unreadable("value", shown(part[-100:]))
     return Verified(
         Reason(rule="math", found=shown(found["result"]), allowed=[shown(reference)]), result=found["result"]
     )

@@ -41,6 +41,8 @@ class PythonSettings(ReferenceSettings):
 
     @model_validator(mode="after")
     def _runs(self) -> Self:
+        if self.command is None and sys.platform != "linux":
+            raise ValueError("needs Linux, or a container: `command`, see docs/verifiers.md")
         try:
             missing_layers(tuple(self.command or ()), self.site_packages)
         except Unverified as error:
@@ -101,7 +103,7 @@ def run_program(program: str, tests: list[str], settings: PythonSettings) -> dic
     except ValueError:
         reply = {}
     if not isinstance(reply, dict) or reply.get("nonce") != nonce:
-        if status in (sandbox.TIMED_OUT, signal.SIGXCPU):
+        if status in (sandbox.TIMED_OUT, sandbox.KILLED + signal.SIGXCPU):
             return {"what": "time", "error": f"{settings.seconds:g} s"}
         return {"what": "ended", "error": f"exit status {status}"}
     if "failed" in reply:
@@ -114,7 +116,7 @@ def _start(asked: str, settings: PythonSettings) -> tuple[bytes, int]:
     command = [*(settings.command or [sys.executable]), "-I", "-B", *([] if settings.site_packages else ["-S"])]
     environment = {name: os.environ[name] for name in _FOR_COMMANDS if name in os.environ} if settings.command else {}
     with tempfile.TemporaryDirectory(prefix="verify-") as folder, tempfile.TemporaryFile() as request:
-        request.write(asked.encode("utf-8", "replace"))
+        request.write(asked.encode())
         request.seek(0)
         try:
             process = subprocess.Popen(

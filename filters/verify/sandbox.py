@@ -25,7 +25,7 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same 
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _SYSTEM = ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]  # shared libraries, time zones
 _DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom"]
-STARTED, TIMED_OUT = b"started\n", 124
+STARTED, TIMED_OUT, KILLED = b"started\n", 124, 128  # exit statuses as shells have them: KILLED + the signal
 WORK = "/answer"  # the only folder that a program can write, where namespaces work
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         os.setsid()  # its signals reach nobody else
         try:
             missing = _shut_in(asked, user, apart) if asked["isolate"] else []
-            _limit(asked["limits"], may_fork=not missing)
+            _limit(asked["limits"], may_fork="namespaces" not in missing)
             answer = {"missing": missing, **_run(asked["program"], asked["tests"])}
         except BaseException as error:
             answer = {"failed": f"{type(error).__name__}: {error}"}
@@ -89,7 +89,8 @@ def main() -> None:
     os.close(reply)
     in_time = select.select([os.pidfd_open(child)], [], [], asked["limits"]["seconds"])[0]
     os.kill(child, signal.SIGKILL)  # the first of a PID namespace: the kernel kills all that are left in it
-    os._exit(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) if in_time else TIMED_OUT)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(TIMED_OUT if not in_time else status if status >= 0 else KILLED - status)
 
 
 def _unshare() -> bool:
@@ -99,8 +100,11 @@ def _unshare() -> bool:
         return False
     if user:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
+            try:
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+            except OSError:
+                return False
     return True
 
 
@@ -108,14 +112,13 @@ def _shut_in(asked: dict[str, Any], user: int, apart: bool) -> list[str]:
     """Leaves root, other files and all rights behind. Returns the layers that this kernel or container refuses."""
     missing = [] if apart else ["namespaces"]
     libraries = [*_SYSTEM, f"{sys.base_prefix}/lib", *([f"{sys.prefix}/lib"] if asked["site_packages"] else [])]
-    work = os.getcwd()
     if apart:
         try:
-            work = _new_root(libraries, asked["limits"]["disk"])
+            _new_root(libraries, asked["limits"]["disk"])
         except OSError:
             missing.append("mounts")
     if os.getuid() == 0:
-        os.chown(work, user, user)
+        os.chown(".", user, user)
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
@@ -125,13 +128,13 @@ def _shut_in(asked: dict[str, Any], user: int, apart: bool) -> list[str]:
         raise PermissionError(
             f"{os.__file__} cannot be read by another user than root: set `command` to a Python that can"
         )
-    if not restrict_files(read=[*libraries, *_DEVICES], write=[work, os.devnull]):
+    if not restrict_files(read=[*libraries, *_DEVICES], write=[".", os.devnull]):
         missing.append("landlock")
     return missing
 
 
-def _new_root(libraries: list[str], disk: int) -> str:
-    """A root folder in memory that has nothing but the libraries, read-only, and WORK."""
+def _new_root(libraries: list[str], disk: int) -> None:
+    """Moves to WORK, in a root folder in memory that has nothing else but the libraries, read-only."""
     root = os.getcwd()
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", 0, f"size={disk},nr_inodes=10000,mode=755")
@@ -151,7 +154,6 @@ def _new_root(libraries: list[str], disk: int) -> str:
     os.mkdir(root + WORK)
     os.chroot(root)
     os.chdir(WORK)
-    return WORK
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:

@@ -14,16 +14,15 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_valid
 
 from filters.answer import Answer, Verified
 from filters.verify.compare import PatternSettings
-from filters.verify.extract import canonical, parse_json, shown
-from filters.verify.files import beside_recipe
+from filters.verify.extract import beside_recipe, canonical, parse_json, shown
 from filters.verify.worker import call
 from pipeline.records import Reason
 
 
 class JsonSchemaSettings(PatternSettings):
-    source: dict[str, Any] | bool | str = Field(alias="schema", description="the schema, or a JSON file that holds it")
+    source: dict[str, Any] | str = Field(alias="schema", description="the schema, or a JSON file that holds it")
     model_config = ConfigDict(serialize_by_alias=True)
-    _schema: str = PrivateAttr()
+    _schema: str = PrivateAttr()  # as JSON
 
     @model_validator(mode="after")
     def _is_a_schema(self, info: ValidationInfo) -> Self:
@@ -41,22 +40,11 @@ class JsonSchemaSettings(PatternSettings):
         self._schema = msgspec.json.encode(schema).decode()
         return self
 
-    @property
-    def schema_text(self) -> str:
-        """The schema itself, as JSON."""
-        return self._schema
-
 
 def json_schema(answer: Answer, settings: JsonSchemaSettings) -> Verified:
     """Drops an answer that is not JSON, or that its schema refuses."""
-    part = settings.part_of(answer.text)
-    if part is None:
-        return Verified(Reason(rule="json_schema", what="pattern", found=shown(answer.text)))
-    try:
-        value = parse_json(part)
-    except ValueError as error:
-        return Verified(Reason(rule="json_schema", what="json", found=str(error)))
-    wrong = call(__name__, "first_error", settings.schema_text, value, seconds=settings.seconds)
+    value = parse_json(settings.part_of(answer))
+    wrong = call(__name__, "first_error", settings._schema, value, seconds=settings.seconds)
     if wrong:
         where, message = wrong
         return Verified(Reason(rule="json_schema", what=where, found=shown(message)))

@@ -12,8 +12,7 @@ from typing import Self
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from filters.answer import Answer, Verified
-from filters.verify.extract import ReferenceSettings, fenced_block, shown
-from filters.verify.files import beside_recipe
+from filters.verify.extract import ReferenceSettings, beside_recipe, fenced_block, shown
 from filters.verify.guard import Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason
@@ -27,7 +26,7 @@ class SqlSettings(ReferenceSettings):
     returns_rows: bool = Field(False, description="an answer that finds nothing is dropped")
     tolerance: float = Field(1e-6, ge=0)  # of numbers, as a share
     seconds: float = Field(2, gt=0)  # of processor time, for each query
-    _file: str = PrivateAttr()
+    _file: str = PrivateAttr()  # the SQLite file
 
     @model_validator(mode="after")
     def _can_be_read(self, info: ValidationInfo) -> Self:
@@ -41,11 +40,6 @@ class SqlSettings(ReferenceSettings):
         except Unverified as error:
             raise ValueError(f"database: {path}: {error}") from None
         return self
-
-    @property
-    def file(self) -> str:
-        """The SQLite file itself."""
-        return self._file
 
 
 @lru_cache
@@ -73,16 +67,8 @@ def sql(answer: Answer, settings: SqlSettings) -> Verified:
     if reference is not None and not isinstance(reference, str):
         raise Unverified(f"the reference is not SQL: {shown(str(reference))}")
     query = fenced_block(answer.text, "sql", "sqlite")
-    found = call(
-        _DATABASE,
-        "check",
-        settings.file,
-        query,
-        reference,
-        settings.seconds,
-        settings.tolerance,
-        seconds=4 * settings.seconds + 2,  # the two queries by the wall clock, on a busy machine
-    )
+    arguments = settings._file, query, reference, settings.seconds, settings.tolerance
+    found = call(_DATABASE, "check", *arguments, seconds=4 * settings.seconds + 2)  # two queries, on a busy machine
     if found["what"]:
         return Verified(Reason(rule="sql", what=found["what"], found=shown(found["note"])))
     result = found["result"]

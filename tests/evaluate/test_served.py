@@ -145,6 +145,15 @@ def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, start
     ]
 
 
+def test_what_a_student_thinks_is_no_part_of_its_answer(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+) -> None:
+    with misbehaving(lambda asked: answer(f"<think>\nhm\n</think>\n\nanswer to {asked.text}")) as server:
+        started(server)
+        _, probes = measure(recipe, RunDir(tmp_path), speed=False, probes=True)
+    assert [(row.reasoning, row.text) for row in probes.answers] == [("hm", f"answer to probe {i}") for i in range(4)]
+
+
 def test_a_timing_starts_anew_and_probes_alone_are_not_timed(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
 ) -> None:

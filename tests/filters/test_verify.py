@@ -1,12 +1,17 @@
 """The verifiers that compare: matches, choice, json_schema, math. After a hostile answer the next one is judged."""
 
+import socket
 import time
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from referencing.exceptions import Unresolvable
 
+from filters.reasons import describe
 from filters.verify.extract import boxed, fenced_block, last_number
+from filters.verify.schema import first_error
+from pipeline.records import Reason
 from tests.filters.verifying import outcome, settings_of, verify
 
 NEVER_ENDS = "a" * 40  # for the pattern (a+)+$ with another letter after it
@@ -111,6 +116,15 @@ def test_a_schema_may_lie_beside_the_recipe(tmp_path: Any) -> None:
             settings_of("json_schema", tmp_path, schema=schema)
 
 
+def test_what_a_schema_refers_to_is_not_fetched() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        with pytest.raises(Unresolvable):
+            first_error(f'{{"$ref": "http://127.0.0.1:{server.getsockname()[1]}/schema.json"}}', 1)
+        with pytest.raises(BlockingIOError):  # nobody has come
+            server.accept()
+
+
 def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
     settings = settings_of("matches", pattern="(a+)+$", seconds=0.5)
     said = verify("matches", NEVER_ENDS + "!", settings, "a")
@@ -128,7 +142,7 @@ def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
         ("It is 1,000 dollars", "1000", "passes", "1000"),
         ("$x^2 + 2x + 1$", "(x+1)^2", "passes", "x**2 + 2*x + 1"),
         ("The answer is 5.", "4", "math", "5"),
-        ("I do not know.", "4", "math number", None),
+        ("I do not know.", "4", "math value", None),
         ("The answer is 5.", None, "unverified math", None),
         ("\\boxed{9^{9^{9}}}", "4", "unverified math", None),
         ("9**9**9", "4", "unverified math", None),
@@ -152,3 +166,26 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
     fenced_block("```" * 300_000)
     boxed("\\boxed{" + "{" * 1_000_000)
     assert time.monotonic() - started < 60  # none of them is quadratic
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (Reason(rule="matches", found="a dog", allowed=["the cat", "a cat"]), "`a dog`, wanted: `the cat` or `a cat`"),
+        (Reason(rule="matches#2", what="pattern", found="hm"), "the pattern is not in `hm`"),
+        (Reason(rule="json_schema", what="$.queue", found="'x' is not one of"), "$.queue: 'x' is not one of"),
+        (Reason(rule="sql", what="error", found="no such column: x"), "does not run: no such column: x"),
+        (Reason(rule="sql", what="time", found="2 s"), "takes too long: more than 2 s"),
+        (
+            Reason(rule="sql", what="result", value=3, total=1, found="SELECT 1"),
+            "finds something else (3 rows, the reference 1): `SELECT 1`",
+        ),
+        (
+            Reason(rule="python", what="error", count=1, total=3, found="AssertionError: "),
+            "1 of 3 tests pass; the first that does not: AssertionError: ",
+        ),
+        (Reason(rule="unverified", what="sql", note="the row has no reference"), "sql: the row has no reference"),
+    ],
+)
+def test_reasons_in_words(reason: Reason, words: str) -> None:
+    assert describe(reason) == words

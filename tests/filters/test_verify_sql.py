@@ -34,7 +34,7 @@ def settings(shop: Path) -> RuleSettings:
         ("SELECT name FROM customers ORDER BY id", "SELECT name FROM customers ORDER BY id DESC", "sql result"),
         (
             "SELECT name FROM customers ORDER BY id",
-            "SELECT name FROM (SELECT * FROM customers ORDER BY 1)",
+            "SELECT name FROM (SELECT * FROM customers ORDER BY id DESC)",
             "passes",
         ),
         ("SELECT name FROM customers ORDER BY id", "SELECT name FROM customers -- ORDER BY id DESC", "passes"),

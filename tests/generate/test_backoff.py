@@ -1,5 +1,6 @@
 """What trouble costs, in simulated seconds: backoff, `auto`, and the choice between endpoints."""
 
+import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_auto_is_as_fast_as_the_best_number_on_an_endpoint_without_a_queue(secon
     """A server of 128 slots that answers after 50 ms: answers come in bursts, which are not its throughput."""
     best = min(seconds(lambda number, now: (0.05, GOOD), 3000, number, slots=128) for number in (64, 128, 256))
     assert seconds(lambda number, now: (0.05, GOOD), 3000, "auto", slots=128) <= best / 0.9
+
+
+def test_auto_is_nearly_as_fast_where_answers_take_differently_long(seconds: Seconds) -> None:
+    """256 slots and 25 to 75 ms: it waits for half a round before it doubles, not for the slowest answers of one."""
+
+    def varied() -> Server:
+        rng = random.Random(1)
+        return lambda number, now: (0.05 * rng.uniform(0.5, 1.5), GOOD)
+
+    best = seconds(varied(), 3000, 256, slots=256)
+    assert seconds(varied(), 3000, "auto", slots=256) <= best / 0.88
 
 
 def third_refused(number: int, now: float) -> tuple[float, object]:
