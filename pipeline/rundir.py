@@ -45,7 +45,6 @@ class RunDir:
     dropped = File("dropped.jsonl")  # `filters`
     preferences = File("preferences.jsonl")  # pairs of a kept and a failed answer, if the recipe wants them; `filters`
     judgements = File("judgements.jsonl")  # the judge's verdicts; `filters`
-    preferences = File("preferences.jsonl")  # pairs of a kept and a failed answer, if the recipe wants them; `filters`
     filter_report = File("filter_report.json")  # `filters`
     review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`
     reviews = File("reviews.jsonl")  # the person's verdicts, in the order given; `filters.review`
