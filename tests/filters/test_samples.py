@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ def right(answer):
     word = answer.text.split()[-1]
     return (None if word == answer.reference else f"{word} is wrong"), 1 / len(answer.text)
 """
+ROOT = Path(__file__).parents[2]
 RIGHT = {"rule": "function", "file": "mine.py", "name": "right"}
 
 
@@ -347,3 +351,20 @@ def test_solved_prompts_of_no_passing_answer() -> None:
     samples["passed"] = [False, True, False]
     unsolved, passes = solved(samples)
     assert (unsolved.tolist(), passes) == ([2], {1: pytest.approx(0.25), 2: 1.0})
+
+
+def test_a_killed_run_leaves_the_old_files_and_the_next_one_writes_all(stage: Stage) -> None:
+    stage.filter([*answers("a", "4", "5"), *answers("c", "4", "5")], RIGHT, preferences=1)
+    outputs = (stage.run.kept, stage.run.dropped, stage.run.filter_report, stage.run.preferences)
+    before = [path.read_bytes() for path in outputs]
+    function = stage.recipe.with_name("mine.py")
+    function.write_text("import os\ndef right(answer):\n    if answer.text == '6': os.kill(os.getpid(), 9)\n")
+    rows = [*answers("a", "4", "5"), *answers("b", "6")]
+    stage.run.completions.write_bytes(b"".join(map(encode_line, rows)))
+    command = [sys.executable, "-m", "filters", str(stage.recipe), "--run", str(stage.run.path)]
+    assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == -signal.SIGKILL
+    assert [path.read_bytes() for path in outputs] == before
+    function.write_text(VERIFIER)
+    stage.filter(rows, RIGHT, preferences=1)
+    assert [*stage.kept()] == ["a0"] and len(list(read_jsonl(stage.run.dropped, Dropped))) == 2
+    assert not list(stage.run.path.glob("*.tmp"))
