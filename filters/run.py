@@ -240,16 +240,21 @@ _decode_prompt_id = msgspec.json.Decoder(_PromptId).decode
 def check_keep_rate(
     report: FilterReport, config: FiltersConfig, recipe_path: Path, *, allow_low_keep: bool = False
 ) -> None:
-    """Warns under filters.warn_keep_rate; raises LowKeepRate under filters.min_keep_rate unless it is allowed."""
-    rate, floor = report.keep_rate, config.min_keep_rate
+    """Warns under filters.warn_keep_rate; raises LowKeepRate under filters.min_keep_rate unless it is allowed.
+
+    Where one answer to a prompt stays, the rate is that of prompts.
+    """
+    rate, what, floor = report.keep_rate, "keep rate", config.min_keep_rate
+    if report.prompts and config.select != "all":
+        rate, what = report.prompts.keep_rate, "keep rate by prompt"
     if floor is not None and rate < floor and not allow_low_keep:
         raise LowKeepRate(
-            f"keep rate {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see above which rules "
+            f"{what} {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see above which rules "
             "drop what, fix the prompts or the rules, or go on with --allow-low-keep"
         )
     if rate < config.warn_keep_rate:
         print(
-            f"warning: keep rate {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate): "
+            f"warning: {what} {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate): "
             "is this teacher good enough at this task?",
             file=sys.stderr,
         )

@@ -261,6 +261,16 @@ def test_the_terminal_says_it_where_prompts_have_several_answers(
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_where_one_answer_stays_the_keep_rate_is_that_of_prompts(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*answers("a", "4", "so 4", "5"), *answers("b", "5", "4", "6")]
+    stage.filter(rows, RIGHT, select="first", min_keep_rate=0.9)  # 2 of 6 answers, but all prompts
+    assert capsys.readouterr().err == ""
+    stage.filter([*rows, *answers("c", "5")], RIGHT, select="first", warn_keep_rate=0.7)
+    assert "warning: keep rate by prompt 66.7% is under 70%" in capsys.readouterr().err
+
+
 def test_keep_rates_are_told_by_column(stage: Stage) -> None:
     rows = [*answers("a", "4", "5", columns={"kind": "sum", "n": 2}), *answers("b", "4", columns={"kind": "loop"})]
     stage.filter(rows, RIGHT)
