@@ -1,9 +1,10 @@
 """One pass over a run's answers: rules → `agrees` → exact duplicates → judge → near duplicates → selection → files.
 
-Reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json, preferences.jsonl where the recipe wants
-it, and the lineage section `filters`. The judge is asked about one of several exact copies; near duplicates are dropped
-after it: the better-scored of two stays. A record is written as the teacher's line stands, the new fields added at its
-end. The files are staged beside the old ones and take their places together at the end.
+Reads completions.jsonl, and prompts.jsonl for references and columns that are newer; writes kept.jsonl, dropped.jsonl,
+filter_report.json, preferences.jsonl where the recipe wants it, and the lineage section `filters`. The judge is asked
+about one of several exact copies; near duplicates are dropped after it: the better-scored of two stays. A record is
+written as the teacher's line stands, unless its prompt has other values now, with the new fields at its end. The files
+are staged beside the old ones and take their places together at the end.
 """
 
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 from filters.answer import as_answer
 from filters.blocks import Block, check_lines
 from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
+from filters.fresh import fresh_values
 from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
 from filters.minhash import Array
@@ -106,7 +108,8 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     with ExitStack() as stack:
         files = stack.enter_context(staged([run.kept, run.dropped, run.filter_report, *wanted], stale))
         stack.callback(path.unlink, missing_ok=True)
-        work = partial(check_lines, rules=rules, dedup=dedup)
+        fresh = stack.enter_context(fresh_values(run.prompts))
+        work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh)
         with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
             tally, own, samples = _gather(blocks, passed, files[1], None if skip_bad else run.completions)
         if not tally.rows:
