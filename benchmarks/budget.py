@@ -7,15 +7,12 @@ not our client received the answer. If a run passes its budget, the exit code is
 import argparse
 import json
 import sys
-import tempfile
 import urllib.request
-from pathlib import Path
 
 from benchmarks.http_server import running
 from benchmarks.measure import flags
-from benchmarks.runs import recipe_for, run_quietly
+from benchmarks.runs import fresh, run_quietly
 from pipeline.errors import BudgetReached
-from pipeline.rundir import RunDir
 
 PROMPT_TOKENS, MAX_TOKENS = 40, 200  # per answer, at most
 INPUT_USD, OUTPUT_USD = 0.15, 0.6  # per million tokens
@@ -51,10 +48,9 @@ def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bo
     teacher = {"price": {"input": INPUT_USD, "output": OUTPUT_USD}}
     sampling, settings = {"max_tokens": MAX_TOKENS, "seed": seed}, {"concurrency": in_flight}
     sections = {"sampling": sampling, "generate": settings, "budget": {"usd": options.usd}}
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_for(Path(folder), url, options.requests, teacher, **sections)
+    with fresh(url, options.requests, teacher, **sections) as (recipe, run):
         try:
-            run_quietly(recipe, RunDir(Path(folder) / "run"))
+            run_quietly(recipe, run)
         except BudgetReached:
             return True
         return False

@@ -6,8 +6,7 @@ Speed (`--rows`): the whole stage, JSONL in and kept and dropped rows, report an
 loop, in turn; medians. The rows are as the source describes them (see `workload`); then the same with the flagship's
 prompts, and with all rules of the package but `language`.
 
-Agreement (`--texts`): both decide on real answers (`--answers`, the completions.jsonl of runs), made-up stories, and
-mutations of them around every threshold, in NFC.
+Agreement: both decide on made-up stories and on real answers (`--answers`, the completions.jsonl of runs), in NFC.
 """
 
 import random
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unicodedata import normalize
 
 from benchmarks.measure import flags, measured
 from benchmarks.stories import Writer
@@ -65,7 +63,7 @@ def chapter_reason(instruction: str, output: str) -> str | None:
 
 
 def main() -> None:
-    options = flags(__doc__, answers=[], texts=60_000, rows=300_000, runs=3, seed=0)
+    options = flags(__doc__, answers=[], rows=300_000, runs=3, seed=0)
     prompts = load_recipe(FLAGSHIP).prompts
     slots = {name: values if isinstance(values, list) else values.from_ for name, values in prompts.slots.items()}
     for name, template, filling, rules in (
@@ -77,7 +75,7 @@ def main() -> None:
         print(f"{name}: {race(rows, rules, options.runs)}", flush=True)
     real = [(row.text, row.messages[-1].content) for path in options.answers for row in read_jsonl(path, Completion)]
     made = [(story.text, PROMPT) for story in Writer(options.seed).stories(2000, 0.0)]
-    print(agreement(mutations([*real, *made], options.texts, options.seed), len(real)))
+    print(agreement([*real, *made], len(real)))
 
 
 def race(rows: Iterable[Completion], rules: list[dict[str, Any]], runs: int) -> str:
@@ -170,43 +168,15 @@ def workload(count: int, seed: int, template: str, slots: dict[str, list[str]]) 
         yield completion(number, fault(text, prompt, rng) if fault else text, prompt, filled)
 
 
-def mutations(sources: list[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """The sources as they are, then with one to three changes each."""
-    rng = random.Random(seed)
-    yield from sources
-    for _ in range(count - len(sources)):
-        text, prompt = rng.choice(sources)
-        for change in rng.choices(CHANGES, k=rng.randint(1, 3)):
-            text = change(text, prompt, rng)
-        yield text, prompt
-
-
 Change = Callable[[str, str, random.Random], str]  # of a text; the second argument is its prompt
 
 
-def _insert(text: str, what: str, rng: random.Random, times: int = 1) -> str:
+def insert(text: str, what: str, rng: random.Random, times: int = 1) -> str:
+    """The text with something in it, at random places."""
     for _ in range(times):
         at = rng.randint(0, len(text))
         text = text[:at] + what + text[at:]
     return text
-
-
-def _resize(text: str, prompt: str, rng: random.Random) -> str:
-    size = rng.choice([0, 1, 149, 150, 151, 599, 600, 601, rng.randint(0, 900)])
-    return (text * (size // max(len(text), 1) + 1))[:size]
-
-
-def _other_script(text: str, prompt: str, rng: random.Random) -> str:
-    share = rng.choice([0.3, 0.5, rng.random()])
-    return "".join(rng.choice("abcé ㄱ漢あ🐰힣가ힿ") if rng.random() < share else char for char in text)
-
-
-def _half(text: str, prompt: str, rng: random.Random) -> str:
-    """Exactly half of the characters, or one less or more, are syllables."""
-    half = rng.randint(75, 300)
-    chars = ["가"] * (half + rng.choice([-1, 0, 1])) + ["."] * half
-    rng.shuffle(chars)
-    return "".join(chars)
 
 
 FAULTS: list[Change] = [  # of the workload
@@ -214,20 +184,9 @@ FAULTS: list[Change] = [  # of the workload
     lambda text, prompt, rng: text[: rng.randint(40, 149)],
     lambda text, prompt, rng: "Once upon a time a rabbit lived by the river with his mother. " * rng.randint(3, 6),
     lambda text, prompt, rng: f"{prompt}\n\n{text[:400]}",
-    lambda text, prompt, rng: _insert(text[:500], f"{rng.choice(BANNED)} ", rng),
+    lambda text, prompt, rng: insert(text[:500], f"{rng.choice(BANNED)} ", rng),
     lambda text, prompt, rng: text[:300] + "같은 " * rng.randint(6, 20),
 ]
-CHANGES: list[Change] = [  # around the thresholds
-    _resize,
-    _other_script,
-    _half,
-    lambda text, prompt, rng: _insert(text, "같은", rng, times=rng.choice([4, 5, 6, 7])),
-    lambda text, prompt, rng: _insert(text, rng.choice([*BANNED, "ai", "Model", "로 봇", "AI는"]), rng),
-    lambda text, prompt, rng: _insert(text, prompt[: rng.choice([19, 20, 21])], rng),
-    lambda text, prompt, rng: normalize("NFD", text),
-    lambda text, prompt, rng: text.replace(" ", rng.choice(["", "\n", "\t", "\u3000"])),
-]
-
 
 if __name__ == "__main__":
     main()

@@ -6,10 +6,8 @@ machine's load affects all of them.
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -56,15 +54,13 @@ def body(number: int) -> dict[str, Any]:
 
 def ours(url: str, requests: int, in_flight: int) -> float:
     """`generate` with everything on: ids, journals, fsync, limits and budget. Returns the seconds of the requests."""
-    from benchmarks.runs import recipe_for, run_quietly
-    from pipeline.rundir import RunDir
+    from benchmarks.runs import fresh, run_quietly
 
     limits = {"requests_per_minute": 10_000_000, "tokens_per_minute": 10_000_000_000}
     settings = {"concurrency": in_flight, **limits}
     teacher, budget = {"price": {"input": 0.1, "output": 0.4}}, {"usd": 10_000, "tokens": 10**12}
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_for(Path(folder), url, requests, teacher, generate=settings, budget=budget)
-        summary = run_quietly(recipe, RunDir(Path(folder) / "run"))
+    with fresh(url, requests, teacher, generate=settings, budget=budget) as (recipe, run):
+        summary = run_quietly(recipe, run)
         assert summary.answered == requests, summary
         return summary.wall_s
 

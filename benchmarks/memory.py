@@ -1,12 +1,10 @@
 """`python -m benchmarks.memory`: peak resident memory of runs of very different length: it must not grow with them."""
 
-import tempfile
 from pathlib import Path
 
 from benchmarks.http_server import running
 from benchmarks.measure import flags, measured
-from benchmarks.runs import recipe_for, run_quietly
-from pipeline.rundir import RunDir
+from benchmarks.runs import fresh, run_quietly
 
 
 def main() -> None:
@@ -14,9 +12,7 @@ def main() -> None:
     peaks: dict[tuple[int, str], float] = {}
     with running("benchmarks.stub", "--delay-ms", 0, "--completion-tokens", 1) as url:
         for requests in map(int, options.requests.split(",")):
-            with tempfile.TemporaryDirectory() as folder:
-                recipe = recipe_for(Path(folder), url, requests, generate={"concurrency": options.in_flight})
-                run = RunDir(Path(folder) / "run")
+            with fresh(url, requests, generate={"concurrency": options.in_flight}) as (recipe, run):
                 for state in ("fresh", "resumed"):
                     if state == "resumed":
                         cut_half(run.completions)

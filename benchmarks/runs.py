@@ -1,6 +1,9 @@
 """Recipes of numbered questions, runs of `generate` on them, and what these send and when they are answered."""
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -24,6 +27,15 @@ def recipe_for(folder: Path, url: str, requests: int, teacher: dict[str, Any] | 
         file.writelines(json.dumps({"prompt": question(number)}) + "\n" for number in range(requests))
     about = {"model": MODEL, "base_url": url, **(teacher or {})}
     return Recipe.model_validate({"name": "bench", "teacher": about, "prompts": {"file": path}, **sections})
+
+
+@contextmanager
+def fresh(
+    url: str, requests: int, teacher: dict[str, Any] | None = None, **sections: Any
+) -> Iterator[tuple[Recipe, RunDir]]:
+    """Such a recipe and an empty run directory, for the time of the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield recipe_for(Path(folder), url, requests, teacher, **sections), RunDir(Path(folder) / "run")
 
 
 def run_quietly(recipe: Recipe, run: RunDir) -> Summary:

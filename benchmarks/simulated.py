@@ -9,16 +9,13 @@ requests grows as the step shrinks, so that every run takes about as long as the
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
 from benchmarks.http_server import running
 from benchmarks.measure import flags, measured, show, steady_seconds
-from benchmarks.runs import answer_ends, bodies, recipe_for, run_quietly
+from benchmarks.runs import answer_ends, bodies, fresh, run_quietly
 from benchmarks.simulator import ENGINE, LENGTHS, answer_tokens, ideal_ends
-from pipeline.rundir import RunDir
 
 HOLDS = 0.98
 STEPS_MS = (ENGINE["step_ms"], 15.0, 10.0, 7.5, 6.0, 5.0, 4.0, 3.0)  # of a decoding step, for `--bind`
@@ -56,10 +53,11 @@ def once(options: argparse.Namespace, requests: int, processes: int, level: str,
     """One run on a fresh simulator and a fresh run directory."""
     server = ["--replicas", options.replicas, "--slots", options.slots, "--step-ms", step_ms]
     server += ["--no-metrics"] if options.no_metrics else []
-    with tempfile.TemporaryDirectory() as folder, running("benchmarks.simulator", *server) as url:
-        settings = {"concurrency": level, "processes": processes}
-        recipe = recipe_for(Path(folder), url, requests, sampling={"max_tokens": 500}, generate=settings)
-        run = RunDir(Path(folder) / "run")
+    settings = {"concurrency": level, "processes": processes}
+    with (
+        running("benchmarks.simulator", *server) as url,
+        fresh(url, requests, sampling={"max_tokens": 500}, generate=settings) as (recipe, run),
+    ):
         summary, _, cpu_s, _ = measured(run_quietly, recipe, run)
         assert summary.answered == requests, summary
         tokens = [answer_tokens(body) for body in bodies(recipe)]  # the answers that the simulator gives

@@ -4,15 +4,12 @@
 """
 
 import argparse
-import tempfile
-from pathlib import Path
 from statistics import median
 
 from benchmarks.http_server import running
 from benchmarks.measure import flags, question
-from benchmarks.runs import answer_ends, recipe_for, run_quietly
+from benchmarks.runs import answer_ends, fresh, run_quietly
 from pipeline.records import Failure, read_jsonl
-from pipeline.rundir import RunDir
 
 
 def main() -> None:
@@ -32,11 +29,9 @@ def main() -> None:
 
 def once(url: str, options: argparse.Namespace, stuck: list[str]) -> float:
     """Answers per second, from the first to the last. Exactly the requests of the `stuck` questions must fail."""
-    with tempfile.TemporaryDirectory() as folder:
-        limits = {"request_timeout_s": options.timeout_s, "deadline_s": 2 * options.timeout_s}
-        settings = {"concurrency": options.in_flight, **limits}
-        run = RunDir(Path(folder) / "run")
-        summary = run_quietly(recipe_for(Path(folder), url, options.requests, generate=settings), run)
+    limits = {"request_timeout_s": options.timeout_s, "deadline_s": 2 * options.timeout_s}
+    with fresh(url, options.requests, generate={"concurrency": options.in_flight, **limits}) as (recipe, run):
+        summary = run_quietly(recipe, run)
         assert (summary.answered, summary.failed) == (options.requests - len(stuck), len(stuck)), summary
         failed = [(line.error, line.messages[0].content) for line in read_jsonl(run.failures, Failure)]
         assert failed == [("timeout", prompt) for prompt in stuck], failed

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.measure import flags, show
+from benchmarks.measure import flags, question, show
 from benchmarks.simulator import LENGTHS
 from pipeline.models import resolve_model
 from pipeline.rundir import RunDir
@@ -28,10 +28,7 @@ from pipeline.train_config import TrainConfig
 from train.rows import read_rows, to_examples
 from train.trainer import Examples, lora_config, prepare
 
-ANIMALS = ["Toby the rabbit", "a small brown bear", "Mimi the cat", "the old owl", "a shy hedgehog", "the gentle fox"]
-DEEDS = ["found", "carried", "looked for", "gave away", "painted", "hid", "shared", "dreamt of", "fixed"]
-THINGS = ["a red kite", "the last carrot", "a round stone", "a letter", "the warm lamp", "a boat of bark", "an acorn"]
-PLACES = ["by the river", "under the oak", "in the snow", "behind the hill", "at the market", "in the quiet garden"]
+WORDS = ["Toby", "the", "rabbit", "found", "a", "red", "kite", "by", "old", "oak", "in", "snow", "and", "hid", "it"]
 WORDS_PER_TOKEN = 0.8
 
 
@@ -104,22 +101,15 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
 
 
 def made_up_rows(count: int) -> list[dict[str, Any]]:
-    """Stories without sense, as long as answers of a real run are."""
+    """Words without sense, as long as answers of a real run are."""
     rng = random.Random(0)
-
-    def story(tokens: int) -> str:
-        words: list[str] = []
-        while len(words) < tokens * WORDS_PER_TOKEN:
-            sentence = f"{' '.join(map(rng.choice, (ANIMALS, DEEDS, THINGS, PLACES)))}."
-            words += (sentence[0].upper() + sentence[1:]).split()
-        return " ".join(words)
-
+    stories = (rng.choices(WORDS, k=round(rng.choice(LENGTHS) * WORDS_PER_TOKEN)) for _ in range(count))
     return [
         {
-            "prompt": [{"role": "user", "content": f"Write a story about {rng.choice(ANIMALS)}, {number}."}],
-            "completion": [{"role": "assistant", "content": story(rng.choice(LENGTHS))}],
+            "prompt": [{"role": "user", "content": question(number)}],
+            "completion": [{"role": "assistant", "content": " ".join(story)}],
         }
-        for number in range(count)
+        for number, story in enumerate(stories)
     ]
 
 

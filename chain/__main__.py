@@ -8,6 +8,7 @@ same command goes on after an interrupt.
 import time
 from contextlib import nullcontext
 
+from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, stage, teacher
 from generate.run import pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     heading(4, "evaluate: what the student became")
     stage("evaluate", run, options.recipe, options.flags)
 
+    print("", *last_words(recipe, options.recipe, run), sep="\n", flush=True)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds} s. The report: {run.report_html}", flush=True)
     if code == REQUESTS_FAILED:

@@ -14,10 +14,11 @@ from pipeline.checks import Checklist
 from pipeline.errors import DataError
 from pipeline.rundir import RunDir, replacing
 
-SCHEMA = 3
+SCHEMA = 4
 
-# What figures are of: the test answers, the served model (speed and memory), and the probes (see ProbeSet).
-Part = Literal["test", "engine", "all", "seen", "unseen"]
+# What figures are of: the test answers, the served model (speed and memory), the probes (see ProbeSet), and the prompts
+# whose answers are verified (see Accuracy).
+Part = Literal["test", "engine", "all", "seen", "unseen", "verified", "verified_unseen"]
 Better = Literal["higher", "lower"]
 File = TypeVar("File")
 
@@ -56,8 +57,10 @@ SCORES = {  # of texts that are given to the model (docs/evaluation.md says what
     "perplexity": Measure("perplexity", number, "lower"),
     "bits_per_character": Measure("bits per character", "{:.3f}".format, "lower"),
 }
-ENGINE = {  # of a served model
-    "tokens_per_s": Measure("tokens/s, saturated", number, "higher"),  # from the slowest repetition to the fastest
+VERIFIED = {"accuracy": Measure("right answers", "{:.1%}".format, "higher")}  # share of the prompts
+ENGINE = {  # of a served model; the first two from the slowest repetition to the fastest
+    "answers_per_s": Measure("answers/s, as it is asked", number, "higher"),
+    "tokens_per_s": Measure("tokens/s, saturated", number, "higher"),
     "tokens_per_s_alone": Measure("tokens/s, alone", number, "higher"),
     "first_token_s": Measure("first token, ms", lambda seconds: f"{1000 * seconds:,.0f}", "lower"),
     "completion_tokens": Measure("tokens per timed answer", number, None),
@@ -77,7 +80,7 @@ PROBES = {  # of a model's answers to the probes; shares are from 0 to 1, of the
     "characters": Measure("characters per answer", number, None),
     "judge": Measure("judge’s mean, 1 to 5", number, "higher"),
 }
-MEASURES = SCORES | ENGINE | PROBES
+MEASURES = SCORES | VERIFIED | ENGINE | PROBES
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -128,7 +131,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     not shown    chance may explain it: the promised figure lies within the interval, or the prompts are too few
     """
 
-    name: str  # quality_bits, quality_probes, quality_judge, size, speed, memory
+    name: str  # quality_accuracy, or quality_bits, quality_probes and quality_judge; size, speed, memory
     axis: Literal["quality", "speed", "memory"]
     text: str  # for people: `bits per character: the teacher's over the student's`
     promised: float  # the ratio that is promised at least: 0.9 of the quality, 3 times smaller or faster
@@ -213,6 +216,7 @@ class Answer(msgspec.Struct, frozen=True):
     finish_reason: str = ""
     dropped_by: dict[str, str] = {}  # why the recipe's rules would drop it, by rule; empty: it passes
     score: float | None = None  # the judge's, 1 to 5
+    right: bool | None = None  # by evaluate.verify, whose rules `dropped_by` then has; None: not verified
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -221,6 +225,21 @@ class Sample(msgspec.Struct, frozen=True):
     prompt: str
     answers: list[Answer]
     part: Part = "seen"
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """What `evaluate.verify` says of the models, apart from their figures of `verified` and `verified_unseen`.
+
+    `told` is the student before training once more, told what the teacher is told. It is not in `Report.models`.
+    """
+
+    rules: list[dict[str, Any]]  # with their settings
+    prompts: dict[Part, int]  # that every model has answered: test prompts, and those of `evaluate.probes_file`
+    told: ModelReport | None = None
+    over_teacher: dict[Part, Estimate] = {}  # the trained student's share of right answers over the teacher's, paired
+    categories: dict[str, dict[str, Estimate]] = {}  # category: model: share of right answers
+    wrong: dict[str, dict[str, float]] = {}  # model: reason: share of all its answers
+    samples: list[Sample] = []
 
 
 class LossPoint(msgspec.Struct, frozen=True):
@@ -276,6 +295,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     probes: ProbeSet | None = None  # None: no probe was answered
     differences: list[Difference] = []  # student after against before, and against the teacher
     checklist: Checklist = Checklist()
+    accuracy: Accuracy | None = None  # None: nothing is verified
+    tasks: dict[str, dict[str, Estimate]] = {}  # task and metric of lm-eval: model: its figure
     wins: list[WinRate] = []  # the same pairs, by the judge; empty without a judge
 
 

@@ -14,15 +14,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+import msgspec
 
 from pipeline.adapters import MERGED_FROM, merge_adapter
 from pipeline.address import is_loopback
+from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DataError, DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
+from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir, replacing_folder
 from serve.command import build_command
 from serve.machine import detect
@@ -33,6 +37,9 @@ GIB = 1 << 30
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
+
+
+Asked = TypeVar("Asked", Prompt, Kept)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,19 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
         Subject(AFTER, "student after", reference, *after),
         *(_other(f"other_{number}", other) for number, other in enumerate(recipe.evaluate.models, start=1)),
     ]
+
+
+def as_asked(recipe: Recipe, subject: Subject, asked: Sequence[Asked], *, told: bool = False) -> list[Asked]:
+    """Prompts, or rows, as a model is asked them: the teacher is told what the recipe tells it, a student is not.
+
+    `told`: a student is, too.
+    """
+    told = told or subject.key == TEACHER
+    turns = [
+        told_to_teacher(one.messages, recipe.teacher) if told else asked_of_student(one.messages, recipe.student)
+        for one in asked
+    ]
+    return [msgspec.structs.replace(one, messages=own) for one, own in zip(asked, turns, strict=True)]
 
 
 def _other(key: str, reference: str) -> Subject:
@@ -228,13 +248,14 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     where float32 took 17.1 and 15.9 (32 rows, 2 shared cores). It moved the perplexity by +0.2%, Qwen2.5-Coder-0.5B's
     by -0.06%. Other CPUs emulate bfloat16, slowly: float32, unless the largest model would not fit.
     """
+    import psutil
     import torch
 
     if torch.cuda.is_available():
         return ("bfloat16" if torch.cuda.is_bf16_supported() else "float16"), "cuda"
     weights = [measure_weights(subject.folder) for subject in models if subject.folder is not None]
     largest = max((w.parameters for w in weights if w), default=0)
-    fits = largest * FLOAT32_BYTES < total_memory() * MEMORY_SHARE
+    fits = largest * FLOAT32_BYTES < psutil.virtual_memory().total * MEMORY_SHARE
     return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
 
 
@@ -251,13 +272,9 @@ def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | N
     return dtype, values * size if values and size else None
 
 
-def total_memory() -> int:
-    """Bytes of memory this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def describe_machine() -> dict[str, str]:
     """What the figures were measured on; nothing that names the machine or its owner."""
+    import psutil
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -268,6 +285,6 @@ def describe_machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu[1] if cpu else platform.processor() or "unknown",
         "cores": str(os.cpu_count()),
-        "memory": f"{total_memory() / GIB:.0f} GiB",
+        "memory": f"{psutil.virtual_memory().total / GIB:.0f} GiB",
         "python": platform.python_version(),
     } | ({"gpu": ", ".join(gpus)} if gpus else {})

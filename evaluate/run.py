@@ -6,16 +6,19 @@ evaluation/ or measured and written there, so a stopped evaluation continues whe
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from evaluate.document import Report, read_report
+from evaluate.figures.accuracy import verify_rules
 from evaluate.figures.quality import probe_answers
+from evaluate.measure.lm_eval import find_command, measure_tasks
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
-from evaluate.measure.probes import choose_probes
+from evaluate.measure.probes import choose_probes, choose_questions
 from evaluate.measure.results import (
     FOLDER,
     Entry,
@@ -25,10 +28,18 @@ from evaluate.measure.results import (
     ProbeResult,
     Results,
     SpeedResult,
+    TaskResult,
     read_test,
 )
-from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
-from evaluate.models import TEACHER, Subject, choose_precision, digest_subject, subjects
+from evaluate.measure.serving import (
+    answer_probes,
+    answer_questions,
+    measure_speed,
+    recipe_for,
+    serve_subject,
+    speed_prompts,
+)
+from evaluate.models import AFTER, BEFORE, TEACHER, Subject, as_asked, choose_precision, digest_subject, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
@@ -38,7 +49,7 @@ from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
 
 
@@ -61,16 +72,28 @@ def evaluate_run(
         if subject.missing:
             say(f"{subject.label}: not available: {subject.missing}")
     measure = not report_only
+    if recipe.evaluate.lm_eval and measure and speed:
+        find_command()
     scored = _score(plan, "perplexity", plan.rows, "test answers", measure=measure)
-    timed, probed = _serve(plan, measure=measure and speed)
+    served = {subject.key: _serve_one(plan, subject, measure=measure and speed) for subject in plan.models}
+    probed = _answers(served, "probes")
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
-    results = Results(scored, unseen, timed, probed, judged)
-    if not (scored or timed or probed):
+    told = {f"{key}_told": result for key, result in _answers(served, "verify-told").items()}
+    results = Results(
+        scored=scored,
+        unseen=unseen,
+        timed={key: one.speed for key, one in served.items() if one.speed},
+        probed=probed,
+        verified=_answers(served, "verify") | told,
+        tasks={key: one.tasks for key, one in served.items() if one.tasks},
+        judged=judged,
+    )
+    if not (scored or results.timed or probed or results.verified):
         raise UsageError(f"{run.path / FOLDER}: nothing measured yet; run evaluate without --report-only")
 
     old = read_report(run)
-    current = old and old.fingerprint == report_fingerprint(recipe, run, results) and run.report_html.is_file()
+    current = old and old.fingerprint == report_fingerprint(plan, results) and run.report_html.is_file()
     if old and current and measure and not problem:
         say(f"{run.report}: the report is up to date (--force measures again)")
         return old
@@ -98,6 +121,8 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         rows=rows,
         timing=speed_prompts(recipe, run, rows),
         probes=choose_probes(recipe, run, test_rows),
+        verify=verify_rules(recipe, recipe_path),
+        questions=choose_questions(recipe, run),
         dtype=dtype,
         device=device,
         weights={subject.key: digest_subject(subject) for subject in models},
@@ -109,52 +134,95 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
     """How every model scores the rows."""
     found = {}
     for subject in (model for model in plan.models if rows and model.folder):
-        entry = plan.entry(name, subject, rows)
+        asked = as_asked(plan.recipe, subject, rows)
+        entry = plan.entry(name, subject, asked)
         result = None if plan.force else entry.read(PerplexityResult)
         if result is None and measure:
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
-            result = entry.write(measure_perplexity(subject, rows, dtype=plan.dtype, device=plan.device))
+            result = entry.write(measure_perplexity(subject, asked, dtype=plan.dtype, device=plan.device))
         if result:
             found[subject.key] = result
     return found
 
 
-def _serve(plan: Plan, *, measure: bool) -> tuple[dict[str, SpeedResult], dict[str, ProbeResult]]:
-    """Speed and probes of every model."""
-    timed: dict[str, SpeedResult] = {}
-    probed: dict[str, ProbeResult] = {}
-    for subject in plan.models:
-        speed, answers = _serve_one(plan, subject, measure=measure)
-        timed |= {subject.key: speed} if speed else {}
-        probed |= {subject.key: answers} if answers else {}
-    return timed, probed
+class Interview(NamedTuple):
+    """Prompts that one model answers."""
+
+    name: str  # probes; verify; verify-told: a student that is told what the teacher is told
+    prompts: list[Prompt]
+    asked: list[Prompt]  # the same, as this model is asked them
+    timed: int  # how many of them, from the first, are asked again to time the answers
+    entry: Entry
+
+    def ask(self, recipe: Recipe, folder: Path) -> ProbeResult:
+        """Asks the recipe's teacher, which may be a server of ours."""
+        if self.name == "probes":
+            return answer_probes(recipe, folder / self.name, self.prompts, self.asked)
+        return answer_questions(recipe, folder / self.name, self.prompts, self.asked, self.asked[: self.timed])
 
 
-def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedResult | None, ProbeResult | None]:
-    """Speed and probes of one model, on one server; a teacher elsewhere is asked where it is, and not timed."""
-    recipe, prompts, fresh = plan.recipe, plan.probes.all, plan.force and measure
-    timing, probing = plan.entry("speed", subject, plan.timing), plan.entry("probes", subject, prompts)
-    here, probes = subject.folder is not None, plan.answers_probes(subject)
+def _interviews(plan: Plan, subject: Subject) -> list[Interview]:
+    """What a model is asked. A teacher elsewhere is asked only if the recipe says so, and not timed."""
+    recipe, here = plan.recipe, subject.folder is not None
+    if not here and not (subject.key == TEACHER and recipe.evaluate.ask_teacher):
+        return []
+    told = [True] if subject.key == BEFORE and (recipe.teacher.system or recipe.teacher.examples) else []
+    timed = len(plan.questions.seen) if here and subject.key in (TEACHER, AFTER) else 0
+    rounds = [("probes", plan.probes.all, False, 0), ("verify", plan.questions.all, False, timed)]
+    rounds += [("verify-told", plan.questions.all, True, 0)] * len(told)
+    found = []
+    for name, prompts, telling, again in rounds:
+        if prompts:
+            asked = as_asked(recipe, subject, prompts, told=telling)
+            found.append(Interview(name, prompts, asked, again, plan.entry(name, subject, asked)))
+    return found
+
+
+class Served(NamedTuple):
+    """What needs a server, of one model."""
+
+    speed: SpeedResult | None
+    answers: dict[str, ProbeResult]  # by interview
+    tasks: TaskResult | None
+
+
+def _answers(served: Mapping[str, Served], name: str) -> dict[str, ProbeResult]:
+    return {key: one.answers[name] for key, one in served.items() if name in one.answers}
+
+
+def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> Served:
+    """Speed, answers and tasks of one model, on one server; the answers of a teacher elsewhere."""
+    recipe, fresh, here = plan.recipe, plan.force and measure, subject.folder is not None
+    interviews, timing = _interviews(plan, subject), plan.entry("speed", subject, plan.timing)
     speed = timing.read(SpeedResult) if here and not fresh else None
-    answers = probing.read(ProbeResult) if probes and not fresh else None
-    lacks_speed, lacks_answers = measure and here and not speed, measure and probes and not answers
-    if lacks_answers and not here:
-        say(f"{subject.label}: {len(prompts)} probes, asked at {recipe.teacher.url}")
-        return None, probing.write(answer_probes(recipe, plan.run.path / FOLDER / "asked-teacher", prompts))
-    if not lacks_speed and not lacks_answers:
-        return speed, answers
+    testing = plan.entry("tasks", subject, [])
+    tests = here and bool(recipe.evaluate.lm_eval)
+    tasks = testing.read(TaskResult) if tests and not fresh else None
+    found = {} if fresh else {one.name: one.entry.read(ProbeResult) for one in interviews}
+    answers = {name: result for name, result in found.items() if result}
+    missing = [one for one in interviews if measure and one.name not in answers]
+    lacks_speed, lacks_tasks = measure and here and not speed, measure and tests and not tasks
+    if not (lacks_speed or lacks_tasks or missing):
+        return Served(speed, answers, tasks)
+    wanted = ["its speed"] * lacks_speed + [f"{len(one.prompts)} prompts ({one.name})" for one in missing]
+    wanted += recipe.evaluate.lm_eval * lacks_tasks
+    if not here:
+        say(f"{subject.label}: {' and '.join(wanted)}, asked at {recipe.teacher.url}")
+        asked = plan.run.path / FOLDER / "asked-teacher"
+        return Served(None, answers | {one.name: one.entry.write(one.ask(recipe, asked)) for one in missing}, None)
     url = recipe.teacher.url
     if lacks_speed and is_loopback(url) and is_port_open(url):
         say(f"warning: something answers at {url}; stop it, or it takes its share of the speed")
-    wanted = ["its speed"] * lacks_speed + [f"{len(prompts)} probes"] * lacks_answers
     say(f"{subject.label}: starting vLLM, about a minute, for {' and '.join(wanted)}")
     with serve_subject(recipe, plan.run, subject) as (server, folder):
         if lacks_speed:
             speed = timing.write(measure_speed(recipe, server, folder, plan.timing))
             say(f"{subject.label}: {min(speed.rates):.1f} to {max(speed.rates):.1f} tokens/s")
-        if lacks_answers:
-            answers = probing.write(answer_probes(recipe_for(recipe, server), folder / "probes", prompts))
-    return speed, answers
+        for one in missing:
+            answers[one.name] = one.entry.write(one.ask(recipe_for(recipe, server), folder))
+        if lacks_tasks:
+            tasks = testing.write(measure_tasks(recipe, server, folder))
+    return Served(speed, answers, tasks)
 
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
@@ -192,6 +260,7 @@ def _record(run: RunDir, report: Report) -> None:
         "created": report.created,
         "headline": headline.text,
         "perplexity": {m.key: own.value for m in report.models if (own := m.figure("test", "perplexity"))},
+        "right": {m.key: own.value for m in report.models if (own := m.figure("verified", "accuracy"))},
         "promise": {claim.name: claim.verdict for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,

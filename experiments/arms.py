@@ -24,6 +24,7 @@ from filters.rows import filtered_rows
 from filters.trials import parse_shares
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
+from pipeline.conversation import Turn
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe, load_recipe
@@ -261,7 +262,7 @@ def read_human(path: Path, system: str | None) -> list[Kept]:
         if not answer.content.strip():
             raise DataError(f"{path}: row {number}: the answer is empty")
         try:
-            prompt = make_prompt(PromptRow(messages=question), system)
+            prompt = make_prompt(PromptRow(messages=[Turn(turn.role, turn.content) for turn in question]), system)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {error}") from None
         rows.append(answer_row("human", prompt, answer.content))

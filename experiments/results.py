@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
+from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
     common_rows,
     difference,
@@ -20,7 +21,7 @@ from evaluate.figures.quality import (
     probe_answers,
 )
 from evaluate.figures.statistics import Figure, Figures, merged
-from evaluate.measure.probes import choose_probes
+from evaluate.measure.probes import choose_probes, choose_questions
 from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
 from evaluate.models import AFTER, BEFORE, TEACHER
 from evaluate.report.charts import dot_panel
@@ -31,6 +32,7 @@ from pipeline.errors import DataError
 from pipeline.rundir import replacing
 
 COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared in
+    "verified": ("accuracy",),
     "test": ("perplexity", "bits_per_character"),
     "all": ("passing", "adherence", "loops", "judge"),
 }
@@ -109,6 +111,7 @@ def _columns(setup: Setup, prepared: Prepared, others: Mapping[str, ModelReport]
     scored = _cached(prepared.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
     figures = merged(perplexity_figures(scores), _probe_figures(setup, prepared.arms))
+    figures = merged(figures, _accuracy_figures(setup, prepared.arms))
     columns = []
     for part, name in ((part, name) for part, names in COMPARED.items() for name in names):
         arms = {arm: own[name] for arm, own in figures.items() if name in own}
@@ -134,6 +137,15 @@ def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
     scores = {name: result.scores.get(AFTER, {}) for name, result in judged.items()}
     rules, answers = recipe_rules(setup.recipe, setup.path), probe_answers(prompts, probed)
     return measure_quality(setup.recipe, rules, prompts, answers, scores).figures.get("all", {})
+
+
+def _accuracy_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
+    """How often the arms' students are right, if the recipe verifies answers."""
+    answered = _cached(arms, f"verify-{AFTER}", ProbeResult)
+    if not answered:
+        return {}
+    questions, rules = choose_questions(setup.recipe, arms[0].run), verify_rules(setup.recipe, setup.path)
+    return accuracy_figures(verify(rules, questions, answered)).get("verified", {})
 
 
 def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:

@@ -2,19 +2,21 @@
 
 import unicodedata
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from pipeline.records import Completion, Json, Slots
+from pipeline.records import Completion, Json, Reason, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
 Nfc = Annotated[str, AfterValidator(nfc)]  # a setting that is compared with an answer
 
+UNVERIFIED = "unverified"  # the rule of a reason to drop an answer that could not be checked: not the answer's fault
+
 
 class Answer(msgspec.Struct, frozen=True):
-    """One answer under judgement. `text` and `instruction` are in Unicode's form NFC; the record itself is not changed.
+    """One answer under judgement. Its texts are in Unicode's form NFC; the record itself is not changed.
 
     A teacher may write a Hangul syllable as one character or as two or three (NFD); NFC makes both one.
     """
@@ -30,10 +32,24 @@ class Answer(msgspec.Struct, frozen=True):
     tool_calls: list[Json] = []
 
 
+class Verified(NamedTuple):
+    """What a rule may return in place of a reason, where it knows more than whether the answer is right."""
+
+    reason: Reason | None = None  # why the answer is dropped; None: it passes
+    score: float | None = None  # how good the answer is; higher is better
+    result: str | None = None  # the answer or what came of it, normalised: equal for answers that say the same
+
+
 class RuleSettings(BaseModel):
     """Base of a rule's settings: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextSettings(RuleSettings):
+    """Base of the settings of a rule that reads a text: the answer's own, or the reasoning before it."""
+
+    of: Literal["text", "reasoning"] = Field("text", exclude=True)  # the rule's label says it
 
 
 def as_answer(row: Completion) -> Answer:
@@ -47,6 +63,6 @@ def as_answer(row: Completion) -> Answer:
         row.reference,
         row.columns,
         row.tools,
-        row.reasoning,
+        nfc(row.reasoning),
         row.tool_calls,
     )

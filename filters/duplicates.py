@@ -6,17 +6,17 @@ look alike again; writes nothing.
 """
 
 from array import array
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from filters.minhash import Array, agreement, jaccard, least_agreement
-from filters.sketches import Kind, Reader, Sketches, Source, View
+from filters.sketches import Kind, Reader, Sketches, Source, thresholds
 from pipeline.errors import RecipeError
 from pipeline.recipe import DedupConfig
 from pipeline.records import Reason
@@ -71,16 +71,18 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
     return sources
 
 
-def exact_copies(sketches: Sketches, config: DedupConfig) -> dict[int, int | None]:
+def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int]) -> dict[int, int | None]:
     """This run's rows, numbered from 0, that the judge need not be paid for, as they are the same as another row; and
     the row of this run that is judged for them. None: the other row is an evaluation's or another run's.
+
+    Rows in `gone` are left out.
     """
-    own = sketches.first[-2]
+    own, rows = sketches.first[-2], sketches.rows
     copies: dict[int, int | None] = {}
     if config.exact:
-        order = np.lexsort((sketches.rows.ids, sketches.kinds))
-        digests = sketches.rows.views[0].digests
-        _, first, group = np.unique(digests[order], return_index=True, return_inverse=True)
+        order = np.lexsort((rows["id"], sketches.kinds))
+        order = order[~np.isin(order, [own + row for row in gone])]
+        _, first, group = np.unique(rows["answer"]["digest"][order], return_index=True, return_inverse=True)
         for row, original in zip(order.tolist(), order[first[group]].tolist(), strict=True):
             if row >= own and row != original:
                 copies[row - own] = original - own if original >= own else None
@@ -94,96 +96,79 @@ def find_duplicates(
 
     Rows in `gone` are left out. `scores` are the judge's by row, the higher the better; a row without one counts as 0.
     """
-    own, evaluated = sketches.first[-2], int(np.count_nonzero(sketches.kinds == Kind.EVALUATION))
-    better, alive = np.zeros(sketches.first[-1], np.float32), np.ones(sketches.first[-1], bool)
+    own, rows, kinds = sketches.first[-2], sketches.rows, sketches.kinds
+    evaluated = int(np.count_nonzero(kinds == Kind.EVALUATION))
+    better, alive = np.zeros(len(rows), np.float32), np.ones(len(rows), bool)
     better[[own + row for row in scores]] = list(scores.values())
     alive[[own + row for row in gone]] = False
-    order = np.lexsort((sketches.rows.ids, -better, sketches.kinds))
-    order = order[alive[order]]
+    order = np.lexsort((rows["id"], -better, kinds))
     found: dict[int, Reason] = {}
+    same = {"answer": config.exact, "prompt": config.prompts is not None}  # whether they may be like one of this run
     with ExitStack() as stack:
-        reader = Reader(sketches, config.ngram, stack)
-        asked = (  # of answers, then of prompts: only rows under `compared` are found
-            ("answer", None if config.exact else evaluated, config.near, reader.answer_ngrams),
-            ("prompt", evaluated if config.prompts is None else None, config.prompts, reader.prompt_ngrams),
-        )
+        reader = Reader(sketches, config, stack)
         searches = [
-            _Search(what, view, order, compared, threshold, ngrams_of)
-            for view, (what, compared, threshold, ngrams_of) in zip(sketches.rows.views, asked, strict=False)
+            _Search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
+            for what, threshold in thresholds(config).items()
         ]
-        for position, row in enumerate(order.tolist()):
-            matches = [match for search in searches if row >= own and (match := search.match(position, row))]
+        for row in order[alive[order]].tolist():
+            matches = [match for search in searches if row >= own and (match := search.match(row))]
             if matches:
                 match = next((match for match in matches if match.of < evaluated), matches[0])
                 found[row - own] = _reason(match, evaluated, sketches, reader)
             else:
                 for search in searches:
-                    search.add(position, row)
+                    search.add(row)
     return found
 
 
 class _Search:
-    """Finds the most similar to a row among the rows that stay, by their answers or their prompts."""
+    """Finds the most similar to a row among the rows that stay, by their answers or their prompts (`what`).
+
+    `alive` says whether a row may come at all; only rows under `compared` are found.
+    """
 
     def __init__(
-        self,
-        what: str,
-        view: View,
-        order: Array,
-        compared: int | None,
-        threshold: float | None,
-        ngrams_of: Callable[[int], Array],
+        self, what: str, texts: Array, alive: Array, compared: int, threshold: float | None, reader: Reader
     ) -> None:
-        """`order`: all rows, from the first that is to stay. Only rows under `compared` are found; None: all are."""
-        self._what, self._view, self._compared = what, view, compared
-        self._threshold, self._ngrams_of = threshold, ngrams_of
-        self._members: defaultdict[int, array[int]] = defaultdict(partial(array, "i"))  # rows that stay, by bucket
-        keys = view.bands[order] if view.bands.shape[1] else view.digests[order, None]
-        positions, buckets, taken = [], [], 0
-        for column in keys.T:  # rows with the same key share a bucket; a row alone in its bucket needs no look
-            _, group, counts = np.unique(column, return_inverse=True, return_counts=True)
-            shared = np.flatnonzero(counts[group] > 1)
-            positions.append(shared.astype(np.int32))
-            buckets.append((group[shared] + taken).astype(np.int32))
-            taken += len(counts)
-        joined = np.concatenate(positions)
-        sequence = np.argsort(joined, kind="stable")
-        self._buckets = np.concatenate(buckets)[sequence]
-        self._starts = np.searchsorted(joined[sequence], np.arange(len(order) + 1))
+        self._what, self._texts, self._compared, self._threshold = what, texts, compared, threshold
+        self._reader = reader
+        self._keys = texts["digest"][:, None] if threshold is None else texts["bands"]
+        self._shared = np.zeros(self._keys.shape, bool)  # keys that several rows have: no other one needs a look
+        for column in range(self._keys.shape[1]):
+            _, group, counts = np.unique(self._keys[alive, column], return_inverse=True, return_counts=True)
+            self._shared[alive, column] = counts[group] > 1
+        self._members: dict[int, array[int]] = {}  # rows that stay, by key
 
-    def _buckets_of(self, position: int) -> list[int]:
-        buckets: list[int] = self._buckets[self._starts[position] : self._starts[position + 1]].tolist()
-        return buckets
+    def _keys_of(self, row: int) -> list[int]:
+        keys: list[int] = self._keys[row][self._shared[row]].tolist()
+        return keys
 
-    def add(self, position: int, row: int) -> None:
+    def add(self, row: int) -> None:
         """Notes a row that stays."""
-        if self._compared is None or row < self._compared:
-            for bucket in self._buckets_of(position):
-                self._members[bucket].append(row)
+        if row < self._compared:
+            for key in self._keys_of(row):
+                self._members.setdefault(key, array("i")).append(row)
 
-    def match(self, position: int, row: int) -> Match | None:
+    def match(self, row: int) -> Match | None:
         """The row that stays and is most similar, the better one of equals; None if it is under the threshold."""
-        members = [self._members[bucket] for bucket in self._buckets_of(position) if bucket in self._members]
+        members = [self._members[key] for key in self._keys_of(row) if key in self._members]
         if not members:
             return None
         others = np.concatenate(members)
-        same = others[self._view.digests[others] == self._view.digests[row]]
-        if len(same):
-            return Match(self._what, int(same[0]), None)
-        if self._threshold is None or not self._view.bands.shape[1]:
-            return None
-        agreeing = agreement(self._view.glimpses[others], self._view.glimpses[row])
+        same = others[self._texts["digest"][others] == self._texts["digest"][row]]
+        if len(same) or self._threshold is None:
+            return Match(self._what, int(same[0]), None) if len(same) else None
+        agreeing = agreement(self._texts["glimpse"][others], self._texts["glimpse"][row])
         likely = dict.fromkeys(others[agreeing >= least_agreement(self._threshold)].tolist())
-        if not likely:
-            return None
-        mine = self._ngrams_of(row)
-        similarity, _, other = max((jaccard(mine, self._ngrams_of(other)), -n, other) for n, other in enumerate(likely))
-        return Match(self._what, other, similarity) if similarity >= self._threshold else None
+        ngrams = partial(self._reader.ngrams, text=self._what)
+        found = (Match(self._what, other, jaccard(ngrams(row), ngrams(other))) for other in likely)
+        best = max(found, key=attrgetter("similarity"), default=None)
+        return best if best and best.similarity and best.similarity >= self._threshold else None
 
 
 def _reason(match: Match, evaluated: int, sketches: Sketches, reader: Reader) -> Reason:
     index = sketches.source(match.of)
-    source, row_id = sketches.sources[index], reader.row(match.of).id
+    source, row_id = sketches.sources[index], reader.text(match.of).id
     rule = PROMPT if match.what == "prompt" else EXACT if match.similarity is None else NEAR
     return Reason(
         rule=CONTAMINATED if match.of < evaluated else rule,

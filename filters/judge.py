@@ -10,18 +10,20 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
-from pipeline.records import Completion, Failure, Message, Prompt, Reason, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing, write_jsonl
+from pipeline.records import Completion, Failure, Message, Prompt, Reason, read_jsonl, said
+from pipeline.rundir import RunDir, write_jsonl
+
+Verdict = TypeVar("Verdict")
 
 RULE = "judge"
 TEMPLATE = 1  # of the question below: another one is another version
@@ -76,10 +78,10 @@ def version_of(recipe: Recipe, config: JudgeConfig) -> str:
 
 def question(row: Completion, config: JudgeConfig) -> list[Message]:
     """What the judge is asked about a row."""
-    request = "\n\n".join(message.content for message in row.messages)
+    request = "\n\n".join(map(said, row.messages))
     criteria = "".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items())
     shape = ", ".join(f'"{name}": 1-5' for name in config.rubric)
-    content = QUESTION.format(criteria=criteria, request=request, answer=row.text, shape=shape)
+    content = QUESTION.format(criteria=criteria, request=request, answer=said(row), shape=shape)
     return [Message(role="user", content=content)]
 
 
@@ -95,44 +97,82 @@ def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
     return {name: said[name] for name in names}
 
 
+def ask_judge(
+    recipe: Recipe,
+    folder: Path,
+    prompts: Iterable[Prompt],
+    properties: dict[str, Any],
+    read: Callable[[Completion, int], Verdict | None],
+    *,
+    quiet: bool = True,
+    others: Iterable[RunDir] = (),
+) -> tuple[dict[str, Verdict], dict[str, str | None]]:
+    """Asks the judge about every prompt until `read` (of a reply and the attempt's number) can read its verdict.
+
+    Returns the verdicts by the prompts' ids; for those without one, why the last request failed (None: it was
+    answered). `prompts` is iterated once; `properties` and `others` are those of `judge_recipe`. A request that failed
+    for good in an earlier call is made again. Raises what `generate` raises; the next call goes on.
+    """
+    from generate.run import generate  # the client is slow to import, and most calls ask no judge
+
+    config = recipe.filters.judge
+    assert config is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts: dict[str, Verdict] = {}
+    attempts = attempt_runs(folder, config)
+    for attempt, asked in enumerate(attempts, start=1):
+        questions = folder / f"{attempt}.questions.jsonl"
+        write_jsonl(questions, prompts)
+        open_ids = dict.fromkeys(prompt.id for prompt in read_jsonl(questions, Prompt))  # a set in the prompts' order
+        if not open_ids:
+            return verdicts, {}
+        sharing = [*others, *(other for other in attempts if other != asked)]
+        asking = judge_recipe(recipe, config, questions, attempt, properties, sharing)
+        generate(asking, asked, quiet=quiet, retry_failures=True)
+        for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
+            if answer.prompt_id in open_ids and (verdict := read(answer, attempt)):
+                verdicts[answer.prompt_id] = verdict
+                del open_ids[answer.prompt_id]
+        prompts = (prompt for prompt in read_jsonl(questions, Prompt) if prompt.id not in verdicts)
+    errors = _errors(asked, open_ids)
+    return verdicts, {id_: errors.get(id_) for id_ in open_ids}
+
+
 def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet: bool = False) -> dict[str, Judgement]:
     """The judgements of the rows, by id: those there are, and the others asked for now.
 
     `rows` is iterated once. A request that failed for good in an earlier call is made again. Raises what `generate`
     raises; what was judged by then is kept, and the next call goes on.
     """
-    from generate.run import generate  # the client is slow to import, and most calls ask no judge
-
     config = recipe.filters.judge
     assert config is not None
     version = version_of(recipe, config)
-    folder = verdicts_folder(run, version)
-    folder.mkdir(parents=True, exist_ok=True)
     if is_teacher(recipe, config):
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
-    prompts: Iterable[Prompt] = (Prompt(id=row.id, messages=question(row, config)) for row in rows)
-    open_ids: dict[str, None] = {}  # a set in the rows' order
-    judgements: dict[str, Judgement] = {}
+    folder = verdicts_folder(run, version)
+    prompts = (Prompt(id=row.id, messages=question(row, config)) for row in rows)
     properties = {name: {"type": "integer", "enum": SCORES} for name in (*config.rubric, "score")}
-    attempts = attempt_runs(folder, config)
-    for attempt, asked in enumerate(attempts, start=1):
-        questions = folder / f"{attempt}.questions.jsonl"
-        open_ids = _write_questions(questions, prompts)
-        if not open_ids:
-            break
-        others = [other for other in attempts if other != asked]
-        try:
-            asking = judge_recipe(recipe, config, questions, attempt, properties, others)
-            generate(asking, asked, quiet=quiet, retry_failures=True)
-        except DistillError as error:
-            raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
-        for judgement in _verdicts(asked, open_ids, config, version, attempt):
-            judgements[judgement.id] = judgement
-            del open_ids[judgement.id]
-        prompts = (prompt for prompt in read_jsonl(questions, Prompt) if prompt.id not in judgements)
-    errors = _errors(asked, open_ids) if open_ids else {}
-    for id_ in open_ids:
-        why = errors.get(id_)
+
+    def read(answer: Completion, attempt: int) -> Judgement | None:
+        verdict = read_verdict(answer.text, config)
+        if verdict is None:
+            return None
+        score, seed = verdict.pop("score"), answer.sampling.get("seed")
+        return Judgement(
+            id=answer.prompt_id,
+            score=score,
+            criteria=verdict,
+            model=answer.model,
+            version=version,
+            seed=seed if isinstance(seed, int) else None,
+            attempts=attempt,
+        )
+
+    try:
+        judgements, unread = ask_judge(recipe, folder, prompts, properties, read, quiet=quiet)
+    except DistillError as error:
+        raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
+    for id_, why in unread.items():
         judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
     if same := undiscerning(judgements.values()):
@@ -218,7 +258,9 @@ def judge_recipe(
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": teacher.model_copy(update={"price": config.price or teacher.price}),
+            "teacher": teacher.model_copy(
+                update={"price": config.price or teacher.price, "system": None, "examples": []}
+            ),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,
@@ -241,36 +283,6 @@ def _left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
         usd=None if budget.usd is None else max(budget.usd - usd, 1e-12),
         tokens=None if budget.tokens is None else max(budget.tokens - tokens, 1),
     )
-
-
-def _write_questions(path: Path, prompts: Iterable[Prompt]) -> dict[str, None]:
-    """Writes an attempt's prompts. Returns their ids, a set in their order."""
-    ids: dict[str, None] = {}
-    with replacing(path) as file:
-        for prompt in prompts:
-            file.write(encode_line(prompt))
-            ids[prompt.id] = None
-    return ids
-
-
-def _verdicts(
-    asked: RunDir, wanted: Container[str], config: JudgeConfig, version: str, attempt: int
-) -> Iterator[Judgement]:
-    """The verdicts of an attempt that can be read, of the rows that it was about."""
-    for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-        verdict = read_verdict(answer.text, config) if answer.prompt_id in wanted else None
-        if verdict:
-            score = verdict.pop("score")
-            seed = answer.sampling.get("seed")
-            yield Judgement(
-                id=answer.prompt_id,
-                score=score,
-                criteria=verdict,
-                model=answer.model,
-                version=version,
-                seed=seed if isinstance(seed, int) else None,
-                attempts=attempt,
-            )
 
 
 def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:

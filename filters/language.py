@@ -10,11 +10,11 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from filters.answer import Answer, RuleSettings
+from filters.answer import Answer, TextSettings
 from pipeline.records import Reason
 
 
-class LanguageSettings(RuleSettings):
+class LanguageSettings(TextSettings):
     allowed: list[str] = Field(min_length=1)  # ISO 639-1 codes: [ko]
     min_probability: float = Field(0.0, ge=0, le=1)  # of the language found; a short or mixed text gets a low one
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from filters.answer import Answer, RuleSettings, nfc
+from filters.answer import Answer, TextSettings, nfc
 from pipeline.records import Reason
 
 CLOSING_CHARS = 200  # how much of the end is searched for a closing remark
@@ -103,7 +103,7 @@ def _regular(pattern: str) -> str:
 Pattern = Annotated[str, AfterValidator(_regular)]
 
 
-class MetaTalkSettings(RuleSettings):
+class MetaTalkSettings(TextSettings):
     patterns: list[Pattern] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
     builtin: bool = True  # False: only your own
 

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,8 @@ def ngram_hashes(text: str, n: int) -> Array:
     """Hashes (uint64) of every run of n characters of a text that has at least n."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     count = len(codes) - n + 1
-    hashes = codes[:count].copy()
-    for place in range(1, n):
+    hashes = np.zeros(count, np.uint64)
+    for place in range(n):
         hashes *= _BASE
         hashes += codes[place : place + count]
     hashes ^= hashes >> np.uint64(29)
@@ -70,9 +71,7 @@ def ngrams(folded: str, n: int) -> Array:
     """The set of a text's n-grams, as sorted hashes. A text under n characters counts as one n-gram."""
     hashes = ngram_hashes(folded.ljust(n), n)
     hashes.sort()
-    last = np.ones(len(hashes), dtype=bool)  # of equal hashes
-    np.not_equal(hashes[1:], hashes[:-1], out=last[:-1])
-    return np.asarray(hashes[last])
+    return np.concatenate((hashes[:1], hashes[1:][hashes[1:] != hashes[:-1]]))
 
 
 def jaccard(first: Array, second: Array) -> float:
@@ -98,22 +97,20 @@ def signatures(folded: Sequence[str], n: int) -> Array:
     values = np.empty((len(folded), PERMUTATIONS), dtype=np.uint32)
     for first in range(0, len(folded), _BATCH):
         texts = [text.ljust(n) for text in folded[first : first + _BATCH]]
-        ends = np.cumsum([len(text) for text in texts])
         hashes = ngram_hashes("".join(texts), n)
-        inside = np.ones(len(hashes), dtype=bool)
-        for place in range(1, n):
-            inside[ends[:-1] - place] = False  # these reach over into the next text
-        starts = np.append(0, ends - (n - 1) * np.arange(1, len(texts) + 1)).astype(np.uint64)
-        digests = RMinHash.digest_matrix_from_flat_token_hashes(hashes[inside], starts, PERMUTATIONS, _SEED)
+        ends = accumulate(map(len, texts), initial=0)
+        own = [hashes[start : end - n + 1] for start, end in pairwise(ends)]  # not those that reach into the next text
+        starts = np.cumsum([0, *map(len, own)]).astype(np.uint64)
+        digests = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(own), starts, PERMUTATIONS, _SEED)
         values[first : first + _BATCH] = digests.to_rows()
     return values
 
 
 def band_keys(values: Array, shape: tuple[int, int]) -> Array:
-    """One uint32 key per band, shape (texts, bands). Keys that are equal by chance cost one comparison."""
+    """One uint32 key per band, shape (texts, bands), of different bands different. Chance equals cost a comparison."""
     count, rows = shape
     bands = values[:, : count * rows].astype(np.uint64).reshape(len(values), count, rows)
-    mixed = np.zeros(bands.shape[:2], dtype=np.uint64)
+    mixed = np.tile(np.arange(count, dtype=np.uint64), (len(values), 1))
     for row in range(rows):
         mixed += bands[:, :, row]
         mixed *= _BASE

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+from filters.answer import UNVERIFIED
 from pipeline.records import Reason
 
 
 def describe(why: Reason) -> str:
     """One reason as a sentence, without the name of its rule."""
     if why.note:
-        return why.note
+        return f"{why.what}: {why.note}" if why.rule == UNVERIFIED else why.note
     kind = why.rule.partition("#")[0]
     return SENTENCES[kind](why) if kind in SENTENCES else ""
 
@@ -56,11 +57,54 @@ def _duplicate(why: Reason) -> str:
     return f"{why.what} {why.similarity:.2f} similar to {other}"
 
 
+def _agrees(why: Reason) -> str:
+    if why.at_least is not None:
+        return f"{why.n} of {why.total} answers agree ({why.value:.0%}), {_limit(why)} wanted"
+    return f"{why.count} of {why.total} answers say the same, {why.n} another"
+
+
+_VERIFIED = {  # by what was looked at; {0} is what was found
+    "pattern": "the pattern is not in `{0}`",
+    "json": "is not JSON: {0}",
+    "number": "has no number: `{0}`",
+    "value": "has no value: `{0}`",
+    "statement": "is not one query: {0}",
+    "forbidden": "may only read: {0}",
+    "error": "does not run: {0}",
+    "size": "finds too much: {0}",
+    "rows": "finds nothing: `{0}`",
+    "time": "takes too long: more than {0}",
+    "ended": "ended before its tests did: {0}",
+}
+
+
+def _verified(why: Reason) -> str:
+    if why.what == "result":
+        return f"finds something else ({why.value} rows, the reference {why.total}): `{why.found}`"
+    if why.count:
+        return f"{why.count} of {why.total} tests pass; the first that does not: {why.found}"
+    if why.what in _VERIFIED:
+        return _VERIFIED[why.what].format(why.found)
+    if why.what:  # the place in a JSON answer
+        return f"{why.what}: {why.found}"
+    return f"`{why.found}`, wanted: {' or '.join(f'`{one}`' for one in why.allowed)}"
+
+
 def _judge(why: Reason) -> str:
     if why.value is None:
         return f"no verdict could be read, in {why.count} attempts"
     low = ", ".join(f"{name} {score}" for name, score in why.scores.items())
     return f"score {why.value}, {_limit(why)} wanted" + (f" ({low})" if low else "")
+
+
+def _tool_calls(why: Reason) -> str:
+    match why.what:
+        case "none":
+            return "no tool is called"
+        case "calls":
+            return f"{why.value} tool calls, {_limit(why)} wanted"
+        case _:
+            return f"calls `{why.found}`, allowed: {', '.join(why.allowed) or 'none'}"
 
 
 SENTENCES: dict[str, Callable[[Reason], str]] = {
@@ -76,10 +120,14 @@ SENTENCES: dict[str, Callable[[Reason], str]] = {
     "adherence": _adherence,
     "ending": lambda why: f"ends with `{why.found}`, no sentence mark" if why.found else "no sentence in it",
     "language": _language,
+    "tool_calls": _tool_calls,
     "exact_duplicate": _duplicate,
     "near_duplicate": _duplicate,
     "similar_prompt": _duplicate,
     "contamination": _duplicate,
+    "agrees": _agrees,
+    "select": lambda why: f"answer {why.n} to this prompt stays ({why.what})",
+    **dict.fromkeys(("matches", "choice", "json_schema", "math", "sql", "python"), _verified),
     "judge": _judge,
     "sweep": lambda why: f"rank {why.value} of {why.total}, the best {why.at_most:.0%} are kept",
 }

@@ -14,7 +14,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 from pydantic import Field, field_validator
 
-from filters.answer import Answer, RuleSettings
+from filters.answer import Answer, TextSettings
 from pipeline.records import Reason
 
 LONGEST_WORD = 24  # characters
@@ -24,7 +24,7 @@ _PARAGRAPHS = re.compile(r"\n\s*")
 Part = TypeVar("Part", bound=Hashable)
 
 
-class RepetitionSettings(RuleSettings):
+class RepetitionSettings(TextSettings):
     """Highest shares of the text, 0 to 1, that still pass; null (or an empty table) turns a measure off."""
 
     top_ngrams: dict[int, float] = Field({2: 0.20, 3: 0.18, 4: 0.16})  # the most frequent n-gram, if it comes twice
@@ -52,50 +52,35 @@ def repetition(answer: Answer, settings: RepetitionSettings) -> Reason | None:
 
 def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
     units = text.split()
-    lengths = list(map(len, units))
-    if max(lengths, default=0) > LONGEST_WORD:
+    if max(map(len, units), default=0) > LONGEST_WORD:
         units = [unit for word in units for unit in (word if len(word) > LONGEST_WORD else [word])]
-        lengths = list(map(len, units))
-    total, longest, repeats = sum(lengths), max(lengths, default=0), _Repeats(units)
-    for n, limit in settings.top_ngrams.items():
-        counts = Counter(repeats.of(n).values())
-        if not counts:
-            break  # if no n-gram comes twice, no longer one does
-        count = max(counts.values())
-        if count * n * longest / total <= limit:
-            continue  # even for the longest words
-        chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
-        if (share := min(1.0, chars * count / total)) > limit:
-            said = " ".join(units[top : top + n])
-            return Reason(
-                rule="repetition", what="top_ngrams", n=n, found=said, count=count, value=share, at_most=limit
-            )
-    for n, limit in settings.duplicate_ngrams.items():
-        again = repeats.of(n)
+    lengths = list(map(len, units))
+    keys: Iterable[tuple[int, Hashable]] = enumerate(units)
+    for n in range(1, max((*settings.top_ngrams, *settings.duplicate_ngrams), default=0) + 1):
+        again = _same(keys)
         if not again:
-            break
-        if (share := _chars_again(again, n, lengths) / total) > limit:
+            break  # if no n-gram comes twice, no longer one does
+        if n in settings.top_ngrams and (reason := _top_ngram(again, n, settings.top_ngrams[n], units, lengths)):
+            return reason
+        limit = settings.duplicate_ngrams.get(n, 1.0)
+        if (share := _chars_again(again, n, lengths) / sum(lengths) if limit < 1 else 0) > limit:
             return Reason(rule="repetition", what="duplicate_ngrams", n=n, value=share, at_most=limit)
+        # A longer n-gram that comes twice is two of these, a word apart: few places are left.
+        keys = [(place, (again[place], again[place + 1])) for place in again if place + 1 in again]
     return None
 
 
-class _Repeats:
-    """The n-grams of a text that come more than once.
-
-    Such an n-gram is two shorter ones, a word apart, that come more than once: few places are left for longer ones.
-    """
-
-    def __init__(self, units: list[str]) -> None:
-        self._found = [_same(enumerate(units))]  # by n, from 1
-
-    def of(self, n: int) -> dict[int, int]:
-        """Where they begin; equal n-grams have equal numbers."""
-        while len(self._found) < n:
-            known = self._found[-1]
-            self._found.append(
-                _same([(place, (known[place], known[place + 1])) for place in known if place + 1 in known])
-            )
-        return self._found[n - 1]
+def _top_ngram(again: dict[int, int], n: int, limit: float, units: list[str], lengths: list[int]) -> Reason | None:
+    counts, total = Counter(again.values()), sum(lengths)
+    count = max(counts.values())
+    if count * n * max(lengths) / total <= limit:
+        return None  # even for the longest words
+    chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
+    share = min(1.0, chars * count / total)
+    if share <= limit:
+        return None
+    said = " ".join(units[top : top + n])
+    return Reason(rule="repetition", what="top_ngrams", n=n, found=said, count=count, value=share, at_most=limit)
 
 
 def _same(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from rich.table import Column, Table
 from filters.judge import FAILED, SCORES, UNREADABLE
 from filters.judge import RULE as JUDGE
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, BadLine, Example, Tally
+
+FEW_VALUES = 20  # of a slot or column: reported always
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,19 @@ class SlotCount:
 
 
 @dataclass(frozen=True)
+class PromptCounts:
+    """The same by prompts, which may have several answers. An answer passes that no rule drops."""
+
+    prompts: int  # with an answer
+    kept: int  # with a kept answer
+    keep_rate: float
+    answers: int  # to one prompt, the most
+    pass_at: dict[int, float]  # pass@k, the mean over the prompts that have k answers or more
+    unsolved: int  # prompts none of whose answers passes
+    unsolved_ids: list[str]  # the first of them
+
+
+@dataclass(frozen=True)
 class FilterReport:
     """What the filters did with a run's answers."""
 
@@ -46,8 +62,9 @@ class FilterReport:
     keep_rate: float
     rules: list[RuleCount]
     overlaps: dict[str, int]  # rules that dropped the same answers, joined by " + ": answers
-    slots: dict[str, dict[str, SlotCount]]  # slot, value; a slot with more than MOST_VALUES values is left out
+    slots: dict[str, dict[str, SlotCount]]  # slot or column, value; left out: those with nearly a value per answer
     lengths: dict[str, dict[str, int]]  # characters (`150-199`): kept, dropped
+    prompts: PromptCounts | None = None  # None: a report of an earlier version
     scores: dict[str, dict[str, int]] = field(default_factory=dict)  # `judge` or a criterion, score: answers
     judge_failures: int = 0  # answers without a score because the request for it failed; another call asks again
     bad_lines: int = 0
@@ -59,36 +76,35 @@ class FilterReport:
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-def make_report(tally: Tally, rules: Sequence[dict[str, Any]]) -> FilterReport:
+def make_report(tally: Tally, rules: Sequence[dict[str, Any]], prompts: PromptCounts) -> FilterReport:
     """Sums a tally up. `rules` are all that may have dropped a row, each its label (`rule`) and its settings."""
-    rows = tally.kept + tally.dropped
+    dropped_by = [(labels, count) for labels, count in tally.outcomes.most_common() if labels]
     first: Counter[str] = Counter()
     every: Counter[str] = Counter()
-    for labels, count in tally.failed.items():
+    for labels, count in dropped_by:
         first[labels[0]] += count
-        for label in labels:
-            every[label] += count
+        every.update(dict.fromkeys(labels, count))
     counts = [
         RuleCount(
             rule=rule["rule"],
             settings={key: value for key, value in rule.items() if key != "rule"},
             dropped=first[rule["rule"]],
-            alone=tally.failed[(rule["rule"],)],
-            together=every[rule["rule"]] - tally.failed[(rule["rule"],)],
+            alone=tally.outcomes[rule["rule"],],
+            together=every[rule["rule"]] - tally.outcomes[rule["rule"],],
             examples=tally.examples.get(rule["rule"], []),
         )
         for rule in rules
     ]
-    overlaps = [(" + ".join(labels), count) for labels, count in tally.failed.most_common() if len(labels) > 1]
     return FilterReport(
-        rows=rows,
+        rows=tally.rows,
         kept=tally.kept,
-        dropped=tally.dropped,
-        keep_rate=tally.kept / rows,
+        dropped=tally.rows - tally.kept,
+        keep_rate=tally.kept / tally.rows,
         rules=counts,
-        overlaps=dict(overlaps),
+        overlaps={" + ".join(labels): count for labels, count in dropped_by if len(labels) > 1},
         slots=_slot_counts(tally),
         lengths=_lengths(tally),
+        prompts=prompts,
         scores={name: dict(sorted(counts.items())) for name, counts in tally.scores.items()},
         judge_failures=tally.scores.get(JUDGE, Counter())[FAILED],
         bad_lines=tally.bad_lines,
@@ -99,47 +115,59 @@ def make_report(tally: Tally, rules: Sequence[dict[str, Any]]) -> FilterReport:
 
 def _slot_counts(tally: Tally) -> dict[str, dict[str, SlotCount]]:
     slots: dict[str, dict[str, SlotCount]] = {}
-    for name in dict.fromkeys([*tally.kept_side.slots, *tally.dropped_side.slots]):
-        kept = tally.kept_side.slots.get(name, Counter())
-        rows = kept + tally.dropped_side.slots.get(name, Counter())
-        if len(rows) <= MOST_VALUES:
-            by_rate = sorted(rows, key=lambda value: (kept[value] / rows[value], value))
-            slots[name] = {value: SlotCount(rows[value], kept[value], kept[value] / rows[value]) for value in by_rate}
+    for name, counts in tally.slots.items():
+        values = {value for value, _ in counts}
+        if len(values) <= min(MOST_VALUES, max(FEW_VALUES, tally.rows // 2)):
+            by_value = {value: _slot_count(counts[value, True], counts[value, False]) for value in values}
+            slots[name] = dict(sorted(by_value.items(), key=lambda item: (item[1].keep_rate, item[0])))
     return slots
 
 
+def _slot_count(kept: int, dropped: int) -> SlotCount:
+    return SlotCount(kept + dropped, kept, kept / (kept + dropped))
+
+
 def _lengths(tally: Tally) -> dict[str, dict[str, int]]:
-    lengths, kept, dropped = {}, tally.kept_side.lengths, tally.dropped_side.lengths
-    for index in sorted({*kept, *dropped}):
+    lengths = {}
+    for index in sorted({index for index, _ in tally.lengths}):
         name = f"{index * BIN}+" if index == LAST_BIN else f"{index * BIN}-{index * BIN + BIN - 1}"
-        lengths[name] = {"kept": kept[index], "dropped": dropped[index]}
+        lengths[name] = {"kept": tally.lengths[index, True], "dropped": tally.lengths[index, False]}
     return lengths
+
+
+_number = partial(Column, justify="right", no_wrap=True)
 
 
 def print_report(report: FilterReport, console: Console) -> None:
     """The drops by rule, the slot values that fare worst, the lengths, and last the keep rate."""
-    if report.rules:
-        counts = (Column(name, justify="right", no_wrap=True) for name in ("dropped", "alone", "with others"))
-        table = Table(Column("rule", no_wrap=True), *counts, "for example")
-        for rule in report.rules:
-            example = rule.examples[0].reason if rule.examples else ""
-            table.add_row(
-                rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", one_line(example, 60)
-            )
-        console.print(table)
-    _print_slots(report, console)
-    _print_lengths(report, console)
-    _print_scores(report, console)
+    rules = Table(Column("rule", no_wrap=True), *map(_number, ("dropped", "alone", "with others")), "for example")
+    for rule in report.rules:
+        example = one_line(rule.examples[0].reason, 60) if rule.examples else ""
+        rules.add_row(rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", example)
+    for table in (rules, _slots_table(report), _lengths_table(report), _scores_table(report)):
+        if table.row_count:
+            console.print(table)
     console.print(
         f"{report.rows:,} answers in, {report.kept:,} kept, {report.dropped:,} dropped: "
         f"keep rate {report.keep_rate:.1%}",
         highlight=False,
     )
+    if report.prompts and report.prompts.answers > 1:
+        _print_prompts(report.prompts, console)
 
 
-def _print_slots(report: FilterReport, console: Console) -> None:
+def _print_prompts(counts: PromptCounts, console: Console) -> None:
+    passes = ", ".join(f"pass@{k} {share:.1%}" for k, share in counts.pass_at.items())
+    console.print(
+        f"{counts.prompts:,} prompts, {counts.kept:,} with a kept answer ({counts.keep_rate:.1%}); {passes}; "
+        f"{counts.unsolved:,} with no answer that passes",
+        highlight=False,
+    )
+
+
+def _slots_table(report: FilterReport) -> Table:
     """The three values of each slot that are kept least, and the one that is kept most; all are in the JSON."""
-    table = Table("slot", "value", *(Column(name, justify="right") for name in ("answers", "kept", "keep rate")))
+    table = Table("slot", "value", *map(_number, ("answers", "kept", "keep rate")))
     for name, values in report.slots.items():
         if len(values) < 2:
             continue
@@ -148,31 +176,28 @@ def _print_slots(report: FilterReport, console: Console) -> None:
             table.add_row(name, one_line(value, 30), f"{count.rows:,}", f"{count.kept:,}", f"{count.keep_rate:.0%}")
             name = ""
         table.add_section()
-    if table.row_count:
-        console.print(table)
+    return table
 
 
-def _print_lengths(report: FilterReport, console: Console) -> None:
-    table = Table("characters", Column("kept", justify="right"), Column("dropped", justify="right"), "")
-    most = max((bar["kept"] + bar["dropped"] for bar in report.lengths.values()), default=0)
-    for name, bar in report.lengths.items():
-        kept, dropped = round(30 * bar["kept"] / most), round(30 * bar["dropped"] / most)
-        table.add_row(name, f"{bar['kept']:,}", f"{bar['dropped']:,}", "█" * kept + "░" * dropped)
-    if 1 < table.row_count <= 40:
-        console.print(table)
+def _lengths_table(report: FilterReport) -> Table:
+    table = Table("characters", _number("kept"), _number("dropped"), "")
+    if 1 < len(report.lengths) <= 40:
+        most = max(bar["kept"] + bar["dropped"] for bar in report.lengths.values())
+        for name, bar in report.lengths.items():
+            kept, dropped = round(30 * bar["kept"] / most), round(30 * bar["dropped"] / most)
+            table.add_row(name, f"{bar['kept']:,}", f"{bar['dropped']:,}", "█" * kept + "░" * dropped)
+    return table
 
 
-def _print_scores(report: FilterReport, console: Console) -> None:
+def _scores_table(report: FilterReport) -> Table:
     """The judge's scores, of all in all and by criterion."""
     columns = [*map(str, SCORES), *(name for name in (UNREADABLE, FAILED) if name in report.scores.get(JUDGE, ()))]
-    table = Table("judge's scores", *(Column(name, justify="right") for name in [*columns, "mean"]))
+    table = Table("judge's scores", *map(_number, [*columns, "mean"]))
     for name, counts in report.scores.items():
-        scored = {score: counts.get(str(score), 0) for score in SCORES}
-        total = sum(scored.values())
-        mean = f"{sum(score * count for score, count in scored.items()) / total:.2f}" if total else "-"
+        total = sum(counts.get(str(score), 0) for score in SCORES)
+        mean = f"{sum(score * counts.get(str(score), 0) for score in SCORES) / total:.2f}" if total else "-"
         table.add_row(name, *(f"{counts[column]:,}" if column in counts else "" for column in columns), mean)
-    if table.row_count:
-        console.print(table)
+    return table
 
 
 def one_line(text: str, chars: int) -> str:

@@ -15,12 +15,18 @@ class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 decode_completion = msgspec.json.Decoder(_Row).decode
+decode_kept = msgspec.json.Decoder(Kept).decode
 _encode = msgspec.json.Encoder().encode
 
 
 def kept_line(line: bytes, scores: dict[str, Any]) -> bytes:
     """A line of kept.jsonl: the completion's line as it stands, its scores added at the end."""
     return line.rstrip()[:-1] + b',"scores":' + _encode(scores) + b"}\n"
+
+
+def completion_part(line: bytes) -> bytes:
+    """The completion's line in a line that `kept_line` made."""
+    return line[: line.rindex(b',"scores":')] + b"}"
 
 
 def dropped_line(line: bytes, reasons: list[Reason]) -> bytes:

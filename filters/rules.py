@@ -14,16 +14,24 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from filters.adherence import AdherenceSettings, adherence
-from filters.answer import Answer, Nfc, RuleSettings
+from filters.answer import Answer, Nfc, RuleSettings, TextSettings, Verified
+from filters.groups import AGREES, AgreesSettings, agrees
 from filters.language import LanguageSettings, language
 from filters.meta_talk import MetaTalkSettings, meta_talk
 from filters.repetition import RepetitionSettings, repetition
 from filters.scripts import SCRIPTS, character_class, count_script
+from filters.verify.compare import ChoiceSettings, MatchesSettings, choice, matches
+from filters.verify.guard import guarded
+from filters.verify.maths import MathSettings, math
+from filters.verify.programs import PythonSettings, python
+from filters.verify.schema import JsonSchemaSettings, json_schema
+from filters.verify.sql import SqlSettings, sql
+from filters.verify.tool_calls import ToolCallsSettings, tool_calls
 from filters.words import whole_word
 from pipeline.records import Reason
 
 
-class LengthSettings(RuleSettings):
+class LengthSettings(TextSettings):
     min_chars: int = Field(1, ge=0)
     max_chars: int | None = Field(None, ge=1)
 
@@ -44,7 +52,7 @@ def length(answer: Answer, settings: LengthSettings) -> Reason | None:
     return None
 
 
-class BannedWordsSettings(RuleSettings):
+class BannedWordsSettings(TextSettings):
     words: list[Nfc] = Field(min_length=1)
     whole_word: bool = False  # False: anywhere, inside other words too
     ignore_case: bool = False
@@ -70,7 +78,7 @@ def banned_words(answer: Answer, settings: BannedWordsSettings) -> Reason | None
     return Reason(rule="banned_words", found=found[0]) if found else None
 
 
-class RepeatedWordSettings(RuleSettings):
+class RepeatedWordSettings(TextSettings):
     word: Nfc = Field(min_length=1)
     max_count: int = Field(5, ge=0)
 
@@ -102,7 +110,7 @@ def _known_script(script: str) -> str:
 Script = Annotated[str, AfterValidator(_known_script)]
 
 
-class ScriptRatioSettings(RuleSettings):
+class ScriptRatioSettings(TextSettings):
     script: Script
     min_share: float = Field(0.5, gt=0, le=1)
 
@@ -120,13 +128,17 @@ class FinishReasonSettings(RuleSettings):
 
 
 def finish_reason(answer: Answer, settings: FinishReasonSettings) -> Reason | None:
-    """Drops an answer that the engine ended for another reason (`length`: cut off, `content_filter`: withheld)."""
-    if answer.finish_reason in settings.allowed:
+    """Drops an answer that the engine ended for another reason (`length`: cut off, `content_filter`: withheld).
+
+    An answer that calls tools ends with `tool_calls`, which counts as `stop`.
+    """
+    found = "stop" if answer.finish_reason == "tool_calls" else answer.finish_reason
+    if found in settings.allowed or answer.finish_reason in settings.allowed:
         return None
     return Reason(rule="finish_reason", found=answer.finish_reason, allowed=settings.allowed)
 
 
-class ForeignScriptSettings(RuleSettings):
+class ForeignScriptSettings(TextSettings):
     scripts: list[Script] = Field(["han", "kana", "cyrillic"], min_length=1)
     max_count: int = Field(0, ge=0)  # characters
 
@@ -146,7 +158,7 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | 
     return Reason(rule="foreign_script", what=scripts, value=len(found), at_most=settings.max_count, found=first)
 
 
-class EndingSettings(RuleSettings):
+class EndingSettings(TextSettings):
     marks: str = Field(".!?…。！？", min_length=1)  # characters that may end the last sentence
 
 
@@ -164,10 +176,11 @@ def ending(answer: Answer, settings: EndingSettings) -> Reason | None:
 
 
 class Rule(NamedTuple):
-    """A rule, and the model of its settings."""
+    """A rule, and the model of its settings. `check` returns a Reason or None, or a Verified as verifiers do."""
 
-    check: Callable[[Answer, Any], Reason | None]
+    check: Callable[[Answer, Any], Reason | Verified | None]
     settings: type[RuleSettings]
+    verifies: bool = False  # it says which answers are right, and may take long
 
 
 RULES = {
@@ -183,4 +196,12 @@ RULES = {
     "adherence": Rule(adherence, AdherenceSettings),
     "ending": Rule(ending, EndingSettings),
     "language": Rule(language, LanguageSettings),
+    AGREES: Rule(agrees, AgreesSettings),
+    "matches": Rule(guarded(matches), MatchesSettings, verifies=True),
+    "choice": Rule(guarded(choice), ChoiceSettings, verifies=True),
+    "json_schema": Rule(guarded(json_schema), JsonSchemaSettings, verifies=True),
+    "math": Rule(guarded(math), MathSettings, verifies=True),
+    "sql": Rule(guarded(sql), SqlSettings, verifies=True),
+    "python": Rule(guarded(python), PythonSettings, verifies=True),
+    "tool_calls": Rule(guarded(tool_calls), ToolCallsSettings, verifies=True),
 }

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
-from filters.answer import Answer, RuleSettings
+from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings, Verified
+from filters.groups import AGREES, AgreesSettings, Checked
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
@@ -30,7 +31,8 @@ class FunctionSettings(RuleSettings):
     """A rule of the user's own: `{rule: function, file: my_rules.py, name: no_digits}`; further keys are its arguments.
 
     The file is looked for beside the recipe. The function takes an Answer (and the further keys by name) and returns
-    the reason to drop it, or None. It is imported and run as it is: a recipe is trusted as code is.
+    the reason to drop it, or None; or both in a pair with a score (a number, higher is better). It is imported and run
+    as it is: a recipe is trusted as code is.
     """
 
     file: Path
@@ -39,7 +41,7 @@ class FunctionSettings(RuleSettings):
 
 
 class ActiveRule(NamedTuple):
-    """One rule of the recipe. `label` names it in reports: the rule's name, `#2` added where it stands twice."""
+    """One rule of the recipe. `label` names it in reports: the rule's name, with `#reasoning` or `#2` added."""
 
     label: str
     rule: Rule
@@ -49,6 +51,22 @@ class ActiveRule(NamedTuple):
         """Label and every setting, defaults included, for reports and lineage."""
         return {"rule": self.label, **self.settings.model_dump(mode="json")}
 
+    def verify(self, answer: Answer) -> Verified:
+        """What this rule says of the answer; a reason is under this rule's label, or under `unverified`.
+
+        A rule of the text has nothing to say of tool calls without text.
+        """
+        if isinstance(self.settings, TextSettings):
+            if self.settings.of == "reasoning":
+                answer = replace(answer, text=answer.reasoning)
+            elif answer.tool_calls and not answer.text:
+                return Verified()
+        said = self.rule.check(answer, self.settings)
+        verified = said if isinstance(said, Verified) else Verified(said)
+        if verified.reason is None or verified.reason.rule in (self.label, UNVERIFIED):
+            return verified
+        return verified._replace(reason=replace(verified.reason, rule=self.label))
+
 
 @dataclass(frozen=True)
 class RuleSet:
@@ -56,14 +74,38 @@ class RuleSet:
 
     rules: tuple[ActiveRule, ...]
 
+    @property
+    def agrees(self) -> AgreesSettings | None:
+        """The settings of the rule that compares the answers to a prompt; None: the recipe has no such rule."""
+        return next((rule.settings for rule in self.rules if isinstance(rule.settings, AgreesSettings)), None)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether a rule says which answers are right."""
+        return any(rule.rule.verifies for rule in self.rules)
+
+    @property
+    def slow(self) -> bool:
+        """Whether a rule may take long: a verifier, or a user's function."""
+        return self.verifies or any(isinstance(rule.settings, FunctionSettings) for rule in self.rules)
+
+    def described(self) -> list[dict[str, Any]]:
+        """Every rule that may drop an answer, with its settings."""
+        unverified: list[dict[str, Any]] = [{"rule": UNVERIFIED}] if self.verifies else []
+        return [*(rule.described() for rule in self.rules), *unverified]
+
+    def check(self, answer: Answer) -> Checked:
+        """What the rules say of an answer, all of them."""
+        said = [(rule.label, rule.verify(answer)) for rule in self.rules]
+        return Checked(
+            [one.reason for _, one in said if one.reason is not None],
+            {label: one.score for label, one in said if one.score is not None},
+            next((one.result for _, one in said if one.result is not None), None),
+        )
+
     def reasons(self, answer: Answer) -> list[Reason]:
         """Why the answer is dropped, in the recipe's order; empty if it is kept."""
-        found = []
-        for label, rule, settings in self.rules:
-            reason = rule.check(answer, settings)
-            if reason is not None:
-                found.append(reason if reason.rule == label else replace(reason, rule=label))
-        return found
+        return self.check(answer).reasons
 
 
 def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None = None) -> RuleSet:
@@ -77,9 +119,13 @@ def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None 
     for index, rule in enumerate(config.rules):
         where = f"{recipe_path}: filters.rules[{index}]"
         known, settings = _load_rule(rule, where, recipe_path)
+        if rule.rule in taken and rule.rule == AGREES:
+            raise RecipeError(f"{where}: `{AGREES}` stands twice; keep one")
         if rule.rule == "adherence" and slots is not None:
             _check_slots(getattr(settings, "slots", []), slots, where)
         name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
+        if isinstance(settings, TextSettings) and settings.of == "reasoning":
+            name += "#reasoning"
         taken[name] = taken.get(name, 0) + 1
         rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings))
     return RuleSet(tuple(rules))
@@ -90,7 +136,7 @@ def _load_rule(rule: RuleConfig, where: str, recipe_path: Path) -> tuple[Rule, R
         raise RecipeError(f"{where}: no rule named `{rule.rule}`; there are {', '.join([*RULES, FUNCTION])}")
     model = FunctionSettings if rule.rule == FUNCTION else RULES[rule.rule].settings
     try:
-        settings = model.model_validate(rule.model_extra or {})
+        settings = model.model_validate(rule.model_extra or {}, context={"folder": recipe_path.parent})
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, where, rule.rule, model) for problem in error.errors())) from None
     if isinstance(settings, FunctionSettings):
@@ -101,7 +147,7 @@ def _load_rule(rule: RuleConfig, where: str, recipe_path: Path) -> tuple[Rule, R
 def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSettings]) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(model.model_fields)
+        known = ", ".join(field.alias or name for name, field in model.model_fields.items())
         return f"{where}{key}: the rule `{rule}` has no such setting, got {problem['input']!r}; there are {known}"
     if problem["type"] == "missing":
         return f"{where}{key} is missing; the rule `{rule}` needs it"
@@ -117,7 +163,7 @@ def _check_slots(wanted: list[str], known: set[str], where: str) -> None:
             raise RecipeError(f"{where}.slots: the prompts have no slot `{slot}`; {there}")
 
 
-def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], Reason | None]:
+def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], Verified]:
     """Imports the user's function and checks that it can be called with the keys given."""
     path = folder / settings.file
     if not path.is_file():
@@ -139,15 +185,20 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
     except TypeError as error:
         raise RecipeError(f"{where}: {path}: {settings.name}(answer, …): {error}; got {arguments}") from None
 
-    def check(answer: Answer, _: Any) -> Reason | None:
+    def check(answer: Answer, _: Any) -> Verified:
         slots = {name: value if isinstance(value, str) else [*value] for name, value in answer.slots.items()}
         try:
             said = function(replace(answer, slots=slots), **arguments)  # a copy: the report counts the slots later
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
-        if said is not None and not isinstance(said, str):
-            raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted a reason (text) or None")
-        return None if said is None else Reason(rule=settings.name, note=said or "no reason given")
+        if isinstance(said, Verified):
+            return said
+        reason, score = said if isinstance(said, tuple) and len(said) == 2 else (said, None)
+        if not isinstance(reason, str | None) or not isinstance(score, float | int | None) or isinstance(score, bool):
+            wanted = "a reason (text) or None, or a pair of that and a score (a number), or a Verified"
+            raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted {wanted}")
+        dropped = None if reason is None else Reason(rule=settings.name, note=reason or "no reason given")
+        return Verified(dropped, None if score is None else float(score))
 
     return check

@@ -1,49 +1,87 @@
-"""One pass over a run's answers: stream → rules → exact duplicates → judge → near duplicates → files.
+"""One pass over a run's answers: rules → `agrees` → exact duplicates → judge → near duplicates → selection → files.
 
-Reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json and the lineage section `filters`. The
-judge is asked about one of several exact copies; near duplicates are dropped after it: the better-scored of two stays.
-A record is written as the teacher's line stands, the new fields added at its end. The three files are staged beside the
-old ones and take their places together at the end.
+Reads completions.jsonl, and prompts.jsonl for references and columns that are newer; writes kept.jsonl, dropped.jsonl,
+filter_report.json, preferences.jsonl where the recipe wants it, and the lineage section `filters`. The judge is asked
+about one of several exact copies; near duplicates are dropped after it: the better-scored of two stays. A record is
+written as the teacher's line stands, unless its prompt has other values now, with the new fields at its end. The files
+are staged beside the old ones and take their places together at the end.
 """
 
-import os
-import signal
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import msgspec
+import numpy as np
 
 from filters.answer import as_answer
+from filters.blocks import Block, check_lines
 from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
+from filters.fresh import fresh_values
+from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
-from filters.report import FilterReport, make_report
-from filters.rows import decode_completion, dropped_line, kept_line
+from filters.minhash import Array
+from filters.output import staged
+from filters.preferences import write_preferences
+from filters.report import FilterReport, PromptCounts, make_report
+from filters.rows import completion_part, decode_kept, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
-from filters.sketches import Kind, Sketch, Source, Text, joined, question_of, sketch, sketch_file
-from filters.stream import LONGEST_LINE, Line, Work, in_blocks
+from filters.sketches import Kind, Source, joined, sketch_file
+from filters.stream import in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
-from pipeline.records import Completion, Reason
+from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.records import Kept, Reason
 from pipeline.rundir import RunDir
+
+UNSOLVED_IDS = 100  # named in the report
 
 
 class LowKeepRate(DistillError):
     """Fewer answers were kept than the recipe's floor; the files are written."""
 
 
-class Judged(NamedTuple):
-    """What the rules made of a block of lines."""
+@dataclass
+class Survivors:
+    """The answers that every rule lets pass, numbered from 0, and what the later stages say of them."""
 
-    tally: Tally
-    passed: bytes  # lines of completions.jsonl, or of kept.jsonl
-    dropped: bytes  # lines of dropped.jsonl
-    sketch: Sketch | None  # of the answers that passed; None if duplicates are not looked for
+    path: Path  # as lines of kept.jsonl
+    samples: Array  # of filters.groups.SAMPLE
+    gone: dict[int, Reason] = field(default_factory=dict)  # dropped after all
+    shares: Array | None = None  # of their prompt's answers that say the same; None: `agrees` is not asked
+    verdicts: dict[int, Judgement] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> Array:
+        """Whether each is still there."""
+        alive = np.ones(len(self.samples), bool)
+        alive[[*self.gone]] = False
+        return alive
+
+    @property
+    def best(self) -> Array:
+        """How good each is: the mean of the judge's scores, or of the verifiers' if no judge was asked."""
+        best = self.samples["score"].copy()
+        for number, verdict in self.verdicts.items():
+            best[number] = sum(verdict.scores.values()) / max(len(verdict.scores), 1)
+        return best
+
+    def scores(self, number: int) -> dict[str, float]:
+        """What kept.jsonl says of one, besides the scores of the rules."""
+        agrees = {} if self.shares is None else {AGREES: float(self.shares[number])}
+        return agrees | (self.verdicts[number].scores if number in self.verdicts else {})
+
+    def rows(self, left_out: Container[int] = ()) -> Iterator[tuple[int, Kept]]:
+        """The survivors with their numbers, without some of them."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                if number not in left_out:
+                    yield number, decode_kept(line)
 
 
 def recipe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
@@ -57,144 +95,145 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     Raises RecipeError for a wrong rule, DataError `path:line: reason` for a bad line (with `skip_bad` it is left out
     and counted) or if there is nothing to judge; nothing is overwritten then.
     """
-    rules, dedup, judging = recipe_rules(recipe, recipe_path), recipe.filters.dedup, recipe.filters.judge
+    rules, config = recipe_rules(recipe, recipe_path), recipe.filters
+    dedup = config.dedup and config.dedup.model_copy(
+        update={"of": config.dedup.of or ("row" if rules.verifies else "answer")}
+    )
     sources = dedup_sources(dedup, run, recipe_path) if dedup else []
     if not run.completions.exists():
         raise DataError(f"{run.completions}: no such file; run `python -m generate` first")
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
-    survivors = run.path / "survivors.jsonl.tmp"  # the completions that pass the rules
-    verdicts: dict[int, Judgement] = {}  # of survivors, numbered from 0
-    gone: dict[int, Reason] = {}  # survivors that are dropped after all
+    wanted, stale = ([run.preferences], []) if config.preferences else ([], [run.preferences])
+    path = run.path / "survivors.jsonl.tmp"
     with ExitStack() as stack:
-        kept, dropped, report_file = stack.enter_context(_staged(run.kept, run.dropped, run.filter_report))
-        stack.callback(survivors.unlink, missing_ok=True)
-        later = dedup is not None or judging is not None
-        with survivors.open("wb") as passed:
-            work = partial(judge_lines, rules=rules, dedup=dedup, later=later)
-            tally, own = _apply_rules(run, work, passed if later else kept, dropped, skip_bad=skip_bad)
-        if not tally.kept + tally.dropped:
+        files = stack.enter_context(staged([run.kept, run.dropped, run.filter_report, *wanted], stale))
+        stack.callback(path.unlink, missing_ok=True)
+        fresh = stack.enter_context(fresh_values(run.prompts))
+        work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh)
+        with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
+            tally, own, samples = _gather(blocks, passed, files[1], None if skip_bad else run.completions)
+        if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
+        survivors = Survivors(path, samples[samples["passed"]])
+        found = agreement(samples) if rules.agrees or config.select == "agreed" else None
+        if rules.agrees and found:
+            survivors.gone = disagreeing(found, rules.agrees)
+            survivors.shares = found.same / found.total
         sketches = None
         if dedup:
             others = [(source, sketch_file(source, dedup)) for source in sources]
-            sketches = joined([*others, (Source(survivors, Kind.OWN, "this run"), own)], dedup)
-        if judging:
-            copies = exact_copies(sketches, dedup) if dedup and sketches else {}
-            verdicts, gone = _ask_judge(recipe, run, survivors, copies, tally)
+            sketches = joined([*others, (Source(path, Kind.OWN, "this run"), own)], dedup)
+        if config.judge:
+            copies = exact_copies(sketches, dedup, survivors.gone) if dedup and sketches else {}
+            _ask_judge(recipe, run, survivors, copies, tally)
         if dedup and sketches:
-            gone |= find_duplicates(sketches, dedup, gone, _scores(verdicts, run, survivors))
-        _write(survivors, gone, verdicts, kept, dropped, tally)
-        described = [*(rule.described() for rule in rules.rules), *judge_rules(judging), *dedup_rules(dedup)]
-        report = make_report(tally, described)
-        report_file.write(report.encoded())
-    record_lineage(run, "filters", _lineage(report, rules, recipe.filters))
+            survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, _scores(survivors, run))
+        survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, found)
+        _write(survivors, files[0], files[1], tally)
+        for file in files[:2]:
+            file.flush()
+        if config.preferences:
+            kept = survivors.samples[survivors.alive]
+            pairs = (Path(files[0].name), kept), (Path(files[1].name), samples[samples["wrong"]])
+            write_preferences(files[3], config.preferences, *pairs, recipe.prompts)
+        last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
+        described = [*rules.described(), *judge_rules(config.judge), *dedup_rules(dedup), *last]
+        report = make_report(tally, described, _prompts(samples, survivors, Path(files[1].name)))
+        files[2].write(report.encoded())
+    record_lineage(run, "filters", _lineage(report, rules, config))
     return report
 
 
-def _apply_rules(
-    run: RunDir, work: Work[Judged], passed: BinaryIO, dropped: BinaryIO, *, skip_bad: bool
-) -> tuple[Tally, list[Sketch]]:
-    """Writes the answers that every rule lets pass to the first file, the others with their reasons to the second."""
-    tally, sketches = Tally(), list[Sketch]()
-    with closing(in_blocks(run.completions, work)) as blocks:
-        for block in blocks:
-            tally.add(block.tally)
-            if tally.first_bad_lines and not skip_bad:
-                bad = tally.first_bad_lines[0]
-                fix = "fix the line, or leave bad lines out with --skip-bad"
-                raise DataError(f"{run.completions}:{bad.line}: {bad.reason}; {fix}")
-            if block.sketch:
-                sketches.append(block.sketch._replace(starts=block.sketch.starts + passed.tell()))
-            passed.write(block.passed)
-            dropped.write(block.dropped)
-    return tally, sketches
+def _gather(
+    blocks: Iterable[Block], passed: BinaryIO, dropped: BinaryIO, strict: Path | None
+) -> tuple[Tally, list[Array], Array]:
+    """Writes the answers that every rule lets pass to the first file, the others with their reasons to the second.
 
-
-def judge_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None, *, later: bool) -> Judged:
-    """Runs every rule on every line of a block. `later`: other stages follow, so what passes is not a kept row yet."""
-    tally, passed, dropped = Tally(), bytearray(), bytearray()
-    texts: list[Text] = []
-    for _, line in lines:
-        tally.lines += 1
-        if line is None:
-            tally.count_bad(f"over {LONGEST_LINE >> 20} MiB in one line: no answer is so long")
-            continue
-        if line.isspace():
-            continue
-        try:
-            row = decode_completion(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            if line.endswith(b"\n") or isinstance(error, msgspec.ValidationError):
-                tally.count_bad(str(error))
-            else:
-                tally.torn = True
-            continue
-        answer = as_answer(row)
-        reasons = rules.reasons(answer)
-        tally.count(row.id, answer, reasons)
-        if reasons:
-            dropped += dropped_line(line, reasons)
-            continue
-        if dedup:
-            texts.append(Text(row.id, len(passed), row.text, question_of(row.messages)))
-        passed += line.rstrip() + b"\n" if later else kept_line(line, {})
-    return Judged(tally, bytes(passed), bytes(dropped), sketch(texts, dedup) if dedup else None)
-
-
-def _rows(survivors: Path, left_out: Container[int] = ()) -> Iterator[tuple[int, Completion]]:
-    """The survivors, numbered from 0, without some of them."""
-    with survivors.open("rb") as file:
-        for number, line in enumerate(file):
-            if number not in left_out:
-                yield number, decode_completion(line)
+    `strict`: the file in which a bad line is an error; None: bad lines are left out. Returns the tally, the sketches of
+    the answers that passed, and a row of filters.groups.SAMPLE for each answer.
+    """
+    tally, sketches, samples = Tally(), list[Array](), [np.empty(0, SAMPLE)]
+    for block in blocks:
+        tally.add(block.tally)
+        if tally.first_bad_lines and strict:
+            bad = tally.first_bad_lines[0]
+            fix = "fix the line, or leave bad lines out with --skip-bad"
+            raise DataError(f"{strict}:{bad.line}: {bad.reason}; {fix}")
+        block.samples["start"] += np.where(block.samples["passed"], passed.tell(), dropped.tell())
+        samples.append(block.samples)
+        if block.sketch is not None:
+            block.sketch["start"] += passed.tell()
+            sketches.append(block.sketch)
+        passed.write(block.passed)
+        dropped.write(block.dropped)
+    return tally, sketches, np.concatenate(samples)
 
 
 def _ask_judge(
-    recipe: Recipe, run: RunDir, survivors: Path, copies: Mapping[int, int | None], tally: Tally
-) -> tuple[dict[int, Judgement], dict[int, Reason]]:
-    """The judge's verdicts by row, and the rows dropped for them. A copy has the verdict of the row it is a copy of."""
+    recipe: Recipe, run: RunDir, survivors: Survivors, copies: Mapping[int, int | None], tally: Tally
+) -> None:
+    """Asks about the survivors that are still there. A copy has the verdict of the row it is a copy of."""
     assert recipe.filters.judge is not None
-    by_id = judge_rows(recipe, run, (row for _, row in _rows(survivors, copies)))
-    verdicts: dict[int, Judgement] = {}
-    gone: dict[int, Reason] = {}
-    for number, row in _rows(survivors, copies):
-        verdicts[number] = by_id[row.id]
-        count_scores(verdicts[number], tally.scores)
-        if reason := judge_reason(verdicts[number], recipe.filters.judge):
-            gone[number] = reason
+    left_out = {*copies, *survivors.gone}
+    by_id = judge_rows(recipe, run, (row for _, row in survivors.rows(left_out)))
+    for number, row in survivors.rows(left_out):
+        survivors.verdicts[number] = verdict = by_id[row.id]
+        count_scores(verdict, tally.scores)
+        if reason := judge_reason(verdict, recipe.filters.judge):
+            survivors.gone[number] = reason
     for copy, original in copies.items():
         if original is not None:
-            verdicts[copy] = verdicts[original]
-            if original in gone:
-                gone[copy] = Reason(rule=EXACT, what="answer", of=verdicts[original].id)
-    return verdicts, gone
+            survivors.verdicts[copy] = verdict = survivors.verdicts[original]
+            if original in survivors.gone:
+                survivors.gone[copy] = Reason(rule=EXACT, what="answer", of=verdict.id)
 
 
-def _scores(verdicts: Mapping[int, Judgement], run: RunDir, survivors: Path) -> dict[int, int]:
+def _scores(survivors: Survivors, run: RunDir) -> dict[int, int]:
     """The judge's scores by row; of an earlier call if this one asked no judge."""
+    verdicts = survivors.verdicts
     if not verdicts and (earlier := read_judgements(run)):
-        verdicts = {number: earlier[row.id] for number, row in _rows(survivors) if row.id in earlier}
+        verdicts = {number: earlier[row.id] for number, row in survivors.rows() if row.id in earlier}
     return {number: verdict.score for number, verdict in verdicts.items() if verdict.score is not None}
 
 
-def _write(
-    survivors: Path,
-    gone: Mapping[int, Reason],
-    verdicts: Mapping[int, Judgement],
-    kept: BinaryIO,
-    dropped: BinaryIO,
-    tally: Tally,
-) -> None:
+def _write(survivors: Survivors, kept: BinaryIO, dropped: BinaryIO, tally: Tally) -> None:
     """Writes each survivor where it belongs, and moves the counts of those that are gone."""
-    with survivors.open("rb") as file:
+    with survivors.path.open("rb") as file:
         for number, line in enumerate(file):
-            if number in gone:
-                row, reason = decode_completion(line), gone[number]
+            if number in survivors.gone:
+                row, reason = decode_kept(line), survivors.gone[number]
                 tally.move_to_dropped(row.id, as_answer(row), reason)
-                dropped.write(dropped_line(line, [reason]))
-            else:
-                kept.write(kept_line(line, verdicts[number].scores if number in verdicts else {}))
+                dropped.write(dropped_line(completion_part(line), [reason]))
+                continue
+            survivors.samples["start"][number] = kept.tell()
+            more = survivors.scores(number)
+            kept.write(kept_line(completion_part(line), decode_kept(line).scores | more) if more else line)
+
+
+def _prompts(samples: Array, survivors: Survivors, dropped: Path) -> PromptCounts:
+    """What became of the prompts; the ids of those without an answer that passes are looked up in dropped.jsonl."""
+    prompts, answers = np.unique(samples["prompt"], return_counts=True)
+    kept = len(np.unique(survivors.samples["prompt"][survivors.alive]))
+    unsolved, pass_at = solved(samples)
+    wanted, ids = set(unsolved.tolist()), list[str]()
+    with dropped.open("rb") as file:
+        for line in file:
+            if not wanted or len(ids) == UNSOLVED_IDS:
+                break
+            prompt_id = _decode_prompt_id(line).prompt_id
+            if (found := hash_of(prompt_id)) in wanted:
+                wanted.remove(found)
+                ids.append(prompt_id)
+    counts = len(prompts), kept, kept / len(prompts), int(answers.max())
+    return PromptCounts(*counts, pass_at, len(unsolved), ids)
+
+
+class _PromptId(msgspec.Struct):
+    prompt_id: str
+
+
+_decode_prompt_id = msgspec.json.Decoder(_PromptId).decode
 
 
 def check_keep_rate(
@@ -218,38 +257,9 @@ def check_keep_rate(
 def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dict[str, object]:
     counts = {name: getattr(report, name) for name in ("rows", "kept", "dropped", "keep_rate", "bad_lines")}
     return {
-        "rules": [rule.described() for rule in rules.rules],
-        **config.model_dump(mode="json", include={"dedup", "judge"}),
+        "rules": rules.described(),
+        **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
-
-
-@contextmanager
-def _staged(*paths: Path) -> Iterator[Sequence[BinaryIO]]:
-    """Opens files that take the places of `paths`, all of them, when the block ends well; none otherwise.
-
-    All are on disk before the first is renamed, and no signal comes between the renames.
-    """
-    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
-    try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(temporary.open("wb")) for temporary in temporaries]
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            for temporary, path in zip(temporaries, paths, strict=True):
-                temporary.replace(path)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    except OSError as error:
-        raise DistillError(
-            f"{error.filename or paths[0].parent}: {error.strerror}; no old file was replaced"
-        ) from error
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)

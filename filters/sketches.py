@@ -5,24 +5,23 @@ nothing. The texts stay on disk: a row that looks like another is read again.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
 
-from filters.minhash import Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
+from filters.minhash import GLIMPSE, Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
 from filters.stream import read_lines
 from pipeline.errors import DataError
 from pipeline.recipe import DedupConfig
-from pipeline.records import Message
+from pipeline.records import Json, Message, said
 
-ID_BYTES = 16  # of an id, to order rows by
 BATCH = 4096  # rows of another file whose texts are held at once
 READ_AGAIN = 4096  # rows whose n-grams are held at once: about 3 KB each
 
@@ -43,62 +42,22 @@ class Source(NamedTuple):
     name: str
 
 
-class Row(msgspec.Struct, frozen=True):
-    """What matters here of a row: a kept answer, or a prompt to evaluate on, alone or with its answer."""
-
-    id: str = ""
-    messages: list[Message] = []
-    prompt: str = ""
-    text: str | None = None
-
-    @property
-    def question(self) -> str:
-        """What was asked: every turn but the system's."""
-        return question_of(self.messages) or self.prompt
-
-    @property
-    def answer(self) -> str:
-        """The answer; of a prompt alone, the prompt: it is no answer to learn either."""
-        return self.question if self.text is None else self.text
-
-
-class View(NamedTuple):
-    """One text of each row (its answer or its prompt), as numbers to compare."""
-
-    digests: Array  # uint64 (rows,): equal for texts that are the same, once folded
-    bands: Array  # uint32 (rows, bands); no columns if near duplicates are not looked for
-    glimpses: Array  # uint8 (rows, GLIMPSE), or no columns
-
-
 class Text(NamedTuple):
     """What is compared of a row, and where its line begins in the file."""
 
     id: str
     start: int
-    answer: str
-    question: str
+    answer: str  # of a prompt to evaluate on, the prompt: it is no answer to learn either
+    prompt: str
 
 
-class Sketch(NamedTuple):
-    """Rows as numbers, in the order of their file."""
-
-    ids: Array  # bytes (rows,)
-    starts: Array  # int64 (rows,): offsets of their lines
-    views: list[View]  # of the answers; and of the prompts, if those are compared
-
-
-@dataclass(frozen=True)
-class Sketches:
+class Sketches(NamedTuple):
     """All rows, source after source; `first` is the number of each source's first row, and of the end."""
 
     sources: Sequence[Source]
     first: list[int]
-    rows: Sketch
-
-    @property
-    def kinds(self) -> Array:
-        """The Kind of each row."""
-        return np.repeat([source.kind for source in self.sources], np.diff(self.first))
+    rows: Array  # of `_row_type`
+    kinds: Array  # the Kind of each row
 
     def source(self, row: int) -> int:
         """The index of the row's source."""
@@ -110,77 +69,106 @@ def question_of(messages: Sequence[Message]) -> str:
     return "\n".join([message.content for message in messages if message.role not in ("system", "developer")])
 
 
-def sketch(texts: Sequence[Text], config: DedupConfig) -> Sketch:
-    """Some rows of one file."""
-    views = [_view([fold(text.answer) for text in texts], config.near, config.ngram)]
-    if config.prompts is not None or config.contamination:
-        threshold = None if config.prompts == 1 else config.prompts
-        views.append(_view([fold(text.question) for text in texts], threshold, config.ngram))
-    ids = np.array([text.id.encode() for text in texts], dtype=f"S{ID_BYTES}")
-    return Sketch(ids, np.array([text.start for text in texts], dtype=np.int64), views)
+def _row_type(config: DedupConfig) -> np.dtype[np.void]:
+    """A row as numbers: its id and offset; digest, band keys and glimpse of its answer, and of its prompt if compared.
+
+    Band keys and glimpse are not there where near duplicates are not looked for.
+    """
+    fields = [("id", "S16"), ("start", np.int64)]
+    for text, threshold in thresholds(config).items():
+        near = [] if threshold is None else [("bands", np.uint32, shape_for(threshold)[:1]), ("glimpse", "u1", GLIMPSE)]
+        fields.append((text, [("digest", np.uint64), *near]))
+    return np.dtype(fields)
 
 
-def joined(parts: Sequence[tuple[Source, Sequence[Sketch]]], config: DedupConfig) -> Sketches:
+def thresholds(config: DedupConfig) -> dict[str, float | None]:
+    """The texts of a row that are compared, and from which similarity on they are alike; None: only if the same."""
+    prompts = {"prompt": None if config.prompts == 1 else config.prompts}
+    return {"answer": config.near, **(prompts if config.prompts or config.contamination else {})}
+
+
+def _compared(text: Text, name: str, config: DedupConfig) -> str:
+    """A text as it is compared: by itself, or an answer with its prompt."""
+    return fold(f"{text.prompt}\n{text.answer}" if name == "answer" and config.of == "row" else getattr(text, name))
+
+
+def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
+    """Some rows of one file, of `_row_type`."""
+    rows = np.empty(len(texts), _row_type(config))
+    rows["id"] = [text.id.encode() for text in texts]
+    rows["start"] = [text.start for text in texts]
+    for name, threshold in thresholds(config).items():
+        folded, view = [_compared(text, name, config) for text in texts], rows[name]
+        view["digest"] = np.frombuffer(b"".join(map(digest, folded)), dtype=np.uint64)
+        if threshold is not None:
+            values = signatures(folded, config.ngram)
+            view["bands"], view["glimpse"] = band_keys(values, shape_for(threshold)), glimpses(values)
+    return rows
+
+
+def joined(parts: Sequence[tuple[Source, Sequence[Array]]], config: DedupConfig) -> Sketches:
     """All rows of all sources."""
-    every = [sketch([], config), *(one for _, sketches in parts for one in sketches)]
-    ids, starts, views = zip(*every, strict=True)
-    columns = [View(*map(np.concatenate, zip(*of_texts, strict=True))) for of_texts in zip(*views, strict=True)]
-    counts = [sum(len(one.ids) for one in sketches) for _, sketches in parts]
-    rows = Sketch(np.concatenate(ids), np.concatenate(starts), columns)
-    return Sketches([source for source, _ in parts], np.cumsum([0, *counts]).tolist(), rows)
+    sources, counts = [source for source, _ in parts], [sum(map(len, sketches)) for _, sketches in parts]
+    rows = np.concatenate([sketch([], config), *(one for _, sketches in parts for one in sketches)])
+    kinds = np.repeat([source.kind for source in sources], counts)
+    return Sketches(sources, np.cumsum([0, *counts]).tolist(), rows, kinds)
 
 
-def sketch_file(source: Source, config: DedupConfig) -> list[Sketch]:
+def sketch_file(source: Source, config: DedupConfig) -> list[Array]:
     """Reads another run's or an evaluation's rows. Raises DataError `path:line: reason` at a line that is no row."""
-    made, texts = [], list[Text]()
     with source.path.open("rb") as file:
-        for number, (start, line) in enumerate(read_lines(file, 0, source.path.stat().st_size), start=1):
-            if line is not None and line.isspace():
-                continue
-            try:
-                row = _decode(line, source.kind)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{source.path}:{number}: {error}") from None
-            texts.append(Text(row.id, start, row.answer, row.question))
-            if len(texts) == BATCH:
-                made.append(sketch(texts, config))
-                texts = []
-    return [*made, sketch(texts, config)]
+        texts = _texts(file, source)
+        return [sketch(batch, config) for batch in iter(lambda: [*islice(texts, BATCH)], [])]
 
 
-def _view(folded: list[str], threshold: float | None, n: int) -> View:
-    digests = np.frombuffer(b"".join(map(digest, folded)), dtype=np.uint64)
-    if threshold is None:
-        return View(digests, np.empty((len(folded), 0), np.uint32), np.empty((len(folded), 0), np.uint8))
-    values = signatures(folded, n)
-    return View(digests, band_keys(values, shape_for(threshold)), glimpses(values))
+def _texts(file: BinaryIO, source: Source) -> Iterator[Text]:
+    for number, (start, line) in enumerate(read_lines(file, 0, source.path.stat().st_size), start=1):
+        if line is not None and line.isspace():
+            continue
+        try:
+            yield _text(line, start, source.kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{source.path}:{number}: {error}") from None
 
 
-_decoder = msgspec.json.Decoder(Row)
+class _Row(msgspec.Struct):
+    """What matters here of a line: a kept answer, or a prompt to evaluate on, alone or with its answer."""
+
+    id: str = ""
+    messages: list[Message] = []
+    prompt: str = ""
+    text: str | None = None
+    tool_calls: list[Json] = []
 
 
-def _decode(line: bytes | None, kind: Kind) -> Row:
+_decode = msgspec.json.Decoder(_Row).decode
+
+
+def _text(line: bytes | None, start: int, kind: Kind) -> Text:
     """A row of a source of that kind. Raises msgspec.DecodeError."""
     if line is None:
         raise msgspec.ValidationError("a line too long for a row")
-    row = _decoder.decode(line)
+    row = _decode(line)
     if kind is Kind.OTHER_RUN and row.text is None:
         raise msgspec.ValidationError("no `text`: not a row of kept.jsonl")
     if not row.messages and not row.prompt:
         raise msgspec.ValidationError("neither `messages` nor `prompt`: no row to evaluate on")
-    return row
+    question = question_of(row.messages) or row.prompt
+    answer = question if row.text is None else said(Message("assistant", row.text, row.tool_calls))
+    return Text(row.id, start, answer, question)
 
 
 class Reader:
     """Reads rows again, by number: their ids, and their n-grams to compare."""
 
-    def __init__(self, sketches: Sketches, ngram: int, stack: ExitStack) -> None:
+    def __init__(self, sketches: Sketches, config: DedupConfig, stack: ExitStack) -> None:
         self._sketches = sketches
         self._files = [stack.enter_context(source.path.open("rb")) for source in sketches.sources]
-        self.answer_ngrams = lru_cache(READ_AGAIN)(lambda number: ngrams(fold(self.row(number).answer), ngram))
-        self.prompt_ngrams = lru_cache(READ_AGAIN)(lambda number: ngrams(fold(self.row(number).question), ngram))
+        self.ngrams = lru_cache(READ_AGAIN)(
+            lambda number, text: ngrams(_compared(self.text(number), text, config), config.ngram)
+        )
 
-    def row(self, number: int) -> Row:
-        index = self._sketches.source(number)
-        self._files[index].seek(int(self._sketches.rows.starts[number]))
-        return _decoder.decode(self._files[index].readline())
+    def text(self, number: int) -> Text:
+        index, start = self._sketches.source(number), int(self._sketches.rows["start"][number])
+        self._files[index].seek(start)
+        return _text(self._files[index].readline(), start, self._sketches.sources[index].kind)

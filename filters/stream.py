@@ -9,17 +9,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import DistillError
 
 BLOCK = 1 << 21  # bytes
 LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
+SLOW_BLOCK, SMALLEST_BLOCK = 1 << 17, 1 << 12  # bytes of a block whose rules run programs or queries
+AHEAD = 4  # blocks a process that may wait for one that takes longer
 PARALLEL_FROM = 1 << 22  # bytes; for a smaller file other processes are not worth their start
 MOST_PROCESSES = 16
+KILLED = "a filter process was killed (out of memory?); nothing was replaced, run again"
 
 Result = TypeVar("Result")
 Line = tuple[int, bytes | None]  # its offset in the file; the line as it stands, None if it is over LONGEST_LINE
@@ -51,15 +54,19 @@ def _skip_line(file: BinaryIO, position: int, stop: int) -> int:
     return position
 
 
-def in_blocks(path: Path, work: Work[Result]) -> Generator[Result, None, None]:
+def in_blocks(path: Path, work: Work[Result], *, slow: bool = False) -> Generator[Result, None, None]:
     """Yields what `work` makes of each block of the file, in order. What `work` raises is raised here.
 
-    Small files are done in this process, larger ones by one process per core. Close the generator to end those early.
+    Small files are done in this process, larger ones by one process per core; `slow` work always by all cores, and in
+    smaller blocks. Close the generator to end the processes early.
     """
     size = path.stat().st_size
-    spans = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES, len(spans)) if sys.platform == "linux" else 1
-    if processes > 1 and size >= PARALLEL_FROM:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    processes = cores if slow else min(cores, MOST_PROCESSES)
+    block = min(max(size // (16 * processes), SMALLEST_BLOCK), SLOW_BLOCK) if slow else BLOCK
+    spans = [(start, min(start + block, size)) for start in range(0, size, block)]
+    processes = min(processes, len(spans))
+    if processes > 1 and (slow or size >= PARALLEL_FROM):
         yield from _in_processes(path, spans, work, processes)
     else:
         with path.open("rb") as file:
@@ -69,42 +76,61 @@ def in_blocks(path: Path, work: Work[Result]) -> Generator[Result, None, None]:
 
 def _in_processes(path: Path, spans: list[Span], work: Work[Result], processes: int) -> Generator[Result, None, None]:
     fork = multiprocessing.get_context("fork")  # the work need not be pickled: a user's function cannot be
-    workers: list[tuple[BaseProcess, Connection]] = []
-    worker: BaseProcess
+    workers: dict[Connection, BaseProcess] = {}
+    busy: dict[Connection, int] = {}  # the block that each of them has
+    done: dict[int, Result | Exception] = {}  # blocks that came before their turn
+    left = iter(enumerate(spans))
     try:
-        for first in range(processes):
-            receiver, sender = fork.Pipe(duplex=False)
-            worker = fork.Process(target=_worker, args=(path, spans[first::processes], work, sender), daemon=True)
-            worker.start()
-            sender.close()  # the worker has the only one, so its death ends the pipe
-            workers.append((worker, receiver))
+        for _ in range(processes):
+            ours, theirs = fork.Pipe()
+            parents = [*workers, ours]
+            workers[ours] = fork.Process(target=_worker, args=(path, work, theirs, parents), daemon=True)
+            workers[ours].start()
+            theirs.close()  # the worker has the only one, so its death ends the pipe
         for index in range(len(spans)):
-            _, receiver = workers[index % processes]
-            try:
-                result = receiver.recv()
-            except EOFError:
-                what = "a filter process was killed (out of memory?)"
-                raise DistillError(f"{what}; nothing was replaced, run again") from None
+            while index not in done:
+                for connection in workers.keys() - busy.keys():
+                    if len(done) < AHEAD * processes and (following := next(left, None)):
+                        busy[connection], span = following
+                        connection.send(span)
+                ready = wait([*busy])
+                for connection in [one for one in busy if one in ready]:
+                    done[busy.pop(connection)] = _received(connection)
+            result = done.pop(index)
             if isinstance(result, Exception):
                 raise result
             yield result
+    except ConnectionError:
+        raise DistillError(KILLED) from None
     finally:
-        for worker, receiver in workers:
+        for connection, worker in workers.items():
             worker.kill()
             worker.join()
-            receiver.close()
+            connection.close()
 
 
-def _worker(path: Path, spans: list[Span], work: Work[Result], sender: Connection) -> None:
-    """Sends the result of each of its blocks, and waits until it is read. Ends by itself when its parent is gone."""
+def _received(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except EOFError:
+        raise DistillError(KILLED) from None
+
+
+def _worker(path: Path, work: Work[Result], connection: Connection, parents: list[Connection]) -> None:
+    """Sends the result of each block that it is given. Ends by itself when its parent is gone."""
+    for one in parents:  # the other ends: only the parent may hold them open
+        one.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.disable()  # rows hold no cycles, and a collection would look at all of a block's
     try:
         with path.open("rb") as file:
-            for start, stop in spans:
-                sender.send(work(read_lines(file, start, stop)))
-    except ConnectionError:
+            while True:
+                start, stop = connection.recv()
+                try:
+                    result: Result | Exception = work(read_lines(file, start, stop))
+                except Exception as error:  # carried to the parent, which raises it
+                    result = error
+                connection.send(result)
+    except (EOFError, ConnectionError):
         os._exit(1)
-    except Exception as error:  # carried to the parent, which raises it
-        sender.send(error)

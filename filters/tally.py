@@ -9,7 +9,7 @@ from functools import partial
 
 from filters.answer import Answer
 from filters.reasons import describe
-from pipeline.records import Reason
+from pipeline.records import Reason, Slots
 
 BIN = 50  # characters a bar of the length histogram
 FIRST_BAD_LINES = 100  # named in the report
@@ -37,29 +37,6 @@ class BadLine:
 
 
 @dataclass
-class Side:
-    """The lengths and slot values of the answers that are kept, or of those that are dropped."""
-
-    lengths: Counter[int] = field(default_factory=Counter)  # by bin
-    slots: defaultdict[str, Counter[str]] = field(default_factory=partial(defaultdict, Counter))  # slot, value
-
-    def count(self, answer: Answer, number: int = 1) -> None:
-        """Adds an answer; -1 takes it back."""
-        self.lengths[min(len(answer.text) // BIN, LAST_BIN)] += number
-        for name, value in answer.slots.items():
-            counts = self.slots[name]
-            if len(counts) <= MOST_VALUES:
-                for one in (value,) if isinstance(value, str) else value:
-                    counts[one] += number
-
-    def add(self, other: "Side") -> None:
-        self.lengths.update(other.lengths)
-        for name, counts in other.slots.items():
-            if len(self.slots[name]) <= MOST_VALUES:
-                self.slots[name].update(counts)
-
-
-@dataclass
 class Tally:
     """Counts of lines, and of kept and dropped answers."""
 
@@ -67,41 +44,50 @@ class Tally:
     bad_lines: int = 0
     first_bad_lines: list[BadLine] = field(default_factory=list)
     torn: bool = False  # the last line is cut off
-    failed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # labels of the rules that dropped an answer
-    kept: int = 0
-    kept_side: Side = field(default_factory=Side)
-    dropped_side: Side = field(default_factory=Side)
+    outcomes: Counter[tuple[str, ...]] = field(default_factory=Counter)  # labels of the rules that dropped it; (): kept
+    lengths: Counter[tuple[int, bool]] = field(default_factory=Counter)  # bin of BIN characters, whether it is kept
+    # By the name of a slot or column: its values, and whether the answer is kept.
+    slots: defaultdict[str, Counter[tuple[str, bool]]] = field(default_factory=partial(defaultdict, Counter))
     examples: dict[str, list[Example]] = field(default_factory=dict)  # by rule
     scores: dict[str, Counter[str]] = field(default_factory=dict)  # the judge's: criterion, score: answers
 
     @property
-    def dropped(self) -> int:
-        return self.failed.total()
+    def rows(self) -> int:
+        return self.outcomes.total()
+
+    @property
+    def kept(self) -> int:
+        return self.outcomes[()]
 
     def count(self, row_id: str, answer: Answer, reasons: list[Reason]) -> None:
         """Adds an answer; without reasons it is kept."""
-        if not reasons:
-            self.kept += 1
-            self.kept_side.count(answer)
-            return
-        self.dropped_side.count(answer)
-        self.failed[tuple([reason.rule for reason in reasons])] += 1
+        self._count(answer, tuple([reason.rule for reason in reasons]), 1)
         for reason in reasons:
             examples = self.examples.setdefault(reason.rule, [])
             if len(examples) < EXAMPLES:
                 examples.append(Example(row_id, describe(reason), answer.text[:EXAMPLE_CHARS]))
+
+    def move_to_dropped(self, row_id: str, answer: Answer, reason: Reason) -> None:
+        """Takes back an answer that was counted as kept: it is dropped after all."""
+        self._count(answer, (), -1)
+        self.count(row_id, answer, [reason])
+
+    def _count(self, answer: Answer, labels: tuple[str, ...], number: int) -> None:
+        self.outcomes[labels] += number
+        kept = not labels
+        self.lengths[min(len(answer.text) // BIN, LAST_BIN), kept] += number
+        fields: Slots = {name: value for name, value in answer.columns.items() if isinstance(value, str)}
+        for name, value in (fields | answer.slots).items():
+            counts = self.slots[name]
+            if len(counts) <= 2 * MOST_VALUES:
+                for one in (value,) if isinstance(value, str) else value:
+                    counts[one, kept] += number
 
     def count_bad(self, reason: str) -> None:
         """Notes that the last line counted in `lines` is no completion."""
         self.bad_lines += 1
         if len(self.first_bad_lines) < FIRST_BAD_LINES:
             self.first_bad_lines.append(BadLine(self.lines, reason))
-
-    def move_to_dropped(self, row_id: str, answer: Answer, reason: Reason) -> None:
-        """Takes back an answer that was counted as kept: it is dropped after all."""
-        self.kept -= 1
-        self.kept_side.count(answer, -1)
-        self.count(row_id, answer, [reason])
 
     def add(self, later: "Tally") -> None:
         """Adds a later block's tally."""
@@ -110,10 +96,11 @@ class Tally:
         self.lines += later.lines
         self.bad_lines += later.bad_lines
         self.torn |= later.torn
-        self.kept += later.kept
-        self.failed.update(later.failed)
-        self.kept_side.add(later.kept_side)
-        self.dropped_side.add(later.dropped_side)
+        self.outcomes.update(later.outcomes)
+        self.lengths.update(later.lengths)
+        for name, counts in later.slots.items():
+            if len(self.slots[name]) <= 2 * MOST_VALUES:
+                self.slots[name].update(counts)
         for label, examples in later.examples.items():
             known = self.examples.setdefault(label, [])
             known.extend(examples[: EXAMPLES - len(known)])

@@ -6,7 +6,8 @@ compare: `sweep/<share>/` with kept.jsonl, dropped.jsonl and lineage.json. It ke
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import DEDUP_RULES
+from filters.groups import AGREES, SELECT
 from filters.judge import RULE as JUDGE
 from filters.judge import read_judgements
 from filters.reasons import describe
@@ -24,10 +26,10 @@ from filters.repetition import RepetitionSettings
 from filters.report import one_line
 from filters.rows import filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
-from filters.ruleset import RuleSet
+from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
-from pipeline.records import Completion, Dropped, Kept, Reason, encode_line
+from pipeline.records import Completion, Dropped, Kept, Reason, encode_line, said
 from pipeline.rundir import RunDir, replacing
 
 SHOWN = 10  # rows of each side
@@ -35,31 +37,25 @@ SHOWN_CHARS = 200
 STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule is asked again
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
 
+Flip = tuple[Completion, Sequence[Reason]]
 Rank = tuple[int, float, float, float, str]
-Thresholds = list[tuple[Callable[[Answer, Any], Reason | None], list[RuleSettings]]]
-
-
-@dataclass
-class Flips:
-    """Rows that would change to one side: how many, and the first of them with the reasons that drop them."""
-
-    count: int = 0
-    first: list[tuple[Completion, Sequence[Reason]]] = field(default_factory=list)
-
-    def add(self, row: Completion, reasons: Sequence[Reason]) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append((row, reasons))
+Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 
 
 @dataclass
 class DryRun:
-    """What would change."""
+    """What would change: how many rows to each side, and the first of them with the reasons that drop them."""
 
     rows: int = 0
     kept_before: int = 0
-    to_dropped: Flips = field(default_factory=Flips)
-    to_kept: Flips = field(default_factory=Flips)
+    count: Counter[bool] = field(default_factory=Counter)  # by whether it would be kept
+    first: dict[bool, list[Flip]] = field(default_factory=lambda: {True: [], False: []})
+
+    def add(self, row: Completion, reasons: Sequence[Reason], *, kept: bool) -> None:
+        """Counts a row that would change to that side."""
+        self.count[kept] += 1
+        if len(self.first[kept]) < SHOWN:
+            self.first[kept].append((row, reasons))
 
 
 @dataclass(frozen=True)
@@ -82,23 +78,21 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
         if isinstance(row, Kept):
             result.kept_before += 1
             if reasons:
-                result.to_dropped.add(row, reasons)
-        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE):  # neither is asked again
-            result.to_kept.add(row, row.detail)
+                result.add(row, reasons, kept=False)
+        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE, AGREES, SELECT):  # none of them is asked again
+            result.add(row, row.detail, kept=True)
     return result
 
 
 def print_dry_run(result: DryRun, console: Console) -> None:
     """Both directions side by side, then the counts."""
-    dropped, kept = result.to_dropped, result.to_kept
-    if dropped.count or kept.count:
-        headings = (f"kept, would be dropped ({dropped.count:,})", f"dropped, would be kept ({kept.count:,})")
-        table = Table(*headings, show_lines=True)
-        for one, other in zip_longest(dropped.first, kept.first):
+    dropped, kept = result.count[False], result.count[True]
+    if dropped or kept:
+        table = Table(f"kept, would be dropped ({dropped:,})", f"dropped, would be kept ({kept:,})", show_lines=True)
+        for one, other in zip_longest(result.first[False], result.first[True]):
             table.add_row(_cell(one, "now"), _cell(other, "was"))
         console.print(table)
-    before, after = result.kept_before, result.kept_before - dropped.count + kept.count
-    rows = max(result.rows, 1)
+    before, after, rows = result.kept_before, result.kept_before - dropped + kept, max(result.rows, 1)
     console.print(
         f"{result.rows:,} answers: {before:,} kept ({before / rows:.1%}), with these rules {after:,} "
         f"({after / rows:.1%}). Nothing was written.",
@@ -106,12 +100,12 @@ def print_dry_run(result: DryRun, console: Console) -> None:
     )
 
 
-def _cell(flip: tuple[Completion, Sequence[Reason]] | None, when: str) -> str:
+def _cell(flip: Flip | None, when: str) -> str:
     if flip is None:
         return ""
     row, why = flip
     reasons = one_line("; ".join(f"{reason.rule}: {describe(reason)}" for reason in why), SHOWN_CHARS)
-    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(row.text, SHOWN_CHARS)}"
+    return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(said(row), SHOWN_CHARS)}"
 
 
 def parse_shares(text: str) -> list[int]:
@@ -132,7 +126,7 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     scores = {id_: judgement.score or 0 for id_, judgement in read_judgements(run).items()}
     for row in filtered_rows(run):
         total += 1
-        if row.text.strip():
+        if said(row).strip():
             score = row.scores.get(JUDGE, 0.0) if isinstance(row, Kept) else scores.get(row.id, 0)
             ranks.append(_rank(row, thresholds, score))
     if not ranks:
@@ -152,13 +146,14 @@ def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
 
 def stricter(rules: RuleSet) -> Thresholds:
     """The rules that have a threshold, each with its settings made stricter, by STEPS."""
-    found = [(rule.rule.check, [_tighter(rule.settings, step) for step in STEPS]) for rule in rules.rules]
-    return [(check, [one for one in steps if one]) for check, steps in found if any(steps)]
+    found = ([(rule, _tighter(rule.settings, step)) for step in STEPS] for rule in rules.rules)
+    every = ([rule._replace(settings=settings) for rule, settings in steps if settings] for steps in found)
+    return [steps for steps in every if steps]
 
 
 def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
     """How far an answer is inside the rules' thresholds: of the rule that it is nearest to, and the mean; 0 to 1."""
-    found = [sum(check(answer, settings) is None for settings in steps) / len(steps) for check, steps in thresholds]
+    found = [sum(rule.verify(answer).reason is None for rule in steps) / len(steps) for steps in thresholds]
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
@@ -223,6 +218,6 @@ def _tighter(settings: RuleSettings, step: float) -> RuleSettings | None:
         case ScriptRatioSettings(min_share=share):
             return settings.model_copy(update={"min_share": share + step * (1 - share)})
         case RepetitionSettings():
-            names = (name for name in type(settings).model_fields if name != "repeated_span")
+            names = (name for name in type(settings).model_fields if name not in ("of", "repeated_span"))
             return settings.model_copy(update={name: less(getattr(settings, name)) for name in names})
     return None

@@ -8,7 +8,7 @@ answered. The counts go to stdout.
 from pathlib import Path
 
 from generate import dry_run
-from generate.progress import clock
+from generate.progress import clock, requests_of
 from generate.run import Summary, generate
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RequestsFailed
@@ -57,8 +57,8 @@ def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
     seconds = max(summary.wall_s, 1e-9)
     tokens = summary.completion_tokens
     return [
-        f"{recipe.name}: {summary.requests} requests, {summary.completed} answered ({summary.answered} now, "
-        f"{summary.resumed} earlier), {summary.failed} failed → {run.completions}",
+        f"{recipe.name}: {requests_of(summary.requests, summary.prompts)}, {summary.completed} answered "
+        f"({summary.answered} now, {summary.resumed} earlier), {summary.failed} failed → {run.completions}",
         f"{clock(summary.wall_s)} · {summary.answered / seconds:.1f} answers/s · "
         f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens · {tokens / seconds:,.0f} tok/s"
         + (f" · ${summary.cost_usd:,.4f} spent in all" if summary.cost_usd is not None else ""),

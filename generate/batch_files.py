@@ -74,8 +74,9 @@ class Folder:
 
     def sent(self, chunk: Chunk) -> dict[str, dict[str, Any]]:
         """The sampling values that each request of a chunk went out with, by its id."""
+        others = ("model", "messages", "tools")
         return {
-            line.custom_id: {name: value for name, value in line.body.items() if name not in ("model", "messages")}
+            line.custom_id: {name: value for name, value in line.body.items() if name not in others}
             for line in read_jsonl(self.file(chunk, "input"), _Input)
         }
 

@@ -64,8 +64,9 @@ class Dialect:
         if job.dialect != self.version or not job.body:
             job.dialect = self.version
             request = job.request
-            messages = self._addressed(request.messages)
-            job.body = _encoder.encode({"model": job.model, "messages": messages, **self.sent(request.sampling)})
+            messages, tools = self._addressed(job.told), {"tools": request.tools} if request.tools else {}
+            sampling = self.sent(request.sampling)
+            job.body = _encoder.encode({"model": job.model, "messages": messages, **sampling, **tools})
         return job.body
 
     def sent(self, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +83,11 @@ class Dialect:
         """Whether the refused job, sent another way, may be answered."""
         if fault.error != "bad_request" or fault.status not in (400, 422):
             return False
-        return job.dialect != self.version or self._lesson(fault, job.request.messages) is not None
+        return job.dialect != self.version or self._lesson(fault, job.told) is not None
 
     def learn(self, fault: Fault, job: Job, say: Callable[[str], None]) -> None:
         """Learns from a refusal that `teaches`, and says so. One that was sent before the last lesson is no news."""
-        if job.dialect == self.version and (lesson := self._lesson(fault, job.request.messages)):
+        if job.dialect == self.version and (lesson := self._lesson(fault, job.told)):
             said, self._manner = lesson
             self.version += 1
             say(f"the teacher refuses a setting ({fault.message}): from here on this run {said}")

@@ -14,6 +14,7 @@ from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
+from generate.progress import requests_of
 from generate.prompts import iter_prompts
 from generate.tokens import bound, counter
 from pipeline.address import is_private
@@ -31,7 +32,8 @@ class DryRun:
     price: Price | None
     spent_tokens: int
     spent: float
-    requests: int = 0
+    prompts: int = 0
+    requests: int = 0  # prompts × prompts.samples
     answered: int = 0
     to_ask: int = 0
     prompt_tokens: int = 0  # at most, unless `counted`
@@ -68,12 +70,13 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         if not left.has(job):
             continue
         dry.to_ask += 1
-        most, counted = bound(len(dialect.body(job))), count(job.request.messages) if count else None
+        most, counted = bound(len(dialect.body(job))), count(job.told, job.request.tools) if count else None
         tokens = most if counted is None else counted
         dry.counted &= counted is not None
         dry.prompt_tokens += tokens
         dry.long_prompts += tokens > PRICED_TOKENS
         dry.reserved_tokens = max(dry.reserved_tokens, most - tokens)
+    dry.prompts = dry.requests // recipe.prompts.samples
     dry.completion_tokens = dry.to_ask * recipe.sampling.max_tokens
     dry.expected_prompt_tokens = dry.prompt_tokens if dry.counted else None
     if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:
@@ -93,8 +96,8 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
         prompts = f"prompt tokens: at most {dry.prompt_tokens:,} ({bound_of}){_about(dry.expected_prompt_tokens)}"
     failed = dry.requests - dry.answered - dry.to_ask
     lines = [
-        f"{recipe.name}: {dry.requests:,} requests, {dry.answered:,} answered already, {failed:,} failed and left "
-        f"alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
+        f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, {failed:,} "
+        f"failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
         prompts,
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
         f"{_about(dry.expected_completion_tokens)}",

@@ -1,4 +1,4 @@
-"""A template and its slots: how many different prompts they make, and the prompt at each index.
+"""A template and its slots: how many different prompts they make, and the prompt and its reference at each index.
 
 A prompt's index is a number in mixed radix, one digit per slot, so a grammar of any size is counted and drawn from
 without being listed. Pure: reads and writes nothing. All choices come from SHAKE-128 and BLAKE2, so the same seed gives
@@ -6,9 +6,10 @@ the same prompts with any Python, on any machine, whatever PYTHONHASHSEED is.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from hashlib import blake2b, shake_128
 from string import Formatter
+from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import ChooseSlot, PromptsConfig, slot_values
@@ -21,8 +22,14 @@ class Grammar:
     """The prompts that a template and its slots make. Raises RecipeError if the two do not fit."""
 
     def __init__(self, config: PromptsConfig) -> None:
-        self._template = config.template or ""
-        _check_names(self._template, config.slots)
+        self._template, self._reference = config.template or "", config.reference
+        named = _named_slots("prompts.template", self._template, config.slots)
+        if unused := [name for name in config.slots if name not in named]:
+            raise RecipeError(
+                f"prompts.slots has {_quoted(unused)}, which prompts.template does not name; add it to the template or "
+                "remove it"
+            )
+        _filled(self._reference, lambda text: _named_slots("prompts.reference", text, config.slots))
         self._digits = [_Digit(name, slot) for name, slot in config.slots.items()]
         self.size = math.prod(digit.size for digit in self._digits)
         """How many different prompts there are: `choose` counts combinations, a value given twice counts once."""
@@ -34,8 +41,12 @@ class Grammar:
         for digit in self._digits:
             rest, value = divmod(rest, digit.size)
             slots[digit.name] = digit.at(value, index)
-        words = {name: value if isinstance(value, str) else ", ".join(value) for name, value in slots.items()}
-        return self._template.format_map(words), slots
+        return self._template.format_map(_words(slots)), slots
+
+    def reference(self, slots: Slots) -> Any:
+        """The reference of the prompt with these values."""
+        words = _words(slots)
+        return _filled(self._reference, lambda text: text.format_map(words))
 
     def draw(self, count: int, seed: int) -> Iterator[tuple[str, Slots]]:
         """`count` prompts in a random order that the seed decides: each prompt once, then all of them again.
@@ -100,26 +111,41 @@ def _hash(text: str, below: int) -> int:
     return int.from_bytes(shake_128(text.encode()).digest(below.bit_length() // 8 + 9)) % below
 
 
-def _check_names(template: str, slots: Iterable[str]) -> None:
-    """Raises RecipeError unless the template names exactly the slots, each as a plain {name}."""
+def _words(slots: Slots) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else ", ".join(value) for name, value in slots.items()}
+
+
+def _filled(value: Any, fill: Callable[[str], Any]) -> Any:
+    """A JSON value with `fill` applied to each text in it; the keys of its objects stay."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, fill) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, fill) for inner in value]
+    return fill(value) if isinstance(value, str) else value
+
+
+def _named_slots(key: str, text: str, slots: Collection[str]) -> set[str]:
+    """The slots that a text names. Raises RecipeError unless each is one of `slots` and a plain {name}."""
     braces = "write a literal brace as {{ or }}"
     try:
-        fields = list(Formatter().parse(template))
+        fields = list(Formatter().parse(text))
     except ValueError as error:
-        raise RecipeError(f"prompts.template: {error}; {braces}") from None
+        raise RecipeError(f"{key}: {error}; {braces}") from None
     named: dict[str, None] = {}
     for _, name, spec, conversion in fields:
         if name is None:
             continue
         if not name.isidentifier() or spec or conversion:
             whole = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise RecipeError(f"prompts.template: {{{whole}}} is not a slot: only {{name}} is; {braces}")
+            raise RecipeError(f"{key}: {{{whole}}} is not a slot: only {{name}} is; {braces}")
         named[name] = None
-    given = list(slots)
-    if unknown := ", ".join(f"`{name}`" for name in named if name not in given):
-        known = ", ".join(given) or "none"
-        raise RecipeError(f"prompts.template names {unknown}, which prompts.slots does not have; there are: {known}")
-    if unused := ", ".join(f"`{name}`" for name in given if name not in named):
+    if unknown := [name for name in named if name not in slots]:
         raise RecipeError(
-            f"prompts.slots has {unused}, which prompts.template does not name; add it to the template or remove it"
+            f"{key} names {_quoted(unknown)}, which prompts.slots does not have; "
+            f"there are: {', '.join(slots) or 'none'}"
         )
+    return set(named)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -22,7 +22,8 @@ class Counters:
     """Where a run is. Tokens are those of this call, as the server counted them."""
 
     total: int = 0  # requests of the run
-    repeats: int = 0  # of them ask a question again
+    prompts: int = 0  # that they are made of; each asks for `prompts.samples` answers
+    distinct: int = 0  # of the prompts: the others ask a question again
     resumed: int = 0  # answered by an earlier call
     failed_before: int = 0  # failed in an earlier call, and not asked again
     answered: int = 0
@@ -117,6 +118,12 @@ class Display:
             f"{clock(counters.left / per_second)} left" if per_second > 0 else "",
         ]
         return " · ".join(filter(None, parts))
+
+
+def requests_of(requests: int, prompts: int) -> str:
+    """A number of requests in words, with the prompts that they are made of if each has several samples."""
+    samples = requests // max(prompts, 1)
+    return f"{requests:,} requests" + (f" ({prompts:,} prompts, {samples} samples each)" if samples > 1 else "")
 
 
 def clock(seconds: float) -> str:

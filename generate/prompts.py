@@ -1,43 +1,41 @@
-"""What is asked: prompts from a template, a JSONL file, or a folder that `datasets` saved.
+"""What is asked: prompts from a template, or from the rows of a file (generate.sources).
 
 Reads the recipe and the file it names, and writes nothing. Prompts are streamed, so a long run never holds them all.
 What makes a request of a prompt is in generate.jobs.
 
-A JSONL line, like a row of a data set, has `messages` (a list of {"role", "content"}) or `prompt` (the user's words),
-and may have `slots` and `id`. Other keys are ignored.
+A row has `messages` (a list of {"role", "content"}) or `prompt` (the user's words), and may have `reference`, `id`,
+`slots` and `tools`, under these names or those of `prompts.columns`. All its other columns are kept in `columns`.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain, islice, repeat
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from generate.grammar import Grammar
 from generate.idset import IdSet
-from pipeline.errors import DataError, RecipeError, UsageError
-from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Message, Prompt, Slots
+from generate.sources import read_rows
+from pipeline.conversation import Turn, conversation, read_tools
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipe import PromptsConfig, Recipe, RowPart
+from pipeline.records import Json, Message, Prompt, Slots
 
-ROLES = ("system", "developer", "user", "assistant")
 ID_BYTES = 8
-BOM = b"\xef\xbb\xbf"
-ACCEPTED = (
-    'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, or a folder saved by `datasets`'
-)
 _encoder = msgspec.json.Encoder()
 
 
 class PromptRow(msgspec.Struct, frozen=True):
-    """One row of a prompt file, as the user wrote it."""
+    """One row of a prompt file."""
 
-    messages: list[Message] | None = None
+    messages: list[Turn] | None = None
     prompt: str | None = None
     slots: Slots | None = None
-    id: str | None = None
+    id: str | int | None = None
+    reference: Any = None
+    columns: Json = {}
+    tools: list[Any] | str | None = None  # or their JSON
 
 
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
@@ -52,10 +50,9 @@ def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
         return _from_template(config)
     if config.slots:
         raise RecipeError("prompts.slots is for a template; the rows of prompts.file have their own `slots`")
-    assert config.file is not None  # PromptsConfig checks that there is one source
     if config.count is None:
-        return _rows(config.file, config.system)
-    again_and_again = (_rows(config.file, config.system) for _ in repeat(None))
+        return _rows(config)
+    again_and_again = (_rows(config) for _ in repeat(None))
     return islice(chain.from_iterable(again_and_again), config.count)
 
 
@@ -64,106 +61,109 @@ def grammar_size(recipe: Recipe) -> int | None:
     return Grammar(recipe.prompts).size if recipe.prompts.template is not None else None
 
 
-def prompt_id(messages: list[Message]) -> str:
-    """16 hex digits of the BLAKE2b hash of the messages: the same words, the same id."""
-    return blake2b(_encoder.encode(messages), digest_size=ID_BYTES).hexdigest()
+def prompt_id(messages: list[Message], tools: Sequence[Json] = ()) -> str:
+    """16 hex digits of the BLAKE2b hash of the messages and the tools, if any: the same question, the same id."""
+    asked = _encoder.encode([messages, tools] if tools else messages)
+    return blake2b(asked, digest_size=ID_BYTES).hexdigest()
 
 
 def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
-    for text, slots in Grammar(config).draw(config.count or 0, config.seed):
+    grammar = Grammar(config)
+    for text, slots in grammar.draw(config.count or 0, config.seed):
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
         try:
-            yield make_prompt(PromptRow(prompt=text, slots=slots), config.system)
+            yield make_prompt(row, config.system, config.tools)
         except ValueError as error:
             raise RecipeError(f"prompts.template with {slots}: {error}") from None
 
 
-def _rows(path: Path, system: str | None) -> Iterator[Prompt]:
+def _rows(config: PromptsConfig) -> Iterator[Prompt]:
     """The rows as prompts. Two rows with one `id` must be one prompt; 16 bytes per `id` are kept to know."""
-    read = partial(_dataset_rows if path.is_dir() else _jsonl_rows, path)
     ids, prompts = IdSet(), IdSet()
     where = None
-    for where, row in read():
+    for where, row in read_rows(config):
         try:
-            prompt = make_prompt(row, system)
-        except ValueError as error:
+            prompt = make_prompt(_prompt_row(row, config), config.system, config.tools)
+        except (ValueError, msgspec.ValidationError) as error:
             raise DataError(f"{where}: {error}") from None
-        if row.id is not None:
-            new_id, new_prompt = ids.add(row.id), prompts.add(f"{row.id} {prompt_id(prompt.messages)}")
+        if prompt.id != (question := prompt_id(prompt.messages, prompt.tools)):
+            new_id, new_prompt = ids.add(prompt.id), prompts.add(f"{prompt.id} {question}")
             if new_prompt and not new_id:
-                first = next(earlier for earlier, other in read() if other.id == row.id)
-                raise DataError(f"{where}: id {row.id!r} is that of {first}, which is another prompt")
+                first = next(at for at, other in read_rows(config) if _prompt_row(other, config).id == prompt.id)
+                raise DataError(f"{where}: id {prompt.id!r} is that of {first}, which is another prompt")
         yield prompt
     if where is None:
-        raise DataError(f"{path}: no prompts in it")
+        raise DataError(f"{config.file}: no prompts in it")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
-    decoder = msgspec.json.Decoder(PromptRow)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"prompts.file {path}: {error.strerror or error}") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
+def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
+    """A row by what its columns mean; all others go to `columns`. Raises ValueError, or msgspec's ValidationError."""
+    columns, parts = dict(row), dict[str, Any]()
+    for part in get_args(RowPart):
+        name = config.columns.get(part, part)
+        if name in row:
+            parts[part] = columns.pop(name)
+        elif part in config.columns and name is not None:
+            raise ValueError(f"no column {name!r}, which prompts.columns names; there are {', '.join(row) or 'none'}")
+    if "prompt" not in parts and "messages" not in parts:
+        raise ValueError(
+            "give either `messages` or `prompt`, or name its column, as in prompts.columns: {prompt: question}; the "
+            f"row has {', '.join(row) or 'no columns'}"
+        )
+    messages = parts.get("messages")
+    if isinstance(messages, list) and any(_says_more(turn) for turn in messages):
+        columns[config.columns.get("messages") or "messages"] = messages
+    if isinstance(inner := columns.get("columns"), dict):  # a line of some run's prompts.jsonl
+        del columns["columns"]
+        if both := inner.keys() & columns.keys():
+            raise ValueError(f"{', '.join(sorted(both))} stands both in `columns` and beside it; rename one")
+        columns |= inner
+    return msgspec.convert(
+        {**_without_nulls(parts), "reference": parts.get("reference"), "columns": columns}, PromptRow
+    )
 
 
-def _dataset_rows(path: Path) -> Iterator[tuple[str, PromptRow]]:
-    for number, row in enumerate(_load_dataset(path)):
-        where = f"{path}: row {number}"
-        present = {key: value for key, value in row.items() if value is not None}
-        if isinstance(present.get("slots"), dict):  # Arrow gives every row all keys that any row has
-            present["slots"] = {key: value for key, value in present["slots"].items() if value is not None}
-        try:
-            yield where, msgspec.convert(present, PromptRow)
-        except msgspec.ValidationError as error:
-            raise DataError(f"{where}: {error}") from None
+def _says_more(turn: Any) -> bool:
+    """Whether a turn has keys that a Message has no room for."""
+    return isinstance(turn, dict) and any(turn[key] is not None for key in turn.keys() - set(Message.__struct_fields__))
 
 
-def _load_dataset(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        from datasets import Dataset, DatasetDict, load_from_disk
-    except ImportError:
-        raise UsageError(
-            f"prompts.file {path}: reading a `datasets` folder needs that package; run `make setup` with the `train` "
-            "extra, or give a JSONL file"
-        ) from None
-    try:
-        loaded = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"prompts.file {path}: not a folder that `datasets` saved: {' '.join(str(error).split())}"
-        ) from None
-    if isinstance(loaded, DatasetDict):
-        raise DataError(f"prompts.file {path}: holds the splits {', '.join(loaded)}; give one of them: {path}/<split>")
-    assert isinstance(loaded, Dataset)
-    rows: Iterable[dict[str, Any]] = loaded
-    return rows
+def _without_nulls(value: Any) -> Any:
+    """A value without nulls in its objects: Arrow gives each object all keys that any row has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def make_prompt(row: PromptRow, system: str | None = None) -> Prompt:
-    """The prompt of a row; `system` comes first if the row has no such message. Raises ValueError if a row is wrong."""
+def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | None = None) -> Prompt:
+    """The prompt of a row; `system` comes first if the row has no such message, and it has `tools` if it names none.
+
+    Raises ValueError if a row is wrong.
+    """
     if (row.messages is None) == (row.prompt is None):
-        raise ValueError("give either `messages` or `prompt`")
-    messages = row.messages if row.messages is not None else [Message(role="user", content=row.prompt or "")]
-    if not messages:
+        raise ValueError("the prompt is empty" if row.prompt is None else "give either `messages` or `prompt`")
+    turns = row.messages if row.messages is not None else [Turn("user", row.prompt)]
+    if not turns:
         raise ValueError("`messages` is empty")
-    for message in messages:
-        if message.role not in ROLES:
-            raise ValueError(f"role {message.role!r} is not one of {', '.join(ROLES)}")
-    if messages[-1].role == "assistant":
+    if turns[-1].role == "assistant":
         raise ValueError("the prompt ends with an assistant turn; it must end with the turn that the teacher answers")
-    if not messages[-1].content.strip():
+    messages = conversation(turns)
+    if not messages[-1].content.strip() and messages[-1].role != "tool":
         raise ValueError("the prompt is empty")
+    try:
+        own = (tools or []) if row.tools is None else read_tools(row.tools)
+    except ValueError as error:
+        raise ValueError(f"tools {error}") from None
     if system is not None and messages[0].role not in ("system", "developer"):
         messages = [Message(role="system", content=system), *messages]
     try:
-        return Prompt(id=row.id or prompt_id(messages), messages=messages, slots=row.slots or {})
+        return Prompt(
+            id=prompt_id(messages, own) if row.id in (None, "") else str(row.id),
+            messages=messages,
+            slots=row.slots or {},
+            reference=row.reference,
+            columns=row.columns,
+            tools=own,
+        )
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair, which UTF-8 cannot write") from None

@@ -5,14 +5,16 @@ caller gives, which hides secrets (pipeline.address) and shortens.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from pipeline.records import Usage
+from pipeline.conversation import ToolCall
+from pipeline.reasoning import split_reasoning
+from pipeline.records import Json, Usage
 
 MESSAGE_CHARS = 1000  # of a server's words, kept in an error
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
@@ -25,6 +27,8 @@ class Answer(NamedTuple):
     finish_reason: str
     model: str | None  # as the server named it
     usage: Usage
+    reasoning: str = ""  # what it thought before
+    tool_calls: Sequence[Json] = ()  # as in a Message
 
 
 class Fault(NamedTuple):
@@ -60,6 +64,9 @@ class _Usage(msgspec.Struct):
 class _Message(msgspec.Struct):
     content: str | list[Any] | None = None
     refusal: str | None = None
+    reasoning: Any = None  # vLLM, OpenRouter
+    reasoning_content: Any = None  # DeepSeek, SGLang, older vLLM
+    tool_calls: list[ToolCall] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -93,15 +100,16 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
             return Fault("error_in_answer", words(str(reply.error)), 200)
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choice, usage = reply.choices[0], _usage(reply.usage)
-    text, reason = _content(choice.message.content), _text(choice.finish_reason) or "unknown"
+    reasoning, text = _thought_and_text(choice.message)
+    reason = _text(choice.finish_reason) or "unknown"
     if reason == "content_filter":
         return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
-    if not text.strip():
+    if not text.strip() and not choice.message.tool_calls:
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
-        thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
-        return Fault("empty_answer", f"the answer has no text (finish_reason {reason}{thought})", 200, usage=usage)
-    return Answer(text, reason, _text(reply.model), usage)
+        return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
+    calls = [call.json(number) for number, call in enumerate(choice.message.tool_calls or (), start=1)]
+    return Answer(text, reason, _text(reply.model), usage, reasoning, calls)
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:
@@ -182,12 +190,31 @@ def _usage(said: Any) -> Usage:
     )
 
 
-def _content(content: str | list[Any] | None) -> str:
-    """The text of a message: of parts (Mistral's models that think) only the text, without the thoughts."""
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        return "".join(_text(part.get("text")) or "" for part in parts)
-    return content or ""
+def _thought_and_text(message: _Message) -> tuple[str, str]:
+    """What the model thought, wherever the server put it, and what it answered."""
+    parts = [part for part in message.content if isinstance(part, dict)] if isinstance(message.content, list) else []
+    thoughts = [_joined(part.get("thinking")) for part in parts if part.get("type") == "thinking"]  # Mistral's models
+    content = message.content if isinstance(message.content, str) else _joined(parts)
+    tagged, text = split_reasoning(content)
+    said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
+    return next((one.strip() for one in said if one and one.strip()), ""), text
+
+
+def _joined(content: Any) -> str:
+    """The text of a content of parts, or of a plain one."""
+    if not isinstance(content, list):
+        return _text(content) or ""
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(_text(part.get("text")) or "" for part in parts)
+
+
+def _why_empty(finish_reason: str, reasoning: str, usage: Usage) -> str:
+    """Why an answer has no text; a model that thinks may never have come to it."""
+    thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
+    why = f"the answer has no text (finish_reason {finish_reason}{thought})"
+    if finish_reason == "length" and (thought or reasoning):
+        return f"{why}: it was cut off while the model was thinking; raise sampling.max_tokens"
+    return why
 
 
 def _decode(body: bytes, words: Callable[[str], str]) -> _Reply | Fault:

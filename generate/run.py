@@ -25,7 +25,7 @@ from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
 from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
-from generate.progress import Counters, Display
+from generate.progress import Counters, Display, requests_of
 from generate.prompts import grammar_size, iter_prompts
 from generate.workers import send_from_workers
 from pipeline.lineage import read_lineage, record_lineage, versions
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """What a run has now, and what this call did. Tokens are as the server counted them, 0 where it did not."""
 
-    requests: int
+    prompts: int
+    requests: int  # prompts × prompts.samples
     completed: int  # in all
     failed: int  # for good, in all: no answer, and not asked again without `retry_failures`
     resumed: int  # answered by an earlier call
@@ -105,7 +106,9 @@ def _opened(recipe: Recipe, folder: RunDir, *, quiet: bool, retry_failures: bool
     display = Display(counters, Console(stderr=True), quiet=quiet)
     with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
         with replacing(folder.prompts) as file:
-            file.writelines(_prompt_line(request, recipe) for request in _surveyed(recipe, run.left, counters))
+            for request in _surveyed(recipe, run.left, counters):
+                if request.sample % recipe.prompts.samples == 0:
+                    file.write(_prompt_line(request, recipe))
         folder.save_recipe(recipe)
         for message in _findings(run):
             run.say(message)
@@ -124,7 +127,8 @@ def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Reques
     for job in build_jobs(iter_prompts(recipe), recipe):
         request = job.request
         counters.total += 1
-        counters.repeats += job.sample > 0
+        counters.prompts += request.sample % recipe.prompts.samples == 0
+        counters.distinct += request.sample == 0
         if request.id in left.answered:
             counters.resumed += 1
         elif request.id in left.failed:
@@ -133,9 +137,18 @@ def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Reques
 
 
 def _prompt_line(request: Request, recipe: Recipe) -> bytes:
-    """The line of prompts.jsonl."""
-    part = recipe.prompts.part_of(request.messages)
-    return encode_line(Prompt(id=request.prompt_id, messages=request.messages, slots=request.slots, part=part))
+    """The line of prompts.jsonl: one per prompt, however many samples it has."""
+    return encode_line(
+        Prompt(
+            id=request.prompt_id,
+            messages=request.messages,
+            slots=request.slots,
+            reference=request.reference,
+            columns=request.columns,
+            tools=request.tools,
+            part=recipe.prompts.part_of(request.messages),
+        )
+    )
 
 
 async def _send(run: Run, display: Display, *, signals: bool) -> Outcome:
@@ -172,10 +185,10 @@ def _findings(run: Run) -> Iterator[str]:
     for journal in (run.completions, run.failures):
         if journal.found.torn_bytes:
             yield f"{journal.path}: cut off a torn last line ({journal.found.torn_bytes} bytes)"
-    if counters.repeats:
+    if repeats := counters.prompts - counters.distinct:
         yield (
-            f"warning: {counters.total} prompts asked for, but only {counters.total - counters.repeats} differ: "
-            f"{counters.repeats} ask the same again; add prompts or slot values, or lower prompts.count"
+            f"warning: {counters.prompts} prompts asked for, but only {counters.distinct} differ: "
+            f"{repeats} ask the same again; add prompts or slot values, or lower prompts.count"
         )
     strangers = len(run.completions.found.ids) - counters.resumed
     if strangers:
@@ -184,7 +197,8 @@ def _findings(run: Run) -> Iterator[str]:
             "prompts, sampling, model or endpoint); later stages read them too. Another --run keeps them apart"
         )
     if counters.done:
-        found = f"{counters.total} requests, {counters.resumed} answered already, {counters.left} to ask"
+        asked = requests_of(counters.total, counters.prompts)
+        found = f"{asked}, {counters.resumed} answered already, {counters.left} to ask"
         yield f"{run.recipe.name}: {found}"
     if counters.failed_before:
         yield (
@@ -196,6 +210,7 @@ def _findings(run: Run) -> Iterator[str]:
 def _summary(run: Run) -> Summary:
     counters = run.counters
     return Summary(
+        prompts=counters.prompts,
         requests=counters.total,
         completed=counters.resumed + counters.answered,
         failed=counters.failed_before + counters.failed,
@@ -220,7 +235,12 @@ def _save(run: Run) -> None:
             "teacher": {"asked": recipe.teacher.model, "served": sorted(answers.models)},
             "endpoints": recipe.teacher.urls,
             "sampling": recipe.sampling.fields(),
-            "prompts": {"distinct": counters.total - counters.repeats, "grammar": grammar_size(recipe)},
+            "prompts": {
+                "asked": counters.prompts,
+                "distinct": counters.distinct,
+                "samples": recipe.prompts.samples,
+                "grammar": grammar_size(recipe),
+            },
             "requests": counters.total,
             "completed": counters.resumed + counters.answered,
             "failed": counters.failed_before + counters.failed,

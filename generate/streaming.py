@@ -15,6 +15,8 @@ from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
 
+SAID = ("content", "reasoning", "reasoning_content", "tool_calls")  # where a piece of what the model says may be
+
 
 class Streamed(NamedTuple):
     """One request: its moments in seconds, and the tokens of its answer."""
@@ -38,8 +40,8 @@ def streaming_session(teacher: TeacherConfig, timeout_s: float) -> aiohttp.Clien
 async def stream(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> Streamed:
     """Sends the body of a chat request, and reads its answer as it comes.
 
-    Tokens are as the server counts them, else the pieces that came; where it does not stream, the first token comes
-    with the last. Raises DistillError where it refuses.
+    Tokens are as the server counts them, else the pieces that came; thoughts are tokens, too. Where it does not
+    stream, the first token comes with the last. Raises DistillError where it refuses.
     """
     url = f"{teacher.url}/chat/completions"
     body = {**json.loads(request), "stream": True, "stream_options": {"include_usage": True}}
@@ -51,7 +53,8 @@ async def stream(session: aiohttp.ClientSession, teacher: TeacherConfig, request
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
-            if event.get("choices") and event["choices"][0].get("delta", {}).get("content"):
+            delta = event["choices"][0].get("delta", {}) if event.get("choices") else {}
+            if any(delta.get(part) for part in SAID):
                 first = first or time.perf_counter()
                 tokens += 1
             if event.get("usage"):

@@ -16,17 +16,18 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pipeline.conversation import template_turns
 from pipeline.errors import UsageError
 from pipeline.models import local_folder
-from pipeline.records import Message
+from pipeline.records import Json, Message
 
 TEMPLATE_TOKENS = 64  # that a chat template may add: roles, turns, and its own system prompt
 
-Count = Callable[[list[Message]], int | None]
+Count = Callable[[list[Message], list[Json]], int | None]
 
 
 def counter(model: str) -> Count | None:
-    """A function that counts a prompt's tokens as the teacher's server does, chat template included.
+    """A function that counts a prompt's tokens as the teacher's server does, chat template and tools included.
 
     None if the tokenizer or the template is not on this machine. The count is None for a prompt that the template
     refuses; some refuse a system message. Raises UsageError if the model's files are broken.
@@ -53,10 +54,11 @@ def counter(model: str) -> Count | None:
     tokenizer.no_truncation()  # whatever the file says: a server does not cut a prompt
     tokenizer.no_padding()
 
-    def count(messages: list[Message]) -> int | None:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def count(messages: list[Message], tools: list[Json]) -> int | None:
         try:
-            text = render(messages=turns, add_generation_prompt=True, **settings)
+            text = render(
+                messages=template_turns(messages), tools=tools or None, add_generation_prompt=True, **settings
+            )
         except TemplateError:
             return None
         return len(tokenizer.encode(text, add_special_tokens=False).ids)

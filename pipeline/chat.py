@@ -1,9 +1,50 @@
-"""Which tokens end an answer in a model's chat format. One place, for training and for scoring.
+"""What the teacher is told, what the student is asked, and which tokens end an answer in a model's chat format.
 
-Takes a loaded tokenizer and model, imports nothing heavy, reads and writes no file.
+One place, for every stage. Takes a loaded tokenizer and model, imports nothing heavy, reads and writes no file.
 """
 
+from collections.abc import Sequence
 from typing import Any
+
+from pipeline.recipe import StudentConfig, TeacherConfig
+from pipeline.records import Message
+
+INSTRUCTIONS = ("system", "developer")  # the roles of a first message that instructs
+
+
+def told_to_teacher(messages: Sequence[Message], teacher: TeacherConfig) -> list[Message]:
+    """The conversation as the teacher gets it: `teacher.system`, `teacher.examples` as turns, then the messages.
+
+    A system message of the prompt's own is joined to `teacher.system`, because many chat templates take only one.
+    """
+    system, turns = _parted(messages)
+    if teacher.system is not None:
+        own = [message.content for message in system]
+        role = system[0].role if system else "system"
+        system = [Message(role=role, content="\n\n".join([teacher.system, *own]))]
+    examples = [
+        turn
+        for example in teacher.examples
+        for turn in (Message(role="user", content=example.prompt), Message(role="assistant", content=example.answer))
+    ]
+    return [*system, *examples, *turns]
+
+
+def asked_of_student(messages: Sequence[Message], student: StudentConfig | None) -> list[Message]:
+    """The conversation as the student gets it: with `student.system`, if set, in place of the prompt's own.
+
+    An empty `student.system` takes the prompt's system message away.
+    """
+    if student is None or student.system is None:
+        return list(messages)
+    system = [Message(role="system", content=student.system)] if student.system else []
+    return [*system, *_parted(messages)[1]]
+
+
+def _parted(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """The first message if it instructs, and the turns after it."""
+    split = int(bool(messages) and messages[0].role in INSTRUCTIONS)
+    return list(messages[:split]), list(messages[split:])
 
 
 def stop_tokens(tokenizer: Any, model: Any) -> set[int]:

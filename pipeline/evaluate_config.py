@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.filters_config import JudgeConfig
+from pipeline.filters_config import JudgeConfig, RuleConfig
 from pipeline.section import Section
 
 
@@ -13,12 +13,18 @@ class EvaluateConfig(Section):
 
     models: list[str] = Field([])
     """More models to compare: a folder, a Hub id, `embedded:<name>`, or another run's folder."""
+    verify: list[RuleConfig] = Field([])
+    """Rules that a right answer passes, as in `filters.rules`; how often a model is right is then its quality."""
+    verify_count: int = Field(300, ge=1)
+    """Test prompts that are asked for it, at most, and as many of `probes_file`."""
+    category: str | None = None
+    """A column of the prompts (or a slot); how often the models are right is shown for each of its values, too."""
     max_rows: int = Field(200, ge=1)
     """Test rows scored for perplexity, at most."""
     probes: int = Field(64, ge=0)
     """New prompts that every model answers; 0: none."""
     probes_file: Path | None = None
-    """A file of such prompts, in the format of `prompts.file`; null: new combinations of the slots."""
+    """Such prompts in the format of `prompts.file`, unlike all of the run; null: new combinations of the slots."""
     unseen: dict[str, list[str]] = Field({})
     """Values that the slots do not have, to see how the student does beyond them."""
     unseen_probes: int = Field(32, ge=1)
@@ -29,6 +35,10 @@ class EvaluateConfig(Section):
     """A model that scores and compares the answers; null: the judge of `filters`."""
     ask_teacher: bool = False
     """Ask a teacher whose weights are elsewhere to answer the probes at its endpoint; this may cost money."""
+    lm_eval: list[str] = Field([])
+    """Tasks of lm-eval, like `ifeval`, that every model here is asked: what the student forgot. Installed apart."""
+    lm_eval_limit: int | None = Field(None, ge=1)
+    """Questions of each such task, at most; null: all."""
     seed: int = 0
     """Seed of the choice of probes."""
     speed_requests: int = Field(64, ge=1)

@@ -1,6 +1,7 @@
 """The recipe's `filters` section: which answers are worth learning from."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -35,6 +36,8 @@ class DedupConfig(Section):
     """Drop answers to prompts that are at least this similar; 1: only to the same prompt; null: keep them."""
     against: list[Path] = Field([])
     """Other runs: answers like those that they kept are dropped."""
+    of: Literal["answer", "row"] | None = None
+    """What is compared: the answer, or prompt and answer as one text; null: `row` if a rule verifies answers."""
     contamination: list[Path] = Field([])
     """Runs (their validation and test rows) or JSONL files of prompts: answers to prompts like these are dropped."""
 
@@ -87,6 +90,10 @@ class FiltersConfig(Section):
     """The rules in order, each with its settings; docs/filters.md describes them."""
     dedup: DedupConfig | None = None
     """How duplicates are found; null: they stay."""
+    select: Literal["all", "first", "best", "shortest", "agreed"] = "all"
+    """Which of a prompt's kept answers stay: all, or one: the first, the best by its scores, …"""
+    preferences: int = Field(0, ge=0)
+    """Pairs of a kept and a failed answer, at most, that preferences.jsonl gets for each prompt; 0: no such file."""
     judge: JudgeConfig | None = None
     """A model that scores what the rules keep; null: the rules alone decide."""
     warn_keep_rate: float = Field(0.5, ge=0, le=1)

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import yaml
 from pydantic import AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from pipeline.conversation import read_tools
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
-from pipeline.records import Message, Part, folded
+from pipeline.records import Json, Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import TrainConfig
 
@@ -29,7 +31,24 @@ __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleC
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
-FILES = (("prompts", "file"), ("train", "test_rows"), ("evaluate", "probes_file"))
+FILES = (
+    ("teacher", "examples"),
+    ("prompts", "file"),
+    ("prompts", "tools"),
+    ("train", "test_rows"),
+    ("evaluate", "probes_file"),
+)
+HUB = "hub:"  # begins a `prompts.file` that is a data set of the Hub
+RowPart = Literal["prompt", "messages", "reference", "id", "slots", "tools"]
+
+
+class Example(Section):
+    """A question and its right answer, told as two turns."""
+
+    prompt: str
+    """What a user asks."""
+    answer: str
+    """What the teacher is to answer."""
 
 
 class TeacherConfig(Section):
@@ -49,6 +68,23 @@ class TeacherConfig(Section):
     """Parameters added to every URL, like `{api-version: …}`."""
     price: PriceConfig | None = None
     """The teacher's price, if the table in generate/prices.py does not know it or is wrong."""
+    system: str | None = None
+    """A system prompt for the teacher only; a prompt's own follows it. What every model is told: `prompts.system`."""
+    examples: list[Example] = Field([])
+    """For the teacher only, before the prompt: a list of `{prompt: …, answer: …}`, or a JSONL file of them."""
+
+    @field_validator("examples", mode="before")
+    @classmethod
+    def _read_examples(cls, given: Any) -> Any:
+        try:
+            return (
+                msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
+                if isinstance(given, str | Path)
+                else given
+            )
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{reason}: give a list or a JSONL file of {{prompt, answer}}") from None
 
     @field_validator("base_url")
     @classmethod
@@ -100,6 +136,8 @@ class StudentConfig(Section):
 
     model: str = Field(min_length=1)
     """A Hub id, a folder, `embedded:<name>`, or `prune:<k>`: k layers of the teacher."""
+    system: str | None = None
+    """The student's system prompt, in place of the prompt's own; null: the prompt's own; empty: none."""
 
 
 class ChooseSlot(Section):
@@ -127,26 +165,50 @@ class PromptsConfig(Section):
 
     count: int | None = Field(None, ge=1)
     """How many prompts are asked; null: all of the file. A template needs a number."""
+    samples: int = Field(1, ge=1)
+    """How many answers are wanted of each prompt, each with its own seed."""
     seed: int = 0
     """Seed of the order in which a template's prompts are drawn, and of the parts: train, validation and test."""
     system: str | None = None
-    """A system prompt for every prompt that has none of its own."""
+    """A system prompt for every prompt that has none of its own: for the teacher and the student."""
     template: str | None = None
     """The prompt's text: `{slot}` is replaced, `{{` and `}}` are braces."""
     slots: dict[str, list[str] | ChooseSlot] = Field({})
     """The values of each slot: a list, or `{choose: k, from: […]}`."""
+    reference: Any = None
+    """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace."""
+    tools: list[dict[str, Any]] = Field([])
+    """The functions that an answer may call, in the OpenAI format: a list, or a JSON file; a row may have its own."""
     file: Path | None = None
-    """JSONL of `{"messages": […]}` or `{"prompt": "…"}`, or a folder saved by `datasets`; relative to the recipe."""
+    """JSONL, `.csv`, `.tsv`, `.parquet`, a folder saved by `datasets`, `hub:<owner>/<name>`, or `.py` with `rows()`."""
+    split: str | None = None
+    """The split of a `datasets` folder or of the Hub; null: its only one."""
+    columns: dict[RowPart, str | None] = Field({})
+    """Where a row has its `prompt` or `messages`, `reference`, `id`, `slots` and `tools`, if under other names."""
+    json_columns: list[str] = Field([])
+    """Columns whose text is JSON to be read, as in CSV; the text of all others stays as it is."""
 
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of the distinct prompts whose answers choose the best checkpoint."""
     test: float = Field(0.1, gt=0, lt=1)
     """Share of the distinct prompts whose answers only the evaluation sees."""
 
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _read_tools(cls, given: Any) -> list[Json]:
+        try:
+            return read_tools(Path(given).read_bytes() if isinstance(given, str | Path) else given)
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: give a list, or a JSON file of one") from None
+
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
         if (self.template is None) == (self.file is None):
             raise ValueError("give either `template` (with `slots` and `count`) or `file`")
+        if self.file is None and (self.split or self.columns or self.json_columns):
+            raise ValueError("`split`, `columns` and `json_columns` are for `file`; a template has no rows")
+        if self.reference is not None and self.template is None:
+            raise ValueError("reference is for a template; the rows of `file` have their own `reference`")
         if self.template is not None and self.count is None:
             raise ValueError("a template needs `count`: how many prompts to draw")
         for name, slot in self.slots.items():
@@ -181,8 +243,8 @@ class SamplingConfig(Section):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n"} & extra.keys()
-        if taken:
+        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools"}
+        if taken := taken & extra.keys():
             raise ValueError(
                 f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
             )
@@ -233,6 +295,15 @@ class Recipe(Section):
     filters: FiltersConfig = FiltersConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _one_system_prompt(self) -> "Recipe":
+        if self.prompts.system is not None and self.teacher.system is not None:
+            raise ValueError(
+                "prompts.system and teacher.system are both set; keep prompts.system if the student is told the same, "
+                "teacher.system if only the teacher is told"
+            )
+        return self
 
     @model_validator(mode="after")
     def _unseen_is_unseen(self) -> "Recipe":
@@ -299,8 +370,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:
-    """Makes the paths of FILES absolute. A value that is no path is left for the check of the whole."""
+    """Makes the paths of FILES absolute. What is not a path is left for the check of the whole."""
     for section, key in FILES:
         values = data.get(section)
-        if isinstance(values, dict) and isinstance(values.get(key), str):
+        if isinstance(values, dict) and isinstance(values.get(key), str) and not values[key].startswith(HUB):
             values[key] = str((folder / Path(values[key]).expanduser()).absolute())

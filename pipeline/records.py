@@ -93,6 +93,16 @@ class Kept(Completion, frozen=True, kw_only=True):
     scores: dict[str, float] = {}
 
 
+class Preference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Two answers to one prompt, one of them the better."""
+
+    id: str  # of the answer preferred, a colon, and the id of the other
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[Json] = []
+
+
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why one rule drops an answer, as data; `filters.reasons.describe` says it in words. Unset fields stay out."""
 
@@ -126,9 +136,16 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
+def said(turn: "Message | Completion") -> str:
+    """What a turn or an answer says, as one text: tool calls follow the words, each with its arguments."""
+    words = turn.content if isinstance(turn, Message) else turn.text
+    calls = [f"{call['function']['name']} {call['function']['arguments']}" for call in turn.tool_calls]
+    return "\n".join([*([words] if words else []), *calls]) if calls else words
+
+
 def question_text(messages: Sequence[Message]) -> str:
     """A conversation as one text, normalised for comparison: equal for the same question."""
-    return "\0".join(folded(part) for message in messages for part in (message.role, message.content))
+    return "\0".join(folded(part) for message in messages for part in (message.role, said(message)))
 
 
 Record = TypeVar("Record", bound=msgspec.Struct)

@@ -43,6 +43,7 @@ class RunDir:
     failures = File("failures.jsonl")  # `generate`
     kept = File("kept.jsonl")  # `filters`
     dropped = File("dropped.jsonl")  # `filters`
+    preferences = File("preferences.jsonl")  # pairs of a kept and a failed answer, if the recipe wants them; `filters`
     judgements = File("judgements.jsonl")  # the judge's verdicts; `filters`
     filter_report = File("filter_report.json")  # `filters`
     review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`
@@ -52,6 +53,7 @@ class RunDir:
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
     student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
     student = File("student")  # `train`
+    student_sft = File("student-sft")  # the student before it learned from preferences; `train`
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 

@@ -56,10 +56,8 @@ def native_bf16() -> bool:
 
 def check_machine(config: TrainConfig, processes: Processes) -> None:
     """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
-    if config.weights == "qlora" and not torch.cuda.is_available():
-        raise RecipeError("train.method qlora needs a GPU, and there is none here; use lora")
-    if config.weights == "qlora" and find_spec("bitsandbytes") is None:
-        raise RecipeError("train.method qlora needs bitsandbytes; install it (pip install bitsandbytes), or use lora")
+    if config.weights == "qlora" and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
+        raise RecipeError("train.method qlora needs a GPU and bitsandbytes (pip install bitsandbytes); or use lora")
     for name in config.report_to:
         if find_spec(name) is None:
             raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")

@@ -23,22 +23,18 @@ class Processes:
 
     def lead_first(self) -> AbstractContextManager[None]:
         """The others enter the block when the leading process has left it."""
-        first: AbstractContextManager[None] = self._state().main_process_first()
-        return first
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them must ask."""
-        import torch
-        from accelerate.utils import reduce
-
-        return bool(reduce(torch.tensor(int(flag), device=self._state().device), reduction="sum"))
-
-    @staticmethod
-    def _state() -> Any:
         import torch
         from accelerate import PartialState
 
-        return PartialState(cpu=not torch.cuda.is_available())
+        state: Any = PartialState(cpu=not torch.cuda.is_available())
+        first: AbstractContextManager[None] = state.main_process_first()
+        return first
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them must ask, while they train."""
+        from accelerate.utils import gather_object
+
+        return any(gather_object([flag]))
 
 
 ALONE = Processes()

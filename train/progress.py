@@ -123,6 +123,3 @@ class TrainProgress(TrainerCallback):
             if line_is_due and not self.console.is_terminal:
                 left = elapsed / (step - self.first_step) * (steps - step)
                 self.console.print(f"step {step}/{steps}: loss {loss}, {speed:,.0f} tokens/s, {left:,.0f} s left")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.stop()

@@ -3,18 +3,22 @@
 Reads kept.jsonl and `train.test_rows`; writes nothing. Tokens, lengths and labels are train.tokens' business.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pipeline.chat import asked_of_student
 from pipeline.errors import DataError
 from pipeline.partition import position
-from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Completion, Kept, Part, question_text, read_jsonl
+from pipeline.recipe import PromptsConfig, Recipe, StudentConfig
+from pipeline.records import Completion, Json, Kept, Message, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.train_config import TrainConfig
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 
 
 @dataclass(frozen=True)
@@ -97,24 +101,74 @@ def prompt_text(row: Completion) -> str:
     return question_text(row.messages)
 
 
-def to_examples(rows: Iterable[Kept]) -> list[dict[str, Any]]:
-    """TRL's conversational prompt-completion shape: loss falls on the completion only."""
+def to_examples(
+    rows: Sequence[Kept], student: StudentConfig | None = None, reasoning: Reasoning | None = None
+) -> list[dict[str, Any]]:
+    """TRL's conversational prompt-completion shape: what the student is asked, and the answer that it learns.
+
+    `reasoning`: the field of the answer's turn that has it (`reasoning_form`); None leaves it out.
+    """
     return [
         {
-            "prompt": [{"role": message.role, "content": message.content} for message in row.messages],
-            "completion": [{"role": "assistant", "content": row.text}],
+            "prompt": [turn_of(message) for message in asked_of_student(row.messages, student)],
+            "completion": [answer_turn(row, reasoning)],
+            "tools": tools_text(row.tools),
         }
         for row in rows
     ]
 
 
+def tools_text(tools: list[Json]) -> str | None:
+    """Tools as TRL takes them too: as JSON text, which needs no common shape; None if there are none."""
+    return json.dumps(tools, ensure_ascii=False) if tools else None
+
+
+def answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:
+    """The answer as an assistant's turn."""
+    turn = turn_of(Message(role="assistant", content=row.text, tool_calls=row.tool_calls))
+    if reasoning == "reasoning_content":
+        turn["reasoning_content"] = row.reasoning
+    elif reasoning == "content" and row.reasoning:
+        turn["content"] = f"<think>\n{row.reasoning}\n</think>\n\n{row.text}"
+    return turn
+
+
+def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
+    """Where the student's template has an answer's reasoning: a field of its own, as Qwen3's, or the text's beginning.
+
+    None if the recipe strips it.
+    """
+    if config.reasoning == "strip":
+        return None
+    answer = {"role": "assistant", "content": "answer", "reasoning_content": "thought"}
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, answer], tokenize=False)
+    return "reasoning_content" if "thought" in text else "content"
+
+
+def turn_of(message: Message) -> dict[str, Any]:
+    """A message as chat templates take it: the arguments of a call are an object, not its JSON text."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [{**call, "function": _with_object(call["function"])} for call in message.tool_calls]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _with_object(function: Json) -> Json:
+    try:
+        return {**function, "arguments": json.loads(function["arguments"])}
+    except (KeyError, TypeError, ValueError):  # already an object, or no JSON
+        return function
+
+
 def _fault(row: Kept) -> str | None:
-    if not row.text.strip():
+    if not row.text.strip() and not row.tool_calls:
         return "the answer is empty"
     if unknown := [message.role for message in row.messages if message.role not in ROLES]:
         return f"no role {unknown[0]!r} is known; there are {', '.join(ROLES)}"
-    if (last := row.messages[-1].role if row.messages else "none") != "user":
-        return f"the conversation must end with a user message, the last one is {last!r}"
-    if not row.messages[-1].content.strip():
+    if (last := row.messages[-1].role if row.messages else "none") not in ("user", "tool"):
+        return f"the conversation must end with a user message or a tool's result, the last one is {last!r}"
+    if last == "user" and not row.messages[-1].content.strip():
         return "the question is empty"
     return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.chat import stop_tokens
@@ -80,18 +80,19 @@ class KdTrainer(StudentTrainer):
         self.vocabulary = min(len(self.processing_class), outputs)  # the ids that both know: the first of their logits
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        alpha, temperature = self.soft.alpha, self.soft.temperature
-        divergence = jsd(*self.log_probabilities(logits, inputs), beta=0)
+        alpha = self.soft.alpha
         hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
-        return alpha * temperature**2 * divergence + (1 - alpha) * hard
+        return alpha * self.soft.temperature**2 * self.divergence(logits, inputs, beta=0) + (1 - alpha) * hard
 
-    def log_probabilities(self, logits: torch.Tensor, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher's and student's log-probabilities (tokens, shared vocabulary) at the completion's positions."""
+    def divergence(self, logits: torch.Tensor, inputs: Batch, *, beta: float) -> torch.Tensor:
+        """From the teacher over the shared vocabulary, summed over the completion tokens, in nats."""
+        from trl.experimental.gkd import GKDTrainer  # warns when it is imported; trainers run with warnings muted
+
         with torch.no_grad():
             other, _, _ = completion_logits(self.teacher, inputs)
-        shared, temperature = self.vocabulary, self.soft.temperature
-        teacher = log_softmax(other[:, :shared].float() / temperature, dim=-1)
-        return teacher, log_softmax(logits[:, :shared].float() / temperature, dim=-1)
+        own, other = (either[:, : self.vocabulary].float() for either in (logits, other))
+        temperature = self.soft.temperature
+        return GKDTrainer.generalized_jsd_loss(own, other, beta=beta, temperature=temperature, reduction="sum")
 
 
 class GkdTrainer(KdTrainer):
@@ -110,7 +111,7 @@ class GkdTrainer(KdTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        return jsd(*self.log_probabilities(logits, inputs), beta=self.soft.beta)
+        return self.divergence(logits, inputs, beta=self.soft.beta)
 
     def sampled(self, model: Any, inputs: Batch) -> Batch:
         """The batch with its answers replaced by the student's own."""
@@ -134,21 +135,3 @@ class GkdTrainer(KdTrainer):
             end = next((place + 1 for place, token in enumerate(sample) if token in stops), len(sample))
             rows.append({"input_ids": prompt + sample[:end], "labels": [MASKED] * len(prompt) + sample[:end]})
         return self._prepare_inputs(self.data_collator(rows))
-
-
-def jsd(teacher: torch.Tensor, student: torch.Tensor, *, beta: float) -> torch.Tensor:
-    """The generalised Jensen-Shannon divergence, summed over the tokens, in nats (Agarwal et al. 2024, eq. 1).
-
-    beta * KL(P || M) + (1 - beta) * KL(Q || M) of teacher P and student Q, with M = beta * P + (1 - beta) * Q.
-    That is 0 at both ends, so beta 0 means KL(P || Q), and beta 1 means KL(Q || P). Both arguments are
-    log-probabilities (tokens, vocabulary).
-    """
-    if beta == 0:
-        return kl_div(student, teacher, reduction="sum", log_target=True)
-    if beta == 1:
-        return kl_div(teacher, student, reduction="sum", log_target=True)
-    shares = torch.tensor([beta, 1 - beta], device=student.device).log()
-    mixture = torch.logaddexp(teacher + shares[0], student + shares[1])
-    of_teacher = kl_div(mixture, teacher, reduction="sum", log_target=True)
-    of_student = kl_div(mixture, student, reduction="sum", log_target=True)
-    return beta * of_teacher + (1 - beta) * of_student

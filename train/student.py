@@ -19,11 +19,10 @@ PRUNED = "pruned.json"  # in student-init: what it was built from
 def initial_student(recipe: Recipe, run: RunDir) -> str:
     """A folder or a Hub id of the student before training; `prune:<k>` is built first.
 
-    Raises RecipeError if the recipe names no student, if `prune:<k>` asks for more layers than there are, or if
-    adapters would have to fix a student that layers were cut out of.
+    Raises RecipeError if `prune:<k>` asks for more layers than there are, or if adapters would have to fix a student
+    that layers were cut out of.
     """
-    if recipe.student is None:
-        raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
+    assert recipe.student is not None
     reference = recipe.student.model
     if not reference.startswith(PRUNE):
         return resolve_model(reference)
@@ -35,7 +34,9 @@ def initial_student(recipe: Recipe, run: RunDir) -> str:
     count = reference.removeprefix(PRUNE)
     if not count.isdecimal() or int(count) < 1:
         raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
-    if not _is_built(run.student_init, recipe.teacher.model, int(count)):
+    mark = run.student_init / PRUNED  # it appears with the folder, by rename
+    origin = {"teacher": recipe.teacher.model, "prune": int(count)}
+    if not (mark.is_file() and origin.items() <= json.loads(mark.read_bytes()).items()):
         _prune(recipe.teacher.model, int(count), run.student_init)
     return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder
 
@@ -61,14 +62,6 @@ def layers_kept(total: int, k: int) -> list[int]:
     if k == 1:
         return [0]
     return [(2 * i * (total - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]  # rounded, halves up
-
-
-def _is_built(folder: Path, teacher: str, k: int) -> bool:
-    try:
-        built = json.loads((folder / PRUNED).read_bytes())
-        return (built["teacher"], built["prune"]) == (teacher, k)
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
 
 
 def _prune(teacher: str, k: int, folder: Path) -> None:

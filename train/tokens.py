@@ -3,6 +3,7 @@
 Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no loss falls. Reads and writes no file.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,35 +12,40 @@ TokenRow = Mapping[str, Any]  # "input_ids" and "labels": list[int] of one lengt
 
 
 def label_faults(
-    rows: Iterable[TokenRow], *, stops: set[int], decode: Callable[[list[int]], str]
+    rows: Iterable[TokenRow], *, stops: set[int], decode: Callable[[list[int]], str], every_turn: bool = False
 ) -> dict[str, list[str]]:
-    """The rows whose labels teach more than their answer, or less: by kind of fault, what is wrong with each."""
+    """The rows whose labels teach more than their answer, or less: by kind of fault, what is wrong with each.
+
+    `every_turn`: loss falls on earlier turns of the assistant too.
+    """
     faults: dict[str, list[str]] = {}
     for number, row in enumerate(rows, start=1):
-        if found := label_fault(row, stops=stops, decode=decode):
+        if found := label_fault(row, stops=stops, decode=decode, every_turn=every_turn):
             kind, reason = found
             faults.setdefault(kind, []).append(f"row {number}: {reason}")
     return faults
 
 
-def label_fault(row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str]) -> tuple[str, str] | None:
+def label_fault(
+    row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str], every_turn: bool
+) -> tuple[str, str] | None:
     """The kind of a row's fault (eos, masked or labels) and what is wrong; None if it has none.
 
     Loss must fall on the whole answer with its EOS, and on nothing else. After the EOS a template may add blanks.
     """
-    labels: list[int] = row["labels"]
+    ids, labels = row["input_ids"], row["labels"]
     learned = [index for index, label in enumerate(labels) if label != MASKED]
     if not learned:
         return "masked", "no token carries loss; the chat template leaves the answer out"
-    first = learned[0]
+    first, end = learned[0], learned[-1] + 1
     if first == 0:
         return "labels", "loss falls on the prompt too; the chat template renders no prompt before it"
-    if labels[first:] != row["input_ids"][first:]:
-        return "labels", f"part of the answer carries no loss: {decode(row['input_ids'][first:])!r}"
+    if decode(ids[end:]).strip() or (MASKED in labels[first:end] and not every_turn):
+        return "labels", f"part of the answer carries no loss: {decode(ids[first:])!r}"
     last = max((index for index in learned if labels[index] in stops), default=None)
-    if last is None or decode(labels[last + 1 :]).strip():
-        end = f"its end is {decode(labels[-8:])!r}"
-        return "eos", f"the answer does not end with a stop token ({decode(sorted(stops))!r}); {end}"
+    if last is None or decode(ids[last + 1 :]).strip():
+        tail = f"its end is {decode(ids[-8:])!r}"
+        return "eos", f"the answer does not end with a stop token ({decode(sorted(stops))!r}); {tail}"
     return None
 
 
@@ -47,6 +53,8 @@ def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, 
     """How many rows have a context that is not what the student is given when it answers (template or token merges)."""
     differing = 0
     for row, example in zip(rows, examples, strict=True):
-        asked = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=True)
-        differing += row["input_ids"][: row["labels"].count(MASKED)] != asked["input_ids"]
+        tools = json.loads(example["tools"]) if example.get("tools") else None
+        chat = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
+        asked = tokenizer.apply_chat_template(example["prompt"], **chat)["input_ids"]
+        differing += row["input_ids"][: len(asked)] != asked
     return differing

@@ -7,12 +7,12 @@ promise allows. Source of the promise: docs/evaluation.md.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
-from evaluate.document import Claim, Estimate, ModelReport, exactly
+from evaluate.document import Claim, Estimate, ModelReport, Part, exactly
 from evaluate.figures.statistics import Figures, quotient
 from evaluate.models import AFTER, TEACHER
 
@@ -24,23 +24,40 @@ LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
 
 def claims(
-    test: Figures, probes: Figures, teacher: ModelReport, after: ModelReport, *, scored: int, answered: int
+    figures: Mapping[Part, Figures],
+    teacher: ModelReport,
+    after: ModelReport,
+    *,
+    scored: int,
+    answered: int,
+    verified: int | None,
 ) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
-    `test` has bits per character, over `scored` prompts; `probes` the figures of all `answered` probes.
+    Bits per character are over `scored` prompts, the figures of the probes over `answered`. If answers are verified
+    (how many: `verified`, else None), the share of right ones is the quality, and answers per second are the speed.
     """
+    test, probes = figures.get("test", {}), figures.get("all", {})
     bits = quotient(test, "bits_per_character", TEACHER, AFTER)
     passing = quotient(probes, "passing", AFTER, TEACHER)
     judge = quotient(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
     size, weights, peak = (_times(teacher, after, name) for name in ("parameters", "weights_mib", "peak_rss_mib"))
     what = "peak memory of the server" if peak else "weights"
-    return [
+    quality = [
         _claim("quality_bits", "quality", "bits per character, teacher's over student's", bits, scored),
         _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", passing, answered),
         _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", judge, answered),
+    ]
+    rate, unit = "tokens_per_s", "tokens/s saturated"
+    if verified is not None:
+        right = quotient(figures.get("verified", {}), "accuracy", AFTER, TEACHER)
+        text = "right answers to test prompts, student's over teacher's"
+        quality = [_claim("quality_accuracy", "quality", text, right, verified)]
+        rate, unit = "answers_per_s", "answers/s as each is asked"
+    return [
+        *quality,
         _claim("size", "memory", "parameters, teacher's over student's", size),
-        _claim("speed", "speed", "tokens/s saturated, student's over teacher's", _speed(teacher, after)),
+        _claim("speed", "speed", f"{unit}, student's over teacher's", _speed(teacher, after, rate)),
         _claim("memory", "memory", f"{what}, teacher's over student's", peak or weights),
     ]
 
@@ -77,9 +94,9 @@ def _times(teacher: ModelReport, after: ModelReport, name: str) -> Estimate | No
     return exactly(above.value / below.value) if above and below and below.value else None
 
 
-def _speed(teacher: ModelReport, after: ModelReport) -> Estimate | None:
+def _speed(teacher: ModelReport, after: ModelReport, rate: str) -> Estimate | None:
     """The ratio of the medians, from the slowest student over the fastest teacher to the other way round."""
-    ours, theirs = (model.figure("engine", "tokens_per_s") for model in (after, teacher))
+    ours, theirs = (model.figure("engine", rate) for model in (after, teacher))
     if not ours or not theirs or not theirs.low:
         return None
     return Estimate(ours.value / theirs.value, ours.low / theirs.high, ours.high / theirs.low)

@@ -21,10 +21,11 @@ class Figure:
 
     value: float
     resampled: Any
+    exact: tuple[float, float] | None = None  # a 95% interval that is better than that of the resamples
 
     def estimate(self) -> Estimate:
         """With its 95% interval."""
-        return Estimate(self.value, *interval(self.resampled))
+        return Estimate(self.value, *(self.exact or interval(self.resampled)))
 
     def minus(self, other: "Figure") -> Estimate:
         return Estimate(self.value - other.value, *interval(self.resampled - other.resampled))

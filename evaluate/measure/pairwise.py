@@ -15,18 +15,17 @@ from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
 from evaluate.models import AFTER, BEFORE, TEACHER, digest
 from filters.judge import (
     FENCE,
+    ask_judge,
     attempt_runs,
     is_teacher,
     judge_address,
-    judge_recipe,
     judge_rows,
     verdicts_folder,
     version_of,
 )
-from generate.run import generate
 from pipeline.recipe import JudgeConfig, Recipe
-from pipeline.records import Completion, Kept, Message, Prompt, read_jsonl
-from pipeline.rundir import RunDir, write_jsonl
+from pipeline.records import Completion, Kept, Message, Prompt, said
+from pipeline.rundir import RunDir
 
 CHOICE = {"better": {"type": "string", "enum": ["A", "B", "tie"]}}
 OPPONENTS = (TEACHER, BEFORE)
@@ -96,13 +95,13 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     An empty answer is not asked about: it scores 1, and loses to any other. Raises what `generate` raises; verdicts
     that were given by then are kept, and the next call continues.
     """
-    spoken = [row for rows in answers.values() for row in rows.values() if row.text]
+    spoken = [row for rows in answers.values() for row in rows.values() if said(row)]
     folder = RunDir(run.path / FOLDER / "judge")
     folder.path.mkdir(parents=True, exist_ok=True)
     judgements = judge_rows(judge.recipe, folder, spoken, quiet=True)
     scores: dict[str, dict[str, int]] = {}
     for key, rows in answers.items():
-        found = {id_: judgements[row.id].score if row.text else 1 for id_, row in rows.items()}
+        found = {id_: judgements[row.id].score if said(row) else 1 for id_, row in rows.items()}
         scores[key] = {id_: score for id_, score in found.items() if score is not None}
     pairs = [
         (other, row, answers[other][prompt])
@@ -133,45 +132,33 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence
     choices: dict[str, str] = {}
     questions: dict[str, list[Message]] = {}
     for first, second in pairs:
-        if first.text == second.text:
+        if said(first) == said(second):
             choices[_pair_id(first, second)] = "tie"
-        elif not first.text or not second.text:
-            choices[_pair_id(first, second)] = "A" if first.text else "B"
+        elif not said(first) or not said(second):
+            choices[_pair_id(first, second)] = "A" if said(first) else "B"
         else:
             questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
     version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
-    attempts = attempt_runs(folder / version, judge.config)
-    for attempt, asked in enumerate(attempts, start=1):
-        open_questions = [Prompt(id=id_, messages=asking) for id_, asking in questions.items() if id_ not in choices]
-        if not open_questions:
-            break
-        asked.path.mkdir(parents=True, exist_ok=True)
-        file = folder / version / f"{attempt}.questions.jsonl"
-        write_jsonl(file, open_questions)
-        others = [*scoring, *(other for other in attempts if other != asked)]
-        wanted = judge_recipe(judge.recipe, judge.config, file, attempt, CHOICE, others)
-        generate(wanted, asked, quiet=True, retry_failures=True)
-        for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-            if row.prompt_id in questions and (choice := read_choice(row.text)):
-                choices.setdefault(row.prompt_id, choice)
-    return choices
+    prompts = [Prompt(id=id_, messages=asking) for id_, asking in questions.items()]
+    found, _ = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, others=scoring)
+    return choices | found
 
 
 def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Message]:
     """What the judge is asked about two answers to one prompt."""
     content = QUESTION.format(
         criteria="".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items()),
-        request="\n\n".join(message.content for message in first.messages),
-        first=first.text,
-        second=second.text,
+        request="\n\n".join(map(said, first.messages)),
+        first=said(first),
+        second=said(second),
     )
     return [Message(role="user", content=content)]
 
 
-def read_choice(text: str) -> str | None:
+def read_choice(reply: Completion, _attempt: int = 1) -> str | None:
     """A, B or tie; None if the reply is anything else."""
     try:
-        return msgspec.json.decode(FENCE.sub("", text.strip()), type=Choice).better
+        return msgspec.json.decode(FENCE.sub("", reply.text.strip()), type=Choice).better
     except (msgspec.DecodeError, RecursionError):
         return None
 

@@ -69,7 +69,7 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     if not config.probes:
         return ProbePrompts("slots", [], unseen)
     if config.probes_file is not None:
-        return ProbePrompts("file", _from_file(recipe, asked), unseen)
+        return ProbePrompts("file", _from_file(recipe, asked, config.probes), unseen)
     note = ""
     if recipe.prompts.template is not None:
         seen = list(islice(_fresh(recipe.prompts, asked, f"probes:{config.seed}"), config.probes))
@@ -83,12 +83,35 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     return ProbePrompts("test", _sample(prompts, config.probes, config.seed), unseen, note)
 
 
+def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
+    """What `evaluate.verify` is asked of: the run's test prompts, and those of `evaluate.probes_file` as unseen.
+
+    The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
+    Raises DataError if there is none, or if the run has asked a prompt of the file.
+    """
+    config = recipe.evaluate
+    if not config.verify:
+        return ProbePrompts("test", [])
+    test = {
+        question_text(prompt.messages): prompt
+        for prompt in read_jsonl(run.prompts, Prompt)
+        if (prompt.part or recipe.prompts.part_of(prompt.messages)) == "test"
+    }
+    if not test:
+        raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
+    unseen = []
+    if config.probes_file:
+        unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)
+    return ProbePrompts("test", _sample(list(test.values()), config.verify_count, config.seed), unseen)
+
+
 def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:
     """The template's prompts that were not asked, in an order that the key decides."""
     grammar = Grammar(config)
     for index in range(grammar.size):
         text, slots = grammar.at(shuffled(index, grammar.size, key))
-        prompt = make_prompt(PromptRow(prompt=text, slots=slots), config.system)
+        row = PromptRow(prompt=text, slots=slots, reference=grammar.reference(slots))
+        prompt = make_prompt(row, config.system, config.tools)
         if not asked.has(prompt) and not asked.has_combination(prompt):
             yield prompt
 
@@ -113,9 +136,10 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
             yield prompt
 
 
-def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
+def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
     config = recipe.evaluate
-    wanted = PromptsConfig(file=config.probes_file, system=recipe.prompts.system)
+    same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
+    wanted = PromptsConfig(file=config.probes_file, **same)
     rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
     prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
     if known := [prompt for prompt in prompts if asked.has(prompt)]:
@@ -124,7 +148,7 @@ def _from_file(recipe: Recipe, asked: Asked) -> list[Prompt]:
             f"{config.probes_file}: {len(known)} of its {len(prompts)} prompts are prompts of this run, the first "
             f"{first!r}; take them out, or the models are asked what the student was trained on"
         )
-    return _sample(prompts, config.probes, config.seed)
+    return _sample(prompts, count, config.seed)
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -4,6 +4,9 @@
     evaluation/unseen-<model>.json        the score of the teacher's answers to probes with unseen values
     evaluation/speed-<model>.json         tokens/s alone and saturated, time to the first token, memory
     evaluation/probes-<model>.json        the answers to the probes
+    evaluation/verify-<model>.json        the answers that `evaluate.verify` checks, and how long they took
+    evaluation/verify-told-<model>.json   the same of the untrained student, told what the teacher is told
+    evaluation/tasks-<model>.json         its figures in the tasks of lm-eval
     evaluation/judged.json                the judge's scores of these answers, and its choices between them
 
 Each carries the fingerprint of all it was measured on, so a stopped evaluation continues where it was, and a figure of
@@ -17,12 +20,13 @@ from typing import TypeVar
 
 import msgspec
 
+from evaluate.document import Estimate
 from evaluate.measure.probes import ProbePrompts
-from evaluate.models import TEACHER, Subject, digest
+from evaluate.models import Subject, digest
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Kept, Prompt, Usage, read_jsonl
+from pipeline.records import Json, Kept, Prompt, Usage, read_jsonl, said
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
@@ -33,6 +37,12 @@ SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a ser
         "serve": True,
     },
     "probes": {"sampling": True, "serve": {"dtype", "device", "args"}},  # a change of the rules asks no model again
+    "tasks": {"evaluate": {"lm_eval", "lm_eval_limit"}, "serve": {"dtype", "device", "args"}},
+    "verify": {
+        "evaluate": {"speed_requests", "speed_concurrency", "speed_repeats"},
+        "sampling": {"max_tokens", "extra"},
+        "serve": True,
+    },
 }
 
 
@@ -89,13 +99,19 @@ class SpeedResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's answers to the probes, with the recipe's own sampling.
+    """A model's answers: to the probes with the recipe's own sampling, to what is verified with temperature 0.
 
     An empty answer's finish_reason is `empty_answer`. A request that failed for another reason has no answer.
     """
 
     fingerprint: str = ""
     answers: list[Kept]
+    bursts: list[Burst] = []  # answers that were timed, where that was asked for
+
+    @property
+    def rates(self) -> list[float]:
+        """Answers per second of each burst."""
+        return [(burst.requests - burst.failed) / burst.wall_s for burst in self.bursts]
 
 
 class PairVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +133,14 @@ class JudgeResult(msgspec.Struct, frozen=True, kw_only=True):
     pairs: list[PairVerdict]
 
 
-Result = TypeVar("Result", PerplexityResult, SpeedResult, ProbeResult, JudgeResult)
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's figures in the tasks of lm-eval, by task and metric."""
+
+    fingerprint: str = ""
+    scores: dict[str, Estimate]
+
+
+Result = TypeVar("Result", PerplexityResult, SpeedResult, ProbeResult, JudgeResult, TaskResult)
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,8 @@ class Results:
     unseen: dict[str, PerplexityResult]
     timed: dict[str, SpeedResult]
     probed: dict[str, ProbeResult]
+    verified: dict[str, ProbeResult]
+    tasks: dict[str, TaskResult]
     judged: JudgeResult | None = None
 
 
@@ -164,21 +189,20 @@ class Plan:
     rows: list[Kept]  # of them, chosen for perplexity
     timing: list[Prompt]
     probes: ProbePrompts
+    verify: RuleSet
+    questions: ProbePrompts  # that `verify` is about
     dtype: str
     device: str
     weights: dict[str, str]  # model: what identifies its weights
     force: bool  # measure again what is cached
 
-    def answers_probes(self, subject: Subject) -> bool:
-        """Whether a model answers the probes: a teacher elsewhere does only if the recipe says so."""
-        asked = subject.folder is not None or (subject.key == TEACHER and self.recipe.evaluate.ask_teacher)
-        return asked and bool(self.probes.all)
-
-    def entry(self, name: str, subject: Subject, inputs: Sequence[Completion | Prompt]) -> Entry:
-        """Where the measurement `name` (perplexity, unseen, speed, probes) of a model on rows or prompts is cached."""
-        what = (i.id if isinstance(i, Prompt) else f"{i.id} {i.finish_reason} {i.text}" for i in inputs)
-        settings = self.recipe.model_dump_json(include=SETTINGS[name]) if name in SETTINGS else self.dtype
-        fingerprint = digest(self.weights[subject.key], digest(*what), settings)
+    def entry(self, name: str, subject: Subject, inputs: Sequence[Kept | Prompt]) -> Entry:
+        """Where a measurement (a name above) of a model is cached; the inputs are as that model is asked them."""
+        answers = [[one.text, one.finish_reason] if isinstance(one, Kept) else [] for one in inputs]
+        what = [msgspec.json.encode([one.id, one.messages, *own]) for one, own in zip(inputs, answers, strict=True)]
+        kind = name.removesuffix("-told")
+        settings = self.recipe.model_dump_json(include=SETTINGS[kind]) if kind in SETTINGS else self.dtype
+        fingerprint = digest(self.weights[subject.key], b"\n".join(what).decode(), settings)
         return Entry(self.run.path / FOLDER / f"{name}-{subject.key}.json", fingerprint)
 
 
@@ -203,16 +227,28 @@ def read_test(run: RunDir) -> list[Kept]:
     return rows
 
 
-def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop") -> Kept:
+def answer_row(
+    model: str,
+    prompt: Prompt,
+    text: str,
+    finish_reason: str = "stop",
+    reasoning: str = "",
+    tool_calls: Sequence[Json] = (),
+) -> Kept:
     """An answer outside the run's own, for rules, judge and perplexity; its id changes with its model and text."""
-    return Kept(
-        id=digest(model, prompt.id, text)[:16],
+    row = Kept(
+        id="",
         prompt_id=prompt.id,
         messages=prompt.messages,
         slots=prompt.slots,
+        reference=prompt.reference,
+        columns=prompt.columns,
+        tools=prompt.tools,
         endpoint="",
         sampling={},
         text=text,
+        reasoning=reasoning,
+        tool_calls=list(tool_calls),
         finish_reason=finish_reason,
         model=model,
         usage=Usage(),
@@ -220,3 +256,4 @@ def answer_row(model: str, prompt: Prompt, text: str, finish_reason: str = "stop
         attempts=1,
         created="",
     )
+    return msgspec.structs.replace(row, id=digest(model, prompt.id, said(row))[:16])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import aiohttp
+import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.models import Subject, engine_folder
@@ -27,7 +28,7 @@ from generate.run import Summary, generate
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
-from pipeline.records import Completion, Failure, Kept, Prompt, read_jsonl
+from pipeline.records import Completion, Failure, Json, Kept, Prompt, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from serve.server import Server, free_port, serving
 
@@ -52,13 +53,33 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
             raise
 
 
-def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
-    """The recipe's teacher, which may be a server of ours, answers the probes with the recipe's own sampling."""
-    ask_prompts(recipe, folder, prompts)
+def answer_probes(
+    recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt] | None = None
+) -> ProbeResult:
+    """The recipe's teacher, which may be a server of ours, answers the prompts with the recipe's own sampling.
+
+    `asked` are the same prompts as this model is asked them (evaluate.models.as_asked); none: as they are.
+    """
+    ask_prompts(recipe, folder, asked or prompts)
     answers = _answers_in(RunDir(folder), prompts, recipe.teacher.model)
     if not answers:
         raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")
     return ProbeResult(answers=answers)
+
+
+def answer_questions(
+    recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt], timed: Sequence[Prompt]
+) -> ProbeResult:
+    """As `answer_probes`, but with temperature 0; before that, `timed` are timed: answers as long as they come."""
+    sampling = recipe.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
+    greedy = recipe.model_copy(update={"sampling": sampling})
+    bursts: list[Burst] = []
+    if timed:
+        ask_prompts(greedy, folder / "warm-up", timed[:WARM_UP_REQUESTS])
+        config = GenerateConfig(concurrency=recipe.evaluate.speed_concurrency)
+        bursts = _bursts(greedy.model_copy(update={"generate": config}), folder, timed, WARM_UP_REQUESTS)
+    result = answer_probes(greedy, folder / "answers", prompts, asked)
+    return msgspec.structs.replace(result, bursts=bursts)
 
 
 def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
@@ -70,13 +91,9 @@ def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequenc
     )
     start += wanted.speed_alone
     own = recipe_for(recipe, server, max_tokens=wanted.speed_max_tokens, concurrency=wanted.speed_concurrency)
-    bursts = []
-    for number in range(wanted.speed_repeats):
-        questions = _cycle(prompts, start + number * wanted.speed_requests, len(prompts))
-        done = ask_prompts(own, folder / f"timed-{number + 1}", questions, wanted.speed_requests)
-        if not done.completion_tokens:
-            raise DistillError(f"{server.served_name}: no request was answered; see {folder}")
-        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s))
+    bursts = _bursts(own, folder, prompts, start)
+    if not all(burst.completion_tokens for burst in bursts):
+        raise DistillError(f"{server.served_name}: no request was answered; see {folder}")
     command = server.command
     return SpeedResult(
         device=command.device,
@@ -85,6 +102,16 @@ def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequenc
         alone=alone,
         peak_rss_bytes=server.peak_rss() if command.device == "cpu" else None,
     )
+
+
+def _bursts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], start: int) -> list[Burst]:
+    """`speed_requests` requests at once, `speed_repeats` times, each time with other prompts first."""
+    wanted, bursts = recipe.evaluate, []
+    for number in range(wanted.speed_repeats):
+        questions = _cycle(prompts, start + number * wanted.speed_requests, len(prompts))
+        done = ask_prompts(recipe, folder / f"timed-{number + 1}", questions, wanted.speed_requests)
+        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s))
+    return bursts
 
 
 def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept]) -> list[Prompt]:
@@ -118,7 +145,8 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: 
     folder.mkdir(parents=True, exist_ok=True)
     questions = folder / "questions.jsonl"
     write_jsonl(questions, prompts)
-    wanted = recipe.model_copy(update={"prompts": PromptsConfig(file=questions, count=count)})
+    told = recipe.teacher.model_copy(update={"system": None, "examples": []})  # the prompts hold all that is told
+    wanted = recipe.model_copy(update={"teacher": told, "prompts": PromptsConfig(file=questions, count=count)})
     return generate(wanted, RunDir(folder), quiet=True)
 
 
@@ -126,14 +154,15 @@ def _answers_in(asked: RunDir, prompts: Sequence[Prompt], model: str) -> list[Ke
     """What was answered to the prompts, in their order, once each.
 
     For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
-    a finish_reason. Requests that failed for any other reason have none.
+    a finish_reason. Requests that failed for any other reason have none. What a model thought is apart from its text,
+    as it is for the teacher's answers (pipeline.reasoning).
     """
-    by_id, found = {prompt.id: prompt for prompt in prompts}, {}
+    by_id, found = {prompt.id: prompt for prompt in prompts}, dict[str, tuple[str, str, str, list[Json]]]()
     for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
         if failure.error == "empty_answer":
-            found[failure.prompt_id] = ("", failure.error)
+            found[failure.prompt_id] = ("", failure.error, "", [])
     for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-        found[row.prompt_id] = (row.text, row.finish_reason)
+        found[row.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
     return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]
 
 

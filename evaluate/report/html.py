@@ -34,8 +34,8 @@ def render_html(report: Report) -> str:
         promise=tables.promise(report).rows if any(claim.value for claim in report.headline.claims) else [],
         kept=tables.Line(*tables.VERDICTS[report.headline.holds]),
         axes=charts.axis_panels(report),
+        verified=tables.verified(report),
         measured=tables.measured(report),
-        bars=charts.bar_panels(report),
         probes=tables.probes(report),
         wins=tables.wins(report),
         drops=charts.drop_bars(report.filters),
@@ -68,9 +68,11 @@ def lang_of(text: str) -> str:
 
 def remarks(answer: Answer) -> Iterator[str]:
     """What is known of an answer: the judge's score, an end that was cut off, the rules that would drop it."""
+    if answer.right is not None:
+        yield "right" if answer.right else "wrong"
     if answer.score is not None:
         yield f"judge: {answer.score:g} of 5"
     if answer.text and answer.finish_reason not in ("", "stop"):
         yield f"did not end by itself ({answer.finish_reason})"
     for rule, why in answer.dropped_by.items():
-        yield f"{rule} would drop it: {why}"
+        yield f"{rule}: {why}" if answer.right is False else f"{rule} would drop it: {why}"

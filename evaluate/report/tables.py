@@ -1,17 +1,31 @@
 """The figures of a report as tables of text: printed on the terminal here, drawn in the page by `html`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, ModelReport, Part, Report, WinRate, percent
+from evaluate.document import (
+    ENGINE,
+    MEASURES,
+    PROBES,
+    SCORES,
+    Estimate,
+    ModelReport,
+    Part,
+    Report,
+    WinRate,
+    number,
+    percent,
+)
 from evaluate.figures.promise import shown
+from evaluate.models import AFTER
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
+REASONS = 12  # shown of those for which answers are wrong
 MODELS_ACROSS = 4  # side by side on the terminal; more are printed below
 
 Mark = Literal["pass", "warn", "fail", "unknown", "better", "worse", ""]
@@ -46,18 +60,31 @@ class Table(NamedTuple):
     references: Sequence[str] = ()
 
 
-class Win(NamedTuple):
-    """The judge's choices between two models: in words, and in percent of the pairs."""
-
-    title: str
-    counts: str
-    won: float
-    tied: float
-    lost: float
+def verified(report: Report) -> list[Table]:
+    """How often the models are right: in all, by category, and why they are wrong."""
+    found = report.accuracy
+    if not found:
+        return []
+    models = [model for model in [*report.models, *filter(None, [found.told])] if "verified" in model.figures]
+    labels, keys = [model.label for model in models], [model.key for model in models]
+    figures: list[tuple[str, Part, str]] = [("", "verified", "accuracy"), ("unseen, ", "verified_unseen", "accuracy")]
+    table = _table(report, models, f"{found.prompts.get('verified', 0)} test prompts", figures)
+    names = {"verified": "over the teacher's", "verified_unseen": "unseen, over the teacher's"}
+    share = MEASURES["accuracy"].show
+    for part, ratio in found.over_teacher.items():
+        table.rows.append(Row(names[part], [_lines(ratio, share) if key == AFTER else [Line("")] for key in keys]))
+    categories = [Row(name, [_lines(own[key], share) for key in keys]) for name, own in found.categories.items()]
+    most: dict[str, float] = {}
+    for name, value in ((name, value) for key in keys for name, value in found.wrong[key].items()):
+        most[name] = max(value, most.get(name, 0))
+    reasons = sorted(most, key=lambda name: -most[name])[:REASONS]
+    wrong = [Row(name, [[Line(percent(found.wrong[key].get(name, 0)))] for key in keys]) for name in reasons]
+    tables = (table, Table("right, by category", labels, categories), Table("wrong", labels, wrong))
+    return [table for table in tables if table.rows]
 
 
 def measured(report: Report) -> list[Table]:
-    """Perplexity, then speed and memory of every model; a figure that no model has is left out."""
+    """Perplexity, speed and memory, and other tasks of every model; a figure that no model has is left out."""
     scores: list[tuple[str, Part, str]] = [("", "test", name) for name in SCORES]
     scores += [("unseen ", "unseen", name) for name in SCORES]
     tables = (
@@ -65,7 +92,13 @@ def measured(report: Report) -> list[Table]:
         _table(report, report.models, "speed and memory", [("", "engine", name) for name in ENGINE]),
     )
     references = [model.reference for model in report.models]
-    return [table._replace(references=references) for table in tables if table.rows]
+    found = [table._replace(references=references) for table in tables if table.rows]
+    models = [model for model in report.models if any(model.key in own for own in report.tasks.values())]
+    rows = [
+        Row(name, [_lines(own[model.key], number) if model.key in own else [Line(NOTHING)] for model in models])
+        for name, own in report.tasks.items()
+    ]
+    return found + ([Table("other tasks, by lm-eval", [model.label for model in models], rows)] if rows else [])
 
 
 def probes(report: Report) -> list[Table]:
@@ -102,13 +135,18 @@ def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Lin
     figure, show = model.figure(part, name), MEASURES[name].show
     if figure is None:
         return [Line(NOTHING)]
-    counted = figure.low == figure.high and name in ENGINE
-    lines = [Line(show(figure.value))] + ([] if counted else [Line(figure.interval(show))])
+    lines = _lines(figure, show, counted=name in ENGINE)
     for d in report.differences:
         if (d.model, d.figure, d.part) == (model.key, name, part) and d.improved is not None:
             word: Mark = "better" if d.improved else "worse"
             lines.append(Line(f"{word} than {label_of(report, d.against).removeprefix('student ')}", word))
     return lines
+
+
+def _lines(figure: Estimate, show: Callable[[float], str], *, counted: bool = False) -> list[Line]:
+    """A figure and its interval; `counted`: without one if that has no width."""
+    told = not counted or figure.low < figure.high
+    return [Line(show(figure.value)), *([Line(figure.interval(show))] if told else [])]
 
 
 def label_of(report: Report, key: str) -> str:
@@ -121,40 +159,37 @@ def promise(report: Report) -> Table:
     rows = []
     for claim in report.headline.claims:
         promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
-        show, here = shown(claim), [Line(NOTHING)]
-        if claim.value:
-            here = [Line(show(claim.value.value))]
-            here += [Line(claim.value.interval(show))] if claim.value.low < claim.value.high else []
+        here = _lines(claim.value, shown(claim), counted=True) if claim.value else [Line(NOTHING)]
         rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
     return Table("the promise", ["promised", "here", "holds"], rows)
 
 
-def wins(report: Report) -> list[Win]:
-    """The judge's choices over all probes."""
-    return [_win(win, report) for win in report.wins if win.part == "all" and win.pairs]
+def wins(report: Report) -> list[tuple[WinRate, str, str]]:
+    """The judge's choices over all probes: a title, and the counts in words."""
+    return [(win, *_told(win, report)) for win in report.wins if win.part == "all" and win.pairs]
 
 
-def _win(win: WinRate, report: Report) -> Win:
+def _told(win: WinRate, report: Report) -> tuple[str, str]:
     rate = f": {win.rate.told(percent)}" if win.rate else ""
     counts = f"{win.wins} won, {win.ties} tied, {win.losses} lost; in {win.flipped} the order alone decided"
     if win.first_chosen is not None:
         counts += f"; the answer shown first was chosen in {percent(win.first_chosen)}"
     counts += f"; verdicts that could not be read: {win.unjudged}" if win.unjudged else ""
-    shares = [round(100 * count / win.pairs, 2) for count in (win.wins, win.ties, win.losses)]
-    return Win(f"{label_of(report, win.model)} against {label_of(report, win.against)}{rate}", counts, *shares)
+    return f"{label_of(report, win.model)} against {label_of(report, win.against)}{rate}", counts
 
 
 def print_report(report: Report, console: Console) -> None:
     """The tables (below each figure its 95% interval), the judge's choices, the promise, and the notes."""
-    asked = f"{report.rows.scored} test answers"
+    asked = f"{report.accuracy.prompts.get('verified', 0)} test prompts verified, " if report.accuracy else ""
+    asked += f"{report.rows.scored} test answers"
     if report.probes:
         asked += f", {report.probes.seen} new prompts"
         asked += f", {report.probes.unseen} with values never seen" if report.probes.unseen else ""
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
-    for table in (*measured(report), *probes(report)):
+    for table in (*verified(report), *measured(report), *probes(report)):
         _print_table(table, console)
-    for win in wins(report):
-        console.print(f"judge, {win.title}; {win.counts}", highlight=False, markup=False)
+    for _, title, counts in wins(report):
+        console.print(f"judge, {title}; {counts}", highlight=False, markup=False)
     _print_table(promise(report), console)
     console.print(report.headline.text, style="bold", highlight=False, markup=False)
     for note in report.notes:
@@ -169,5 +204,6 @@ def _print_table(table: Table, console: Console) -> None:
         for head in table.heads[shown_here]:
             rich.add_column(head, justify="right", max_width=FIGURE_WIDTH)
         for row in table.rows:
-            rich.add_row(row.name, *("\n".join(line.text for line in cell) for cell in row.cells[shown_here]))
+            cells = ("\n".join(line.text for line in cell) for cell in row.cells[shown_here])
+            rich.add_row(row.name, *(cell.replace("better than", "▲").replace("worse than", "▼") for cell in cells))
         console.print(rich)

@@ -7,10 +7,11 @@ holds for few answers and for shares of 0 and 1. Scores are compared by Cohen's 
 1968). What is compared is what the filters say now: change a rule, filter again, and ask again.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -72,73 +73,52 @@ def agreement(recipe: Recipe, run: RunDir) -> Result | None:
     verdicts = {id_: review for id_, review in reviews.items() if review.verdict != "skip"}
     if sample is None or not verdicts:
         return None
-    ids = verdicts.keys()
-    rules = {row.id: row.rule if isinstance(row, Dropped) else "" for row in filtered_rows(run) if row.id in ids}
-    judged = {id_: verdict.score for id_, verdict in read_judgements(run).items() if verdict.score and id_ in ids}
-    reviewed = [item for item in sample.items if item.id in rules]
+    rules = {row.id: row.rule if isinstance(row, Dropped) else "" for row in filtered_rows(run) if row.id in verdicts}
+    judged = {id_: verdict.score for id_, verdict in read_judgements(run).items() if verdict.score and id_ in rules}
+    strata = {item.id: item.stratum for item in sample.items if item.id in rules}
     deciders = {"filters": {id_: not rule for id_, rule in rules.items()}}
     if judged and recipe.filters.judge:
         deciders["rules alone"] = {id_: rule in ("", JUDGE) for id_, rule in rules.items()}
         least = recipe.filters.judge.min_score
         deciders["judge alone"] = {id_: score >= least for id_, score in judged.items()}
     found = []
-    for name, decided in deciders.items():
-        cases = [
-            Case(item.stratum, decided[item.id], verdicts[item.id].verdict == "accept")
-            for item in reviewed
-            if item.id in decided
-        ]
+    for name, kept in deciders.items():
+        cases = [Case(strata[id_], kept[id_], verdicts[id_].verdict == "accept") for id_ in strata if id_ in kept]
         found.append(Agreement(name, len(cases), *precision_and_recall(cases, sample.population)))
-    pairs = Counter(
-        (score, judged[item.id])
-        for item in reviewed
-        if item.id in judged and (score := verdicts[item.id].score) is not None
-    )
-    seen = {item.stratum for item in reviewed}
-    unseen = {stratum: answers for stratum, answers in sample.population.items() if stratum not in seen}
-    return Result(len(verdicts), len(reviews) - len(verdicts), len(ids - rules.keys()), found, pairs, unseen)
+    pairs = Counter((score, judged[id_]) for id_ in strata if id_ in judged and (score := verdicts[id_].score))
+    unseen = {stratum: answers for stratum, answers in sample.population.items() if stratum not in strata.values()}
+    return Result(len(verdicts), len(reviews) - len(verdicts), len(verdicts) - len(rules), found, pairs, unseen)
 
 
 def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> tuple[Share | None, Share | None]:
     """Of the run that the cases were drawn from, with `population` answers in each stratum."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    exact: defaultdict[tuple[bool, bool], float] = defaultdict(float)  # (kept, accepted): answers of the run
-    drawn = {(kept, accepted): np.zeros(DRAWS) for kept in (True, False) for accepted in (True, False)}
+    exact, drawn = np.zeros((2, 2)), np.zeros((2, 2, DRAWS))  # [kept, accepted]: answers of the run
     for stratum in sorted({case.stratum for case in cases}):
-        counts = Counter((case.kept, case.accepted) for case in cases if case.stratum == stratum)
-        answers = population[stratum]
-        sides = sorted({kept for kept, _ in counts})  # one side, unless the filters have changed since
-        cells = [(kept, accepted) for kept in sides for accepted in (True, False)]
-        shares = rng.dirichlet([counts[cell] + 0.5 for cell in cells], DRAWS)
-        for column, cell in enumerate(cells):
-            exact[cell] += answers * counts[cell] / counts.total()
-            drawn[cell] += answers * shares[:, column]
+        counts = np.zeros((2, 2))
+        for case in cases:
+            counts[int(case.kept), int(case.accepted)] += case.stratum == stratum
+        sides = counts.any(axis=1)  # one side, unless the filters have changed since
+        shares = rng.dirichlet(counts[sides].ravel() + 0.5, DRAWS).T.reshape(-1, 2, DRAWS)
+        exact += population[stratum] * counts / counts.sum()
+        drawn[sides] += population[stratum] * shares
 
-    def share(other: tuple[bool, bool]) -> Share | None:
-        both = (True, True)
-        if not exact[both] + exact[other]:
+    def share(*other: int) -> Share | None:
+        """Of kept and accepted answers, among those and the others."""
+        if not exact[1, 1] + exact[other]:
             return None
-        posterior = drawn[both] / np.maximum(drawn[both] + drawn[other], 1e-12)
-        low, high = np.quantile(posterior, (0.025, 0.975))
-        return Share(exact[both] / (exact[both] + exact[other]), float(low), float(high))
+        low, high = np.quantile(drawn[1, 1] / np.maximum(drawn[1, 1] + drawn[other], 1e-12), (0.025, 0.975))
+        return Share(float(exact[1, 1] / (exact[1, 1] + exact[other])), float(low), float(high))
 
-    return share((True, False)), share((False, True))
+    return share(1, 0), share(0, 1)
 
 
 def weighted_kappa(pairs: Counter[tuple[int, int]]) -> float | None:
     """Cohen's kappa with quadratic weights; None if neither side ever changes its score."""
-    total = pairs.total()
-    rows, columns = Counter[int](), Counter[int]()
-    for (one, other), count in pairs.items():
-        rows[one] += count
-        columns[other] += count
-    observed = sum(count * (one - other) ** 2 for (one, other), count in pairs.items()) / max(total, 1)
-    chance = sum(rows[one] * columns[other] * (one - other) ** 2 for one in rows for other in columns) / max(
-        total**2, 1
-    )
-    return 1 - observed / chance if chance else None
+    table = np.array([[pairs[one, other] for other in SCORES] for one in SCORES])
+    squares = np.subtract.outer(SCORES, SCORES) ** 2
+    chance = (squares * np.outer(table.sum(axis=1), table.sum(axis=0))).sum() / max(table.sum(), 1)
+    return 1 - float((squares * table).sum() / chance) if chance else None
 
 
 def print_agreement(result: Result | None, console: Console) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from filters.rows import filtered_rows
 from pipeline.errors import DataError
-from pipeline.records import Completion, Dropped, Slots
+from pipeline.records import Completion, Dropped, Slots, said
 from pipeline.rundir import RunDir
 
 KEPT = "kept"  # the stratum of the answers that were kept; the others are named by their rule
@@ -63,7 +63,7 @@ def _item(stratum: str, row: Completion) -> Item:
         stratum=stratum,
         system="\n\n".join(turn.content for turn in row.messages if turn.role == "system"),
         question="\n\n".join(turn.content for turn in row.messages if turn.role != "system"),
-        text=row.text,
+        text=said(row),
         slots=row.slots,
     )
 

@@ -5,6 +5,7 @@ A verdict is on disk (fsync) before `record` returns. The file is append-only: t
 
 import fcntl
 import os
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -14,7 +15,7 @@ import msgspec
 from filters.review.sample import Item, Sample, draw
 from pipeline.errors import DataError, UsageError
 from pipeline.records import encode_line
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, write_jsonl
 
 ACCEPTED_FROM = 3  # a score from here on accepts
 
@@ -25,10 +26,10 @@ class Review(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     verdict: Literal["accept", "reject", "skip", "undo"]
     score: int | None = None  # 1 to 5, where the person gave one
-    created: str  # ISO 8601, UTC
+    created: str = msgspec.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """One person's review of a run; use as a context manager."""
 
     def __init__(self, run: RunDir, *, size: int, seed: int) -> None:
@@ -37,7 +38,11 @@ class Session:
         Raises DataError for a wrong file, and UsageError if another process has the review open: each would show what
         the other has judged. The run itself is not locked: it may be filtered meanwhile.
         """
-        self.sample = load_sample(run) or _drawn(run, size, seed)
+        sample = load_sample(run)
+        if sample is None:
+            sample = draw(run, size, seed)
+            write_jsonl(run.review_sample, [sample])
+        self.sample = sample
         self._file: BinaryIO = run.reviews.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,9 +52,6 @@ class Session:
         self.verdicts, good = _read(run.reviews)
         if good < run.reviews.stat().st_size:  # a line that a killed process did not end
             self._file.truncate(good)
-
-    def __enter__(self) -> "Session":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -66,25 +68,23 @@ class Session:
 
     def record(self, verdict: Literal["accept", "reject", "skip"], score: int | None = None) -> None:
         """The verdict on the current answer; a score decides by itself."""
-        item = self.current
-        assert item is not None
+        assert self.current is not None
         if score is not None:
             verdict = "accept" if score >= ACCEPTED_FROM else "reject"
-        review = Review(id=item.id, verdict=verdict, score=score, created=_now())
-        self._write(review)
-        self.verdicts[item.id] = review
+        review = self._write(Review(id=self.current.id, verdict=verdict, score=score))
+        self.verdicts[review.id] = review
 
     def undo(self) -> None:
         """Takes back the last verdict, if there is one: its answer is the current one again."""
         if self.verdicts:
-            last = next(reversed(self.verdicts))
-            self._write(Review(id=last, verdict="undo", created=_now()))
-            del self.verdicts[last]
+            last, _ = self.verdicts.popitem()
+            self._write(Review(id=last, verdict="undo"))
 
-    def _write(self, review: Review) -> None:
+    def _write(self, review: Review) -> Review:
         self._file.write(encode_line(review))
         self._file.flush()
         os.fsync(self._file.fileno())
+        return review
 
 
 def load_sample(run: RunDir) -> Sample | None:
@@ -100,13 +100,6 @@ def load_sample(run: RunDir) -> Sample | None:
 def read_reviews(run: RunDir) -> dict[str, Review]:
     """The verdicts that stand, by id, in their order. Raises DataError `path:line: reason`."""
     return _read(run.reviews)[0] if run.reviews.exists() else {}
-
-
-def _drawn(run: RunDir, size: int, seed: int) -> Sample:
-    sample = draw(run, size, seed)
-    with replacing(run.review_sample) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(sample)) + b"\n")
-    return sample
 
 
 def _read(path: Path) -> tuple[dict[str, Review], int]:
@@ -126,7 +119,3 @@ def _read(path: Path) -> tuple[dict[str, Review], int]:
             if review.verdict != "undo":
                 verdicts[review.id] = review
     return verdicts, good
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -24,6 +24,7 @@ from benchmarks.stories import Writer
 from filters.answer import nfc
 from generate.concurrency import read_load
 from generate.streaming import Streamed
+from tests.benchmarks.mutations import mutations
 from tests.servers.misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
 
 ROOT = Path(__file__).parents[2]
@@ -253,7 +254,7 @@ def test_a_table_is_markdown() -> None:
 def test_the_reference_rules_and_ours_decide_alike() -> None:
     """On texts around every threshold; some of each side, else the agreement says nothing."""
     made = [(story.text, chapter_filter.PROMPT) for story in Writer(1).stories(200, 0.0)]
-    texts = list(chapter_filter.mutations(made, 3000, seed=1))
+    texts = list(mutations(made, 3000, seed=1))
     said = chapter_filter.agreement(texts, 0)
     assert said.endswith(": 0 decided otherwise")
     assert 500 < sum(chapter_filter.chapter_reason(nfc(prompt), nfc(text)) is None for text, prompt in texts) < 2500

@@ -24,7 +24,7 @@ PROMPTS = 24
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """The demo's recipe, small: it passes nearly every answer, so that a handful of prompts is enough to train on."""
-    small = yaml.safe_load(Path("recipes/demo.yaml").read_text())
+    small = yaml.safe_load(Path("recipes/stories_demo.yaml").read_text())
     small["name"] = "small"
     small["teacher"]["base_url"] = f"http://127.0.0.1:{free_port()}/v1"
     small["student"] = {"model": "prune:2"}

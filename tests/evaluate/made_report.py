@@ -4,6 +4,7 @@ import msgspec
 
 from evaluate.document import (
     SCHEMA,
+    Accuracy,
     Answer,
     Claim,
     Difference,
@@ -137,6 +138,37 @@ def full_report(text: str = "", words: str = KOREAN) -> Report:
         machine={f"cpu{text}": text},
         notes=[words],
     )
+
+
+def verified_report(text: str = "", words: str = KOREAN) -> Report:
+    """The same, with answers that were verified."""
+    report = full_report(text, words)
+    told = _right(
+        msgspec.structs.replace(report.models[1], key="student_before_told", label=f"before, told{text}"), 0.3
+    )
+    models = [_right(model, share) for model, share in zip(report.models, (0.84, 0.12, 0.81), strict=True)]
+    shares = {model.key: model.figures["verified"]["accuracy"] for model in [*models, told]}
+    sample = Sample(words, [Answer("reference", words), Answer(f"teacher{text}", words, "teacher", right=True)])
+    wrong = Answer(f"student after{text}", words, "student_after", dropped_by={f"sql{text}": words}, right=False)
+    accuracy = Accuracy(
+        rules=[{"rule": f"sql{text}"}],
+        prompts={"verified": 300, "verified_unseen": 100},
+        told=told,
+        over_teacher={"verified": Estimate(0.96, 0.91, 1.02)},
+        categories={f"count{text}": shares, "join, unseen": shares},
+        wrong={key: {f"sql: result{text}": 0.1, "sql: error": 0.05} for key in shares},
+        samples=[msgspec.structs.replace(sample, answers=[*sample.answers, wrong])],
+    )
+    claims = [_claim("quality_accuracy", "quality", 0.9, Estimate(0.96, 0.91, 1.02)), *report.headline.claims[-2:]]
+    headline = msgspec.structs.replace(report.headline, claims=claims)
+    return msgspec.structs.replace(report, models=models, accuracy=accuracy, headline=headline)
+
+
+def _right(model: ModelReport, share: float) -> ModelReport:
+    right = {"accuracy": Estimate(share, share - 0.04, share + 0.04)}
+    engine = {**model.figures["engine"], "answers_per_s": Estimate(40 * share, 39 * share, 41 * share)}
+    parts: dict[Part, dict[str, Estimate]] = {"verified": right, "verified_unseen": right, "engine": engine}
+    return msgspec.structs.replace(model, figures={**model.figures, **parts})
 
 
 def _probed(model: ModelReport, text: str, share: float, first: float) -> ModelReport:

@@ -202,6 +202,19 @@ def test_a_new_run_is_unknown_in_every_point() -> None:
     assert {point.status for point in found.all} == {"unknown"} and all(point.fix for point in found.all)
 
 
+@pytest.mark.parametrize(("width", "status"), [(0.04, "pass"), (0.01, "warn")])
+def test_more_right_answers_than_the_teacher_are_suspicious_only_beyond_chance(width: float, status: str) -> None:
+    claims = [claim("quality_accuracy", "quality", 1.02, 0.9, width)]
+    assert named("6 student beats teacher", report=measured(claims)).status == status
+
+
+@pytest.mark.parametrize(("improved", "status"), [(True, "pass"), (None, "warn"), (False, "fail")])
+def test_a_student_whose_answers_are_verified_is_judged_by_them(improved: bool | None, status: str) -> None:
+    right = msgspec.structs.replace(change("accuracy", improved), part="verified")
+    found = named("student's quality", report=measured(ratio=Estimate(1.2, 1.1, 1.3), differences=[right]))
+    assert found.status == status and found.finding == "right answers: +10.0% (+5.0%–+15.0%)"
+
+
 def test_a_quality_over_the_teachers_is_called_suspicious() -> None:
     point = named("6 student beats teacher", report=measured(promise(quality=1.04), wins=wins(0.6)))
     assert point.finding == "suspicious: quality bits 1.04 (1.02–1.06); wins 60% of the pairs"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.document import Claim, Estimate, ModelReport, exactly
+from evaluate.document import Claim, Estimate, ModelReport, Part, exactly
+from evaluate.figures.accuracy import wilson
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     answer_figures,
@@ -20,7 +21,7 @@ from evaluate.figures.quality import (
     probe_answers,
     split_words,
 )
-from evaluate.figures.statistics import Figure, distinct, draw, ratio
+from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult, answer_row
 from evaluate.models import engine_facts
@@ -207,11 +208,11 @@ def models(**student: Any) -> tuple[ModelReport, ModelReport]:
 def promise(
     bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 30, **student: Any
 ) -> dict[str, Claim]:
-    test, probes = (
-        {"teacher": {name: pair[0]}, "student_after": {name: pair[1]}}
-        for name, pair in (("bits_per_character", bits), ("passing", passing))
-    )
-    found = claims(test, probes, *models(**student), scored=prompts, answered=prompts)
+    parts: dict[Part, Figures] = {
+        part: {"teacher": {name: pair[0]}, "student_after": {name: pair[1]}}
+        for part, name, pair in (("test", "bits_per_character", bits), ("all", "passing", passing))
+    }
+    found = claims(parts, *models(**student), scored=prompts, answered=prompts, verified=None)
     return {claim.name: claim for claim in found}
 
 
@@ -264,6 +265,26 @@ def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
 def test_a_judge_s_quality_counts_from_the_least_score() -> None:
     # 2 of 1 to 5 is a quarter of the way, 3 is half: half of the teacher's, not two thirds.
     probes = {"teacher": {"judge": figure(3.0)}, "student_after": {"judge": figure(2.0)}}
-    claim = next(c for c in claims({}, probes, *models(), scored=99, answered=99) if c.name == "quality_judge")
+    found = claims({"all": probes}, *models(), scored=99, answered=99, verified=None)
+    claim = next(claim for claim in found if claim.name == "quality_judge")
     assert claim.value and claim.value.value == pytest.approx(0.5) and claim.verdict == "no"
     assert math.isclose(claim.value.low, claim.value.high)
+
+
+def test_where_answers_are_verified_they_are_the_quality_and_their_rate_the_speed() -> None:
+    right = {"teacher": {"accuracy": figure(0.8)}, "student_after": {"accuracy": figure(0.76, 0.01)}}
+    bits = {"teacher": {"bits_per_character": figure(0.1)}, "student_after": {"bits_per_character": figure(9.0)}}
+    rates = {"answers_per_s": Estimate(40.0, 39.0, 41.0)}  # the teacher's is not measured
+    found = claims({"verified": right, "test": bits}, *models(**rates), scored=99, answered=99, verified=99)
+    assert [claim.name for claim in found] == ["quality_accuracy", "size", "speed", "memory"]
+    assert found[0].value and found[0].value.value == pytest.approx(0.95) and found[0].verdict == "yes"
+    assert "answers/s" in found[2].text and found[2].value is None and holds(found) is None
+    few = claims({"verified": right}, *models(), scored=99, answered=99, verified=29)
+    assert few[0].verdict == "not shown"
+
+
+def test_wilson_s_interval_by_hand() -> None:
+    """Newcombe 1998, table I: 81 of 263 and 15 of 148; 0 of 20 has 1 - 1 / (1 + z² / 20)."""
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4) and wilson(1.0, 20)[1] == 1

@@ -175,4 +175,4 @@ def test_the_judge_is_the_evaluation_s_else_the_filters(tmp_path: Path) -> None:
     ],
 )
 def test_a_choice_is_read_or_none(text: str, choice: str | None) -> None:
-    assert read_choice(text) == choice
+    assert read_choice(answer_row("judge", PROMPTS[0], text)) == choice

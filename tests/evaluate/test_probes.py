@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
-from evaluate.measure.probes import choose_probes
+from evaluate.measure.probes import choose_probes, choose_questions
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import Recipe, load_recipe
@@ -128,3 +129,22 @@ def test_probes_come_from_a_file_and_none_of_them_was_asked(tmp_path: Path) -> N
         file.write(f'{{"prompt": "{words.upper()}"}}\n')
     with pytest.raises(DataError, match="1 of its 4 prompts are prompts of this run"):
         choose_probes(recipe, run, [])
+
+
+def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "unseen.jsonl"
+    path.write_text('{"prompt": "one", "reference": 1}\n{"prompt": "two"}\n')
+    rule = {"rule": "length", "min_chars": 1, "max_chars": 9}
+    recipe = recipe_of(16, verify=[rule], probes_file=str(path), verify_count=3)
+    run = run_of(tmp_path, recipe)
+    with pytest.raises(DataError, match="no test prompts for evaluate"):
+        choose_questions(recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 1e-9})}), run)
+    parts = ("train", "test")
+    own = [msgspec.structs.replace(p, part=parts[i % 2]) for i, p in enumerate(iter_prompts(recipe))]
+    run.prompts.write_bytes(b"".join(map(encode_line, [*own, *own])))
+    chosen = choose_questions(recipe, run)
+    assert len({p.id for p in chosen.seen}) == 3 and all(p.part == "test" for p in chosen.seen)
+    assert {p.reference for p in chosen.unseen} == {1, None}
+    more = choose_questions(recipe_of(16, verify=[rule], verify_count=99), run)
+    assert len(more.seen) == 8 and more.unseen == [] and {p.id for p in chosen.seen} < {p.id for p in more.seen}
+    assert choose_questions(recipe_of(16), run).all == []

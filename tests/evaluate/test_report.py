@@ -12,7 +12,6 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
 from evaluate.document import (
-    Estimate,
     Filtering,
     LossPoint,
     ModelReport,
@@ -23,10 +22,10 @@ from evaluate.document import (
     millions,
     number,
 )
-from evaluate.report.charts import LossChart, axis_panels, bar_panels, drop_bars, loss_chart
+from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
 from evaluate.report.tables import VERDICTS, print_report, probes, promise, wins
-from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report
+from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report, verified_report
 
 CHROMIUM = "/usr/bin/chromium"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
@@ -87,7 +86,7 @@ def test_parameters_for_people() -> None:
 
 
 def test_every_text_on_the_page_is_escaped() -> None:
-    page = render_html(full_report(ATTACK, words=ATTACK + KOREAN))
+    page = render_html(verified_report(ATTACK, words=ATTACK + KOREAN))
     assert "<script" not in page and "<img" not in page
     assert page.count("&lt;script&gt;") >= 50
 
@@ -99,7 +98,28 @@ def test_the_page_stands_alone() -> None:
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?://", page)
 
 
-HEADINGS = ["The promise", "Three axes", "Quality, speed", "Answers to new prompts", "Win rate", "side by side"]
+def test_right_answers_come_first_and_stand_by_model_category_and_reason() -> None:
+    report = verified_report()
+    lines = [line.strip() for line in printed(report).splitlines()]
+    assert all(len(line) <= 80 for line in lines) and "…" not in "".join(lines)
+    shares = next(line for line in lines if line.startswith("right answers"))
+    assert shares.split()[2:] == ["84.0%", "12.0%", "81.0%", "30.0%"]
+    first = [next(i for i, line in enumerate(lines) if name in line) for name in ("right answers", "perplexity")]
+    assert first == sorted(first)
+    assert next(line for line in lines if "over the teacher's" in line).split()[-1] == "96.0%"
+    assert next(line for line in lines if line.startswith("sql: result")).split()[2:] == ["10%"] * 4
+    page = render_html(report)
+    headings = ("Right answers", "Three axes", "All figures", "Right and wrong, side by side", "The same prompt")
+    assert [page.index(heading) for heading in headings] == sorted(page.index(heading) for heading in headings)
+    assert "count" in page and "join, unseen" in page and '<p class="remark">wrong</p>' in page
+    assert [(panel.title, panel.hint[:7]) for panel in axis_panels(report)][:2] == [
+        ("Quality", "right a"),
+        ("Speed", "answers"),
+    ]
+    assert "Right answers" not in render_html(full_report())
+
+
+HEADINGS = ["The promise", "Three axes", "Answers to new prompts", "Win rate", "side by side"]
 HEADINGS += ["Loss in training", "Dropped by", "Checklist", "What it cost", "lineage.json"]
 
 
@@ -160,9 +180,13 @@ def test_what_the_filters_kept_of_the_teachers_test_answers_is_said() -> None:
 
 
 def test_wins_ties_and_losses_fill_the_bar() -> None:
-    first, second = wins(full_report())
-    assert (first.won, first.tied, first.lost) == (25, 36, 39)
-    assert first.title == "student after against teacher: 43% (30%–55%)" and "70 won" in second.counts
+    (_, title, _), (_, _, counts) = wins(full_report())
+    assert title == "student after against teacher: 43% (30%–55%)" and "70 won" in counts
+    page = render_html(full_report())
+    widths = [
+        f'class="{name}" style="width: {share}%"' for name, share in (("won", 25.0), ("tied", 36.0), ("lost", 39.0))
+    ]
+    assert [width for width in widths if width not in page] == []
 
 
 @pytest.mark.parametrize(
@@ -187,7 +211,11 @@ def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path
     page = browser.new_page(viewport={"width": width, "height": 800})
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    for name, report in (("full", full_report()), ("hostile", full_report(ATTACK + "x" * 300, "가" * 300 + ATTACK))):
+    for name, report in (
+        ("full", full_report()),
+        ("verified", verified_report()),
+        ("hostile", verified_report(ATTACK + "x" * 300, "가" * 300 + ATTACK)),
+    ):
         file = tmp_path / f"{name}.html"
         file.write_text(render_html(report), encoding="utf-8")
         page.goto(file.as_uri())
@@ -200,7 +228,7 @@ def test_nothing_runs_over_the_edge(width: int, browser: Browser, tmp_path: Path
             assert page.evaluate("getComputedStyle(document.querySelector('.prompt')).wordBreak") == "keep-all"
             assert page.get_attribute(".prompt", "lang") == "ko"
     assert page.query_selector("script, img, iframe") is None
-    assert all(url.startswith("file:") for url in asked) and len(asked) == 2
+    assert all(url.startswith("file:") for url in asked) and len(asked) == 3
     page.close()
 
 
@@ -216,28 +244,6 @@ def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Bro
     page.emulate_media(media="screen")
     assert page.is_visible("details pre")
     page.close()
-
-
-def test_bars_are_as_long_as_their_figures() -> None:
-    panels = {panel.title: panel.marks for panel in bar_panels(make_report())}
-    speed = panels["Tokens/s, saturated"]
-    assert [bar.label for bar in speed] == ["teacher", "student after"]
-    assert speed[1].at == 100 and speed[0].at == pytest.approx(39.04) and speed[0].low is None
-    bits = panels["Bits per character"]
-    assert bits[1].high == 100 and bits[1].at == pytest.approx(92.45)  # of the highest interval end
-    assert bits[2].text == "1.392" and panels["Parameters"][0].text == "1.54B"
-
-
-def test_perplexities_far_apart_are_drawn_on_a_logarithmic_scale_from_one() -> None:
-    (panel,) = [panel for panel in bar_panels(make_report()) if panel.title == "Perplexity"]
-    assert "logarithmic" in panel.hint
-    assert panel.marks[1].high == 100 and panel.marks[0].at == pytest.approx(100 * math.log(3.412, 60_000), abs=0.01)
-    near = [
-        msgspec.structs.replace(m, figures={"test": {"perplexity": Estimate(2.0, 1.5, 4.0)}})
-        for m in make_report().models
-    ]
-    (panel,) = [panel for panel in bar_panels(make_report(models=near)) if panel.title == "Perplexity"]
-    assert "logarithmic" not in panel.hint and panel.marks[0].at == 50
 
 
 def test_drops_come_largest_first_and_only_where_there_are_any() -> None:

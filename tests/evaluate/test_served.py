@@ -9,16 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 
 import evaluate.measure.serving
 from evaluate.measure.results import answer_row
-from evaluate.measure.serving import answer_probes, measure_speed, recipe_for, serve_subject, speed_prompts
+from evaluate.measure.serving import (
+    answer_probes,
+    answer_questions,
+    measure_speed,
+    recipe_for,
+    serve_subject,
+    speed_prompts,
+)
 from evaluate.models import Subject
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
-from pipeline.records import Prompt, encode_line
+from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, error, misbehaving
 from tests.tiny_student import kept_row, make_recipe
@@ -137,6 +145,15 @@ def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, start
     ]
 
 
+def test_what_a_student_thinks_is_no_part_of_its_answer(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+) -> None:
+    with misbehaving(lambda asked: answer(f"<think>\nhm\n</think>\n\nanswer to {asked.text}")) as server:
+        started(server)
+        _, probes = measure(recipe, RunDir(tmp_path), speed=False, probes=True)
+    assert [(row.reasoning, row.text) for row in probes.answers] == [("hm", f"answer to probe {i}") for i in range(4)]
+
+
 def test_a_timing_starts_anew_and_probes_alone_are_not_timed(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
 ) -> None:
@@ -186,3 +203,21 @@ def test_a_server_that_died_says_why(tmp_path: Path, recipe: Recipe, started: Ca
         started(server, ended=True)
         with pytest.raises(DistillError, match="vLLM ended while the student_after was measured: engine died"):
             measure(recipe, RunDir(tmp_path))
+
+
+def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+) -> None:
+    told = [msgspec.structs.replace(p, messages=[Message("system", "Add."), *p.messages]) for p in PROBES]
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
+        started(server)
+        subject = Subject("teacher", "teacher", "reference", tmp_path / "model")
+        with serve_subject(recipe, RunDir(tmp_path), subject) as (at, folder):
+            found = answer_questions(recipe_for(recipe, at), folder, PROBES, told, told[:3])
+    assert [(burst.requests, burst.failed) for burst in found.bursts] == [(7, 0)] * 2 and min(found.rates) > 0
+    assert [row.prompt_id for row in found.answers] == [p.id for p in PROBES]
+    assert found.answers[0].messages == PROBES[0].messages  # what is judged is the bare question
+    assert {asked.body["temperature"] for asked in server.asked} == {0}
+    assert {asked.body["max_tokens"] for asked in server.asked} == {PROBED}
+    assert all(asked.body["messages"][0] == {"role": "system", "content": "Add."} for asked in server.asked)
+    assert len(server.asked) == 3 + 2 * 7 + 4

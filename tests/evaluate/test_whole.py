@@ -14,14 +14,14 @@ from rich.console import Console
 
 import evaluate.measure.results
 import evaluate.run
-from evaluate.document import Part, Report
-from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, answer_row
-from evaluate.measure.serving import answer_probes
+from evaluate.document import Estimate, Part, Report
+from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, TaskResult, answer_row
+from evaluate.measure.serving import answer_probes, answer_questions
 from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
-from pipeline.errors import DistillError, UsageError
-from pipeline.recipe import Recipe
+from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.recipe import Recipe, RuleConfig
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port
@@ -82,14 +82,28 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
             peak_rss_bytes=(2 << 30) if server.served_name == "teacher" else (1 << 30),
         )
 
-    def probe(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> ProbeResult:
+    def probe(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt]) -> ProbeResult:
         if recipe.teacher.model not in SAID:
-            return answer_probes(recipe, folder, prompts)
+            return answer_probes(recipe, folder, prompts, asked)
         log[-1][1].append("probes")
         model = recipe.teacher.model
         answers = [answer_row(model, p, SAID[model].format(**p.slots)) for p in prompts]
         return ProbeResult(answers=answers)
 
+    def question(
+        recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt], timed: Sequence[Prompt]
+    ) -> ProbeResult:
+        model = recipe.teacher.model
+        if model not in SAID:
+            return answer_questions(recipe, folder, prompts, asked, timed)
+        told = asked[0].messages[0].content == "Add."
+        log[-1][1].append(f"verify{' told' * told}{' timed' * bool(timed)}")
+        knows = {"teacher": 9, "student_before": 3 if told else 0, "student_after": 8}[model]  # of every ten
+        answers = [answer_row(model, p, str(p.columns["n"] + (p.columns["n"] % 10 >= knows))) for p in prompts]
+        bursts = [Burst(10, 1, 90, 3.0 if model == "teacher" else 1.0)] * bool(timed)
+        return ProbeResult(answers=answers, bursts=bursts)
+
+    monkeypatch.setattr(evaluate.run, "answer_questions", question)
     monkeypatch.setattr(evaluate.run, "serve_subject", serve_subject)
     monkeypatch.setattr(evaluate.run, "measure_speed", measure_speed)
     monkeypatch.setattr(evaluate.run, "answer_probes", probe)
@@ -132,7 +146,7 @@ def test_every_model_is_served_once_and_compared(
     )
     assert [(sample.part, len(sample.answers)) for sample in report.samples] == [("seen", 4)] * 2 + [("unseen", 4)] * 2
     assert after.figure("engine", "kv_bytes_per_token") and after.served_dtype
-    assert json.loads(run.report.read_bytes())["schema"] == 3
+    assert json.loads(run.report.read_bytes())["schema"] == 4
     capsys.readouterr()
     for width in (80, 100):
         print_report(report, Console(width=width))
@@ -140,7 +154,7 @@ def test_every_model_is_served_once_and_compared(
         assert not [line for line in lines if "…" in line or len(line) > width]
         assert any(line.strip().startswith("named of what was") and "50%" in line for line in lines)
         assert any(line.strip().startswith("unseen perplexity") for line in lines)
-        assert "better than" in " ".join(lines) and "worse than" in " ".join(lines)
+        assert "▲ before" in " ".join(lines) and "▼ teacher" in " ".join(lines)
 
 
 def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
@@ -267,3 +281,120 @@ def test_other_models_are_folders_runs_or_students(run: RunDir, tmp_path: Path) 
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match="names no base model"):
         subjects(recipe_of(tmp_path, evaluate={"models": [str(adapter)]}), run)
+
+
+def verified(tmp_path: Path, run: RunDir, **sections: Any) -> Recipe:
+    """A recipe whose answers are verified, and 40 test prompts of which every model knows some of every ten."""
+    (tmp_path / "right.py").write_text(
+        "def right(answer):\n    return None if answer.text == answer.reference else 'another number'\n"
+    )
+    prompts = [
+        Prompt(
+            id=f"n{n}",
+            messages=[Message("user", f"Which number is {n}?")],
+            reference=str(n),
+            columns={"n": n, "kind": "odd" if n % 2 else "even"},
+            part="test",
+        )
+        for n in range(40)
+    ]
+    run.prompts.write_bytes(
+        b"".join(map(encode_line, [*prompts, prompts[0], Prompt(id="t", messages=[], part="train")]))
+    )
+    rule = {"rule": "function", "file": "right.py", "name": "right"}
+    evaluate = {"verify": [rule], "category": "kind", "probes": 0, "unseen": {}, **sections.pop("evaluate", {})}
+    told = {"system": "Add.", **sections.pop("teacher", {})}
+    return recipe_of(tmp_path, evaluate=evaluate, teacher=told, **sections)
+
+
+def test_right_answers_are_the_quality_where_they_are_verified(
+    run: RunDir, tmp_path: Path, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    report = evaluate_run(verified(tmp_path, run), run, path)
+    assert served == [
+        ("teacher", ["speed", "verify told timed"]),
+        ("student_before", ["speed", "verify", "verify told"]),
+        ("student_after", ["speed", "verify timed"]),
+    ]
+    found = report.accuracy
+    assert found and found.prompts == {"verified": 40} and found.told
+    keys = ("teacher", "student_before", "student_after")
+    assert [figure(report, key, "accuracy", "verified") for key in keys] == [0.9, 0.0, 0.8]
+    assert found.told.figures["verified"]["accuracy"].value == 0.3 and found.told.label == "student before, told"
+    assert report.models[1].figures["verified"]["accuracy"].high == pytest.approx(0.0876, abs=1e-4)  # Wilson's
+    assert found.over_teacher["verified"].value == pytest.approx(0.8 / 0.9)
+    assert {name: own["student_after"].value for name, own in found.categories.items()} == {"even": 0.8, "odd": 0.8}
+    assert found.wrong["student_after"] == {"right": pytest.approx(0.2)}
+    assert [claim.name for claim in report.headline.claims] == ["quality_accuracy", "size", "speed", "memory"]
+    speed = report.headline.claims[2].value
+    assert speed and speed.value == pytest.approx(3)
+    assert report.headline.text.startswith("student: right answers 0% → 80% (teacher 90%)")
+    gains = {(d.against, d.figure) for d in report.differences if d.part == "verified" and d.improved}
+    assert gains == {("student_before", "accuracy")}
+    assert len(found.samples) == 20 and found.samples[0].answers[0].label == "reference"
+    assert any("temperature 0" in note for note in report.notes) and any("its system prompt" in n for n in report.notes)
+    page = run.report_html.read_text(encoding="utf-8")
+    assert page.index("Right answers") < page.index("All figures") and "right: another number" in page
+    capsys.readouterr()
+    print_report(report, Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    shares = next(line for line in lines if "right answers" in line).split()[2:]
+    assert shares == ["90.0%", "0.0%", "80.0%", "30.0%"]
+
+
+def test_a_new_reference_or_rule_checks_again_and_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
+    path = tmp_path / "recipe.yaml"
+    recipe = verified(tmp_path, run)
+    evaluate_run(recipe, run, path)
+    served.clear()
+    lines = [line.replace('"reference":"2"', '"reference":"none"') for line in run.prompts.read_text().splitlines()]
+    run.prompts.write_text("\n".join(lines))
+    second = evaluate_run(recipe, run, path)
+    assert served == [] and figure(second, "student_after", "accuracy", "verified") == pytest.approx(31 / 40)
+    wrong = {"rule": "length", "min_chars": 2, "max_chars": 9}
+    stricter = recipe.evaluate.model_copy(update={"verify": [*recipe.evaluate.verify, RuleConfig(**wrong)]})
+    third = evaluate_run(recipe.model_copy(update={"evaluate": stricter}), run, path)
+    assert served == [] and third.accuracy and "length" in third.accuracy.wrong["teacher"]
+
+
+def test_a_wrong_rule_of_verify_is_named_before_anything_is_measured(run: RunDir, tmp_path: Path) -> None:
+    recipe = verified(tmp_path, run, evaluate={"verify": [{"rule": "righteous"}]})
+    with pytest.raises(RecipeError, match=r"evaluate\.verify\[0\]: no rule named `righteous`"):
+        evaluate_run(recipe, run, tmp_path / "recipe.yaml")
+
+
+def test_a_teacher_elsewhere_is_verified_where_it_is_and_told_once(
+    run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.models.is_loopback", lambda url: False)
+    with misbehaving(lambda asked: answer("7")) as server:
+        away = {"model": "gpt", "base_url": server.url}
+        recipe = verified(tmp_path, run, teacher=away, evaluate={"ask_teacher": True})
+        report = evaluate_run(recipe, run, tmp_path / "recipe.yaml")
+        assert len(server.asked) == 40
+        turns = [[turn["role"] for turn in asked.body["messages"]] for asked in server.asked]
+        assert turns == [["system", "user"]] * 40 and {asked.body["temperature"] for asked in server.asked} == {0}
+    assert figure(report, "teacher", "accuracy", "verified") == 1 / 40
+    claims = {claim.name: claim for claim in report.headline.claims}
+    assert claims["quality_accuracy"].value and claims["speed"].value is None  # it was not timed: it runs elsewhere
+
+
+def test_other_tasks_are_asked_of_every_model_once(
+    run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def measure_tasks(recipe: Recipe, server: Any, folder: Path) -> TaskResult:
+        asked.append(server.served_name)
+        return TaskResult(scores={"ifeval acc": Estimate(len(asked) / 10, 0.0, 1.0)})
+
+    recipe = recipe_of(tmp_path, evaluate={"lm_eval": ["ifeval"], "probes": 0, "unseen": {}})
+    with pytest.raises(UsageError, match="there is no `lm_eval` command"):
+        evaluate_run(recipe, run, PATH)
+    monkeypatch.setattr(evaluate.run, "measure_tasks", measure_tasks)
+    monkeypatch.setattr(evaluate.run, "find_command", lambda: "lm_eval")
+    report = evaluate_run(recipe, run, PATH)
+    assert evaluate_run(recipe, run, PATH) == report and asked == ["teacher", "student_before", "student_after"]
+    assert report.tasks["ifeval acc"]["student_after"].value == 0.3
+    assert "other tasks, by lm-eval" in run.report_html.read_text(encoding="utf-8")

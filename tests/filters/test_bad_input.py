@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import filters.stream
 from pipeline.errors import DataError
-from pipeline.records import Completion, Kept, encode_line
+from pipeline.records import Kept, encode_line
 from tests.filters.test_run import GOOD, ROWS, Stage
 
 
@@ -34,7 +35,7 @@ LINES = GOOD.splitlines(keepends=True)
         (b"\xef\xbb\xbf" + LINES[0], "malformed"),
         (b'{"id":"' + b"x" * 5000 + b'"}\n', "over 16 MiB in one line"),
         (
-            encode_line(Kept(**{name: getattr(ROWS[0], name) for name in Completion.__struct_fields__})),
+            encode_line(Kept(**msgspec.structs.asdict(ROWS[0]), scores={"judge": 4.0})),
             "field `scores`",
         ),
     ],

@@ -126,6 +126,28 @@ def test_folding_is_that_of_the_definition(text: str) -> None:
     )
 
 
+def calling(row_id: str, text: str = "", **arguments: Any) -> Completion:
+    call = {"id": row_id, "type": "function", "function": {"name": "weather", "arguments": json.dumps(arguments)}}
+    return Completion(**completion_fields(row_id, text, tool_calls=[call]))
+
+
+def test_answers_of_tool_calls_are_compared_by_what_they_call(stage: Stage) -> None:
+    stage.filter([calling("c0", city="Berlin")], run="other", exact=True)
+    rows = [calling("c1", city="Bonn"), calling("c2", city="Bonn"), calling("c3", city="Berlin")]
+    words = "I will look the weather up for you."
+    rows += [calling("c4", words, city="Köln"), calling("c5", words, city="Essen"), completion("c6", words)]
+    stage.filter(rows, exact=True, near=None, against=[str(stage.folder / "other")])
+    assert stage.kept() == ["c1", "c4", "c5", "c6"]
+    other = str(stage.folder / "other")
+    assert stage.dropped() == {"c2": like("exact_duplicate", "c1"), "c3": like("exact_duplicate", "c0", source=other)}
+
+
+def test_reasoning_makes_no_other_answer(stage: Stage) -> None:
+    rows = [Completion(**completion_fields(f"r{n}", "Four.", reasoning=f"Thought {n}")) for n in range(2)]
+    stage.filter(rows, exact=True)
+    assert stage.dropped() == {"r1": like("exact_duplicate", "r0")}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_agreement_counts_equal_bytes(seed: int) -> None:
     rng = np.random.default_rng(seed)

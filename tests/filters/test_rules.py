@@ -277,9 +277,35 @@ def test_all_rules_run_and_the_same_rule_may_stand_twice() -> None:
     assert labels(rules, Answer("비 비 달 달", "", "stop", {})) == ["length", "repeated_word", "repeated_word#2"]
 
 
+def test_a_rule_of_the_text_may_look_at_the_reasoning() -> None:
+    of: dict[str, Any] = {"of": "reasoning"}
+    rules = rule_set(
+        {"rule": "length", "max_chars": 20},
+        {"rule": "length", "max_chars": 20, **of},
+        {"rule": "length", "max_chars": 30, **of},
+        {"rule": "banned_words", "words": ["wait"], **of},
+        {"rule": "repetition", **of},
+        {"rule": "foreign_script", **of},
+    )
+    thought = "wait, is it 4? " * 3 + "그래 森林"
+    answer = Answer("It is 4.", "", "stop", {}, reasoning=thought)
+    wanted = ["length#reasoning", "length#reasoning#2", "banned_words#reasoning", "repetition#reasoning"]
+    assert labels(rules, answer) == [*wanted, "foreign_script#reasoning"]
+    assert describe(rules.reasons(answer)[0]) == "50 characters, at most 20 wanted"
+    assert labels(rules, Answer(thought, "", "stop", {}, reasoning="It is 4.")) == ["length"]
+
+
+def test_reasoning_can_be_required() -> None:
+    rules = rule_set({"rule": "length", "of": "reasoning"})
+    assert labels(rules, Answer("It is 4.", "", "stop", {})) == ["length#reasoning"]
+    assert labels(rules, Answer("It is 4.", "", "stop", {}, reasoning="2 + 2")) == []
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
+        ({"rule": "length", "of": "thought"}, "filters.rules[0].of should be 'text' or 'reasoning', got 'thought'"),
+        ({"rule": "finish_reason", "of": "text"}, "the rule `finish_reason` has no such setting"),
         ({"rule": "lenght"}, "filters.rules[0]: no rule named `lenght`; there are length, banned_words,"),
         ({"rule": "length", "min_char": 3}, "filters.rules[0].min_char: the rule `length` has no such setting, got 3"),
         ({"rule": "length", "min_chars": "few"}, "filters.rules[0].min_chars"),
@@ -295,6 +321,9 @@ def test_all_rules_run_and_the_same_rule_may_stand_twice() -> None:
         ({"rule": "meta_talk", "patterns": ["("]}, "is not a regular expression"),
         ({"rule": "adherence", "slots": ["hero"]}, "the prompts have no slot `hero`; there are character"),
         ({"rule": "function", "file": "nowhere.py", "name": "f"}, "nowhere.py: no such file"),
+        ({"rule": "matches", "form": "json"}, "no such setting, got 'json'; there are field, pattern, seconds, as"),
+        ({"rule": "sql", "database": "nowhere.db"}, "nowhere.db: no such file"),
+        ({"rule": "choice"}, "names neither labels nor `reference: true`"),
     ],
 )
 def test_a_wrong_rule_is_named(rule: dict[str, Any], message: str) -> None:
@@ -305,11 +334,12 @@ def test_a_wrong_rule_is_named(rule: dict[str, Any], message: str) -> None:
 
 
 def test_every_rule_has_a_line_of_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "filters.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parents[2] / "docs"
+    page = "".join((docs / name).read_text(encoding="utf-8") for name in ("filters.md", "verifiers.md"))
     for name, rule in RULES.items():
         assert f"`{name}`" in page, name
-        for setting in rule.settings.model_fields:
-            assert f"`{setting}`" in page, f"{name}.{setting}"
+        for setting, field in rule.settings.model_fields.items():
+            assert f"`{field.alias or setting}`" in page, f"{name}.{setting}"
 
 
 def test_a_users_own_rule(tmp_path: Path) -> None:
@@ -319,6 +349,9 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         "    return f'{digits} digits' if digits > most else None\n"
         "def number(answer): return 3\n"
         "def broken(answer): return 1 / 0\n"
+        "from filters.answer import Verified\n"
+        "from pipeline.records import Reason\n"
+        "def whole(answer): return Verified(Reason(rule='any', note='no'), 0.5, 'one')\n"
     )
     recipe = tmp_path / "recipe.yaml"
     own = {"rule": "function", "file": "mine.py", "name": "no_digits"}
@@ -331,6 +364,12 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         rule_set({**own, "name": "nothing"}, recipe=recipe)
     with pytest.raises(DistillError, match=r"mine\.py: number returned 3"):
         rule_set({**own, "name": "number"}, recipe=recipe).reasons(answer)
+    checked = rule_set({**own, "name": "whole"}, recipe=recipe).check(answer)
+    assert (checked.reasons, checked.scores, checked.result) == (
+        [Reason(rule="whole", note="no")],
+        {"whole": 0.5},
+        "one",
+    )
     with pytest.raises(DistillError, match=r"mine\.py: broken raised ZeroDivisionError"):
         rule_set({**own, "name": "broken"}, recipe=recipe).reasons(answer)
     (tmp_path / "mine.py").write_text(

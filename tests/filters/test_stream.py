@@ -83,7 +83,7 @@ def test_a_run_whose_worker_is_killed_keeps_its_old_files(tmp_path: Path, monkey
     (tmp_path / "mine.py").write_text("import os\ndef die(answer):\n    os.kill(os.getpid(), 9)\n")
     stage.rules([{"rule": "function", "file": "mine.py", "name": "die"}])
     monkeypatch.setattr(stream, "PARALLEL_FROM", 0)
-    monkeypatch.setattr(stream, "BLOCK", len(GOOD) // 2)
+    monkeypatch.setattr(stream, "SMALLEST_BLOCK", len(GOOD) // 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     with pytest.raises(DistillError, match="a filter process was killed"):
         stage.filter()

@@ -68,6 +68,13 @@ def test_the_requests_are_those_that_would_be_sent_online(run: RunDir, tmp_path:
     assert {text["custom_id"] for text in lines} == {record.id for record in completions(RunDir(tmp_path / "online"))}
 
 
+def test_reasoning_comes_through_a_batch(run: RunDir) -> None:
+    with fake_batches() as fake:
+        fake.outcome = lambda id_, body, batch: line(id_, body=reply("<think>hm</think>two"))
+        generate(batch_recipe(fake, 2), run, quiet=True)
+    assert [(row.reasoning, row.text) for row in completions(run)] == [("hm", "two")] * 2
+
+
 def test_it_is_split_by_count_and_by_size(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
     with fake_batches() as fake:

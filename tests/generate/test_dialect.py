@@ -15,7 +15,7 @@ ASKED = [Message(role="system", content="Be kind."), Message(role="user", conten
 
 def job(messages: list[Message] | None = None) -> Job:
     request = Request(id="i", prompt_id="p", messages=messages or ASKED, endpoint="e", sampling=SAMPLING)
-    return Job(request, "m", 0)
+    return Job(request, request.messages, "m")
 
 
 def learn(dialect: Dialect, message: str, parameter: str | None = None, asked: Job | None = None) -> bool:

@@ -85,6 +85,79 @@ def test_a_content_of_parts_is_its_text(content: Any, text: str) -> None:
     assert answer_in(said(content)).text == text
 
 
+@pytest.mark.parametrize(
+    ("content", "message", "reasoning", "text"),
+    [
+        ("two", {"reasoning": "hm"}, "hm", "two"),
+        ("two", {"reasoning_content": "\nhm\n"}, "hm", "two"),
+        ("two", {"reasoning": None, "reasoning_content": "hm"}, "hm", "two"),
+        ("two", {"reasoning": "hm", "reasoning_content": "hm"}, "hm", "two"),
+        ("<think>ah</think>two", {"reasoning": "hm"}, "hm", "two"),
+        ("<think>hm</think>\n\ntwo", {"reasoning": ""}, "hm", "two"),
+        ("hm\n</think>\n\ntwo", {}, "hm", "two"),
+        ("two", {"reasoning": {"odd": 1}, "reasoning_content": 5}, "", "two"),
+        ([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "two"}], {}, "hm", "two"),
+        (
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                "odd",
+                {"type": "text", "text": "two"},
+            ],
+            {},
+            "hm",
+            "two",
+        ),
+    ],
+)
+def test_reasoning_is_kept_apart_from_the_text(content: Any, message: Any, reasoning: str, text: str) -> None:
+    found = answer_in(said(content, message=message))
+    assert (found.reasoning, found.text) == (reasoning, text)
+
+
+@pytest.mark.parametrize("text", [None, "", "I look it up."])
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ({"name": "look_up", "arguments": '{"city": "서울"}'}, '{"city": "서울"}'),
+        ({"name": "look_up", "arguments": {"city": "서울"}}, '{"city":"서울"}'),  # an object where a text is due
+        ({"name": "look_up", "arguments": ""}, "{}"),
+        ({"name": "look_up"}, "{}"),
+        ({"name": "look_up", "arguments": '{"city": '}, '{"city": '),  # what is wrong with it is the filters' to say
+    ],
+)
+def test_tool_calls_are_an_answer(text: str | None, function: Any, arguments: str) -> None:
+    call = {"id": "call_1", "type": "function", "index": 0, "function": function}
+    found = answer_in(said(text, "tool_calls", message={"tool_calls": [call, call]}))
+    kept = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    assert (found.text, found.finish_reason, found.tool_calls) == (text or "", "tool_calls", [kept, kept])
+
+
+def test_tool_calls_are_in_the_record(run: RunDir) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    body = said(None, "tool_calls", message={"tool_calls": [call], "reasoning": "hm"})
+    with misbehaving(lambda asked: raw(body)) as server:
+        generate(recipe_for(server, 1), run, quiet=True)
+    assert [(row.tool_calls, row.text, row.reasoning) for row in completions(run)] == [([call], "", "hm")]
+
+
+@pytest.mark.parametrize("content", ["<think>Let me see", None])
+def test_an_answer_cut_off_in_its_reasoning_is_empty(content: str | None) -> None:
+    usage = {"completion_tokens": 500, "completion_tokens_details": {"reasoning_tokens": 500}}
+    found = read_answer(said(content, "length", usage, message={} if content else {"reasoning": "Let me see"}))
+    assert isinstance(found, Fault)
+    assert found.error == "empty_answer"
+    assert found.message == (
+        "the answer has no text (finish_reason length, 500 reasoning tokens): it was cut off while the model was "
+        "thinking; raise sampling.max_tokens"
+    )
+
+
+def test_reasoning_is_in_the_record_and_not_in_the_text(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer("<think>hm</think>two")) as server:
+        generate(recipe_for(server, 1), run, quiet=True)
+    assert [(row.reasoning, row.text) for row in completions(run)] == [("hm", "two")]
+
+
 def test_what_stands_beside_the_text_may_be_odd() -> None:
     found = answer_in(said("half \ud83d", 3, model=5, message={"reasoning_content": "hm"}))
     assert (found.text, found.finish_reason, found.model, found.usage) == ("half \ufffd", "unknown", None, Usage())
@@ -95,7 +168,9 @@ def test_what_stands_beside_the_text_may_be_odd() -> None:
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        (said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]}), "empty_answer"),
+        (said(None, "tool_calls", message={"tool_calls": []}), "empty_answer"),
+        (said("text", message={"tool_calls": [{"id": "1", "type": "function"}]}), "wrong_shape"),
+        (said("text", message={"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}), "wrong_shape"),
         (said([{"type": "image_url"}]), "empty_answer"),
         (said(5), "wrong_shape"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "wrong_shape"),
@@ -244,6 +319,23 @@ async def test_nor_is_it_for_a_streamed_request(monkeypatch: pytest.MonkeyPatch,
         async with streaming_session(teacher, timeout_s=5) as session:
             await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
     assert server.asked[0].headers["Authorization"] == "Bearer sk-abc"
+
+
+async def test_a_streamed_thought_and_a_streamed_call_are_tokens_of_the_answer() -> None:
+    deltas = [
+        {"role": "assistant", "content": ""},
+        {"reasoning": "hm"},
+        {"reasoning_content": "so"},
+        {"content": "two"},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+    ]
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode() + b"data: [DONE]\n\n"
+    with misbehaving(lambda asked: raw(body, content_type="text/event-stream")) as server:
+        teacher = recipe_for(server).teacher
+        async with streaming_session(teacher, timeout_s=5) as session:
+            said = await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
+    assert said.tokens == 4
 
 
 def once(bad: Behaviour) -> Callable[[Asked], Behaviour]:

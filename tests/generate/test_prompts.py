@@ -15,7 +15,7 @@ from generate.run import generate
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, load_recipe
 from pipeline.rundir import RunDir
-from tests.servers.misbehaving_server import misbehaving, recipe_for
+from tests.servers.misbehaving_server import completions, misbehaving, recipe_for
 
 ROOT = Path(__file__).parents[2]
 CHAPTER = {
@@ -184,6 +184,8 @@ def test_a_files_count_takes_the_first_or_begins_again(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "assistant turn"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot'"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "$.messages[0].content"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}', "result of a call"),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', "tools must be a list of"),
         ('{"prompt": "a", "slots": {"n": 1}}', "$.slots"),
         ('{"prompt": "\\ud83d"}', "truncated"),
     ],
@@ -219,6 +221,56 @@ def test_another_format_is_one_error_that_names_the_accepted_ones(
     assert "accepted are JSONL in UTF-8" in str(caught.value)
     assert "a folder saved by `datasets`" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+NOW = {"type": "function", "function": {"name": "now"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bonn"}'}}
+
+
+def test_tools_of_a_row_come_before_those_of_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "q"}, {"prompt": "q", "tools": [NOW]}, {"prompt": "q", "tools": json.dumps([NOW])}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q", "tools": []}]))
+    prompts = list(iter_prompts(recipe_with(file=path, tools=[WEATHER])))
+    assert [prompt.tools for prompt in prompts] == [[WEATHER], [NOW], [NOW], []]
+    assert [len({prompt.id for prompt in prompts}), prompts[1].id == prompts[2].id] == [3, True]
+    assert [prompt.tools for prompt in iter_prompts(recipe_with(count=1, tools=[WEATHER], **CHAPTER))] == [[WEATHER]]
+
+
+def test_tools_of_a_recipe_may_be_in_a_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: t\nteacher: {model: m}\nprompts: {template: hi, count: 1, tools: tools.json}\n")
+    assert load_recipe(recipe).prompts.tools == [WEATHER]
+    (tmp_path / "tools.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"prompts\.tools must be a list of .*Expected `array`"):
+        load_recipe(recipe)
+    (tmp_path / "tools.json").unlink()
+    with pytest.raises(RecipeError, match=r"prompts\.tools No such file"):
+        load_recipe(recipe)
+
+
+def test_a_conversation_with_tools_is_asked_and_recorded_whole(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    turns = [
+        {"role": "user", "content": "What is the weather in Bonn?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "a", "content": ""},
+    ]
+    path.write_text(json.dumps({"messages": turns}))
+    run = RunDir(tmp_path / "run")
+    with misbehaving() as server:
+        sampling = {"extra": {"tool_choice": "auto"}}
+        recipe = recipe_for(server, prompts={"file": path, "tools": [WEATHER]}, sampling=sampling)
+        generate(recipe, run, quiet=True)
+        assert generate(recipe, run, quiet=True).resumed == 1
+    sent = server.asked[0].body
+    assert sent["messages"] == [turns[0], {**turns[1], "content": ""}, turns[2]]
+    assert (sent["tools"], sent["tool_choice"], len(server.asked)) == ([WEATHER], "auto", 1)
+    (row,) = completions(run)
+    assert (row.tools, row.messages[1].tool_calls, row.messages[2].tool_call_id) == ([WEATHER], [CALL], "a")
+    assert "tools" not in row.sampling
 
 
 def test_two_rows_with_one_id_and_different_prompts_are_named(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_same_question_again_is_another_request_for_the_same_prompt() -> Non
     assert len({job.request.id for job in jobs}) == 9
     assert len({job.request.sampling["seed"] for job in jobs}) == 9
     assert len({job.request.prompt_id for job in jobs}) == 2
-    assert [job.sample for job in jobs] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert [job.request.sample for job in jobs] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
 
 
 def test_two_fillings_with_the_same_words_are_two_requests() -> None:

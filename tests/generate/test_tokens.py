@@ -36,7 +36,7 @@ def folder(at: Path, template: object, *, separate: bool = False, **settings: An
 def count(model: str, *turns: tuple[str, str]) -> int | None:
     counts = counter(model)
     assert counts is not None
-    return counts([Message(role=role, content=content) for role, content in turns])
+    return counts([Message(role=role, content=content) for role, content in turns], [])
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_prompts_are_counted_as_transformers_counts_them() -> None:
         messages = [Message(role=role, content=content) for role, content in turns]
         asked = [{"role": role, "content": content} for role, content in turns]
         rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        assert count(messages) == len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        assert count(messages, []) == len(tokenizer(rendered, add_special_tokens=False)["input_ids"])

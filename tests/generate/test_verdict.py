@@ -43,10 +43,11 @@ def asked(attempts: int = 1) -> Job:
     request = Request(
         id="i", prompt_id="p", messages=[Message("user", "hi")], endpoint="e", sampling={"max_tokens": 5, "seed": 1}
     )
-    return Job(request, "m", 0, attempts=attempts)
+    return Job(request, request.messages, "m", attempts=attempts)
 
 
 UTF_16 = json.dumps({"choices": [{"message": {"content": "text"}, "finish_reason": "stop"}]}).encode("utf-16")
+CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
 LAST = {"attempts": CONFIG.max_attempts}
 
 # Row of the table → replies that it speaks of, and what else is known then.
@@ -58,8 +59,13 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {},
     ),
     "no `finish_reason`": ([said(finish_reason=None)], {}),
-    "a content of parts, `reasoning_content` beside it": (
-        [said([{"type": "thinking"}, {"type": "text", "text": "x"}]), said(message={"reasoning_content": "hm"})],
+    "a content of parts": ([said([{"type": "thinking"}, {"type": "text", "text": "x"}])], {}),
+    "reasoning beside the text, or before it in `<think>…</think>`": (
+        [said(message={"reasoning_content": "hm"}), said("<think>hm</think>text")],
+        {},
+    ),
+    "tool calls, with or without text": (
+        [said(text, "tool_calls", message={"tool_calls": [CALL]}) for text in (None, "", "text")],
         {},
     ),
     "half a surrogate pair in the text": ([said("half \ud83d")], {}),
@@ -116,12 +122,13 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "401": ([error(401)], {}),
     "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
-    "an empty answer (tool calls alone are one)": (
-        [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": [{"id": "1"}]})],
+    "an empty answer": (
+        [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": []})],
         {"refused_alike": REFUSED_ALIKE},  # a model may end at once, and often
     ),
+    "a thought that was cut off before the text began": ([said("<think>hm", "length")], {}),
     "no `choices`": ([read_answer(b'{"choices": []}'), read_answer(b'{"odd": "\xed\xa0\xbd"}')], {}),
-    "JSON of another shape": ([read_answer(b"[]"), said(5)], {}),
+    "JSON of another shape": ([read_answer(b"[]"), said(5), said(message={"tool_calls": [{"id": "1"}]})], {}),
     "a refusal in place of text": ([said(None, message={"refusal": "I cannot."})], {}),
     "a content filter": ([said("half", "content_filter"), error(400, code="content_filter")], {}),
     "a reply of more than 64 MiB": ([Fault("too_large", "long", 200)], {}),

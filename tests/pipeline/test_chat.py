@@ -1,9 +1,13 @@
-"""Which token ends an answer: from the chat template, the tokenizer and the model's generation settings."""
+"""What each model is told, and which token ends an answer: from the template, tokenizer and generation settings."""
 
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.chat import end_of_turn, stop_tokens
+import pytest
+
+from pipeline.chat import asked_of_student, end_of_turn, stop_tokens, told_to_teacher
+from pipeline.recipe import StudentConfig, TeacherConfig
+from pipeline.records import Message
 from tests.tiny_student import END, tiny_tokenizer
 
 
@@ -57,3 +61,37 @@ def test_stop_tokens_are_all_that_generation_stops_at() -> None:
     tokenizer = tiny_tokenizer()
     assert stop_tokens(tokenizer, model_of([7, 8], 9)) == {END, 7, 8, 9}
     assert stop_tokens(tokenizer, model_of(None)) == {END}
+
+
+def turns(*pairs: str) -> list[Message]:
+    return [Message(*pair.split(":")) for pair in pairs]
+
+
+TEACHER = {"model": "m", "system": "T", "examples": [{"prompt": "p", "answer": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "asked", "told"),
+    [
+        ({"model": "m"}, ["system:S", "user:q"], ["system:S", "user:q"]),
+        (TEACHER, ["user:q"], ["system:T", "user:p", "assistant:a", "user:q"]),
+        (TEACHER, ["system:S", "user:q"], ["system:T\n\nS", "user:p", "assistant:a", "user:q"]),
+        (TEACHER, ["developer:S", "user:q"], ["developer:T\n\nS", "user:p", "assistant:a", "user:q"]),
+        ({**TEACHER, "system": None}, ["system:S", "user:q"], ["system:S", "user:p", "assistant:a", "user:q"]),
+    ],
+)
+def test_what_the_teacher_is_told(teacher: dict[str, Any], asked: list[str], told: list[str]) -> None:
+    messages = turns(*asked)
+    assert told_to_teacher(messages, TeacherConfig(**teacher)) == turns(*told)
+    assert messages == turns(*asked)
+
+
+@pytest.mark.parametrize(
+    ("system", "asked"),
+    [(None, ["system:S", "user:q"]), ("N", ["system:N", "user:q"]), ("", ["user:q"])],
+)
+def test_what_the_student_is_asked(system: str | None, asked: list[str]) -> None:
+    student = StudentConfig(model="m", system=system)
+    assert asked_of_student(turns("system:S", "user:q"), student) == turns(*asked)
+    assert asked_of_student(turns("user:q"), student) == [turn for turn in turns(*asked) if turn.content != "S"]
+    assert asked_of_student(turns("user:q"), None) == turns("user:q")

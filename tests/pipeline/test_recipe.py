@@ -142,3 +142,20 @@ def test_the_key_comes_from_the_environment_and_never_shows(path: Path, monkeypa
 @pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_that_ships_is_valid(recipe: Path) -> None:
     assert load_recipe(recipe).name == recipe.stem
+
+
+def test_examples_for_the_teacher_come_from_the_recipe_or_a_file_beside_it(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "shown.jsonl").write_text('{"prompt": "p", "answer": "a"}\n\n{"prompt": "q", "answer": "b"}\n')
+    path.write_text(GOOD.replace("{model: some/teacher}", "{model: some/teacher, examples: shown.jsonl}"))
+    teacher = load_recipe(path).teacher
+    assert [(shown.prompt, shown.answer) for shown in teacher.examples] == [("p", "a"), ("q", "b")]
+    for content, said in (
+        ('{"prompt": "p"}\n', r"examples\[0\].answer is missing"),
+        ("a,b\n", "JSONL file of {prompt, answer}"),
+    ):
+        (tmp_path / "shown.jsonl").write_text(content)
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(path)
+    path.write_text(GOOD.replace("{model: some/teacher}", "{model: some/teacher, examples: gone.jsonl}"))
+    with pytest.raises(RecipeError, match=r"teacher\.examples.*No such file"):
+        load_recipe(path)

@@ -60,7 +60,7 @@ def test_a_file_given_as_a_run_is_one_line(tmp_path: Path) -> None:
     for new in (False, True):
         with pytest.raises(UsageError, match=r"kept\.jsonl: a file, but a run is a folder"), run.locked(new=new):
             pass
-    command = [sys.executable, "-m", "generate", "recipes/demo.yaml", "--run", str(run.path), "--dry-run"]
+    command = [sys.executable, "-m", "generate", "recipes/stories_demo.yaml", "--run", str(run.path), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "a file, but a run is a folder" in done.stderr
@@ -133,7 +133,7 @@ def test_each_stage_writes_its_own_section_of_the_lineage(tmp_path: Path) -> Non
 
 
 def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
-    recipe = load_recipe(Path("recipes/demo.yaml"), ["--sampling.seed", "7"])
+    recipe = load_recipe(Path("recipes/stories_demo.yaml"), ["--sampling.seed", "7"])
     run = RunDir(tmp_path)
     run.save_recipe(recipe)
     assert load_recipe(run.recipe) == recipe

@@ -33,7 +33,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def of_rows(rows: list[Kept], lineage: dict[str, Any] | None = None) -> dict[str, Check]:
     parts = Parts(train=rows, validation=[], test=[])
-    return {check.name: check for check in row_checks(parts, lineage or {})}
+    return {check.name: check for check in row_checks(parts, lineage or {}, TrainConfig())}
 
 
 def filtered(kept: int, rows: int = 100, rules: int = 1) -> dict[str, Any]:
@@ -143,10 +143,9 @@ def test_long_rows_are_a_share_that_the_recipe_decides_on(
     train: list[int], validation: list[int], too_long: str, expected: tuple[str, float]
 ) -> None:
     rows = story_rows(len(train) + len(validation))
-    parts = Parts(train=rows[: len(train)], validation=rows[len(train) :], test=[])
     config = TrainConfig.model_validate({"max_length": 10, "too_long": too_long})
     figures: Any = Figures(train, validation, 10)
-    checks = {check.name: check for check in token_checks(figures, parts, config)}
+    checks = {check.name: check for check in token_checks(figures, [row.id for row in rows], config)}
     assert finding(checks["length"]) == pytest.approx(expected)
 
 

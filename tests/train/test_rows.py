@@ -18,6 +18,7 @@ def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> Non
         {
             "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi?"}],
             "completion": [{"role": "assistant", "content": "Hello."}],
+            "tools": None,
         }
     ]
 
@@ -37,7 +38,7 @@ def test_an_empty_file_points_at_the_filters(tmp_path: Path) -> None:
     [
         ({"text": ""}, "row 2 .id bad.: the answer is empty"),
         ({"text": " \n"}, "the answer is empty"),
-        ({"messages": []}, "must end with a user message, the last one is 'none'"),
+        ({"messages": []}, "must end with a user message or a tool's result, the last one is 'none'"),
         ({"messages": [Message("user", "Hi"), Message("assistant", "Yes")]}, "the last one is 'assistant'"),
         ({"messages": [Message("user", " ")]}, "the question is empty"),
     ],

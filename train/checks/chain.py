@@ -12,25 +12,26 @@ from train.teacher import Card
 
 OUR_TAG = "distillate"  # on every card that this tool writes
 OTHERS_TAGS = {"distillation", "distilled", "knowledge-distillation"}
-FIX = "distil from the first teacher instead"
 
 
 def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: bool = False) -> Check:
     """Fails for a product of this tool unless `allowed`; warns for a model that others call distilled."""
-    status: Status = "pass"
-    finding, fix = f"no sign that the teacher {reference} was distilled", ""
+    status: Status = "warn"
+    finding, fix = f"no sign that the teacher {reference} was distilled", "distil from the first teacher instead"
     if origin := _ours(folder, card):
         status = "note" if allowed else "fail"
-        fix = f"{FIX}, or accept the risk of collapse with --allow-chain"
         finding = f"the teacher {reference} is itself a distilled student: {origin}"
+        fix += ", or accept the risk of collapse with --allow-chain"
     elif tags := sorted(card.tags & OTHERS_TAGS):
-        status, finding, fix = "warn", f"the makers of the teacher {reference} tag it {', '.join(tags)}", FIX
+        finding = f"the makers of the teacher {reference} tag it {', '.join(tags)}"
     elif "distill" in Path(reference).name.lower():
-        status, finding, fix = "warn", f"the teacher {reference} was distilled by its makers: its name says so", FIX
+        finding = f"the teacher {reference} was distilled by its makers: its name says so"
     elif folder is None:
         finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
         return Check(name="chain", status="note", finding=finding)
-    return Check(name="chain", status=status, value=float(status != "pass"), finding=finding, fix=fix)
+    else:
+        return Check(name="chain", status="pass", value=0, finding=finding)
+    return Check(name="chain", status=status, value=1, finding=finding, fix=fix)
 
 
 def _ours(folder: Path | None, card: Card) -> str:

@@ -23,10 +23,10 @@ LABELS = {  # what all rows must do, and the fix
 }
 
 
-def row_checks(parts: Parts, lineage: Mapping[str, Any]) -> Iterator[Check]:
+def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) -> Iterator[Check]:
     """What can be checked before a model is loaded. `lineage`: the run's."""
     rows, (low, high) = parts.all, ADVISED_ROWS
-    count, distinct = len(rows), len(set(map(prompt_text, rows)))
+    count, distinct = len(rows), len({(prompt_text(row), row.sample) for row in rows})
     finding = f"{count:,} rows; {low:,} to {high:,} are advised, {FAIR_START} are a fair start"
     fix = "raise prompts.count" if count < low else "more rows than these seldom teach more"
     yield graded("rows", count, finding, passes=low <= count <= high, otherwise="note", fix=fix)
@@ -38,16 +38,24 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any]) -> Iterator[Check]:
     yield parts_check(parts)
     yield from _filters(lineage.get("filters"))
 
-    cut = sum(row.finish_reason != "stop" for row in rows)
+    if config.reasoning == "keep":
+        thoughts = sum(bool(row.reasoning) for row in rows)
+        finding, fix = f"{thoughts:,} of {count:,} answers have reasoning", "the student learns the others without any"
+        status: Status = "note" if thoughts else "warn"
+        yield graded("reasoning", thoughts, finding, passes=thoughts == count, otherwise=status, fix=fix)
+
+    cut = sum(row.finish_reason not in ("stop", "tool_calls") for row in rows)
     finding = f"{cut:,} of {count:,} answers were cut off (finish_reason is not stop)"
     fix = "the student learns to stop like that: filter with the rule finish_reason"
     yield graded("cut_off", cut, finding, passes=not cut, otherwise="note", fix=fix)
 
 
-def token_checks(prepared: "Prepared", parts: Parts, config: TrainConfig) -> Iterator[Check]:
-    """What the tokens show that the trainer will use: those of training and validation."""
+def token_checks(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) -> Iterator[Check]:
+    """What the tokens show that the trainer will use. `ids`: of the rows of training, then validation."""
     left = {part: len(rows) for part, rows in prepared.rows.items()}
-    yield _length(prepared, parts, config)
+    yield _length(prepared, ids, config)
+    if prepared.faults is None:  # pairs: their prompts and their better answers were looked at when they were rows
+        return
     yield from label_checks(prepared.faults, sum(left.values()))
     finding = f"{prepared.differing} of {left['train']} training prompts are rendered otherwise when they are asked"
     fix = "the student trains on contexts that it will not see: fix the chat template"
@@ -89,14 +97,13 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
     yield graded("keep_rate", rate, finding, passes=rate >= SAFE_KEEP_RATE, otherwise="warn", fix=fix)
 
 
-def _length(prepared: "Prepared", parts: Parts, config: TrainConfig) -> Check:
-    ids = [row.id for row in (*parts.train, *parts.validation)]
+def _length(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) -> Check:
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
-    longest = max(lengths)
-    worst = f"the longest, {ids[lengths.index(longest)]}, has {longest} tokens"
+    longest, row = max(zip(lengths, ids, strict=True), key=lambda pair: pair[0])
     over = sum(length > config.max_length for length in lengths)
     share = over / len(lengths)
-    finding = f"{over} of {len(lengths)} rows are longer than train.max_length {config.max_length} ({worst})"
+    finding = f"{over} of {len(lengths)} rows are longer than train.max_length {config.max_length} "
+    finding += f"(the longest, {row}, has {longest} tokens)"
     status: Status = "note" if share <= DROPPED_SHARE else "warn"
     fix = f"raise it to {longest}; they are left out now"
     if config.too_long == "refuse":

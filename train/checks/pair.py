@@ -8,14 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import msgspec
+
 from pipeline.advice import BALANCED_SIZES
+from pipeline.chat import asked_of_student
 from pipeline.checks import Check, Status
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
 from train.checks.run import graded
-from train.student import load_tokenizer
+from train.rows import prompt_text, turn_of
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
 MAX_PROMPTS = 200  # distinct prompts rendered; a template that differs does so on the first ones
@@ -23,15 +26,20 @@ ROLES = r"\b(?:system|developer|user|human|assistant|model)\b"
 MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what frames the turns of a chat
 
 
-def pair_checks(recipe: Recipe, student: str, rows: Sequence[Kept], *, allow_chain: bool) -> Iterator[Check]:
-    """All of them. `student`: the folder or Hub id of the student before training."""
+def pair_checks(
+    recipe: Recipe, student: str, tokenizer: Any, rows: Sequence[Kept], *, allow_chain: bool
+) -> Iterator[Check]:
+    """All of them. `student`: the folder or Hub id of the student before training, whose `tokenizer` it is."""
     assert recipe.student is not None
     teacher = recipe.teacher.model
-    tokenizer, files = load_tokenizer(student), known_files(teacher)
+    files = known_files(teacher)
     card = read_card(files)
+    asked = [msgspec.structs.replace(row, messages=asked_of_student(row.messages, recipe.student)) for row in rows]
     yield size_check(parameters_of(files, teacher), parameters_of(known_files(student), student))
-    yield template_check(tokenizer, tokenizer_of(files), rows)
-    yield markup_check(tokenizer, rows)
+    yield template_check(tokenizer, tokenizer_of(files), asked, told=told_only(recipe))
+    yield markup_check(tokenizer, asked)
+    if any(row.tools or row.tool_calls for row in rows):
+        yield tools_check(tokenizer)
     yield chain_check(teacher, files, card, allowed=allow_chain)
     yield licence_check(teacher, terms_of(teacher, card.licence, recipe.train.teacher_licence), recipe.student.model)
 
@@ -52,8 +60,20 @@ def size_check(teacher: int | None, student: int | None) -> Check:
     return graded("size_ratio", ratio, finding, passes=low <= ratio <= high, otherwise=status, fix=fix)
 
 
-def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> Check:
-    """Both chat templates should render a prompt alike, the system message included.
+def told_only(recipe: Recipe) -> str:
+    """In words, what the teacher was told and the student is not; empty if both are told the same."""
+    teacher, system = recipe.teacher, recipe.student.system if recipe.student else None
+    told = ["a system prompt"] if teacher.system else []
+    told += [f"{len(teacher.examples)} examples"] if teacher.examples else []
+    if not told and system is None:
+        return ""
+    own = {None: "the prompts as they are", "": "the prompts without a system message"}
+    asked = own.get(system, "the prompts with a system message of its own")
+    return f"only the teacher was told {' and '.join(told) or 'their system message'}; the student is asked {asked}"
+
+
+def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, told: str = "") -> Check:
+    """Both chat templates should render a prompt alike, the system message included, unless the teacher is told more.
 
     Models with the same tokens must make the same text of it; if not, a template is broken, or only one adds a system
     message. Models of different families frame turns with other tokens, which does no harm; words that only one of
@@ -65,20 +85,19 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept]) -> C
         finding = f"the student's chat template cannot render a prompt: {refused}"
         fix = "change the prompts (a system message, most likely), or the student"
         return Check(name="templates", status="fail", value=0, finding=finding, fix=fix)
-    if teacher is None:
+    if told or teacher is None:
         finding = "the teacher's chat template is not known here; it answered the messages as its endpoint renders them"
-        return Check(name="templates", status="note", finding=finding)
-    pairs = [(str(text), str(_render(teacher, messages))) for text, messages in zip(own, prompts, strict=True)]
-    differing = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
-    same = len(prompts) - len(differing)
-    share = same / len(prompts)
-    finding = f"{same} of {len(prompts)} prompts are rendered alike by teacher and student"
+        return Check(name="templates", status="note", finding=told or finding)
+    pairs = [(text, _render(teacher, messages), messages) for text, messages in zip(own, prompts, strict=True)]
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    share = 1 - len(differing) / len(prompts)
+    finding = f"{len(prompts) - len(differing)} of {len(prompts)} prompts are rendered alike by teacher and student"
     if not differing:
         return Check(name="templates", status="pass", value=share, finding=finding)
     one_vocabulary = student.get_vocab() == teacher.get_vocab()
     status: Status = "fail" if one_vocabulary else "warn"
-    messages, (ours, theirs) = prompts[differing[0]], pairs[differing[0]]
-    said, heard = _added(student, messages, ours), _added(teacher, messages, theirs)
+    ours, theirs, messages = differing[0]
+    said, heard = _added(student, messages, str(ours)), _added(teacher, messages, str(theirs))
     if said != heard:
         finding = f"only {finding}: the teacher's template adds {heard!r}, the student's {said!r}"
         fix = "give prompts.system, which replaces the system message of both, and generate again"
@@ -95,24 +114,29 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     """Text that spells one of the student's control tokens would become that token, and end a turn in its middle."""
     tokens = [token for token in student.all_special_tokens if token]
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-    found: dict[str, str] = {}  # a row's id, and what it spells
-    for row in rows:
-        if match := pattern.search("\n".join([row.text, *(message.content for message in row.messages)])):
-            found[row.id] = match[0]
-    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student"
-    if found:
-        first, token = next(iter(found.items()))
-        finding += f" (the first, {first}: {token})"
+    texts = {row.id: "\n".join([row.text, *(message.content for message in row.messages)]) for row in rows}
+    found = [f" (the first, {name}: {match[0]})" for name, text in texts.items() if (match := pattern.search(text))]
+    finding = f"{len(found)} of {len(rows)} rows spell a control token of the student{found[0] if found else ''}"
     fix = "they are of another chat format; drop them with the rule banned_words"
     return graded("markup", len(found), finding, passes=not found, otherwise="fail", fix=fix)
 
 
-def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, str]]]:
-    conversations = dict.fromkeys(tuple((turn.role, turn.content) for turn in row.messages) for row in rows)
-    return [[{"role": role, "content": text} for role, text in turns] for turns in islice(conversations, MAX_PROMPTS)]
+def tools_check(student: Any) -> Check:
+    """With a template that leaves out calls or their results, the student would learn from half a conversation."""
+    from trl.chat_template_utils import supports_tool_calling
+
+    able = supports_tool_calling(student)
+    finding = f"the student's chat template {'renders' if able else 'does not render'} tool calls and their results"
+    fix = "choose a student whose template does, as Qwen2.5's"
+    return graded("tools", float(able), finding, passes=able, otherwise="fail", fix=fix)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | Exception:
+def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, Any]]]:
+    conversations = {prompt_text(row): row.messages for row in rows}
+    return [[turn_of(message) for message in messages] for messages in islice(conversations.values(), MAX_PROMPTS)]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str | Exception:
     from jinja2 import TemplateError
 
     try:
@@ -121,7 +145,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | Exception:
         return error
 
 
-def _added(tokenizer: Any, messages: list[dict[str, str]], text: str) -> str:
+def _added(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> str:
     """The words of a rendered prompt that are neither the messages' nor frame the turns."""
     for message in messages:
         if (content := message["content"].strip()) not in text:

@@ -1,9 +1,6 @@
 """Checks before training: how they are shown and kept, and what stops a training.
 
 Writes checks.json. What is checked is in the modules beside this one: data, pair, chain and licences.
-
-    pass   as it should be                note   advice, or something that could not be known: never stops
-    warn   stops, unless it is accepted   fail   always stops
 """
 
 from collections.abc import Collection, Sequence

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.recipe import Recipe
 from train.checks.chain import OUR_TAG
 from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
+from train.checks.pair import told_only
 from train.teacher import known_files, read_card
 
 CARD = "README.md"
@@ -41,7 +42,7 @@ def model_card(
         "tags": [*TAGS, *(["lora"] if adapter else [])],
     }
     values = {"repo": repo, "train": train, "adapter": adapter, "base": published(origin)}
-    return _card("model.md.j2", metadata, recipe, lineage, chain, values)
+    return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, **values})
 
 
 def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
@@ -57,7 +58,7 @@ def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, 
         "tags": [*TAGS, "synthetic"],
         "configs": [{"config_name": "default", "data_files": files}],
     }
-    return _card("dataset.md.j2", metadata, recipe, lineage, chain, {"repo": repo, "rows": rows, "base": None})
+    return _card("dataset.md.j2", metadata, recipe, lineage, {"chain": chain, "repo": repo, "rows": rows, "base": None})
 
 
 def published(reference: str) -> str:
@@ -94,12 +95,7 @@ def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
 
 
 def _card(
-    template: str,
-    metadata: Mapping[str, Any],
-    recipe: Recipe,
-    lineage: Mapping[str, Any],
-    chain: LicenceChain,
-    values: Mapping[str, Any],
+    template: str, metadata: Mapping[str, Any], recipe: Recipe, lineage: Mapping[str, Any], values: Mapping[str, Any]
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -109,24 +105,19 @@ def _card(
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML
     )
-    environment.filters |= {"cell": _cell, "number": "{:,}".format}
-    versions: dict[str, str] = {}
-    for section in lineage.values():
-        versions |= section.get("versions", {}) if isinstance(section, dict) else {}
+    environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    environment.filters["number"] = "{:,}".format
+    sections = [section for section in lineage.values() if isinstance(section, dict)]
+    versions = {name: version for section in sections for name, version in section.get("versions", {}).items()}
     text = environment.get_template(template).render(
         recipe=recipe,
         lineage=lineage,
         teacher=published(recipe.teacher.model),
-        chain=chain,
         read=table().read,
+        told=told_only(recipe),
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,
     )
     given = {name: value for name, value in metadata.items() if value is not None}
     head = yaml.safe_dump(given, allow_unicode=True, sort_keys=False)
     return f"---\n{head}---\n\n" + without_paths(text, recipe)
-
-
-def _cell(text: object) -> str:
-    """Text in a table's cell."""
-    return " ".join(str(text).replace("|", "\\|").split())

@@ -11,12 +11,13 @@ Each has its card and the lineage. Folders of this machine are named by their la
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from pipeline.adapters import merge_adapter
+from pipeline.adapters import ADAPTER, merge_adapter
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
@@ -26,10 +27,10 @@ from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
 from train.publish.hub import push, token_for
-from train.rows import read_parts
-from train.student import PRUNE
+from train.rows import read_parts, reasoning_form, to_examples
+from train.student import PRUNE, load_tokenizer
 
-ADAPTER = "adapter_config.json"
+JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
 
 
@@ -99,25 +100,26 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
         (building / "data").mkdir()
         for part, rows in rows_of.items():
             with (building / "data" / f"{part}.jsonl").open("wb") as file:
-                file.writelines(msgspec.json.encode(_dataset_row(row)) + b"\n" for row in rows)
+                file.writelines(msgspec.json.encode(row) + b"\n" for row in _dataset_rows(rows, recipe, run))
         counts = {part: len(rows) for part, rows in rows_of.items()}
         _write(building, dataset_card(recipe, lineage, counts, repo=repo or "dataset"), lineage, recipe)
     return folder
 
 
-def _dataset_row(row: Kept) -> dict[str, Any]:
-    """One row of the data set: the same columns for every recipe, so that any reader finds one schema."""
-    return {
-        "id": row.id,
-        "prompt_id": row.prompt_id,
-        "prompt": row.messages,
-        "completion": [{"role": "assistant", "content": row.text}],
-        "finish_reason": row.finish_reason,
-        "model": published(row.model),
-        "created": row.created,
-        "slots": msgspec.json.encode(row.slots).decode(),
-        "scores": msgspec.json.encode(row.scores).decode(),
-    }
+def _dataset_rows(rows: Sequence[Kept], recipe: Recipe, run: RunDir) -> Iterator[dict[str, Any]]:
+    """What training takes, and more: the same columns for every recipe, so that any reader finds one schema."""
+    keep = recipe.train.reasoning == "keep"
+    form = reasoning_form(recipe.train, load_tokenizer(str(run.student))) if keep else None
+    for row, example in zip(rows, to_examples(rows, recipe.student, form), strict=True):
+        yield {
+            "id": row.id,
+            "prompt_id": row.prompt_id,
+            **example,
+            "finish_reason": row.finish_reason,
+            "model": published(row.model),
+            "created": row.created,
+            **{name: msgspec.json.encode(getattr(row, name)).decode() for name in JSON_TEXTS},
+        }
 
 
 def _student_lineage(run: RunDir) -> dict[str, Any]:

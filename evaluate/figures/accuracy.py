@@ -1,0 +1,129 @@
+"""How often the models are right, by `evaluate.verify`: on the test prompts, on unseen ones, and by category.
+
+Checks answers by rules, and counts. An answer is right if no rule has a reason against it. What cannot be verified (the
+verifier failed, or there is nothing to hold the answer against) counts as wrong, with its reason.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import msgspec
+
+from evaluate.document import Answer, Estimate, Part, Sample
+from evaluate.figures.quality import probe_answers
+from evaluate.figures.statistics import Figure, Figures, draw, ratio
+from evaluate.measure.probes import ProbePrompts
+from evaluate.measure.results import ProbeResult
+from filters.answer import as_answer
+from filters.reasons import describe
+from filters.ruleset import RuleSet, load_rules
+from pipeline.errors import RecipeError
+from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.records import Kept, Prompt, Reason, said
+
+SAMPLES = 20  # prompts whose answers are shown side by side
+Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Every model's answers, and why those that are wrong are wrong. A model that was asked twice has two keys."""
+
+    answers: dict[str, dict[str, Kept]]  # model → prompt id → its answer
+    reasons: dict[str, dict[str, list[Reason]]]  # the same of the reasons; none: the answer is right
+    prompts: dict[Part, list[Prompt]]  # that every model has answered
+
+    def shares(self, prompts: Sequence[Prompt]) -> dict[str, Figure]:
+        """Each model's share of right answers to some of the prompts."""
+        counts = draw(len(prompts))
+        found = {}
+        for key, reasons in self.reasons.items():
+            right = [float(not reasons[prompt.id]) for prompt in prompts]
+            share = ratio(right, [1.0] * len(right), counts)
+            assert share is not None
+            found[key] = Figure(share.value, share.resampled, wilson(share.value, len(right)))
+        return found
+
+    def wrong(self) -> dict[str, dict[str, float]]:
+        """Each model's share of answers that are wrong for a reason: the first, by its rule and what that looked at."""
+        found = {}
+        for key, reasons in self.reasons.items():
+            first = Counter(": ".join(filter(None, [own[0].rule, own[0].what])) for own in reasons.values() if own)
+            found[key] = {name: count / len(reasons) for name, count in first.most_common()}
+        return found
+
+
+def verify_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
+    """The rules of `evaluate.verify`, checked as those of the filters. Raises RecipeError."""
+    try:
+        return load_rules(FiltersConfig(rules=recipe.evaluate.verify), recipe_path)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("filters.rules[", "evaluate.verify[")) from None
+
+
+def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult]) -> Verified:
+    """Checks the answers to what every model has answered, against the references that the prompts have now."""
+    by_id = {prompt.id: prompt for prompt in questions.all}
+    answers = {
+        key: {
+            id_: msgspec.structs.replace(row, reference=by_id[id_].reference, columns=by_id[id_].columns)
+            for id_, row in rows.items()
+        }
+        for key, rows in probe_answers(questions, answered).items()
+    }
+    reasons = {key: {id_: rules.reasons(as_answer(row)) for id_, row in rows.items()} for key, rows in answers.items()}
+    common = next(iter(answers.values()), {})
+    parts: dict[Part, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}
+    asked = {part: [prompt for prompt in prompts if prompt.id in common] for part, prompts in parts.items()}
+    return Verified(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts})
+
+
+def accuracy_figures(verified: Verified) -> dict[Part, Figures]:
+    """The figure `accuracy` of every part and model."""
+    return {
+        part: {key: {"accuracy": share} for key, share in verified.shares(prompts).items()}
+        for part, prompts in verified.prompts.items()
+    }
+
+
+def by_category(verified: Verified, column: str) -> dict[str, dict[str, Estimate]]:
+    """Each model's share of right answers, by the value of a column (or slot) of the prompts; unseen ones apart."""
+    groups: dict[str, list[Prompt]] = {}
+    for part, prompts in verified.prompts.items():
+        for prompt in prompts:
+            value = str(prompt.columns.get(column, prompt.slots.get(column, "none")))
+            groups.setdefault(value + ", unseen" * (part == "verified_unseen"), []).append(prompt)
+    return {
+        name: {key: share.estimate() for key, share in verified.shares(groups[name]).items()} for name in sorted(groups)
+    }
+
+
+def verified_samples(verified: Verified, labels: Mapping[str, str]) -> list[Sample]:
+    """Some prompts of each part, with their references and what every model answered."""
+    test, unseen = (verified.prompts.get(part, []) for part in ("verified", "verified_unseen"))
+    new = unseen[: SAMPLES // 3]
+    samples = []
+    for prompt in [*test[: SAMPLES - len(new)], *new]:
+        shown = [Answer("reference", _text(prompt.reference))] if prompt.reference is not None else []
+        for key, label in labels.items():
+            if key in verified.answers:
+                row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
+                wrong = {reason.rule: describe(reason) or reason.what for reason in reasons}
+                shown.append(Answer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
+        text = "\n\n".join(message.content for message in prompt.messages)
+        samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
+    return samples
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` (Wilson 1927): not of no width at 0 and 1, as that of the bootstrap is."""
+    middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
+    low, high = ((middle + sign * spread) / (1 + Z * Z / count) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def _text(reference: object) -> str:
+    return reference if isinstance(reference, str) else msgspec.json.encode(reference).decode()

@@ -1,0 +1,146 @@
+"""The answers to one prompt side by side: what they agree on, which of them stay, and how often one of them is right.
+
+Works on one array with a row for each answer of the run, some 40 bytes, in the order of the file: texts and results are
+hashes. Reads and writes nothing.
+"""
+
+from math import comb
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from filters.answer import UNVERIFIED, Answer, RuleSettings
+from filters.minhash import Array, digest
+from pipeline.records import Completion, Reason, folded, said
+
+AGREES, SELECT = "agrees", "select"
+SAMPLE = np.dtype(
+    [
+        ("prompt", np.uint64),  # a hash of the prompt's id
+        ("sample", np.int32),  # the answer's number among those to the prompt
+        ("passed", bool),  # every rule
+        ("wrong", bool),  # a rule drops it; not only because it could not be checked
+        ("start", np.int64),  # of its line, in the file it is written to first
+        ("result", np.uint64),  # a hash of what the verifier made of it, or of its text
+        ("score", np.float32),  # the mean of the verifiers'; -inf: none gives one
+        ("chars", np.int32),
+    ]
+)
+
+
+class AgreesSettings(RuleSettings):
+    min_share: float = Field(0.5, gt=0, le=1)  # of a prompt's answers, the dropped ones too
+
+
+def agrees(answer: Answer, settings: AgreesSettings) -> None:
+    """Says nothing of one answer by itself: `agreed` compares those that the other rules let pass."""
+
+
+class Checked(NamedTuple):
+    """What all rules say of an answer."""
+
+    reasons: list[Reason]  # why it is dropped, in the recipe's order; empty if it is kept
+    scores: dict[str, float]  # by the label of the rule
+    result: str | None  # of the first rule that gives one
+
+
+def sample_of(row: Completion, checked: Checked, start: int) -> tuple[int | float, ...]:
+    """A row of SAMPLE."""
+    scores = checked.scores.values()
+    return (
+        hash_of(row.prompt_id),
+        row.sample,
+        not checked.reasons,
+        any(reason.rule != UNVERIFIED for reason in checked.reasons),
+        start,
+        hash_of(folded(said(row)) if checked.result is None else checked.result),
+        sum(scores) / len(scores) if scores else -np.inf,
+        len(said(row)),
+    )
+
+
+def hash_of(text: str) -> int:
+    """What stands for a text in SAMPLE."""
+    return int.from_bytes(digest(text), "little")
+
+
+class Agreement(NamedTuple):
+    """For each answer that passed the rules, how many of its prompt's answers say the same."""
+
+    same: Array  # answers with the same result, this one included
+    total: Array  # answers to the prompt, the dropped ones too
+    most: Array  # answers with the result that most of them agree on
+    chosen: Array  # whether this answer has that result; of results as frequent, that of the lowest sample number
+
+
+def agreement(samples: Array) -> Agreement:
+    """How far the answers to each prompt agree, in the order of those that passed."""
+    prompts, totals = np.unique(samples["prompt"], return_counts=True)
+    rows = samples[samples["passed"]]
+    keys = rows["prompt"] * np.uint64(0x9E3779B97F4A7C15) ^ rows["result"]
+    _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    count = counts[group]
+    order = np.lexsort((rows["sample"], -count, rows["prompt"]))
+    _, first, of_prompt = np.unique(rows["prompt"][order], return_index=True, return_inverse=True)
+    best = np.empty(len(rows), np.int64)  # for each row, the first row of the result that is chosen
+    best[order] = order[first][of_prompt]
+    total = totals[np.searchsorted(prompts, rows["prompt"])]
+    return Agreement(count, total, count[best], group == group[best])
+
+
+def disagreeing(found: Agreement, settings: AgreesSettings) -> dict[int, Reason]:
+    """The answers that passed, numbered from 0, that `agrees` drops after all, and why."""
+    share = found.most / found.total
+    gone: dict[int, Reason] = {}
+    for row in np.flatnonzero(~found.chosen | (share < settings.min_share)).tolist():
+        count, total, most = int(found.same[row]), int(found.total[row]), int(found.most[row])
+        value, least = (most / total, settings.min_share) if found.chosen[row] else (count / total, None)
+        gone[row] = Reason(rule=AGREES, value=value, at_least=least, count=count, total=total, n=most)
+    return gone
+
+
+Selection = Literal["all", "first", "best", "shortest", "agreed"]
+
+
+def not_selected(
+    samples: Array, alive: Array, how: Selection, scores: Array, found: Agreement | None
+) -> dict[int, Reason]:
+    """All but one answer to each prompt, of those that are `alive`, and why. All arrays are of answers that passed.
+
+    `scores`: higher is better. `found` is needed for `agreed`. Of equals, the lowest sample number stays.
+    """
+    if how == "all":
+        return {}
+    ranks = {"first": samples["sample"], "best": -scores, "shortest": samples["chars"]}
+    rank = -found.same if found and how == "agreed" else ranks[how]
+    order = np.lexsort((samples["sample"], rank, samples["prompt"]))
+    order = order[alive[order]]
+    _, first, of_prompt = np.unique(samples["prompt"][order], return_index=True, return_inverse=True)
+    stays = samples["sample"][order[first][of_prompt]]
+    dropped = np.delete(np.arange(len(order)), first)
+    return {int(order[at]): Reason(rule=SELECT, what=how, n=int(stays[at])) for at in dropped.tolist()}
+
+
+def pass_at(answers: int, right: int, k: int) -> float:
+    """The chance that one of k answers drawn from `answers` is among the `right` ones: the unbiased estimator of
+    Chen et al. 2021 (arXiv:2107.03374), for k up to `answers`.
+    """
+    return 1 - comb(answers - right, k) / comb(answers, k)
+
+
+def solved(samples: Array) -> tuple[Array, dict[int, float]]:
+    """The hashes of the prompts none of whose answers passed, and pass@k for k = 1, 2, 4, … and the most answers.
+
+    pass@k is the mean over the prompts that have k answers or more.
+    """
+    prompts, of_prompt, answers = np.unique(samples["prompt"], return_inverse=True, return_counts=True)
+    right = np.bincount(of_prompt[samples["passed"]], minlength=len(prompts))
+    pairs, weights = np.unique(np.stack((answers, right)), axis=1, return_counts=True)
+    most = int(answers.max())
+    passes = {}
+    for k in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+        enough = pairs[0] >= k
+        each = [pass_at(int(n), int(c), k) for n, c in pairs[:, enough].T]
+        passes[k] = float(np.average(each, weights=weights[enough]))
+    return prompts[right == 0], passes

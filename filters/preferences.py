@@ -1,0 +1,76 @@
+"""preferences.jsonl: pairs of a kept answer and one that a rule drops, to the same prompt, as TRL's DPOTrainer reads
+them. Reads the new kept.jsonl and dropped.jsonl again, at the lines of the pairs.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from filters.minhash import Array
+from pipeline.recipe import PromptsConfig
+from pipeline.records import Completion, Json, Message, encode_line
+
+
+class Preference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A line of preferences.jsonl."""
+
+    id: str  # of the answer preferred, a colon, and the id of the other
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[Json] = []
+
+
+def write_preferences(
+    file: BinaryIO, most: int, kept: tuple[Path, Array], wrong: tuple[Path, Array], prompts: PromptsConfig
+) -> None:
+    """Writes at most so many pairs for each prompt, and none for the prompts of the test part.
+
+    `kept` and `wrong`: a file, and the answers in it that count (`filters.groups.SAMPLE`).
+    """
+    with kept[0].open("rb") as kept_file, wrong[0].open("rb") as wrong_file:
+        for pairs in _pairs(kept[1], wrong[1]):
+            for chosen_at, rejected_at in pairs[:most]:
+                chosen, rejected = _row(kept_file, chosen_at), _row(wrong_file, rejected_at)
+                if prompts.part_of(chosen.messages) == "test":
+                    break
+                file.write(
+                    encode_line(
+                        Preference(
+                            id=f"{chosen.id}:{rejected.id}",
+                            prompt=chosen.messages,
+                            chosen=[_turn(chosen)],
+                            rejected=[_turn(rejected)],
+                            tools=chosen.tools,
+                        )
+                    )
+                )
+
+
+def _pairs(kept: Array, wrong: Array) -> Iterator[list[tuple[int, int]]]:
+    """For each prompt with answers of both kinds, the offsets of their lines, paired: none is left out."""
+    kept, wrong = np.sort(kept, order=["prompt", "sample"]), np.sort(wrong, order=["prompt", "sample"])
+    for prompt in np.intersect1d(kept["prompt"], wrong["prompt"]):
+        good, bad = (_starts(rows, prompt) for rows in (kept, wrong))
+        yield [(good[n % len(good)], bad[n % len(bad)]) for n in range(max(len(good), len(bad)))]
+
+
+def _starts(rows: Array, prompt: np.uint64) -> list[int]:
+    first, end = (np.searchsorted(rows["prompt"], prompt, side) for side in ("left", "right"))
+    starts: list[int] = rows["start"][first:end].tolist()
+    return starts
+
+
+def _row(file: BinaryIO, start: int) -> Completion:
+    file.seek(start)
+    return _decode(file.readline())
+
+
+_decode = msgspec.json.Decoder(Completion).decode
+
+
+def _turn(row: Completion) -> Message:
+    return Message(role="assistant", content=row.text, tool_calls=row.tool_calls)

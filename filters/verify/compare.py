@@ -1,0 +1,136 @@
+"""The verifiers `matches` and `choice`: the answer, or a part of it, against the reference or a list of labels."""
+
+import math
+import re
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from filters.answer import Answer, RuleSettings, Verified, nfc
+from filters.verify.extract import ReferenceSettings, all_shown, canonical, last_number, parse_json, shown
+from filters.verify.guard import Unreadable, Unverified
+from filters.verify.worker import call
+from pipeline.records import Reason, folded
+
+_AROUND = " \t\n\"'`*_.,;:!()[]"  # what a model puts around a label, and ends it with
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+class PatternSettings(RuleSettings):
+    """What the verifiers have in common that look at a part of the answer."""
+
+    pattern: Pattern | None = Field(None, description="a regular expression: its first group is the answer")
+    seconds: float = Field(1, gt=0)  # for the pattern
+
+    def part_of(self, answer: Answer) -> str:
+        """The part of an answer that counts. Raises Unreadable if the pattern is not in it."""
+        if self.pattern is None:
+            return answer.text
+        found: str | None = call(__name__, "search", self.pattern, answer.text, seconds=self.seconds)
+        if found is None:
+            raise Unreadable("pattern", shown(answer.text))
+        return found
+
+
+def search(pattern: str, text: str) -> str | None:
+    """The first group of the last match, or the match if there is no group. In the worker: it may never end."""
+    found = list(_compiled(pattern).finditer(text))
+    return (found[-1][1] if found[-1].re.groups else found[-1][0]) if found else None
+
+
+_compiled = lru_cache(re.compile)
+
+
+class MatchesSettings(PatternSettings, ReferenceSettings):
+    form: Literal["text", "number", "json"] = Field("text", alias="as")
+    ignore_case: bool = True
+    ignore_space: bool = True
+    tolerance: float = Field(1e-6, ge=0, description="of numbers, as a share of the reference")
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    def normalised(self, text: str) -> str:
+        """A text as it is compared."""
+        text = nfc(text)
+        text = text.casefold() if self.ignore_case else text
+        return " ".join(text.split()) if self.ignore_space else text
+
+
+def matches(answer: Answer, settings: MatchesSettings) -> Verified:
+    """Drops an answer that is not the reference, or none of them where the reference is a list of texts or numbers."""
+    reference, part = settings.reference_of(answer), settings.part_of(answer)
+    if settings.form == "json":
+        return _same_json(part, reference)
+    wanted = reference if isinstance(reference, list) else [reference]
+    if settings.form == "number":
+        return _same_number(part, wanted, settings.tolerance)
+    texts = [one if isinstance(one, str) else canonical(one) for one in wanted]
+    result = settings.normalised(part)
+    if result in map(settings.normalised, texts):
+        return Verified(result=result)
+    return Verified(Reason(rule="matches", found=shown(part), allowed=all_shown(texts)), result=result)
+
+
+def _same_number(part: str, wanted: list[Any], tolerance: float) -> Verified:
+    numbers = [number for one in wanted if (number := last_number(str(one))) is not None]
+    if not numbers:
+        raise Unverified(f"the reference has no number: {shown(str(wanted))}")
+    number = last_number(part)
+    if number is None:
+        raise Unreadable("number", shown(part))
+    result = canonical(number)
+    if any(math.isclose(number, one, rel_tol=tolerance) for one in numbers):
+        return Verified(result=result)
+    return Verified(Reason(rule="matches", found=result, allowed=all_shown(map(str, wanted))), result=result)
+
+
+def _same_json(part: str, reference: Any) -> Verified:
+    result = canonical(parse_json(part))
+    wanted = canonical(reference if not isinstance(reference, str) else _text_or_json(reference))
+    if result == wanted:
+        return Verified(result=result)
+    return Verified(Reason(rule="matches", found=shown(result), allowed=[shown(wanted)]), result=result)
+
+
+def _text_or_json(reference: str) -> Any:
+    try:
+        return parse_json(reference)
+    except Unreadable:
+        return reference
+
+
+class ChoiceSettings(PatternSettings, ReferenceSettings):
+    labels: list[str] = Field([], description="the answers that there are; none: any")
+    reference: bool = Field(False, description="the answer must be the row's label")
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not self.labels and not self.reference:
+            raise ValueError("names neither labels nor `reference: true`")
+        return self
+
+
+def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
+    """Drops an answer that is not one of the labels, or not the row's own label."""
+    wanted = str(settings.reference_of(answer)) if settings.reference else None
+    part = settings.part_of(answer)
+    result = _label(part)
+    if settings.labels and result not in map(_label, settings.labels):
+        return Verified(Reason(rule="choice", found=shown(part), allowed=settings.labels))
+    if wanted is not None and result != _label(wanted):
+        return Verified(Reason(rule="choice", found=shown(part), allowed=[wanted]), result=result)
+    return Verified(result=result)
+
+
+def _label(text: str) -> str:
+    return folded(text).strip(_AROUND)

@@ -1,0 +1,109 @@
+r"""What a verifier takes out of an answer (a fenced block, a number, \boxed{…}) and out of its reference."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pydantic import Field, ValidationInfo
+
+from filters.answer import Answer, RuleSettings
+from filters.verify.guard import Unreadable, Unverified
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
+_SHOWN = 100  # characters of an answer that a reason quotes
+
+
+class ReferenceSettings(RuleSettings):
+    """What the verifiers that use a reference have in common."""
+
+    field: str | None = Field(None, description="the key of a reference that is a JSON object; none: all of it")
+
+    def reference_of(self, answer: Answer) -> Any:
+        """The answer's reference. Raises Unverified if the row has none, or none with that key."""
+        if answer.reference is None:
+            raise Unverified("the row has no reference")
+        if self.field is None:
+            return answer.reference
+        if not isinstance(answer.reference, dict) or self.field not in answer.reference:
+            raise Unverified(f"the reference has no key `{self.field}`")
+        return answer.reference[self.field]
+
+
+def beside_recipe(name: str | Path, info: ValidationInfo) -> Path:
+    """The path of a file that a recipe's settings name. Raises ValueError if there is none.
+
+    The recipe's folder is `folder` in the context of validation; without one it is the current folder.
+    """
+    path = Path((info.context or {}).get("folder", "."), name)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it is looked for beside the recipe")
+    return path
+
+
+def fenced_block(text: str, *languages: str) -> str:
+    """The first ``` block of one of these languages, else the first block, else the whole text. It may lack its end."""
+    blocks = [(match[1].lower(), match[2]) for match in _FENCE.finditer(text)]
+    named = [block for language, block in blocks if language in languages]
+    return (named or [block for _, block in blocks] or [text])[0].strip()
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, `1,234.5` read as one; None if there is none or it is too large."""
+    found = [match[0] for match in _NUMBER.finditer(text) if match[0]]
+    number = float(found[-1].replace(",", "")) if found else math.nan
+    return number if math.isfinite(number) else None
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{…} holds, its braces matched; None if there is none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for match in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if match[0] == "{" else -1
+        if depth == 0:
+            return text[start + len("\\boxed{") : start + match.start()]
+    return None
+
+
+def parse_json(text: str) -> Any:
+    """A JSON text, or the fenced block that holds it. Raises Unreadable saying what is wrong with it."""
+    try:
+        return msgspec.json.decode(fenced_block(text, "json"))
+    except RecursionError:
+        raise Unreadable("json", "nested too deep") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:  # the latter for half a surrogate pair
+        raise Unreadable("json", str(error)) from None
+
+
+def canonical(value: Any) -> str:
+    """JSON as one text that is equal for equal values: keys sorted, `1.0` as `1`."""
+    return json.dumps(_plain(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def shown(text: str) -> str:
+    """As much of an answer as a reason quotes."""
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def all_shown(texts: Iterable[str]) -> list[str]:
+    """The first few right answers, as a reason quotes them."""
+    return [shown(text) for text in list(texts)[:10]]

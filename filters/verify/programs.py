@@ -1,0 +1,141 @@
+"""The verifier `python`: runs the answer with its tests in a process that can do little harm (filters.verify.sandbox).
+
+What that is worth, and how to put a container before it: docs/verifiers.md.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from filters.answer import Answer, Verified
+from filters.verify import sandbox
+from filters.verify.extract import ReferenceSettings, fenced_block
+from filters.verify.guard import Unverified
+from pipeline.records import Reason
+
+_DRIVER = Path(sandbox.__file__).read_text(encoding="utf-8")
+_REPLY = 1 << 16  # bytes that are read of a process's output
+_GRACE_S = 30  # for the sandbox to start and end, on a busy machine; a container takes seconds
+_FOR_COMMANDS = ("PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST")
+
+
+class PythonSettings(ReferenceSettings):
+    tests: str | None = Field(None, description="the column that holds the tests; none: they are the reference")
+    seconds: float = Field(5, gt=0, le=600)  # for the program and all its tests
+    memory_mb: int = Field(512, ge=64)  # of each process
+    processes: int = Field(16, ge=1)  # and threads, the first included
+    disk_mb: int = Field(32, ge=1)
+    site_packages: bool = False  # whether it may import the packages of this environment
+    command: list[str] | None = Field(None, min_length=1)  # what starts a Python elsewhere: docker run …
+
+    @model_validator(mode="after")
+    def _runs(self) -> Self:
+        if self.command is None and sys.platform != "linux":
+            raise ValueError("needs Linux, or a container: `command`, see docs/verifiers.md")
+        try:
+            missing_layers(tuple(self.command or ()), self.site_packages)
+        except Unverified as error:
+            raise ValueError(f"cannot run Python programs: {error}") from None
+        return self
+
+    def tests_of(self, answer: Answer) -> list[str]:
+        """The tests of a row, one text or several. Raises Unverified if there are none."""
+        found = self.reference_of(answer) if self.tests is None else answer.columns.get(self.tests)
+        tests = found if isinstance(found, list) else [found]
+        texts = [test for test in tests if isinstance(test, str) and test.strip()]
+        if not tests or len(texts) < len(tests):
+            raise Unverified(f"tests must be a text or a list of texts, the row has {str(found)[:80]!r}")
+        return texts
+
+
+@cache
+def missing_layers(command: tuple[str, ...], site_packages: bool) -> list[str]:
+    """What the sandbox lacks on this system; a warning says it. Raises Unverified if it does not start."""
+    trial = PythonSettings.model_construct(command=list(command) or None, site_packages=site_packages, seconds=20)
+    missing = list(run_program("", ["pass"], trial).get("missing", []))
+    if missing:
+        print(
+            f"warning: the rule `python` runs answers without {' and '.join(missing)}, which this system refuses; "
+            "docs/verifiers.md says what that means, and how to use a container",
+            file=sys.stderr,
+        )
+    return missing
+
+
+def python(answer: Answer, settings: PythonSettings) -> Verified:
+    """Drops an answer whose program does not pass its tests. The score is the share of them that pass."""
+    tests = settings.tests_of(answer)
+    done = run_program(fenced_block(answer.text, "python", "py", "python3"), tests, settings)
+    if "what" in done:
+        return Verified(Reason(rule="python", what=done["what"], found=done["error"]))
+    passed, share = done["passed"], done["passed"] / len(tests)
+    if done["error"]:
+        return Verified(Reason(rule="python", what="error", count=passed, total=len(tests), found=done["error"]), share)
+    return Verified(score=share)
+
+
+def run_program(program: str, tests: list[str], settings: PythonSettings) -> dict[str, Any]:
+    """How it went: `passed` tests and the first `error`, or `what` ended it. Raises Unverified if it never ran."""
+    nonce = secrets.token_hex(16)
+    limits = {
+        "seconds": settings.seconds,
+        "memory": settings.memory_mb << 20,
+        "processes": settings.processes,
+        "disk": settings.disk_mb << 20,
+    }
+    asked = {"program": program, "tests": tests, "limits": limits, "nonce": nonce, "isolate": settings.command is None}
+    said, status = _start(json.dumps({**asked, "site_packages": settings.site_packages}), settings)
+    if not said.startswith(sandbox.STARTED):
+        raise Unverified(f"the sandbox did not start: {said.decode(errors='replace').strip()[-300:]}")
+    try:
+        reply = json.loads(said[len(sandbox.STARTED) :])
+    except ValueError:
+        reply = {}
+    if not isinstance(reply, dict) or reply.get("nonce") != nonce:
+        if status in (sandbox.TIMED_OUT, sandbox.KILLED + signal.SIGXCPU):
+            return {"what": "time", "error": f"{settings.seconds:g} s"}
+        return {"what": "ended", "error": f"exit status {status}"}
+    if "failed" in reply:
+        raise Unverified(f"the sandbox failed: {reply['failed']}")
+    return reply
+
+
+def _start(asked: str, settings: PythonSettings) -> tuple[bytes, int]:
+    """What the process said, at most _REPLY bytes, and its exit status."""
+    command = [*(settings.command or [sys.executable]), "-I", "-B", *([] if settings.site_packages else ["-S"])]
+    environment = {name: os.environ[name] for name in _FOR_COMMANDS if name in os.environ} if settings.command else {}
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder, tempfile.TemporaryFile() as request:
+        request.write(asked.encode())
+        request.seek(0)
+        try:
+            process = subprocess.Popen(
+                [*command, "-c", _DRIVER],
+                stdin=request,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**environment, "MALLOC_ARENA_MAX": "1"},  # else each thread reserves 64 MiB
+                cwd=folder,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise Unverified(f"{command[0]}: {error.strerror}") from None
+        assert process.stdout is not None
+        with process.stdout as output:
+            said, deadline = b"", time.monotonic() + settings.seconds + _GRACE_S
+            while len(said) < _REPLY and wait([output.fileno()], deadline - time.monotonic()):
+                if not (piece := os.read(output.fileno(), _REPLY)):
+                    return said, process.wait()
+                said += piece
+            os.killpg(process.pid, signal.SIGKILL)
+            return said, process.wait()

@@ -1,0 +1,56 @@
+"""The verifier `sql`: the answer is a query that runs on a SQLite database, and finds what the reference finds."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+
+from filters.answer import Answer, Verified
+from filters.verify.extract import ReferenceSettings, beside_recipe, fenced_block, shown
+from filters.verify.guard import Unverified
+from filters.verify.worker import call
+from pipeline.records import Reason
+
+_DATABASE = "filters.verify.database"
+
+
+class SqlSettings(ReferenceSettings):
+    database: Path = Field(description="a SQLite file, or a .sql script that makes one; beside the recipe")
+    reference: bool | None = Field(None, description="compare with the reference's result; none: if the row has one")
+    returns_rows: bool = Field(False, description="an answer that finds nothing is dropped")
+    tolerance: float = Field(1e-6, ge=0)  # of numbers, as a share
+    seconds: float = Field(2, gt=0)  # of processor time, for each query
+    _file: str = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _can_be_read(self, info: ValidationInfo) -> Self:
+        path = beside_recipe(self.database, info).resolve()
+        self._file = str(path)
+        log = Path(f"{path}-wal")
+        if log.exists() and log.stat().st_size:
+            raise ValueError(f"database: {log} holds changes that are not in it yet; close the program that uses it")
+        try:
+            call(_DATABASE, "check", self._file, "SELECT 1", None, self.seconds, self.tolerance, seconds=30)
+        except Unverified as error:
+            raise ValueError(f"database: {path}: {error}") from None
+        return self
+
+
+def sql(answer: Answer, settings: SqlSettings) -> Verified:
+    """Drops an answer that does not run, or finds something else than the reference. `result` is what it finds."""
+    compare = settings.reference if settings.reference is not None else answer.reference is not None
+    reference = settings.reference_of(answer) if compare else None
+    if reference is not None and not isinstance(reference, str):
+        raise Unverified(f"the reference is not SQL: {shown(str(reference))}")
+    query = fenced_block(answer.text, "sql", "sqlite")
+    arguments = settings._file, query, reference, settings.seconds, settings.tolerance
+    found = call(_DATABASE, "check", *arguments, seconds=4 * settings.seconds + 2)  # two queries, on a busy machine
+    if found["what"]:
+        return Verified(Reason(rule="sql", what=found["what"], found=shown(found["note"])))
+    result = found["result"]
+    if found["same"] is False:
+        reason = Reason(rule="sql", what="result", value=found["rows"], total=found["wanted_rows"], found=shown(query))
+        return Verified(reason, result=result)
+    if settings.returns_rows and not found["rows"]:
+        return Verified(Reason(rule="sql", what="rows", found=shown(query)), result=result)
+    return Verified(result=result)

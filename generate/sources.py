@@ -1,0 +1,235 @@
+"""The rows that prompts are made of: JSONL, CSV, Parquet, a `datasets` folder, a data set of the Hub, or a Python file.
+
+Reads what `prompts.file` names, and writes nothing. Every reader streams a row at a time, as JSON values under the
+user's own names, and can be read again from the start. What a row means is in generate.prompts.
+
+JSON has no dates, decimals or bytes. Of Parquet, `datasets` and Python, dates and times become ISO 8601 text, decimals
+text with all their digits, bytes Base64 text, and numbers that are not finite the text `nan`, `inf` or `-inf`.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import DataError, RecipeError, UsageError
+from pipeline.recipe import HUB, PromptsConfig
+from pipeline.records import Json
+from pipeline.user_code import load_function
+
+BOM = b"\xef\xbb\xbf"
+LONGEST_CELL = 16 << 20  # characters of a CSV cell: a longer one is a quote that nobody closed
+ROWS_AT_ONCE = 256  # of Parquet
+ACCEPTED = (
+    'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, .csv, .tsv, .parquet, a folder '
+    "saved by `datasets`, hub:<owner>/<name>, and a .py file with a function rows()"
+)
+
+Row = tuple[str, Json]  # where it stands, for messages, and its values by column
+
+
+def read_rows(config: PromptsConfig) -> Iterator[Row]:
+    """Streams the rows of `prompts.file`. Raises DataError at the first that cannot be read, and names it."""
+    path = config.file or Path()
+    if str(path).startswith(HUB):
+        rows = _hub_rows(path, config.split)
+    elif path.is_dir():
+        rows = _folder_rows(path, config.split)
+    elif config.split is not None:
+        raise RecipeError(f"prompts.split is for a `datasets` folder or the Hub; {path} has no splits: remove it")
+    else:
+        rows = READERS.get(path.suffix.lower(), _jsonl_rows)(path)
+    for where, row in rows:
+        for name in config.json_columns:
+            row[name] = _decoded(where, name, row)
+        yield where, row
+
+
+def _decoded(where: str, name: str, row: Json) -> Any:
+    """The JSON in a column of text. A value that is no text stays."""
+    if name not in row:
+        raise DataError(f"{where}: no column {name!r}, which prompts.json_columns names; there are {', '.join(row)}")
+    try:
+        return msgspec.json.decode(row[name]) if isinstance(row[name], str) else row[name]
+    except msgspec.DecodeError as error:
+        raise DataError(
+            f"{where}: column {name!r} is not JSON ({error}): {row[name][:60]!r}; fix it, or take the column out of "
+            "prompts.json_columns"
+        ) from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    decoder = msgspec.json.Decoder(Json)
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(BOM) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}:{number}", decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """Values are text, and null where the cell is empty. Of comma, semicolon and tab, the first line's most frequent
+    separates.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    with _opened(path) as file:
+        texts = (line.decode("utf-8-sig") if number == 0 else line.decode() for number, line in enumerate(file))
+        number = 1
+        try:
+            first = next(texts, "")
+            reader = csv.reader(chain([first], texts), delimiter=max(",;\t", key=first.count), strict=True)
+            names = next(reader, [])
+            if len(set(names)) < len(names) or "" in names:
+                raise DataError(f"{path}:1: each column needs a name of its own, got {', '.join(map(repr, names))}")
+            while True:
+                number = reader.line_num + 1
+                if (cells := next(reader, None)) is None:
+                    return
+                if cells and len(cells) != len(names):
+                    raise DataError(
+                        f"{path}:{number}: {len(cells)} cells for {len(names)} columns, beginning with "
+                        f"{cells[0][:60]!r}; put a cell that holds a separator or a line break in quotes"
+                    )
+                if cells:
+                    yield f"{path}:{number}", {name: cell or None for name, cell in zip(names, cells, strict=True)}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}:{number}: {error}; save it as CSV in UTF-8, with quotes in pairs") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise _missing(path, "pyarrow") from None
+    with _opened(path) as file:
+        try:
+            batches = ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE)
+            yield from _plain(path, (row for batch in batches for row in batch.to_pylist()))
+        except (ArrowException, OSError) as error:
+            raise DataError(f"prompts.file {path}: not Parquet: {_line(error)}; {ACCEPTED}") from None
+
+
+def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
+    try:
+        from datasets import load_from_disk
+    except ImportError:
+        raise _missing(path, "datasets") from None
+    try:
+        loaded = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"prompts.file {path}: not a folder that `datasets` saved: {_line(error)}") from None
+    return _plain(path, _one_split(path, loaded, split))
+
+
+def _hub_rows(path: Path, split: str | None) -> Iterator[Row]:
+    """Streams a data set of the Hub; what comes after owner and name is its subset."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise _missing(path, "datasets") from None
+    owner, name, subset = [*str(path).removeprefix(HUB).split("/", 2), None, None][:3]
+    repository = f"{owner}/{name}" if name else owner
+
+    def rows() -> Iterable[Json]:
+        return _one_split(path, load_dataset(repository, subset, streaming=True), split)
+
+    advice = "check the name, the subset and the network, or give a file or folder"
+    return _plain(path, _guarded(path, rows, advice))
+
+
+def _python_rows(path: Path) -> Iterator[Row]:
+    rows = load_function(path, "rows", "prompts.file")
+    return _plain(path, _guarded(path, rows, "rows() must yield every row as a dict, the same rows each time"))
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {  # by the end of the name; JSONL under any other
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".py": _python_rows,
+}
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"prompts.file {path}: {error.strerror or error}") from None
+
+
+def _missing(path: Path, package: str) -> UsageError:
+    return UsageError(
+        f"prompts.file {path}: reading it needs the package {package}; run `make setup` with the `train` extra, or "
+        "give a JSONL or CSV file"
+    )
+
+
+def _one_split(path: Path, loaded: Any, split: str | None) -> Iterable[Json]:
+    """The rows of the split that is wanted; of the only one where none is named."""
+    if not isinstance(loaded, dict):
+        if split is not None:
+            raise DataError(f"prompts.file {path}: has no splits; remove prompts.split, which is {split!r}")
+        rows: Iterable[Json] = loaded
+        return rows
+    name = next(iter(loaded)) if split is None and len(loaded) == 1 else split
+    if name not in loaded:
+        raise DataError(f"prompts.file {path}: holds the splits {', '.join(loaded)}; set prompts.split, got {split!r}")
+    chosen: Iterable[Json] = loaded[name]
+    return chosen
+
+
+def _guarded(path: Path, rows: Callable[[], Iterable[Json]], advice: str) -> Iterator[Json]:
+    """The rows of code that is not ours, with whatever it raises told as one error."""
+    try:
+        yield from rows()
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"prompts.file {path}: {type(error).__name__}: {_line(error)}; {advice}") from error
+
+
+def _plain(path: Path, rows: Iterable[Json]) -> Iterator[Row]:
+    """The rows with every value as JSON has it."""
+    for number, row in enumerate(rows):
+        where = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a row is a dict, got {type(row).__name__}")
+        yield where, {str(name): _json_value(where, name, value) for name, value in row.items()}
+
+
+def _json_value(where: str, name: str, value: Any) -> Any:
+    try:
+        return _finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_from_pandas))
+    except TypeError as error:
+        raise DataError(f"{where}: column {name!r}: {error}; make it text, or leave the column out") from None
+
+
+def _from_pandas(value: Any) -> Any:
+    """Times with nanoseconds, which Arrow gives as pandas' own, and values of numpy."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"JSON has no {type(value).__name__}")
+
+
+def _finite(value: Any) -> Any:
+    """A value whose numbers JSON has; the others as text."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,349 @@
+"""Several answers to a prompt: agreement, selection, pass@k, preferences, scores of rules, and how they are written."""
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import filters.preferences
+import filters.run
+import filters.stream
+from filters.__main__ import main
+from filters.groups import SAMPLE, agreement, pass_at, solved
+from filters.judge import Judgement
+from filters.reasons import describe
+from pipeline.errors import DistillError, RecipeError
+from pipeline.recipe import load_recipe
+from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+
+# A verifier of the tests' own: the answer is right if its last word is the reference; longer ones score less.
+VERIFIER = """
+def right(answer):
+    word = answer.text.split()[-1]
+    return (None if word == answer.reference else f"{word} is wrong"), 1 / len(answer.text)
+"""
+RIGHT = {"rule": "function", "file": "mine.py", "name": "right"}
+
+
+def answers(prompt: str, *texts: str, **more: Any) -> list[Completion]:
+    """The samples of one prompt, numbered from 0; their ids are the prompt's and the number."""
+    messages = [Message("user", f"{prompt}?")]
+    return [
+        Completion(
+            **completion_fields(
+                f"{prompt}{number}", text, prompt_id=prompt, messages=messages, sample=number, reference="4", **more
+            )
+        )
+        for number, text in enumerate(texts)
+    ]
+
+
+class Stage:
+    """One run, filtered as a test wants it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.recipe, self.run = folder / "recipe.yaml", RunDir(folder / "run")
+        self.run.path.mkdir()
+        (folder / "mine.py").write_text(VERIFIER)
+
+    def filter(self, rows: Iterable[Completion], *rules: dict[str, Any], **settings: Any) -> None:
+        self.run.completions.write_bytes(b"".join(map(encode_line, rows)))
+        prompts = {"count": 1, "template": "Hi", "test": 0.3}
+        data = {
+            "name": "s",
+            "teacher": {"model": "m"},
+            "prompts": prompts,
+            "filters": {"rules": list(rules), **settings},
+        }
+        self.recipe.write_text(yaml.safe_dump(data))
+        main([str(self.recipe), "--run", str(self.run.path)])
+
+    def kept(self) -> dict[str, dict[str, float]]:
+        return {row.id: row.scores for row in read_jsonl(self.run.kept, Kept)}
+
+    def dropped(self) -> dict[str, str]:
+        return {row.id: row.rule for row in read_jsonl(self.run.dropped, Dropped)}
+
+    def prompts(self) -> dict[str, Any]:
+        counts: dict[str, Any] = json.loads(self.run.filter_report.read_bytes())["prompts"]
+        return counts
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def test_scores_of_a_rule_are_kept_and_a_wrong_return_is_named(stage: Stage) -> None:
+    stage.filter(answers("a", "4", "it is 4", "5"), RIGHT)
+    assert stage.kept() == {"a0": {"right": 1.0}, "a1": {"right": 1 / 7}}
+    (detail,) = next(iter(read_jsonl(stage.run.dropped, Dropped))).detail
+    assert (detail.rule, describe(detail)) == ("right", "5 is wrong")
+    for wrong in ("True", "(None, 'good')", "1.5", "(None, True)"):
+        stage.recipe.with_name("mine.py").write_text(f"def right(answer):\n    return {wrong}\n")
+        with pytest.raises(DistillError, match=r"wanted a reason \(text\) or None, or a pair of that and a score"):
+            stage.filter(answers("a", "4"), RIGHT)
+
+
+def test_the_answer_that_most_agree_on_is_kept(stage: Stage) -> None:
+    rows = [
+        *answers("most", "It is 4", "five", "it  is 4", "FIVE", "it is 4"),
+        *answers("tie", "six", "seven"),
+        *answers("few", "a", "b", "c"),
+        *answers("one", "eight"),
+    ]
+    stage.filter(rows, {"rule": "agrees"})
+    assert stage.kept() == {
+        "most0": {"agrees": 0.6},
+        "most2": {"agrees": 0.6},
+        "most4": {"agrees": 0.6},
+        "tie0": {"agrees": 0.5},  # of two as frequent, the one that came first
+        "one0": {"agrees": 1.0},
+    }
+    assert set(stage.dropped().values()) == {"agrees"}
+    said = {row.id: describe(row.detail[0]) for row in read_jsonl(stage.run.dropped, Dropped)}
+    assert said["most1"] == "2 of 5 answers say the same, 3 another"
+    assert said["few0"] == "1 of 3 answers agree (33%), at least 50% wanted"
+    stage.filter(rows, {"rule": "agrees", "min_share": 0.3})
+    assert {"few0", "tie0"} <= stage.kept().keys() and "few1" in stage.dropped()
+    with pytest.raises(RecipeError, match=r"filters\.rules\[1\]: `agrees` stands twice"):
+        stage.filter(rows, {"rule": "agrees"}, {"rule": "agrees"})
+
+
+def test_answers_that_a_rule_drops_count_against_agreement(stage: Stage) -> None:
+    """Two of four say the same and pass: the share is a half, not all."""
+    stage.filter(answers("a", "4", "5", "4", "6"), RIGHT, {"rule": "agrees", "min_share": 0.6})
+    assert stage.kept() == {}
+    stage.filter(answers("a", "4", "5", "4", "6"), RIGHT, {"rule": "agrees"})
+    assert {row: scores["agrees"] for row, scores in stage.kept().items()} == {"a0": 0.5, "a2": 0.5}
+
+
+def test_a_verifiers_result_is_what_agrees(stage: Stage) -> None:
+    """`choice` normalises a label: three texts, one result."""
+    choice = {"rule": "choice", "labels": ["yes", "no"]}
+    stage.filter(answers("a", "Yes.", "**yes**", "no", "maybe"), choice, {"rule": "agrees"})
+    assert stage.kept() == {"a0": {"agrees": 0.5}, "a1": {"agrees": 0.5}}
+    assert stage.dropped() == {"a2": "agrees", "a3": "choice"}
+
+
+def brute_agreement(samples: list[tuple[int, int, bool, int]]) -> list[tuple[int, int, int, bool]]:
+    found = []
+    for prompt, _, passed, result in samples:
+        if passed:
+            of = [row for row in samples if row[0] == prompt]
+            counts = {r: [row[1] for row in of if row[2] and row[3] == r] for r in {row[3] for row in of if row[2]}}
+            chosen = min(counts, key=lambda r: (-len(counts[r]), min(counts[r])))
+            found.append((len(counts[result]), len(of), len(counts[chosen]), result == chosen))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_agreement_is_that_of_the_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [(int(p), n, bool(rng.random() < 0.8), int(rng.integers(3))) for p in range(6) for n in range(4)]
+    rng.shuffle(order := list(range(len(rows))))
+    rows = [rows[at] for at in order]
+    samples = np.zeros(len(rows), SAMPLE)
+    for name, column in zip(("prompt", "sample", "passed", "result"), zip(*rows, strict=True), strict=True):
+        samples[name] = column
+    found = agreement(samples)
+    columns = (found.same, found.total, found.most, found.chosen)
+    assert list(zip(*(one.tolist() for one in columns), strict=True)) == brute_agreement(rows)
+
+
+@pytest.mark.parametrize(
+    ("select", "kept"),
+    [
+        ("all", ["a0", "a1", "a2", "a4", "b1"]),
+        ("first", ["a0", "b1"]),
+        ("shortest", ["a1", "b1"]),
+        ("best", ["a1", "b1"]),  # the verifier scores short answers higher
+        ("agreed", ["a2", "b1"]),
+    ],
+)
+def test_one_of_a_prompts_answers_stays(stage: Stage, select: str, kept: list[str]) -> None:
+    rows = [*answers("a", "well, 4", "4", "it is 4", "5", "it is  4"), *answers("b", "5", "4")]
+    stage.filter(rows, RIGHT, select=select)
+    assert sorted(stage.kept()) == kept
+    assert {id_ for id_, rule in stage.dropped().items() if rule == "select"} == {"a0", "a1", "a2", "a4"} - {*kept}
+    if select == "first":
+        said = {row.id: describe(row.detail[0]) for row in read_jsonl(stage.run.dropped, Dropped)}
+        assert said["a1"] == "answer 0 to this prompt stays (first)"
+        rules = json.loads(stage.run.filter_report.read_bytes())["rules"]
+        assert {key: rules[-1][key] for key in ("rule", "dropped")} == {"rule": "select", "dropped": 3}
+
+
+def test_what_is_gone_is_not_selected_and_counts_for_no_prompt(stage: Stage) -> None:
+    rows = [*answers("a", "five", "4", "4", "5"), *answers("b", "6", "7", "8")]
+    stage.filter(rows, {"rule": "agrees"}, select="first")
+    assert [*stage.kept()] == ["a1"]
+    assert stage.dropped() == {
+        "a0": "agrees",
+        "a2": "select",
+        "a3": "agrees",
+        **dict.fromkeys(("b0", "b1", "b2"), "agrees"),
+    }
+    assert (stage.prompts()["kept"], stage.prompts()["unsolved"]) == (1, 0)  # rules let all pass
+
+
+def test_the_judge_says_which_is_best_by_the_mean_of_its_scores(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"a0": (3, 5), "a1": (4, 4), "a2": (4, 5)}
+
+    def judged(_: object, run: object, rows: Iterable[Completion]) -> dict[str, Judgement]:
+        return {
+            row.id: Judgement(
+                id=row.id, score=scores[row.id][0], criteria={"fluency": scores[row.id][1]}, version="v", attempts=1
+            )
+            for row in rows
+        }
+
+    monkeypatch.setattr(filters.run, "judge_rows", judged)
+    stage.filter(answers("a", "4", "so 4", "thus 4"), RIGHT, select="best", judge={"model": "j"})
+    assert stage.kept() == {"a2": {"right": 1 / 6, "judge": 4, "fluency": 5}}
+
+
+def test_the_same_answer_to_another_prompt_is_a_duplicate_only_without_a_verifier(stage: Stage) -> None:
+    rows = [*answers("a", "yes", "Yes!"), *answers("b", "yes")]
+    dedup, choice = {"near": None}, {"rule": "choice", "labels": ["yes", "no"]}
+    stage.filter(rows, dedup=dedup)
+    assert [*stage.kept()] == ["a0"]
+    stage.filter(rows, choice, dedup=dedup)
+    assert [*stage.kept()] == ["a0", "b0"] and stage.dropped() == {"a1": "exact_duplicate"}
+    stage.filter(rows, choice, dedup={**dedup, "of": "answer"})
+    assert [*stage.kept()] == ["a0"]
+    stage.filter(rows, dedup={"near": 0.9, "of": "row"})
+    assert [*stage.kept()] == ["a0", "b0"]
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer() -> None:
+    for n, c, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 4), (7, 1, 7)):
+        draws = [*itertools.combinations(range(n), k)]
+        assert pass_at(n, c, k) == pytest.approx(sum(min(draw) < c for draw in draws) / len(draws))
+
+
+def test_prompts_are_counted_apart_from_answers(stage: Stage) -> None:
+    rows = [*answers("a", "4", "5", "4", "6"), *answers("b", "5", "6", "7", "8"), *answers("c", "3", "4")]
+    stage.filter(rows, RIGHT, select="first")
+    counts = stage.prompts()
+    assert {key: counts[key] for key in ("prompts", "kept", "answers", "unsolved", "unsolved_ids")} == {
+        "prompts": 3,
+        "kept": 2,
+        "answers": 4,
+        "unsolved": 1,
+        "unsolved_ids": ["b"],
+    }
+    assert counts["keep_rate"] == pytest.approx(2 / 3)
+    assert counts["pass_at"] == {
+        "1": pytest.approx((0.5 + 0 + 0.5) / 3),
+        "2": pytest.approx((5 / 6 + 0 + 1) / 3),
+        "4": pytest.approx((1 + 0) / 2),  # c has two answers only
+    }
+
+
+def test_the_terminal_says_it_where_prompts_have_several_answers(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.filter(answers("a", "4"), RIGHT)
+    assert "prompts" not in capsys.readouterr().out
+    stage.filter([*answers("a", "4", "5"), *answers("b", "5", "6")], RIGHT)
+    said = "2 prompts, 1 with a kept answer (50.0%); pass@1 25.0%, pass@2 50.0%; 1 with no answer that passes"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_keep_rates_are_told_by_column(stage: Stage) -> None:
+    rows = [*answers("a", "4", "5", columns={"kind": "sum", "n": 2}), *answers("b", "4", columns={"kind": "loop"})]
+    stage.filter(rows, RIGHT)
+    slots = json.loads(stage.run.filter_report.read_bytes())["slots"]
+    assert {value: count["keep_rate"] for value, count in slots["kind"].items()} == {"sum": 0.5, "loop": 1.0}
+    assert "n" not in slots
+
+
+def test_pairs_of_a_kept_and_a_failed_answer_become_preferences(stage: Stage) -> None:
+    rows = [row for name in "abcdefghij" for row in answers(name, "4", "5", "so 4", "6", "7")]
+    rows += [*answers("right", "4", "4"), *answers("wrong", "5")]
+    stage.filter(rows, RIGHT, preferences=2)
+    pairs = [json.loads(line) for line in stage.run.preferences.read_bytes().splitlines()]
+    part_of = load_recipe(stage.recipe).prompts.part_of
+    wanted = {name for name in "abcdefghij" if part_of([Message("user", f"{name}?")]) != "test"}
+    assert 0 < len(wanted) < 10
+    assert sorted(pair["id"] for pair in pairs) == sorted(
+        id_ for name in wanted for id_ in (f"{name}0:{name}1", f"{name}2:{name}3")
+    )
+    name = min(wanted)
+    assert next(pair for pair in pairs if pair["id"] == f"{name}2:{name}3") == {
+        "id": f"{name}2:{name}3",
+        "prompt": [{"role": "user", "content": f"{name}?"}],
+        "chosen": [{"role": "assistant", "content": "so 4"}],
+        "rejected": [{"role": "assistant", "content": "6"}],
+    }
+    stage.filter(rows, RIGHT)  # not wanted any more
+    assert not stage.run.preferences.exists()
+
+
+def test_an_answer_that_could_not_be_checked_is_no_wrong_one(stage: Stage) -> None:
+    """A choice without a reference to hold it against is `unverified`."""
+    rows = answers("a", "4", "5")
+    other = [Completion(**{**completion_fields("a2", "6"), "prompt_id": "a", "sample": 2})]
+    stage.filter([*rows, *other], {"rule": "choice", "reference": True}, preferences=9)
+    assert stage.dropped() == {"a1": "choice", "a2": "unverified"}
+    assert stage.run.preferences.read_bytes().count(b"\n") == (b'"a0:a1"' in stage.run.preferences.read_bytes())
+
+
+def test_an_interrupted_run_leaves_the_old_preferences_too(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.filter([*answers("a", "4", "5"), *answers("c", "4", "5")], RIGHT, preferences=1)
+    before = {path.name: path.read_bytes() for path in stage.run.path.iterdir() if path.suffix != ".lock"}
+    assert before["preferences.jsonl"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(filters.run, "write_preferences", interrupted)
+    rows = answers("b", "4", "5")
+    with pytest.raises(KeyboardInterrupt):
+        stage.filter(rows, RIGHT, preferences=1)
+    monkeypatch.setattr(filters.run, "make_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage.filter(rows, RIGHT)
+    before["completions.jsonl"] = b"".join(map(encode_line, rows))
+    assert {path.name: path.read_bytes() for path in stage.run.path.iterdir()} == before
+
+
+def test_a_small_file_is_shared_out_where_a_rule_may_be_slow(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stage.recipe.with_name("mine.py")).write_text("import os\ndef right(answer):\n    return str(os.getpid())\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    stage.filter([row for number in range(100) for row in answers(f"p{number}", "4", "5", "6")], RIGHT)
+    notes = [row.detail[0].note for row in read_jsonl(stage.run.dropped, Dropped)]
+    assert len(notes) == 300 and len(set(notes)) == 3
+
+
+def test_blocks_that_take_longer_hold_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block ends when a later one has begun; results come in order all the same."""
+    path, seen = tmp_path / "f", tmp_path / "seen"
+    path.write_bytes(b"a\nb\nc\nd\n")
+    monkeypatch.setattr(filters.stream, "SMALLEST_BLOCK", 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+
+    def work(lines: Iterable[tuple[int, bytes | None]]) -> bytes | None:
+        ((_, line),) = lines
+        if line == b"d\n":
+            seen.touch()
+        while line == b"a\n" and not seen.exists():
+            pass
+        return line
+
+    assert list(filters.stream.in_blocks(path, work, slow=True)) == [b"a\n", b"b\n", b"c\n", b"d\n"]
+
+
+def test_solved_prompts_of_no_passing_answer() -> None:
+    samples = np.zeros(3, SAMPLE)
+    samples["prompt"] = [1, 1, 2]
+    samples["passed"] = [False, True, False]
+    unsolved, passes = solved(samples)
+    assert (unsolved.tolist(), passes) == ([2], {1: pytest.approx(0.25), 2: 1.0})

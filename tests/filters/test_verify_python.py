@@ -1,0 +1,195 @@
+"""The verifier python: programs and their tests, and programs that mean harm. None of them gets anything or stays."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from filters.answer import RuleSettings
+from filters.verify import programs, sandbox
+from tests.filters.verifying import outcome, settings_of, verify
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+
+ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+SECRET = "sk-do-not-tell"
+TAG = f"# of test process {os.getpid()}"
+FORKS = """
+import os, time
+made = 0
+try:
+    while made < 200:
+        if os.fork() == 0:
+            time.sleep(60)
+        made += 1
+except OSError:
+    pass
+raise Exception(f"made {made}")
+"""  # a broken sandbox would leave 200 sleeping processes, for a minute
+BIG_FILE = "open('x', 'w').write('a' * 100_000_000)"
+FLOOD = """
+import os
+while True:
+    for file in range(3, 9):
+        try:
+            os.write(file, bytes(9))
+        except OSError:
+            pass
+"""
+
+
+@pytest.fixture(scope="module")
+def settings() -> RuleSettings:
+    return settings_of("python", seconds=2)
+
+
+def said(text: str, settings: RuleSettings, tests: Any = "pass") -> str:
+    """The outcome and the words of the reason."""
+    verified = verify("python", text, settings, tests)
+    return f"{outcome(verified)}: {verified.reason.found or verified.reason.note}" if verified.reason else "passes"
+
+
+def isolated() -> bool:
+    return not programs.missing_layers((), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "tests", "expected", "score"),
+    [
+        (ADD, "assert add(1, 2) == 3", "passes", 1.0),
+        (ADD, ["assert add(1, 2) == 3", "assert add(1, 2) == 4", "assert add(2, 2) == 4"], "python error", 2 / 3),
+        ("def add(a, b): return a", "assert add(1, 2) == 3", "python error", 0.0),
+        ("def add(a, b) return a", "assert add(1, 2) == 3", "python error", 0.0),
+        ("import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1", "assert A().x == 1", "passes", 1.0),
+        ("if __name__ == '__main__': input()", "pass", "passes", 1.0),
+        ("import sys; sys.exit(0)", "assert False", "python error", 0.0),
+        ("import os; os._exit(0)", "assert False", "python ended", None),
+        (ADD, None, "unverified python", None),
+        (ADD, [], "unverified python", None),
+        (ADD, {"tests": "pass"}, "unverified python", None),
+    ],
+)
+def test_programs(settings: RuleSettings, text: str, tests: Any, expected: str, score: float | None) -> None:
+    verified = verify("python", text, settings, tests)
+    assert (outcome(verified), verified.score) == (expected, score)
+
+
+def test_tests_may_be_a_column_and_packages_are_not_there(settings: RuleSettings) -> None:
+    column = settings_of("python", tests="test_list")
+    assert verify("python", ADD, column, test_list=["assert add(1, 1) == 2"]).score == 1
+    assert "No module named 'pydantic'" in said("import pydantic", settings)
+    assert said("import pydantic", settings_of("python", site_packages=True, seconds=20)) == "passes"
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("while True: pass", "python time: 2 s"),
+        ("import time; time.sleep(60)", "python time: 2 s"),
+        ("import os\nfor _ in range(2000): os.write(1, bytes(1_000_000))", "passes"),  # 2 GB, which nobody reads
+        (FLOOD, "python ended"),
+        ("x = 'a' * 2_000_000_000", "python error: MemoryError"),
+        (BIG_FILE, "python error: OSError"),
+        ("def f(): f()\nf()", "python error: RecursionError"),
+        ("import ctypes; ctypes.string_at(0)", "python ended: exit status 139"),
+        ("class E(Exception):\n  def __str__(self): return 'x' * 1_000_000\nraise E", "python error: E: xxx"),
+        ("import os, signal; os.kill(os.getppid(), signal.SIGKILL); os.killpg(0, 15)", "p"),
+    ],
+)
+def test_a_program_that_means_harm(settings: RuleSettings, program: str, expected: str) -> None:
+    started = time.monotonic()
+    assert said(program, settings).startswith(expected)
+    assert time.monotonic() - started < 30
+    assert said(ADD, settings, "assert add(1, 2) == 3") == "passes"  # the next one is judged
+
+
+@pytest.mark.skipif(not isolated(), reason="this kernel or container refuses namespaces or Landlock")
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("import os; raise Exception(dict(os.environ))", "Exception: {}"),
+        ("open('/proc/self/environ').read()", "FileNotFoundError"),
+        ("open('/proc/1/environ').read()", "FileNotFoundError"),
+        ("open('/etc/passwd').read()", "FileNotFoundError"),
+        (f"open({__file__!r}).read()", "FileNotFoundError"),
+        ("import os; raise Exception(os.listdir())", "Exception: []"),
+        ("open('/usr/lib/planted', 'w')", "OSError: [Errno 30]"),
+        ("open('../planted', 'w')", "PermissionError"),
+        ("import socket; socket.create_connection(('127.0.0.1', 9))", "PermissionError"),
+        ("import socket; socket.socket(type=2).sendto(b'x', ('127.0.0.1', 9))", "OSError: [Errno 101]"),
+        ("import subprocess; subprocess.run(['/bin/sh', '-c', 'true'])", "FileNotFoundError"),
+        ("import os; os.setuid(0)", "PermissionError"),
+        ("import os; os.kill(HOST, 9)", "ProcessLookupError"),
+        (FORKS, "Exception: made 15"),
+    ],
+)
+def test_a_program_reaches_nothing(
+    settings: RuleSettings, program: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    heard = said(program.replace("HOST", str(os.getpid())), settings)
+    assert heard.startswith(f"python error: {expected}") and SECRET not in heard
+
+
+def test_nothing_stays(settings: RuleSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(programs, "_DRIVER", programs._DRIVER + TAG)  # forks of it have the same command line
+    threads = "import threading, time\nfor _ in range(3): threading.Thread(target=time.sleep, args=(60,)).start()"
+    assert said(threads, settings) == "passes"
+    assert said("open('x', 'w').write('x')\n" + FORKS, settings).startswith("python error")
+    assert list(tmp_path.iterdir()) == []
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    assert not any(TAG.encode() in command for command in running)
+
+
+def test_what_starts_it_may_be_a_container(capfd: pytest.CaptureFixture[str]) -> None:
+    elsewhere = settings_of("python", command=["nice", "-n", "1", sys.executable], seconds=20)
+    assert said("import os; raise Exception(os.nice(0) > 0, dict(os.environ))", elsewhere).endswith("(True, {})")
+    for command, problem in (["no-such-docker", "run"], "No such file"), (["echo", "refused:"], "refused:"):
+        with pytest.raises(ValidationError, match=problem):
+            settings_of("python", command=command)
+
+
+def test_a_layer_that_is_refused_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(programs, "run_program", lambda *_: {"missing": ["namespaces", "landlock"]})
+    programs.missing_layers.cache_clear()
+    try:
+        settings_of("python")
+        settings_of("python")
+    finally:
+        programs.missing_layers.cache_clear()
+    warning = capfd.readouterr().err
+    assert warning.count("without namespaces and landlock") == 1 and "docs/verifiers.md" in warning
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="takes a right away from root")
+@pytest.mark.skipif(not os.access("/usr/bin/python3", os.X_OK), reason="another user must be able to read this Python")
+def test_without_namespaces_nothing_can_be_started(tmp_path: Path) -> None:
+    """As root in a container has it: the right to make namespaces is missing."""
+    Path(tmp_path).chmod(0o755)
+    limits = {"seconds": 5, "memory": 512 << 20, "processes": 16, "disk": 32 << 20}
+    asked = {"tests": [], "limits": limits, "nonce": "n", "isolate": True, "site_packages": False}
+    weaker = ["setpriv", "--inh-caps", "-sys_admin", "--bounding-set", "-sys_admin"]
+    for program, error in (
+        (FORKS, "Exception: made 0"),
+        ("open('/etc/passwd')", "PermissionError"),
+        (BIG_FILE, "OSError: [Errno 27]"),
+    ):
+        done = subprocess.run(
+            [*weaker, "/usr/bin/python3", "-I", "-S", "-c", Path(sandbox.__file__).read_text()],
+            input=json.dumps({**asked, "program": program}).encode(),
+            capture_output=True,
+            cwd=tmp_path,
+            check=True,
+        )
+        reply = json.loads(done.stdout.removeprefix(sandbox.STARTED))
+        assert reply["missing"] == ["namespaces"] and reply["error"].startswith(error)

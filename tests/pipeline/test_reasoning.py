@@ -1,0 +1,26 @@
+"""The reasoning of a model that writes it into its text, told apart from the answer."""
+
+import pytest
+
+from pipeline.reasoning import split_reasoning
+
+
+@pytest.mark.parametrize(
+    ("said", "reasoning", "answer"),
+    [
+        ("<think>\nTwo and two.\n</think>\n\nFour.", "Two and two.", "Four."),
+        ("\n <think>hm</think>Four. ", "hm", "Four. "),
+        ("<think>\n\n</think>\n\nFour.", "", "Four."),  # a model that was told not to think
+        ("Two and two.\n</think>\n\nFour.", "Two and two.", "Four."),  # the template opened it
+        ("</think>Four.", "", "Four."),
+        ("<think>Two and", "Two and", ""),  # cut off
+        ("<think>a</think>b</think>c", "a", "b</think>c"),  # the first end counts
+        ("Four.", "", "Four."),
+        (" Four.\n", "", " Four.\n"),  # not a character is changed
+        ("", "", ""),
+        ("Write <think>so</think> to think.", "", "Write <think>so</think> to think."),  # talks of it
+        ("I <think> so", "", "I <think> so"),
+    ],
+)
+def test_reasoning_is_what_stands_before_the_answer(said: str, reasoning: str, answer: str) -> None:
+    assert split_reasoning(said) == (reasoning, answer)

@@ -1,0 +1,199 @@
+"""What the student is asked and what it learns: its own system prompt, reasoning, every turn, tools."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipe import Recipe
+from pipeline.records import Kept, Message, read_jsonl
+from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model
+from train.checks.data import row_checks
+from train.publish.export import export_dataset
+from train.rows import Parts, reasoning_form, to_examples
+from train.run import train_run
+from train.tokens import MASKED
+from train.trainer import prepare
+
+# As Qwen3's: reasoning has a field of its own. As TRL's training templates: the assistant's words are marked.
+THINKING = CHATML.replace(
+    "message['content']",
+    "('<think>\n' + message['reasoning_content'] + '\n</think>\n\n' if message.get('reasoning_content') else '')"
+    " + message['content']",
+)
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{{ '<call>' + (call.function | tojson) }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A tiny student with a chat template of the test's choice."""
+    plain = tiny_model(tmp_path_factory.mktemp("models") / "plain")
+
+    def build(template: str) -> str:
+        folder = tmp_path_factory.mktemp("model") / "student"
+        shutil.copytree(plain, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return build
+
+
+def shown(model: str, rows: list[Kept], tmp_path: Path, **train: Any) -> list[tuple[str, str]]:
+    """Of each row, the whole text as the trainer has it, and the part with loss."""
+    config, tokenizer = make_recipe(model, **train).train, AutoTokenizer.from_pretrained(model)
+    examples = to_examples(rows, None, reasoning_form(config, tokenizer))
+    prepared = prepare(model, {"train": examples, "validation": examples}, config, tmp_path, Console(quiet=True))
+    assert prepared.faults == {} and prepared.differing == 0
+    found = []
+    for row in prepared.trainer.train_dataset:
+        learned = [token for token in row["labels"] if token != MASKED]
+        found.append((tokenizer.decode(row["input_ids"]), tokenizer.decode(learned)))
+    assert prepared.lengths["train"] == [len(row["input_ids"]) for row in prepared.trainer.train_dataset]
+    return found
+
+
+def told(student: str, own: str | None, **teacher: Any) -> Recipe:
+    """A recipe whose teacher is told more than its student."""
+    recipe = make_recipe(student).model_dump()
+    recipe["teacher"] |= teacher
+    recipe["student"]["system"] = own
+    return Recipe.model_validate(recipe)
+
+
+@pytest.mark.parametrize(
+    ("system", "own", "words"),
+    [
+        (None, [Message("system", "Of the prompt.")], "the student is asked the prompts as they are"),
+        ("", [], "the student is asked the prompts without a system message"),
+        ("Be short.", [Message("system", "Be short.")], "the prompts with a system message of its own"),
+    ],
+)
+def test_the_student_is_asked_with_its_own_system_prompt_in_training_and_export(
+    student: Callable[[str], str], tmp_path: Path, system: str | None, own: list[Message], words: str
+) -> None:
+    bare = [kept_row(n, "", f"Yes {n}.", messages=[Message("system", "Of the prompt."), Message("user", f"{n}?")])
+            for n in range(6)]  # fmt: skip
+    run = make_run(tmp_path / "run", bare)
+    recipe = told(student(CHATML), system, system="SECRET", examples=[{"prompt": "Hi?", "answer": "Ho."}] * 3)
+    train_run(recipe, run)
+    assert next(read_jsonl(run.test, Kept)).messages in [row.messages for row in bare]
+    checks = {check["name"]: check for check in json.loads(run.checks.read_bytes())["checks"]}
+    assert checks["templates"]["status"] == "note"
+    assert "only the teacher was told a system prompt and 3 examples; " in checks["templates"]["finding"]
+    assert words in checks["templates"]["finding"]
+    card = (run.student / "README.md").read_text()
+    assert words in card and "SECRET" not in card and ("Be short." in card) == (system == "Be short.")
+    rows = datasets.load_dataset(str(export_dataset(recipe, run)), cache_dir=str(tmp_path / "cache"))
+    for row in (row for part in rows.values() for row in part):
+        assert row["prompt"][:-1] == [{"role": turn.role, "content": turn.content} for turn in own]
+        assert row["prompt"][-1]["role"] == "user"
+
+
+def test_reasoning_is_left_out_unless_the_recipe_keeps_it(student: Callable[[str], str], tmp_path: Path) -> None:
+    rows = [kept_row(n, f"{n}?", "Four.", reasoning="Two and two.") for n in range(2)]
+    plain, thinking = student(CHATML), student(THINKING)
+    for model in (plain, thinking):
+        assert shown(model, rows, tmp_path)[0][1] == "Four.<|im_end|>\n"
+        assert shown(model, rows, tmp_path, reasoning="keep")[0][1] == (
+            "<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>\n"
+        )
+    keep = make_recipe(plain, reasoning="keep").train
+    forms = [reasoning_form(keep, AutoTokenizer.from_pretrained(model)) for model in (plain, thinking)]
+    assert forms == ["content", "reasoning_content"]
+    exported = to_examples(rows, None, forms[1])[0]["completion"]
+    assert exported == [{"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}]
+
+
+@pytest.mark.parametrize(("thoughts", "status"), [(0, "warn"), (2, "note"), (3, "pass")])
+def test_reasoning_that_is_not_there_is_said(thoughts: int, status: str) -> None:
+    rows = [kept_row(n, f"{n}?", "Four.", reasoning="Hm." if n < thoughts else "") for n in range(3)]
+    config = make_recipe("x", reasoning="keep").train
+    checks = {check.name: check for check in row_checks(Parts(rows[:1], rows[1:2], rows[2:]), {}, config)}
+    assert (checks["reasoning"].status, checks["reasoning"].value) == (status, thoughts)
+
+
+CONVERSATION = [Message("user", "One?"), Message("assistant", "First."), Message("user", "Two?")]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learned"), [("last", "Second.<|im_end|>\n"), ("all", "First.<|im_end|>Second.<|im_end|>")]
+)
+def test_loss_falls_on_the_last_turn_or_on_every_turn_of_the_assistant(
+    student: Callable[[str], str], tmp_path: Path, loss_on: str, learned: str
+) -> None:
+    rows = [kept_row(n, "", "Second.", messages=CONVERSATION) for n in range(2)]
+    assert [part for _, part in shown(student(MARKED), rows, tmp_path, loss_on=loss_on)] == [learned] * 2
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED.replace("+ '<|im_end|>' }}{% endg", "}}{% endg")])
+def test_a_template_that_marks_no_turns_or_not_their_end_is_refused(
+    student: Callable[[str], str], tmp_path: Path, template: str
+) -> None:
+    rows = [kept_row(n, "", "Second.", messages=CONVERSATION) for n in range(2)]
+    with pytest.raises(RecipeError, match="loss_on all: the student's chat template does not mark"):
+        shown(student(template), rows, tmp_path, loss_on="all")
+
+
+def tool_rows() -> list[Kept]:
+    """Calls whose arguments have different names, with and without a result that was answered."""
+    rows = []
+    for n, name in enumerate(["room", "state", "level"] * 2):
+        call = {"id": f"c{n}", "type": "function", "function": {"name": "lamp", "arguments": f'{{"{name}": {n}}}'}}
+        if n % 2:
+            turns = [Message("user", f"{n}?"), Message("assistant", "", [call]), Message("tool", "on", [], f"c{n}")]
+            rows.append(kept_row(n, "", f"It is on {n}.", messages=turns, tools=[LAMP]))
+        else:
+            rows.append(kept_row(n, f"{n}?", "", tool_calls=[call], tools=[LAMP], finish_reason="tool_calls"))
+    return rows
+
+
+def test_an_answer_of_tool_calls_is_trained_on_and_exported_with_its_tools(
+    student: Callable[[str], str], tmp_path: Path
+) -> None:
+    rows, model = tool_rows(), student(TOOLS)
+    found = shown(model, rows, tmp_path)
+    assert found[0][1] == '<call>{"name": "lamp", "arguments": {"room": 0}}<|im_end|>\n'
+    assert found[1][1] == "It is on 1.<|im_end|>\n" and '"arguments": {"state": 1}}' in found[1][0]
+    assert all('"name": "lamp", "parameters"' in text for text, _ in found)
+    run = make_run(tmp_path / "run", rows)
+    train_run(make_recipe(model), run)
+    checks = {check["name"]: check["status"] for check in json.loads(run.checks.read_bytes())["checks"]}
+    assert (checks["tools"], checks["cut_off"], checks["context"]) == ("pass", "pass", "pass")
+    exported = datasets.load_dataset(str(export_dataset(make_recipe(model), run)), cache_dir=str(tmp_path / "cache"))
+    by_id = {row["id"]: row for part in exported.values() for row in part}
+    assert by_id["r0"]["completion"][0]["tool_calls"][0]["function"] == {"name": "lamp", "arguments": {"room": 0}}
+    assert by_id["r3"]["prompt"][1]["tool_calls"][0]["function"]["arguments"] == {"room": 3}
+    assert json.loads(by_id["r0"]["tools"]) == [LAMP]
+
+
+def test_a_template_without_tools_is_refused(student: Callable[[str], str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"check tools: the student's chat template does not render tool calls"):
+        train_run(make_recipe(student(CHATML)), make_run(tmp_path / "run", tool_rows()))
+
+
+def test_samples_of_a_prompt_are_no_repeated_prompts() -> None:
+    rows = [kept_row(n, f"{n // 4}?", f"Yes {n}.", sample=n % 4) for n in range(12)]
+    parts = Parts(rows[:4], rows[4:8], rows[8:])
+    checks = {check.name: check for check in row_checks(parts, {}, make_recipe("x").train)}
+    assert (checks["prompts"].status, checks["prompts"].value) == ("pass", 1)
