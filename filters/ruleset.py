@@ -24,6 +24,7 @@ from pipeline.records import Reason
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+PASSED = Verified()
 FUNCTION = "function"  # the rule that is a user's own function
 
 
@@ -46,6 +47,7 @@ class ActiveRule(NamedTuple):
     label: str
     rule: Rule
     settings: RuleSettings
+    reads: str | None = None  # of a rule of text: `text` or `reasoning`
 
     def described(self) -> dict[str, Any]:
         """Label and every setting, defaults included, for reports and lineage."""
@@ -56,16 +58,18 @@ class ActiveRule(NamedTuple):
 
         A rule of the text has nothing to say of tool calls without text.
         """
-        if isinstance(self.settings, TextSettings):
-            if self.settings.of == "reasoning":
-                answer = replace(answer, text=answer.reasoning)
-            elif answer.tool_calls and not answer.text:
-                return Verified()
-        said = self.rule.check(answer, self.settings)
+        label, rule, settings, reads = self
+        if reads == "reasoning":
+            answer = replace(answer, text=answer.reasoning)
+        elif reads and answer.tool_calls and not answer.text:
+            return PASSED
+        said = rule.check(answer, settings)
+        if said is None:
+            return PASSED
         verified = said if isinstance(said, Verified) else Verified(said)
-        if verified.reason is None or verified.reason.rule in (self.label, UNVERIFIED):
+        if verified.reason is None or verified.reason.rule in (label, UNVERIFIED):
             return verified
-        return verified._replace(reason=replace(verified.reason, rule=self.label))
+        return verified._replace(reason=replace(verified.reason, rule=label))
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,17 @@ class RuleSet:
 
     def check(self, answer: Answer) -> Checked:
         """What the rules say of an answer, all of them."""
-        said = [(rule.label, rule.verify(answer)) for rule in self.rules]
-        return Checked(
-            [one.reason for _, one in said if one.reason is not None],
-            {label: one.score for label, one in said if one.score is not None},
-            next((one.result for _, one in said if one.result is not None), None),
-        )
+        reasons, scores, result = list[Reason](), dict[str, float](), None
+        for rule in self.rules:
+            said = rule.verify(answer)
+            if said is PASSED:
+                continue
+            if said.reason is not None:
+                reasons.append(said.reason)
+            if said.score is not None:
+                scores[rule.label] = said.score
+            result = said.result if result is None else result
+        return Checked(reasons, scores, result)
 
     def reasons(self, answer: Answer) -> list[Reason]:
         """Why the answer is dropped, in the recipe's order; empty if it is kept."""
@@ -124,10 +133,11 @@ def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None 
         if rule.rule == "adherence" and slots is not None:
             _check_slots(getattr(settings, "slots", []), slots, where)
         name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
-        if isinstance(settings, TextSettings) and settings.of == "reasoning":
+        reads = settings.of if isinstance(settings, TextSettings) else None
+        if reads == "reasoning":
             name += "#reasoning"
         taken[name] = taken.get(name, 0) + 1
-        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings))
+        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings, reads))
     return RuleSet(tuple(rules))
 
 
