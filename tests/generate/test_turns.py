@@ -1,20 +1,25 @@
 """A second model plays the user: what it is asked, what comes of it, and what a stop in the middle costs."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from generate.__main__ import main
 from generate.run import agenerate, generate, pending
-from generate.turns import OPENING, SYSTEM, as_the_user_sees, passes
+from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
 from pipeline.errors import BudgetReached, DataError, DistillError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.user_config import UserConfig
+from tests.generate.test_cli import ROOT, until_answered
 from tests.servers.misbehaving_server import (
     Asked,
     Behaviour,
@@ -143,6 +148,29 @@ def test_a_budget_is_for_all_passes_and_nothing_is_asked_twice(run: RunDir) -> N
     assert len(asked) == len(set(asked)) == 18 == len(teacher.asked) + len(user.asked)
     user_section = read_lineage(run)["generate"]["user"]
     assert user_section == {"model": "player", "turns": 1, "spent_before": {"tokens": 12 * 12, "usd": 0}}
+
+
+@pytest.mark.timeout(120)
+def test_killed_in_each_pass_no_answer_is_lost_or_asked_again(run: RunDir) -> None:
+    def slow(asked: Asked) -> Behaviour:
+        return answer(f"on {asked.text}", delay_s=0.03)
+
+    with misbehaving(slow) as teacher, misbehaving(slow) as user:
+        recipe = talk(teacher, user, 20, 1, generate={"concurrency": 2})
+        path = run.path.with_name("recipe.yaml")
+        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude={"student"})))
+        command = [sys.executable, "-m", "generate", str(path), "--run", str(run.path), "--quiet"]
+        folders, before = pass_folders(run, UserConfig()), []
+        for folder in folders:
+            with subprocess.Popen(command, cwd=ROOT) as process:
+                until_answered(folder, 5)
+                process.kill()
+            before.append(folder.completions.read_bytes().rpartition(b"\n")[0])
+        assert subprocess.run(command, cwd=ROOT, check=True).returncode == 0
+    for folder, kept in zip(folders, before, strict=True):
+        assert folder.completions.read_bytes().startswith(kept)
+        assert len({row.id for row in completions(folder)}) == len(completions(folder)) == 20
+    assert len(teacher.asked) + len(user.asked) <= 60 + len(folders) * 2  # what was in flight is asked again
 
 
 def test_a_conversation_ends_where_it_cannot_go_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
