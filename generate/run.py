@@ -50,6 +50,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     answered: int  # by this call
     prompt_tokens: int  # of this call
     completion_tokens: int  # of this call
+    reasoning_tokens: int = 0  # of them
     wall_s: float  # of this call
     errors: dict[str, int]  # this call's failures by type
     cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
@@ -242,6 +243,7 @@ def _summary(run: Run) -> Summary:
         answered=counters.answered,
         prompt_tokens=counters.prompt_tokens,
         completion_tokens=counters.completion_tokens,
+        reasoning_tokens=counters.reasoning_tokens,
         wall_s=round(counters.seconds, 3),
         errors=dict(counters.errors),
         cost_usd=_spent(run)["usd"],
@@ -261,6 +263,7 @@ def _whole(passes: list[Summary]) -> Summary:
         failed=last.failed + lost,
         prompt_tokens=sum(one.prompt_tokens for one in passes),
         completion_tokens=sum(one.completion_tokens for one in passes),
+        reasoning_tokens=sum(one.reasoning_tokens for one in passes),
         wall_s=round(sum(one.wall_s for one in passes), 3),
         errors=dict(sum((Counter(one.errors) for one in passes), Counter())),
         cost_usd=None if None in costs else sum(cost or 0 for cost in costs),
@@ -289,6 +292,7 @@ def _save(run: Run) -> None:
             "failed": counters.failed_before + counters.failed,
             "prompt_tokens": answers.prompt_tokens,
             "completion_tokens": answers.completion_tokens,
+            "reasoning_tokens": answers.reasoning_tokens,
             "spent": _spent(run),
             **({"user": described(recipe.prompts.user, run.dir)} if recipe.prompts.user else {}),
             "last_call": {
@@ -310,6 +314,7 @@ def _answers(run: Run) -> Contents:
         models=found.models + Counter(counters.models),
         prompt_tokens=found.prompt_tokens + counters.prompt_tokens,
         completion_tokens=found.completion_tokens + counters.completion_tokens,
+        reasoning_tokens=found.reasoning_tokens + counters.reasoning_tokens,
     )
 
 

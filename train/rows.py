@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.chat import asked_of_student
-from pipeline.conversation import template_turns
+from pipeline.conversation import ROLES, template_turns
 from pipeline.errors import DataError
 from pipeline.partition import position
 from pipeline.recipe import PromptsConfig, Recipe, StudentConfig
@@ -18,7 +18,6 @@ from pipeline.records import Completion, Json, Kept, Message, Part, question_tex
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 
 
