@@ -333,7 +333,9 @@ def test_right_answers_are_the_quality_where_they_are_verified(
     gains = {(d.against, d.figure) for d in report.differences if d.part == "verified" and d.improved}
     assert gains == {("student_before", "accuracy")}
     assert len(found.samples) == 20 and found.samples[0].answers[0].label == "reference"
-    assert any("temperature 0" in note for note in report.notes) and any("is told a system prompt" in n for n in report.notes)
+    assert any("temperature 0" in note for note in report.notes) and any(
+        "is told a system prompt" in n for n in report.notes
+    )
     page = run.report_html.read_text(encoding="utf-8")
     assert page.index("Right answers") < page.index("All figures") and "right: another number" in page
     capsys.readouterr()
