@@ -148,3 +148,5 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     more = choose_questions(recipe_of(16, verify=[rule], verify_count=99), run)
     assert len(more.seen) == 8 and more.unseen == [] and {p.id for p in chosen.seen} < {p.id for p in more.seen}
     assert choose_questions(recipe_of(16), run).all == []
+    with pytest.raises(DataError, match="no test prompt has the column 'kind'; there are who, things"):
+        choose_questions(recipe_of(16, verify=[rule], category="kind"), run)
