@@ -71,7 +71,7 @@ def filtered(recipe: Recipe, folder: Path, answers: list[Completion]) -> tuple[l
 
 
 def answer(job: Job, text: str) -> Completion:
-    return Completion(**completion_fields(job.request.id, text, **{**asdict(job.request)}))
+    return Completion(**completion_fields(job.request.id, text, **asdict(job.request)))
 
 
 def test_each_recipe_is_tried_here() -> None:
