@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 
 from filters.answer import as_answer
+from filters.fresh import FreshValues
 from filters.groups import SAMPLE, sample_of
 from filters.minhash import Array
 from filters.rows import decode_completion, dropped_line, kept_line
@@ -15,7 +16,7 @@ from filters.sketches import Text, question_of, sketch
 from filters.stream import LONGEST_LINE, Line
 from filters.tally import Tally
 from pipeline.recipe import DedupConfig
-from pipeline.records import said
+from pipeline.records import Completion, said
 
 
 class Block(NamedTuple):
@@ -28,8 +29,8 @@ class Block(NamedTuple):
     sketch: Array | None  # of the answers that passed; None if duplicates are not looked for
 
 
-def check_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None) -> Block:
-    """Runs every rule on every line of a block."""
+def check_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None, fresh: FreshValues | None) -> Block:
+    """Runs every rule on every line of a block, after the line has the `fresh` values of its prompt."""
     tally, passed, dropped = Tally(), bytearray(), bytearray()
     texts: list[Text] = []
     samples = []
@@ -41,13 +42,15 @@ def check_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None
         if line.isspace():
             continue
         try:
-            row = decode_completion(line)
+            row: Completion = decode_completion(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if line.endswith(b"\n") or isinstance(error, msgspec.ValidationError):
                 tally.count_bad(str(error))
             else:
                 tally.torn = True
             continue
+        if fresh:
+            row, line = fresh.joined(row, line)
         answer = as_answer(row)
         checked = rules.check(answer)
         tally.count(row.id, answer, checked.reasons)

@@ -1,9 +1,10 @@
 """One pass over a run's answers: rules → `agrees` → exact duplicates → judge → near duplicates → selection → files.
 
-Reads completions.jsonl; writes kept.jsonl, dropped.jsonl, filter_report.json, preferences.jsonl where the recipe wants
-it, and the lineage section `filters`. The judge is asked about one of several exact copies; near duplicates are dropped
-after it: the better-scored of two stays. A record is written as the teacher's line stands, the new fields added at its
-end. The files are staged beside the old ones and take their places together at the end.
+Reads completions.jsonl, and prompts.jsonl for references and columns that are newer; writes kept.jsonl, dropped.jsonl,
+filter_report.json, preferences.jsonl where the recipe wants it, and the lineage section `filters`. The judge is asked
+about one of several exact copies; near duplicates are dropped after it: the better-scored of two stays. A record is
+written as the teacher's line stands, unless its prompt has other values now, with the new fields at its end. The files
+are staged beside the old ones and take their places together at the end.
 """
 
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 from filters.answer import as_answer
 from filters.blocks import Block, check_lines
 from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
+from filters.fresh import fresh_values
 from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
 from filters.minhash import Array
@@ -106,7 +108,8 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     with ExitStack() as stack:
         files = stack.enter_context(staged([run.kept, run.dropped, run.filter_report, *wanted], stale))
         stack.callback(path.unlink, missing_ok=True)
-        work = partial(check_lines, rules=rules, dedup=dedup)
+        fresh = stack.enter_context(fresh_values(run.prompts))
+        work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh)
         with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
             tally, own, samples = _gather(blocks, passed, files[1], None if skip_bad else run.completions)
         if not tally.rows:
@@ -134,9 +137,9 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
             kept = survivors.samples[survivors.alive]
             pairs = (Path(files[0].name), kept), (Path(files[1].name), samples[samples["wrong"]])
             write_preferences(files[3], config.preferences, *pairs, recipe.prompts)
-        selection = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
-        described = [*(rule.described() for rule in rules.rules), *judge_rules(config.judge), *dedup_rules(dedup)]
-        report = make_report(tally, [*described, *selection], _prompts(samples, survivors, Path(files[1].name)))
+        last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
+        described = [*rules.described(), *judge_rules(config.judge), *dedup_rules(dedup), *last]
+        report = make_report(tally, described, _prompts(samples, survivors, Path(files[1].name)))
         files[2].write(report.encoded())
     record_lineage(run, "filters", _lineage(report, rules, config))
     return report
@@ -254,7 +257,7 @@ def check_keep_rate(
 def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dict[str, object]:
     counts = {name: getattr(report, name) for name in ("rows", "kept", "dropped", "keep_rate", "bad_lines")}
     return {
-        "rules": [rule.described() for rule in rules.rules],
+        "rules": rules.described(),
         **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},

@@ -1,0 +1,128 @@
+"""References and columns that came after the answers were bought: they are joined, and nothing else moves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import filters.fresh
+import filters.stream
+from generate.run import generate
+from pipeline.errors import DataError
+from pipeline.records import Dropped, Kept, Message, Prompt, encode_line, read_jsonl
+from tests.filters.test_run import GOOD, ROWS, Stage, completion
+from tests.servers.misbehaving_server import misbehaving, recipe_for
+
+QUESTION = ROWS[0].messages
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def prompts(stage: Stage, *rows: Prompt) -> None:
+    stage.run.path.mkdir(exist_ok=True)
+    stage.run.prompts.write_bytes(b"".join(map(encode_line, rows)))
+
+
+def filtered(stage: Stage) -> dict[str, Kept | Dropped]:
+    rows = [*read_jsonl(stage.run.kept, Kept), *read_jsonl(stage.run.dropped, Dropped)]
+    return {row.prompt_id: row for row in rows}
+
+
+def test_newer_values_are_joined_by_prompt_and_other_lines_stay_as_they_are(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    old = stage.run.kept.read_bytes().splitlines(), stage.run.dropped.read_bytes().splitlines()
+    prompts(
+        stage,
+        Prompt(id="p4", messages=QUESTION, reference={"n": [1]}, columns={"topic": "x"}),
+        Prompt(id="p1", messages=QUESTION, reference="토끼"),
+        Prompt(id="p2", messages=[Message("user", "another question under the same id")], reference="no"),
+        Prompt(id="p3", messages=QUESTION),
+        Prompt(id="never answered", messages=QUESTION, reference=5),
+    )
+    stage.filter()
+    rows = filtered(stage)
+    assert (rows["p4"].reference, rows["p4"].columns) == ({"n": [1]}, {"topic": "x"})
+    assert rows["p1"].reference == "토끼"
+    assert [rows[f"p{number}"].reference for number in (0, 2, 3)] == [None] * 3
+    new = stage.run.kept.read_bytes().splitlines(), stage.run.dropped.read_bytes().splitlines()
+    assert [a == b for a, b in zip(old[0], new[0], strict=True)] == [True, False]  # of p0 and p4
+    assert [a == b for a, b in zip(old[1], new[1], strict=True)] == [False, True, True]  # of p1, p2 and p3
+
+
+def test_the_rules_see_the_newest_values(stage: Stage) -> None:
+    stage.rules([{"rule": "matches"}])
+    rows = [completion(number, text) for number, text in enumerate(["4", "5", "6"])]
+    stale = msgspec.structs.replace(rows[2], reference="6")
+    stage.completions(b"".join(map(encode_line, [*rows[:2], stale])))
+    prompts(stage, *(Prompt(id=f"p{number}", messages=QUESTION, reference="4") for number in range(3)))
+    stage.filter()
+    assert [row.prompt_id for row in read_jsonl(stage.run.kept, Kept)] == ["p0"]
+    assert [row.reference for row in read_jsonl(stage.run.dropped, Dropped)] == ["4", "4"]
+
+
+def test_values_in_another_order_are_the_same(stage: Stage) -> None:
+    row = completion(0, "토끼 토토가 당근을 먹었어요.")
+    known = msgspec.structs.replace(row, columns={"a": 1, "b": 2})
+    stage.completions(encode_line(known))
+    prompts(stage, Prompt(id="p0", messages=QUESTION, columns={"b": 2, "a": 1}))
+    stage.filter()
+    assert stage.run.kept.read_bytes().startswith(encode_line(known)[:-2])
+
+
+def test_every_process_joins(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters.stream, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(filters.stream, "BLOCK", 4000)
+    rows = [completion(number, f"토끼 {number}번이 당근을 먹었어요.") for number in range(300)]
+    stage.rules([{"rule": "length", "min_chars": 1}], dedup=None)
+    stage.completions(b"".join(map(encode_line, rows)))
+    prompts(stage, *(Prompt(id=f"p{number}", messages=QUESTION, reference=number) for number in reversed(range(300))))
+    stage.filter()
+    assert [row.reference for row in read_jsonl(stage.run.kept, Kept)] == [*range(300)]
+
+
+def test_no_index_is_made_if_no_prompt_has_anything_to_join(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.completions()
+    prompts(stage, Prompt(id="p1", messages=QUESTION))
+    monkeypatch.setattr(filters.fresh, "FreshValues", None)
+    stage.filter()
+    prompts(stage, Prompt(id="p1", messages=[Message("user", 'says "reference": and "columns":')]))
+    monkeypatch.undo()
+    stage.filter()
+    assert stage.report()["rows"] == len(GOOD.splitlines())
+
+
+def test_a_bad_line_of_prompts_is_named_and_nothing_is_replaced(stage: Stage) -> None:
+    stage.completions()
+    stage.filter()
+    old = stage.outputs()
+    prompts(stage, Prompt(id="p1", messages=QUESTION, reference=1))
+    with stage.run.prompts.open("ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: .*`python -m generate` writes it again"):
+        stage.filter()
+    assert stage.outputs() == old
+
+
+def test_a_column_that_is_added_later_buys_nothing_twice(stage: Stage, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    rows: list[dict[str, Any]] = [{"prompt": f"say {number}"} for number in range(5)]
+    stage.rules([{"rule": "length", "min_chars": 1}], dedup=None)
+    with misbehaving() as server:
+        recipe = recipe_for(server, prompts={"file": str(path), "samples": 2})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert generate(recipe, stage.run, quiet=True).answered == 10
+        rows = [{**row, "reference": number, "topic": "x"} for number, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "say 5", "reference": 5}]))
+        again = generate(recipe, stage.run, quiet=True)
+        assert (again.resumed, again.answered, len(server.asked)) == (10, 2, 12)
+    stage.filter()
+    kept = list(read_jsonl(stage.run.kept, Kept))
+    assert len(kept) == 12
+    assert all(row.reference == int(row.messages[0].content.removeprefix("say ")) for row in kept)
+    assert {row.columns.get("topic") for row in kept if row.reference != 5} == {"x"}
