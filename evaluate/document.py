@@ -296,6 +296,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[Difference] = []  # student after against before, and against the teacher
     checklist: Checklist = Checklist()
     accuracy: Accuracy | None = None  # None: nothing is verified
+    tasks: dict[str, dict[str, Estimate]] = {}  # task and metric of lm-eval: model: its figure
     wins: list[WinRate] = []  # the same pairs, by the judge; empty without a judge
 
 

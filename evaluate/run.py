@@ -6,7 +6,7 @@ evaluation/ or measured and written there, so a stopped evaluation continues whe
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import msgspec
 from evaluate.document import Report, read_report
 from evaluate.figures.accuracy import verify_rules
 from evaluate.figures.quality import probe_answers
+from evaluate.measure.lm_eval import find_command, measure_tasks
 from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerprint
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
 from evaluate.measure.probes import choose_probes, choose_questions
@@ -27,6 +28,7 @@ from evaluate.measure.results import (
     ProbeResult,
     Results,
     SpeedResult,
+    TaskResult,
     read_test,
 )
 from evaluate.measure.serving import (
@@ -70,14 +72,24 @@ def evaluate_run(
         if subject.missing:
             say(f"{subject.label}: not available: {subject.missing}")
     measure = not report_only
+    if recipe.evaluate.lm_eval and measure and speed:
+        find_command()
     scored = _score(plan, "perplexity", plan.rows, "test answers", measure=measure)
-    timed, answered = _serve(plan, measure=measure and speed)
-    probed = answered.get("probes", {})
+    served = {subject.key: _serve_one(plan, subject, measure=measure and speed) for subject in plan.models}
+    probed = _answers(served, "probes")
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
-    told = {f"{key}_told": result for key, result in answered.get("verify-told", {}).items()}
-    results = Results(scored, unseen, timed, probed, answered.get("verify", {}) | told, judged)
-    if not (scored or timed or answered):
+    told = {f"{key}_told": result for key, result in _answers(served, "verify-told").items()}
+    results = Results(
+        scored=scored,
+        unseen=unseen,
+        timed={key: one.speed for key, one in served.items() if one.speed},
+        probed=probed,
+        verified=_answers(served, "verify") | told,
+        tasks={key: one.tasks for key, one in served.items() if one.tasks},
+        judged=judged,
+    )
+    if not (scored or results.timed or probed or results.verified):
         raise UsageError(f"{run.path / FOLDER}: nothing measured yet; run evaluate without --report-only")
 
     old = read_report(run)
@@ -166,34 +178,38 @@ def _interviews(plan: Plan, subject: Subject) -> list[Interview]:
     return found
 
 
-def _serve(plan: Plan, *, measure: bool) -> tuple[dict[str, SpeedResult], dict[str, dict[str, ProbeResult]]]:
-    """Speed and answers of every model: the answers by interview and model."""
-    timed: dict[str, SpeedResult] = {}
-    answered: dict[str, dict[str, ProbeResult]] = {}
-    for subject in plan.models:
-        speed, answers = _serve_one(plan, subject, measure=measure)
-        timed |= {subject.key: speed} if speed else {}
-        for name, result in answers.items():
-            answered.setdefault(name, {})[subject.key] = result
-    return timed, answered
+class Served(NamedTuple):
+    """What needs a server, of one model."""
+
+    speed: SpeedResult | None
+    answers: dict[str, ProbeResult]  # by interview
+    tasks: TaskResult | None
 
 
-def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedResult | None, dict[str, ProbeResult]]:
-    """Speed and answers of one model, on one server, or of a teacher elsewhere."""
+def _answers(served: Mapping[str, Served], name: str) -> dict[str, ProbeResult]:
+    return {key: one.answers[name] for key, one in served.items() if name in one.answers}
+
+
+def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> Served:
+    """Speed, answers and tasks of one model, on one server; the answers of a teacher elsewhere."""
     recipe, fresh, here = plan.recipe, plan.force and measure, subject.folder is not None
     interviews, timing = _interviews(plan, subject), plan.entry("speed", subject, plan.timing)
     speed = timing.read(SpeedResult) if here and not fresh else None
+    testing = plan.entry("tasks", subject, [])
+    tests = here and bool(recipe.evaluate.lm_eval)
+    tasks = testing.read(TaskResult) if tests and not fresh else None
     found = {} if fresh else {one.name: one.entry.read(ProbeResult) for one in interviews}
     answers = {name: result for name, result in found.items() if result}
     missing = [one for one in interviews if measure and one.name not in answers]
-    lacks_speed = measure and here and not speed
-    if not lacks_speed and not missing:
-        return speed, answers
+    lacks_speed, lacks_tasks = measure and here and not speed, measure and tests and not tasks
+    if not (lacks_speed or lacks_tasks or missing):
+        return Served(speed, answers, tasks)
     wanted = ["its speed"] * lacks_speed + [f"{len(one.prompts)} prompts ({one.name})" for one in missing]
+    wanted += recipe.evaluate.lm_eval * lacks_tasks
     if not here:
         say(f"{subject.label}: {' and '.join(wanted)}, asked at {recipe.teacher.url}")
         asked = plan.run.path / FOLDER / "asked-teacher"
-        return None, answers | {one.name: one.entry.write(one.ask(recipe, asked)) for one in missing}
+        return Served(None, answers | {one.name: one.entry.write(one.ask(recipe, asked)) for one in missing}, None)
     url = recipe.teacher.url
     if lacks_speed and is_loopback(url) and is_port_open(url):
         say(f"warning: something answers at {url}; stop it, or it takes its share of the speed")
@@ -204,7 +220,9 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> tuple[SpeedRes
             say(f"{subject.label}: {min(speed.rates):.1f} to {max(speed.rates):.1f} tokens/s")
         for one in missing:
             answers[one.name] = one.entry.write(one.ask(recipe_for(recipe, server), folder))
-    return speed, answers
+        if lacks_tasks:
+            tasks = testing.write(measure_tasks(recipe, server, folder))
+    return Served(speed, answers, tasks)
 
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:
@@ -242,6 +260,7 @@ def _record(run: RunDir, report: Report) -> None:
         "created": report.created,
         "headline": headline.text,
         "perplexity": {m.key: own.value for m in report.models if (own := m.figure("test", "perplexity"))},
+        "right": {m.key: own.value for m in report.models if (own := m.figure("verified", "accuracy"))},
         "promise": {claim.name: claim.verdict for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
         "fingerprint": report.fingerprint,

@@ -89,6 +89,11 @@ class RuleSet:
         """Whether a rule may take long: a verifier, or a user's function."""
         return self.verifies or any(isinstance(rule.settings, FunctionSettings) for rule in self.rules)
 
+    def described(self) -> list[dict[str, Any]]:
+        """Every rule that may drop an answer, with its settings."""
+        unverified: list[dict[str, Any]] = [{"rule": UNVERIFIED}] if self.verifies else []
+        return [*(rule.described() for rule in self.rules), *unverified]
+
     def check(self, answer: Answer) -> Checked:
         """What the rules say of an answer, all of them."""
         said = [(rule.label, rule.verify(answer)) for rule in self.rules]
@@ -142,7 +147,7 @@ def _load_rule(rule: RuleConfig, where: str, recipe_path: Path) -> tuple[Rule, R
 def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSettings]) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(model.model_fields)
+        known = ", ".join(field.alias or name for name, field in model.model_fields.items())
         return f"{where}{key}: the rule `{rule}` has no such setting, got {problem['input']!r}; there are {known}"
     if problem["type"] == "missing":
         return f"{where}{key} is missing; the rule `{rule}` needs it"
@@ -187,9 +192,11 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
+        if isinstance(said, Verified):
+            return said
         reason, score = said if isinstance(said, tuple) and len(said) == 2 else (said, None)
         if not isinstance(reason, str | None) or not isinstance(score, float | int | None) or isinstance(score, bool):
-            wanted = "a reason (text) or None, or a pair of that and a score (a number)"
+            wanted = "a reason (text) or None, or a pair of that and a score (a number), or a Verified"
             raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted {wanted}")
         dropped = None if reason is None else Reason(rule=settings.name, note=reason or "no reason given")
         return Verified(dropped, None if score is None else float(score))

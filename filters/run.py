@@ -137,9 +137,9 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
             kept = survivors.samples[survivors.alive]
             pairs = (Path(files[0].name), kept), (Path(files[1].name), samples[samples["wrong"]])
             write_preferences(files[3], config.preferences, *pairs, recipe.prompts)
-        selection = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
-        described = [*(rule.described() for rule in rules.rules), *judge_rules(config.judge), *dedup_rules(dedup)]
-        report = make_report(tally, [*described, *selection], _prompts(samples, survivors, Path(files[1].name)))
+        last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
+        described = [*rules.described(), *judge_rules(config.judge), *dedup_rules(dedup), *last]
+        report = make_report(tally, described, _prompts(samples, survivors, Path(files[1].name)))
         files[2].write(report.encoded())
     record_lineage(run, "filters", _lineage(report, rules, config))
     return report
@@ -257,7 +257,7 @@ def check_keep_rate(
 def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dict[str, object]:
     counts = {name: getattr(report, name) for name in ("rows", "kept", "dropped", "keep_rate", "bad_lines")}
     return {
-        "rules": [rule.described() for rule in rules.rules],
+        "rules": rules.described(),
         **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError, first_line
 
+ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
 
 

@@ -35,6 +35,10 @@ class EvaluateConfig(Section):
     """A model that scores and compares the answers; null: the judge of `filters`."""
     ask_teacher: bool = False
     """Ask a teacher whose weights are elsewhere to answer the probes at its endpoint; this may cost money."""
+    lm_eval: list[str] = Field([])
+    """Tasks of lm-eval, like `ifeval`, that every model here is asked: what the student forgot. Installed apart."""
+    lm_eval_limit: int | None = Field(None, ge=1)
+    """Questions of each such task, at most; null: all."""
     seed: int = 0
     """Seed of the choice of probes."""
     speed_requests: int = Field(64, ge=1)

@@ -93,6 +93,16 @@ class Kept(Completion, frozen=True, kw_only=True):
     scores: dict[str, float] = {}
 
 
+class Preference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Two answers to one prompt, one of them the better."""
+
+    id: str  # of the answer preferred, a colon, and the id of the other
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[Json] = []
+
+
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why one rule drops an answer, as data; `filters.reasons.describe` says it in words. Unset fields stay out."""
 

@@ -53,6 +53,7 @@ class RunDir:
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
     student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
     student = File("student")  # `train`
+    student_sft = File("student-sft")  # the student before it learned from preferences; `train`
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 

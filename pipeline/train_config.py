@@ -30,12 +30,28 @@ class KdConfig(Section):
     """gkd: tokens of a sample, at most."""
 
 
-class TrainConfig(Section):
-    """How the student learns (TRL SFTTrainer, PEFT)."""
+class DpoConfig(Section):
+    """Preferences (`method: dpo`): how a student that learned from answers follows the better of two."""
 
-    method: Literal["lora", "qlora", "full", "kd", "gkd"] = "lora"
-    """On the teacher's text: adapters, adapters over a base in 4 bits, or all weights; or soft distillation."""
+    weights: Literal["lora", "full"] = "lora"
+    """What is trained: adapters, which are merged when the student is saved, or all weights."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the student is held to what it was at the start; lower lets it go further."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Takes the place of `train.learning_rate`: a tenth of it or less is usual."""
+    epochs: float = Field(1, gt=0)
+    """Takes the place of `train.epochs`."""
+
+
+class TrainConfig(Section):
+    """How the student learns (TRL SFTTrainer and DPOTrainer, PEFT)."""
+
+    method: Literal["lora", "qlora", "full", "kd", "gkd", "dpo"] = "lora"
+    """On the teacher's text: adapters, adapters over 4 bits, or all weights; soft distillation; or then preferences."""
     kd: KdConfig = KdConfig()
+    dpo: DpoConfig = DpoConfig()
+    start: Path | None = None
+    """dpo: the folder of the student to start from; null: the run's own, as another method left it."""
     epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -87,12 +103,16 @@ class TrainConfig(Section):
     @property
     def weights(self) -> Weights:
         """What is trained: adapters, adapters over a base in 4 bits, or all of it."""
+        if self.method == "dpo":
+            return self.dpo.weights
         return self.kd.weights if self.method == "kd" or self.method == "gkd" else self.method
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        if self.loss_on == "all" and self.method == "gkd":
-            raise ValueError("loss_on all is not for method gkd, whose samples are last turns; use last")
+        if self.loss_on == "all" and self.method in ("gkd", "dpo"):
+            raise ValueError(f"loss_on all is not for method {self.method}, which looks at last turns; use last")
+        if self.reasoning == "keep" and self.method == "dpo":
+            raise ValueError("reasoning keep is not for method dpo: preferences.jsonl has none; use strip")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} is more than batch_size {self.batch_size}")
         return self

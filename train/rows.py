@@ -108,15 +108,19 @@ def to_examples(
 
     `reasoning`: the field of the answer's turn that has it (`reasoning_form`); None leaves it out.
     """
-    tools = any(row.tools for row in rows)  # one set of columns for all rows
     return [
         {
             "prompt": [turn_of(message) for message in asked_of_student(row.messages, student)],
             "completion": [answer_turn(row, reasoning)],
-            **({"tools": json.dumps(row.tools, ensure_ascii=False) if row.tools else None} if tools else {}),
+            "tools": tools_text(row.tools),
         }
         for row in rows
     ]
+
+
+def tools_text(tools: list[Json]) -> str | None:
+    """Tools as TRL takes them too: as JSON text, which needs no common shape; None if there are none."""
+    return json.dumps(tools, ensure_ascii=False) if tools else None
 
 
 def answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ command continues from the last one.
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,22 +18,25 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
-from pipeline.errors import UsageError
+from pipeline.checks import Check
+from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir, write_jsonl
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
+from train.preferences import Pairs, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
-from train.rows import read_parts, reasoning_form, to_examples
+from train.rows import Parts, read_parts, reasoning_form, to_examples
 from train.student import PRUNE, initial_student, load_tokenizer
 
 if TYPE_CHECKING:
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
+MARGIN = "eval_rewards/margins"
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 # Settings that change no weight.
 SAME_RESULT = {"test_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
@@ -53,38 +58,28 @@ def train_run(
     train together one writes and prints.
     Raises RecipeError, DataError or DistillError, each with the fix; nothing is trained on faulty rows.
     """
+    if recipe.student is None:
+        raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
     parts = read_parts(recipe, run)
-    fingerprint, work = training_fingerprint(recipe, run), run.path / "training"
-    if not again and run.test.is_file() and trained_from(run.student) == fingerprint:
+    start = start_of(recipe, run) if recipe.train.method == "dpo" else None
+    pairs = read_pairs(recipe, run, parts) if start else {}
+    fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
+    if not again and run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
+    decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
+    begin = Beginning(
+        recipe, run, work, console, processes, decide, partial(_open_work, work, fingerprint, again, console)
+    )
     try:
-        from train.trainer import prepare
+        prepared, checks = begin.on_pairs(start, pairs) if start else begin.on_rows(parts, allow_chain=allow_chain)
     except ImportError as error:
         raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
-
-    with processes.lead_first():
-        student = initial_student(recipe, run)
-    decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
-    tokenizer = load_tokenizer(student)
-    checks = [*row_checks(parts, read_lineage(run), recipe.train)]
-    checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
-    decide(checks)
-    with processes.lead_first():
-        if processes.lead:
-            _open_work(work, fingerprint, again=again, console=console)
-    shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(recipe.train, tokenizer))
-    examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
-    prepared = prepare(student, examples, recipe.train, work, console, recipe.teacher.model, processes)
-    of_tokens = list(token_checks(prepared, parts, recipe.train))
-    decide(of_tokens, earlier=checks)
-    validation = [parts.validation[index] for index in prepared.rows["validation"]]
-    rows = {"train": len(prepared.rows["train"]), "validation": len(validation), "test": len(parts.test)}
-    console.print(f"training on {rows['train']} rows; {len(validation)} validate, {len(parts.test)} test")
+    rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
+    console.print(f"training on {rows['train']} rows; {rows['validation']} validate, {rows['test']} test")
     if processes.lead:
-        write_jsonl(run.validation, validation)
         write_jsonl(run.test, parts.test)
 
     prepared.fit()
@@ -92,8 +87,9 @@ def train_run(
     if processes.lead:
         log = training_log(prepared, recipe, rows)
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
-        section |= {"fingerprint": fingerprint, "too_long_dropped": len(parts.all) - sum(rows.values())}
-        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins([*checks, *of_tokens])})
+        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
+        section |= {"weights": "full", "start": trained_section(start)} if start else {}  # it is merged
+        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
         print(
             f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
@@ -101,26 +97,76 @@ def train_run(
         )
 
 
-def training_fingerprint(recipe: Recipe, run: RunDir) -> str:
-    """Hash of all that determines the trained student: rows, parts, settings, student, the teacher it is cut from."""
-    unused = set() if recipe.train.soft else {"kd"}
+@dataclass(frozen=True)
+class Beginning:
+    """All that comes before the first step: the student, the checks, the rows as tokens."""
+
+    recipe: Recipe
+    run: RunDir
+    work: Path
+    console: Console
+    processes: Processes
+    decide: Callable[..., None]
+    open_work: Callable[[], None]
+
+    def on_rows(self, parts: Parts, *, allow_chain: bool) -> tuple["Prepared", list[Check]]:
+        """Supervised or soft distillation on kept rows; writes validation.jsonl."""
+        from train.trainer import prepare
+
+        recipe, config = self.recipe, self.recipe.train
+        with self.processes.lead_first():
+            student = initial_student(recipe, self.run)
+        tokenizer = load_tokenizer(student)
+        checks = [*row_checks(parts, read_lineage(self.run), config)]
+        checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
+        self.decide(checks)
+        self._open()
+        shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
+        examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
+        prepared = prepare(student, examples, config, self.work, self.console, recipe.teacher.model, self.processes)
+        of_tokens = list(token_checks(prepared, [row.id for row in (*parts.train, *parts.validation)], config))
+        self.decide(of_tokens, earlier=checks)
+        if self.processes.lead:
+            write_jsonl(self.run.validation, [parts.validation[index] for index in prepared.rows["validation"]])
+        return prepared, [*checks, *of_tokens]
+
+    def on_pairs(self, start: Path, pairs: Pairs) -> tuple["Prepared", list[Check]]:
+        """Preferences, from a student that has learned from answers; what was checked then is not checked again."""
+        from train.dpo import prepare_dpo
+
+        self._open()
+        prepared = prepare_dpo(start, pairs, self.recipe, self.work, self.console, self.processes)
+        ids = [pair.id for part in ("train", "validation") for pair in pairs[part]]
+        checks = list(token_checks(prepared, ids, self.recipe.train))
+        self.decide(checks)
+        return prepared, checks
+
+    def _open(self) -> None:
+        with self.processes.lead_first():
+            if self.processes.lead:
+                self.open_work()
+
+
+def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:
+    """Hash of all that determines the trained student: rows, parts, settings, student, the teacher it is cut from.
+
+    `start`: the student that preferences are learned after.
+    """
+    config = recipe.train
+    unused = {"start"} | (set() if config.soft else {"kd"}) | (set() if start else {"dpo"})
     settings = {
-        "train": recipe.train.model_dump(mode="json", exclude=SAME_RESULT | unused),
+        "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused),
         "parts": recipe.prompts.model_dump(mode="json", include={"seed", "validation", "test"}),
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
     }
+    if start:
+        settings["start"] = trained_section(start).get("fingerprint")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in filter(None, (run.kept, recipe.train.test_rows)):
+    for path in filter(None, (run.kept, config.test_rows, run.preferences if start else None)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def trained_from(student: Path) -> str | None:
-    """The fingerprint of the training that a saved student came from; None if there is none."""
-    fingerprint: str | None = read_lineage(RunDir(student)).get("train", {}).get("fingerprint")
-    return fingerprint
 
 
 def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> dict[str, Any]:
@@ -128,7 +174,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
 
     `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy per token
     of the validation answers, in nats, which can be compared between methods. `saved_step`: the step of the weights
-    that were kept.
+    that were kept. `margin`: of preferences, the mean reward of the better answer over the worse, at each evaluation.
     """
     state = prepared.trainer.state
     steps = [entry for entry in state.log_history if "loss" in entry]
@@ -136,6 +182,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     return {
         "loss": [{name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")} for entry in steps],
         "eval": [{"step": entry["step"], "epoch": entry["epoch"], "loss": entry["eval_loss"]} for entry in evaluations],
+        "margin": [entry[MARGIN] for entry in evaluations if MARGIN in entry],
         **{f"{part}_rows": count for part, count in rows.items()},
         "saved_step": prepared.saved_step,
         "tokens": state.num_input_tokens_seen,  # padding not counted
@@ -163,7 +210,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
+def _open_work(work: Path, fingerprint: str, again: bool, console: Console) -> None:
     """Prepares the folder of checkpoints: only whole ones of this very training stay."""
     mark = work / FINGERPRINT
     if work.is_dir() and (again or not mark.is_file() or mark.read_text() != fingerprint):
@@ -185,7 +232,11 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
     work = folder.parent
+    dpo = recipe.train.method == "dpo"
+    of_answers = trained_section(run.student).get("method", "dpo") != "dpo"
+    if of_answers or not dpo:
+        shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
-        run.student.rename(work / "old-student")
+        run.student.rename(run.student_sft if of_answers and dpo else work / "old-student")
     folder.rename(run.student)
     shutil.rmtree(work)

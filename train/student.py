@@ -19,11 +19,10 @@ PRUNED = "pruned.json"  # in student-init: what it was built from
 def initial_student(recipe: Recipe, run: RunDir) -> str:
     """A folder or a Hub id of the student before training; `prune:<k>` is built first.
 
-    Raises RecipeError if the recipe names no student, if `prune:<k>` asks for more layers than there are, or if
-    adapters would have to fix a student that layers were cut out of.
+    Raises RecipeError if `prune:<k>` asks for more layers than there are, or if adapters would have to fix a student
+    that layers were cut out of.
     """
-    if recipe.student is None:
-        raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
+    assert recipe.student is not None
     reference = recipe.student.model
     if not reference.startswith(PRUNE):
         return resolve_model(reference)

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,15 @@ Examples = dict[str, list[dict[str, Any]]]  # train and validation: prompt-compl
 class Prepared:
     """A trainer whose rows are tokenised, and what their tokens say. Keys of the dicts: train, validation."""
 
-    trainer: StudentTrainer
+    trainer: Any  # a StudentTrainer or TRL's DPOTrainer
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
-    faults: dict[str, list[str]]  # by kind, of the rows that are not too long (train.tokens)
-    differing: int  # training rows whose context is not the one that the student will be asked with
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
     milestones: Milestones
     progress: TrainProgress
+    faults: dict[str, list[str]] | None = None  # by kind, of the rows that are not too long (train.tokens)
+    differing: int = 0  # training rows whose context is not the one that the student will be asked with
 
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one; then holds the weights of the best validation loss.
@@ -64,7 +64,7 @@ class Prepared:
         """
         checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
         try:
-            with _quiet(), self.milestones.interruptible():
+            with quiet(), self.milestones.interruptible():
                 state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
                 if state and is_stopped_early(state, self.milestones.config.early_stop):
                     self.trainer.state = state
@@ -82,9 +82,15 @@ class Prepared:
             self.progress.bar.stop()  # leaves the terminal as it was; also after an interrupt
 
     @property
+    def too_long(self) -> int:
+        """How many rows were left out."""
+        return sum(len(lengths) - len(self.rows[part]) for part, lengths in self.lengths.items())
+
+    @property
     def saved_step(self) -> int:
         """The step whose weights are kept: that of the best validation loss."""
-        return self.trainer.state.best_global_step or self.trainer.state.global_step
+        state: TrainerState = self.trainer.state
+        return state.best_global_step or state.global_step
 
     def save(self, folder: Path, console: Console, *, write: bool = True) -> None:
         """Writes the model (full) or the adapter (lora), the tokenizer and the chat template.
@@ -94,9 +100,11 @@ class Prepared:
         All processes take part; one writes.
         """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with _quiet():
-            rounds = not hasattr(model, "peft_config") and self.dtype != model.dtype
-            if rounds and self._survives_rounding(model, console):
+        adapter = hasattr(model, "peft_config")
+        with quiet():
+            if adapter and self.milestones.config.method == "dpo":  # an adapter over a student that nobody else has
+                model = model.merge_and_unload().to(self.dtype)
+            elif not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
                 model = model.to(self.dtype)
             if write:
                 model.save_pretrained(folder)
@@ -136,30 +144,46 @@ def prepare(
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
     check_machine(config, processes)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
-    with _quiet():
+    with quiet():
         model, tokenizer, dtype = _load(student, config)
         trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher)
-        milestones, progress = Milestones(config, processes, console), TrainProgress(console)
-        trainer.add_callback(milestones)
-        trainer.add_callback(progress)
-        parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-        lengths = {part: [len(ids) for ids in rows["input_ids"]] for part, rows in parts.items()}
-        kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
-        trainer.train_dataset = trainer.train_dataset.select(kept["train"])
-        trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
-        if 0 < len(kept["train"]) < processes.count:
-            raise UsageError(
-                f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
-                f"{len(kept['train'])} (--num_processes), or generate more prompts"
-            )
+        prepared = ready(trainer, config, dtype, console, processes)
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
-        shown = [examples["train"][index] for index in kept["train"]]
+        shown = [examples["train"][index] for index in prepared.rows["train"]]
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
-    words = precision(config.weights)
-    return Prepared(trainer, kept, lengths, faults, differing, dtype, words, milestones, progress)
+    return replace(prepared, faults=faults, differing=differing)
+
+
+def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Console, processes: Processes) -> Prepared:
+    """A trainer with its callbacks, and without the rows that are too long.
+
+    Raises UsageError if there are fewer rows than processes.
+    """
+    milestones, progress = Milestones(config, processes, console), TrainProgress(console)
+    for callback in (milestones, progress):
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
+    lengths = {part: _lengths(rows) for part, rows in parts.items()}
+    kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
+    trainer.train_dataset = trainer.train_dataset.select(kept["train"])
+    trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
+    if 0 < len(kept["train"]) < processes.count:
+        raise UsageError(
+            f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
+            f"{len(kept['train'])} (--num_processes), or generate more prompts"
+        )
+    return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
+
+
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of each row; of a pair, with the longer of its answers."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
@@ -203,7 +227,12 @@ def _trainer(
     checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
     settings: dict[str, Any] = {
         "model": model,
-        "args": _arguments(config, folder, checkpointing=checkpointing),
+        "args": SFTConfig(
+            **training_arguments(config, folder, checkpointing=checkpointing),
+            packing=False,  # without FlashAttention it mixes rows
+            completion_only_loss=config.loss_on == "last",
+            assistant_only_loss=config.loss_on == "all",
+        ),
         "train_dataset": datasets.Dataset.from_list(examples["train"], on_mixed_types="use_json"),
         "eval_dataset": datasets.Dataset.from_list(examples["validation"], on_mixed_types="use_json"),
         "processing_class": tokenizer,
@@ -216,9 +245,7 @@ def _trainer(
     if config.soft:
         texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
         settings |= {"teacher": load_teacher(teacher, tokenizer, texts, console), "soft": config.kd}
-    trainer = kinds.get(config.method, StudentTrainer)(**settings)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return kinds.get(config.method, StudentTrainer)(**settings)
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
@@ -227,39 +254,38 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size)
 
 
-def _arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(folder.resolve()),  # the best checkpoint is found again from any folder
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,
-        gradient_checkpointing=checkpointing,
-        max_length=None,  # nothing is cut: rows that are too long are refused or dropped before
-        packing=False,  # without FlashAttention it mixes rows
-        completion_only_loss=config.loss_on == "last",
-        assistant_only_loss=config.loss_on == "all",
-        seed=config.seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=autocast(config.weights),
-        save_strategy="steps",
-        save_steps=NEVER,  # Milestones decides
-        eval_strategy="steps",
-        eval_steps=NEVER,
-        save_total_limit=2,  # the last and the best; with 1 the last would go when training ends
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        logging_steps=1,
-        include_num_input_tokens_seen="non_padding",
-        ddp_find_unused_parameters=False,  # all that is trained is used
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to=config.report_to or "none",
-    )
+def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
+    """What the trainers of all methods are told, as SFTConfig and DPOConfig take it."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
+    return {
+        "output_dir": str(folder.resolve()),  # the best checkpoint is found again from any folder
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup,
+        "gradient_checkpointing": checkpointing,
+        "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before
+        "seed": config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": autocast(config.weights),
+        "save_strategy": "steps",
+        "save_steps": NEVER,  # Milestones decides
+        "eval_strategy": "steps",
+        "eval_steps": NEVER,
+        "save_total_limit": 2,  # the last and the best; with 1 the last would go when training ends
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "logging_steps": 1,
+        "include_num_input_tokens_seen": "non_padding",
+        "ddp_find_unused_parameters": False,  # all that is trained is used
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "report_to": config.report_to or "none",
+    }
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Mutes the libraries' bars and warnings; ours say what matters. Errors still show."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -92,13 +92,17 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     config = recipe.evaluate
     if not config.verify:
         return ProbePrompts("test", [])
-    prompts = list(read_jsonl(run.prompts, Prompt))
-    distinct = {question_text(prompt.messages): prompt for prompt in prompts}.values()
-    test = [prompt for prompt in distinct if (prompt.part or recipe.prompts.part_of(prompt.messages)) == "test"]
+    test = {
+        question_text(prompt.messages): prompt
+        for prompt in read_jsonl(run.prompts, Prompt)
+        if (prompt.part or recipe.prompts.part_of(prompt.messages)) == "test"
+    }
     if not test:
         raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
-    unseen = _from_file(recipe, Asked(prompts), config.verify_count) if config.probes_file else []
-    return ProbePrompts("test", _sample(test, config.verify_count, config.seed), unseen)
+    unseen = []
+    if config.probes_file:
+        unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)
+    return ProbePrompts("test", _sample(list(test.values()), config.verify_count, config.seed), unseen)
 
 
 def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:

@@ -6,6 +6,7 @@
     evaluation/probes-<model>.json        the answers to the probes
     evaluation/verify-<model>.json        the answers that `evaluate.verify` checks, and how long they took
     evaluation/verify-told-<model>.json   the same of the untrained student, told what the teacher is told
+    evaluation/tasks-<model>.json         its figures in the tasks of lm-eval
     evaluation/judged.json                the judge's scores of these answers, and its choices between them
 
 Each carries the fingerprint of all it was measured on, so a stopped evaluation continues where it was, and a figure of
@@ -19,6 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
+from evaluate.document import Estimate
 from evaluate.measure.probes import ProbePrompts
 from evaluate.models import Subject, digest
 from filters.ruleset import RuleSet
@@ -35,6 +37,7 @@ SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a ser
         "serve": True,
     },
     "probes": {"sampling": True, "serve": {"dtype", "device", "args"}},  # a change of the rules asks no model again
+    "tasks": {"evaluate": {"lm_eval", "lm_eval_limit"}, "serve": {"dtype", "device", "args"}},
     "verify": {
         "evaluate": {"speed_requests", "speed_concurrency", "speed_repeats"},
         "sampling": {"max_tokens", "extra"},
@@ -130,7 +133,14 @@ class JudgeResult(msgspec.Struct, frozen=True, kw_only=True):
     pairs: list[PairVerdict]
 
 
-Result = TypeVar("Result", PerplexityResult, SpeedResult, ProbeResult, JudgeResult)
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's figures in the tasks of lm-eval, by task and metric."""
+
+    fingerprint: str = ""
+    scores: dict[str, Estimate]
+
+
+Result = TypeVar("Result", PerplexityResult, SpeedResult, ProbeResult, JudgeResult, TaskResult)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,7 @@ class Results:
     timed: dict[str, SpeedResult]
     probed: dict[str, ProbeResult]
     verified: dict[str, ProbeResult]
+    tasks: dict[str, TaskResult]
     judged: JudgeResult | None = None
 
 

@@ -45,7 +45,7 @@ from evaluate.figures.quality import (
 )
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
-from evaluate.measure.results import Plan, Results, RowScore, SpeedResult
+from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
 from filters.rows import filtered_rows
 from pipeline.lineage import read_lineage, versions
@@ -102,6 +102,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         probes=probes,
         accuracy=_accuracy(plan, verified, figures) if verified and verified.prompts else None,
         differences=differences(figures),
+        tasks=_by_task(results.tasks),
         wins=win_rates(judged, quality),
     )
 
@@ -159,6 +160,11 @@ def _model_report(
 
 def _figures_of(key: str, figures: Mapping[Part, Figures]) -> dict[Part, dict[str, Estimate]]:
     return {part: {name: one.estimate() for name, one in of[key].items()} for part, of in figures.items() if key in of}
+
+
+def _by_task(results: Mapping[str, TaskResult]) -> dict[str, dict[str, Estimate]]:
+    names = dict.fromkeys(name for result in results.values() for name in result.scores)
+    return {name: {key: own.scores[name] for key, own in results.items() if name in own.scores} for name in names}
 
 
 def _accuracy(plan: Plan, verified: Verified, figures: Mapping[Part, Figures]) -> Accuracy:

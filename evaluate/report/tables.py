@@ -7,7 +7,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evaluate.document import ENGINE, MEASURES, PROBES, SCORES, Estimate, ModelReport, Part, Report, WinRate, percent
+from evaluate.document import (
+    ENGINE,
+    MEASURES,
+    PROBES,
+    SCORES,
+    Estimate,
+    ModelReport,
+    Part,
+    Report,
+    WinRate,
+    number,
+    percent,
+)
 from evaluate.figures.promise import shown
 from evaluate.models import AFTER
 
@@ -72,7 +84,7 @@ def verified(report: Report) -> list[Table]:
 
 
 def measured(report: Report) -> list[Table]:
-    """Perplexity, then speed and memory of every model; a figure that no model has is left out."""
+    """Perplexity, speed and memory, and other tasks of every model; a figure that no model has is left out."""
     scores: list[tuple[str, Part, str]] = [("", "test", name) for name in SCORES]
     scores += [("unseen ", "unseen", name) for name in SCORES]
     tables = (
@@ -80,7 +92,13 @@ def measured(report: Report) -> list[Table]:
         _table(report, report.models, "speed and memory", [("", "engine", name) for name in ENGINE]),
     )
     references = [model.reference for model in report.models]
-    return [table._replace(references=references) for table in tables if table.rows]
+    found = [table._replace(references=references) for table in tables if table.rows]
+    models = [model for model in report.models if any(model.key in own for own in report.tasks.values())]
+    rows = [
+        Row(name, [_lines(own[model.key], number) if model.key in own else [Line(NOTHING)] for model in models])
+        for name, own in report.tasks.items()
+    ]
+    return found + ([Table("other tasks, by lm-eval", [model.label for model in models], rows)] if rows else [])
 
 
 def probes(report: Report) -> list[Table]:

@@ -30,6 +30,10 @@ def _read(text: str) -> list[Any]:
 
 
 def _normalised(value: Any) -> str:
-    if isinstance(value, sympy.Expr) and value.is_number and value.is_real:
-        return f"{float(value):.12g}"
+    if isinstance(value, sympy.Eq) and value.lhs.is_Symbol:  # x = 3
+        value = value.rhs
+    if isinstance(value, sympy.Basic):
+        value = value.doit()
+        if value.is_number and value.is_real:
+            return f"{float(value):.12g}"
     return str(value)

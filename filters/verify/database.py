@@ -141,9 +141,14 @@ def run(file: str, query: str, seconds: float) -> Result:
 
 @lru_cache
 def _connect(file: str) -> sqlite3.Connection:
-    """`immutable`: SQLite takes no lock and makes no file beside it; the file must not change meanwhile."""
-    connection = sqlite3.connect(f"{Path(file).as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
-    connection.execute("SELECT count(*) FROM sqlite_master")  # raises if it is no database
+    """A SQLite file, opened to read only, or a script, run on a database in memory. Raises sqlite3.Error.
+
+    `immutable`: SQLite takes no lock and makes no file beside it; the file must not change meanwhile.
+    """
+    script = file.endswith(".sql")
+    address = ":memory:" if script else f"{Path(file).as_uri()}?mode=ro&immutable=1"
+    connection = sqlite3.connect(address, uri=not script, isolation_level=None)
+    connection.executescript(Path(file).read_text(encoding="utf-8") if script else "SELECT 1 FROM sqlite_master")
     for pragma in (f"hard_heap_limit = {_MEMORY}", "temp_store = MEMORY", "query_only = ON", "trusted_schema = OFF"):
         connection.execute(f"PRAGMA {pragma}").fetchall()
     for limit, value in _LIMITS.items():

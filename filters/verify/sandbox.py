@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import resource
-import select
 import signal
 import sys
 import types
@@ -48,6 +47,8 @@ def restrict_files(read: Iterable[str], write: Iterable[str]) -> bool:
     rules = (ctypes.c_uint64 * 3)(files, net, scope)
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _LIBC.syscall(_LANDLOCK_CREATE, rules, size, 0)
+    if ruleset < 0:
+        return False
     for paths, allowed in ((read, _READ_FILE | _READ_DIR), (write, files)):
         for path in filter(os.path.exists, paths):
             rights = allowed if os.path.isdir(path) else allowed & (_READ_FILE | 2)  # 2: write to a file
@@ -58,6 +59,14 @@ def restrict_files(read: Iterable[str], write: Iterable[str]) -> bool:
     done = _LIBC.syscall(_LANDLOCK_RESTRICT, ruleset, 0)
     os.close(ruleset)
     return bool(done == 0)
+
+
+def limit(name: str, most: int) -> None:
+    """Sets one of setrlimit's limits for good, to less where less is allowed."""
+    kind = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 def main() -> None:
@@ -75,8 +84,10 @@ def main() -> None:
     os.write(reply, STARTED)
     user = 20_000 + os.getpid() % 40_000  # in place of root: one of its own, so that its processes can be counted
     apart = not asked["isolate"] or _unshare()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         os.setsid()  # its signals reach nobody else
         try:
             missing = _shut_in(asked, user, apart) if asked["isolate"] else []
@@ -87,7 +98,7 @@ def main() -> None:
         os.write(reply, json.dumps({"nonce": asked["nonce"], **answer}).encode())
         os._exit(0)
     os.close(reply)
-    in_time = select.select([os.pidfd_open(child)], [], [], asked["limits"]["seconds"])[0]
+    in_time = signal.sigtimedwait({signal.SIGCHLD}, asked["limits"]["seconds"])
     os.kill(child, signal.SIGKILL)  # the first of a PID namespace: the kernel kills all that are left in it
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(TIMED_OUT if not in_time else status if status >= 0 else KILLED - status)
@@ -171,7 +182,7 @@ def _limit(limits: dict[str, int], *, may_fork: bool) -> None:
         "CORE": 0,
         "NPROC": limits["processes"] if may_fork else 0,  # threads count as processes
     }.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        limit(name, most)
 
 
 def _run(program: str, tests: list[str]) -> dict[str, Any]:

@@ -1,11 +1,5 @@
 """The verifier `sql`: the answer is a query that runs on a SQLite database, and finds what the reference finds."""
 
-import atexit
-import os
-import shutil
-import sqlite3
-import tempfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -26,13 +20,13 @@ class SqlSettings(ReferenceSettings):
     returns_rows: bool = Field(False, description="an answer that finds nothing is dropped")
     tolerance: float = Field(1e-6, ge=0)  # of numbers, as a share
     seconds: float = Field(2, gt=0)  # of processor time, for each query
-    _file: str = PrivateAttr()  # the SQLite file
+    _file: str = PrivateAttr()
 
     @model_validator(mode="after")
     def _can_be_read(self, info: ValidationInfo) -> Self:
         path = beside_recipe(self.database, info).resolve()
-        self._file = str(_from_script(path) if path.suffix == ".sql" else path)
-        log = Path(f"{self._file}-wal")
+        self._file = str(path)
+        log = Path(f"{path}-wal")
         if log.exists() and log.stat().st_size:
             raise ValueError(f"database: {log} holds changes that are not in it yet; close the program that uses it")
         try:
@@ -40,24 +34,6 @@ class SqlSettings(ReferenceSettings):
         except Unverified as error:
             raise ValueError(f"database: {path}: {error}") from None
         return self
-
-
-@lru_cache
-def _from_script(path: Path) -> Path:
-    """Runs a script in a new database, which goes away with this process. Raises ValueError if it does not run."""
-    folder = Path(tempfile.mkdtemp(prefix="verify-sql-"))
-    owner = os.getpid()
-    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
-    file = folder / f"{path.stem}.sqlite"
-    connection = sqlite3.connect(file)
-    try:
-        connection.executescript(path.read_text(encoding="utf-8"))
-        connection.commit()
-    except sqlite3.Error as error:
-        raise ValueError(f"database: {path}: {error}") from None
-    finally:
-        connection.close()
-    return file
 
 
 def sql(answer: Answer, settings: SqlSettings) -> Verified:

@@ -7,7 +7,6 @@ Landlock) and use no more than MEMORY; it ends with the process that started it.
 
 import importlib
 import os
-import resource
 import select
 import signal
 import socket
@@ -20,7 +19,7 @@ from typing import Any
 import msgspec
 
 from filters.verify.guard import Unverified
-from filters.verify.sandbox import die_with_parent, restrict_files
+from filters.verify.sandbox import die_with_parent, limit, restrict_files
 
 MEMORY = 2 << 30  # bytes of address space: sympy takes a tenth of it
 _START_S = 60  # for a worker to start and to import what a verifier needs, on a busy machine
@@ -101,11 +100,11 @@ def call(module: str, function: str, *arguments: Any, seconds: float) -> Any:
 def main() -> None:
     """The worker's side: imports a module, or calls one of its functions, until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other side's to handle
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit("CORE", 0)
     if sys.platform == "linux":
         die_with_parent()
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        restrict_files(read=["/"], write=[])
+        limit("AS", MEMORY)
+        restrict_files(read=["/"], write=[os.devnull])
     connection = Connection(int(sys.argv[1]))
     while True:
         try:

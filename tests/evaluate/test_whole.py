@@ -14,8 +14,8 @@ from rich.console import Console
 
 import evaluate.measure.results
 import evaluate.run
-from evaluate.document import Part, Report
-from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, answer_row
+from evaluate.document import Estimate, Part, Report
+from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, TaskResult, answer_row
 from evaluate.measure.serving import answer_probes, answer_questions
 from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
@@ -378,3 +378,23 @@ def test_a_teacher_elsewhere_is_verified_where_it_is_and_told_once(
     assert figure(report, "teacher", "accuracy", "verified") == 1 / 40
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["quality_accuracy"].value and claims["speed"].value is None  # it was not timed: it runs elsewhere
+
+
+def test_other_tasks_are_asked_of_every_model_once(
+    run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def measure_tasks(recipe: Recipe, server: Any, folder: Path) -> TaskResult:
+        asked.append(server.served_name)
+        return TaskResult(scores={"ifeval acc": Estimate(len(asked) / 10, 0.0, 1.0)})
+
+    recipe = recipe_of(tmp_path, evaluate={"lm_eval": ["ifeval"], "probes": 0, "unseen": {}})
+    with pytest.raises(UsageError, match="there is no `lm_eval` command"):
+        evaluate_run(recipe, run, PATH)
+    monkeypatch.setattr(evaluate.run, "measure_tasks", measure_tasks)
+    monkeypatch.setattr(evaluate.run, "find_command", lambda: "lm_eval")
+    report = evaluate_run(recipe, run, PATH)
+    assert evaluate_run(recipe, run, PATH) == report and asked == ["teacher", "student_before", "student_after"]
+    assert report.tasks["ifeval acc"]["student_after"].value == 0.3
+    assert "other tasks, by lm-eval" in run.report_html.read_text(encoding="utf-8")

@@ -321,6 +321,9 @@ def test_reasoning_can_be_required() -> None:
         ({"rule": "meta_talk", "patterns": ["("]}, "is not a regular expression"),
         ({"rule": "adherence", "slots": ["hero"]}, "the prompts have no slot `hero`; there are character"),
         ({"rule": "function", "file": "nowhere.py", "name": "f"}, "nowhere.py: no such file"),
+        ({"rule": "matches", "form": "json"}, "no such setting, got 'json'; there are field, pattern, seconds, as"),
+        ({"rule": "sql", "database": "nowhere.db"}, "nowhere.db: no such file"),
+        ({"rule": "choice"}, "names neither labels nor `reference: true`"),
     ],
 )
 def test_a_wrong_rule_is_named(rule: dict[str, Any], message: str) -> None:
@@ -346,6 +349,9 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         "    return f'{digits} digits' if digits > most else None\n"
         "def number(answer): return 3\n"
         "def broken(answer): return 1 / 0\n"
+        "from filters.answer import Verified\n"
+        "from pipeline.records import Reason\n"
+        "def whole(answer): return Verified(Reason(rule='any', note='no'), 0.5, 'one')\n"
     )
     recipe = tmp_path / "recipe.yaml"
     own = {"rule": "function", "file": "mine.py", "name": "no_digits"}
@@ -358,6 +364,12 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         rule_set({**own, "name": "nothing"}, recipe=recipe)
     with pytest.raises(DistillError, match=r"mine\.py: number returned 3"):
         rule_set({**own, "name": "number"}, recipe=recipe).reasons(answer)
+    checked = rule_set({**own, "name": "whole"}, recipe=recipe).check(answer)
+    assert (checked.reasons, checked.scores, checked.result) == (
+        [Reason(rule="whole", note="no")],
+        {"whole": 0.5},
+        "one",
+    )
     with pytest.raises(DistillError, match=r"mine\.py: broken raised ZeroDivisionError"):
         rule_set({**own, "name": "broken"}, recipe=recipe).reasons(answer)
     (tmp_path / "mine.py").write_text(

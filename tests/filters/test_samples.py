@@ -180,6 +180,19 @@ def test_one_of_a_prompts_answers_stays(stage: Stage, select: str, kept: list[st
         assert {key: rules[-1][key] for key in ("rule", "dropped")} == {"rule": "select", "dropped": 3}
 
 
+def test_what_is_gone_is_not_selected_and_counts_for_no_prompt(stage: Stage) -> None:
+    rows = [*answers("a", "five", "4", "4", "5"), *answers("b", "6", "7", "8")]
+    stage.filter(rows, {"rule": "agrees"}, select="first")
+    assert [*stage.kept()] == ["a1"]
+    assert stage.dropped() == {
+        "a0": "agrees",
+        "a2": "select",
+        "a3": "agrees",
+        **dict.fromkeys(("b0", "b1", "b2"), "agrees"),
+    }
+    assert (stage.prompts()["kept"], stage.prompts()["unsolved"]) == (1, 0)  # rules let all pass
+
+
 def test_the_judge_says_which_is_best_by_the_mean_of_its_scores(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"a0": (3, 5), "a1": (4, 4), "a2": (4, 5)}
 

@@ -142,6 +142,7 @@ def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
         ("It is 1,000 dollars", "1000", "passes", "1000"),
         ("$x^2 + 2x + 1$", "(x+1)^2", "passes", "x**2 + 2*x + 1"),
         ("The answer is 5.", "4", "math", "5"),
+        ("\\boxed{x = 50\\%}", "0.5", "passes", "0.5"),
         ("I do not know.", "4", "math value", None),
         ("The answer is 5.", None, "unverified math", None),
         ("\\boxed{9^{9^{9}}}", "4", "unverified math", None),

@@ -178,24 +178,14 @@ def test_without_namespaces_nothing_can_be_started(tmp_path: Path) -> None:
     Path(tmp_path).chmod(0o755)
     limits = {"seconds": 5, "memory": 512 << 20, "processes": 16, "disk": 32 << 20}
     asked = {"tests": [], "limits": limits, "nonce": "n", "isolate": True, "site_packages": False}
-    weaker = [
-        "setpriv",
-        "--inh-caps",
-        "-sys_admin",
-        "--bounding-set",
-        "-sys_admin",
-        "/usr/bin/python3",
-        "-I",
-        "-S",
-        "-c",
-    ]
+    weaker = ["setpriv", "--inh-caps", "-sys_admin", "--bounding-set", "-sys_admin"]
     for program, error in (
         (FORKS, "Exception: made 0"),
         ("open('/etc/passwd')", "PermissionError"),
         (BIG_FILE, "OSError: [Errno 27]"),
     ):
         done = subprocess.run(
-            [*weaker, "-I", "-S", "-c", Path(sandbox.__file__).read_text()],
+            [*weaker, "/usr/bin/python3", "-I", "-S", "-c", Path(sandbox.__file__).read_text()],
             input=json.dumps({**asked, "program": program}).encode(),
             capture_output=True,
             cwd=tmp_path,

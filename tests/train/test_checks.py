@@ -143,10 +143,9 @@ def test_long_rows_are_a_share_that_the_recipe_decides_on(
     train: list[int], validation: list[int], too_long: str, expected: tuple[str, float]
 ) -> None:
     rows = story_rows(len(train) + len(validation))
-    parts = Parts(train=rows[: len(train)], validation=rows[len(train) :], test=[])
     config = TrainConfig.model_validate({"max_length": 10, "too_long": too_long})
     figures: Any = Figures(train, validation, 10)
-    checks = {check.name: check for check in token_checks(figures, parts, config)}
+    checks = {check.name: check for check in token_checks(figures, [row.id for row in rows], config)}
     assert finding(checks["length"]) == pytest.approx(expected)
 
 

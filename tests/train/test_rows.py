@@ -18,6 +18,7 @@ def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> Non
         {
             "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi?"}],
             "completion": [{"role": "assistant", "content": "Hello."}],
+            "tools": None,
         }
     ]
 

@@ -25,10 +25,11 @@ from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from tests.tiny_student import END, START, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.machine import activation_bytes
+from train.preferences import trained_section
 from train.processes import Processes
 from train.progress import TrainProgress
 from train.rows import to_examples
-from train.run import train_run, trained_from, training_fingerprint
+from train.run import train_run, training_fingerprint
 from train.student_trainer import StudentTrainer
 from train.trainer import prepare
 
@@ -224,7 +225,7 @@ def test_runs_that_are_compared_are_tested_on_the_same_rows(student: str, tmp_pa
     section = json.loads(run.lineage.read_bytes())["train"]
     assert [section[part] for part in ("rows", "validation", "test")] == [8, 1, 2]  # Story 9 is not trained on
     assert section["too_long_dropped"] == 0
-    fingerprint = trained_from(run.student)
+    fingerprint = trained_section(run.student)["fingerprint"]
     renamed = given.rename(tmp_path / "renamed.jsonl")
     assert training_fingerprint(make_recipe(student, test_rows=str(renamed)), run) == fingerprint
     renamed.write_bytes(encode_line(mine[0]))

@@ -50,10 +50,12 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) ->
     yield graded("cut_off", cut, finding, passes=not cut, otherwise="note", fix=fix)
 
 
-def token_checks(prepared: "Prepared", parts: Parts, config: TrainConfig) -> Iterator[Check]:
-    """What the tokens show that the trainer will use: those of training and validation."""
+def token_checks(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) -> Iterator[Check]:
+    """What the tokens show that the trainer will use. `ids`: of the rows of training, then validation."""
     left = {part: len(rows) for part, rows in prepared.rows.items()}
-    yield _length(prepared, parts, config)
+    yield _length(prepared, ids, config)
+    if prepared.faults is None:  # pairs: their prompts and their better answers were looked at when they were rows
+        return
     yield from label_checks(prepared.faults, sum(left.values()))
     finding = f"{prepared.differing} of {left['train']} training prompts are rendered otherwise when they are asked"
     fix = "the student trains on contexts that it will not see: fix the chat template"
@@ -95,13 +97,13 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
     yield graded("keep_rate", rate, finding, passes=rate >= SAFE_KEEP_RATE, otherwise="warn", fix=fix)
 
 
-def _length(prepared: "Prepared", parts: Parts, config: TrainConfig) -> Check:
+def _length(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) -> Check:
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
-    longest, row = max(zip(lengths, (*parts.train, *parts.validation), strict=True), key=lambda pair: pair[0])
+    longest, row = max(zip(lengths, ids, strict=True), key=lambda pair: pair[0])
     over = sum(length > config.max_length for length in lengths)
     share = over / len(lengths)
     finding = f"{over} of {len(lengths)} rows are longer than train.max_length {config.max_length} "
-    finding += f"(the longest, {row.id}, has {longest} tokens)"
+    finding += f"(the longest, {row}, has {longest} tokens)"
     status: Status = "note" if share <= DROPPED_SHARE else "warn"
     fix = f"raise it to {longest}; they are left out now"
     if config.too_long == "refuse":

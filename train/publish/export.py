@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.adapters import merge_adapter
+from pipeline.adapters import ADAPTER, merge_adapter
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
@@ -30,7 +30,6 @@ from train.publish.hub import push, token_for
 from train.rows import read_parts, reasoning_form, to_examples
 from train.student import PRUNE, load_tokenizer
 
-ADAPTER = "adapter_config.json"
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
 

@@ -1,0 +1,75 @@
+"""Direct preference optimisation of a student that learned from answers, by TRL's DPOTrainer.
+
+    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290
+
+Reads the student's folder and pairs; keeps checkpoints in the folder it is given. The reference is the student as it
+was at the start. Importing this module imports torch, transformers, peft and trl.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from pipeline.adapters import ADAPTER
+from pipeline.recipe import Recipe
+from train.machine import check_machine, micro_tokens, wants_checkpointing, weights_dtype
+from train.preferences import Pairs, to_pair
+from train.processes import Processes
+from train.student import load_tokenizer
+from train.trainer import Prepared, lora_config, quiet, ready, training_arguments
+
+
+def prepare_dpo(
+    start: Path, pairs: Pairs, recipe: Recipe, folder: Path, console: Console, processes: Processes
+) -> Prepared:
+    """Loads the student that the training starts from, and tokenises the pairs by its chat template.
+
+    An adapter is merged into its base: what is trained, and saved, is a whole model. Pairs of which an answer is longer
+    than `max_length` are left out. Raises RecipeError, UsageError or DistillError, as train.trainer.prepare does.
+    """
+    config = recipe.train
+    check_machine(config, processes)
+    with quiet():
+        tokenizer = load_tokenizer(str(start))
+        model, dtype = _load(start, weights_dtype(config.weights))
+        vocabulary, share = model.config.get_text_config().vocab_size, config.batch_size // processes.count
+        most = config.micro_batch_size or max(1, micro_tokens(vocabulary, soft=False) // (2 * config.max_length))
+        micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)  # pairs per forward pass
+        checkpointing = wants_checkpointing(model, config, 2 * micro * config.max_length, console)
+        arguments = training_arguments(config, folder, checkpointing=checkpointing) | {
+            "num_train_epochs": config.dpo.epochs,
+            "learning_rate": config.dpo.learning_rate,
+            "per_device_train_batch_size": micro,
+            "per_device_eval_batch_size": micro,
+            "gradient_accumulation_steps": share // micro,
+            "data_seed": config.seed,
+        }
+        shaped = {part: [to_pair(pair, recipe) for pair in own] for part, own in pairs.items()}
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=deepcopy(model) if config.weights == "full" else None,  # else the model without its adapter
+            args=DPOConfig(**arguments, beta=config.dpo.beta),
+            train_dataset=datasets.Dataset.from_list(shaped["train"], on_mixed_types="use_json"),
+            eval_dataset=datasets.Dataset.from_list(shaped["validation"], on_mixed_types="use_json"),
+            processing_class=tokenizer,
+            peft_config=None if config.weights == "full" else lora_config(config),
+        )
+    return ready(trainer, config, dtype, console, processes)
+
+
+def _load(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
+    """The student as a whole model, and the dtype that it is stored in."""
+    adapter = start / ADAPTER
+    base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, start).merge_and_unload()
+    return model.to(dtype), AutoConfig.from_pretrained(base).dtype or torch.float32
