@@ -310,6 +310,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _samples_differ(self) -> "Recipe":
+        if self.prompts.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"prompts.samples is {self.prompts.samples}, but with sampling.temperature 0 all of them are the same; "
+                "raise the temperature, or set samples to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _unseen_is_unseen(self) -> "Recipe":
         slots = self.prompts.slots
         for key, names in (("unseen", list(self.evaluate.unseen)), ("adherence", self.evaluate.adherence or [])):
