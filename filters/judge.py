@@ -270,13 +270,13 @@ def judge_recipe(
                 extra={"response_format": form} if config.schema_ else {},
             ),
             "generate": recipe.generate.model_copy(update={"mode": "online"}),
-            "budget": _left(config.budget, others),
+            "budget": budget_left(config.budget, others),
         }
     )
 
 
-def _left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What the judge's other runs leave of its budget; where they leave nothing, less than any request costs."""
+def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """What other runs leave of a budget that they share; where they leave nothing, less than any request costs."""
     spent = [read_lineage(other).get("generate", {}).get("spent", {}) for other in others]
     usd, tokens = (sum(one.get(unit) or 0 for one in spent) for unit in ("usd", "tokens"))
     return BudgetConfig(
