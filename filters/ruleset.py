@@ -3,9 +3,7 @@
 Reads the recipe's `filters.rules` and the Python files they name. Every rule runs on every answer.
 """
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
 from pipeline.records import Reason
+from pipeline.user_code import load_function
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -176,19 +175,7 @@ def _check_slots(wanted: list[str], known: set[str], where: str) -> None:
 def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], Verified]:
     """Imports the user's function and checks that it can be called with the keys given."""
     path = folder / settings.file
-    if not path.is_file():
-        raise RecipeError(f"{where}.file: {path}: no such file; it is looked for beside the recipe")
-    spec = importlib.util.spec_from_file_location(f"filters_of_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"{where}.file: {path}: not a Python file")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may raise, it is the file that is wrong
-        raise RecipeError(f"{where}.file: {path}: {type(error).__name__}: {error}") from error
-    function = getattr(module, settings.name, None)
-    if not callable(function):
-        raise RecipeError(f"{where}.name: {path} has no function `{settings.name}`")
+    function = load_function(path, settings.name, f"{where}.file")
     arguments = settings.model_extra or {}
     try:
         inspect.signature(function).bind(None, **arguments)

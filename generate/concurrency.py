@@ -153,7 +153,9 @@ class ByClimbing(Concurrency):
         super().__init__(limit)
         self._best = 0.0  # throughput: tokens per second
         self._base = limit  # the number that brought it
-        self._phase = "double"  # then "settle": probes a little around; "avoid" once the server refused
+        # "double"; "doubt": measures once more, as a pause of a machine looks like the limit; then "settle": probes a
+        # little around. "avoid" once the server refused.
+        self._phase = "double"
         self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
         self._next_step = 1
         self._round = _Round(float("-inf"))
@@ -173,7 +175,7 @@ class ByClimbing(Concurrency):
         this.tokens += max(tokens, 1)
         this.seconds += latency_s
         this.in_flight = max(this.in_flight, min(in_flight, self.limit))
-        size = max(2 * self.limit, CALM_ANSWERS) if self._phase == "settle" else self.limit // 2
+        size = {"settle": max(2 * self.limit, CALM_ANSWERS), "avoid": self.limit}.get(self._phase, self.limit // 2)
         if this.answers >= max(size, 16) and this.seconds > 0:
             self._climb(this.in_flight * this.tokens / this.seconds, now)
             self._round = _Round(now)
@@ -183,10 +185,12 @@ class ByClimbing(Concurrency):
             return
         if self._phase == "avoid":
             self.limit = min(self.limit + max(1, self.limit // 50), MOST)
-        elif self._phase == "double":
+        elif self._phase in ("double", "doubt"):
             if throughput > RISES * self._best:
-                self._best, self._base = throughput, self.limit
+                self._best, self._base, self._phase = throughput, self.limit, "double"
                 self.limit = min(2 * self.limit, MOST)
+            elif self._phase == "double":
+                self._phase = "doubt"
             else:
                 gain = max(throughput / self._best, 1.0)  # what doubling brought; the other requests only wait
                 self.limit = self._base = max(1, int(self._base * gain * 1.1))
@@ -225,7 +229,7 @@ class ByClimbing(Concurrency):
         self._since, self._answers, self._refused, self._refused_at = now, 0, 0, None
         if before is None or overloaded or now < self._hold_until:
             return
-        gain = rate / max(before[1], 1e-9)
+        gain = rate / before[1] if before[1] else 1.0
         rise = limit > before[0]
         if gain > RISES if rise else (limit < before[0] and gain < CUT_KEEPS):
             self._move(min(2 * max(limit, before[0]), MOST), now)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from generate.concurrency import BACK_OFF, ByClimbing, ByQueue
-from generate.reply import Fault
+from generate.reply import Answer, Fault
 from pipeline.records import Failure, read_jsonl
 from tests.generate.simulation import GOOD, Model, Server, simulate
 
@@ -66,6 +66,23 @@ def test_auto_is_nearly_as_fast_where_answers_take_differently_long(seconds: Sec
 
     best = seconds(varied(), 3000, 256, slots=256)
     assert seconds(varied(), 3000, "auto", slots=256) <= best / 0.88
+
+
+@pytest.mark.parametrize("paused", [70, 130])
+def test_one_pause_of_a_machine_does_not_end_the_climb(seconds: Seconds, paused: int) -> None:
+    """A busy machine: 0.4 ms of work per request, and once 0.1 s of something else."""
+
+    def busy() -> Server:
+        free_at = 0.0
+
+        def serve(number: int, now: float) -> tuple[float, Answer | Fault]:
+            nonlocal free_at
+            free_at = max(now, free_at) + (0.1 if number == paused else 0.0004)
+            return 0.05 + free_at - now, GOOD
+
+        return serve
+
+    assert seconds(busy(), 3000, "auto") <= seconds(busy(), 3000, 256) / 0.9
 
 
 def third_refused(number: int, now: float) -> tuple[float, object]:
