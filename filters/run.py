@@ -106,13 +106,14 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
     wanted, stale = ([run.preferences], []) if config.preferences else ([], [run.preferences])
     path = run.path / "survivors.jsonl.tmp"
     with ExitStack() as stack:
-        files = stack.enter_context(staged([run.kept, run.dropped, run.filter_report, *wanted], stale))
+        staging = staged([run.kept, run.dropped, run.filter_report, *wanted], stale)
+        kept, dropped, report_file, *preferences = stack.enter_context(staging)
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run.prompts))
         compared = rules.agrees is not None or config.select == "agreed"
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
         with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
-            tally, own, samples = _gather(blocks, passed, files[1], None if skip_bad else run.completions)
+            tally, own, samples = _gather(blocks, passed, dropped, None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
@@ -131,17 +132,15 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         if dedup and sketches:
             survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, _scores(survivors, run))
         survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, found)
-        _write(survivors, files[0], files[1], tally)
-        for file in files[:2]:
-            file.flush()
-        if config.preferences:
-            kept = survivors.samples[survivors.alive]
-            pairs = (Path(files[0].name), kept), (Path(files[1].name), samples[samples["wrong"]])
-            write_preferences(files[3], config.preferences, *pairs, recipe.prompts)
+        _write(survivors, kept, dropped, tally)
+        for pairs in preferences:
+            good, wrong = survivors.samples[survivors.alive], samples[samples["wrong"]]
+            sides = (Path(kept.name), good), (Path(dropped.name), wrong)
+            write_preferences(pairs, config.preferences, *sides, recipe.prompts)
         last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
         described = [*rules.described(), *judge_rules(config.judge), *dedup_rules(dedup), *last]
-        report = make_report(tally, described, _prompts(samples, survivors, Path(files[1].name)))
-        files[2].write(report.encoded())
+        report = make_report(tally, described, _prompts(samples, survivors, Path(dropped.name)))
+        report_file.write(report.encoded())
     record_lineage(run, "filters", _lineage(report, rules, config))
     return report
 
@@ -210,6 +209,8 @@ def _write(survivors: Survivors, kept: BinaryIO, dropped: BinaryIO, tally: Tally
             survivors.samples["start"][number] = kept.tell()
             more = survivors.scores(number)
             kept.write(kept_line(completion_part(line), decode_kept(line).scores | more) if more else line)
+    for output in (kept, dropped):
+        output.flush()  # they are read again
 
 
 def _prompts(samples: Array, survivors: Survivors, dropped: Path) -> PromptCounts:
