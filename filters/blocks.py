@@ -29,8 +29,13 @@ class Block(NamedTuple):
     sketch: Array | None  # of the answers that passed; None if duplicates are not looked for
 
 
-def check_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None, fresh: FreshValues | None) -> Block:
-    """Runs every rule on every line of a block, after the line has the `fresh` values of its prompt."""
+def check_lines(
+    lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None, fresh: FreshValues | None, *, results: bool
+) -> Block:
+    """Runs every rule on every line of a block, after the line has the `fresh` values of its prompt.
+
+    `results`: what verifiers make of the answers will be compared.
+    """
     tally, passed, dropped = Tally(), bytearray(), bytearray()
     texts: list[Text] = []
     samples = []
@@ -54,7 +59,7 @@ def check_lines(lines: Iterator[Line], rules: RuleSet, dedup: DedupConfig | None
         answer = as_answer(row)
         checked = rules.check(answer)
         tally.count(row.id, answer, checked.reasons)
-        samples.append(sample_of(row, checked, len(dropped) if checked.reasons else len(passed)))
+        samples.append(sample_of(row, checked, len(dropped if checked.reasons else passed), results=results))
         if checked.reasons:
             dropped += dropped_line(line, checked.reasons)
             continue

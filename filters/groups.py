@@ -45,16 +45,18 @@ class Checked(NamedTuple):
     result: str | None  # of the first rule that gives one
 
 
-def sample_of(row: Completion, checked: Checked, start: int) -> tuple[int | float, ...]:
-    """A row of SAMPLE."""
-    scores = checked.scores.values()
+def sample_of(row: Completion, checked: Checked, start: int, *, results: bool) -> tuple[int | float, ...]:
+    """A row of SAMPLE. `results`: they are compared; else all are 0."""
+    scores, result = checked.scores.values(), 0
+    if results:
+        result = hash_of(folded(said(row)) if checked.result is None else checked.result)
     return (
         hash_of(row.prompt_id),
         row.sample,
         not checked.reasons,
         any(reason.rule != UNVERIFIED for reason in checked.reasons),
         start,
-        hash_of(folded(said(row)) if checked.result is None else checked.result),
+        result,
         sum(scores) / len(scores) if scores else -np.inf,
         len(said(row)),
     )

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from pipeline.errors import DistillError
-from pipeline.lineage import read_lineage
-from pipeline.recipe import BudgetConfig, JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
+from pipeline.lineage import budget_left
+from pipeline.recipe import JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
 from pipeline.records import Completion, Failure, Message, Prompt, Reason, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
 
@@ -272,16 +272,6 @@ def judge_recipe(
             "generate": recipe.generate.model_copy(update={"mode": "online"}),
             "budget": budget_left(config.budget, others),
         }
-    )
-
-
-def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What other runs leave of a budget that they share; where they leave nothing, less than any request costs."""
-    spent = [read_lineage(other).get("generate", {}).get("spent", {}) for other in others]
-    usd, tokens = (sum(one.get(unit) or 0 for one in spent) for unit in ("usd", "tokens"))
-    return BudgetConfig(
-        usd=None if budget.usd is None else max(budget.usd - usd, 1e-12),
-        tokens=None if budget.tokens is None else max(budget.tokens - tokens, 1),
     )
 
 

@@ -11,17 +11,7 @@ import numpy as np
 
 from filters.minhash import Array
 from pipeline.recipe import PromptsConfig
-from pipeline.records import Completion, Json, Message, encode_line
-
-
-class Preference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A line of preferences.jsonl."""
-
-    id: str  # of the answer preferred, a colon, and the id of the other
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    tools: list[Json] = []
+from pipeline.records import Completion, Message, Preference, encode_line
 
 
 def write_preferences(

@@ -3,9 +3,7 @@
 Reads the recipe's `filters.rules` and the Python files they name. Every rule runs on every answer.
 """
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,12 @@ from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import FiltersConfig, RuleConfig
 from pipeline.records import Reason
+from pipeline.user_code import load_function
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+PASSED = Verified()
 FUNCTION = "function"  # the rule that is a user's own function
 
 
@@ -46,6 +46,7 @@ class ActiveRule(NamedTuple):
     label: str
     rule: Rule
     settings: RuleSettings
+    reads: str | None = None  # of a rule of text: `text` or `reasoning`
 
     def described(self) -> dict[str, Any]:
         """Label and every setting, defaults included, for reports and lineage."""
@@ -56,16 +57,18 @@ class ActiveRule(NamedTuple):
 
         A rule of the text has nothing to say of tool calls without text.
         """
-        if isinstance(self.settings, TextSettings):
-            if self.settings.of == "reasoning":
-                answer = replace(answer, text=answer.reasoning)
-            elif answer.tool_calls and not answer.text:
-                return Verified()
-        said = self.rule.check(answer, self.settings)
+        label, rule, settings, reads = self
+        if reads == "reasoning":
+            answer = replace(answer, text=answer.reasoning)
+        elif reads and answer.tool_calls and not answer.text:
+            return PASSED
+        said = rule.check(answer, settings)
+        if said is None:
+            return PASSED
         verified = said if isinstance(said, Verified) else Verified(said)
-        if verified.reason is None or verified.reason.rule in (self.label, UNVERIFIED):
+        if verified.reason is None or verified.reason.rule in (label, UNVERIFIED):
             return verified
-        return verified._replace(reason=replace(verified.reason, rule=self.label))
+        return verified._replace(reason=replace(verified.reason, rule=label))
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,17 @@ class RuleSet:
 
     def check(self, answer: Answer) -> Checked:
         """What the rules say of an answer, all of them."""
-        said = [(rule.label, rule.verify(answer)) for rule in self.rules]
-        return Checked(
-            [one.reason for _, one in said if one.reason is not None],
-            {label: one.score for label, one in said if one.score is not None},
-            next((one.result for _, one in said if one.result is not None), None),
-        )
+        reasons, scores, result = list[Reason](), dict[str, float](), None
+        for rule in self.rules:
+            said = rule.verify(answer)
+            if said is PASSED:
+                continue
+            if said.reason is not None:
+                reasons.append(said.reason)
+            if said.score is not None:
+                scores[rule.label] = said.score
+            result = said.result if result is None else result
+        return Checked(reasons, scores, result)
 
     def reasons(self, answer: Answer) -> list[Reason]:
         """Why the answer is dropped, in the recipe's order; empty if it is kept."""
@@ -124,10 +132,11 @@ def load_rules(config: FiltersConfig, recipe_path: Path, slots: set[str] | None 
         if rule.rule == "adherence" and slots is not None:
             _check_slots(getattr(settings, "slots", []), slots, where)
         name = settings.name if isinstance(settings, FunctionSettings) else rule.rule
-        if isinstance(settings, TextSettings) and settings.of == "reasoning":
+        reads = settings.of if isinstance(settings, TextSettings) else None
+        if reads == "reasoning":
             name += "#reasoning"
         taken[name] = taken.get(name, 0) + 1
-        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings))
+        rules.append(ActiveRule(name if taken[name] == 1 else f"{name}#{taken[name]}", known, settings, reads))
     return RuleSet(tuple(rules))
 
 
@@ -166,19 +175,7 @@ def _check_slots(wanted: list[str], known: set[str], where: str) -> None:
 def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Callable[[Answer, Any], Verified]:
     """Imports the user's function and checks that it can be called with the keys given."""
     path = folder / settings.file
-    if not path.is_file():
-        raise RecipeError(f"{where}.file: {path}: no such file; it is looked for beside the recipe")
-    spec = importlib.util.spec_from_file_location(f"filters_of_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"{where}.file: {path}: not a Python file")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may raise, it is the file that is wrong
-        raise RecipeError(f"{where}.file: {path}: {type(error).__name__}: {error}") from error
-    function = getattr(module, settings.name, None)
-    if not callable(function):
-        raise RecipeError(f"{where}.name: {path} has no function `{settings.name}`")
+    function = load_function(path, settings.name, f"{where}.file")
     arguments = settings.model_extra or {}
     try:
         inspect.signature(function).bind(None, **arguments)

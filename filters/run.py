@@ -109,14 +109,15 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         files = stack.enter_context(staged([run.kept, run.dropped, run.filter_report, *wanted], stale))
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run.prompts))
-        work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh)
+        compared = rules.agrees is not None or config.select == "agreed"
+        work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
         with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
             tally, own, samples = _gather(blocks, passed, files[1], None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         survivors = Survivors(path, samples[samples["passed"]])
-        found = agreement(samples) if rules.agrees or config.select == "agreed" else None
+        found = agreement(samples) if compared else None
         if rules.agrees and found:
             survivors.gone = disagreeing(found, rules.agrees)
             survivors.shares = found.same / found.total
@@ -239,16 +240,21 @@ _decode_prompt_id = msgspec.json.Decoder(_PromptId).decode
 def check_keep_rate(
     report: FilterReport, config: FiltersConfig, recipe_path: Path, *, allow_low_keep: bool = False
 ) -> None:
-    """Warns under filters.warn_keep_rate; raises LowKeepRate under filters.min_keep_rate unless it is allowed."""
-    rate, floor = report.keep_rate, config.min_keep_rate
+    """Warns under filters.warn_keep_rate; raises LowKeepRate under filters.min_keep_rate unless it is allowed.
+
+    Where one answer to a prompt stays, the rate is that of prompts.
+    """
+    rate, what, floor = report.keep_rate, "keep rate", config.min_keep_rate
+    if report.prompts and config.select != "all":
+        rate, what = report.prompts.keep_rate, "keep rate by prompt"
     if floor is not None and rate < floor and not allow_low_keep:
         raise LowKeepRate(
-            f"keep rate {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see above which rules "
+            f"{what} {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see above which rules "
             "drop what, fix the prompts or the rules, or go on with --allow-low-keep"
         )
     if rate < config.warn_keep_rate:
         print(
-            f"warning: keep rate {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate): "
+            f"warning: {what} {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate): "
             "is this teacher good enough at this task?",
             file=sys.stderr,
         )

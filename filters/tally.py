@@ -76,8 +76,10 @@ class Tally:
         self.outcomes[labels] += number
         kept = not labels
         self.lengths[min(len(answer.text) // BIN, LAST_BIN), kept] += number
-        fields: Slots = {name: value for name, value in answer.columns.items() if isinstance(value, str)}
-        for name, value in (fields | answer.slots).items():
+        fields: Slots = answer.slots
+        if answer.columns:
+            fields = {**{name: value for name, value in answer.columns.items() if isinstance(value, str)}, **fields}
+        for name, value in fields.items():
             counts = self.slots[name]
             if len(counts) <= 2 * MOST_VALUES:
                 for one in (value,) if isinstance(value, str) else value:

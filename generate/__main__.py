@@ -10,6 +10,7 @@ from pathlib import Path
 from generate import dry_run
 from generate.progress import clock, requests_of
 from generate.run import Summary, generate
+from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RequestsFailed
 from pipeline.recipe import Recipe
@@ -29,8 +30,11 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
     recipe, run, options = parse_stage(parser)
     if options.dry_run:
-        for line in dry_run.describe(recipe, dry_run.dry_run(recipe, run, retry_failures=options.retry_failures)):
+        first, folder = next(passes(recipe, run))
+        for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
             print(line)
+        if recipe.prompts.user:
+            print("this is the first answer only: the turns of prompts.user depend on it, and each costs more")
         return
     with run.locked(new=True):
         summary = generate(
@@ -45,10 +49,11 @@ def main() -> None:
         print(line)
     if summary.failed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.errors.items()))
+        where = f"{run.failures}, or in those of its turns/," if recipe.prompts.user else f"{run.failures},"
         raise RequestsFailed(
             f"{summary.failed} of {summary.requests} requests failed for good"
             + (f" (now: {kinds})" if kinds else "")
-            + f"; they are in {run.failures}, and --retry-failures asks them again"
+            + f"; they are in {where} and --retry-failures asks them again"
         )
 
 
@@ -56,11 +61,13 @@ def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
     """The final counts, in two lines."""
     seconds = max(summary.wall_s, 1e-9)
     tokens = summary.completion_tokens
+    thought = f" ({summary.reasoning_tokens:,} of reasoning)" if summary.reasoning_tokens else ""
     return [
         f"{recipe.name}: {requests_of(summary.requests, summary.prompts)}, {summary.completed} answered "
         f"({summary.answered} now, {summary.resumed} earlier), {summary.failed} failed → {run.completions}",
         f"{clock(summary.wall_s)} · {summary.answered / seconds:.1f} answers/s · "
-        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens · {tokens / seconds:,.0f} tok/s"
+        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens{thought} · "
+        f"{tokens / seconds:,.0f} tok/s"
         + (f" · ${summary.cost_usd:,.4f} spent in all" if summary.cost_usd is not None else ""),
     ]
 

@@ -62,6 +62,7 @@ class Run:
         self.counters.answered += 1
         self.counters.models.add(completion.model)
         self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
+        self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
         self.counters.completion_tokens += completion.usage.completion_tokens or 0
 
     def record_failure(self, failure: Failure) -> None:

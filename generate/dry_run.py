@@ -38,7 +38,7 @@ class DryRun:
     to_ask: int = 0
     prompt_tokens: int = 0  # at most, unless `counted`
     counted: bool = True
-    long_prompts: int = 0  # prompts that may have more tokens than the price table is for
+    long_prompts: int = 0  # requests that may have more prompt tokens than the price table is for
     reserved_tokens: int = 0  # the most that a request reserves of a budget beyond its counted prompt
     completion_tokens: int = 0  # at most
     expected_prompt_tokens: int | None = None
@@ -129,7 +129,7 @@ def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
     ]
     if dry.long_prompts and recipe.teacher.price is None:
         lines.append(
-            f"warning: {dry.long_prompts:,} prompts may have more than {PRICED_TOKENS:,} tokens, for which some "
+            f"warning: {dry.long_prompts:,} requests may have over {PRICED_TOKENS:,} prompt tokens, for which some "
             "providers charge more than this price; look it up and set teacher.price, so that the budget holds"
         )
     return lines

@@ -33,6 +33,7 @@ class Contents:
     models: Counter[str] = field(default_factory=Counter)  # as the server named them, with their lines
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's
     good_bytes: int = 0  # up to the end of the last whole line
     torn_bytes: int = 0  # what follows it, to be cut off
     unended: bool = False  # the last line is whole but for its newline
@@ -76,6 +77,7 @@ def _count(contents: Contents, record: Completion | Failure) -> None:
     if isinstance(record, Completion):
         contents.prompt_tokens += record.usage.prompt_tokens or 0
         contents.completion_tokens += record.usage.completion_tokens or 0
+        contents.reasoning_tokens += record.usage.reasoning_tokens or 0
 
 
 class Journal:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0
-SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens")
+SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens", "reasoning_tokens")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Counters:
     waiting: int = 0  # failed once, waiting for a retry
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's
     models: set[str] = field(default_factory=set)  # as the server named them
     errors: Counter[str] = field(default_factory=Counter)  # failures by type
     started: float = field(default_factory=time.monotonic)

@@ -27,7 +27,9 @@ from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display, requests_of
 from generate.prompts import grammar_size, iter_prompts
+from generate.turns import described, passes
 from generate.workers import send_from_workers
+from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Prompt, Request, encode_line
@@ -48,6 +50,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     answered: int  # by this call
     prompt_tokens: int  # of this call
     completion_tokens: int  # of this call
+    reasoning_tokens: int = 0  # of them
     wall_s: float  # of this call
     errors: dict[str, int]  # this call's failures by type
     cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
@@ -66,39 +69,61 @@ def generate(
 
     `write_batches` only writes batch files, and `collect` only takes in the output of one.
     """
-    with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
-        if not call.counters.left:
-            pass
-        elif collect is not None:
-            _batches(call).collect(collect)
-        elif write_batches:
-            for path in _batches(call).write():
-                call.say(f"{path}")
-        elif outcome := run_loop(_send(call, display, signals=True)):
-            raise outcome
-    return _summary(call)
+    if recipe.prompts.user and (write_batches or collect):
+        raise UsageError("batch files are of one pass, prompts.user has several: use generate.mode batch")
+    done = []
+    for asking, folder in passes(recipe, run):
+        with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
+            if not call.counters.left:
+                pass
+            elif collect is not None:
+                _batches(call).collect(collect)
+            elif write_batches:
+                for path in _batches(call).write():
+                    call.say(f"{path}")
+            elif outcome := run_loop(_send(call, display, signals=True)):
+                raise outcome
+        done.append(_summary(call))
+    return _whole(done)
 
 
 async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures: bool = False) -> Summary:
     """As the API's `agenerate`, without the lock."""
-    with _opened(recipe, run, quiet=quiet, retry_failures=retry_failures) as (call, display):
-        if call.counters.left and (outcome := await _send(call, display, signals=False)):
-            raise outcome
-    return _summary(call)
+    done = []
+    for asking, folder in passes(recipe, run):
+        with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
+            if call.counters.left and (outcome := await _send(call, display, signals=False)):
+                raise outcome
+        done.append(_summary(call))
+    return _whole(done)
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:
-    """How many requests of the recipe are left to ask: neither answered nor failed for good. Changes nothing."""
-    answered, failed = read_journal(run.completions, Completion).ids, read_journal(run.failures, Failure).ids
-    counters = Counters()
-    for _ in _surveyed(recipe, Left(answered, failed, retry_failures=False), counters):
-        pass
-    return counters.left
+    """How many requests of the recipe are left to ask: neither answered nor failed for good. Asks nothing.
+
+    Of a recipe with `prompts.user` those of the first pass that has any: the next ones depend on their answers.
+    """
+    for asking, folder in passes(recipe, run):
+        answered, failed = (
+            read_journal(path, kind).ids
+            for path, kind in ((folder.completions, Completion), (folder.failures, Failure))
+        )
+        counters = Counters()
+        for _ in _surveyed(asking, Left(answered, failed, retry_failures=False), counters):
+            pass
+        if counters.left:
+            return counters.left
+    return 0
 
 
 @contextmanager
-def _opened(recipe: Recipe, folder: RunDir, *, quiet: bool, retry_failures: bool) -> Iterator[tuple[Run, Display]]:
-    """Opens the run, and says what there is to do. However the block ends, what was done and spent is saved."""
+def _opened(
+    recipe: Recipe, folder: RunDir, whole: Recipe, *, quiet: bool, retry_failures: bool
+) -> Iterator[tuple[Run, Display]]:
+    """Opens the run of one pass, and says what there is to do. `whole` is the recipe as the user has it.
+
+    However the block ends, what was done and spent is saved.
+    """
     check_teacher(recipe.teacher)
     read_lineage(folder)  # raises now rather than at the end
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +134,7 @@ def _opened(recipe: Recipe, folder: RunDir, *, quiet: bool, retry_failures: bool
             for request in _surveyed(recipe, run.left, counters):
                 if request.sample % recipe.prompts.samples == 0:
                     file.write(_prompt_line(request, recipe))
-        folder.save_recipe(recipe)
+        folder.save_recipe(whole)
         for message in _findings(run):
             run.say(message)
         counters.started = monotonic()
@@ -218,9 +243,30 @@ def _summary(run: Run) -> Summary:
         answered=counters.answered,
         prompt_tokens=counters.prompt_tokens,
         completion_tokens=counters.completion_tokens,
+        reasoning_tokens=counters.reasoning_tokens,
         wall_s=round(counters.seconds, 3),
         errors=dict(counters.errors),
         cost_usd=_spent(run)["usd"],
+    )
+
+
+def _whole(passes: list[Summary]) -> Summary:
+    """The summary of a run of several passes: the last one, with what the others cost, and the requests they lost."""
+    *earlier, last = passes
+    if not earlier:
+        return last
+    lost = sum(one.failed for one in earlier)
+    costs = [one.cost_usd for one in passes]
+    return msgspec.structs.replace(
+        last,
+        requests=last.requests + lost,
+        failed=last.failed + lost,
+        prompt_tokens=sum(one.prompt_tokens for one in passes),
+        completion_tokens=sum(one.completion_tokens for one in passes),
+        reasoning_tokens=sum(one.reasoning_tokens for one in passes),
+        wall_s=round(sum(one.wall_s for one in passes), 3),
+        errors=dict(sum((Counter(one.errors) for one in passes), Counter())),
+        cost_usd=None if None in costs else sum(cost or 0 for cost in costs),
     )
 
 
@@ -246,7 +292,9 @@ def _save(run: Run) -> None:
             "failed": counters.failed_before + counters.failed,
             "prompt_tokens": answers.prompt_tokens,
             "completion_tokens": answers.completion_tokens,
+            "reasoning_tokens": answers.reasoning_tokens,
             "spent": _spent(run),
+            **({"user": described(recipe.prompts.user, run.dir)} if recipe.prompts.user else {}),
             "last_call": {
                 "started": (now - timedelta(seconds=counters.seconds)).isoformat(timespec="seconds"),
                 "ended": now.isoformat(timespec="seconds"),
@@ -266,6 +314,7 @@ def _answers(run: Run) -> Contents:
         models=found.models + Counter(counters.models),
         prompt_tokens=found.prompt_tokens + counters.prompt_tokens,
         completion_tokens=found.completion_tokens + counters.completion_tokens,
+        reasoning_tokens=found.reasoning_tokens + counters.reasoning_tokens,
     )
 
 

@@ -6,12 +6,14 @@ Every section has the versions of the packages that did the work.
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.rundir import RunDir, replacing
+from pipeline.section import BudgetConfig
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -32,6 +34,21 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{run.lineage}: {error}; move it away to start a new one") from None
     return lineage
+
+
+def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """What other runs leave of a budget that they share; where they leave nothing, less than any request costs."""
+    spent = spent_by(others)
+    return BudgetConfig(
+        usd=None if budget.usd is None else max(budget.usd - spent["usd"], 1e-12),
+        tokens=None if budget.tokens is None else max(budget.tokens - spent["tokens"], 1),
+    )
+
+
+def spent_by(runs: Iterable[RunDir]) -> dict[str, Any]:
+    """Tokens and USD that the runs' requests have cost in all."""
+    spent = [read_lineage(run).get("generate", {}).get("spent", {}) for run in runs]
+    return {unit: sum(one.get(unit) or 0 for one in spent) for unit in ("tokens", "usd")}
 
 
 def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from pipeline.recipe_errors import explain
 from pipeline.records import Json, Message, Part, folded
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import TrainConfig
+from pipeline.user_config import UserConfig
 
 __all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleConfig"]  # defined elsewhere
 
@@ -188,6 +189,9 @@ class PromptsConfig(Section):
     json_columns: list[str] = Field([])
     """Columns whose text is JSON to be read, as in CSV; the text of all others stays as it is."""
 
+    user: UserConfig | None = None
+    """null: one question, one answer."""
+
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of the distinct prompts whose answers choose the best checkpoint."""
     test: float = Field(0.1, gt=0, lt=1)
@@ -219,8 +223,8 @@ class PromptsConfig(Section):
         return self
 
     def part_of(self, messages: Sequence[Message]) -> Part:
-        """What a prompt is for: training, validation or test."""
-        where = position(messages, self.seed)
+        """What a prompt is for: training, validation or test. A conversation that `user` continued: as it began."""
+        where = position(messages[: -2 * self.user.turns] if self.user else messages, self.seed)
         if where < self.test:
             return "test"
         return "validation" if where < self.test + self.validation else "train"
@@ -302,6 +306,15 @@ class Recipe(Section):
             raise ValueError(
                 "prompts.system and teacher.system are both set; keep prompts.system if the student is told the same, "
                 "teacher.system if only the teacher is told"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "Recipe":
+        if self.prompts.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"prompts.samples is {self.prompts.samples}, but with sampling.temperature 0 all of them are the same; "
+                "raise the temperature, or set samples to 1"
             )
         return self
 

@@ -54,9 +54,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_id: str
     messages: list[Message]  # as the student will be asked; what only the teacher is told is in the recipe
     slots: Slots = {}
-    reference: Any = None  # with `columns` and `tools`: the prompt's own; not part of the identity
+    reference: Any = None  # with `columns`: the prompt's own; not part of the identity
     columns: Json = {}
-    tools: list[Json] = []
+    tools: list[Json] = []  # the prompt's own
     sample: int = 0  # the number of this answer among those to the same question
     endpoint: str
     sampling: Json

@@ -71,5 +71,5 @@ def _load(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
     base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter.is_file():
-        model = PeftModel.from_pretrained(model, start).merge_and_unload()
+        model = PeftModel.from_pretrained(model, start).merge_and_unload().requires_grad_(True)  # PEFT froze the base
     return model.to(dtype), AutoConfig.from_pretrained(base).dtype or torch.float32

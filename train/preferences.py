@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chat import asked_of_student
+from pipeline.conversation import template_turns
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.partition import position
 from pipeline.recipe import Recipe
 from pipeline.records import Preference, question_text, read_jsonl
 from pipeline.rundir import RunDir
-from train.rows import Parts, prompt_text, tools_text, turn_of
+from train.rows import Parts, prompt_text, tools_text
 
 Pairs = dict[str, list[Preference]]  # train and validation
 
@@ -66,4 +67,4 @@ def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
 def to_pair(pair: Preference, recipe: Recipe) -> dict[str, Any]:
     """TRL's conversational preference shape."""
     turns = {"prompt": asked_of_student(pair.prompt, recipe.student), "chosen": pair.chosen, "rejected": pair.rejected}
-    return {name: [turn_of(turn) for turn in own] for name, own in turns.items()} | {"tools": tools_text(pair.tools)}
+    return {name: template_turns(own) for name, own in turns.items()} | {"tools": tools_text(pair.tools)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.chat import asked_of_student
+from pipeline.conversation import ROLES, template_turns
 from pipeline.errors import DataError
 from pipeline.partition import position
 from pipeline.recipe import PromptsConfig, Recipe, StudentConfig
@@ -17,7 +18,6 @@ from pipeline.records import Completion, Json, Kept, Message, Part, question_tex
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 
 
@@ -110,7 +110,7 @@ def to_examples(
     """
     return [
         {
-            "prompt": [turn_of(message) for message in asked_of_student(row.messages, student)],
+            "prompt": template_turns(asked_of_student(row.messages, student)),
             "completion": [answer_turn(row, reasoning)],
             "tools": tools_text(row.tools),
         }
@@ -125,7 +125,7 @@ def tools_text(tools: list[Json]) -> str | None:
 
 def answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:
     """The answer as an assistant's turn."""
-    turn = turn_of(Message(role="assistant", content=row.text, tool_calls=row.tool_calls))
+    turn = template_turns([Message(role="assistant", content=row.text, tool_calls=row.tool_calls)])[0]
     if reasoning == "reasoning_content":
         turn["reasoning_content"] = row.reasoning
     elif reasoning == "content" and row.reasoning:
@@ -143,23 +143,6 @@ def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
     answer = {"role": "assistant", "content": "answer", "reasoning_content": "thought"}
     text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, answer], tokenize=False)
     return "reasoning_content" if "thought" in text else "content"
-
-
-def turn_of(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: the arguments of a call are an object, not its JSON text."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = [{**call, "function": _with_object(call["function"])} for call in message.tool_calls]
-    if message.tool_call_id:
-        turn["tool_call_id"] = message.tool_call_id
-    return turn
-
-
-def _with_object(function: Json) -> Json:
-    try:
-        return {**function, "arguments": json.loads(function["arguments"])}
-    except (KeyError, TypeError, ValueError):  # already an object, or no JSON
-        return function
 
 
 def _fault(row: Kept) -> str | None:

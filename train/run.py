@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -70,17 +69,17 @@ def train_run(
         shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
         return
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
-    begin = Beginning(
-        recipe, run, work, console, processes, decide, partial(_open_work, work, fingerprint, again, console)
-    )
+    begin = partial(_on_pairs, start, pairs) if start else partial(_on_rows, parts, allow_chain)
     try:
-        prepared, checks = begin.on_pairs(start, pairs) if start else begin.on_rows(parts, allow_chain=allow_chain)
+        prepared, checks = begin(recipe, run, decide, folder=work, console=console, processes=processes)
     except ImportError as error:
         raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
     console.print(f"training on {rows['train']} rows; {rows['validation']} validate, {rows['test']} test")
-    if processes.lead:
-        write_jsonl(run.test, parts.test)
+    with processes.lead_first():
+        if processes.lead:
+            write_jsonl(run.test, parts.test)
+            _open_work(work, fingerprint, again=again, console=console)
 
     prepared.fit()
     prepared.save(work / "student", console, write=processes.lead)
@@ -88,7 +87,7 @@ def train_run(
         log = training_log(prepared, recipe, rows)
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
         section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
-        section |= {"weights": "full", "start": trained_section(start)} if start else {}  # it is merged
+        section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
         print(
@@ -97,54 +96,39 @@ def train_run(
         )
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """All that comes before the first step: the student, the checks, the rows as tokens."""
+def _on_rows(
+    parts: Parts, allow_chain: bool, recipe: Recipe, run: RunDir, decide: Callable[..., None], **setting: Any
+) -> tuple["Prepared", list[Check]]:
+    """All before the first step on kept rows: the student, the checks, the tokens. Writes validation.jsonl."""
+    from train.trainer import prepare
 
-    recipe: Recipe
-    run: RunDir
-    work: Path
-    console: Console
-    processes: Processes
-    decide: Callable[..., None]
-    open_work: Callable[[], None]
+    config, processes = recipe.train, setting["processes"]
+    with processes.lead_first():
+        student = initial_student(recipe, run)
+    tokenizer = load_tokenizer(student)
+    checks = [*row_checks(parts, read_lineage(run), config)]
+    checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
+    decide(checks)
+    shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
+    examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
+    prepared = prepare(student, examples, config, teacher=recipe.teacher.model, **setting)
+    of_tokens = list(token_checks(prepared, [row.id for row in (*parts.train, *parts.validation)], config))
+    decide(of_tokens, earlier=checks)
+    if processes.lead:
+        write_jsonl(run.validation, [parts.validation[index] for index in prepared.rows["validation"]])
+    return prepared, [*checks, *of_tokens]
 
-    def on_rows(self, parts: Parts, *, allow_chain: bool) -> tuple["Prepared", list[Check]]:
-        """Supervised or soft distillation on kept rows; writes validation.jsonl."""
-        from train.trainer import prepare
 
-        recipe, config = self.recipe, self.recipe.train
-        with self.processes.lead_first():
-            student = initial_student(recipe, self.run)
-        tokenizer = load_tokenizer(student)
-        checks = [*row_checks(parts, read_lineage(self.run), config)]
-        checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
-        self.decide(checks)
-        self._open()
-        shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
-        examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
-        prepared = prepare(student, examples, config, self.work, self.console, recipe.teacher.model, self.processes)
-        of_tokens = list(token_checks(prepared, [row.id for row in (*parts.train, *parts.validation)], config))
-        self.decide(of_tokens, earlier=checks)
-        if self.processes.lead:
-            write_jsonl(self.run.validation, [parts.validation[index] for index in prepared.rows["validation"]])
-        return prepared, [*checks, *of_tokens]
+def _on_pairs(
+    start: Path, pairs: Pairs, recipe: Recipe, run: RunDir, decide: Callable[..., None], **setting: Any
+) -> tuple["Prepared", list[Check]]:
+    """All before the first step on preferences; what was checked before the training on rows is not checked again."""
+    from train.dpo import prepare_dpo
 
-    def on_pairs(self, start: Path, pairs: Pairs) -> tuple["Prepared", list[Check]]:
-        """Preferences, from a student that has learned from answers; what was checked then is not checked again."""
-        from train.dpo import prepare_dpo
-
-        self._open()
-        prepared = prepare_dpo(start, pairs, self.recipe, self.work, self.console, self.processes)
-        ids = [pair.id for part in ("train", "validation") for pair in pairs[part]]
-        checks = list(token_checks(prepared, ids, self.recipe.train))
-        self.decide(checks)
-        return prepared, checks
-
-    def _open(self) -> None:
-        with self.processes.lead_first():
-            if self.processes.lead:
-                self.open_work()
+    prepared = prepare_dpo(start, pairs, recipe, **setting)
+    checks = list(token_checks(prepared, [pair.id for part in pairs for pair in pairs[part]], recipe.train))
+    decide(checks)
+    return prepared, checks
 
 
 def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:
@@ -210,11 +194,11 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _open_work(work: Path, fingerprint: str, again: bool, console: Console) -> None:
+def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
     """Prepares the folder of checkpoints: only whole ones of this very training stay."""
     mark = work / FINGERPRINT
     if work.is_dir() and (again or not mark.is_file() or mark.read_text() != fingerprint):
-        if not again:
+        if not again and any(work.iterdir()):
             console.print(f"{work}: checkpoints of other rows or settings, removed")
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)

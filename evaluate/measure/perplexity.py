@@ -15,8 +15,9 @@ from typing import Any
 from evaluate.measure.results import PerplexityResult, RowScore
 from evaluate.models import Subject, load
 from pipeline.chat import end_of_turn, stop_tokens
+from pipeline.conversation import template_turns
 from pipeline.errors import DistillError
-from pipeline.records import Kept
+from pipeline.records import Kept, Message, said
 
 SEED = 0  # of the choice of rows
 LOGITS_BYTES = 512 << 20  # logits of one batch, at 4 bytes a value
@@ -41,9 +42,17 @@ def choose_rows(rows: Sequence[Kept], limit: int) -> list[Kept]:
 
 
 def encode_row(tokenizer: Any, row: Kept, end: int) -> Encoded:
-    """The row's token ids; an answer that was cut off (`finish_reason` is not stop) has no end to predict."""
-    turns = [{"role": message.role, "content": message.content} for message in row.messages]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    """The row's token ids; an answer that was cut off (`finish_reason` is not stop) has no end to predict.
+
+    Tool calls are in the form of the model's template; one that has no form for them sees the text alone.
+    """
+    asked, chat = template_turns(row.messages), {"tools": row.tools or None, "return_dict": False}
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **chat)
+    if row.tool_calls:
+        answer = template_turns([Message("assistant", row.text, row.tool_calls)])
+        whole = tokenizer.apply_chat_template([*asked, *answer], **chat)
+        completion = whole[len(prompt) :]
+        return Encoded(prompt, completion[: completion.index(end) + 1] if end in completion else completion)
     completion = tokenizer.encode(row.text, add_special_tokens=False)
     return Encoded(prompt, [*completion, end] if row.finish_reason == "stop" or not completion else completion)
 
@@ -90,7 +99,7 @@ def score_rows(
             for index, nll in zip(batch, sums, strict=True):
                 row = rows[index]
                 tokens = len(encoded[index].completion)
-                scores[index] = RowScore(row.id, row.prompt_id, nll, tokens, len(row.text))
+                scores[index] = RowScore(row.id, row.prompt_id, nll, tokens, len(said(row)))
             if progress:
                 progress(len(batch))
     return [scores[index] for index in sorted(scores)]

@@ -87,7 +87,8 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     """What `evaluate.verify` is asked of: the run's test prompts, and those of `evaluate.probes_file` as unseen.
 
     The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
-    Raises DataError if there is none, or if the run has asked a prompt of the file.
+    Raises DataError if there is none, if none has the column `evaluate.category`, or if the run has asked a prompt of
+    the file.
     """
     config = recipe.evaluate
     if not config.verify:
@@ -99,6 +100,10 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     }
     if not test:
         raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
+    known = {name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)}
+    if config.category and config.category not in known:
+        there = ", ".join(known) or "none"
+        raise DataError(f"evaluate.category: no test prompt has the column {config.category!r}; there are {there}")
     unseen = []
     if config.probes_file:
         unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)

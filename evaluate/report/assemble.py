@@ -315,10 +315,8 @@ def _verify_notes(plan: Plan, verified: Verified | None) -> Iterator[str]:
         f"{recipe.sampling.max_tokens} tokens. Shares have Wilson's interval; differences and ratios are paired."
     )
     if recipe.teacher.system or recipe.teacher.examples:
-        system = "its system prompt" if recipe.teacher.system else ""
-        examples = f"{len(recipe.teacher.examples)} examples" if recipe.teacher.examples else ""
-        told = " and ".join(filter(None, [system, examples]))
-        yield f"The teacher is told {told}; a student is asked without, unless its column says told."
+        told = ["a system prompt"] * bool(recipe.teacher.system) + ["examples"] * bool(recipe.teacher.examples)
+        yield f"The teacher alone is told {' and '.join(told)}; a student is not, unless its column says told."
     if TEACHER not in verified.answers:
         yield "The teacher was not asked: its weights are not here (see evaluate.ask_teacher)."
 

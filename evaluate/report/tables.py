@@ -1,6 +1,6 @@
 """The figures of a report as tables of text: printed on the terminal here, drawn in the page by `html`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -74,12 +74,11 @@ def verified(report: Report) -> list[Table]:
     for part, ratio in found.over_teacher.items():
         table.rows.append(Row(names[part], [_lines(ratio, share) if key == AFTER else [Line("")] for key in keys]))
     categories = [Row(name, [_lines(own[key], share) for key in keys]) for name, own in found.categories.items()]
-    most: dict[str, float] = {}
-    for name, value in ((name, value) for key in keys for name, value in found.wrong[key].items()):
-        most[name] = max(value, most.get(name, 0))
-    reasons = sorted(most, key=lambda name: -most[name])[:REASONS]
-    wrong = [Row(name, [[Line(percent(found.wrong[key].get(name, 0)))] for key in keys]) for name in reasons]
-    tables = (table, Table("right, by category", labels, categories), Table("wrong", labels, wrong))
+    tables = (
+        table,
+        Table("right, by category", labels, categories),
+        Table("wrong", labels, _shares([found.wrong[key] for key in keys])[:REASONS]),
+    )
     return [table for table in tables if table.rows]
 
 
@@ -111,11 +110,16 @@ def probes(report: Report) -> list[Table]:
         values = ", ".join(value for values in asked.unseen_values.values() for value in values)
         title = f"{asked.unseen} prompts with values unseen: {values}"
         tables.append(_table(report, models, title, [("", "unseen", name) for name in PROBES]))
-    rules = sorted({rule for model in models for rule in model.failed_rules})
-    rules.sort(key=lambda rule: -max(model.failed_rules.get(rule, 0) for model in models))
-    broken = [Row(rule, [[Line(percent(model.failed_rules.get(rule, 0)))] for model in models]) for rule in rules]
+    broken = _shares([model.failed_rules for model in models])
     tables.append(Table("answers that break", [model.label for model in models], broken))
     return [table for table in tables if table.rows]
+
+
+def _shares(shares: Sequence[Mapping[str, float]]) -> list[Row]:
+    """Shares by name, one mapping for each model; what is most frequent in any comes first."""
+    names = sorted({name for own in shares for name in own})
+    names.sort(key=lambda name: -max(own.get(name, 0) for own in shares))
+    return [Row(name, [[Line(percent(own.get(name, 0)))] for own in shares]) for name in names]
 
 
 def _table(

@@ -91,7 +91,9 @@ def main() -> None:
         os.setsid()  # its signals reach nobody else
         try:
             missing = _shut_in(asked, user, apart) if asked["isolate"] else []
-            _limit(asked["limits"], may_fork="namespaces" not in missing)
+            if "namespaces" in missing:
+                asked["limits"]["processes"] = 0  # nobody would end them
+            _limit(asked["limits"], alone=asked["isolate"])
             answer = {"missing": missing, **_run(asked["program"], asked["tests"])}
         except BaseException as error:
             answer = {"failed": f"{type(error).__name__}: {error}"}
@@ -172,17 +174,15 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
         raise OSError(ctypes.get_errno(), f"mount {source} on {target}")
 
 
-def _limit(limits: dict[str, int], *, may_fork: bool) -> None:
-    seconds = int(limits["seconds"]) + 1
-    for name, most in {
-        "AS": limits["memory"],
-        "CPU": seconds,
-        "FSIZE": limits["disk"],
-        "NOFILE": 64,
-        "CORE": 0,
-        "NPROC": limits["processes"] if may_fork else 0,  # threads count as processes
-    }.items():
-        limit(name, most)
+def _limit(limits: dict[str, int], *, alone: bool) -> None:
+    """`alone`: no other program has this user, so that its processes can be counted. Threads count as processes."""
+    limit("AS", limits["memory"])
+    limit("CPU", int(limits["seconds"]) + 1)
+    limit("FSIZE", limits["disk"])
+    limit("NOFILE", 64)
+    limit("CORE", 0)
+    if alone:
+        limit("NPROC", limits["processes"])
 
 
 def _run(program: str, tests: list[str]) -> dict[str, Any]:

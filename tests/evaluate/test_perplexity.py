@@ -97,6 +97,19 @@ def test_an_answer_that_was_cut_off_has_no_end() -> None:
     assert whole.prompt == cut.prompt and len(cut.completion) == 3
 
 
+def test_tool_calls_are_scored_in_the_form_of_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.n }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "count", "arguments": '{"n": 3}'}}
+    row = encode_row(tokenizer, kept_row(0, "Hi", "", tool_calls=[call], finish_reason="tool_calls"), END)
+    assert tokenizer.decode(row.completion) == "count 3<|im_end|>"
+    assert tokenizer.decode(row.prompt).endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_the_prompt_ends_where_the_answer_begins_and_keeps_the_system_message() -> None:
     tokenizer = tiny_tokenizer()
     row = kept_row(0, "Hi", "abc", messages=[Message("system", "Be kind."), Message("user", "Hi")])

@@ -139,8 +139,8 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     run = run_of(tmp_path, recipe)
     with pytest.raises(DataError, match="no test prompts for evaluate"):
         choose_questions(recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 1e-9})}), run)
-    parts = ("train", "test")
-    own = [msgspec.structs.replace(p, part=parts[i % 2]) for i, p in enumerate(iter_prompts(recipe))]
+    parts = ("train", "test", "validation", "test")
+    own = [msgspec.structs.replace(p, part=parts[i % 4]) for i, p in enumerate(iter_prompts(recipe))]
     run.prompts.write_bytes(b"".join(map(encode_line, [*own, *own])))
     chosen = choose_questions(recipe, run)
     assert len({p.id for p in chosen.seen}) == 3 and all(p.part == "test" for p in chosen.seen)
@@ -148,3 +148,5 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     more = choose_questions(recipe_of(16, verify=[rule], verify_count=99), run)
     assert len(more.seen) == 8 and more.unseen == [] and {p.id for p in chosen.seen} < {p.id for p in more.seen}
     assert choose_questions(recipe_of(16), run).all == []
+    with pytest.raises(DataError, match="no test prompt has the column 'kind'; there are who, things"):
+        choose_questions(recipe_of(16, verify=[rule], category="kind"), run)

@@ -1,6 +1,7 @@
 """Experiments on tiny models: the real stages, in this process; no server, so speed and probes are saved by hand."""
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ import filters.__main__
 from evaluate.document import MEASURES, Estimate, read_report
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
+from evaluate.measure.results import ProbeResult, answer_row
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
-from experiments.arms import matched_epochs, read_human
-from experiments.results import Column, Results, rows_of, said
+from experiments.arms import Arm, Prepared, Setup, matched_epochs, read_human
+from experiments.results import Column, Results, _columns, rows_of, said
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Completion, Dropped, Kept, Prompt, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 from tests.tiny_student import tiny_model
@@ -344,3 +346,25 @@ def test_figures_far_apart_are_drawn_on_a_logarithmic_scale() -> None:
     assert dot_panel("", "lower is better", far).hint == "lower is better"
     panel = dot_panel("", "lower is better", [*far, ("three", Estimate(100, 100, 100), "other", "")])
     assert panel.hint == "lower is better; logarithmic scale" and panel.marks[1].at == 50
+
+
+def test_arms_are_compared_by_right_answers_where_these_are_verified(recipe: Path, tmp_path: Path) -> None:
+    prompts = [
+        Prompt(id=f"n{n}", messages=[Message("user", f"{n}?")], reference=str(n), part="test") for n in range(20)
+    ]
+    rule = {"rule": "matches"}
+    made = load_recipe(recipe, ["--evaluate.verify", json.dumps([rule])])
+    arms = []
+    for name, right in (("one", 15), ("four", 19)):
+        run = RunDir(tmp_path / name)
+        (run.path / "evaluation").mkdir(parents=True)
+        run.prompts.write_bytes(b"".join(map(encode_line, prompts)))
+        answers = [answer_row(name, p, p.id[1:] if n < right else "no") for n, p in enumerate(prompts)]
+        (run.path / "evaluation" / "verify-student_after.json").write_bytes(encode_line(ProbeResult(answers=answers)))
+        arms.append(Arm(name, run, []))
+    setup = Setup(made, recipe, [], arms[0].run, tmp_path, Namespace())
+    (column,) = _columns(setup, Prepared(arms, {"": []}), {})
+    assert column.title == "right answers" and {name: one.value for name, one in column.arms.items()} == {
+        "one": 0.75,
+        "four": 0.95,
+    }

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ def right(answer):
     word = answer.text.split()[-1]
     return (None if word == answer.reference else f"{word} is wrong"), 1 / len(answer.text)
 """
+ROOT = Path(__file__).parents[2]
 RIGHT = {"rule": "function", "file": "mine.py", "name": "right"}
 
 
@@ -257,6 +261,16 @@ def test_the_terminal_says_it_where_prompts_have_several_answers(
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_where_one_answer_stays_the_keep_rate_is_that_of_prompts(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*answers("a", "4", "so 4", "5"), *answers("b", "5", "4", "6")]
+    stage.filter(rows, RIGHT, select="first", min_keep_rate=0.9)  # 2 of 6 answers, but all prompts
+    assert capsys.readouterr().err == ""
+    stage.filter([*rows, *answers("c", "5")], RIGHT, select="first", warn_keep_rate=0.7)
+    assert "warning: keep rate by prompt 66.7% is under 70%" in capsys.readouterr().err
+
+
 def test_keep_rates_are_told_by_column(stage: Stage) -> None:
     rows = [*answers("a", "4", "5", columns={"kind": "sum", "n": 2}), *answers("b", "4", columns={"kind": "loop"})]
     stage.filter(rows, RIGHT)
@@ -347,3 +361,20 @@ def test_solved_prompts_of_no_passing_answer() -> None:
     samples["passed"] = [False, True, False]
     unsolved, passes = solved(samples)
     assert (unsolved.tolist(), passes) == ([2], {1: pytest.approx(0.25), 2: 1.0})
+
+
+def test_a_killed_run_leaves_the_old_files_and_the_next_one_writes_all(stage: Stage) -> None:
+    stage.filter([*answers("a", "4", "5"), *answers("c", "4", "5")], RIGHT, preferences=1)
+    outputs = (stage.run.kept, stage.run.dropped, stage.run.filter_report, stage.run.preferences)
+    before = [path.read_bytes() for path in outputs]
+    function = stage.recipe.with_name("mine.py")
+    function.write_text("import os\ndef right(answer):\n    if answer.text == '6': os.kill(os.getpid(), 9)\n")
+    rows = [*answers("a", "4", "5"), *answers("b", "6")]
+    stage.run.completions.write_bytes(b"".join(map(encode_line, rows)))
+    command = [sys.executable, "-m", "filters", str(stage.recipe), "--run", str(stage.run.path)]
+    assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == -signal.SIGKILL
+    assert [path.read_bytes() for path in outputs] == before
+    function.write_text(VERIFIER)
+    stage.filter(rows, RIGHT, preferences=1)
+    assert [*stage.kept()] == ["a0"] and len(list(read_jsonl(stage.run.dropped, Dropped))) == 2
+    assert not list(stage.run.path.glob("*.tmp"))

@@ -96,7 +96,6 @@ TICKET = {
         (TICKET, DEEP, "json_schema json"),
         ({"type": "number"}, "9" * 5000, "json_schema json"),
         ({"type": "string", "pattern": "^(a+)+$"}, f'"{NEVER_ENDS}!"', "unverified json_schema"),
-        ({"uniqueItems": True}, "[" + "{}," * 30_000 + '{"a": 1}]', "json_schema $"),
         ({"uniqueItems": True}, "[" + ",".join(f'{{"a":{i}}}' for i in range(30_000)) + "]", "unverified json_schema"),
         ({"$ref": "#"}, "1", "unverified json_schema"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "1", "unverified json_schema"),
@@ -146,7 +145,6 @@ def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
         ("I do not know.", "4", "math value", None),
         ("The answer is 5.", None, "unverified math", None),
         ("\\boxed{9^{9^{9}}}", "4", "unverified math", None),
-        ("9**9**9", "4", "unverified math", None),
         ("\\boxed{(10^9)!}", "4", "unverified math", None),
     ],
 )

@@ -1,6 +1,7 @@
 """The verifier `tool_calls`, and what the other rules make of an answer that only calls."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +43,9 @@ def call(name: str, arguments: Any) -> Json:
 
 def found(*calls: Json, tools: list[Json] = TOOLS, text: str = "", **settings: Any) -> list[str]:
     """The rules that drop an answer, with their words."""
-    rules = load_rules(FiltersConfig.model_validate({"rules": [{"rule": "tool_calls", **settings}]}), None)
+    rules = load_rules(
+        FiltersConfig.model_validate({"rules": [{"rule": "tool_calls", **settings}]}), Path("recipe.yaml")
+    )
     answer = Answer(text, "", "tool_calls", {}, tools=tools, tool_calls=list(calls))
     return [f"{reason.rule}: {describe(reason)}" for reason in rules.reasons(answer)]
 
@@ -87,11 +90,11 @@ def test_a_row_without_tools_has_nothing_to_call() -> None:
 )
 def test_deep_arguments_break_nothing(arguments: str) -> None:
     (said,) = found(call("plant", arguments))
-    assert said.startswith(("tool_calls: arguments of `plant`: n", "unverified: RecursionError"))
+    assert said.startswith(("tool_calls: arguments of `plant`: n", "unverified: tool_calls: RecursionError"))
 
 
 def test_a_schema_that_cannot_be_used_is_not_the_answers_fault() -> None:
-    assert found(call("broken", {}))[0].startswith("unverified: UnknownType")
+    assert found(call("broken", {}))[0].startswith("unverified: tool_calls: UnknownType")
     assert found(call("away", {}))[0].startswith("unverified: ")  # and nothing was fetched: see json_schema
 
 
@@ -105,7 +108,9 @@ def test_the_result_is_what_was_called_whatever_its_form() -> None:
 
 def test_rules_of_the_text_pass_an_answer_that_only_calls() -> None:
     wanted = ["length", "ending", "finish_reason"]
-    rules = load_rules(FiltersConfig.model_validate({"rules": [{"rule": rule} for rule in wanted]}), None)
+    rules = load_rules(
+        FiltersConfig.model_validate({"rules": [{"rule": rule} for rule in wanted]}), Path("recipe.yaml")
+    )
     answer = Answer("", "", "tool_calls", {}, tools=TOOLS, tool_calls=[call("now", {})])
     assert rules.reasons(answer) == []
     assert [reason.rule for reason in rules.reasons(Answer("", "", "length", {}))] == wanted

@@ -68,11 +68,19 @@ def test_the_requests_are_those_that_would_be_sent_online(run: RunDir, tmp_path:
     assert {text["custom_id"] for text in lines} == {record.id for record in completions(RunDir(tmp_path / "online"))}
 
 
-def test_reasoning_comes_through_a_batch(run: RunDir) -> None:
+def test_reasoning_and_tool_calls_come_through_a_batch(run: RunDir) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    said = reply("<think>hm</think>two", finish_reason="tool_calls")
+    said["choices"][0]["message"]["tool_calls"] = [call]
+    tool = {"type": "function", "function": {"name": "now"}}
     with fake_batches() as fake:
-        fake.outcome = lambda id_, body, batch: line(id_, body=reply("<think>hm</think>two"))
-        generate(batch_recipe(fake, 2), run, quiet=True)
-    assert [(row.reasoning, row.text) for row in completions(run)] == [("hm", "two")] * 2
+        fake.outcome = lambda id_, body, batch: line(id_, body={**said, "tools": body["tools"]})
+        recipe = batch_recipe(fake, 2)
+        recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"tools": [tool]})})
+        generate(recipe, run, quiet=True)
+    found = [(row.reasoning, row.text, row.tool_calls, row.tools) for row in completions(run)]
+    assert found == [("hm", "two", [call], [tool])] * 2
+    assert not any("tools" in row.sampling for row in completions(run))
 
 
 def test_it_is_split_by_count_and_by_size(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from msgspec.structs import replace
 
 from generate.dialect import Dialect
 from generate.jobs import Job
@@ -163,3 +164,18 @@ def test_a_template_that_knows_no_system_role() -> None:
     dialect = Dialect()
     assert learn(dialect, "System role not supported")
     assert [turn["role"] for turn in json.loads(dialect.body(job()))["messages"]] == ["developer", "user"]
+
+
+def test_tools_calls_and_their_results_stay_whatever_is_learnt() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    turns = [Message("assistant", "", [call]), Message("tool", "12:00", tool_call_id="a")]
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    asked = job([*ASKED, *turns])
+    asked.request = replace(asked.request, tools=tools)
+    dialect = Dialect()
+    assert learn(dialect, "messages[0].role does not support system", asked=asked)
+    assert learn(dialect, "Unsupported parameter: 'seed' is not supported", asked=asked)
+    body = json.loads(dialect.body(asked))
+    assert (body["messages"][0]["role"], body["tools"], "seed" in body) == ("developer", tools, False)
+    assert body["messages"][2] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert body["messages"][3] == {"role": "tool", "content": "12:00", "tool_call_id": "a"}

@@ -151,7 +151,7 @@ def test_prompts_longer_than_the_table_s_prices_hold_for_are_told(
     prompts = {"count": 1, "template": "{n}", "slots": {"n": ["x" * chars]}}
     recipe = planned(1, prompts=prompts, teacher={"model": "gpt-4.1", "base_url": URL, **teacher})
     text = describe(recipe, dry_run(recipe, RunDir(tmp_path / "run")))
-    assert sum("1 prompts may have more than 100,000 tokens" in line for line in text) == warned
+    assert sum("1 requests may have over 100,000 prompt tokens" in line for line in text) == warned
 
 
 def test_a_budget_in_usd_without_a_price_is_refused(tmp_path: Path) -> None:

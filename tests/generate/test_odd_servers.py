@@ -132,6 +132,17 @@ def test_tool_calls_are_an_answer(text: str | None, function: Any, arguments: st
     assert (found.text, found.finish_reason, found.tool_calls) == (text or "", "tool_calls", [kept, kept])
 
 
+def test_reasoning_tokens_are_counted_as_the_server_counts_them(run: RunDir) -> None:
+    counted = {"prompt_tokens": 7, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 3}}
+    bodies = {"say 0": said(usage=counted, message={"reasoning": "hm"}), "say 1": said("<think>hm</think>two")}
+    with misbehaving(lambda asked: raw(bodies[asked.text])) as server:
+        summary = generate(recipe_for(server, 2), run, quiet=True)
+        generate(recipe_for(server, 2), run, quiet=True)
+    assert {row.usage.reasoning_tokens for row in completions(run)} == {3, None}
+    assert (summary.completion_tokens, summary.reasoning_tokens) == (5, 3)
+    assert json.loads(run.lineage.read_bytes())["generate"]["reasoning_tokens"] == 3
+
+
 def test_tool_calls_are_in_the_record(run: RunDir) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
     body = said(None, "tool_calls", message={"tool_calls": [call], "reasoning": "hm"})

@@ -103,6 +103,12 @@ def test_two_system_prompts_are_one_clear_error() -> None:
         recipe_with(teacher=teacher(system="a"), prompts={"count": 1, "template": "x", "system": "b"})
 
 
+def test_samples_that_cannot_differ_are_refused() -> None:
+    prompts = {"count": 1, "template": "x", "samples": 2}
+    with pytest.raises(ValueError, match=r"prompts\.samples is 2, but with sampling\.temperature 0"):
+        recipe_with(prompts=prompts, sampling={"temperature": 0})
+
+
 def test_prompts_and_samples_are_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path / "run")
     prompts = {"count": 3, "samples": 4, "template": "{a}", "slots": {"a": ["x", "y"]}}

@@ -11,6 +11,7 @@ from filters.run import filter_run
 from generate.jobs import Job, build_jobs
 from generate.prompts import iter_prompts
 from pipeline.chat import asked_of_student
+from pipeline.reasoning import split_reasoning
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir
@@ -26,7 +27,14 @@ ANSWERS = {
         "```json\n{json}\n```",
         {LABELS.replace("{", "{{").replace("}", "}}"): "json_schema", "none": "json_schema"},
     ),
-    "math_reasoning": ("It is \\boxed{{{text}}}.", {"It is \\boxed{{-1}}.": "math", "\\boxed{{9**9**9**9}}": "math"}),
+    "math_reasoning": (
+        "<think>\nFirst 3 * 8, then the rest.\n</think>\nIt is \\boxed{{{text}}}.",
+        {
+            "<think>\nFirst 3 * 8, then the rest.\n</think>\nIt is \\boxed{{-1}}.": "math",
+            "<think>\nFirst 3 * 8, then the rest.\n</think>\n\\boxed{{9**9**9**9}}": "math",
+            "It is \\boxed{{{text}}}.": "length#reasoning",
+        },
+    ),
     "python_functions": (
         "```python\ndef add(a, b):\n    return a + b\n```",
         {
@@ -71,7 +79,8 @@ def filtered(recipe: Recipe, folder: Path, answers: list[Completion]) -> tuple[l
 
 
 def answer(job: Job, text: str) -> Completion:
-    return Completion(**completion_fields(job.request.id, text, **asdict(job.request)))
+    reasoning, rest = split_reasoning(text)
+    return Completion(**completion_fields(job.request.id, rest, **asdict(job.request), reasoning=reasoning))
 
 
 def test_each_recipe_is_tried_here() -> None:
@@ -101,8 +110,11 @@ def test_right_answers_stay_and_others_go_with_their_reason(name: str, tmp_path:
     as_json = text if text.startswith("{") else json.dumps(reference)
     texts = [one.format(text=text, json=as_json) if "{" in one else one for one in (right, *wrong)]
     for number, one in enumerate(texts):  # each alone: a prompt's samples are compared with each other
-        kept, dropped = filtered(recipe, tmp_path / str(number), [answer(jobs[0], one)])
-        assert (kept, dropped) == (([one], {}) if number == 0 else ([], {one: list(wrong.values())[number - 1]}))
+        row = answer(jobs[0], one)
+        kept, dropped = filtered(recipe, tmp_path / str(number), [row])
+        assert (kept, dropped) == (
+            ([row.text], {}) if number == 0 else ([], {row.text: list(wrong.values())[number - 1]})
+        )
 
 
 def test_sql_is_kept_by_what_most_samples_find(tmp_path: Path) -> None:

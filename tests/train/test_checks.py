@@ -72,6 +72,17 @@ def test_rows_that_nobody_filtered_or_few_that_passed_warn(
     assert (finding(checks["keep_rate"]) if "keep_rate" in checks else None) == keep_rate
 
 
+@pytest.mark.parametrize(("prompts", "expected"), [(4, ("pass", 0.75)), (12, ("warn", 0.25))])
+def test_of_several_answers_of_which_one_stays_the_prompts_are_counted(
+    prompts: int, expected: tuple[str, float]
+) -> None:
+    lineage = filtered(20)
+    lineage["filters"]["select"], lineage["generate"] = "first", {"prompts": {"distinct": prompts}}
+    check = of_rows(story_rows(3), lineage)["keep_rate"]
+    assert finding(check) == expected
+    assert "of the prompts have an answer that was kept" in check.finding
+
+
 def test_answers_that_were_cut_off_are_counted() -> None:
     rows = [*story_rows(3), kept_row(3, "Hi?", "And th", finish_reason="length")]
     assert finding(of_rows(rows)["cut_off"]) == ("note", 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+import trl
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -22,23 +23,14 @@ from train.run import train_run
 from train.tokens import MASKED
 from train.trainer import prepare
 
-# As Qwen3's: reasoning has a field of its own. As TRL's training templates: the assistant's words are marked.
-THINKING = CHATML.replace(
-    "message['content']",
-    "('<think>\n' + message['reasoning_content'] + '\n</think>\n\n' if message.get('reasoning_content') else '')"
-    " + message['content']",
-)
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # as the makers of well-known models publish them
+QWEN3, QWEN25 = ((TEMPLATES / f"{name}.jinja").read_text() for name in ("qwen3", "qwen2_5"))
+# As TRL's training templates: the assistant's words are marked.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TOOLS = (
-    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{% for call in message.tool_calls or [] %}{{ '<call>' + (call.function | tojson) }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
 
@@ -61,7 +53,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 def shown(model: str, rows: list[Kept], tmp_path: Path, **train: Any) -> list[tuple[str, str]]:
     """Of each row, the whole text as the trainer has it, and the part with loss."""
-    config, tokenizer = make_recipe(model, **train).train, AutoTokenizer.from_pretrained(model)
+    config, tokenizer = make_recipe(model, **{"max_length": 2048, **train}).train, AutoTokenizer.from_pretrained(model)
     examples = to_examples(rows, None, reasoning_form(config, tokenizer))
     prepared = prepare(model, {"train": examples, "validation": examples}, config, tmp_path, Console(quiet=True))
     assert prepared.faults == {} and prepared.differing == 0
@@ -112,9 +104,9 @@ def test_the_student_is_asked_with_its_own_system_prompt_in_training_and_export(
 
 def test_reasoning_is_left_out_unless_the_recipe_keeps_it(student: Callable[[str], str], tmp_path: Path) -> None:
     rows = [kept_row(n, f"{n}?", "Four.", reasoning="Two and two.") for n in range(2)]
-    plain, thinking = student(CHATML), student(THINKING)
-    for model in (plain, thinking):
-        assert shown(model, rows, tmp_path)[0][1] == "Four.<|im_end|>\n"
+    plain, thinking = student(CHATML), student(QWEN3)
+    for model, empty in ((plain, ""), (thinking, "<think>\n\n</think>\n\n")):
+        assert shown(model, rows, tmp_path)[0][1] == f"{empty}Four.<|im_end|>\n"
         assert shown(model, rows, tmp_path, reasoning="keep")[0][1] == (
             "<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>\n"
         )
@@ -137,13 +129,18 @@ CONVERSATION = [Message("user", "One?"), Message("assistant", "First."), Message
 
 
 @pytest.mark.parametrize(
-    ("loss_on", "learned"), [("last", "Second.<|im_end|>\n"), ("all", "First.<|im_end|>Second.<|im_end|>")]
+    ("template", "loss_on", "learned"),
+    [
+        (MARKED, "last", "Second.<|im_end|>\n"),
+        (MARKED, "all", "First.<|im_end|>Second.<|im_end|>"),
+        (QWEN25, "all", "\nFirst.<|im_end|>\n\nSecond.<|im_end|>\n"),  # TRL has a version of it with marks
+    ],
 )
 def test_loss_falls_on_the_last_turn_or_on_every_turn_of_the_assistant(
-    student: Callable[[str], str], tmp_path: Path, loss_on: str, learned: str
+    student: Callable[[str], str], tmp_path: Path, template: str, loss_on: str, learned: str
 ) -> None:
     rows = [kept_row(n, "", "Second.", messages=CONVERSATION) for n in range(2)]
-    assert [part for _, part in shown(student(MARKED), rows, tmp_path, loss_on=loss_on)] == [learned] * 2
+    assert [part for _, part in shown(student(template), rows, tmp_path, loss_on=loss_on)] == [learned] * 2
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED.replace("+ '<|im_end|>' }}{% endg", "}}{% endg")])
@@ -171,13 +168,13 @@ def tool_rows() -> list[Kept]:
 def test_an_answer_of_tool_calls_is_trained_on_and_exported_with_its_tools(
     student: Callable[[str], str], tmp_path: Path
 ) -> None:
-    rows, model = tool_rows(), student(TOOLS)
+    rows, model = tool_rows(), student(QWEN25)
     found = shown(model, rows, tmp_path)
-    assert found[0][1] == '<call>{"name": "lamp", "arguments": {"room": 0}}<|im_end|>\n'
+    assert found[0][1] == '<tool_call>\n{"name": "lamp", "arguments": {"room": 0}}\n</tool_call><|im_end|>\n'
     assert found[1][1] == "It is on 1.<|im_end|>\n" and '"arguments": {"state": 1}}' in found[1][0]
     assert all('"name": "lamp", "parameters"' in text for text, _ in found)
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(model), run)
+    train_run(make_recipe(model, max_length=2048), run)
     checks = {check["name"]: check["status"] for check in json.loads(run.checks.read_bytes())["checks"]}
     assert (checks["tools"], checks["cut_off"], checks["context"]) == ("pass", "pass", "pass")
     exported = datasets.load_dataset(str(export_dataset(make_recipe(model), run)), cache_dir=str(tmp_path / "cache"))

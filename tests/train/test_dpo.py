@@ -79,11 +79,14 @@ def test_the_student_comes_to_prefer_the_better_answers(student: str, run: RunDi
 
 def test_an_adapter_is_merged_and_the_start_is_found_again(student: str, tmp_path: Path, capsys: Any) -> None:
     run = make_run(tmp_path / "run", story_rows(8))
-    answers, pairs = recipe(student, method="lora"), recipe(student, method="dpo")
+    answers = recipe(student, method="lora", learning_rate=2e-2)
+    pairs = recipe(student, method="dpo", dpo={"weights": "full"})
     train_run(answers, run)
     write_pairs(run, 8)
     train_run(pairs, run)
     assert (run.student_sft / "adapter_config.json").exists() and (run.student / "model.safetensors").exists()
+    log = json.loads((run.student / "training_log.json").read_bytes())
+    assert log["loss"][0]["loss"] == pytest.approx(0.6931472, abs=1e-5)  # the reference is the base with its adapter
     train_run(pairs, run)
     assert "the student is up to date" in " ".join(capsys.readouterr().err.split())
     write_pairs(run, 7)
@@ -133,8 +136,13 @@ def test_pairs_of_test_prompts_are_left_out_and_validation_prompts_validate(stud
         rows = getattr(parts, part)
         assert {pair.prompt[0].content for pair in pairs[part]} == {row.messages[0].content for row in rows}
     few = recipe(student, method="dpo")  # one prompt validates: without a pair of its own, another takes its place
+    parts = read_parts(few, run)
+    pairs = read_pairs(few, run, parts)
+    assert [len(pairs[part]) for part in ("train", "validation")] == [28, 1]
+    assert pairs["validation"][0].prompt == parts.validation[0].messages
+    assert parts.test[0].messages not in [pair.prompt for pair in pairs["train"]]
     run.preferences.write_bytes(b"".join(run.preferences.read_bytes().splitlines(keepends=True)[:4]))
-    pairs = read_pairs(few, run, read_parts(few, run))
+    pairs = read_pairs(few, run, parts)
     assert len(pairs["validation"]) == 1 and len(pairs["train"]) in (2, 3)
 
 

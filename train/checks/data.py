@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
 from pipeline.checks import Check, Status
+from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
 from train.checks.run import graded
 from train.rows import Parts, prompt_text
@@ -36,7 +37,7 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) ->
     fix = "the same prompts give the same answers: add slots or values to the template"
     yield graded("prompts", share, finding, passes=share >= DISTINCT_SHARE, otherwise="warn", fix=fix)
     yield parts_check(parts)
-    yield from _filters(lineage.get("filters"))
+    yield from _filters(lineage.get("filters"), lineage.get("generate", {}), rows)
 
     if config.reasoning == "keep":
         thoughts = sum(bool(row.reasoning) for row in rows)
@@ -82,7 +83,7 @@ def label_checks(faults: Mapping[str, Sequence[str]], rows: int) -> Iterator[Che
         yield graded(name, len(bad), finding, passes=not bad, otherwise="fail", fix=fix)
 
 
-def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
+def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], rows: Sequence[Kept]) -> Iterator[Check]:
     fix = "a teacher's faults are copied too: name filters.rules and run the filters"
     if not section:
         yield Check(name="filters", status="warn", value=0, finding="no filters were run on these rows", fix=fix)
@@ -91,8 +92,11 @@ def _filters(section: Mapping[str, Any] | None) -> Iterator[Check]:
     finding = f"{rules} rules judged {section['rows']:,} answers"
     yield graded("filters", rules, finding, passes=rules > 0, otherwise="warn", fix=fix)
 
-    rate = section["keep_rate"]
-    finding = f"{rate:.1%} of the answers were kept; {SAFE_KEEP_RATE:.0%} or more is safe"
+    rate, kept = section["keep_rate"], "of the answers were kept"
+    prompts = generate.get("prompts", {}).get("distinct")
+    if section.get("select", "all") != "all" and prompts:  # one answer of several, at most
+        rate, kept = len(set(map(prompt_text, rows))) / prompts, "of the prompts have an answer that was kept"
+    finding = f"{rate:.1%} {kept}; {SAFE_KEEP_RATE:.0%} or more is safe"
     fix = "see filter_report.json for what was dropped; fix the prompts, or take a teacher that can do this"
     yield graded("keep_rate", rate, finding, passes=rate >= SAFE_KEEP_RATE, otherwise="warn", fix=fix)
 

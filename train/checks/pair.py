@@ -13,12 +13,13 @@ import msgspec
 from pipeline.advice import BALANCED_SIZES
 from pipeline.chat import asked_of_student
 from pipeline.checks import Check, Status
+from pipeline.conversation import template_turns
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
 from train.checks.run import graded
-from train.rows import prompt_text, turn_of
+from train.rows import prompt_text
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
 MAX_PROMPTS = 200  # distinct prompts rendered; a template that differs does so on the first ones
@@ -133,7 +134,7 @@ def tools_check(student: Any) -> Check:
 
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, Any]]]:
     conversations = {prompt_text(row): row.messages for row in rows}
-    return [[turn_of(message) for message in messages] for messages in islice(conversations.values(), MAX_PROMPTS)]
+    return [template_turns(messages) for messages in islice(conversations.values(), MAX_PROMPTS)]
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str | Exception:

@@ -1,0 +1,136 @@
+"""`prompts.user`: a second model plays the user. One run is several passes of `generate`, each with its journals.
+
+    turns/1-teacher/   the answers to the prompts
+    turns/1-user/      the user's next messages; then 2-teacher, 2-user, …
+    the run itself     the answers to the last messages, each record with its whole conversation
+
+The prompts of a pass are written anew from the journals of the passes before it, always the same. So a killed run goes
+on where it was, and asks nothing twice. A conversation ends early, and is left out, where a request failed, or an
+answer was cut off or calls tools.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from pipeline.errors import DataError
+from pipeline.lineage import budget_left, spent_by
+from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.records import Completion, Message, Prompt, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
+from pipeline.user_config import UserConfig
+
+OPENING = "Write your first message."  # chat templates want a conversation to begin with the role `user`
+OTHER_SIDE = {"user": "assistant", "assistant": "user"}
+SYSTEM = (
+    "You play the user who talks to an assistant. Write the user's next message, and nothing else: react to what the "
+    "assistant said last, ask a follow-up question or for a change. Write in the user's language, and briefly."
+)
+
+
+def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
+    """What is to be asked, and the run that is asked it. When the next pass is taken, the one before must be done.
+
+    A recipe without `prompts.user` has one pass, itself. Raises DataError if no conversation goes on.
+    """
+    user = recipe.prompts.user
+    if user is None:
+        yield recipe, run
+        return
+
+    def asked(prompts: PromptsConfig, folder: RunDir) -> tuple[Recipe, RunDir]:
+        others = [other for other in pass_folders(run, user) if other != folder]
+        return recipe.model_copy(update={"prompts": prompts, "budget": budget_left(recipe.budget, others)}), folder
+
+    own = recipe.prompts
+    prompts = own.model_copy(update={"user": None})
+    *turns, _ = pass_folders(run, user)
+    for answers, replies in zip(turns[::2], turns[1::2], strict=True):
+        yield asked(prompts, answers)
+        questions = _written(replies.path / "questions.jsonl", _for_user(answers, user))
+        asking, _ = asked(PromptsConfig(file=questions), replies)
+        yield _as_user(asking, user), replies
+        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, replies))
+        prompts = PromptsConfig(file=questions, seed=own.seed, validation=own.validation, test=own.test)
+    yield asked(prompts.model_copy(update={"user": user}), run)
+
+
+def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
+    """The passes of a run, in order; the last is the run itself."""
+    sides = [f"{number}-{side}" for number in range(1, user.turns + 1) for side in ("teacher", "user")]
+    return [*(RunDir(run.path / "turns" / side) for side in sides), run]
+
+
+def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
+    """The user for lineage.json, and what the passes before the last have cost."""
+    return {"model": user.model, "turns": user.turns, "spent_before": spent_by(pass_folders(run, user)[:-1])}
+
+
+def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:
+    """The recipe with the user in the teacher's place."""
+    teacher = recipe.teacher.model_copy(update={"system": None, "examples": []})
+    if user.model or user.base_url:
+        model, url = user.model or teacher.model, user.base_url or teacher.base_url
+        teacher = TeacherConfig(model=model, base_url=url, api_key_env=user.api_key_env)
+    return recipe.model_copy(
+        update={
+            "teacher": teacher.model_copy(update={"price": user.price or teacher.price}),
+            "sampling": recipe.sampling.model_copy(update={"max_tokens": user.max_tokens, "extra": {}}),
+        }
+    )
+
+
+def _written(path: Path, prompts: Iterator[Prompt]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, prompts)
+    if not path.stat().st_size:
+        raise DataError(f"{path}: no conversation goes on: every request failed, or was cut off, or calls tools")
+    return path
+
+
+def _for_user(answers: RunDir, user: UserConfig) -> Iterator[Prompt]:
+    for row in _whole(answers):
+        turns = [*row.messages, Message("assistant", row.text)]
+        yield Prompt(id=_conversation(row), messages=as_the_user_sees(turns, user.system or SYSTEM))
+
+
+def _for_teacher(answers: RunDir, replies: RunDir) -> Iterator[Prompt]:
+    said = {reply.prompt_id: reply.text for reply in _whole(replies)}
+    prompts = {prompt.id: prompt for prompt in read_jsonl(answers.prompts, Prompt)}  # whose columns may be newer
+    for row in _whole(answers):
+        id_, prompt = _conversation(row), prompts.get(row.prompt_id)
+        if prompt and id_ in said:
+            turns = [*row.messages, Message("assistant", row.text), Message("user", said[id_])]
+            yield replace(prompt, id=id_, messages=turns, part=None)
+
+
+def _conversation(row: Completion) -> str:
+    """Names the conversation: several samples of one prompt are several conversations."""
+    return f"{row.prompt_id}.{row.sample}" if row.sample else row.prompt_id
+
+
+def _whole(folder: RunDir) -> Iterator[Completion]:
+    """The answers of a pass with which a conversation can go on."""
+    ended = 0
+    for row in read_jsonl(folder.completions, Completion):
+        if row.finish_reason == "length" or row.tool_calls:
+            ended += 1
+        else:
+            yield row
+    if ended:
+        print(f"{folder.path}: {ended} conversations end here: cut off, or with a tool call", file=sys.stderr)
+
+
+def as_the_user_sees(messages: list[Message], system: str) -> list[Message]:
+    """The conversation with its roles swapped, without the system's words, tool calls and their results."""
+    turns = [Message("system", system), Message("user", OPENING)]
+    for message in messages:
+        role = OTHER_SIDE.get(message.role)
+        if role == turns[-1].role and message.content:
+            turns[-1] = Message(role, f"{turns[-1].content}\n\n{message.content}")
+        elif role and message.content:
+            turns.append(Message(role, message.content))
+    return turns

@@ -1,0 +1,239 @@
+"""A second model plays the user: what it is asked, what comes of it, and what a stop in the middle costs."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from generate.__main__ import main
+from generate.run import agenerate, generate, pending
+from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
+from pipeline.errors import BudgetReached, DataError, DistillError, UsageError
+from pipeline.lineage import read_lineage
+from pipeline.recipe import Recipe
+from pipeline.records import Message, Prompt, read_jsonl
+from pipeline.rundir import RunDir
+from pipeline.user_config import UserConfig
+from tests.generate.test_cli import ROOT, until_answered
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    MisbehavingServer,
+    answer,
+    completions,
+    error,
+    misbehaving,
+    recipe_for,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def reply_of(side: str) -> Any:
+    """Says how many messages it was shown, as that side."""
+    return lambda asked: answer(f"{side} {len(asked.body['messages'])} of {asked.body['messages'][-1]['content']}")
+
+
+def talk(
+    teacher: MisbehavingServer, user: MisbehavingServer, count: int = 3, turns: int = 2, **sections: Any
+) -> Recipe:
+    recipe = recipe_for(teacher, count, **sections)
+    config = {"turns": turns, "model": "player", "base_url": user.url, "system": "You are in a hurry.", "max_tokens": 9}
+    prompts = recipe.prompts.model_dump() | {"user": config}
+    return Recipe.model_validate(recipe.model_dump() | {"prompts": prompts})
+
+
+def test_the_last_record_holds_the_whole_conversation(run: RunDir) -> None:
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        summary = generate(talk(teacher, user), run, quiet=True)
+    (row,) = [row for row in completions(run) if row.messages[0].content == "say 1"]
+    first, second = "teacher 1 of say 1", "user 4 of teacher 1 of say 1"
+    third, fourth = f"teacher 3 of {second}", f"user 6 of teacher 3 of {second}"
+    assert [(turn.role, turn.content) for turn in row.messages] == [
+        *(("user", "say 1"), ("assistant", first), ("user", second), ("assistant", third), ("user", fourth))
+    ]
+    assert row.text == f"teacher 5 of {fourth}"
+    assert (summary.requests, summary.completed, summary.failed) == (3, 3, 0)
+    assert (summary.prompt_tokens, len(teacher.asked), len(user.asked)) == (7 * 15, 9, 6)
+    assert len({row.id for row in completions(run)}) == 3 and row.prompt_id in {
+        p.id for p in read_jsonl(run.prompts, Prompt)
+    }
+    asked = user.asked[0].body
+    assert (asked["model"], asked["max_tokens"]) == ("player", 9)
+    assert [turn["role"] for turn in asked["messages"]] == ["system", "user", "assistant", "user"]
+    assert [turn["content"] for turn in asked["messages"][:2]] == ["You are in a hurry.", OPENING]
+
+
+def test_roles_are_swapped_and_what_the_user_cannot_see_is_left_out() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    seen = as_the_user_sees(
+        [
+            Message("system", "Be brief."),
+            Message("user", "What time is it?"),
+            Message("assistant", "", [call]),
+            Message("tool", "12:00", tool_call_id="a"),
+            Message("assistant", "It is noon."),
+            Message("assistant", "Lunch?"),
+        ],
+        SYSTEM,
+    )
+    assert seen == [
+        Message("system", SYSTEM),
+        Message("user", OPENING),
+        Message("assistant", "What time is it?"),
+        Message("user", "It is noon.\n\nLunch?"),
+    ]
+
+
+def test_what_a_row_brings_is_kept_and_its_part_is_that_of_the_first_message(run: RunDir, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": f"r{n}", "prompt": f"say {n}", "reference": n, "topic": "x", "tools": [tool]} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = {"file": path, "system": "All are told."}
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        recipe = talk(teacher, user, 30, 1, prompts=plain)
+        told = recipe.teacher.model_copy(update={"system": "Only you."})
+        recipe = recipe.model_copy(update={"teacher": told})
+        generate(recipe, run, quiet=True)
+        generate(recipe_for(teacher, 30, prompts=plain), RunDir(tmp_path / "plain"), quiet=True)
+        path.write_text(path.read_text().replace('"x"', '"newer"'))
+        assert generate(recipe, run, quiet=True).answered == 0
+    assert {prompt.columns["topic"] for prompt in read_jsonl(run.prompts, Prompt)} == {"newer"}
+    answered = completions(run)
+    found = {row.prompt_id: (row.reference, row.columns, row.tools, row.messages[0].content) for row in answered}
+    assert found == {f"r{n}": (n, {"topic": "x"}, [tool], "All are told.") for n in range(30)}
+    assert {asked.body["messages"][0]["content"] for asked in teacher.asked[:60]} == {"Only you.\n\nAll are told."}
+    assert not any("tools" in asked.body or "Only you." in str(asked.body) for asked in user.asked)
+    parts = [{p.id: p.part for p in read_jsonl(one.prompts, Prompt)} for one in (run, RunDir(tmp_path / "plain"))]
+    assert parts[0] == parts[1] and len(set(parts[0].values())) > 1
+    assert {row.prompt_id: recipe.prompts.part_of(row.messages) for row in answered} == parts[0]
+
+
+def test_each_sample_is_a_conversation_of_its_own(run: RunDir) -> None:
+    def varied(asked: Asked) -> Behaviour:
+        return answer(f"answer {asked.body['seed']}")
+
+    with misbehaving(varied) as teacher, misbehaving(reply_of("user")) as user:
+        recipe = talk(teacher, user, 2, 1)
+        recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"samples": 3})})
+        assert generate(recipe, run, quiet=True).completed == 6
+    assert len({row.prompt_id for row in completions(run)}) == 6
+
+
+def test_a_budget_is_for_all_passes_and_nothing_is_asked_twice(run: RunDir) -> None:
+    """The run is stopped three times, each time in another pass."""
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        whole = talk(teacher, user, 6, 1, sampling={"max_tokens": 100}, generate={"concurrency": 1})
+        for tokens in (300, 420, 600):
+            with pytest.raises(BudgetReached):
+                generate(Recipe.model_validate(whole.model_dump() | {"budget": {"tokens": tokens}}), run, quiet=True)
+            spent = sum(
+                read_lineage(folder).get("generate", {}).get("spent", {"tokens": 0})["tokens"]
+                for folder in (run, RunDir(run.path / "turns/1-teacher"), RunDir(run.path / "turns/1-user"))
+            )
+            assert 0 < spent <= tokens and pending(whole, run) > 0
+        assert generate(whole, run, quiet=True).completed == 6
+        assert pending(whole, run) == 0
+        asked = [json.dumps(asked.body) for asked in (*teacher.asked, *user.asked)]
+        assert generate(whole, run, quiet=True).resumed == 6
+    assert len(asked) == len(set(asked)) == 18 == len(teacher.asked) + len(user.asked)
+    user_section = read_lineage(run)["generate"]["user"]
+    assert user_section == {"model": "player", "turns": 1, "spent_before": {"tokens": 12 * 12, "usd": 0}}
+
+
+@pytest.mark.timeout(120)
+def test_killed_in_each_pass_no_answer_is_lost_or_asked_again(run: RunDir) -> None:
+    def slow(asked: Asked) -> Behaviour:
+        return answer(f"on {asked.text}", delay_s=0.03)
+
+    with misbehaving(slow) as teacher, misbehaving(slow) as user:
+        recipe = talk(teacher, user, 20, 1, generate={"concurrency": 2})
+        path = run.path.with_name("recipe.yaml")
+        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude={"student"})))
+        command = [sys.executable, "-m", "generate", str(path), "--run", str(run.path), "--quiet"]
+        folders, before = pass_folders(run, UserConfig()), []
+        for folder in folders:
+            with subprocess.Popen(command, cwd=ROOT) as process:
+                until_answered(folder, 5)
+                process.kill()
+            before.append(folder.completions.read_bytes().rpartition(b"\n")[0])
+        assert subprocess.run(command, cwd=ROOT, check=True).returncode == 0
+    for folder, kept in zip(folders, before, strict=True):
+        assert folder.completions.read_bytes().startswith(kept)
+        assert len({row.id for row in completions(folder)}) == len(completions(folder)) == 20
+    assert len(teacher.asked) + len(user.asked) <= 60 + len(folders) * 2  # what was in flight is asked again
+
+
+def test_a_conversation_ends_where_it_cannot_go_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    def script(asked: Asked) -> Behaviour:
+        if asked.text == "say 0":
+            return answer("cut", finish_reason="length")
+        return error(400) if asked.text == "say 1" else answer()
+
+    def player(asked: Asked) -> Behaviour:
+        return error(400) if "say 2" in asked.text else answer("and then?")
+
+    with misbehaving(script) as teacher, misbehaving(player) as user:
+        recipe = talk(teacher, user, 5, 1)
+        summary = generate(recipe, run, quiet=True)
+        assert "player" in run.recipe.read_text() and "questions.jsonl" not in run.recipe.read_text()
+    assert (summary.requests, summary.completed, summary.failed, summary.errors) == (4, 2, 2, {"bad_request": 2})
+    assert "1 conversations end here: cut off, or with a tool call" in capsys.readouterr().err
+
+
+def test_no_conversation_that_goes_on_is_an_error(run: RunDir) -> None:
+    with (
+        misbehaving(lambda asked: answer("cut", finish_reason="length")) as teacher,
+        misbehaving() as user,
+        pytest.raises(DataError, match=r"1-user/questions\.jsonl: no conversation goes on"),
+    ):
+        generate(talk(teacher, user), run, quiet=True)
+    assert not user.asked
+
+
+def test_a_user_that_refuses_the_key_is_named_and_the_answers_are_kept(run: RunDir) -> None:
+    with (
+        misbehaving() as teacher,
+        misbehaving(lambda asked: error(401)) as user,
+        pytest.raises(DistillError, match=f"{user.url} answers 401"),
+    ):
+        generate(talk(teacher, user), run, quiet=True)
+    assert (len(teacher.asked), len(completions(RunDir(run.path / "turns/1-teacher")))) == (3, 3)
+
+
+def test_batch_files_are_refused_and_a_dry_run_shows_the_first_pass(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: t\nteacher: {model: m, base_url: 'http://127.0.0.1:1/v1'}\n"
+        "prompts: {template: 'say {n}', slots: {n: [a, b]}, count: 2, user: {turns: 2}}\n"
+    )
+    monkeypatch.setattr("sys.argv", ["generate", str(recipe), "--run", str(run.path), "--dry-run"])
+    main()
+    said = capsys.readouterr().out
+    assert "2 requests" in said and "this is the first answer only" in said and not run.path.exists()
+    monkeypatch.setattr("sys.argv", ["generate", str(recipe), "--run", str(run.path), "--write-batches"])
+    with pytest.raises(UsageError, match=r"prompts\.user has several"):
+        main()
+
+
+async def test_in_a_running_event_loop(run: RunDir) -> None:
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        assert (await agenerate(talk(teacher, user, 2, 1), run, quiet=True)).completed == 2
+    assert completions(run)[0].text.startswith("teacher 3 of user 4 of teacher 1 of say")
+
+
+def test_without_a_user_there_is_one_pass(run: RunDir) -> None:
+    recipe = recipe_for("http://127.0.0.1:1/v1", 2)
+    assert list(passes(recipe, run)) == [(recipe, run)]
+    assert Counter(recipe.prompts.part_of([Message("user", str(n))]) for n in range(50))["train"] > 30
