@@ -7,7 +7,7 @@ was at the start. Importing this module imports torch, transformers, peft and tr
 """
 
 import json
-from copy import deepcopy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def prepare_dpo(
     than `max_length` are left out. Raises RecipeError, UsageError or DistillError, as train.trainer.prepare does.
     """
     config = recipe.train
+    os.environ.setdefault("TQDM_DISABLE", "1")
     check_machine(config, processes)
     with quiet():
         tokenizer = load_tokenizer(str(start))
@@ -55,8 +56,7 @@ def prepare_dpo(
         shaped = {part: [to_pair(pair, recipe) for pair in own] for part, own in pairs.items()}
         trainer = DPOTrainer(
             model=model,
-            ref_model=deepcopy(model) if config.weights == "full" else None,  # else the model without its adapter
-            args=DPOConfig(**arguments, beta=config.dpo.beta),
+            args=DPOConfig(**arguments, beta=config.dpo.beta, precompute_ref_log_probs=True),  # no second model stays
             train_dataset=datasets.Dataset.from_list(shaped["train"], on_mixed_types="use_json"),
             eval_dataset=datasets.Dataset.from_list(shaped["validation"], on_mixed_types="use_json"),
             processing_class=tokenizer,
