@@ -66,7 +66,8 @@ def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
         f"{recipe.name}: {requests_of(summary.requests, summary.prompts)}, {summary.completed} answered "
         f"({summary.answered} now, {summary.resumed} earlier), {summary.failed} failed → {run.completions}",
         f"{clock(summary.wall_s)} · {summary.answered / seconds:.1f} answers/s · "
-        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens{thought} · {tokens / seconds:,.0f} tok/s"
+        f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens{thought} · "
+        f"{tokens / seconds:,.0f} tok/s"
         + (f" · ${summary.cost_usd:,.4f} spent in all" if summary.cost_usd is not None else ""),
     ]
 
