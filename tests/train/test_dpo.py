@@ -166,4 +166,6 @@ def test_what_is_missing_or_does_not_fit_is_named(student: str, tmp_path: Path) 
     for setting in ({"loss_on": "all"}, {"reasoning": "keep"}):
         with pytest.raises(ValueError, match="is not for method dpo"):
             recipe(student, method="dpo", **setting)
-    assert trained_section(run.student)["method"] == "full"
+    (run.student / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"run/student: cannot load "):
+        train_run(dpo, run)
