@@ -49,16 +49,23 @@ make and a model can answer, at most 20 words longer than now.{about}{before}
 {request}
 </request>
 
-Do not answer it. Reply with the new request and nothing else."""
+{reply}"""
 INVENT = """These are requests that people make of a language model:
 {examples}
-Write one new request of the same kind, as long and as difficult as these, about something else.{about}{before} Do not \
-answer it. Reply with the new request and nothing else."""
+Write one new request of the same kind, as long and as difficult as these, about something else.{about}{before}
+
+{reply}"""
 ABOUT = "\n\nWhoever answers it is told this, and must be able to answer it:\n<told>\n{told}\n</told>"
 BEFORE = "\n\nThis was said before it:\n<before>\n{before}\n</before>"
+REPLY = "Do not answer it. Reply with <request>, the new request, </request>, and nothing else."
 
-_AROUND = re.compile(r"^\W*(?:new|rewritten) (?:request|prompt)\W*:\s*|</?request>|^[\"“]|[\"”]$", re.IGNORECASE)
-_OF_THE_TASK = re.compile(r"\b(?:given|rewritten|new) (?:request|prompt)\b", re.IGNORECASE)
+_TAGGED = re.compile(r"<request>(.*?)(?:</request>|$)", re.DOTALL)
+_AROUND = re.compile(r"^\W*(?:new|rewritten) (?:request|prompt)\W*:\s*|^[\"“]|[\"”]$", re.IGNORECASE)
+_OF_THE_TASK = re.compile(
+    r"\b(?:given|rewritten|revised|new) (?:request|prompt)\b|\bdo not answer it\b|"
+    r"^(?:sure|certainly|of course|here(?:'s|’s| is| are))\b",
+    re.IGNORECASE,
+)
 _REFUSAL = re.compile(r"^(?:i'm|i am|i’m)?\s*sorry\b|^i (?:cannot|can't|can’t)\b|^as an ai\b", re.IGNORECASE)
 
 
@@ -140,6 +147,7 @@ def question(parent: Prompt, seeds: Sequence[Prompt], number: int, recipe: Recip
     told = [recipe.teacher.system or "", *(said(turn) for turn in earlier if turn.role in INSTRUCTIONS)]
     before = [f"{turn.role}: {said(turn)}" for turn in earlier if turn.role not in INSTRUCTIONS]
     around = {
+        "reply": REPLY,
         "about": ABOUT.format(told="\n\n".join(filter(None, told))) if any(told) else "",
         "before": BEFORE.format(before="\n".join(before)) if before else "",
     }
@@ -154,7 +162,8 @@ def question(parent: Prompt, seeds: Sequence[Prompt], number: int, recipe: Recip
 
 def read_prompt(answer: Completion) -> tuple[str, str | None]:
     """The prompt in a reply, and why it is none (None: it is one)."""
-    text = _AROUND.sub("", answer.text.strip()).strip()
+    tagged = _TAGGED.search(answer.text)
+    text = _AROUND.sub("", (tagged[1] if tagged else answer.text).strip()).strip()
     if answer.finish_reason == "length":
         return text, "cut"
     if not text:

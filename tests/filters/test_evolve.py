@@ -90,6 +90,9 @@ def test_what_is_no_prompt_or_like_another_is_left_out(tmp_path: Path) -> None:
     [
         ("Name three birds.", "stop", "Name three birds.", None),
         ("<request>\nName three birds.\n</request>", "stop", "Name three birds.", None),
+        ("Sure, here it is:\n<request>Name three birds.</request>\nBye.", "stop", "Name three birds.", None),
+        ("<request>Name three birds.", "stop", "Name three birds.", None),
+        ("Sure! Name three birds.", "stop", "Sure! Name three birds.", "talks_of_the_task"),
         ("#Rewritten Prompt#: Name three birds.", "stop", "Name three birds.", None),
         ('"Name three birds."', "stop", "Name three birds.", None),
         ("Name three", "length", "Name three", "cut"),
