@@ -7,7 +7,7 @@ was at the start. Importing this module imports torch, transformers, peft and tr
 """
 
 import json
-from copy import deepcopy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.adapters import ADAPTER
+from pipeline.errors import UsageError, first_line
 from pipeline.recipe import Recipe
 from train.machine import check_machine, micro_tokens, wants_checkpointing, weights_dtype
 from train.preferences import Pairs, to_pair
@@ -36,6 +37,7 @@ def prepare_dpo(
     than `max_length` are left out. Raises RecipeError, UsageError or DistillError, as train.trainer.prepare does.
     """
     config = recipe.train
+    os.environ.setdefault("TQDM_DISABLE", "1")
     check_machine(config, processes)
     with quiet():
         tokenizer = load_tokenizer(str(start))
@@ -50,13 +52,12 @@ def prepare_dpo(
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": micro,
             "gradient_accumulation_steps": share // micro,
-            "data_seed": config.seed,
+            "data_seed": config.seed,  # the order of the pairs: the same after an interrupt
         }
         shaped = {part: [to_pair(pair, recipe) for pair in own] for part, own in pairs.items()}
         trainer = DPOTrainer(
             model=model,
-            ref_model=deepcopy(model) if config.weights == "full" else None,  # else the model without its adapter
-            args=DPOConfig(**arguments, beta=config.dpo.beta),
+            args=DPOConfig(**arguments, beta=config.dpo.beta, precompute_ref_log_probs=True),  # no second model stays
             train_dataset=datasets.Dataset.from_list(shaped["train"], on_mixed_types="use_json"),
             eval_dataset=datasets.Dataset.from_list(shaped["validation"], on_mixed_types="use_json"),
             processing_class=tokenizer,
@@ -66,10 +67,14 @@ def prepare_dpo(
 
 
 def _load(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
-    """The student as a whole model, and the dtype that it is stored in."""
+    """The student as a whole model, and the dtype that it is stored in. Raises UsageError if it cannot be loaded."""
     adapter = start / ADAPTER
     base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    try:
+        stored = AutoConfig.from_pretrained(base).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{start}: cannot load {base}: {first_line(error)}") from None
     if adapter.is_file():
         model = PeftModel.from_pretrained(model, start).merge_and_unload().requires_grad_(True)  # PEFT froze the base
-    return model.to(dtype), AutoConfig.from_pretrained(base).dtype or torch.float32
+    return model.to(dtype), stored

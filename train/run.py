@@ -1,8 +1,8 @@
-"""One straight line from kept.jsonl to student/: rows, parts, checks, SFTTrainer, card, save.
+"""One straight line from kept.jsonl to student/: rows, parts, checks, TRL's trainer, card, save.
 
-Reads kept.jsonl, lineage.json and the recipe. Writes checks.json, validation.jsonl, test.jsonl, student/ (by rename)
-and the `train` section of lineage.json. Checkpoints are in training/ until the student is saved: after a kill, the same
-command continues from the last one.
+Reads kept.jsonl, preferences.jsonl (method dpo), lineage.json and the recipe. Writes checks.json, validation.jsonl,
+test.jsonl, student/ (by rename) and the `train` section of lineage.json. Checkpoints are in training/ until the student
+is saved: after a kill, the same command continues from the last one.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
-MARGIN = "eval_rewards/margins"
+MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 # Settings that change no weight.
 SAME_RESULT = {"test_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
@@ -50,7 +50,7 @@ def train_run(
     allow_chain: bool = False,
     processes: Processes = ALONE,
 ) -> None:
-    """Trains the recipe's student on the run's kept rows, and saves it as run.student.
+    """Trains the recipe's student on the run's kept rows, or then on its preferences, and saves it as run.student.
 
     Returns at once if the student there was trained on these rows with these settings, unless `again`. `force`
     continues past checks that warn, `allow_chain` with a teacher that was itself distilled. Of several `processes` that

@@ -93,7 +93,7 @@ class Prepared:
         return state.best_global_step or state.global_step
 
     def save(self, folder: Path, console: Console, *, write: bool = True) -> None:
-        """Writes the model (full) or the adapter (lora), the tokenizer and the chat template.
+        """Writes the model (full, dpo) or the adapter (lora), the tokenizer and the chat template.
 
         A model is stored in the dtype it came in, so that before and after are of one size, unless rounding to it
         undoes what was learned: a few steps of a low learning rate move the weights too little for bfloat16.
@@ -103,8 +103,9 @@ class Prepared:
         adapter = hasattr(model, "peft_config")
         with quiet():
             if adapter and self.milestones.config.method == "dpo":  # an adapter over a student that nobody else has
-                model = model.merge_and_unload().to(self.dtype)
-            elif not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
+                model = self.trainer.model = model.to(torch.float32).merge_and_unload()
+                adapter = False
+            if not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
                 model = model.to(self.dtype)
             if write:
                 model.save_pretrained(folder)

@@ -19,7 +19,10 @@ from train.run import train_run
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("models") / "student"))
+    """Stored in bfloat16, as most are."""
+    folder = tiny_model(tmp_path_factory.mktemp("models") / "student")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return str(folder)
 
 
 def recipe(student: str, **train: Any) -> Any:
@@ -41,14 +44,15 @@ def write_pairs(run: RunDir, count: int) -> None:
 def run(student: str, tmp_path: Path) -> RunDir:
     """A run with a student that learned from answers, and with preferences."""
     found = make_run(tmp_path / "run", story_rows(12))
-    train_run(recipe(student, method="full"), found)
+    train_run(recipe(student, method="full", learning_rate=1e-2), found)
     write_pairs(found, 12)
     return found
 
 
 def preference(folder: Path, run: RunDir) -> float:
     """How much likelier the better answer is than the worse, in nats, over all pairs."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = model.float()
     total = 0.0
     for line in run.preferences.read_bytes().splitlines():
         pair = json.loads(line)
@@ -69,7 +73,7 @@ def test_the_student_comes_to_prefer_the_better_answers(student: str, run: RunDi
     assert preference(run.student, run) > preference(run.student_sft, run) + 5
     assert not (run.student / "adapter_config.json").exists()  # a whole model, with or without adapters in training
     before, after = (json.loads((f / "config.json").read_bytes())["dtype"] for f in (run.student_sft, run.student))
-    assert before == after
+    assert before == after == "bfloat16"
     section = trained_section(run.student)
     assert (section["method"], section["weights"], section["start"]["method"]) == ("dpo", "full", "full")
     assert section["start"]["rows"] == 10
@@ -162,4 +166,6 @@ def test_what_is_missing_or_does_not_fit_is_named(student: str, tmp_path: Path) 
     for setting in ({"loss_on": "all"}, {"reasoning": "keep"}):
         with pytest.raises(ValueError, match="is not for method dpo"):
             recipe(student, method="dpo", **setting)
-    assert trained_section(run.student)["method"] == "full"
+    (run.student / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"run/student: cannot load "):
+        train_run(dpo, run)
