@@ -118,7 +118,8 @@ def evolve(
     while not stopped and len(done) < rounds and (most is None or len(prompts) < most):
         number, lacking = len(done) + 1, len(prompts) if most is None else most - len(prompts)
         asked = RunDir(run.path / "evolve" / str(number))
-        made = (question(parent, seeds, number, recipe) for parent in prompts[-lacking:])
+        parents = [prompt for prompt in prompts if prompt.messages[-1].role == "user"]  # not a tool's result
+        made = (question(parent, seeds, number, recipe) for parent in parents[-lacking:])
         questions = {one.asked.id: one for one in made if one.asked.id not in known}
         known |= questions.keys()
         if not questions:

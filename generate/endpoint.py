@@ -30,7 +30,7 @@ class Endpoint:
         config, now = recipe.generate, monotonic()
         self.url, self._say, self._most, self._partition = url, say, most, partition
         self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / partition.of)
-        self._config, self._auto, self._shows_load = config, config.concurrency == "auto", False
+        self._config, self._shows_load = config, False
         self._concurrency: Concurrency = (
             ByClimbing(_part(START, partition))
             if config.concurrency == "auto"
@@ -114,7 +114,7 @@ class Endpoint:
         load = None if silent else read_load(await self.client.metrics())
         if load is not None:
             self._shows_load = True
-            if self._auto:
+            if self._config.concurrency == "auto":
                 start = min(START_QUEUED * load.engines, MOST)
                 self._concurrency = ByQueue(_part(start, self._partition), 1 / self._partition.of)
         return silent

@@ -25,16 +25,13 @@ class TokenBucket:
     """
 
     def __init__(self, per_minute: float, now: float) -> None:
-        self._level, self._at = float("inf"), now
-        self._set(per_minute)
+        self._level = self._size = float("inf")
+        self._rate, self._at = 0.0, now
+        self.change(per_minute, now)
 
     def change(self, per_minute: float, now: float) -> None:
         """The rate is another from now on; what was taken stays taken, however often it moves."""
         self._refill(now)
-        self._set(per_minute)
-
-    def _set(self, per_minute: float) -> None:
-        self.per_minute = per_minute
         self._rate = per_minute / (WINDOW_S + BURST_S)
         self._size = max(self._rate * BURST_S, 1.0)
         self._level = min(self._level, self._size)

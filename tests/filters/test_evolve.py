@@ -67,6 +67,28 @@ def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_p
     assert "48 prompts, 12 of them the recipe's own" in "\n".join(describe(report, Path("x")))
 
 
+def test_a_conversation_is_rewritten_at_its_last_request_and_not_at_a_result(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk = [("user", "Hello."), ("assistant", "Hi! What is it?"), ("user", words("asked"))]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in talk]},
+        {
+            "messages": [
+                {"role": "user", "content": "Call f."},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "7", "tool_call_id": "1"},
+            ]
+        },
+    ]
+    file, run = tmp_path / "seeds.jsonl", RunDir(tmp_path / "run")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with misbehaving(rewriting) as server:
+        report = evolve(recipe_for(server, prompts={"file": file}), run, rounds=1, quiet=True)
+        assert "user: Hello.\nassistant: Hi! What is it?" in server.asked[0].text
+    assert (report.prompts, report.rounds[0].asked) == (3, 1)
+    assert [turn.content for turn in made(run)[-1].messages[:-1]] == ["Hello.", "Hi! What is it?"]
+
+
 def test_the_pool_ends_at_its_size(tmp_path: Path) -> None:
     with misbehaving(rewriting) as server:
         report = evolve(recipe_of(server, tmp_path), RunDir(tmp_path / "run"), rounds=9, most=SEEDS + 15, quiet=True)

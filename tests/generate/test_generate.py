@@ -1,10 +1,12 @@
 """The client against a real server that misbehaves: what becomes of each answer and each fault."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import httpx2
 import pytest
+from aiohttp import web
 from tenacity import wait_fixed
 
 from generate.reply import retry_after, shortened
@@ -228,8 +230,16 @@ def test_a_retry_that_is_due_goes_before_new_requests(run: RunDir) -> None:
 
 def test_as_many_at_once_as_asked_for(run: RunDir) -> None:
     """More than 100: the limit that HTTP libraries hide."""
-    with misbehaving(lambda asked: answer(delay_s=1.0)) as server:
-        generate(recipe_for(server, 300, generate={"concurrency": 300}), run, quiet=True)
+
+    async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        for _ in range(200):  # 10 s: a busy machine takes a while to send them all
+            if server.most_at_once < 300:
+                await asyncio.sleep(0.05)
+        return web.json_response(reply("yes"))
+
+    with misbehaving(lambda asked: behave) as server:
+        recipe = recipe_for(server, 300, generate={"concurrency": 300, "request_timeout_s": 60})
+        generate(recipe, run, quiet=True)
     assert server.most_at_once == 300
 
 
