@@ -8,8 +8,7 @@ look alike again; writes nothing.
 from array import array
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from functools import partial
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,8 +129,9 @@ class _Search:
     def __init__(
         self, what: str, texts: Array, alive: Array, compared: int, threshold: float | None, reader: Reader
     ) -> None:
-        self._what, self._texts, self._compared, self._threshold = what, texts, compared, threshold
-        self._reader = reader
+        self._what, self._compared, self._threshold = what, compared, threshold
+        self._ngrams_of = reader.ngrams_of(what)
+        self._digests, self._glimpses = texts["digest"], None if threshold is None else texts["glimpse"]
         self._keys = texts["digest"][:, None] if threshold is None else texts["bands"]
         self._shared = np.zeros(self._keys.shape, bool)  # keys that several rows have: no other one needs a look
         for column in range(self._keys.shape[1]):
@@ -155,15 +155,17 @@ class _Search:
         if not members:
             return None
         others = np.concatenate(members)
-        same = others[self._texts["digest"][others] == self._texts["digest"][row]]
-        if len(same) or self._threshold is None:
+        same = others[self._digests[others] == self._digests[row]]
+        if len(same) or self._threshold is None or self._glimpses is None:
             return Match(self._what, int(same[0]), None) if len(same) else None
-        agreeing = agreement(self._texts["glimpse"][others], self._texts["glimpse"][row])
+        agreeing = agreement(self._glimpses[others], self._glimpses[row])
         likely = dict.fromkeys(others[agreeing >= least_agreement(self._threshold)].tolist())
-        ngrams = partial(self._reader.ngrams, text=self._what)
-        found = (Match(self._what, other, jaccard(ngrams(row), ngrams(other))) for other in likely)
-        best = max(found, key=attrgetter("similarity"), default=None)
-        return best if best and best.similarity and best.similarity >= self._threshold else None
+        if not likely:
+            return None
+        mine = self._ngrams_of(row)
+        found = [(jaccard(mine, self._ngrams_of(other)), other) for other in likely]
+        similarity, other = max(found, key=itemgetter(0))  # the first of equals
+        return Match(self._what, other, similarity) if similarity >= self._threshold else None
 
 
 def _reason(match: Match, evaluated: int, sketches: Sketches, reader: Reader) -> Reason:

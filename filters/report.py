@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from filters.groups import SELECT
 from filters.judge import FAILED, SCORES, UNREADABLE
 from filters.judge import RULE as JUDGE
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, BadLine, Example, Tally
@@ -70,6 +71,12 @@ class FilterReport:
     bad_lines: int = 0
     first_bad_lines: list[BadLine] = field(default_factory=list)
     torn_last_line: bool = False  # the run was stopped while it wrote its last answer; not counted in rows
+
+    @property
+    def useful_share(self) -> float:
+        """The share of the answers that are kept; of the prompts, where one answer to each stays (`select`)."""
+        selects = any(rule.rule == SELECT for rule in self.rules)
+        return self.prompts.keep_rate if selects and self.prompts else self.keep_rate
 
     def encoded(self) -> bytes:
         """The report as indented JSON."""

@@ -244,9 +244,8 @@ def check_keep_rate(
 
     Where one answer to a prompt stays, the rate is that of prompts.
     """
-    rate, what, floor = report.keep_rate, "keep rate", config.min_keep_rate
-    if report.prompts and config.select != "all":
-        rate, what = report.prompts.keep_rate, "keep rate by prompt"
+    rate, floor = report.useful_share, config.min_keep_rate
+    what = "keep rate" if config.select == "all" else "keep rate by prompt"
     if floor is not None and rate < floor and not allow_low_keep:
         raise LowKeepRate(
             f"{what} {rate:.1%} is under filters.min_keep_rate {floor:.0%} ({recipe_path}); see above which rules "

@@ -5,7 +5,7 @@ nothing. The texts stay on disk: a row that looks like another is read again.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
 from functools import lru_cache
@@ -164,8 +164,12 @@ class Reader:
     def __init__(self, sketches: Sketches, config: DedupConfig, stack: ExitStack) -> None:
         self._sketches = sketches
         self._files = [stack.enter_context(source.path.open("rb")) for source in sketches.sources]
-        self.ngrams = lru_cache(READ_AGAIN)(
-            lambda number, text: ngrams(_compared(self.text(number), text, config), config.ngram)
+        self._config = config
+
+    def ngrams_of(self, name: str) -> Callable[[int], Array]:
+        """A function of a row's number: the n-grams of its answer or prompt."""
+        return lru_cache(READ_AGAIN)(
+            lambda number: ngrams(_compared(self.text(number), name, self._config), self._config.ngram)
         )
 
     def text(self, number: int) -> Text:

@@ -22,6 +22,7 @@ from evaluate.figures.promise import AXES
 from evaluate.models import BEFORE, TEACHER
 from evaluate.report.html import publish
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
+from filters.groups import SELECT
 from filters.judge import RULE as JUDGE
 from filters.report import FilterReport
 from filters.review.agreement import Result, agreement
@@ -106,9 +107,9 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
     return Filtered(
         rows=report.rows,
         kept=report.kept,
-        keep_rate=report.keep_rate,
+        keep_rate=report.useful_share,
         rules=[*first],
-        pass_rules=1 - sum(share for rule, share in first.items() if rule not in (*DEDUP_RULES, JUDGE)),
+        pass_rules=1 - sum(share for rule, share in first.items() if rule not in (*DEDUP_RULES, JUDGE, SELECT)),
         failing={rule.rule: (rule.alone + rule.together) / report.rows for rule in report.rules},
         duplicates=sum(first.get(rule, 0) for rule in (EXACT, NEAR)) if EXACT in first else None,
     )

@@ -3,13 +3,10 @@
 Validation is jsonschema's, in the worker: a schema can be slow. What `$ref` names is never fetched.
 """
 
-from functools import lru_cache
+import importlib
 from typing import Any, Self
 
-import jsonschema
 import msgspec
-from jsonschema.validators import validator_for
-from jsonschema_specifications import REGISTRY
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
 
 from filters.answer import Answer, Verified
@@ -17,6 +14,8 @@ from filters.verify.compare import PatternSettings
 from filters.verify.extract import beside_recipe, canonical, parse_json, shown
 from filters.verify.worker import call
 from pipeline.records import Reason
+
+VALIDATION = "filters.verify.validation"
 
 
 class JsonSchemaSettings(PatternSettings):
@@ -33,10 +32,7 @@ class JsonSchemaSettings(PatternSettings):
                 schema = msgspec.json.decode(path.read_bytes())
             except msgspec.DecodeError as error:
                 raise ValueError(f"schema: {path}: {error}") from None
-        try:
-            validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
-        except jsonschema.SchemaError as error:
-            raise ValueError(f"schema: {error.message} (at {error.json_path})") from None
+        importlib.import_module(VALIDATION).check_schema(schema)
         self._schema = msgspec.json.encode(schema).decode()
         return self
 
@@ -44,21 +40,8 @@ class JsonSchemaSettings(PatternSettings):
 def json_schema(answer: Answer, settings: JsonSchemaSettings) -> Verified:
     """Drops an answer that is not JSON, or that its schema refuses."""
     value = parse_json(settings.part_of(answer))
-    wrong = call(__name__, "first_error", settings._schema, value, seconds=settings.seconds)
+    wrong = call(VALIDATION, "first_error", settings._schema, value, seconds=settings.seconds)
     if wrong:
         where, message = wrong
         return Verified(Reason(rule="json_schema", what=where, found=shown(message)))
     return Verified(result=canonical(value))
-
-
-def first_error(schema: str, value: Any) -> tuple[str, str] | None:
-    """Where the value breaks its schema and how; None if it does not. In the worker."""
-    error = jsonschema.exceptions.best_match(_validator(schema).iter_errors(value))
-    return error and (error.json_path, error.message)
-
-
-@lru_cache(100)
-def _validator(schema: str) -> Any:
-    read = msgspec.json.decode(schema)
-    kind = validator_for(read, default=jsonschema.Draft202012Validator)
-    return kind(read, registry=REGISTRY, format_checker=kind.FORMAT_CHECKER)

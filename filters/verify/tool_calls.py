@@ -37,7 +37,7 @@ def tool_calls(answer: Answer, settings: ToolCallsSettings) -> Verified:
             return Verified(_wrong(name, str(error)))
         if parameters := functions[name].get("parameters"):
             schema = msgspec.json.encode(parameters).decode()
-            if wrong := call("filters.verify.schema", "first_error", schema, given, seconds=settings.seconds):
+            if wrong := call("filters.verify.validation", "first_error", schema, given, seconds=settings.seconds):
                 return Verified(_wrong(name, f"{wrong[1]:.200} (at {wrong[0]})"))
         result.append([name, given])
     return Verified(result=canonical(result))

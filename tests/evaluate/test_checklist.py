@@ -18,11 +18,11 @@ from evaluate.document import (
     read_report,
     write_report,
 )
-from evaluate.report.checklist import Evidence, Filtered, checklist, main
+from evaluate.report.checklist import Evidence, Filtered, check_run, checklist, main
 from filters.review.agreement import Agreement, Result, Share
 from pipeline.checks import Check
 from pipeline.errors import DistillError, UsageError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
 from tests.evaluate.made_report import make_report
 
@@ -259,6 +259,22 @@ def test_the_files_of_a_run_are_read(run: RunDir, tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "→ raise prompts.count" in out and out.endswith("8 pass, 2 warn, 1 fail, 3 unknown\n")
     assert "4 domain shift" in run.report_html.read_text(encoding="utf-8")
+
+
+def test_answers_of_which_one_is_selected_do_not_lower_the_keep_rate(run: RunDir, tmp_path: Path) -> None:
+    report = json.loads(run.filter_report.read_text())
+    report["rules"].append(
+        {"rule": "select", "dropped": 20, "alone": 20, "together": 0, "settings": {}, "examples": []}
+    )
+    prompts = {"prompts": 10, "kept": 9, "keep_rate": 0.9, "answers": 4, "pass_at": {"1": 0.9}}
+    report |= {"keep_rate": 0.25, "kept": 10, "prompts": {**prompts, "unsolved": 1, "unsolved_ids": ["p"]}}
+    run.filter_report.write_text(json.dumps(report))
+    points = {
+        point.name: (point.status, point.value)
+        for point in check_run(load_recipe(tmp_path / "recipe.yaml"), run, None).all
+    }
+    assert points["keep rate"] == ("pass", 0.9)
+    assert points["teacher's ability"] == ("pass", 0.9)
 
 
 def test_how_it_ends(run: RunDir, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from referencing.exceptions import Unresolvable
 
 from filters.reasons import describe
 from filters.verify.extract import boxed, fenced_block, last_number
-from filters.verify.schema import first_error
+from filters.verify.validation import first_error
 from pipeline.records import Reason
 from tests.filters.verifying import outcome, settings_of, verify
 

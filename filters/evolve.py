@@ -1,0 +1,260 @@
+"""`python -m filters.evolve RECIPE`: the teacher writes more prompts, and harder ones, from the recipe's own.
+
+Each round asks for a rewriting of every prompt there is: with a further constraint, deeper, more concrete or with more
+steps of reasoning (Evol-Instruct, arXiv 2304.12244), or for a new prompt of the same kind, after three examples of the
+recipe's own (Self-Instruct, arXiv 2212.10560). Replies that are no prompt, and prompts nearly the same as an earlier
+one, are left out.
+
+Reads the recipe. A round is a run of `generate` in `<run>/evolve/<round>/`, so that a call that was killed goes on, and
+no prompt is bought twice; the rounds together keep to the recipe's budget. Writes `<run>/evolved.jsonl`, which
+`prompts.file` of another recipe names, and `<run>/evolve/report.json`.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from filters.diversity import WORDS, Distinct, Diversity, diversity
+from generate.prompts import iter_prompts, prompt_id
+from generate.run import generate
+from pipeline.chat import INSTRUCTIONS
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import BudgetReached, RequestsFailed, UsageError
+from pipeline.lineage import budget_left
+from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
+from pipeline.records import Completion, Message, Prompt, read_jsonl, said
+from pipeline.rundir import RunDir, replacing, write_jsonl
+
+ROUNDS = 2
+NEAR = 0.7  # Jaccard: the default threshold (Self-Instruct leaves out a ROUGE-L of 0.7 and more)
+EXAMPLES = 3  # of the recipe's own prompts, for a new one
+
+HARDER = {
+    "constraint": "Add one constraint or requirement to it.",
+    "depth": "Let it ask for more depth and breadth about the same matter.",
+    "concrete": "Put more specific things in place of the general ones in it.",
+    "reasoning": "If it can be answered in few steps, change it so that it takes several steps of reasoning.",
+}
+NEW = "new"
+WAYS = (*HARDER, NEW)
+REWRITE = """Rewrite a request that somebody makes of a language model. {how} It must remain a request that people can \
+make and a model can answer, at most 20 words longer than now.{about}{before}
+
+<request>
+{request}
+</request>
+
+{reply}"""
+INVENT = """These are requests that people make of a language model:
+{examples}
+Write one new request of the same kind, as long and as difficult as these, about something else.{about}{before}
+
+{reply}"""
+ABOUT = "\n\nWhoever answers it is told this, and must be able to answer it:\n<told>\n{told}\n</told>"
+BEFORE = "\n\nThis was said before it:\n<before>\n{before}\n</before>"
+REPLY = "Do not answer it. Reply with <request>, the new request, </request>, and nothing else."
+
+_TAGGED = re.compile(r"<request>(.*?)(?:</request>|$)", re.DOTALL)
+_AROUND = re.compile(r"^\W*(?:new|rewritten) (?:request|prompt)\W*:\s*|^[\"“]|[\"”]$", re.IGNORECASE)
+_OF_THE_TASK = re.compile(
+    r"\b(?:given|rewritten|revised|new) (?:request|prompt)\b|\bdo not answer it\b|"
+    r"^(?:sure|certainly|of course|here(?:'s|’s| is| are))\b",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(r"^(?:i'm|i am|i’m)?\s*sorry\b|^i (?:cannot|can't|can’t)\b|^as an ai\b", re.IGNORECASE)
+
+
+class Question(NamedTuple):
+    """What the teacher is asked, to make another prompt of `parent`."""
+
+    parent: Prompt
+    way: str  # one of WAYS
+    asked: Prompt
+
+
+class Round(msgspec.Struct, kw_only=True):
+    """What one round brought."""
+
+    asked: int
+    failed: int  # for good: no answer
+    new: int = 0
+    left_out: Counter[str] = msgspec.field(default_factory=Counter)  # by the reason
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What evolved.jsonl holds, and how different the prompts were and are: in equally many, drawn at random."""
+
+    seeds: int
+    prompts: int  # the seeds among them
+    rounds: list[Round]
+    before: Diversity
+    after: Diversity
+
+
+def evolve(
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    rounds: int = ROUNDS,
+    most: int | None = None,
+    near: float = NEAR,
+    quiet: bool = False,
+) -> Report:
+    """Writes the recipe's prompts and those made of them, `most` in all (None: as many as `rounds` bring).
+
+    A request that failed for good in an earlier call is made again. Raises what `generate` raises: the next call goes
+    on. At the end of the budget what there is by then is written first.
+    """
+    seeds = list({prompt.id: prompt for prompt in iter_prompts(recipe)}.values())
+    prompts, distinct, done = seeds[:], Distinct(near, DedupConfig().ngram), list[Round]()
+    for seed in seeds:
+        distinct.add(said(seed.messages[-1]), always=True)
+    known, stopped = set[str](), None  # the questions of all rounds: none is asked twice
+    while not stopped and len(done) < rounds and (most is None or len(prompts) < most):
+        number, lacking = len(done) + 1, len(prompts) if most is None else most - len(prompts)
+        asked = RunDir(run.path / "evolve" / str(number))
+        made = (question(parent, seeds, number, recipe) for parent in prompts[-lacking:])
+        questions = {one.asked.id: one for one in made if one.asked.id not in known}
+        known |= questions.keys()
+        if not questions:
+            break
+        failed = 0
+        try:
+            failed = _ask(recipe, asked, [one.asked for one in questions.values()], quiet=quiet)
+        except BudgetReached as error:
+            stopped = error
+        done.append(Round(asked=len(questions), failed=failed))
+        prompts += _new_prompts(questions, asked, distinct, done[-1], number)
+    write_jsonl(run.path / "evolved.jsonl", prompts)
+    report = _report(seeds, prompts, done)
+    with replacing(run.path / "evolve" / "report.json") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    if stopped:
+        raise BudgetReached(f"{stopped}; {len(prompts)} prompts are in {run.path / 'evolved.jsonl'}")
+    return report
+
+
+def question(parent: Prompt, seeds: Sequence[Prompt], number: int, recipe: Recipe) -> Question:
+    """What a round asks about a prompt. Only these decide it, so that a second call asks the same."""
+    rng = random.Random(parent.id)
+    way = rng.sample(WAYS, len(WAYS))[(number - 1) % len(WAYS)]
+    earlier = parent.messages[:-1]
+    told = [recipe.teacher.system or "", *(said(turn) for turn in earlier if turn.role in INSTRUCTIONS)]
+    before = [f"{turn.role}: {said(turn)}" for turn in earlier if turn.role not in INSTRUCTIONS]
+    around = {
+        "reply": REPLY,
+        "about": ABOUT.format(told="\n\n".join(filter(None, told))) if any(told) else "",
+        "before": BEFORE.format(before="\n".join(before)) if before else "",
+    }
+    if way == NEW:
+        examples = [said(one.messages[-1]) for one in (parent, *rng.sample(seeds, min(EXAMPLES - 1, len(seeds))))]
+        text = INVENT.format(examples="\n".join(f"<request>\n{one}\n</request>" for one in examples), **around)
+    else:
+        text = REWRITE.format(how=HARDER[way], request=said(parent.messages[-1]), **around)
+    messages = [Message(role="user", content=text)]
+    return Question(parent, way, Prompt(id=prompt_id(messages), messages=messages))
+
+
+def read_prompt(answer: Completion) -> tuple[str, str | None]:
+    """The prompt in a reply, and why it is none (None: it is one)."""
+    tagged = _TAGGED.search(answer.text)
+    text = _AROUND.sub("", (tagged[1] if tagged else answer.text).strip()).strip()
+    if answer.finish_reason == "length":
+        return text, "cut"
+    if not text:
+        return text, "empty"
+    if _OF_THE_TASK.search(text):
+        return text, "talks_of_the_task"
+    return text, "refusal" if _REFUSAL.search(text) else None
+
+
+def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: bool) -> int:
+    """Asks what is not answered yet; returns how many requests failed for good."""
+    folder = asked.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{asked.path.name}.questions.jsonl"
+    write_jsonl(file, questions)
+    others = [RunDir(path) for path in folder.iterdir() if path.is_dir() and path != asked.path]
+    extra = {name: value for name, value in recipe.sampling.extra.items() if name != "response_format"}
+    asking = recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-evolve-{asked.path.name}",
+            "teacher": recipe.teacher.model_copy(update={"system": None, "examples": []}),
+            "prompts": PromptsConfig(file=file),
+            "sampling": recipe.sampling.model_copy(update={"extra": extra}),
+            "budget": budget_left(recipe.budget, others),
+        }
+    )
+    return generate(asking, asked, quiet=quiet, retry_failures=True).failed
+
+
+def _new_prompts(
+    questions: dict[str, Question], asked: RunDir, distinct: Distinct, this: Round, number: int
+) -> list[Prompt]:
+    """The prompts that a round's replies make, in the order of its questions. Counts them, and what is left out."""
+    answers = {answer.prompt_id: answer for answer in read_jsonl(asked.completions, Completion)}
+    found = []
+    for id_, (parent, way, _) in questions.items():
+        if id_ not in answers:
+            continue
+        text, wrong = read_prompt(answers[id_])
+        if wrong is None and not distinct.add(text):
+            wrong = "near_duplicate"
+        if wrong:
+            this.left_out[wrong] += 1
+            continue
+        this.new += 1
+        messages = [*parent.messages[:-1], Message(role="user", content=text)]
+        origin = {"from": parent.id, "way": way, "round": number}
+        tools = parent.tools
+        found.append(Prompt(id=prompt_id(messages, tools), messages=messages, columns={"evolved": origin}, tools=tools))
+    return found
+
+
+def _report(seeds: Sequence[Prompt], prompts: Sequence[Prompt], rounds: list[Round]) -> Report:
+    before, after = (
+        diversity([said(prompt.messages[-1]) for prompt in some], len(seeds), DedupConfig().ngram)
+        for some in (seeds, prompts)
+    )
+    return Report(seeds=len(seeds), prompts=len(prompts), rounds=rounds, before=before, after=after)
+
+
+def describe(report: Report, path: Path) -> list[str]:
+    """The report in a few lines."""
+    lines = []
+    for number, one in enumerate(report.rounds, start=1):
+        why = "".join(f", {count:,} {reason.replace('_', ' ')}" for reason, count in sorted(one.left_out.items()))
+        lines.append(f"round {number}: {one.asked:,} asked, {one.new:,} new, {one.failed:,} failed{why}")
+    for when, found in (("before", report.before), ("after", report.after)):
+        distinct, alike = ("-" if value is None else f"{value:.3f}" for value in (found.distinct, found.similarity))
+        lines.append(
+            f"{when}: {distinct} of the runs of {WORDS} words are different, and {alike} is the mean similarity to the "
+            f"nearest other prompt (of {found.texts:,} prompts)"
+        )
+    return [*lines, f"{report.prompts:,} prompts, {report.seeds:,} of them the recipe's own → {path}"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = stage_parser("filters.evolve", "The teacher writes more prompts, and harder ones, from the recipe's own.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"each asks about every prompt (default: {ROUNDS})")
+    parser.add_argument("--most", type=int, help="prompts in all, the recipe's own among them (default: no limit)")
+    parser.add_argument("--near", type=float, default=NEAR, help=f"the similarity that is too much (default: {NEAR})")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    recipe, run, options = parse_stage(parser, argv)
+    if not 0.5 <= options.near <= 1:
+        raise UsageError(f"--near must be from 0.5 to 1, got {options.near:g}")
+    with run.locked(new=True):
+        report = evolve(recipe, run, rounds=options.rounds, most=options.most, near=options.near, quiet=options.quiet)
+    for line in describe(report, run.path / "evolved.jsonl"):
+        print(line)
+    if failed := sum(one.failed for one in report.rounds):
+        raise RequestsFailed(f"{failed} requests failed for good; run the same command again, and they are made again")
+
+
+if __name__ == "__main__":
+    run_stage(main)

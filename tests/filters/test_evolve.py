@@ -1,0 +1,186 @@
+"""Prompts that write prompts, against a real local server: what is asked, what is kept, what a second call asks."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from filters.diversity import Distinct, diversity
+from filters.evolve import HARDER, NEW, WAYS, describe, evolve, question, read_prompt
+from generate.prompts import iter_prompts
+from pipeline.errors import BudgetReached
+from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.records import Completion, Prompt, read_jsonl
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, misbehaving, recipe_for
+
+SEEDS = 12
+
+
+def words(key: str) -> str:
+    """A text of its own for each key."""
+    rng = random.Random(key)
+    return "Ask for " + " ".join("".join(rng.choices("abcdefghij", k=6)) for _ in range(12))
+
+
+def rewriting(asked: Asked) -> Behaviour:
+    return answer(words(asked.text))
+
+
+def recipe_of(server: MisbehavingServer, folder: Path, **sections: object) -> Recipe:
+    file = folder / "seeds.jsonl"
+    rows = [{"prompt": words(str(n)), "reference": n, "id": f"s{n}", "topic": "t"} for n in range(SEEDS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return recipe_for(server, prompts={"file": file, "system": "Be kind."}, **sections)
+
+
+def made(run: RunDir) -> list[Prompt]:
+    return list(read_jsonl(run.path / "evolved.jsonl", Prompt))
+
+
+def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(rewriting) as server:
+        recipe = recipe_of(server, tmp_path)
+        report = evolve(recipe, run, rounds=2, quiet=True)
+        asked, first = len(server.asked), (run.path / "evolved.jsonl").read_bytes()
+        evolve(recipe, run, rounds=2, quiet=True)
+        assert len(server.asked) == asked == len(server.attempts) == 3 * SEEDS  # nothing is bought twice
+    assert (run.path / "evolved.jsonl").read_bytes() == first
+    assert [(one.asked, one.new) for one in report.rounds] == [(SEEDS, SEEDS), (2 * SEEDS, 2 * SEEDS)]
+    following = PromptsConfig(file=run.path / "evolved.jsonl", system="Be kind.")
+    read = list(iter_prompts(recipe.model_copy(update={"prompts": following})))
+    assert read == made(run)
+    assert len({prompt.id for prompt in read}) == 4 * SEEDS
+    assert (read[3].reference, read[3].columns) == (3, {"topic": "t"})
+    child = read[SEEDS]
+    assert child.reference is None  # a reference is of its own prompt
+    assert child.columns["evolved"].keys() == {"from", "way", "round"}
+    assert [message.role for message in child.messages] == ["system", "user"]
+    assert "48 prompts, 12 of them the recipe's own" in "\n".join(describe(report, Path("x")))
+
+
+def test_the_pool_ends_at_its_size(tmp_path: Path) -> None:
+    with misbehaving(rewriting) as server:
+        report = evolve(recipe_of(server, tmp_path), RunDir(tmp_path / "run"), rounds=9, most=SEEDS + 15, quiet=True)
+        assert (report.prompts, len(server.asked)) == (SEEDS + 15, 15)
+
+
+def test_what_is_no_prompt_or_like_another_is_left_out(tmp_path: Path) -> None:
+    texts = iter(["", "Sorry, no.", words("3"), f'"{words("3")}!"', "Here is the rewritten prompt.", words("own")])
+    with misbehaving(lambda asked: answer(next(texts, words("own")))) as server:
+        recipe = recipe_of(server, tmp_path, generate={"concurrency": 1})
+        run = RunDir(tmp_path / "run")
+        report = evolve(recipe, run, rounds=1, quiet=True)
+    (only,) = report.rounds
+    assert only.left_out == {"refusal": 1, "near_duplicate": 8, "talks_of_the_task": 1}
+    assert (only.asked, only.failed, only.new) == (SEEDS, 1, 1)  # an empty answer fails in `generate`
+    assert made(run)[-1].messages[-1].content == words("own")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "prompt", "wrong"),
+    [
+        ("Name three birds.", "stop", "Name three birds.", None),
+        ("<request>\nName three birds.\n</request>", "stop", "Name three birds.", None),
+        ("Sure, here it is:\n<request>Name three birds.</request>\nBye.", "stop", "Name three birds.", None),
+        ("<request>Name three birds.", "stop", "Name three birds.", None),
+        ("Sure! Name three birds.", "stop", "Sure! Name three birds.", "talks_of_the_task"),
+        ("#Rewritten Prompt#: Name three birds.", "stop", "Name three birds.", None),
+        ('"Name three birds."', "stop", "Name three birds.", None),
+        ("Name three", "length", "Name three", "cut"),
+        ("<request></request>", "stop", "", "empty"),
+        ("The given prompt is good.", "stop", "The given prompt is good.", "talks_of_the_task"),
+        ("I'm sorry, I cannot.", "stop", "I'm sorry, I cannot.", "refusal"),
+        ("Why do people say sorry?", "stop", "Why do people say sorry?", None),
+    ],
+)
+def test_a_reply_is_a_prompt_or_why_not(said: str, reason: str, prompt: str, wrong: str | None) -> None:
+    fields = {**completion_fields("a", said), "finish_reason": reason}
+    assert read_prompt(Completion(**fields)) == (prompt, wrong)
+
+
+def test_the_question_holds_what_the_teacher_is_told_and_depends_on_nothing_else(tmp_path: Path) -> None:
+    with misbehaving() as server:
+        recipe = recipe_of(server, tmp_path)
+    recipe = recipe.model_copy(update={"teacher": TeacherConfig(model="m", system="The tables are {a} and b.")})
+    seeds = list(iter_prompts(recipe))
+    ways = Counter[str]()
+    for number in range(1, 11):
+        for seed in seeds:
+            one = question(seed, seeds, number, recipe)
+            assert one == question(seed, seeds, number, recipe)
+            text = one.asked.messages[0].content
+            assert "The tables are {a} and b.\n\nBe kind." in text
+            assert seed.messages[-1].content in text
+            assert one.way == NEW or HARDER[one.way] in text
+            ways[one.way] += 1
+    assert set(ways) == set(WAYS)
+
+
+def test_the_rounds_keep_to_one_budget_and_what_there_is_is_written(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(rewriting) as server:  # 12 tokens each by its count, of which a request reserves some 1,300
+        recipe = recipe_of(server, tmp_path, budget={"tokens": 1550}, generate={"concurrency": 1})
+        with pytest.raises(BudgetReached, match=r"prompts are in .*evolved.jsonl"):
+            evolve(recipe, run, rounds=5, quiet=True)
+        asked = len(server.asked)
+        assert asked * 12 <= 1550
+        assert len(made(run)) == SEEDS + asked
+        assert SEEDS < asked < 3 * SEEDS  # it ends in the second round
+        with pytest.raises(BudgetReached):
+            evolve(recipe, run, rounds=5, quiet=True)
+        assert len(server.asked) == asked
+        more = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"tokens": 10**6})})
+        assert evolve(more, run, rounds=2, quiet=True).prompts == 4 * SEEDS
+        assert len(server.asked) == 3 * SEEDS
+
+
+def test_killed_at_any_moment_no_prompt_is_bought_twice(tmp_path: Path) -> None:
+    run, at_once = RunDir(tmp_path / "run"), 4
+    with misbehaving(lambda asked: answer(words(asked.text), delay_s=0.05)) as server:
+        recipe = recipe_of(server, tmp_path, generate={"concurrency": at_once})
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipe.model_dump_json(exclude_unset=True))  # JSON is YAML, too
+        command = [sys.executable, "-m", "filters.evolve", str(file), "--run", str(run.path), "--quiet"]
+        kills = 0
+        for wanted in (5, SEEDS + 6):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while len(server.asked) < wanted and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert kills == 2
+    assert "round 2: 24 asked, 24 new" in done.stdout
+    for number, count in (("1", SEEDS), ("2", 2 * SEEDS)):
+        journal = run.path / "evolve" / number / "completions.jsonl"
+        answered = Counter(one.prompt_id for one in read_jsonl(journal, Completion))
+        assert (len(answered), max(answered.values())) == (count, 1)
+    assert len(server.asked) <= 3 * SEEDS + kills * at_once  # those in flight at a kill
+
+
+def test_a_near_duplicate_is_found_and_another_text_is_not() -> None:
+    distinct = Distinct(0.7, 3)
+    assert distinct.add("Tell a story about a small rabbit who finds a red balloon.")
+    assert not distinct.add("Tell a story about a small rabbit who finds a red  BALLOON!")
+    assert not distinct.add("Tell a story about a small rabbit who finds a red balloons.")
+    assert distinct.add("Explain how a steam engine turns heat into motion.")
+    assert distinct.add("Tell a story about a small rabbit who finds a red balloon.", always=True)
+
+
+def test_diversity_falls_with_repetition() -> None:
+    alike = diversity([f"Tell a story about a rabbit, number {n}." for n in range(40)], 40, 3)
+    other = diversity([words(str(n)) for n in range(40)], 40, 3)
+    assert alike.distinct and other.distinct and alike.similarity and other.similarity
+    assert alike.distinct < 0.5 < other.distinct
+    assert other.similarity < 0.5 < alike.similarity
+    assert diversity(["one"], 1, 3).similarity is None
+    assert diversity([words(str(n)) for n in range(40)], 10, 3).texts == 10
