@@ -12,6 +12,7 @@ DEVICES = {  # by what can be asked of them
     "closed": ["window", "door", "curtain", "gate"],
     "level": ["lamp", "fan", "heater", "radio", "speaker"],
 }
+LEVELS = [20, 40, 60, 80]  # few: a student of four layers learns words sooner than it learns to copy any number
 PHRASINGS = {
     "on": [
         "Turn on the {device} in the {room}.",
@@ -57,11 +58,11 @@ PHRASINGS = {
 
 
 def rows() -> Iterator[dict[str, object]]:
-    """3,000 different commands in a random order, as many of each kind as there are."""
+    """2,000 different commands in a random order; each kind is as likely as another."""
     rng, asked = Random(0), set()
-    while len(asked) < 3000:
+    while len(asked) < 2000:
         kind = rng.choice(list(PHRASINGS))
-        level = rng.randrange(10, 100)
+        level = rng.choice(LEVELS)
         room, device = rng.choice(ROOMS), rng.choice(DEVICES[kind])
         prompt = rng.choice(PHRASINGS[kind]).format(room=room, device=device, level=level)
         if prompt not in asked:

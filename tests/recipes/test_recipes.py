@@ -93,6 +93,8 @@ def test_the_teacher_is_told_more_than_the_student(name: str) -> None:
     recipe, prompts, jobs = load(name)
     assert len(jobs) == 3 * recipe.prompts.samples > 3
     assert len({job.request.id for job in jobs}) == len(jobs)
+    asked = {prompt.messages[-1].content for prompt in islice(iter_prompts(recipe), recipe.prompts.count)}
+    assert not asked & {example.prompt for example in recipe.teacher.examples}  # the teacher would know the answer
     for job in jobs:
         told = job.told
         assert told[0].role == "system" and told[0].content == recipe.teacher.system
