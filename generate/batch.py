@@ -49,7 +49,7 @@ class Batches:
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
-        async with self._api:
+        async with self._api.client:
             self._reserve_live()
             while not stopped.is_set():
                 if not self._folder.live and not self._write():

@@ -22,7 +22,7 @@ LISTED = 100  # batches per page, when one is looked for
 
 
 class BatchApi:
-    """One endpoint's Files and Batches; use as an async context manager. Its methods raise openai.APIError."""
+    """One endpoint's Files and Batches, while its `client` is open. The methods raise openai.APIError."""
 
     def __init__(self, recipe: Recipe, run_key: str) -> None:
         """`run_key` marks this run's batches at the provider."""
@@ -33,7 +33,7 @@ class BatchApi:
             404: "; does it have a Batch API? generate.mode online needs none",
         }
         own = ("Content-Type", "Authorization")  # which the package sets
-        self._api = openai.AsyncOpenAI(
+        self.client = openai.AsyncOpenAI(
             api_key=key.get_secret_value() if key else "none",
             base_url=teacher.url,
             default_headers={name: value for name, value in headers_of(teacher).items() if name not in own},
@@ -44,20 +44,14 @@ class BatchApi:
             timeout=recipe.generate.request_timeout_s or TIMEOUT_S,
         )
 
-    async def __aenter__(self) -> "BatchApi":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._api.close()
-
     async def upload(self, path: Path) -> str:
         """Uploads a file of requests; returns its id."""
         with path.open("rb") as file:
-            return (await self._api.files.create(file=file, purpose="batch")).id
+            return (await self.client.files.create(file=file, purpose="batch")).id
 
     async def find(self, chunk: str) -> Batch | None:
         """The batch of a chunk, if one was created whose creation this run never heard of."""
-        async for batch in self._api.batches.list(limit=LISTED):
+        async for batch in self.client.batches.list(limit=LISTED):
             marks = batch.metadata or {}
             ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, chunk)
             if ours and batch.status != "failed":
@@ -66,7 +60,7 @@ class BatchApi:
 
     async def create(self, chunk: str, file_id: str) -> Batch:
         """Creates the batch of a chunk."""
-        return await self._api.batches.create(
+        return await self.client.batches.create(
             input_file_id=file_id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
@@ -75,12 +69,12 @@ class BatchApi:
 
     async def retrieve(self, batch_id: str) -> Batch:
         """A batch as it is now."""
-        return await self._api.batches.retrieve(batch_id)
+        return await self.client.batches.retrieve(batch_id)
 
     async def download(self, file_id: str, path: Path) -> None:
         """Downloads a file; it appears whole, by rename."""
         try:
-            async with self._api.files.with_streaming_response.content(file_id) as response:
+            async with self.client.files.with_streaming_response.content(file_id) as response:
                 with replacing(path) as file:
                     async for block in response.iter_bytes():
                         file.write(block)

@@ -9,7 +9,6 @@ Pure: the time and the observations are passed in by generate.endpoint.
 """
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 START = 64  # in flight, before anything is known
@@ -131,17 +130,6 @@ class ByQueue(Concurrency):
         self.limit = min(self.limit + max(1, step), max(MOST, self.limit))
 
 
-@dataclass
-class _Round:
-    """Answers to requests that were sent since `began`."""
-
-    began: float
-    answers: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # the sum of their latencies
-    in_flight: int = 0  # at most
-
-
 class ByClimbing(Concurrency):
     """Doubles while that raises throughput, then stays near the number with the best throughput.
 
@@ -158,27 +146,30 @@ class ByClimbing(Concurrency):
         self._phase = "double"
         self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
         self._next_step = 1
-        self._round = _Round(float("-inf"))
+        self._begin_round(float("-inf"))
         # Since the last episode of refusals began to end: when that was, and the replies since.
         self._since, self._answers, self._refused = 0.0, 0, 0
         self._refused_at: int | None = None  # the limit under which the episode now open began
         self._before: tuple[int, float] | None = None  # that of the episode before, and its answers per second
         self._hold_until = float("-inf")
 
+    def _begin_round(self, now: float) -> None:
+        """Answers count from here on, if their requests were sent later."""
+        self._round_at, self._count, self._tokens, self._seconds, self._in_flight = now, 0, 0, 0.0, 0
+
     def answered(self, tokens: int, latency_s: float, in_flight: int, now: float) -> None:
         """After a round of answers, judges the limit that they were sent under."""
         self._answers += 1
-        this = self._round
-        if now - latency_s < this.began:
+        if now - latency_s < self._round_at:
             return
-        this.answers += 1
-        this.tokens += max(tokens, 1)
-        this.seconds += latency_s
-        this.in_flight = max(this.in_flight, min(in_flight, self.limit))
+        self._count += 1
+        self._tokens += max(tokens, 1)
+        self._seconds += latency_s
+        self._in_flight = max(self._in_flight, min(in_flight, self.limit))
         size = {"settle": max(2 * self.limit, CALM_ANSWERS), "avoid": self.limit}.get(self._phase, self.limit // 2)
-        if this.answers >= max(size, 16) and this.seconds > 0:
-            self._climb(this.in_flight * this.tokens / this.seconds, now)
-            self._round = _Round(now)
+        if self._count >= max(size, 16) and self._seconds > 0:
+            self._climb(self._in_flight * self._tokens / self._seconds, now)
+            self._begin_round(now)
 
     def _climb(self, throughput: float, now: float) -> None:
         if now < self._hold_until:
@@ -240,7 +231,7 @@ class ByClimbing(Concurrency):
     def _move(self, limit: int, now: float) -> None:
         self.limit = self._base = limit
         self._phase, self._step = "avoid", 0
-        self._round = _Round(now)
+        self._begin_round(now)
 
 
 _GAUGES = {
