@@ -94,7 +94,7 @@ def test_tests_may_be_a_column_and_packages_are_not_there(settings: RuleSettings
         ("while True: pass", "python time: 3 s"),
         ("import time; time.sleep(60)", "python time: 3 s"),
         ("import os\nfor _ in range(2000): os.write(1, bytes(1_000_000))", "passes"),  # 2 GB, which nobody reads
-        (FLOOD, "python ended"),
+        (FLOOD, ("python ended", "python time")),  # whichever limit a busy machine reaches first
         ("x = 'a' * 2_000_000_000", "python error: MemoryError"),
         (BIG_FILE, "python error: OSError"),
         ("def f(): f()\nf()", "python error: RecursionError"),
@@ -103,7 +103,7 @@ def test_tests_may_be_a_column_and_packages_are_not_there(settings: RuleSettings
         ("import os, signal; os.kill(os.getppid(), signal.SIGKILL); os.killpg(0, 15)", "p"),
     ],
 )
-def test_a_program_that_means_harm(settings: RuleSettings, program: str, expected: str) -> None:
+def test_a_program_that_means_harm(settings: RuleSettings, program: str, expected: str | tuple[str, ...]) -> None:
     started = time.monotonic()
     assert said(program, settings).startswith(expected)
     assert time.monotonic() - started < 30
