@@ -41,8 +41,7 @@ def claims(
     bits = quotient(test, "bits_per_character", TEACHER, AFTER)
     passing = quotient(probes, "passing", AFTER, TEACHER)
     judge = quotient(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
-    size, weights, peak = (_times(teacher, after, name) for name in ("parameters", "weights_mib", "peak_rss_mib"))
-    what = "peak memory of the server" if peak else "weights"
+    size, weights = (_times(teacher, after, name) for name in ("parameters", "weights_mib"))
     quality = [
         _claim("quality_bits", "quality", "bits per character, teacher's over student's", bits, scored),
         _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", passing, answered),
@@ -58,7 +57,7 @@ def claims(
         *quality,
         _claim("size", "memory", "parameters, teacher's over student's", size),
         _claim("speed", "speed", f"{unit}, student's over teacher's", _speed(teacher, after, rate)),
-        _claim("memory", "memory", f"{what}, teacher's over student's", peak or weights),
+        _claim("memory", "memory", "weights, teacher's over student's", weights),
     ]
 
 

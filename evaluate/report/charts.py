@@ -31,8 +31,7 @@ AXES: tuple[tuple[str, str, Part, str, float], ...] = (
     ("Quality", "bits per character of test answers, teacher's over model's", "test", "bits_per_character", QUALITY),
     ("Speed", "answers per second as each is asked, the model's over the teacher's", "engine", "answers_per_s", TIMES),
     ("Speed", "tokens per second, saturated, the model's over the teacher's", "engine", "tokens_per_s", TIMES),
-    ("Memory", "peak of the whole server, the teacher's over the model's", "engine", "peak_rss_mib", TIMES),
-    ("Weights", "MiB as stored, the teacher's over the model's", "engine", "weights_mib", TIMES),
+    ("Memory", "weights as stored, the teacher's over the model's", "engine", "weights_mib", TIMES),
 )
 
 Scale = Callable[[float], float]

@@ -196,8 +196,8 @@ def figure(value: float, width: float = 0.0) -> Figure:
 
 
 def models(**student: Any) -> tuple[ModelReport, ModelReport]:
-    teacher = {"parameters": exactly(1500), "tokens_per_s": Estimate(10.0, 9.9, 10.1), "peak_rss_mib": exactly(3000)}
-    fields = {"parameters": exactly(500), "tokens_per_s": Estimate(35.0, 34.0, 36.0), "peak_rss_mib": exactly(1000)}
+    teacher = {"parameters": exactly(1500), "tokens_per_s": Estimate(10.0, 9.9, 10.1), "weights_mib": exactly(3000)}
+    fields = {"parameters": exactly(500), "tokens_per_s": Estimate(35.0, 34.0, 36.0), "weights_mib": exactly(1000)}
     after = {name: value for name, value in {**fields, **student}.items() if value}
     return (
         ModelReport(key="teacher", label="teacher", reference="t", figures={"engine": teacher}),

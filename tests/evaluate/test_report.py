@@ -149,7 +149,7 @@ def test_the_promise_is_shown_part_by_part() -> None:
 def test_models_stand_on_three_axes_by_their_ratio_to_the_teacher() -> None:
     """One logarithmic scale for all: the ends are 1.1119 / 4.9 = 0.227 and the weights' 3.12, a little room beyond."""
     charts = {chart.title: chart for chart in axis_panels(make_report())}
-    assert list(charts) == ["Quality", "Speed", "Memory", "Weights"]
+    assert list(charts) == ["Quality", "Speed", "Memory"]
     quality, speed = charts["Quality"], charts["Speed"]
     assert [dot.text for dot in quality.marks] == ["1.00×", "0.23×", "0.80×"]
     assert [dot.text for dot in speed.marks] == ["1.00×", "2.56×"] and speed.marks[0].at == speed.one == quality.one
