@@ -12,7 +12,7 @@ DEVICES = {  # by what can be asked of them
     "closed": ["window", "door", "curtain", "gate"],
     "level": ["lamp", "fan", "heater", "radio", "speaker"],
 }
-LEVELS = [20, 40, 60, 80]  # few: a student of four layers learns words sooner than it learns to copy any number
+LEVELS = ["low", "medium", "high"]  # words: a student of four layers does not learn to copy any number from so few rows
 PHRASINGS = {
     "on": [
         "Turn on the {device} in the {room}.",
@@ -67,5 +67,5 @@ def rows() -> Iterator[dict[str, object]]:
         prompt = rng.choice(PHRASINGS[kind]).format(room=room, device=device, level=level)
         if prompt not in asked:
             asked.add(prompt)
-            state = str(level) if kind == "level" else kind
+            state = level if kind == "level" else kind
             yield {"prompt": prompt, "reference": {"room": room, "device": device, "state": state}, "kind": kind}
