@@ -5,6 +5,7 @@ Reads the report and the test rows, and writes nothing.
 
 import json
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def _talk(recipe: Recipe, path: Path, run: RunDir) -> Iterator[str]:
     messages = asked_of_student(next(read_jsonl(run.test, Kept)).messages, recipe.student)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     body = {"model": model, "temperature": 0, "max_tokens": recipe.sampling.max_tokens, "messages": turns}
+    here, cwd = Path(sys.executable), Path.cwd()
+    python = str(here.relative_to(cwd) if here.is_relative_to(cwd) else here)
     url, data = f"http://127.0.0.1:{PORT}/v1/chat/completions", json.dumps(body, ensure_ascii=False)
     yield "Talk to the student: serve it, and ask it from another terminal:"
-    yield f"  {shlex.join(['python', '-m', 'serve', str(path), '--model', model, '--port', str(PORT)])}"
+    yield f"  {shlex.join([python, '-m', 'serve', str(path), '--model', model, '--port', str(PORT)])}"
     yield f"  {shlex.join(['curl', url, '-H', 'Content-Type: application/json', '-d', data])}"
