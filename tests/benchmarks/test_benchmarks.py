@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import budget, chapter_filter, kills, runs, simulated, stuck
+from benchmarks import budget, chapter_filter, kills, runs, simulated, stuck, verifiers
 from benchmarks.client import body, compare
 from benchmarks.endpoint import chart, level_of, tokens_within
 from benchmarks.http_server import running
@@ -24,6 +24,7 @@ from benchmarks.stories import Writer
 from filters.answer import nfc
 from generate.concurrency import read_load
 from generate.streaming import Streamed
+from pipeline.rundir import RunDir
 from tests.benchmarks.mutations import mutations
 from tests.servers.misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
 
@@ -176,6 +177,12 @@ def test_one_stuck_request_is_the_only_failure() -> None:
         assert stuck.once(url, options, [question(16)]) > 0
         with pytest.raises(AssertionError):
             stuck.once(url, options, [question(17)])
+
+
+def test_both_sides_of_the_verifier_benchmark_keep_the_right_answers(tmp_path: Path) -> None:
+    table = verifiers.compare(RunDir(tmp_path), argparse.Namespace(answers=40))
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
+    assert rows == [["filters", "30"], ["bare", "30"]]  # every fourth is wrong
 
 
 def test_an_endpoint_is_swept(tmp_path: Path) -> None:
