@@ -30,7 +30,8 @@ MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start fro
 CPU_CONTEXT = 8192  # tokens
 CPU_BATCH = 2048  # tokens per step, vLLM's own choice; a longer prompt needs more, because it must fit whole
 KV_TOKENS = 1 << 16  # about a hundred stories in flight
-KV_SPARE = 256  # tokens: vLLM gives out the cache in blocks of 128 and keeps one block
+CPU_BLOCK = 32  # tokens: requests share what they begin with in whole blocks; vLLM's own 128 share less
+KV_SPARE = 256  # tokens: vLLM gives out the cache in blocks and keeps one
 KV_UNKNOWN = 4 * GIB  # if the model's configuration is not known yet
 KV_STEP = GIB // 4
 PROCESSES = 2 * GIB  # what vLLM's three processes need besides weights and KV cache (measured: 1.9)
@@ -118,7 +119,7 @@ def build_command(
         context = _cpu_context(facts, user)
         needed, wanted = _kv_cache(config, facts, machine, dtype, context, memory)
         flags += ["--max-model-len", str(CPU_CONTEXT)] if (facts.max_positions or 0) > CPU_CONTEXT else []
-        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK)]
         flags += ["--max-num-batched-tokens", str(max(context, CPU_BATCH))]
         if "VLLM_CPU_KVCACHE_SPACE" not in environ:  # if it is set, vLLM ignores the flag
             flags += ["--kv-cache-memory-bytes", str(wanted)]

@@ -55,7 +55,7 @@ def test_cpu_command_is_exactly_this():
         "--host", "127.0.0.1", "--port", "8000",
         "--generation-config", "vllm", "--disable-uvicorn-access-log",
         "--dtype", "float32", "--max-model-len", "8192", "--enforce-eager",
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192",
+        "--no-enable-chunked-prefill", "--block-size", "32", "--max-num-batched-tokens", "8192",
         "--kv-cache-memory-bytes", str(int(3.5 * GIB)),
     )  # fmt: skip
     assert command.env == {
