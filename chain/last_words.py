@@ -11,8 +11,9 @@ from pathlib import Path
 
 from evaluate.document import MEASURES, Part, Report, read_report
 from evaluate.figures.promise import shown
-from evaluate.models import AFTER, TEACHER
+from evaluate.models import AFTER, TEACHER, merged_folder
 from evaluate.report.tables import VERDICTS
+from pipeline.adapters import ADAPTER
 from pipeline.chat import asked_of_student
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_jsonl
@@ -51,8 +52,8 @@ def _won(report: Report) -> Iterator[str]:
 
 
 def _talk(recipe: Recipe, path: Path, run: RunDir) -> Iterator[str]:
-    merged = run.path / "evaluation" / f"{AFTER}-merged"  # of an adapter; vLLM serves whole models
-    model = str(merged if (run.student / "adapter_config.json").is_file() else run.student)
+    is_adapter = (run.student / ADAPTER).is_file()  # vLLM is given whole models
+    model = str(merged_folder(run, AFTER) if is_adapter else run.student)
     messages = asked_of_student(next(read_jsonl(run.test, Kept)).messages, recipe.student)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     body = {"model": model, "temperature": 0, "max_tokens": recipe.sampling.max_tokens, "messages": turns}

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import MERGED_FROM, merge_adapter
+from pipeline.adapters import ADAPTER, MERGED_FROM, merge_adapter
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DataError, DistillError, UsageError, first_line
@@ -68,7 +68,7 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """
     if recipe.student is None:
         raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
-    reference, adapter = recipe.student.model, (run.student / "adapter_config.json").is_file()
+    reference, adapter = recipe.student.model, (run.student / ADAPTER).is_file()
     if not adapter and not (run.student / "config.json").is_file():
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
     _check_origin(recipe, reference, run)
@@ -103,7 +103,7 @@ def _other(key: str, reference: str) -> Subject:
     path = Path(reference).expanduser()
     folder = path / "student" if (path / "student").is_dir() else path
     label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER
     if not config.is_file():
         return Subject(key, label, reference, _folder(reference if folder == path else str(folder)))
     try:
@@ -199,7 +199,7 @@ def digest_files(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    names = ("*.safetensors", "config.json", "adapter_config.json", "chat_template.jinja", "tokenizer_config.json")
+    names = ("*.safetensors", "config.json", ADAPTER, "chat_template.jinja", "tokenizer_config.json")
     return sorted(path for name in names for path in folder.glob(name))
 
 
@@ -224,13 +224,18 @@ def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
+def merged_folder(run: RunDir, key: str) -> Path:
+    """Where a model that is an adapter lies as a whole model, once it was served."""
+    return run.path / "evaluation" / f"{key}-merged"
+
+
 def engine_folder(subject: Subject, run: RunDir) -> Path:
     """A folder the engine serves: the model's own, or the adapter merged into its base (made once, by rename)."""
     if subject.folder is None:
         raise DistillError(subject.missing)
     if subject.adapter is None:
         return subject.folder
-    merged = run.path / "evaluation" / f"{subject.key}-merged"
+    merged = merged_folder(run, subject.key)
     made_of = {"base": str(subject.folder), "adapter": digest_files(subject.adapter)}
     marker = merged / MERGED_FROM
     if marker.is_file() and json.loads(marker.read_bytes()) == made_of:

@@ -185,7 +185,7 @@ def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: b
     asking = recipe.model_copy(
         update={
             "name": f"{recipe.name}-evolve-{asked.path.name}",
-            "teacher": recipe.teacher.model_copy(update={"system": None, "examples": []}),
+            "teacher": recipe.teacher.told_nothing(),
             "prompts": PromptsConfig(file=file),
             "sampling": recipe.sampling.model_copy(update={"extra": extra}),
             "budget": budget_left(recipe.budget, others),

@@ -258,9 +258,7 @@ def judge_recipe(
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": teacher.model_copy(
-                update={"price": config.price or teacher.price, "system": None, "examples": []}
-            ),
+            "teacher": teacher.told_nothing().model_copy(update={"price": config.price or teacher.price}),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,

@@ -18,6 +18,7 @@ import numpy as np
 
 from filters.minhash import GLIMPSE, Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
 from filters.stream import read_lines
+from pipeline.chat import INSTRUCTIONS
 from pipeline.errors import DataError
 from pipeline.recipe import DedupConfig
 from pipeline.records import Json, Message, said
@@ -66,7 +67,7 @@ class Sketches(NamedTuple):
 
 def question_of(messages: Sequence[Message]) -> str:
     """What was asked: every turn but the system's."""
-    return "\n".join([message.content for message in messages if message.role not in ("system", "developer")])
+    return "\n".join([message.content for message in messages if message.role not in INSTRUCTIONS])
 
 
 def _row_type(config: DedupConfig) -> np.dtype[np.void]:

@@ -17,6 +17,7 @@ import msgspec
 
 from generate.jobs import Job
 from generate.reply import Fault
+from pipeline.chat import INSTRUCTIONS
 from pipeline.records import Message
 
 MAY_BE_LEFT_OUT = ("temperature", "top_p", "seed")
@@ -113,7 +114,7 @@ class Dialect:
 
     def _addressed(self, messages: list[Message]) -> list[Message]:
         """The messages, with instructions in the role that the model takes; as a `user`, before the user's words."""
-        if self._manner.role is None or messages[0].role not in ROLES[:2]:
+        if self._manner.role is None or messages[0].role not in INSTRUCTIONS:
             return messages
         first, *rest = messages
         if self._manner.role != "user":

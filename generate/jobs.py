@@ -19,7 +19,7 @@ from generate.prompts import ID_BYTES, prompt_id
 from generate.reply import Answer, Fault
 from pipeline.chat import told_to_teacher
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Message, Prompt, Request
+from pipeline.records import Completion, Failure, Message, Prompt, Request, asked_fields
 
 SEED_BITS = 31  # what every server takes
 
@@ -79,11 +79,7 @@ def _build_job(prompt: Prompt, told: list[Message], recipe: Recipe, sampling: di
     request = Request(
         id=digest[:ID_BYTES].hex(),
         prompt_id=prompt.id,
-        messages=prompt.messages,
-        slots=prompt.slots,
-        reference=prompt.reference,
-        columns=prompt.columns,
-        tools=prompt.tools,
+        **asked_fields(prompt),
         sample=sample,
         endpoint=endpoint,
         sampling={**sampling, "seed": int.from_bytes(digest[ID_BYTES:]) % (1 << SEED_BITS)},

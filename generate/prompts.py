@@ -17,6 +17,7 @@ import msgspec
 from generate.grammar import Grammar
 from generate.idset import IdSet
 from generate.sources import read_rows
+from pipeline.chat import INSTRUCTIONS
 from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, RowPart
@@ -154,7 +155,7 @@ def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | N
         own = (tools or []) if row.tools is None else read_tools(row.tools)
     except ValueError as error:
         raise ValueError(f"tools {error}") from None
-    if system is not None and messages[0].role not in ("system", "developer"):
+    if system is not None and messages[0].role not in INSTRUCTIONS:
         messages = [Message(role="system", content=system), *messages]
     try:
         return Prompt(

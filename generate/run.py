@@ -32,7 +32,7 @@ from generate.workers import send_from_workers
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Prompt, Request, encode_line
+from pipeline.records import Completion, Failure, Prompt, Request, asked_fields, encode_line
 from pipeline.rundir import RunDir, replacing
 
 if TYPE_CHECKING:
@@ -164,15 +164,7 @@ def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Reques
 def _prompt_line(request: Request, recipe: Recipe) -> bytes:
     """The line of prompts.jsonl: one per prompt, however many samples it has."""
     return encode_line(
-        Prompt(
-            id=request.prompt_id,
-            messages=request.messages,
-            slots=request.slots,
-            reference=request.reference,
-            columns=request.columns,
-            tools=request.tools,
-            part=recipe.prompts.part_of(request.messages),
-        )
+        Prompt(id=request.prompt_id, **asked_fields(request), part=recipe.prompts.part_of(request.messages))
     )
 
 

@@ -71,7 +71,7 @@ def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
 
 def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:
     """The recipe with the user in the teacher's place."""
-    teacher = recipe.teacher.model_copy(update={"system": None, "examples": []})
+    teacher = recipe.teacher.told_nothing()
     if user.model or user.base_url:
         model, url = user.model or teacher.model, user.base_url or teacher.base_url
         teacher = TeacherConfig(model=model, base_url=url, api_key_env=user.api_key_env)

@@ -108,6 +108,10 @@ class TeacherConfig(Section):
         """The first of them: the one that `serve` starts, and the one in a request's identity."""
         return self.urls[0]
 
+    def told_nothing(self) -> "TeacherConfig":
+        """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
+        return self.model_copy(update={"system": None, "examples": []})
+
     def api_key(self) -> SecretStr | None:
         """The key, from the environment only; None if the variable is unset or empty.
 

@@ -62,6 +62,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sampling: Json
 
 
+def asked_fields(record: Prompt | Request) -> Json:
+    """The fields that a prompt and every record made of it have in common, by name."""
+    return {name: getattr(record, name) for name in ("messages", "slots", "reference", "columns", "tools")}
+
+
 class Completion(Request, frozen=True, kw_only=True):
     """One teacher answer: the only shape that leaves `generate`. An error never becomes `text`."""
 

@@ -26,7 +26,7 @@ from evaluate.models import Subject, digest
 from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
-from pipeline.records import Json, Kept, Prompt, Usage, read_jsonl, said
+from pipeline.records import Json, Kept, Prompt, Usage, asked_fields, read_jsonl, said
 from pipeline.rundir import RunDir, replacing
 
 FOLDER = "evaluation"
@@ -239,11 +239,7 @@ def answer_row(
     row = Kept(
         id="",
         prompt_id=prompt.id,
-        messages=prompt.messages,
-        slots=prompt.slots,
-        reference=prompt.reference,
-        columns=prompt.columns,
-        tools=prompt.tools,
+        **asked_fields(prompt),
         endpoint="",
         sampling={},
         text=text,

@@ -145,8 +145,8 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: 
     folder.mkdir(parents=True, exist_ok=True)
     questions = folder / "questions.jsonl"
     write_jsonl(questions, prompts)
-    told = recipe.teacher.model_copy(update={"system": None, "examples": []})  # the prompts hold all that is told
-    wanted = recipe.model_copy(update={"teacher": told, "prompts": PromptsConfig(file=questions, count=count)})
+    prompting = PromptsConfig(file=questions, count=count)
+    wanted = recipe.model_copy(update={"teacher": recipe.teacher.told_nothing(), "prompts": prompting})
     return generate(wanted, RunDir(folder), quiet=True)
 
 

@@ -3,7 +3,6 @@
 Validation is jsonschema's, in the worker: a schema can be slow. What `$ref` names is never fetched.
 """
 
-import importlib
 from typing import Any, Self
 
 import msgspec
@@ -32,7 +31,9 @@ class JsonSchemaSettings(PatternSettings):
                 schema = msgspec.json.decode(path.read_bytes())
             except msgspec.DecodeError as error:
                 raise ValueError(f"schema: {path}: {error}") from None
-        importlib.import_module(VALIDATION).check_schema(schema)
+        from filters.verify.validation import check_schema  # here: jsonschema is slow to import
+
+        check_schema(schema)
         self._schema = msgspec.json.encode(schema).decode()
         return self
 

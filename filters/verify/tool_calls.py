@@ -7,6 +7,7 @@ from pydantic import Field
 
 from filters.answer import Answer, RuleSettings, Verified
 from filters.verify.extract import canonical
+from filters.verify.schema import VALIDATION
 from filters.verify.worker import call
 from pipeline.records import Json, Reason
 
@@ -37,7 +38,7 @@ def tool_calls(answer: Answer, settings: ToolCallsSettings) -> Verified:
             return Verified(_wrong(name, str(error)))
         if parameters := functions[name].get("parameters"):
             schema = msgspec.json.encode(parameters).decode()
-            if wrong := call("filters.verify.validation", "first_error", schema, given, seconds=settings.seconds):
+            if wrong := call(VALIDATION, "first_error", schema, given, seconds=settings.seconds):
                 return Verified(_wrong(name, f"{wrong[1]:.200} (at {wrong[0]})"))
         result.append([name, given])
     return Verified(result=canonical(result))
