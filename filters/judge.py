@@ -88,13 +88,15 @@ def question(row: Completion, config: JudgeConfig) -> list[Message]:
 def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
     """Every score of a verdict, `score` included; None if any is missing or not one of 1 to 5."""
     try:
-        said = json.loads(FENCE.sub("", text.strip()))
+        verdict = json.loads(FENCE.sub("", text.strip()))
     except (ValueError, RecursionError):
         return None
     names = (*config.rubric, "score")
-    if not isinstance(said, dict) or any(type(said.get(name)) is not int or said[name] not in SCORES for name in names):
+    if not isinstance(verdict, dict) or any(
+        type(verdict.get(name)) is not int or verdict[name] not in SCORES for name in names
+    ):
         return None
-    return {name: said[name] for name in names}
+    return {name: verdict[name] for name in names}
 
 
 def ask_judge(

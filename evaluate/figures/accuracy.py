@@ -29,7 +29,7 @@ Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedAnswers:
     """Every model's answers, and why those that are wrong are wrong. A model that was asked twice has two keys."""
 
     answers: dict[str, dict[str, Kept]]  # model → prompt id → its answer
@@ -64,7 +64,7 @@ def verify_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
         raise RecipeError(str(error).replace("filters.rules[", "evaluate.verify[")) from None
 
 
-def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult]) -> Verified:
+def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult]) -> VerifiedAnswers:
     """Checks the answers to what every model has answered, against the references that the prompts have now."""
     by_id = {prompt.id: prompt for prompt in questions.all}
     answers = {
@@ -78,10 +78,10 @@ def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, Probe
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}
     asked = {part: [prompt for prompt in prompts if prompt.id in common] for part, prompts in parts.items()}
-    return Verified(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts})
+    return VerifiedAnswers(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts})
 
 
-def accuracy_figures(verified: Verified) -> dict[Part, Figures]:
+def accuracy_figures(verified: VerifiedAnswers) -> dict[Part, Figures]:
     """The figure `accuracy` of every part and model."""
     return {
         part: {key: {"accuracy": share} for key, share in verified.shares(prompts).items()}
@@ -89,7 +89,7 @@ def accuracy_figures(verified: Verified) -> dict[Part, Figures]:
     }
 
 
-def by_category(verified: Verified, column: str) -> dict[str, dict[str, Estimate]]:
+def by_category(verified: VerifiedAnswers, column: str) -> dict[str, dict[str, Estimate]]:
     """Each model's share of right answers, by the value of a column (or slot) of the prompts; unseen ones apart."""
     groups: dict[str, list[Prompt]] = {}
     for part, prompts in verified.prompts.items():
@@ -101,7 +101,7 @@ def by_category(verified: Verified, column: str) -> dict[str, dict[str, Estimate
     }
 
 
-def verified_samples(verified: Verified, labels: Mapping[str, str]) -> list[Sample]:
+def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> list[Sample]:
     """Some prompts of each part, with their references and what every model answered."""
     test, unseen = (verified.prompts.get(part, []) for part in ("verified", "verified_unseen"))
     new = unseen[: SAMPLES // 3]

@@ -30,7 +30,7 @@ from evaluate.document import (
     percent,
     read_stage_file,
 )
-from evaluate.figures.accuracy import Verified, accuracy_figures, by_category, verified_samples, verify
+from evaluate.figures.accuracy import VerifiedAnswers, accuracy_figures, by_category, verified_samples, verify
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     Quality,
@@ -167,7 +167,7 @@ def _by_task(results: Mapping[str, TaskResult]) -> dict[str, dict[str, Estimate]
     return {name: {key: own.scores[name] for key, own in results.items() if name in own.scores} for name in names}
 
 
-def _accuracy(plan: Plan, verified: Verified, figures: Mapping[Part, Figures]) -> Accuracy:
+def _accuracy(plan: Plan, verified: VerifiedAnswers, figures: Mapping[Part, Figures]) -> Accuracy:
     labels = {subject.key: subject.label for subject in plan.models}
     told, column = f"{BEFORE}_told", plan.recipe.evaluate.category
     if told in verified.answers:
@@ -213,7 +213,7 @@ def _headline(
     figures: Mapping[Part, Figures],
     scored: int,
     probes: ProbeSet | None,
-    verified: Verified | None,
+    verified: VerifiedAnswers | None,
 ) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
     right = len(verified.prompts.get("verified", [])) if verified else 0
@@ -302,7 +302,7 @@ def _notes(
         )
 
 
-def _verify_notes(plan: Plan, verified: Verified | None) -> Iterator[str]:
+def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]:
     """What was asked, how, and how far it can be trusted."""
     if not verified:
         yield from ["The answers were not verified: no model was served."] * bool(plan.verify.rules)
