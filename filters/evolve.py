@@ -42,21 +42,22 @@ HARDER = {
 }
 NEW = "new"
 WAYS = (*HARDER, NEW)
-REWRITE = """Rewrite a request that somebody makes of a language model. {how} It must remain a request that people can \
-make and a model can answer, at most 20 words longer than now.{about}{before}
+REWRITE = """{around}Rewrite a request that somebody makes of a language model. {how} It must remain a request that \
+people can make and a model can answer, at most 20 words longer than now.
 
 <request>
 {request}
 </request>
 
 {reply}"""
-INVENT = """These are requests that people make of a language model:
+INVENT = """{around}These are requests that people make of a language model:
 {examples}
-Write one new request of the same kind, as long and as difficult as these, about something else.{about}{before}
+Write one new request of the same kind, as long and as difficult as these, about something else.
 
 {reply}"""
-ABOUT = "\n\nWhoever answers it is told this, and must be able to answer it:\n<told>\n{told}\n</told>"
-BEFORE = "\n\nThis was said before it:\n<before>\n{before}\n</before>"
+# first, because an endpoint computes once what its requests begin with alike
+ABOUT = "Whoever answers a request is told this, and must be able to answer it:\n<told>\n{told}\n</told>\n\n"
+BEFORE = "This was said before the request:\n<before>\n{before}\n</before>\n\n"
 REPLY = "Do not answer it. Reply with <request>, the new request, </request>, and nothing else."
 
 _TAGGED = re.compile(r"<request>(.*?)(?:</request>|$)", re.DOTALL)
@@ -147,16 +148,16 @@ def question(parent: Prompt, seeds: Sequence[Prompt], number: int, recipe: Recip
     earlier = parent.messages[:-1]
     told = [recipe.teacher.system or "", *(said(turn) for turn in earlier if turn.role in INSTRUCTIONS)]
     before = [f"{turn.role}: {said(turn)}" for turn in earlier if turn.role not in INSTRUCTIONS]
-    around = {
-        "reply": REPLY,
-        "about": ABOUT.format(told="\n\n".join(filter(None, told))) if any(told) else "",
-        "before": BEFORE.format(before="\n".join(before)) if before else "",
-    }
+    around = ABOUT.format(told="\n\n".join(filter(None, told))) if any(told) else ""
+    if before:
+        around += BEFORE.format(before="\n".join(before))
     if way == NEW:
         examples = [said(one.messages[-1]) for one in (parent, *rng.sample(seeds, min(EXAMPLES - 1, len(seeds))))]
-        text = INVENT.format(examples="\n".join(f"<request>\n{one}\n</request>" for one in examples), **around)
+        text = INVENT.format(
+            examples="\n".join(f"<request>\n{one}\n</request>" for one in examples), around=around, reply=REPLY
+        )
     else:
-        text = REWRITE.format(how=HARDER[way], request=said(parent.messages[-1]), **around)
+        text = REWRITE.format(how=HARDER[way], request=said(parent.messages[-1]), around=around, reply=REPLY)
     messages = [Message(role="user", content=text)]
     return Question(parent, way, Prompt(id=prompt_id(messages), messages=messages))
 

@@ -76,7 +76,7 @@ def test_rate_limits_that_move_lose_nothing(run: RunDir) -> None:
             recipe_for(server, 300, generate={"concurrency": "auto", "max_attempts": 20}), run, quiet=True
         )
     assert (summary.answered, summary.failed) == (300, 0)
-    assert window.refused < 300  # it holds back: most requests are asked once
+    assert window.refused < 3 * 300  # it holds back: some 210 here; with the pauses left out 3,000, at a fixed 64 1,200
 
 
 @pytest.mark.parametrize("header", [{"retry_after": "1"}, {"retry_after_ms": "600"}])
