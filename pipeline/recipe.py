@@ -34,6 +34,7 @@ ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
 FILES = (
     ("teacher", "examples"),
+    ("teacher", "urls_file"),
     ("prompts", "file"),
     ("prompts", "tools"),
     ("train", "test_rows"),
@@ -59,6 +60,8 @@ class TeacherConfig(Section):
     """A Hub id, a local folder, or `embedded:<name>`: the name by which the endpoint knows the model."""
     base_url: str | list[str] = "http://127.0.0.1:8000/v1"
     """Its endpoint, or several that serve the same model: a list, or `a,b`."""
+    urls_file: Path | None = None
+    """Its endpoints, one URL per line, read again while requests go out; `base_url` then only names them in ids."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; a local server needs none."""
     api_key_header: str = "Authorization"
