@@ -13,6 +13,7 @@ from generate.client import Client
 from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, read_load
 from generate.jobs import Partition
 from generate.limits import Limits
+from generate.progress import EndpointCounts
 from generate.reply import Answer, Fault
 from generate.targets import Target
 from generate.verdict import CONGESTED, Pause, speaks_of_endpoint
@@ -50,7 +51,7 @@ class Endpoint:
             else Concurrency(_part(config.concurrency, partition))
         )
         self.client = Client(recipe.teacher, url, address=address, on_headers=self._read_headers)
-        self.in_flight = 0
+        self.in_flight, self.counts = 0, EndpointCounts()
         self.down_since: float | None = None
         self._probe_at = 0.0  # when it is down
         self._probe_sent: float | None = None  # the probe in flight
@@ -86,12 +87,24 @@ class Endpoint:
 
     def answered(self, answer: Answer, sent: float, now: float) -> None:
         """The endpoint has answered: it is up."""
+        self.counts.answered += 1
+        self.counts.prompt_tokens += answer.usage.prompt_tokens or 0
+        self.counts.completion_tokens += answer.usage.completion_tokens or 0
         self._steps = 0
         self._failing.clear()
         if self.down_since is not None:
             self._say(f"{self.name} answers again, after {now - self.down_since:.0f} s")
             self.down_since = None
         self._concurrency.answered(answer.usage.completion_tokens or 0, now - sent, self.in_flight + 1, now)
+
+    def retried(self, fault: Fault) -> None:
+        """A request that failed here is sent again, here or elsewhere."""
+        self.counts.retries[fault.error] = self.counts.retries.get(fault.error, 0) + 1
+
+    def count(self) -> EndpointCounts:
+        """The counts, with how it is now."""
+        self.counts.in_flight, self.counts.limit, self.counts.up = self.in_flight, self.limit, self.down_since is None
+        return self.counts
 
     def failing_with(self, request_id: str) -> int:
         """How many different requests have failed since the last answer, this one included."""
@@ -103,6 +116,7 @@ class Endpoint:
 
     def failed(self, request_id: str, fault: Fault, sent: float, now: float) -> None:
         """An attempt failed."""
+        self.counts.faults[fault.error] = self.counts.faults.get(fault.error, 0) + 1
         if fault.error in CONGESTED:
             self._concurrency.congested(sent, now)
         if speaks_of_endpoint(fault):

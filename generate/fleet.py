@@ -96,6 +96,11 @@ class Fleet:
                 self._open[place], self._place[last] = last, place
             self._place[endpoint] = None
 
+    def count(self) -> None:
+        """Brings the counts of all endpoints up to date."""
+        for endpoint in self._place:
+            endpoint.count()
+
     def all_down_s(self, now: float) -> float:
         """Seconds since the last of them went down; 0 if one is up."""
         since = [endpoint.down_since for endpoint in self._place]

@@ -82,6 +82,7 @@ class Loop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._fleet.count()
         return self._ended_by or self._all_sent()
 
     def interrupt(self) -> bool:
@@ -192,10 +193,12 @@ class Loop:
                 endpoint.pause(verdict, fault, attempt.sent, now)
                 await self._carry_out(verdict.then, attempt, fault, now)
             case Retry():
+                endpoint.retried(fault)
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
                 self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
+                endpoint.retried(fault)
                 self._dialect.learn(fault, job, self._run.say)
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
@@ -278,5 +281,6 @@ class Loop:
     async def _show_progress(self) -> None:
         while True:
             await asyncio.sleep(SHOW_INTERVAL_S)
+            self._fleet.count()
             self._run.counters.waiting = self._schedule.waiting
             self._run.show()

@@ -69,12 +69,14 @@ class Servers:
         for target in self._endpoints.keys() - set(targets):
             endpoint = self._endpoints.pop(target)
             self.fleet.remove(endpoint)
+            endpoint.counts.limit, endpoint.counts.in_flight, endpoint.counts.up = 0, 0, False
             self._leaving.append(endpoint)
         new = [target for target in targets if target not in self._endpoints]
         endpoints = [
             Endpoint(self._run.recipe, one.url, self._run.partition, self._run.say, address=one.address) for one in new
         ]
         for endpoint in endpoints:
+            endpoint.counts = self._run.counters.endpoints.setdefault(endpoint.name, endpoint.counts)
             await self._stack.enter_async_context(endpoint.client)
         silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))
         if len(new) < len(targets) or not all(silent):
