@@ -7,7 +7,7 @@ journals of its run, and nothing else.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
@@ -57,9 +57,10 @@ class Attempt(NamedTuple):
 class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
-    def __init__(self, run: Run, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, run: Run, endpoints: Sequence[Endpoint], jobs: Iterator[Job] | None = None) -> None:
+        """`jobs`: what is to be asked; None: all that the run has left."""
         self._run, self._endpoints, self._config = run, endpoints, run.recipe.generate
-        self._schedule, self._dialect = Schedule(run.jobs(), MOST_WAITING), Dialect()
+        self._schedule, self._dialect = Schedule(jobs or run.jobs(), MOST_WAITING), Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
@@ -91,6 +92,21 @@ class Loop:
         self._end(KeyboardInterrupt(), at_once=not first)
         return first
 
+    def look_again(self) -> None:
+        """Jobs have arrived, or an endpoint's limits or the budget have moved."""
+        self._changed.set()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        return sum(endpoint.limit for endpoint in self._endpoints)
+
+    def share(self, of: dict[str, int]) -> None:
+        """So many processes ask each URL: this one has its part of what the endpoint allows."""
+        for endpoint in self._endpoints:
+            endpoint.share(of.get(endpoint.url, 1))
+        self.look_again()
+
     def _end(self, why: BaseException, *, at_once: bool = False) -> None:
         """The run is to end; the first reason stands."""
         self._ended_by = self._ended_by or why
@@ -104,7 +120,7 @@ class Loop:
             now = monotonic()
             job = self._schedule.next_job(now)
             if job is None:
-                if not self._in_flight and not self._schedule.waiting:
+                if not self._in_flight and not self._schedule.waiting and not self._schedule.open:
                     return
                 await self._change(self._schedule.due_in(now))
                 continue

@@ -14,6 +14,7 @@ from typing import TypeVar
 from generate.client import no_endpoint
 from generate.context import Outcome, Run
 from generate.endpoint import Endpoint
+from generate.jobs import Job
 from generate.loop import Loop
 from pipeline.errors import UsageError
 
@@ -35,8 +36,8 @@ async def send_from_here(run: Run, *, signals: bool) -> Outcome:
 
 
 @asynccontextmanager
-async def opened_loop(run: Run) -> AsyncIterator[Loop]:
-    """A loop over the recipe's endpoints. Raises DistillError when none of them is there."""
+async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> AsyncIterator[Loop]:
+    """A loop over the recipe's endpoints, for `jobs` or all that is left. Raises DistillError if none is there."""
     recipe, urls = run.recipe, run.recipe.teacher.urls
     most = _most_connections() // len(urls)
     if recipe.generate.concurrency != "auto" and recipe.generate.concurrency > most * run.partition.of:
@@ -53,7 +54,7 @@ async def opened_loop(run: Run) -> AsyncIterator[Loop]:
         for endpoint, why in zip(endpoints, silent, strict=True):
             if why:
                 run.say(f"warning: no endpoint at {endpoint.url} ({why}); it is probed until it answers")
-        yield Loop(run, endpoints)
+        yield Loop(run, endpoints, jobs)
 
 
 @contextmanager
