@@ -8,7 +8,6 @@ Ray repeats a task whose node was lost; if what a task had made is lost with its
 nothing.
 """
 
-import resource
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -70,7 +69,6 @@ class Filtering:
         self._buckets = LEAST_BUCKETS
         self._own: list[Shuffled] = []
         self._others: list[Shuffled] = []
-        self.peak_mib = 0.0  # of the largest task process
         for name, module in sys.modules.items():
             if name.startswith("user_code_"):  # a user's own functions: no node has their file
                 ray.cloudpickle.register_pickle_by_value(module)
@@ -86,8 +84,7 @@ class Filtering:
         work_ref = self._ray.put(work)
         with path.open("rb") as file:
             tasks = (check(lines, work_ref, self._buckets) for lines in _pieces(file, block))
-            for (_, glimpses, *buckets), (result, peak) in self._in_order(tasks, lambda refs: refs[0]):
-                self.peak_mib = max(self.peak_mib, peak)
+            for (_, glimpses, *buckets), result in self._in_order(tasks, lambda refs: refs[0]):
                 self._own.append(Shuffled(0 if result.sketch is None else len(result.sketch), glimpses, buckets))
                 yield result
 
@@ -114,11 +111,7 @@ class Filtering:
             find(what, starts, [part.buckets[bucket] for part in parts], glimpses, firsts_ref, threshold)
             for bucket in range(self._buckets)
         )
-        found = []
-        for _, (pairs, peak) in self._in_order(tasks):
-            self.peak_mib = max(self.peak_mib, peak)
-            found.append(pairs)
-        pairs = merged(found)
+        pairs = merged([found for _, found in self._in_order(tasks)])
         return PairSearch(what, firsts, compared, threshold, pairs, self._similarities(pairs, what, reader))
 
     def _similarities(self, pairs: Array, what: str, reader: Reader) -> Array:
@@ -181,9 +174,9 @@ def _check(lines: bytes, work: Work[Block], buckets: int) -> list[Any]:
     """A task: runs the rules on some lines. Returns the block, without bands and glimpses, and these apart."""
     block = work(read_lines(BytesIO(lines), 0, len(lines)))
     if block.sketch is None:
-        return [(block, _peak_mib()), {}, *[{}] * buckets]
+        return [block, {}, *[{}] * buckets]
     slim, *rest = _split(block.sketch, buckets)
-    return [(block._replace(sketch=slim), _peak_mib()), *rest]
+    return [block._replace(sketch=slim), *rest]
 
 
 def _split(rows: Array, buckets: int) -> tuple[Any, ...]:
@@ -201,7 +194,7 @@ def _split(rows: Array, buckets: int) -> tuple[Any, ...]:
 
 def _find(
     what: str, starts: list[int], bands: list[Any], glimpses: list[Any], firsts: Array, threshold: float
-) -> tuple[Array, float]:
+) -> Array:
     """A task: the pairs of one bucket, from references to its bands and to all glimpses."""
     import ray
 
@@ -215,9 +208,4 @@ def _find(
         return found
 
     parts = ((starts[at], ray.get(ref)[what]) for at, ref in enumerate(bands) if starts[at] < starts[at + 1])
-    return candidates(parts, firsts, glimpses_of, least_agreement(threshold)), _peak_mib()
-
-
-def _peak_mib() -> float:
-    """What this process has used at most, shared objects included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 10)
+    return candidates(parts, firsts, glimpses_of, least_agreement(threshold))
