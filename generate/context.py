@@ -56,20 +56,22 @@ class Run:
         """Streams the jobs that are left to this process."""
         return self.left.jobs(self.recipe, self.partition)
 
-    def record_answer(self, completion: Completion) -> None:
-        """Writes an answer to its journal and counts it."""
-        self.completions.append(completion)
-        self.counters.answered += 1
-        self.counters.models.add(completion.model)
-        self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
-        self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
-        self.counters.completion_tokens += completion.usage.completion_tokens or 0
+    def record_answers(self, *completions: Completion) -> None:
+        """Writes the answers of one reply to their journal, together, and counts them."""
+        self.completions.append(*completions)
+        for completion in completions:
+            self.counters.answered += 1
+            self.counters.models.add(completion.model)
+            self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
+            self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
+            self.counters.completion_tokens += completion.usage.completion_tokens or 0
 
-    def record_failure(self, failure: Failure) -> None:
-        """Writes the failure of a request, for good, to its journal and counts it."""
-        self.failures.append(failure)
-        self.counters.failed += 1
-        self.counters.errors[failure.error] += 1
+    def record_failures(self, *failures: Failure) -> None:
+        """Writes the failures of requests, for good, to their journal, together, and counts them."""
+        self.failures.append(*failures)
+        for failure in failures:
+            self.counters.failed += 1
+            self.counters.errors[failure.error] += 1
 
     def say_stopping(self) -> None:
         """Tells the user that the run ends when what is in flight has ended."""

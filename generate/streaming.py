@@ -41,10 +41,12 @@ async def stream(session: aiohttp.ClientSession, teacher: TeacherConfig, request
     """Sends the body of a chat request, and reads its answer as it comes.
 
     Tokens are as the server counts them, else the pieces that came; thoughts are tokens, too. Where it does not
-    stream, the first token comes with the last. Raises DistillError where it refuses.
+    stream, the first token comes with the last. Raises DistillError where it refuses, and for several choices (`n`).
     """
-    url = f"{teacher.url}/chat/completions"
-    body = {**json.loads(request), "stream": True, "stream_options": {"include_usage": True}}
+    url, asked = f"{teacher.url}/chat/completions", json.loads(request)
+    if asked.get("n", 1) > 1:
+        raise DistillError(f"a streamed request asks for one answer, this one for n={asked['n']}: leave out `n`")
+    body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
     begin, first, tokens = time.perf_counter(), 0.0, 0
     async with session.post(url, json=body, params=teacher.query) as response:
         if response.status != 200:
