@@ -15,7 +15,7 @@ class GenerateConfig(Section):
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Requests in flight per endpoint; auto: as many as keep the endpoint full."""
     share_prompt: bool = False
-    """true: one request (`n`) for all samples of a prompt. Pays where an API charges for prompts; vLLM shares anyway."""
+    """true: one request (`n`) for all samples of a prompt. Pays where an API charges for prompts; vLLM caches them."""
     processes: int = Field(1, ge=1)
     """Processes on this machine; more than one if a single core cannot keep the server full."""
     requests_per_minute: float | None = Field(None, gt=0)
