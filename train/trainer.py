@@ -107,8 +107,9 @@ class Prepared:
                 adapter = False
             if not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
                 model = model.to(self.dtype)
+            state = self.trainer.accelerator.get_state_dict(model) if self.trainer.is_fsdp_enabled else None
             if write:
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=state)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
                 self.trainer.processing_class.save_pretrained(folder)
 
@@ -147,7 +148,7 @@ def prepare(
     check_machine(config, processes)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
-        trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher)
+        trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher, processes)
         prepared = ready(trainer, config, dtype, console, processes)
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
@@ -220,7 +221,14 @@ def _check_marks(tokenizer: Any) -> None:
 
 
 def _trainer(
-    model: Any, tokenizer: Any, examples: Examples, config: TrainConfig, folder: Path, console: Console, teacher: str
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    config: TrainConfig,
+    folder: Path,
+    console: Console,
+    teacher: str,
+    processes: Processes,
 ) -> StudentTrainer:
     """The trainer of the recipe's method, its rows tokenised. Says what memory a teacher or checkpointing is about."""
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
@@ -230,6 +238,7 @@ def _trainer(
         "model": model,
         "args": SFTConfig(
             **training_arguments(config, folder, checkpointing=checkpointing),
+            fsdp=processes.sharded,
             packing=False,  # without FlashAttention it mixes rows
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
@@ -246,6 +255,7 @@ def _trainer(
     if config.soft:
         texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
         settings |= {"teacher": load_teacher(teacher, tokenizer, texts, console), "soft": config.kd}
+    processes.shard_on_cpu()
     return kinds.get(config.method, StudentTrainer)(**settings)
 
 
