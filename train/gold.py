@@ -25,7 +25,6 @@ from train.machine import micro_tokens
 from train.on_policy import SameEveryEpoch, micro_rows
 from train.processes import Processes
 from train.soft import FIX, load_model
-from train.student import load_tokenizer
 from train.student_trainer import ScoredOnText, StudentTrainer
 
 Example = dict[str, Any]  # train.rows.to_examples, and `told`: what the teacher is asked
@@ -38,8 +37,7 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
 
     def __init__(self, *, tokenised: StudentTrainer, examples: list[Example], **settings: Any) -> None:
         self.micro, self.collate = tokenised.micro, tokenised.collate
-        student, args = tokenised.processing_class, settings["args"]
-        teacher = load_tokenizer(args.teacher_tokenizer_name_or_path)
+        student = tokenised.processing_class
         rows = [_texts(example, student) for example in examples]
         super().__init__(
             model=tokenised.model,
@@ -48,7 +46,7 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
             processing_class=student,
             **settings,
         )
-        prompts = [_rendered(example["told"], example["tools"], teacher) for example in examples]
+        prompts = [_rendered(example["told"], example["tools"], self.teacher_tokenizer) for example in examples]
         self.train_dataset = self.train_dataset.remove_columns("original_prompt_text").add_column(
             "original_prompt_text", prompts
         )
@@ -69,11 +67,14 @@ def gold_trainer(
     Raises RecipeError or DistillError if the teacher cannot be had, or a tokenizer is not of bytes.
     """
     loaded = load_model(teacher.model, console)
+    loaded.register_forward_hook(_in_float32)
     folder = str(resolve_model(teacher.model))
     for name, tokenizer in (
         ("teacher", AutoTokenizer.from_pretrained(folder)),
         ("student", tokenised.processing_class),
     ):
+        if not tokenizer.chat_template:
+            raise RecipeError(f"method gold needs two chat templates, and the {name} has none; {FIX}")
         if not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
             raise RecipeError(f"method gold aligns tokenizers of bytes, and the {name}'s is another kind; {FIX}")
     outputs = max(model.config.get_text_config().vocab_size for model in (tokenised.model, loaded))
@@ -97,6 +98,12 @@ def gold_trainer(
         uld_teacher_temperature=config.kd.temperature,
     )
     return GoldTrainer(tokenised=tokenised, examples=examples, teacher_model=loaded, args=args)
+
+
+def _in_float32(model: Any, given: Any, output: Any) -> Any:
+    """TRL takes the softmax in the logits' own dtype, and in bfloat16 it keeps two digits."""
+    output.logits = output.logits.float()
+    return output
 
 
 def _rendered(messages: Any, tools: str | None, tokenizer: Any, *, prompt: bool = True) -> str:

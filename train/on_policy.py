@@ -46,9 +46,10 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     def __init__(self, *, tokenised: StudentTrainer, **settings: Any) -> None:
         self.micro, self.collate = tokenised.micro, tokenised.collate
         prompts = [_prompt(row) for row in tokenised.train_dataset]
-        super().__init__(
+        DistillationTrainer.__init__(
+            self,
             model=tokenised.model,
-            train_dataset=tokenised.train_dataset.add_column("prompt", prompts),
+            train_dataset=tokenised.train_dataset.select_columns(["input_ids", "labels"]).add_column("prompt", prompts),
             eval_dataset=tokenised.eval_dataset,
             processing_class=tokenised.processing_class,
             **settings,

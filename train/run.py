@@ -187,7 +187,8 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     if start:
         settings["start"] = trained_section(start).get("fingerprint")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in filter(None, (run.kept, config.test_rows, run.preferences if config.method == "dpo" else None)):
+    own = {"dpo": run.preferences, "kd": run.logprobs if config.kd.teacher == "stored" else None}.get(config.method)
+    for path in filter(None, (run.kept, config.test_rows, own if own and own.is_file() else None)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
