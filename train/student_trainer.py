@@ -3,6 +3,7 @@
 Takes a model and tokenised rows. train.trainer decides what the rows are and what becomes of the model.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -34,13 +35,15 @@ class ScoredOnText:
         sums = torch.zeros(2, dtype=torch.float64)
         training = self.model.training
         self.model.eval()
-        for group in groups[self.args.process_index :: self.args.world_size]:
+        for start in range(0, len(groups), self.args.world_size):
+            own = start + self.args.process_index  # with FSDP all make the same number of passes; too many count zero
+            group, counts = (groups[own], 1) if own < len(groups) else (groups[-1], 0)
             batch = self.collate([rows[index] for index in group])
             inputs = {name: value.to(self.args.device) for name, value in batch.items()}
             with torch.no_grad(), self.accelerator.autocast():
                 logits, targets, _ = completion_logits(self.model, inputs)
                 loss = cross_entropy(logits.float(), targets, reduction="sum")
-            sums += torch.tensor([loss.item(), len(targets)], dtype=torch.float64)
+            sums += counts * torch.tensor([loss.item(), len(targets)], dtype=torch.float64)
         loss, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
         metrics: dict[str, float] = {f"{metric_key_prefix}_loss": loss / tokens}
         self.log(metrics)
@@ -70,12 +73,21 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
         )
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of a step. Processes exchange gradients once, in the last micro-batch."""
+        """Forward and backward of a step. Processes exchange gradients once, in the last micro-batch.
+
+        With FSDP they exchange weights and gradients in each pass, so all make the same number of passes: one with
+        fewer micro-batches repeats its last, at a loss of zero.
+        """
         parts = split(self._prepare_inputs(inputs), **self.micro)
+        passes = [(part, num_items_in_batch) for part in parts]
+        if self.is_fsdp_enabled:
+            most = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max()
+            passes += [(parts[-1], math.inf)] * (int(most) - len(parts))  # a loss per token of so many is zero
         losses = []
-        for part in parts:
-            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+        for number, (part, tokens) in enumerate(passes, 1):
+            alone = number < len(passes) and not self.is_fsdp_enabled
+            with self.accelerator.no_sync(model) if alone else nullcontext():
+                losses.append(super().training_step(model, part, tokens))
         return torch.stack(losses).sum()
 
     def compute_loss(

@@ -115,8 +115,9 @@ class Prepared:
                 adapter = False
             if not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
                 model = model.to(self.dtype)
+            state = self.trainer.accelerator.get_state_dict(model) if self.trainer.is_fsdp_enabled else None
             if write:
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=state)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
                 self.trainer.processing_class.save_pretrained(folder)
 
@@ -158,7 +159,7 @@ def prepare(
     check_machine(config, processes)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
-        trainer, arguments = _trainer(model, tokenizer, examples, config, folder, console, teacher)
+        trainer, arguments = _trainer(model, tokenizer, examples, config, folder, console, teacher, processes)
         prepared = ready(trainer, config, dtype, console, processes)
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
@@ -272,6 +273,7 @@ def _trainer(
     folder: Path,
     console: Console,
     teacher: TeacherConfig | None,
+    processes: Processes,
 ) -> tuple[StudentTrainer, dict[str, Any]]:
     """The trainer of the recipe's method, or of its rows' text, tokenised, and the arguments of any of TRL's trainers.
 
@@ -285,6 +287,7 @@ def _trainer(
         "model": model,
         "args": SFTConfig(
             **arguments,
+            fsdp=processes.sharded,
             packing=False,  # without FlashAttention it mixes rows
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
@@ -305,6 +308,7 @@ def _trainer(
         kind = KdTrainer
     elif config.method == "kd":
         settings, kind = settings | {"soft": config.kd}, TopKTrainer
+    processes.shard_on_cpu()
     return kind(**settings), arguments
 
 
