@@ -47,7 +47,8 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
             **settings,
         )
         prompts = [_rendered(example["told"], example["tools"], self.teacher_tokenizer) for example in examples]
-        self.train_dataset = self.train_dataset.remove_columns("original_prompt_text").add_column(
+        rows_of_text: Any = self.train_dataset
+        self.train_dataset: Any = rows_of_text.remove_columns("original_prompt_text").add_column(
             "original_prompt_text", prompts
         )
         self.eval_dataset = tokenised.eval_dataset
