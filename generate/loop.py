@@ -243,7 +243,7 @@ class Loop:
         self._release()
         latency_s = now - attempt.sent
         completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
-        run.record_answer(completion)
+        run.record_answer(completion, answer.logprobs)
         endpoint.answered(answer, attempt.sent, now)
         if answer.usage.prompt_tokens:
             self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
@@ -298,7 +298,7 @@ class Loop:
     async def _sync_journals(self) -> None:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            for journal in (self._run.completions, self._run.failures):
+            for journal in self._run.journals:
                 await asyncio.to_thread(journal.sync)
 
     async def _show_progress(self) -> None:
