@@ -33,7 +33,7 @@ from generate.prices import PICO
 from generate.run import Sender
 from pipeline import errors
 from pipeline.address import VARIABLE
-from pipeline.errors import BudgetReached, DistillError
+from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.recipe import TeacherConfig
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
@@ -51,6 +51,8 @@ def cluster_sender(address: str, *, lease_s: float = LEASE_S) -> Sender:
     """What sends a run's requests from the cluster at `address`: auto, host:port, or ray://host:port."""
 
     async def send(run: Run, *, signals: bool) -> Outcome:
+        if run.recipe.sampling.logprobs is not None:
+            raise RecipeError("sampling.logprobs: only one machine stores them so far; leave out --cluster, or the key")
         namespace = "distillate-" + blake2b(str(run.dir.path.absolute()).encode(), digest_size=8).hexdigest()
         cluster = await asyncio.to_thread(Cluster, address, namespace)
         try:

@@ -68,8 +68,8 @@ class WorkerRun(Run):
 
     finished: Callable[[str], object]
 
-    def record_answer(self, completion: Completion) -> None:
-        super().record_answer(completion)
+    def record_answer(self, completion: Completion, logprobs: Any = None) -> None:
+        super().record_answer(completion, logprobs)
         self.finished(completion.id)
 
     def record_failure(self, failure: Failure) -> None:
@@ -164,6 +164,7 @@ class Worker:
                 dir=folder,
                 completions=completions,
                 failures=failures,
+                logprobs=None,
                 left=Left(IdSet(), IdSet(), retry_failures=False),
                 budget=self._budget,
                 counters=self._counters,
