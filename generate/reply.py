@@ -30,6 +30,7 @@ class Answer(NamedTuple):
     usage: Usage
     reasoning: str = ""  # what it thought before
     tool_calls: Sequence[Json] = ()  # as in a Message
+    logprobs: Any = None  # of its tokens, as the server gave them
 
 
 class Fault(NamedTuple):
@@ -84,6 +85,7 @@ class _Message(msgspec.Struct):
 class _Choice(msgspec.Struct):
     message: _Message
     finish_reason: Any = None
+    logprobs: Any = None
 
 
 class _Reply(msgspec.Struct):
@@ -144,7 +146,7 @@ def _read(
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
-    return Answer(text, reason, model, usage, reasoning, calls)
+    return Answer(text, reason, model, usage, reasoning, calls, choice.logprobs)
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:

@@ -1,4 +1,4 @@
-"""The recipe's `generate` section: how the teacher's endpoint is asked."""
+"""The recipe's section `generate`."""
 
 from typing import Annotated, Literal
 
@@ -30,6 +30,10 @@ class GenerateConfig(Section):
     """Attempts per request before it counts as failed."""
     give_up_s: float = Field(600, gt=0)
     """Seconds that all endpoints may be down before the run ends."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Serves metrics for Prometheus at this port while requests go out; null: none."""
+    metrics_host: str = "127.0.0.1"
+    """The address to serve metrics at: this machine only, or 0.0.0.0 for everybody who can reach it."""
     batch_poll_s: float = Field(60, gt=0)
     """Seconds between two looks at a batch, at most."""
 
