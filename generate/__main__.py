@@ -16,6 +16,8 @@ from pipeline.errors import RequestsFailed
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
+MOST_SHOWN = 16  # endpoints of the final counts
+
 
 def main() -> None:
     parser = stage_parser("generate", "Asks the teacher every prompt of the recipe, and goes on where it was stopped.")
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
-    """The final counts, in two lines."""
+    """The final counts, in two lines, and one for each of several endpoints, the busiest first."""
     seconds = max(summary.wall_s, 1e-9)
     tokens = summary.completion_tokens
     thought = f" ({summary.reasoning_tokens:,} of reasoning)" if summary.reasoning_tokens else ""
@@ -69,7 +71,20 @@ def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
         f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens{thought} · "
         f"{tokens / seconds:,.0f} tok/s"
         + (f" · ${summary.cost_usd:,.4f} spent in all" if summary.cost_usd is not None else ""),
+        *_by_endpoint(summary, seconds),
     ]
+
+
+def _by_endpoint(summary: Summary, seconds: float) -> list[str]:
+    busiest = sorted(summary.endpoints.items(), key=lambda one: one[1].answered, reverse=True)
+    if len(busiest) < 2:
+        return []
+    more = [f"and {len(busiest) - MOST_SHOWN} endpoints more"] if len(busiest) > MOST_SHOWN else []
+    return [
+        f"{name}: {counts.answered:,} answers · {counts.completion_tokens / seconds:,.0f} tok/s · "
+        f"{sum(counts.faults.values()):,} attempts without an answer"
+        for name, counts in busiest[:MOST_SHOWN]
+    ] + more
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ class Batches:
 
     def __init__(self, run: Run) -> None:
         """Raises RecipeError if the recipe has several endpoints, DataError if the state of its batches is broken."""
-        if len(run.recipe.teacher.urls) > 1:
-            raise RecipeError("generate.mode batch takes one endpoint; teacher.base_url has several")
+        if len(run.recipe.teacher.urls) > 1 or run.recipe.teacher.urls_file:
+            raise RecipeError("generate.mode batch takes one endpoint: one teacher.base_url and no teacher.urls_file")
         self._run, self._config, self._url = run, run.recipe.generate, run.recipe.teacher.url
         self._folder = Folder(run.dir.path / "batches")
         self._api = BatchApi(run.recipe, self._folder.state.key)

@@ -7,7 +7,7 @@ journals of its run, and nothing else.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from generate.budget import Reservation
 from generate.context import Outcome, Run
 from generate.dialect import Dialect
 from generate.endpoint import Endpoint
+from generate.fleet import Fleet
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
 from generate.schedule import BACKOFF, Schedule, wait_s
@@ -57,8 +58,9 @@ class Attempt(NamedTuple):
 class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
-    def __init__(self, run: Run, endpoints: Sequence[Endpoint]) -> None:
-        self._run, self._endpoints, self._config = run, endpoints, run.recipe.generate
+    def __init__(self, run: Run, fleet: Fleet, *beside: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """`beside` goes on while requests go out."""
+        self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
         self._schedule, self._dialect = Schedule(run.jobs(), MOST_WAITING), Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
@@ -70,8 +72,8 @@ class Loop:
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
-        watching = [endpoint.watch(self._changed.set) for endpoint in self._endpoints]
-        beside = [self._start(work) for work in (self._sync_journals(), self._show_progress(), *watching)]
+        own = self._sync_journals(), self._show_progress(), self._fleet.watch(self._changed.set)
+        beside = [self._start(work) for work in (*own, *(begin() for begin in self._beside))]
         try:
             await self._send_all()
             await self._drain()
@@ -80,6 +82,7 @@ class Loop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._fleet.count()
         return self._ended_by or self._all_sent()
 
     def interrupt(self) -> bool:
@@ -125,11 +128,11 @@ class Loop:
         """
         body, max_tokens = self._dialect.body(job), int(job.request.sampling["max_tokens"])
         tokens = int(len(body) * self._tokens_per_byte) + max_tokens
-        endpoint, wait = self._least_busy(tokens, now)
+        endpoint, wait = self._fleet.pick(tokens, now)
         if endpoint is None:
-            pause_s = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
-            if pause_s > self._config.give_up_s and not self._in_flight:
-                self._end(DistillError(paused_too_long(self._endpoints[0].url, pause_s, self._config)))
+            if not self._in_flight and (pause_s := self._fleet.paused_s(now)) > self._config.give_up_s:
+                name = self._fleet.endpoints[0].name
+                self._end(DistillError(paused_too_long(name, pause_s, self._config)))
             return wait
         reservation = self._run.budget.reserve(len(body), max_tokens)
         if reservation is None:
@@ -139,14 +142,6 @@ class Loop:
         endpoint.begin(tokens, now)
         self._run.counters.in_flight += 1
         return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling))
-
-    def _least_busy(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
-        """The endpoint with the fewest requests in flight of those with room; else the seconds until one has."""
-        ready = [(endpoint.ready_in(tokens, now), endpoint.in_flight, endpoint) for endpoint in self._endpoints]
-        free = [(in_flight, endpoint) for wait, in_flight, endpoint in ready if wait == 0]
-        if free:
-            return min(free, key=lambda one: one[0])[1], None
-        return None, min((wait for wait, _, _ in ready if wait is not None), default=None)
 
     async def _attempt(self, attempt: Attempt) -> None:
         """Sends one request, and does what follows from its reply."""
@@ -158,6 +153,7 @@ class Loop:
         finally:
             counters.in_flight -= 1
             endpoint.ended(attempt.sent)
+            self._fleet.reopen(endpoint)
             if reply is None:  # abandoned: the server may have worked on it all the same
                 budget.settle(attempt.reservation, None, billed=True, journaled=False)
         now = monotonic()
@@ -177,15 +173,13 @@ class Loop:
     def _state(self, attempt: Attempt, reply: Fault, now: float) -> State:
         """What `decide` may know."""
         job, endpoint = attempt.job, attempt.endpoint
-        downs = [other.down_since for other in self._endpoints]
-        since = [down for down in downs if down is not None]
         return State(
-            endpoint.url,
+            endpoint.name,
             key=endpoint.client.key,
             down=endpoint.down_since is not None,
             failing=endpoint.failing_with(job.request.id),
             step=endpoint.step(attempt.sent),
-            all_down_s=now - max(since) if len(since) == len(downs) else 0.0,
+            all_down_s=self._fleet.all_down_s(now),
             refused_alike=self._refused_alike(reply),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(reply, job),
@@ -199,10 +193,12 @@ class Loop:
                 endpoint.pause(verdict, fault, attempt.sent, now)
                 await self._carry_out(verdict.then, attempt, fault, now)
             case Retry():
+                endpoint.retried(fault)
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
                 self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
+                endpoint.retried(fault)
                 self._dialect.learn(fault, job, self._run.say)
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
@@ -285,5 +281,6 @@ class Loop:
     async def _show_progress(self) -> None:
         while True:
             await asyncio.sleep(SHOW_INTERVAL_S)
+            self._fleet.count()
             self._run.counters.waiting = self._schedule.waiting
             self._run.show()

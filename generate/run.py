@@ -23,9 +23,10 @@ from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
+from generate.metrics import served
 from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
-from generate.progress import Counters, Display, requests_of
+from generate.progress import Counters, Display, EndpointCounts, requests_of
 from generate.prompts import grammar_size, iter_prompts
 from generate.turns import described, passes
 from generate.workers import send_from_workers
@@ -54,6 +55,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float  # of this call
     errors: dict[str, int]  # this call's failures by type
     cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
+    endpoints: dict[str, EndpointCounts] = {}  # what each has done in this call; of several passes, in the last one
 
 
 def generate(
@@ -175,7 +177,7 @@ async def _send(run: Run, display: Display, *, signals: bool) -> Outcome:
         outcome = await _send_batches(run, signals=signals)
     else:
         send = send_from_workers if config.processes > 1 else send_from_here
-        with display:
+        with served(config, run.counters, lambda: _spent(run)["usd"]), display:
             outcome = await send(run, signals=signals)
     if isinstance(outcome, KeyboardInterrupt):
         left = "still to come" if config.mode == "batch" else "still to ask"
@@ -239,6 +241,7 @@ def _summary(run: Run) -> Summary:
         wall_s=round(counters.seconds, 3),
         errors=dict(counters.errors),
         cost_usd=_spent(run)["usd"],
+        endpoints=counters.by_endpoint(),
     )
 
 
@@ -293,6 +296,10 @@ def _save(run: Run) -> None:
                 "answered": counters.answered,
                 "failed": counters.failed,
                 "wall_s": round(counters.seconds, 3),
+                "by_endpoint": {
+                    name: {"answered": counts.answered, "completion_tokens": counts.completion_tokens}
+                    for name, counts in counters.by_endpoint().items()
+                },
             },
             "versions": versions("openai", "aiohttp", "uvloop", "msgspec", "tenacity"),
         },

@@ -10,7 +10,7 @@ under each key is the only description of it: `--help` and docs/settings.md show
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -21,6 +21,7 @@ from pipeline.conversation import read_tools
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
+from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
 from pipeline.records import Json, Message, Part, folded
@@ -28,12 +29,20 @@ from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import TrainConfig
 from pipeline.user_config import UserConfig
 
-__all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleConfig"]  # defined elsewhere
+__all__ = [
+    "BudgetConfig",
+    "DedupConfig",
+    "FiltersConfig",
+    "GenerateConfig",
+    "JudgeConfig",
+    "RuleConfig",
+]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
 FILES = (
     ("teacher", "examples"),
+    ("teacher", "urls_file"),
     ("prompts", "file"),
     ("prompts", "tools"),
     ("train", "test_rows"),
@@ -59,6 +68,8 @@ class TeacherConfig(Section):
     """A Hub id, a local folder, or `embedded:<name>`: the name by which the endpoint knows the model."""
     base_url: str | list[str] = "http://127.0.0.1:8000/v1"
     """Its endpoint, or several that serve the same model: a list, or `a,b`."""
+    urls_file: Path | None = None
+    """Its endpoints, one URL per line, read again while requests go out; `base_url` then only names them in ids."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; a local server needs none."""
     api_key_header: str = "Authorization"
@@ -261,31 +272,6 @@ class SamplingConfig(Section):
     def fields(self) -> dict[str, Any]:
         """What a request carries of it."""
         return {**self.model_dump(exclude={"extra"}), **self.extra}
-
-
-class GenerateConfig(Section):
-    """How fast the client asks, and how long it waits for an endpoint."""
-
-    mode: Literal["online", "batch"] = "online"
-    """batch: through the endpoint's Batch API, at half the price, within a day."""
-    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Requests in flight per endpoint; auto: as many as keep the endpoint full."""
-    processes: int = Field(1, ge=1)
-    """Processes on this machine; more than one if a single core cannot keep the server full."""
-    requests_per_minute: float | None = Field(None, gt=0)
-    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
-    tokens_per_minute: float | None = Field(None, gt=0)
-    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
-    request_timeout_s: float | None = Field(None, gt=0)
-    """Seconds for one attempt; null: 300, or 3600 at a server that shows what it is working on, as vLLM does."""
-    deadline_s: float | None = Field(None, gt=0)
-    """Seconds in flight over all attempts of a request; null: three times `request_timeout_s`."""
-    max_attempts: int = Field(6, ge=1)
-    """Attempts per request before it counts as failed."""
-    give_up_s: float = Field(600, gt=0)
-    """Seconds that all endpoints may be down before the run ends."""
-    batch_poll_s: float = Field(60, gt=0)
-    """Seconds between two looks at a batch, at most."""
 
 
 class Recipe(Section):
