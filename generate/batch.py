@@ -165,7 +165,7 @@ class Batches:
                 self._collect(file, chunk)
         for id_ in self._folder.sent(chunk):  # neither answered nor failed: an expired batch does no more work on them
             self._settle(id_, None)
-        for journal in (self._run.completions, self._run.failures):
+        for journal in self._run.journals:
             journal.sync()
         chunk.collected = True
         self._folder.save()
@@ -200,7 +200,8 @@ class Batches:
         self._tries[id_] += 1
         job.attempts = self._tries[id_]
         if isinstance(outcome, Answer):
-            self._run.record_answer(completed(job, outcome, latency_s=0.0, endpoint=self._url, sampling=sampling))
+            record = completed(job, outcome, latency_s=0.0, endpoint=self._url, sampling=sampling)
+            self._run.record_answer(record, outcome.logprobs)
             self._done.add(id_)
         elif not heals(outcome) or job.attempts >= self._config.max_attempts:
             self._run.record_failure(failed(job, outcome, endpoint=self._url, sampling=sampling))

@@ -63,6 +63,16 @@ class Endpoint:
         """Requests that may be in flight now."""
         return min(self._concurrency.limit, self.most)
 
+    def share(self, of: int) -> None:
+        """So many processes ask this endpoint: a part of what it allows is this one's, rounded down."""
+        if of == self._partition.of:
+            return
+        self._partition = Partition(of - 1, of)
+        self.limits.share(1 / of, monotonic())
+        self._concurrency.share(1 / of)
+        if self._config.concurrency != "auto":
+            self._concurrency.limit = _part(self._config.concurrency, self._partition)
+
     def ready_in(self, tokens: int, now: float) -> float | None:
         """Seconds until a request of so many tokens may go out; 0 for now, None when only a reply makes room."""
         if self.down_since is not None:

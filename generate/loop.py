@@ -7,7 +7,7 @@ journals of its run, and nothing else.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
@@ -58,10 +58,17 @@ class Attempt(NamedTuple):
 class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
-    def __init__(self, run: Run, fleet: Fleet, *beside: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """`beside` goes on while requests go out."""
+    def __init__(
+        self,
+        run: Run,
+        fleet: Fleet,
+        *beside: Callable[[], Coroutine[Any, Any, None]],
+        jobs: Iterator[Job] | None = None,
+    ) -> None:
+        """`beside` goes on while requests go out. `jobs`: what is to be asked; None: all that the run has left."""
         self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
-        self._schedule, self._dialect = Schedule(run.jobs(), MOST_WAITING), Dialect()
+        self._schedule = Schedule(run.jobs() if jobs is None else jobs, MOST_WAITING)
+        self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
@@ -94,6 +101,22 @@ class Loop:
         self._end(KeyboardInterrupt(), at_once=not first)
         return first
 
+    def look_again(self) -> None:
+        """Jobs have arrived, or an endpoint's limits or the budget have moved."""
+        self._changed.set()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        return sum(endpoint.limit for endpoint in self._fleet.endpoints)
+
+    def share(self, of: dict[str, int]) -> None:
+        """So many processes ask each URL: this one has its part of what the endpoint allows."""
+        for endpoint in self._fleet.endpoints:
+            endpoint.share(of.get(endpoint.url, 1))
+            self._fleet.reopen(endpoint)
+        self.look_again()
+
     def _end(self, why: BaseException, *, at_once: bool = False) -> None:
         """The run is to end; the first reason stands."""
         self._ended_by = self._ended_by or why
@@ -107,7 +130,7 @@ class Loop:
             now = monotonic()
             job = self._schedule.next_job(now)
             if job is None:
-                if not self._in_flight and not self._schedule.waiting:
+                if not self._in_flight and not self._schedule.waiting and not self._schedule.open:
                     return
                 await self._change(self._schedule.due_in(now))
                 continue
@@ -220,7 +243,7 @@ class Loop:
         self._release()
         latency_s = now - attempt.sent
         completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
-        run.record_answer(completion)
+        run.record_answer(completion, answer.logprobs)
         endpoint.answered(answer, attempt.sent, now)
         if answer.usage.prompt_tokens:
             self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
@@ -275,7 +298,7 @@ class Loop:
     async def _sync_journals(self) -> None:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            for journal in (self._run.completions, self._run.failures):
+            for journal in self._run.journals:
                 await asyncio.to_thread(journal.sync)
 
     async def _show_progress(self) -> None:

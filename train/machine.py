@@ -58,6 +58,8 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
     """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
     if config.weights == "qlora" and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         raise RecipeError("train.method qlora needs a GPU and bitsandbytes (pip install bitsandbytes); or use lora")
+    if config.method == "on_policy" and config.on_policy.rollouts == "vllm" and not torch.cuda.is_available():
+        raise RecipeError("train.on_policy.rollouts vllm needs a GPU; use generate")
     for name in config.report_to:
         if find_spec(name) is None:
             raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")

@@ -17,7 +17,15 @@ def test_what_this_training_cannot_do_is_refused(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("method", "refused"),
-    [("lora", False), ("full", False), ("kd", False), ("qlora", True), ("gkd", True), ("dpo", True)],
+    [
+        ("lora", False),
+        ("full", False),
+        ("kd", False),
+        ("qlora", True),
+        ("gold", True),
+        ("on_policy", True),
+        ("dpo", True),
+    ],
 )
 def test_methods_that_cannot_be_sharded_are_refused(method: str, refused: bool) -> None:
     config = make_recipe("student", method=method).train
