@@ -281,7 +281,8 @@ def _trainer(
     """
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
+    most = min(max(tokens, config.max_length), largest)
+    checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
     settings: dict[str, Any] = {
         "model": model,
