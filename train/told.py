@@ -1,4 +1,4 @@
-"""What the teacher reads before an answer, where the student reads less: its own instructions, in its own chat template.
+"""What the teacher reads before an answer, where the student reads less: its own instructions and chat template.
 
 A teacher that is told a schema, say, knows nothing without it: its distribution counts only after its own prompt. Pure.
 """

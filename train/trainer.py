@@ -309,9 +309,7 @@ def _trainer(
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
     checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
-    read = [
-        {name: value for name, value in row.items() if name != "told"} for row in examples["train"]
-    ]  # by the student
+    read = [{name: value for name, value in row.items() if name != "told"} for row in examples["train"]]
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
