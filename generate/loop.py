@@ -60,7 +60,7 @@ class Loop:
     def __init__(self, run: Run, endpoints: Sequence[Endpoint], jobs: Iterator[Job] | None = None) -> None:
         """`jobs`: what is to be asked; None: all that the run has left."""
         self._run, self._endpoints, self._config = run, endpoints, run.recipe.generate
-        self._schedule, self._dialect = Schedule(jobs or run.jobs(), MOST_WAITING), Dialect()
+        self._schedule, self._dialect = Schedule(run.jobs() if jobs is None else jobs, MOST_WAITING), Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
