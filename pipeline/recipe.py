@@ -25,6 +25,7 @@ from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
 from pipeline.records import Json, Message, Part, folded
+from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.train_config import TrainConfig
 from pipeline.user_config import UserConfig
@@ -36,6 +37,7 @@ __all__ = [
     "GenerateConfig",
     "JudgeConfig",
     "RuleConfig",
+    "SamplingConfig",
 ]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
@@ -243,35 +245,6 @@ class PromptsConfig(Section):
         if where < self.test:
             return "test"
         return "validation" if where < self.test + self.validation else "train"
-
-
-class SamplingConfig(Section):
-    """How the teacher samples. All of it is sent with every request, always."""
-
-    temperature: float = Field(0.8, ge=0, le=2)
-    """0 takes the likeliest token each time; higher is more varied."""
-    top_p: float = Field(0.9, gt=0, le=1)
-    """Sample only among the likeliest tokens that together have this probability."""
-    max_tokens: int = Field(500, ge=1)
-    """Tokens of an answer, at most."""
-    seed: int = 0
-    """The seed from which, with its id, each request's own seed is derived."""
-    extra: dict[str, Any] = Field({})
-    """Further fields of the request, sent as they are: `top_k`, `chat_template_kwargs`, …"""
-
-    @field_validator("extra")
-    @classmethod
-    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools"}
-        if taken := taken & extra.keys():
-            raise ValueError(
-                f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
-            )
-        return extra
-
-    def fields(self) -> dict[str, Any]:
-        """What a request carries of it."""
-        return {**self.model_dump(exclude={"extra"}), **self.extra}
 
 
 class Recipe(Section):

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "filters": {"generate", "pipeline"},
     "train": {"pipeline"},
     "evaluate": {"filters", "generate", "serve", "pipeline"},  # serve: it times models on the engine they run on
+    "chat": {"generate", "pipeline", "serve"},
     "experiments": {"chain", "evaluate", "filters", "generate", "pipeline", "serve", "train"},
     "chain": {"evaluate", "filters", "generate", "pipeline", "serve", "train"},
     "scale": {"filters", "generate", "pipeline"},
@@ -57,7 +58,7 @@ def test_imports_go_one_way(package: str) -> None:
 def test_the_client_and_the_filters_stay_light() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for package in ("pipeline", "generate", "filters", "serve", "chain", "experiments", "scale")
+        for package in ("pipeline", "generate", "filters", "serve", "chain", "chat", "experiments", "scale")
         for path in (ROOT / package).rglob("*.py")
     ]
     code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint(*sys.modules)"
