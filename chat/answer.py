@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -42,7 +42,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.tokens} tokens, {speed}, {self.cost}{cut}"
 
 
-async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lock) -> AsyncIterator[str | Answered]:
+async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lock) -> AsyncGenerator[str | Answered]:
     """Asks a model, as it must be asked, and yields what it says piece by piece; the last is an Answered.
 
     Waits for its server. Models on this machine are asked one after the other (`turn`), so that none takes another's
@@ -58,7 +58,7 @@ async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lo
             yield piece
 
 
-async def _ask(model: Model, job: Job) -> AsyncIterator[str | Answered]:
+async def _ask(model: Model, job: Job) -> AsyncGenerator[str | Answered]:
     """As `answer`; a setting that the model refuses is left out, and it is asked again (generate.dialect)."""
     teacher = model.recipe.teacher
     timeout_s = model.recipe.generate.request_timeout_s or TIMEOUT_WORKING_S

@@ -6,7 +6,7 @@ waits for a first token when thousands of answers are in flight. No retries: wha
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import aiohttp
@@ -48,13 +48,15 @@ def streaming_session(teacher: TeacherConfig, timeout_s: float) -> aiohttp.Clien
     )
 
 
-async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> AsyncIterator[Json]:
+async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> AsyncGenerator[Json]:
     """Sends the body of a chat request, and yields the events of its answer as they come; a whole answer is one event.
 
-    Raises Refused where the endpoint refuses, or breaks off with an error.
+    Raises Refused where the endpoint refuses, or breaks off with an error; DistillError for several choices (`n`).
     """
-    url, redacted = f"{teacher.url}/chat/completions", Redactor.of(teacher)
-    body = {**json.loads(request), "stream": True, "stream_options": {"include_usage": True}}
+    url, redacted, asked = f"{teacher.url}/chat/completions", Redactor.of(teacher), json.loads(request)
+    if asked.get("n", 1) > 1:
+        raise DistillError(f"a streamed request asks for one answer, this one for n={asked['n']}: leave out `n`")
+    body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
 
     def words(said: str) -> str:
         return shortened(redacted(said))

@@ -40,6 +40,7 @@ class RunDir:
     lineage = File("lineage.json")  # every stage
     prompts = File("prompts.jsonl")  # `generate`
     completions = File("completions.jsonl")  # `generate`
+    logprobs = File("logprobs.jsonl")  # of the answers' tokens, if the recipe wants them; `generate`
     failures = File("failures.jsonl")  # `generate`
     kept = File("kept.jsonl")  # `filters`
     dropped = File("dropped.jsonl")  # `filters`
@@ -53,7 +54,7 @@ class RunDir:
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
     student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
     student = File("student")  # `train`
-    student_sft = File("student-sft")  # the student before it learned from preferences; `train`
+    student_sft = File("student-sft")  # the student before a further method: its own samples, preferences; `train`
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 
@@ -121,7 +122,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
@@ -139,12 +140,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield building
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -87,9 +87,9 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     """What `evaluate.verify` is asked of: the run's test prompts, and those of `evaluate.probes_file` as unseen.
 
     The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
-    Where some have a reference, those without (written by the teacher, say) are left out: nothing can tell whether an
-    answer to them is right. Raises DataError if there is none, if none has the column `evaluate.category`, or if the run has asked a prompt of
-    the file.
+    Where some have a reference, those without (the teacher wrote them, say) are left out: nothing can tell whether an
+    answer to them is right. Raises DataError if there is none, if none has the column `evaluate.category`, or if the
+    run has asked a prompt of the file.
     """
     config = recipe.evaluate
     if not config.verify:
