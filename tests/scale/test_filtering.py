@@ -1,6 +1,7 @@
 """The filters on a Ray cluster of two nodes on this machine: the files of one machine, byte for byte."""
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ DEDUP = {"near": 0.8, "prompts": 1.0, "ngram": 3, "contamination": ["held_out.js
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

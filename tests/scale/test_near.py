@@ -1,6 +1,7 @@
 """Near-duplicates in pieces against the one-machine code, on made-up texts."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def texts(count: int, seed: int) -> list[str]:
 def written(path: Path, rows: list[str]) -> Path:
     with path.open("wb") as file:
         for number, text in enumerate(rows):
-            prompt = [Message(role="user", content=f"say {number % 50}")]
+            words = random.Random(f"{path.stem} {number % 300}").choices(WORDS, k=12)  # no file asks what another asks
+            prompt = [Message(role="user", content=" ".join(words))]
             row = Completion(**completion_fields(f"{number * 7919 % 1_000_003:032x}", text, messages=prompt))
             file.write(encode_line(row))
     return path
@@ -69,14 +71,11 @@ def in_pieces(sketches: Sketches) -> "type[Searcher]":
     return search  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("near", "prompts", "exact", "of"),
-    [(0.8, None, True, "answer"), (0.65, 0.9, True, "row"), (0.8, 1.0, True, "answer"), (0.7, None, False, "answer")],
-)
+@pytest.mark.parametrize(("near", "prompts", "of"), [(0.8, None, "answer"), (0.65, 0.9, "row"), (0.8, 1.0, "answer")])
 def test_the_same_rows_are_dropped_for_the_same_reasons(
-    tmp_path: Path, near: float, prompts: float | None, exact: bool, of: str
+    tmp_path: Path, near: float, prompts: float | None, of: str
 ) -> None:
-    config = DedupConfig(near=near, prompts=prompts, exact=exact, of=of, ngram=3)
+    config = DedupConfig(near=near, prompts=prompts, of=of, ngram=3)
     made = texts(400, seed=1)
     held_out = Source(written(tmp_path / "held_out.jsonl", made[5:60] + texts(40, seed=2)), Kind.EVALUATION, "held out")
     other = Source(written(tmp_path / "other.jsonl", texts(100, seed=3) + made[100:130]), Kind.OTHER_RUN, "other")
@@ -88,10 +87,9 @@ def test_the_same_rows_are_dropped_for_the_same_reasons(
     gone = set(range(3, 400, 17))
     expected = find_duplicates(sketches, config, gone, scores, Search)
     assert expected == find_duplicates(sketches, config, gone, scores, in_pieces(sketches))
-    rules = {reason.rule for reason in expected.values()}
-    assert len(expected) > (60 if exact else 0)
-    assert rules >= ({"exact_duplicate", "near_duplicate"} if exact else set())
-    assert sum(reason.similarity is not None for reason in expected.values()) > (10 if exact else -1)
+    rules = Counter(reason.rule for reason in expected.values())
+    assert min(rules["near_duplicate"], rules["contamination"]) > 5
+    assert rules["similar_prompt" if prompts else "exact_duplicate"] > 5
 
 
 def test_a_bucket_of_many_copies_has_few_pairs() -> None:
