@@ -1,4 +1,6 @@
-"""`python -m generate RECIPE [--run DIR] [--dry-run] [--retry-failures] [--quiet]`: asks the teacher.
+"""`python -m generate RECIPE [--run DIR] [--cluster ADDRESS] [--dry-run] [--retry-failures] [--quiet]`.
+
+Asks the teacher, from this machine or from the nodes of a Ray cluster.
 
 Ends with 0 when every request is answered, 4 when some failed for good, 3 when the budget is reached, 130 when
 interrupted, 1 when the run could not go on, 2 on wrong usage. Run it again after any of them: what is answered stays
@@ -9,10 +11,10 @@ from pathlib import Path
 
 from generate import dry_run
 from generate.progress import clock, requests_of
-from generate.run import Summary, generate
+from generate.run import Sender, Summary, generate
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import RequestsFailed
+from pipeline.errors import RequestsFailed, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -30,6 +32,12 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, metavar="FILE", help="only take in the output file of a batch")
     parser.add_argument("--dry-run", action="store_true", help="what would be asked, and its cost; sends nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="ask from the nodes of a Ray cluster: auto, host:port or ray://host:port"
+    )
+    parser.add_argument(
+        "--cluster-store", metavar="URL", help="a folder that all nodes see, or s3:// or gs:// (default: in the run)"
+    )
     recipe, run, options = parse_stage(parser)
     if options.dry_run:
         first, folder = next(passes(recipe, run))
@@ -46,6 +54,7 @@ def main() -> None:
             retry_failures=options.retry_failures,
             write_batches=options.write_batches,
             collect=options.collect,
+            send=_sender(options.cluster, options.cluster_store, recipe) if options.cluster else None,
         )
     for line in describe(recipe, run, summary):
         print(line)
@@ -57,6 +66,14 @@ def main() -> None:
             + (f" (now: {kinds})" if kinds else "")
             + f"; they are in {where} and --retry-failures asks them again"
         )
+
+
+def _sender(address: str, store: str | None, recipe: Recipe) -> Sender:
+    from scale.generation import cluster_sender  # here: a run on one machine needs nothing of it
+
+    if recipe.generate.mode == "batch":
+        raise UsageError("--cluster asks an endpoint online, but generate.mode is batch; a batch needs no cluster")
+    return cluster_sender(address, store)
 
 
 def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:

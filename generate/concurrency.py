@@ -71,6 +71,9 @@ class Concurrency:
     def sending(self, now: float) -> None:
         """A request goes out."""
 
+    def share(self, fraction: float) -> None:
+        """So much of the server's load is this process's from now on."""
+
 
 class ByQueue(Concurrency):
     """Keeps a short queue at the server. `fraction` of its load is this process's."""
@@ -84,6 +87,10 @@ class ByQueue(Concurrency):
         self._latency_s = 0.0  # a running mean
         self._steady = 0  # looks since the limit moved
         self._seen = 0.0  # at the server, at the last look
+
+    def share(self, fraction: float) -> None:
+        self.limit = max(1, round(self.limit * fraction / self._fraction))
+        self._fraction = fraction
 
     @property
     def look_s(self) -> float:

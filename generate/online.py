@@ -15,6 +15,7 @@ from generate.client import no_endpoint
 from generate.context import Outcome, Run
 from generate.endpoint import Endpoint
 from generate.fleet import Fleet
+from generate.jobs import Job
 from generate.loop import Loop
 from generate.targets import Target, find_targets, may_change
 from pipeline.errors import RecipeError, UsageError
@@ -38,8 +39,8 @@ async def send_from_here(run: Run, *, signals: bool) -> Outcome:
 
 
 @asynccontextmanager
-async def opened_loop(run: Run) -> AsyncIterator[Loop]:
-    """A loop over the recipe's servers. Raises DistillError when none of them is there."""
+async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> AsyncIterator[Loop]:
+    """A loop over the recipe's servers, for `jobs` or all that is left. Raises DistillError if none is there."""
     recipe, teacher = run.recipe, run.recipe.teacher
     targets, most = await find_targets(teacher), _most_connections()
     each = most // len(targets)
@@ -52,7 +53,7 @@ async def opened_loop(run: Run) -> AsyncIterator[Loop]:
         silent = await servers.change(targets)
         if all(silent):
             raise no_endpoint(teacher, targets[0].name, silent[0] or "")
-        yield Loop(run, servers.fleet, *([servers.follow] if may_change(teacher) else []))
+        yield Loop(run, servers.fleet, *([servers.follow] if may_change(teacher) else []), jobs=jobs)
 
 
 class Servers:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from rich.console import Console
@@ -38,6 +38,12 @@ from pipeline.rundir import RunDir, replacing
 
 if TYPE_CHECKING:
     from generate.batch import Batches
+
+
+class Sender(Protocol):
+    """Sends all that a run has left, and says how that ended."""
+
+    async def __call__(self, run: Run, *, signals: bool) -> Outcome: ...
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,10 +72,12 @@ def generate(
     retry_failures: bool = False,
     write_batches: bool = False,
     collect: Path | None = None,
+    send: Sender | None = None,
 ) -> Summary:
     """As the API's `generate` (generate/__init__.py), without the lock.
 
-    `write_batches` only writes batch files, and `collect` only takes in the output of one.
+    `write_batches` only writes batch files, and `collect` only takes in the output of one. `send` sends in place of
+    this machine: a cluster (scale.generation).
     """
     if recipe.prompts.user and (write_batches or collect):
         raise UsageError("batch files are of one pass, prompts.user has several: use generate.mode batch")
@@ -83,7 +91,7 @@ def generate(
             elif write_batches:
                 for path in _batches(call).write():
                     call.say(f"{path}")
-            elif outcome := run_loop(_send(call, display, signals=True)):
+            elif outcome := run_loop(_send(call, display, signals=True, send=send)):
                 raise outcome
         done.append(_summary(call))
     return _whole(done)
@@ -170,13 +178,13 @@ def _prompt_line(request: Request, recipe: Recipe) -> bytes:
     )
 
 
-async def _send(run: Run, display: Display, *, signals: bool) -> Outcome:
+async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:
     """Sends what is left, as the recipe says."""
     config = run.recipe.generate
     if config.mode == "batch":
         outcome = await _send_batches(run, signals=signals)
     else:
-        send = send_from_workers if config.processes > 1 else send_from_here
+        send = send or (send_from_workers if config.processes > 1 else send_from_here)
         with served(config, run.counters, lambda: _spent(run)["usd"]), display:
             outcome = await send(run, signals=signals)
     if isinstance(outcome, KeyboardInterrupt):

@@ -109,6 +109,8 @@ def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
     if not any(map(learned_from_answers, (run.student, run.student_sft))):
         config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
         train_run(recipe.model_copy(update={"train": config}), run, **setting)
+        with setting["processes"].lead_first():
+            pass  # the others wait until the leading process has published that student
 
 
 def _on_rows(

@@ -131,7 +131,7 @@ def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
     import requests
     from trl.generation.vllm_client import VLLMClient
 
-    class Client(VLLMClient):  # type: ignore[misc]
+    class Client(VLLMClient):
         def __init__(self) -> None:
             self.base_url, self.model = teacher.url.removesuffix("/v1"), teacher.model
             self.session = requests.Session()

@@ -307,7 +307,8 @@ def _trainer(
     """
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
+    most = min(max(tokens, config.max_length), largest)
+    checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
     read = [{name: value for name, value in row.items() if name != "told"} for row in examples["train"]]
     settings: dict[str, Any] = {
