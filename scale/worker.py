@@ -172,7 +172,7 @@ class Worker:
                 counters=self._counters,
                 say=self._said.append,
                 show=lambda: None,
-                finished=self._unfinished.pop,
+                finished=self._finished,
             )
             self._budget.limit_to(Spend())
             uploaders = [
@@ -189,6 +189,9 @@ class Worker:
                 await self._upload_rest(store, uploaders)
                 return await sending
 
+    def _finished(self, id_: str) -> None:
+        self._unfinished.pop(id_, None)
+
     async def _upload(self, store: Store, uploaders: list[Uploader]) -> None:
         """Uploads the parts that are to be closed now, then the account. A store that is away is tried again."""
         flush, self._flush = self._flush, False
@@ -200,6 +203,7 @@ class Worker:
 
     async def _upload_rest(self, store: Store, uploaders: list[Uploader]) -> None:
         """Uploads all there is; raises DistillError when the store does not take it for `lease_s`."""
+        self._unfinished.clear()  # nothing more will be spent on it
         until = monotonic() + self._lease_s
         while True:
             try:
