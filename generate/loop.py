@@ -7,7 +7,7 @@ journals of its run, and nothing else.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ from generate.budget import Reservation
 from generate.context import Outcome, Run
 from generate.dialect import Dialect
 from generate.endpoint import Endpoint
-from generate.jobs import Job, completed, failed
-from generate.reply import Answer, Fault
+from generate.fleet import Fleet
+from generate.jobs import Job, completed, failed, outcomes
+from generate.reply import Answer, Choices, Fault
 from generate.schedule import BACKOFF, Schedule, wait_s
 from generate.verdict import (
     EndRun,
@@ -32,7 +33,7 @@ from generate.verdict import (
     refused_by_all,
 )
 from pipeline.errors import DistillError
-from pipeline.records import Failure
+from pipeline.records import Failure, Usage
 
 GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
 SYNC_INTERVAL_S = 1.0  # at most this much is lost in a power cut
@@ -49,7 +50,7 @@ class Attempt(NamedTuple):
     job: Job
     endpoint: Endpoint
     reservation: Reservation
-    tokens: int  # an estimate, prompt and answer
+    tokens: int  # an estimate, prompt and answers
     sent: float  # time.monotonic
     sampling: dict[str, Any]  # as it was sent
 
@@ -57,21 +58,29 @@ class Attempt(NamedTuple):
 class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
-    def __init__(self, run: Run, endpoints: Sequence[Endpoint]) -> None:
-        self._run, self._endpoints, self._config = run, endpoints, run.recipe.generate
-        self._schedule, self._dialect = Schedule(run.jobs(), MOST_WAITING), Dialect()
+    def __init__(
+        self,
+        run: Run,
+        fleet: Fleet,
+        *beside: Callable[[], Coroutine[Any, Any, None]],
+        jobs: Iterator[Job] | None = None,
+    ) -> None:
+        """`beside` goes on while requests go out. `jobs`: what is to be asked; None: all that the run has left."""
+        self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
+        self._schedule = Schedule(run.jobs_to_send() if jobs is None else jobs, MOST_WAITING)
+        self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
         self._at_once = False  # without a grace for what is in flight
         # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
-        self._held_back: list[Failure] | None = []
+        self._held_back: list[list[Failure]] | None = []
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
-        watching = [endpoint.watch(self._changed.set) for endpoint in self._endpoints]
-        beside = [self._start(work) for work in (self._sync_journals(), self._show_progress(), *watching)]
+        own = self._sync_journals(), self._show_progress(), self._fleet.watch(self._changed.set)
+        beside = [self._start(work) for work in (*own, *(begin() for begin in self._beside))]
         try:
             await self._send_all()
             await self._drain()
@@ -80,6 +89,7 @@ class Loop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._fleet.count()
         return self._ended_by or self._all_sent()
 
     def interrupt(self) -> bool:
@@ -90,6 +100,22 @@ class Loop:
         first = self._ended_by is None
         self._end(KeyboardInterrupt(), at_once=not first)
         return first
+
+    def look_again(self) -> None:
+        """Jobs have arrived, or an endpoint's limits or the budget have moved."""
+        self._changed.set()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        return sum(endpoint.limit for endpoint in self._fleet.endpoints)
+
+    def share(self, of: dict[str, int]) -> None:
+        """So many processes ask each URL: this one has its part of what the endpoint allows."""
+        for endpoint in self._fleet.endpoints:
+            endpoint.share(of.get(endpoint.url, 1))
+            self._fleet.reopen(endpoint)
+        self.look_again()
 
     def _end(self, why: BaseException, *, at_once: bool = False) -> None:
         """The run is to end; the first reason stands."""
@@ -104,10 +130,13 @@ class Loop:
             now = monotonic()
             job = self._schedule.next_job(now)
             if job is None:
-                if not self._in_flight and not self._schedule.waiting:
+                if not self._in_flight and not self._schedule.waiting and not self._schedule.open:
                     return
                 await self._change(self._schedule.due_in(now))
                 continue
+            job, *others = self._dialect.separated(job)
+            for other in others:
+                self._schedule.hold(other)
             attempt = self._prepare(job, now)
             if not isinstance(attempt, Attempt):
                 self._schedule.hold(job)
@@ -123,69 +152,66 @@ class Loop:
 
         Without them: the seconds to wait, or None to wait for a reply. Ends the run where no wait will help.
         """
-        body, max_tokens = self._dialect.body(job), int(job.request.sampling["max_tokens"])
-        tokens = int(len(body) * self._tokens_per_byte) + max_tokens
-        endpoint, wait = self._least_busy(tokens, now)
+        body, max_tokens, choices = self._dialect.body(job), int(job.request.sampling["max_tokens"]), job.choices
+        tokens = int(len(body) * self._tokens_per_byte) + choices * max_tokens
+        endpoint, wait = self._fleet.pick(tokens, now, choices)
         if endpoint is None:
-            pause_s = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
-            if pause_s > self._config.give_up_s and not self._in_flight:
-                self._end(DistillError(paused_too_long(self._endpoints[0].url, pause_s, self._config)))
+            if not self._in_flight and (pause_s := self._fleet.paused_s(now)) > self._config.give_up_s:
+                name = self._fleet.endpoints[0].name
+                self._end(DistillError(paused_too_long(name, pause_s, self._config)))
             return wait
-        reservation = self._run.budget.reserve(len(body), max_tokens)
+        reservation = self._run.budget.reserve(len(body), max_tokens, choices)
         if reservation is None:
             if not self._in_flight:  # and so no reply will give back what its request did not use
                 self._end(self._run.budget.reached())
             return None
-        endpoint.begin(tokens, now)
-        self._run.counters.in_flight += 1
-        return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling))
-
-    def _least_busy(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
-        """The endpoint with the fewest requests in flight of those with room; else the seconds until one has."""
-        ready = [(endpoint.ready_in(tokens, now), endpoint.in_flight, endpoint) for endpoint in self._endpoints]
-        free = [(in_flight, endpoint) for wait, in_flight, endpoint in ready if wait == 0]
-        if free:
-            return min(free, key=lambda one: one[0])[1], None
-        return None, min((wait for wait, _, _ in ready if wait is not None), default=None)
+        endpoint.begin(tokens, choices, now)
+        self._run.counters.in_flight += choices
+        return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling, choices))
 
     async def _attempt(self, attempt: Attempt) -> None:
         """Sends one request, and does what follows from its reply."""
         job, endpoint, counters, budget = attempt.job, attempt.endpoint, self._run.counters, self._run.budget
         job.attempts += 1
-        reply: Answer | Fault | None = None
+        reply: Choices | Fault | None = None
         try:
-            reply = await endpoint.client.complete(job.body, endpoint.timeout_s(job.spent_s))
+            reply = await endpoint.client.complete(job.body, endpoint.timeout_s(job.spent_s), job.choices)
         finally:
-            counters.in_flight -= 1
-            endpoint.ended(attempt.sent)
+            counters.in_flight -= job.choices
+            endpoint.ended(job.choices, attempt.sent)
+            self._fleet.reopen(endpoint)
             if reply is None:  # abandoned: the server may have worked on it all the same
-                budget.settle(attempt.reservation, None, billed=True, journaled=False)
+                budget.settle(attempt.reservation, None, billed=True)
         now = monotonic()
         job.spent_s += now - attempt.sent
-        if isinstance(reply, Answer):
-            self._record_answer(attempt, reply, now)
-            budget.settle(attempt.reservation, reply.usage, billed=True, journaled=True)
-        else:
-            verdict = decide(reply, job, self._state(attempt, reply, now), self._config)
-            endpoint.failed(job.request.id, reply, attempt.sent, now)
-            await self._carry_out(verdict, attempt, reply, now)
-            budget.settle(attempt.reservation, reply.usage, billed=reply.maybe_billed, journaled=False)
+        parts = outcomes(job, reply)
+        journaled = self._record_answers(attempt, parts, now)
+        for part, outcome in parts:
+            if isinstance(outcome, Fault):
+                await self._follow(attempt._replace(job=part), outcome, now)
         usage = reply.usage
+        budget.settle(attempt.reservation, usage, billed=reply.maybe_billed, journaled=journaled)
+        if usage and usage.prompt_tokens:
+            self._tokens_per_byte += 0.02 * (usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
         if endpoint.limits.any and usage and usage.prompt_tokens is not None:
             endpoint.limits.settle(attempt.tokens, usage.prompt_tokens + (usage.completion_tokens or 0), now)
+
+    async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:
+        """Decides what follows from a fault, and does it."""
+        verdict = decide(fault, attempt.job, self._state(attempt, fault, now), self._config)
+        attempt.endpoint.failed(attempt.job.request.id, fault, attempt.sent, now)
+        await self._carry_out(verdict, attempt, fault, now)
 
     def _state(self, attempt: Attempt, reply: Fault, now: float) -> State:
         """What `decide` may know."""
         job, endpoint = attempt.job, attempt.endpoint
-        downs = [other.down_since for other in self._endpoints]
-        since = [down for down in downs if down is not None]
         return State(
-            endpoint.url,
+            endpoint.name,
             key=endpoint.client.key,
             down=endpoint.down_since is not None,
             failing=endpoint.failing_with(job.request.id),
             step=endpoint.step(attempt.sent),
-            all_down_s=now - max(since) if len(since) == len(downs) else 0.0,
+            all_down_s=self._fleet.all_down_s(now),
             refused_alike=self._refused_alike(reply),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(reply, job),
@@ -199,54 +225,63 @@ class Loop:
                 endpoint.pause(verdict, fault, attempt.sent, now)
                 await self._carry_out(verdict.then, attempt, fault, now)
             case Retry():
+                endpoint.retried(fault)
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
                 self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
+                endpoint.retried(fault)
                 self._dialect.learn(fault, job, self._run.say)
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
             case Fail():
-                failure = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
+                failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
                 if verdict.held_back and self._held_back is not None:
-                    self._held_back.append(failure)
+                    self._held_back.append(failures)
                 else:
                     self._release()
-                    self._run.record_failure(failure)
+                    self._run.record_failures(*failures)
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
                     self._end(DistillError(verdict.message))
                     if verdict.name_models:
                         self._ended_by = DistillError(verdict.message + await endpoint.client.describe_models())
 
-    def _record_answer(self, attempt: Attempt, answer: Answer, now: float) -> None:
-        job, endpoint, run = attempt.job, attempt.endpoint, self._run
+    def _record_answers(self, attempt: Attempt, parts: list[tuple[Job, Answer | Fault]], now: float) -> list[Usage]:
+        """Records the answers of a reply together; returns the tokens of each."""
+        answers = [(part, outcome) for part, outcome in parts if isinstance(outcome, Answer)]
+        if not answers:
+            return []
         self._release()
-        latency_s = now - attempt.sent
-        completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
-        run.record_answer(completion)
-        endpoint.answered(answer, attempt.sent, now)
-        if answer.usage.prompt_tokens:
-            self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
+        endpoint, latency_s = attempt.endpoint, now - attempt.sent
+        records = [
+            completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
+            for part, answer in answers
+        ]
+        logprobs = (answer.logprobs for _, answer in answers)
+        self._run.record_answers(*zip(records, logprobs, strict=True))
+        for _, answer in answers:
+            endpoint.answered(answer, attempt.job.choices, attempt.sent, now)
+        return [answer.usage for _, answer in answers]
 
     def _refused_alike(self, fault: Fault) -> int:
         """How many requests were refused as this one was, if the call has had nothing else; this one included."""
         if self._held_back is None:
             return 0
-        alike = all((one.error, one.status) == (fault.error, fault.status) for one in self._held_back[:1])
+        alike = all((one.error, one.status) == (fault.error, fault.status) for one, *_ in self._held_back[:1])
         return len(self._held_back) + 1 if alike else 0
 
     def _release(self) -> None:
         """The call has had something other than one kind of refusal: the refused requests were at fault themselves."""
         held_back, self._held_back = self._held_back, None
         if not self._ended_by:  # else they are asked again by the next call
-            for failure in held_back or ():
-                self._run.record_failure(failure)
+            for failures in held_back or ():
+                self._run.record_failures(*failures)
 
     def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
         answered_earlier = len(self._run.completions.found.ids) > 0
-        if self._held_back and not answered_earlier and (first := self._held_back[0]).error == "forbidden":
+        if self._held_back and not answered_earlier and (first := self._held_back[0][0]).error == "forbidden":
             return DistillError(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
         return None
@@ -279,11 +314,12 @@ class Loop:
     async def _sync_journals(self) -> None:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            for journal in (self._run.completions, self._run.failures):
+            for journal in self._run.journals:
                 await asyncio.to_thread(journal.sync)
 
     async def _show_progress(self) -> None:
         while True:
             await asyncio.sleep(SHOW_INTERVAL_S)
+            self._fleet.count()
             self._run.counters.waiting = self._schedule.waiting
             self._run.show()

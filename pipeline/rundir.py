@@ -40,6 +40,7 @@ class RunDir:
     lineage = File("lineage.json")  # every stage
     prompts = File("prompts.jsonl")  # `generate`
     completions = File("completions.jsonl")  # `generate`
+    logprobs = File("logprobs.jsonl")  # of the answers' tokens, if the recipe wants them; `generate`
     failures = File("failures.jsonl")  # `generate`
     kept = File("kept.jsonl")  # `filters`
     dropped = File("dropped.jsonl")  # `filters`
@@ -53,7 +54,7 @@ class RunDir:
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
     student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
     student = File("student")  # `train`
-    student_sft = File("student-sft")  # the student before it learned from preferences; `train`
+    student_sft = File("student-sft")  # the student before a further method: its own samples, preferences; `train`
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 

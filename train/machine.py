@@ -58,6 +58,8 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
     """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
     if config.weights == "qlora" and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         raise RecipeError("train.method qlora needs a GPU and bitsandbytes (pip install bitsandbytes); or use lora")
+    if config.method == "on_policy" and config.on_policy.rollouts == "vllm" and not torch.cuda.is_available():
+        raise RecipeError("train.on_policy.rollouts vllm needs a GPU; use generate")
     for name in config.report_to:
         if find_spec(name) is None:
             raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
@@ -102,12 +104,13 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, so
     return tokens * (config.num_hidden_layers * layer + logits)
 
 
-def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console) -> bool:
-    """Whether to use gradient checkpointing for forward passes of so many tokens.
+def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console, shards: int = 1) -> bool:
+    """Whether to use gradient checkpointing for forward passes of so many tokens. `shards`: as Processes has them.
 
     The recipe decides, or short memory, which is printed. Raises DistillError if memory does not suffice even so.
     """
-    free, optimizer = free_memory(), ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
+    free = free_memory()
+    optimizer = ADAMW_BYTES * model.num_parameters() // shards if config.weights == "full" else 0
     if optimizer > free:
         raise DistillError(
             f"training all of {model.name_or_path} needs {optimizer / GIB:.1f} GiB more than its weights, "
