@@ -138,7 +138,7 @@ def _on_rows(
         decide(checks)
     shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
-    if config.method == "gold":  # the teacher has a prompt of its own
+    if config.soft:  # the teacher has prompts of its own
         for example, row in zip(examples["train"], parts.train, strict=True):
             example["told"] = template_turns(told_to_teacher(row.messages, recipe.teacher))
     find_top_k = partial(_find_top_k, recipe, run, parts, setting["console"])
@@ -151,14 +151,21 @@ def _on_rows(
 
 
 def _find_top_k(
-    recipe: Recipe, run: RunDir, parts: Parts, console: Console, indices: list[int], rows: Any, tokenizer: Any
+    recipe: Recipe,
+    run: RunDir,
+    parts: Parts,
+    console: Console,
+    indices: list[int],
+    rows: Any,
+    tokenizer: Any,
+    told: dict[bytes, list[int]],
 ) -> "TopK":
     """What the teacher says of training rows, by their index and their tokens: as it is stored, or at its endpoint."""
     from train.top_k import ask_endpoint, read_stored
 
     if recipe.train.kd.teacher == "stored":
         return read_stored(run.logprobs, [parts.train[index].id for index in indices], rows, tokenizer, console)
-    return ask_endpoint(recipe.teacher, recipe.train.kd.top_k, rows, tokenizer, console)
+    return ask_endpoint(recipe.teacher, recipe.train.kd.top_k, rows, tokenizer, told, console)
 
 
 def _on_pairs(

@@ -39,15 +39,17 @@ from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
+from train.teacher import known_files, tokenizer_of
 from train.tokens import TokenRow, differing_prompts, label_faults
+from train.told import Told, told_prompts
 from train.top_k import TopK
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-# From rows by their index in Examples, their tokens and the tokenizer.
-FindTopK = Callable[[list[int], list[TokenRow], Any], TopK]
+# From rows by their index in Examples, their tokens, the tokenizer and the teacher's prompts.
+FindTopK = Callable[[list[int], list[TokenRow], Any, Told], TopK]
 Examples = dict[str, list[dict[str, Any]]]  # train and validation: prompt-completion rows (train.rows.to_examples)
 
 
@@ -166,14 +168,10 @@ def prepare(
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
         shown = [examples["train"][index] for index in prepared.rows["train"]]
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
-        if shown and isinstance(trainer, TopKTrainer):
-            assert find_top_k is not None
-            trainer.known = find_top_k(prepared.rows["train"], [*trainer.train_dataset], tokenizer)
-        if shown and config.method in ("on_policy", "gold"):
+        if shown and config.soft:
             assert teacher is not None
-            setting = (config, arguments, teacher, console, processes)
-            own = on_policy_trainer(trainer, *setting) if config.further else gold_trainer(trainer, shown, *setting)
-            prepared = replace(prepared, trainer=with_callbacks(own, prepared.milestones, prepared.progress))
+            followed = _with_teacher(prepared, shown, arguments, teacher, find_top_k, console, processes)
+            prepared = replace(prepared, trainer=followed)
     return replace(prepared, faults=faults, differing=differing)
 
 
@@ -195,6 +193,34 @@ def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Consol
             f"{len(kept['train'])} (--num_processes), or generate more prompts"
         )
     return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
+
+
+def _with_teacher(
+    prepared: Prepared,
+    shown: list[dict[str, Any]],
+    arguments: dict[str, Any],
+    teacher: TeacherConfig,
+    find_top_k: FindTopK | None,
+    console: Console,
+    processes: Processes,
+) -> Any:
+    """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
+    trainer, config = prepared.trainer, prepared.milestones.config
+    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
+    if config.method == "gold":
+        own = gold_trainer(trainer, shown, config, arguments, teacher, console, processes)
+        return with_callbacks(own, prepared.milestones, prepared.progress)
+    stored = config.kd.teacher == "stored"
+    told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
+    if config.method == "on_policy":
+        drawing = on_policy_trainer(trainer, config, arguments, teacher, told, console, processes)
+        return with_callbacks(drawing, prepared.milestones, prepared.progress)
+    if isinstance(trainer, TopKTrainer):
+        assert find_top_k is not None
+        trainer.known = find_top_k(prepared.rows["train"], rows, tokenizer, told)
+    else:
+        trainer.told = told
+    return trainer
 
 
 def with_callbacks(trainer: Any, *callbacks: Any) -> Any:
@@ -284,6 +310,7 @@ def _trainer(
     most = min(max(tokens, config.max_length), largest)
     checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
+    read = [{name: value for name, value in row.items() if name != "told"} for row in examples["train"]]
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
@@ -293,7 +320,7 @@ def _trainer(
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
         ),
-        "train_dataset": datasets.Dataset.from_list(examples["train"], on_mixed_types="use_json"),
+        "train_dataset": datasets.Dataset.from_list(read, on_mixed_types="use_json"),
         "eval_dataset": datasets.Dataset.from_list(examples["validation"], on_mixed_types="use_json"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
