@@ -28,6 +28,7 @@ from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir, replacing_folder
+from pipeline.student_config import BUILT
 from serve.command import build_command
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
@@ -72,10 +73,10 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     if not adapter and not (run.student / "config.json").is_file():
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
     _check_origin(recipe, reference, run)
-    pruned = reference.startswith("prune:")
-    if pruned and not (run.student_init / "config.json").is_file():
+    built = recipe.student.built
+    if built and not (run.student_init / "config.json").is_file():
         raise UsageError(f"{run.student_init}: student {reference} as it was before training is not there; run train")
-    before = run.student_init if pruned else _folder(reference)
+    before = run.student_init if built else _folder(reference)
     after = (before, run.student) if adapter else (run.student, None)
     return [
         _teacher(recipe),
@@ -183,6 +184,8 @@ def digest_subject(subject: Subject) -> str:
         return digest(subject.reference, subject.missing)
     trained = subject.adapter or (None if subject.key in (TEACHER, BEFORE) else subject.folder)
     parts = [subject.reference] + ([digest_files(trained)] if trained else [])
+    if (subject.folder / BUILT).is_file():
+        parts.append((subject.folder / BUILT).read_text())
     if trained != subject.folder:
         parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
     return digest(*parts)

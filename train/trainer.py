@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -32,6 +32,7 @@ from train.machine import autocast, check_machine, micro_tokens, precision, want
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import GkdTrainer, KdTrainer, load_teacher
+from train.stored import stored_rows
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.tokens import differing_prompts, label_faults
@@ -40,7 +41,9 @@ ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model i
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-Examples = dict[str, list[dict[str, Any]]]  # train and validation: prompt-completion rows (train.rows.to_examples)
+Examples = Mapping[
+    str, Sequence[dict[str, Any]]
+]  # train and validation: prompt-completion rows (train.rows.to_examples)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def prepare(
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
-        shown = [examples["train"][index] for index in prepared.rows["train"]]
+        shown = (examples["train"][index] for index in prepared.rows["train"])
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
     return replace(prepared, faults=faults, differing=differing)
 
@@ -196,9 +199,10 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )  # Dettmers et al. 2023
     quantised = {"quantization_config": four_bits} if config.weights == "qlora" else {}
+    attention = {"attn_implementation": "flash_attention_2"} if config.padding_free else {}
     try:
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised)
+        model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised, **attention)
     except (OSError, ValueError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
     if quantised:
@@ -230,17 +234,18 @@ def _trainer(
         "model": model,
         "args": SFTConfig(
             **training_arguments(config, folder, checkpointing=checkpointing),
-            packing=False,  # without FlashAttention it mixes rows
+            packing=False,  # train.padding_free does without padding, and keeps rows apart
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
         ),
-        "train_dataset": datasets.Dataset.from_list(examples["train"], on_mixed_types="use_json"),
-        "eval_dataset": datasets.Dataset.from_list(examples["validation"], on_mixed_types="use_json"),
+        "train_dataset": stored_rows(examples["train"], folder, "train"),
+        "eval_dataset": stored_rows(examples["validation"], folder, "validation"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,
         "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
         "micro_rows": config.micro_batch_size,
+        "padding_free": config.padding_free,
     }
     kinds: dict[str, type[StudentTrainer]] = {"kd": KdTrainer, "gkd": GkdTrainer}
     if config.soft:
@@ -252,7 +257,8 @@ def _trainer(
 def lora_config(config: TrainConfig) -> LoraConfig:
     """The adapter that the recipe asks for: on every linear layer but the output head (Dettmers et al. 2023)."""
     size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size)
+    kind = {"use_rslora": config.rslora, "use_dora": config.dora}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size, **kind)
 
 
 def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
@@ -265,6 +271,7 @@ def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,
         "gradient_checkpointing": checkpointing,
+        "neftune_noise_alpha": config.neftune_alpha,
         "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),

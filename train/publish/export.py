@@ -25,10 +25,11 @@ from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
+from pipeline.student_config import PRUNE
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
 from train.publish.hub import push, token_for
 from train.rows import read_parts, reasoning_form, to_examples
-from train.student import PRUNE, load_tokenizer
+from train.student import load_tokenizer
 
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
@@ -73,7 +74,7 @@ def export_model(
     folder = run.path / "export" / name
     with replacing_folder(folder) as building:
         if name == "merged":
-            base = str(run.student_init) if student.startswith(PRUNE) else resolve_model(student)
+            base = str(run.student_init) if lineage["train"].get("built") else resolve_model(student)
             merge_adapter(base, run.student, building)
         else:
             shutil.copytree(run.student, building, dirs_exist_ok=True, ignore=lambda _, names: NOT_PASSED_ON & {*names})
