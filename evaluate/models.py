@@ -19,25 +19,25 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, MERGED_FROM, merge_adapter
+from pipeline.adapters import ADAPTER, digest_files, weight_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
-from pipeline.errors import DataError, DistillError, UsageError, first_line
-from pipeline.lineage import read_lineage
-from pipeline.models import resolve_model
+from pipeline.errors import DataError, DistillError
+from pipeline.models import model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
-from pipeline.rundir import RunDir, replacing_folder
+from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
+from pipeline.students import AFTER as AFTER
+from pipeline.students import before_training, check_trained, merged_folder
 from serve.command import build_command
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
 
-TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"
+TEACHER, BEFORE = "teacher", "student_before"
 GIB = 1 << 30
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
 
 
 Asked = TypeVar("Asked", Prompt, Kept)
@@ -67,17 +67,9 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
 
     Raises UsageError if there is no student yet, or another model is missing.
     """
-    if recipe.student is None:
-        raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
-    reference, adapter = recipe.student.model, (run.student / ADAPTER).is_file()
-    if not adapter and not (run.student / "config.json").is_file():
-        raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
-    _check_origin(recipe, reference, run)
-    built = recipe.student.built
-    if built and not (run.student_init / "config.json").is_file():
-        raise UsageError(f"{run.student_init}: student {reference} as it was before training is not there; run train")
-    before = run.student_init if built else _folder(reference)
-    after = (before, run.student) if adapter else (run.student, None)
+    reference = check_trained(recipe, run).model
+    before = before_training(recipe, run)
+    after = (before, run.student) if (run.student / ADAPTER).is_file() else (run.student, None)
     return [
         _teacher(recipe),
         Subject(BEFORE, "student before", reference, before),
@@ -106,23 +98,12 @@ def _other(key: str, reference: str) -> Subject:
     label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
     config = folder / ADAPTER
     if not config.is_file():
-        return Subject(key, label, reference, _folder(reference if folder == path else str(folder)))
+        return Subject(key, label, reference, model_folder(reference if folder == path else str(folder)))
     try:
         base = json.loads(config.read_bytes())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{config}: it names no base model ({error}); train that student again") from None
-    return Subject(key, label, reference, _folder(base), folder)
-
-
-def _check_origin(recipe: Recipe, reference: str, run: RunDir) -> None:
-    """Refuses a student that another recipe trained: its base and its teacher would be confused with these."""
-    trained = read_lineage(RunDir(run.student)).get("train", {})
-    for name, wanted in (("student", reference), ("teacher", recipe.teacher.model)):
-        if (found := trained.get(name, wanted)) != wanted:
-            raise UsageError(
-                f"{run.student}: trained with {name} {found}, but the recipe says {wanted}; train again, or give the "
-                "recipe it was trained with"
-            )
+    return Subject(key, label, reference, model_folder(base), folder)
 
 
 def _teacher(recipe: Recipe) -> Subject:
@@ -131,28 +112,10 @@ def _teacher(recipe: Recipe) -> Subject:
     folder, missing = None, f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
     if is_loopback(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
         try:
-            folder, missing = _folder(reference), ""
+            folder, missing = model_folder(reference), ""
         except DistillError as error:
             missing = str(error)
     return Subject(TEACHER, "teacher", reference, folder, missing=missing)
-
-
-def _folder(reference: str) -> Path:
-    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be had."""
-    resolved = resolve_model(reference)
-    if Path(resolved).is_dir():
-        return Path(resolved)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
-        reason = first_line(error)
-        raise DistillError(f"model {reference} could not be fetched: {reason}") from None
-    if not (folder / "config.json").is_file():
-        raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
-    return folder
 
 
 def measure_weights(folder: Path) -> Weights | None:
@@ -187,23 +150,8 @@ def digest_subject(subject: Subject) -> str:
     if (subject.folder / BUILT).is_file():
         parts.append((subject.folder / BUILT).read_text())
     if trained != subject.folder:
-        parts += [f"{file.name} {file.stat().st_size}" for file in _weight_files(subject.folder)]
+        parts += [f"{file.name} {file.stat().st_size}" for file in weight_files(subject.folder)]
     return digest(*parts)
-
-
-def digest_files(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's or adapter's weights, configuration and chat template."""
-    found = hashlib.sha256()
-    for path in _weight_files(folder):
-        found.update(path.name.encode())
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    names = ("*.safetensors", "config.json", ADAPTER, "chat_template.jinja", "tokenizer_config.json")
-    return sorted(path for name in names for path in folder.glob(name))
 
 
 def digest(*parts: str) -> str:
@@ -227,26 +175,11 @@ def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def merged_folder(run: RunDir, key: str) -> Path:
-    """Where a model that is an adapter lies as a whole model, once it was served."""
-    return run.path / "evaluation" / f"{key}-merged"
-
-
 def engine_folder(subject: Subject, run: RunDir) -> Path:
     """A folder the engine serves: the model's own, or the adapter merged into its base (made once, by rename)."""
     if subject.folder is None:
         raise DistillError(subject.missing)
-    if subject.adapter is None:
-        return subject.folder
-    merged = merged_folder(run, subject.key)
-    made_of = {"base": str(subject.folder), "adapter": digest_files(subject.adapter)}
-    marker = merged / MERGED_FROM
-    if marker.is_file() and json.loads(marker.read_bytes()) == made_of:
-        return merged
-    with replacing_folder(merged) as building:
-        merge_adapter(subject.folder, subject.adapter, building)
-        (building / MERGED_FROM).write_text(json.dumps(made_of))
-    return merged
+    return whole_model(subject.adapter or subject.folder, subject.folder, merged_folder(run, subject.key))
 
 
 def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:

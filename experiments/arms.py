@@ -158,14 +158,14 @@ def _human(setup: Setup) -> Prepared:
 
 
 def _soft(setup: Setup) -> Prepared:
-    """The same rows, learned by the teacher's text, by its distribution, and in part on the student's own samples."""
+    """The same rows, learned by the teacher's text, by its distribution, and then on the student's own samples."""
     base = _answered(setup, setup.base)
     test = part_rows(read_rows(base), setup.recipe.prompts).test
     hard = setup.recipe.train.weights
     methods: dict[str, list[str]] = {hard: ["--train.method", hard]}
-    methods |= {soft: ["--train.method", soft, "--train.kd.weights", hard] for soft in ("kd", "gkd")}
+    methods |= {soft: ["--train.method", soft, "--train.kd.weights", hard] for soft in ("kd", "on_policy")}
     arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]
-    return Prepared(arms, {"": test}, "the same rows, steps and trained weights in every arm")
+    return Prepared(arms, {"": test}, "the same rows and trained weights in every arm; on_policy adds its own steps")
 
 
 def _seeds(setup: Setup) -> Prepared:

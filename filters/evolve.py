@@ -188,7 +188,7 @@ def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: b
             "name": f"{recipe.name}-evolve-{asked.path.name}",
             "teacher": recipe.teacher.told_nothing(),
             "prompts": PromptsConfig(file=file),
-            "sampling": recipe.sampling.model_copy(update={"extra": extra}),
+            "sampling": recipe.sampling.model_copy(update={"logprobs": None, "extra": extra}),
             "budget": budget_left(recipe.budget, others),
         }
     )

@@ -1,4 +1,6 @@
-"""`python -m generate RECIPE [--run DIR] [--dry-run] [--retry-failures] [--quiet]`: asks the teacher.
+"""`python -m generate RECIPE [--run DIR] [--cluster ADDRESS] [--dry-run] [--retry-failures] [--quiet]`.
+
+Asks the teacher, from this machine or from the nodes of a Ray cluster.
 
 Ends with 0 when every request is answered, 4 when some failed for good, 3 when the budget is reached, 130 when
 interrupted, 1 when the run could not go on, 2 on wrong usage. Run it again after any of them: what is answered stays
@@ -9,12 +11,14 @@ from pathlib import Path
 
 from generate import dry_run
 from generate.progress import clock, requests_of
-from generate.run import Summary, generate
+from generate.run import Sender, Summary, generate
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import RequestsFailed
+from pipeline.errors import RequestsFailed, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+
+MOST_SHOWN = 16  # endpoints of the final counts
 
 
 def main() -> None:
@@ -28,6 +32,9 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, metavar="FILE", help="only take in the output file of a batch")
     parser.add_argument("--dry-run", action="store_true", help="what would be asked, and its cost; sends nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress; warnings and the final counts remain")
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="ask from the nodes of a Ray cluster: auto, host:port or ray://host:port"
+    )
     recipe, run, options = parse_stage(parser)
     if options.dry_run:
         first, folder = next(passes(recipe, run))
@@ -44,6 +51,7 @@ def main() -> None:
             retry_failures=options.retry_failures,
             write_batches=options.write_batches,
             collect=options.collect,
+            send=_sender(options.cluster, recipe) if options.cluster else None,
         )
     for line in describe(recipe, run, summary):
         print(line)
@@ -57,8 +65,16 @@ def main() -> None:
         )
 
 
+def _sender(address: str, recipe: Recipe) -> Sender:
+    from scale.generation import cluster_sender  # here: a run on one machine needs nothing of it
+
+    if recipe.generate.mode == "batch":
+        raise UsageError("--cluster asks an endpoint online, but generate.mode is batch; a batch needs no cluster")
+    return cluster_sender(address)
+
+
 def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
-    """The final counts, in two lines."""
+    """The final counts, in two lines, and one for each of several endpoints, the busiest first."""
     seconds = max(summary.wall_s, 1e-9)
     tokens = summary.completion_tokens
     thought = f" ({summary.reasoning_tokens:,} of reasoning)" if summary.reasoning_tokens else ""
@@ -69,7 +85,20 @@ def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:
         f"{summary.prompt_tokens:,} prompt tokens · {tokens:,} completion tokens{thought} · "
         f"{tokens / seconds:,.0f} tok/s"
         + (f" · ${summary.cost_usd:,.4f} spent in all" if summary.cost_usd is not None else ""),
+        *_by_endpoint(summary, seconds),
     ]
+
+
+def _by_endpoint(summary: Summary, seconds: float) -> list[str]:
+    busiest = sorted(summary.endpoints.items(), key=lambda one: one[1].answered, reverse=True)
+    if len(busiest) < 2:
+        return []
+    more = [f"and {len(busiest) - MOST_SHOWN} endpoints more"] if len(busiest) > MOST_SHOWN else []
+    return [
+        f"{name}: {counts.answered:,} answers · {counts.completion_tokens / seconds:,.0f} tok/s · "
+        f"{sum(counts.faults.values()):,} attempts without an answer"
+        for name, counts in busiest[:MOST_SHOWN]
+    ] + more
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ class Batches:
 
     def __init__(self, run: Run) -> None:
         """Raises RecipeError if the recipe has several endpoints, DataError if the state of its batches is broken."""
-        if len(run.recipe.teacher.urls) > 1:
-            raise RecipeError("generate.mode batch takes one endpoint; teacher.base_url has several")
+        if len(run.recipe.teacher.urls) > 1 or run.recipe.teacher.urls_file:
+            raise RecipeError("generate.mode batch takes one endpoint: one teacher.base_url and no teacher.urls_file")
         self._run, self._config, self._url = run, run.recipe.generate, run.recipe.teacher.url
         self._folder = Folder(run.dir.path / "batches")
         self._api = BatchApi(run.recipe, self._folder.state.key)
@@ -165,7 +165,7 @@ class Batches:
                 self._collect(file, chunk)
         for id_ in self._folder.sent(chunk):  # neither answered nor failed: an expired batch does no more work on them
             self._settle(id_, None)
-        for journal in (self._run.completions, self._run.failures):
+        for journal in self._run.journals:
             journal.sync()
         chunk.collected = True
         self._folder.save()
@@ -200,7 +200,8 @@ class Batches:
         self._tries[id_] += 1
         job.attempts = self._tries[id_]
         if isinstance(outcome, Answer):
-            self._run.record_answer(completed(job, outcome, latency_s=0.0, endpoint=self._url, sampling=sampling))
+            record = completed(job, outcome, latency_s=0.0, endpoint=self._url, sampling=sampling)
+            self._run.record_answer(record, outcome.logprobs)
             self._done.add(id_)
         elif not heals(outcome) or job.attempts >= self._config.max_attempts:
             self._run.record_failure(failed(job, outcome, endpoint=self._url, sampling=sampling))

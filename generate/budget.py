@@ -142,6 +142,16 @@ class Budget:
         self._used += used
         self._unsaid += used - counted if journaled else used
 
+    def limit_to(self, most: Spend) -> None:
+        """This call may spend so much in all: what a lease of a larger budget allows (scale.leases)."""
+        self._tokens = None if self._config.tokens is None else most.tokens
+        self._cost = None if self._config.usd is None else most.cost
+
+    @property
+    def used(self) -> Spend:
+        """Of this call, without what is in flight."""
+        return self._used
+
     @property
     def spent(self) -> Spend:
         """Of all calls, without what is in flight."""
@@ -180,6 +190,12 @@ class Budget:
     def _spend(self, prompt_tokens: int, completion_tokens: int) -> Spend:
         cost = self._price.cost(prompt_tokens, completion_tokens) if self._price else 0
         return Spend(prompt_tokens + completion_tokens, cost)
+
+
+def most_of(body_bytes: int, max_tokens: int, price: Price | None) -> Spend:
+    """The most that one attempt of a request can cost, as far as is known before any answer."""
+    prompt_tokens = bound(body_bytes)
+    return Spend(prompt_tokens + max_tokens, price.cost(prompt_tokens, max_tokens) if price else 0)
 
 
 def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:

@@ -11,11 +11,13 @@ the teacher's Redactor.
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from generate.reply import Answer, Fault, read_answer, read_error, shortened
@@ -38,13 +40,37 @@ class Reply(NamedTuple):
     body: bytes
 
 
+class OneAddress(AbstractResolver):
+    """Every name has this address. The name itself still goes into the Host header, and TLS checks it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        flags = socket.AI_NUMERICHOST
+        return [ResolveResult(hostname=host, host=self._address, port=port, family=family, proto=0, flags=flags)]
+
+    async def close(self) -> None:
+        pass
+
+
 class Client:
     """One connection pool to one endpoint, for a whole run; use as an async context manager in the running loop."""
 
     def __init__(
-        self, teacher: TeacherConfig, url: str, *, on_headers: Callable[[Mapping[str, str]], None] | None = None
+        self,
+        teacher: TeacherConfig,
+        url: str,
+        *,
+        address: str | None = None,
+        on_headers: Callable[[Mapping[str, str]], None] | None = None,
     ) -> None:
-        """`on_headers` is shown the headers of every reply."""
+        """`address` is the one to connect to, of those that the URL's name has. `on_headers` is shown the headers of
+        every reply.
+        """
         self.url = url
         self.key = f"{teacher.api_key_env} {'holds a key that it refuses' if teacher.api_key() else 'is not set'}"
         self._on_headers, self._redacted = on_headers, Redactor.of(teacher)
@@ -52,7 +78,9 @@ class Client:
         self._models = URL(f"{url}/models").update_query(teacher.query)
         self._metrics = URL(f"{url.removesuffix('/v1')}/metrics")
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEPALIVE_S, resolver=OneAddress(address) if address else None
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             headers=headers_of(teacher),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -140,20 +168,25 @@ def read_exception(error: BaseException, timeout_s: float, words: Callable[[str]
 def check_teacher(teacher: TeacherConfig) -> None:
     """Raises RecipeError if a URL carries what belongs elsewhere, or a header cannot be sent."""
     for url in teacher.urls:
-        parts = urlsplit(url)
-        if "@" in parts.netloc:
-            raise RecipeError("teacher.base_url holds a user or password; put the key where teacher.api_key_env says")
-        if parts.query or parts.fragment:
-            raise RecipeError(
-                f"teacher.base_url {url} holds a query or fragment, and the path goes on behind it; put "
-                "`name: value` into teacher.query"
-            )
-        if parts.path.endswith("/chat/completions"):
-            raise RecipeError(f"teacher.base_url {url} is too long: leave /chat/completions out, the client adds it")
+        check_url(url, "teacher.base_url")
     for name, value in headers_of(teacher).items():
         if not (name + value).isprintable():
             where = teacher.api_key_env if name == teacher.api_key_header else f"teacher.headers.{name}"
             raise RecipeError(f"{where} holds a line break or another character that no HTTP header can carry")
+
+
+def check_url(url: str, key: str) -> None:
+    """Raises RecipeError if a URL of the recipe key carries what belongs elsewhere."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise RecipeError(f"{key} holds a user or password; put the key where teacher.api_key_env says")
+    if parts.query or parts.fragment:
+        raise RecipeError(
+            f"{key} {url} holds a query or fragment, and the path goes on behind it; put `name: value` into "
+            "teacher.query"
+        )
+    if parts.path.endswith("/chat/completions"):
+        raise RecipeError(f"{key} {url} is too long: leave /chat/completions out, the client adds it")
 
 
 def headers_of(teacher: TeacherConfig) -> dict[str, str]:

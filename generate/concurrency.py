@@ -9,6 +9,7 @@ Pure: the time and the observations are passed in by generate.endpoint.
 """
 
 import re
+from statistics import median_low
 from typing import NamedTuple
 
 START = 64  # in flight, before anything is known
@@ -33,13 +34,19 @@ CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep
 
 
 class Load(NamedTuple):
-    """What a server says of itself."""
+    """What a server says of itself. Where it has several engines, one that is clogged does not speak for the others."""
 
     running: float
     waiting: float
-    kv_used: float = 0.0  # share
-    preempted: float = 0.0  # since it started
+    kv_used: float = 0.0  # share; of several engines: the lower median
+    preempted: float = 0.0  # since it started; of several engines: the lower median
     engines: int = 1  # behind this one endpoint
+    clogged: float = 0.0  # of `waiting`: at engines whose queue is more than twice as long as that of most
+
+    @property
+    def queue(self) -> float:
+        """What waits because the server is full."""
+        return self.waiting - self.clogged
 
 
 class Concurrency:
@@ -64,6 +71,9 @@ class Concurrency:
     def sending(self, now: float) -> None:
         """A request goes out."""
 
+    def share(self, fraction: float) -> None:
+        """So much of the server's load is this process's from now on."""
+
 
 class ByQueue(Concurrency):
     """Keeps a short queue at the server. `fraction` of its load is this process's."""
@@ -77,6 +87,10 @@ class ByQueue(Concurrency):
         self._latency_s = 0.0  # a running mean
         self._steady = 0  # looks since the limit moved
         self._seen = 0.0  # at the server, at the last look
+
+    def share(self, fraction: float) -> None:
+        self.limit = max(1, round(self.limit * fraction / self._fraction))
+        self._fraction = fraction
 
     @property
     def look_s(self) -> float:
@@ -113,16 +127,16 @@ class ByQueue(Concurrency):
         least = int((self._peak or 0) * (1 + QUEUE_SHARE) * self._fraction)
         if load.kv_used <= KV_FULL:
             self.limit = max(self.limit, least)
-        if load.waiting > 2 * wanted or preempting:
+        if load.queue > 2 * wanted or preempting:
             self._doubling = False
             if in_flight <= self.limit:  # else the last step down has not shown yet
-                self.limit = max(1, least, min(self.limit, int(in_flight - (load.waiting - wanted) * self._fraction)))
+                self.limit = max(1, least, min(self.limit, int(in_flight - (load.queue - wanted) * self._fraction)))
             return
         arrived = seen >= (0.95 if self._doubling and rising else 0.8) * in_flight  # else they are under way
-        if load.waiting >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
+        if load.queue >= wanted / 2 or in_flight < 0.9 * self.limit or not arrived or load.kv_used > KV_FULL:
             return
-        if load.waiting:
-            step = round((wanted - load.waiting) * self._fraction)
+        if load.queue:
+            step = round((wanted - load.queue) * self._fraction)
         elif self._doubling:
             step = self.limit
         else:
@@ -245,16 +259,18 @@ _LINE = re.compile(rf"^({'|'.join(map(re.escape, _GAUGES))})(?:\{{[^}}]*\}})? ([
 
 
 def read_load(metrics: str) -> Load | None:
-    """The load in a Prometheus text, summed over the server's engines; None where it shows no queue."""
+    """The load in a Prometheus text, over all of the server's engines; None where it shows no queue."""
     found: dict[str, list[float]] = {}
     for name, value in _LINE.findall(metrics):
         found.setdefault(_GAUGES[name], []).append(float(value))
     if "running" not in found or "waiting" not in found:
         return None
+    longest = 2 * median_low(found["waiting"])
     return Load(
         running=sum(found["running"]),
         waiting=sum(found["waiting"]),
-        kv_used=max(found.get("kv_used", [0.0])),
-        preempted=sum(found.get("preempted", [0.0])),
+        kv_used=median_low(found.get("kv_used", [0.0])),
+        preempted=median_low(found.get("preempted", [0.0])),
         engines=len(found["running"]),
+        clogged=sum(max(waiting - longest, 0) for waiting in found["waiting"]),
     )

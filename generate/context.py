@@ -4,17 +4,20 @@ Opens the journals and the budget; decides nothing.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from generate.budget import Budget
 from generate.idset import IdSet
 from generate.jobs import WHOLE, Job, Partition, build_jobs
 from generate.journal import Journal
+from generate.logprobs import pack
 from generate.progress import Counters
 from generate.prompts import iter_prompts
+from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure
+from pipeline.records import Completion, Failure, TokenLogprobs
 from pipeline.rundir import RunDir
 
 # How a run ends: None when every request was answered or has failed for good, else what the API is to raise.
@@ -45,6 +48,7 @@ class Run:
     dir: RunDir
     completions: Journal
     failures: Journal
+    logprobs: Journal | None  # None: the recipe wants none
     left: Left
     budget: Budget
     counters: Counters
@@ -52,12 +56,29 @@ class Run:
     show: Callable[[], None]  # shows the counters; called a few times per second
     partition: Partition = WHOLE
 
+    @property
+    def journals(self) -> Iterator[Journal]:
+        """In the order in which they are to reach the disk: no answer before its logprobs."""
+        return filter(None, (self.logprobs, self.completions, self.failures))
+
     def jobs(self) -> Iterator[Job]:
         """Streams the jobs that are left to this process."""
         return self.left.jobs(self.recipe, self.partition)
 
-    def record_answer(self, completion: Completion) -> None:
-        """Writes an answer to its journal and counts it."""
+    def record_answer(self, completion: Completion, logprobs: Any = None) -> None:
+        """Writes an answer to its journal and counts it.
+
+        `logprobs`, as the server gave them, are written before it: no answer stands without them. Raises DistillError
+        if the recipe wants them and there are none.
+        """
+        if self.logprobs is not None:
+            packed = pack(completion.id, logprobs, self.recipe.sampling.logprobs or 0)
+            if packed is None:
+                raise DistillError(
+                    f"{completion.endpoint} gives no logprobs with its answers; leave out sampling.logprobs, and train "
+                    "with train.kd.teacher: local or served; what was answered before is kept"
+                )
+            self.logprobs.append(packed)
         self.completions.append(completion)
         self.counters.answered += 1
         self.counters.models.add(completion.model)
@@ -88,12 +109,19 @@ def opened_run(
     partition: Partition = WHOLE,
 ) -> Iterator[Run]:
     """Opens the journals and the budget of a run, or of one process's part of it."""
-    with Journal(folder.completions, Completion) as completions, Journal(folder.failures, Failure) as failures:
+    with ExitStack() as opened:  # closed in the other order: logprobs reach the disk before their answers
+        completions, failures = (
+            opened.enter_context(Journal(path, kind))
+            for path, kind in ((folder.completions, Completion), (folder.failures, Failure))
+        )
+        wanted = recipe.sampling.logprobs is not None
+        logprobs = opened.enter_context(Journal(folder.logprobs, TokenLogprobs)) if wanted else None
         yield Run(
             recipe=recipe,
             dir=folder,
             completions=completions,
             failures=failures,
+            logprobs=logprobs,
             left=Left(completions.found.ids, failures.found.ids, retry_failures=retry_failures),
             budget=Budget.open(recipe, folder, completions.found, partition),
             counters=counters,

@@ -19,8 +19,11 @@ from generate.jobs import Job
 from generate.reply import Fault
 from pipeline.chat import INSTRUCTIONS
 from pipeline.records import Message
+from pipeline.sampling_config import TOKEN_IDS
 
-MAY_BE_LEFT_OUT = ("temperature", "top_p", "seed")
+MAY_BE_LEFT_OUT = dict.fromkeys(("temperature", "top_p", "seed"), "answers are sampled with the model's own") | {
+    TOKEN_IDS: "stored tokens are named by their bytes"
+}
 ROLES = ("system", "developer", "user")  # where the instructions go: the next one when one is refused
 
 REFUSING = re.compile(  # of an error whose `param` names the setting
@@ -28,7 +31,9 @@ REFUSING = re.compile(  # of an error whose `param` names the setting
     r"extra (inputs|fields)|not (currently )?(supported?|permit(ted)?|allow(ed)?|accept(ed)?)\b",
     re.IGNORECASE,
 )
-_NAME = r"[`'\"]?(?P<name>max_tokens|temperature|top_p|seed|(?:messages\[\d+\]\.)?role)[`'\"]?"
+_NAME = (
+    r"[`'\"]?(?P<name>max_tokens|temperature|top_p|seed|return_tokens_as_token_ids|(?:messages\[\d+\]\.)?role)[`'\"]?"
+)
 UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in them
     re.compile(wording.replace("NAME", _NAME), re.IGNORECASE)
     for wording in (
@@ -100,7 +105,7 @@ class Dialect:
             limit = "max_completion_tokens"
             return f"sends {limit} instead of max_tokens", now._replace(limit=limit)
         if name in MAY_BE_LEFT_OUT and name not in now.left_out:
-            said = f"leaves out {name}: answers are sampled with the model's own"
+            said = f"leaves out {name}: {MAY_BE_LEFT_OUT[name]}"
             return said, now._replace(left_out=now.left_out | {name})
         refused = re.search(r"\b(system|developer)\b", fault.message, re.IGNORECASE) if name == "role" else None
         role = self._next_role(refused[1].lower()) if refused else None

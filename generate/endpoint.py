@@ -13,7 +13,9 @@ from generate.client import Client
 from generate.concurrency import MOST, START, START_QUEUED, ByClimbing, ByQueue, Concurrency, read_load
 from generate.jobs import Partition
 from generate.limits import Limits
+from generate.progress import EndpointCounts
 from generate.reply import Answer, Fault
+from generate.targets import Target
 from generate.verdict import CONGESTED, Pause, speaks_of_endpoint
 from pipeline.recipe import Recipe
 
@@ -25,10 +27,22 @@ LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, a
 class Endpoint:
     """Its `client` is open while requests go out, and `watch` runs beside them."""
 
-    def __init__(self, recipe: Recipe, url: str, partition: Partition, say: Callable[[str], None], most: int) -> None:
-        """`most` requests are in flight at most, whatever the recipe or the endpoint allows."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        url: str,
+        partition: Partition,
+        say: Callable[[str], None],
+        most: int = MOST,
+        address: str | None = None,
+    ) -> None:
+        """`most` requests are in flight at most, whatever the recipe or the endpoint allows.
+
+        `address`: the one of its name's addresses to connect to.
+        """
         config, now = recipe.generate, monotonic()
-        self.url, self._say, self._most, self._partition = url, say, most, partition
+        self.url, self.most, self._say, self._partition = url, most, say, partition
+        self.name = Target(url, address).name
         self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / partition.of)
         self._config, self._shows_load = config, False
         self._concurrency: Concurrency = (
@@ -36,8 +50,8 @@ class Endpoint:
             if config.concurrency == "auto"
             else Concurrency(_part(config.concurrency, partition))
         )
-        self.client = Client(recipe.teacher, url, on_headers=self._read_headers)
-        self.in_flight = 0
+        self.client = Client(recipe.teacher, url, address=address, on_headers=self._read_headers)
+        self.in_flight, self.counts = 0, EndpointCounts()
         self.down_since: float | None = None
         self._probe_at = 0.0  # when it is down
         self._probe_sent: float | None = None  # the probe in flight
@@ -47,7 +61,17 @@ class Endpoint:
     @property
     def limit(self) -> int:
         """Requests that may be in flight now."""
-        return min(self._concurrency.limit, self._most)
+        return min(self._concurrency.limit, self.most)
+
+    def share(self, of: int) -> None:
+        """So many processes ask this endpoint: a part of what it allows is this one's, rounded down."""
+        if of == self._partition.of:
+            return
+        self._partition = Partition(of - 1, of)
+        self.limits.share(1 / of, monotonic())
+        self._concurrency.share(1 / of)
+        if self._config.concurrency != "auto":
+            self._concurrency.limit = _part(self._config.concurrency, self._partition)
 
     def ready_in(self, tokens: int, now: float) -> float | None:
         """Seconds until a request of so many tokens may go out; 0 for now, None when only a reply makes room."""
@@ -73,12 +97,24 @@ class Endpoint:
 
     def answered(self, answer: Answer, sent: float, now: float) -> None:
         """The endpoint has answered: it is up."""
+        self.counts.answered += 1
+        self.counts.prompt_tokens += answer.usage.prompt_tokens or 0
+        self.counts.completion_tokens += answer.usage.completion_tokens or 0
         self._steps = 0
         self._failing.clear()
         if self.down_since is not None:
-            self._say(f"{self.url} answers again, after {now - self.down_since:.0f} s")
+            self._say(f"{self.name} answers again, after {now - self.down_since:.0f} s")
             self.down_since = None
         self._concurrency.answered(answer.usage.completion_tokens or 0, now - sent, self.in_flight + 1, now)
+
+    def retried(self, fault: Fault) -> None:
+        """A request that failed here is sent again, here or elsewhere."""
+        self.counts.retries[fault.error] = self.counts.retries.get(fault.error, 0) + 1
+
+    def count(self) -> EndpointCounts:
+        """The counts, with how it is now."""
+        self.counts.in_flight, self.counts.limit, self.counts.up = self.in_flight, self.limit, self.down_since is None
+        return self.counts
 
     def failing_with(self, request_id: str) -> int:
         """How many different requests have failed since the last answer, this one included."""
@@ -90,6 +126,7 @@ class Endpoint:
 
     def failed(self, request_id: str, fault: Fault, sent: float, now: float) -> None:
         """An attempt failed."""
+        self.counts.faults[fault.error] = self.counts.faults.get(fault.error, 0) + 1
         if fault.error in CONGESTED:
             self._concurrency.congested(sent, now)
         if speaks_of_endpoint(fault):
@@ -101,12 +138,12 @@ class Endpoint:
             self._steps, self._stepped_at = step, now
         if not pause.down:
             if self.limits.pause(pause.pause_s, now):
-                self._say(f"{self.url} asks to be left alone for {pause.pause_s:.0f} s ({fault.message})")
+                self._say(f"{self.name} asks to be left alone for {pause.pause_s:.0f} s ({fault.message})")
             return
         self._probe_at = max(self._probe_at, now + pause.pause_s) if step else self._probe_at
         if self.down_since is None:
             self.down_since = now
-            self._say(f"{self.url} is down ({fault.message}); probing it until it answers")
+            self._say(f"{self.name} is down ({fault.message}); probing it until it answers")
 
     async def prepare(self) -> str | None:
         """Checks the endpoint before the first request. None if something answers there, else why nothing does."""
@@ -140,7 +177,7 @@ class Endpoint:
     def _read_headers(self, headers: Mapping[str, str]) -> None:
         news = self.limits.learn(headers, monotonic())
         if news:
-            self._say(f"{self.url} {news}")
+            self._say(f"{self.name} {news}")
 
 
 def _part(limit: int, partition: Partition) -> int:

@@ -1,4 +1,4 @@
-"""Append-only journals: completions.jsonl and failures.jsonl, one line a request, safe against a kill at any byte.
+"""Append-only journals: completions.jsonl, failures.jsonl, logprobs.jsonl: a line a request, safe against any kill.
 
 A line is written whole, in one write, the moment it is known; fsync follows in groups (`sync`, called at an interval
 and at the end), so a killed process loses nothing and a power cut at most the last interval. A journal is never
@@ -20,7 +20,9 @@ import msgspec
 
 from generate.idset import IdSet
 from pipeline.errors import DataError, DistillError
-from pipeline.records import Completion, Failure, encode_line
+from pipeline.records import Completion, Failure, TokenLogprobs, encode_line
+
+Line = Completion | Failure | TokenLogprobs
 
 BLOCK = 65_536  # bytes looked at together for the end of a line
 
@@ -39,7 +41,7 @@ class Contents:
     unended: bool = False  # the last line is whole but for its newline
 
 
-def read_journal(path: Path, kind: type[Completion] | type[Failure]) -> Contents:
+def read_journal(path: Path, kind: type[Line]) -> Contents:
     """What the journal holds; changes nothing. A journal that is not there is empty.
 
     Raises DataError `path:line: reason` at a line that is wrong, unless it is a last line without its end.
@@ -71,9 +73,10 @@ def read_journal(path: Path, kind: type[Completion] | type[Failure]) -> Contents
     return contents
 
 
-def _count(contents: Contents, record: Completion | Failure) -> None:
+def _count(contents: Contents, record: Line) -> None:
     contents.ids.add(record.id)
-    contents.models[record.model] += 1
+    if not isinstance(record, TokenLogprobs):
+        contents.models[record.model] += 1
     if isinstance(record, Completion):
         contents.prompt_tokens += record.usage.prompt_tokens or 0
         contents.completion_tokens += record.usage.completion_tokens or 0
@@ -83,7 +86,7 @@ def _count(contents: Contents, record: Completion | Failure) -> None:
 class Journal:
     """A journal open for writing; use as a context manager."""
 
-    def __init__(self, path: Path, kind: type[Completion] | type[Failure]) -> None:
+    def __init__(self, path: Path, kind: type[Line]) -> None:
         """Reads the journal, fixes its end and opens it. Raises DataError or DistillError."""
         self.path, self._dirty = path, False
         with self._explained():
@@ -100,7 +103,7 @@ class Journal:
             os.close(self._fd)
             raise
 
-    def append(self, record: Completion | Failure) -> None:
+    def append(self, record: Line) -> None:
         """Writes one line. Raises DistillError when the disk does not take it; the file then ends as it did before."""
         line = encode_line(record)
         with self._explained(), self._locked():

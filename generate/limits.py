@@ -32,6 +32,7 @@ class TokenBucket:
     def change(self, per_minute: float, now: float) -> None:
         """The rate is another from now on; what was taken stays taken, however often it moves."""
         self._refill(now)
+        self.per_minute = per_minute
         self._rate = per_minute / (WINDOW_S + BURST_S)
         self._size = max(self._rate * BURST_S, 1.0)
         self._level = min(self._level, self._size)
@@ -67,6 +68,12 @@ class Limits:
     def any(self) -> bool:
         """Whether there is anything to keep to."""
         return bool(self._buckets)
+
+    def share(self, fraction: float, now: float) -> None:
+        """So much of the limits is this process's from now on."""
+        for bucket in self._buckets.values():
+            bucket.change(bucket.per_minute * fraction / self._fraction, now)
+        self._fraction = fraction
 
     def delay(self, tokens: int, now: float) -> float:
         """Seconds until a request of so many tokens may go out; 0 for now."""

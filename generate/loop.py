@@ -7,7 +7,7 @@ journals of its run, and nothing else.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from generate.budget import Reservation
 from generate.context import Outcome, Run
 from generate.dialect import Dialect
 from generate.endpoint import Endpoint
+from generate.fleet import Fleet
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
 from generate.schedule import BACKOFF, Schedule, wait_s
@@ -57,9 +58,17 @@ class Attempt(NamedTuple):
 class Loop:
     """One process's requests, over one or several endpoints of the same model."""
 
-    def __init__(self, run: Run, endpoints: Sequence[Endpoint]) -> None:
-        self._run, self._endpoints, self._config = run, endpoints, run.recipe.generate
-        self._schedule, self._dialect = Schedule(run.jobs(), MOST_WAITING), Dialect()
+    def __init__(
+        self,
+        run: Run,
+        fleet: Fleet,
+        *beside: Callable[[], Coroutine[Any, Any, None]],
+        jobs: Iterator[Job] | None = None,
+    ) -> None:
+        """`beside` goes on while requests go out. `jobs`: what is to be asked; None: all that the run has left."""
+        self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
+        self._schedule = Schedule(run.jobs() if jobs is None else jobs, MOST_WAITING)
+        self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
@@ -70,8 +79,8 @@ class Loop:
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
-        watching = [endpoint.watch(self._changed.set) for endpoint in self._endpoints]
-        beside = [self._start(work) for work in (self._sync_journals(), self._show_progress(), *watching)]
+        own = self._sync_journals(), self._show_progress(), self._fleet.watch(self._changed.set)
+        beside = [self._start(work) for work in (*own, *(begin() for begin in self._beside))]
         try:
             await self._send_all()
             await self._drain()
@@ -80,6 +89,7 @@ class Loop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._fleet.count()
         return self._ended_by or self._all_sent()
 
     def interrupt(self) -> bool:
@@ -90,6 +100,22 @@ class Loop:
         first = self._ended_by is None
         self._end(KeyboardInterrupt(), at_once=not first)
         return first
+
+    def look_again(self) -> None:
+        """Jobs have arrived, or an endpoint's limits or the budget have moved."""
+        self._changed.set()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        return sum(endpoint.limit for endpoint in self._fleet.endpoints)
+
+    def share(self, of: dict[str, int]) -> None:
+        """So many processes ask each URL: this one has its part of what the endpoint allows."""
+        for endpoint in self._fleet.endpoints:
+            endpoint.share(of.get(endpoint.url, 1))
+            self._fleet.reopen(endpoint)
+        self.look_again()
 
     def _end(self, why: BaseException, *, at_once: bool = False) -> None:
         """The run is to end; the first reason stands."""
@@ -104,7 +130,7 @@ class Loop:
             now = monotonic()
             job = self._schedule.next_job(now)
             if job is None:
-                if not self._in_flight and not self._schedule.waiting:
+                if not self._in_flight and not self._schedule.waiting and not self._schedule.open:
                     return
                 await self._change(self._schedule.due_in(now))
                 continue
@@ -125,11 +151,11 @@ class Loop:
         """
         body, max_tokens = self._dialect.body(job), int(job.request.sampling["max_tokens"])
         tokens = int(len(body) * self._tokens_per_byte) + max_tokens
-        endpoint, wait = self._least_busy(tokens, now)
+        endpoint, wait = self._fleet.pick(tokens, now)
         if endpoint is None:
-            pause_s = min(endpoint.limits.paused_s(now) for endpoint in self._endpoints)
-            if pause_s > self._config.give_up_s and not self._in_flight:
-                self._end(DistillError(paused_too_long(self._endpoints[0].url, pause_s, self._config)))
+            if not self._in_flight and (pause_s := self._fleet.paused_s(now)) > self._config.give_up_s:
+                name = self._fleet.endpoints[0].name
+                self._end(DistillError(paused_too_long(name, pause_s, self._config)))
             return wait
         reservation = self._run.budget.reserve(len(body), max_tokens)
         if reservation is None:
@@ -139,14 +165,6 @@ class Loop:
         endpoint.begin(tokens, now)
         self._run.counters.in_flight += 1
         return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling))
-
-    def _least_busy(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
-        """The endpoint with the fewest requests in flight of those with room; else the seconds until one has."""
-        ready = [(endpoint.ready_in(tokens, now), endpoint.in_flight, endpoint) for endpoint in self._endpoints]
-        free = [(in_flight, endpoint) for wait, in_flight, endpoint in ready if wait == 0]
-        if free:
-            return min(free, key=lambda one: one[0])[1], None
-        return None, min((wait for wait, _, _ in ready if wait is not None), default=None)
 
     async def _attempt(self, attempt: Attempt) -> None:
         """Sends one request, and does what follows from its reply."""
@@ -158,6 +176,7 @@ class Loop:
         finally:
             counters.in_flight -= 1
             endpoint.ended(attempt.sent)
+            self._fleet.reopen(endpoint)
             if reply is None:  # abandoned: the server may have worked on it all the same
                 budget.settle(attempt.reservation, None, billed=True, journaled=False)
         now = monotonic()
@@ -177,15 +196,13 @@ class Loop:
     def _state(self, attempt: Attempt, reply: Fault, now: float) -> State:
         """What `decide` may know."""
         job, endpoint = attempt.job, attempt.endpoint
-        downs = [other.down_since for other in self._endpoints]
-        since = [down for down in downs if down is not None]
         return State(
-            endpoint.url,
+            endpoint.name,
             key=endpoint.client.key,
             down=endpoint.down_since is not None,
             failing=endpoint.failing_with(job.request.id),
             step=endpoint.step(attempt.sent),
-            all_down_s=now - max(since) if len(since) == len(downs) else 0.0,
+            all_down_s=self._fleet.all_down_s(now),
             refused_alike=self._refused_alike(reply),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(reply, job),
@@ -199,10 +216,12 @@ class Loop:
                 endpoint.pause(verdict, fault, attempt.sent, now)
                 await self._carry_out(verdict.then, attempt, fault, now)
             case Retry():
+                endpoint.retried(fault)
                 job.attempts -= not verdict.counted
                 job.spent_s = 0.0 if fault.error == "unreachable" else job.spent_s
                 self._schedule.put_back(job, now + verdict.after_s + wait_s(BACKOFF, verdict.step))
             case Relearn():
+                endpoint.retried(fault)
                 self._dialect.learn(fault, job, self._run.say)
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
@@ -224,7 +243,7 @@ class Loop:
         self._release()
         latency_s = now - attempt.sent
         completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
-        run.record_answer(completion)
+        run.record_answer(completion, answer.logprobs)
         endpoint.answered(answer, attempt.sent, now)
         if answer.usage.prompt_tokens:
             self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
@@ -279,11 +298,12 @@ class Loop:
     async def _sync_journals(self) -> None:
         while True:
             await asyncio.sleep(SYNC_INTERVAL_S)
-            for journal in (self._run.completions, self._run.failures):
+            for journal in self._run.journals:
                 await asyncio.to_thread(journal.sync)
 
     async def _show_progress(self) -> None:
         while True:
             await asyncio.sleep(SHOW_INTERVAL_S)
+            self._fleet.count()
             self._run.counters.waiting = self._schedule.waiting
             self._run.show()

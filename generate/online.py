@@ -7,16 +7,20 @@ import asyncio
 import resource
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from generate.client import no_endpoint
 from generate.context import Outcome, Run
 from generate.endpoint import Endpoint
+from generate.fleet import Fleet
+from generate.jobs import Job
 from generate.loop import Loop
-from pipeline.errors import UsageError
+from generate.targets import Target, find_targets, may_change
+from pipeline.errors import RecipeError, UsageError
 
+FOLLOW_S = 10.0  # between two looks at where the servers are
 SPARE_FILES = 64  # file descriptors that are not connections
 
 Result = TypeVar("Result")
@@ -35,25 +39,77 @@ async def send_from_here(run: Run, *, signals: bool) -> Outcome:
 
 
 @asynccontextmanager
-async def opened_loop(run: Run) -> AsyncIterator[Loop]:
-    """A loop over the recipe's endpoints. Raises DistillError when none of them is there."""
-    recipe, urls = run.recipe, run.recipe.teacher.urls
-    most = _most_connections() // len(urls)
-    if recipe.generate.concurrency != "auto" and recipe.generate.concurrency > most * run.partition.of:
+async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> AsyncIterator[Loop]:
+    """A loop over the recipe's servers, for `jobs` or all that is left. Raises DistillError if none is there."""
+    recipe, teacher = run.recipe, run.recipe.teacher
+    targets, most = await find_targets(teacher), _most_connections()
+    each = most // len(targets)
+    if recipe.generate.concurrency != "auto" and recipe.generate.concurrency > each * run.partition.of:
         run.say(
-            f"warning: this system allows {most} connections per endpoint (ulimit -n): that many requests are in flight"
+            f"warning: this system allows {each} connections per endpoint (ulimit -n): that many requests are in flight"
         )
     async with AsyncExitStack() as stack:
-        endpoints = [Endpoint(recipe, url, run.partition, run.say, most) for url in urls]
-        for endpoint in endpoints:
-            await stack.enter_async_context(endpoint.client)
-        silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))
+        servers = Servers(run, Fleet(most=most), stack)
+        silent = await servers.change(targets)
         if all(silent):
-            raise no_endpoint(recipe.teacher, urls[0], silent[0] or "")
-        for endpoint, why in zip(endpoints, silent, strict=True):
-            if why:
-                run.say(f"warning: no endpoint at {endpoint.url} ({why}); it is probed until it answers")
-        yield Loop(run, endpoints)
+            raise no_endpoint(teacher, targets[0].name, silent[0] or "")
+        yield Loop(run, servers.fleet, *([servers.follow] if may_change(teacher) else []), jobs=jobs)
+
+
+class Servers:
+    """Opens the endpoints of a fleet, and keeps it to the servers that the recipe leads to."""
+
+    def __init__(self, run: Run, fleet: Fleet, stack: AsyncExitStack) -> None:
+        """`stack` closes what is open at the end."""
+        self.fleet, self._run, self._stack = fleet, run, stack
+        self._endpoints: dict[Target, Endpoint] = {}
+        self._leaving: list[Endpoint] = []  # with requests in flight
+
+    async def change(self, targets: Sequence[Target]) -> list[str | None]:
+        """From now on requests go to these servers. Of each new one: why it does not answer, or None."""
+        for target in self._endpoints.keys() - set(targets):
+            endpoint = self._endpoints.pop(target)
+            self.fleet.remove(endpoint)
+            endpoint.counts.limit, endpoint.counts.in_flight, endpoint.counts.up = 0, 0, False
+            self._leaving.append(endpoint)
+        new = [target for target in targets if target not in self._endpoints]
+        endpoints = [
+            Endpoint(self._run.recipe, one.url, self._run.partition, self._run.say, address=one.address) for one in new
+        ]
+        for endpoint in endpoints:
+            endpoint.counts = self._run.counters.endpoints.setdefault(endpoint.name, endpoint.counts)
+            await self._stack.enter_async_context(endpoint.client)
+        silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))
+        if len(new) < len(targets) or not all(silent):
+            for endpoint, why in zip(endpoints, silent, strict=True):
+                if why:
+                    self._run.say(f"warning: no endpoint at {endpoint.name} ({why}); it is probed until it answers")
+        self._endpoints.update(zip(new, endpoints, strict=True))
+        for endpoint in endpoints:
+            self.fleet.add(endpoint)
+        return silent
+
+    async def follow(self) -> None:
+        """Looks again every FOLLOW_S seconds where the servers are; what cannot be read changes nothing."""
+        said = ""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            for endpoint in [one for one in self._leaving if not one.in_flight]:
+                self._leaving.remove(endpoint)
+                await endpoint.client.__aexit__()
+            try:
+                targets = await find_targets(self._run.recipe.teacher, self._endpoints)
+            except RecipeError as error:
+                if (message := f"warning: {error}; going on with the servers known so far") != said:
+                    self._run.say(said := message)
+                continue
+            said = ""
+            before = set(self._endpoints)
+            if before != set(targets):
+                await self.change(targets)
+                self._run.say(
+                    f"servers: {len(targets)} (new {len(set(targets) - before)}, gone {len(before - set(targets))})"
+                )
 
 
 @contextmanager

@@ -9,12 +9,35 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0
 SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens", "reasoning_tokens")
+
+
+class EndpointCounts(msgspec.Struct):
+    """What one endpoint has done in this call, and is doing."""
+
+    answered: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    faults: dict[str, int] = {}  # attempts without an answer, by kind
+    retries: dict[str, int] = {}  # of them: sent again later
+    in_flight: int = 0
+    limit: int = 0  # of `in_flight`
+    up: bool = True
+
+    def add(self, other: "EndpointCounts") -> None:
+        """Adds what another process has done there."""
+        for name in ("answered", "prompt_tokens", "completion_tokens", "in_flight", "limit"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.faults, other.faults), (self.retries, other.retries)):
+            for kind, number in theirs.items():
+                mine[kind] = mine.get(kind, 0) + number
+        self.up &= other.up
 
 
 @dataclass
@@ -35,6 +58,8 @@ class Counters:
     reasoning_tokens: int = 0  # of the completion's
     models: set[str] = field(default_factory=set)  # as the server named them
     errors: Counter[str] = field(default_factory=Counter)  # failures by type
+    endpoints: dict[str, EndpointCounts] = field(default_factory=dict)  # of this process, by name
+    gathered: list[dict[str, Any]] = field(default_factory=list)  # `endpoints` of others, as their snapshots hold them
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -52,6 +77,7 @@ class Counters:
         return {name: getattr(self, name) for name in SUMMED} | {
             "models": sorted(self.models),
             "errors": dict(self.errors),
+            "endpoints": msgspec.to_builtins(self.endpoints),
         }
 
     def gather(self, parts: Collection[dict[str, Any]]) -> None:
@@ -60,6 +86,18 @@ class Counters:
             setattr(self, name, sum(part[name] for part in parts))
         self.models = {model for part in parts for model in part["models"]}
         self.errors = sum((Counter(part["errors"]) for part in parts), Counter())
+        self.gathered = [part["endpoints"] for part in parts]
+
+    def by_endpoint(self) -> dict[str, EndpointCounts]:
+        """What each endpoint has done for all processes."""
+        whole: dict[str, EndpointCounts] = {}
+        for part in (msgspec.to_builtins(self.endpoints), *self.gathered):
+            for name, counts in msgspec.convert(part, dict[str, EndpointCounts]).items():
+                if name in whole:
+                    whole[name].add(counts)
+                else:
+                    whole[name] = counts
+        return whole
 
     @property
     def seconds(self) -> float:

@@ -29,6 +29,7 @@ class Answer(NamedTuple):
     usage: Usage
     reasoning: str = ""  # what it thought before
     tool_calls: Sequence[Json] = ()  # as in a Message
+    logprobs: Any = None  # of its tokens, as the server gave them
 
 
 class Fault(NamedTuple):
@@ -72,6 +73,7 @@ class _Message(msgspec.Struct):
 class _Choice(msgspec.Struct):
     message: _Message
     finish_reason: Any = None
+    logprobs: Any = None
 
 
 class _Reply(msgspec.Struct):
@@ -109,7 +111,7 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
     calls = [call.json(number) for number, call in enumerate(choice.message.tool_calls or (), start=1)]
-    return Answer(text, reason, _text(reply.model), usage, reasoning, calls)
+    return Answer(text, reason, _text(reply.model), usage, reasoning, calls, choice.logprobs)
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:

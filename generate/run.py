@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from rich.console import Console
@@ -23,9 +23,10 @@ from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
+from generate.metrics import served
 from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
-from generate.progress import Counters, Display, requests_of
+from generate.progress import Counters, Display, EndpointCounts, requests_of
 from generate.prompts import grammar_size, iter_prompts
 from generate.turns import described, passes
 from generate.workers import send_from_workers
@@ -37,6 +38,12 @@ from pipeline.rundir import RunDir, replacing
 
 if TYPE_CHECKING:
     from generate.batch import Batches
+
+
+class Sender(Protocol):
+    """Sends all that a run has left, and says how that ended."""
+
+    async def __call__(self, run: Run, *, signals: bool) -> Outcome: ...
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +61,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float  # of this call
     errors: dict[str, int]  # this call's failures by type
     cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
+    endpoints: dict[str, EndpointCounts] = {}  # what each has done in this call; of several passes, in the last one
 
 
 def generate(
@@ -64,10 +72,12 @@ def generate(
     retry_failures: bool = False,
     write_batches: bool = False,
     collect: Path | None = None,
+    send: Sender | None = None,
 ) -> Summary:
     """As the API's `generate` (generate/__init__.py), without the lock.
 
-    `write_batches` only writes batch files, and `collect` only takes in the output of one.
+    `write_batches` only writes batch files, and `collect` only takes in the output of one. `send` sends in place of
+    this machine: a cluster (scale.generation).
     """
     if recipe.prompts.user and (write_batches or collect):
         raise UsageError("batch files are of one pass, prompts.user has several: use generate.mode batch")
@@ -81,7 +91,7 @@ def generate(
             elif write_batches:
                 for path in _batches(call).write():
                     call.say(f"{path}")
-            elif outcome := run_loop(_send(call, display, signals=True)):
+            elif outcome := run_loop(_send(call, display, signals=True, send=send)):
                 raise outcome
         done.append(_summary(call))
     return _whole(done)
@@ -168,14 +178,14 @@ def _prompt_line(request: Request, recipe: Recipe) -> bytes:
     )
 
 
-async def _send(run: Run, display: Display, *, signals: bool) -> Outcome:
+async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:
     """Sends what is left, as the recipe says."""
     config = run.recipe.generate
     if config.mode == "batch":
         outcome = await _send_batches(run, signals=signals)
     else:
-        send = send_from_workers if config.processes > 1 else send_from_here
-        with display:
+        send = send or (send_from_workers if config.processes > 1 else send_from_here)
+        with served(config, run.counters, lambda: _spent(run)["usd"]), display:
             outcome = await send(run, signals=signals)
     if isinstance(outcome, KeyboardInterrupt):
         left = "still to come" if config.mode == "batch" else "still to ask"
@@ -239,6 +249,7 @@ def _summary(run: Run) -> Summary:
         wall_s=round(counters.seconds, 3),
         errors=dict(counters.errors),
         cost_usd=_spent(run)["usd"],
+        endpoints=counters.by_endpoint(),
     )
 
 
@@ -293,6 +304,10 @@ def _save(run: Run) -> None:
                 "answered": counters.answered,
                 "failed": counters.failed,
                 "wall_s": round(counters.seconds, 3),
+                "by_endpoint": {
+                    name: {"answered": counts.answered, "completion_tokens": counts.completion_tokens}
+                    for name, counts in counters.by_endpoint().items()
+                },
             },
             "versions": versions("openai", "aiohttp", "uvloop", "msgspec", "tenacity"),
         },

@@ -24,6 +24,29 @@ def wait_s(policy: wait_base, step: int) -> float:
     return float(policy(state)) if step else 0.0
 
 
+class Feed(Iterator[Job]):
+    """Jobs that arrive while the run goes on. To have none now is not the end: that is `close`."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self._jobs: deque[Job] = deque()
+
+    def add(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def close(self) -> None:
+        """No job will follow those that are here."""
+        self.open = False
+
+    def __next__(self) -> Job:
+        if not self._jobs:
+            raise StopIteration
+        return self._jobs.popleft()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+
 class Schedule:
     """New jobs from the iterator, and those that wait for a retry; at most `max_waiting` of the latter."""
 
@@ -38,6 +61,11 @@ class Schedule:
     def waiting(self) -> int:
         """Jobs that wait for a retry."""
         return len(self._later)
+
+    @property
+    def open(self) -> bool:
+        """Whether jobs may still arrive."""
+        return isinstance(self._jobs, Feed) and self._jobs.open
 
     def put_back(self, job: Job, due: float) -> None:
         """The job is due again at `due` (time.monotonic)."""

@@ -78,7 +78,9 @@ def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:
     return recipe.model_copy(
         update={
             "teacher": teacher.model_copy(update={"price": user.price or teacher.price}),
-            "sampling": recipe.sampling.model_copy(update={"max_tokens": user.max_tokens, "extra": {}}),
+            "sampling": recipe.sampling.model_copy(
+                update={"max_tokens": user.max_tokens, "logprobs": None, "extra": {}}
+            ),
         }
     )
 

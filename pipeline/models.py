@@ -21,11 +21,12 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.rundir import replacing_folder
 
 PREFIX = "embedded:"
 BLOCK = 1 << 24  # bytes per read
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a Hub repository: no second copies
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ def resolve_model(reference: str) -> str:
             raise UsageError(f"model {reference}: the folder {state}; give a model folder or a Hub id")
         return str(folder)
     return reference
+
+
+def model_folder(reference: str) -> Path:
+    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be had."""
+    resolved = resolve_model(reference)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
+        reason = first_line(error)
+        raise DistillError(f"model {reference} could not be fetched: {reason}") from None
+    if not (folder / "config.json").is_file():
+        raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
+    return folder
 
 
 def embedded_folder(reference: str) -> Path | None:

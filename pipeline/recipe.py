@@ -10,7 +10,7 @@ under each key is the only description of it: `--help` and docs/settings.md show
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -21,21 +21,33 @@ from pipeline.conversation import read_tools
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
+from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
 from pipeline.records import Json, Message, Part, folded
+from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.student_config import StudentConfig, is_file_name
 from pipeline.train_config import TrainConfig
 from pipeline.user_config import UserConfig
 
-__all__ = ["BudgetConfig", "DedupConfig", "FiltersConfig", "JudgeConfig", "RuleConfig", "StudentConfig"]  # of elsewhere
+__all__ = [
+    "BudgetConfig",
+    "DedupConfig",
+    "FiltersConfig",
+    "GenerateConfig",
+    "JudgeConfig",
+    "RuleConfig",
+    "SamplingConfig",
+    "StudentConfig",
+]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
 FILES = (
     ("teacher", "examples"),
     ("student", "chat_template"),
+    ("teacher", "urls_file"),
     ("prompts", "file"),
     ("prompts", "tools"),
     ("train", "test_rows"),
@@ -61,6 +73,8 @@ class TeacherConfig(Section):
     """A Hub id, a local folder, or `embedded:<name>`: the name by which the endpoint knows the model."""
     base_url: str | list[str] = "http://127.0.0.1:8000/v1"
     """Its endpoint, or several that serve the same model: a list, or `a,b`."""
+    urls_file: Path | None = None
+    """Its endpoints, one URL per line, read again while requests go out; `base_url` then only names them in ids."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; a local server needs none."""
     api_key_header: str = "Authorization"
@@ -227,60 +241,6 @@ class PromptsConfig(Section):
         return "validation" if where < self.test + self.validation else "train"
 
 
-class SamplingConfig(Section):
-    """How the teacher samples. All of it is sent with every request, always."""
-
-    temperature: float = Field(0.8, ge=0, le=2)
-    """0 takes the likeliest token each time; higher is more varied."""
-    top_p: float = Field(0.9, gt=0, le=1)
-    """Sample only among the likeliest tokens that together have this probability."""
-    max_tokens: int = Field(500, ge=1)
-    """Tokens of an answer, at most."""
-    seed: int = 0
-    """The seed from which, with its id, each request's own seed is derived."""
-    extra: dict[str, Any] = Field({})
-    """Further fields of the request, sent as they are: `top_k`, `chat_template_kwargs`, …"""
-
-    @field_validator("extra")
-    @classmethod
-    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools"}
-        if taken := taken & extra.keys():
-            raise ValueError(
-                f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
-            )
-        return extra
-
-    def fields(self) -> dict[str, Any]:
-        """What a request carries of it."""
-        return {**self.model_dump(exclude={"extra"}), **self.extra}
-
-
-class GenerateConfig(Section):
-    """How fast the client asks, and how long it waits for an endpoint."""
-
-    mode: Literal["online", "batch"] = "online"
-    """batch: through the endpoint's Batch API, at half the price, within a day."""
-    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Requests in flight per endpoint; auto: as many as keep the endpoint full."""
-    processes: int = Field(1, ge=1)
-    """Processes on this machine; more than one if a single core cannot keep the server full."""
-    requests_per_minute: float | None = Field(None, gt=0)
-    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
-    tokens_per_minute: float | None = Field(None, gt=0)
-    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
-    request_timeout_s: float | None = Field(None, gt=0)
-    """Seconds for one attempt; null: 300, or 3600 at a server that shows what it is working on, as vLLM does."""
-    deadline_s: float | None = Field(None, gt=0)
-    """Seconds in flight over all attempts of a request; null: three times `request_timeout_s`."""
-    max_attempts: int = Field(6, ge=1)
-    """Attempts per request before it counts as failed."""
-    give_up_s: float = Field(600, gt=0)
-    """Seconds that all endpoints may be down before the run ends."""
-    batch_poll_s: float = Field(60, gt=0)
-    """Seconds between two looks at a batch, at most."""
-
-
 class Recipe(Section):
     """One run, as declared. Built in Python it is what it is given: only `load_recipe` reads variables and flags."""
 
@@ -308,7 +268,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _new_weights_are_trained(self) -> "Recipe":
-        if self.student and self.student.new and self.train.method != "dpo" and self.train.weights != "full":
+        afterwards = self.train.method == "dpo" or self.train.start is not None  # it has learned then
+        if self.student and self.student.new and self.train.weights != "full" and not afterwards:
             key = "train.kd.weights" if self.train.soft else "train.method"
             raise ValueError(
                 f"student.model {self.student.model} has random weights, which adapters would leave as they are; "

@@ -92,6 +92,22 @@ class Failure(Request, frozen=True, kw_only=True):
     created: str  # ISO 8601, UTC
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the teacher would have said at each token of an answer: a line of logprobs.jsonl.
+
+    Arrays are little-endian, in rows, without a header (base64 in the line): `chosen` int32 (tokens), `likeliest` int32
+    (tokens, top), `logprobs` float16 (tokens, top), in nats. A token is its id, or where `names` has any, its place
+    there; -1 fills rows of fewer than `top`.
+    """
+
+    id: str  # of the answer; of two lines with one id the later counts
+    top: int
+    chosen: bytes
+    likeliest: bytes
+    logprobs: bytes
+    names: list[bytes] = []  # the tokens' bytes, if the server gave no ids
+
+
 class Kept(Completion, frozen=True, kw_only=True):
     """An answer worth learning from."""
 

@@ -40,6 +40,7 @@ class RunDir:
     lineage = File("lineage.json")  # every stage
     prompts = File("prompts.jsonl")  # `generate`
     completions = File("completions.jsonl")  # `generate`
+    logprobs = File("logprobs.jsonl")  # of the answers' tokens, if the recipe wants them; `generate`
     failures = File("failures.jsonl")  # `generate`
     kept = File("kept.jsonl")  # `filters`
     dropped = File("dropped.jsonl")  # `filters`
@@ -51,11 +52,9 @@ class RunDir:
     checks = File("checks.json")  # what was checked before training; `train`
     validation = File("validation.jsonl")  # the kept rows that chose the best checkpoint; `train`
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
-    student_init = File(
-        "student-init"
-    )  # a student that was built first (`prune:<k>`, `new:30m`, a chat template), before training; `train`
+    student_init = File("student-init")  # a student that was made first (`prune:<k>`, `new:30m`), untrained; `train`
     student = File("student")  # `train`
-    student_sft = File("student-sft")  # the student before it learned from preferences; `train`
+    student_sft = File("student-sft")  # the student before a further method: its own samples, preferences; `train`
     report = File("report.json")  # `evaluate`
     report_html = File("report.html")  # `evaluate`
 
@@ -123,7 +122,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
@@ -141,12 +140,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield building
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.section import Section
 
@@ -14,20 +14,33 @@ Weights = Literal["lora", "qlora", "full"]
 
 
 class KdConfig(Section):
-    """Soft distillation: how the student follows the teacher's distribution (`method: kd` or `gkd`)."""
+    """Soft distillation: how the student follows the teacher's distribution (`method: kd`, `on_policy` or `gold`)."""
 
     weights: Weights = "lora"
     """What is trained: adapters, adapters over a base in 4 bits, or all weights."""
+    teacher: Literal["local", "served", "stored"] = "local"
+    """Beside the student; at its endpoint (vLLM); or, for kd, what `sampling.logprobs` stored. The last two: top-k."""
+    top_k: int = Field(20, ge=1)
+    """served: how many of the likeliest tokens the endpoint is asked for, per token of an answer."""
     temperature: float = Field(1, gt=0)
-    """Temperature of both distributions."""
+    """Temperature of both distributions, and of on_policy's samples."""
     alpha: float = Field(0.5, gt=0, le=1)
-    """kd: weight of the divergence; cross-entropy with the answers has the rest."""
-    lmbda: float = Field(0.5, ge=0, le=1)
-    """gkd: share of the steps on the student's own samples."""
-    beta: float = Field(0.5, ge=0, le=1)
-    """gkd: 0 is forward KL, 1 is reverse KL, between them is Jensen-Shannon."""
+    """kd, gold: weight of the divergence; cross-entropy with the answers has the rest."""
+
+
+class OnPolicyConfig(Section):
+    """On-policy distillation (`method: on_policy`): a student that learned from answers learns from its own samples."""
+
+    beta: float = Field(1, ge=0, le=1)
+    """0 is forward KL, 1 is reverse KL, between them is Jensen-Shannon."""
     max_new_tokens: int = Field(256, ge=1)
-    """gkd: tokens of a sample, at most."""
+    """Tokens of a sample, at most."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Takes the place of `train.learning_rate`: a tenth of it is usual."""
+    epochs: float = Field(1, gt=0)
+    """Takes the place of `train.epochs`: samples of each training prompt."""
+    rollouts: Literal["generate", "vllm"] = "generate"
+    """What draws the samples: the trainer itself, or vLLM in the same process, which needs a GPU."""
 
 
 class DpoConfig(Section):
@@ -44,14 +57,16 @@ class DpoConfig(Section):
 
 
 class TrainConfig(Section):
-    """How the student learns (TRL SFTTrainer and DPOTrainer, PEFT)."""
+    """How the student learns (TRL's trainers, PEFT)."""
 
-    method: Literal["lora", "qlora", "full", "kd", "gkd", "dpo"] = "lora"
-    """On the teacher's text: adapters, adapters over 4 bits, or all weights; soft distillation; or then preferences."""
+    method: Literal["lora", "qlora", "full", "kd", "gold", "on_policy", "dpo"] = "lora"
+    """On the teacher's text: adapters, adapters over 4 bits, or all weights; on its distribution, by one tokenizer or
+    two; or further, after one of these: on own samples, or on preferences."""
     kd: KdConfig = KdConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
     dpo: DpoConfig = DpoConfig()
     start: Path | None = None
-    """dpo: the folder of the student to start from; null: the run's own, as another method left it."""
+    """on_policy, dpo: the folder of the student to start from; null: the run's own, as another method left it."""
     epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
     learning_rate: float | None = Field(None, gt=0)
@@ -106,25 +121,60 @@ class TrainConfig(Section):
     @property
     def soft(self) -> bool:
         """Whether the student follows the teacher's distribution, not its text alone."""
-        return self.method in ("kd", "gkd")
+        return self.method in ("kd", "gold", "on_policy")
+
+    @property
+    def further(self) -> bool:
+        """Whether the method follows another one, which has made the student that it starts from."""
+        return self.method in ("on_policy", "dpo")
 
     @property
     def weights(self) -> Weights:
         """What is trained: adapters, adapters over a base in 4 bits, or all of it."""
         if self.method == "dpo":
             return self.dpo.weights
-        return self.kd.weights if self.method == "kd" or self.method == "gkd" else self.method
+        if self.method == "lora" or self.method == "qlora" or self.method == "full":
+            return self.method
+        return self.kd.weights
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _renamed(cls, method: object) -> object:
+        if method == "gkd":
+            raise ValueError(
+                "gkd is on_policy now: it starts from a student that learned from answers, and all its answers are the "
+                "student's own; its beta and max_new_tokens are in train.on_policy, and lmbda is no more"
+            )
+        return method
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        if self.loss_on == "all" and self.method in ("gkd", "dpo"):
-            raise ValueError(f"loss_on all is not for method {self.method}, which looks at last turns; use last")
+        if self.loss_on == "all" and (self.method in ("gold", "on_policy", "dpo") or self._teacher == "stored"):
+            what = "kd.teacher stored" if self._teacher == "stored" else f"method {self.method}"
+            raise ValueError(f"loss_on all is not for {what}, which looks at last turns; use last")
         if self.reasoning == "keep" and self.method == "dpo":
             raise ValueError("reasoning keep is not for method dpo: preferences.jsonl has none; use strip")
         if self.padding_free and self.method not in ("lora", "qlora", "full"):
             raise ValueError(f"padding_free is not for method {self.method}; leave it out")
         if (self.rslora or self.dora) and self.weights == "full":
             raise ValueError("rslora and dora are about adapters, and all weights are trained; leave them out")
+        if self._teacher == "stored" and self.method == "on_policy":
+            raise ValueError(
+                "kd.teacher stored is not for method on_policy: nothing is stored of the student's samples"
+            )
+        if self._teacher != "local" and self.method == "gold":
+            raise ValueError(f"kd.teacher {self._teacher} is not for method gold, which needs all logits; use local")
+        if self._teacher != "local" and self.kd.temperature != 1:
+            raise ValueError(f"kd.temperature must be 1 with kd.teacher {self._teacher}: endpoints give top-k of that")
+        if self.method == "on_policy" and self.kd.weights == "qlora":
+            raise ValueError(
+                "kd.weights qlora is not for method on_policy, which saves a whole model; use lora or full"
+            )
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} is more than batch_size {self.batch_size}")
         return self
+
+    @property
+    def _teacher(self) -> str:
+        """Where the distribution comes from; empty if none is followed."""
+        return self.kd.teacher if self.soft else ""

@@ -1,14 +1,14 @@
-"""`python -m serve RECIPE`: serves the recipe's teacher on this machine, in the foreground, until Ctrl-C.
+"""`python -m serve RECIPE [--model student]`: serves a model of a run on this machine, in the foreground, until Ctrl-C.
 
-Reads the recipe, and writes serve-<port>.log into the run directory. Takes no lock, because `generate` works on the
-same run.
+Reads the recipe and the run's student, and writes serve-<port>.log into the run directory. Takes no lock, because
+`generate` works on the same run.
 """
 
 import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,18 +17,19 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
-from serve.checks import local_address
 from serve.command import Command, build_command, merge_args, port_number
+from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
 
 
 def main(argv: list[str] | None = None) -> None:
     """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
-    host, port = local_address(recipe.teacher.url)
-    model, port = options.model or recipe.teacher.model, options.port or port
+    name, host, port = place_of(recipe, options.model)
+    port = options.port or port
     config = _with_args(recipe.serve, options.args)
+    model = reference_of(recipe, run, options.model)
     if options.print:
-        print(shown(model, host, port, config).shell())
+        print(shown(model, name, host, port, config).shell())
         return
     try:
         from serve.server import serving
@@ -37,16 +38,17 @@ def main(argv: list[str] | None = None) -> None:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     log = run.path / f"serve-{port}.log"
-    console.print(f"starting vLLM for {model}; its log: {log}")
+    console.print(f"starting vLLM for {name}; its log: {log}")
     with console.status("starting vLLM") as status:
 
         def waiting(seconds: float, line: str) -> None:
             status.update(f"starting vLLM, {seconds:.0f} s  [dim]{escape(line[:90])}[/dim]")
 
-        with serving(model, port=port, host=host, config=config, log=log, waiting=waiting) as server:
+        settings: dict[str, Any] = {"port": port, "host": host, "config": config, "log": log, "served_name": name}
+        with serving(model, **settings, waiting=waiting) as server:
             status.stop()
-            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {model}")
-            console.print(f"next, in another terminal: {_next(recipe, options.recipe, server.base_url, model)}")
+            console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {name}")
+            console.print(f"next, in another terminal: {_next(recipe, options, server.base_url, name)}")
             console.print("Ctrl-C ends it")
             try:
                 server.wait()
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             raise server.failure("while it was serving")
 
 
-def shown(model: str, host: str, port: int, config: ServeConfig) -> Command:
+def shown(model: str, name: str, host: str, port: int, config: ServeConfig) -> Command:
     """The command. Fetches nothing and starts nothing."""
     from serve.machine import detect
     from serve.model_facts import ModelFacts, model_facts
@@ -70,7 +72,7 @@ def shown(model: str, host: str, port: int, config: ServeConfig) -> Command:
         facts = model_facts(resolved, ask_hub=False)
     return build_command(
         resolved,
-        served_name=model,
+        served_name=name,
         host=host,
         port=port,
         config=config,
@@ -81,9 +83,18 @@ def shown(model: str, host: str, port: int, config: ServeConfig) -> Command:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = stage_parser("serve", "Serve the recipe's teacher with vLLM on this machine, until Ctrl-C.")
-    parser.add_argument("--port", type=port_number, help="the port to listen on (default: that of teacher.base_url)")
-    parser.add_argument("--model", help="another model than the teacher: a Hub id, a folder, or embedded:<name>")
+    parser = stage_parser("serve", "Serve a model of the run with vLLM on this machine, until Ctrl-C.")
+    parser.add_argument(
+        "--port",
+        type=port_number,
+        help="the port to listen on (default: that of teacher.base_url; student: one more, before: two more)",
+    )
+    parser.add_argument(
+        "--model",
+        default=TEACHER,
+        help="teacher (default), student (as the run trained it), before (the student before training), "
+        "or any model: a Hub id, a folder, embedded:<name>",
+    )
     parser.add_argument("--print", action="store_true", help="show the command and its environment, start nothing")
     parser.add_argument("--args", default="", metavar="FLAGS", help="further vLLM flags, in one string; they win")
     return parser
@@ -105,13 +116,17 @@ def _with_args(config: ServeConfig, text: str) -> ServeConfig:
     return config.model_copy(update={"args": merge_args(config.args, further)})
 
 
-def _next(recipe: Recipe, path: Path, base_url: str, model: str) -> str:
+def _next(recipe: Recipe, options: argparse.Namespace, base_url: str, name: str) -> str:
     """The command that uses this server. It names only what differs from the recipe."""
-    parts = ["make", "generate", f"RECIPE={path}"]
+    if options.model in (STUDENT, BEFORE):
+        return shlex.join(
+            ["make", "chat", f"RECIPE={options.recipe}", *([f"RUN={options.run}"] if options.run else [])]
+        )
+    parts = ["make", "generate", f"RECIPE={options.recipe}"]
     if base_url != recipe.teacher.url.replace("localhost", "127.0.0.1"):
         parts.append(f"TEACHER_URL={base_url}")
-    if model != recipe.teacher.model:
-        parts.append(f"TEACHER_MODEL={model}")
+    if name != recipe.teacher.model:
+        parts.append(f"TEACHER_MODEL={name}")
     return shlex.join(parts)
 
 

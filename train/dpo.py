@@ -6,26 +6,19 @@ Reads the student's folder and pairs; keeps checkpoints in the folder it is give
 was at the start. Importing this module imports torch, transformers, peft and trl.
 """
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import datasets
-import torch
-from peft import PeftModel
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from pipeline.adapters import ADAPTER
-from pipeline.errors import UsageError, first_line
 from pipeline.recipe import Recipe
 from train.machine import check_machine, micro_tokens, wants_checkpointing, weights_dtype
 from train.preferences import Pairs, to_pair
 from train.processes import Processes
 from train.student import load_tokenizer
-from train.trainer import Prepared, lora_config, quiet, ready, training_arguments
+from train.trainer import Prepared, load_start, lora_config, quiet, ready, training_arguments
 
 
 def prepare_dpo(
@@ -41,7 +34,7 @@ def prepare_dpo(
     check_machine(config, processes)
     with quiet():
         tokenizer = load_tokenizer(str(start))
-        model, dtype = _load(start, weights_dtype(config.weights))
+        model, dtype = load_start(start, weights_dtype(config.weights))
         vocabulary, share = model.config.get_text_config().vocab_size, config.batch_size // processes.count
         most = config.micro_batch_size or max(1, micro_tokens(vocabulary, soft=False) // (2 * config.max_length))
         micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)  # pairs per forward pass
@@ -64,17 +57,3 @@ def prepare_dpo(
             peft_config=None if config.weights == "full" else lora_config(config),
         )
     return ready(trainer, config, dtype, console, processes)
-
-
-def _load(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
-    """The student as a whole model, and the dtype that it is stored in. Raises UsageError if it cannot be loaded."""
-    adapter = start / ADAPTER
-    base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
-    try:
-        stored = AutoConfig.from_pretrained(base).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{start}: cannot load {base}: {first_line(error)}") from None
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, start).merge_and_unload().requires_grad_(True)  # PEFT froze the base
-    return model.to(dtype), stored

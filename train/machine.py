@@ -63,6 +63,8 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
             "train.padding_free needs a GPU and FlashAttention (pip install flash-attn), which keeps rows that lie end "
             "to end apart at no cost; leave it out"
         )
+    if config.method == "on_policy" and config.on_policy.rollouts == "vllm" and not torch.cuda.is_available():
+        raise RecipeError("train.on_policy.rollouts vllm needs a GPU; use generate")
     for name in config.report_to:
         if find_spec(name) is None:
             raise RecipeError(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")

@@ -1,4 +1,4 @@
-"""Preferences to train on after the answers: where such a training starts, and its pairs in two parts.
+"""Training after that on answers: where it starts; of preferences, their pairs in two parts.
 
 Reads preferences.jsonl and the lineage of the student that it starts from; writes nothing.
 """
@@ -22,19 +22,24 @@ Pairs = dict[str, list[Preference]]  # train and validation
 def start_of(recipe: Recipe, run: RunDir) -> Path:
     """The folder of the student to start from: `train.start`, or the run's last one that learned from answers.
 
-    That is the student, or student-sft if the student itself came of preferences. Raises UsageError if there is none.
+    That is the student, or student-sft if the student itself came of a further method. Raises UsageError if there is
+    none.
     """
     if recipe.train.start is not None:
         folder = recipe.train.start
     else:
-        method = trained_section(run.student).get("method", "dpo")
-        folder = run.student_sft if method == "dpo" else run.student
+        folder = run.student if learned_from_answers(run.student) else run.student_sft
     if not trained_section(folder):
         raise UsageError(
-            f"{folder}: no student to start from; train.method dpo follows another method: train with that one first, "
-            "or name a student's folder in train.start"
+            f"{folder}: no student to start from; train.method {recipe.train.method} follows another method: train "
+            "with that one first, or name a student's folder in train.start"
         )
     return folder
+
+
+def learned_from_answers(student: Path) -> bool:
+    """Whether there is a student, and no further method made it."""
+    return trained_section(student).get("method", "dpo") not in ("on_policy", "dpo")
 
 
 def trained_section(student: Path) -> dict[str, Any]:

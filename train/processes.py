@@ -1,13 +1,24 @@
-"""Several processes that train one student: `accelerate launch --multi_gpu -m train RECIPE`.
+"""Several processes that train one student: `accelerate launch --multi_gpu -m train RECIPE`, or with `--use_fsdp`.
 
 The first leads: it alone holds the run's lock, writes and prints. The others compute too, and wait where it must go
-first. The launcher sets RANK and WORLD_SIZE in the environment of each.
+first. The launcher sets RANK, WORLD_SIZE and what else it was told in the environment of each.
 """
 
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.train_config import TrainConfig
+
+# What the launcher can be told to do with a model, by the variable that says so, and why this training cannot.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed would take a step after every forward pass, not after every batch",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM has models of its own",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "each process takes whole rows and whole layers",
+}
+SHARDED_METHODS = ("lora", "full", "kd")
 
 
 @dataclass(frozen=True)
@@ -16,10 +27,22 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False  # FSDP: each holds its part of the weights, gradients and moments; otherwise DDP
 
     @property
     def lead(self) -> bool:
         return self.rank == 0
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises UsageError if the launcher was told what this training cannot do; before anything is loaded."""
+        for name, reason in REFUSED.items():
+            if _is_set(name):
+                raise UsageError(f"{name} is set, but {reason}; use accelerate launch --use_fsdp, or --multi_gpu")
+        if self.sharded and config.method not in SHARDED_METHODS:
+            raise UsageError(
+                f"train.method {config.method} cannot be sharded (--use_fsdp: {', '.join(SHARDED_METHODS)}); "
+                "use accelerate launch --multi_gpu, where each process holds the whole student"
+            )
 
     def lead_first(self) -> AbstractContextManager[None]:
         """The others enter the block when the leading process has left it."""
@@ -29,6 +52,14 @@ class Processes:
         state: Any = PartialState(cpu=not torch.cuda.is_available())
         first: AbstractContextManager[None] = state.main_process_first()
         return first
+
+    def shard_on_cpu(self) -> None:
+        """Accelerate shards on GPUs; on a CPU it would train by DDP without a word. After this it shards there too."""
+        import torch
+        from accelerate import DistributedType, PartialState
+
+        if self.sharded and not torch.cuda.is_available():
+            PartialState().distributed_type = DistributedType.MULTI_GPU
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them must ask, while they train."""
@@ -42,4 +73,11 @@ ALONE = Processes()
 
 def launched() -> Processes:
     """This process, as the launcher says; without a launcher it is alone."""
-    return Processes(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
+    rank, count = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    # The launcher's "true" makes from_pretrained leave every model but the first process's empty: the teacher too.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return Processes(rank, count, sharded=count > 1 and _is_set("ACCELERATE_USE_FSDP"))
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"

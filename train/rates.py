@@ -11,7 +11,7 @@ RATES = {
 
 def with_learning_rate(recipe: Recipe) -> tuple[Recipe, str | None]:
     """The recipe with a learning rate, and the default that was used; None if the recipe gives its own."""
-    if recipe.train.learning_rate is not None or recipe.train.method == "dpo":  # which has its own default
+    if recipe.train.learning_rate is not None or recipe.train.further:  # which has a default of its own
         return recipe, None
     adapters, pretrained, made = RATES
     case = adapters

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
+from pipeline.chat import told_to_teacher
 from pipeline.checks import Check
+from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
@@ -25,8 +27,8 @@ from pipeline.rundir import RunDir, write_jsonl
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
-from train.lazy import joined
-from train.preferences import Pairs, read_pairs, start_of, trained_section
+from train.lazy import Lazy, joined
+from train.preferences import Pairs, learned_from_answers, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
@@ -35,6 +37,7 @@ from train.stored import rows_folder
 from train.student import built_from, initial_student, load_tokenizer
 
 if TYPE_CHECKING:
+    from train.top_k import TopK
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
@@ -62,11 +65,14 @@ def train_run(
     """
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
+    processes.check(recipe.train)
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
     recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
-    start = start_of(recipe, run) if recipe.train.method == "dpo" else None
-    pairs = read_pairs(recipe, run, parts) if start else {}
+    if recipe.train.method == "on_policy" and recipe.train.start is None:
+        _train_first(recipe, run, force=force, allow_chain=allow_chain, processes=processes)
+    start = start_of(recipe, run) if recipe.train.further else None
+    pairs = read_pairs(recipe, run, parts) if recipe.train.method == "dpo" else None
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
     if not again and run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
@@ -74,7 +80,9 @@ def train_run(
             shutil.rmtree(left, ignore_errors=True)
         return
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
-    begin = partial(_on_pairs, start, pairs) if start else partial(_on_rows, parts, allow_chain)
+    begin = partial(_on_rows, parts, allow_chain, start)
+    if start and pairs is not None:
+        begin = partial(_on_pairs, start, pairs)
     try:
         prepared, checks = begin(recipe, run, decide, folder=work, console=console, processes=processes)
     except ImportError as error:
@@ -105,28 +113,63 @@ def train_run(
         )
 
 
+def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
+    """If no student of the run has learned from answers yet, one learns from them, by the weights of train.kd."""
+    if not any(map(learned_from_answers, (run.student, run.student_sft))):
+        config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
+        train_run(recipe.model_copy(update={"train": config}), run, **setting)
+
+
 def _on_rows(
-    parts: Parts, allow_chain: bool, recipe: Recipe, run: RunDir, decide: Callable[..., None], **setting: Any
+    parts: Parts,
+    allow_chain: bool,
+    start: Path | None,
+    recipe: Recipe,
+    run: RunDir,
+    decide: Callable[..., None],
+    **setting: Any,
 ) -> tuple["Prepared", list[Check]]:
-    """All before the first step on kept rows: the student, the checks, the tokens. Writes validation.jsonl."""
+    """All before the first step on kept rows: the student, the checks, the tokens. Writes validation.jsonl.
+
+    Of a student that the training starts from (`start`), the rows and the pair were checked before.
+    """
     from train.trainer import prepare
 
-    config, processes = recipe.train, setting["processes"]
+    config, processes, checks = recipe.train, setting["processes"], list[Check]()
     with processes.lead_first():
-        student = initial_student(recipe, run, parts.train)
+        student = str(start) if start else initial_student(recipe, run, parts.train)
     tokenizer = load_tokenizer(student)
-    checks = [*row_checks(parts, read_lineage(run), config)]
-    checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
-    decide(checks)
+    if start is None:
+        checks += row_checks(parts, read_lineage(run), config)
+        checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
+        decide(checks)
     shape = partial(lazy_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
-    prepared = prepare(student, examples, config, teacher=recipe.teacher.model, **setting)
+    if config.method == "gold":  # the teacher has a prompt of its own
+        own, rows = examples["train"], parts.train
+        told = partial(told_to_teacher, teacher=recipe.teacher)
+        examples["train"] = Lazy(
+            range(len(rows)), lambda index: own[index] | {"told": template_turns(told(rows[index].messages))}
+        )
+    find_top_k = partial(_find_top_k, recipe, run, parts, setting["console"])
+    prepared = prepare(student, examples, config, teacher=recipe.teacher, find_top_k=find_top_k, **setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
     decide(of_tokens, earlier=checks)
     if processes.lead:
         write_jsonl(run.validation, (parts.validation[index] for index in prepared.rows["validation"]))
     return prepared, [*checks, *of_tokens]
+
+
+def _find_top_k(
+    recipe: Recipe, run: RunDir, parts: Parts, console: Console, indices: list[int], rows: Any, tokenizer: Any
+) -> "TopK":
+    """What the teacher says of training rows, by their index and their tokens: as it is stored, or at its endpoint."""
+    from train.top_k import ask_endpoint, read_stored
+
+    if recipe.train.kd.teacher == "stored":
+        return read_stored(run.logprobs, [parts.train[index].id for index in indices], rows, tokenizer, console)
+    return ask_endpoint(recipe.teacher, recipe.train.kd.top_k, rows, tokenizer, console)
 
 
 def _on_pairs(
@@ -144,10 +187,11 @@ def _on_pairs(
 def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:
     """Hash of all that determines the trained student: rows, parts, settings, student, the teacher it is cut from.
 
-    `start`: the student that preferences are learned after.
+    `start`: the student that a further method starts from.
     """
     config = recipe.train
-    unused = {"start"} | (set() if config.soft else {"kd"}) | (set() if start else {"dpo"})
+    unused = {"start"} | {name for name in ("on_policy", "dpo") if name != config.method}
+    unused |= set() if config.soft else {"kd"}
     settings = {
         "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused),
         "parts": recipe.prompts.model_dump(mode="json", include={"seed", "validation", "test"}),
@@ -157,7 +201,8 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     if start:
         settings["start"] = trained_section(start).get("fingerprint")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in filter(None, (run.kept, config.test_rows, run.preferences if start else None)):
+    own = {"dpo": run.preferences, "kd": run.logprobs if config.kd.teacher == "stored" else None}.get(config.method)
+    for path in filter(None, (run.kept, config.test_rows, own if own and own.is_file() else None)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -234,12 +279,11 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
     work = folder.parent
-    dpo = recipe.train.method == "dpo"
-    of_answers = trained_section(run.student).get("method", "dpo") != "dpo"
-    if of_answers or not dpo:
+    further, of_answers = recipe.train.further, learned_from_answers(run.student)
+    if of_answers or not further:
         shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
-        run.student.rename(run.student_sft if of_answers and dpo else work / "old-student")
+        run.student.rename(run.student_sft if of_answers and further else work / "old-student")
     folder.rename(run.student)
     shutil.rmtree(work)
     shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none

@@ -1,14 +1,12 @@
-"""Soft distillation: the student follows the teacher's distribution over the vocabulary, on the same rows.
+"""Soft distillation on the kept answers: the student follows the teacher's distribution over the vocabulary.
 
-    kd    forward KL on the kept answers, mixed with cross-entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)
-    gkd   generalised Jensen-Shannon divergence, in part on the student's own samples (Agarwal et al. 2024,
-          https://arxiv.org/abs/2306.13649)
+    kd    forward KL, mixed with cross-entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)
 
 Loads the teacher from its folder, the Hub or the cache of embedded models; writes no file. Data order, checkpoints and
-validation loss come from StudentTrainer: they are the same for hard and soft.
+validation loss come from StudentTrainer: they are the same for hard and soft. TRL's stable trainer draws its answers
+itself, and its GOLD trainer computes logits for prompts and padding too: tests/train/test_soft.py shows both.
 """
 
-import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,41 +15,56 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
 from train.student_trainer import Batch, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.tokens import MASKED
+from train.top_k import TopK, key_of
 
-# Samples are drawn from the student's distribution as it is, whatever its generation_config.json says.
-AS_IT_IS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+FIX = "use train.method: lora or full, which learn from its text"
 
 
 def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Console) -> Any:
+    """Loads a teacher of the student's tokenizer. As load_model; `student`: the student's tokenizer.
+
+    Raises RecipeError, too, if the teacher's tokens are not the student's, by its vocabulary or in one of `texts`.
+    """
+    known = known_files(reference)
+    if known is not None:
+        other = "or, with the teacher beside the student, gold"
+        try:
+            difference = differing_tokens(AutoTokenizer.from_pretrained(known), student, texts)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {FIX}") from None
+        if difference:
+            raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {FIX}, {other}")
+    return load_model(reference, console)
+
+
+def load_model(reference: str, console: Console) -> Any:
     """Loads the teacher for inference, in bfloat16 where that is native, and says what it takes.
 
-    `student`: the student's tokenizer. Raises RecipeError where only an API knows the teacher, or its tokens are not
-    the student's, by its vocabulary or in one of `texts`; DistillError where memory is too small for it.
+    Raises RecipeError where only an API knows the teacher; DistillError where memory is too small for it.
     """
-    fix = "use train.method: lora or full, which learn from its text"
+    known = known_files(reference)
+    if known is None:
+        raise RecipeError(
+            f"soft distillation needs the teacher's weights, and {reference} has none here; {FIX}, or its distribution "
+            "from elsewhere: train.kd.teacher: served or stored"
+        )
     try:
-        folder, known = resolve_model(reference), known_files(reference)
-        if known is None:
-            raise RecipeError(f"soft distillation needs the teacher's weights, and {reference} has none here; {fix}")
-        if difference := differing_tokens(AutoTokenizer.from_pretrained(known), student, texts):
-            raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {fix}")
+        folder = resolve_model(reference)
         dtype = torch.bfloat16 if native_bf16() else torch.float32
         size, free = (parameters_of(known, reference) or 0) * dtype.itemsize, free_memory()
         memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
         if size > free:
-            raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {fix}")
+            raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {FIX}")
         console.print(memory)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {fix}") from None
+        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {FIX}") from None
 
 
 def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
@@ -82,56 +95,56 @@ class KdTrainer(StudentTrainer):
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
         alpha = self.soft.alpha
         hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
-        return alpha * self.soft.temperature**2 * self.divergence(logits, inputs, beta=0) + (1 - alpha) * hard
+        return alpha * self.soft.temperature**2 * self.divergence(logits, inputs) + (1 - alpha) * hard
 
-    def divergence(self, logits: torch.Tensor, inputs: Batch, *, beta: float) -> torch.Tensor:
-        """From the teacher over the shared vocabulary, summed over the completion tokens, in nats."""
+    def divergence(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
+        """KL from the teacher over the shared vocabulary, summed over the completion tokens, in nats."""
         from trl.experimental.gkd import GKDTrainer  # warns when it is imported; trainers run with warnings muted
 
         with torch.no_grad():
             other, _, _ = completion_logits(self.teacher, inputs)
         own, other = (either[:, : self.vocabulary].float() for either in (logits, other))
         temperature = self.soft.temperature
-        return GKDTrainer.generalized_jsd_loss(own, other, beta=beta, temperature=temperature, reduction="sum")
+        return GKDTrainer.generalized_jsd_loss(own, other, beta=0, temperature=temperature, reduction="sum")
 
 
-class GkdTrainer(KdTrainer):
-    """Minimises the divergence on the kept answers, and in a share of the steps on the student's own samples.
+class TopKTrainer(StudentTrainer):
+    """As KdTrainer, at temperature 1, where only the teacher's likeliest tokens are known: of an endpoint, or stored.
 
-    A sample answers a kept prompt, is drawn from the student as it is (temperature 1), and ends with a stop token or
-    at max_new_tokens. No gradient flows through the drawing.
+    All other tokens are one more outcome, with the rest of the probability. Tokens without any teacher's word learn
+    from the text alone, with their part of the weight.
     """
 
-    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        # Decided by the step's number, so that a resumed training makes the same choices.
-        if random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.soft.lmbda:
-            inputs = self.sampled(model, self._prepare_inputs(inputs))
-            tokens = (inputs["labels"] != MASKED).sum()
-            num_items_in_batch = self.accelerator.reduce(tokens, reduction="sum")
-        return super().training_step(model, inputs, num_items_in_batch)
+    known: TopK  # by the tokens of a row (train.top_k.key_of); set before training
+
+    def __init__(self, *, soft: KdConfig, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.aux_loss_enabled = False
+        self.soft = soft
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        return self.divergence(logits, inputs, beta=self.soft.beta)
+        alpha = self.soft.alpha
+        hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
+        rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].sum(dim=1).tolist(), strict=True)
+        found = [self.known[key_of(ids[:length])] for ids, length in rows]
+        likeliest, logprobs = (torch.cat([torch.from_numpy(row[part]) for row in found]) for part in (0, 1))
+        soft = top_k_divergence(logits, likeliest.to(logits.device), logprobs.to(logits.device))
+        return alpha * soft + (1 - alpha) * hard
 
-    def sampled(self, model: Any, inputs: Batch) -> Batch:
-        """The batch with its answers replaced by the student's own."""
-        student = self.accelerator.unwrap_model(model)
-        lengths = (inputs["labels"] != MASKED).int().argmax(dim=1).tolist()  # of the prompts
-        prompts = [ids[:length].tolist() for ids, length in zip(inputs["input_ids"], lengths, strict=True)]
-        asked = self.processing_class.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        stops = sorted(stop_tokens(self.processing_class, student))
-        student.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            drawn = student.generate(
-                **asked.to(self.args.device),
-                **AS_IT_IS,
-                max_new_tokens=self.soft.max_new_tokens,
-                eos_token_id=stops,
-                pad_token_id=self.processing_class.pad_token_id,
-            )[:, asked["input_ids"].shape[1] :]
-        student.train()
-        rows = []
-        for prompt, sample in zip(prompts, drawn.tolist(), strict=True):
-            end = next((place + 1 for place, token in enumerate(sample) if token in stops), len(sample))
-            rows.append({"input_ids": prompt + sample[:end], "labels": [MASKED] * len(prompt) + sample[:end]})
-        return self._prepare_inputs(self.data_collator(rows))
+
+def top_k_divergence(logits: torch.Tensor, likeliest: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """KL from the teacher, summed over the tokens, in nats, by TRL's functions for a teacher behind a server.
+
+    `logits` (tokens, vocabulary) of the student; `likeliest` (tokens, k), the teacher's ids, and their `logprobs`. An
+    id that the student has no logit for, as -1, counts with the rest.
+    """
+    from trl.experimental.server_distillation.server_distillation_trainer import _add_tail_bucket, _jsd_divergence
+
+    valid = (likeliest >= 0) & (likeliest < logits.shape[-1])
+    told = valid.any(dim=-1)
+    valid, ids = valid[told], likeliest[told].long()
+    own = logits[told].float().log_softmax(dim=-1).gather(-1, ids.where(valid, 0))
+    no = torch.tensor(-torch.inf, device=logits.device)
+    student, support = _add_tail_bucket(own.where(valid, no), valid)
+    teacher, _ = _add_tail_bucket(logprobs[told].float().where(valid, no), valid)
+    return _jsd_divergence(student, teacher, beta=0, support_mask=support).sum()

@@ -11,6 +11,9 @@ from typing import Any
 from train.processes import launched
 
 
+BATCH = 100  # rows that are in memory at once
+
+
 def stored_rows(examples: Sequence[dict[str, Any]], work: Path, part: str) -> Any:
     """The examples as a Dataset; conversations as JSON, since messages have no common shape."""
     from datasets import Dataset, Features, Json, Value
@@ -20,7 +23,7 @@ def stored_rows(examples: Sequence[dict[str, Any]], work: Path, part: str) -> An
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed
     folder.mkdir(parents=True)
     features = Features({name: Value("string") if name == "tools" else Json() for name in examples[0]})
-    with ArrowWriter(path=str(folder / "rows.arrow"), features=features) as writer:
+    with ArrowWriter(path=str(folder / "rows.arrow"), features=features, writer_batch_size=BATCH) as writer:
         for example in examples:
             writer.write(example)
         writer.finalize()

@@ -49,8 +49,9 @@ def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> s
 
 def built_from(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
     """What the student was made from, if it was made first."""
-    made = recipe.student is not None and recipe.student.built
-    return dict(json.loads((run.student_init / BUILT).read_bytes())) if made else None
+    mark = run.student_init / BUILT
+    made = recipe.student is not None and recipe.student.built and mark.is_file()
+    return dict(json.loads(mark.read_bytes())) if made else None
 
 
 def _origin(recipe: Recipe, rows: Sequence[Kept]) -> dict[str, Any]:

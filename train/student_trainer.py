@@ -3,6 +3,8 @@
 Takes a model and tokenised rows. train.trainer decides what the rows are and what becomes of the model.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +18,41 @@ from train.tokens import MASKED
 Batch = dict[str, torch.Tensor]
 
 
-class StudentTrainer(SFTTrainer):
+class ScoredOnText:
+    """A trainer whose validation loss is the cross-entropy of the validation answers: one figure for all methods.
+
+    `eval_dataset` has the columns `input_ids` and `labels`; `collate` makes a batch of its rows, `micro` says how many
+    tokens and rows at most.
+    """
+
+    micro: dict[str, Any]
+    collate: Callable[[list[Any]], Batch]
+
+    def evaluate(self: Any, *given: Any, metric_key_prefix: str = "eval", **more: Any) -> dict[str, float]:
+        """Cross-entropy per completion token of the validation rows; all tokens weigh the same."""
+        rows = self.eval_dataset.select_columns(["input_ids", "labels"])
+        groups = micro_batches([len(ids) for ids in rows["input_ids"]], **self.micro)
+        sums = torch.zeros(2, dtype=torch.float64)
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(groups), self.args.world_size):
+            own = start + self.args.process_index  # with FSDP all make the same number of passes; too many count zero
+            group, counts = (groups[own], 1) if own < len(groups) else (groups[-1], 0)
+            batch = self.collate([rows[index] for index in group])
+            inputs = {name: value.to(self.args.device) for name, value in batch.items()}
+            with torch.no_grad(), self.accelerator.autocast():
+                logits, targets, _ = completion_logits(self.model, inputs)
+                loss = cross_entropy(logits.float(), targets, reduction="sum")
+            sums += counts * torch.tensor([loss.item(), len(targets)], dtype=torch.float64)
+        loss, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        metrics: dict[str, float] = {f"{metric_key_prefix}_loss": loss / tokens}
+        self.log(metrics)
+        self.model.train(training)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class StudentTrainer(ScoredOnText, SFTTrainer):
     """One batch of the loader holds all rows of a step in this process. They pass the student in micro-batches.
 
     `step_rows`: rows per step, over all processes. `micro_tokens`, `micro_rows`: at most so many per forward pass.
@@ -33,7 +69,7 @@ class StudentTrainer(SFTTrainer):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.step_rows, self.end_to_end = step_rows, padding_free
+        self.step_rows, self.collate, self.end_to_end = step_rows, self.data_collator, padding_free
         self.micro: dict[str, Any] = {"tokens": micro_tokens, "rows": micro_rows}
 
     def get_train_dataloader(self) -> StepLoader:
@@ -46,13 +82,22 @@ class StudentTrainer(SFTTrainer):
         )
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of a step. Processes exchange gradients once, in the last micro-batch."""
+        """Forward and backward of a step. Processes exchange gradients once, in the last micro-batch.
+
+        With FSDP they exchange weights and gradients in each pass, so all make the same number of passes: one with
+        fewer micro-batches repeats its last, at a loss of zero.
+        """
         parts = split(self._prepare_inputs(inputs), **self.micro)
         parts = [end_to_end(part) for part in parts] if self.end_to_end else parts
+        passes = [(part, num_items_in_batch) for part in parts]
+        if self.is_fsdp_enabled:
+            most = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max()
+            passes += [(parts[-1], math.inf)] * (int(most) - len(parts))  # a loss per token of so many is zero
         losses = []
-        for part in parts:
-            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+        for number, (part, tokens) in enumerate(passes, 1):
+            alone = number < len(passes) and not self.is_fsdp_enabled
+            with self.accelerator.no_sync(model) if alone else nullcontext():
+                losses.append(super().training_step(model, part, tokens))
         return torch.stack(losses).sum()
 
     def compute_loss(
@@ -71,26 +116,6 @@ class StudentTrainer(SFTTrainer):
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
         """What is minimised, summed over the completion tokens: cross-entropy, in nats."""
         return cross_entropy(logits.float(), targets, reduction="sum")
-
-    def evaluate(self, *given: Any, metric_key_prefix: str = "eval", **more: Any) -> dict[str, float]:
-        """Cross-entropy per completion token of the validation rows; all tokens weigh the same, for every method."""
-        rows = self._remove_unused_columns(self.eval_dataset, description="evaluation")
-        groups = micro_batches([len(ids) for ids in rows["input_ids"]], **self.micro)
-        sums = torch.zeros(2, dtype=torch.float64)
-        training = self.model.training
-        self.model.eval()
-        for group in groups[self.args.process_index :: self.args.world_size]:
-            inputs = self._prepare_inputs(self.data_collator([rows[index] for index in group]))
-            with torch.no_grad(), self.accelerator.autocast():
-                logits, targets, _ = completion_logits(self.model, inputs)
-                loss = cross_entropy(logits.float(), targets, reduction="sum")
-            sums += torch.tensor([loss.item(), len(targets)], dtype=torch.float64)
-        loss, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
-        self.log(metrics)
-        self.model.train(training)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

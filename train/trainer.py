@@ -4,11 +4,12 @@ Reads a model and rows; keeps checkpoints in the folder it is given. train.run d
 Importing this module imports torch, transformers, peft and trl.
 """
 
+import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,32 +19,39 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from peft import LoraConfig, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, get_training_chat_template
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
+from pipeline.adapters import ADAPTER
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
+from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
+from train.gold import gold_trainer
+from train.lazy import Lazy
 from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
+from train.on_policy import on_policy_trainer
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
-from train.soft import GkdTrainer, KdTrainer, load_teacher
+from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.stored import stored_rows
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
-from train.tokens import differing_prompts, label_faults
+from train.tokens import TokenRow, differing_prompts, label_faults
+from train.top_k import TopK
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-Examples = Mapping[
-    str, Sequence[dict[str, Any]]
-]  # train and validation: prompt-completion rows (train.rows.to_examples)
+# From rows by their index in Examples, their tokens and the tokenizer.
+FindTopK = Callable[[list[int], list[TokenRow], Any], TopK]
+# Train and validation: prompt-completion rows (train.rows.to_examples).
+Examples = Mapping[str, Sequence[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -105,13 +113,14 @@ class Prepared:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         adapter = hasattr(model, "peft_config")
         with quiet():
-            if adapter and self.milestones.config.method == "dpo":  # an adapter over a student that nobody else has
+            if adapter and self.milestones.config.further:  # an adapter over a student that nobody else has
                 model = self.trainer.model = model.to(torch.float32).merge_and_unload()
                 adapter = False
             if not adapter and self.dtype != model.dtype and self._survives_rounding(model, console):
                 model = model.to(self.dtype)
+            state = self.trainer.accelerator.get_state_dict(model) if self.trainer.is_fsdp_enabled else None
             if write:
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=state)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks, with a path of this machine
                 self.trainer.processing_class.save_pretrained(folder)
 
@@ -137,26 +146,37 @@ def prepare(
     config: TrainConfig,
     folder: Path,
     console: Console,
-    teacher: str = "",
+    teacher: TeacherConfig | None = None,
     processes: Processes = ALONE,
+    find_top_k: FindTopK | None = None,
 ) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
-    whether training may start. `teacher`: the reference of the model that soft distillation follows.
+    whether training may start. `teacher`: the model that soft distillation follows; `find_top_k` finds what it says
+    of the rows that are trained on, where it is not beside the student. A student that a further method starts from is
+    loaded as a whole model.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
     check_machine(config, processes)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
-        trainer = _trainer(model, tokenizer, examples, config, folder, console, teacher)
+        trainer, arguments = _trainer(model, tokenizer, examples, config, folder, console, teacher, processes)
         prepared = ready(trainer, config, dtype, console, processes)
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
-        shown = (examples["train"][index] for index in prepared.rows["train"])
+        shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
+        if shown and isinstance(trainer, TopKTrainer):
+            assert find_top_k is not None
+            trainer.known = find_top_k(prepared.rows["train"], [*trainer.train_dataset], tokenizer)
+        if shown and config.method in ("on_policy", "gold"):
+            assert teacher is not None
+            setting = (config, arguments, teacher, console, processes)
+            own = on_policy_trainer(trainer, *setting) if config.further else gold_trainer(trainer, shown, *setting)
+            prepared = replace(prepared, trainer=with_callbacks(own, prepared.milestones, prepared.progress))
     return replace(prepared, faults=faults, differing=differing)
 
 
@@ -166,9 +186,7 @@ def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Consol
     Raises UsageError if there are fewer rows than processes.
     """
     milestones, progress = Milestones(config, processes, console), TrainProgress(console)
-    for callback in (milestones, progress):
-        trainer.add_callback(callback)
-    trainer.remove_callback(PrinterCallback)
+    with_callbacks(trainer, milestones, progress)
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     lengths = {part: _lengths(rows) for part, rows in parts.items()}
     kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
@@ -182,6 +200,14 @@ def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Consol
     return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
 
 
+def with_callbacks(trainer: Any, *callbacks: Any) -> Any:
+    """The trainer, with callbacks of ours in place of the one that prints."""
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def _lengths(rows: Any) -> list[int]:
     """Tokens of each row; of a pair, with the longer of its answers."""
     if "input_ids" in rows.column_names:
@@ -190,8 +216,28 @@ def _lengths(rows: Any) -> list[int]:
     return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
 
 
+def load_start(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
+    """A student of ours as a whole model, and the dtype that it is stored in: an adapter is merged into its base.
+
+    Raises UsageError if it cannot be loaded.
+    """
+    adapter = start / ADAPTER
+    base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
+    try:
+        stored = transformers.AutoConfig.from_pretrained(base).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{start}: cannot load {base}: {first_line(error)}") from None
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, start).merge_and_unload().requires_grad_(True)  # PEFT froze the base
+    return model.to(dtype), stored
+
+
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     tokenizer = load_tokenizer(student)
+    if config.further:
+        model, stored = load_start(Path(student), weights_dtype(config.weights))
+        return model, tokenizer, stored
     if config.loss_on == "all":
         _check_marks(tokenizer)
     dtype = weights_dtype(config.weights)
@@ -224,16 +270,28 @@ def _check_marks(tokenizer: Any) -> None:
 
 
 def _trainer(
-    model: Any, tokenizer: Any, examples: Examples, config: TrainConfig, folder: Path, console: Console, teacher: str
-) -> StudentTrainer:
-    """The trainer of the recipe's method, its rows tokenised. Says what memory a teacher or checkpointing is about."""
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    config: TrainConfig,
+    folder: Path,
+    console: Console,
+    teacher: TeacherConfig | None,
+    processes: Processes,
+) -> tuple[StudentTrainer, dict[str, Any]]:
+    """The trainer of the recipe's method, or of its rows' text, tokenised, and the arguments of any of TRL's trainers.
+
+    Says what memory a teacher or checkpointing is about.
+    """
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
     checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
+    arguments = training_arguments(config, folder, checkpointing=checkpointing)
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
-            **training_arguments(config, folder, checkpointing=checkpointing),
+            **arguments,
+            fsdp=processes.sharded,
             packing=False,  # train.padding_free does without padding, and keeps rows apart
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
@@ -247,11 +305,16 @@ def _trainer(
         "micro_rows": config.micro_batch_size,
         "padding_free": config.padding_free,
     }
-    kinds: dict[str, type[StudentTrainer]] = {"kd": KdTrainer, "gkd": GkdTrainer}
-    if config.soft:
+    kind: type[StudentTrainer] = StudentTrainer
+    if config.method == "kd" and config.kd.teacher == "local":
+        assert teacher is not None
         texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
-        settings |= {"teacher": load_teacher(teacher, tokenizer, texts, console), "soft": config.kd}
-    return kinds.get(config.method, StudentTrainer)(**settings)
+        settings |= {"teacher": load_teacher(teacher.model, tokenizer, texts, console), "soft": config.kd}
+        kind = KdTrainer
+    elif config.method == "kd":
+        settings, kind = settings | {"soft": config.kd}, TopKTrainer
+    processes.shard_on_cpu()
+    return kind(**settings), arguments
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:

@@ -87,8 +87,9 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     """What `evaluate.verify` is asked of: the run's test prompts, and those of `evaluate.probes_file` as unseen.
 
     The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
-    Raises DataError if there is none, if none has the column `evaluate.category`, or if the run has asked a prompt of
-    the file.
+    Where some have a reference, those without (the teacher wrote them, say) are left out: nothing can tell whether an
+    answer to them is right. Raises DataError if there is none, if none has the column `evaluate.category`, or if the
+    run has asked a prompt of the file.
     """
     config = recipe.evaluate
     if not config.verify:
@@ -100,6 +101,8 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     }
     if not test:
         raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
+    if any(prompt.reference is not None for prompt in test.values()):
+        test = {text: prompt for text, prompt in test.items() if prompt.reference is not None}
     known = {name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)}
     if config.category and config.category not in known:
         there = ", ".join(known) or "none"

@@ -1,8 +1,9 @@
 """The questions of the recipe, filled from questions.yaml with values of the shop; the gold SQL is their reference.
 
-Reads questions.yaml and shop.sql beside it. `prompts.file` draws from `rows()`. The templates set apart as unseen make
-unseen.jsonl, which `evaluate.probes_file` names: `python recipes/text_to_sql/questions.py` writes it again.
-For a database of your own, change these two files; this one stays as it is.
+Reads questions.yaml, evolved.jsonl and shop.sql beside it. evolved.jsonl has questions that the teacher wrote after
+some of these (`python -m filters.evolve`), without gold SQL. `prompts.file` draws from `rows()`. The templates set
+apart as unseen make unseen.jsonl, which `evaluate.probes_file` names: `python recipes/text_to_sql/questions.py` writes
+it again. For a database of your own, change these three files; this one stays as it is.
 """
 
 import json
@@ -18,11 +19,18 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
+TURNS = (5, 2)  # so many questions of templates, then so many that the teacher wrote, while there are any
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """20,000 different questions of the seen templates."""
-    return islice(questions("seen", per_template=600), 20_000)
+    """20,000 different questions of the seen templates, and between them those that the teacher wrote."""
+    written = [json.loads(line) for line in (HERE / "evolved.jsonl").read_text(encoding="utf-8").splitlines()]
+    known = {row["prompt"] for row in written}
+    filled = islice((row for row in questions("seen", per_template=600) if row["prompt"] not in known), 20_000)
+    between = iter(written)
+    while turn := list(islice(filled, TURNS[0])):
+        yield from turn
+        yield from islice(between, TURNS[1])
 
 
 def questions(part: str, per_template: int, seed: int = 0) -> Iterator[dict[str, str]]:

@@ -150,3 +150,13 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     assert choose_questions(recipe_of(16), run).all == []
     with pytest.raises(DataError, match="no test prompt has the column 'kind'; there are who, things"):
         choose_questions(recipe_of(16, verify=[rule], category="kind"), run)
+
+
+def test_a_prompt_without_a_reference_is_not_verified_where_others_have_one(tmp_path: Path) -> None:
+    recipe = recipe_of(16, verify=[{"rule": "length", "min_chars": 1, "max_chars": 9}])
+    run = run_of(tmp_path, recipe)
+    of_test = [msgspec.structs.replace(p, part="test") for p in iter_prompts(recipe)]
+    half = [msgspec.structs.replace(p, reference=i if i % 2 else None) for i, p in enumerate(of_test)]
+    for prompts, verified in ((of_test, 16), (half, 8)):
+        run.prompts.write_bytes(b"".join(map(encode_line, prompts)))
+        assert len(choose_questions(recipe, run).seen) == verified

@@ -266,12 +266,13 @@ def test_a_wrong_row_of_a_person_is_named(line: str, reason: str, tmp_path: Path
 
 
 def test_hard_and_soft_learn_the_same_rows(recipe: Path, run: RunDir) -> None:
-    folder = experiment("soft", recipe, run, "--train.kd.max_new_tokens", "4")
+    folder = experiment("soft", recipe, run, "--train.on_policy.max_new_tokens", "4")
     methods = {}
-    for name in ("full", "kd", "gkd"):
+    for name in ("full", "kd", "on_policy"):
         trained = json.loads((folder / name / "lineage.json").read_bytes())["train"]
         methods[name] = (trained["method"], trained["weights"], trained["rows"], trained["steps"])
-    assert methods == {name: (name, "full", 14, 4) for name in methods}
+    steps = {"full": 4, "kd": 4, "on_policy": 3}  # TRL leaves out the rows of a last step that is not full
+    assert methods == {name: (name, "full", 14, count) for name, count in steps.items()}
 
 
 def test_seeds_are_trained_on_the_same_rows_and_their_spread_is_said(recipe: Path, run: RunDir) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from generate.context import Outcome, opened_run
 from generate.endpoint import Endpoint
+from generate.fleet import Fleet
 from generate.loop import Loop
 from generate.progress import Counters
 from generate.reply import Answer, Fault
@@ -116,7 +117,7 @@ def simulate(
     async def main() -> tuple[float, Outcome, Counters]:
         with opened_run(recipe, run_dir, Counters(total=count), say=lambda message: None, show=lambda: None) as run:
             endpoints = [Endpoint(recipe, url, run.partition, run.say, 99_999) for url in urls]
-            outcome = await Loop(run, endpoints).run()
+            outcome = await Loop(run, Fleet(endpoints)).run()
             return clock.time(), outcome, run.counters
 
     with asyncio.Runner(loop_factory=lambda: clock) as runner:

@@ -26,8 +26,8 @@ def seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seconds:
 
     def run(serve: Server, count: int, concurrency: int | str, slots: int | None = None) -> float:
         models, config = {URL: Model(serve, slots)}, {"concurrency": concurrency, "max_attempts": 12}
-        taken, _, counters = simulate(models, tmp_path / str(next(runs)), monkeypatch, count, generate=config)
-        assert (counters.answered, counters.failed) == (count, 0)
+        taken, outcome, counters = simulate(models, tmp_path / str(next(runs)), monkeypatch, count, generate=config)
+        assert (outcome, counters.answered, counters.failed) == (None, count, 0)
         return taken
 
     return run

@@ -162,8 +162,32 @@ vllm:num_preemptions_total{engine="0",model_name="m"} 2.0
 """
 
 
-def test_a_load_is_summed_over_engines() -> None:
-    assert read_load(METRICS) == Load(running=15, waiting=5, kv_used=0.25, preempted=2, engines=2)
+def test_a_load_is_summed_over_engines_and_a_clogged_one_told_apart() -> None:
+    assert read_load(METRICS) == Load(running=15, waiting=5, kv_used=0.1, preempted=2, engines=2, clogged=5)
+
+
+def ranks(*running_waiting_kv: tuple[int, int, float]) -> Load:
+    names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
+    lines = [
+        f'vllm:{name}{{engine="{rank}"}} {value}'
+        for rank, values in enumerate(running_waiting_kv)
+        for name, value in zip(names, values, strict=True)
+    ]
+    load = read_load("\n".join(lines))
+    assert load
+    return load
+
+
+@pytest.mark.parametrize("others", [1, 7])
+def test_a_clogged_rank_does_not_stop_the_growth_of_the_others(others: int) -> None:
+    """vllm#48808: one rank had a long queue and a full cache, while the others had room."""
+    concurrency = ByQueue(200 + 32 * others)
+    load = ranks((32, 168, 1.0), *[(32, 0, 0.2)] * others)
+    concurrency.observed(load, 200 + 32 * others)
+    assert concurrency.limit > 200 + 32 * others
+    full = ByQueue(800)
+    full.observed(ranks(*[(60, 40, 0.5)] * 8), 800)
+    assert full.limit < 800  # all of them have a queue
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "up 1", "vllm:num_requests_running 3"])

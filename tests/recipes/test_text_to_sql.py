@@ -24,24 +24,36 @@ def module(name: str) -> ModuleType:
 questions = module("questions")
 
 
+def lines(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+
+
 def test_the_scripts_write_the_committed_files() -> None:
     dump = "\n".join(module("make_shop").make_shop(Random(0)).iterdump()) + "\n"
     assert dump == (HERE / "shop.sql").read_text(encoding="utf-8")
-    unseen = [json.loads(line) for line in (HERE / "unseen.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert unseen == list(islice(questions.questions("unseen", 30), 240))
+    assert lines("unseen.jsonl") == list(islice(questions.questions("unseen", 30), 240))
 
 
 def test_twenty_thousand_different_questions() -> None:
-    rows = list(questions.rows())
-    assert len({row["prompt"] for row in rows}) == len(rows) == 20_000
-    assert rows[:50] == list(islice(questions.rows(), 50))  # the same each time
+    every = list(questions.rows())
+    assert len({row["prompt"] for row in every}) == len(every)
+    assert every[:50] == list(islice(questions.rows(), 50))  # the same each time
+    rows = [row for row in every if "reference" in row]
+    assert len(rows) == 20_000
     first = Counter(row["template"] for row in rows[:3000])
     assert len(first) == 60
     assert max(first.values()) < 60  # a fair draw
     assert set(Counter(row["category"] for row in rows)) == {"count", "filter", "join", "group", "date", "nested"}
-    unseen = [json.loads(line) for line in (HERE / "unseen.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert not {row["prompt"] for row in unseen} & {row["prompt"] for row in rows}
+    unseen = lines("unseen.jsonl")
+    assert not {row["prompt"] for row in unseen} & {row["prompt"] for row in every}
     assert len({row["template"] for row in unseen}) == 12
+
+
+def test_what_the_teacher_wrote_comes_early_and_brings_no_gold() -> None:
+    written = [row for row in questions.rows() if row["category"] == "written"]
+    assert written == lines("evolved.jsonl") and not any("reference" in row for row in written)
+    kinds = ["reference" in row for row in islice(questions.rows(), 700)]
+    assert kinds == [True, True, True, True, True, False, False] * 100
 
 
 @pytest.mark.parametrize("part", ["seen", "unseen"])

@@ -139,6 +139,8 @@ def misbehaving(
     models: list[str] | None = None,
     metrics: Callable[[int], tuple[int, int]] | None = None,
     engines: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 0,
 ) -> Iterator[MisbehavingServer]:
     """Serves by the script (good answers without one) until the block ends.
 
@@ -191,8 +193,8 @@ def misbehaving(
         app.router.add_get("/metrics", load)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        await web.TCPSite(runner, host, port, backlog=2048).start()
+        server.url = f"http://{host}:{runner.addresses[0][1]}/v1"
         return runner
 
     def serve() -> None:

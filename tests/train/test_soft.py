@@ -1,17 +1,19 @@
-"""Soft distillation: the losses against hand calculations, who may teach whom, and what hard and soft share."""
+"""Soft distillation on kept answers: the loss by hand, who may teach whom, what hard and soft share."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.experimental.gkd import GKDTrainer
+from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from pipeline.errors import RecipeError
-from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
+from pipeline.recipe import TeacherConfig
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run
@@ -38,11 +40,12 @@ def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
     rows = story_rows(6)
     examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
     config = make_recipe(models[0], models[1], **train).train
-    return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=models[1])
+    return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=TeacherConfig(model=models[1]))
 
 
-def jsd(teacher: torch.Tensor, student: torch.Tensor, *, beta: float) -> torch.Tensor:
-    return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """KL(teacher || student) of log-probabilities, summed."""
+    return (teacher.exp() * (teacher - student)).sum().item()
 
 
 def losses(run: Any) -> list[float]:
@@ -50,33 +53,16 @@ def losses(run: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("beta", "expected"),
+    "soft",
     [
-        # P = (1/2, 1/2), Q = (1/4, 3/4)
-        (0, 0.143841),  # KL(P || Q) = ln(2)/2 + ln(2/3)/2
-        (1, 0.130812),  # KL(Q || P) = ln(1/2)/4 + 3/4 ln(3/2)
-        (0.5, 0.033822),  # M = (3/8, 5/8): the mean of 0.032269 and 0.035375
-        (0.25, 0.026049),  # M = (5/16, 11/16): 0.075775 / 4 + 3/4 * 0.009473
-    ],
-)
-def test_the_divergence_is_as_by_hand(beta: float, expected: float) -> None:
-    teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    assert jsd(teacher, student, beta=beta).item() == pytest.approx(expected, abs=1e-6)
-    assert jsd(teacher.expand(3, 2), student.expand(3, 2), beta=beta).item() == pytest.approx(3 * expected, abs=3e-6)
-
-
-@pytest.mark.parametrize(
-    ("method", "soft"),
-    [
-        ("kd", {"alpha": 0.3, "temperature": 2.0, "weights": "full"}),
-        ("kd", {"alpha": 1.0, "temperature": 0.5, "weights": "full"}),
-        ("gkd", {"lmbda": 0.0, "beta": 0.5, "weights": "full"}),
+        {"alpha": 0.3, "temperature": 2.0, "weights": "full"},
+        {"alpha": 1.0, "temperature": 0.5, "weights": "full"},
     ],
 )
 def test_the_loss_of_a_step_is_that_of_its_completion_tokens(
-    models: tuple[str, str], tmp_path: Path, method: str, soft: dict[str, Any]
+    models: tuple[str, str], tmp_path: Path, soft: dict[str, Any]
 ) -> None:
-    trainer = prepared(models, tmp_path, method=method, kd=soft, micro_batch_size=2).trainer
+    trainer = prepared(models, tmp_path, method="kd", kd=soft, micro_batch_size=2).trainer
     student, teacher = (AutoModelForCausalLM.from_pretrained(model).eval() for model in models)
     total, tokens = 0.0, 0
     for row in trainer.train_dataset:
@@ -88,14 +74,11 @@ def test_the_loss_of_a_step_is_that_of_its_completion_tokens(
                 continue
             tokens += 1
             of_q, of_p = q[place - 1], p[place - 1, :259]  # what is before predicts; 259 tokens are shared
-            if method == "kd":
-                t = soft["temperature"]
-                log_q, log_p = (of_q / t).log_softmax(-1), (of_p / t).log_softmax(-1)
-                divergence = (log_p.exp() * (log_p - log_q)).sum()
-                hard = -of_q.log_softmax(-1)[label]
-                total += (soft["alpha"] * t**2 * divergence + (1 - soft["alpha"]) * hard).item()
-            else:
-                total += jsd(of_p.log_softmax(-1)[None], of_q.log_softmax(-1)[None], beta=soft["beta"]).item()
+            t = soft["temperature"]
+            log_q, log_p = (of_q / t).log_softmax(-1), (of_p / t).log_softmax(-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum()
+            hard = -of_q.log_softmax(-1)[label]
+            total += (soft["alpha"] * t**2 * divergence + (1 - soft["alpha"]) * hard).item()
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["labels"]) == 4  # all rows: one step
     trainer.create_optimizer()
@@ -114,20 +97,20 @@ def test_the_validation_loss_is_one_figure_for_all_methods(models: tuple[str, st
         total, tokens = total + sum(found), tokens + len(found)
     expected = total / tokens  # each token weighs the same, however rows are batched
     assert hard.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    for method in ("kd", "gkd"):
-        soft = prepared(models, tmp_path / method, method=method, kd={"weights": "full"}, micro_batch_size=1).trainer
+    for method in ("kd", "gold", "on_policy"):
+        own = {"kd": {"weights": "full"}, "micro_batch_size": 1, "on_policy": {"max_new_tokens": 8}}
+        soft = prepared(models, tmp_path / method, method=method, **own).trainer
         assert soft.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["kd", "gkd"])
-def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp_path: Path, method: str) -> None:
+def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", story_rows(40))
-    soft = {"weights": "full", "alpha": 1.0, "max_new_tokens": 8}
-    train_run(make_recipe(*models, method=method, kd=soft, learning_rate=1e-2), run)
+    soft = {"weights": "full", "alpha": 1.0}
+    train_run(make_recipe(*models, method="kd", kd=soft, learning_rate=1e-2), run)
     found = losses(run)
     assert found[-1] < 0.8 * found[0]
     log = json.loads((run.student / "training_log.json").read_bytes())
-    assert (log["method"], log["weights"]) == (method, "full")
+    assert (log["method"], log["weights"]) == ("kd", "full")
     before, after, teacher = (
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for model in (models[0], run.student, models[1])
@@ -138,10 +121,10 @@ def test_a_soft_student_comes_nearer_to_its_teacher(models: tuple[str, str], tmp
     ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
     with torch.no_grad():
         p, *q = (model(input_ids=ids).logits[0, 30:, :259].log_softmax(-1) for model in (teacher, before, after))
-    assert jsd(p, q[1], beta=0) < 0.8 * jsd(p, q[0], beta=0)
+    assert divergence(p, q[1]) < 0.8 * divergence(p, q[0])
     section = json.loads(run.lineage.read_bytes())["train"]
     assert section["hyperparameters"]["kd"]["weights"] == "full"
-    assert "max_new_tokens" in (run.student / "README.md").read_text()
+    assert "alpha" in (run.student / "README.md").read_text()
 
 
 def test_a_mixture_of_experts_follows_its_teacher(models: tuple[str, str], tmp_path: Path) -> None:
@@ -152,10 +135,10 @@ def test_a_mixture_of_experts_follows_its_teacher(models: tuple[str, str], tmp_p
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         logits, targets, _ = completion_logits(trainer.model.eval(), batch)
-        divergence = trainer.divergence(logits, batch, beta=0).item() / len(targets)
+        expected = trainer.divergence(logits, batch).item() / len(targets)
     trainer.create_optimizer()
     loss = trainer.training_step(trainer.model, batch, torch.tensor(len(targets))).item()
-    assert loss == pytest.approx(divergence, rel=1e-3 if trainer.teacher.dtype == torch.float32 else 2e-2)
+    assert loss == pytest.approx(expected, rel=1e-3 if trainer.teacher.dtype == torch.float32 else 2e-2)
 
     run = make_run(tmp_path / "run", story_rows(40))
     train_run(make_recipe(moe, models[1], method="kd", kd=soft, learning_rate=1e-2), run)
@@ -169,55 +152,54 @@ def test_an_adapter_is_what_soft_distillation_trains_by_default(models: tuple[st
     assert "base_model_relation: adapter" in (run.student / "README.md").read_text()
 
 
-def test_samples_are_the_students_own_and_only_they_carry_loss(models: tuple[str, str], tmp_path: Path) -> None:
-    trainer = prepared(models, tmp_path, method="gkd", kd={"weights": "full", "max_new_tokens": 12}).trainer
-    batch = next(iter(trainer.get_train_dataloader()))
-    with torch.no_grad():  # a student that stops often
-        trainer.model.lm_head.weight[END] *= 0
-        trainer.model.lm_head.weight[END] += 0.05 * trainer.model.model.norm.weight
-    drawn = trainer.sampled(trainer.model, batch)
-    assert trainer.model.training
-    lengths = set()
-    for given, labels, made, learned, mask in zip(
-        *(batch[name].tolist() for name in ("input_ids", "labels")),
-        *(drawn[name].tolist() for name in ("input_ids", "labels", "attention_mask")),
-        strict=True,
-    ):
-        prompt = next(place for place, label in enumerate(labels) if label != MASKED)
-        assert made[:prompt] == given[:prompt]
-        answer = [label for label in learned if label != MASKED]
-        assert learned[:prompt] == [MASKED] * prompt
-        assert made[prompt : prompt + len(answer)] == answer
-        assert sum(mask) == prompt + len(answer)
-        assert END not in answer[:-1]
-        assert answer[-1] == END or len(answer) == 12
-        lengths.add(len(answer))
-    assert max(lengths) <= 12
-
-
-def test_the_share_of_sampled_steps_is_lmbda(
-    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_trls_trainer_for_kept_answers_has_the_same_loss_and_computes_more(
+    models: tuple[str, str], tmp_path: Path
 ) -> None:
-    sampled: list[float] = []
-    monkeypatch.setattr(
-        "train.soft.GkdTrainer.sampled", lambda self, model, inputs: sampled.append(self.soft.lmbda) or inputs
+    """Why kd is ours: GOLDTrainer, the only one that takes answers, applies the output heads to prompts and padding."""
+    ours = prepared(models, tmp_path / "ours", method="kd", kd={"weights": "full", "alpha": 1.0}).trainer
+    batch = next(iter(ours.get_train_dataloader()))
+    tokens = (batch["labels"] != MASKED).sum()
+    heads: list[int] = []
+
+    def loss_of(trainer: Any, inputs: Any) -> float:
+        hook = trainer.model.lm_head.register_forward_hook(lambda head, given, out: heads.append(out.shape[1]))
+        with torch.no_grad():
+            found = trainer.compute_loss(trainer.model.eval(), inputs, num_items_in_batch=tokens).item()
+        hook.remove()
+        return float(found)
+
+    loss = loss_of(ours, batch)
+    args = GOLDConfig(
+        str(tmp_path / "theirs"), lmbda=0, beta=0, temperature=1, max_length=512, per_device_train_batch_size=4,
+        bf16=False, use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list(
+        [{k: row[k] for k in ("prompt", "completion")} for row in to_examples(story_rows(6)[2:])]
     )
-    for lmbda in (0.0, 0.5, 1.0):
-        run = make_run(tmp_path / str(lmbda), story_rows(7))
-        soft = {"weights": "full", "lmbda": lmbda}
-        train_run(make_recipe(*models, method="gkd", kd=soft, batch_size=1, epochs=4), run)
-    assert 0.0 not in sampled
-    assert 5 <= sampled.count(0.5) <= 15
-    assert sampled.count(1.0) == 20  # 5 rows, one a step, 4 epochs
+    student, teacher = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in models)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    theirs = GOLDTrainer(student, teacher, args, train_dataset=rows, processing_class=tokenizer)
+    theirs_batch = theirs.data_collator([theirs.train_dataset[index] for index in range(4)])
+    assert (theirs_batch["labels"] != MASKED).sum() == tokens
+    assert loss_of(theirs, theirs_batch) == pytest.approx(
+        loss, rel=1e-3 if ours.teacher.dtype == torch.float32 else 2e-2
+    )
+    longest = batch["labels"].shape[1]
+    prompt = int((batch["labels"] != MASKED).any(dim=0).nonzero()[0])
+    assert heads == [longest - prompt, longest]
 
 
-@pytest.mark.parametrize("method", ["kd", "gkd"])
+@pytest.mark.parametrize("method", ["kd", "gold", "on_policy"])
 def test_an_interrupted_soft_training_goes_on_with_the_same_losses(
     models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    soft = {"max_new_tokens": 6}
-    recipe = make_recipe(*models, method=method, kd=soft, epochs=3, checkpoint_steps=2, lora_dropout=0.2)
+    own = {"max_new_tokens": 6, "epochs": 3}
+    settings = {"epochs": 3, "checkpoint_steps": 2, "lora_dropout": 0.2, "on_policy": own}
+    recipe = make_recipe(*models, method=method, **settings)
     whole, broken = (make_run(tmp_path / name, story_rows(14)) for name in ("whole", "broken"))
+    if method == "on_policy":
+        for run in (whole, broken):
+            train_run(make_recipe(*models, method="lora", epochs=1), run)
     train_run(recipe, whole)
     original = TrainProgress.on_log
 
@@ -230,7 +212,7 @@ def test_an_interrupted_soft_training_goes_on_with_the_same_losses(
         patch.setattr(TrainProgress, "on_log", interrupt)
         train_run(recipe, broken)
     train_run(recipe, broken)
-    assert len(losses(broken)) == 9
+    assert len(losses(broken)) == 9 and losses(broken)[0] != losses(broken)[4]
     assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
 
 

@@ -1,0 +1,138 @@
+"""The endpoints of one process, and which of them the next request goes to.
+
+Of a few endpoints that may have room, the one that is least full; of many, the less full of two drawn at random, which
+is nearly as even and costs the same however many there are (Mitzenmacher 2001, "The Power of Two Choices in Randomized
+Load Balancing"). An endpoint that is found without room is not looked at again until a reply, its queue or the time
+may have made some. Opens and closes nothing.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from generate.endpoint import Endpoint
+
+FEW = 8  # so many are compared, all of them; of more, two
+
+
+class Fleet:
+    """Endpoints come and go while requests go out."""
+
+    def __init__(self, endpoints: Iterable[Endpoint] = (), most: int | None = None) -> None:
+        """`most` connections are open in all; None: each endpoint keeps the limit it has."""
+        self._most = most
+        self._open: list[Endpoint] = []  # may have room
+        self._place: dict[Endpoint, int | None] = {}  # of each endpoint in `_open`; None: left aside
+        self._due: dict[Endpoint, float] = {}  # of those without room, when they have some, if the time brings it
+        self._first_due = float("inf")  # or earlier
+        self._tasks: asyncio.TaskGroup | None = None  # while they are watched
+        self._watching: dict[Endpoint, asyncio.Task[None]] = {}
+        self._changed: Callable[[], None] = lambda: None
+        for endpoint in endpoints:
+            self.add(endpoint)
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """All of them, in the order in which they came."""
+        return [*self._place]
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Requests may go there from now on."""
+        self._place[endpoint] = None
+        self._divide()
+        self.reopen(endpoint)
+        self._watch(endpoint)
+        self._changed()
+
+    def remove(self, endpoint: Endpoint) -> None:
+        """Nothing new goes there; what is in flight may end."""
+        self._leave_aside(endpoint)
+        self._due.pop(endpoint, None)
+        del self._place[endpoint]
+        self._divide()
+        if task := self._watching.pop(endpoint, None):
+            task.cancel()
+
+    def pick(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
+        """An endpoint with room for a request of so many tokens; else the seconds until one may have it.
+
+        None in place of the seconds: only a reply makes room.
+        """
+        if now >= self._first_due:
+            for endpoint in [one for one, due in self._due.items() if due <= now]:
+                self.reopen(endpoint)
+            self._first_due = min(self._due.values(), default=float("inf"))
+        while self._open:
+            seen = self._open[:] if len(self._open) <= FEW else random.sample(self._open, 2)
+            ready = [endpoint for endpoint in seen if self._has_room(endpoint, tokens, now)]
+            if ready:
+                return min(ready, key=_fullness), None
+        return None, self._first_due - now if self._due else None
+
+    def _has_room(self, endpoint: Endpoint, tokens: int, now: float) -> bool:
+        """Without room it is left aside."""
+        wait_s = endpoint.ready_in(tokens, now)
+        if wait_s == 0:
+            return True
+        self._leave_aside(endpoint)
+        if wait_s is not None:
+            self._due[endpoint] = now + wait_s
+            self._first_due = min(self._first_due, now + wait_s)
+        return False
+
+    def reopen(self, endpoint: Endpoint) -> None:
+        """The endpoint may have room: a reply has come, its limit has risen, or its time has."""
+        self._due.pop(endpoint, None)
+        if self._place.get(endpoint, 0) is None:
+            self._place[endpoint] = len(self._open)
+            self._open.append(endpoint)
+
+    def _leave_aside(self, endpoint: Endpoint) -> None:
+        place = self._place[endpoint]
+        if place is not None:
+            last = self._open.pop()
+            if last is not endpoint:
+                self._open[place], self._place[last] = last, place
+            self._place[endpoint] = None
+
+    def count(self) -> None:
+        """Brings the counts of all endpoints up to date."""
+        for endpoint in self._place:
+            endpoint.count()
+
+    def all_down_s(self, now: float) -> float:
+        """Seconds since the last of them went down; 0 if one is up."""
+        since = [endpoint.down_since for endpoint in self._place]
+        downs = [down for down in since if down is not None]
+        return now - max(downs) if downs and len(downs) == len(since) else 0.0
+
+    def paused_s(self, now: float) -> float:
+        """Seconds until the first of them takes requests again, by its own word."""
+        return min((endpoint.limits.paused_s(now) for endpoint in self._place), default=0.0)
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Follows the queues of all endpoints; calls `changed` when one may have more room. Ends when cancelled."""
+        self._changed = changed
+        async with asyncio.TaskGroup() as self._tasks:
+            for endpoint in self._place:
+                self._watch(endpoint)
+            await asyncio.Event().wait()
+
+    def _watch(self, endpoint: Endpoint) -> None:
+        if self._tasks:
+            self._watching[endpoint] = self._tasks.create_task(endpoint.watch(partial(self._has_more, endpoint)))
+
+    def _has_more(self, endpoint: Endpoint) -> None:
+        self.reopen(endpoint)
+        self._changed()
+
+    def _divide(self) -> None:
+        """Divides the connections among the endpoints."""
+        if self._most:
+            for endpoint in self._place:
+                endpoint.most = max(self._most // len(self._place), 1)
+
+
+def _fullness(endpoint: Endpoint) -> float:
+    return endpoint.in_flight / endpoint.limit

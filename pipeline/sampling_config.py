@@ -1,0 +1,42 @@
+"""The recipe's `sampling` section: how the teacher samples."""
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from pipeline.section import Section
+
+TOKEN_IDS = "return_tokens_as_token_ids"  # vLLM's: tokens are named by their ids, since the strings of two may be equal
+LOGPROBS = ("logprobs", "top_logprobs", TOKEN_IDS)  # fields of a request
+
+
+class SamplingConfig(Section):
+    """How the teacher samples. All of it is sent with every request, always."""
+
+    temperature: float = Field(0.8, ge=0, le=2)
+    """0 takes the likeliest token each time; higher is more varied."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Sample only among the likeliest tokens that together have this probability."""
+    max_tokens: int = Field(500, ge=1)
+    """Tokens of an answer, at most."""
+    seed: int = 0
+    """The seed from which, with its id, each request's own seed is derived."""
+    logprobs: int | None = Field(None, ge=1, le=20)
+    """Likeliest tokens to store per token of an answer, in logprobs.jsonl, for `train.kd.teacher: stored`."""
+    extra: dict[str, Any] = Field({})
+    """Further fields of the request, sent as they are: `top_k`, `chat_template_kwargs`, …"""
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools", *LOGPROBS}
+        if taken := taken & extra.keys():
+            raise ValueError(
+                f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"
+            )
+        return extra
+
+    def fields(self) -> dict[str, Any]:
+        """What a request carries of it."""
+        logprobs = {"logprobs": True, "top_logprobs": self.logprobs, TOKEN_IDS: True} if self.logprobs else {}
+        return {**self.model_dump(exclude={"logprobs", "extra"}), **logprobs, **self.extra}

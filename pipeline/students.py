@@ -1,0 +1,62 @@
+"""A run's student as folders that an engine serves: before training and after it.
+
+Reads the recipe and the run's student/ and student-init/. Writes an adapter's student once more, merged into its base.
+"""
+
+from pathlib import Path
+
+from pipeline.adapters import ADAPTER, whole_model
+from pipeline.errors import UsageError
+from pipeline.lineage import read_lineage
+from pipeline.models import model_folder
+from pipeline.recipe import Recipe, StudentConfig
+from pipeline.rundir import RunDir
+
+AFTER = "student_after"  # its name in the evaluation
+
+
+def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
+    """The recipe's student. Raises UsageError if it is not trained yet, or another recipe trained what is there."""
+    student = named_student(recipe)
+    if not any((run.student / name).is_file() for name in (ADAPTER, "config.json")):
+        raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
+    trained = read_lineage(RunDir(run.student)).get("train", {})
+    for name, wanted in (("student", student.model), ("teacher", recipe.teacher.model)):
+        if (found := trained.get(name, wanted)) != wanted:
+            raise UsageError(
+                f"{run.student}: trained with {name} {found}, but the recipe says {wanted}; train again, or give the "
+                "recipe it was trained with"
+            )
+    return student
+
+
+def named_student(recipe: Recipe) -> StudentConfig:
+    """The recipe's `student`. Raises UsageError if it names none."""
+    if recipe.student is None:
+        raise UsageError("the recipe names no student; add `student: {model: …}` and run train")
+    return recipe.student
+
+
+def before_training(recipe: Recipe, run: RunDir) -> Path:
+    """The student as it was before training. Raises DistillError if it cannot be had."""
+    student = named_student(recipe)
+    if not student.built:
+        return model_folder(student.model)
+    if not (run.student_init / "config.json").is_file():
+        raise UsageError(
+            f"{run.student_init}: student {student.model} as it was before training is not there; run train"
+        )
+    return run.student_init
+
+
+def after_training(recipe: Recipe, run: RunDir) -> Path:
+    """The trained student as a whole model. Raises UsageError if there is none yet."""
+    check_trained(recipe, run)
+    if not (run.student / ADAPTER).is_file():
+        return run.student
+    return whole_model(run.student, before_training(recipe, run), merged_folder(run, AFTER))
+
+
+def merged_folder(run: RunDir, key: str) -> Path:
+    """Where a model of the evaluation that is an adapter lies as a whole model, once it was served."""
+    return run.path / "evaluation" / f"{key}-merged"

@@ -1,0 +1,1 @@
+"""The stages past one machine: runs in object storage, parts of answers, leases."""

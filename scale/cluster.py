@@ -1,0 +1,109 @@
+"""Ray, as far as this project uses it: nodes, and actors that are started, called and ended. The only module that
+imports ray, and only when a cluster is asked for.
+
+Actors are detached: they outlive a driver that is killed, upload what they have, and end by themselves or by the next
+driver's word. Code goes to the nodes as the runtime environment's working_dir; packages must be there already.
+"""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import DistillError, UsageError, first_line
+from scale.worker import Worker
+
+ROOT = Path(__file__).parents[1]
+NOT_SENT = ["runs", "tests", "docs", "experiments", "benchmarks"]  # beside .git, .venv and what git ignores
+
+
+class Node(NamedTuple):
+    """A machine of the cluster that is alive."""
+
+    id: str
+    address: str
+
+
+class Lost(Exception):
+    """An actor did not answer: it died, its node did, or it never started. The message is Ray's."""
+
+
+class NodeWorker(Worker):
+    """A Worker as an actor: its process ends when its driver is silent."""
+
+    async def live(self) -> None:
+        await self.work(lambda: os._exit(0))  # ray.actor.exit_actor works in a call only
+
+
+class Cluster:
+    """A connection to a Ray cluster. `namespace` is the run's: its actors are found by it."""
+
+    def __init__(self, address: str, namespace: str) -> None:
+        """Raises UsageError if ray is not installed, DistillError if there is no cluster at the address."""
+        try:
+            import ray
+        except ImportError:
+            raise UsageError("a cluster needs ray: pip install -c constraints.txt -e '.[ray]'") from None
+        before = signal.getsignal(signal.SIGTERM)
+        environment = {"working_dir": str(ROOT), "excludes": NOT_SENT}
+        try:
+            ray.init(
+                address, namespace=namespace, runtime_env=environment, log_to_driver=False, logging_level="warning"
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DistillError(f"no Ray cluster at {address}: {first_line(error)}; docs/clusters.md") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)  # ray.init takes it
+        self._ray = ray
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive and may have work: a head with no CPUs may not."""
+        return [
+            Node(node["NodeID"], node["NodeManagerAddress"])
+            for node in self._ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU")
+        ]
+
+    def start(self, node: Node, name: str, *args: Any) -> Any:
+        """Starts a worker on a node, and returns its actor before it is there."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor = (
+            self._ray.remote(NodeWorker)
+            .options(
+                name=name,
+                lifetime="detached",
+                num_cpus=0,
+                max_restarts=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            )
+            .remote(name, *args)
+        )
+        actor.live.remote()
+        return actor
+
+    def leftovers(self) -> dict[str, Any]:
+        """The actors of an earlier driver of the run that are still there, by name."""
+        found = {}
+        for name in self._ray.util.list_named_actors():
+            try:
+                found[name] = self._ray.get_actor(name)
+            except ValueError:  # it has just ended
+                continue
+        return found
+
+    async def call(self, method: Any, *args: Any) -> Any:
+        """Calls an actor's method. Raises Lost; never returns if the node is frozen."""
+        try:
+            return await asyncio.wrap_future(method.remote(*args).future())
+        except self._ray.exceptions.RayError as error:
+            raise Lost(first_line(error)) from None
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor at once."""
+        self._ray.kill(actor)
+
+    def close(self) -> None:
+        """Leaves the cluster."""
+        self._ray.shutdown()

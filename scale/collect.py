@@ -1,0 +1,130 @@
+"""The driver's end of the store: what the workers upload goes into the run's own journals, and the state is saved.
+
+Reads parts and accounts; writes the journals, leases.json, and what the journals do not say of the money. A part is
+removed when its rows are in the journals, on disk, and the state that counts them is saved.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from generate.budget import Account as SpendFile
+from generate.budget import Spend, known_price, spent_so_far, write_account
+from generate.context import Run
+from pipeline.errors import DataError
+from pipeline.records import Completion, Failure
+from scale.leases import Claim, Leases, State
+from scale.parts import part_names, read_part
+from scale.storage import Store
+from scale.worker import account_name
+
+STATE = "leases.json"
+SPEND_FILE = "spend-cluster.json"
+
+
+class Collector:
+    """One call's. `leases` is set once it is made of what `state` and `spent_before` say."""
+
+    leases: Leases
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self._run, self._store, self._price = run, store, known_price(run.recipe)
+        self._counts = self._price is not None or run.recipe.budget.tokens is not None
+        self.state: State = _decoded(store.get(STATE), State, f"{store.url}/{STATE}") or State()
+        self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended writers
+        self._collecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
+
+    def spent_before(self) -> Spend:
+        """What the run has spent beside what the state charges."""
+        if self._counts:
+            write_account(self._run.dir.path / SPEND_FILE, SpendFile(self.state.unsaid))
+        return spent_so_far(self._run.recipe, self._run.dir, self._run.completions.found) - self.state.charged
+
+    def writers(self) -> set[str]:
+        """Those that have uploaded something that was not read."""
+        names = [*part_names(self._store, "completions"), *part_names(self._store, "failures")]
+        return {name.rpartition("/")[2].rpartition("-")[0] for name in names}
+
+    def close(self, name: str) -> None:
+        """A writer has ended in order, and all that it uploaded was read."""
+        self.leases.close(name)
+        self._read.append(account_name(name))
+        self.changed()
+
+    def changed(self) -> None:
+        """The state is another: the next `save` writes it."""
+        self._changes += 1
+
+    async def collect(self, name: str) -> None:
+        """Reads what a writer has uploaded since the last time: its parts into the journals, then its account."""
+        account = self.leases.account(name)
+        async with self._collecting[name]:
+            claim = _decoded(await asyncio.to_thread(self._store.get, account_name(name)), Claim, name)
+            kinds: list[tuple[str, Any, Callable[[str, Any], None]]] = [
+                ("completions", Completion, self._take_answer),
+                ("failures", Failure, self._take_failure),
+            ]
+            for kind, record, take in kinds:
+                while True:
+                    number = account.parts.get(kind, 0)
+                    part = f"parts/{kind}/{name}-{number:06}.jsonl.gz"
+                    lines = await asyncio.to_thread(read_part, self._store, part)
+                    if not lines:
+                        break
+                    for line in lines:
+                        take(name, msgspec.json.decode(line, type=record))
+                    account.parts[kind] = number + 1
+                    self._read.append(part)
+                    self.changed()
+            if claim and claim != account.claim:
+                self.leases.claimed(name, claim)
+                self.changed()
+        self._run.show()
+
+    def _take_answer(self, name: str, answer: Completion) -> None:
+        if self.leases.answered(name, answer.id, self._cost(answer)):
+            self._run.record_answer(answer)
+
+    def _take_failure(self, name: str, failure: Failure) -> None:
+        if self.leases.failed(name, failure.id):
+            self._run.record_failure(failure)
+
+    def _cost(self, answer: Completion) -> Spend:
+        """What an answer has cost; nothing where nothing is counted."""
+        if not self._counts:
+            return Spend()
+        prompt_tokens, completion_tokens = answer.usage.prompt_tokens or 0, answer.usage.completion_tokens or 0
+        cost = self._price.cost(prompt_tokens, completion_tokens) if self._price else 0
+        return Spend(prompt_tokens + completion_tokens, cost)
+
+    async def save(self) -> None:
+        """Makes sure that all changes until now are in the store; one write serves all who wait. Then drops parts."""
+        changes = self._changes
+        async with self._saving:
+            if self._saved >= changes:
+                return
+            changes, state = self._changes, self.state
+            data, unsaid = msgspec.json.encode(state), state.unsaid
+            read, self._read = self._read, []
+            await asyncio.to_thread(self._write, data, unsaid, read)
+            self._saved = changes
+
+    def _write(self, state: bytes, unsaid: Spend, read: list[str]) -> None:
+        for journal in (self._run.completions, self._run.failures):
+            journal.sync()
+        self._store.put(STATE, state)
+        if self._counts:
+            write_account(self._run.dir.path / SPEND_FILE, SpendFile(unsaid))
+        for part in read:
+            self._store.delete(part)
+
+
+def _decoded(data: bytes | None, kind: type[Any], name: str) -> Any:
+    try:
+        return None if data is None else msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise DataError(f"{name}: {error}; without it the budget cannot be kept") from None

@@ -1,0 +1,337 @@
+"""`generate --cluster`: one run over the nodes of a Ray cluster. The driver, which leases, listens and collects.
+
+One worker (scale.worker) per node asks; this process leases requests to it, hears it every BEAT_S, and reads the parts
+that it has uploaded into the run's own journals. So the run folder is always that of a one-machine run, and everything
+after it goes on from there. Who holds what is scale.leases's; Ray is scale.cluster's.
+
+What is guaranteed. Every finished answer counts once: rows are told apart by id, and the first one read stays. Requests
+that a lost node had in flight, or had not uploaded, are asked again, and may be paid twice. The budget holds all the
+same. After the driver is killed, the same command goes on. Nodes may join and leave.
+
+    cluster/leases.json                what is charged to whom, saved before a lease goes out
+    cluster/parts/…, accounts/…        what the workers write; removed when it was read
+    spend-cluster.json                 what of it the journals do not say
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from generate.budget import known_price, most_of
+from generate.context import Outcome, Run
+from generate.dialect import Dialect
+from generate.online import on_signals
+from generate.prices import PICO
+from generate.run import Sender
+from pipeline import errors
+from pipeline.address import VARIABLE
+from pipeline.errors import BudgetReached, DistillError
+from pipeline.recipe import TeacherConfig
+from scale.cluster import Cluster, Lost, Node
+from scale.collect import Collector
+from scale.leases import Item, Leases
+from scale.storage import Store, open_store
+from scale.worker import Orders, Report
+
+LEASE_S = 30.0  # of silence, after which a worker's requests are leased to others
+BEAT_S = 0.5
+LOOK_S = 1.0  # between two looks at the nodes, the leases, and what lost workers have uploaded
+ASIDE_S = 30.0  # how long a node on which no worker can work is left alone
+
+
+def cluster_sender(address: str, *, lease_s: float = LEASE_S) -> Sender:
+    """What sends a run's requests from the cluster at `address`: auto, host:port, or ray://host:port."""
+
+    async def send(run: Run, *, signals: bool) -> Outcome:
+        namespace = "distillate-" + blake2b(str(run.dir.path.absolute()).encode(), digest_size=8).hexdigest()
+        cluster = await asyncio.to_thread(Cluster, address, namespace)
+        try:
+            driver = Driver(run, cluster, open_store(run.dir.path / "cluster"), lease_s)
+            with on_signals(driver.interrupt if signals else None):
+                return await driver.send()
+        finally:
+            cluster.close()
+
+    return send
+
+
+@dataclass
+class _Member:
+    """A worker as the driver knows it."""
+
+    node: Node
+    actor: Any
+    urls: list[str]
+    report: Report | None = None  # the last
+    collected: int = 0  # uploads that have been read
+    idle_since: int | None = None  # the uploads that it had when it became idle
+    closing: bool = False  # it gets no further requests
+    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+    @property
+    def settled(self) -> bool:
+        """It has nothing to do, and an account that it wrote since then was read."""
+        return self.idle_since is not None and self.collected >= self.idle_since + 2
+
+
+class Driver:
+    """One call's driver."""
+
+    def __init__(self, run: Run, cluster: Cluster, store: Store, lease_s: float) -> None:
+        self._run, self._cluster, self._store, self._lease_s = run, cluster, store, lease_s
+        self._collector, budget = Collector(run, store), run.recipe.budget
+        self._leases = self._collector.leases = Leases(
+            _items(run),
+            self._collector.state,
+            run.left.answered,
+            tokens=budget.tokens,
+            cost=None if budget.usd is None else round(budget.usd * PICO),
+            before=self._collector.spent_before(),
+            lease_s=lease_s,
+        )
+        self._members: dict[str, _Member] = {}
+        self._silent = set(self._collector.state.accounts)  # lost, or another driver's: they may still upload
+        self._aside: dict[str, float] = {}  # nodes where no worker could work, until when
+        self._errors: list[DistillError] = []
+        self._interrupts = 0
+        self._stopping = asyncio.Event()
+        self._told: set[str] = set()
+
+    async def send(self) -> Outcome:
+        """Has everything asked that the run has left, and says how that ended."""
+        try:
+            await self._recover()
+            outcome = await self._direct()
+            self._stopping.set()
+            await self._until_ended()
+            await self._collector.save()
+            return outcome
+        finally:
+            for member in self._members.values():
+                if member.task:
+                    member.task.cancel()
+                self._cluster.kill(member.actor)
+            if self._leases.asked_again:
+                self._run.say(f"{self._leases.asked_again} requests of lost workers were leased again")
+
+    def interrupt(self) -> None:
+        """Stops the workers in order; a second call leaves them."""
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._run.say_stopping()
+        self._stopping.set()
+
+    async def _recover(self) -> None:
+        """Ends the workers of an earlier driver, and reads what was uploaded for it."""
+        old = self._cluster.leftovers()
+        if old:
+            self._run.say(f"ending {len(old)} workers of an earlier call")
+        ended = await asyncio.gather(*(self._retire(actor) for actor in old.values()))
+        self._silent |= self._collector.writers() | old.keys()
+        for name in self._silent:
+            await self._collector.collect(name)
+        for name in (name for name, in_order in zip(old, ended, strict=True) if in_order):
+            self._silent.discard(name)
+            self._collector.close(name)
+        await self._collector.save()
+
+    async def _retire(self, actor: Any) -> bool:
+        """Stops a worker; False if it cannot be heard: it is dead, or frozen and may still upload."""
+        try:
+            async with asyncio.timeout(self._lease_s):
+                ended = False
+                while not ended:
+                    ended = bool((await self._cluster.call(actor.beat, Orders(stop=True))).ended[0])
+                    await asyncio.sleep(BEAT_S)
+            self._cluster.kill(actor)
+        except (Lost, TimeoutError):
+            return False
+        return True
+
+    async def _direct(self) -> Outcome:
+        """Keeps a worker on every node until the run is done, or cannot go on."""
+        leases = self._leases
+        while True:
+            for member in self._members.values():
+                if member.task and member.task.done() and (error := member.task.exception()):
+                    return error  # the store is away, or a disk is full
+            if self._stopping.is_set():
+                return KeyboardInterrupt()
+            for name in leases.silent(monotonic()):
+                await self._lose(name, "it is silent")
+            for name in list(self._silent):
+                await self._collector.collect(name)
+            if not leases.leased and not leases.any_left():
+                return None
+            if leases.refused and not leases.leased and all(member.settled for member in self._members.values()):
+                return self._reached(leases.refused)
+            nodes = await asyncio.to_thread(self._cluster.nodes)
+            now = monotonic()
+            free = {node.id for node in nodes} - {member.node.id for member in self._members.values()}
+            ready = [node for node in nodes if node.id in free and self._aside.get(node.id, 0.0) <= now]
+            if not ready and not self._members and self._errors:
+                return self._errors[0]
+            self._start(ready, now)
+            self._show()
+            await self._wait(LOOK_S)
+
+    def _start(self, nodes: list[Node], now: float) -> None:
+        """Starts a worker on each of the nodes; without any, one worker makes place for URLs that nobody asks."""
+        run, urls = self._run, self._run.recipe.teacher.urls
+        for index, node in enumerate(nodes):
+            name = f"{node.address.replace(':', '.')}-{uuid4().hex[:8]}"
+            own = self._leases.deal(urls, len(nodes) - index)
+            teacher = run.recipe.teacher.model_copy(update={"base_url": own})
+            recipe = run.recipe.model_copy(update={"teacher": teacher})
+            variables = variables_of(run.recipe.teacher)
+            actor = self._cluster.start(node, name, recipe, str(Path(self._store.url)), variables, self._lease_s)
+            self._leases.join(name, own, now)
+            self._members[name] = member = _Member(node, actor, own)
+            member.task = asyncio.create_task(self._follow(name, member))
+        asked = {url for member in self._members.values() for url in member.urls}
+        if not nodes and self._members and set(urls) - asked:
+            least = min(self._members.values(), key=lambda member: len(member.urls))
+            least.closing = least.closing or not any(member.closing for member in self._members.values())
+
+    async def _follow(self, name: str, member: _Member) -> None:
+        """Gives a worker its orders and reads what it uploads, until it ends or is lost."""
+        try:
+            while True:
+                orders = self._orders(name, member)
+                if orders.items:
+                    await self._collector.save()
+                report: Report = await self._cluster.call(member.actor.beat, orders)
+                self._leases.heard(name, orders.shares, monotonic())
+                self._tell(report.said)
+                if report.ended[0] or report.uploads > member.collected:
+                    await self._collector.collect(name)
+                member.report, member.collected = report, report.uploads
+                if not report.idle:
+                    member.idle_since = None
+                elif member.idle_since is None:
+                    member.idle_since = report.uploads
+                if report.ended[0]:
+                    return await self._ended(name, member, *report.ended)
+                await asyncio.sleep(BEAT_S)
+        except Lost as error:
+            await self._lose(name, str(error))
+
+    def _orders(self, name: str, member: _Member) -> Orders:
+        """What a worker is to do next."""
+        leases, items = self._leases, list[Item]()
+        shares, report = leases.shares(name) or {}, member.report
+        if shares:
+            leases.offer(name, shares)
+        if shares and report and not member.closing and not self._stopping.is_set():
+            items = leases.lease(name, report.room)
+            self._collector.changed()
+        if items:
+            member.idle_since = None
+        at_end = not items and (leases.refused is not None or not leases.any_left())
+        refused_all = at_end and member.settled and bool(leases.writers[name].items)  # the client holds them back
+        return Orders(
+            items=items,
+            shares=shares,
+            flush=at_end and report is not None and (report.idle or leases.refused is not None),
+            close=member.closing or refused_all,
+            stop=self._stopping.is_set(),
+        )
+
+    async def _ended(self, name: str, member: _Member, kind: str, message: str) -> None:
+        """A worker has ended by itself, and all that it wrote was read."""
+        self._leave(name, lost=False)
+        self._collector.close(name)
+        self._cluster.kill(member.actor)
+        if kind not in ("done", BudgetReached.__name__):
+            broke = DistillError(f"a worker broke with {kind}: {message}")
+            self._put_aside(member.node, getattr(errors, kind)(message) if hasattr(errors, kind) else broke)
+
+    async def _lose(self, name: str, why: str) -> None:
+        """A worker is gone, or as good as gone: what it had not uploaded is leased to others."""
+        if not (member := self._members.get(name)):
+            return
+        self._silent.add(name)
+        await self._collector.collect(name)
+        if name not in self._members:  # two have noticed
+            return
+        if member.task and member.task is not asyncio.current_task():
+            member.task.cancel()
+        self._run.say(f"warning: the worker {name} is lost ({why})")
+        if member.report is None:  # it never said a word: so it has nothing, and should not begin later
+            self._cluster.kill(member.actor)
+            self._put_aside(member.node, DistillError(f"no worker starts on {member.node.address}: {why}"))
+        self._leave(name, lost=True)
+
+    def _leave(self, name: str, *, lost: bool) -> None:
+        self._members.pop(name, None)
+        self._leases.leave(name, lost=lost)
+
+    def _put_aside(self, node: Node, error: DistillError) -> None:
+        self._aside[node.id] = monotonic() + ASIDE_S
+        self._errors.append(error)
+        self._tell([f"warning: {node.address}: {error}"])
+
+    async def _until_ended(self) -> None:
+        """The workers have been told to stop: waits for what they have in flight, and reads it."""
+        while self._members and self._interrupts < 2:
+            tasks = [member.task for member in self._members.values() if member.task]
+            await asyncio.wait(tasks, timeout=LOOK_S)
+            for name in self._leases.silent(monotonic()):
+                await self._lose(name, "it is silent")
+            if any(task.done() and task.exception() for task in tasks):
+                return
+
+    def _reached(self, refused: Item) -> BudgetReached:
+        budget, spent, most = self._run.recipe.budget, self._leases.spent, refused.most
+        said = [
+            f"${spent.cost / PICO:.6f} of budget.usd {budget.usd:g}" if budget.usd is not None else "",
+            f"{spent.tokens:,} of budget.tokens {budget.tokens:,}" if budget.tokens is not None else "",
+        ]
+        return BudgetReached(
+            f"{' and '.join(filter(None, said))} spent, or charged for lost workers, and the next request can cost up "
+            f"to {most.tokens:,} tokens (${most.cost / PICO:.6f}); raise the budget and run the same command again"
+        )
+
+    def _show(self) -> None:
+        """The progress line: what was read, and what all workers have in flight."""
+        reports = [member.report for member in self._members.values() if member.report]
+        for name in ("in_flight", "waiting"):
+            setattr(self._run.counters, name, sum(report.counters[name] for report in reports))
+        self._run.show()
+
+    def _tell(self, messages: list[str]) -> None:
+        """Says each message once: all workers see the same endpoints."""
+        for message in messages:
+            if message not in self._told:
+                self._told.add(message)
+                self._run.say(message)
+
+    async def _wait(self, seconds: float) -> None:
+        """Waits so long, or until the run is to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return
+
+
+def _items(run: Run) -> Iterator[Item]:
+    """What is to be leased: all that the run has left."""
+    dialect, price = Dialect(), known_price(run.recipe)
+    for job in run.jobs():
+        most = most_of(len(dialect.body(job)), int(job.request.sampling["max_tokens"]), price)
+        yield Item(job.request.id, msgspec.json.encode(job.request), most)
+
+
+def variables_of(teacher: TeacherConfig) -> dict[str, str]:
+    """The variables of this environment that a worker needs: the key, what the headers name, and a cloud's."""
+    names = {teacher.api_key_env, *(name for value in teacher.headers.values() for name in VARIABLE.findall(value))}
+    return {name: value for name, value in os.environ.items() if name in names or name.startswith("AWS_")}

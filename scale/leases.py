@@ -1,0 +1,226 @@
+"""Who holds what of a run on a cluster: shares of its requests, of its budget and of its endpoints' limits.
+
+A writer is one actor from its start to its end; no two have the same name. It holds requests as long as it is heard;
+after `lease_s` of silence they are leased to others. It may only be frozen, and may still write: its late answers count
+where nobody else's came first, its late failures do not.
+
+Money. A lease reserves the most that each of its requests can cost. A writer says in its account, which it writes with
+its parts, what it has spent and what it may still spend (its claim); only an account that has been read gives money
+back. So whatever a silent writer does, it spends no more than it is charged, and the budget holds. What a lost writer
+was charged stays charged: it may have spent that. `State` is all of it that must outlive the driver, and is saved
+before a lease goes out.
+
+Limits. An endpoint that n writers ask gives each 1/n of what it allows. A new writer gets its part when the others have
+heard of it, so that the parts never add up to more than the whole. Pure: the time is passed in.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import msgspec
+
+from generate.budget import Spend
+from generate.idset import IdSet
+
+
+class Item(msgspec.Struct, frozen=True):
+    """One request to be leased."""
+
+    id: str
+    line: bytes  # its record, encoded
+    most: Spend = Spend()  # that one attempt can cost
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A writer's account, as it writes it."""
+
+    most: Spend = Spend()  # it has spent so much, or may still
+    granted: Spend = Spend()  # of all leases that it knew of then
+
+
+class Account(msgspec.Struct):
+    """A writer's money, as the driver knows it."""
+
+    granted: Spend = Spend()  # over all its leases
+    claim: Claim = Claim()
+    rows: Spend = Spend()  # of the answers read in its parts
+    parts: dict[str, int] = {}  # how many of them have been read, by kind
+
+    @property
+    def charged(self) -> Spend:
+        """The most that it can have spent, or can still."""
+        return self.claim.most + self.granted - self.claim.granted
+
+
+class State(msgspec.Struct):
+    """What outlives the driver."""
+
+    accounts: dict[str, Account] = {}  # of the writers that have not ended in order
+    rest: Spend = Spend()  # not in the journal: of those that have, and of answers that were dropped as repeated
+
+    @property
+    def charged(self) -> Spend:
+        return sum((account.charged for account in self.accounts.values()), Spend())
+
+    @property
+    def unsaid(self) -> Spend:
+        """What of it the run's journal does not say."""
+        return self.charged + self.rest - sum((account.rows for account in self.accounts.values()), Spend())
+
+
+@dataclass
+class Writer:
+    """A live writer."""
+
+    urls: list[str]
+    heard: float
+    items: dict[str, Item] = field(default_factory=dict)  # leased, and not finished as far as was read
+    shares: dict[str, int] = field(default_factory=dict)  # 1/n of each URL's limits: the largest it may be using
+
+
+class Leases:
+    """The table. `tokens` and `cost` (pico-dollars) are the budget; `before` was spent beside what `state` charges."""
+
+    def __init__(
+        self,
+        items: Iterator[Item],
+        state: State,
+        finished: IdSet,
+        *,
+        tokens: int | None = None,
+        cost: int | None = None,
+        before: Spend = Spend(),  # noqa: B008, a frozen value
+        lease_s: float,
+    ) -> None:
+        self._new, self._again = items, deque[Item]()
+        self.state, self._finished, self._lease_s = state, finished, lease_s
+        self._tokens, self._cost = tokens, cost
+        self.spent = before + state.charged  # the most that the run can have spent, with all that is leased
+        self.writers: dict[str, Writer] = {}
+        self._holder: dict[str, str] = {}
+        self.asked_again = 0  # requests that were leased to a writer that was lost
+        self.refused: Item | None = None  # the last request that the budget had no room for
+
+    @property
+    def leased(self) -> int:
+        """Requests that a live writer holds."""
+        return len(self._holder)
+
+    def join(self, name: str, urls: list[str], now: float) -> None:
+        """A writer begins, on these endpoints."""
+        self.writers[name] = Writer(urls, now)
+        self.state.accounts[name] = Account()
+
+    def heard(self, name: str, shares: dict[str, int], now: float) -> None:
+        """A live writer has said something; it uses these shares, if there are any, and none it had before."""
+        if writer := self.writers.get(name):
+            writer.heard, writer.shares = now, dict(shares) or writer.shares
+
+    def silent(self, now: float) -> list[str]:
+        """The writers whose leases have run out."""
+        return [name for name, writer in self.writers.items() if now - writer.heard > self._lease_s]
+
+    def leave(self, name: str, *, lost: bool) -> None:
+        """A writer has ended or is lost: what it holds is leased again, its share of the limits is free."""
+        writer = self.writers.pop(name, None)
+        if writer:
+            self.asked_again += len(writer.items) if lost else 0
+            self._again.extend(writer.items.values())
+            for id_ in writer.items:
+                del self._holder[id_]
+
+    def close(self, name: str) -> None:
+        """A writer has ended in order, and all that it wrote was read: what it claims is what it has spent."""
+        account = self.state.accounts.pop(name)
+        self.state.rest += account.charged - account.rows
+
+    def lease(self, name: str, most: int) -> list[Item]:
+        """Up to so many more requests for a live writer, as far as the budget goes. Charges what they can cost."""
+        writer, account, items = self.writers[name], self.state.accounts[name], list[Item]()
+        while len(items) < most and (item := self._next()):
+            if self._passes(self.spent + item.most):
+                self.refused = item
+                self._again.appendleft(item)
+                break
+            self.refused = None
+            self.spent += item.most
+            account.granted += item.most
+            items.append(item)
+        writer.items |= {item.id: item for item in items}
+        self._holder |= {item.id: name for item in items}
+        return items
+
+    def any_left(self) -> bool:
+        """Whether there is a request that nobody holds."""
+        if item := self._next():
+            self._again.appendleft(item)
+        return item is not None
+
+    def answered(self, name: str, id_: str, cost: Spend) -> bool:
+        """An answer was read in a writer's part. True if it is the first to its request, and so counts."""
+        self.account(name).rows += cost
+        first = self._finished.add(id_)
+        if not first:
+            self.state.rest += cost
+        self._release(id_)
+        return first
+
+    def failed(self, name: str, id_: str) -> bool:
+        """A failure was read in a writer's part. True if it counts: the writer is the one that holds the request."""
+        if self._holder.get(id_) != name:
+            return False
+        self._finished.add(id_)
+        self._release(id_)
+        return True
+
+    def claimed(self, name: str, claim: Claim) -> None:
+        """A writer's account was read: what it does not claim any more can be leased again."""
+        account = self.account(name)
+        before = account.charged
+        account.claim = claim
+        self.spent += account.charged - before
+
+    def account(self, name: str) -> Account:
+        """A writer's money; a new one for a writer that nothing is known of."""
+        return self.state.accounts.setdefault(name, Account())
+
+    def shares(self, name: str) -> dict[str, int] | None:
+        """A writer's share of each of its URLs, as 1/n; None while the others do not leave it any."""
+        shares = {}
+        for url in self.writers[name].urls:
+            others = [one for other, one in self.writers.items() if other != name and url in one.urls]
+            shares[url] = len(others) + 1
+            taken = sum(Fraction(1, one.shares[url]) for one in others if url in one.shares)
+            if taken + Fraction(1, shares[url]) > 1:
+                return None
+        return shares
+
+    def offer(self, name: str, shares: dict[str, int]) -> None:
+        """A writer is told its shares. Until it is heard, it may use these or those before: the larger is counted."""
+        before = self.writers[name].shares
+        self.writers[name].shares = {url: min(of, before.get(url, of)) for url, of in shares.items()}
+
+    def deal(self, urls: list[str], newcomers: int) -> list[str]:
+        """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one."""
+        asked = {url: sum(url in writer.urls for writer in self.writers.values()) for url in urls}
+        free = [url for url in urls if not asked[url]]
+        return free[:: max(newcomers, 1)] or [min(urls, key=lambda url: asked[url])]
+
+    def _next(self) -> Item | None:
+        """The next request that nobody holds; one whose answer came late needs nothing more."""
+        while self._again:
+            if (item := self._again.popleft()).id not in self._finished:
+                return item
+        return next(self._new, None)
+
+    def _passes(self, spent: Spend) -> bool:
+        return (self._tokens is not None and spent.tokens > self._tokens) or (
+            self._cost is not None and spent.cost > self._cost
+        )
+
+    def _release(self, id_: str) -> None:
+        holder = self.writers.get(self._holder.pop(id_, ""))
+        if holder:
+            holder.items.pop(id_, None)

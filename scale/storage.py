@@ -1,0 +1,175 @@
+"""A place for the files of a run that several machines can reach: a folder, S3 or what speaks its protocol, or GCS.
+
+A name is a path under the store's URL. An object is there whole or not at all, and `put_new` never replaces one: of
+several that put the same name at once, one gets True. Folders need nothing; clouds need the extra `storage` (the
+package obstore), and take endpoint and credentials from their usual environment variables.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+from pipeline.errors import DistillError, UsageError, first_line
+from pipeline.rundir import sync_folder
+
+CLOUDS = ("s3", "gs")
+HIDDEN = "."  # begins the name of a file that a folder is still writing
+
+
+class Store(Protocol):
+    """Every method raises DistillError when the store cannot be reached or refuses."""
+
+    url: str
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Writes an object if there is none of this name; False if there is: nothing has changed then."""
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Writes an object, or the content of a file, in place of an older one."""
+
+    def get(self, name: str) -> bytes | None:
+        """An object's content; None if there is none of this name."""
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of all objects under a folder (of names, such as `parts/completions`), sorted."""
+
+    def delete(self, name: str) -> None:
+        """Removes an object; it may be gone already."""
+
+
+def open_store(url: str | Path) -> Store:
+    """A folder's path or file:// URL, s3://bucket/path or gs://bucket/path. Checks that it can be read.
+
+    Raises UsageError for a wrong URL or a missing package, DistillError if there is no access or no such bucket.
+    """
+    parts = urlsplit(str(url))
+    if parts.scheme in CLOUDS:
+        if not parts.netloc or not parts.path.strip("/"):
+            raise UsageError(f"{url}: a bucket and a path are needed: {parts.scheme}://bucket/path")
+        store: Store = Bucket(str(url).rstrip("/"))
+    elif parts.scheme == "file":
+        store = Folder(Path(unquote(parts.path)))
+    elif "://" in str(url):
+        raise UsageError(f"{url}: not a store; give a folder, or a URL that begins with s3://, gs:// or file://")
+    else:
+        store = Folder(Path(url))
+    store.names("lease")  # small; says now what would go wrong later
+    return store
+
+
+class Folder:
+    """A store in a folder, on a local disk or a shared file system with hard links (NFS has them)."""
+
+    def __init__(self, path: Path) -> None:
+        self.url, self._path = str(path), path
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        with self._explained(name), self._written(name, data) as (temporary, target):
+            try:
+                os.link(temporary, target)  # unlike a rename, it never replaces
+            except FileExistsError:
+                return False
+        return True
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        content = data.read_bytes() if isinstance(data, Path) else data
+        with self._explained(name), self._written(name, content) as (temporary, target):
+            temporary.replace(target)
+
+    def get(self, name: str) -> bytes | None:
+        with self._explained(name):
+            try:
+                return (self._path / name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def names(self, folder: str = "") -> list[str]:
+        with self._explained(folder):
+            paths = [path for path in (self._path / folder).rglob("*") if path.is_file()]
+        return sorted(str(path.relative_to(self._path)) for path in paths if not path.name.startswith(HIDDEN))
+
+    def delete(self, name: str) -> None:
+        with self._explained(name):
+            (self._path / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        """The data in a file of its own, on disk, and where it is to be."""
+        target = self._path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{HIDDEN}{target.name}.{uuid4().hex}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary, target
+            sync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DistillError(f"{self._path / name}: {error.strerror or error}") from None
+
+
+class Bucket:
+    """A store in S3 (or what speaks its protocol) or Google Cloud Storage, through obstore."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            from obstore import exceptions, store
+        except ImportError:
+            raise UsageError(f"{url}: needs the package obstore; run `pip install -e .[storage]`") from None
+        self.url, self._errors = url, exceptions
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        self._store: Any = store.from_url(
+            url,
+            client_options={"allow_http": endpoint.startswith("http://")},
+            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
+        )
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        with self._explained(name):
+            try:
+                self._store.put(name, data, mode="create")
+            except self._errors.AlreadyExistsError:
+                return False
+        return True
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        with self._explained(name):
+            self._store.put(name, data)
+
+    def get(self, name: str) -> bytes | None:
+        with self._explained(name):
+            try:
+                return bytes(self._store.get(name).bytes())
+            except self._errors.NotFoundError:
+                return None
+
+    def names(self, folder: str = "") -> list[str]:
+        with self._explained(folder):
+            return sorted(item["path"] for chunk in self._store.list(folder or None) for item in chunk)
+
+    def delete(self, name: str) -> None:
+        with self._explained(name), suppress(self._errors.NotFoundError):
+            self._store.delete(name)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (self._errors.UnauthenticatedError, self._errors.PermissionDeniedError) as error:
+            what = "no access: set the cloud's variables for credentials (docs/storage.md)"
+            raise DistillError(f"{self.url}/{name}: {what}: {first_line(error)}") from None
+        except self._errors.BaseError as error:
+            raise DistillError(f"{self.url}/{name}: {first_line(error)}") from None

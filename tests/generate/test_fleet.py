@@ -1,0 +1,173 @@
+"""Which endpoint a request goes to, and servers that come and go while requests go out."""
+
+import threading
+from collections import Counter
+from pathlib import Path
+from socket import AF_INET, AF_INET6
+
+import pytest
+from tenacity import wait_fixed
+
+from generate.fleet import FEW, Fleet
+from generate.run import generate
+from pipeline.errors import RecipeError
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, completions, misbehaving, recipe_for
+
+
+class Place:
+    """An endpoint with so much room."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_flight, self.looks, self.wait_s = limit, 0, 0, 0.0
+        self.down_since: float | None = None
+        self.most = 0
+
+    def ready_in(self, tokens: int, now: float) -> float | None:
+        self.looks += 1
+        return None if self.in_flight >= self.limit else self.wait_s
+
+
+def fleet_of(*places: Place) -> Fleet:
+    return Fleet(places)  # type: ignore[arg-type]
+
+
+def test_of_a_few_the_least_full_one_gets_the_request() -> None:
+    large, small = Place(100), Place(10)
+    large.in_flight, small.in_flight = 30, 4
+    assert fleet_of(small, large).pick(1, 0.0)[0] is large
+    large.in_flight = 50
+    assert fleet_of(small, large).pick(1, 0.0)[0] is small
+
+
+@pytest.mark.parametrize("count", [2, 512])
+def test_all_are_filled_and_the_looks_for_a_request_stay_few(count: int) -> None:
+    places = [Place(16) for _ in range(count)]
+    fleet = fleet_of(*places)
+    picks = 16 * count
+    for number in range(picks):
+        place, _ = fleet.pick(1, 0.0)
+        assert place
+        place.in_flight += 1
+        if number == picks // 2:
+            used = [one.in_flight for one in places]
+            assert max(used) - min(used) <= 8
+    assert fleet.pick(1, 0.0) == (None, None)
+    assert all(place.in_flight == 16 for place in places)
+    assert sum(place.looks for place in places) <= (FEW + 1) * picks / (4 if count > FEW else 1)
+    looks = sum(place.looks for place in places)
+    for place in places:  # a reply makes room at one of them: nobody looks at the others
+        place.in_flight -= 1
+        fleet.reopen(place)  # type: ignore[arg-type]
+        assert fleet.pick(1, 0.0)[0] is place
+        place.in_flight += 1
+        assert fleet.pick(1, 0.0) == (None, None)
+    assert sum(place.looks for place in places) - looks <= 2 * count
+
+
+def test_an_endpoint_that_must_wait_is_back_when_its_time_has_come() -> None:
+    slow, slower = Place(8), Place(8)
+    slow.wait_s, slower.wait_s = 2.0, 5.0
+    fleet = fleet_of(slow, slower)
+    assert fleet.pick(1, 10.0) == (None, 2.0)
+    assert fleet.pick(1, 11.0) == (None, 1.0)
+    slow.wait_s = 0.0
+    assert fleet.pick(1, 12.0)[0] is slow
+    fleet.remove(slow)  # type: ignore[arg-type]
+    fleet.reopen(slow)  # type: ignore[arg-type]
+    assert fleet.pick(1, 12.0) == (None, 3.0)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setattr("generate.online.FOLLOW_S", 0.05)
+    monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.05))
+    return RunDir(tmp_path / "run")
+
+
+def test_a_file_of_servers_is_followed_while_the_run_goes(run: RunDir, tmp_path: Path) -> None:
+    """The first server goes away and another one comes, at another address; nothing is lost."""
+    urls, moved = tmp_path / "servers.txt", threading.Event()
+
+    def leaving(asked: Asked) -> Behaviour:
+        if len(first.asked) == 20:
+            urls.write_text(f"# started again elsewhere\n{second.url}/\n")
+            moved.set()
+        return answer(delay_s=0.02)
+
+    with misbehaving(leaving) as first, misbehaving(lambda asked: answer(delay_s=0.02)) as second:
+        urls.write_text(first.url + "\n")
+        teacher = {"model": "stub", "base_url": "http://cluster/v1", "urls_file": urls}
+        summary = generate(recipe_for(first, 400, teacher=teacher), run, quiet=True)
+    assert moved.is_set()
+    assert (summary.answered, summary.failed) == (400, 0)
+    asked = Counter(record.endpoint for record in completions(run))
+    assert asked[first.url] + asked[second.url] == 400
+    assert asked[second.url] > 200
+    moved_recipe = recipe_for("http://cluster/v1", 400, teacher={"model": "stub", "base_url": "http://cluster/v1"})
+    urls.unlink()
+    assert generate(moved_recipe, run, quiet=True).resumed == 400  # base_url is the name in the ids
+
+
+def test_a_file_that_cannot_be_read_is_an_error_first_and_a_warning_later(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = tmp_path / "servers.txt"
+    recipe = recipe_for("x", 40, teacher={"model": "stub", "urls_file": urls})
+    for words, said in ((None, "No such file"), ("\n# none\n", "holds no URL"), ("gpu-7:8000", "is no URL")):
+        if words is not None:
+            urls.write_text(words)
+        with pytest.raises(RecipeError, match=rf"teacher\.urls_file .*servers\.txt.*{said}"):
+            generate(recipe, run, quiet=True)
+
+    def script(asked: Asked) -> Behaviour:
+        urls.write_text("")  # as somebody who does not replace it as a whole
+        return answer(delay_s=0.1)
+
+    with misbehaving(script) as server:
+        urls.write_text(server.url)
+        assert generate(recipe, run, quiet=True).answered == 40
+    assert capsys.readouterr().err.count("holds no URL") == 1
+
+
+def test_a_private_name_with_several_addresses_is_several_endpoints(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a headless service: the second server comes later, under the same name."""
+    addresses = ["127.0.0.2", "127.0.0.9"]  # nobody answers at the second
+
+    def look_up(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        found = [(AF_INET, 1, 6, "", (address, port)) for address in addresses]
+        return [(AF_INET6, 1, 6, "", ("::1", port, 0, 0)), *found]
+
+    monkeypatch.setattr("generate.targets.getaddrinfo", look_up)
+    hosts = set[str]()
+
+    def script(asked: Asked) -> Behaviour:
+        hosts.add(asked.headers["Host"])
+        addresses[1] = "127.0.0.3"
+        return answer(delay_s=0.02)
+
+    with misbehaving(script, host="127.0.0.2") as first:
+        port = int(first.url.rpartition(":")[2].removesuffix("/v1"))
+        with misbehaving(script, host="127.0.0.3", port=port) as second:
+            url = f"http://teacher.internal:{port}/v1"
+            recipe = recipe_for(url, 400, generate={"concurrency": 4})
+            summary = generate(recipe, run, quiet=True)
+    assert summary.answered == 400
+    assert min(len(first.asked), len(second.asked)) > 50
+    assert max(first.most_at_once, second.most_at_once) <= 4
+    assert hosts == {f"teacher.internal:{port}"}
+    assert {record.endpoint for record in completions(run)} == {url}
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "127.0.0.9"])
+async def test_a_public_name_stays_one_endpoint(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from generate.targets import Target, find_targets
+
+    found = [(AF_INET, 1, 6, "", (one, 80)) for one in (address, "127.0.0.8")]
+    monkeypatch.setattr("generate.targets.getaddrinfo", lambda host, port, **_: found)
+    teacher = recipe_for("http://api.example.com/v1").teacher
+    expected = [None] if address.startswith("93") else ["127.0.0.8", "127.0.0.9"]
+    assert await find_targets(teacher) == [Target(teacher.url, one) for one in expected]

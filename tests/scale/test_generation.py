@@ -1,0 +1,194 @@
+"""The driver and its workers without Ray: actors in the event loop of the test, that die or freeze when told."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generate.run import Summary, _opened, _summary
+from pipeline.errors import BudgetReached, DistillError
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from scale import generation, worker
+from scale.cluster import Lost, Node
+from scale.generation import Driver
+from scale.storage import Folder
+from scale.worker import Worker
+from tests.servers.misbehaving_server import answer, completions, error, failures, misbehaving, recipe_for
+
+LEASE_S = 3.0
+
+
+class FakeActor:
+    """A worker; `frozen` while it hears nothing (it goes on all the same: a zombie)."""
+
+    def __init__(self, node: Node, *args: Any) -> None:
+        self.node, self.worker = node, Worker(*args)
+        self.beat = self.worker.beat
+        self.thawed = asyncio.Event()
+        self.thawed.set()
+        self.silenced = asyncio.Event()
+        self.work = asyncio.create_task(self.worker.work(self.silenced.set))
+
+
+class FakeCluster:
+    """Nodes and actors, without Ray."""
+
+    def __init__(self, nodes: int = 2) -> None:
+        self.alive = [Node(f"n{number}", f"10.0.0.{number}") for number in range(nodes)]
+        self.actors: dict[str, FakeActor] = {}
+        self.old: dict[str, FakeActor] = {}
+        self.dead: set[int] = set()
+
+    def nodes(self) -> list[Node]:
+        return list(self.alive)
+
+    def start(self, node: Node, name: str, *args: Any) -> FakeActor:
+        self.actors[name] = FakeActor(node, name, *args)
+        return self.actors[name]
+
+    def leftovers(self) -> dict[str, FakeActor]:
+        return self.old
+
+    async def call(self, method: Any, *args: Any) -> Any:
+        actor = next(one for one in [*self.actors.values(), *self.old.values()] if one.beat == method)
+        await actor.thawed.wait()
+        if actor.work.cancelled():
+            raise Lost("it died")
+        return await method(*args)
+
+    def kill(self, actor: FakeActor) -> None:
+        actor.work.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "BEAT_S", 0.05)
+    monkeypatch.setattr(generation, "LOOK_S", 0.1)
+    monkeypatch.setattr(worker, "LOOK_S", 0.05)
+    monkeypatch.setattr("scale.parts.ROWS", 20)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+async def drive(recipe: Recipe, folder: RunDir, cluster: FakeCluster, beside: Any = None) -> Summary:
+    """One call of the driver; `beside` is what happens to it meanwhile."""
+    with _opened(recipe, folder, recipe, quiet=True, retry_failures=False) as (call, _):
+        driver = Driver(call, cluster, Folder(folder.path / "cluster"), LEASE_S)  # type: ignore[arg-type]
+        task = asyncio.create_task(beside(driver)) if beside else None
+        outcome = await driver.send()
+        if task:
+            await task
+        if outcome:
+            raise outcome
+    return _summary(call)
+
+
+def whole(run: RunDir, count: int) -> bool:
+    """Whether every request has one answer."""
+    ids = [record.id for record in completions(run)]
+    return len(ids) == len(set(ids)) == count
+
+
+async def until(driver: Driver, answered: int) -> None:
+    while driver._run.counters.answered < answered:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def test_a_run_on_a_cluster_is_that_of_one_machine(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(400) if asked.text == "say 3" else answer(delay_s=0.01)) as server:
+        summary = await drive(recipe_for(server, 200), run, FakeCluster(3))
+        assert len(server.asked) == 200
+        assert server.most_at_once <= 8  # together
+    assert (summary.answered, summary.failed, summary.completion_tokens) == (199, 1, 199 * 5)
+    assert [failure.error for failure in failures(run)] == ["bad_request"]
+    assert whole(run, 199)
+    assert not list((run.path / "cluster").rglob("*.gz"))
+
+
+async def test_a_worker_that_dies_is_replaced_and_what_it_had_is_asked_again(run: RunDir) -> None:
+    cluster = FakeCluster(2)
+
+    async def kill(driver: Driver) -> None:
+        await until(driver, 40)
+        cluster.kill(next(iter(cluster.actors.values())))
+
+    with misbehaving(lambda asked: answer(delay_s=0.05)) as server:
+        summary = await drive(recipe_for(server, 300), run, cluster, kill)
+        assert 300 <= len(server.asked) < 300 + 8 + 20 + 1  # in flight, and one part
+    assert (summary.answered, len(cluster.actors)) == (300, 3)
+    assert whole(run, 300)
+
+
+async def test_a_frozen_node_loses_its_lease_and_what_it_writes_late_is_dropped_or_counts_once(run: RunDir) -> None:
+    cluster = FakeCluster(2)
+
+    async def freeze(driver: Driver) -> None:
+        await until(driver, 40)
+        first = next(iter(cluster.actors.values()))
+        first.thawed.clear()
+        await first.silenced.wait()  # it noticed by itself, and has uploaded what it had
+
+    budget = {"tokens": 300 * 150}
+    with misbehaving(lambda asked: answer(delay_s=0.05)) as server:
+        recipe = recipe_for(server, 300, budget=budget, sampling={"max_tokens": 5}, generate={"concurrency": 4})
+        summary = await drive(recipe, run, cluster, freeze)
+        asked = len(server.asked)
+    assert summary.answered == 300
+    assert whole(run, 300)
+    spent = summary_tokens(run)
+    assert 12 * asked <= spent <= budget["tokens"]
+
+
+def summary_tokens(run: RunDir) -> int:
+    from pipeline.lineage import read_lineage
+
+    return int(read_lineage(run)["generate"]["spent"]["tokens"])
+
+
+async def test_the_budget_ends_it_where_one_machine_would_and_a_raised_one_goes_on(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
+        recipe = recipe_for(server, 300, budget={"tokens": 2400}, sampling={"max_tokens": 5})
+        with pytest.raises(BudgetReached, match=r"of budget\.tokens 2,400"):
+            await drive(recipe, run, FakeCluster(2))
+        assert 2400 - 250 < 12 * len(server.asked) <= 2400
+        assert summary_tokens(run) == 12 * len(server.asked)
+        more = recipe_for(server, 300, budget={"tokens": 9000}, sampling={"max_tokens": 5})
+        await drive(more, run, FakeCluster(2))
+        assert len(server.asked) == 300
+    assert whole(run, 300)
+
+
+async def test_a_driver_that_is_killed_leaves_workers_whose_answers_the_next_one_reads(run: RunDir) -> None:
+    cluster = FakeCluster(2)
+    with misbehaving(lambda asked: answer(delay_s=0.05)) as server:
+        recipe = recipe_for(server, 300, budget={"tokens": 300 * 60}, sampling={"max_tokens": 5})
+        with _opened(recipe, run, recipe, quiet=True, retry_failures=False) as (call, _):
+            driver = Driver(call, cluster, Folder(run.path / "cluster"), LEASE_S)  # type: ignore[arg-type]
+            directing = asyncio.create_task(driver._direct())
+            await until(driver, 40)
+            directing.cancel()  # as a kill: nobody is told, nothing is saved
+            for member in driver._members.values():
+                assert member.task
+                member.task.cancel()
+        after = FakeCluster(2)
+        after.old = cluster.actors
+        summary = await drive(recipe, run, after)
+        assert len(server.asked) == 300  # the old workers had time to upload what they had in flight
+        assert summary_tokens(run) == 300 * 12
+    assert summary.resumed + summary.answered == 300
+    assert whole(run, 300)
+
+
+async def test_an_error_ends_the_run_when_no_node_can_work(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
+        await drive(recipe_for(server, 30), run, FakeCluster(2))
+
+
+async def test_requests_that_are_all_refused_fail_or_end_it_as_on_one_machine(run: RunDir) -> None:
+    with misbehaving(lambda asked: error(403, "not you")) as server, pytest.raises(DistillError, match="not you"):
+        await drive(recipe_for(server, 3), run, FakeCluster(1))

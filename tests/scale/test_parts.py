@@ -1,0 +1,65 @@
+"""Parts in a folder store: what an uploader puts, what readers see, and the race for one name."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from scale import parts
+from scale.parts import Uploader, compact, part_names, read_parts
+from scale.storage import Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+def line(number: int, created: str = "2026-01-01") -> bytes:
+    return json.dumps({"id": f"id{number:04}", "created": created, "text": "ok"}).encode() + b"\n"
+
+
+def append(journal: Path, *lines: bytes) -> None:
+    with journal.open("ab") as file:
+        file.writelines(lines)
+
+
+def test_of_many_that_put_one_name_one_succeeds(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for name in (f"a/{number}" for number in range(20)):
+            won = list(pool.map(lambda data, name=name: store.put_new(name, data), [b"%d" % n for n in range(8)]))
+            assert won.count(True) == 1
+            assert store.get(name) == b"%d" % won.index(True)
+    assert len(store.names()) == 20
+
+
+def test_a_part_closes_at_its_rows_or_its_time(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "completions.jsonl"
+    uploader = Uploader(store, "me", journal)
+    assert uploader.upload() == 0
+    append(journal, *map(line, range(2500)), b'{"id": "torn')
+    assert uploader.upload() == 2000
+    assert uploader.upload() == 0
+    monkeypatch.setattr(parts, "SECONDS", 0.0)
+    assert uploader.upload() == 500
+    assert part_names(store) == [f"parts/completions/me-{number:06}.jsonl.gz" for number in range(3)]
+    assert list(read_parts(store)) == [line(number) for number in range(2500)]
+
+
+def test_repeated_ids_are_read_once_and_known_ones_never(store: Store, tmp_path: Path) -> None:
+    for owner in ("one", "two"):
+        append(tmp_path / owner, *map(line, range(10)))
+        assert Uploader(store, owner, tmp_path / owner).upload(rest=True) == 10
+    assert len(list(read_parts(store))) == 10
+    again = Uploader(store, "one", tmp_path / "one")  # its process was killed: it does not know what it put
+    again.upload(rest=True)
+    assert len(part_names(store)) == 3
+    assert len(list(read_parts(store))) == 10
+
+
+def test_compacting_sorts_and_keeps_the_first_of_each(tmp_path: Path) -> None:
+    journal = tmp_path / "completions.jsonl"
+    append(journal, line(3), line(1, "2026-01-02"), line(2), line(1, "2026-01-01"))
+    compact(journal)
+    assert journal.read_bytes() == line(1, "2026-01-01") + line(2) + line(3)

@@ -1,0 +1,155 @@
+"""A wheelhouse of small files: cut in parts, verified, put together; and installed by the set-up, with no index."""
+
+import json
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+house = SimpleNamespace(**runpy.run_path(str(ROOT / "setup_wheelhouse.py")))
+
+
+def a_wheel(folder: Path, name: str, code: str = "") -> None:
+    """A wheel of one module; it asks for a package that is nowhere."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.py", code)
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: gone\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def a_wheelhouse(tmp_path: Path, *, size: int = 1000, **changes: Any) -> Path:
+    """As collect() writes it, of the files in `content`."""
+    content, folder = tmp_path / "content", tmp_path / "house"
+    for name in ("wheels", "models/mine", "embedded/tiny"):
+        (content / name).mkdir(parents=True, exist_ok=True)
+    (content / "requirements.txt").touch()
+    (content / "models/mine/config.json").write_bytes(os.urandom(2500))
+    (content / "embedded/tiny/config.json").write_text("{}")
+    folder.mkdir()
+    writer = house.PartWriter(folder, size)
+    with tarfile.open(fileobj=writer, mode="w|") as archive:
+        for path in sorted(content.iterdir()):
+            archive.add(path, path.name)
+    writer.close()
+    here = {"python": house.minor(platform.python_version()), "machine": platform.machine()}
+    manifest = {**here, "cuda": False, "groups": [], "packages": [], "files": writer.parts, **changes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("size", [1000, 10_240, 1 << 20])
+def test_what_was_cut_in_parts_is_put_together(tmp_path: Path, size: int) -> None:
+    folder = a_wheelhouse(tmp_path, size=size)
+    sizes = [path.stat().st_size for path in sorted(folder.glob("part-*"))]
+    assert all(own == size for own in sizes[:-1]) and 0 < sizes[-1] <= size
+    house.unpack(str(folder), str(tmp_path / "out"))
+    for path in ("models/mine/config.json", "embedded/tiny/config.json"):
+        assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "content" / path).read_bytes()
+
+
+def test_missing_and_damaged_parts_are_named_in_one_line(tmp_path: Path) -> None:
+    folder = a_wheelhouse(tmp_path)
+    (folder / "part-001").unlink()
+    (folder / "part-003").write_bytes(b"short")
+    bytes_of = bytearray((folder / "part-004").read_bytes())
+    bytes_of[500] ^= 1
+    (folder / "part-004").write_bytes(bytes_of)
+    with pytest.raises(house.WheelhouseError) as error:
+        house.unpack(str(folder), str(tmp_path / "out"))
+    assert str(error.value) == (
+        f"{folder}: part-001 is missing; part-003 has 5 bytes instead of 1,000; "
+        "part-004 is damaged (its SHA-256 is another); copy them again"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"python": "3.9"}, "is for Python 3.9 on "), ({"machine": "vax"}, " on vax; this is ")],
+)
+def test_another_machine_is_told_so(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    with pytest.raises(house.WheelhouseError, match=message):
+        house.unpack(str(a_wheelhouse(tmp_path, **changes)), str(tmp_path / "out"))
+
+
+def test_a_folder_that_is_none_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(house.WheelhouseError, match=r"is no wheelhouse: manifest\.json: .*make wheelhouse"):
+        house.unpack(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_models_come_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, place in (("DISTILL_CACHE", "cache"), ("HF_HUB_CACHE", "hub")):
+        monkeypatch.setenv(name, str(tmp_path / place))
+    monkeypatch.setitem(house.place_models.__globals__, "ROOT", tmp_path / "clone")
+    for kind in ("embedded", "hub", "models"):
+        (tmp_path / "out" / kind / "one").mkdir(parents=True)
+    (tmp_path / "cache/one/mine").mkdir(parents=True)  # what is there stays
+    assert house.place_models(str(tmp_path / "out")) == [
+        tmp_path / "cache/one", tmp_path / "hub/one", tmp_path / "clone/models/one",
+    ]  # fmt: skip
+    assert (tmp_path / "cache/one/mine").is_dir() and (tmp_path / "clone/models/one").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("60M", 60 << 20), ("2g", 2 << 30), ("0M", None), ("60", None), ("M", None)]
+)
+def test_the_size_of_a_part(text: str, size: int | None) -> None:
+    if size is None:
+        with pytest.raises(Exception, match="a number with K, M or G"):
+            house.part_size(text)
+    else:
+        assert house.part_size(text) == size
+
+
+BACKEND = """
+import zipfile
+def build_editable(folder, settings=None, metadata=None):
+    with zipfile.ZipFile(folder + "/clone-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("clone-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: clone\\nVersion: 1\\n")
+        archive.writestr("clone-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        archive.writestr("clone-1.dist-info/RECORD", "")
+    return "clone-1-py3-none-any.whl"
+"""
+
+
+def test_the_set_up_installs_from_a_wheelhouse_without_an_index(tmp_path: Path) -> None:
+    """Packages that need another, which was left out; and this project, built by what the wheelhouse has."""
+    clone, content = tmp_path / "clone", tmp_path / "content"
+    clone.mkdir(), (content / "wheels").mkdir(parents=True)
+    for name in ("Makefile", "setup_venv.py", "setup_wheelhouse.py"):
+        shutil.copy(ROOT / name, clone)
+    project = '[project]\nname = "clone"\nversion = "1"\n'
+    (clone / "pyproject.toml").write_text(
+        f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "backend"\nbackend-path = ["."]\n{project}'
+    )
+    (clone / "backend.py").write_text(BACKEND)
+    a_wheel(content / "wheels", "setuptools")
+    for name in ("openai", "msgspec", "rensa"):  # what the group `base` imports
+        a_wheel(content / "wheels", name)
+    (content / "requirements.txt").write_text("openai===1.0\nmsgspec===1.0\nrensa===1.0\n")
+    folder = a_wheelhouse(tmp_path, groups=["base"])
+    command = ["make", "setup", f"WHEELHOUSE={folder}", f"PYTHON={sys.executable}"]
+    offline = os.environ | {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "DISTILL_CACHE": str(tmp_path / "cache")}
+
+    done = subprocess.run(command, cwd=clone, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"model {clone}/models/mine" in done.stdout
+    assert (clone / ".venv/.ready-base").is_file() and not (clone / ".venv/wheelhouse").exists()
+
+    (folder / "part-002").unlink()
+    done = subprocess.run(command, cwd=clone, env=offline, capture_output=True, text=True)
+    assert done.returncode and f"set-up failed: {folder}: part-002 is missing; copy it again" in done.stderr

@@ -1,0 +1,92 @@
+"""Distillation between two tokenizers: the loss by hand where both are one, and a student of another tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.recipe import TeacherConfig
+from tests.tiny_student import CHATML, make_recipe, make_run, story_rows, tiny_model
+from train.rows import to_examples
+from train.run import train_run
+from train.tokens import MASKED
+from train.trainer import prepare
+
+
+def other_model(folder: Path) -> str:
+    """A teacher with tokens of several bytes, other control tokens and another chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("T", "h"), ("Th", "e"), ("c", "a"), ("ca", "t"), ("s", "a"), ("sa", "t"), ("Ġ", "cat"), ("n", "d")]
+    tokens = ["<pad>", "</s>", *alphabet, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    template = CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", "</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", chat_template=template
+    )
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def trainer_of(student: str, teacher: str, folder: Path, **kd: Any) -> Any:
+    rows = story_rows(6)
+    examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
+    for example in examples["train"]:
+        example["told"] = [{"role": "system", "content": "Be brief."}, *example["prompt"]]
+    config = make_recipe(student, teacher, method="gold", kd={"weights": "full", **kd}, micro_batch_size=1).train
+    return prepare(student, examples, config, folder, Console(quiet=True), teacher=TeacherConfig(model=teacher)).trainer
+
+
+def test_with_one_tokenizer_the_loss_is_as_by_hand(tmp_path: Path) -> None:
+    """Jensen-Shannon of the two distributions where each token of the answer, EOS included, is predicted; its mean."""
+    folders = [str(tiny_model(tmp_path / name, layers=layers)) for name, layers in (("student", 2), ("teacher", 4))]
+    trainer = trainer_of(*folders, tmp_path / "t", alpha=0.7)
+    row = trainer.train_dataset[0]
+    batch = trainer.data_collator([row])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), batch).item()
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders)
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    answer = batch["input_ids"][0][batch["labels"][0] != MASKED]
+    assert tokenizer.decode(answer) == row["original_completion_text"] + "<|im_end|>"
+    told = tokenizer(row["original_prompt_text"], return_tensors="pt")["input_ids"][0]
+    with torch.no_grad():
+        q, p = (
+            model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for model, prompt in ((student, batch["prompts"][0]), (teacher, told))
+        )
+    m = (0.5 * p.exp() + 0.5 * q.exp()).log()
+    divergence = sum(0.5 * (log.exp() * (log - m)).sum(-1).mean().item() for log in (p, q))
+    hard = -q.gather(1, answer[:, None]).mean().item()
+    exact = trainer.teacher_model.dtype == torch.float32
+    assert loss == pytest.approx(0.7 * divergence + 0.3 * hard, rel=1e-3 if exact else 2e-2)
+
+
+def test_the_teacher_reads_its_own_prompt(tmp_path: Path) -> None:
+    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+    trainer = trainer_of(student, teacher, tmp_path / "t")
+    texts = set(trainer.train_dataset["original_prompt_text"])
+    assert "[system\nBe brief.</s>\n[user\nStory 2?</s>\n[assistant\n" in texts
+
+
+def test_a_student_learns_from_a_teacher_of_other_tokens(tmp_path: Path) -> None:
+    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+    run = make_run(tmp_path / "run", story_rows(12))
+    own = {"learning_rate": 1e-2, "epochs": 3, "accept": ["filters", "licence", "templates", "size_ratio"]}
+    train_run(make_recipe(student, teacher, method="gold", kd={"weights": "full"}, **own), run)
+    log = json.loads((run.student / "training_log.json").read_bytes())
+    losses = [entry["loss"] for entry in log["loss"]]
+    assert len(losses) >= 6 and losses[-1] < 0.9 * losses[0]
+    assert log["eval"][-1]["loss"] < log["eval"][0]["loss"]
+    assert json.loads(run.lineage.read_bytes())["train"]["method"] == "gold"

@@ -1,0 +1,124 @@
+"""Distillation between two tokenizers by TRL's GOLDTrainer, on the kept answers.
+
+    Patiño et al. 2025, https://huggingface.co/spaces/HuggingFaceH4/general-on-policy-logit-distillation
+
+Both models read the same answer, each after its own prompt and by its own tokens. Their distributions are compared
+where both have the end of a token: tokens of one spelling one by one, the rest by rank. Takes a student and rows as
+StudentTrainer tokenised them. Ours are the teacher's prompt in its own template (TRL gives it the student's text), an
+order of rows that survives a resume, and the validation loss.
+"""
+
+import json
+from typing import Any
+
+import datasets
+from rich.console import Console
+from transformers import AutoTokenizer
+from trl.experimental.gold import GOLDConfig, GOLDTrainer
+from trl.experimental.utils import is_byte_level_tokenizer
+
+from pipeline.errors import RecipeError
+from pipeline.models import resolve_model
+from pipeline.recipe import TeacherConfig
+from pipeline.train_config import TrainConfig
+from train.machine import micro_tokens
+from train.on_policy import SameEveryEpoch, micro_rows
+from train.processes import Processes
+from train.soft import FIX, load_model
+from train.student_trainer import ScoredOnText, StudentTrainer
+
+Example = dict[str, Any]  # train.rows.to_examples, and `told`: what the teacher is asked
+
+
+class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
+    """GOLDTrainer with a student and rows as the other methods have them."""
+
+    loss_is_scaled_for_ga = False  # its loss is a mean of each forward pass, which TRL leaves unsaid
+
+    def __init__(self, *, tokenised: StudentTrainer, examples: list[Example], **settings: Any) -> None:
+        self.micro, self.collate = tokenised.micro, tokenised.collate
+        student = tokenised.processing_class
+        rows = [_texts(example, student) for example in examples]
+        super().__init__(
+            model=tokenised.model,
+            train_dataset=datasets.Dataset.from_list(rows),
+            eval_dataset=datasets.Dataset.from_list(rows[:1]),
+            processing_class=student,
+            **settings,
+        )
+        prompts = [_rendered(example["told"], example["tools"], self.teacher_tokenizer) for example in examples]
+        rows_of_text: Any = self.train_dataset
+        self.train_dataset: Any = rows_of_text.remove_columns("original_prompt_text").add_column(
+            "original_prompt_text", prompts
+        )
+        self.eval_dataset = tokenised.eval_dataset
+
+
+def gold_trainer(
+    tokenised: StudentTrainer,
+    examples: list[Example],
+    config: TrainConfig,
+    arguments: dict[str, Any],
+    teacher: TeacherConfig,
+    console: Console,
+    processes: Processes,
+) -> GoldTrainer:
+    """The trainer of the recipe. `tokenised` has the student and the rows, which `examples` are the texts of.
+
+    Raises RecipeError or DistillError if the teacher cannot be had, or a tokenizer is not of bytes.
+    """
+    loaded = load_model(teacher.model, console)
+    loaded.register_forward_hook(_in_float32)
+    folder = str(resolve_model(teacher.model))
+    for name, tokenizer in (
+        ("teacher", AutoTokenizer.from_pretrained(folder)),
+        ("student", tokenised.processing_class),
+    ):
+        if not tokenizer.chat_template:
+            raise RecipeError(f"method gold needs two chat templates, and the {name} has none; {FIX}")
+        if not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
+            raise RecipeError(f"method gold aligns tokenizers of bytes, and the {name}'s is another kind; {FIX}")
+    outputs = max(model.config.get_text_config().vocab_size for model in (tokenised.model, loaded))
+    longest = max(map(len, tokenised.train_dataset["input_ids"]))
+    share, micro = micro_rows(config, len(examples), micro_tokens(outputs, soft=True), longest, processes)
+    args = GOLDConfig(
+        **arguments,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        lmbda=0,  # on the kept answers
+        disable_dropout=False,
+        teacher_tokenizer_name_or_path=folder,
+        use_uld_loss=True,
+        uld_use_hybrid_loss=True,
+        uld_token_merge_strategy="bayesian",  # by the chain rule
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        uld_crossentropy_weight=1 - config.kd.alpha,
+        uld_distillation_weight=config.kd.alpha,
+        uld_student_temperature=config.kd.temperature,
+        uld_teacher_temperature=config.kd.temperature,
+    )
+    return GoldTrainer(tokenised=tokenised, examples=examples, teacher_model=loaded, args=args)
+
+
+def _in_float32(model: Any, given: Any, output: Any) -> Any:
+    """TRL takes the softmax in the logits' own dtype, and in bfloat16 it keeps two digits."""
+    output.logits = output.logits.float()
+    return output
+
+
+def _rendered(messages: Any, tools: str | None, tokenizer: Any, *, prompt: bool = True) -> str:
+    given = json.loads(tools) if tools else None
+    text: str = tokenizer.apply_chat_template(messages, tools=given, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def _texts(example: Example, student: Any) -> dict[str, str]:
+    """The prompt as the student's template has it, and the answer as it has that, without its EOS, which TRL adds."""
+    prompt = _rendered(example["prompt"], example["tools"], student)
+    whole = _rendered(example["prompt"] + example["completion"], example["tools"], student, prompt=False)
+    if not whole.startswith(prompt):
+        raise RecipeError(
+            f"method gold: the student's chat template renders a prompt otherwise before an answer; {FIX}"
+        )
+    return {"prompt": prompt, "completion": whole.removeprefix(prompt).rpartition(student.eos_token)[0]}

@@ -1,0 +1,141 @@
+"""On-policy distillation by TRL's DistillationTrainer, or its ServerDistillationTrainer where the teacher is served.
+
+The student answers the training prompts, and follows the teacher's distribution on its own answers (Agarwal et al.,
+https://arxiv.org/abs/2306.13649). Takes a student that learned from answers, and rows as StudentTrainer tokenised them.
+Ours are the prompts' tokens, which are those of the other methods, an order that survives a resume, and the
+validation loss; tests/train/test_on_policy.py shows what TRL's own do in their place.
+"""
+
+from typing import Any
+
+from rich.console import Console
+from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import RepeatSampler
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import TeacherConfig
+from pipeline.train_config import TrainConfig
+from train.machine import micro_tokens
+from train.processes import Processes
+from train.soft import FIX, load_teacher
+from train.student_trainer import ScoredOnText, StudentTrainer
+from train.tokens import MASKED
+from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's order of rows, except that it depends on the seed and the epoch alone: it is the same after a resume."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
+
+
+class SameEveryEpoch:
+    """A trainer of TRL's whose rows come in the order of an EpochSampler."""
+
+    def _get_train_sampler(self: Any, dataset: Any = None) -> EpochSampler:
+        theirs = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        own = EpochSampler.__new__(EpochSampler)
+        own.__dict__.update(theirs.__dict__)
+        return own
+
+
+class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
+    """DistillationTrainer with a student and rows as the other methods have them; `prompt` of a row: its tokens."""
+
+    def __init__(self, *, tokenised: StudentTrainer, **settings: Any) -> None:
+        self.micro, self.collate = tokenised.micro, tokenised.collate
+        prompts = [_prompt(row) for row in tokenised.train_dataset]
+        DistillationTrainer.__init__(
+            self,
+            model=tokenised.model,
+            train_dataset=tokenised.train_dataset.select_columns(["input_ids", "labels"]).add_column("prompt", prompts),
+            eval_dataset=tokenised.eval_dataset,
+            processing_class=tokenised.processing_class,
+            **settings,
+        )
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+
+def on_policy_trainer(
+    tokenised: StudentTrainer,
+    config: TrainConfig,
+    arguments: dict[str, Any],
+    teacher: TeacherConfig,
+    console: Console,
+    processes: Processes,
+) -> OnPolicyTrainer:
+    """The trainer of the recipe. `tokenised` has the student and the rows; `arguments` are those of all methods.
+
+    Raises RecipeError or DistillError if the teacher cannot be had, or its tokens are not the student's.
+    """
+    own, model = config.on_policy, tokenised.model
+    vocabulary = model.config.get_text_config().vocab_size
+    longest = max(len(_prompt(row)) for row in tokenised.train_dataset) + own.max_new_tokens
+    rows = len(tokenised.train_dataset)
+    share, micro = micro_rows(config, rows, micro_tokens(vocabulary, soft=True), longest, processes)
+    settings = {name: value for name, value in arguments.items() if name != "max_length"} | {
+        "learning_rate": own.learning_rate,
+        "num_train_epochs": own.epochs,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+        "beta": own.beta,
+        "temperature": config.kd.temperature,
+        "max_completion_length": own.max_new_tokens,
+        "use_vllm": own.rollouts == "vllm",
+        "include_num_input_tokens_seen": "no",  # TRL counts the samples itself
+    }
+    texts = [tokenised.processing_class.decode(row["input_ids"]) for row in tokenised.train_dataset]
+    if config.kd.teacher == "served":
+        return _served(tokenised, settings, config, teacher)
+    loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, console)
+    return OnPolicyTrainer(tokenised=tokenised, teacher_model=loaded, args=DistillationConfig(**settings))
+
+
+def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
+    """Rows of a step in this process, and of a forward pass of so many `tokens`: TRL's trainers want equal ones."""
+    share = max(1, min(config.batch_size, rows) // processes.count)
+    most = config.micro_batch_size or max(1, tokens // longest)
+    return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+
+def load_same_outputs(reference: str, tokenizer: Any, texts: list[str], outputs: int, console: Console) -> Any:
+    """A teacher with as many outputs as the student: makers pad the same vocabulary to different sizes."""
+    teacher = load_teacher(reference, tokenizer, texts[:COMPARED_ROWS], console)
+    if (own := teacher.config.get_text_config().vocab_size) < outputs:
+        raise RecipeError(f"on_policy: {reference} has {own:,} outputs, the student {outputs:,}; {FIX}, or kd")
+    if own > outputs:
+        teacher.resize_token_embeddings(outputs)
+    return teacher
+
+
+def _prompt(row: Any) -> list[int]:
+    """The tokens before the first that carries loss."""
+    first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
+    ids: list[int] = row["input_ids"][:first]
+    return ids
+
+
+def _served(
+    tokenised: StudentTrainer, settings: dict[str, Any], config: TrainConfig, teacher: TeacherConfig
+) -> OnPolicyTrainer:
+    from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
+
+    class ServedTrainer(OnPolicyTrainer, ServerDistillationTrainer):
+        """TRL's trainer with a client that may need a key; its own constructor makes one that sends none."""
+
+        def __init__(self, *, client: Any, args: ServerDistillationConfig, **rest: Any) -> None:
+            self.teacher_client, self.loss_top_k, self.loss_add_tail = client, args.loss_top_k, args.loss_add_tail
+            self.reverse_kl_top_1_mode = args.reverse_kl_top_1_mode
+            OnPolicyTrainer.__init__(self, args=args, **rest)
+
+    client = endpoint_client(teacher)
+    check_tokens(client, [*tokenised.train_dataset][:COMPARED_ROWS], tokenised.processing_class)
+    args = ServerDistillationConfig(
+        **settings,
+        teacher_model_server_url=client.base_url,
+        loss_top_k=config.kd.top_k if settings["beta"] == 0 else 1,  # TRL knows no other with a reverse part
+    )
+    return ServedTrainer(tokenised=tokenised, client=client, args=args)

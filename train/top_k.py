@@ -1,0 +1,171 @@
+"""The teacher's likeliest tokens at each token of the kept answers, for kd without the teacher beside the student.
+
+    stored   logprobs.jsonl, as `sampling.logprobs` left it: what the teacher said when it answered
+    served   the teacher's endpoint, asked once before training; it must be vLLM's (`prompt_logprobs`, `/tokenize`)
+
+Returns arrays by row; writes no file. Tokens are compared by what they are: rows whose tokens are not the student's
+are found, and refused if they are many.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from pipeline.address import is_loopback
+from pipeline.errors import DataError, DistillError, RecipeError, first_line
+from pipeline.recipe import TeacherConfig
+from pipeline.records import TokenLogprobs, read_jsonl
+from train.tokens import MASKED, TokenRow
+
+# By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
+TopK = dict[bytes, tuple[NDArray[np.int32], NDArray[np.float16]]]
+LEAST = 0.5  # share of the tokens that must be the student's
+COMPARED_ROWS = 20  # that the endpoint must split as the student does
+AT_ONCE = 8  # rows per request
+OTHERS = "use train.method: gold with the teacher beside the student, or lora or full"
+
+
+def key_of(ids: Sequence[int]) -> bytes:
+    """What a row is found by."""
+    return np.asarray(ids, np.int32).tobytes()
+
+
+def answer_of(row: TokenRow) -> list[int]:
+    """The tokens of a row that carry loss."""
+    return [label for label in row["labels"] if label != MASKED]
+
+
+def read_stored(path: Path, ids: Sequence[str], rows: Sequence[TokenRow], tokenizer: Any, console: Console) -> TopK:
+    """What was stored of the answers with these ids; `rows` are their tokens, in the same order.
+
+    Says how many of the tokens it is. Raises DataError if an answer has none stored, RecipeError if the stored tokens
+    are another tokenizer's.
+    """
+    wanted = set(ids)
+    stored = {line.id: line for line in read_jsonl(path, TokenLogprobs) if line.id in wanted}
+    if missing := [id_ for id_ in ids if id_ not in stored]:
+        raise DataError(
+            f"{path}: nothing is stored of {len(missing)} of {len(ids)} answers (the first: {missing[0]}); generate "
+            "them with sampling.logprobs, or use train.kd.teacher: local or served"
+        )
+    names = {} if not any(line.names for line in stored.values()) else token_names(tokenizer)
+    known: TopK = {}
+    covered = total = 0
+    for id_, row in zip(ids, rows, strict=True):
+        answer = answer_of(row)
+        likeliest, logprobs, told = _aligned(stored[id_], answer, names)
+        known[key_of(row["input_ids"])] = likeliest, logprobs
+        covered, total = covered + told, total + len(answer)
+    if covered < LEAST * total:
+        raise RecipeError(
+            f"{path}: the teacher's tokens are those of {covered / total:.0%} of the answers' tokens: its tokenizer is "
+            f"not the student's; {OTHERS}"
+        )
+    console.print(f"{path}: the teacher's word on {covered / total:.1%} of the answers' tokens; text alone on the rest")
+    return known
+
+
+def _aligned(
+    line: TokenLogprobs, answer: Sequence[int], names: dict[bytes, int]
+) -> tuple[NDArray[np.int32], NDArray[np.float16], int]:
+    """A line's arrays by the student's ids and tokens, and how many tokens they tell of.
+
+    What the teacher says of a token holds if all tokens before it are the same.
+    """
+    chosen = np.frombuffer(line.chosen, "<i4")
+    likeliest, logprobs = (
+        np.frombuffer(data, kind).reshape(-1, line.top)
+        for data, kind in ((line.likeliest, "<i4"), (line.logprobs, "<f2"))
+    )
+    if line.names:
+        ids = np.array([*(names.get(name, -1) for name in line.names), -1], np.int32)  # the last one is for -1
+        chosen, likeliest = ids[chosen], ids[likeliest]
+    same = 0
+    while same < min(len(chosen), len(answer)) and chosen[same] == answer[same]:
+        same += 1
+    told = min(same + 1, len(chosen), len(answer)) if same else 0
+    own = np.full((len(answer), line.top), -1, np.int32), np.zeros((len(answer), line.top), np.float16)
+    own[0][:told], own[1][:told] = likeliest[:told], logprobs[:told]
+    return *own, told
+
+
+def token_names(tokenizer: Any) -> dict[bytes, int]:
+    """The ids of a byte-level tokenizer's tokens by their bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    names: dict[bytes, int] = {}
+    for token, id_ in tokenizer.get_vocab().items():
+        special = id_ in tokenizer.added_tokens_decoder
+        name = token.encode() if special else bytes(byte_of.get(sign, 0) for sign in token)
+        names.setdefault(name, id_)
+    return names
+
+
+def ask_endpoint(teacher: TeacherConfig, top: int, rows: Sequence[TokenRow], tokenizer: Any, console: Console) -> TopK:
+    """What the teacher's endpoint says of the rows' answers, each row given as tokens.
+
+    Raises RecipeError if its tokenizer is not the student's, DistillError if it cannot be asked.
+    """
+    client = endpoint_client(teacher)
+    check_tokens(client, rows[:COMPARED_ROWS], tokenizer)
+    console.print(f"{teacher.url}: {teacher.model} is asked about {len(rows)} answers")
+    sequences = [list(row["input_ids"]) for row in rows]
+    starts = [next(i for i, label in enumerate(row["labels"]) if label != MASKED) for row in rows]
+    said = asked(client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
+    known: TopK = {}
+    for row, start, ids, logprobs in zip(rows, starts, said["logprob_token_ids"], said["logprobs"], strict=True):
+        learned = [place - start for place, label in enumerate(row["labels"]) if label != MASKED]
+        likeliest, values = np.array(ids, np.int32)[learned], np.array(logprobs, np.float32)[learned]
+        likeliest[np.isneginf(values)] = -1
+        known[key_of(row["input_ids"])] = likeliest, values.clip(-65504, 0).astype(np.float16)
+    return known
+
+
+def endpoint_client(teacher: TeacherConfig) -> Any:
+    """TRL's client of a vLLM server; as TRL makes it, it sends no key, and wants vLLM installed on this machine."""
+    import requests
+    from trl.generation.vllm_client import VLLMClient
+
+    client: Any = VLLMClient.__new__(VLLMClient)
+    client.base_url, client.model = teacher.url.removesuffix("/v1"), teacher.model
+    client.session = requests.Session()
+    client.session.trust_env = not is_loopback(teacher.url)
+    if key := teacher.api_key():
+        bearer = teacher.api_key_header.lower() == "authorization"
+        client.session.headers[teacher.api_key_header] = f"{'Bearer ' * bearer}{key.get_secret_value()}"
+    return client
+
+
+def check_tokens(client: Any, rows: Sequence[TokenRow], tokenizer: Any) -> None:
+    """Raises RecipeError if the endpoint makes other tokens of the rows' text than the student does."""
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"])
+        request = {"model": client.model, "prompt": text, "add_special_tokens": False}
+        theirs = asked(client._post, f"{client.base_url}/tokenize", json=request)["tokens"]
+        if theirs != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise RecipeError(
+                f"teacher.model {client.model}: its endpoint splits text into other tokens than the student: "
+                f"{text[:40]!r}; {OTHERS}"
+            )
+
+
+def asked(ask: Any, *given: Any, **more: Any) -> Any:
+    """What a call of TRL's client returns. Raises DistillError in place of what it raises."""
+    import requests
+
+    try:
+        return ask(*given, **more)
+    except requests.RequestException as error:
+        raise DistillError(f"train.kd.teacher: served: the endpoint cannot be reached: {first_line(error)}") from None
+    except Exception as error:  # TRL's client raises nothing more exact
+        if type(error) is not Exception and not isinstance(error, KeyError | TypeError | ValueError):
+            raise
+        raise DistillError(
+            f"train.kd.teacher: served: the endpoint refuses ({first_line(error)}); it must be vLLM's, and allow "
+            "train.kd.top_k logprobs (--max-logprobs)"
+        ) from None
