@@ -98,12 +98,8 @@ def train_run(
     prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
-        section = (
-            _lineage_section(recipe, log)
-            | {"built": built_from(run, recipe)}
-            | {"precision": prepared.precision, "processes": processes.count}
-        )
-        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
+        section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
+        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long, "built": built_from(run, recipe)}
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)

@@ -10,7 +10,6 @@ from typing import Any
 
 from train.processes import launched
 
-
 BATCH = 100  # rows that are in memory at once
 
 
