@@ -27,7 +27,7 @@ setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that
 	$(if $(WHEELHOUSE),@$(PYTHON) setup_venv.py wheelhouse)
 
 wheelhouse: $(COLLECT)  ## what `make setup` needs on a machine without network, in one folder (docs/airgapped.md)
-	@$(PY) setup_wheelhouse.py $(or $(WHEELHOUSE),wheelhouse) $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
+	@$(PY) setup_wheelhouse.py "$(or $(WHEELHOUSE),wheelhouse)" $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
 
 serve: $(SERVE)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags")
 	@exec $(PY) -m serve $(COMMON) $(if $(ARGS),--args="$(ARGS)")

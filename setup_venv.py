@@ -98,8 +98,8 @@ def install_wheelhouse(folder):
     if has_gpu() and not manifest["cuda"]:
         say("these are builds for CPUs: the GPU of this machine will not be used")
     say("installing {} packages".format(len(manifest["packages"])))
-    os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=os.path.join(unpacked, "wheels"), PIP_CONFIG_FILE=os.devnull)
-    code, output = pip("install", "--no-deps", "-r", os.path.join(unpacked, "requirements.txt"), "-e", ".")
+    wheels, packages = (os.path.join(unpacked, name) for name in ("wheels", "requirements.txt"))
+    code, output = pip("install", "--no-index", "--find-links", wheels, "--no-deps", "-r", packages, "-e", ".")
     if code:
         fail("the wheelhouse does not fit this machine: " + explain(output))
     for model in place_models(unpacked):

@@ -67,14 +67,14 @@ class PartReader:
         self.file: IO[bytes] | None = None
 
     def read(self, size: int) -> bytes:
-        while True:
-            if self.file is not None and (data := self.file.read(size)):
-                return data
-            if self.file is not None:
+        while not (data := self.file.read(size) if self.file else b""):
+            if self.file:
                 self.file.close()
-            if (path := next(self.paths, None)) is None:
-                return b""
-            self.file = path.open("rb")
+            path = next(self.paths, None)
+            self.file = path.open("rb") if path else None
+            if self.file is None:
+                break
+        return data
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=[], help="embedded:<name>, a model folder, or a Hub id")
     parser.add_argument("--dry-run", action="store_true", help="print the packages; download nothing")
     options = parser.parse_args()
-    options.python = minor(options.python)
+    options.folder, options.python = options.folder.expanduser().resolve(), minor(options.python)
     try:
         wanted = resolved(options)
         if options.dry_run:
@@ -232,7 +232,7 @@ def collect(options: argparse.Namespace, wanted: list[str]) -> None:
             archive.add(source, f"{kind}/{source.name}")
     writer.close()
     branch = run(["git", "rev-parse", "--abbrev-ref", "HEAD"]).strip()
-    run(["git", "bundle", "create", "-q", str((folder / BUNDLE).resolve()), *dict.fromkeys(["HEAD", branch])])
+    run(["git", "bundle", "create", "-q", str(folder / BUNDLE), *dict.fromkeys(["HEAD", branch])])
     asked = {name: getattr(options, name) for name in ("python", "machine", "cuda", "groups", "exclude", "model")}
     files = [described(folder / BUNDLE), *writer.parts]
     manifest = {"commit": run(["git", "rev-parse", "HEAD"]).strip(), **asked, "packages": wanted, "files": files}
@@ -246,7 +246,7 @@ def download(options: argparse.Namespace, wanted: list[str], work: Path) -> None
     """The packages' wheels, into work/wheels; their list, into work/requirements.txt."""
     # `===` names one build: `==2.13.0` would also take 2.13.0+cpu.
     (work / "requirements.txt").write_text("".join(line.replace("==", "===", 1) + "\n" for line in wanted))
-    names = [f"manylinux_2_{minor}" for minor in range(GLIBC, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
+    names = [f"manylinux_2_{glibc}" for glibc in range(GLIBC, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
     command = ["pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", options.python]
     command += [part for name in names for part in ("--platform", f"{name}_{options.machine}")]
     command += [*torch_index(options, "--extra-index-url"), "--dest", str(work / "wheels")]

@@ -5,13 +5,11 @@ not our client received the answer. If a run passes its budget, the exit code is
 """
 
 import argparse
-import json
 import sys
-import urllib.request
 
 from benchmarks.http_server import running
 from benchmarks.measure import flags
-from benchmarks.runs import fresh, run_quietly
+from benchmarks.runs import billed, fresh, run_quietly
 from pipeline.errors import BudgetReached
 
 PROMPT_TOKENS, MAX_TOKENS = 40, 200  # per answer, at most
@@ -38,9 +36,8 @@ def main() -> None:
 
 def billed_usd(url: str) -> float:
     """What the stub has billed."""
-    with urllib.request.urlopen(url.removesuffix("/v1") + "/billed") as reply:
-        billed = json.load(reply)
-    return float(billed["prompt_tokens"] * INPUT_USD + billed["completion_tokens"] * OUTPUT_USD) / 1_000_000
+    tokens = billed(url)
+    return (tokens["prompt_tokens"] * INPUT_USD + tokens["completion_tokens"] * OUTPUT_USD) / 1_000_000
 
 
 def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -41,6 +42,13 @@ def fresh(
 def run_quietly(recipe: Recipe, run: RunDir) -> Summary:
     """The whole of `generate`, without its progress."""
     return generate(recipe, run, quiet=True)
+
+
+def billed(url: str) -> dict[str, int]:
+    """What the stub has billed."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/billed") as reply:
+        found: dict[str, int] = json.load(reply)
+    return found
 
 
 def bodies(recipe: Recipe, most: int | None = None) -> list[bytes]:

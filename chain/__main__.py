@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     heading(4, "evaluate: what the student became")
     stage("evaluate", run, options.recipe, options.flags)
 
-    print("", *last_words(recipe, options.recipe, run), sep="\n", flush=True)
+    print("", *last_words(options.recipe, run), sep="\n", flush=True)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds} s. The report: {run.report_html}", flush=True)
     if code == REQUESTS_FAILED:

@@ -1,9 +1,8 @@
 """The end of the chain: what was won in three lines, and how to talk to the student.
 
-Reads the report and the test rows, and writes nothing.
+Reads the report, and writes nothing.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,14 +12,8 @@ from evaluate.document import MEASURES, Part, Report, read_report
 from evaluate.figures.promise import shown
 from evaluate.models import AFTER, TEACHER
 from evaluate.report.tables import VERDICTS
-from pipeline.adapters import ADAPTER
-from pipeline.chat import asked_of_student
-from pipeline.recipe import Recipe
-from pipeline.records import Kept, read_jsonl
 from pipeline.rundir import RunDir
-from pipeline.students import merged_folder
 
-PORT = 8001  # the teacher's is 8000
 WON: dict[str, tuple[str, str, Part, tuple[str, ...]]] = {  # claim: what is won, in which words, by which figure
     "quality_accuracy": ("accuracy", "of the teacher's", "verified", ("accuracy",)),
     "quality_bits": ("quality", "of the teacher's", "test", ("bits_per_character",)),
@@ -30,10 +23,10 @@ WON: dict[str, tuple[str, str, Part, tuple[str, ...]]] = {  # claim: what is won
 }
 
 
-def last_words(recipe: Recipe, path: Path, run: RunDir) -> list[str]:
+def last_words(path: Path, run: RunDir) -> list[str]:
     """The lines; none of them if there is no report."""
     report = read_report(run)
-    return [] if report is None else [*_won(report), *_talk(recipe, path, run)]
+    return [] if report is None else [*_won(report), *_talk(path, run)]
 
 
 def _won(report: Report) -> Iterator[str]:
@@ -52,15 +45,9 @@ def _won(report: Report) -> Iterator[str]:
     yield f"{VERDICTS[report.headline.holds][0]} (90% of the quality, 3 times smaller and faster)"
 
 
-def _talk(recipe: Recipe, path: Path, run: RunDir) -> Iterator[str]:
-    is_adapter = (run.student / ADAPTER).is_file()  # vLLM is given whole models
-    model = str(merged_folder(run, AFTER) if is_adapter else run.student)
-    messages = asked_of_student(next(read_jsonl(run.test, Kept)).messages, recipe.student)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    body = {"model": model, "temperature": 0, "max_tokens": recipe.sampling.max_tokens, "messages": turns}
+def _talk(path: Path, run: RunDir) -> Iterator[str]:
     here, cwd = Path(sys.executable), Path.cwd()
     python = str(here.relative_to(cwd) if here.is_relative_to(cwd) else here)
-    url, data = f"http://127.0.0.1:{PORT}/v1/chat/completions", json.dumps(body, ensure_ascii=False)
-    yield "Talk to the student: serve it, and ask it from another terminal:"
-    yield f"  {shlex.join([python, '-m', 'serve', str(path), '--model', model, '--port', str(PORT)])}"
-    yield f"  {shlex.join(['curl', url, '-H', 'Content-Type: application/json', '-d', data])}"
+    yield "Talk to the student, beside its teacher on a page of this machine or alone in the terminal:"
+    for options in ([], ["--terminal"]):
+        yield f"  {shlex.join([python, '-m', 'chat', str(path), '--run', str(run.path), *options])}"

@@ -1,7 +1,5 @@
 """Stages as processes of their own, each the very command that a user would type, and the teacher they may need."""
 
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +7,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.address import is_loopback, is_port_open
+from pipeline.child import run_child
 from pipeline.errors import DistillError, RequestsFailed
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from serve.server import serving
 
 REQUESTS_FAILED = RequestsFailed.exit_code
-MOST_INTERRUPTS = 3  # the first asks a stage to stop, the second to stop at once, the third kills it
 
 
 class StageFailed(DistillError):
@@ -44,20 +42,9 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
 def stage(name: str, run: RunDir, recipe: Path, flags: Sequence[str]) -> int:
     """Runs one stage to its end. Returns 0, or 4 where some requests failed for good.
 
-    Raises StageFailed if it failed, KeyboardInterrupt if it was interrupted. The stage is in a process group of its
-    own, so that Ctrl-C in a terminal reaches it once, through this process, and it keeps its time to end in order.
+    Raises StageFailed if it failed, KeyboardInterrupt if it was interrupted.
     """
-    command = [sys.executable, "-m", name, str(recipe), "--run", str(run.path), *flags]
-    process = subprocess.Popen(command, process_group=0)
-    interrupts = 0
-    while process.returncode is None:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            interrupts += 1
-            process.send_signal(signal.SIGINT if interrupts < MOST_INTERRUPTS else signal.SIGKILL)
-    if interrupts or process.returncode == 130:
-        raise KeyboardInterrupt
-    if process.returncode not in (0, REQUESTS_FAILED):
-        raise StageFailed(name, process.returncode)
-    return process.returncode
+    code = run_child([sys.executable, "-m", name, str(recipe), "--run", str(run.path), *flags])
+    if code not in (0, REQUESTS_FAILED):
+        raise StageFailed(name, code)
+    return code

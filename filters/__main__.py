@@ -1,11 +1,15 @@
-"""`python -m filters RECIPE [--run DIR]`: keeps the answers worth learning from, and says why it drops the others."""
+"""`python -m filters RECIPE [--run DIR] [--cluster ADDRESS]`.
+
+Keeps the answers worth learning from, and says why it drops the others.
+"""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
 from filters.report import FilterReport, print_report
-from filters.run import check_keep_rate, filter_run, recipe_rules
+from filters.run import Machine, check_keep_rate, filter_run, recipe_rules
 from filters.trials import dry_run, parse_shares, print_dry_run, print_sweep, sweep
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RequestsFailed
@@ -18,6 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count lines that are no completions")
     parser.add_argument("--dry-run", action="store_true", help="show which rows of a filtered run would change sides")
     parser.add_argument("--sweep", metavar="PERCENTS", help="write the best 30,50,80 percent of a filtered run as runs")
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="work on a Ray cluster: auto, host:port or ray://host:port"
+    )
     recipe, run, options = parse_stage(parser, argv)
     console = Console()
     if options.dry_run:
@@ -29,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
             subsets = sweep(run, recipe_rules(recipe, options.recipe), shares)
         print_sweep(subsets, console)
         return
-    with run.locked():
-        report = filter_run(recipe, run, options.recipe, skip_bad=options.skip_bad)
+    with run.locked(), _machine(options.cluster) as machine:
+        report = filter_run(recipe, run, options.recipe, skip_bad=options.skip_bad, machine=machine)
     print_report(report, console)
     _print_notices(report, run)
     check_keep_rate(report, recipe.filters, options.recipe, allow_low_keep=options.allow_low_keep)
@@ -39,6 +46,14 @@ def main(argv: list[str] | None = None) -> None:
             f"the judge gave no answer about {report.judge_failures:,} of {report.rows:,} answers (why: detail in "
             f"{run.dropped}), so they are dropped; run the filters again, and it is asked about them again"
         )
+
+
+def _machine(cluster: str | None) -> AbstractContextManager[Machine | None]:
+    if cluster is None:
+        return nullcontext()
+    from scale.filtering import cluster_machine  # here: filters on one machine need nothing of it
+
+    return cluster_machine(cluster)
 
 
 def _print_notices(report: FilterReport, run: RunDir) -> None:

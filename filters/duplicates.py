@@ -6,11 +6,11 @@ look alike again; writes nothing.
 """
 
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -89,11 +89,16 @@ def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int])
 
 
 def find_duplicates(
-    sketches: Sketches, config: DedupConfig, gone: Collection[int], scores: Mapping[int, float]
+    sketches: Sketches,
+    config: DedupConfig,
+    gone: Collection[int],
+    scores: Mapping[int, float],
+    search: "Searching",
 ) -> dict[int, Reason]:
     """This run's rows, numbered from 0, that are the same as one that stays, or nearly so, and why each is dropped.
 
     Rows in `gone` are left out. `scores` are the judge's by row, the higher the better; a row without one counts as 0.
+    `search`: Search, or what finds the same rows.
     """
     own, rows, kinds = sketches.first[-2], sketches.rows, sketches.kinds
     evaluated = int(np.count_nonzero(kinds == Kind.EVALUATION))
@@ -106,21 +111,21 @@ def find_duplicates(
     with ExitStack() as stack:
         reader = Reader(sketches, config, stack)
         searches = [
-            _Search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
+            search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
             for what, threshold in thresholds(config).items()
         ]
         for row in order[alive[order]].tolist():
-            matches = [match for search in searches if row >= own and (match := search.match(row))]
+            matches = [match for one in searches if row >= own and (match := one.match(row))]
             if matches:
                 match = next((match for match in matches if match.of < evaluated), matches[0])
                 found[row - own] = _reason(match, evaluated, sketches, reader)
             else:
-                for search in searches:
-                    search.add(row)
+                for one in searches:
+                    one.add(row)
     return found
 
 
-class _Search:
+class Search:
     """Finds the most similar to a row among the rows that stay, by their answers or their prompts (`what`).
 
     `alive` says whether a row may come at all; only rows under `compared` are found.
@@ -166,6 +171,17 @@ class _Search:
         found = [(jaccard(mine, self._ngrams_of(other)), other) for other in likely]
         similarity, other = max(found, key=itemgetter(0))  # the first of equals
         return Match(self._what, other, similarity) if similarity >= self._threshold else None
+
+
+class Searcher(Protocol):
+    """Finds the most similar to a row among the rows that stay."""
+
+    def add(self, row: int) -> None: ...
+
+    def match(self, row: int) -> Match | None: ...
+
+
+Searching = Callable[[str, Array, Array, int, float | None, Reader], Searcher]  # as Search is made
 
 
 def _reason(match: Match, evaluated: int, sketches: Sketches, reader: Reader) -> Reason:

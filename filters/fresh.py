@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -28,7 +28,9 @@ class FreshValues:
 
     def __init__(self, file: BinaryIO) -> None:
         """Raises DataError `path:line: reason` if a line is not a prompt."""
-        self._file, start = file, 0
+        start = 0
+        self._file: BinaryIO | None = file
+        self._content = np.empty(0, np.uint8)  # of the file, where it is not open
         keys, values, starts, lengths = array("Q"), array("Q"), array("q"), array("i")
         for number, line in enumerate(file, start=1):
             if not line.isspace():
@@ -51,11 +53,21 @@ class FreshValues:
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key or self._values[at] == _hash([row.reference, row.columns]):
             return row, line
-        prompt = _decode(os.pread(self._file.fileno(), int(self._lengths[at]), int(self._starts[at])))
+        prompt = _decode(self._line(int(self._starts[at]), int(self._lengths[at])))
         if (prompt.reference, prompt.columns) == (row.reference, row.columns):
             return row, line
         row = msgspec.structs.replace(row, reference=prompt.reference, columns=prompt.columns)
         return row, encode_line(row)
+
+    def _line(self, start: int, length: int) -> bytes:
+        if self._file is None:
+            return self._content[start : start + length].tobytes()
+        return os.pread(self._file.fileno(), length, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another machine, with the whole file: Ray then holds it once per node."""
+        content = self._content if self._file is None else np.fromfile(self._file.name, np.uint8)
+        return {**self.__dict__, "_file": None, "_content": content}
 
 
 @contextmanager

@@ -8,19 +8,27 @@ are staged beside the old ones and take their places together at the end.
 """
 
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
 from filters.answer import as_answer
 from filters.blocks import Block, check_lines
-from filters.duplicates import EXACT, dedup_rules, dedup_sources, exact_copies, find_duplicates
+from filters.duplicates import (
+    EXACT,
+    Search,
+    Searching,
+    dedup_rules,
+    dedup_sources,
+    exact_copies,
+    find_duplicates,
+)
 from filters.fresh import fresh_values
 from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
@@ -31,11 +39,11 @@ from filters.report import FilterReport, PromptCounts, make_report
 from filters.rows import completion_part, decode_kept, dropped_line, kept_line
 from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
-from filters.stream import in_blocks
+from filters.stream import Work, in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
 from pipeline.records import Kept, Reason
 from pipeline.rundir import RunDir
 
@@ -44,6 +52,20 @@ UNSOLVED_IDS = 100  # named in the report
 
 class LowKeepRate(DistillError):
     """Fewer answers were kept than the recipe's floor; the files are written."""
+
+
+class InBlocks(Protocol):
+    """Yields what `work` makes of each block of a file, in order, as filters.stream.in_blocks does."""
+
+    def __call__(self, path: Path, work: Work[Block], *, slow: bool) -> Generator[Block, None, None]: ...
+
+
+class Machine(NamedTuple):
+    """Where the work that takes long is done: here, or on a cluster (scale.filtering). The outcome is the same."""
+
+    in_blocks: InBlocks = in_blocks
+    sketch_file: Callable[[Source, DedupConfig], list[Array]] = sketch_file
+    search: Searching = Search
 
 
 @dataclass
@@ -89,13 +111,15 @@ def recipe_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
     return load_rules(recipe.filters, recipe_path, set(recipe.prompts.slots) if recipe.prompts.template else None)
 
 
-def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool = False) -> FilterReport:
+def filter_run(
+    recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool = False, machine: Machine | None = None
+) -> FilterReport:
     """Judges every answer of a run and writes the outcome.
 
     Raises RecipeError for a wrong rule, DataError `path:line: reason` for a bad line (with `skip_bad` it is left out
     and counted) or if there is nothing to judge; nothing is overwritten then.
     """
-    rules, config = recipe_rules(recipe, recipe_path), recipe.filters
+    rules, config, machine = recipe_rules(recipe, recipe_path), recipe.filters, machine or Machine()
     dedup = config.dedup and config.dedup.model_copy(
         update={"of": config.dedup.of or ("row" if rules.verifies else "answer")}
     )
@@ -112,7 +136,7 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
         fresh = stack.enter_context(fresh_values(run.prompts))
         compared = rules.agrees is not None or config.select == "agreed"
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
-        with closing(in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
+        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
             tally, own, samples = _gather(blocks, passed, dropped, None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
@@ -124,13 +148,14 @@ def filter_run(recipe: Recipe, run: RunDir, recipe_path: Path, *, skip_bad: bool
             survivors.shares = found.same / found.total
         sketches = None
         if dedup:
-            others = [(source, sketch_file(source, dedup)) for source in sources]
+            others = [(source, machine.sketch_file(source, dedup)) for source in sources]
             sketches = joined([*others, (Source(path, Kind.OWN, "this run"), own)], dedup)
         if config.judge:
             copies = exact_copies(sketches, dedup, survivors.gone) if dedup and sketches else {}
             _ask_judge(recipe, run, survivors, copies, tally)
         if dedup and sketches:
-            survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, _scores(survivors, run))
+            scores = _scores(survivors, run)
+            survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, scores, machine.search)
         survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, found)
         _write(survivors, kept, dropped, tally)
         for pairs in preferences:

@@ -110,7 +110,7 @@ def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
 def joined(parts: Sequence[tuple[Source, Sequence[Array]]], config: DedupConfig) -> Sketches:
     """All rows of all sources."""
     sources, counts = [source for source, _ in parts], [sum(map(len, sketches)) for _, sketches in parts]
-    rows = np.concatenate([sketch([], config), *(one for _, sketches in parts for one in sketches)])
+    rows = np.concatenate([one for _, sketches in parts for one in sketches] or [sketch([], config)])
     kinds = np.repeat([source.kind for source in sources], counts)
     return Sketches(sources, np.cumsum([0, *counts]).tolist(), rows, kinds)
 
@@ -165,13 +165,15 @@ class Reader:
     def __init__(self, sketches: Sketches, config: DedupConfig, stack: ExitStack) -> None:
         self._sketches = sketches
         self._files = [stack.enter_context(source.path.open("rb")) for source in sketches.sources]
-        self._config = config
+        self.config = config
 
     def ngrams_of(self, name: str) -> Callable[[int], Array]:
         """A function of a row's number: the n-grams of its answer or prompt."""
-        return lru_cache(READ_AGAIN)(
-            lambda number: ngrams(_compared(self.text(number), name, self._config), self._config.ngram)
-        )
+        return lru_cache(READ_AGAIN)(lambda number: ngrams(self.compared(number, name), self.config.ngram))
+
+    def compared(self, number: int, name: str) -> str:
+        """The answer or prompt of a row as it is compared."""
+        return _compared(self.text(number), name, self.config)
 
     def text(self, number: int) -> Text:
         index, start = self._sketches.source(number), int(self._sketches.rows["start"][number])

@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--cluster", metavar="ADDRESS", help="ask from the nodes of a Ray cluster: auto, host:port or ray://host:port"
     )
+    parser.add_argument(
+        "--cluster-store", metavar="URL", help="a folder that all nodes see, or s3:// or gs:// (default: in the run)"
+    )
     recipe, run, options = parse_stage(parser)
     if options.dry_run:
         first, folder = next(passes(recipe, run))
@@ -51,7 +54,7 @@ def main() -> None:
             retry_failures=options.retry_failures,
             write_batches=options.write_batches,
             collect=options.collect,
-            send=_sender(options.cluster, recipe) if options.cluster else None,
+            send=_sender(options.cluster, options.cluster_store, recipe) if options.cluster else None,
         )
     for line in describe(recipe, run, summary):
         print(line)
@@ -65,12 +68,12 @@ def main() -> None:
         )
 
 
-def _sender(address: str, recipe: Recipe) -> Sender:
+def _sender(address: str, store: str | None, recipe: Recipe) -> Sender:
     from scale.generation import cluster_sender  # here: a run on one machine needs nothing of it
 
     if recipe.generate.mode == "batch":
         raise UsageError("--cluster asks an endpoint online, but generate.mode is batch; a batch needs no cluster")
-    return cluster_sender(address)
+    return cluster_sender(address, store)
 
 
 def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:

@@ -35,9 +35,11 @@ class Batches:
     """One run's batches, from the first request to the last answer."""
 
     def __init__(self, run: Run) -> None:
-        """Raises RecipeError if the recipe has several endpoints, DataError if the state of its batches is broken."""
+        """Raises RecipeError for what no batch can do, DataError if the state of the batches is broken."""
         if len(run.recipe.teacher.urls) > 1 or run.recipe.teacher.urls_file:
             raise RecipeError("generate.mode batch takes one endpoint: one teacher.base_url and no teacher.urls_file")
+        if run.recipe.generate.share_prompt:
+            raise RecipeError("generate.share_prompt: batch files have a request for each sample; set it to false")
         self._run, self._config, self._url = run, run.recipe.generate, run.recipe.teacher.url
         self._folder = Folder(run.dir.path / "batches")
         self._api = BatchApi(run.recipe, self._folder.state.key)
@@ -201,19 +203,20 @@ class Batches:
         job.attempts = self._tries[id_]
         if isinstance(outcome, Answer):
             record = completed(job, outcome, latency_s=0.0, endpoint=self._url, sampling=sampling)
-            self._run.record_answer(record, outcome.logprobs)
+            self._run.record_answers((record, outcome.logprobs))
             self._done.add(id_)
         elif not heals(outcome) or job.attempts >= self._config.max_attempts:
-            self._run.record_failure(failed(job, outcome, endpoint=self._url, sampling=sampling))
+            self._run.record_failures(*failed(job, outcome, endpoint=self._url, sampling=sampling))
             self._done.add(id_)
         self._settle(id_, outcome)
 
     def _settle(self, id_: str, outcome: Answer | Fault | None) -> None:
         """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost."""
         if reservation := self._reserved.pop(id_, None):
-            usage, answered = outcome.usage if outcome else None, isinstance(outcome, Answer)
-            billed = answered or (isinstance(outcome, Fault) and outcome.status == 200)
-            self._run.budget.settle(reservation, usage, billed=billed, journaled=answered)
+            usage = outcome.usage if outcome else None
+            billed = isinstance(outcome, Answer) or (isinstance(outcome, Fault) and outcome.status == 200)
+            journaled = [outcome.usage] if isinstance(outcome, Answer) else []
+            self._run.budget.settle(reservation, usage, billed=billed, journaled=journaled)
 
     def _leave(self) -> None:
         """Leaves the batches at work. The call that collects them reserves again what they may cost."""

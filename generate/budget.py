@@ -1,10 +1,11 @@
 """What a run may spend, a hard limit in USD, in tokens, or both; and what it has spent, in `spend.json`.
 
 A request that goes out reserves the most that it can cost: one token for each byte of its body (no byte-level tokenizer
-makes more), what a chat template adds, and `max_tokens`. The answer's `usage` settles it. An attempt that the server
-may have worked on, and that reports no `usage` (a timeout, a cut body), stays charged in full. So spending and requests
-in flight together never pass the budget, whatever the timing. One thing can pass it: a server that counts more tokens
-than were reserved (some models think beyond `max_tokens`). From then on every request reserves that much more.
+makes more), what a chat template adds, and `max_tokens` for each answer. The reply's `usage` settles it. An attempt
+that the server may have worked on, and that reports no `usage` (a timeout, a cut body), stays charged in full. So
+spending and requests in flight together never pass the budget, whatever the timing. One thing can pass it: a server
+that counts more tokens than were reserved (some models think beyond `max_tokens`). From then on every request reserves
+that much more.
 
 Each call begins by recording what all answers in the journal have cost until now, and the price of the answers to come
 (`Account`). The record is on disk before the first request goes out, so a `kill -9` loses nothing of it: the next call
@@ -12,6 +13,7 @@ adds the journal's new answers at the price that they had, whatever mode, model 
 with several processes, `spend-<n>.json` also hold what the journal does not say. Amounts are whole pico-dollars.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +58,8 @@ class Reservation(NamedTuple):
     """The most that a request in flight can cost."""
 
     prompt_tokens: int = 0  # by the bytes of its body
-    max_tokens: int = 0
+    max_tokens: int = 0  # of each answer
+    answers: int = 1
     most: Spend = Spend()  # of these, and of what earlier answers had beyond such bounds
 
 
@@ -104,12 +107,12 @@ class Budget:
             write_account(file, account)
         return budget
 
-    def reserve(self, body_bytes: int, max_tokens: int) -> Reservation | None:
-        """Takes the most that a request can cost; None if that could pass the budget."""
+    def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
+        """Takes the most that a request for so many answers can cost; None if that could pass the budget."""
         if not self._counts:
             return Reservation()
         prompt_tokens = bound(body_bytes)
-        most = self._spend(prompt_tokens + self._margins[0], max_tokens + self._margins[1])
+        most = self._spend(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]))
         total = self._used + self._reserved + most
         too_many = self._tokens is not None and total.tokens > self._tokens
         if too_many or (self._cost is not None and total.cost > self._cost):
@@ -117,12 +120,14 @@ class Budget:
             return None
         self._reserved += most
         self._cover()
-        return Reservation(prompt_tokens, max_tokens, most)
+        return Reservation(prompt_tokens, max_tokens, answers, most)
 
-    def settle(self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: bool) -> None:
+    def settle(
+        self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: Sequence[Usage] = ()
+    ) -> None:
         """Replaces a reservation by what the attempt really cost; without a full `usage` it stays charged in full.
 
-        `journaled` is whether completions.jsonl holds this usage.
+        `journaled` is what completions.jsonl holds of this usage: the parts of the answers.
         """
         if not self._counts:
             return
@@ -137,10 +142,11 @@ class Budget:
             used = counted
             self._margins = (
                 max(self._margins[0], usage.prompt_tokens - reservation.prompt_tokens),
-                max(self._margins[1], usage.completion_tokens - reservation.max_tokens),
+                max(self._margins[1], -(-usage.completion_tokens // reservation.answers) - reservation.max_tokens),
             )
         self._used += used
-        self._unsaid += used - counted if journaled else used
+        said = (self._spend(part.prompt_tokens or 0, part.completion_tokens or 0) for part in journaled)
+        self._unsaid += used - sum(said, Spend())
 
     def limit_to(self, most: Spend) -> None:
         """This call may spend so much in all: what a lease of a larger budget allows (scale.leases)."""

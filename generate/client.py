@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from generate.reply import Answer, Fault, read_answer, read_error, shortened
+from generate.reply import Choices, Fault, read_choices, read_error, shortened
 from pipeline.address import VARIABLE, Redactor, is_private, proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.lineage import versions
@@ -93,8 +93,8 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def complete(self, body: bytes, timeout_s: float) -> Answer | Fault:
-        """Sends one chat request and returns its answer, or what came in its place, within `timeout_s`."""
+    async def complete(self, body: bytes, timeout_s: float, choices: int = 1) -> Choices | Fault:
+        """Sends one chat request that asks for so many choices; returns them, or what came in their place, in time."""
         reply = await self._ask("POST", self._chat, timeout_s, body)
         if isinstance(reply, Fault):
             return reply
@@ -102,7 +102,7 @@ class Client:
         if self._on_headers:
             self._on_headers(headers)
         if 200 <= status < 300:
-            return read_answer(said, self._words)
+            return read_choices(said, self._words, choices)
         return read_error(status, said, headers, self._words)
 
     async def check_reachable(self) -> str | None:

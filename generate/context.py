@@ -10,7 +10,7 @@ from typing import Any
 
 from generate.budget import Budget
 from generate.idset import IdSet
-from generate.jobs import WHOLE, Job, Partition, build_jobs
+from generate.jobs import WHOLE, Job, Partition, build_jobs, shared
 from generate.journal import Journal
 from generate.logprobs import pack
 from generate.progress import Counters
@@ -65,32 +65,42 @@ class Run:
         """Streams the jobs that are left to this process."""
         return self.left.jobs(self.recipe, self.partition)
 
-    def record_answer(self, completion: Completion, logprobs: Any = None) -> None:
-        """Writes an answer to its journal and counts it.
+    def jobs_to_send(self) -> Iterator[Job]:
+        """As `jobs`, but the samples of a prompt are one job if the recipe says so."""
+        return shared(self.jobs()) if self.recipe.generate.share_prompt else self.jobs()
 
-        `logprobs`, as the server gave them, are written before it: no answer stands without them. Raises DistillError
-        if the recipe wants them and there are none.
+    def record_answers(self, *answers: tuple[Completion, Any]) -> None:
+        """Writes the answers of a reply to their journal, together, and counts them.
+
+        Beside each its logprobs, as the server gave them: they are written first, so that no answer stands without
+        them. Raises DistillError if the recipe wants them and there are none.
         """
+        completions = [completion for completion, _ in answers]
         if self.logprobs is not None:
-            packed = pack(completion.id, logprobs, self.recipe.sampling.logprobs or 0)
-            if packed is None:
-                raise DistillError(
-                    f"{completion.endpoint} gives no logprobs with its answers; leave out sampling.logprobs, and train "
-                    "with train.kd.teacher: local or served; what was answered before is kept"
-                )
-            self.logprobs.append(packed)
-        self.completions.append(completion)
-        self.counters.answered += 1
-        self.counters.models.add(completion.model)
-        self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
-        self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
-        self.counters.completion_tokens += completion.usage.completion_tokens or 0
+            self.logprobs.append(*(self._packed(*answer) for answer in answers))
+        self.completions.append(*completions)
+        for completion in completions:
+            self.counters.answered += 1
+            self.counters.models.add(completion.model)
+            self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
+            self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
+            self.counters.completion_tokens += completion.usage.completion_tokens or 0
 
-    def record_failure(self, failure: Failure) -> None:
-        """Writes the failure of a request, for good, to its journal and counts it."""
-        self.failures.append(failure)
-        self.counters.failed += 1
-        self.counters.errors[failure.error] += 1
+    def _packed(self, completion: Completion, logprobs: Any) -> TokenLogprobs:
+        packed = pack(completion.id, logprobs, self.recipe.sampling.logprobs or 0)
+        if packed is None:
+            raise DistillError(
+                f"{completion.endpoint} gives no logprobs with its answers; leave out sampling.logprobs, and train "
+                "with train.kd.teacher: local or served; what was answered before is kept"
+            )
+        return packed
+
+    def record_failures(self, *failures: Failure) -> None:
+        """Writes the failures of requests, for good, to their journal, together, and counts them."""
+        self.failures.append(*failures)
+        for failure in failures:
+            self.counters.failed += 1
+            self.counters.errors[failure.error] += 1
 
     def say_stopping(self) -> None:
         """Tells the user that the run ends when what is in flight has ended."""

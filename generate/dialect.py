@@ -48,6 +48,13 @@ UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in the
     )
 )
 
+ONE_CHOICE = re.compile(  # wordings that refuse an `n` above 1: llama.cpp, Gemini, DeepSeek, Groq, gateways
+    r"\bonly one (?:completion )?choice|\bmultiple (?:candidates|choices|completions)\b|\bonly n ?= ?1\b|"
+    r"\bn\b[`'\"]? ?(?:[:=>]+ ?\d* ?)?(?:number )?(?:must|should|value|is not|does not|cannot)\b|"
+    r"(?:unsupported|unrecogni[sz]ed|unknown) (?:request )?(?:parameter|argument|field)[^.,;]{0,12}\bn\b",
+    re.IGNORECASE,
+)
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -71,12 +78,14 @@ class Dialect:
             job.dialect = self.version
             request = job.request
             messages, tools = self._addressed(job.told), {"tools": request.tools} if request.tools else {}
-            sampling = self.sent(request.sampling)
+            sampling = self.sent(request.sampling, job.choices)
             job.body = _encoder.encode({"model": job.model, "messages": messages, **sampling, **tools})
         return job.body
 
-    def sent(self, sampling: dict[str, Any]) -> dict[str, Any]:
-        """The sampling values as they are sent now."""
+    def sent(self, sampling: dict[str, Any], choices: int = 1) -> dict[str, Any]:
+        """The sampling values as they are sent now, to be answered so many times."""
+        if choices > 1:
+            sampling = {**sampling, "n": choices}
         if not self.version:
             return sampling
         return {
@@ -85,22 +94,29 @@ class Dialect:
             if name not in self._manner.left_out
         }
 
+    def separated(self, job: Job) -> list[Job]:
+        """The jobs that are sent for this one: itself, or one per request where the teacher takes no `n`."""
+        return [job.part([request]) for request in job.requests] if "n" in self._manner.left_out else [job]
+
     def teaches(self, fault: Fault, job: Job) -> bool:
         """Whether the refused job, sent another way, may be answered."""
-        if fault.error != "bad_request" or fault.status not in (400, 422):
+        refused = fault.error == "bad_request" and fault.status in (400, 422)
+        if not refused and not _refuses_choices(fault, job):
             return False
-        return job.dialect != self.version or self._lesson(fault, job.told) is not None
+        return job.dialect != self.version or self._lesson(fault, job) is not None
 
     def learn(self, fault: Fault, job: Job, say: Callable[[str], None]) -> None:
         """Learns from a refusal that `teaches`, and says so. One that was sent before the last lesson is no news."""
-        if job.dialect == self.version and (lesson := self._lesson(fault, job.told)):
+        if job.dialect == self.version and (lesson := self._lesson(fault, job)):
             said, self._manner = lesson
             self.version += 1
             say(f"the teacher refuses a setting ({fault.message}): from here on this run {said}")
 
-    def _lesson(self, fault: Fault, messages: list[Message]) -> tuple[str, Manner] | None:
-        """What a refusal of these messages teaches, in words too; None if nothing, or nothing new."""
-        name, now = _refused(fault, messages), self._manner
+    def _lesson(self, fault: Fault, job: Job) -> tuple[str, Manner] | None:
+        """What a refusal of this job teaches, in words too; None if nothing, or nothing new."""
+        name, now = _refused(fault, job.told), self._manner
+        if _refuses_choices(fault, job):
+            return "sends a request for each sample", now._replace(left_out=now.left_out | {"n"})
         if name == "max_tokens" and "max_completion_tokens" in fault.message and now.limit == "max_tokens":
             limit = "max_completion_tokens"
             return f"sends {limit} instead of max_tokens", now._replace(limit=limit)
@@ -127,6 +143,14 @@ class Dialect:
         if rest and rest[0].role == "user":
             return [Message(role="user", content=f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
         return [Message(role="user", content=first.content), *rest]
+
+
+def _refuses_choices(fault: Fault, job: Job) -> bool:
+    """Whether the teacher refuses several choices (llama.cpp with a 500), or gave one where several were asked for."""
+    if not job.others or fault.error not in ("bad_request", "server_error", "missing_choice"):
+        return False
+    quoted = any(ONE_CHOICE.search(message.content) for message in job.told)
+    return fault.parameter == "n" or (not quoted and ONE_CHOICE.search(fault.message) is not None)
 
 
 def _refused(fault: Fault, messages: list[Message]) -> str | None:

@@ -5,13 +5,14 @@ the run already has say how many to expect, and without answers there is an uppe
 bound, and an expected number once there are answers. Attempts that fail after the teacher has worked on them cost more.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left
 from generate.dialect import Dialect
-from generate.jobs import build_jobs
+from generate.jobs import Job, build_jobs, shared
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
 from generate.progress import requests_of
@@ -36,6 +37,7 @@ class DryRun:
     requests: int = 0  # prompts × prompts.samples
     answered: int = 0
     to_ask: int = 0
+    sent: int = 0  # the HTTP requests of these: fewer where samples share one
     prompt_tokens: int = 0  # at most, unless `counted`
     counted: bool = True
     long_prompts: int = 0  # requests that may have more prompt tokens than the price table is for
@@ -64,12 +66,10 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
-    for job in build_jobs(iter_prompts(recipe), recipe):
-        dry.requests += 1
-        dry.answered += job.request.id in left.answered
-        if not left.has(job):
-            continue
-        dry.to_ask += 1
+    jobs = _left(recipe, left, dry)
+    for job in shared(jobs) if recipe.generate.share_prompt else jobs:
+        dry.sent += 1
+        dry.to_ask += job.choices
         most, counted = bound(len(dialect.body(job))), count(job.told, job.request.tools) if count else None
         tokens = most if counted is None else counted
         dry.counted &= counted is not None
@@ -87,6 +87,15 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     return dry
 
 
+def _left(recipe: Recipe, left: Left, dry: DryRun) -> Iterator[Job]:
+    """The jobs that are left. Counts all into `dry`."""
+    for job in build_jobs(iter_prompts(recipe), recipe):
+        dry.requests += 1
+        dry.answered += job.request.id in left.answered
+        if left.has(job):
+            yield job
+
+
 def describe(recipe: Recipe, dry: DryRun) -> list[str]:
     """The plan in a few lines."""
     if dry.counted:
@@ -97,7 +106,8 @@ def describe(recipe: Recipe, dry: DryRun) -> list[str]:
     failed = dry.requests - dry.answered - dry.to_ask
     lines = [
         f"{recipe.name}: {requests_of(dry.requests, dry.prompts)}, {dry.answered:,} answered already, {failed:,} "
-        f"failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}",
+        f"failed and left alone, {dry.to_ask:,} to ask of {recipe.teacher.model} at {', '.join(recipe.teacher.urls)}"
+        + (f", sent as {dry.sent:,} (generate.share_prompt)" if dry.sent < dry.to_ask else ""),
         prompts,
         f"completion tokens: at most {dry.completion_tokens:,} (sampling.max_tokens each)"
         f"{_about(dry.expected_completion_tokens)}",

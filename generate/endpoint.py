@@ -51,7 +51,7 @@ class Endpoint:
             else Concurrency(_part(config.concurrency, partition))
         )
         self.client = Client(recipe.teacher, url, address=address, on_headers=self._read_headers)
-        self.in_flight, self.counts = 0, EndpointCounts()
+        self.in_flight, self.counts = 0, EndpointCounts()  # a request for several answers counts as several
         self.down_since: float | None = None
         self._probe_at = 0.0  # when it is down
         self._probe_sent: float | None = None  # the probe in flight
@@ -73,30 +73,30 @@ class Endpoint:
         if self._config.concurrency != "auto":
             self._concurrency.limit = _part(self._config.concurrency, self._partition)
 
-    def ready_in(self, tokens: int, now: float) -> float | None:
-        """Seconds until a request of so many tokens may go out; 0 for now, None when only a reply makes room."""
+    def ready_in(self, tokens: int, choices: int, now: float) -> float | None:
+        """Seconds until a request of so many tokens and choices may go out; 0: now, None: only a reply makes room."""
         if self.down_since is not None:
             return None if self._probe_sent is not None else max(self._probe_at - now, self.limits.delay(tokens, now))
-        if self.in_flight >= self.limit:
+        if self.in_flight and self.in_flight + choices > self.limit:
             return None
         return self.limits.delay(tokens, now)
 
-    def begin(self, tokens: int, now: float) -> None:
+    def begin(self, tokens: int, choices: int, now: float) -> None:
         """A request goes out."""
-        self.in_flight += 1
+        self.in_flight += choices
         if self.down_since is not None:
             self._probe_sent = now
         self.limits.take(tokens, now)
         self._concurrency.sending(now)
 
-    def ended(self, sent: float) -> None:
+    def ended(self, choices: int, sent: float) -> None:
         """A request that went out at `sent` is over, however it ended."""
-        self.in_flight -= 1
+        self.in_flight -= choices
         if sent == self._probe_sent:
             self._probe_sent = None
 
-    def answered(self, answer: Answer, sent: float, now: float) -> None:
-        """The endpoint has answered: it is up."""
+    def answered(self, answer: Answer, choices: int, sent: float, now: float) -> None:
+        """The endpoint has answered: it is up. `choices` are those that were asked for together."""
         self.counts.answered += 1
         self.counts.prompt_tokens += answer.usage.prompt_tokens or 0
         self.counts.completion_tokens += answer.usage.completion_tokens or 0
@@ -105,7 +105,7 @@ class Endpoint:
         if self.down_since is not None:
             self._say(f"{self.name} answers again, after {now - self.down_since:.0f} s")
             self.down_since = None
-        self._concurrency.answered(answer.usage.completion_tokens or 0, now - sent, self.in_flight + 1, now)
+        self._concurrency.answered(answer.usage.completion_tokens or 0, now - sent, self.in_flight + choices, now)
 
     def retried(self, fault: Fault) -> None:
         """A request that failed here is sent again, here or elsewhere."""

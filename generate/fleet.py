@@ -54,8 +54,8 @@ class Fleet:
         if task := self._watching.pop(endpoint, None):
             task.cancel()
 
-    def pick(self, tokens: int, now: float) -> tuple[Endpoint | None, float | None]:
-        """An endpoint with room for a request of so many tokens; else the seconds until one may have it.
+    def pick(self, tokens: int, now: float, choices: int = 1) -> tuple[Endpoint | None, float | None]:
+        """An endpoint with room for a request of so many tokens and choices; else the seconds until one may have it.
 
         None in place of the seconds: only a reply makes room.
         """
@@ -65,14 +65,14 @@ class Fleet:
             self._first_due = min(self._due.values(), default=float("inf"))
         while self._open:
             seen = self._open[:] if len(self._open) <= FEW else random.sample(self._open, 2)
-            ready = [endpoint for endpoint in seen if self._has_room(endpoint, tokens, now)]
+            ready = [endpoint for endpoint in seen if self._has_room(endpoint, tokens, choices, now)]
             if ready:
                 return min(ready, key=_fullness), None
         return None, self._first_due - now if self._due else None
 
-    def _has_room(self, endpoint: Endpoint, tokens: int, now: float) -> bool:
+    def _has_room(self, endpoint: Endpoint, tokens: int, choices: int, now: float) -> bool:
         """Without room it is left aside."""
-        wait_s = endpoint.ready_in(tokens, now)
+        wait_s = endpoint.ready_in(tokens, choices, now)
         if wait_s == 0:
             return True
         self._leave_aside(endpoint)

@@ -6,37 +6,55 @@ or mixes a request, and a changed recipe never takes an old answer for its own. 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import msgspec
 
 from generate.idset import IdSet
 from generate.prompts import ID_BYTES, prompt_id
-from generate.reply import Answer, Fault
+from generate.reply import Answer, Choices, Fault
 from pipeline.chat import told_to_teacher
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Message, Prompt, Request, asked_fields
 
 SEED_BITS = 31  # what every server takes
+MOST_CHOICES = 128  # of one HTTP request (OpenAI's limit of `n`)
 
 _encoder = msgspec.json.Encoder()
 
 
 @dataclass(slots=True)
 class Job:
-    """One request on its way to an answer."""
+    """What is sent at once: one request on its way to an answer, or several that ask the same, each to its own."""
 
-    request: Request
+    request: Request  # the first: its seed is sent
     told: list[Message]  # to the teacher: the request's messages and what the recipe tells the teacher alone
     model: str  # as it is asked for
     body: bytes = b""  # what is sent, encoded once (generate.dialect)
     dialect: int = 0  # the version of the dialect that encoded it
     attempts: int = 0
     spent_s: float = 0.0  # in flight, over all attempts
+    others: Sequence[Request] = ()  # further ones, if it asks for several choices
+
+    @property
+    def requests(self) -> list[Request]:
+        """All of them."""
+        return [self.request, *self.others]
+
+    @property
+    def choices(self) -> int:
+        return 1 + len(self.others)
+
+    def part(self, requests: Sequence[Request]) -> "Job":
+        """A job of some of its requests, with the same past."""
+        if len(requests) == self.choices:
+            return self
+        return replace(self, request=requests[0], others=requests[1:], body=b"")
 
 
 class Partition(NamedTuple):
@@ -87,10 +105,30 @@ def _build_job(prompt: Prompt, told: list[Message], recipe: Recipe, sampling: di
     return Job(request, told, model)
 
 
+def shared(jobs: Iterator[Job]) -> Iterator[Job]:
+    """Joins jobs that follow each other and ask the same: one job, whose choices are their answers."""
+    for _, alike in groupby(jobs, key=lambda job: (job.told, job.request.tools)):
+        while some := list(islice(alike, MOST_CHOICES)):
+            yield replace(some[0], others=[job.request for job in some[1:]])
+
+
+def outcomes(job: Job, reply: Choices | Fault) -> list[tuple[Job, Answer | Fault]]:
+    """What became of each request of a job. Those without a choice stay one job, as do all where none came."""
+    if isinstance(reply, Fault):
+        return [(job, reply)]
+    requests, came = job.requests, len(reply.outcomes)
+    parts = [(job.part([request]), outcome) for request, outcome in zip(requests, reply.outcomes, strict=False)]
+    if missing := requests[came:]:
+        said = f"{came} of {len(requests)} choices came"
+        fault = Fault("missing_choice", said, 200, parameter="n" if came == 1 else None)  # one: it does not know `n`
+        parts.append((replace(job.part(missing), spent_s=0.0), fault))
+    return parts
+
+
 def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, sampling: dict[str, Any]) -> Completion:
-    """The record of an answer from `endpoint` to the `sampling` values as they were sent."""
+    """The record of an answer from `endpoint` to a job of one request. `sampling`: the values as they were sent."""
     return Completion(
-        **_identity(job, endpoint, sampling),
+        **_identity(job.request, endpoint, sampling),
         text=answer.text,
         reasoning=answer.reasoning,
         tool_calls=list(answer.tool_calls),
@@ -103,21 +141,24 @@ def completed(job: Job, answer: Answer, *, latency_s: float, endpoint: str, samp
     )
 
 
-def failed(job: Job, fault: Fault, *, endpoint: str, sampling: dict[str, Any]) -> Failure:
-    """The record of a request that failed for good."""
-    return Failure(
-        **_identity(job, endpoint, sampling),
-        model=job.model,
-        error=fault.error,
-        status=fault.status,
-        message=fault.message,
-        attempts=job.attempts,
-        created=_now(),
-    )
+def failed(job: Job, fault: Fault, *, endpoint: str, sampling: dict[str, Any]) -> list[Failure]:
+    """The records of a job's requests, which have failed for good."""
+    return [
+        Failure(
+            **_identity(request, endpoint, sampling),
+            model=job.model,
+            error=fault.error,
+            status=fault.status,
+            message=fault.message,
+            attempts=job.attempts,
+            created=_now(),
+        )
+        for request in job.requests
+    ]
 
 
-def _identity(job: Job, endpoint: str, sampling: dict[str, Any]) -> dict[str, Any]:
-    return {**msgspec.structs.asdict(job.request), "endpoint": endpoint, "sampling": sampling}
+def _identity(request: Request, endpoint: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    return {**msgspec.structs.asdict(request), "endpoint": endpoint, "sampling": sampling}
 
 
 def _now() -> str:

@@ -103,14 +103,17 @@ class Journal:
             os.close(self._fd)
             raise
 
-    def append(self, record: Line) -> None:
-        """Writes one line. Raises DistillError when the disk does not take it; the file then ends as it did before."""
-        line = encode_line(record)
+    def append(self, *records: Line) -> None:
+        """Writes a line for each, in one write.
+
+        Raises DistillError when the disk does not take them; the file then ends as it did before.
+        """
+        lines = b"".join(map(encode_line, records))
         with self._explained(), self._locked():
             size = os.fstat(self._fd).st_size
             if size != self._end:  # another process has written; was it killed at that?
                 self._end = self._repaired(size)
-            self._write(line)
+            self._write(lines)
 
     def sync(self) -> None:
         """Makes sure that what was written survives a power cut (fsync). May run in another thread than `append`."""
@@ -146,17 +149,17 @@ class Journal:
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _write(self, line: bytes) -> None:
-        """Appends the line at `_end`; if the disk does not take it, the file ends there again."""
+    def _write(self, lines: bytes) -> None:
+        """Appends the lines at `_end`; if the disk does not take it, the file ends there again."""
         try:
-            written = os.write(self._fd, line)
-            while written < len(line):  # the disk is nearly full, or a signal came: the next write says which
-                written += os.write(self._fd, line[written:])
+            written = os.write(self._fd, lines)
+            while written < len(lines):  # the disk is nearly full, or a signal came: the next write says which
+                written += os.write(self._fd, lines[written:])
         except OSError:
             with suppress(OSError):  # then the last line is torn, and the next to open or write cuts it off
                 os.ftruncate(self._fd, self._end)
             raise
-        self._end += len(line)
+        self._end += len(lines)
         self._dirty = True
 
     def _repaired(self, size: int) -> int:

@@ -17,8 +17,8 @@ from generate.context import Outcome, Run
 from generate.dialect import Dialect
 from generate.endpoint import Endpoint
 from generate.fleet import Fleet
-from generate.jobs import Job, completed, failed
-from generate.reply import Answer, Fault
+from generate.jobs import Job, completed, failed, outcomes
+from generate.reply import Answer, Choices, Fault
 from generate.schedule import BACKOFF, Schedule, wait_s
 from generate.verdict import (
     EndRun,
@@ -33,7 +33,7 @@ from generate.verdict import (
     refused_by_all,
 )
 from pipeline.errors import DistillError
-from pipeline.records import Failure
+from pipeline.records import Failure, Usage
 
 GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
 SYNC_INTERVAL_S = 1.0  # at most this much is lost in a power cut
@@ -50,7 +50,7 @@ class Attempt(NamedTuple):
     job: Job
     endpoint: Endpoint
     reservation: Reservation
-    tokens: int  # an estimate, prompt and answer
+    tokens: int  # an estimate, prompt and answers
     sent: float  # time.monotonic
     sampling: dict[str, Any]  # as it was sent
 
@@ -67,7 +67,7 @@ class Loop:
     ) -> None:
         """`beside` goes on while requests go out. `jobs`: what is to be asked; None: all that the run has left."""
         self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
-        self._schedule = Schedule(run.jobs() if jobs is None else jobs, MOST_WAITING)
+        self._schedule = Schedule(run.jobs_to_send() if jobs is None else jobs, MOST_WAITING)
         self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
@@ -75,7 +75,7 @@ class Loop:
         self._ended_by: Outcome = None  # None: it goes on
         self._at_once = False  # without a grace for what is in flight
         # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
-        self._held_back: list[Failure] | None = []
+        self._held_back: list[list[Failure]] | None = []
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
@@ -134,6 +134,9 @@ class Loop:
                     return
                 await self._change(self._schedule.due_in(now))
                 continue
+            job, *others = self._dialect.separated(job)
+            for other in others:
+                self._schedule.hold(other)
             attempt = self._prepare(job, now)
             if not isinstance(attempt, Attempt):
                 self._schedule.hold(job)
@@ -149,49 +152,55 @@ class Loop:
 
         Without them: the seconds to wait, or None to wait for a reply. Ends the run where no wait will help.
         """
-        body, max_tokens = self._dialect.body(job), int(job.request.sampling["max_tokens"])
-        tokens = int(len(body) * self._tokens_per_byte) + max_tokens
-        endpoint, wait = self._fleet.pick(tokens, now)
+        body, max_tokens, choices = self._dialect.body(job), int(job.request.sampling["max_tokens"]), job.choices
+        tokens = int(len(body) * self._tokens_per_byte) + choices * max_tokens
+        endpoint, wait = self._fleet.pick(tokens, now, choices)
         if endpoint is None:
             if not self._in_flight and (pause_s := self._fleet.paused_s(now)) > self._config.give_up_s:
                 name = self._fleet.endpoints[0].name
                 self._end(DistillError(paused_too_long(name, pause_s, self._config)))
             return wait
-        reservation = self._run.budget.reserve(len(body), max_tokens)
+        reservation = self._run.budget.reserve(len(body), max_tokens, choices)
         if reservation is None:
             if not self._in_flight:  # and so no reply will give back what its request did not use
                 self._end(self._run.budget.reached())
             return None
-        endpoint.begin(tokens, now)
-        self._run.counters.in_flight += 1
-        return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling))
+        endpoint.begin(tokens, choices, now)
+        self._run.counters.in_flight += choices
+        return Attempt(job, endpoint, reservation, tokens, now, self._dialect.sent(job.request.sampling, choices))
 
     async def _attempt(self, attempt: Attempt) -> None:
         """Sends one request, and does what follows from its reply."""
         job, endpoint, counters, budget = attempt.job, attempt.endpoint, self._run.counters, self._run.budget
         job.attempts += 1
-        reply: Answer | Fault | None = None
+        reply: Choices | Fault | None = None
         try:
-            reply = await endpoint.client.complete(job.body, endpoint.timeout_s(job.spent_s))
+            reply = await endpoint.client.complete(job.body, endpoint.timeout_s(job.spent_s), job.choices)
         finally:
-            counters.in_flight -= 1
-            endpoint.ended(attempt.sent)
+            counters.in_flight -= job.choices
+            endpoint.ended(job.choices, attempt.sent)
             self._fleet.reopen(endpoint)
             if reply is None:  # abandoned: the server may have worked on it all the same
-                budget.settle(attempt.reservation, None, billed=True, journaled=False)
+                budget.settle(attempt.reservation, None, billed=True)
         now = monotonic()
         job.spent_s += now - attempt.sent
-        if isinstance(reply, Answer):
-            self._record_answer(attempt, reply, now)
-            budget.settle(attempt.reservation, reply.usage, billed=True, journaled=True)
-        else:
-            verdict = decide(reply, job, self._state(attempt, reply, now), self._config)
-            endpoint.failed(job.request.id, reply, attempt.sent, now)
-            await self._carry_out(verdict, attempt, reply, now)
-            budget.settle(attempt.reservation, reply.usage, billed=reply.maybe_billed, journaled=False)
+        parts = outcomes(job, reply)
+        journaled = self._record_answers(attempt, parts, now)
+        for part, outcome in parts:
+            if isinstance(outcome, Fault):
+                await self._follow(attempt._replace(job=part), outcome, now)
         usage = reply.usage
+        budget.settle(attempt.reservation, usage, billed=reply.maybe_billed, journaled=journaled)
+        if usage and usage.prompt_tokens:
+            self._tokens_per_byte += 0.02 * (usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
         if endpoint.limits.any and usage and usage.prompt_tokens is not None:
             endpoint.limits.settle(attempt.tokens, usage.prompt_tokens + (usage.completion_tokens or 0), now)
+
+    async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:
+        """Decides what follows from a fault, and does it."""
+        verdict = decide(fault, attempt.job, self._state(attempt, fault, now), self._config)
+        attempt.endpoint.failed(attempt.job.request.id, fault, attempt.sent, now)
+        await self._carry_out(verdict, attempt, fault, now)
 
     def _state(self, attempt: Attempt, reply: Fault, now: float) -> State:
         """What `decide` may know."""
@@ -226,46 +235,53 @@ class Loop:
                 job.attempts -= 1
                 self._schedule.put_back(job, now)
             case Fail():
-                failure = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
+                failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
                 if verdict.held_back and self._held_back is not None:
-                    self._held_back.append(failure)
+                    self._held_back.append(failures)
                 else:
                     self._release()
-                    self._run.record_failure(failure)
+                    self._run.record_failures(*failures)
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
                     self._end(DistillError(verdict.message))
                     if verdict.name_models:
                         self._ended_by = DistillError(verdict.message + await endpoint.client.describe_models())
 
-    def _record_answer(self, attempt: Attempt, answer: Answer, now: float) -> None:
-        job, endpoint, run = attempt.job, attempt.endpoint, self._run
+    def _record_answers(self, attempt: Attempt, parts: list[tuple[Job, Answer | Fault]], now: float) -> list[Usage]:
+        """Records the answers of a reply together; returns the tokens of each."""
+        answers = [(part, outcome) for part, outcome in parts if isinstance(outcome, Answer)]
+        if not answers:
+            return []
         self._release()
-        latency_s = now - attempt.sent
-        completion = completed(job, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
-        run.record_answer(completion, answer.logprobs)
-        endpoint.answered(answer, attempt.sent, now)
-        if answer.usage.prompt_tokens:
-            self._tokens_per_byte += 0.02 * (answer.usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
+        endpoint, latency_s = attempt.endpoint, now - attempt.sent
+        records = [
+            completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
+            for part, answer in answers
+        ]
+        logprobs = (answer.logprobs for _, answer in answers)
+        self._run.record_answers(*zip(records, logprobs, strict=True))
+        for _, answer in answers:
+            endpoint.answered(answer, attempt.job.choices, attempt.sent, now)
+        return [answer.usage for _, answer in answers]
 
     def _refused_alike(self, fault: Fault) -> int:
         """How many requests were refused as this one was, if the call has had nothing else; this one included."""
         if self._held_back is None:
             return 0
-        alike = all((one.error, one.status) == (fault.error, fault.status) for one in self._held_back[:1])
+        alike = all((one.error, one.status) == (fault.error, fault.status) for one, *_ in self._held_back[:1])
         return len(self._held_back) + 1 if alike else 0
 
     def _release(self) -> None:
         """The call has had something other than one kind of refusal: the refused requests were at fault themselves."""
         held_back, self._held_back = self._held_back, None
         if not self._ended_by:  # else they are asked again by the next call
-            for failure in held_back or ():
-                self._run.record_failure(failure)
+            for failures in held_back or ():
+                self._run.record_failures(*failures)
 
     def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
         answered_earlier = len(self._run.completions.found.ids) > 0
-        if self._held_back and not answered_earlier and (first := self._held_back[0]).error == "forbidden":
+        if self._held_back and not answered_earlier and (first := self._held_back[0][0]).error == "forbidden":
             return DistillError(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
         return None

@@ -1,4 +1,4 @@
-"""What one attempt brought: an `Answer`, or a `Fault` in its place. Facts only: generate.verdict says what follows.
+"""What one attempt brought: answers, or a `Fault` in the place of one. Facts only: generate.verdict says what follows.
 
 Pure: reads the bytes, status and headers of an HTTP reply. Every text in the result went through the `words` that the
 caller gives, which hides secrets (pipeline.address) and shortens.
@@ -7,6 +7,7 @@ caller gives, which hides secrets (pipeline.address) and shortens.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from itertools import accumulate, pairwise
 from time import time
 from typing import Annotated, Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Fault(NamedTuple):
     message: str  # the server's words
     status: int | None = None  # HTTP; None: no reply
     retry_after_s: float = 0.0  # how long the server asks to wait
-    usage: Usage | None = None  # where the server counted the tokens all the same
+    usage: Usage | None = None  # where the server counted the tokens all the same; of a choice: its part
     parameter: str | None = None  # the field of the request that the server says is wrong
 
     @property
@@ -49,6 +50,17 @@ class Fault(NamedTuple):
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]  # anything else is no count
+
+
+class Choices(NamedTuple):
+    """A reply of success: each choice is an answer, or what came in its place."""
+
+    outcomes: list[Answer | Fault]
+    usage: Usage  # of all of them; each has its part of it
+
+    @property
+    def maybe_billed(self) -> bool:
+        return True
 
 
 class _Details(msgspec.Struct):
@@ -93,7 +105,13 @@ def shortened(said: str) -> str:
 
 
 def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer | Fault:
-    """The answer in a reply of success, or why there is none."""
+    """The one answer in a reply of success, or why there is none."""
+    reply = read_choices(body, words)
+    return reply if isinstance(reply, Fault) else reply.outcomes[0]
+
+
+def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int = 1) -> Choices | Fault:
+    """The choices in a reply of success, the first `most` of them, or why there are none."""
     reply = _decode(body, words)
     if isinstance(reply, Fault):
         return reply
@@ -101,17 +119,34 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
         if reply.error is not None:  # a gateway's way of passing on an error of the model behind it
             return Fault("error_in_answer", words(str(reply.error)), 200)
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
-    choice, usage = reply.choices[0], _usage(reply.usage)
-    reasoning, text = _thought_and_text(choice.message)
+    choices, usage, model = reply.choices[:most], _usage(reply.usage), _text(reply.model)
+    said = [_said_by(choice.message) for choice in choices]
+    usages = [usage] if len(choices) == 1 else _divided(usage, said)
+    outcomes = [_read(*one, model, words) for one in zip(choices, said, usages, strict=True)]
+    return Choices(outcomes, usage)
+
+
+class _Parts(NamedTuple):
+    """What a choice says."""
+
+    reasoning: str
+    text: str
+    calls: list[Json]
+
+
+def _read(
+    choice: _Choice, said: _Parts, usage: Usage, model: str | None, words: Callable[[str], str]
+) -> Answer | Fault:
+    """The answer of a choice, or why it is none."""
+    reasoning, text, calls = said
     reason = _text(choice.finish_reason) or "unknown"
     if reason == "content_filter":
         return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
-    if not text.strip() and not choice.message.tool_calls:
+    if not text.strip() and not calls:
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
-    calls = [call.json(number) for number, call in enumerate(choice.message.tool_calls or (), start=1)]
-    return Answer(text, reason, _text(reply.model), usage, reasoning, calls, choice.logprobs)
+    return Answer(text, reason, model, usage, reasoning, calls, choice.logprobs)
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:
@@ -192,14 +227,43 @@ def _usage(said: Any) -> Usage:
     )
 
 
-def _thought_and_text(message: _Message) -> tuple[str, str]:
+def _divided(usage: Usage, said: Sequence[_Parts]) -> list[Usage]:
+    """Each choice's part of what all have used: the sums are exact, the parts of the completion are estimates.
+
+    The prompt is divided evenly, thoughts and answers by their characters.
+    """
+    thought = min(usage.reasoning_tokens or 0, usage.completion_tokens or 0)
+    parts = zip(
+        _shares(usage.prompt_tokens or 0, [1 for _ in said]),
+        _shares(thought, [len(one.reasoning) + 1 for one in said]),
+        _shares((usage.completion_tokens or 0) - thought, [len(one.text) + len(str(one.calls)) for one in said]),
+        strict=True,
+    )
+    return [
+        Usage(
+            prompt_tokens=None if usage.prompt_tokens is None else prompt,
+            completion_tokens=None if usage.completion_tokens is None else thinking + answering,
+            reasoning_tokens=None if usage.reasoning_tokens is None else thinking,
+        )
+        for prompt, thinking, answering in parts
+    ]
+
+
+def _shares(total: int, weights: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to the weights, whose sum is `total`."""
+    ends = [total * weight // sum(weights) for weight in accumulate(weights)]
+    return [end - begin for begin, end in pairwise([0, *ends])]
+
+
+def _said_by(message: _Message) -> _Parts:
     """What the model thought, wherever the server put it, and what it answered."""
     parts = [part for part in message.content if isinstance(part, dict)] if isinstance(message.content, list) else []
     thoughts = [_joined(part.get("thinking")) for part in parts if part.get("type") == "thinking"]  # Mistral's models
     content = message.content if isinstance(message.content, str) else _joined(parts)
     tagged, text = split_reasoning(content)
     said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
-    return next((one.strip() for one in said if one and one.strip()), ""), text
+    calls = [call.json(number) for number, call in enumerate(message.tool_calls or (), start=1)]
+    return _Parts(next((one.strip() for one in said if one and one.strip()), ""), text, calls)
 
 
 def _joined(content: Any) -> str:

@@ -1,21 +1,32 @@
-"""One request, streamed: when its first token came, when its last, and how many there were.
+"""One request, streamed: what is said as it comes, when its first token came, when its last, and how many there were.
 
-For measuring alone (`evaluate` and the benchmarks): the client proper does not stream, since nobody waits for a first
-token when thousands of answers are in flight. No retries: what goes wrong is an error.
+For the chat (`chat`) and for measuring (`evaluate` and the benchmarks): the client proper does not stream, since nobody
+waits for a first token when thousands of answers are in flight. No retries: what goes wrong is an error.
 """
 
 import json
 import time
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import aiohttp
 
 from generate.client import headers_of
-from pipeline.address import proxy_of
+from generate.reply import Fault, read_error, shortened
+from pipeline.address import Redactor, proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
+from pipeline.records import Json
 
 SAID = ("content", "reasoning", "reasoning_content", "tool_calls")  # where a piece of what the model says may be
+
+
+class Refused(DistillError):
+    """An endpoint gives no answer; the fault says why."""
+
+    def __init__(self, url: str, fault: Fault) -> None:
+        super().__init__(f"{url} answers {fault.status}: {fault.message}")
+        self.fault = fault
 
 
 class Streamed(NamedTuple):
@@ -37,27 +48,52 @@ def streaming_session(teacher: TeacherConfig, timeout_s: float) -> aiohttp.Clien
     )
 
 
+async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> AsyncGenerator[Json]:
+    """Sends the body of a chat request, and yields the events of its answer as they come; a whole answer is one event.
+
+    Raises Refused where the endpoint refuses, or breaks off with an error; DistillError for several choices (`n`).
+    """
+    url, redacted, asked = f"{teacher.url}/chat/completions", Redactor.of(teacher), json.loads(request)
+    if asked.get("n", 1) > 1:
+        raise DistillError(f"a streamed request asks for one answer, this one for n={asked['n']}: leave out `n`")
+    body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+
+    def words(said: str) -> str:
+        return shortened(redacted(said))
+
+    async with session.post(url, json=body, params=teacher.query) as response:
+        if response.status != 200:
+            raise Refused(url, read_error(response.status, await response.read(), response.headers, words))
+        if response.content_type == "application/json":  # it does not stream
+            yield await response.json()
+            return
+        async for line in response.content:
+            if line.startswith((b"data: {", b"data:{")):
+                event: Json = json.loads(line[5:])
+                if event.get("error"):
+                    raise Refused(url, Fault("error_in_answer", words(str(event["error"])), 200))
+                yield event
+
+
+def piece_of(event: Json) -> Json:
+    """What an event adds to the answer: fields of SAID; empty if it adds nothing."""
+    choice = event["choices"][0] if event.get("choices") else {}
+    said = choice.get("delta") or choice.get("message") or {}
+    return {name: said[name] for name in SAID if said.get(name)}
+
+
 async def stream(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> Streamed:
     """Sends the body of a chat request, and reads its answer as it comes.
 
     Tokens are as the server counts them, else the pieces that came; thoughts are tokens, too. Where it does not
-    stream, the first token comes with the last. Raises DistillError where it refuses.
+    stream, the first token comes with the last. Raises Refused, as `events` does.
     """
-    url = f"{teacher.url}/chat/completions"
-    body = {**json.loads(request), "stream": True, "stream_options": {"include_usage": True}}
     begin, first, tokens = time.perf_counter(), 0.0, 0
-    async with session.post(url, json=body, params=teacher.query) as response:
-        if response.status != 200:
-            raise DistillError(f"{url} answers {response.status}: {' '.join((await response.text()).split())[:300]}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            delta = event["choices"][0].get("delta", {}) if event.get("choices") else {}
-            if any(delta.get(part) for part in SAID):
-                first = first or time.perf_counter()
-                tokens += 1
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
+    async for event in events(session, teacher, request):
+        if piece_of(event):
+            first = first or time.perf_counter()
+            tokens += 1
+        if event.get("usage"):
+            tokens = event["usage"]["completion_tokens"]
     end = time.perf_counter()
     return Streamed(begin, first or end, end, tokens)

@@ -95,7 +95,7 @@ def heals(fault: Fault) -> bool:
 
 def speaks_of_endpoint(fault: Fault) -> bool:
     """Whether the fault is a sign that the endpoint is down."""
-    return heals(fault) and fault.error != "rate_limited"
+    return heals(fault) and fault.error not in ("rate_limited", "missing_choice")
 
 
 def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verdict:
@@ -106,6 +106,8 @@ def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verd
         return Relearn()
     if fault.error in FINAL:
         return _refused(fault, state)
+    if fault.error == "missing_choice":  # each such reply brings at least one of those that were asked for
+        return Retry(step=0, counted=False)
     if state.all_down_s >= config.give_up_s:
         return EndRun(
             f"{state.url} has not answered for {state.all_down_s:.0f} s ({fault.message}); start it and run this "

@@ -5,6 +5,7 @@ to the parser and does its own work.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -35,7 +36,9 @@ def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> 
     if names := list(kinds):
         parser.add_argument("kind", choices=names, help="the kind of work")
     parser.add_argument("recipe", type=Path, help="a YAML recipe, for example recipes/demo.yaml")
-    parser.add_argument("--run", type=Path, help="the run directory (default: runs/<name of the recipe>)")
+    parser.add_argument(
+        "--run", help="the run directory (default: runs/<name of the recipe>), or s3://… or gs://… (docs/storage.md)"
+    )
     return parser
 
 
@@ -44,14 +47,23 @@ def parse_stage(
 ) -> tuple[Recipe, RunDir, argparse.Namespace]:
     """Parses the command line; a flag that the parser does not know must be a recipe key.
 
-    Raises RecipeError on a wrong recipe or an unknown flag, UsageError if --run names a file.
+    Raises RecipeError on a wrong recipe or an unknown flag, UsageError if --run names a file. With the URL of a
+    store it does not return.
     """
     options, flags = parser.parse_known_args(argv)
+    if "://" in (options.run or ""):
+        _run_in_store(parser.prog, sys.argv[1:] if argv is None else argv)
     options.flags = flags  # the recipe values, as given
     recipe = load_recipe(options.recipe, flags)
-    run = RunDir(options.run or Path("runs") / recipe.name)
+    run = RunDir(Path(options.run) if options.run else Path("runs") / recipe.name)
     run.check_folder()
     return recipe, run, options
+
+
+def _run_in_store(command: str, argv: list[str]) -> NoReturn:
+    """Becomes scale.stored, which fetches the run, has the same command work on its folder, and puts it back."""
+    stage = command.removeprefix("python -m ")
+    os.execv(sys.executable, [sys.executable, "-m", "scale.stored", stage, *argv])
 
 
 def run_stage(main: Callable[[], None]) -> NoReturn:

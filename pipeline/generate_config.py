@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.section import Section
 
@@ -14,6 +14,8 @@ class GenerateConfig(Section):
     """batch: through the endpoint's Batch API, at half the price, within a day."""
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Requests in flight per endpoint; auto: as many as keep the endpoint full."""
+    share_prompt: bool = False
+    """true: one request (`n`) for all samples of a prompt. Pays where an API charges for prompts; vLLM caches them."""
     processes: int = Field(1, ge=1)
     """Processes on this machine; more than one if a single core cannot keep the server full."""
     requests_per_minute: float | None = Field(None, gt=0)
@@ -34,3 +36,11 @@ class GenerateConfig(Section):
     """The address to serve metrics at: this machine only, or 0.0.0.0 for everybody who can reach it."""
     batch_poll_s: float = Field(60, gt=0)
     """Seconds between two looks at a batch, at most."""
+
+    @model_validator(mode="after")
+    def _shared_online(self) -> "GenerateConfig":
+        if self.share_prompt and self.mode == "batch":
+            raise ValueError(
+                "share_prompt is for mode online, because a batch has a request for each sample; leave out one of them"
+            )
+        return self

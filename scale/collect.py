@@ -87,11 +87,11 @@ class Collector:
 
     def _take_answer(self, name: str, answer: Completion) -> None:
         if self.leases.answered(name, answer.id, self._cost(answer)):
-            self._run.record_answer(answer)
+            self._run.record_answers((answer, None))
 
     def _take_failure(self, name: str, failure: Failure) -> None:
         if self.leases.failed(name, failure.id):
-            self._run.record_failure(failure)
+            self._run.record_failures(failure)
 
     def _cost(self, answer: Completion) -> Spend:
         """What an answer has cost; nothing where nothing is counted."""

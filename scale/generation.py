@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -33,7 +32,7 @@ from generate.prices import PICO
 from generate.run import Sender
 from pipeline import errors
 from pipeline.address import VARIABLE
-from pipeline.errors import BudgetReached, DistillError
+from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.recipe import TeacherConfig
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
@@ -47,14 +46,22 @@ LOOK_S = 1.0  # between two looks at the nodes, the leases, and what lost worker
 ASIDE_S = 30.0  # how long a node on which no worker can work is left alone
 
 
-def cluster_sender(address: str, *, lease_s: float = LEASE_S) -> Sender:
-    """What sends a run's requests from the cluster at `address`: auto, host:port, or ray://host:port."""
+def cluster_sender(address: str, store_url: str | None = None, *, lease_s: float = LEASE_S) -> Sender:
+    """What sends a run's requests from the cluster at `address`: auto, host:port, or ray://host:port.
+
+    `store_url`: where driver and workers meet, a folder that all nodes see or a bucket; None: in the run's folder.
+    """
 
     async def send(run: Run, *, signals: bool) -> Outcome:
+        if run.recipe.sampling.logprobs is not None:
+            raise RecipeError("sampling.logprobs: only one machine stores them so far; leave out --cluster, or the key")
+        if run.recipe.generate.share_prompt:
+            raise RecipeError("generate.share_prompt: a cluster sends a request for each sample; set it to false")
         namespace = "distillate-" + blake2b(str(run.dir.path.absolute()).encode(), digest_size=8).hexdigest()
         cluster = await asyncio.to_thread(Cluster, address, namespace)
         try:
-            driver = Driver(run, cluster, open_store(run.dir.path / "cluster"), lease_s)
+            store = open_store(store_url or run.dir.path.absolute() / "cluster")
+            driver = Driver(run, cluster, store, lease_s)
             with on_signals(driver.interrupt if signals else None):
                 return await driver.send()
         finally:
@@ -192,7 +199,7 @@ class Driver:
             teacher = run.recipe.teacher.model_copy(update={"base_url": own})
             recipe = run.recipe.model_copy(update={"teacher": teacher})
             variables = variables_of(run.recipe.teacher)
-            actor = self._cluster.start(node, name, recipe, str(Path(self._store.url)), variables, self._lease_s)
+            actor = self._cluster.start(node, name, recipe, self._store.url, variables, self._lease_s)
             self._leases.join(name, own, now)
             self._members[name] = member = _Member(node, actor, own)
             member.task = asyncio.create_task(self._follow(name, member))

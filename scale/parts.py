@@ -95,6 +95,11 @@ class Uploader:
             self._waiting = []
         return put
 
+    @property
+    def waiting(self) -> int:
+        """Rows that were read and not put."""
+        return len(self._waiting)
+
     def _follow(self) -> bool:
         """Reads whole new lines until a part is full; whether any line waits."""
         try:

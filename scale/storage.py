@@ -6,6 +6,8 @@ package obstore), and take endpoint and credentials from their usual environment
 """
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -34,6 +36,9 @@ class Store(Protocol):
 
     def get(self, name: str) -> bytes | None:
         """An object's content; None if there is none of this name."""
+
+    def download(self, name: str, path: Path) -> None:
+        """Writes an object's content to a local file, whatever its size."""
 
     def names(self, folder: str = "") -> list[str]:
         """The names of all objects under a folder (of names, such as `parts/completions`), sorted."""
@@ -77,8 +82,7 @@ class Folder:
         return True
 
     def put(self, name: str, data: bytes | Path) -> None:
-        content = data.read_bytes() if isinstance(data, Path) else data
-        with self._explained(name), self._written(name, content) as (temporary, target):
+        with self._explained(name), self._written(name, data) as (temporary, target):
             temporary.replace(target)
 
     def get(self, name: str) -> bytes | None:
@@ -87,6 +91,10 @@ class Folder:
                 return (self._path / name).read_bytes()
             except FileNotFoundError:
                 return None
+
+    def download(self, name: str, path: Path) -> None:
+        with self._explained(name):
+            shutil.copyfile(self._path / name, path)
 
     def names(self, folder: str = "") -> list[str]:
         with self._explained(folder):
@@ -98,14 +106,18 @@ class Folder:
             (self._path / name).unlink(missing_ok=True)
 
     @contextmanager
-    def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+    def _written(self, name: str, data: bytes | Path) -> Iterator[tuple[Path, Path]]:
         """The data in a file of its own, on disk, and where it is to be."""
         target = self._path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{HIDDEN}{target.name}.{uuid4().hex}")
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                if isinstance(data, Path):
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, file)
+                else:
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary, target
@@ -153,23 +165,36 @@ class Bucket:
         with self._explained(name):
             try:
                 return bytes(self._store.get(name).bytes())
-            except self._errors.NotFoundError:
+            except FileNotFoundError:
                 return None
+
+    def download(self, name: str, path: Path) -> None:
+        with self._explained(name), path.open("wb") as file:
+            for some in self._store.get(name).stream():
+                file.write(some)
 
     def names(self, folder: str = "") -> list[str]:
         with self._explained(folder):
             return sorted(item["path"] for chunk in self._store.list(folder or None) for item in chunk)
 
     def delete(self, name: str) -> None:
-        with self._explained(name), suppress(self._errors.NotFoundError):
+        with self._explained(name), suppress(FileNotFoundError):
             self._store.delete(name)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (self._errors.UnauthenticatedError, self._errors.PermissionDeniedError) as error:
-            what = "no access: set the cloud's variables for credentials (docs/storage.md)"
-            raise DistillError(f"{self.url}/{name}: {what}: {first_line(error)}") from None
-        except self._errors.BaseError as error:
-            raise DistillError(f"{self.url}/{name}: {first_line(error)}") from None
+        except (self._errors.BaseError, OSError) as error:
+            raise DistillError(f"{self.url}/{name}: {_cause(str(error))}") from None
+
+
+def _cause(message: str) -> str:
+    """What an object store answered, in one line."""
+    found = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", message, re.DOTALL)
+    cause = f"{found[1]}: {found[2]}" if found else first_line(message)
+    if re.search(r"\b40[13]\b|169\.254|metadata\.google|redential", message):
+        return f"no access ({cause}); set the variables for the cloud's credentials (docs/storage.md)"
+    if "NoSuchBucket" in message:
+        return f"{cause}; make the bucket, or correct its name or AWS_ENDPOINT_URL"
+    return cause

@@ -68,13 +68,15 @@ class WorkerRun(Run):
 
     finished: Callable[[str], object]
 
-    def record_answer(self, completion: Completion) -> None:
-        super().record_answer(completion)
-        self.finished(completion.id)
+    def record_answers(self, *answers: tuple[Completion, Any]) -> None:
+        super().record_answers(*answers)
+        for completion, _ in answers:
+            self.finished(completion.id)
 
-    def record_failure(self, failure: Failure) -> None:
-        super().record_failure(failure)
-        self.finished(failure.id)
+    def record_failures(self, *failures: Failure) -> None:
+        super().record_failures(*failures)
+        for failure in failures:
+            self.finished(failure.id)
 
 
 class Worker:
@@ -164,12 +166,13 @@ class Worker:
                 dir=folder,
                 completions=completions,
                 failures=failures,
+                logprobs=None,
                 left=Left(IdSet(), IdSet(), retry_failures=False),
                 budget=self._budget,
                 counters=self._counters,
                 say=self._said.append,
                 show=lambda: None,
-                finished=self._unfinished.pop,
+                finished=self._finished,
             )
             self._budget.limit_to(Spend())
             uploaders = [
@@ -186,6 +189,9 @@ class Worker:
                 await self._upload_rest(store, uploaders)
                 return await sending
 
+    def _finished(self, id_: str) -> None:
+        self._unfinished.pop(id_, None)
+
     async def _upload(self, store: Store, uploaders: list[Uploader]) -> None:
         """Uploads the parts that are to be closed now, then the account. A store that is away is tried again."""
         flush, self._flush = self._flush, False
@@ -197,6 +203,7 @@ class Worker:
 
     async def _upload_rest(self, store: Store, uploaders: list[Uploader]) -> None:
         """Uploads all there is; raises DistillError when the store does not take it for `lease_s`."""
+        self._unfinished.clear()  # nothing more will be spent on it
         until = monotonic() + self._lease_s
         while True:
             try:

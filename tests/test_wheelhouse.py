@@ -19,14 +19,12 @@ ROOT = Path(__file__).parents[1]
 house = SimpleNamespace(**runpy.run_path(str(ROOT / "setup_wheelhouse.py")))
 
 
-def a_wheel(folder: Path, name: str, code: str = "") -> None:
-    """A wheel of one module; it asks for a package that is nowhere."""
-    info = f"{name}-1.0.dist-info"
+def a_wheel(folder: Path, name: str, needs: str = "") -> None:
+    """A wheel of one empty module."""
+    info, metadata = f"{name}-1.0.dist-info", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{name}.py", code)
-        archive.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: gone\n"
-        )
+        archive.writestr(f"{name}.py", "")
+        archive.writestr(f"{info}/METADATA", metadata + (f"Requires-Dist: {needs}\n" if needs else ""))
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
 
@@ -126,6 +124,7 @@ def build_editable(folder, settings=None, metadata=None):
 """
 
 
+@pytest.mark.timeout(400)  # it makes a virtual environment
 def test_the_set_up_installs_from_a_wheelhouse_without_an_index(tmp_path: Path) -> None:
     """Packages that need another, which was left out; and this project, built by what the wheelhouse has."""
     clone, content = tmp_path / "clone", tmp_path / "content"
@@ -139,7 +138,7 @@ def test_the_set_up_installs_from_a_wheelhouse_without_an_index(tmp_path: Path) 
     (clone / "backend.py").write_text(BACKEND)
     a_wheel(content / "wheels", "setuptools")
     for name in ("openai", "msgspec", "rensa"):  # what the group `base` imports
-        a_wheel(content / "wheels", name)
+        a_wheel(content / "wheels", name, needs="left-out")
     (content / "requirements.txt").write_text("openai===1.0\nmsgspec===1.0\nrensa===1.0\n")
     folder = a_wheelhouse(tmp_path, groups=["base"])
     command = ["make", "setup", f"WHEELHOUSE={folder}", f"PYTHON={sys.executable}"]

@@ -109,12 +109,13 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, so
     return tokens * (config.num_hidden_layers * layer + logits)
 
 
-def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console) -> bool:
-    """Whether to use gradient checkpointing for forward passes of so many tokens.
+def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console, shards: int = 1) -> bool:
+    """Whether to use gradient checkpointing for forward passes of so many tokens. `shards`: as Processes has them.
 
     The recipe decides, or short memory, which is printed. Raises DistillError if memory does not suffice even so.
     """
-    free, optimizer = free_memory(), ADAMW_BYTES * model.num_parameters() if config.weights == "full" else 0
+    free = free_memory()
+    optimizer = ADAMW_BYTES * model.num_parameters() // shards if config.weights == "full" else 0
     if optimizer > free:
         raise DistillError(
             f"training all of {model.name_or_path} needs {optimizer / GIB:.1f} GiB more than its weights, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from trl import DistillationConfig, DistillationTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, pad
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
@@ -19,7 +19,7 @@ from train.machine import micro_tokens
 from train.processes import Processes
 from train.soft import FIX, load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
-from train.tokens import MASKED
+from train.told import Told, before_samples, prompt_of
 from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
 
 
@@ -43,9 +43,9 @@ class SameEveryEpoch:
 class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     """DistillationTrainer with a student and rows as the other methods have them; `prompt` of a row: its tokens."""
 
-    def __init__(self, *, tokenised: StudentTrainer, **settings: Any) -> None:
-        self.micro, self.collate = tokenised.micro, tokenised.collate
-        prompts = [_prompt(row) for row in tokenised.train_dataset]
+    def __init__(self, *, tokenised: StudentTrainer, told: Told, **settings: Any) -> None:
+        self.micro, self.collate, self.told = tokenised.micro, tokenised.collate, told
+        prompts = [prompt_of(row) for row in tokenised.train_dataset]
         DistillationTrainer.__init__(
             self,
             model=tokenised.model,
@@ -58,22 +58,33 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}
 
+    def _get_last_hidden_state(
+        self, unwrapped_model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, **more: Any
+    ) -> Any:
+        if self.told and unwrapped_model is self.accelerator.unwrap_model(self.teacher_model):
+            blank = self.processing_class.pad_token_id
+            input_ids, attention_mask = before_samples(input_ids, attention_mask, logits_to_keep, self.told, pad, blank)
+        return super()._get_last_hidden_state(unwrapped_model, input_ids, attention_mask, logits_to_keep, **more)
+
 
 def on_policy_trainer(
     tokenised: StudentTrainer,
     config: TrainConfig,
     arguments: dict[str, Any],
     teacher: TeacherConfig,
+    told: Told,
     console: Console,
     processes: Processes,
 ) -> OnPolicyTrainer:
     """The trainer of the recipe. `tokenised` has the student and the rows; `arguments` are those of all methods.
 
+    `told`: the teacher's own prompts.
+
     Raises RecipeError or DistillError if the teacher cannot be had, or its tokens are not the student's.
     """
     own, model = config.on_policy, tokenised.model
     vocabulary = model.config.get_text_config().vocab_size
-    longest = max(len(_prompt(row)) for row in tokenised.train_dataset) + own.max_new_tokens
+    longest = max(len(prompt_of(row)) for row in tokenised.train_dataset) + own.max_new_tokens
     rows = len(tokenised.train_dataset)
     share, micro = micro_rows(config, rows, micro_tokens(vocabulary, soft=True), longest, processes)
     settings = {name: value for name, value in arguments.items() if name != "max_length"} | {
@@ -89,9 +100,9 @@ def on_policy_trainer(
     }
     texts = [tokenised.processing_class.decode(row["input_ids"]) for row in tokenised.train_dataset]
     if config.kd.teacher == "served":
-        return _served(tokenised, settings, config, teacher)
+        return _served(tokenised, settings, config, teacher, told)
     loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, console)
-    return OnPolicyTrainer(tokenised=tokenised, teacher_model=loaded, args=DistillationConfig(**settings))
+    return OnPolicyTrainer(tokenised=tokenised, told=told, teacher_model=loaded, args=DistillationConfig(**settings))
 
 
 def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
@@ -111,15 +122,8 @@ def load_same_outputs(reference: str, tokenizer: Any, texts: list[str], outputs:
     return teacher
 
 
-def _prompt(row: Any) -> list[int]:
-    """The tokens before the first that carries loss."""
-    first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
-    ids: list[int] = row["input_ids"][:first]
-    return ids
-
-
 def _served(
-    tokenised: StudentTrainer, settings: dict[str, Any], config: TrainConfig, teacher: TeacherConfig
+    tokenised: StudentTrainer, settings: dict[str, Any], config: TrainConfig, teacher: TeacherConfig, told: Told
 ) -> OnPolicyTrainer:
     from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
 
@@ -131,11 +135,11 @@ def _served(
             self.reverse_kl_top_1_mode = args.reverse_kl_top_1_mode
             OnPolicyTrainer.__init__(self, args=args, **rest)
 
-    client = endpoint_client(teacher)
+    client = endpoint_client(teacher, told)
     check_tokens(client, [*tokenised.train_dataset][:COMPARED_ROWS], tokenised.processing_class)
     args = ServerDistillationConfig(
         **settings,
         teacher_model_server_url=client.base_url,
         loss_top_k=config.kd.top_k if settings["beta"] == 0 else 1,  # TRL knows no other with a reverse part
     )
-    return ServedTrainer(tokenised=tokenised, client=client, args=args)
+    return ServedTrainer(tokenised=tokenised, told=told, client=client, args=args)

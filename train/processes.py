@@ -33,6 +33,11 @@ class Processes:
     def lead(self) -> bool:
         return self.rank == 0
 
+    @property
+    def shards(self) -> int:
+        """Parts that weights, gradients and moments are in; each is in the memory of one process."""
+        return self.count if self.sharded else 1
+
     def check(self, config: TrainConfig) -> None:
         """Raises UsageError if the launcher was told what this training cannot do; before anything is loaded."""
         for name, reason in REFUSED.items():

@@ -114,6 +114,8 @@ def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
     if not any(map(learned_from_answers, (run.student, run.student_sft))):
         config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
         train_run(recipe.model_copy(update={"train": config}), run, **setting)
+        with setting["processes"].lead_first():
+            pass  # the others wait until the leading process has published that student
 
 
 def _on_rows(
@@ -141,7 +143,7 @@ def _on_rows(
         decide(checks)
     shape = partial(lazy_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
-    if config.method == "gold":  # the teacher has a prompt of its own
+    if config.soft:  # the teacher has prompts of its own
         own, rows = examples["train"], parts.train
         told = partial(told_to_teacher, teacher=recipe.teacher)
         examples["train"] = Lazy(
@@ -158,14 +160,21 @@ def _on_rows(
 
 
 def _find_top_k(
-    recipe: Recipe, run: RunDir, parts: Parts, console: Console, indices: list[int], rows: Any, tokenizer: Any
+    recipe: Recipe,
+    run: RunDir,
+    parts: Parts,
+    console: Console,
+    indices: list[int],
+    rows: Any,
+    tokenizer: Any,
+    told: dict[bytes, list[int]],
 ) -> "TopK":
     """What the teacher says of training rows, by their index and their tokens: as it is stored, or at its endpoint."""
     from train.top_k import ask_endpoint, read_stored
 
     if recipe.train.kd.teacher == "stored":
         return read_stored(run.logprobs, [parts.train[index].id for index in indices], rows, tokenizer, console)
-    return ask_endpoint(recipe.teacher, recipe.train.kd.top_k, rows, tokenizer, console)
+    return ask_endpoint(recipe.teacher, recipe.train.kd.top_k, rows, tokenizer, told, console)
 
 
 def _on_pairs(

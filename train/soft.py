@@ -21,7 +21,8 @@ from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
 from train.student_trainer import Batch, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.top_k import TopK, key_of
+from train.told import Told, key_of, of_teacher
+from train.top_k import TopK
 
 FIX = "use train.method: lora or full, which learn from its text"
 
@@ -85,6 +86,8 @@ class KdTrainer(StudentTrainer):
     The factor T^2 keeps the gradients of the two in proportion when the temperature changes (Hinton et al. 2015).
     """
 
+    told: Told  # set before training
+
     def __init__(self, *, teacher: Any, soft: KdConfig, **settings: Any) -> None:
         super().__init__(**settings)
         self.aux_loss_enabled = False  # a mixture of experts follows the teacher, without the router's loss
@@ -102,7 +105,8 @@ class KdTrainer(StudentTrainer):
         from trl.experimental.gkd import GKDTrainer  # warns when it is imported; trainers run with warnings muted
 
         with torch.no_grad():
-            other, _, _ = completion_logits(self.teacher, inputs)
+            told = of_teacher(inputs, self.told, self.processing_class.pad_token_id)
+            other, _, _ = completion_logits(self.teacher, told)
         own, other = (either[:, : self.vocabulary].float() for either in (logits, other))
         temperature = self.soft.temperature
         return GKDTrainer.generalized_jsd_loss(own, other, beta=0, temperature=temperature, reduction="sum")

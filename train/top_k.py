@@ -20,6 +20,7 @@ from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
 from train.tokens import MASKED, TokenRow
+from train.told import Told, key_of, prompt_of
 
 # By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
 TopK = dict[bytes, tuple[NDArray[np.int32], NDArray[np.float16]]]
@@ -27,11 +28,6 @@ LEAST = 0.5  # share of the tokens that must be the student's
 COMPARED_ROWS = 20  # that the endpoint must split as the student does
 AT_ONCE = 8  # rows per request
 OTHERS = "use train.method: gold with the teacher beside the student, or lora or full"
-
-
-def key_of(ids: Sequence[int]) -> bytes:
-    """What a row is found by."""
-    return np.asarray(ids, np.int32).tobytes()
 
 
 def answer_of(row: TokenRow) -> list[int]:
@@ -106,16 +102,17 @@ def token_names(tokenizer: Any) -> dict[bytes, int]:
     return names
 
 
-def ask_endpoint(teacher: TeacherConfig, top: int, rows: Sequence[TokenRow], tokenizer: Any, console: Console) -> TopK:
-    """What the teacher's endpoint says of the rows' answers, each row given as tokens.
+def ask_endpoint(
+    teacher: TeacherConfig, top: int, rows: Sequence[TokenRow], tokenizer: Any, told: Told, console: Console
+) -> TopK:
+    """What the teacher's endpoint says of the rows' answers, after the prompts that it is told.
 
     Raises RecipeError if its tokenizer is not the student's, DistillError if it cannot be asked.
     """
-    client = endpoint_client(teacher)
+    client = endpoint_client(teacher, told)
     check_tokens(client, rows[:COMPARED_ROWS], tokenizer)
     console.print(f"{teacher.url}: {teacher.model} is asked about {len(rows)} answers")
-    sequences = [list(row["input_ids"]) for row in rows]
-    starts = [next(i for i, label in enumerate(row["labels"]) if label != MASKED) for row in rows]
+    sequences, starts = [list(row["input_ids"]) for row in rows], [len(prompt_of(row)) for row in rows]
     said = asked(client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
     known: TopK = {}
     for row, start, ids, logprobs in zip(rows, starts, said["logprob_token_ids"], said["logprobs"], strict=True):
@@ -126,19 +123,30 @@ def ask_endpoint(teacher: TeacherConfig, top: int, rows: Sequence[TokenRow], tok
     return known
 
 
-def endpoint_client(teacher: TeacherConfig) -> Any:
-    """TRL's client of a vLLM server; as TRL makes it, it sends no key, and wants vLLM installed on this machine."""
+def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
+    """TRL's client of a vLLM server, for a teacher that may want a key and has prompts of its own.
+
+    As TRL makes it, it sends no key, and wants vLLM installed on this machine.
+    """
     import requests
     from trl.generation.vllm_client import VLLMClient
 
-    client: Any = VLLMClient.__new__(VLLMClient)
-    client.base_url, client.model = teacher.url.removesuffix("/v1"), teacher.model
-    client.session = requests.Session()
-    client.session.trust_env = not is_loopback(teacher.url)
-    if key := teacher.api_key():
-        bearer = teacher.api_key_header.lower() == "authorization"
-        client.session.headers[teacher.api_key_header] = f"{'Bearer ' * bearer}{key.get_secret_value()}"
-    return client
+    class Client(VLLMClient):
+        def __init__(self) -> None:
+            self.base_url, self.model = teacher.url.removesuffix("/v1"), teacher.model
+            self.session = requests.Session()
+            self.session.trust_env = not is_loopback(teacher.url)
+            if key := teacher.api_key():
+                bearer = teacher.api_key_header.lower() == "authorization"
+                self.session.headers[teacher.api_key_header] = f"{'Bearer ' * bearer}{key.get_secret_value()}"
+
+        def get_sequence_logprobs(self, sequences: Any, prompt_lengths: Any, **more: Any) -> Any:
+            own = [list(ids[:length]) for ids, length in zip(sequences, prompt_lengths, strict=True)]
+            prompts = [told.get(key_of(prompt), prompt) for prompt in own]
+            whole = [new + list(ids[len(old) :]) for new, old, ids in zip(prompts, own, sequences, strict=True)]
+            return super().get_sequence_logprobs(whole, [len(prompt) for prompt in prompts], **more)
+
+    return Client()
 
 
 def check_tokens(client: Any, rows: Sequence[TokenRow], tokenizer: Any) -> None:

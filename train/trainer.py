@@ -41,15 +41,17 @@ from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.stored import stored_rows
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
+from train.teacher import known_files, tokenizer_of
 from train.tokens import TokenRow, differing_prompts, label_faults
+from train.told import Told, told_prompts
 from train.top_k import TopK
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-# From rows by their index in Examples, their tokens and the tokenizer.
-FindTopK = Callable[[list[int], list[TokenRow], Any], TopK]
+# From rows by their index in Examples, their tokens, the tokenizer and the teacher's prompts.
+FindTopK = Callable[[list[int], list[TokenRow], Any, Told], TopK]
 # Train and validation: prompt-completion rows (train.rows.to_examples).
 Examples = Mapping[str, Sequence[dict[str, Any]]]
 
@@ -169,14 +171,10 @@ def prepare(
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
-        if shown and isinstance(trainer, TopKTrainer):
-            assert find_top_k is not None
-            trainer.known = find_top_k(prepared.rows["train"], [*trainer.train_dataset], tokenizer)
-        if shown and config.method in ("on_policy", "gold"):
+        if shown and config.soft:
             assert teacher is not None
-            setting = (config, arguments, teacher, console, processes)
-            own = on_policy_trainer(trainer, *setting) if config.further else gold_trainer(trainer, shown, *setting)
-            prepared = replace(prepared, trainer=with_callbacks(own, prepared.milestones, prepared.progress))
+            followed = _with_teacher(prepared, shown, arguments, teacher, find_top_k, console, processes)
+            prepared = replace(prepared, trainer=followed)
     return replace(prepared, faults=faults, differing=differing)
 
 
@@ -198,6 +196,34 @@ def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Consol
             f"{len(kept['train'])} (--num_processes), or generate more prompts"
         )
     return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
+
+
+def _with_teacher(
+    prepared: Prepared,
+    shown: Sequence[dict[str, Any]],
+    arguments: dict[str, Any],
+    teacher: TeacherConfig,
+    find_top_k: FindTopK | None,
+    console: Console,
+    processes: Processes,
+) -> Any:
+    """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
+    trainer, config = prepared.trainer, prepared.milestones.config
+    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
+    if config.method == "gold":
+        own = gold_trainer(trainer, shown, config, arguments, teacher, console, processes)
+        return with_callbacks(own, prepared.milestones, prepared.progress)
+    stored = config.kd.teacher == "stored"
+    told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
+    if config.method == "on_policy":
+        drawing = on_policy_trainer(trainer, config, arguments, teacher, told, console, processes)
+        return with_callbacks(drawing, prepared.milestones, prepared.progress)
+    if isinstance(trainer, TopKTrainer):
+        assert find_top_k is not None
+        trainer.known = find_top_k(prepared.rows["train"], rows, tokenizer, told)
+    else:
+        trainer.told = told
+    return trainer
 
 
 def with_callbacks(trainer: Any, *callbacks: Any) -> Any:
@@ -285,8 +311,10 @@ def _trainer(
     """
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    checkpointing = wants_checkpointing(model, config, min(max(tokens, config.max_length), largest), console)
+    most = min(max(tokens, config.max_length), largest)
+    checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
+    read = Lazy(examples["train"], lambda row: {name: value for name, value in row.items() if name != "told"})
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
@@ -296,7 +324,7 @@ def _trainer(
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
         ),
-        "train_dataset": stored_rows(examples["train"], folder, "train"),
+        "train_dataset": stored_rows(read, folder, "train"),
         "eval_dataset": stored_rows(examples["validation"], folder, "validation"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),

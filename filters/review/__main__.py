@@ -1,17 +1,18 @@
 """`python -m filters.review RECIPE [--run DIR]`: a local page to review a sample, and the agreement with the person."""
 
-import secrets
-import socket
-from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from filters.review.agreement import agreement, print_agreement
 from filters.review.session import Session
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import UsageError
+from pipeline.local_page import serve_page
 
-HOST = "127.0.0.1"
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,31 +26,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--sample must be at least 1, got {options.sample}")
     if not options.agreement:
         with Session(run, size=options.sample, seed=options.seed) as session:
-            _serve(session, options.port)
+            build = partial(_app, session)
+            shown = f"review {session.done} of {len(session.sample.items)} done"
+            serve_page(build, port=options.port, before=shown, after="Ctrl-C ends; every verdict is kept")
     print_agreement(agreement(recipe, run), Console())
 
 
-def _serve(session: Session, port: int) -> None:
-    """Serves the page until Ctrl-C."""
-    try:
-        import uvicorn
+def _app(session: Session, token: str) -> "FastAPI":
+    from filters.review.app import create_app  # its packages come with `make review`
 
-        from filters.review.app import create_app
-    except ImportError as error:
-        raise DistillError(f"{error.name} is not installed; `make review` installs it") from None
-    token = secrets.token_urlsafe(16)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-            listener.listen()
-        except OSError as error:
-            raise UsageError(f"--port {port}: {error.strerror}; name another, or none for any that is free") from None
-        config = uvicorn.Config(create_app(session, token), log_level="warning", access_log=False)
-        print(f"review {session.done} of {len(session.sample.items)} done")
-        print(f"http://{HOST}:{listener.getsockname()[1]}/{token}/  (Ctrl-C ends; every verdict is kept)", flush=True)
-        with suppress(KeyboardInterrupt):  # uvicorn closes, then passes the signal on
-            uvicorn.Server(config).run(sockets=[listener])
+    return create_app(session, token)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from benchmarks.client import body, compare
 from benchmarks.endpoint import chart, level_of, tokens_within
 from benchmarks.http_server import running
 from benchmarks.measure import flags, measured, question, show, steady_seconds
+from benchmarks.shared import once
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
 from benchmarks.stories import Writer
 from filters.answer import nfc
@@ -117,6 +118,15 @@ def test_the_clients_are_measured_on_the_same_stub() -> None:
         figures = compare(url, ["ours", "openai", "bare"], requests=40, in_flight=8, runs=1)
     assert set(figures) == {"ours", "openai", "bare"}
     assert all(row.value > 0 and row.peak_mib > 10 for row in figures.values())
+
+
+def test_a_shared_prompt_is_billed_once() -> None:
+    options = argparse.Namespace(prompts=10, samples=4, prompt_tokens=100, completion_tokens=3)
+    apart, together = (once(options, share=share) for share in (False, True))
+    assert (apart.requests, apart.prompt_tokens, apart.completion_tokens) == (40, 4000, 120)
+    assert (together.requests, together.prompt_tokens, together.completion_tokens) == (10, 1000, 120)
+    assert apart.usd == pytest.approx((4000 * 0.4 + 120 * 1.6) / 1e6)
+    assert together.usd == pytest.approx((1000 * 0.4 + 120 * 1.6) / 1e6)
 
 
 def test_a_killed_run_is_counted() -> None:

@@ -1,30 +1,24 @@
 """What the chain says in the end, of a made-up report."""
 
-import json
 import shlex
 import shutil
 from pathlib import Path
 
 from chain.last_words import last_words
 from evaluate.document import Claim, Estimate, Headline, exactly, write_report
-from pipeline.recipe import Recipe
-from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from tests.evaluate.made_report import make_report
-from tests.tiny_student import kept_row
 
 
 def words(path: Path, claims: list[Claim]) -> list[str]:
     run = RunDir(path)
-    run.test.write_bytes(encode_line(kept_row(1, "How many?", "SELECT 1")))
     report = make_report(headline=Headline(text="t", claims=claims, holds=True))
     for number, value in ((0, 0.84), (2, 0.81)):
         report.models[number].figures["verified"] = {"accuracy": exactly(value)}
     report.models[0].figures["engine"]["answers_per_s"] = exactly(1.1)
     report.models[2].figures["engine"]["answers_per_s"] = exactly(5.2)
     write_report(run, report)
-    recipe = Recipe(name="t", teacher={"model": "m"}, student={"model": "s", "system": "SQL."}, prompts={"file": "p"})
-    return last_words(recipe, Path("recipes/my sql.yaml"), run)
+    return last_words(Path("recipes/my sql.yaml"), run)
 
 
 def claim(name: str, axis: str, value: float) -> Claim:
@@ -38,25 +32,15 @@ def test_three_lines_say_what_was_won_and_two_how_to_ask(tmp_path: Path) -> None
         claim("speed", "speed", 4.7),
         claim("memory", "memory", 3.1),
     ]
-    accuracy, size, speed, verdict, _, serve, ask = words(tmp_path, claims)
+    accuracy, size, speed, verdict, _, page, terminal = words(tmp_path, claims)
     assert accuracy == "accuracy  96.4% of the teacher's: right answers 81.0%, the teacher's 84.0%"
     assert size == "size      3.12× smaller: parameters 494.0M, the teacher's 1.54B"
     assert speed == "speed     4.70× as fast: answers/s, as it is asked 5.20, the teacher's 1.10"
     assert verdict.startswith("the promise holds")
-    command = shlex.split(serve)
-    assert shutil.which(command[0]) and command[1:4] == ["-m", "serve", "recipes/my sql.yaml"]
-    assert command[5] == str(tmp_path / "student")
-    body = json.loads(shlex.split(ask)[-1])
-    assert body["model"] == command[5] and body["messages"][0] == {"role": "system", "content": "SQL."}
-    assert body["messages"][1]["content"] == "How many?"
-
-
-def test_an_adapter_is_served_as_it_was_merged(tmp_path: Path) -> None:
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "adapter_config.json").write_text("{}")
-    assert "evaluation/student_after-merged" in words(tmp_path, [claim("size", "memory", 3.0)])[-2]
+    command = shlex.split(page)
+    assert shutil.which(command[0]) and command[1:] == ["-m", "chat", "recipes/my sql.yaml", "--run", str(tmp_path)]
+    assert shlex.split(terminal) == [*command, "--terminal"]
 
 
 def test_without_a_report_nothing_is_said(tmp_path: Path) -> None:
-    recipe = Recipe(name="t", teacher={"model": "m"}, prompts={"file": "p"})
-    assert last_words(recipe, Path("r.yaml"), RunDir(tmp_path)) == []
+    assert last_words(Path("r.yaml"), RunDir(tmp_path)) == []

@@ -16,7 +16,7 @@ from generate.endpoint import Endpoint
 from generate.fleet import Fleet
 from generate.loop import Loop
 from generate.progress import Counters
-from generate.reply import Answer, Fault
+from generate.reply import Answer, Choices, Fault
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import recipe_for
@@ -96,10 +96,11 @@ def simulate(
         async def __aexit__(self, *_: object) -> None:
             pass
 
-        async def complete(self, body: bytes, timeout_s: float) -> Answer | Fault:
+        async def complete(self, body: bytes, timeout_s: float, choices: int) -> Choices | Fault:
             try:
                 async with asyncio.timeout(timeout_s):
-                    return await self._model.complete(clock.time())
+                    reply = await self._model.complete(clock.time())
+                    return reply if isinstance(reply, Fault) else Choices([reply] * choices, reply.usage)
             except TimeoutError:
                 return Fault("timeout", "no whole answer")
 

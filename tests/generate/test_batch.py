@@ -242,7 +242,7 @@ def _kill_at(patch: pytest.MonkeyPatch, step: str, after: bool, nth: int) -> Non
     if step == "save":
         patch.setattr(batch_files.Folder, "save", dying(batch_files.Folder.save))
     elif step == "append":
-        patch.setattr(Run, "record_answer", dying(Run.record_answer))
+        patch.setattr(Run, "record_answers", dying(Run.record_answers))
     elif step == "download":
         patch.setattr(BatchApi, "download", dying_async(BatchApi.download))
     else:

@@ -33,7 +33,7 @@ def test_an_answer_gives_back_what_it_did_not_use() -> None:
     assert first is not None
     assert first.most.tokens == 100 + TEMPLATE_TOKENS + 50
     assert budget.reserve(body_bytes=700, max_tokens=50) is None  # 214 + 814 > 1000
-    budget.settle(first, usage(20, 30), billed=True, journaled=True)
+    budget.settle(first, usage(20, 30), billed=True, journaled=[usage(20, 30)])
     assert budget.spent == Spend(50, 0)
     assert budget.reserve(body_bytes=700, max_tokens=50) is not None
 
@@ -52,7 +52,7 @@ def test_what_is_not_known_stays_charged_in_full(said: Usage | None, billed: boo
     reservation = budget.reserve(100, 50)
     assert reservation is not None
     assert reservation.most.cost == 2 * 164 + 10 * 50
-    budget.settle(reservation, said, billed=billed, journaled=said is not None)
+    budget.settle(reservation, said, billed=billed, journaled=[said] if said else [])
     assert budget.spent == spent
 
 
@@ -60,7 +60,8 @@ def test_a_server_that_counts_more_than_the_bound_raises_it() -> None:
     budget = Budget(BudgetConfig(tokens=10**6), None, Spend())
     first = budget.reserve(10, 5)
     assert first is not None
-    budget.settle(first, usage(10 + TEMPLATE_TOKENS + 30, 5), billed=True, journaled=True)
+    said = usage(10 + TEMPLATE_TOKENS + 30, 5)
+    budget.settle(first, said, billed=True, journaled=[said])
     second = budget.reserve(10, 5)
     assert second is not None
     assert second.most.tokens == first.most.tokens + 30
@@ -72,7 +73,7 @@ def test_answers_in_flight_together_raise_the_margins_once() -> None:
     for reservation, beyond in zip(out, (30, 50, 40), strict=True):
         assert reservation is not None
         said = usage(10 + TEMPLATE_TOKENS + beyond, 5 + 2 * beyond)  # a model that thinks beyond max_tokens
-        budget.settle(reservation, said, billed=True, journaled=True)
+        budget.settle(reservation, said, billed=True, journaled=[said])
     later = budget.reserve(10, 5)
     assert later is not None
     assert later.most.tokens == 10 + TEMPLATE_TOKENS + 50 + 5 + 100
@@ -91,7 +92,7 @@ def test_without_budget_and_price_nothing_is_counted() -> None:
     budget = Budget(BudgetConfig(), None, Spend())
     reservation = budget.reserve(10**9, 10**9)
     assert reservation is not None
-    budget.settle(reservation, usage(5, 5), billed=True, journaled=True)
+    budget.settle(reservation, usage(5, 5), billed=True, journaled=[usage(5, 5)])
     assert budget.spent == Spend()
 
 
@@ -112,7 +113,7 @@ def test_spent_and_reserved_never_pass_the_budget(most: int, requests: list[tupl
         while out and rng.random() < 0.5:
             reservation, most_tokens, share, how = out.pop(rng.randrange(len(out)))
             said = usage(int(reservation.prompt_tokens * share), int(most_tokens * share)) if how == "said" else None
-            budget.settle(reservation, said, billed=how != "free", journaled=how == "said")
+            budget.settle(reservation, said, billed=how != "free", journaled=[said] if said else [])
             if said:
                 spent += PRICE.cost(said.prompt_tokens or 0, said.completion_tokens or 0)
             elif how == "lost":
@@ -127,10 +128,10 @@ def test_what_the_journal_does_not_say_is_kept_in_a_file_and_counted_again(tmp_p
     lost, flying = budget.reserve(100, 50), budget.reserve(100, 50)
     assert lost is not None
     assert flying is not None
-    budget.settle(lost, None, billed=True, journaled=False)
+    budget.settle(lost, None, billed=True)
     killed = Budget.open(recipe, run, Contents(prompt_tokens=20, completion_tokens=30))
     assert killed.spent.tokens >= 2 * 214 + 50  # all that was in flight or lost, at least
-    budget.settle(flying, usage(20, 30), billed=True, journaled=True)
+    budget.settle(flying, usage(20, 30), billed=True, journaled=[usage(20, 30)])
     budget.save()  # and now it ends in order
     again = Budget.open(recipe, run, Contents(prompt_tokens=20, completion_tokens=30))
     assert again.spent.tokens == 214 + 50

@@ -160,6 +160,59 @@ def test_words_that_call_this_very_parameter_unknown_do(message: str) -> None:
     assert "temperature" not in dialect.sent(SAMPLING)
 
 
+MANY = [replace(job().request, id=name) for name in "jk"]
+
+
+@pytest.mark.parametrize(
+    ("message", "parameter", "status"),
+    [
+        ("n must be at most 8", "n", 400),
+        (
+            "Unsupported value: 'n' does not support 3 with this model. Only the default (1) is supported.",
+            "n",
+            400,
+        ),
+        ("Unsupported parameter: n", None, 400),
+        ("Only one completion choice is allowed", None, 500),  # llama.cpp
+        ("Multiple candidates is not enabled for this model", None, 400),  # Gemini
+        ("Invalid n value (currently only n = 1 is supported)", None, 400),  # DeepSeek
+        ("'n' : number must be at most 1", None, 400),  # Groq
+        ("n must equal 1 (multi-choice is not supported)", None, 422),
+    ],
+)
+def test_a_refused_n_is_sent_no_more(message: str, parameter: str | None, status: int) -> None:
+    dialect, asked = Dialect(), job()
+    asked.others = MANY
+    assert json.loads(dialect.body(asked))["n"] == dialect.sent(SAMPLING, 3)["n"] == 3
+    assert dialect.separated(asked) == [asked]
+    fault = read_error(status, json.dumps({"error": {"message": message, "param": parameter}}).encode(), {})
+    assert dialect.teaches(fault, asked)
+    dialect.learn(fault, asked, lambda message: None)
+    apart = dialect.separated(asked)
+    assert [one.request for one in apart] == asked.requests
+    assert [json.loads(dialect.body(one)) for one in apart] == [json.loads(Dialect().body(job()))] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message", "status"),
+    [
+        ("Hello.", "maximum context length is 8192 tokens, in {'n': 3}", 400),
+        ("Hello.", "the version is not supported; nothing can be done", 500),
+        ("n must be 3", "not allowed: n must be 3", 400),
+        ("Hello.", "Only one completion choice is allowed", 403),
+    ],
+)
+def test_other_errors_do_not_forbid_n(prompt: str, message: str, status: int) -> None:
+    dialect, asked = Dialect(), job([Message(role="user", content=prompt)])
+    asked.others = MANY
+    asked.dialect = dialect.version
+    assert not dialect.teaches(read_error(status, json.dumps({"error": {"message": message}}).encode(), {}), asked)
+
+
+def test_words_about_n_teach_nothing_where_it_was_not_sent() -> None:
+    assert not learn(Dialect(), "Only one completion choice is allowed")
+
+
 def test_a_template_that_knows_no_system_role() -> None:
     dialect = Dialect()
     assert learn(dialect, "System role not supported")

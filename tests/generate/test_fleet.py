@@ -23,7 +23,7 @@ class Place:
         self.down_since: float | None = None
         self.most = 0
 
-    def ready_in(self, tokens: int, now: float) -> float | None:
+    def ready_in(self, tokens: int, choices: int, now: float) -> float | None:
         self.looks += 1
         return None if self.in_flight >= self.limit else self.wait_s
 

@@ -70,6 +70,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "half a surrogate pair in the text": ([said("half \ud83d")], {}),
     "JSON in UTF-16": ([read_answer(UTF_16)], {}),
+    "fewer choices than were asked for (`generate.share_prompt`)": (
+        [Fault("missing_choice", "2 of 4 choices came", 200)],
+        {**LAST, "failing": FAILURES_IN_ROW},  # they do not count
+    ),
     "429 for rate": ([error(429), error(429, retry_after="2"), error(429, Retry_After_Ms="5")], {}),
     "429 at the last attempt": ([error(429)], LAST),
     "402, or 429 with `insufficient_quota`": (
@@ -174,6 +178,7 @@ def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> No
         (error(500), {"failing": 8, "step": 0}, Pause(0.0, Retry(0.0, step=1), down=True)),
         (error(500), {"failing": 8, "down": True}, Pause(0.5, Retry(0.0, step=1, counted=False), down=True)),
         (broken(refused_connection()), {"has_time": False}, Pause(0.5, Retry(step=1, counted=False), down=True)),
+        (Fault("missing_choice", "2 of 4 choices came", 200), {}, Retry(step=0, counted=False)),
         (error(403), {"refused_alike": 1}, Fail(held_back=True)),
         (error(403), {"refused_alike": 0}, Fail(held_back=False)),
         (said(""), {"refused_alike": 5}, Fail(held_back=False)),

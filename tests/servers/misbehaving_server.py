@@ -40,27 +40,42 @@ Behaviour = Callable[[web.Request, Asked], Awaitable[web.StreamResponse]]
 Script = Callable[[Asked], Behaviour]
 
 
-def reply(text: str | None = None, *, finish_reason: str | None = "stop", usage: bool = True) -> dict[str, Any]:
-    """A chat completion."""
-    body: dict[str, Any] = {
-        "id": "x",
-        "object": "chat.completion",
-        "model": "stub-2026",
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason},
-        ],
-    }
-    return {**body, "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}} if usage else body
+def reply(
+    text: str | None = None, *, finish_reason: str | None = "stop", usage: bool = True, n: int = 1
+) -> dict[str, Any]:
+    """A chat completion. With several choices each but the first adds its number to the text."""
+    texts = [text if number == 0 or text is None else f"{text} #{number}" for number in range(n)]
+    return chat_completion([choice(one, finish_reason) for one in texts], usage=usage)
+
+
+def choice(text: str | None, finish_reason: str | None = "stop", **message: Any) -> dict[str, Any]:
+    """One choice of a chat completion."""
+    return {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}
+
+
+def chat_completion(choices: list[dict[str, Any]], *, usage: bool = True) -> dict[str, Any]:
+    """A chat completion: 7 tokens for the prompt, and 5 for each choice."""
+    numbered = [{"index": index, **one} for index, one in enumerate(choices)]
+    body: dict[str, Any] = {"id": "x", "object": "chat.completion", "model": "stub-2026", "choices": numbered}
+    tokens = 5 * len(choices)
+    used = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
+    return {**body, "usage": used} if usage else body
 
 
 def answer(text: str | None = None, delay_s: float = 0, **kwargs: Any) -> Behaviour:
-    """A good answer: the text, or the question back."""
+    """A good answer: the text, or the question back; as many choices as `n` asks for."""
 
     async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
         await asyncio.sleep(delay_s)
-        return web.json_response(reply(f"answer to {asked.text}" if text is None else text, **kwargs))
+        said = f"answer to {asked.text}" if text is None else text
+        return web.json_response(reply(said, **{"n": asked.body.get("n", 1), **kwargs}))
 
     return behave
+
+
+def choices(*given: dict[str, Any]) -> Behaviour:
+    """These very choices, whatever was asked for."""
+    return raw(json.dumps(chat_completion(list(given))).encode())
 
 
 def raw(body: bytes, status: int = 200, content_type: str = "application/json", **headers: str) -> Behaviour:
@@ -73,9 +88,12 @@ def raw(body: bytes, status: int = 200, content_type: str = "application/json", 
     return behave
 
 
-def error(status: int, message: str = "no", code: str | None = None, **headers: str) -> Behaviour:
+def error(
+    status: int, message: str = "no", code: str | None = None, param: str | None = None, **headers: str
+) -> Behaviour:
     """An error in the shape that OpenAI gives it."""
-    return raw(json.dumps({"error": {"message": message, "type": code, "code": code}}).encode(), status, **headers)
+    said = {"message": message, "type": code, "code": code, "param": param}
+    return raw(json.dumps({"error": said}).encode(), status, **headers)
 
 
 def html(status: int = 200) -> Behaviour:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -155,19 +156,38 @@ def test_a_merged_model_says_what_the_adapter_over_its_base_says(trained: tuple[
 
 def test_scores_are_those_of_this_student_or_none(trained: tuple[Recipe, RunDir]) -> None:
     recipe, run = trained
-    scores = {"headline": "a third of the size", "perplexity_after": 3.25, "speed_ratio": None, "rows": 2}
+    scores = {
+        "headline": "a third of the size",
+        "right": {"teacher": 0.7, "student_before": 0.1, "student_after": 0.9},
+        "perplexity": {"student_before": 9.5, "student_after": 3.25},
+    }
     try:
         record_lineage(run, "evaluate", {**scores, "created": "2000-01-01T00:00:00+00:00"})
         assert "Not measured" in (export_model(recipe, run) / "README.md").read_text()
         record_lineage(run, "evaluate", {**scores, "created": "2999-01-01T00:00:00+00:00"})
-        card = export_model(recipe, run) / "README.md"
-        assert "a third of the size" in card.read_text()
-        assert tables(card)["perplexity after"] == "3.25"
-        assert "speed ratio" not in tables(card)
+        card = ModelCard.load(export_model(recipe, run) / "README.md")
+        assert "a third of the size" in card.text
+        assert "| this student | 0.9 | 3.25 |\n" in card.text and "| teacher | 0.7 | - |\n" in card.text
+        results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert results == {"accuracy": 0.9, "perplexity": 3.25}
     finally:
         lineage = json.loads(run.lineage.read_bytes())
         del lineage["evaluate"]
         run.lineage.write_text(json.dumps(lineage))
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_the_example_of_a_card_generates_text(
+    trained: tuple[Recipe, RunDir], merged: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = trained
+    assert recipe.student is not None
+    folder = export_model(recipe, run, merged=merged)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert '[{"role": "user", "content": "Tell `a`:\\n```\\n{}"}]' in code
+    monkeypatch.chdir(folder.parent)  # where the folder goes by the name that the card has for it
+    exec(code.replace('"Tiny-Chat"', repr(recipe.student.model)), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_an_adapter_over_a_pruned_base_is_only_exported_merged(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -519,12 +520,23 @@ def test_a_killed_training_goes_on_where_it_was(student: str, tmp_path: Path, me
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_train_the_same_student_as_one(student: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "settings"),
+    [
+        ("--multi_gpu", {"method": "lora"}),
+        ("--use_fsdp", {"method": "lora"}),
+        # The last step has 3 rows: 2 passes in one process, 1 in the other.
+        ("--use_fsdp", {"method": "full", "micro_batch_size": 1}),
+    ],
+)
+def test_two_processes_train_the_same_student_as_one(
+    student: str, tmp_path: Path, flag: str, settings: dict[str, Any]
+) -> None:
     alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
-    recipe = make_recipe(student, method="lora", epochs=2, lora_dropout=0)
+    recipe = make_recipe(student, epochs=2, lora_dropout=0, **settings)
     subprocess.run([sys.executable, *command_of(recipe, tmp_path), str(alone.path)], check=True, capture_output=True)
     # As with GPUs. On a machine without one accelerate starts two processes on its CPU; with --cpu it starts one.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", flag, "--num_processes", "2"]
     command = [*launch, *command_of(recipe, tmp_path), str(together.path)]
     with together.locked():  # only one of them asks for the lock, and is told no
         refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -536,6 +548,9 @@ def test_two_processes_train_the_same_student_as_one(student: str, tmp_path: Pat
     assert eval_losses(together) == pytest.approx(eval_losses(alone), rel=1e-3)
     assert log_of(together)["tokens"] == log_of(alone)["tokens"]
     assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
+    weights = [load_file(next(run.student.glob("*.safetensors"))) for run in (alone, together)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0.1, atol=1e-3) for name in weights[0])
     files = [{file.name for file in run.path.rglob("*")} for run in (alone, together)]
     assert files[0] | {".lock"} == files[1] | {".lock"}
 

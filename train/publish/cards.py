@@ -1,17 +1,19 @@
 """Cards: the README.md of a student and of its data set, filled from the lineage.
 
-Takes the recipe and the lineage, returns Markdown with metadata as the Hub reads it; writes no file. The text is in the
+Takes the recipe and the lineage, returns Markdown with huggingface_hub's metadata; writes no file. The text is in the
 templates beside this module. A folder of this machine is named by its last part only.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, slot_values
 from train.checks.chain import OUR_TAG
 from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
 from train.checks.pair import told_only
@@ -19,44 +21,87 @@ from train.teacher import known_files, read_card
 
 CARD = "README.md"
 TAGS = [OUR_TAG, "distillation"]
+TESTED_ON = "prompts of the run that no training saw"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 LANGUAGES = {"hangul": "ko", "kana": "ja", "thai": "th", "greek": "el", "hebrew": "he"}  # scripts of one language
 
 
 def model_card(
-    recipe: Recipe, lineage: Mapping[str, Any], *, repo: str = ".", adapter: bool | None = None, data: str | None = None
+    recipe: Recipe,
+    lineage: Mapping[str, Any],
+    *,
+    repo: str = ".",
+    adapter: bool | None = None,
+    gguf: str | None = None,
+    data: str | None = None,
 ) -> str:
-    """A student's card. `adapter`: False for one that was merged; `data`: its data set's repository, if it has one."""
+    """A student's card. `adapter`: False for one that was merged; `gguf`: the file's name, if it is one.
+
+    `data`: the data set's repository, if it has one.
+    """
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
     origin = train["initialised_from"]
     chain, base = _chain(recipe, origin), published(origin) if origin else None
-    metadata = {
-        "base_model": base,
-        "base_model_relation": ("adapter" if adapter else "finetune") if base else None,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+    scores = _scores(lineage)
+    tags = [*TAGS, *(["lora"] if adapter else []), *(["gguf"] if gguf else [])]
+    metadata = ModelCardData(
+        model_name=lineage["name"],
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        library_name="gguf" if gguf else "peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
         **on_the_hub(chain.student),
-        "language": languages(recipe),
-        "datasets": [data] if data else None,
-        "tags": [*TAGS, *(["lora"] if adapter else [])],
-    }
-    values = {"repo": repo, "train": train, "adapter": adapter, "base": base}
-    return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, **values})
+        language=languages(recipe),
+        datasets=[data] if data else None,
+        tags=tags,
+        eval_results=[
+            EvalResult("text-generation", "distillate", TESTED_ON, metric, value["student_after"])
+            for metric, value in scores.items()
+            if "student_after" in value
+        ]
+        or None,
+    )
+    values = {"repo": repo, "train": train, "adapter": adapter, "gguf": gguf, "base": base}
+    example = {"messages": json.dumps(_example(recipe), ensure_ascii=False), "scores": scores}
+    return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, **values, **example})
+
+
+def _scores(lineage: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What was measured of this very student and its teacher: by metric and model."""
+    evaluation = lineage.get("evaluate", {})
+    if evaluation.get("created", "") < lineage["train"]["created"]:
+        return {}
+    found = {"accuracy": evaluation.get("right"), "perplexity": evaluation.get("perplexity")}
+    return {metric: values for metric, values in found.items() if values}
+
+
+def _example(recipe: Recipe) -> list[dict[str, str]]:
+    """A conversation that the student can go on with; a template's slots have their first values."""
+    system = recipe.student.system if recipe.student and recipe.student.system is not None else recipe.prompts.system
+    question = recipe.prompts.template or "Write here what the student is to answer."
+    for name, slot in recipe.prompts.slots.items():
+        values = slot_values(slot)
+        chosen = values[:1] if isinstance(slot, list) else values[: slot.choose]
+        question = question.replace(f"{{{name}}}", ", ".join(chosen))
+    if recipe.prompts.template:
+        question = question.replace("{{", "{").replace("}}", "}")
+    begin = [{"role": "system", "content": system}] if system else []
+    return [*begin, {"role": "user", "content": question}]
 
 
 def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
     """The card of a data set. `rows`: how many there are in each part."""
     chain = _chain(recipe, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
-    metadata = {
+    metadata = DatasetCardData(
         **on_the_hub(chain.answers),
-        "language": languages(recipe),
-        "task_categories": ["text-generation"],
-        "size_categories": [next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
-        "tags": [*TAGS, "synthetic"],
-        "configs": [{"config_name": "default", "data_files": files}],
-    }
+        language=languages(recipe),
+        task_categories=["text-generation"],
+        size_categories=[next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
+        tags=[*TAGS, "synthetic"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
     return _card("dataset.md.j2", metadata, recipe, lineage, {"chain": chain, "repo": repo, "rows": rows, "base": None})
 
 
@@ -94,7 +139,7 @@ def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
 
 
 def _card(
-    template: str, metadata: Mapping[str, Any], recipe: Recipe, lineage: Mapping[str, Any], values: Mapping[str, Any]
+    template: str, metadata: CardData, recipe: Recipe, lineage: Mapping[str, Any], values: Mapping[str, Any]
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -117,6 +162,4 @@ def _card(
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,
     )
-    given = {name: value for name, value in metadata.items() if value is not None}
-    head = yaml.safe_dump(given, allow_unicode=True, sort_keys=False)
-    return f"---\n{head}---\n\n" + without_paths(text, recipe)
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + without_paths(text, recipe)

@@ -1,9 +1,10 @@
-"""`python -m train.publish.export RECIPE [--run DIR] [--merged] [--dataset] [--push REPO]`: a student to be passed on.
+"""`python -m train.publish.export RECIPE [--run DIR] [--merged | --gguf TYPE] [--dataset] [--push REPO]`: passing on.
 
 Reads student/, kept.jsonl and lineage.json; writes folders in export/, each whole by rename, and to the Hub on request:
 
     export/adapter/   the LoRA adapter, or export/model/ for a student that was trained whole
     export/merged/    the adapter merged into its base: an ordinary model
+    export/gguf/      one GGUF file for llama.cpp and Ollama, with a Modelfile
     export/dataset/   the rows, as `datasets.load_dataset` loads them
 
 Each has its card and the lineage. Folders of this machine are named by their last part only; endpoints are left out.
@@ -17,38 +18,51 @@ from typing import Any
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, merge_adapter
+from pipeline.adapters import ADAPTER, MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
-from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import PRUNE
+from pipeline.students import after_training
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
 from train.publish.hub import push, token_for
+from train.publish.to_gguf import TYPES, check_type, write_gguf
 from train.rows import read_parts, reasoning_form, to_examples
 from train.student import load_tokenizer
 
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
-NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", CARD}  # written anew, or of no use elsewhere
+NOT_PASSED_ON = {
+    "lineage.json",
+    "training_log.json",
+    "training_args.bin",
+    MERGED_FROM,
+    CARD,
+}  # written anew, or of no use elsewhere
 
 
 def main() -> None:
     about = "Writes the student with its card into export/; pushes it on request."
     parser = stage_parser("train.publish.export", about)
     parser.add_argument("--merged", action="store_true", help="the adapter merged into its base, not the adapter")
+    parser.add_argument("--gguf", metavar="TYPE", help=f"one file for llama.cpp and Ollama: {', '.join(TYPES)}")
     parser.add_argument("--dataset", action="store_true", help="the data set too")
     parser.add_argument("--push", metavar="OWNER/NAME", help="to this repository of the Hub; HF_TOKEN is the key")
     parser.add_argument("--public", action="store_true", help="a repository that --push creates is public, not private")
     recipe, run, options = parse_stage(parser)
     if options.public and not options.push:
         raise UsageError("--public is for --push OWNER/NAME")
+    if options.gguf:
+        check_type(options.gguf)
     token = token_for(options.push) if options.push else None  # before anything is written
     with run.locked():
         data = options.push if options.dataset else None
-        folders = {"model": export_model(recipe, run, merged=options.merged, repo=options.push, data=data)}
+        if options.gguf:
+            folders = {"model": export_gguf(recipe, run, options.gguf, repo=options.push, data=data)}
+        else:
+            folders = {"model": export_model(recipe, run, merged=options.merged, repo=options.push, data=data)}
         if options.dataset:
             folders["dataset"] = export_dataset(recipe, run, data)
     for kind, exported in folders.items():
@@ -73,16 +87,27 @@ def export_model(
         raise UsageError(f"{run.student}: an adapter over a pruned base, which nobody else has; export with --merged")
     folder = run.path / "export" / name
     with replacing_folder(folder) as building:
-        if name == "merged":
-            base = str(run.student_init) if lineage["train"].get("built") else resolve_model(student)
-            merge_adapter(base, run.student, building)
-        else:
-            shutil.copytree(run.student, building, dirs_exist_ok=True, ignore=lambda _, names: NOT_PASSED_ON & {*names})
+        source = after_training(recipe, run) if name == "merged" else run.student
+        shutil.copytree(source, building, dirs_exist_ok=True, ignore=lambda _, names: NOT_PASSED_ON & {*names})
         if name == "adapter":
             config = json.loads((building / ADAPTER).read_bytes())
             config["base_model_name_or_path"] = published(lineage["train"]["initialised_from"])
             (building / ADAPTER).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         card = model_card(recipe, lineage, repo=repo or name, adapter=name == "adapter", data=data)
+        _write(building, card, lineage, recipe)
+    return folder
+
+
+def export_gguf(recipe: Recipe, run: RunDir, kind: str, *, repo: str | None = None, data: str | None = None) -> Path:
+    """Writes export/gguf: the whole student as one file of a type (train.publish.to_gguf.TYPES), and its Modelfile.
+
+    Returns the folder. Raises UsageError if there is no student, DistillError if it cannot be converted.
+    """
+    lineage = _student_lineage(run)
+    folder = run.path / "export" / "gguf"
+    with replacing_folder(folder) as building:
+        file = write_gguf(recipe, after_training(recipe, run), building, name=lineage["name"], kind=kind)
+        card = model_card(recipe, lineage, repo=repo or "gguf", adapter=False, gguf=file, data=data)
         _write(building, card, lineage, recipe)
     return folder
 

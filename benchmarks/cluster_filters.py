@@ -1,0 +1,110 @@
+"""`python -m benchmarks.cluster_filters`: the filters of one machine and of a Ray cluster on it, on the same answers.
+
+Made-up Korean stories, 5% of them near copies of another and 2% exact ones, the flagship's first five rules and
+near-duplicates. Each side runs in a process of its own. It prints seconds and the peak memory of the largest process
+of each kind (unique, in samples of 0.2 s), and whether the two sides wrote the same bytes. The nodes share this
+machine's cores: a cluster can win nothing here, and the difference is what it costs.
+"""
+
+import argparse
+import random
+import tempfile
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.chapter_filter import PROMPT, RULES, completion, recipe_of
+from benchmarks.measure import Measured, flags, measured, show
+from benchmarks.stories import Writer
+from filters.run import filter_run
+from pipeline.records import encode_line
+from pipeline.rundir import RunDir
+
+NEAR_COPIES, COPIES = 0.05, 0.02
+FILES = "kept.jsonl", "dropped.jsonl", "filter_report.json"
+
+
+def main() -> None:
+    options = flags(__doc__, rows=1_000_000, nodes=2, near=0.8, seed=0, object_store_mib=1024)
+    with tempfile.TemporaryDirectory() as folder:
+        print(compare(Path(folder), options))
+
+
+def compare(folder: Path, options: argparse.Namespace) -> str:
+    """Writes the answers, and measures each side on them."""
+    alone, cluster = RunDir(folder / "alone"), RunDir(folder / "cluster")
+    alone.path.mkdir()
+    write(alone.completions, options)
+    cluster.path.mkdir()
+    cluster.completions.hardlink_to(alone.completions)
+    print(f"{options.rows:,} answers, {alone.completions.stat().st_size >> 20:,} MiB", flush=True)
+    rows: list[tuple[str, ...]] = [("side", "seconds", "CPU s", "rows/s", "peak MiB by kind of process")]
+    for side, call in (
+        ("one machine", (on_one_machine, alone, options.near)),
+        (f"{options.nodes} nodes", (on_a_cluster, cluster, options.near, options.nodes, options.object_store_mib)),
+    ):
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(measured, *call)
+            peaks = peak_mib(future)
+        found = future.result()
+        said = ", ".join(f"{kind} {mib:,.0f}" for kind, mib in sorted(peaks.items()))
+        rows.append((side, f"{found.seconds:.1f}", f"{found.cpu_s:.1f}", f"{options.rows / found.seconds:,.0f}", said))
+    same = [(alone.path / name).read_bytes() == (cluster.path / name).read_bytes() for name in FILES]
+    return f"{show(rows)}\nthe same bytes: {dict(zip(FILES, same, strict=True))}"
+
+
+def write(path: Path, options: argparse.Namespace) -> None:
+    """The answers; exact copies stand at random places."""
+    rng, texts = random.Random(options.seed), list[str]()
+    with path.open("wb") as file:
+        stories = Writer(options.seed).stories(options.rows, NEAR_COPIES)
+        for number, story in enumerate(stories):
+            text = rng.choice(texts) if texts and rng.random() < COPIES else story.text
+            if len(texts) < 100_000:
+                texts.append(text)
+            file.write(encode_line(completion(number, text, PROMPT)))
+
+
+def settings(near: float) -> dict[str, Any]:
+    return {"rules": RULES, "dedup": {"near": near, "ngram": 3}}
+
+
+def on_one_machine(run: RunDir, near: float) -> None:
+    filter_run(recipe_of(settings(near)), run, Path("recipe.yaml"))
+
+
+def on_a_cluster(run: RunDir, near: float, nodes: int, object_store_mib: int) -> None:
+    """Starts the nodes too, which takes some seconds."""
+    from ray.cluster_utils import Cluster
+
+    from scale.filtering import cluster_machine
+
+    each: dict[str, Any] = {"num_cpus": 1, "object_store_memory": object_store_mib << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(**each)
+        with cluster_machine(cluster.address) as machine:
+            filter_run(recipe_of(settings(near)), run, Path("recipe.yaml"), machine=machine)
+    finally:
+        cluster.shutdown()
+
+
+def peak_mib(call: "Future[Measured]") -> dict[str, float]:
+    """The most that one process of each kind held by itself until the call ended."""
+    peaks: dict[str, float] = defaultdict(float)
+    while wait([call], 0.2).not_done:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                name = "tasks" if "ray::" in " ".join(child.cmdline()[:1]) else child.name()
+                kind = name if name in ("tasks", "raylet", "gcs_server") else "filters"
+                peaks[kind] = max(peaks[kind], child.memory_full_info().uss / 2**20)
+    return peaks
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Ray nodes on this machine, each a process tree of its own that can be killed, frozen and revived.
+
+One kind cannot see the project's code: an empty folder lies over every package of it (`unshare -m`, which needs root).
+"""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("generate", "pipeline", "scale")
+START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
+SMALL = ["--object-store-memory=80000000"]
+READY_S = 120.0
+
+
+class RayNode:
+    """A head, or a node of the cluster at `address`; `blind`: without the project's code."""
+
+    def __init__(self, address: str, *, head_folder: Path | None = None, blind: bool = False) -> None:
+        where = [f"--address={address}"]
+        if head_folder:
+            port = address.rpartition(":")[2]
+            where = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={head_folder}"]
+        command = [*START, *SMALL, *where]
+        if blind:
+            hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
+            command = ["unshare", "-m", "bash", "-c", f'{hide} && cd / && exec "$@"', "bash", *command]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+
+    def kill(self) -> None:
+        """As when the machine is switched off."""
+        family = self._family()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        psutil.wait_procs(family, timeout=10)
+
+    def freeze(self) -> None:
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def revive(self) -> None:
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of our actors on it."""
+        return [process for process in self._family() if "NodeWorker" in " ".join(_command(process))]
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            parent = psutil.Process(self._process.pid)
+        except psutil.NoSuchProcess:
+            return []
+        return [parent, *parent.children(recursive=True)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def code_folders() -> list[Path]:
+    """Where the project's packages are on this machine: here, and where an editable installation finds them."""
+    finders = (module for name, module in sys.modules.items() if name.startswith("__editable___distillate"))
+    installed = [Path(folder) for finder in finders for folder in finder.MAPPING.values()]
+    return sorted({*(ROOT / name for name in PACKAGES), *(folder for folder in installed if folder.exists())})
+
+
+@contextmanager
+def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNode]]]:
+    """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with TemporaryDirectory(prefix="ray") as folder:
+        started = [RayNode(address, head_folder=Path(folder))]
+        try:
+            _until_open(address)
+            started += [RayNode(address, blind=number >= nodes - blind) for number in range(1, nodes)]
+            yield address, started
+        finally:
+            for node in started:
+                node.revive()
+                node.kill()
+
+
+def _until_open(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((host, int(port)), 1):
+            return
+        time.sleep(0.2)
+    raise SystemExit(f"no Ray head at {address} after {READY_S:.0f} s")

@@ -1,0 +1,51 @@
+"""`python -m chat RECIPE [--run DIR] [--only student] [--terminal]`: talk to a run's models."""
+
+import argparse
+
+from chat.models import LABELS, choose_models, starting
+from chat.terminal import talk
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import UsageError
+from pipeline.local_page import serve_page
+from serve.named import STUDENT
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, run, options = parse_stage(_parser(), argv)
+    names = options.only or ([STUDENT] if options.terminal else list(LABELS))
+    if unknown := [name for name in names if name not in LABELS]:
+        raise UsageError(f"--only {','.join(names)}: no model {unknown[0]!r}; there are {', '.join(LABELS)}")
+    if options.terminal and len(names) > 1:
+        raise UsageError(f"--terminal is for one model, not {len(names)}; name it with --only")
+    models = choose_models(recipe, run, names)
+    run.check_folder()
+    run.path.mkdir(parents=True, exist_ok=True)  # for the logs of servers
+    with starting(models, run):
+        if options.terminal:
+            talk(models[0])
+        else:
+            from chat.page import chat_page
+
+            serve_page(
+                lambda token: chat_page(recipe, run, models, token),
+                port=options.port,
+                before=f"chat with {', '.join(model.label for model in models)}",
+                after="Ctrl-C ends it and the servers that it started",
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = stage_parser("chat", "Talk to teacher, student before and student after, side by side on a local page.")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="NAMES",
+        help=f"of {', '.join(LABELS)}: those, with commas between them (default: all; in a terminal the student)",
+    )
+    parser.add_argument("--terminal", action="store_true", help="no page: one model, in this terminal")
+    parser.add_argument("--port", type=int, default=0, help="of the page; 0: any that is free")
+    return parser
+
+
+if __name__ == "__main__":
+    run_stage(main)

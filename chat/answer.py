@@ -1,0 +1,136 @@
+"""One answer, streamed: what it says as it comes, and in the end its figures."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from chat.models import Model
+from generate.endpoint import TIMEOUT_WORKING_S
+from generate.jobs import Job, build_jobs
+from generate.prices import PICO, price_of
+from generate.streaming import Refused, events, piece_of, streaming_session
+from pipeline.address import is_loopback, is_private
+from pipeline.errors import DistillError
+from pipeline.reasoning import split_reasoning
+from pipeline.records import Json, Message, Prompt
+
+LOOK_S = 0.25  # between two looks at a server that starts
+SEEDS = 1 << 31
+MINIMUM_WALL_S = 1e-6
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer that is whole."""
+
+    text: str  # without what the model thought
+    reasoning: str
+    finish_reason: str
+    tokens: int  # as the server counts them, else the pieces that came
+    first_token_s: float
+    tokens_per_s: float  # over the whole answer, as in the report
+    cost: str  # in words
+
+    @property
+    def figures(self) -> str:
+        """What is shown under the answer, in one line."""
+        cut = ", cut off at sampling.max_tokens" if self.finish_reason == "length" else ""
+        speed = f"{self.tokens_per_s:.1f} tokens/s, first after {self.first_token_s:.2f} s"
+        return f"{self.tokens} tokens, {speed}, {self.cost}{cut}"
+
+
+async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lock) -> AsyncGenerator[str | Answered]:
+    """Asks a model, as it must be asked, and yields what it says piece by piece; the last is an Answered.
+
+    Waits for its server. Models on this machine are asked one after the other (`turn`), so that none takes another's
+    speed. Raises Refused, or what aiohttp raises. To stop the answer is to close this generator.
+    """
+    while model.state == "starting":  # noqa: ASYNC110  # another thread sets it
+        await asyncio.sleep(LOOK_S)
+    if model.state == "failed":
+        raise DistillError(model.said)
+    own = turn if is_loopback(model.recipe.teacher.url) else asyncio.Lock()
+    async with own, aclosing(_ask(model, _job(model, conversation))) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+async def _ask(model: Model, job: Job) -> AsyncGenerator[str | Answered]:
+    """As `answer`; a setting that the model refuses is left out, and it is asked again (generate.dialect)."""
+    teacher = model.recipe.teacher
+    timeout_s = model.recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
+    async with streaming_session(teacher, timeout_s) as session:
+        while True:
+            begin = time.perf_counter()
+            said = _Said()
+            try:
+                async with aclosing(events(session, teacher, model.dialect.body(job))) as coming:
+                    async for event in coming:
+                        if text := said.add(event):
+                            yield text
+            except Refused as refused:
+                if not model.dialect.teaches(refused.fault, job):
+                    raise
+                model.dialect.learn(refused.fault, job, lambda news: None)
+                continue
+            yield said.whole(model, begin)
+            return
+
+
+class _Said:
+    """What has come of an answer so far."""
+
+    def __init__(self) -> None:
+        self.text, self.thought, self.pieces, self.first = "", "", 0, 0.0
+        self.finish_reason, self.usage = "unknown", Json()
+
+    def add(self, event: Json) -> str:
+        """Takes an event in, and returns the text that it adds."""
+        self.usage = event.get("usage") or self.usage
+        piece = piece_of(event)
+        if event.get("choices"):
+            self.finish_reason = event["choices"][0].get("finish_reason") or self.finish_reason
+        if piece:
+            self.first = self.first or time.perf_counter()
+            self.pieces += 1
+        self.thought += str(piece.get("reasoning") or piece.get("reasoning_content") or "")
+        text = str(piece.get("content") or "")
+        self.text += text
+        return text
+
+    def whole(self, model: Model, begin: float) -> Answered:
+        """The answer and its figures, once it has ended."""
+        end = time.perf_counter()
+        tokens = int(self.usage.get("completion_tokens") or self.pieces)
+        tagged, text = split_reasoning(self.text)
+        return Answered(
+            text=text,
+            reasoning=self.thought.strip() or tagged,
+            finish_reason=self.finish_reason,
+            tokens=tokens,
+            first_token_s=(self.first or end) - begin,
+            tokens_per_s=tokens / max(end - begin, MINIMUM_WALL_S),
+            cost=_cost(model, self.usage),
+        )
+
+
+def _job(model: Model, conversation: Sequence[Message]) -> Job:
+    """The request, by the client's own code. Each has another seed: the same question can be answered anew."""
+    sampling = model.recipe.sampling.model_copy(update={"seed": secrets.randbelow(SEEDS)})
+    recipe = model.recipe.model_copy(update={"sampling": sampling})
+    return next(build_jobs([Prompt(id="chat", messages=model.asked(conversation))], recipe))
+
+
+def _cost(model: Model, usage: Json) -> str:
+    """What the answer cost, in words."""
+    teacher = model.recipe.teacher
+    price = price_of(teacher)
+    if price is None:
+        return "own server" if is_private(teacher.url) else "price not known"
+    if not usage:
+        return "tokens not counted"
+    usd = price.cost(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0) / PICO
+    return f"{usd:.6f} USD"

@@ -1,0 +1,33 @@
+"""What a conversation begins with, and questions to try: out of the recipe and the run's test prompts."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import msgspec
+
+from pipeline.recipe import Recipe
+from pipeline.records import Json, Message, Prompt, read_jsonl
+from pipeline.rundir import RunDir
+
+QUESTIONS = 50  # to try, at most
+
+
+def system_of(recipe: Recipe) -> list[Message]:
+    """The instructions that every prompt of the run has; what only one model is told is added where it is asked."""
+    return [Message("system", recipe.prompts.system)] if recipe.prompts.system else []
+
+
+def questions_to_try(recipe: Recipe, run: RunDir) -> list[Json]:
+    """Test prompts of one question, which no training saw: text, instructions, and the right answer if it is known."""
+    return list(islice(_questions(recipe, run), QUESTIONS)) if run.prompts.is_file() else []
+
+
+def _questions(recipe: Recipe, run: RunDir) -> Iterator[Json]:
+    for prompt in read_jsonl(run.prompts, Prompt):
+        if (prompt.part or recipe.prompts.part_of(prompt.messages)) != "test":
+            continue
+        *before, last = prompt.messages
+        if last.role == "user" and all(message.role in ("system", "developer") for message in before):
+            known = prompt.reference
+            right = known if isinstance(known, str) or known is None else msgspec.json.encode(known).decode()
+            yield {"text": last.content, "begin": msgspec.to_builtins(before), "right": right}

@@ -1,0 +1,150 @@
+"""The models that are asked, and the servers that they need: one that runs already is used, another is started."""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Literal
+from urllib.request import ProxyHandler, build_opener
+
+from generate.dialect import Dialect
+from pipeline.address import is_loopback, is_port_open
+from pipeline.chat import asked_of_student
+from pipeline.errors import DistillError
+from pipeline.recipe import Recipe, ServeConfig, TeacherConfig
+from pipeline.records import Message
+from pipeline.rundir import RunDir
+from pipeline.students import check_trained
+from serve.command import choose_device
+from serve.machine import detect
+from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
+from serve.server import Server, free_port, serving
+
+LABELS = {TEACHER: "teacher", BEFORE: "student before", STUDENT: "student after"}  # in the order of the columns
+CACHE_GIB = 1.0  # KV cache of a server on a CPU: for one conversation, so that three servers fit
+GPU_SHARE = 0.9  # of a GPU's memory, for all servers together: vLLM's own
+PROBE_S = 3.0
+
+
+@dataclass
+class Model:
+    """One model that is asked, as its address becomes known."""
+
+    name: str
+    label: str
+    recipe: Recipe  # with this model in the teacher's place
+    state: Literal["starting", "ready", "failed"] = "starting"
+    said: str = "waits for its server"  # while it is not ready
+    server: Server | None = None  # if it was started here
+    dialect: Dialect = field(default_factory=Dialect)
+
+    def asked(self, conversation: Sequence[Message]) -> list[Message]:
+        """The conversation as this model is asked; what only the teacher is told is in its recipe."""
+        return list(conversation) if self.name == TEACHER else asked_of_student(conversation, self.recipe.student)
+
+    @property
+    def told(self) -> str:
+        """How it is asked, in words."""
+        if self.name != TEACHER:
+            system = self.recipe.student.system if self.recipe.student else None
+            return "told its own system prompt" if system else "asked the question alone"
+        teacher = self.recipe.teacher
+        examples = f"{len(teacher.examples)} examples" if teacher.examples else ""
+        told = [part for part in ("a system prompt" if teacher.system else "", examples) if part]
+        return f"told {' and '.join(told)}" if told else "asked the question alone"
+
+    def at(self, base_url: str) -> None:
+        """It answers there from now on, under the name that it is served by."""
+        served = TeacherConfig(model=self.name, base_url=base_url, api_key_env="VLLM_API_KEY")
+        if self.name == TEACHER:
+            served = self.recipe.teacher.model_copy(update={"base_url": base_url})
+        self.recipe = self.recipe.model_copy(update={"teacher": served})
+        self.state, self.said = "ready", ""
+
+
+def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Model]:
+    """The models of these names. Those whose server runs already are ready.
+
+    Raises UsageError if a student is asked for that is not trained yet.
+    """
+    if STUDENT in names:
+        check_trained(recipe, run)
+    models = [Model(name, LABELS[name], recipe) for name in LABELS if name in names]
+    for model in models:
+        if model.name == TEACHER:
+            url = recipe.teacher.url
+            found = url if not is_loopback(url) or is_port_open(url) else None
+        else:
+            url = place_of(recipe, model.name).base_url
+            found = url if is_port_open(url) and _serves(url, model, run) else None
+        if found:
+            model.at(found)
+    return models
+
+
+def _serves(url: str, model: Model, run: RunDir) -> bool:
+    """Whether the server at the URL has this very model: vLLM names the folder that it has loaded."""
+    try:
+        with build_opener(ProxyHandler({})).open(f"{url}/models", timeout=PROBE_S) as answer:
+            served = {found["id"]: found.get("root") for found in json.loads(answer.read())["data"]}
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        return False
+    return model.name in served and served[model.name] in (None, reference_of(model.recipe, run, model.name))
+
+
+@contextmanager
+def starting(models: Sequence[Model], run: RunDir) -> Iterator[None]:
+    """Starts the servers that are missing while the block runs, one after the other, the student's first.
+
+    The block begins at once; a model's `state` says how far it is. All servers end with the block.
+    """
+    stopping = threading.Event()
+    missing = [model for model in models if model.state == "starting"]
+
+    def work() -> None:
+        with ExitStack() as servers:
+            for model in reversed(missing):
+                _start(model, run, len(missing), servers, stopping)
+            stopping.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: threading.Event) -> None:
+    """Starts one of `count` servers; what goes wrong is said by the model's state."""
+
+    def waiting(seconds: float, line: str) -> None:
+        model.said = f"starting vLLM, {seconds:.0f} s"
+        if stopping.is_set():
+            raise DistillError("stopped")
+
+    if stopping.is_set():
+        return
+    recipe = model.recipe
+    served_name = recipe.teacher.model if model.name == TEACHER else model.name
+    log = run.path / f"chat-{model.name}.log"
+    try:
+        model.said = "preparing its weights"
+        reference, config = reference_of(recipe, run, model.name), beside_others(recipe.serve, count)
+        server = serving(reference, port=free_port(), config=config, log=log, served_name=served_name, waiting=waiting)
+        model.server = servers.enter_context(server)
+        model.at(model.server.base_url)
+    except (DistillError, OSError) as error:
+        model.state, model.said = "failed", str(error)
+
+
+def beside_others(config: ServeConfig, count: int) -> ServeConfig:
+    """The settings with which `count` servers fit on this machine, for one conversation each. The recipe's own win."""
+    if choose_device(config, detect()) == "cpu":
+        return config.model_copy(update={"kv_cache_gib": config.kv_cache_gib or CACHE_GIB})
+    share = ["--gpu-memory-utilization", f"{GPU_SHARE / count:.2f}"]
+    chosen = any(flag.startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in config.args)
+    return config if chosen else config.model_copy(update={"args": [*config.args, *share]})

@@ -1,0 +1,72 @@
+"""One model in a plain terminal: a question a line, the answer as it comes. Writes to standard output only."""
+
+import asyncio
+import contextlib
+import re
+import time
+from contextlib import aclosing
+
+import aiohttp
+from rich.console import Console
+
+from chat.answer import Answered, answer
+from chat.conversation import system_of
+from chat.models import Model
+from pipeline.errors import DistillError
+from pipeline.records import Message
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move the cursor, or worse
+CLEAR = "/clear"
+LOOK_S = 0.25
+
+
+def talk(model: Model) -> None:
+    """Talks until the input ends. Ctrl-C stops an answer. Raises DistillError if the model's server does not start."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # earlier questions with the arrow keys
+
+    with console.status("") as status:
+        while model.state == "starting":
+            status.update(f"{model.label}: {model.said}")
+            time.sleep(LOOK_S)
+    if model.state == "failed":
+        raise DistillError(model.said)
+    console.print(f"{model.label}, {model.told}. {CLEAR} begins anew, Ctrl-C stops an answer, Ctrl-D ends.")
+    begin = system_of(model.recipe)
+    conversation = list(begin)
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            console.print()
+            return
+        if question == CLEAR:
+            conversation = list(begin)
+        elif question:
+            asked = [*conversation, Message("user", question)]
+            if text := _ask(model, asked, console):
+                conversation = [*asked, Message("assistant", text)]
+
+
+def _ask(model: Model, conversation: list[Message], console: Console) -> str:
+    """Prints the answer as it comes, and returns it, also if it was stopped; empty if there is none."""
+    said: list[str] = []
+
+    async def show() -> str:
+        async with aclosing(answer(model, conversation, asyncio.Lock())) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Answered):
+                    console.print(f"\n{piece.figures}", style="dim")
+                    return piece.text
+                said.append(piece)
+                console.out(CONTROL.sub("", piece), end="", highlight=False)
+        return ""
+
+    try:
+        return asyncio.run(show())
+    except KeyboardInterrupt:
+        console.print("\nstopped", style="dim")
+    except (DistillError, aiohttp.ClientError, OSError, ValueError) as error:
+        console.print(f"\nerror: {CONTROL.sub('', str(error)) or type(error).__name__}", style="red")
+    return "".join(said)

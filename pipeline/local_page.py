@@ -1,0 +1,76 @@
+"""A page that a stage shows on this machine: its server, which only a browser with the address can reach.
+
+It listens on 127.0.0.1, answers to that name and localhost alone (so no page of the web can reach it by a name of its
+own), and shows nothing without the token in its address. The page may load and run nothing but its own text. Imports
+fastapi and uvicorn where they are needed: the stages do without them.
+"""
+
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import DistillError, UsageError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+HOST = "127.0.0.1"
+POLICY = "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; base-uri 'none'"
+
+
+def page_app(page: Path, token: str) -> "FastAPI":
+    """An application that shows the page at `/<token>/`; its routes begin with `/{token}/`.
+
+    In the page, `{nonce}` is where the nonce of a style or a script goes.
+    """
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import HTMLResponse
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    text = page.read_text(encoding="utf-8")
+
+    async def known(request: Request) -> None:
+        if not secrets.compare_digest(request.path_params["token"].encode(), token.encode()):
+            raise HTTPException(404)
+
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(known)])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+
+    @app.get("/{token}/")
+    async def show() -> HTMLResponse:
+        nonce = secrets.token_urlsafe(16)
+        headers = {
+            "Content-Security-Policy": POLICY.format(nonce),
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+        }
+        return HTMLResponse(text.replace("{nonce}", nonce), headers=headers)
+
+    return app
+
+
+def serve_page(build: Callable[[str], "FastAPI"], *, port: int, before: str, after: str) -> None:
+    """Serves what `build` makes of a token until Ctrl-C. Prints the address between `before` and `after`.
+
+    `port` 0 takes any that is free. Raises UsageError if the port is taken, DistillError if a package is missing.
+    """
+    try:
+        import uvicorn
+
+        app = build(token := secrets.token_urlsafe(16))
+    except ImportError as error:
+        raise DistillError(f"{error.name} is not installed; `make review` installs it") from None
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+            listener.listen()
+        except OSError as error:
+            raise UsageError(f"--port {port}: {error.strerror}; name another, or none for any that is free") from None
+        print(f"{before}\nhttp://{HOST}:{listener.getsockname()[1]}/{token}/  ({after})", flush=True)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        with suppress(KeyboardInterrupt):  # uvicorn closes, then passes the signal on
+            uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,39 @@
+"""`python -m scale.fetch URL [FOLDER]`: brings a run home from its store, with all answers that are there.
+
+Takes no lease: a run that is still worked on comes as it is now. Run again, it brings what is new.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.cli import run_stage
+from pipeline.errors import UsageError
+from pipeline.rundir import RunDir
+from scale.parts import compact
+from scale.storage import open_store
+from scale.sync import JOURNALS, STATE, Mirror, State
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scale.fetch", description="Brings a run home from its store.")
+    parser.add_argument("url", help="s3://bucket/path, gs://bucket/path or file:///folder")
+    parser.add_argument("folder", type=Path, nargs="?", help="where to (default: runs/<last part of the URL>)")
+    options = parser.parse_args(argv)
+    folder = options.folder or Path("runs") / options.url.rstrip("/").rpartition("/")[2]
+    if folder.exists() and any(folder.iterdir()) and not (folder / STATE).exists():
+        raise UsageError(f"{folder}: holds another run; name an empty folder after the URL")
+    store = open_store(options.url)
+    if not store.names():
+        raise UsageError(f"{options.url}: there is nothing")
+    with RunDir(folder).locked(new=True):
+        state = State.read(folder)
+        state.save(folder)
+        Mirror(store, folder, state).fetch()
+        for journal in (path for name in JOURNALS for path in folder.rglob(name)):
+            compact(journal)
+    print(folder, file=sys.stdout)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,90 @@
+"""One machine at a time works on a run in a store: `lease/000001.json`, `000002.json`, …; the last one counts.
+
+A lease is never changed by another than its holder and never removed, so of two machines that take the next number one
+gets it. The holder says every BEAT_S that it is alive.
+"""
+
+import os
+import socket
+from time import time
+
+import msgspec
+from msgspec.structs import replace
+
+from pipeline.errors import DistillError, UsageError
+from scale.storage import Store
+
+BEAT_S = 5.0
+STALE_S = 60.0  # without a beat: the holder is gone, or does not reach the store
+
+
+class TakenOver(DistillError):
+    """Another machine has the run now: this process must stop."""
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """What a lease says of its holder."""
+
+    owner: str  # the folder in which it works
+    host: str
+    pid: int
+    seen: float  # its last beat, seconds since 1970
+    released: bool = False  # all it has is in the store
+    unstored: dict[str, int] = {}  # by kind of part, the most rows that only its machine has had
+
+
+class Lease:
+    """This process's lease on a run."""
+
+    def __init__(self, store: Store, name: str, holder: Holder, last: str, before: Holder | None) -> None:
+        """`last` is the lease before this one, `before` its holder."""
+        self._store, self._holder = store, holder
+        self.name, self.last = name, last
+        self.lost = before if before and before.owner != holder.owner and not before.released else None
+
+    @classmethod
+    def take(cls, store: Store, owner: str, *, take_over: bool = False) -> "Lease":
+        """Takes the run. Raises UsageError if another machine has it; one without a beat gives way to `take_over`."""
+        names = store.names("lease")
+        content = store.get(names[-1]) if names else None
+        before = msgspec.json.decode(content, type=Holder) if content else None
+        if before and before.owner != owner and not before.released:
+            _check_stale(store.url, before, take_over=take_over)
+        name = f"lease/{len(names) + 1:06}.json"
+        holder = Holder(owner=owner, host=socket.gethostname(), pid=os.getpid(), seen=time())
+        if not store.put_new(name, msgspec.json.encode(holder)):
+            raise UsageError(f"{store.url}: another machine has just begun to work on this run")
+        if store.put_new(name, b""):
+            raise DistillError(f"{store.url}: this storage ignores `If-None-Match`, and cannot keep two writers apart")
+        return cls(store, name, holder, names[-1] if names else "", before)
+
+    def beat(self, unstored: dict[str, int]) -> None:
+        """Says that this process is alive, and how many rows only it has. Raises TakenOver, or DistillError."""
+        self.check()
+        most = {kind: max(rows, self._holder.unstored.get(kind, 0)) for kind, rows in unstored.items()}
+        self._put(replace(self._holder, seen=time(), unstored=self._holder.unstored | most))
+
+    def check(self) -> None:
+        """Raises TakenOver if another machine has the run now."""
+        if self._store.names("lease")[-1] != self.name:
+            raise TakenOver(f"{self._store.url}: another machine has taken this run over; its answers are safe there")
+
+    def release(self) -> None:
+        """Everything is in the store; the next machine may begin."""
+        self._put(replace(self._holder, seen=time(), released=True))
+
+    def _put(self, holder: Holder) -> None:
+        self._holder = holder
+        self._store.put(self.name, msgspec.json.encode(holder))
+
+
+def _check_stale(url: str, holder: Holder, *, take_over: bool) -> None:
+    age = max(time() - holder.seen, 0)
+    who = f"{url}: {holder.host} (process {holder.pid}) works on this run"
+    if age < STALE_S:
+        raise UsageError(f"{who}, its last sign is {age:.0f} s old; wait for it, or stop it there")
+    if not take_over:
+        raise UsageError(
+            f"{who}, but its last sign is {age / 60:.0f} minutes old. If it is gone for good, run the same "
+            "command with --take-over: answers that it had not put into the store are asked again"
+        )

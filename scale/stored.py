@@ -1,0 +1,173 @@
+"""`python -m scale.stored STAGE RECIPE … --run URL [--take-over]`: what `python -m STAGE RECIPE … --run URL` becomes.
+
+Takes the run's lease, fetches what the store has into a folder of this machine, and runs the stage there, as on any
+local run. Meanwhile puts its answers into the store as parts, at the end its other files. docs/storage.md says what is
+lost when.
+"""
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from threading import Event, Thread, main_thread
+from time import monotonic
+
+import msgspec
+
+from generate.budget import Spend, read_account, write_account
+from generate.journal import read_journal
+from pipeline.child import run_child
+from pipeline.cli import INTERRUPTED, run_stage
+from pipeline.errors import DistillError, RequestsFailed, UsageError
+from pipeline.records import Completion
+from pipeline.rundir import RunDir
+from scale.lease import BEAT_S, Lease, TakenOver
+from scale.storage import open_store
+from scale.sync import Mirror, State
+
+WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they read and write nothing of the run but a log
+CACHE = Path("runs") / "stored"
+TICK_S = 1.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scale.stored", allow_abbrev=False, add_help=False)
+    parser.add_argument("stage")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--take-over", action="store_true")
+    options, arguments = parser.parse_known_args(argv)
+    folder = cache_folder(options.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", options.stage, *arguments, "--run", str(folder)]
+    if options.stage in WITHOUT_RUN:
+        sys.exit(run_child(command))
+    sys.exit(run_in_store(command, options.run, folder, take_over=options.take_over))
+
+
+def cache_folder(url: str) -> Path:
+    """Where a run of a store is on this machine. Stores at two endpoints may have the same URL."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    url = url.rstrip("/")
+    return CACHE / sha256(f"{endpoint} {url}".encode()).hexdigest()[:8] / (url.rpartition("/")[2] or "run")
+
+
+def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool = False) -> int:
+    """Runs a command that works on the folder, as the run's only holder. Returns its exit code.
+
+    Raises UsageError if another process has the run, DistillError if the store cannot be reached: what the command has
+    done is in the folder then, and the same command goes on.
+    """
+    store = open_store(url)
+    with _held(folder) as handle:
+        state = State.read(folder)
+        state.save(folder)
+        lease = Lease.take(store, state.owner, take_over=take_over)
+        mirror = Mirror(store, folder, state)
+        print(f"{url}: works in {folder}", file=sys.stderr)
+        mirror.fetch(keep=state.lease == lease.last)
+        if lease.lost:
+            print(f"{url}: {charge_lost(folder, lease.lost.unstored)}", file=sys.stderr)
+        state.lease = lease.name
+        state.save(folder)
+        try:
+            with _following(mirror, lease):
+                code = run_child(command, pass_fds=[handle])
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        try:
+            _put_back(mirror, lease, folder, whole=code in (0, RequestsFailed.exit_code))
+        except TakenOver:
+            raise
+        except DistillError as error:
+            raise DistillError(
+                f"{error}; what is not in the store is in {folder}: run the same command again"
+            ) from None
+        finally:
+            state.save(folder)
+    return code if code >= 0 else 128 - code
+
+
+def charge_lost(folder: Path, unstored: dict[str, int]) -> str:
+    """Counts in the run's budget what a lost machine's answers may have cost, by this run's average. Says so."""
+    lost = tokens = 0
+    for kind, rows in unstored.items():
+        journal = folder / f"{kind}.jsonl"
+        if journal.name != RunDir(folder).completions.name:
+            continue
+        file, found = journal.parent / "spend.json", read_journal(journal, Completion)
+        account, lost = read_account(file), lost + rows
+        prompt, completion = (
+            -(-n * rows // max(len(found.ids), 1)) for n in (found.prompt_tokens, found.completion_tokens)
+        )
+        cost = account.price.cost(prompt, completion) if account.price else 0
+        if file.exists():
+            write_account(
+                file, msgspec.structs.replace(account, unsaid=account.unsaid + Spend(prompt + completion, cost))
+            )
+            tokens += prompt + completion
+    counted = f"; the budget counts {tokens:,} tokens for them" if tokens else ""
+    return f"taken over: up to {lost:,} answers of the lost machine are asked again{counted}"
+
+
+def _put_back(mirror: Mirror, lease: Lease, folder: Path, *, whole: bool) -> None:
+    mirror.upload(rest=True)
+    lease.check()
+    with RunDir(folder).locked():
+        if whole:
+            mirror.compact()
+        mirror.push()
+    lease.release()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[int]:
+    """Holds the local folder for this process and its child. Raises UsageError if another process has it."""
+    with (folder / ".stored.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder}: another command on this machine works on this run; wait for it or stop it"
+            ) from None
+        yield file.fileno()
+
+
+@contextmanager
+def _following(mirror: Mirror, lease: Lease) -> Iterator[None]:
+    """Puts parts while the block runs, in a thread. A store that is away is said once, and tried again."""
+    ended = Event()
+
+    def follow() -> None:
+        said, beat = "", 0.0
+        while not ended.wait(TICK_S):
+            try:
+                rows = mirror.upload()
+                if monotonic() >= beat:
+                    lease.beat(rows)
+                    beat = monotonic() + BEAT_S
+                said = ""
+            except TakenOver as error:
+                print(f"stopping: {error}", file=sys.stderr)
+                signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+                return
+            except DistillError as error:
+                if not said:
+                    said = f"warning: {error}; the answers wait on this machine"
+                    print(said, file=sys.stderr)
+
+    thread = Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,163 @@
+"""A run's local folder and the same run in a store: fetched at the start, followed, put back at the end.
+
+    lease/…                                  who works on it (scale.lease)
+    parts/<kind>/…                           answers and failures as they come (scale.parts), until they are compacted
+    completions.jsonl, failures.jsonl        the journals, compacted
+    spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
+
+A kind is a journal's name: `completions`, `failures`, and those of a run's `turns/`.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from uuid import uuid4
+
+import msgspec
+
+from generate.idset import IdSet
+from generate.journal import Journal
+from pipeline.records import Completion, Failure
+from pipeline.rundir import replacing
+from scale.parts import Uploader, compact, part_names, read_parts, row_key
+from scale.storage import Store
+
+JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
+FOLDERS = ("", "turns/*/")  # of a run, that have journals
+STATE = ".stored.json"
+
+
+class State(msgspec.Struct):
+    """What a local folder knows of its store."""
+
+    owner: str  # names this folder in leases and parts
+    lease: str = ""  # the last under which it had all that the store had
+    files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
+
+    @classmethod
+    def read(cls, folder: Path) -> "State":
+        """A new folder gets an owner's name."""
+        try:
+            return msgspec.json.decode((folder / STATE).read_bytes(), type=cls)
+        except FileNotFoundError:
+            return cls(uuid4().hex[:12])
+
+    def save(self, folder: Path) -> None:
+        """Replaces the file."""
+        with replacing(folder / STATE) as file:
+            file.write(msgspec.json.encode(self))
+
+
+class Mirror:
+    """A run's folder, which this process alone changes or has changed, and its store."""
+
+    def __init__(self, store: Store, folder: Path, state: State) -> None:
+        self._store, self._folder, self._state = store, folder, state
+        self._stored: dict[str, IdSet] = {}  # by kind: the rows that the store has
+        self._read: set[str] = set()  # parts whose rows are in the local journals
+        self._uploaders: dict[str, Uploader] = {}
+
+    def fetch(self, *, keep: bool = False) -> None:
+        """Brings what the store has: rows that the journals lack, and files. `keep`: local files are the newer ones."""
+        kinds = set()
+        for name in self._store.names():
+            path = PurePosixPath(name)
+            if path.parts[0] == "parts":
+                kinds.add(str(path.relative_to("parts").parent))
+            elif path.name in JOURNALS:
+                kinds.add(str(path.with_suffix("")))
+            elif path.parts[0] != "lease" and not (keep and (self._folder / name).exists()):
+                self._download(name)
+        for kind in sorted(kinds):
+            self._merge(kind)
+
+    def upload(self, *, rest: bool = False) -> dict[str, int]:
+        """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
+        self._put(self._matching("spend*.json"))  # first: what was in flight then may be in the parts
+        rows = {}
+        for name in JOURNALS:
+            for journal in self._matching(name):
+                kind = str(PurePosixPath(journal).with_suffix(""))
+                if kind not in self._uploaders:
+                    known = self._stored.setdefault(kind, IdSet())
+                    path = self._folder / journal
+                    self._uploaders[kind] = Uploader(self._store, self._state.owner, path, kind, known=known)
+                uploader = self._uploaders[kind]
+                rows[kind] = uploader.upload(rest=rest) + uploader.waiting
+        return rows
+
+    def push(self) -> None:
+        """Puts every other file that has changed, and removes from the store those that are gone."""
+        here = [name for name in self._files() if PurePosixPath(name).name not in JOURNALS]
+        self._put(here)
+        for name in self._state.files.keys() - set(here):
+            self._store.delete(name)
+            del self._state.files[name]
+
+    def compact(self) -> None:
+        """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
+        for kind in self._uploaders:
+            own = f"parts/{kind}/{self._state.owner}-"
+            parts = [name for name in part_names(self._store, kind) if name in self._read or name.startswith(own)]
+            if parts:
+                journal = self._folder / f"{kind}.jsonl"
+                compact(journal)
+                self._store.put(f"{kind}.jsonl", journal)
+            for name in parts:
+                self._store.delete(name)
+
+    def _download(self, name: str) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        loading = path.with_name(path.name + ".tmp")
+        self._store.download(name, loading)
+        loading.replace(path)
+        self._state.files[name] = _stamp(path)
+
+    def _merge(self, kind: str) -> None:
+        """Appends the store's rows to the local journal, except those that it has."""
+        journal, stored, local = self._folder / f"{kind}.jsonl", self._stored.setdefault(kind, IdSet()), IdSet()
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with Journal(journal, JOURNALS[journal.name]):
+            pass  # opening it has cut off a torn end
+        with journal.open("rb") as file:
+            for line in file:
+                local.add(row_key(line, kind))
+        with journal.open("ab") as file:
+            for line in self._rows(kind, stored):
+                if local.add(row_key(line, kind)):
+                    file.write(line)
+
+    def _rows(self, kind: str, stored: IdSet) -> Iterator[bytes]:
+        """The store's rows, each once: the compacted ones, then those of the parts."""
+        parts = part_names(self._store, kind)  # listed first: a part is removed when its rows are compacted
+        compacted = self._folder / f".{kind.replace('/', '-')}.stored"
+        if f"{kind}.jsonl" in self._store.names(str(PurePosixPath(kind).parent).removeprefix(".")):
+            self._store.download(f"{kind}.jsonl", compacted)
+            with compacted.open("rb") as file:
+                yield from (line for line in file if stored.add(row_key(line, kind)))
+            compacted.unlink()
+        yield from read_parts(self._store, kind, known=stored, names=parts)
+        self._read.update(parts)
+
+    def _put(self, names: Iterable[str]) -> None:
+        for name in names:
+            stamp = _stamp(self._folder / name)
+            if self._state.files.get(name) != stamp:
+                self._store.put(name, self._folder / name)
+                self._state.files[name] = stamp
+
+    def _matching(self, name: str) -> list[str]:
+        paths = (path for folder in FOLDERS for path in self._folder.glob(folder + name))
+        return [path.relative_to(self._folder).as_posix() for path in paths]
+
+    def _files(self) -> Iterator[str]:
+        """The files of the run; not those that are still being written, or are this folder's own."""
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder)
+            if path.is_file() and not any(part.startswith(".") or part.endswith(".tmp") for part in name.parts):
+                yield name.as_posix()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

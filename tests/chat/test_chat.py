@@ -1,0 +1,204 @@
+"""The models of a chat: how each is asked, which server it uses, what becomes of an answer, and the terminal."""
+
+import asyncio
+import io
+import json
+import threading
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chat.models
+from chat.__main__ import main
+from chat.answer import Answered, answer
+from chat.conversation import questions_to_try
+from chat.models import Model, beside_others, choose_models
+from generate.streaming import Refused
+from pipeline.errors import DistillError, UsageError
+from pipeline.recipe import Recipe, ServeConfig
+from pipeline.records import Message, Prompt, encode_line
+from pipeline.rundir import RunDir
+from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, recipe_for
+from tests.servers.misbehaving_server import answer as whole_answer
+from tests.servers.streaming_server import endless, streaming
+
+TOLD: dict[str, Any] = {"system": "You turn words into JSON.", "examples": [{"prompt": "on", "answer": "{}"}]}
+
+
+def model_at(url: str, name: str = "teacher", **sections: Any) -> Model:
+    recipe = recipe_for(url, student={"model": "s", "system": "Be brief."}, **sections)
+    if name == "teacher":
+        given = recipe.model_dump()
+        recipe = Recipe.model_validate({**given, "teacher": given["teacher"] | TOLD})
+    model = Model(name, name, recipe)
+    model.at(url)
+    return model
+
+
+def hear(model: Model, *said: str) -> tuple[list[str], Answered]:
+    """What a model answers to a conversation that the user begins."""
+    turns = [Message("user" if number % 2 == 0 else "assistant", text) for number, text in enumerate(said)]
+
+    async def listen() -> list[str | Answered]:
+        async with aclosing(answer(model, turns, asyncio.Lock())) as pieces:
+            return [piece async for piece in pieces]
+
+    *pieces, last = asyncio.run(listen())
+    assert isinstance(last, Answered)
+    return [str(piece) for piece in pieces], last
+
+
+def test_each_is_asked_as_it_must_be_asked() -> None:
+    with misbehaving(lambda asked: streaming("fine")) as server:
+        hear(model_at(server.url), "hello")
+        hear(model_at(server.url, "student"), "hello", "hi", "and now?")
+    teacher, student = (asked.body for asked in server.asked)
+    assert [turn["content"] for turn in teacher["messages"]] == [TOLD["system"], "on", "{}", "hello"]
+    assert [turn["content"] for turn in student["messages"]] == ["Be brief.", "hello", "hi", "and now?"]
+    assert (teacher["model"], student["model"]) == ("stub", "student")
+    assert teacher["max_tokens"] == student["max_tokens"] == 500  # the recipe's own sampling
+
+
+def test_an_answer_comes_in_pieces_and_ends_with_its_figures() -> None:
+    price = {"teacher": {"model": "m", "price": {"input": 1.0, "output": 2.0}}}
+    with misbehaving(lambda asked: streaming("<think>so", "</think>", "Yes.", every_s=0.02)) as server:
+        price["teacher"]["base_url"] = server.url
+        pieces, last = hear(model_at(server.url, **price), "why?")
+        _, free = hear(model_at(server.url, "student"), "why?")
+    assert pieces == ["<think>so", "</think>", "Yes."]
+    assert (last.text, last.reasoning, last.finish_reason, last.tokens) == ("Yes.", "so", "stop", 7)
+    assert 0 < last.first_token_s < 7 / last.tokens_per_s
+    assert last.cost == "0.001014 USD" and free.cost == "own server"  # 1000 tokens at 1 USD per million, 7 at 2
+
+
+def test_each_asking_has_a_seed_of_its_own() -> None:
+    with misbehaving(lambda asked: streaming("fine")) as server:
+        model = model_at(server.url)
+        hear(model, "hello")
+        hear(model, "hello")
+    assert len({asked.body["seed"] for asked in server.asked}) == 2
+
+
+def test_a_server_that_does_not_stream_or_count_is_heard_too() -> None:
+    answers = iter([whole_answer("All at once."), streaming("a", "b", usage=False)])
+    with misbehaving(lambda asked: next(answers)) as server:
+        assert hear(model_at(server.url), "hello")[0] == ["All at once."]
+        assert hear(model_at(server.url), "hello")[1].tokens == 2
+
+
+def test_a_refused_setting_is_left_out_and_other_refusals_are_said() -> None:
+    def script(asked: Asked) -> Behaviour:
+        return error(400, "Unsupported parameter: 'top_p'") if "top_p" in asked.body else streaming("fine")
+
+    with misbehaving(script) as server:
+        model = model_at(server.url)
+        assert hear(model, "hello")[1].text == "fine"
+        hear(model, "hello")
+        assert len(server.asked) == 3  # it remembers
+    with misbehaving(lambda asked: streaming("half", error="out of memory")) as server, pytest.raises(Refused) as said:
+        hear(model_at(server.url), "hello")
+    assert "out of memory" in str(said.value)
+
+
+def test_an_answer_that_nobody_waits_for_is_stopped_at_the_server() -> None:
+    left = threading.Event()
+
+    async def leave(model: Model) -> None:
+        async with aclosing(answer(model, [Message("user", "go")], asyncio.Lock())) as pieces:
+            async for _ in pieces:
+                return
+
+    with misbehaving(lambda asked: endless(left)) as server:
+        asyncio.run(leave(model_at(server.url)))
+        assert left.wait(30)
+
+
+def test_what_runs_already_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, folder = RunDir(tmp_path), tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with misbehaving() as teacher, misbehaving(models=["before"]) as before:
+        recipe = recipe_for(teacher, student={"model": str(folder)})
+        place = chat.models.place_of(recipe, "before")._replace(port=int(before.url.split(":")[2].split("/")[0]))
+        monkeypatch.setattr(chat.models, "place_of", lambda *_: place)
+        models = choose_models(recipe, run, ["before", "teacher"])
+        assert [(model.name, model.state) for model in models] == [("teacher", "ready"), ("before", "ready")]
+        assert models[1].recipe.teacher.url == before.url and models[1].recipe.teacher.model == "before"
+    assert [model.state for model in choose_models(recipe, run, ["teacher"])] == ["starting"]
+    away = recipe_for("https://api.example/v1")
+    assert [model.state for model in choose_models(away, run, ["teacher"])] == ["ready"]
+
+
+def test_a_student_that_is_not_trained_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no student yet; run train first"):
+        choose_models(recipe_for("http://127.0.0.1:1/v1", student={"model": "s"}), RunDir(tmp_path), ["student"])
+
+
+def test_a_server_that_cannot_start_is_said_by_its_model(tmp_path: Path) -> None:
+    recipe = recipe_for("http://127.0.0.1:1/v1", student={"model": str(tmp_path / "gone")})
+    models = choose_models(recipe, RunDir(tmp_path), ["before"])
+    with chat.models.starting(models, RunDir(tmp_path)), pytest.raises(DistillError, match="is not there"):
+        hear(models[0], "hello")
+
+
+def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert beside_others(ServeConfig(device="cpu"), 3).kv_cache_gib == 1
+    assert beside_others(ServeConfig(device="cpu", kv_cache_gib=4), 3).kv_cache_gib == 4
+    assert beside_others(ServeConfig(device="gpu"), 3).args == ["--gpu-memory-utilization", "0.30"]
+    own = ["--gpu-memory-utilization=0.2"]
+    assert beside_others(ServeConfig(device="gpu", args=own), 3).args == own
+
+
+def test_questions_to_try_are_of_the_test_part(tmp_path: Path) -> None:
+    recipe, run = recipe_for("http://127.0.0.1:1/v1"), RunDir(tmp_path)
+    assert questions_to_try(recipe, run) == []
+    asked, system = [Message("user", "How many?")], Message("system", "SQL.")
+    prompts = [
+        Prompt(id="a", messages=[system, *asked], reference=7, part="test"),
+        Prompt(id="b", messages=asked, part="train"),
+        Prompt(id="c", messages=[*asked, Message("assistant", "Two."), *asked], part="test"),
+    ]
+    run.prompts.write_bytes(b"".join(map(encode_line, prompts)))
+    assert questions_to_try(recipe, run) == [
+        {"text": "How many?", "begin": [{"role": "system", "content": "SQL."}], "right": "7"}
+    ]
+
+
+def recipe_file(folder: Path, url: str = "http://127.0.0.1:1/v1") -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(
+        json.dumps({"name": "t", "teacher": {"model": "m", "base_url": url}, "prompts": {"template": "x", "count": 1}})
+    )
+    return str(path)
+
+
+def test_a_conversation_in_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = iter(
+        [streaming("Hello", "\x1b[2J there."), error(500, "too \x1b]0;hot"), streaming("Yes."), streaming("A.")]
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nhow?\nand?\n/clear\nlast\n"))
+    with misbehaving(lambda asked: next(said)) as server:
+        main([recipe_file(tmp_path, server.url), "--run", str(tmp_path / "run"), "--terminal", "--only", "teacher"])
+        asked = [[turn["content"] for turn in one.body["messages"]] for one in server.asked]
+    shown = capsys.readouterr().out
+    assert "Hello[2J there." in shown and "\x1b" not in shown
+    assert "answers 500: too ]0;hot" in shown and "tokens/s" in shown
+    first = ["hi", "Hello\x1b[2J there."]
+    assert asked == [["hi"], [*first, "how?"], [*first, "and?"], ["last"]]  # what was not answered is not repeated
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--only", "pupil"], "no model 'pupil'; there are teacher, before, student"),
+        (["--terminal", "--only", "teacher,before"], "--terminal is for one model, not 2"),
+        (["--only", "student"], "the recipe names no student"),
+    ],
+)
+def test_wrong_words_are_one_line(tmp_path: Path, flags: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        main([recipe_file(tmp_path), "--run", str(tmp_path / "run"), *flags])

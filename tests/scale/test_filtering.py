@@ -1,0 +1,107 @@
+"""The filters on a Ray cluster of two nodes on this machine: the files of one machine, byte for byte."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from filters.__main__ import main
+from pipeline.records import Completion, Message, Prompt, encode_line
+from tests.completion_fields import completion_fields
+from tests.scale.test_near import texts
+
+ROWS = 3000
+RULES = [
+    {"rule": "length", "min_chars": 20},
+    {"rule": "repetition"},
+    {"rule": "function", "file": "my_rules.py", "name": "no_window"},
+]
+DEDUP = {"near": 0.8, "prompts": 1.0, "ngram": 3, "contamination": ["held_out.jsonl"]}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    cluster.add_node(**small)
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def written(folder: Path) -> Path:
+    """A run of ROWS answers, a prompts.jsonl with newer references, a held-out file, and the recipe."""
+    made, run = texts(ROWS, seed=5), folder / "run"
+    run.mkdir(parents=True)
+    rng = random.Random(6)
+    with (run / "completions.jsonl").open("wb") as file, (run / "prompts.jsonl").open("wb") as prompts:
+        for number, text in enumerate(made):
+            asked = [Message(role="user", content=f"say {number}")]
+            text = "short" if rng.random() < 0.02 else text
+            fields = completion_fields(f"{number * 7919 % 1_000_003:032x}", text, messages=asked)
+            fields["prompt_id"] = f"p{number}"
+            file.write(encode_line(Completion(**fields)))
+            prompts.write(
+                encode_line(Prompt(id=f"p{number}", messages=asked, slots={}, part="train", reference=number))
+            )
+        file.write(b'{"id": "torn')
+    with (folder / "held_out.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": f"ask {at}", "text": text}) + "\n" for at, text in enumerate(made[50:70]))
+    (folder / "my_rules.py").write_text(
+        "def no_window(answer):\n    return 'a window' if 'windowa' in answer.text else None\n"
+    )
+    recipe = {
+        "name": "t",
+        "teacher": {"model": "m"},
+        "prompts": {"template": "x", "count": 1},
+        "filters": {"rules": RULES, "dedup": DEDUP, "select": "all"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+@pytest.mark.slow
+def test_the_files_are_those_of_one_machine(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scale.filtering.BLOCK", 1 << 17)
+    outcome = []
+    for more in ([], ["--cluster", address]):
+        folder = tmp_path / ("cluster" if more else "alone")
+        run = written(folder)
+        monkeypatch.chdir(folder)
+        main(["recipe.yaml", "--run", "run", *more])
+        outcome.append([(run / name).read_bytes() for name in ("kept.jsonl", "dropped.jsonl", "filter_report.json")])
+    alone, cluster = outcome
+    assert alone == cluster
+    report = json.loads(alone[2])
+    dropped = {rule["rule"]: rule["dropped"] for rule in report["rules"]}
+    assert dropped["no_window"] > 50
+    assert dropped["exact_duplicate"] > 50
+    assert dropped["near_duplicate"] > 100
+    assert dropped["contamination"] >= 15
+    assert b'"reference":7' in alone[0]
+
+
+@pytest.mark.slow
+def test_what_a_rule_raises_is_told_and_nothing_is_replaced(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.errors import DistillError
+
+    run = written(tmp_path)
+    (tmp_path / "my_rules.py").write_text("def no_window(answer):\n    raise ValueError('no idea')\n")
+    (run / "kept.jsonl").write_text("old")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DistillError, match=r"no_window raised ValueError: no idea"):
+        main(["recipe.yaml", "--run", "run", "--cluster", address])
+    assert (run / "kept.jsonl").read_text() == "old"

