@@ -355,10 +355,11 @@ def lora_config(config: TrainConfig) -> LoraConfig:
 def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
     """What the trainers of all methods are told, as SFTConfig and DPOConfig take it."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
+    own_rate = config.learning_rate is None  # as a further method has
     return {
+        **({} if own_rate else {"learning_rate": config.learning_rate}),
         "output_dir": str(folder.resolve()),  # the best checkpoint is found again from any folder
         "num_train_epochs": config.epochs,
-        "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,
         "gradient_checkpointing": checkpointing,
