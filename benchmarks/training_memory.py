@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import flags, measured, question
-from benchmarks.training import LENGTHS, WORDS, WORDS_PER_TOKEN
+from benchmarks.simulator import LENGTHS
+from benchmarks.training import WORDS, WORDS_PER_TOKEN
 
 
 def main() -> None:

@@ -354,6 +354,8 @@ def _place_files(data: dict[str, Any], folder: Path) -> None:
     """Makes the paths of FILES absolute. What is not a path is left for the check of the whole."""
     for section, key in FILES:
         values = data.get(section)
-        given = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            continue
+        given = values.get(key)
         if isinstance(given, str) and is_file_name(given) and not given.startswith(HUB):
             values[key] = str((folder / Path(given).expanduser()).absolute())
