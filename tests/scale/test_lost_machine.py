@@ -1,0 +1,51 @@
+"""A machine that is lost with its disk, without a process of its own: what the next one finds, asks for and counts."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from generate.budget import Account, Spend, read_account, write_account
+from generate.journal import read_journal
+from pipeline.records import Completion, Usage, encode_line
+from scale import lease as lease_module
+from scale.lease import Lease
+from scale.storage import open_store
+from scale.stored import run_in_store
+from scale.sync import Mirror, State
+from tests.completion_fields import completion_fields
+
+
+def row(number: int) -> bytes:
+    usage = Usage(prompt_tokens=7, completion_tokens=5)
+    return encode_line(Completion(**completion_fields(f"id{number:02}", "ok", usage=usage)))
+
+
+def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scale.parts.ROWS", 5)
+    monkeypatch.setattr(lease_module, "STALE_S", 0.0)
+    url, one, two = (tmp_path / "store").as_uri(), tmp_path / "one", tmp_path / "two"
+    store = open_store(url)
+    for folder in (one, two):
+        folder.mkdir()
+    (one / "completions.jsonl").write_bytes(b"".join(map(row, range(13))))
+    write_account(one / "spend.json", Account())
+    rows = Mirror(store, one, State("one")).upload()  # two parts; three rows wait
+    Lease.take(store, "one").beat(rows)
+    shutil.rmtree(one)
+
+    journal = two / "completions.jsonl"
+    (two / "more").write_bytes(b"".join(map(row, (12, 11, 10))))  # what the stage is answered now
+    script = "import sys; open(sys.argv[1], 'ab').write(open(sys.argv[2], 'rb').read())"
+    command = [sys.executable, "-c", script, str(journal), str(two / "more")]
+    assert run_in_store(command, url, two, take_over=True) == 0
+    assert (
+        "up to 13 answers of the lost machine are asked again; the budget counts 156 tokens" in capsys.readouterr().err
+    )
+    assert read_account(two / "spend.json").unsaid == Spend(tokens=13 * 12)
+    assert journal.read_bytes() == store.get("completions.jsonl") == b"".join(map(row, range(13)))
+    assert len(read_journal(journal, Completion).ids) == 13
+    assert (store.names("parts"), store.get("spend.json")) == ([], (two / "spend.json").read_bytes())
