@@ -20,10 +20,11 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
+from setup_venv import GROUPS, UNWANTED
+
 ROOT = Path(__file__).resolve().parent
 MANIFEST, BUNDLE = "manifest.json", "distillate.bundle"
-EXTRAS = {"base": ["language", "math"], "train": ["train"], "serve": ["serve"], "review": ["review"], "dev": ["dev"]}
-UNUSED_ON_CPU = ["torchvision", "torchaudio", "torchcodec"]  # as in setup_venv.py
+COLLECTED = ["base", "train", "serve", "review", "dev"]  # groups of setup_venv.py
 GLIBC = 34  # wheels for glibc 2.34 and older (RHEL 9, Ubuntu 22.04, Debian 12): the oldest that all packages run on
 BLOCK = 1 << 20
 
@@ -160,7 +161,8 @@ def main() -> None:
     parser.add_argument("--python", default=platform.python_version(), help="the other machine's Python, 3.11 or newer")
     parser.add_argument("--machine", default=platform.machine(), help="the other machine's processor: x86_64, aarch64")
     parser.add_argument("--cuda", action="store_true", help="torch and vLLM for NVIDIA GPUs instead of CPUs")
-    parser.add_argument("--groups", nargs="+", choices=EXTRAS, default=list(EXTRAS), help="what `make setup` sets up")
+    parser.add_argument("--groups", nargs="+", choices=COLLECTED, default=COLLECTED, help="what to set up")
+    parser.add_argument("--extras", nargs="+", default=[], help="more extras of pyproject.toml: ray, storage, metrics")
     parser.add_argument("--exclude", nargs="+", default=[], help="packages to leave out")
     parser.add_argument("--model", nargs="+", default=[], help="embedded:<name>, a model folder, or a Hub id")
     parser.add_argument("--dry-run", action="store_true", help="print the packages; download nothing")
@@ -187,18 +189,18 @@ def part_size(text: str) -> int:
 def resolved(options: argparse.Namespace) -> list[str]:
     """The packages that the groups need on the other machine, each with its version: `name==1.2`."""
     constraints = ROOT / "constraints.txt"
-    extras = [extra for group in options.groups for extra in EXTRAS[group]]
+    groups = [f"{group}-cpu" if group == "serve" and not options.cuda else group for group in options.groups]
+    extras = options.extras + [extra for group in groups for extra in GROUPS[group]["extras"]]
     more = ["setuptools"]  # builds this project
     if not options.cuda:
-        extras = ["serve-cpu" if extra == "serve" else extra for extra in extras]
         torch = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
-        more += [f"{line}+cpu" for line in torch if {"train", "serve-cpu"} & set(extras)]
+        more += [f"{line}+cpu" for line in torch if {"train", "serve-cpu"} & set(groups)]
     command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:"]
     command += ["--python-version", options.python, "--python-platform", f"{options.machine}-manylinux_2_{GLIBC}"]
     command += ["-c", str(constraints), *(part for extra in extras for part in ("--extra", extra))]
     command += ["--index-strategy", "unsafe-best-match", *torch_index(options, "--index")]
     lines = run([sys.executable, "-m", *command, str(ROOT / "pyproject.toml"), "-"], input="\n".join(more)).splitlines()
-    excluded = {normalised(name) for name in options.exclude} | set([] if options.cuda else UNUSED_ON_CPU)
+    excluded = {normalised(name) for name in options.exclude} | set([] if options.cuda else UNWANTED)
     return [line for line in lines if "==" in line and normalised(line.split("==")[0]) not in excluded]
 
 
@@ -233,7 +235,9 @@ def collect(options: argparse.Namespace, wanted: list[str]) -> None:
     writer.close()
     branch = run(["git", "rev-parse", "--abbrev-ref", "HEAD"]).strip()
     run(["git", "bundle", "create", "-q", str(folder / BUNDLE), *dict.fromkeys(["HEAD", branch])])
-    asked = {name: getattr(options, name) for name in ("python", "machine", "cuda", "groups", "exclude", "model")}
+    asked = {
+        name: getattr(options, name) for name in ("python", "machine", "cuda", "groups", "extras", "exclude", "model")
+    }
     files = [described(folder / BUNDLE), *writer.parts]
     manifest = {"commit": run(["git", "rev-parse", "HEAD"]).strip(), **asked, "packages": wanted, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

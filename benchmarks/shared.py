@@ -24,7 +24,7 @@ class Bill(NamedTuple):
 
 
 def main() -> None:
-    options = flags(__doc__, prompts=1000, samples=4, prompt_tokens=1000, completion_tokens=60)
+    options = flags(__doc__, prompts=100, samples=4, prompt_tokens=1000, completion_tokens=60)
     print(f"{options.prompts:,} prompts, {options.samples} samples each")
     for name, share in (("a request for each sample", False), ("generate.share_prompt", True)):
         bill = once(options, share=share)

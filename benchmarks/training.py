@@ -62,7 +62,7 @@ def main() -> None:
     count = min(options.rows, len(rows) - options.validation)
     examples = {"train": rows[:count], "validation": rows[count : count + options.validation]}
     # So few steps leave none for a warm-up, which SFTTrainer's default schedule does not have.
-    config = TrainConfig(epochs=options.epochs, max_length=2048, lora_dropout=0, warmup=0)
+    config = TrainConfig(epochs=options.epochs, learning_rate=2e-4, max_length=2048, lora_dropout=0, warmup=0)
     clocks: dict[str, list[Clock]] = {"ours": [], "SFTTrainer": []}
     losses = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -46,14 +46,14 @@ class Model:
 
     @property
     def told(self) -> str:
-        """What it is told beside the question, in words."""
+        """How it is asked, in words."""
         if self.name != TEACHER:
             system = self.recipe.student.system if self.recipe.student else None
-            return "the question and its own system prompt" if system else "the question alone"
+            return "told its own system prompt" if system else "asked the question alone"
         teacher = self.recipe.teacher
         examples = f"{len(teacher.examples)} examples" if teacher.examples else ""
         told = [part for part in ("a system prompt" if teacher.system else "", examples) if part]
-        return " and ".join(told) or "the question alone"
+        return f"told {' and '.join(told)}" if told else "asked the question alone"
 
     def at(self, base_url: str) -> None:
         """It answers there from now on, under the name that it is served by."""

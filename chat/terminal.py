@@ -32,7 +32,7 @@ def talk(model: Model) -> None:
             time.sleep(LOOK_S)
     if model.state == "failed":
         raise DistillError(model.said)
-    console.print(f"{model.label}, told {model.told}. {CLEAR} begins anew, Ctrl-C stops an answer, Ctrl-D ends.")
+    console.print(f"{model.label}, {model.told}. {CLEAR} begins anew, Ctrl-C stops an answer, Ctrl-D ends.")
     begin = system_of(model.recipe)
     conversation = list(begin)
     while True:

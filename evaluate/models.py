@@ -27,6 +27,7 @@ from pipeline.models import model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
+from pipeline.student_config import BUILT
 from pipeline.students import AFTER as AFTER
 from pipeline.students import before_training, check_trained, merged_folder
 from serve.command import build_command
@@ -146,6 +147,8 @@ def digest_subject(subject: Subject) -> str:
         return digest(subject.reference, subject.missing)
     trained = subject.adapter or (None if subject.key in (TEACHER, BEFORE) else subject.folder)
     parts = [subject.reference] + ([digest_files(trained)] if trained else [])
+    if (subject.folder / BUILT).is_file():
+        parts.append((subject.folder / BUILT).read_text())
     if trained != subject.folder:
         parts += [f"{file.name} {file.stat().st_size}" for file in weight_files(subject.folder)]
     return digest(*parts)

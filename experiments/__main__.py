@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--b-model", help="teachers: the other teacher")
     parser.add_argument("--b-url", help="teachers: where it answers, if not where the first one does")
     parser.add_argument("--human", type=Path, help="human: JSONL of rows with prompt and completion, or messages")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds: how many trainings")
     parser.add_argument("--rows", type=int, default=1000, help="thousand: how many prompts")
     parser.add_argument("--no-speed", action="store_true", help="start no server: no probes and no speed either")
     recipe, run, options = parse_stage(parser, argv)

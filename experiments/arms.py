@@ -59,7 +59,7 @@ class Prepared:
     """Arms whose rows are on disk, and the test rows that they are scored on, by source."""
 
     arms: list[Arm]
-    sources: dict[str, list[Kept]]
+    sources: Mapping[str, Sequence[Kept]]
     note: str = ""  # what a reader of the results must know
 
 
@@ -168,6 +168,17 @@ def _soft(setup: Setup) -> Prepared:
     return Prepared(arms, {"": test}, "the same rows and trained weights in every arm; on_policy adds its own steps")
 
 
+def _seeds(setup: Setup) -> Prepared:
+    """The same rows and settings; only the seed of the training differs, and with it a new student's first weights."""
+    if setup.options.seeds < 2:
+        raise UsageError(f"--seeds {setup.options.seeds}: give at least 2, so that there is a spread")
+    base, first = _answered(setup, setup.base), setup.recipe.train.seed
+    test = part_rows(read_rows(base), setup.recipe.prompts).test
+    seeds = range(first, first + setup.options.seeds)
+    arms = [_arm(setup, f"seed-{seed}", base, test, ["--train.seed", str(seed)]) for seed in seeds]
+    return Prepared(arms, {"": test}, "the same rows and settings in every arm, but for the seed of the training")
+
+
 def _thousand(setup: Setup) -> Prepared:
     """A number of prompts, from the first answer to the report: the run's first answers, or new ones."""
     run = RunDir(setup.folder / "thousand")
@@ -189,6 +200,7 @@ EXPERIMENTS = {
     "teachers": Experiment("What does another teacher bring?", _teachers, {"b_model": "the other teacher: --b-model"}),
     "human": Experiment("Distilled, or taught by people?", _human, {"human": "rows that people wrote: --human"}),
     "soft": Experiment("The teacher's text, or its distribution?", _soft),
+    "seeds": Experiment("How much does the seed change?", _seeds),
     "thousand": Experiment("What do the first thousand rows give?", _thousand),
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
@@ -83,7 +84,7 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
         facts={name: _facts(report, spent[name].get("usd")) for name, report in reports.items()},
         columns=columns,
         differences=differences,
-        remarks=list(_money(spent, differences)) if setup.options.kind == "teachers" else [],
+        remarks=list(_remarks(setup.options.kind, columns, spent, differences)),
     )
 
 
@@ -163,6 +164,25 @@ def _facts(report: Report, usd: float | None) -> list[str]:
         "–" if rate is None else f"{rate:.0%}",
         "–" if usd is None else f"{usd:.2f}",
     ]
+
+
+def _remarks(
+    kind: str, columns: Sequence[Column], spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]
+) -> Iterator[str]:
+    """What an experiment says besides its figures and their differences."""
+    if kind == "seeds":
+        yield from _spread(columns)
+    if kind == "teachers":
+        yield from _money(spent, differences)
+
+
+def _spread(columns: Sequence[Column]) -> Iterator[str]:
+    """Mean, standard deviation and range of each figure over the seeds."""
+    for column in columns:
+        values, show = [figure.value for figure in column.arms.values()], column.measure.show
+        if len(values) > 1:
+            said = f"{show(mean(values))} on average over {len(values)} seeds, standard deviation {show(stdev(values))}"
+            yield f"{column.title}: {said} ({show(min(values))} to {show(max(values))})"
 
 
 def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]) -> Iterator[str]:

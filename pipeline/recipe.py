@@ -27,6 +27,7 @@ from pipeline.recipe_errors import explain
 from pipeline.records import Json, Message, Part, folded
 from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, PriceConfig, Section
+from pipeline.student_config import StudentConfig, is_file_name
 from pipeline.train_config import TrainConfig
 from pipeline.user_config import UserConfig
 
@@ -38,12 +39,14 @@ __all__ = [
     "JudgeConfig",
     "RuleConfig",
     "SamplingConfig",
+    "StudentConfig",
 ]  # defined elsewhere
 
 ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
 FILES = (
     ("teacher", "examples"),
+    ("student", "chat_template"),
     ("teacher", "urls_file"),
     ("prompts", "file"),
     ("prompts", "tools"),
@@ -147,15 +150,6 @@ class ServeConfig(Section):
     """Seconds until the server must be ready."""
     args: list[str] = Field([])
     """Further vLLM flags, passed on as they are."""
-
-
-class StudentConfig(Section):
-    """The model that learns."""
-
-    model: str = Field(min_length=1)
-    """A Hub id, a folder, `embedded:<name>`, or `prune:<k>`: k layers of the teacher."""
-    system: str | None = None
-    """The student's system prompt, in place of the prompt's own; null: the prompt's own; empty: none."""
 
 
 class ChooseSlot(Section):
@@ -273,6 +267,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _new_weights_are_trained(self) -> "Recipe":
+        afterwards = self.train.method == "dpo" or self.train.start is not None  # it has learned then
+        if self.student and self.student.new and self.train.weights != "full" and not afterwards:
+            key = "train.kd.weights" if self.train.soft else "train.method"
+            raise ValueError(
+                f"student.model {self.student.model} has random weights, which adapters would leave as they are; "
+                f"set {key}: full, got {self.train.weights!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _samples_differ(self) -> "Recipe":
         if self.prompts.samples > 1 and self.sampling.temperature == 0:
             raise ValueError(
@@ -349,5 +354,8 @@ def _place_files(data: dict[str, Any], folder: Path) -> None:
     """Makes the paths of FILES absolute. What is not a path is left for the check of the whole."""
     for section, key in FILES:
         values = data.get(section)
-        if isinstance(values, dict) and isinstance(values.get(key), str) and not values[key].startswith(HUB):
-            values[key] = str((folder / Path(values[key]).expanduser()).absolute())
+        if not isinstance(values, dict):
+            continue
+        given = values.get(key)
+        if isinstance(given, str) and is_file_name(given) and not given.startswith(HUB):
+            values[key] = str((folder / Path(given).expanduser()).absolute())

@@ -52,7 +52,7 @@ class RunDir:
     checks = File("checks.json")  # what was checked before training; `train`
     validation = File("validation.jsonl")  # the kept rows that chose the best checkpoint; `train`
     test = File("test.jsonl")  # the kept rows that training never saw; `train`
-    student_init = File("student-init")  # a student that was built first (`prune:<k>`), before training; `train`
+    student_init = File("student-init")  # a student that was made first (`prune:<k>`, `new:30m`), untrained; `train`
     student = File("student")  # `train`
     student_sft = File("student-sft")  # the student before a further method: its own samples, preferences; `train`
     report = File("report.json")  # `evaluate`

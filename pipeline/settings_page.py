@@ -32,9 +32,9 @@ PAGE = """# Settings
 
 Every key of a recipe. `python -m <stage> --help` shows the same. A key can also be given as a flag
 (`--sampling.temperature 0.7`) or as an environment variable (`DISTILL_SAMPLING__TEMPERATURE=0.7`). Flags override
-variables, and variables override the file. `prompts.file`, `train.test_rows`, `evaluate.probes_file`, a file of
-`teacher.examples` and the `file` of a filter rule are relative to the recipe. Runs and model folders are relative to
-the working directory, as `--run` is.
+variables, and variables override the file. `prompts.file`, `train.test_rows`, `evaluate.probes_file`,
+`student.chat_template`, a file of `teacher.examples` and the `file` of a filter rule are relative to the recipe. Runs
+and model folders are relative to the working directory, as `--run` is.
 
 This page is made by `python -m pipeline.settings_page > docs/settings.md`.
 """

@@ -13,7 +13,6 @@ from pipeline.recipe import Recipe, StudentConfig
 from pipeline.rundir import RunDir
 
 AFTER = "student_after"  # its name in the evaluation
-BUILT = ("prune:", "new:")  # how a student begins that is built in student-init/ before it is trained
 
 
 def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
@@ -40,11 +39,13 @@ def named_student(recipe: Recipe) -> StudentConfig:
 
 def before_training(recipe: Recipe, run: RunDir) -> Path:
     """The student as it was before training. Raises DistillError if it cannot be had."""
-    reference = named_student(recipe).model
-    if not reference.startswith(BUILT):
-        return model_folder(reference)
+    student = named_student(recipe)
+    if not student.built:
+        return model_folder(student.model)
     if not (run.student_init / "config.json").is_file():
-        raise UsageError(f"{run.student_init}: student {reference} as it was before training is not there; run train")
+        raise UsageError(
+            f"{run.student_init}: student {student.model} as it was before training is not there; run train"
+        )
     return run.student_init
 
 

@@ -69,8 +69,8 @@ class TrainConfig(Section):
     """on_policy, dpo: the folder of the student to start from; null: the run's own, as another method left it."""
     epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
-    learning_rate: float = Field(2e-4, gt=0)
-    """The peak: the rate rises during `warmup` and falls along a cosine."""
+    learning_rate: float | None = Field(None, gt=0)
+    """The peak; null: 2e-4 for adapters, 2e-5 for all weights (TRL's), 1e-3 for a new or pruned student (SmolLM2's)."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps."""
     batch_size: int = Field(8, ge=1)
@@ -93,6 +93,14 @@ class TrainConfig(Section):
     """Scale of the adapters: alpha / rank."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout of the adapters' input."""
+    rslora: bool = False
+    """Scale of the adapters: alpha / √rank, for large ranks (Kalajdzievski 2023, arXiv 2312.03732)."""
+    dora: bool = False
+    """Adapters learn the weights' sizes and directions apart (Liu et al. 2024, arXiv 2402.09353); slower."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings while training, 5 is usual (Jain et al. 2023, arXiv 2310.05914); null: none."""
+    padding_free: bool = False
+    """Rows of a forward pass end to end, without padding; needs FlashAttention. Methods lora, qlora and full."""
     test_rows: Path | None = None
     """A test.jsonl to test on instead of the run's own, for runs to be compared; relative to the recipe."""
     eval_steps: int | None = Field(None, ge=1)
@@ -146,6 +154,10 @@ class TrainConfig(Section):
             raise ValueError(f"loss_on all is not for {what}, which looks at last turns; use last")
         if self.reasoning == "keep" and self.method == "dpo":
             raise ValueError("reasoning keep is not for method dpo: preferences.jsonl has none; use strip")
+        if self.padding_free and self.method not in ("lora", "qlora", "full"):
+            raise ValueError(f"padding_free is not for method {self.method}; leave it out")
+        if (self.rslora or self.dora) and self.weights == "full":
+            raise ValueError("rslora and dora are about adapters, and all weights are trained; leave them out")
         if self._teacher == "stored" and self.method == "on_policy":
             raise ValueError(
                 "kd.teacher stored is not for method on_policy: nothing is stored of the student's samples"

@@ -31,16 +31,16 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     seen: float  # its last beat, seconds since 1970
     released: bool = False  # all it has is in the store
     unstored: dict[str, int] = {}  # by kind of part, the most rows that only its machine has had
+    lost: dict[str, int] = {}  # the same of a machine that it has taken over from, until the budget counts them
 
 
 class Lease:
     """This process's lease on a run."""
 
-    def __init__(self, store: Store, name: str, holder: Holder, last: str, before: Holder | None) -> None:
-        """`last` is the lease before this one, `before` its holder."""
+    def __init__(self, store: Store, name: str, holder: Holder, last: str) -> None:
+        """`last` is the lease before this one."""
         self._store, self._holder = store, holder
         self.name, self.last = name, last
-        self.lost = before if before and before.owner != holder.owner and not before.released else None
 
     @classmethod
     def take(cls, store: Store, owner: str, *, take_over: bool = False) -> "Lease":
@@ -48,15 +48,27 @@ class Lease:
         names = store.names("lease")
         content = store.get(names[-1]) if names else None
         before = msgspec.json.decode(content, type=Holder) if content else None
+        name, lost = f"lease/{len(names) + 1:06}.json", dict(before.lost) if before else {}
         if before and before.owner != owner and not before.released:
             _check_stale(store.url, before, take_over=take_over)
-        name = f"lease/{len(names) + 1:06}.json"
-        holder = Holder(owner=owner, host=socket.gethostname(), pid=os.getpid(), seen=time())
+            lost = {kind: lost.get(kind, 0) + before.unstored.get(kind, 0) for kind in lost | before.unstored}
+        rows = before.unstored if before and before.owner == owner and not before.released else {}
+        host, pid = socket.gethostname(), os.getpid()
+        holder = Holder(owner=owner, host=host, pid=pid, seen=time(), unstored=rows, lost=lost)
         if not store.put_new(name, msgspec.json.encode(holder)):
             raise UsageError(f"{store.url}: another machine has just begun to work on this run")
         if store.put_new(name, b""):
             raise DistillError(f"{store.url}: this storage ignores `If-None-Match`, and cannot keep two writers apart")
-        return cls(store, name, holder, names[-1] if names else "", before)
+        return cls(store, name, holder, names[-1] if names else "")
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """By kind of part, the rows of a machine that was taken over, which the budget must count."""
+        return self._holder.lost
+
+    def counted(self) -> None:
+        """The budget that is in the store counts the lost rows."""
+        self._put(replace(self._holder, lost={}))
 
     def beat(self, unstored: dict[str, int]) -> None:
         """Says that this process is alive, and how many rows only it has. Raises TakenOver, or DistillError."""

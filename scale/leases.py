@@ -100,6 +100,7 @@ class Leases:
         self.spent = before + state.charged  # the most that the run can have spent, with all that is leased
         self.writers: dict[str, Writer] = {}
         self._holder: dict[str, str] = {}
+        self._looked = float("inf")  # when the silent were last looked for
         self.asked_again = 0  # requests that were leased to a writer that was lost
         self.refused: Item | None = None  # the last request that the budget had no room for
 
@@ -119,7 +120,11 @@ class Leases:
             writer.heard, writer.shares = now, dict(shares) or writer.shares
 
     def silent(self, now: float) -> list[str]:
-        """The writers whose leases have run out."""
+        """The writers whose leases have run out. While the driver itself slept, nobody was silent."""
+        slept_s, self._looked = now - self._looked, now
+        if slept_s > self._lease_s / 2:
+            for writer in self.writers.values():
+                writer.heard += slept_s
         return [name for name, writer in self.writers.items() if now - writer.heard > self._lease_s]
 
     def leave(self, name: str, *, lost: bool) -> None:

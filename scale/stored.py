@@ -71,7 +71,9 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
         print(f"{url}: works in {folder}", file=sys.stderr)
         mirror.fetch(keep=state.lease == lease.last)
         if lease.lost:
-            print(f"{url}: {charge_lost(folder, lease.lost.unstored)}", file=sys.stderr)
+            print(f"{url}: {charge_lost(folder, lease.lost)}", file=sys.stderr)
+            mirror.upload()
+            lease.counted()
         state.lease = lease.name
         state.save(folder)
         try:

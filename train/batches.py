@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from train.tokens import MASKED
+
 
 class StepSampler(Sampler[list[int]]):
     """The rows of each step, in this process; over all processes every row once an epoch.
@@ -77,3 +79,19 @@ def split(batch: dict[str, torch.Tensor], *, tokens: int, rows: int | None = Non
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     groups = micro_batches(lengths, tokens=tokens, rows=rows)
     return [{name: value[group, : lengths[group[0]]] for name, value in batch.items()} for group in groups]
+
+
+def end_to_end(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch as one row without padding (1, tokens).
+
+    `position_ids` begin anew with each row: by them attention keeps rows apart. No row predicts the first token of the
+    next.
+    """
+    tokens = batch["attention_mask"].bool()
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    labels = batch["labels"].masked_fill(places == 0, MASKED)
+    return {
+        "input_ids": batch["input_ids"][tokens][None],
+        "labels": labels[tokens][None],
+        "position_ids": places[tokens][None],
+    }

@@ -9,6 +9,7 @@ order of rows that survives a resume, and the validation loss.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -35,7 +36,7 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
 
     loss_is_scaled_for_ga = False  # its loss is a mean of each forward pass, which TRL leaves unsaid
 
-    def __init__(self, *, tokenised: StudentTrainer, examples: list[Example], **settings: Any) -> None:
+    def __init__(self, *, tokenised: StudentTrainer, examples: Sequence[Example], **settings: Any) -> None:
         self.micro, self.collate = tokenised.micro, tokenised.collate
         student = tokenised.processing_class
         rows = [_texts(example, student) for example in examples]
@@ -56,7 +57,7 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
 
 def gold_trainer(
     tokenised: StudentTrainer,
-    examples: list[Example],
+    examples: Sequence[Example],
     config: TrainConfig,
     arguments: dict[str, Any],
     teacher: TeacherConfig,

@@ -58,6 +58,11 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
     """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
     if config.weights == "qlora" and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         raise RecipeError("train.method qlora needs a GPU and bitsandbytes (pip install bitsandbytes); or use lora")
+    if config.padding_free and not (torch.cuda.is_available() and find_spec("flash_attn")):
+        raise RecipeError(
+            "train.padding_free needs a GPU and FlashAttention (pip install flash-attn), which keeps rows that lie end "
+            "to end apart at no cost; leave it out"
+        )
     if config.method == "on_policy" and config.on_policy.rollouts == "vllm" and not torch.cuda.is_available():
         raise RecipeError("train.on_policy.rollouts vllm needs a GPU; use generate")
     for name in config.report_to:

@@ -4,6 +4,7 @@ Reads kept.jsonl and `train.test_rows`; writes nothing. Tokens, lengths and labe
 """
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.recipe import PromptsConfig, Recipe, StudentConfig
 from pipeline.records import Completion, Json, Kept, Message, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
+from train.lazy import Lazy, joined, stored_records
 
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 
@@ -25,16 +27,16 @@ Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's 
 class Parts:
     """Kept rows by what they are for; no question is in two parts, and no part is empty."""
 
-    train: list[Kept]
-    validation: list[Kept]
-    test: list[Kept]
+    train: Sequence[Kept]
+    validation: Sequence[Kept]
+    test: Sequence[Kept]
 
     @property
-    def all(self) -> list[Kept]:
-        return [*self.train, *self.validation, *self.test]
+    def all(self) -> Sequence[Kept]:
+        return joined(self.train, self.validation, self.test)
 
 
-def read_rows(run: RunDir) -> list[Kept]:
+def read_rows(run: RunDir) -> Sequence[Kept]:
     """All kept rows, each one checked. Raises DataError as read_checked does, and where no answer was kept."""
     rows = read_checked(run.kept)
     if not rows:
@@ -42,23 +44,24 @@ def read_rows(run: RunDir) -> list[Kept]:
     return rows
 
 
-def read_checked(path: Path) -> list[Kept]:
-    """The rows of a file like kept.jsonl.
+def read_checked(path: Path) -> Sequence[Kept]:
+    """The rows of a file like kept.jsonl, which stay on disk until they are asked for.
 
     Raises DataError if the file is missing, a line is not a kept row (a content that is not text, an image
     for one), an answer is empty, a role is unknown, or a conversation does not end with the user's turn.
     """
+    rows = enumerate(read_jsonl(path, Kept), start=1)
     try:
-        rows = list(read_jsonl(path, Kept))
+        faulty = next(((number, row.id, fault) for number, row in rows if (fault := _fault(row))), None)
     except DataError as error:
         if not path.is_file():
             raise
         wanted = "a row is an answer as filters keeps it: id, messages of role and content, text, all of it plain text"
         raise DataError(f"{error}; {wanted}; filter again") from None
-    for number, row in enumerate(rows, start=1):
-        if fault := _fault(row):
-            raise DataError(f"{path}: row {number} (id {row.id}): {fault}; remove it, or filter again")
-    return rows
+    if faulty is not None:
+        number, id_, fault = faulty
+        raise DataError(f"{path}: row {number} (id {id_}): {fault}; remove it, or filter again")
+    return stored_records(path, Kept)
 
 
 def read_parts(recipe: Recipe, run: RunDir) -> Parts:
@@ -75,17 +78,20 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
     still empty.
     """
     asked = {prompt_text(row) for row in test_rows or ()}
-    parts: dict[Part, list[Kept]] = {"train": [], "validation": [], "test": []}
-    for row in rows:
-        if prompt_text(row) not in asked:
-            parts[prompts.part_of(row.messages)].append(row)
+    places: dict[Part, array[int]] = {part: array("Q") for part in ("train", "validation", "test")}  # in `rows`
+    for place, row in enumerate(rows):
+        if not asked or prompt_text(row) not in asked:
+            places[prompts.part_of(row.messages)].append(place)
+    parts: dict[Part, Sequence[Kept]] = {part: Lazy(own, rows.__getitem__) for part, own in places.items()}
     if test_rows is not None:
-        parts["test"] = list(test_rows)
+        parts["test"] = test_rows
     for part in ("test", "validation"):
-        if not parts[part] and len({prompt_text(row) for row in parts["train"]}) > 1:
+        if not parts[part] and len({hash(prompt_text(row)) for row in parts["train"]}) > 1:
             first = prompt_text(min(parts["train"], key=lambda row: position(row.messages, prompts.seed)))
-            parts[part] = [row for row in parts["train"] if prompt_text(row) == first]
-            parts["train"] = [row for row in parts["train"] if prompt_text(row) != first]
+            moved = {place for place in places["train"] if prompt_text(rows[place]) == first}
+            parts[part] = Lazy(sorted(moved), rows.__getitem__)
+            places["train"] = array("Q", (place for place in places["train"] if place not in moved))
+            parts["train"] = Lazy(places["train"], rows.__getitem__)
     if empty := [part for part, own in parts.items() if not own]:
         questions = len({prompt_text(row) for row in rows})
         where = f", without the questions of train.test_rows ({len(asked)})" if test_rows is not None else ""
@@ -116,6 +122,13 @@ def to_examples(
         }
         for row in rows
     ]
+
+
+def lazy_examples(
+    rows: Sequence[Kept], student: StudentConfig | None, reasoning: Reasoning | None
+) -> Sequence[dict[str, Any]]:
+    """The same, each made when it is asked for."""
+    return Lazy(rows, lambda row: to_examples([row], student, reasoning)[0])
 
 
 def tools_text(tools: list[Json]) -> str | None:

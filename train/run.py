@@ -27,11 +27,14 @@ from pipeline.rundir import RunDir, write_jsonl
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
+from train.lazy import Lazy, joined
 from train.preferences import Pairs, learned_from_answers, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
-from train.rows import Parts, read_parts, reasoning_form, to_examples
-from train.student import PRUNE, initial_student, load_tokenizer
+from train.rates import with_learning_rate
+from train.rows import Parts, lazy_examples, read_parts, reasoning_form
+from train.stored import rows_folder
+from train.student import built_from, initial_student, load_tokenizer
 
 if TYPE_CHECKING:
     from train.top_k import TopK
@@ -64,6 +67,7 @@ def train_run(
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     processes.check(recipe.train)
     console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
+    recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
     if recipe.train.method == "on_policy" and recipe.train.start is None:
         _train_first(recipe, run, force=force, allow_chain=allow_chain, processes=processes)
@@ -72,7 +76,8 @@ def train_run(
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
     if not again and run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint:
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
-        shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the student was saved
+        for left in (work, rows_folder(work)):  # by a kill right after the student was saved
+            shutil.rmtree(left, ignore_errors=True)
         return
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     begin = partial(_on_rows, parts, allow_chain, start)
@@ -92,9 +97,9 @@ def train_run(
     prepared.fit()
     prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
-        log = training_log(prepared, recipe, rows)
+        log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
-        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
+        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long, "built": built_from(run, recipe)}
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
@@ -130,23 +135,27 @@ def _on_rows(
 
     config, processes, checks = recipe.train, setting["processes"], list[Check]()
     with processes.lead_first():
-        student = str(start) if start else initial_student(recipe, run)
+        student = str(start) if start else initial_student(recipe, run, parts.train)
     tokenizer = load_tokenizer(student)
     if start is None:
         checks += row_checks(parts, read_lineage(run), config)
         checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
         decide(checks)
-    shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
+    shape = partial(lazy_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:  # the teacher has prompts of its own
-        for example, row in zip(examples["train"], parts.train, strict=True):
-            example["told"] = template_turns(told_to_teacher(row.messages, recipe.teacher))
+        own, rows = examples["train"], parts.train
+        told = partial(told_to_teacher, teacher=recipe.teacher)
+        examples["train"] = Lazy(
+            range(len(rows)), lambda index: own[index] | {"told": template_turns(told(rows[index].messages))}
+        )
     find_top_k = partial(_find_top_k, recipe, run, parts, setting["console"])
     prepared = prepare(student, examples, config, teacher=recipe.teacher, find_top_k=find_top_k, **setting)
-    of_tokens = list(token_checks(prepared, [row.id for row in (*parts.train, *parts.validation)], config))
+    ids = (row.id for row in joined(parts.train, parts.validation))
+    of_tokens = list(token_checks(prepared, ids, config))
     decide(of_tokens, earlier=checks)
     if processes.lead:
-        write_jsonl(run.validation, [parts.validation[index] for index in prepared.rows["validation"]])
+        write_jsonl(run.validation, (parts.validation[index] for index in prepared.rows["validation"]))
     return prepared, [*checks, *of_tokens]
 
 
@@ -232,9 +241,9 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "student": recipe.student.model,
         "teacher": recipe.teacher.model,
-        "initialised_from": recipe.teacher.model if recipe.student.model.startswith(PRUNE) else recipe.student.model,
+        "initialised_from": _origin(recipe),
         "hyperparameters": recipe.train.model_dump(mode="json"),
-        **{name: log[name] for name in ("method", "weights", "seed", "saved_step")},
+        **{name: log[name] for name in ("method", "weights", "seed", "saved_step", "learning_rate_default")},
         "rows": log["train_rows"],
         "validation": log["validation_rows"],
         "test": log["test_rows"],
@@ -243,6 +252,14 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
         "validation_loss": next(entry["loss"] for entry in log["eval"] if entry["step"] == log["saved_step"]),
         "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),
     }
+
+
+def _origin(recipe: Recipe) -> str | None:
+    """The model whose weights the student began with; None of a new one."""
+    assert recipe.student is not None
+    if recipe.student.new:
+        return None
+    return recipe.teacher.model if recipe.student.made else recipe.student.model
 
 
 def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
@@ -274,3 +291,4 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
     folder.rename(run.student)
     shutil.rmtree(work)
+    shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none

@@ -1,56 +1,114 @@
-"""The student before training: a model reference resolved, or `prune:<k>` built from the teacher.
+"""The student before training: a model reference resolved, or made first: layers of the teacher, or a new model.
 
-Reads the recipe's `student.model` and `teacher.model`; for `prune:<k>` writes the run's student-init folder.
+Reads the recipe's `student` and `teacher.model`; a student that is made first is the run's student-init folder.
 """
 
+import hashlib
 import json
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeline.chat import asked_of_student
 from pipeline.errors import RecipeError, first_line
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
+from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
+from pipeline.student_config import BUILT, CHATML, PRUNE
+from train.new_student import apply_template, random_model, train_tokenizer, vocabulary_of
 
-PRUNE = "prune:"
-PRUNED = "pruned.json"  # in student-init: what it was built from
 
+def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> str:
+    """A folder or a Hub id of the student before training; one that has to be made is made first, once.
 
-def initial_student(recipe: Recipe, run: RunDir) -> str:
-    """A folder or a Hub id of the student before training; `prune:<k>` is built first.
-
-    Raises RecipeError if `prune:<k>` asks for more layers than there are, or if adapters would have to fix a student
-    that layers were cut out of.
+    `rows`: what it will be trained on, for the tokenizer of a new student. Raises RecipeError if `prune:<k>` asks for
+    more layers than there are, if adapters would have to fix a student that layers were cut out of, or if a new
+    student's vocabulary is too large for it.
     """
     assert recipe.student is not None
     reference = recipe.student.model
-    if not reference.startswith(PRUNE):
+    if not recipe.student.built:
         return resolve_model(reference)
-    if recipe.train.soft and recipe.train.weights != "full":
+    if reference.startswith(PRUNE) and recipe.train.soft and recipe.train.weights != "full":
         raise RecipeError(
             f"student.model {reference}: layers were cut out of it, which adapters cannot fix; "
             f"set train.kd.weights: full, got {recipe.train.weights!r}"
         )
-    count = reference.removeprefix(PRUNE)
-    if not count.isdecimal() or int(count) < 1:
-        raise RecipeError(f"student.model {reference}: give a number of layers, at least 1, as in prune:8")
-    mark = run.student_init / PRUNED  # it appears with the folder, by rename
-    origin = {"teacher": recipe.teacher.model, "prune": int(count)}
+    origin, mark = _origin(recipe, rows), run.student_init / BUILT  # it appears with the folder, by rename
     if not (mark.is_file() and origin.items() <= json.loads(mark.read_bytes()).items()):
-        _prune(recipe.teacher.model, int(count), run.student_init)
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        with replacing_folder(run.student_init) as building:
+            model, tokenizer, facts = _built(recipe, rows)
+            model.save_pretrained(building)
+            tokenizer.save_pretrained(building)
+            (building / BUILT).write_text(json.dumps({**origin, **facts}, ensure_ascii=False) + "\n")
     return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder
+
+
+def built_from(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
+    """What the student was made from, if it was made first."""
+    mark = run.student_init / BUILT
+    made = recipe.student is not None and recipe.student.built and mark.is_file()
+    return dict(json.loads(mark.read_bytes())) if made else None
+
+
+def _origin(recipe: Recipe, rows: Sequence[Kept]) -> dict[str, Any]:
+    """All that determines a student that is made first."""
+    assert recipe.student is not None
+    origin: dict[str, Any] = recipe.student.model_dump(mode="json", include={"model", "tokenizer", "chat_template"})
+    if recipe.student.new is None:
+        return origin | {"teacher": recipe.teacher.model}
+    digest = hashlib.sha256()
+    for text in _texts(recipe, rows) if recipe.student.tokenizer is None else ():
+        digest.update(text.encode() + b"\0")
+    return origin | {"seed": recipe.train.seed, "texts": digest.hexdigest()}
+
+
+def _texts(recipe: Recipe, rows: Sequence[Kept]) -> Iterator[str]:
+    """What the student reads and writes: the turns that it is asked, and the answers."""
+    for row in rows:
+        yield from (message.content for message in asked_of_student(row.messages, recipe.student))
+        yield row.text
+        if recipe.train.reasoning == "keep" and row.reasoning:
+            yield row.reasoning
+
+
+def _built(recipe: Recipe, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its tokenizer, and what there is to say of how they were made."""
+    assert recipe.student is not None
+    student, template = recipe.student, recipe.student.chat_template
+    if student.new is not None:
+        if student.tokenizer is not None:
+            tokenizer = _tokenizer(resolve_model(student.tokenizer))
+        else:
+            tokenizer = train_tokenizer(_texts(recipe, rows), vocabulary_of(student.new))
+        if template is None and not tokenizer.chat_template:
+            template = CHATML
+    elif student.model.startswith(PRUNE):
+        model, tokenizer, facts = _pruned(recipe.teacher.model, student.model.removeprefix(PRUNE))
+    else:
+        model, tokenizer, facts = _loaded(student.model), _tokenizer(resolve_model(student.model)), {}
+    if template is not None:
+        apply_template(tokenizer, template)
+    if student.new is not None:
+        model = random_model(student.new, tokenizer, seed=recipe.train.seed, context=recipe.train.max_length)
+        facts = {"vocabulary": len(tokenizer), "layers": model.config.num_hidden_layers}
+        facts |= {"width": model.config.hidden_size, "parameters": model.num_parameters()}
+    if template is not None:
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer, facts
 
 
 def load_tokenizer(student: str) -> Any:
     """The student's tokenizer. Raises RecipeError if it cannot be loaded, or has no chat template."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(student)
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
+    tokenizer = _tokenizer(student)
     if not tokenizer.chat_template:
-        raise RecipeError(f"student.model: {student} has no chat template; choose an instruction-tuned model")
+        raise RecipeError(
+            f"student.model: {student} has no chat template; name one in student.chat_template, or choose an "
+            "instruction-tuned model"
+        )
     return tokenizer
 
 
@@ -64,11 +122,31 @@ def layers_kept(total: int, k: int) -> list[int]:
     return [(2 * i * (total - 1) + k - 1) // (2 * (k - 1)) for i in range(k)]  # rounded, halves up
 
 
-def _prune(teacher: str, k: int, folder: Path) -> None:
-    """Writes a model folder with k of the teacher's layers, its tokenizer and chat template; appears by rename."""
+def _loaded(reference: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve_model(reference), dtype="auto")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"student.model: cannot load {reference}: {first_line(error)}") from None
+
+
+def _tokenizer(student: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(student)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"student: cannot load the tokenizer of {student}: {first_line(error)}") from None
+
+
+def _pruned(teacher: str, given: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The teacher with `given` of its layers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve_model(teacher)
+    if not given.isdecimal() or int(given) < 1:
+        raise RecipeError(f"student.model {PRUNE}{given}: give a number of layers, at least 1, as in prune:8")
+    k, source = int(given), resolve_model(teacher)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
@@ -89,8 +167,4 @@ def _prune(teacher: str, k: int, folder: Path) -> None:
     for name in ("layer_types", "mlp_layer_types"):  # one entry per layer, if the architecture has them
         if types := getattr(model.config, name, None):
             setattr(model.config, name, [types[index] for index in chosen])
-
-    with replacing_folder(folder) as building:
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        (building / PRUNED).write_text(json.dumps({"teacher": teacher, "prune": k, "layers": chosen}) + "\n")
+    return model, tokenizer, {"layers": chosen}

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
-from train.batches import StepLoader, StepSampler, micro_batches, split
+from train.batches import StepLoader, StepSampler, end_to_end, micro_batches, split
 from train.tokens import MASKED
 
 Batch = dict[str, torch.Tensor]
@@ -56,11 +56,20 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
     """One batch of the loader holds all rows of a step in this process. They pass the student in micro-batches.
 
     `step_rows`: rows per step, over all processes. `micro_tokens`, `micro_rows`: at most so many per forward pass.
+    `padding_free`: the rows of a forward pass lie end to end, which FlashAttention understands.
     """
 
-    def __init__(self, *, step_rows: int, micro_tokens: int, micro_rows: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        step_rows: int,
+        micro_tokens: int,
+        micro_rows: int | None = None,
+        padding_free: bool = False,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
-        self.step_rows, self.collate = step_rows, self.data_collator
+        self.step_rows, self.collate, self.end_to_end = step_rows, self.data_collator, padding_free
         self.micro: dict[str, Any] = {"tokens": micro_tokens, "rows": micro_rows}
 
     def get_train_dataloader(self) -> StepLoader:
@@ -79,6 +88,7 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
         fewer micro-batches repeats its last, at a loss of zero.
         """
         parts = split(self._prepare_inputs(inputs), **self.micro)
+        parts = [end_to_end(part) for part in parts] if self.end_to_end else parts
         passes = [(part, num_items_in_batch) for part in parts]
         if self.is_fsdp_enabled:
             most = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max()
@@ -118,9 +128,10 @@ def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Te
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
     positions = torch.arange(first - 1, learned.shape[1] - 1, device=learned.device)
+    places = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
     output = model(
         input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        **places,
         logits_to_keep=positions,
         use_cache=False,
     )

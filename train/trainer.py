@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -32,11 +32,13 @@ from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.gold import gold_trainer
+from train.lazy import Lazy
 from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
 from train.on_policy import on_policy_trainer
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
+from train.stored import stored_rows
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
@@ -50,7 +52,8 @@ COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 # From rows by their index in Examples, their tokens, the tokenizer and the teacher's prompts.
 FindTopK = Callable[[list[int], list[TokenRow], Any, Told], TopK]
-Examples = dict[str, list[dict[str, Any]]]  # train and validation: prompt-completion rows (train.rows.to_examples)
+# Train and validation: prompt-completion rows (train.rows.to_examples).
+Examples = Mapping[str, Sequence[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def prepare(
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
-        shown = [examples["train"][index] for index in prepared.rows["train"]]
+        shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
             assert teacher is not None
@@ -197,7 +200,7 @@ def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Consol
 
 def _with_teacher(
     prepared: Prepared,
-    shown: list[dict[str, Any]],
+    shown: Sequence[dict[str, Any]],
     arguments: dict[str, Any],
     teacher: TeacherConfig,
     find_top_k: FindTopK | None,
@@ -268,9 +271,10 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )  # Dettmers et al. 2023
     quantised = {"quantization_config": four_bits} if config.weights == "qlora" else {}
+    attention = {"attn_implementation": "flash_attention_2"} if config.padding_free else {}
     try:
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised)
+        model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised, **attention)
     except (OSError, ValueError) as error:
         raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
     if quantised:
@@ -310,23 +314,24 @@ def _trainer(
     most = min(max(tokens, config.max_length), largest)
     checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
-    read = [{name: value for name, value in row.items() if name != "told"} for row in examples["train"]]
+    read = Lazy(examples["train"], lambda row: {name: value for name, value in row.items() if name != "told"})
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
             **arguments,
             fsdp=processes.sharded,
-            packing=False,  # without FlashAttention it mixes rows
+            packing=False,  # train.padding_free does without padding, and keeps rows apart
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
         ),
-        "train_dataset": datasets.Dataset.from_list(read, on_mixed_types="use_json"),
-        "eval_dataset": datasets.Dataset.from_list(examples["validation"], on_mixed_types="use_json"),
+        "train_dataset": stored_rows(read, folder, "train"),
+        "eval_dataset": stored_rows(examples["validation"], folder, "validation"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,
         "micro_tokens": tokens if config.micro_batch_size is None else sys.maxsize,
         "micro_rows": config.micro_batch_size,
+        "padding_free": config.padding_free,
     }
     kind: type[StudentTrainer] = StudentTrainer
     if config.method == "kd" and config.kd.teacher == "local":
@@ -343,19 +348,22 @@ def _trainer(
 def lora_config(config: TrainConfig) -> LoraConfig:
     """The adapter that the recipe asks for: on every linear layer but the output head (Dettmers et al. 2023)."""
     size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size)
+    kind = {"use_rslora": config.rslora, "use_dora": config.dora}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size, **kind)
 
 
 def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
     """What the trainers of all methods are told, as SFTConfig and DPOConfig take it."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
+    own_rate = config.learning_rate is None  # as a further method has
     return {
+        **({} if own_rate else {"learning_rate": config.learning_rate}),
         "output_dir": str(folder.resolve()),  # the best checkpoint is found again from any folder
         "num_train_epochs": config.epochs,
-        "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,
         "gradient_checkpointing": checkpointing,
+        "neftune_noise_alpha": config.neftune_alpha,
         "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),

@@ -1,6 +1,7 @@
 """The chat page in a real browser, against real servers that stream."""
 
 import os
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -17,7 +18,6 @@ from chat.models import LABELS, Model
 from chat.page import chat_page
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
-from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, Script, error, misbehaving, recipe_for
 from tests.servers.streaming_server import endless, streaming
 
@@ -48,13 +48,13 @@ def chatting(run: RunDir, **scripts: Script) -> Iterator[tuple[str, dict[str, An
             recipe = recipe_for(server, student={"model": "small"})
             models.append(Model(name, LABELS[name], recipe))
             models[-1].at(server.url)
-        port = free_port()
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # connections wait for the server
         app = chat_page(models[0].recipe, run, models, TOKEN)
-        page = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=page.run)
+        page = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=page.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{port}/{TOKEN}/", servers
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/", servers
         finally:
             page.should_exit = True
             thread.join()

@@ -14,7 +14,7 @@ from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
 from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
-from evaluate.models import AFTER, BEFORE, TEACHER, engine_folder, load, measure_weights, subjects
+from evaluate.models import AFTER, BEFORE, TEACHER, digest_subject, engine_folder, load, measure_weights, subjects
 from evaluate.run import evaluate_run, make_plan
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
@@ -235,13 +235,22 @@ def test_what_is_wrong_is_said_in_one_line(run: RunDir, recipe: Recipe, break_it
     assert "\n" not in str(caught.value)
 
 
-def test_a_pruned_student_needs_its_beginning(run: RunDir, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [{"model": "prune:2"}, {"model": "new:1m"}, {"chat_template": "chatml"}])
+def test_a_student_that_was_made_first_needs_its_beginning(
+    run: RunDir, recipe: Recipe, tmp_path: Path, made: dict[str, str]
+) -> None:
     assert recipe.student
-    pruned = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": "prune:2"})})
+    given = recipe.model_copy(update={"student": recipe.student.model_copy(update=made)})
     with pytest.raises(UsageError, match="student-init"):
-        subjects(pruned, run)
+        subjects(given, run)
     shutil.copytree(tmp_path / "base", run.student_init)
-    assert subjects(pruned, run)[1].folder == run.student_init
+    before = subjects(given, run)[1]
+    assert before.folder == run.student_init
+    digests = set()
+    for seed in (0, 1):  # weights of another seed are of the same size
+        (run.student_init / "built.json").write_text(json.dumps({"seed": seed}))
+        digests.add(digest_subject(before))
+    assert len(digests) == 2
 
 
 def test_weights_are_counted_as_transformers_counts_them(tmp_path: Path) -> None:

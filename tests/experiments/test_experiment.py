@@ -1,6 +1,7 @@
 """Experiments on tiny models: the real stages, in this process; no server, so speed and probes are saved by hand."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     seed = next(n for n, test in seeds.items() if pair & {row.id for row in test} and len(test) < 6)
     folder = experiment("keep-rate", recipe, run, "--shares", "40,90", "--prompts.seed", str(seed))
     test = list(read_jsonl(folder / "test.jsonl", Kept))
-    assert test == seeds[seed]
+    assert test == [*seeds[seed]]
     answers = list(read_jsonl(run.completions, Completion))
     part_of = prompts.model_copy(update={"seed": seed}).part_of
     tested = [row for row in answers if part_of(row.messages) == "test"]
@@ -272,6 +273,20 @@ def test_hard_and_soft_learn_the_same_rows(recipe: Path, run: RunDir) -> None:
         methods[name] = (trained["method"], trained["weights"], trained["rows"], trained["steps"])
     steps = {"full": 4, "kd": 4, "on_policy": 3}  # TRL leaves out the rows of a last step that is not full
     assert methods == {name: (name, "full", 14, count) for name, count in steps.items()}
+
+
+def test_seeds_are_trained_on_the_same_rows_and_their_spread_is_said(recipe: Path, run: RunDir) -> None:
+    folder = experiment("seeds", recipe, run, "--seeds", "2", "--train.seed", "4")
+    trained = [json.loads((folder / f"seed-{seed}" / "lineage.json").read_bytes())["train"] for seed in (4, 5)]
+    assert [own["seed"] for own in trained] == [4, 5] and trained[0]["rows"] == trained[1]["rows"]
+    assert trained[0]["validation_loss"] != trained[1]["validation_loss"]
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert "|  | seed-4 | seed-5 |" in text
+    assert re.search(
+        r"- bits per character: [\d.]+ on average over 2 seeds, standard deviation [\d.]+ \([\d.]+ to", text
+    )
+    with pytest.raises(UsageError, match="--seeds 1: give at least 2, so that there is a spread"):
+        experiment("seeds", recipe, run, "--seeds", "1")
 
 
 def test_the_first_thousand_are_the_runs_own(recipe: Path, run: RunDir, stages: list[str]) -> None:

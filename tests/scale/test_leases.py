@@ -32,12 +32,20 @@ def test_each_request_is_leased_once_and_again_when_its_writer_is_silent() -> No
     assert ids(leases.lease("b", 4)) == ["4", "5"]
     assert leases.answered("a", "1", Spend(10))
     leases.heard("b", {}, 8)
-    assert leases.silent(10) == []
+    assert [leases.silent(now) for now in (4, 8, 10)] == [[], [], []]
     assert leases.silent(10.1) == ["a"]
     leases.leave("a", lost=True)
     assert leases.asked_again == 3
     assert ids(leases.lease("b", 10)) == ["0", "2", "3"]
     assert not leases.any_left()
+
+
+def test_a_driver_that_slept_does_not_take_that_for_silence() -> None:
+    leases = table()
+    leases.join("a", ["u"], 0)
+    assert leases.silent(1) == []
+    assert leases.silent(100) == []
+    assert [leases.silent(now) for now in (104, 108, 110)] == [[], [], ["a"]]
 
 
 def test_a_late_answer_counts_if_it_is_the_first_and_a_late_failure_never_does() -> None:

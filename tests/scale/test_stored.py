@@ -19,7 +19,9 @@ from tests.servers.misbehaving_server import MisbehavingServer, answer, misbehav
 from tests.servers.object_storage import object_storage
 
 ROOT = Path(__file__).parents[2]
-SMALL_PARTS = "import scale.parts; scale.parts.ROWS = 5; from scale.stored import *; run_stage(main)"
+SMALL_PARTS = (
+    "import scale.parts; scale.parts.ROWS, scale.parts.SECONDS = 5, 1000; from scale.stored import *; run_stage(main)"
+)
 STALE = "import scale.lease; scale.lease.STALE_S = 0; "
 
 
@@ -66,7 +68,7 @@ def ids(data: bytes | None) -> list[str]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -96,6 +98,7 @@ def test_another_machine_goes_on_and_a_third_fetches(tmp_path: Path, url: str) -
     assert (tmp_path / "home/lineage.json").read_bytes() == store.get("lineage.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [True, False], ids=["machine lost", "process killed"])
 def test_a_killed_run_goes_on(tmp_path: Path, url: str, lost: bool) -> None:
     """Killed with kill -9 at a moment when some parts are in the store, and some rows only on its machine."""
@@ -136,6 +139,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, url: str, lost: bool) -> None:
         assert spend["unsaid"]["tokens"] >= int(told[2]) == int(told[1]) * 12
 
 
+@pytest.mark.slow
 def test_an_interrupt_puts_the_rest_and_gives_the_run_free(tmp_path: Path, url: str) -> None:
     store = open_store(url)
     with misbehaving(lambda asked: answer(delay_s=0.2)) as teacher:

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import train.publish.to_gguf
+from benchmarks.gguf import by_llama_cpp, by_transformers
 from pipeline.adapters import ADAPTER
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
@@ -54,32 +54,6 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
     return recipe, run
 
 
-def by_transformers(folder: Path, conversations: list[Any]) -> list[str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    found = []
-    for turns in conversations:
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        found.append(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return found
-
-
-def by_llama_cpp(file: Path, conversations: list[Any]) -> list[str]:
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx, settings.use_jinja = str(file), 512, True
-    server = xllamacpp.Server(settings)
-    found = []
-    for turns in conversations:
-        asked = {"messages": turns, "temperature": 0, "max_tokens": 24, "repeat_penalty": 1.0}
-        answer = server.handle_chat_completions(asked)
-        found.append(answer["choices"][0]["message"]["content"])
-    return found
-
-
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
 def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kind: str) -> None:
     recipe, run = taught
@@ -90,9 +64,9 @@ def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kin
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{text.split()[0]} {n}?"}]
         for n, text in enumerate(WORDS * 2)
     ]
-    expected = by_transformers(run.student, asked)
+    expected = by_transformers(run.student, asked, 24)
     assert {*expected} == {*WORDS}
-    assert by_llama_cpp(file, asked) == expected
+    assert by_llama_cpp(file, asked, 24) == expected
     written = (folder / "Modelfile").read_text()
     assert f"FROM ./{file.name}\n" in written and 'SYSTEM """Be brief."""' in written
     assert 'PARAMETER stop "<|im_end|>"' in written and "TEMPLATE" in written

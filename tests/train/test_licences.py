@@ -95,6 +95,13 @@ def test_what_follows_for_the_student(teacher: str, base: str, student: str) -> 
     assert LicenceChain(found(teacher), found(base)).student == student
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("Qwen/Qwen2.5-7B-Instruct", "apache-2.0"), ("google/gemma-2-9b-it", "other")]
+)
+def test_a_new_student_has_no_licence_of_its_own(teacher: str, student: str) -> None:
+    assert LicenceChain(found(teacher), None, new=True).student == student
+
+
 def test_an_unknown_link_leaves_the_licence_open() -> None:
     assert LicenceChain(None, found("Qwen/Qwen3-8B")).student == "other"
     assert LicenceChain(found("Qwen/Qwen3-8B"), None).student == "other"

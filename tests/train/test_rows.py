@@ -1,6 +1,7 @@
 """kept.jsonl to rows: what is refused, and the shape TRL is given."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,12 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.records import Message, encode_line
 from pipeline.rundir import RunDir
-from tests.tiny_student import kept_row, make_run, story_rows
-from train.rows import read_rows, to_examples
+from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_tokenizer
+from train.checks.data import row_checks
+from train.checks.pair import markup_check
+from train.lazy import joined
+from train.rows import lazy_examples, read_parts, read_rows, to_examples
+from train.stored import stored_rows
 
 
 def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> None:
@@ -57,3 +62,35 @@ def test_a_content_that_is_not_text_is_refused_with_its_line(tmp_path: Path) -> 
         file.write(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"kept\.jsonl:3: Expected `str`, got `array`.*content"):
         read_rows(run)
+
+
+def test_rows_are_read_from_the_file_each_time(tmp_path: Path) -> None:
+    rows = story_rows(5)
+    run = make_run(tmp_path, rows)
+    run.kept.write_bytes(b"\n" + run.kept.read_bytes().rstrip(b"\n"))  # a blank line, and no end of the last
+    found = read_rows(run)
+    assert [*found] == rows and found[-1] == rows[-1] and [*found[1:4:2]] == rows[1:4:2]
+    assert [*joined(found[:2], [], rows[2:])] == rows
+    assert [*lazy_examples(found, None, None)] == to_examples(rows)
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
+    """1,000 rows of 12 kB are 12 MB; they are read, checked, and written for the trainer in a third of that."""
+    run = make_run(tmp_path, [])
+    with run.kept.open("wb") as file:
+        file.writelines(encode_line(kept_row(n, "W" * 2000 + str(n), "Because. " + "b" * 10_000)) for n in range(1000))
+    recipe = make_recipe("student", validation=0.1, test=0.1)
+    tokenizer = tiny_tokenizer()
+    stored_rows(lazy_examples(read_rows(run)[:2], None, None), tmp_path / "first", "train")  # imports are not counted
+    tracemalloc.start()
+    try:
+        parts = read_parts(recipe, run)
+        assert len([*row_checks(parts, {}, recipe.train)]) > 3
+        assert markup_check(tokenizer, parts.all).status == "pass"
+        stored = stored_rows(lazy_examples(parts.train, None, None), tmp_path / "work", "train")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(stored) == len(parts.train) > 700
+    assert stored[1] == to_examples(parts.train[:2])[1]
+    assert peak < 4e6

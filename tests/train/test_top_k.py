@@ -37,7 +37,7 @@ def store(run: RunDir, rows: list[Kept], teacher: str, top: int = 5, *, by_bytes
         AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
         AutoTokenizer.from_pretrained(teacher),
     )
-    lines = []
+    lines, bytes_of = [], {id_: name for name, id_ in token_names(tokenizer).items()}
     for row in rows:
         chat = [{"role": message.role, "content": message.content} for message in row.messages]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -47,7 +47,7 @@ def store(run: RunDir, rows: list[Kept], teacher: str, top: int = 5, *, by_bytes
 
         def token(id_: int, logprob: float) -> dict[str, Any]:
             if by_bytes:
-                return {"token": tokenizer.decode([id_]), "logprob": logprob, "bytes": None}
+                return {"token": "?", "logprob": logprob, "bytes": list(bytes_of[id_])}
             return {"token": f"token_id:{id_}", "logprob": logprob}
 
         content = []
@@ -67,7 +67,7 @@ def losses(run: RunDir) -> list[float]:
 
 def test_the_divergence_is_as_by_hand() -> None:
     """Two tokens told of four: the other two are one outcome. In float64, by the formula."""
-    logits = torch.tensor([[1.0, 0.5, -0.5, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    logits = torch.tensor([[1.0, 0.5, -0.5, 1.2], [0.0, 0.0, 0.0, 0.0]])
     q = np.exp(logits[0].double().numpy())
     q /= q.sum()
     p = np.array([0.6, 0.3])
@@ -78,7 +78,7 @@ def test_the_divergence_is_as_by_hand() -> None:
     )  # none of the second
     third = torch.tensor([[3, 9], [-1, -1]])  # the student has no 9: its part joins the rest
     expected = 0.6 * np.log(0.6 / q[3]) + 0.4 * np.log(0.4 / (1 - q[3]))
-    assert top_k_divergence(logits, third, logprobs).item() == pytest.approx(expected, rel=1e-6)
+    assert top_k_divergence(logits, third, logprobs).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_with_all_tokens_told_it_is_the_whole_divergence() -> None:

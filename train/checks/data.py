@@ -3,7 +3,7 @@
 Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
@@ -27,7 +27,7 @@ LABELS = {  # what all rows must do, and the fix
 def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) -> Iterator[Check]:
     """What can be checked before a model is loaded. `lineage`: the run's."""
     rows, (low, high) = parts.all, ADVISED_ROWS
-    count, distinct = len(rows), len({(prompt_text(row), row.sample) for row in rows})
+    count, distinct = len(rows), len({hash((prompt_text(row), row.sample)) for row in rows})
     finding = f"{count:,} rows; {low:,} to {high:,} are advised, {FAIR_START} are a fair start"
     fix = "raise prompts.count" if count < low else "more rows than these seldom teach more"
     yield graded("rows", count, finding, passes=low <= count <= high, otherwise="note", fix=fix)
@@ -51,7 +51,7 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) ->
     yield graded("cut_off", cut, finding, passes=not cut, otherwise="note", fix=fix)
 
 
-def token_checks(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) -> Iterator[Check]:
+def token_checks(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Iterator[Check]:
     """What the tokens show that the trainer will use. `ids`: of the rows of training, then validation."""
     left = {part: len(rows) for part, rows in prepared.rows.items()}
     yield _length(prepared, ids, config)
@@ -65,14 +65,19 @@ def token_checks(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) 
 
 def parts_check(parts: Parts) -> Check:
     """No question may be in two parts, in other spacing or case either."""
-    train, validation, test = (set(map(prompt_text, part)) for part in (parts.train, parts.validation, parts.test))
+    train, validation, test = (set(map(_key, part)) for part in (parts.train, parts.validation, parts.test))
     shared = (train & validation) | (train & test) | (validation & test)
     finding = f"{len(train)} prompts train, {len(validation)} validate, {len(test)} test; none does two of these"
     if shared:
-        first = next(row.id for row in parts.all if prompt_text(row) in shared)
+        first = next(row.id for row in parts.all if _key(row) in shared)
         finding = f"{len(shared)} prompts are in two of the parts train, validation and test (the first: {first})"
     fix = "the evaluation would measure memory: split by prompt"
     return graded("parts", len(shared), finding, passes=not shared, otherwise="fail", fix=fix)
+
+
+def _key(row: Kept) -> int:
+    """Of the row's prompt: 8 bytes, whatever its length."""
+    return hash(prompt_text(row))
 
 
 def label_checks(faults: Mapping[str, Sequence[str]], rows: int) -> Iterator[Check]:
@@ -95,13 +100,13 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     rate, kept = section["keep_rate"], "of the answers were kept"
     prompts = generate.get("prompts", {}).get("distinct")
     if section.get("select", "all") != "all" and prompts:  # one answer of several, at most
-        rate, kept = len(set(map(prompt_text, rows))) / prompts, "of the prompts have an answer that was kept"
+        rate, kept = len(set(map(_key, rows))) / prompts, "of the prompts have an answer that was kept"
     finding = f"{rate:.1%} {kept}; {SAFE_KEEP_RATE:.0%} or more is safe"
     fix = "see filter_report.json for what was dropped; fix the prompts, or take a teacher that can do this"
     yield graded("keep_rate", rate, finding, passes=rate >= SAFE_KEEP_RATE, otherwise="warn", fix=fix)
 
 
-def _length(prepared: "Prepared", ids: Sequence[str], config: TrainConfig) -> Check:
+def _length(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Check:
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
     longest, row = max(zip(lengths, ids, strict=True), key=lambda pair: pair[0])
     over = sum(length > config.max_length for length in lengths)

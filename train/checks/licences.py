@@ -46,10 +46,18 @@ class LicenceChain:
 
     teacher: Terms | None
     base: Terms | None
+    new: bool = False  # the student was no model before
+
+    @property
+    def answers(self) -> str:
+        """The licence of what is made of the teacher's answers alone."""
+        return self.teacher.licence if self.teacher and self.teacher.verdict == "allowed" else "other"
 
     @property
     def student(self) -> str:
         """The licence that both give the student; `other` where a lawyer must decide."""
+        if self.new:
+            return self.answers
         if self.teacher is None or self.base is None or self.teacher.verdict not in ("allowed", "conditions"):
             return "other"
         if not self.teacher.inherits or self.teacher.licence == self.base.licence:

@@ -5,7 +5,6 @@ Reads what is known of both models (train.teacher); writes nothing.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import msgspec
@@ -15,10 +14,11 @@ from pipeline.chat import asked_of_student
 from pipeline.checks import Check, Status
 from pipeline.conversation import template_turns
 from pipeline.recipe import Recipe
-from pipeline.records import Kept
+from pipeline.records import Kept, Message
 from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
 from train.checks.run import graded
+from train.lazy import Lazy
 from train.rows import prompt_text
 from train.teacher import known_files, parameters_of, read_card, tokenizer_of
 
@@ -35,7 +35,8 @@ def pair_checks(
     teacher = recipe.teacher.model
     files = known_files(teacher)
     card = read_card(files)
-    asked = [msgspec.structs.replace(row, messages=asked_of_student(row.messages, recipe.student)) for row in rows]
+    told = recipe.student
+    asked = Lazy(rows, lambda row: msgspec.structs.replace(row, messages=asked_of_student(row.messages, told)))
     yield size_check(parameters_of(files, teacher), parameters_of(known_files(student), student))
     yield template_check(tokenizer, tokenizer_of(files), asked, told=told_only(recipe))
     yield markup_check(tokenizer, asked)
@@ -115,8 +116,8 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     """Text that spells one of the student's control tokens would become that token, and end a turn in its middle."""
     tokens = [token for token in student.all_special_tokens if token]
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-    texts = {row.id: "\n".join([row.text, *(message.content for message in row.messages)]) for row in rows}
-    found = [f" (the first, {name}: {match[0]})" for name, text in texts.items() if (match := pattern.search(text))]
+    texts = ((row.id, "\n".join([row.text, *(message.content for message in row.messages)])) for row in rows)
+    found = [f" (the first, {name}: {match[0]})" for name, text in texts if (match := pattern.search(text))]
     finding = f"{len(found)} of {len(rows)} rows spell a control token of the student{found[0] if found else ''}"
     fix = "they are of another chat format; drop them with the rule banned_words"
     return graded("markup", len(found), finding, passes=not found, otherwise="fail", fix=fix)
@@ -133,8 +134,12 @@ def tools_check(student: Any) -> Check:
 
 
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, Any]]]:
-    conversations = {prompt_text(row): row.messages for row in rows}
-    return [template_turns(messages) for messages in islice(conversations.values(), MAX_PROMPTS)]
+    conversations: dict[str, list[Message]] = {}
+    for row in rows:
+        conversations[prompt_text(row)] = row.messages
+        if len(conversations) == MAX_PROMPTS:
+            break
+    return [template_turns(messages) for messages in conversations.values()]
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str | Exception:

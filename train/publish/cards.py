@@ -42,13 +42,13 @@ def model_card(
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
     origin = train["initialised_from"]
-    chain = _chain(recipe, origin)
+    chain, base = _chain(recipe, origin), published(origin) if origin else None
     scores = _scores(lineage)
     tags = [*TAGS, *(["lora"] if adapter else []), *(["gguf"] if gguf else [])]
     metadata = ModelCardData(
         model_name=lineage["name"],
-        base_model=published(origin),
-        base_model_relation="adapter" if adapter else "finetune",
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
         library_name="gguf" if gguf else "peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         **on_the_hub(chain.student),
@@ -62,7 +62,7 @@ def model_card(
         ]
         or None,
     )
-    values = {"repo": repo, "train": train, "adapter": adapter, "gguf": gguf, "base": published(origin)}
+    values = {"repo": repo, "train": train, "adapter": adapter, "gguf": gguf, "base": base}
     example = {"messages": json.dumps(_example(recipe), ensure_ascii=False), "scores": scores}
     return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, **values, **example})
 
@@ -93,10 +93,9 @@ def _example(recipe: Recipe) -> list[dict[str, str]]:
 def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
     """The card of a data set. `rows`: how many there are in each part."""
     chain = _chain(recipe, None)
-    terms = chain.teacher
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
     metadata = DatasetCardData(
-        **on_the_hub(terms.licence if terms and terms.verdict == "allowed" else "other"),
+        **on_the_hub(chain.answers),
         language=languages(recipe),
         task_categories=["text-generation"],
         size_categories=[next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
@@ -133,10 +132,10 @@ def without_paths(text: str, recipe: Recipe) -> str:
 
 
 def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
-    """`origin`: the model that the student was before training; None for a data set."""
+    """`origin`: the model that the student was before training; None for a data set, and a new one."""
     teacher = recipe.teacher.model
     terms = terms_of(teacher, read_card(known_files(teacher)).licence, recipe.train.teacher_licence)
-    return LicenceChain(terms, terms_of(origin, read_card(known_files(origin)).licence) if origin else None)
+    return LicenceChain(terms, terms_of(origin, read_card(known_files(origin)).licence) if origin else None, not origin)
 
 
 def _card(

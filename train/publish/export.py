@@ -25,12 +25,13 @@ from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
+from pipeline.student_config import PRUNE
 from pipeline.students import after_training
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
 from train.publish.hub import push, token_for
 from train.publish.to_gguf import TYPES, check_type, write_gguf
 from train.rows import read_parts, reasoning_form, to_examples
-from train.student import PRUNE, load_tokenizer
+from train.student import load_tokenizer
 
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 NOT_PASSED_ON = {
