@@ -135,6 +135,13 @@ def _served(
             self.reverse_kl_top_1_mode = args.reverse_kl_top_1_mode
             OnPolicyTrainer.__init__(self, args=args, **rest)
 
+        def _get_teacher_token_logprobs_from_server(self, inputs: Any, aligned_prompt_length: int) -> Any:
+            said = super()._get_teacher_token_logprobs_from_server(inputs, aligned_prompt_length)
+            ids, logprobs = said["topk_token_ids"], said["topk_logprobs"]
+            known = ids < self.model.config.get_text_config().vocab_size  # the teacher's outputs may be padded further
+            none = float("-inf")
+            return said | {"topk_token_ids": ids.where(known, 0), "topk_logprobs": logprobs.where(known, none)}
+
     client = endpoint_client(teacher, told)
     check_tokens(client, [*tokenised.train_dataset][:COMPARED_ROWS], tokenised.processing_class)
     args = ServerDistillationConfig(

@@ -111,6 +111,9 @@ def train_run(
 
 def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
     """If no student of the run has learned from answers yet, one learns from them, by the weights of train.kd."""
+    from train.machine import check_machine
+
+    check_machine(recipe.train, setting["processes"])  # before a training that would be of no use
     if not any(map(learned_from_answers, (run.student, run.student_sft))):
         config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
         train_run(recipe.model_copy(update={"train": config}), run, **setting)
