@@ -99,7 +99,8 @@ def test_models_come_where_they_are_looked_for(tmp_path: Path, monkeypatch: pyte
     assert house.place_models(str(tmp_path / "out")) == [
         tmp_path / "cache/one", tmp_path / "hub/one", tmp_path / "clone/models/one",
     ]  # fmt: skip
-    assert (tmp_path / "cache/one/mine").is_dir() and (tmp_path / "clone/models/one").is_dir()
+    assert [path.name for path in (tmp_path / "cache/one").iterdir()] == ["mine"]
+    assert (tmp_path / "clone/models/one").is_dir()
 
 
 @pytest.mark.parametrize(
