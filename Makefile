@@ -14,8 +14,10 @@ TRAIN := .venv/.ready-train
 REVIEW := .venv/.ready-review
 DEV := .venv/.ready-dev
 COLLECT := .venv/.ready-collect
+NODES := $(if $(CLUSTER),.venv/.ready-ray)
+ON_CLUSTER := $(if $(CLUSTER),--cluster $(CLUSTER))
 
-.PHONY: help demo setup wheelhouse serve generate filter review train evaluate report check-run chain experiment export push bench bench-endpoint test test-fast check clean
+.PHONY: help demo setup wheelhouse serve generate filter review train evaluate report check-run chain experiment chat export push fetch bench bench-endpoint test test-fast check clean
 
 help:  ## this list, in the order of use
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -29,14 +31,14 @@ setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that
 wheelhouse: $(COLLECT)  ## what `make setup` needs on a machine without network, in one folder (docs/airgapped.md)
 	@$(PY) setup_wheelhouse.py "$(or $(WHEELHOUSE),wheelhouse)" $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
 
-serve: $(SERVE)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags")
-	@exec $(PY) -m serve $(COMMON) $(if $(ARGS),--args="$(ARGS)")
+serve: $(SERVE)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags"); MODEL=student: what it taught
+	@exec $(PY) -m serve $(COMMON) $(if $(MODEL),--model $(MODEL)) $(if $(ARGS),--args="$(ARGS)")
 
-generate: $(BASE)  ## ask the teacher; answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…)
-	@exec $(PY) -m generate $(COMMON) $(ARGS)
+generate: $(BASE) $(NODES)  ## ask the teacher; answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…); CLUSTER=auto: on a Ray cluster
+	@exec $(PY) -m generate $(COMMON) $(ON_CLUSTER) $(ARGS)
 
-filter: $(BASE)  ## answers worth learning from to kept.jsonl, the others with their reasons to dropped.jsonl
-	@exec $(PY) -m filters $(COMMON) $(ARGS)
+filter: $(BASE) $(NODES)  ## answers worth learning from to kept.jsonl, the others with their reasons to dropped.jsonl
+	@exec $(PY) -m filters $(COMMON) $(ON_CLUSTER) $(ARGS)
 
 review: $(REVIEW)  ## judge a blind sample yourself on a local page; shows how far the filters agree (ARGS="--sample 100")
 	@exec $(PY) -m filters.review $(COMMON) $(ARGS)
@@ -56,14 +58,20 @@ check-run: $(BASE)  ## hold a run, at any stage, against the checklist of a good
 chain: $(TRAIN) $(SERVE)  ## all stages of one recipe in turn: serve, generate, filter, train, evaluate
 	@exec $(PY) -m chain $(COMMON) $(ARGS)
 
-experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|thousand (docs/experiments.md)
+experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|seeds|thousand (docs/experiments.md)
 	@exec $(PY) -m experiments $(EXP) $(COMMON) $(ARGS)
 
-export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --dataset")
+chat: $(TRAIN) $(SERVE) $(REVIEW)  ## talk to teacher, student before and student after on a local page, or in the terminal (ARGS=--terminal)
+	@exec $(PY) -m chat $(COMMON) $(ARGS)
+
+export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --dataset", or "--gguf q8_0" for llama.cpp and Ollama)
 	@exec $(PY) -m train.publish.export $(COMMON) $(ARGS)
 
 push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, HF_TOKEN in the environment (ARGS="--merged --dataset")
 	@exec $(PY) -m train.publish.export $(COMMON) --push "$(REPO)" $(ARGS)
+
+fetch: $(BASE)  ## bring a run home from object storage: RUN=s3://bucket/path (TO=folder)
+	@exec $(PY) -m scale.fetch "$(RUN)" $(TO)
 
 bench: $(TRAIN) $(SERVE)  ## throughput of generation on this machine, against its limits (half an hour; docs/benchmarks.md)
 	@$(PY) -m benchmarks.client && $(PY) -m benchmarks.simulated && $(PY) -m benchmarks.saturation && $(PY) -m benchmarks.chapter

@@ -1,4 +1,4 @@
-"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|review|dev`, or, without
+"""Prepares .venv for a group of Make targets: `python3 setup_venv.py base|serve|train|ray|review|dev`, or, without
 network, for all groups that a wheelhouse has: `WHEELHOUSE=FOLDER python3 setup_venv.py wheelhouse`.
 
 Reads pyproject.toml and constraints.txt, writes .venv and, when all went well, the stamp .venv/.ready-<group>.
@@ -22,10 +22,11 @@ NEEDED_PYTHON = (3, 11)
 
 # What each group installs, what must import afterwards, and the disk it takes with all it pulls in (GiB, measured).
 GROUPS = {
-    "base": {"extras": ["language", "math"], "imports": ["openai", "msgspec", "rensa"], "gib": 0.5},
+    "base": {"extras": ["language", "math", "metrics", "storage"], "imports": ["openai", "msgspec", "rensa"], "gib": 0.5},
     "train": {"extras": ["train"], "imports": ["trl", "peft"], "gib": 2.0},
     "serve": {"extras": ["serve"], "imports": ["vllm"], "gib": 12.0},
     "serve-cpu": {"extras": ["serve-cpu"], "imports": ["vllm"], "gib": 3.0},
+    "ray": {"extras": ["ray"], "imports": ["ray"], "gib": 0.5},
     "review": {"extras": ["review"], "imports": ["fastapi", "uvicorn"], "gib": 0.3},
     "dev": {"extras": ["dev"], "imports": ["pytest", "mypy"], "gib": 0.3},
     "collect": {"extras": ["collect"], "imports": ["uv", "huggingface_hub"], "gib": 0.5},
