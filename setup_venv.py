@@ -22,7 +22,7 @@ NEEDED_PYTHON = (3, 11)
 
 # What each group installs, what must import afterwards, and the disk it takes with all it pulls in (GiB, measured).
 GROUPS = {
-    "base": {"extras": ["language", "math", "metrics", "storage"], "imports": ["openai", "msgspec", "rensa"], "gib": 0.5},
+    "base": {"extras": ["language", "math", "metrics", "storage"], "imports": ["openai", "obstore"], "gib": 0.5},
     "train": {"extras": ["train"], "imports": ["trl", "peft"], "gib": 2.0},
     "serve": {"extras": ["serve"], "imports": ["vllm"], "gib": 12.0},
     "serve-cpu": {"extras": ["serve-cpu"], "imports": ["vllm"], "gib": 3.0},
