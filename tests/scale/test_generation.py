@@ -181,7 +181,8 @@ async def test_a_driver_that_is_killed_leaves_workers_whose_answers_the_next_one
         after.old = cluster.actors
         summary = await drive(recipe, run, after)
         assert len(server.asked) == 300  # the old workers had time to upload what they had in flight
-        assert summary_tokens(run) == 300 * 12
+        # Parts that were read after the last save are read again, and count twice in the budget: never too little.
+        assert 300 * 12 <= summary_tokens(run) <= 300 * 12 + 100 * 12
     assert summary.resumed + summary.answered == 300
     assert whole(run, 300)
 
