@@ -7,7 +7,6 @@ driver's word. Code goes to the nodes as the runtime environment's working_dir; 
 
 import asyncio
 import os
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +39,14 @@ class Cluster:
     """A connection to a Ray cluster. `namespace` is the run's: its actors are found by it."""
 
     def __init__(self, address: str, namespace: str) -> None:
-        """Raises UsageError if ray is not installed, DistillError if there is no cluster at the address."""
+        """Raises UsageError if ray is not installed, DistillError if there is no cluster at the address.
+
+        To be called in a thread: in the main one Ray would take SIGTERM.
+        """
         try:
             import ray
         except ImportError:
             raise UsageError("a cluster needs ray: pip install -c constraints.txt -e '.[ray]'") from None
-        before = signal.getsignal(signal.SIGTERM)
         environment = {"working_dir": str(ROOT), "excludes": NOT_SENT}
         try:
             ray.init(
@@ -53,8 +54,6 @@ class Cluster:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DistillError(f"no Ray cluster at {address}: {first_line(error)}; docs/clusters.md") from None
-        finally:
-            signal.signal(signal.SIGTERM, before)  # ray.init takes it
         self._ray = ray
 
     def nodes(self) -> list[Node]:

@@ -166,6 +166,7 @@ def test_the_stub_bills_what_it_says() -> None:
     assert len({usage["completion_tokens"] for usage in said}) > 10
     assert all(1 <= usage["completion_tokens"] <= 200 for usage in said)
     assert billed == {
+        "requests": 20,
         "answers": 20,
         "prompt_tokens": sum(usage["prompt_tokens"] for usage in said),
         "completion_tokens": sum(usage["completion_tokens"] for usage in said),
