@@ -113,8 +113,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, url: str, lost: bool) -> None:
         run = stored_run(one)
         until(lambda: len(ids((run / "completions.jsonl").read_bytes())) == 23)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+        process.communicate()  # ends when no process holds the pipes, so after both kills
         held, asked = False, len(teacher.asked)
         assert store.get("spend.json")
         if lost:
