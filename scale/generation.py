@@ -41,6 +41,7 @@ from scale.storage import Store, open_store
 from scale.worker import Orders, Report
 
 LEASE_S = 30.0  # of silence, after which a worker's requests are leased to others
+START_S = 60.0  # more, for its first word: the code must arrive, and packages be imported
 BEAT_S = 0.5
 LOOK_S = 1.0  # between two looks at the nodes, the leases, and what lost workers have uploaded
 ASIDE_S = 30.0  # how long a node on which no worker can work is left alone
@@ -200,7 +201,7 @@ class Driver:
             recipe = run.recipe.model_copy(update={"teacher": teacher})
             variables = variables_of(run.recipe.teacher)
             actor = self._cluster.start(node, name, recipe, self._store.url, variables, self._lease_s)
-            self._leases.join(name, own, now)
+            self._leases.join(name, own, now + START_S)
             self._members[name] = member = _Member(node, actor, own)
             member.task = asyncio.create_task(self._follow(name, member))
         asked = {url for member in self._members.values() for url in member.urls}
