@@ -161,8 +161,7 @@ def main() -> None:
     parser.add_argument("--python", default=platform.python_version(), help="the other machine's Python, 3.11 or newer")
     parser.add_argument("--machine", default=platform.machine(), help="the other machine's processor: x86_64, aarch64")
     parser.add_argument("--cuda", action="store_true", help="torch and vLLM for NVIDIA GPUs instead of CPUs")
-    parser.add_argument("--groups", nargs="+", choices=COLLECTED, default=COLLECTED, help="what to set up")
-    parser.add_argument("--extras", nargs="+", default=[], help="more extras of pyproject.toml: ray, storage, metrics")
+    parser.add_argument("--groups", nargs="+", choices=[*COLLECTED, "ray"], default=COLLECTED, help="what to set up")
     parser.add_argument("--exclude", nargs="+", default=[], help="packages to leave out")
     parser.add_argument("--model", nargs="+", default=[], help="embedded:<name>, a model folder, or a Hub id")
     parser.add_argument("--dry-run", action="store_true", help="print the packages; download nothing")
@@ -190,7 +189,7 @@ def resolved(options: argparse.Namespace) -> list[str]:
     """The packages that the groups need on the other machine, each with its version: `name==1.2`."""
     constraints = ROOT / "constraints.txt"
     groups = [f"{group}-cpu" if group == "serve" and not options.cuda else group for group in options.groups]
-    extras = options.extras + [extra for group in groups for extra in GROUPS[group]["extras"]]
+    extras = [extra for group in groups for extra in GROUPS[group]["extras"]]
     more = ["setuptools"]  # builds this project
     if not options.cuda:
         torch = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
@@ -235,9 +234,7 @@ def collect(options: argparse.Namespace, wanted: list[str]) -> None:
     writer.close()
     branch = run(["git", "rev-parse", "--abbrev-ref", "HEAD"]).strip()
     run(["git", "bundle", "create", "-q", str(folder / BUNDLE), *dict.fromkeys(["HEAD", branch])])
-    asked = {
-        name: getattr(options, name) for name in ("python", "machine", "cuda", "groups", "extras", "exclude", "model")
-    }
+    asked = {name: getattr(options, name) for name in ("python", "machine", "cuda", "groups", "exclude", "model")}
     files = [described(folder / BUNDLE), *writer.parts]
     manifest = {"commit": run(["git", "rev-parse", "HEAD"]).strip(), **asked, "packages": wanted, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

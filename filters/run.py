@@ -185,11 +185,11 @@ def _gather(
             bad = tally.first_bad_lines[0]
             fix = "fix the line, or leave bad lines out with --skip-bad"
             raise DataError(f"{strict}:{bad.line}: {bad.reason}; {fix}")
-        block.samples["start"] += np.where(block.samples["passed"], passed.tell(), dropped.tell())
-        samples.append(block.samples)
+        samples.append(block.samples.copy())  # what another node sends cannot be written to
+        samples[-1]["start"] += np.where(block.samples["passed"], passed.tell(), dropped.tell())
         if block.sketch is not None:
-            block.sketch["start"] += passed.tell()
-            sketches.append(block.sketch)
+            sketches.append(block.sketch.copy())
+            sketches[-1]["start"] += passed.tell()
         passed.write(block.passed)
         dropped.write(block.dropped)
     return tally, sketches, np.concatenate(samples)

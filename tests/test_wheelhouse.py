@@ -138,9 +138,10 @@ def test_the_set_up_installs_from_a_wheelhouse_without_an_index(tmp_path: Path) 
     )
     (clone / "backend.py").write_text(BACKEND)
     a_wheel(content / "wheels", "setuptools")
-    for name in ("openai", "msgspec", "rensa"):  # what the group `base` imports
+    modules = runpy.run_path(str(ROOT / "setup_venv.py"))["GROUPS"]["base"]["imports"]
+    for name in modules:
         a_wheel(content / "wheels", name, needs="left-out")
-    (content / "requirements.txt").write_text("openai===1.0\nmsgspec===1.0\nrensa===1.0\n")
+    (content / "requirements.txt").write_text("".join(f"{name}===1.0\n" for name in modules))
     folder = a_wheelhouse(tmp_path, groups=["base"])
     command = ["make", "setup", f"WHEELHOUSE={folder}", f"PYTHON={sys.executable}"]
     offline = os.environ | {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "DISTILL_CACHE": str(tmp_path / "cache")}

@@ -166,7 +166,7 @@ MANY = [replace(job().request, id=name) for name in "jk"]
 @pytest.mark.parametrize(
     ("message", "parameter", "status"),
     [
-        ("n must be at most 8", "n", 400),
+        ("at most 8", "n", 400),
         (
             "Unsupported value: 'n' does not support 3 with this model. Only the default (1) is supported.",
             "n",

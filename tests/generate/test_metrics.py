@@ -32,16 +32,20 @@ def test_a_run_shows_requests_tokens_retries_and_cost(run: RunDir) -> None:
     seen: list[dict[tuple[str, ...], float]] = []
     port = free_port()
 
-    def script(asked: Asked) -> Behaviour:
-        if asked.text == "say 3" and asked.attempt == 1:
+    busy: set[str] = set()  # asked once, of whichever server
+
+    def either(asked: Asked) -> Behaviour:
+        if asked.text == "say 3" and not busy:
+            busy.add(asked.text)
             return error(503, "busy")
-        if asked.text == "say 4":
-            return error(400, "not this one")
+        return error(400, "not this one") if asked.text == "say 4" else answer(delay_s=0.02)
+
+    def first(asked: Asked) -> Behaviour:
         if len(server.asked) == 60:
             seen.append(scrape(port))
-        return answer(delay_s=0.02)
+        return either(asked)
 
-    with misbehaving(script) as server, misbehaving(lambda asked: answer(delay_s=0.02)) as second:
+    with misbehaving(first) as server, misbehaving(either) as second:
         price = {"input": 1000.0, "output": 1000.0}
         teacher = {"model": "stub", "base_url": [server.url, second.url], "price": price}
         config = {"concurrency": 2, "metrics_port": port}

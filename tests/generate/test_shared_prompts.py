@@ -218,7 +218,13 @@ def test_a_shared_request_that_failed_is_sent_again_as_it_was(run: RunDir) -> No
 
 def test_a_prompt_that_is_refused_counts_once_however_many_samples_it_has(run: RunDir) -> None:
     """20 different refusals would end the run."""
-    with misbehaving(lambda asked: answer() if asked.text == "say 2" else error(400)) as server:
+    seen: list[Asked] = []
+
+    def script(asked: Asked) -> Behaviour:
+        seen.append(asked)
+        return error(400) if len(seen) <= 2 else answer()
+
+    with misbehaving(script) as server:
         summary = generate(recipe_of(server, 3, 24), run, quiet=True)
     assert (summary.answered, summary.failed) == (24, 48)
     assert len(server.asked) == 3
@@ -234,7 +240,7 @@ def test_the_size_of_a_request_is_that_of_its_answers(run: RunDir, monkeypatch: 
 
     monkeypatch.setattr(Endpoint, "begin", spied)
     with misbehaving(lambda asked: answer(delay_s=0.05)) as server:
-        recipe = recipe_of(server, 6, 4, sampling={"max_tokens": 1000}, generate={"concurrency": 8})
+        recipe = recipe_of(server, 6, 4, sampling={"max_tokens": 1000}, generate={"concurrency": 11})
         generate(recipe, run, quiet=True)
         assert server.most_at_once == 2
         assert all(choices == 4 and 4000 < tokens < 4200 for tokens, choices in sizes)

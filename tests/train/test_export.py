@@ -183,7 +183,7 @@ def test_the_example_of_a_card_generates_text(
     recipe, run = trained
     assert recipe.student is not None
     folder = export_model(recipe, run, merged=merged)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
     assert '[{"role": "user", "content": "Tell `a`:\\n```\\n{}"}]' in code
     monkeypatch.chdir(folder.parent)  # where the folder goes by the name that the card has for it
     exec(code.replace('"Tiny-Chat"', repr(recipe.student.model)), {})

@@ -38,7 +38,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
     rows = story_rows(6)
-    examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
+    parts = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
+    examples = {part: [{**row, "told": row["prompt"]} for row in of_part] for part, of_part in parts.items()}
     config = make_recipe(models[0], models[1], **train).train
     return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=TeacherConfig(model=models[1]))
 
