@@ -38,10 +38,9 @@ from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
 from scale.leases import Item, Leases
 from scale.storage import Store, open_store
-from scale.worker import Orders, Report
+from scale.worker import START_S, Orders, Report
 
 LEASE_S = 30.0  # of silence, after which a worker's requests are leased to others
-START_S = 60.0  # more, for its first word: the code must arrive, and packages be imported
 BEAT_S = 0.5
 LOOK_S = 1.0  # between two looks at the nodes, the leases, and what lost workers have uploaded
 ASIDE_S = 30.0  # how long a node on which no worker can work is left alone
@@ -189,6 +188,7 @@ class Driver:
                 return self._errors[0]
             self._start(ready, now)
             self._show()
+            await self._collector.save()  # what is read after a save counts twice in the budget if the driver is killed
             await self._wait(LOOK_S)
 
     def _start(self, nodes: list[Node], now: float) -> None:
