@@ -38,7 +38,7 @@ from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
 from scale.leases import Item, Leases
 from scale.storage import Store, open_store
-from scale.worker import Orders, Report
+from scale.worker import START_S, Orders, Report
 
 LEASE_S = 30.0  # of silence, after which a worker's requests are leased to others
 BEAT_S = 0.5
@@ -188,6 +188,7 @@ class Driver:
                 return self._errors[0]
             self._start(ready, now)
             self._show()
+            await self._collector.save()  # what is read after a save counts twice in the budget if the driver is killed
             await self._wait(LOOK_S)
 
     def _start(self, nodes: list[Node], now: float) -> None:
@@ -200,7 +201,7 @@ class Driver:
             recipe = run.recipe.model_copy(update={"teacher": teacher})
             variables = variables_of(run.recipe.teacher)
             actor = self._cluster.start(node, name, recipe, self._store.url, variables, self._lease_s)
-            self._leases.join(name, own, now)
+            self._leases.join(name, own, now + START_S)
             self._members[name] = member = _Member(node, actor, own)
             member.task = asyncio.create_task(self._follow(name, member))
         asked = {url for member in self._members.values() for url in member.urls}

@@ -110,7 +110,7 @@ class Leases:
         return len(self._holder)
 
     def join(self, name: str, urls: list[str], now: float) -> None:
-        """A writer begins, on these endpoints."""
+        """A writer begins, on these endpoints; it counts as heard at `now`, which may be later than now."""
         self.writers[name] = Writer(urls, now)
         self.state.accounts[name] = Account()
 

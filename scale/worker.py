@@ -38,6 +38,7 @@ from scale.leases import Claim, Item
 from scale.parts import Uploader
 from scale.storage import Store, open_store
 
+START_S = 60.0  # what a worker may take to start, beside its lease: code must arrive, and packages be imported
 LOOK_S = 0.5  # between two looks at whether a part is to be closed
 
 
@@ -89,7 +90,7 @@ class Worker:
         self._feed, self._counters = Feed(), Counters()
         self._unfinished: dict[str, Spend] = {}  # what one attempt of each request can cost
         self._granted = self._limit = Spend()  # by all leases; of it, what may still be spent or was
-        self._heard, self._done_before, self._uploads = monotonic(), 0, 0
+        self._heard, self._done_before, self._uploads = monotonic() + START_S, 0, 0
         self._flush = self._stopped = False
         self._said: list[str] = []
         self._loop: Loop | None = None  # once it is open

@@ -187,6 +187,22 @@ async def test_a_driver_that_is_killed_leaves_workers_whose_answers_the_next_one
     assert whole(run, 300)
 
 
+async def test_a_worker_may_take_longer_than_a_lease_to_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(1)
+    begin = cluster.start
+
+    def slowly(node: Node, name: str, *args: Any) -> FakeActor:
+        actor = begin(node, name, *args)
+        actor.thawed.clear()
+        asyncio.get_running_loop().call_later(1.5, actor.thawed.set)
+        return actor
+
+    monkeypatch.setattr(cluster, "start", slowly)
+    with misbehaving() as server:
+        summary = await drive(recipe_for(server, 20), run, cluster, lease_s=1.0)
+    assert (summary.answered, len(cluster.actors)) == (20, 1)
+
+
 async def test_an_error_ends_the_run_when_no_node_can_work(run: RunDir) -> None:
     with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
         await drive(recipe_for(server, 30), run, FakeCluster(2))
