@@ -17,6 +17,8 @@ from pipeline.records import Completion, Message, Prompt, encode_line
 from tests.completion_fields import completion_fields
 from tests.scale.test_near import texts
 
+pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
+
 ROWS = 3000
 RULES = [
     {"rule": "length", "min_chars": 20},

@@ -17,6 +17,8 @@ from scale.storage import Folder
 from scale.worker import Worker
 from tests.servers.misbehaving_server import answer, completions, error, failures, misbehaving, recipe_for
 
+pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
+
 LEASE_S = 60.0  # a busy machine must not lose a worker that is well
 
 

@@ -16,6 +16,8 @@ from scale.stored import run_in_store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
 
+pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
+
 
 def row(number: int) -> bytes:
     usage = Usage(prompt_tokens=7, completion_tokens=5)

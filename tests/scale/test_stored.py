@@ -18,6 +18,8 @@ from scale.storage import Store, open_store
 from tests.servers.misbehaving_server import MisbehavingServer, answer, misbehaving, recipe_for
 from tests.servers.object_storage import object_storage
 
+pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
+
 ROOT = Path(__file__).parents[2]
 SMALL_PARTS = (
     "import scale.parts; scale.parts.ROWS, scale.parts.SECONDS = 5, 1000; from scale.stored import *; run_stage(main)"
