@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from typing import Any
 from benchmarks.http_server import running
 from benchmarks.measure import flags
 from benchmarks.ray_nodes import ROOT, RayNode, ray_cluster
-from benchmarks.runs import recipe_for
+from benchmarks.runs import billed, recipe_for
 from pipeline.lineage import read_lineage
 from pipeline.rundir import RunDir
 
@@ -118,20 +117,18 @@ def broken_run(fault: Callable[..., None], address: str, nodes: list[RayNode], o
             call.until_answered(options.requests * (moment + 1) // (options.moments + 2))
             fault(call, address, nodes, options.lease_s)
         code = call.end()
-        with urllib.request.urlopen(url.removesuffix("/v1") + "/billed") as reply:
-            billed = json.load(reply)
-        return counts(run, options.requests, billed, budget) | {"exit code": code}
+        return counts(run, options.requests, billed(url), budget) | {"exit code": code}
 
 
-def counts(run: RunDir, requests: int, billed: dict[str, int], budget: int) -> dict[str, int]:
+def counts(run: RunDir, requests: int, bill: dict[str, int], budget: int) -> dict[str, int]:
     """What the run's files say, and what the stub has billed."""
     ids = list(_ids(run))
     return {
         "distinct ids": len(set(ids)),
         "repeated lines": len(ids) - len(set(ids)),
         "missing": requests - len(set(ids)),
-        "asked again": billed["answers"] - requests,
-        "tokens billed": billed["prompt_tokens"] + billed["completion_tokens"],
+        "asked again": bill["answers"] - requests,
+        "tokens billed": bill["prompt_tokens"] + bill["completion_tokens"],
         "tokens counted": read_lineage(run)["generate"]["spent"]["tokens"],
         "budget": budget,
     }

@@ -5,6 +5,7 @@ from itertools import islice
 
 import msgspec
 
+from pipeline.chat import INSTRUCTIONS
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir
@@ -27,7 +28,7 @@ def _questions(recipe: Recipe, run: RunDir) -> Iterator[Json]:
         if (prompt.part or recipe.prompts.part_of(prompt.messages)) != "test":
             continue
         *before, last = prompt.messages
-        if last.role == "user" and all(message.role in ("system", "developer") for message in before):
+        if last.role == "user" and all(message.role in INSTRUCTIONS for message in before):
             known = prompt.reference
             right = known if isinstance(known, str) or known is None else msgspec.json.encode(known).decode()
             yield {"text": last.content, "begin": msgspec.to_builtins(before), "right": right}

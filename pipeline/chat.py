@@ -6,7 +6,7 @@ One place, for every stage. Takes a loaded tokenizer and model, imports nothing 
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.recipe import StudentConfig, TeacherConfig
+from pipeline.recipe import Recipe, StudentConfig, TeacherConfig
 from pipeline.records import Message
 
 INSTRUCTIONS = ("system", "developer")  # the roles of a first message that instructs
@@ -39,6 +39,12 @@ def asked_of_student(messages: Sequence[Message], student: StudentConfig | None)
         return list(messages)
     system = [Message(role="system", content=student.system)] if student.system else []
     return [*system, *_parted(messages)[1]]
+
+
+def system_of_student(recipe: Recipe) -> str:
+    """The system prompt of a student's every prompt; empty if it has none."""
+    own = recipe.student.system if recipe.student else None
+    return (recipe.prompts.system or "") if own is None else own
 
 
 def _parted(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

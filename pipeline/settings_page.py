@@ -103,7 +103,7 @@ def _setting(key: str, field: FieldInfo) -> Setting:
         default = ", ".join(field.default)
     else:
         default = str(yaml.safe_dump(field.default, allow_unicode=True)).removesuffix("...\n").strip()
-    return Setting(key, _kind(field.annotation), default, field.description or "")
+    return Setting(key, _kind(field.annotation), default, " ".join((field.description or "").split()))
 
 
 def _kind(annotation: Any) -> str:

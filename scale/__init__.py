@@ -1,1 +1,1 @@
-"""The stages past one machine: runs in object storage, parts of answers, leases."""
+"""Past one machine: runs in object storage, generation and filters on a Ray cluster."""

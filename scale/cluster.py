@@ -1,5 +1,5 @@
-"""Ray, as far as this project uses it: nodes, and actors that are started, called and ended. The only module that
-imports ray, and only when a cluster is asked for.
+"""Ray, as far as this project uses it: nodes, and actors that are started, called and ended (scale.filtering has its
+tasks). Ray is imported only when a cluster is asked for.
 
 Actors are detached: they outlive a driver that is killed, upload what they have, and end by themselves or by the next
 driver's word. Code goes to the nodes as the runtime environment's working_dir; packages must be there already.

@@ -17,7 +17,7 @@ from generate.context import Run
 from pipeline.errors import DataError
 from pipeline.records import Completion, Failure
 from scale.leases import Claim, Leases, State
-from scale.parts import part_names, read_part
+from scale.parts import part_name, part_names, read_part
 from scale.storage import Store
 from scale.worker import account_name
 
@@ -71,7 +71,7 @@ class Collector:
             for kind, record, take in kinds:
                 while True:
                     number = account.parts.get(kind, 0)
-                    part = f"parts/{kind}/{name}-{number:06}.jsonl.gz"
+                    part = part_name(kind, name, number)
                     lines = await asyncio.to_thread(read_part, self._store, part)
                     if not lines:
                         break

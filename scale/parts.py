@@ -38,6 +38,11 @@ def row_key(line: bytes, kind: str) -> str:
     return f"{row.id} {row.created}" if kind.endswith("failures") else row.id
 
 
+def part_name(kind: str, owner: str, number: int) -> str:
+    """Where a writer's part is in the store."""
+    return f"parts/{kind}/{owner}-{number:06}.jsonl.gz"
+
+
 def part_names(store: Store, kind: str = "completions") -> list[str]:
     """The parts that are in the store, sorted: those of one owner in the order in which it wrote them."""
     return store.names(f"parts/{kind}")
@@ -71,11 +76,9 @@ class Uploader:
         self, store: Store, owner: str, journal: Path, kind: str = "completions", *, known: IdSet | None = None
     ) -> None:
         """Lines whose key is in `known` are in the store already. The owner must be this writer's alone."""
-        self._store, self._journal, self._kind = store, journal, kind
+        self._store, self._journal, self._kind, self._owner = store, journal, kind, owner
         self._known = IdSet() if known is None else known
-        self._prefix = f"parts/{kind}/{owner}-"
-        own = [name for name in part_names(store, kind) if name.startswith(self._prefix)]
-        self._number = len(own)
+        self._number = sum(name.startswith(f"parts/{kind}/{owner}-") for name in part_names(store, kind))
         self._read = 0  # bytes of the journal
         self._waiting: list[bytes] = []
         self._since = 0.0  # when the first that waits was read
@@ -88,7 +91,7 @@ class Uploader:
         put = 0
         while self._follow() and (len(self._waiting) >= ROWS or rest or monotonic() - self._since >= SECONDS):
             data = gzip.compress(b"".join(self._waiting), compresslevel=1, mtime=0)
-            while not self._store.put_new(f"{self._prefix}{self._number:06}.jsonl.gz", data):
+            while not self._store.put_new(part_name(self._kind, self._owner, self._number), data):
                 self._number += 1  # put by an earlier call that did not hear of it; readers drop what repeats
             self._number += 1
             put += len(self._waiting)

@@ -23,6 +23,11 @@ CLOUDS = ("s3", "gs")
 HIDDEN = "."  # begins the name of a file that a folder is still writing
 
 
+def cloud_endpoint() -> str:
+    """Where S3 is said to be, if not at Amazon's; empty otherwise."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+
+
 class Store(Protocol):
     """Every method raises DistillError when the store cannot be reached or refuses."""
 
@@ -142,10 +147,9 @@ class Bucket:
         except ImportError:
             raise UsageError(f"{url}: needs the package obstore; run `pip install -e .[storage]`") from None
         self.url, self._errors = url, exceptions
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
         self._store: Any = store.from_url(
             url,
-            client_options={"allow_http": endpoint.startswith("http://")},
+            client_options={"allow_http": cloud_endpoint().startswith("http://")},
             retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
         )
 

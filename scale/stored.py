@@ -7,7 +7,6 @@ lost when.
 
 import argparse
 import fcntl
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from pipeline.errors import DistillError, RequestsFailed, UsageError
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
 from scale.lease import BEAT_S, Lease, TakenOver
-from scale.storage import open_store
+from scale.storage import cloud_endpoint, open_store
 from scale.sync import Mirror, State
 
 WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they read and write nothing of the run but a log
@@ -51,9 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def cache_folder(url: str) -> Path:
     """Where a run of a store is on this machine. Stores at two endpoints may have the same URL."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     url = url.rstrip("/")
-    return CACHE / sha256(f"{endpoint} {url}".encode()).hexdigest()[:8] / (url.rpartition("/")[2] or "run")
+    return CACHE / sha256(f"{cloud_endpoint()} {url}".encode()).hexdigest()[:8] / (url.rpartition("/")[2] or "run")
 
 
 def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool = False) -> int:

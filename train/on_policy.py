@@ -98,9 +98,10 @@ def on_policy_trainer(
         "use_vllm": own.rollouts == "vllm",
         "include_num_input_tokens_seen": "no",  # TRL counts the samples itself
     }
-    texts = [tokenised.processing_class.decode(row["input_ids"]) for row in tokenised.train_dataset]
     if config.kd.teacher == "served":
         return _served(tokenised, settings, config, teacher, told)
+    compared = tokenised.train_dataset.select(range(min(rows, COMPARED_ROWS)))
+    texts = [tokenised.processing_class.decode(row["input_ids"]) for row in compared]
     loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, console)
     return OnPolicyTrainer(tokenised=tokenised, told=told, teacher_model=loaded, args=DistillationConfig(**settings))
 
@@ -114,7 +115,7 @@ def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, proces
 
 def load_same_outputs(reference: str, tokenizer: Any, texts: list[str], outputs: int, console: Console) -> Any:
     """A teacher with as many outputs as the student: makers pad the same vocabulary to different sizes."""
-    teacher = load_teacher(reference, tokenizer, texts[:COMPARED_ROWS], console)
+    teacher = load_teacher(reference, tokenizer, texts, console)
     if (own := teacher.config.get_text_config().vocab_size) < outputs:
         raise RecipeError(f"on_policy: {reference} has {own:,} outputs, the student {outputs:,}; {FIX}, or kd")
     if own > outputs:

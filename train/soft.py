@@ -119,7 +119,7 @@ class TopKTrainer(StudentTrainer):
     from the text alone, with their part of the weight.
     """
 
-    known: TopK  # by the tokens of a row (train.top_k.key_of); set before training
+    known: TopK  # by the tokens of a row (train.told.key_of); set before training
 
     def __init__(self, *, soft: KdConfig, **settings: Any) -> None:
         super().__init__(**settings)

@@ -209,10 +209,10 @@ def _with_teacher(
 ) -> Any:
     """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
     trainer, config = prepared.trainer, prepared.milestones.config
-    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     if config.method == "gold":
         own = gold_trainer(trainer, shown, config, arguments, teacher, console, processes)
         return with_callbacks(own, prepared.milestones, prepared.progress)
+    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     stored = config.kd.teacher == "stored"
     told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
     if config.method == "on_policy":

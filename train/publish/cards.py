@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.chat import system_of_student
 from pipeline.recipe import Recipe, slot_values
 from train.checks.chain import OUR_TAG
 from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
@@ -78,7 +79,6 @@ def _scores(lineage: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _example(recipe: Recipe) -> list[dict[str, str]]:
     """A conversation that the student can go on with; a template's slots have their first values."""
-    system = recipe.student.system if recipe.student and recipe.student.system is not None else recipe.prompts.system
     question = recipe.prompts.template or "Write here what the student is to answer."
     for name, slot in recipe.prompts.slots.items():
         values = slot_values(slot)
@@ -86,6 +86,7 @@ def _example(recipe: Recipe) -> list[dict[str, str]]:
         question = question.replace(f"{{{name}}}", ", ".join(chosen))
     if recipe.prompts.template:
         question = question.replace("{{", "{").replace("}}", "}")
+    system = system_of_student(recipe)
     begin = [{"role": "system", "content": system}] if system else []
     return [*begin, {"role": "user", "content": question}]
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipeline.chat import system_of_student
 from pipeline.recipe import Recipe
 
 SYSTEM, USER, ANSWER, NEXT = "xsystemx", "xuserx", "xanswerx", "xnextx"  # words that no template has of its own
@@ -80,7 +81,7 @@ def chat_form(tokenizer: Any) -> ChatForm | None:
 
 def modelfile(recipe: Recipe, file: str, tokenizer: Any, stops: Sequence[str]) -> str:
     """The Modelfile for a GGUF file beside it."""
-    system = recipe.student.system if recipe.student and recipe.student.system is not None else recipe.prompts.system
+    system = system_of_student(recipe)
     lines = [f"FROM ./{file}"]
     form = chat_form(tokenizer)
     template = _without_bos(form, tokenizer).go() if form else ""
