@@ -7,6 +7,7 @@ removed when its rows are in the journals, on disk, and the state that counts th
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 from generate.budget import Account as SpendFile
 from generate.budget import Spend, known_price, spent_so_far, write_account
 from generate.context import Run
+from generate.idset import IdSet
 from pipeline.errors import DataError
 from pipeline.records import Completion, Failure
 from scale.leases import Claim, Leases, State
@@ -33,7 +35,9 @@ class Collector:
     def __init__(self, run: Run, store: Store) -> None:
         self._run, self._store, self._price = run, store, known_price(run.recipe)
         self._counts = self._price is not None or run.recipe.budget.tokens is not None
-        self.state: State = _decoded(store.get(STATE), State, f"{store.url}/{STATE}") or State()
+        before: State | None = _decoded(store.get(STATE), State, f"{store.url}/{STATE}")
+        self.state = before or State()
+        self._unsaved = _answers_since(run.completions.path, before.journal_bytes) if before else IdSet()
         self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended writers
         self._collecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
@@ -44,10 +48,16 @@ class Collector:
             write_account(self._run.dir.path / SPEND_FILE, SpendFile(self.state.unsaid))
         return spent_so_far(self._run.recipe, self._run.dir, self._run.completions.found) - self.state.charged
 
-    def writers(self) -> set[str]:
-        """Those that have uploaded something that was not read."""
-        names = [*part_names(self._store, "completions"), *part_names(self._store, "failures")]
-        return {name.rpartition("/")[2].rpartition("-")[0] for name in names}
+    def drop_leftovers(self) -> None:
+        """Removes, with the next `save`, what is left of writers that the state does not charge.
+
+        No lease goes out before the state is saved: so they have ended, and all that they uploaded was read.
+        """
+        for name in [*part_names(self._store, "completions"), *part_names(self._store, "failures")]:
+            writer = name.rpartition("/")[2].rpartition("-")[0]
+            if writer not in self.state.accounts:
+                self._read += [name, account_name(writer)]
+                self.changed()
 
     def close(self, name: str) -> None:
         """A writer has ended in order, and all that it uploaded was read."""
@@ -61,7 +71,9 @@ class Collector:
 
     async def collect(self, name: str) -> None:
         """Reads what a writer has uploaded since the last time: its parts into the journals, then its account."""
-        account = self.leases.account(name)
+        account = self.state.accounts.get(name)
+        if account is None:  # it was leased nothing
+            return
         async with self._collecting[name]:
             claim = _decoded(await asyncio.to_thread(self._store.get, account_name(name)), Claim, name)
             kinds: list[tuple[str, Any, Callable[[str, Any], None]]] = [
@@ -86,7 +98,8 @@ class Collector:
         self._run.show()
 
     def _take_answer(self, name: str, answer: Completion) -> None:
-        if self.leases.answered(name, answer.id, self._cost(answer)):
+        recorded = _key(answer) in self._unsaved
+        if self.leases.answered(name, answer.id, self._cost(answer), recorded=recorded):
             self._run.record_answers((answer, None))
 
     def _take_failure(self, name: str, failure: Failure) -> None:
@@ -108,6 +121,7 @@ class Collector:
             if self._saved >= changes:
                 return
             changes, state = self._changes, self.state
+            state.journal_bytes = self._run.completions.path.stat().st_size
             data, unsaid = msgspec.json.encode(state), state.unsaid
             read, self._read = self._read, []
             await asyncio.to_thread(self._write, data, unsaid, read)
@@ -121,6 +135,23 @@ class Collector:
             write_account(self._run.dir.path / SPEND_FILE, SpendFile(unsaid))
         for part in read:
             self._store.delete(part)
+
+
+def _answers_since(journal: Path, start: int) -> IdSet:
+    """The keys of the answers that stand in a journal after so many bytes."""
+    keys = IdSet()
+    with journal.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # to the start of a line, should the user have taken one out
+        for line in file:
+            keys.add(_key(msgspec.json.decode(line, type=Completion)))
+    return keys
+
+
+def _key(answer: Completion) -> str:
+    """Tells an answer from others to the same request."""
+    return f"{answer.id} {answer.created} {answer.latency_s}"
 
 
 def _decoded(data: bytes | None, kind: type[Any], name: str) -> Any:

@@ -142,7 +142,8 @@ class Driver:
         if old:
             self._run.say(f"ending {len(old)} workers of an earlier call")
         ended = await asyncio.gather(*(self._retire(actor) for actor in old.values()))
-        self._silent |= self._collector.writers() | old.keys()
+        self._collector.drop_leftovers()
+        self._silent |= old.keys()
         for name in self._silent:
             await self._collector.collect(name)
         for name in (name for name, in_order in zip(old, ended, strict=True) if in_order):
@@ -188,7 +189,7 @@ class Driver:
                 return self._errors[0]
             self._start(ready, now)
             self._show()
-            await self._collector.save()  # what is read after a save counts twice in the budget if the driver is killed
+            await self._collector.save()
             await self._wait(LOOK_S)
 
     def _start(self, nodes: list[Node], now: float) -> None:

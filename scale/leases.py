@@ -59,6 +59,7 @@ class State(msgspec.Struct):
 
     accounts: dict[str, Account] = {}  # of the writers that have not ended in order
     rest: Spend = Spend()  # not in the journal: of those that have, and of answers that were dropped as repeated
+    journal_bytes: int = 0  # the size of completions.jsonl whose answers it counts
 
     @property
     def charged(self) -> Spend:
@@ -138,7 +139,7 @@ class Leases:
 
     def close(self, name: str) -> None:
         """A writer has ended in order, and all that it wrote was read: what it claims is what it has spent."""
-        account = self.state.accounts.pop(name)
+        account = self.state.accounts.pop(name, Account())
         self.state.rest += account.charged - account.rows
 
     def lease(self, name: str, most: int) -> list[Item]:
@@ -163,11 +164,16 @@ class Leases:
             self._again.appendleft(item)
         return item is not None
 
-    def answered(self, name: str, id_: str, cost: Spend) -> bool:
-        """An answer was read in a writer's part. True if it is the first to its request, and so counts."""
-        self.account(name).rows += cost
+    def answered(self, name: str, id_: str, cost: Spend, *, recorded: bool = False) -> bool:
+        """An answer was read in a writer's part. True if it is the first to its request, and so counts.
+
+        `recorded`: this very answer is in the journal; a driver that was killed had read it and not saved that.
+        """
+        self.state.accounts[name].rows += cost
         first = self._finished.add(id_)
-        if not first:
+        if recorded:
+            self.spent -= cost  # until now it was counted in the journal, and in what its writer is charged
+        elif not first:
             self.state.rest += cost
         self._release(id_)
         return first
@@ -182,14 +188,10 @@ class Leases:
 
     def claimed(self, name: str, claim: Claim) -> None:
         """A writer's account was read: what it does not claim any more can be leased again."""
-        account = self.account(name)
+        account = self.state.accounts[name]
         before = account.charged
         account.claim = claim
         self.spent += account.charged - before
-
-    def account(self, name: str) -> Account:
-        """A writer's money; a new one for a writer that nothing is known of."""
-        return self.state.accounts.setdefault(name, Account())
 
     def shares(self, name: str) -> dict[str, int] | None:
         """A writer's share of each of its URLs, as 1/n; None while the others do not leave it any."""

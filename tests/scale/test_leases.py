@@ -114,6 +114,22 @@ def test_the_next_driver_knows_all_charges_and_an_ended_writer_costs_what_it_spe
     assert again.spent.tokens == leases.spent.tokens == 450
 
 
+def test_an_answer_that_a_killed_driver_had_recorded_is_counted_once() -> None:
+    leases = table(10, tokens=2000)
+    leases.join("a", ["u"], 0)
+    leases.lease("a", 4)
+    state = msgspec.json.decode(msgspec.json.encode(leases.state), type=State)
+    # The driver reads an answer of 10 into the journal, and is killed: the next one finds it there.
+    again = table(10, tokens=2000, state=state, before=10)
+    again._finished.add("0")
+    assert again.spent.tokens == 10 + 400
+    assert not again.answered("a", "0", Spend(10), recorded=True)
+    assert again.spent.tokens == 400
+    again.claimed("a", Claim(Spend(40), Spend(400)))
+    again.close("a")
+    assert again.spent.tokens == 40 == 10 + again.state.unsaid.tokens
+
+
 def test_shares_of_a_limit_never_add_up_to_more_than_the_whole() -> None:
     leases = table()
     leases.join("a", ["u", "v"], 0)

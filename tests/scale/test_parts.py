@@ -1,14 +1,17 @@
 """Parts in a folder store: what an uploader puts, what readers see, and the race for one name."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import DistillError
 from scale import parts
-from scale.parts import Uploader, compact, part_names, read_parts
-from scale.storage import Store, open_store
+from scale.parts import Uploader, compact, part_names, read_part, read_parts
+from scale.storage import Folder, Store, open_store
 
 
 @pytest.fixture
@@ -56,6 +59,32 @@ def test_repeated_ids_are_read_once_and_known_ones_never(store: Store, tmp_path:
     again.upload(rest=True)
     assert len(part_names(store)) == 3
     assert len(list(read_parts(store))) == 10
+
+
+def test_a_part_whose_put_was_not_heard_of_stays_as_it_is(store: Store, tmp_path: Path) -> None:
+    """The store took it, and the reply was lost. A reader that has read it must find later rows in a later part."""
+
+    class Deaf(Folder):
+        heard = False
+
+        @contextmanager
+        def _written(self, name: str, data: bytes | Path) -> Iterator[tuple[Path, Path]]:
+            with super()._written(name, data) as paths:
+                yield paths
+            if not self.heard:
+                self.heard = True
+                raise DistillError("no reply")
+
+    journal = tmp_path / "completions.jsonl"
+    uploader = Uploader(Deaf(tmp_path / "store"), "me", journal)
+    append(journal, *map(line, range(10)))
+    with pytest.raises(DistillError):
+        uploader.upload(rest=True)
+    (first,) = part_names(store)
+    append(journal, *map(line, range(10, 15)))
+    assert uploader.upload(rest=True) == 15
+    assert read_part(store, first) == list(map(line, range(10)))
+    assert list(read_parts(store)) == list(map(line, range(15)))
 
 
 def test_compacting_sorts_and_keeps_the_first_of_each(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""A worker without a driver: what it does once nobody speaks to it."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from generate.jobs import build_jobs
+from generate.prompts import iter_prompts
+from scale import worker
+from scale.leases import Item
+from scale.parts import read_parts
+from scale.storage import Folder
+from scale.worker import Orders, Worker
+from tests.servers.misbehaving_server import answer, misbehaving, recipe_for
+
+REQUESTS = 400
+
+
+async def test_a_worker_whose_lease_has_expired_asks_no_more_and_uploads_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOOK_S", 0.05)
+    with misbehaving(lambda asked: answer(delay_s=0.1)) as server:
+        recipe = recipe_for(server, REQUESTS, generate={"concurrency": 4})
+        items = [
+            Item(job.request.id, msgspec.json.encode(job.request)) for job in build_jobs(iter_prompts(recipe), recipe)
+        ]
+        alone, silenced = Worker("w", recipe, str(tmp_path), {}, 1.0), asyncio.Event()
+        working = asyncio.create_task(alone.work(silenced.set))
+        await alone.beat(Orders(items=items, shares={server.url: 1}))
+        async with asyncio.timeout(60):
+            await silenced.wait()
+        await working
+        assert 0 < len(server.asked) < REQUESTS
+        assert len(list(read_parts(Folder(tmp_path)))) == len(server.asked)
