@@ -58,6 +58,14 @@ class RayNode:
         """The processes of our actors on it."""
         return [process for process in self._family() if "NodeWorker" in " ".join(_command(process))]
 
+    def journals(self) -> list[Path]:
+        """Where its actors have their answers before they upload them."""
+        paths = []
+        for process in self.workers():
+            with suppress(psutil.Error):  # it has ended
+                paths += [Path(file.path) for file in process.open_files()]
+        return [path for path in paths if path.name == "completions.jsonl"]
+
     def _family(self) -> list[psutil.Process]:
         try:
             parent = psutil.Process(self._process.pid)

@@ -30,10 +30,10 @@ def test_every_answer_counts_once_whatever_dies(tmp_path: Path) -> None:
         recipe, run = tmp_path / "recipe.yaml", RunDir(tmp_path / "run")
         recipe.write_text(recipe_for(tmp_path, url, REQUESTS, **sections).model_dump_json(exclude_unset=True))
         call = Call(recipe, run, address, lease_s=30)
-        call.until_answered(50)
+        call.until_billed(url, 50)
         assert all(node.workers() for node in nodes)
         kill_actor(call, address, nodes, 30)
-        call.until_answered(250)
+        call.until_billed(url, 250)
         kill_driver(call, address, nodes, 30)
         assert call.end() == 0
     found = counts(run, REQUESTS, {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}, budget)
