@@ -36,7 +36,7 @@ WAIT_S = 900.0
 GENERATE = "import scale.generation as g, runpy; g.cluster_sender.__kwdefaults__['lease_s'] = {lease_s}; " + (
     "runpy.run_module('generate', run_name='__main__', alter_sys=True)"
 )
-IN_STORE = "import sys; from pathlib import Path; from scale.stored import run_in_store; " + (
+IN_STORE = "import sys; from pathlib import Path; from scale.run_in_store import run_in_store; " + (
     "sys.exit(run_in_store(sys.argv[3:], sys.argv[1], Path(sys.argv[2])))"
 )
 

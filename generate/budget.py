@@ -149,7 +149,7 @@ class Budget:
         self._unsaid += used - sum(said, Spend())
 
     def limit_to(self, most: Spend) -> None:
-        """This call may spend so much in all: what a lease of a larger budget allows (scale.leases)."""
+        """This call may spend so much in all: what a lease of a larger budget allows (scale.request_leases)."""
         self._tokens = None if self._config.tokens is None else most.tokens
         self._cost = None if self._config.usd is None else most.cost
 

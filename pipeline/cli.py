@@ -61,9 +61,9 @@ def parse_stage(
 
 
 def _run_in_store(command: str, argv: list[str]) -> NoReturn:
-    """Becomes scale.stored, which fetches the run, has the same command work on its folder, and puts it back."""
+    """Becomes scale.run_in_store, which fetches the run, has the same command work on its folder, and puts it back."""
     stage = command.removeprefix("python -m ")
-    os.execv(sys.executable, [sys.executable, "-m", "scale.stored", stage, *argv])
+    os.execv(sys.executable, [sys.executable, "-m", "scale.run_in_store", stage, *argv])
 
 
 def run_stage(main: Callable[[], None]) -> NoReturn:

@@ -18,8 +18,8 @@ from generate.context import Run
 from generate.idset import IdSet
 from pipeline.errors import DataError
 from pipeline.records import Completion, Failure
-from scale.leases import Claim, Leases, State
 from scale.parts import part_name, part_names, read_part
+from scale.request_leases import Claim, Leases, State
 from scale.storage import Store
 from scale.worker import account_name
 

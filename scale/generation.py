@@ -2,7 +2,7 @@
 
 One worker (scale.worker) per node asks; this process leases requests to it, hears it every BEAT_S, and reads the parts
 that it has uploaded into the run's own journals. So the run folder is always that of a one-machine run, and everything
-after it goes on from there. Who holds what is scale.leases's; Ray is scale.cluster's.
+after it goes on from there. Who holds what is scale.request_leases's; Ray is scale.cluster's.
 
 What is guaranteed. Every finished answer counts once: rows are told apart by id, and the first one read stays. Requests
 that a lost node had in flight, or had not uploaded, are asked again, and may be paid twice. The budget holds all the
@@ -36,7 +36,7 @@ from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.recipe import TeacherConfig
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
-from scale.leases import Item, Leases
+from scale.request_leases import Item, Leases
 from scale.storage import Store, open_store
 from scale.worker import START_S, Orders, Report
 

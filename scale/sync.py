@@ -1,6 +1,6 @@
 """A run's local folder and the same run in a store: fetched at the start, followed, put back at the end.
 
-    lease/…                                  who works on it (scale.lease)
+    lease/…                                  who works on it (scale.run_lease)
     parts/<kind>/…                           answers and failures as they come (scale.parts), until they are compacted
     completions.jsonl, failures.jsonl        the journals, compacted
     spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name

@@ -34,8 +34,8 @@ from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Request
 from pipeline.rundir import RunDir
-from scale.leases import Claim, Item
 from scale.parts import Uploader
+from scale.request_leases import Claim, Item
 from scale.storage import Store, open_store
 
 START_S = 60.0  # what a worker may take to start, beside its lease: code must arrive, and packages be imported

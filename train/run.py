@@ -28,12 +28,12 @@ from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.lazy import Lazy, joined
+from train.mapped_rows import rows_folder
 from train.preferences import Pairs, learned_from_answers, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
 from train.rows import Parts, lazy_examples, read_parts, reasoning_form
-from train.stored import rows_folder
 from train.student import built_from, initial_student, load_tokenizer
 
 if TYPE_CHECKING:

@@ -34,11 +34,11 @@ from pipeline.train_config import TrainConfig
 from train.gold import gold_trainer
 from train.lazy import Lazy
 from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
+from train.mapped_rows import mapped_rows
 from train.on_policy import on_policy_trainer
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
-from train.stored import stored_rows
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
@@ -324,8 +324,8 @@ def _trainer(
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
         ),
-        "train_dataset": stored_rows(read, folder, "train"),
-        "eval_dataset": stored_rows(examples["validation"], folder, "validation"),
+        "train_dataset": mapped_rows(read, folder, "train"),
+        "eval_dataset": mapped_rows(examples["validation"], folder, "validation"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,

@@ -9,10 +9,10 @@ import pytest
 from generate.budget import Account, Spend, read_account, write_account
 from generate.journal import read_journal
 from pipeline.records import Completion, Usage, encode_line
-from scale import lease as lease_module
-from scale.lease import Lease
+from scale import run_lease
+from scale.run_in_store import run_in_store
+from scale.run_lease import Lease
 from scale.storage import open_store
-from scale.stored import run_in_store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
 
@@ -28,7 +28,7 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("scale.parts.ROWS", 5)
-    monkeypatch.setattr(lease_module, "STALE_S", 0.0)
+    monkeypatch.setattr(run_lease, "STALE_S", 0.0)
     url, one, two = (tmp_path / "store").as_uri(), tmp_path / "one", tmp_path / "two"
     store = open_store(url)
     for folder in (one, two):

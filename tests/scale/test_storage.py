@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DistillError, UsageError
-from scale import lease as lease_module
-from scale.lease import Lease, TakenOver
+from scale import run_lease
+from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, Store, open_store
 from tests.servers.object_storage import object_storage, post
 
@@ -87,7 +87,7 @@ def test_a_lease_is_one_machines_until_it_is_released_or_stale(store: Store, mon
     with pytest.raises(TakenOver):
         first.check()
     Lease.take(store, "a").beat({"completions": 7})
-    monkeypatch.setattr(lease_module, "STALE_S", 0.0)
+    monkeypatch.setattr(run_lease, "STALE_S", 0.0)
     with pytest.raises(UsageError, match="run the same command with --take-over"):
         Lease.take(store, "b")
     second = Lease.take(store, "b", take_over=True)

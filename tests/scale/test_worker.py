@@ -9,8 +9,8 @@ import pytest
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from scale import worker
-from scale.leases import Item
 from scale.parts import read_parts
+from scale.request_leases import Item
 from scale.storage import Folder
 from scale.worker import Orders, Worker
 from tests.servers.misbehaving_server import answer, misbehaving, recipe_for

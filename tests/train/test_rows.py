@@ -13,8 +13,8 @@ from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny
 from train.checks.data import row_checks
 from train.checks.pair import markup_check
 from train.lazy import joined
+from train.mapped_rows import mapped_rows
 from train.rows import lazy_examples, read_parts, read_rows, to_examples
-from train.stored import stored_rows
 
 
 def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> None:
@@ -81,13 +81,13 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
         file.writelines(encode_line(kept_row(n, "W" * 2000 + str(n), "Because. " + "b" * 10_000)) for n in range(1000))
     recipe = make_recipe("student", validation=0.1, test=0.1)
     tokenizer = tiny_tokenizer()
-    stored_rows(lazy_examples(read_rows(run)[:2], None, None), tmp_path / "first", "train")  # imports are not counted
+    mapped_rows(lazy_examples(read_rows(run)[:2], None, None), tmp_path / "first", "train")  # imports are not counted
     tracemalloc.start()
     try:
         parts = read_parts(recipe, run)
         assert len([*row_checks(parts, {}, recipe.train)]) > 3
         assert markup_check(tokenizer, parts.all).status == "pass"
-        stored = stored_rows(lazy_examples(parts.train, None, None), tmp_path / "work", "train")
+        stored = mapped_rows(lazy_examples(parts.train, None, None), tmp_path / "work", "train")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -22,9 +22,10 @@ pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which ta
 
 ROOT = Path(__file__).parents[2]
 SMALL_PARTS = (
-    "import scale.parts; scale.parts.ROWS, scale.parts.SECONDS = 5, 1000; from scale.stored import *; run_stage(main)"
+    "import scale.parts; scale.parts.ROWS, scale.parts.SECONDS = 5, 1000; "
+    "from scale.run_in_store import *; run_stage(main)"
 )
-STALE = "import scale.lease; scale.lease.STALE_S = 0; "
+STALE = "import scale.run_lease; scale.run_lease.STALE_S = 0; "
 
 
 @pytest.fixture(scope="module")

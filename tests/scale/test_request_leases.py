@@ -6,7 +6,7 @@ import msgspec
 
 from generate.budget import Spend
 from generate.idset import IdSet
-from scale.leases import Claim, Item, Leases, State
+from scale.request_leases import Claim, Item, Leases, State
 
 MOST = Spend(100, 1000)
 

@@ -13,7 +13,7 @@ from train.processes import launched
 BATCH = 100  # rows that are in memory at once
 
 
-def stored_rows(examples: Sequence[dict[str, Any]], work: Path, part: str) -> Any:
+def mapped_rows(examples: Sequence[dict[str, Any]], work: Path, part: str) -> Any:
     """The examples as a Dataset; conversations as JSON, since messages have no common shape."""
     from datasets import Dataset, Features, Json, Value
     from datasets.arrow_writer import ArrowWriter

@@ -1,4 +1,4 @@
-"""`python -m scale.stored STAGE RECIPE … --run URL [--take-over]`: what `python -m STAGE RECIPE … --run URL` becomes.
+"""`python -m scale.run_in_store STAGE RECIPE … --run URL [--take-over]`: what `python -m STAGE … --run URL` becomes.
 
 Takes the run's lease, fetches what the store has into a folder of this machine, and runs the stage there, as on any
 local run. Meanwhile puts its answers into the store as parts, at the end its other files. docs/storage.md says what is
@@ -25,7 +25,7 @@ from pipeline.cli import INTERRUPTED, run_stage
 from pipeline.errors import DistillError, RequestsFailed, UsageError
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
-from scale.lease import BEAT_S, Lease, TakenOver
+from scale.run_lease import BEAT_S, Lease, TakenOver
 from scale.storage import cloud_endpoint, open_store
 from scale.sync import Mirror, State
 
@@ -35,7 +35,7 @@ TICK_S = 1.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scale.stored", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(prog="python -m scale.run_in_store", allow_abbrev=False, add_help=False)
     parser.add_argument("stage")
     parser.add_argument("--run", required=True)
     parser.add_argument("--take-over", action="store_true")
