@@ -22,8 +22,8 @@ from pipeline.errors import RecipeError
 from pipeline.models import resolve_model
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
-from train.machine import micro_tokens
-from train.on_policy import SameEveryEpoch, micro_rows
+from train.machine import micro_rows, micro_tokens
+from train.on_policy import SameEveryEpoch
 from train.processes import Processes
 from train.soft import FIX, load_model
 from train.student_trainer import ScoredOnText, StudentTrainer

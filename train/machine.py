@@ -93,6 +93,13 @@ def micro_tokens(vocabulary: int, *, soft: bool) -> int:
     return max(1, room if torch.cuda.is_available() else min(room, CPU_TOKENS))
 
 
+def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
+    """Rows of a step in this process, and of a forward pass of so many `tokens`: TRL's trainers want equal ones."""
+    share = max(1, min(config.batch_size, rows) // processes.count)
+    most = config.micro_batch_size or max(1, tokens // longest)
+    return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+
 def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, soft: bool) -> int:
     """Bytes that a decoder keeps of a forward pass for its backward pass, estimated.
 

@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler, pad
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
-from train.machine import micro_tokens
+from train.machine import micro_rows, micro_tokens
 from train.processes import Processes
 from train.soft import FIX, load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
@@ -104,13 +104,6 @@ def on_policy_trainer(
     texts = [tokenised.processing_class.decode(row["input_ids"]) for row in compared]
     loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, console)
     return OnPolicyTrainer(tokenised=tokenised, told=told, teacher_model=loaded, args=DistillationConfig(**settings))
-
-
-def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
-    """Rows of a step in this process, and of a forward pass of so many `tokens`: TRL's trainers want equal ones."""
-    share = max(1, min(config.batch_size, rows) // processes.count)
-    most = config.micro_batch_size or max(1, tokens // longest)
-    return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
 
 def load_same_outputs(reference: str, tokenizer: Any, texts: list[str], outputs: int, console: Console) -> Any:

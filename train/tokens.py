@@ -4,7 +4,7 @@ Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no l
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 MASKED = -100
@@ -53,8 +53,14 @@ def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, 
     """How many rows have a context that is not what the student is given when it answers (template or token merges)."""
     differing = 0
     for row, example in zip(rows, examples, strict=True):
-        tools = json.loads(example["tools"]) if example.get("tools") else None
-        chat = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
-        asked = tokenizer.apply_chat_template(example["prompt"], **chat)["input_ids"]
+        asked = asked_tokens(example["prompt"], example.get("tools"), tokenizer)
         differing += row["input_ids"][: len(asked)] != asked
     return differing
+
+
+def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> list[int]:
+    """A prompt by the chat template, up to where the answer begins. `tools`: as JSON."""
+    given = json.loads(tools) if tools else None
+    chat = {"tools": given, "add_generation_prompt": True, "return_dict": True}
+    ids: list[int] = tokenizer.apply_chat_template(messages, **chat)["input_ids"]
+    return ids

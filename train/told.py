@@ -3,14 +3,13 @@
 A teacher that is told a schema, say, knows nothing without it: its distribution counts only after its own prompt. Pure.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from train.tokens import MASKED, TokenRow
+from train.tokens import MASKED, TokenRow, asked_tokens
 
 Told = dict[bytes, list[int]]  # by the student's tokens of a prompt (key_of): the teacher's
 Batch = dict[str, torch.Tensor]
@@ -34,9 +33,7 @@ def told_prompts(rows: Sequence[TokenRow], examples: Sequence[Mapping[str, Any]]
     """
     told: Told = {}
     for row, example in zip(rows, examples, strict=True):
-        tools = json.loads(example["tools"]) if example.get("tools") else None
-        chat = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
-        ids = tokenizer.apply_chat_template(example.get("told", example["prompt"]), **chat)["input_ids"]
+        ids = asked_tokens(example.get("told", example["prompt"]), example.get("tools"), tokenizer)
         if ids != (own := prompt_of(row)):
             told[key_of(own)] = ids
     return told

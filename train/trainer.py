@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -32,27 +32,25 @@ from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.gold import gold_trainer
-from train.lazy import Lazy
+from train.lazy import Lazy, stored_rows
 from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
 from train.on_policy import on_policy_trainer
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
-from train.stored import stored_rows
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import TokenRow, differing_prompts, label_faults
-from train.told import Told, told_prompts
-from train.top_k import TopK
+from train.tokens import differing_prompts, label_faults
+from train.told import told_prompts
+from train.top_k import ask_endpoint, read_stored
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-# From rows by their index in Examples, their tokens, the tokenizer and the teacher's prompts.
-FindTopK = Callable[[list[int], list[TokenRow], Any, Told], TopK]
-# Train and validation: prompt-completion rows (train.rows.to_examples).
+# Train and validation: prompt-completion rows (train.rows.to_examples). Where the student follows a teacher, those of
+# train have more: `told`, the teacher's own messages, and `id`.
 Examples = Mapping[str, Sequence[dict[str, Any]]]
 
 
@@ -150,14 +148,13 @@ def prepare(
     console: Console,
     teacher: TeacherConfig | None = None,
     processes: Processes = ALONE,
-    find_top_k: FindTopK | None = None,
+    logprobs: Path | None = None,
 ) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
-    whether training may start. `teacher`: the model that soft distillation follows; `find_top_k` finds what it says
-    of the rows that are trained on, where it is not beside the student. A student that a further method starts from is
-    loaded as a whole model.
+    whether training may start. `teacher`: the model that soft distillation follows; `logprobs`: where what it said is
+    stored. A student that a further method starts from is loaded as a whole model.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
@@ -173,7 +170,7 @@ def prepare(
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
             assert teacher is not None
-            followed = _with_teacher(prepared, shown, arguments, teacher, find_top_k, console, processes)
+            followed = _with_teacher(prepared, shown, arguments, teacher, logprobs, console, processes)
             prepared = replace(prepared, trainer=followed)
     return replace(prepared, faults=faults, differing=differing)
 
@@ -203,7 +200,7 @@ def _with_teacher(
     shown: Sequence[dict[str, Any]],
     arguments: dict[str, Any],
     teacher: TeacherConfig,
-    find_top_k: FindTopK | None,
+    logprobs: Path | None,
     console: Console,
     processes: Processes,
 ) -> Any:
@@ -218,9 +215,11 @@ def _with_teacher(
     if config.method == "on_policy":
         drawing = on_policy_trainer(trainer, config, arguments, teacher, told, console, processes)
         return with_callbacks(drawing, prepared.milestones, prepared.progress)
-    if isinstance(trainer, TopKTrainer):
-        assert find_top_k is not None
-        trainer.known = find_top_k(prepared.rows["train"], rows, tokenizer, told)
+    if stored:
+        assert logprobs is not None
+        trainer.known = read_stored(logprobs, [row["id"] for row in shown], rows, tokenizer, console)
+    elif config.kd.teacher == "served":
+        trainer.known = ask_endpoint(teacher, config.kd.top_k, rows, tokenizer, told, console, processes)
     else:
         trainer.told = told
     return trainer
@@ -314,7 +313,7 @@ def _trainer(
     most = min(max(tokens, config.max_length), largest)
     checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
-    read = Lazy(examples["train"], lambda row: {name: value for name, value in row.items() if name != "told"})
+    read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(

@@ -15,9 +15,8 @@ from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
-from train.checks.chain import chain_check
 from train.checks.data import label_checks, parts_check, row_checks, token_checks
-from train.checks.pair import markup_check, size_check, template_check
+from train.checks.pair import chain_check, markup_check, size_check, template_check
 from train.checks.run import settle
 from train.rows import Parts, part_rows
 from train.run import train_run
