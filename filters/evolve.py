@@ -28,7 +28,7 @@ from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.lineage import budget_left
 from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, read_jsonl, said
-from pipeline.rundir import RunDir, replacing, write_jsonl
+from pipeline.rundir import RunDir, write_json, write_jsonl
 
 ROUNDS = 2
 NEAR = 0.7  # Jaccard: the default threshold (Self-Instruct leaves out a ROUGE-L of 0.7 and more)
@@ -134,8 +134,7 @@ def evolve(
         prompts += _new_prompts(questions, asked, distinct, done[-1], number)
     write_jsonl(run.path / "evolved.jsonl", prompts)
     report = _report(seeds, prompts, done)
-    with replacing(run.path / "evolve" / "report.json") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    write_json(run.path / "evolve" / "report.json", report)
     if stopped:
         raise BudgetReached(f"{stopped}; {len(prompts)} prompts are in {run.path / 'evolved.jsonl'}")
     return report

@@ -33,10 +33,9 @@ from filters.fresh import fresh_values
 from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
 from filters.minhash import Array
-from filters.output import staged
 from filters.preferences import write_preferences
 from filters.report import FilterReport, PromptCounts, make_report
-from filters.rows import completion_part, decode_kept, dropped_line, kept_line
+from filters.rows import completion_part, decode_kept, dropped_line, kept_line, staged
 from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
 from filters.stream import Work, in_blocks
@@ -291,6 +290,7 @@ def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dic
         "rules": rules.described(),
         **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
+        "prompts": report.prompts.prompts if report.prompts else None,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }
