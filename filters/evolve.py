@@ -79,8 +79,6 @@ class Question(NamedTuple):
 
 
 class Round(msgspec.Struct, kw_only=True):
-    """What one round brought."""
-
     asked: int
     failed: int  # for good: no answer
     new: int = 0
@@ -226,7 +224,6 @@ def _report(seeds: Sequence[Prompt], prompts: Sequence[Prompt], rounds: list[Rou
 
 
 def describe(report: Report, path: Path) -> list[str]:
-    """The report in a few lines."""
     lines = []
     for number, one in enumerate(report.rounds, start=1):
         why = "".join(f", {count:,} {reason.replace('_', ' ')}" for reason, count in sorted(one.left_out.items()))

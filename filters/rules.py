@@ -71,7 +71,6 @@ class BannedWordsSettings(TextSettings):
 
 
 def banned_words(answer: Answer, settings: BannedWordsSettings) -> Reason | None:
-    """Drops an answer that contains a word."""
     found = settings.pattern.search(answer.text)
     return Reason(rule="banned_words", found=found[0]) if found else None
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,7 +38,7 @@ from filters.report import FilterReport, PromptCounts, make_report
 from filters.rows import completion_part, decode_kept, dropped_line, kept_line, staged
 from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
-from filters.stream import Work, in_blocks
+from filters.stream import in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
@@ -53,16 +53,10 @@ class LowKeepRate(DistillError):
     """Fewer answers were kept than the recipe's floor; the files are written."""
 
 
-class InBlocks(Protocol):
-    """Yields what `work` makes of each block of a file, in order, as filters.stream.in_blocks does."""
-
-    def __call__(self, path: Path, work: Work[Block], *, slow: bool) -> Generator[Block, None, None]: ...
-
-
 class Machine(NamedTuple):
     """Where the work that takes long is done: here, or on a cluster (scale.filtering). The outcome is the same."""
 
-    in_blocks: InBlocks = in_blocks
+    in_blocks: Callable[..., Generator[Block, None, None]] = in_blocks
     sketch_file: Callable[[Source, DedupConfig], list[Array]] = sketch_file
     search: Searching = Search
 
@@ -79,7 +73,6 @@ class Survivors:
 
     @property
     def alive(self) -> Array:
-        """Whether each is still there."""
         alive = np.ones(len(self.samples), bool)
         alive[[*self.gone]] = False
         return alive

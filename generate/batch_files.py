@@ -36,8 +36,6 @@ class Chunk(msgspec.Struct, kw_only=True):
 
 
 class State(msgspec.Struct, kw_only=True):
-    """All of a run's chunks."""
-
     key: str  # tells this run's batches from others of the same account
     chunks: list[Chunk] = []
 

@@ -33,8 +33,6 @@ KEEPALIVE_S = 4.0  # vLLM closes an idle connection after 5: close first, so tha
 
 
 class Reply(NamedTuple):
-    """A whole HTTP reply."""
-
     status: int
     headers: Mapping[str, str]
     body: bytes
@@ -211,7 +209,6 @@ def _filled(name: str, value: str) -> str:
 
 
 def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
-    """The error for an endpoint that is not there."""
     if is_private(url):
         fix = "start the teacher with `make serve`, or set teacher.base_url to one that runs"
     else:

@@ -97,7 +97,6 @@ def _left(recipe: Recipe, left: Left, dry: DryRun) -> Iterator[Job]:
 
 
 def describe(recipe: Recipe, dry: DryRun) -> list[str]:
-    """The plan in a few lines."""
     if dry.counted:
         prompts = f"prompt tokens: {dry.prompt_tokens:,} counted with the teacher's tokenizer"
     else:

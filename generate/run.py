@@ -114,12 +114,9 @@ def pending(recipe: Recipe, run: RunDir) -> int:
     Of a recipe with `prompts.user` those of the first pass that has any: the next ones depend on their answers.
     """
     for asking, folder in passes(recipe, run):
-        answered, failed = (
-            read_journal(path, kind).ids
-            for path, kind in ((folder.completions, Completion), (folder.failures, Failure))
-        )
+        answered, failed = read_journal(folder.completions, Completion), read_journal(folder.failures, Failure)
         counters = Counters()
-        for _ in _surveyed(asking, Left(answered, failed, retry_failures=False), counters):
+        for _ in _surveyed(asking, Left(answered.ids, failed.ids, retry_failures=False), counters):
             pass
         if counters.left:
             return counters.left
@@ -142,8 +139,9 @@ def _opened(
     with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
         with replacing(folder.prompts) as file:
             for request in _surveyed(recipe, run.left, counters):
-                if request.sample % recipe.prompts.samples == 0:
-                    file.write(_prompt_line(request, recipe))
+                if request.sample % recipe.prompts.samples == 0:  # one line, however many samples a prompt has
+                    part = recipe.prompts.part_of(request.messages)
+                    file.write(encode_line(Prompt(id=request.prompt_id, **asked_fields(request), part=part)))
         folder.save_recipe(whole)
         for message in _findings(run):
             run.say(message)
@@ -171,15 +169,7 @@ def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Reques
         yield request
 
 
-def _prompt_line(request: Request, recipe: Recipe) -> bytes:
-    """The line of prompts.jsonl: one per prompt, however many samples it has."""
-    return encode_line(
-        Prompt(id=request.prompt_id, **asked_fields(request), part=recipe.prompts.part_of(request.messages))
-    )
-
-
 async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:
-    """Sends what is left, as the recipe says."""
     config = run.recipe.generate
     if config.mode == "batch":
         outcome = await _send_batches(run, signals=signals)

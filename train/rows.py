@@ -132,7 +132,6 @@ def tools_text(tools: list[Json]) -> str | None:
 
 
 def _answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:
-    """The answer as an assistant's turn."""
     turn = template_turns([Message(role="assistant", content=row.text, tool_calls=row.tool_calls)])[0]
     if reasoning == "reasoning_content":
         turn["reasoning_content"] = row.reasoning

@@ -19,14 +19,14 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, get_training_chat_template
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-from pipeline.adapters import ADAPTER
+from pipeline.adapters import ADAPTER, load_merged
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.recipe import TeacherConfig
@@ -94,7 +94,6 @@ class Prepared:
 
     @property
     def too_long(self) -> int:
-        """How many rows were left out."""
         return sum(len(lengths) - len(self.rows[part]) for part, lengths in self.lengths.items())
 
     @property
@@ -248,14 +247,8 @@ def load_start(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
     """
     adapter = start / ADAPTER
     base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
-    try:
-        stored = transformers.AutoConfig.from_pretrained(base).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{start}: cannot load {base}: {first_line(error)}") from None
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, start).merge_and_unload().requires_grad_(True)  # PEFT froze the base
-    return model.to(dtype), stored
+    model, stored = load_merged(base, start if adapter.is_file() else None)
+    return model.requires_grad_(True).to(dtype), stored  # PEFT froze the base
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:

@@ -78,7 +78,6 @@ class Assessment(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, in order."""
     return _WORD.findall(nfc(text).casefold())
 
 

@@ -45,8 +45,9 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
-from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
+from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts
 from filters.rows import filtered_rows
+from pipeline.adapters import measure_weights
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said

@@ -314,8 +314,6 @@ class Source(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One point of the checklist."""
-
     name: str
     wanted: str
     source: Source
@@ -360,7 +358,6 @@ FAILURES = (
 
 
 def print_checklist(found: Checklist, console: Console) -> None:
-    """Two tables: the points, and the failures."""
     for title, points in (("checklist", found.points), ("common failures", found.failures)):
         table = Table("", title, "wanted", "found", pad_edge=False, box=None, padding=(0, 2, 1, 0))
         for point in points:

@@ -49,7 +49,6 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
     model_config = ConfigDict(serialize_by_alias=True)
 
     def normalised(self, text: str) -> str:
-        """A text as it is compared."""
         text = nfc(text)
         text = text.casefold() if self.ignore_case else text
         return " ".join(text.split()) if self.ignore_space else text
