@@ -189,16 +189,9 @@ def check_url(url: str, key: str) -> None:
 
 def headers_of(teacher: TeacherConfig) -> dict[str, str]:
     """What goes with every request: the key, and the recipe's own headers with their variables filled in."""
-    headers = {
-        "Content-Type": "application/json",
-        "User-Agent": f"distillate/{versions()['distillate']}",
-    }
-    key = teacher.api_key()
-    bearer = teacher.api_key_header.lower() == "authorization"
-    if key:
-        secret = key.get_secret_value()
-        headers[teacher.api_key_header] = f"Bearer {secret}" if bearer else secret
-    return {**headers, **{name: _filled(name, value) for name, value in teacher.headers.items()}}
+    headers = {"Content-Type": "application/json", "User-Agent": f"distillate/{versions()['distillate']}"}
+    own = {name: _filled(name, value) for name, value in teacher.headers.items()}
+    return {**headers, **teacher.key_header(), **own}
 
 
 def _filled(name: str, value: str) -> str:

@@ -21,19 +21,18 @@ from rich.console import Console
 from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
-from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
 from generate.metrics import served
 from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display, EndpointCounts, requests_of
-from generate.prompts import grammar_size, iter_prompts
+from generate.prompts import grammar_size
 from generate.turns import described, passes
 from generate.workers import send_from_workers
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Prompt, Request, asked_fields, encode_line
+from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
 from pipeline.rundir import RunDir, replacing
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def pending(recipe: Recipe, run: RunDir) -> int:
     for asking, folder in passes(recipe, run):
         answered, failed = read_journal(folder.completions, Completion), read_journal(folder.failures, Failure)
         counters = Counters()
-        for _ in _surveyed(asking, Left(answered.ids, failed.ids, retry_failures=False), counters):
+        for _ in Left(answered.ids, failed.ids, retry_failures=False).survey(asking, counters):
             pass
         if counters.left:
             return counters.left
@@ -138,7 +137,7 @@ def _opened(
     display = Display(counters, Console(stderr=True), quiet=quiet)
     with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
         with replacing(folder.prompts) as file:
-            for request in _surveyed(recipe, run.left, counters):
+            for request in (job.request for job in run.left.survey(recipe, counters)):
                 if request.sample % recipe.prompts.samples == 0:  # one line, however many samples a prompt has
                     part = recipe.prompts.part_of(request.messages)
                     file.write(encode_line(Prompt(id=request.prompt_id, **asked_fields(request), part=part)))
@@ -153,20 +152,6 @@ def _opened(
                 _save(run)
             raise
         _save(run)
-
-
-def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Request]:
-    """Counts what there is to do and yields every request. So all prompts are checked before any is asked."""
-    for job in build_jobs(iter_prompts(recipe), recipe):
-        request = job.request
-        counters.total += 1
-        counters.prompts += request.sample % recipe.prompts.samples == 0
-        counters.distinct += request.sample == 0
-        if request.id in left.answered:
-            counters.resumed += 1
-        elif request.id in left.failed:
-            counters.failed_before += 1
-        yield request
 
 
 async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:

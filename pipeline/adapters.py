@@ -26,7 +26,7 @@ def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:
         dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the base {base} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"{base}: cannot load this model: {first_line(error)}") from None
     return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model, dtype
 
 

@@ -128,6 +128,11 @@ class TeacherConfig(Section):
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
         return self.model_copy(update={"system": None, "examples": []})
 
+    def key_header(self) -> dict[str, str]:
+        """The header with the key, as it is sent; none without a key."""
+        key, bearer = self.api_key(), self.api_key_header.lower() == "authorization"
+        return {self.api_key_header: f"{'Bearer ' * bearer}{key.get_secret_value()}"} if key else {}
+
     def api_key(self) -> SecretStr | None:
         """The key, from the environment only; None if the variable is unset or empty.
 

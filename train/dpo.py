@@ -14,7 +14,7 @@ from rich.console import Console
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.recipe import Recipe
-from train.machine import check_machine, micro_rows, micro_tokens, wants_checkpointing, weights_dtype
+from train.machine import Setting, check_machine, micro_rows, micro_tokens, wants_checkpointing, weights_dtype
 from train.preferences import Pairs, to_pair
 from train.processes import Processes
 from train.student import load_tokenizer
@@ -55,4 +55,4 @@ def prepare_dpo(
             processing_class=tokenizer,
             peft_config=None if config.weights == "full" else lora_config(config),
         )
-    return ready(trainer, config, dtype, console, processes)
+    return ready(trainer, dtype, Setting(config, folder, console, processes))

@@ -14,13 +14,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import DistillError, RecipeError, first_line
+from pipeline.errors import DistillError, RecipeError
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
-from train.student_trainer import Batch, StudentTrainer, completion_logits
+from train.student import explained
+from train.student_trainer import StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.told import Told, key_of, of_teacher
+from train.tokens import Batch, Told, key_of, of_teacher
 from train.top_k import TopK
 
 FIX = "use train.method: lora or full, which learn from its text"
@@ -34,10 +35,8 @@ def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Co
     known = known_files(reference)
     if known is not None:
         other = "or, with the teacher beside the student, gold"
-        try:
+        with explained(f"teacher.model: cannot load {reference} ({FIX})"):
             difference = differing_tokens(AutoTokenizer.from_pretrained(known), student, texts)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {FIX}") from None
         if difference:
             raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {FIX}, {other}")
     return load_model(reference, console)
@@ -54,7 +53,7 @@ def load_model(reference: str, console: Console) -> Any:
             f"soft distillation needs the teacher's weights, and {reference} has none here; {FIX}, or its distribution "
             "from elsewhere: train.kd.teacher: served or stored"
         )
-    try:
+    with explained(f"teacher.model: cannot load {reference} ({FIX})"):
         folder = resolve_model(reference)
         dtype = torch.bfloat16 if native_bf16() else torch.float32
         size, free = (parameters_of(known, reference) or 0) * dtype.itemsize, free_memory()
@@ -63,8 +62,6 @@ def load_model(reference: str, console: Console) -> Any:
             raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {FIX}")
         console.print(memory)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {FIX}") from None
 
 
 def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
@@ -129,7 +126,7 @@ class TopKTrainer(SoftTrainer):
     from the text alone, with their part of the weight.
     """
 
-    known: TopK  # by the tokens of a row (train.told.key_of); set before training
+    known: TopK  # by the tokens of a row (train.tokens.key_of); set before training
 
     def divergence(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
         rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].sum(dim=1).tolist(), strict=True)

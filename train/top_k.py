@@ -20,8 +20,7 @@ from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
 from train.processes import ALONE, Processes
-from train.tokens import MASKED, TokenRow
-from train.told import Told, key_of, prompt_of
+from train.tokens import MASKED, TokenRow, Told, key_of, prompt_of
 
 # By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
 TopK = dict[bytes, tuple[NDArray[np.int32], NDArray[np.float16]]]
@@ -145,9 +144,7 @@ def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
             self.base_url, self.model = teacher.url.removesuffix("/v1"), teacher.model
             self.session = requests.Session()
             self.session.trust_env = not is_loopback(teacher.url)
-            if key := teacher.api_key():
-                bearer = teacher.api_key_header.lower() == "authorization"
-                self.session.headers[teacher.api_key_header] = f"{'Bearer ' * bearer}{key.get_secret_value()}"
+            self.session.headers.update(teacher.key_header())
 
         def get_sequence_logprobs(self, sequences: Any, prompt_lengths: Any, **more: Any) -> Any:
             own = [list(ids[:length]) for ids, length in zip(sequences, prompt_lengths, strict=True)]

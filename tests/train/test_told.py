@@ -14,8 +14,7 @@ from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, story_rows, tiny_model
 from train.processes import Processes
 from train.rows import to_examples
-from train.tokens import MASKED
-from train.told import before_samples, key_of, of_teacher, told_prompts
+from train.tokens import MASKED, before_samples, key_of, of_teacher, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
 
