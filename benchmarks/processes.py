@@ -19,8 +19,9 @@ import yaml
 
 from benchmarks.measure import flags, show
 from benchmarks.training import made_up_rows
+from evaluate.measure.results import answer_row
 from pipeline.models import resolve_model
-from pipeline.records import Kept, Message, Usage, encode_line
+from pipeline.records import Kept, Message, Prompt, encode_line
 
 WAYS: dict[str, list[str]] = {"one": [], "DDP": ["--multi_gpu"], "FSDP": ["--use_fsdp"]}
 
@@ -45,18 +46,11 @@ def main() -> None:
 
 
 def kept_rows(count: int) -> list[Kept]:
-    fields: dict[str, Any] = {"endpoint": "", "sampling": {}, "finish_reason": "stop", "model": "made up"}
-    fields |= {"usage": Usage(), "latency_s": 0, "attempts": 1, "created": ""}
-    return [
-        Kept(
-            id=f"r{number}",
-            prompt_id=f"p{number}",
-            messages=[Message("user", row["prompt"][0]["content"])],
-            text=row["completion"][0]["content"],
-            **fields,
-        )
-        for number, row in enumerate(made_up_rows(count))
-    ]
+    rows, made = made_up_rows(count), list[Kept]()
+    for number, row in enumerate(rows):
+        prompt = Prompt(id=f"p{number}", messages=[Message("user", row["prompt"][0]["content"])])
+        made.append(answer_row("made up", prompt, row["completion"][0]["content"]))
+    return made
 
 
 def written_recipe(folder: Path, model: str, method: str) -> Path:

@@ -55,7 +55,7 @@ def main() -> None:
     options = flags(__doc__, model="embedded:smollm2-135m", kept="", rows=48, validation=8, epochs=1, rounds=1)
     model = resolve_model(options.model)
     if options.kept:
-        rows = to_examples(read_rows(RunDir(Path(options.kept).parent)))
+        rows = [*to_examples(read_rows(RunDir(Path(options.kept).parent)))]
     else:
         rows = made_up_rows(options.rows + options.validation)
     random.Random(0).shuffle(rows)

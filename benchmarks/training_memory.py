@@ -35,7 +35,7 @@ def first_steps(folder: Path, count: int) -> float:
     from pipeline.rundir import RunDir
     from train.checks.data import row_checks, token_checks
     from train.checks.pair import pair_checks
-    from train.rows import lazy_examples, read_parts
+    from train.rows import read_parts, to_examples
     from train.student import initial_student, load_tokenizer
     from train.trainer import prepare
 
@@ -52,7 +52,7 @@ def first_steps(folder: Path, count: int) -> float:
     student = initial_student(recipe, run, parts.train[:1000])
     checks = [*row_checks(parts, {}, recipe.train)]
     checks += pair_checks(recipe, student, load_tokenizer(student), parts.all, allow_chain=False)
-    examples = {part: lazy_examples(getattr(parts, part), None, None) for part in ("train", "validation")}
+    examples = {part: to_examples(getattr(parts, part)) for part in ("train", "validation")}
     prepared = prepare(student, examples, recipe.train, folder / "training", Console(quiet=True))
     checks += token_checks(prepared, (row.id for row in parts.all), recipe.train)
     next(iter(prepared.trainer.get_train_dataloader()))

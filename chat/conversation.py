@@ -7,7 +7,7 @@ import msgspec
 
 from pipeline.chat import INSTRUCTIONS
 from pipeline.recipe import Recipe
-from pipeline.records import Json, Message, Prompt, read_jsonl
+from pipeline.records import Json, Message, Prompt, as_text, read_jsonl
 from pipeline.rundir import RunDir
 
 QUESTIONS = 50  # to try, at most
@@ -25,10 +25,9 @@ def questions_to_try(recipe: Recipe, run: RunDir) -> list[Json]:
 
 def _questions(recipe: Recipe, run: RunDir) -> Iterator[Json]:
     for prompt in read_jsonl(run.prompts, Prompt):
-        if (prompt.part or recipe.prompts.part_of(prompt.messages)) != "test":
+        if recipe.prompts.part_of_prompt(prompt) != "test":
             continue
         *before, last = prompt.messages
         if last.role == "user" and all(message.role in INSTRUCTIONS for message in before):
-            known = prompt.reference
-            right = known if isinstance(known, str) or known is None else msgspec.json.encode(known).decode()
+            right = None if prompt.reference is None else as_text(prompt.reference)
             yield {"text": last.content, "begin": msgspec.to_builtins(before), "right": right}

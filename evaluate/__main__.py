@@ -8,7 +8,6 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluates the run, and prints the report."""
     parser = stage_parser("evaluate", "Scores and times teacher and student, and writes report.json and report.html.")
     parser.add_argument("--report-only", action="store_true", help="measure nothing: write the report again")
     parser.add_argument("--no-speed", action="store_true", help="start no server: no speed and no probes")

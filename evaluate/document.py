@@ -5,14 +5,12 @@ and its source.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from pipeline.checks import Checklist
-from pipeline.errors import DataError
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir
 
 SCHEMA = 4
 
@@ -20,7 +18,6 @@ SCHEMA = 4
 # whose answers are verified (see Accuracy).
 Part = Literal["test", "engine", "all", "seen", "unseen", "verified", "verified_unseen"]
 Better = Literal["higher", "lower"]
-File = TypeVar("File")
 
 
 def number(value: float) -> str:
@@ -300,24 +297,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     wins: list[WinRate] = []  # the same pairs, by the judge; empty without a judge
 
 
-def write_report(run: RunDir, report: Report) -> None:
-    with replacing(run.report) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-
-
 def read_report(run: RunDir) -> Report | None:
     """The report on disk; None if there is none or it is of another version."""
     try:
         return msgspec.json.decode(run.report.read_bytes(), type=Report)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-
-
-def read_stage_file(path: Path, kind: type[File], fix: str) -> File | None:
-    """Another stage's file; None if there is none. Raises DataError if it is not what that stage writes."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        return None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: {error}; {fix}") from None

@@ -7,19 +7,18 @@ folder (evaluation/<model>-merged), so that the engine runs it at full speed. Sc
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, digest_files, weight_files, whole_model
+from pipeline.adapters import ADAPTER, digest_files, measure_weights, weight_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DataError, DistillError
@@ -53,13 +52,6 @@ class Subject:
     folder: Path | None  # weights and tokenizer; None if they are not on this machine
     adapter: Path | None = None  # a PEFT adapter over `folder`
     missing: str = ""  # why there is no folder
-
-
-class Weights(NamedTuple):
-    """A model's size, as its safetensors files hold it. An adapter that is merged adds nothing."""
-
-    parameters: int
-    size_bytes: int
 
 
 def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
@@ -116,29 +108,6 @@ def _teacher(recipe: Recipe) -> Subject:
         except DistillError as error:
             missing = str(error)
     return Subject(TEACHER, "teacher", reference, folder, missing=missing)
-
-
-def measure_weights(folder: Path) -> Weights | None:
-    """Parameters and bytes from the headers of the safetensors files; None if there are none.
-
-    Tied weights are stored, and counted, once. Source of the format: the safetensors README (8 bytes of length,
-    then a JSON header).
-    """
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = [folder / name for name in names]
-    if not all(file.is_file() for file in files):
-        return None
-    parameters = size = 0
-    for path in files:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            parameters += math.prod(tensor["shape"])
-            start, end = tensor["data_offsets"]
-            size += end - start
-    return Weights(parameters, size)
 
 
 def digest_subject(subject: Subject) -> str:

@@ -270,5 +270,4 @@ def _record(run: RunDir, report: Report) -> None:
 
 
 def say(text: str) -> None:
-    """Tells a person about the progress."""
     print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """The answer as the rules see it, and what every rule's settings have in common. Reads and writes nothing."""
 
+import re
 import unicodedata
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,6 +12,17 @@ from pipeline.records import Completion, Json, Reason, Slots
 
 nfc = partial(unicodedata.normalize, "NFC")
 Nfc = Annotated[str, AfterValidator(nfc)]  # a setting that is compared with an answer
+
+
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_regular)]  # a regular expression of a recipe
 
 UNVERIFIED = "unverified"  # the rule of a reason to drop an answer that could not be checked: not the answer's fault
 

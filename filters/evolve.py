@@ -28,7 +28,7 @@ from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.lineage import budget_left
 from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, read_jsonl, said
-from pipeline.rundir import RunDir, replacing, write_jsonl
+from pipeline.rundir import RunDir, write_json, write_jsonl
 
 ROUNDS = 2
 NEAR = 0.7  # Jaccard: the default threshold (Self-Instruct leaves out a ROUGE-L of 0.7 and more)
@@ -79,8 +79,6 @@ class Question(NamedTuple):
 
 
 class Round(msgspec.Struct, kw_only=True):
-    """What one round brought."""
-
     asked: int
     failed: int  # for good: no answer
     new: int = 0
@@ -134,8 +132,7 @@ def evolve(
         prompts += _new_prompts(questions, asked, distinct, done[-1], number)
     write_jsonl(run.path / "evolved.jsonl", prompts)
     report = _report(seeds, prompts, done)
-    with replacing(run.path / "evolve" / "report.json") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    write_json(run.path / "evolve" / "report.json", report)
     if stopped:
         raise BudgetReached(f"{stopped}; {len(prompts)} prompts are in {run.path / 'evolved.jsonl'}")
     return report
@@ -227,7 +224,6 @@ def _report(seeds: Sequence[Prompt], prompts: Sequence[Prompt], rounds: list[Rou
 
 
 def describe(report: Report, path: Path) -> list[str]:
-    """The report in a few lines."""
     lines = []
     for number, one in enumerate(report.rounds, start=1):
         why = "".join(f", {count:,} {reason.replace('_', ' ')}" for reason, count in sorted(one.left_out.items()))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from filters.answer import Answer, TextSettings, nfc
+from filters.answer import Answer, Pattern, TextSettings, nfc
 from pipeline.records import Reason
 
 CLOSING_CHARS = 200  # how much of the end is searched for a closing remark
@@ -92,19 +92,9 @@ _LATIN = re.compile("[A-Za-zſıİ]")
 _OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
 
 
-def _regular(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
-    return nfc(pattern)
-
-
-Pattern = Annotated[str, AfterValidator(_regular)]
-
-
 class MetaTalkSettings(TextSettings):
-    patterns: list[Pattern] = Field([])  # regular expressions of your own, searched for anywhere, case ignored
+    # regular expressions of your own, searched for anywhere, case ignored
+    patterns: list[Annotated[Pattern, AfterValidator(nfc)]] = Field([])
     builtin: bool = True  # False: only your own
 
     @cached_property

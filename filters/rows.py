@@ -1,11 +1,15 @@
-"""Rows of kept.jsonl and dropped.jsonl: read, and made of a completion's line. Writes nothing."""
+"""Rows of kept.jsonl and dropped.jsonl, read and made of a completion's line; how the stage's files appear together."""
 
-from collections.abc import Iterator
-from typing import Any
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import msgspec
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, DistillError
 from pipeline.records import Completion, Dropped, Kept, Reason, read_jsonl
 from pipeline.rundir import RunDir
 
@@ -44,3 +48,34 @@ def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
         yield from read_jsonl(run.dropped, Dropped)
     except DataError as error:
         raise DataError(f"{error}; if another version wrote it, filter again") from None
+
+
+@contextmanager
+def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequence[BinaryIO]]:
+    """Opens files that take the places of `paths`, all of them, when the block ends well; none otherwise.
+
+    All are on disk before the first is renamed, and no signal comes between the renames. Then `stale` files go away.
+    """
+    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(temporary.open("wb")) for temporary in temporaries]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for temporary, path in zip(temporaries, paths, strict=True):
+                temporary.replace(path)
+            for path in stale:
+                path.unlink(missing_ok=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    except OSError as error:
+        raise DistillError(
+            f"{error.filename or paths[0].parent}: {error.strerror}; no old file was replaced"
+        ) from error
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)

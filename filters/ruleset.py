@@ -84,7 +84,6 @@ class RuleSet:
 
     @property
     def verifies(self) -> bool:
-        """Whether a rule says which answers are right."""
         return any(rule.rule.verifies for rule in self.rules)
 
     @property
@@ -112,7 +111,6 @@ class RuleSet:
         return Checked(reasons, scores, result)
 
     def reasons(self, answer: Answer) -> list[Reason]:
-        """Why the answer is dropped, in the recipe's order; empty if it is kept."""
         return self.check(answer).reasons
 
 

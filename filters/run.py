@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,13 +33,12 @@ from filters.fresh import fresh_values
 from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
 from filters.minhash import Array
-from filters.output import staged
 from filters.preferences import write_preferences
 from filters.report import FilterReport, PromptCounts, make_report
-from filters.rows import completion_part, decode_kept, dropped_line, kept_line
+from filters.rows import completion_part, decode_kept, dropped_line, kept_line, staged
 from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
-from filters.stream import Work, in_blocks
+from filters.stream import in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import read_lineage, record_lineage, versions
@@ -54,16 +53,10 @@ class LowKeepRate(DistillError):
     """Fewer answers were kept than the recipe's floor; the files are written."""
 
 
-class InBlocks(Protocol):
-    """Yields what `work` makes of each block of a file, in order, as filters.stream.in_blocks does."""
-
-    def __call__(self, path: Path, work: Work[Block], *, slow: bool) -> Generator[Block, None, None]: ...
-
-
 class Machine(NamedTuple):
     """Where the work that takes long is done: here, or on a cluster (scale.filtering). The outcome is the same."""
 
-    in_blocks: InBlocks = in_blocks
+    in_blocks: Callable[..., Generator[Block, None, None]] = in_blocks
     sketch_file: Callable[[Source, DedupConfig], list[Array]] = sketch_file
     search: Searching = Search
 
@@ -80,7 +73,6 @@ class Survivors:
 
     @property
     def alive(self) -> Array:
-        """Whether each is still there."""
         alive = np.ones(len(self.samples), bool)
         alive[[*self.gone]] = False
         return alive
@@ -291,6 +283,7 @@ def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dic
         "rules": rules.described(),
         **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
+        "prompts": report.prompts.prompts if report.prompts else None,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }

@@ -45,7 +45,6 @@ def character_class(*scripts: str) -> str:
 
 
 def count_script(text: str, script: str) -> int:
-    """How many characters of a text belong to the script."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     wrapped = (codes - first <= size for first, size in _STARTS[script])  # what is under `first` becomes very large
     return int(sum(map(np.count_nonzero, wrapped)))

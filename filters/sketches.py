@@ -61,7 +61,6 @@ class Sketches(NamedTuple):
     kinds: Array  # the Kind of each row
 
     def source(self, row: int) -> int:
-        """The index of the row's source."""
         return bisect_right(self.first, row) - 1
 
 
@@ -108,7 +107,6 @@ def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
 
 
 def joined(parts: Sequence[tuple[Source, Sequence[Array]]], config: DedupConfig) -> Sketches:
-    """All rows of all sources."""
     sources, counts = [source for source, _ in parts], [sum(map(len, sketches)) for _, sketches in parts]
     rows = np.concatenate([one for _, sketches in parts for one in sketches] or [sketch([], config)])
     kinds = np.repeat([source.kind for source in sources], counts)

@@ -21,8 +21,6 @@ MOST_VALUES = 500  # distinct values of a slot; with more, a rate by value says 
 
 @dataclass(frozen=True)
 class Example:
-    """One answer that a rule dropped."""
-
     id: str
     reason: str
     text: str  # its first EXAMPLE_CHARS characters

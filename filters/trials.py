@@ -52,7 +52,6 @@ class DryRun:
     first: dict[bool, list[Flip]] = field(default_factory=lambda: {True: [], False: []})
 
     def add(self, row: Completion, reasons: Sequence[Reason], *, kept: bool) -> None:
-        """Counts a row that would change to that side."""
         self.count[kept] += 1
         if len(self.first[kept]) < SHOWN:
             self.first[kept].append((row, reasons))
@@ -60,8 +59,6 @@ class DryRun:
 
 @dataclass(frozen=True)
 class Subset:
-    """One share of a run."""
-
     percent: int
     run: RunDir
     rows: int
@@ -85,7 +82,6 @@ def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
 
 
 def print_dry_run(result: DryRun, console: Console) -> None:
-    """Both directions side by side, then the counts."""
     dropped, kept = result.count[False], result.count[True]
     if dropped or kept:
         table = Table(f"kept, would be dropped ({dropped:,})", f"dropped, would be kept ({kept:,})", show_lines=True)
@@ -190,7 +186,6 @@ def _write(run: RunDir, percent: int, count: int, order: dict[str, int], total: 
 
 
 def print_sweep(subsets: Sequence[Subset], console: Console) -> None:
-    """A table, and what to do next."""
     table = Table("share", "answers", "of them dropped by rules", "judge's mean", "run")
     for one in subsets:
         score = "-" if one.mean_score is None else f"{one.mean_score:.2f}"

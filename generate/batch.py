@@ -129,7 +129,6 @@ class Batches:
             poll_s = min(poll_s * 1.5, self._config.batch_poll_s)
 
     async def _advance(self, chunk: Chunk) -> None:
-        """Takes a chunk as far as it goes now."""
         if chunk.file_id is None:
             chunk.file_id = await self._api.upload(self._folder.file(chunk, "input"))
             self._folder.save()
@@ -153,7 +152,6 @@ class Batches:
             await self._end(chunk, batch)
 
     async def _end(self, chunk: Chunk, batch: Batch) -> None:
-        """Collects what there is of a batch that has ended."""
         errors = (batch.errors.data if batch.errors else None) or []
         if batch.status == "failed" and any(error.code == FULL for error in errors):
             chunk.batch_id, chunk.status = None, FULL

@@ -45,7 +45,6 @@ class BatchApi:
         )
 
     async def upload(self, path: Path) -> str:
-        """Uploads a file of requests; returns its id."""
         with path.open("rb") as file:
             return (await self.client.files.create(file=file, purpose="batch")).id
 
@@ -59,7 +58,6 @@ class BatchApi:
         return None
 
     async def create(self, chunk: str, file_id: str) -> Batch:
-        """Creates the batch of a chunk."""
         return await self.client.batches.create(
             input_file_id=file_id,
             endpoint="/v1/chat/completions",
@@ -68,7 +66,6 @@ class BatchApi:
         )
 
     async def retrieve(self, batch_id: str) -> Batch:
-        """A batch as it is now."""
         return await self.client.batches.retrieve(batch_id)
 
     async def download(self, file_id: str, path: Path) -> None:

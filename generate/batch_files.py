@@ -16,9 +16,8 @@ import msgspec
 
 from generate.jobs import Job
 from generate.reply import Answer, Fault, read_answer, read_error
-from pipeline.errors import DataError
-from pipeline.records import read_jsonl
-from pipeline.rundir import replacing
+from pipeline.records import read_json, read_jsonl
+from pipeline.rundir import replacing, write_json
 
 MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
@@ -37,8 +36,6 @@ class Chunk(msgspec.Struct, kw_only=True):
 
 
 class State(msgspec.Struct, kw_only=True):
-    """All of a run's chunks."""
-
     key: str  # tells this run's batches from others of the same account
     chunks: list[Chunk] = []
 
@@ -50,14 +47,8 @@ class Folder:
         """Raises DataError if the state exists and cannot be read."""
         self.path, self._file = path, path / "state.json"
         path.mkdir(parents=True, exist_ok=True)
-        try:
-            self.state = msgspec.json.decode(self._file.read_bytes(), type=State)
-        except FileNotFoundError:
-            self.state = State(key=uuid4().hex)
-        except msgspec.DecodeError as error:
-            raise DataError(
-                f"{self._file}: {error}; it says which batches are under way: fix it, or move {path} away to ask again"
-            ) from None
+        fix = f"it says which batches are under way: fix it, or move {path} away to ask again"
+        self.state = read_json(self._file, State, fix) or State(key=uuid4().hex)
 
     @property
     def live(self) -> list[Chunk]:
@@ -65,8 +56,7 @@ class Folder:
         return [chunk for chunk in self.state.chunks if not chunk.collected]
 
     def save(self) -> None:
-        with replacing(self._file) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(self.state)) + b"\n")
+        write_json(self._file, self.state)
 
     def file(self, chunk: Chunk, kind: str) -> Path:
         """A chunk's `input`, `output` or `error` file."""

@@ -23,10 +23,10 @@ from generate.jobs import WHOLE, Partition
 from generate.journal import Contents
 from generate.prices import PICO, Price, price_of
 from generate.tokens import bound
-from pipeline.errors import BudgetReached, DataError, RecipeError
+from pipeline.errors import BudgetReached, RecipeError
 from pipeline.recipe import BudgetConfig, Recipe
-from pipeline.records import Usage
-from pipeline.rundir import RunDir, replacing
+from pipeline.records import Usage, read_json
+from pipeline.rundir import RunDir, write_json
 
 AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
 
@@ -236,15 +236,9 @@ def known_price(recipe: Recipe) -> Price | None:
 
 def read_account(file: Path) -> Account:
     """A spend file; empty if there is none. Raises DataError."""
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Account)
-    except FileNotFoundError:
-        return Account()
-    except msgspec.DecodeError as error:
-        raise DataError(f"{file}: {error}; without it the budget cannot be kept") from None
+    return read_json(file, Account, "without it the budget cannot be kept") or Account()
 
 
 def write_account(file: Path, account: Account) -> None:
     """Replaces a spend file."""
-    with replacing(file) as out:
-        out.write(msgspec.json.encode(account) + b"\n")
+    write_json(file, account)

@@ -33,8 +33,6 @@ KEEPALIVE_S = 4.0  # vLLM closes an idle connection after 5: close first, so tha
 
 
 class Reply(NamedTuple):
-    """A whole HTTP reply."""
-
     status: int
     headers: Mapping[str, str]
     body: bytes
@@ -191,16 +189,9 @@ def check_url(url: str, key: str) -> None:
 
 def headers_of(teacher: TeacherConfig) -> dict[str, str]:
     """What goes with every request: the key, and the recipe's own headers with their variables filled in."""
-    headers = {
-        "Content-Type": "application/json",
-        "User-Agent": f"distillate/{versions()['distillate']}",
-    }
-    key = teacher.api_key()
-    bearer = teacher.api_key_header.lower() == "authorization"
-    if key:
-        secret = key.get_secret_value()
-        headers[teacher.api_key_header] = f"Bearer {secret}" if bearer else secret
-    return {**headers, **{name: _filled(name, value) for name, value in teacher.headers.items()}}
+    headers = {"Content-Type": "application/json", "User-Agent": f"distillate/{versions()['distillate']}"}
+    own = {name: _filled(name, value) for name, value in teacher.headers.items()}
+    return {**headers, **teacher.key_header(), **own}
 
 
 def _filled(name: str, value: str) -> str:
@@ -211,7 +202,6 @@ def _filled(name: str, value: str) -> str:
 
 
 def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
-    """The error for an endpoint that is not there."""
     if is_private(url):
         fix = "start the teacher with `make serve`, or set teacher.base_url to one that runs"
     else:

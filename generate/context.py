@@ -39,6 +39,19 @@ class Left:
         """Streams them."""
         return (job for job in build_jobs(iter_prompts(recipe), recipe, partition) if self.has(job))
 
+    def survey(self, recipe: Recipe, counters: Counters) -> Iterator[Job]:
+        """Yields every job, asked or not, and counts them. So all prompts are checked before any is asked."""
+        for job in build_jobs(iter_prompts(recipe), recipe):
+            request = job.request
+            counters.total += 1
+            counters.prompts += request.sample % recipe.prompts.samples == 0
+            counters.distinct += request.sample == 0
+            if request.id in self.answered:
+                counters.resumed += 1
+            elif request.id in self.failed:
+                counters.failed_before += 1
+            yield job
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

@@ -59,8 +59,6 @@ _encoder = msgspec.json.Encoder()
 
 
 class Manner(NamedTuple):
-    """How the teacher is asked."""
-
     left_out: frozenset[str] = frozenset()
     limit: str = "max_tokens"
     role: str | None = None  # for the instructions; None: as they come

@@ -5,18 +5,16 @@ the run already has say how many to expect, and without answers there is an uppe
 bound, and an expected number once there are answers. Attempts that fail after the teacher has worked on them cost more.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left
 from generate.dialect import Dialect
-from generate.jobs import Job, build_jobs, shared
+from generate.jobs import shared
 from generate.journal import read_journal
 from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
-from generate.progress import requests_of
-from generate.prompts import iter_prompts
+from generate.progress import Counters, requests_of
 from generate.tokens import bound, counter
 from pipeline.address import is_private
 from pipeline.recipe import Recipe
@@ -66,7 +64,8 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
-    jobs = _left(recipe, left, dry)
+    counters = Counters()
+    jobs = filter(left.has, left.survey(recipe, counters))
     for job in shared(jobs) if recipe.generate.share_prompt else jobs:
         dry.sent += 1
         dry.to_ask += job.choices
@@ -76,7 +75,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
         dry.prompt_tokens += tokens
         dry.long_prompts += tokens > PRICED_TOKENS
         dry.reserved_tokens = max(dry.reserved_tokens, most - tokens)
-    dry.prompts = dry.requests // recipe.prompts.samples
+    dry.prompts, dry.requests, dry.answered = counters.prompts, counters.total, counters.resumed
     dry.completion_tokens = dry.to_ask * recipe.sampling.max_tokens
     dry.expected_prompt_tokens = dry.prompt_tokens if dry.counted else None
     if len(found.ids) >= ENOUGH_ANSWERS and found.completion_tokens:
@@ -87,17 +86,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     return dry
 
 
-def _left(recipe: Recipe, left: Left, dry: DryRun) -> Iterator[Job]:
-    """The jobs that are left. Counts all into `dry`."""
-    for job in build_jobs(iter_prompts(recipe), recipe):
-        dry.requests += 1
-        dry.answered += job.request.id in left.answered
-        if left.has(job):
-            yield job
-
-
 def describe(recipe: Recipe, dry: DryRun) -> list[str]:
-    """The plan in a few lines."""
     if dry.counted:
         prompts = f"prompt tokens: {dry.prompt_tokens:,} counted with the teacher's tokenizer"
     else:

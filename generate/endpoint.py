@@ -82,7 +82,6 @@ class Endpoint:
         return self.limits.delay(tokens, now)
 
     def begin(self, tokens: int, choices: int, now: float) -> None:
-        """A request goes out."""
         self.in_flight += choices
         if self.down_since is not None:
             self._probe_sent = now
@@ -125,7 +124,6 @@ class Endpoint:
         return self._steps + 1 if sent > self._stepped_at else 0
 
     def failed(self, request_id: str, fault: Fault, sent: float, now: float) -> None:
-        """An attempt failed."""
         self.counts.faults[fault.error] = self.counts.faults.get(fault.error, 0) + 1
         if fault.error in CONGESTED:
             self._concurrency.congested(sent, now)

@@ -97,7 +97,6 @@ class Fleet:
             self._place[endpoint] = None
 
     def count(self) -> None:
-        """Brings the counts of all endpoints up to date."""
         for endpoint in self._place:
             endpoint.count()
 
@@ -128,7 +127,6 @@ class Fleet:
         self._changed()
 
     def _divide(self) -> None:
-        """Divides the connections among the endpoints."""
         if self._most:
             for endpoint in self._place:
                 endpoint.most = max(self._most // len(self._place), 1)

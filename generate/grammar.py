@@ -44,7 +44,6 @@ class Grammar:
         return self._template.format_map(_words(slots)), slots
 
     def reference(self, slots: Slots) -> Any:
-        """The reference of the prompt with these values."""
         words = _words(slots)
         return _filled(self._reference, lambda text: text.format_map(words))
 

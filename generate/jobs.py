@@ -43,7 +43,6 @@ class Job:
 
     @property
     def requests(self) -> list[Request]:
-        """All of them."""
         return [self.request, *self.others]
 
     @property

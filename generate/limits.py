@@ -99,7 +99,6 @@ class Limits:
         return news
 
     def paused_s(self, now: float) -> float:
-        """Seconds of the pause that are left."""
         return max(self._paused_until - now, 0.0)
 
     def learn(self, headers: Mapping[str, str], now: float) -> str | None:

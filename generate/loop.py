@@ -189,36 +189,31 @@ class Loop:
         for part, outcome in parts:
             if isinstance(outcome, Fault):
                 await self._follow(attempt._replace(job=part), outcome, now)
-        usage = reply.usage
-        budget.settle(attempt.reservation, usage, billed=reply.maybe_billed, journaled=journaled)
+        usage, billed = reply.usage, isinstance(reply, Choices) or reply.maybe_billed
+        budget.settle(attempt.reservation, usage, billed=billed, journaled=journaled)
         if usage and usage.prompt_tokens:
             self._tokens_per_byte += 0.02 * (usage.prompt_tokens / len(job.body) - self._tokens_per_byte)
         if endpoint.limits.any and usage and usage.prompt_tokens is not None:
             endpoint.limits.settle(attempt.tokens, usage.prompt_tokens + (usage.completion_tokens or 0), now)
 
     async def _follow(self, attempt: Attempt, fault: Fault, now: float) -> None:
-        """Decides what follows from a fault, and does it."""
-        verdict = decide(fault, attempt.job, self._state(attempt, fault, now), self._config)
-        attempt.endpoint.failed(attempt.job.request.id, fault, attempt.sent, now)
-        await self._carry_out(verdict, attempt, fault, now)
-
-    def _state(self, attempt: Attempt, reply: Fault, now: float) -> State:
-        """What `decide` may know."""
         job, endpoint = attempt.job, attempt.endpoint
-        return State(
+        state = State(
             endpoint.name,
             key=endpoint.client.key,
             down=endpoint.down_since is not None,
             failing=endpoint.failing_with(job.request.id),
             step=endpoint.step(attempt.sent),
             all_down_s=self._fleet.all_down_s(now),
-            refused_alike=self._refused_alike(reply),
+            refused_alike=self._refused_alike(fault),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
-            teaches=self._dialect.teaches(reply, job),
+            teaches=self._dialect.teaches(fault, job),
         )
+        verdict = decide(fault, job, state, self._config)
+        endpoint.failed(job.request.id, fault, attempt.sent, now)
+        await self._carry_out(verdict, attempt, fault, now)
 
     async def _carry_out(self, verdict: Verdict, attempt: Attempt, fault: Fault, now: float) -> None:
-        """Does what `decide` says."""
         job, endpoint = attempt.job, attempt.endpoint
         match verdict:
             case Pause():

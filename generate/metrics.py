@@ -5,9 +5,9 @@ Reads the run's counters when it is asked; costs nothing in between. docs/grafan
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from generate.progress import Counters, EndpointCounts
+from generate.progress import Counters
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import GenerateConfig
 
@@ -45,12 +45,6 @@ def served(config: GenerateConfig, counters: Counters, cost: Callable[[], float 
         thread.join()
 
 
-class _Add(Protocol):
-    """Adds a value to a metric, under its labels."""
-
-    def __call__(self, name: str, labels: list[str], value: float) -> None: ...
-
-
 class _Collector:
     """Makes the metrics of the counters as they are."""
 
@@ -69,7 +63,15 @@ class _Collector:
             metrics[name].add_metric(labels, value)
 
         for endpoint, counts in self._counters.by_endpoint().items():
-            _add_endpoint(add, endpoint, counts)
+            for outcome, number in {"answered": counts.answered, **counts.faults}.items():
+                add("requests", [endpoint, outcome], number)
+            for reason, number in counts.retries.copy().items():
+                add("retries", [endpoint, reason], number)
+            add("tokens", [endpoint, "prompt"], counts.prompt_tokens)
+            add("tokens", [endpoint, "completion"], counts.completion_tokens)
+            add("in_flight", [endpoint], counts.in_flight)
+            add("in_flight_limit", [endpoint], counts.limit)
+            add("up", [endpoint], counts.up)
         counters = self._counters
         done = {"answered": counters.resumed + counters.answered, "failed": counters.failed_before + counters.failed}
         for state, value in {**done, "waiting": counters.waiting, "left": counters.left}.items():
@@ -90,15 +92,3 @@ METRICS: tuple[tuple[str, bool, str, list[str]], ...] = (
     ("run_requests", False, "Requests of the run; waiting: for a retry, and among those left", ["state"]),
     ("cost_usd", False, "USD spent by all calls of the run, with what requests in flight may cost", []),
 )
-
-
-def _add_endpoint(add: _Add, endpoint: str, counts: EndpointCounts) -> None:
-    for outcome, number in {"answered": counts.answered, **counts.faults}.items():
-        add("requests", [endpoint, outcome], number)
-    for reason, number in counts.retries.copy().items():
-        add("retries", [endpoint, reason], number)
-    add("tokens", [endpoint, "prompt"], counts.prompt_tokens)
-    add("tokens", [endpoint, "completion"], counts.completion_tokens)
-    add("in_flight", [endpoint], counts.in_flight)
-    add("in_flight_limit", [endpoint], counts.limit)
-    add("up", [endpoint], counts.up)

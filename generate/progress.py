@@ -73,7 +73,6 @@ class Counters:
         return self.total - self.done
 
     def snapshot(self) -> dict[str, Any]:
-        """The counts as plain values."""
         return {name: getattr(self, name) for name in SUMMED} | {
             "models": sorted(self.models),
             "errors": dict(self.errors),
@@ -126,7 +125,6 @@ class Display:
         self._bar.stop()
 
     def tick(self) -> None:
-        """Shows where the run is now."""
         now, counters = time.monotonic(), self._counters
         self._samples.append((now, counters.done, counters.completion_tokens))
         while self._samples[0][0] < now - WINDOW_S:

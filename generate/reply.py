@@ -58,10 +58,6 @@ class Choices(NamedTuple):
     outcomes: list[Answer | Fault]
     usage: Usage  # of all of them; each has its part of it
 
-    @property
-    def maybe_billed(self) -> bool:
-        return True
-
 
 class _Details(msgspec.Struct):
     reasoning_tokens: _Tokens | None = None
@@ -127,8 +123,6 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
 
 
 class _Parts(NamedTuple):
-    """What a choice says."""
-
     reasoning: str
     text: str
     calls: list[Json]

@@ -21,19 +21,18 @@ from rich.console import Console
 from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
-from generate.jobs import build_jobs
 from generate.journal import Contents, read_journal
 from generate.metrics import served
 from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display, EndpointCounts, requests_of
-from generate.prompts import grammar_size, iter_prompts
+from generate.prompts import grammar_size
 from generate.turns import described, passes
 from generate.workers import send_from_workers
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Prompt, Request, asked_fields, encode_line
+from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
 from pipeline.rundir import RunDir, replacing
 
 if TYPE_CHECKING:
@@ -114,12 +113,9 @@ def pending(recipe: Recipe, run: RunDir) -> int:
     Of a recipe with `prompts.user` those of the first pass that has any: the next ones depend on their answers.
     """
     for asking, folder in passes(recipe, run):
-        answered, failed = (
-            read_journal(path, kind).ids
-            for path, kind in ((folder.completions, Completion), (folder.failures, Failure))
-        )
+        answered, failed = read_journal(folder.completions, Completion), read_journal(folder.failures, Failure)
         counters = Counters()
-        for _ in _surveyed(asking, Left(answered, failed, retry_failures=False), counters):
+        for _ in Left(answered.ids, failed.ids, retry_failures=False).survey(asking, counters):
             pass
         if counters.left:
             return counters.left
@@ -141,9 +137,10 @@ def _opened(
     display = Display(counters, Console(stderr=True), quiet=quiet)
     with opened_run(recipe, folder, counters, say=display.say, show=display.tick, retry_failures=retry_failures) as run:
         with replacing(folder.prompts) as file:
-            for request in _surveyed(recipe, run.left, counters):
-                if request.sample % recipe.prompts.samples == 0:
-                    file.write(_prompt_line(request, recipe))
+            for request in (job.request for job in run.left.survey(recipe, counters)):
+                if request.sample % recipe.prompts.samples == 0:  # one line, however many samples a prompt has
+                    part = recipe.prompts.part_of(request.messages)
+                    file.write(encode_line(Prompt(id=request.prompt_id, **asked_fields(request), part=part)))
         folder.save_recipe(whole)
         for message in _findings(run):
             run.say(message)
@@ -157,29 +154,7 @@ def _opened(
         _save(run)
 
 
-def _surveyed(recipe: Recipe, left: Left, counters: Counters) -> Iterator[Request]:
-    """Counts what there is to do and yields every request. So all prompts are checked before any is asked."""
-    for job in build_jobs(iter_prompts(recipe), recipe):
-        request = job.request
-        counters.total += 1
-        counters.prompts += request.sample % recipe.prompts.samples == 0
-        counters.distinct += request.sample == 0
-        if request.id in left.answered:
-            counters.resumed += 1
-        elif request.id in left.failed:
-            counters.failed_before += 1
-        yield request
-
-
-def _prompt_line(request: Request, recipe: Recipe) -> bytes:
-    """The line of prompts.jsonl: one per prompt, however many samples it has."""
-    return encode_line(
-        Prompt(id=request.prompt_id, **asked_fields(request), part=recipe.prompts.part_of(request.messages))
-    )
-
-
 async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:
-    """Sends what is left, as the recipe says."""
     config = run.recipe.generate
     if config.mode == "batch":
         outcome = await _send_batches(run, signals=signals)

@@ -70,7 +70,6 @@ def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
 
 
 def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:
-    """The recipe with the user in the teacher's place."""
     teacher = recipe.teacher.told_nothing()
     if user.model or user.base_url:
         model, url = user.model or teacher.model, user.base_url or teacher.base_url

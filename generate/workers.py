@@ -77,7 +77,6 @@ class _Workers:
         self._interrupted = True
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the children that are still there."""
         for child in self._children:
             with suppress(ProcessLookupError):
                 child.send_signal(number)

@@ -1,8 +1,10 @@
-"""Merges an adapter into its base: an ordinary model, which engines serve and users can be given."""
+"""The weights in a folder: an adapter merged into its base, which engines serve and users can be given; their size."""
 
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipeline.errors import UsageError, first_line
 from pipeline.rundir import replacing_folder
@@ -11,25 +13,32 @@ ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
 
 
-def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
-    """Adds the adapter to the base in float32 and saves the sum in the base's dtype, with the adapter's tokenizer.
+def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:
+    """The base in float32, with the adapter added to it; and the dtype that the base is stored in.
 
     Raises UsageError if the base cannot be loaded.
     """
     import torch
-    import transformers
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
         dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the base {base} cannot be loaded: {first_line(error)}") from None
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype).save_pretrained(target)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+        raise UsageError(f"{base}: cannot load this model: {first_line(error)}") from None
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model, dtype
+
+
+def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
+    """Saves the base with the adapter added, in the base's dtype, with the adapter's tokenizer."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, dtype = load_merged(base, adapter)
+    model.to(dtype).save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
 
 
 def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
@@ -60,3 +69,31 @@ def weight_files(folder: Path) -> list[Path]:
     """What decides what a model in a folder says."""
     names = ("*.safetensors", "config.json", ADAPTER, "chat_template.jinja", "tokenizer_config.json")
     return sorted(path for name in names for path in folder.glob(name))
+
+
+class Weights(NamedTuple):
+    """A model's size, as its safetensors files hold it: tied weights are stored, and counted, once."""
+
+    parameters: int
+    size_bytes: int
+
+
+def measure_weights(folder: Path) -> Weights | None:
+    """A model's size, from the headers of its safetensors files; None if there are none.
+
+    Source of the format: the safetensors README (8 bytes of length, then a JSON header).
+    """
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if not all((folder / name).is_file() for name in names):
+        return None
+    parameters = size = 0
+    for name in names:
+        with (folder / name).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            parameters += math.prod(tensor["shape"])
+            start, end = tensor["data_offsets"]
+            size += end - start
+    return Weights(parameters, size)

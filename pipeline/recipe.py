@@ -24,7 +24,7 @@ from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, Rul
 from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
-from pipeline.records import Json, Message, Part, folded
+from pipeline.records import Json, Message, Part, Prompt, folded
 from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, PriceConfig, Section
 from pipeline.student_config import StudentConfig, is_file_name
@@ -127,6 +127,11 @@ class TeacherConfig(Section):
     def told_nothing(self) -> "TeacherConfig":
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
         return self.model_copy(update={"system": None, "examples": []})
+
+    def key_header(self) -> dict[str, str]:
+        """The header with the key, as it is sent; none without a key."""
+        key, bearer = self.api_key(), self.api_key_header.lower() == "authorization"
+        return {self.api_key_header: f"{'Bearer ' * bearer}{key.get_secret_value()}"} if key else {}
 
     def api_key(self) -> SecretStr | None:
         """The key, from the environment only; None if the variable is unset or empty.
@@ -232,6 +237,10 @@ class PromptsConfig(Section):
         if self.validation + self.test >= 1:
             raise ValueError(f"validation {self.validation} and test {self.test} leave no prompt to train on")
         return self
+
+    def part_of_prompt(self, prompt: Prompt) -> Part:
+        """The part that a prompt of the run is in."""
+        return prompt.part or self.part_of(prompt.messages)
 
     def part_of(self, messages: Sequence[Message]) -> Part:
         """What a prompt is for: training, validation or test. A conversation that `user` continued: as it began."""

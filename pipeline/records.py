@@ -169,7 +169,13 @@ def question_text(messages: Sequence[Message]) -> str:
     return "\0".join(folded(part) for message in messages for part in (message.role, said(message)))
 
 
+def as_text(value: Any) -> str:
+    """A JSON value, a reference for one, as people read it: a text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else _encoder.encode(value).decode()
+
+
 Record = TypeVar("Record", bound=msgspec.Struct)
+Value = TypeVar("Value")
 
 _encoder = msgspec.json.Encoder()
 
@@ -197,3 +203,13 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
                 yield decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}:{number}: {error}") from None
+
+
+def read_json(path: Path, kind: type[Value], fix: str) -> Value | None:
+    """The value of a JSON file; None if there is no file. Raises DataError, with the fix, if it is no `kind`."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: {error}; {fix}") from None

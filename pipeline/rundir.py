@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import yaml
@@ -157,3 +157,9 @@ def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
     """Writes records, one per line, in place of the old file."""
     with replacing(path) as file:
         file.writelines(map(encode_line, records))
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
+    """Writes a value as JSON in place of the old file."""
+    with replacing(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=indent) + b"\n")

@@ -14,7 +14,7 @@ from rich.console import Console
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.recipe import Recipe
-from train.machine import check_machine, micro_tokens, wants_checkpointing, weights_dtype
+from train.machine import Setting, check_machine, micro_rows, micro_tokens, wants_checkpointing, weights_dtype
 from train.preferences import Pairs, to_pair
 from train.processes import Processes
 from train.student import load_tokenizer
@@ -35,10 +35,9 @@ def prepare_dpo(
     with quiet():
         tokenizer = load_tokenizer(str(start))
         model, dtype = load_start(start, weights_dtype(config.weights))
-        vocabulary, share = model.config.get_text_config().vocab_size, config.batch_size // processes.count
-        most = config.micro_batch_size or max(1, micro_tokens(vocabulary, soft=False) // (2 * config.max_length))
-        micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)  # pairs per forward pass
-        checkpointing = wants_checkpointing(model, config, 2 * micro * config.max_length, console)
+        tokens, longest = micro_tokens(model.config.get_text_config().vocab_size, soft=False), 2 * config.max_length
+        share, micro = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
+        checkpointing = wants_checkpointing(model, config, micro * longest, console)
         arguments = training_arguments(config, folder, checkpointing=checkpointing) | {
             "num_train_epochs": config.dpo.epochs,
             "learning_rate": config.dpo.learning_rate,
@@ -56,4 +55,4 @@ def prepare_dpo(
             processing_class=tokenizer,
             peft_config=None if config.weights == "full" else lora_config(config),
         )
-    return ready(trainer, config, dtype, console, processes)
+    return ready(trainer, dtype, Setting(config, folder, console, processes))

@@ -13,18 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-from rich.console import Console
 from transformers import AutoTokenizer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.utils import is_byte_level_tokenizer
 
 from pipeline.errors import RecipeError
 from pipeline.models import resolve_model
-from pipeline.recipe import TeacherConfig
-from pipeline.train_config import TrainConfig
-from train.machine import micro_tokens
-from train.on_policy import SameEveryEpoch, micro_rows
-from train.processes import Processes
+from train.machine import Setting, micro_rows, micro_tokens
+from train.on_policy import SameEveryEpoch
 from train.soft import FIX, load_model
 from train.student_trainer import ScoredOnText, StudentTrainer
 
@@ -56,19 +52,15 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
 
 
 def gold_trainer(
-    tokenised: StudentTrainer,
-    examples: Sequence[Example],
-    config: TrainConfig,
-    arguments: dict[str, Any],
-    teacher: TeacherConfig,
-    console: Console,
-    processes: Processes,
+    tokenised: StudentTrainer, examples: Sequence[Example], arguments: dict[str, Any], setting: Setting
 ) -> GoldTrainer:
     """The trainer of the recipe. `tokenised` has the student and the rows, which `examples` are the texts of.
 
     Raises RecipeError or DistillError if the teacher cannot be had, or a tokenizer is not of bytes.
     """
-    loaded = load_model(teacher.model, console)
+    config, teacher = setting.config, setting.teacher
+    assert teacher is not None
+    loaded = load_model(teacher.model, setting.console)
     loaded.register_forward_hook(_in_float32)
     folder = str(resolve_model(teacher.model))
     for name, tokenizer in (
@@ -81,7 +73,7 @@ def gold_trainer(
             raise RecipeError(f"method gold aligns tokenizers of bytes, and the {name}'s is another kind; {FIX}")
     outputs = max(model.config.get_text_config().vocab_size for model in (tokenised.model, loaded))
     longest = max(map(len, tokenised.train_dataset["input_ids"]))
-    share, micro = micro_rows(config, len(examples), micro_tokens(outputs, soft=True), longest, processes)
+    share, micro = micro_rows(config, len(examples), micro_tokens(outputs, soft=True), longest, setting.processes)
     args = GOLDConfig(
         **arguments,
         per_device_train_batch_size=micro,

@@ -1,5 +1,10 @@
-"""A sequence whose items are made when they are asked for, so that data larger than memory can be gone through."""
+"""Data larger than memory: sequences whose items are made when asked for, and rows in files mapped into memory.
 
+Writes <folder of the checkpoints>-rows/<process>/, beside which `datasets` keeps what it makes of the rows: their
+tokens. It is of no use when the training has ended.
+"""
+
+import shutil
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -10,6 +15,9 @@ from typing import Any, Generic, TypeVar, overload
 
 import msgspec
 
+from train.processes import launched
+
+BATCH = 100  # rows that are in memory at once
 Item = TypeVar("Item")
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -60,3 +68,24 @@ def stored_records(path: Path, kind: type[Record]) -> Lazy[Record]:
         return decoder.decode(mapped[start : end if end >= 0 else len(mapped)])
 
     return Lazy(starts, read)
+
+
+def stored_rows(examples: Sequence[dict[str, Any]], work: Path, part: str) -> Any:
+    """The examples as a Dataset; conversations as JSON, since messages have no common shape."""
+    from datasets import Dataset, Features, Json, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = rows_folder(work) / str(launched().rank) / part
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed
+    folder.mkdir(parents=True)
+    features = Features({name: Value("string") if name == "tools" else Json() for name in examples[0]})
+    with ArrowWriter(path=str(folder / "rows.arrow"), features=features, writer_batch_size=BATCH) as writer:
+        for example in examples:
+            writer.write(example)
+        writer.finalize()
+    return Dataset.from_file(str(folder / "rows.arrow"))
+
+
+def rows_folder(work: Path) -> Path:
+    """Where the rows lie of a training whose checkpoints are in `work`."""
+    return work.with_name(f"{work.name}-rows")

@@ -1,9 +1,11 @@
-"""What this machine can do for a training: number formats, and what fits into its memory.
+"""What a training is made with, and what this machine can do for it: number formats, and what fits into its memory.
 
 Looks at the processor or GPU and at free memory; reads and writes no file.
 """
 
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 
 from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig, Weights
 from train.processes import Processes
 
@@ -19,6 +22,17 @@ ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
 LOGITS_BYTES = 1 << 30  # for the logits of one forward pass, in float32, which are the larger part
 CPU_TOKENS = 512  # per forward pass on a CPU; more are slower (SmolLM2-135M: 139 tokens per CPU second, with 2048 108)
 SAFE_SHARE = 0.8  # of free memory that a step may plan for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the trainer of any method is made with, beside the student and its rows."""
+
+    config: TrainConfig
+    folder: Path  # of the checkpoints
+    console: Console
+    processes: Processes
+    teacher: TeacherConfig | None = None  # that a soft method follows
 
 
 def precision(weights: Weights) -> str:
@@ -91,6 +105,13 @@ def micro_tokens(vocabulary: int, *, soft: bool) -> int:
     """
     room = LOGITS_BYTES // (4 * vocabulary) // (4 if soft else 1)
     return max(1, room if torch.cuda.is_available() else min(room, CPU_TOKENS))
+
+
+def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
+    """Rows of a step in this process, and of a forward pass of so many `tokens`: TRL's trainers want equal ones."""
+    share = max(1, min(config.batch_size, rows) // processes.count)
+    most = config.micro_batch_size or max(1, tokens // longest)
+    return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
 
 def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, soft: bool) -> int:

@@ -15,11 +15,10 @@ from trl.trainer.utils import RepeatSampler, pad
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
-from train.machine import micro_tokens
-from train.processes import Processes
+from train.machine import Setting, micro_rows, micro_tokens
 from train.soft import FIX, load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
-from train.told import Told, before_samples, prompt_of
+from train.tokens import Told, before_samples, prompt_of
 from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
 
 
@@ -68,25 +67,18 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
 
 
 def on_policy_trainer(
-    tokenised: StudentTrainer,
-    config: TrainConfig,
-    arguments: dict[str, Any],
-    teacher: TeacherConfig,
-    told: Told,
-    console: Console,
-    processes: Processes,
+    tokenised: StudentTrainer, arguments: dict[str, Any], told: Told, setting: Setting
 ) -> OnPolicyTrainer:
-    """The trainer of the recipe. `tokenised` has the student and the rows; `arguments` are those of all methods.
-
-    `told`: the teacher's own prompts.
+    """The trainer of the recipe. `tokenised` has the student and the rows; `told`: the teacher's own prompts.
 
     Raises RecipeError or DistillError if the teacher cannot be had, or its tokens are not the student's.
     """
-    own, model = config.on_policy, tokenised.model
+    config, own, model, teacher = setting.config, setting.config.on_policy, tokenised.model, setting.teacher
+    assert teacher is not None
     vocabulary = model.config.get_text_config().vocab_size
     longest = max(len(prompt_of(row)) for row in tokenised.train_dataset) + own.max_new_tokens
     rows = len(tokenised.train_dataset)
-    share, micro = micro_rows(config, rows, micro_tokens(vocabulary, soft=True), longest, processes)
+    share, micro = micro_rows(config, rows, micro_tokens(vocabulary, soft=True), longest, setting.processes)
     settings = {name: value for name, value in arguments.items() if name != "max_length"} | {
         "learning_rate": own.learning_rate,
         "num_train_epochs": own.epochs,
@@ -102,15 +94,8 @@ def on_policy_trainer(
         return _served(tokenised, settings, config, teacher, told)
     compared = tokenised.train_dataset.select(range(min(rows, COMPARED_ROWS)))
     texts = [tokenised.processing_class.decode(row["input_ids"]) for row in compared]
-    loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, console)
+    loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, setting.console)
     return OnPolicyTrainer(tokenised=tokenised, told=told, teacher_model=loaded, args=DistillationConfig(**settings))
-
-
-def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
-    """Rows of a step in this process, and of a forward pass of so many `tokens`: TRL's trainers want equal ones."""
-    share = max(1, min(config.batch_size, rows) // processes.count)
-    most = config.micro_batch_size or max(1, tokens // longest)
-    return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
 
 def load_same_outputs(reference: str, tokenizer: Any, texts: list[str], outputs: int, console: Console) -> Any:

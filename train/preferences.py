@@ -70,6 +70,5 @@ def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
 
 
 def to_pair(pair: Preference, recipe: Recipe) -> dict[str, Any]:
-    """TRL's conversational preference shape."""
     turns = {"prompt": asked_of_student(pair.prompt, recipe.student), "chosen": pair.chosen, "rejected": pair.rejected}
     return {name: template_turns(own) for name, own in turns.items()} | {"tools": tools_text(pair.tools)}

@@ -72,6 +72,12 @@ class Processes:
 
         return any(gather_object([flag]))
 
+    def joined(self, own: dict[Any, Any]) -> dict[Any, Any]:
+        """What all processes have found, in each of them; all must ask."""
+        from accelerate.utils import gather_object
+
+        return {key: value for found in gather_object([own]) for key, value in found.items()}
+
 
 ALONE = Processes()
 

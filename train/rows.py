@@ -109,26 +109,21 @@ def prompt_text(row: Completion) -> str:
 
 def to_examples(
     rows: Sequence[Kept], student: StudentConfig | None = None, reasoning: Reasoning | None = None
-) -> list[dict[str, Any]]:
+) -> Lazy[dict[str, Any]]:
     """TRL's conversational prompt-completion shape: what the student is asked, and the answer that it learns.
 
-    `reasoning`: the field of the answer's turn that has it (`reasoning_form`); None leaves it out.
+    `reasoning`: the field of the answer's turn that has it (`reasoning_form`); None leaves it out. Each example is made
+    when it is asked for.
     """
-    return [
-        {
+
+    def example(row: Kept) -> dict[str, Any]:
+        return {
             "prompt": template_turns(asked_of_student(row.messages, student)),
-            "completion": [answer_turn(row, reasoning)],
+            "completion": [_answer_turn(row, reasoning)],
             "tools": tools_text(row.tools),
         }
-        for row in rows
-    ]
 
-
-def lazy_examples(
-    rows: Sequence[Kept], student: StudentConfig | None, reasoning: Reasoning | None
-) -> Sequence[dict[str, Any]]:
-    """The same, each made when it is asked for."""
-    return Lazy(rows, lambda row: to_examples([row], student, reasoning)[0])
+    return Lazy(rows, example)
 
 
 def tools_text(tools: list[Json]) -> str | None:
@@ -136,8 +131,7 @@ def tools_text(tools: list[Json]) -> str | None:
     return json.dumps(tools, ensure_ascii=False) if tools else None
 
 
-def answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:
-    """The answer as an assistant's turn."""
+def _answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:
     turn = template_turns([Message(role="assistant", content=row.text, tool_calls=row.tool_calls)])[0]
     if reasoning == "reasoning_content":
         turn["reasoning_content"] = row.reasoning

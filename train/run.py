@@ -27,17 +27,15 @@ from pipeline.rundir import RunDir, write_jsonl
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
-from train.lazy import Lazy, joined
-from train.mapped_rows import rows_folder
+from train.lazy import Lazy, joined, rows_folder
 from train.preferences import Pairs, learned_from_answers, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
-from train.rows import Parts, lazy_examples, read_parts, reasoning_form
+from train.rows import Parts, read_parts, reasoning_form, to_examples
 from train.student import built_from, initial_student, load_tokenizer
 
 if TYPE_CHECKING:
-    from train.top_k import TopK
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
@@ -144,40 +142,22 @@ def _on_rows(
         checks += row_checks(parts, read_lineage(run), config)
         checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
         decide(checks)
-    shape = partial(lazy_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
+    shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:  # the teacher has prompts of its own
-        own, rows = examples["train"], parts.train
-        told = partial(told_to_teacher, teacher=recipe.teacher)
         examples["train"] = Lazy(
-            range(len(rows)), lambda index: own[index] | {"told": template_turns(told(rows[index].messages))}
+            parts.train,
+            lambda row: (
+                shape([row])[0] | {"id": row.id, "told": template_turns(told_to_teacher(row.messages, recipe.teacher))}
+            ),
         )
-    find_top_k = partial(_find_top_k, recipe, run, parts, setting["console"])
-    prepared = prepare(student, examples, config, teacher=recipe.teacher, find_top_k=find_top_k, **setting)
+    prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=run.logprobs, **setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
     decide(of_tokens, earlier=checks)
     if processes.lead:
         write_jsonl(run.validation, (parts.validation[index] for index in prepared.rows["validation"]))
     return prepared, [*checks, *of_tokens]
-
-
-def _find_top_k(
-    recipe: Recipe,
-    run: RunDir,
-    parts: Parts,
-    console: Console,
-    indices: list[int],
-    rows: Any,
-    tokenizer: Any,
-    told: dict[bytes, list[int]],
-) -> "TopK":
-    """What the teacher says of training rows, by their index and their tokens: as it is stored, or at its endpoint."""
-    from train.top_k import ask_endpoint, read_stored
-
-    if recipe.train.kd.teacher == "stored":
-        return read_stored(run.logprobs, [parts.train[index].id for index in indices], rows, tokenizer, console)
-    return ask_endpoint(recipe.teacher, recipe.train.kd.top_k, rows, tokenizer, told, console)
 
 
 def _on_pairs(

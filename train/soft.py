@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import DistillError, RecipeError, first_line
+from pipeline.errors import DistillError, RecipeError
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, native_bf16
-from train.student_trainer import Batch, StudentTrainer, completion_logits
+from train.student import explained
+from train.student_trainer import StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.told import Told, key_of, of_teacher
+from train.tokens import Batch, Told, key_of, of_teacher
 from train.top_k import TopK
 
 FIX = "use train.method: lora or full, which learn from its text"
@@ -35,10 +35,8 @@ def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Co
     known = known_files(reference)
     if known is not None:
         other = "or, with the teacher beside the student, gold"
-        try:
+        with explained(f"teacher.model: cannot load {reference} ({FIX})"):
             difference = differing_tokens(AutoTokenizer.from_pretrained(known), student, texts)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {FIX}") from None
         if difference:
             raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {FIX}, {other}")
     return load_model(reference, console)
@@ -55,7 +53,7 @@ def load_model(reference: str, console: Console) -> Any:
             f"soft distillation needs the teacher's weights, and {reference} has none here; {FIX}, or its distribution "
             "from elsewhere: train.kd.teacher: served or stored"
         )
-    try:
+    with explained(f"teacher.model: cannot load {reference} ({FIX})"):
         folder = resolve_model(reference)
         dtype = torch.bfloat16 if native_bf16() else torch.float32
         size, free = (parameters_of(known, reference) or 0) * dtype.itemsize, free_memory()
@@ -64,8 +62,6 @@ def load_model(reference: str, console: Console) -> Any:
             raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {FIX}")
         console.print(memory)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"teacher.model: cannot load {reference}: {first_line(error)}; {FIX}") from None
 
 
 def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
@@ -80,28 +76,39 @@ def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
     return ""
 
 
-class KdTrainer(StudentTrainer):
+class SoftTrainer(StudentTrainer):
     """Minimises alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy on the kept answers.
 
     The factor T^2 keeps the gradients of the two in proportion when the temperature changes (Hinton et al. 2015).
     """
 
-    told: Told  # set before training
-
-    def __init__(self, *, teacher: Any, soft: KdConfig, **settings: Any) -> None:
+    def __init__(self, *, soft: KdConfig, **settings: Any) -> None:
         super().__init__(**settings)
         self.aux_loss_enabled = False  # a mixture of experts follows the teacher, without the router's loss
-        self.soft, self.teacher = soft, teacher.to(self.args.device)
-        outputs = teacher.config.get_text_config().vocab_size  # makers pad them as they like
-        self.vocabulary = min(len(self.processing_class), outputs)  # the ids that both know: the first of their logits
+        self.soft = soft
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
         alpha = self.soft.alpha
-        hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
+        hard = super().loss_of(logits, targets, inputs) if alpha < 1 else 0
         return alpha * self.soft.temperature**2 * self.divergence(logits, inputs) + (1 - alpha) * hard
 
     def divergence(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        """KL from the teacher over the shared vocabulary, summed over the completion tokens, in nats."""
+        """KL from the teacher, summed over the completion tokens, in nats."""
+        raise NotImplementedError
+
+
+class KdTrainer(SoftTrainer):
+    """With the teacher beside the student: the divergence is over their shared vocabulary."""
+
+    told: Told  # set before training
+
+    def __init__(self, *, teacher: Any, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.teacher = teacher.to(self.args.device)
+        outputs = teacher.config.get_text_config().vocab_size  # makers pad them as they like
+        self.vocabulary = min(len(self.processing_class), outputs)  # the ids that both know: the first of their logits
+
+    def divergence(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
         from trl.experimental.gkd import GKDTrainer  # warns when it is imported; trainers run with warnings muted
 
         with torch.no_grad():
@@ -112,28 +119,20 @@ class KdTrainer(StudentTrainer):
         return GKDTrainer.generalized_jsd_loss(own, other, beta=0, temperature=temperature, reduction="sum")
 
 
-class TopKTrainer(StudentTrainer):
-    """As KdTrainer, at temperature 1, where only the teacher's likeliest tokens are known: of an endpoint, or stored.
+class TopKTrainer(SoftTrainer):
+    """At temperature 1, where only the teacher's likeliest tokens are known: of an endpoint, or stored.
 
     All other tokens are one more outcome, with the rest of the probability. Tokens without any teacher's word learn
     from the text alone, with their part of the weight.
     """
 
-    known: TopK  # by the tokens of a row (train.told.key_of); set before training
+    known: TopK  # by the tokens of a row (train.tokens.key_of); set before training
 
-    def __init__(self, *, soft: KdConfig, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.aux_loss_enabled = False
-        self.soft = soft
-
-    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        alpha = self.soft.alpha
-        hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
+    def divergence(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
         rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].sum(dim=1).tolist(), strict=True)
         found = [self.known[key_of(ids[:length])] for ids, length in rows]
         likeliest, logprobs = (torch.cat([torch.from_numpy(row[part]) for row in found]) for part in (0, 1))
-        soft = top_k_divergence(logits, likeliest.to(logits.device), logprobs.to(logits.device))
-        return alpha * soft + (1 - alpha) * hard
+        return top_k_divergence(logits, likeliest.to(logits.device), logprobs.to(logits.device))
 
 
 def top_k_divergence(logits: torch.Tensor, likeliest: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:

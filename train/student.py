@@ -6,6 +6,7 @@ Reads the recipe's `student` and `teacher.model`; a student that is made first i
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.chat import asked_of_student
@@ -112,6 +113,15 @@ def load_tokenizer(student: str) -> Any:
     return tokenizer
 
 
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raises RecipeError with the first line of what a library says of a model that cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{what}: {first_line(error)}") from None
+
+
 def layers_kept(total: int, k: int) -> list[int]:
     """Indices of k layers out of `total`, evenly spaced from the first to the last.
 
@@ -125,19 +135,15 @@ def layers_kept(total: int, k: int) -> list[int]:
 def _loaded(reference: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    try:
+    with explained(f"student.model: cannot load {reference}"):
         return AutoModelForCausalLM.from_pretrained(resolve_model(reference), dtype="auto")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"student.model: cannot load {reference}: {first_line(error)}") from None
 
 
 def _tokenizer(student: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with explained(f"student: cannot load the tokenizer of {student}"):
         return AutoTokenizer.from_pretrained(student)
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"student: cannot load the tokenizer of {student}: {first_line(error)}") from None
 
 
 def _pruned(teacher: str, given: str) -> tuple[Any, Any, dict[str, Any]]:

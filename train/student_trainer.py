@@ -13,9 +13,7 @@ from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from train.batches import StepLoader, StepSampler, end_to_end, micro_batches, split
-from train.tokens import MASKED
-
-Batch = dict[str, torch.Tensor]
+from train.tokens import MASKED, Batch
 
 
 class ScoredOnText:

@@ -19,8 +19,8 @@ from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
-from train.tokens import MASKED, TokenRow
-from train.told import Told, key_of, prompt_of
+from train.processes import ALONE, Processes
+from train.tokens import MASKED, TokenRow, Told, key_of, prompt_of
 
 # By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
 TopK = dict[bytes, tuple[NDArray[np.int32], NDArray[np.float16]]]
@@ -103,15 +103,23 @@ def token_names(tokenizer: Any) -> dict[bytes, int]:
 
 
 def ask_endpoint(
-    teacher: TeacherConfig, top: int, rows: Sequence[TokenRow], tokenizer: Any, told: Told, console: Console
+    teacher: TeacherConfig,
+    top: int,
+    rows: Sequence[TokenRow],
+    tokenizer: Any,
+    told: Told,
+    console: Console,
+    processes: Processes = ALONE,
 ) -> TopK:
     """What the teacher's endpoint says of the rows' answers, after the prompts that it is told.
 
-    Raises RecipeError if its tokenizer is not the student's, DistillError if it cannot be asked.
+    Each of several processes asks about its share of the rows, and has what all were told. Raises RecipeError if
+    its tokenizer is not the student's, DistillError if it cannot be asked.
     """
     client = endpoint_client(teacher, told)
     check_tokens(client, rows[:COMPARED_ROWS], tokenizer)
     console.print(f"{teacher.url}: {teacher.model} is asked about {len(rows)} answers")
+    rows = rows[processes.rank :: processes.count]
     sequences, starts = [list(row["input_ids"]) for row in rows], [len(prompt_of(row)) for row in rows]
     said = asked(client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
     known: TopK = {}
@@ -120,7 +128,7 @@ def ask_endpoint(
         likeliest, values = np.array(ids, np.int32)[learned], np.array(logprobs, np.float32)[learned]
         likeliest[np.isneginf(values)] = -1
         known[key_of(row["input_ids"])] = likeliest, values.clip(-65504, 0).astype(np.float16)
-    return known
+    return processes.joined(known)
 
 
 def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
@@ -136,9 +144,7 @@ def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
             self.base_url, self.model = teacher.url.removesuffix("/v1"), teacher.model
             self.session = requests.Session()
             self.session.trust_env = not is_loopback(teacher.url)
-            if key := teacher.api_key():
-                bearer = teacher.api_key_header.lower() == "authorization"
-                self.session.headers[teacher.api_key_header] = f"{'Bearer ' * bearer}{key.get_secret_value()}"
+            self.session.headers.update(teacher.key_header())
 
         def get_sequence_logprobs(self, sequences: Any, prompt_lengths: Any, **more: Any) -> Any:
             own = [list(ids[:length]) for ids, length in zip(sequences, prompt_lengths, strict=True)]

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,40 +19,37 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, prepare_model_for_kbit_training
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, get_training_chat_template
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-from pipeline.adapters import ADAPTER
+from pipeline.adapters import ADAPTER, load_merged
 from pipeline.chat import stop_tokens
-from pipeline.errors import DistillError, RecipeError, UsageError, first_line
+from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.gold import gold_trainer
-from train.lazy import Lazy
-from train.machine import autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
-from train.mapped_rows import mapped_rows
+from train.lazy import Lazy, stored_rows
+from train.machine import Setting, autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
 from train.on_policy import on_policy_trainer
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
-from train.student import load_tokenizer
+from train.student import explained, load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import TokenRow, differing_prompts, label_faults
-from train.told import Told, told_prompts
-from train.top_k import TopK
+from train.tokens import differing_prompts, label_faults, told_prompts
+from train.top_k import ask_endpoint, read_stored
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
 
-# From rows by their index in Examples, their tokens, the tokenizer and the teacher's prompts.
-FindTopK = Callable[[list[int], list[TokenRow], Any, Told], TopK]
-# Train and validation: prompt-completion rows (train.rows.to_examples).
+# Train and validation: prompt-completion rows (train.rows.to_examples). Where the student follows a teacher, those of
+# train have more: `told`, the teacher's own messages, and `id`.
 Examples = Mapping[str, Sequence[dict[str, Any]]]
 
 
@@ -96,7 +93,6 @@ class Prepared:
 
     @property
     def too_long(self) -> int:
-        """How many rows were left out."""
         return sum(len(lengths) - len(self.rows[part]) for part, lengths in self.lengths.items())
 
     @property
@@ -150,40 +146,39 @@ def prepare(
     console: Console,
     teacher: TeacherConfig | None = None,
     processes: Processes = ALONE,
-    find_top_k: FindTopK | None = None,
+    logprobs: Path | None = None,
 ) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
-    whether training may start. `teacher`: the model that soft distillation follows; `find_top_k` finds what it says
-    of the rows that are trained on, where it is not beside the student. A student that a further method starts from is
-    loaded as a whole model.
+    whether training may start. `teacher`: the model that soft distillation follows; `logprobs`: where what it said is
+    stored. A student that a further method starts from is loaded as a whole model.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
     check_machine(config, processes)
+    setting = Setting(config, folder, console, processes, teacher)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
-        trainer, arguments = _trainer(model, tokenizer, examples, config, folder, console, teacher, processes)
-        prepared = ready(trainer, config, dtype, console, processes)
+        trainer, arguments = _trainer(model, tokenizer, examples, setting)
+        prepared = ready(trainer, dtype, setting)
         seen = chain(trainer.train_dataset, trainer.eval_dataset)
         stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
         faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
-            assert teacher is not None
-            followed = _with_teacher(prepared, shown, arguments, teacher, find_top_k, console, processes)
-            prepared = replace(prepared, trainer=followed)
+            prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments, logprobs, setting))
     return replace(prepared, faults=faults, differing=differing)
 
 
-def ready(trainer: Any, config: TrainConfig, dtype: torch.dtype, console: Console, processes: Processes) -> Prepared:
+def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
     """A trainer with its callbacks, and without the rows that are too long.
 
     Raises UsageError if there are fewer rows than processes.
     """
-    milestones, progress = Milestones(config, processes, console), TrainProgress(console)
+    config, processes = setting.config, setting.processes
+    milestones, progress = Milestones(config, processes, setting.console), TrainProgress(setting.console)
     with_callbacks(trainer, milestones, progress)
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     lengths = {part: _lengths(rows) for part, rows in parts.items()}
@@ -202,25 +197,26 @@ def _with_teacher(
     prepared: Prepared,
     shown: Sequence[dict[str, Any]],
     arguments: dict[str, Any],
-    teacher: TeacherConfig,
-    find_top_k: FindTopK | None,
-    console: Console,
-    processes: Processes,
+    logprobs: Path | None,
+    setting: Setting,
 ) -> Any:
     """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
-    trainer, config = prepared.trainer, prepared.milestones.config
+    trainer, config, console, teacher = prepared.trainer, setting.config, setting.console, setting.teacher
+    assert teacher is not None
     if config.method == "gold":
-        own = gold_trainer(trainer, shown, config, arguments, teacher, console, processes)
+        own = gold_trainer(trainer, shown, arguments, setting)
         return with_callbacks(own, prepared.milestones, prepared.progress)
     rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     stored = config.kd.teacher == "stored"
     told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
     if config.method == "on_policy":
-        drawing = on_policy_trainer(trainer, config, arguments, teacher, told, console, processes)
+        drawing = on_policy_trainer(trainer, arguments, told, setting)
         return with_callbacks(drawing, prepared.milestones, prepared.progress)
-    if isinstance(trainer, TopKTrainer):
-        assert find_top_k is not None
-        trainer.known = find_top_k(prepared.rows["train"], rows, tokenizer, told)
+    if stored:
+        assert logprobs is not None
+        trainer.known = read_stored(logprobs, [row["id"] for row in shown], rows, tokenizer, console)
+    elif config.kd.teacher == "served":
+        trainer.known = ask_endpoint(teacher, config.kd.top_k, rows, tokenizer, told, console, setting.processes)
     else:
         trainer.told = told
     return trainer
@@ -249,14 +245,8 @@ def load_start(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
     """
     adapter = start / ADAPTER
     base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
-    try:
-        stored = transformers.AutoConfig.from_pretrained(base).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{start}: cannot load {base}: {first_line(error)}") from None
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, start).merge_and_unload().requires_grad_(True)  # PEFT froze the base
-    return model.to(dtype), stored
+    model, stored = load_merged(base, start if adapter.is_file() else None)
+    return model.requires_grad_(True).to(dtype), stored  # PEFT froze the base
 
 
 def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
@@ -272,11 +262,9 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     )  # Dettmers et al. 2023
     quantised = {"quantization_config": four_bits} if config.weights == "qlora" else {}
     attention = {"attn_implementation": "flash_attention_2"} if config.padding_free else {}
-    try:
+    with explained(f"student.model: cannot load {student}"):
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised, **attention)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"student.model: cannot load {student}: {first_line(error)}") from None
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model, tokenizer, stored
@@ -295,26 +283,18 @@ def _check_marks(tokenizer: Any) -> None:
         )
 
 
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    examples: Examples,
-    config: TrainConfig,
-    folder: Path,
-    console: Console,
-    teacher: TeacherConfig | None,
-    processes: Processes,
-) -> tuple[StudentTrainer, dict[str, Any]]:
+def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -> tuple[StudentTrainer, dict[str, Any]]:
     """The trainer of the recipe's method, or of its rows' text, tokenised, and the arguments of any of TRL's trainers.
 
     Says what memory a teacher or checkpointing is about.
     """
+    config, folder, processes, teacher = setting.config, setting.folder, setting.processes, setting.teacher
     tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
     most = min(max(tokens, config.max_length), largest)
-    checkpointing = wants_checkpointing(model, config, most, console, processes.shards)
+    checkpointing = wants_checkpointing(model, config, most, setting.console, processes.shards)
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
-    read = Lazy(examples["train"], lambda row: {name: value for name, value in row.items() if name != "told"})
+    read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
     settings: dict[str, Any] = {
         "model": model,
         "args": SFTConfig(
@@ -324,8 +304,8 @@ def _trainer(
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
         ),
-        "train_dataset": mapped_rows(read, folder, "train"),
-        "eval_dataset": mapped_rows(examples["validation"], folder, "validation"),
+        "train_dataset": stored_rows(read, folder, "train"),
+        "eval_dataset": stored_rows(examples["validation"], folder, "validation"),
         "processing_class": tokenizer,
         "peft_config": None if config.weights == "full" else lora_config(config),
         "step_rows": config.batch_size,
@@ -337,7 +317,7 @@ def _trainer(
     if config.method == "kd" and config.kd.teacher == "local":
         assert teacher is not None
         texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
-        settings |= {"teacher": load_teacher(teacher.model, tokenizer, texts, console), "soft": config.kd}
+        settings |= {"teacher": load_teacher(teacher.model, tokenizer, texts, setting.console), "soft": config.kd}
         kind = KdTrainer
     elif config.method == "kd":
         settings, kind = settings | {"soft": config.kd}, TopKTrainer

@@ -22,7 +22,7 @@ from filters.reasons import describe
 from filters.ruleset import RuleSet, load_rules
 from pipeline.errors import RecipeError
 from pipeline.recipe import FiltersConfig, Recipe
-from pipeline.records import Kept, Prompt, Reason, said
+from pipeline.records import Kept, Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -107,7 +107,7 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
     new = unseen[: SAMPLES // 3]
     samples = []
     for prompt in [*test[: SAMPLES - len(new)], *new]:
-        shown = [Answer("reference", _text(prompt.reference))] if prompt.reference is not None else []
+        shown = [Answer("reference", as_text(prompt.reference))] if prompt.reference is not None else []
         for key, label in labels.items():
             if key in verified.answers:
                 row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
@@ -123,7 +123,3 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
     low, high = ((middle + sign * spread) / (1 + Z * Z / count) for sign in (-1, 1))
     return max(0.0, low), min(1.0, high)
-
-
-def _text(reference: object) -> str:
-    return reference if isinstance(reference, str) else msgspec.json.encode(reference).decode()

@@ -20,10 +20,10 @@ from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
 from evaluate.models import AFTER, BEFORE, TEACHER
-from filters.adherence import AdherenceSettings, adherence
 from filters.answer import Answer, as_answer, nfc
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
+from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
 from pipeline.recipe import Recipe
@@ -78,7 +78,6 @@ class Assessment(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, in order."""
     return _WORD.findall(nfc(text).casefold())
 
 

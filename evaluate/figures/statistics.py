@@ -98,7 +98,8 @@ def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | No
     if not words.sum():
         return None
     column: dict[tuple[str, ...], int] = {}
-    own = [sorted({column.setdefault(gram, len(column)) for gram in _ngrams(text, n)}) for text in texts]
+    runs = [zip(*(text[start:] for start in range(n)), strict=False) for text in texts]
+    own = [sorted({column.setdefault(gram, len(column)) for gram in grams}) for grams in runs]
     present = np.zeros((len(texts), len(column)), dtype=np.float32)
     for number, grams in enumerate(own):
         present[number, grams] = 1
@@ -107,8 +108,3 @@ def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | No
     resampled = np.concatenate(different) / np.maximum(counts @ words, 1)
     value = len(column) / float(words.sum())
     return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1))
-
-
-def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """Runs of n neighbours."""
-    return list(zip(*(words[start:] for start in range(n)), strict=False))

@@ -97,7 +97,7 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     test = {
         question_text(prompt.messages): prompt
         for prompt in read_jsonl(run.prompts, Prompt)
-        if (prompt.part or recipe.prompts.part_of(prompt.messages)) == "test"
+        if recipe.prompts.part_of_prompt(prompt) == "test"
     }
     if not test:
         raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")

@@ -28,7 +28,6 @@ from evaluate.document import (
     exactly,
     number,
     percent,
-    read_stage_file,
 )
 from evaluate.figures.accuracy import VerifiedAnswers, accuracy_figures, by_category, verified_samples, verify
 from evaluate.figures.promise import claims, holds
@@ -46,11 +45,12 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
-from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts, measure_weights
+from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts
 from filters.rows import filtered_rows
+from pipeline.adapters import measure_weights
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, said
+from pipeline.records import Kept, read_json, said
 from serve.command import KV_TOKENS
 
 MIB = 1 << 20
@@ -76,7 +76,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     rows = _rows(plan, scores, unseen)
     probes = _probe_set(plan, results, quality)
     move = "or move it away to go without"
-    training = read_stage_file(run.student / "training_log.json", Training, f"train again, {move} the loss curve")
+    training = read_json(run.student / "training_log.json", Training, f"train again, {move} the loss curve")
     stages = ("generate", "filters", "train", "evaluate")
     return Report(
         schema=SCHEMA,
@@ -88,7 +88,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         rows=rows,
         samples=_samples(plan, answers, quality),
         training=training or Training(),
-        filters=read_stage_file(run.filter_report, Filtering, f"filter again, {move} the drops"),
+        filters=read_json(run.filter_report, Filtering, f"filter again, {move} the drops"),
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
         commands=[f"python -m {stage} {run.recipe} --run {run.path}" for stage in stages],
         machine=describe_machine(),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.document import Claim, Report, percent, read_report, read_stage_file
+from evaluate.document import Claim, Report, percent, read_report
 from evaluate.figures.promise import AXES
 from evaluate.models import BEFORE, TEACHER
 from evaluate.report.html import publish
@@ -32,6 +32,7 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
+from pipeline.records import read_json
 from pipeline.rundir import RunDir
 
 LOWEST, HIGHEST = BALANCED_SIZES
@@ -82,7 +83,7 @@ def check_run(recipe: Recipe, run: RunDir, report: Report | None) -> Checklist:
     lineage = read_lineage(run)
     generated = lineage.get("generate") or {}
     requests = generated.get("requests")
-    trained = read_stage_file(run.checks, TrainChecks, "train again")
+    trained = read_json(run.checks, TrainChecks, "train again")
     filtered = run.kept.is_file() and run.dropped.is_file()
     seen = Evidence(
         recipe=recipe,
@@ -97,7 +98,7 @@ def check_run(recipe: Recipe, run: RunDir, report: Report | None) -> Checklist:
 
 def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None:
     """From filter_report.json; a run that has none (the best share of another run) has the sums in its lineage."""
-    report = read_stage_file(run.filter_report, FilterReport, "filter again")
+    report = read_json(run.filter_report, FilterReport, "filter again")
     if report is None:
         if not section:
             return None
@@ -313,8 +314,6 @@ class Source(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One point of the checklist."""
-
     name: str
     wanted: str
     source: Source
@@ -359,7 +358,6 @@ FAILURES = (
 
 
 def print_checklist(found: Checklist, console: Console) -> None:
-    """Two tables: the points, and the failures."""
     for title, points in (("checklist", found.points), ("common failures", found.failures)):
         table = Table("", title, "wanted", "found", pad_edge=False, box=None, padding=(0, 2, 1, 0))
         for point in points:

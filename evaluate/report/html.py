@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from evaluate.document import Answer, Report, write_report
+from evaluate.document import Answer, Report
 from evaluate.report import charts, tables
 from filters.scripts import character_class
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, replacing, write_json
 
 LANGUAGES = {
     "ko": re.compile(f"[{character_class('hangul')}]"),
@@ -23,7 +23,7 @@ def publish(run: RunDir, report: Report) -> None:
     """Writes report.html, and then report.json."""
     with replacing(run.report_html) as file:
         file.write(render_html(report).encode())
-    write_report(run, report)
+    write_json(run.report, report)
 
 
 def render_html(report: Report) -> str:

@@ -3,28 +3,17 @@
 import math
 import re
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from filters.answer import Answer, RuleSettings, Verified, nfc
+from filters.answer import Answer, Pattern, RuleSettings, Verified, nfc
 from filters.verify.extract import ReferenceSettings, all_shown, canonical, last_number, parse_json, shown
 from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
 _AROUND = " \t\n\"'`*_.,;:!()[]"  # what a model puts around a label, and ends it with
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"is not a regular expression: {error}") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class PatternSettings(RuleSettings):
@@ -60,7 +49,6 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
     model_config = ConfigDict(serialize_by_alias=True)
 
     def normalised(self, text: str) -> str:
-        """A text as it is compared."""
         text = nfc(text)
         text = text.casefold() if self.ignore_case else text
         return " ".join(text.split()) if self.ignore_space else text

@@ -27,8 +27,6 @@ _ENVIRONMENT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH")  # what Python may need
 
 
 class Worker:
-    """The worker of one process."""
-
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -73,7 +71,6 @@ class Worker:
         return self.owner == os.getpid() and self.process.poll() is None
 
     def close(self) -> None:
-        """Kills the worker."""
         self.connection.close()
         self.process.kill()
         self.process.wait()

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from chain.last_words import last_words
-from evaluate.document import Claim, Estimate, Headline, exactly, write_report
-from pipeline.rundir import RunDir
+from evaluate.document import Claim, Estimate, Headline, exactly
+from pipeline.rundir import RunDir, write_json
 from tests.evaluate.made_report import make_report
 
 
@@ -17,7 +17,7 @@ def words(path: Path, claims: list[Claim]) -> list[str]:
         report.models[number].figures["verified"] = {"accuracy": exactly(value)}
     report.models[0].figures["engine"]["answers_per_s"] = exactly(1.1)
     report.models[2].figures["engine"]["answers_per_s"] = exactly(5.2)
-    write_report(run, report)
+    write_json(run.report, report)
     return last_words(Path("recipes/my sql.yaml"), run)
 
 

@@ -16,14 +16,13 @@ from evaluate.document import (
     ModelReport,
     WinRate,
     read_report,
-    write_report,
 )
 from evaluate.report.checklist import Evidence, Filtered, check_run, checklist, main
 from filters.review.agreement import Agreement, Result, Share
 from pipeline.checks import Check
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, write_json
 from tests.evaluate.made_report import make_report
 
 RECIPE: dict[str, Any] = {
@@ -244,7 +243,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_the_files_of_a_run_are_read(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_report(run, measured(ratio=BETTER))
+    write_json(run.report, measured(ratio=BETTER))
     with pytest.raises(DistillError, match=r"not as wanted: rows$") as caught:
         main([str(tmp_path / "recipe.yaml"), "--run", str(run.path)])
     assert caught.value.exit_code == 1

@@ -14,8 +14,9 @@ from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
 from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
-from evaluate.models import AFTER, BEFORE, TEACHER, digest_subject, engine_folder, load, measure_weights, subjects
+from evaluate.models import AFTER, BEFORE, TEACHER, digest_subject, engine_folder, load, subjects
 from evaluate.run import evaluate_run, make_plan
+from pipeline.adapters import measure_weights
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line

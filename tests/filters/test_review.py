@@ -22,8 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 
 from filters.review.agreement import Case, agreement, precision_and_recall, print_agreement, weighted_kappa
-from filters.review.sample import KEPT, draw
-from filters.review.session import Session, read_reviews
+from filters.review.session import KEPT, Session, draw, read_reviews
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import load_recipe
 from pipeline.records import Dropped, Kept, Message, Reason, encode_line

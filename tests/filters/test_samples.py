@@ -182,6 +182,7 @@ def test_one_of_a_prompts_answers_stays(stage: Stage, select: str, kept: list[st
         assert said["a1"] == "answer 0 to this prompt stays (first)"
         rules = json.loads(stage.run.filter_report.read_bytes())["rules"]
         assert {key: rules[-1][key] for key in ("rule", "dropped")} == {"rule": "select", "dropped": 3}
+        assert json.loads(stage.run.lineage.read_bytes())["filters"]["prompts"] == 2
 
 
 def test_what_is_gone_is_not_selected_and_counts_for_no_prompt(stage: Stage) -> None:

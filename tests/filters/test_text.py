@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from filters.answer import Answer, nfc
-from filters.language import _identifier
 from filters.meta_talk import (
     ANYWHERE,
     ANYWHERE_HINTS,
@@ -21,6 +20,7 @@ from filters.meta_talk import (
     _hinted,
 )
 from filters.reasons import describe
+from filters.rules import _identifier
 from filters.words import mentions, whole_word
 from pipeline.errors import RecipeError
 from pipeline.records import Slots

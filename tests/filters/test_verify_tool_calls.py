@@ -9,7 +9,7 @@ import pytest
 from filters.answer import Answer
 from filters.reasons import describe
 from filters.ruleset import load_rules
-from filters.verify.tool_calls import ToolCallsSettings, tool_calls
+from filters.verify.schema import ToolCallsSettings, tool_calls
 from pipeline.recipe import FiltersConfig
 from pipeline.records import Json
 

@@ -15,9 +15,8 @@ from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model, tiny_tokenizer
-from train.checks.chain import chain_check
 from train.checks.data import label_checks, parts_check, row_checks, token_checks
-from train.checks.pair import markup_check, size_check, template_check
+from train.checks.pair import chain_check, markup_check, size_check, template_check
 from train.checks.run import settle
 from train.rows import Parts, part_rows
 from train.run import train_run
@@ -72,12 +71,21 @@ def test_rows_that_nobody_filtered_or_few_that_passed_warn(
     assert (finding(checks["keep_rate"]) if "keep_rate" in checks else None) == keep_rate
 
 
-@pytest.mark.parametrize(("prompts", "expected"), [(4, ("pass", 0.75)), (12, ("warn", 0.25))])
+@pytest.mark.parametrize(
+    ("asked", "answered", "expected"),
+    [
+        (4, None, ("pass", 0.75)),
+        (12, 12, ("warn", 0.25)),
+        (12, 10, ("warn", 0.25)),  # two requests failed for good
+        (4, 12, ("warn", 0.25)),  # the last call asked for fewer prompts than one before it
+    ],
+)
 def test_of_several_answers_of_which_one_stays_the_prompts_are_counted(
-    prompts: int, expected: tuple[str, float]
+    asked: int, answered: int | None, expected: tuple[str, float]
 ) -> None:
     lineage = filtered(20)
-    lineage["filters"]["select"], lineage["generate"] = "first", {"prompts": {"distinct": prompts}}
+    lineage["filters"] |= {"select": "first", "prompts": answered}
+    lineage["generate"] = {"prompts": {"distinct": asked}}
     check = of_rows(story_rows(3), lineage)["keep_rate"]
     assert finding(check) == expected
     assert "of the prompts have an answer that was kept" in check.finding

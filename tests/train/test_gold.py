@@ -41,7 +41,7 @@ def other_model(folder: Path) -> str:
 
 def trainer_of(student: str, teacher: str, folder: Path, **kd: Any) -> Any:
     rows = story_rows(6)
-    examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
+    examples = {"train": [*to_examples(rows[2:])], "validation": to_examples(rows[:2])}
     for example in examples["train"]:
         example["told"] = [{"role": "system", "content": "Be brief."}, *example["prompt"]]
     config = make_recipe(student, teacher, method="gold", kd={"weights": "full", **kd}, micro_batch_size=1).train

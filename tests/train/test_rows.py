@@ -12,14 +12,13 @@ from pipeline.rundir import RunDir
 from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_tokenizer
 from train.checks.data import row_checks
 from train.checks.pair import markup_check
-from train.lazy import joined
-from train.mapped_rows import mapped_rows
-from train.rows import lazy_examples, read_parts, read_rows, to_examples
+from train.lazy import joined, stored_rows
+from train.rows import read_parts, read_rows, to_examples
 
 
 def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> None:
     row = kept_row(0, "Hi?", "Hello.", messages=[Message("system", "Be kind."), Message("user", "Hi?")])
-    assert to_examples([row]) == [
+    assert [*to_examples([row])] == [
         {
             "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi?"}],
             "completion": [{"role": "assistant", "content": "Hello."}],
@@ -71,7 +70,7 @@ def test_rows_are_read_from_the_file_each_time(tmp_path: Path) -> None:
     found = read_rows(run)
     assert [*found] == rows and found[-1] == rows[-1] and [*found[1:4:2]] == rows[1:4:2]
     assert [*joined(found[:2], [], rows[2:])] == rows
-    assert [*lazy_examples(found, None, None)] == to_examples(rows)
+    assert [*to_examples(found)] == [*to_examples(rows)]
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
@@ -81,13 +80,13 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
         file.writelines(encode_line(kept_row(n, "W" * 2000 + str(n), "Because. " + "b" * 10_000)) for n in range(1000))
     recipe = make_recipe("student", validation=0.1, test=0.1)
     tokenizer = tiny_tokenizer()
-    mapped_rows(lazy_examples(read_rows(run)[:2], None, None), tmp_path / "first", "train")  # imports are not counted
+    stored_rows(to_examples(read_rows(run)[:2]), tmp_path / "first", "train")  # imports are not counted
     tracemalloc.start()
     try:
         parts = read_parts(recipe, run)
         assert len([*row_checks(parts, {}, recipe.train)]) > 3
         assert markup_check(tokenizer, parts.all).status == "pass"
-        stored = mapped_rows(lazy_examples(parts.train, None, None), tmp_path / "work", "train")
+        stored = stored_rows(to_examples(parts.train), tmp_path / "work", "train")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

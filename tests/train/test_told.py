@@ -12,9 +12,9 @@ from trl.trainer.utils import pad
 from pipeline.recipe import TeacherConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, story_rows, tiny_model
+from train.processes import Processes
 from train.rows import to_examples
-from train.tokens import MASKED
-from train.told import before_samples, key_of, of_teacher, told_prompts
+from train.tokens import MASKED, before_samples, key_of, of_teacher, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
 
@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def examples() -> dict[str, list[dict[str, Any]]]:
     rows = to_examples(story_rows(6))
     told = [{**row, "told": [{"role": "system", "content": "The cat is Tom."}, *row["prompt"]]} for row in rows]
-    return {"train": told[2:], "validation": rows[:2]}
+    return {"train": told[2:], "validation": [*rows[:2]]}
 
 
 def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
@@ -111,3 +111,20 @@ def test_an_endpoint_is_asked_after_the_teachers_own_prompt(models: tuple[str, s
     likeliest, logprobs = known[key_of(rows[0]["input_ids"])]
     assert likeliest[:, 0].tolist() == expected.indices[:, 0].tolist()
     assert logprobs[:, :5] == pytest.approx(expected.values[:, :5].numpy(), abs=0.01)
+
+
+def test_of_several_processes_each_asks_about_its_share_and_has_all(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = prepared(models, tmp_path, method="full")
+    rows, tokenizer, others = [*trainer.train_dataset], trainer.processing_class, list[Any]()
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*others, *own])
+    with scoring(models[1]) as server:
+        teacher = TeacherConfig(model=models[1], base_url=server.url)
+        for rank in range(2):
+            asked = len(server.asked)
+            known = ask_endpoint(teacher, 5, rows, tokenizer, {}, Console(quiet=True), Processes(rank, count=2))
+            scored = [one for one in server.asked[asked:] if "prompt_logprobs" in one]
+            assert sum(len(one["prompt"]) for one in scored) == len(rows) // 2
+            others.append(known)
+    assert known.keys() == {key_of(row["input_ids"]) for row in rows}

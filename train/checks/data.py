@@ -98,7 +98,8 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     yield graded("filters", rules, finding, passes=rules > 0, otherwise="warn", fix=fix)
 
     rate, kept = section["keep_rate"], "of the answers were kept"
-    prompts = generate.get("prompts", {}).get("distinct")
+    # Asked by the last call, or by an earlier one that had more prompts: their answers are among the rows.
+    prompts = max(generate.get("prompts", {}).get("distinct", 0), section.get("prompts") or 0)
     if section.get("select", "all") != "all" and prompts:  # one answer of several, at most
         rate, kept = len(set(map(_key, rows))) / prompts, "of the prompts have an answer that was kept"
     finding = f"{rate:.1%} {kept}; {SAFE_KEEP_RATE:.0%} or more is safe"

@@ -20,8 +20,6 @@ STATUSES: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restric
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of the table."""
-
     name: str
     licence: str  # as a card names it
     verdict: Literal["allowed", "conditions", "restricted", "forbidden"]
@@ -67,7 +65,6 @@ class LicenceChain:
 
 @cache
 def table() -> Table:
-    """The table as it is shipped."""
     return msgspec.convert(yaml.safe_load(TABLE.read_text(encoding="utf-8")), Table)
 
 

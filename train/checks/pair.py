@@ -1,27 +1,32 @@
 """Checks of teacher and student against each other: sizes, chat templates, chain and licence.
 
+Chain: is the teacher itself a student? Models taught by models taught by models collapse (Shumailov et al. 2024).
 Reads what is known of both models (train.teacher); writes nothing.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from pipeline.adapters import MERGED_FROM
 from pipeline.advice import BALANCED_SIZES
 from pipeline.chat import asked_of_student
 from pipeline.checks import Check, Status
 from pipeline.conversation import template_turns
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message
-from train.checks.chain import chain_check
 from train.checks.licences import licence_check, terms_of
 from train.checks.run import graded
 from train.lazy import Lazy
 from train.rows import prompt_text
-from train.teacher import known_files, parameters_of, read_card, tokenizer_of
+from train.teacher import Card, known_files, parameters_of, read_card, tokenizer_of
 
+OUR_TAG = "distillate"  # on every card that this tool writes
+OTHERS_TAGS = {"distillation", "distilled", "knowledge-distillation"}
 MAX_PROMPTS = 200  # distinct prompts rendered; a template that differs does so on the first ones
 ROLES = r"\b(?:system|developer|user|human|assistant|model)\b"
 MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what frames the turns of a chat
@@ -131,6 +136,39 @@ def tools_check(student: Any) -> Check:
     finding = f"the student's chat template {'renders' if able else 'does not render'} tool calls and their results"
     fix = "choose a student whose template does, as Qwen2.5's"
     return graded("tools", float(able), finding, passes=able, otherwise="fail", fix=fix)
+
+
+def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: bool = False) -> Check:
+    """Fails for a product of this tool unless `allowed`; warns for a model that others call distilled."""
+    status: Status = "warn"
+    finding, fix = f"no sign that the teacher {reference} was distilled", "distil from the first teacher instead"
+    if origin := _ours(folder, card):
+        status = "note" if allowed else "fail"
+        finding = f"the teacher {reference} is itself a distilled student: {origin}"
+        fix += ", or accept the risk of collapse with --allow-chain"
+    elif tags := sorted(card.tags & OTHERS_TAGS):
+        finding = f"the makers of the teacher {reference} tag it {', '.join(tags)}"
+    elif "distill" in Path(reference).name.lower():
+        finding = f"the teacher {reference} was distilled by its makers: its name says so"
+    elif folder is None:
+        finding = f"nothing is known of {reference} here; an API does not say whether its model was distilled"
+        return Check(name="chain", status="note", finding=finding)
+    else:
+        return Check(name="chain", status="pass", value=0, finding=finding)
+    return Check(name="chain", status=status, value=1, finding=finding, fix=fix)
+
+
+def _ours(folder: Path | None, card: Card) -> str:
+    """What shows that this tool made the model; empty if nothing does."""
+    if folder is not None:
+        try:
+            trained = json.loads((folder / "lineage.json").read_bytes())["train"]
+            return f"its lineage.json names {trained['teacher']} as its teacher"
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no lineage of ours
+        if (folder / MERGED_FROM).is_file():
+            return f"{MERGED_FROM} in its folder"
+    return f"its card is tagged {OUR_TAG}" if OUR_TAG in card.tags else ""
 
 
 def _distinct(rows: Iterable[Kept]) -> list[list[dict[str, Any]]]:

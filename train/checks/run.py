@@ -5,13 +5,12 @@ Writes checks.json. What is checked is in the modules beside this one: data, pai
 
 from collections.abc import Collection, Sequence
 
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 
 from pipeline.checks import COLOURS, Check, Status
 from pipeline.errors import DataError, UsageError
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, write_json
 
 
 def graded(name: str, value: float, finding: str, *, passes: bool, otherwise: Status, fix: str) -> Check:
@@ -46,8 +45,7 @@ def settle(
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
     if write:
-        with replacing(run.checks) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+        write_json(run.checks, table, indent=1)
     if failed:
         raise DataError(f"{_named(failed)}; nothing was trained")
     if stopping:

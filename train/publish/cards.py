@@ -15,9 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.chat import system_of_student
 from pipeline.recipe import Recipe, slot_values
-from train.checks.chain import OUR_TAG
 from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
-from train.checks.pair import told_only
+from train.checks.pair import OUR_TAG, told_only
 from train.teacher import known_files, read_card
 
 CARD = "README.md"

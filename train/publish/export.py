@@ -1,6 +1,7 @@
 """`python -m train.publish.export RECIPE [--run DIR] [--merged | --gguf TYPE] [--dataset] [--push REPO]`: passing on.
 
-Reads student/, kept.jsonl and lineage.json; writes folders in export/, each whole by rename, and to the Hub on request:
+Reads student/, kept.jsonl and lineage.json; writes folders in export/, each whole by rename, and to the Hub on request
+(into a repository that it creates private, with the key in HF_TOKEN):
 
     export/adapter/   the LoRA adapter, or export/model/ for a student that was trained whole
     export/merged/    the adapter merged into its base: an ordinary model
@@ -11,16 +12,18 @@ Each has its card and the lineage. Folders of this machine are named by their la
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import SecretStr
 
 from pipeline.adapters import ADAPTER, MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import UsageError
+from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
@@ -28,19 +31,14 @@ from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import PRUNE
 from pipeline.students import after_training
 from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
-from train.publish.hub import push, token_for
 from train.publish.to_gguf import TYPES, check_type, write_gguf
 from train.rows import read_parts, reasoning_form, to_examples
 from train.student import load_tokenizer
 
+TOKEN_VARIABLE = "HF_TOKEN"
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
-NOT_PASSED_ON = {
-    "lineage.json",
-    "training_log.json",
-    "training_args.bin",
-    MERGED_FROM,
-    CARD,
-}  # written anew, or of no use elsewhere
+# Written anew, or of no use elsewhere.
+NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", MERGED_FROM, CARD}
 
 
 def main() -> None:
@@ -165,6 +163,49 @@ def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> 
     text = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
     (folder / "lineage.json").write_text(without_paths(text, recipe), encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def token_for(repo: str) -> SecretStr:
+    """The key to push with. Raises UsageError if it is not set, or `repo` is no repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"--push {repo}: {first_line(error)}") from None
+    if repo.count("/") != 1:
+        raise UsageError(f"--push {repo}: give owner and name, as in me/{repo}")
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise UsageError(f"--push needs {TOKEN_VARIABLE}: a key of the Hub that may write to {repo}")
+    return SecretStr(token)
+
+
+def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool = False) -> str:
+    """Uploads a folder's files to a model or dataset repository; returns its address.
+
+    Raises UsageError if the Hub refuses, DistillError if it cannot be reached.
+    """
+    import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi(token=token.get_secret_value(), library_name="distillate")
+    try:
+        made = api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
+        message = f"{folder.name} of a distillation"
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message)
+    except HfHubHTTPError as error:
+        reason = first_line(error.server_message or error)
+        refused = f"--push {repo}: the Hub refused ({error.response.status_code}: {reason})"
+        raise UsageError(f"{refused}; may the key in {TOKEN_VARIABLE} write there?") from None
+    except (httpx2.HTTPError, OSError) as error:
+        reason = first_line(error)
+        raise DistillError(f"--push {repo}: the Hub cannot be reached ({reason}); {folder} is whole") from None
+    return str(made)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,6 @@ def chat_form(tokenizer: Any) -> ChatForm | None:
 
 
 def modelfile(recipe: Recipe, file: str, tokenizer: Any, stops: Sequence[str]) -> str:
-    """The Modelfile for a GGUF file beside it."""
     system = system_of_student(recipe)
     lines = [f"FROM ./{file}"]
     form = chat_form(tokenizer)

@@ -4,15 +4,14 @@ Reads a model folder; writes the file and reads it back. The converter is a pack
 the cache of embedded models, and runs from its wheel in a process of its own (train.publish.gguf_converter).
 """
 
-import json
-import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from pipeline.adapters import weight_files
+from pipeline.adapters import measure_weights
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, UsageError
 from pipeline.models import cache_folder, check_sha256, fetch_wheel
@@ -46,19 +45,13 @@ def write_gguf(recipe: Recipe, folder: Path, target: Path, *, name: str, kind: s
     file = target / f"{name}-{kind}.gguf"
     _convert(folder, file, kind)
     _check(file, folder, tokenizer)
-    model = _Settings(AutoConfig.from_pretrained(folder), GenerationConfig())
+    # As much of a model as `stop_tokens` reads, without its weights.
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(folder), generation_config=GenerationConfig())
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     stops = tokenizer.convert_ids_to_tokens(sorted(stop_tokens(tokenizer, model)))
     (target / "Modelfile").write_text(modelfile(recipe, file.name, tokenizer, stops), encoding="utf-8")
     return file.name
-
-
-class _Settings:
-    """As much of a model as `stop_tokens` reads, without its weights."""
-
-    def __init__(self, config: Any, generation_config: Any) -> None:
-        self.config, self.generation_config = config, generation_config
 
 
 def _convert(folder: Path, file: Path, kind: str) -> None:
@@ -95,7 +88,9 @@ def _check(file: Path, folder: Path, tokenizer: Any) -> None:
         "chat template": _text(reader, "tokenizer.chat_template"),
         "tokens": sum(bytes(tokens.parts[place]).decode() in vocabulary for place in tokens.data),
     }
-    wanted = {"parameters": _parameters(folder), "chat template": tokenizer.chat_template, "tokens": len(vocabulary)}
+    size = measure_weights(folder)
+    wanted = {"parameters": size and size.parameters, "tokens": len(vocabulary)}
+    wanted["chat template"] = tokenizer.chat_template
     for what, value in wanted.items():
         if found[what] != value:
             raise DistillError(f"{file}: read back, it has other {what} than {folder}: {found[what]}, not {value}")
@@ -104,13 +99,3 @@ def _check(file: Path, folder: Path, tokenizer: Any) -> None:
 def _text(reader: Any, name: str) -> str:
     field = reader.fields.get(name)
     return bytes(field.parts[field.data[0]]).decode() if field else ""
-
-
-def _parameters(folder: Path) -> int:
-    """Numbers in the weights, tied ones once, by the headers of the safetensors files."""
-    total = 0
-    for path in (path for path in weight_files(folder) if path.suffix == ".safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return total
