@@ -96,7 +96,7 @@ class Driver:
         self._run, self._cluster, self._store, self._lease_s = run, cluster, store, lease_s
         self._collector, budget = Collector(run, store), run.recipe.budget
         self._leases = self._collector.leases = Leases(
-            _items(run),
+            items_of(run),
             self._collector.state,
             run.left.answered,
             tokens=budget.tokens,
@@ -332,7 +332,7 @@ class Driver:
             return
 
 
-def _items(run: Run) -> Iterator[Item]:
+def items_of(run: Run) -> Iterator[Item]:
     """What is to be leased: all that the run has left."""
     dialect, price = Dialect(), known_price(run.recipe)
     for job in run.jobs():

@@ -14,7 +14,7 @@ Limits. An endpoint that n writers ask gives each 1/n of what it allows. A new w
 heard of it, so that the parts never add up to more than the whole. Pure: the time is passed in.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -211,7 +211,7 @@ class Leases:
 
     def deal(self, urls: list[str], newcomers: int) -> list[str]:
         """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one."""
-        asked = {url: sum(url in writer.urls for writer in self.writers.values()) for url in urls}
+        asked = Counter(url for writer in self.writers.values() for url in writer.urls)
         free = [url for url in urls if not asked[url]]
         return free[:: max(newcomers, 1)] or [min(urls, key=lambda url: asked[url])]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import budget, chapter_filter, kills, runs, simulated, stuck, verifiers
+from benchmarks import budget, chapter_filter, kills, limits, runs, scaling, simulated, stuck, verifiers
 from benchmarks.client import body, compare
 from benchmarks.endpoint import chart, level_of, tokens_within
 from benchmarks.http_server import running
@@ -276,3 +276,34 @@ def test_the_reference_rules_and_ours_decide_alike() -> None:
     said = chapter_filter.agreement(texts, 0)
     assert said.endswith(": 0 decided otherwise")
     assert 500 < sum(chapter_filter.chapter_reason(nfc(prompt), nfc(text)) is None for text, prompt in texts) < 2500
+
+
+def test_a_fleet_of_engines_is_asked_and_its_cpu_told_apart() -> None:
+    options = argparse.Namespace(requests=200, replicas=1, slots=64, step_ms=2.0)
+    found = scaling.once("machine", 2, options)
+    assert found["full slots, answers/s"] > 0
+    assert found["R steady"] > 0
+    assert found["client CPU s per 1,000"] == found["of it the driver"]
+
+
+def test_cpu_between_two_times_is_of_the_answers_between_them() -> None:
+    samples: list[scaling.Sample] = [
+        (0.0, {"all": 0.0}),
+        (10.0, {"all": 8.0, "driver": 1.0, "workers": 1.0, "simulators": 2.0}),
+        (20.0, {"all": 26.0, "driver": 2.0, "workers": 4.0, "simulators": 7.0, "Ray": 1.0}),
+    ]
+    assert scaling.cpu(samples, 10.0, 20.0, 2000) == {
+        "client CPU s per 1,000": 2.0,
+        "of it the driver": 0.5,
+        "simulators, cores": 0.5,
+        "Ray, cores": 0.1,
+        "rest, cores": 0.8,
+    }
+
+
+def test_the_limits_of_a_driver_are_those_of_its_code() -> None:
+    found = limits.lease_table(20, 2) | limits.driver(2000) | limits.ids(10**6)
+    assert min(found.values()) > 0
+    fleet = argparse.Namespace(workers=10, gpus=100, tokens_per_s=3000.0, answer_tokens=300, answers=10**6)
+    answers, *_, puts, _ = limits.arithmetic(fleet, found)[1:]
+    assert (answers[1], puts[1]) == ("1,000/s, 0.0 days", "2 and 4/s")

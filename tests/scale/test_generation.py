@@ -13,9 +13,10 @@ from pipeline.rundir import RunDir
 from scale import generation, worker
 from scale.cluster import Lost, Node
 from scale.generation import Driver
-from scale.storage import Folder
+from scale.storage import Folder, Store, open_store
 from scale.worker import Worker
 from tests.servers.misbehaving_server import answer, completions, error, failures, misbehaving, recipe_for
+from tests.servers.object_storage import object_storage
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
 
@@ -78,11 +79,17 @@ def run(tmp_path: Path) -> RunDir:
 
 
 async def drive(
-    recipe: Recipe, folder: RunDir, cluster: FakeCluster, beside: Any = None, lease_s: float = LEASE_S
+    recipe: Recipe,
+    folder: RunDir,
+    cluster: FakeCluster,
+    beside: Any = None,
+    lease_s: float = LEASE_S,
+    store: Store | None = None,
 ) -> Summary:
     """One call of the driver; `beside` is what happens to it meanwhile."""
+    store = store or Folder(folder.path / "cluster")
     with _opened(recipe, folder, recipe, quiet=True, retry_failures=False) as (call, _):
-        driver = Driver(call, cluster, Folder(folder.path / "cluster"), lease_s)  # type: ignore[arg-type]
+        driver = Driver(call, cluster, store, lease_s)  # type: ignore[arg-type]
         task = asyncio.create_task(beside(driver)) if beside else None
         outcome = await driver.send()
         if task:
@@ -126,6 +133,33 @@ async def test_a_worker_that_dies_is_replaced_and_what_it_had_is_asked_again(run
         assert 300 <= len(server.asked) < 300 + 8 + 20 + 1  # in flight, and one part
     assert (summary.answered, len(cluster.actors)) == (300, 3)
     assert whole(run, 300)
+
+
+async def test_a_node_that_is_lost_before_its_first_part_is_in_s3_is_asked_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scale.parts.ROWS", 1000)  # and no part is closed before 15 s
+    cluster, lost = FakeCluster(2), list[int]()
+    budget = {"tokens": 60_000}
+    with misbehaving(lambda asked: answer(delay_s=0.1)) as server, object_storage():
+        store = open_store("s3://bucket/stories")
+
+        async def lose(driver: Driver) -> None:
+            while len(server.asked) < 40:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            first = next(iter(cluster.actors.values()))
+            lost.append(first.worker._counters.answered)
+            assert store.names("parts") == []
+            cluster.kill(first)
+
+        recipe = recipe_for(server, 200, budget=budget, sampling={"max_tokens": 5})
+        summary = await drive(recipe, run, cluster, lose, store=store)
+        assert store.names() == ["leases.json"]
+        asked = len(server.asked)
+    assert summary.answered == 200
+    assert whole(run, 200)
+    assert 200 + lost[0] <= asked <= 200 + lost[0] + 8 + 1  # and what was in flight
+    assert 12 * asked <= summary_tokens(run) <= budget["tokens"]
 
 
 async def test_a_frozen_node_loses_its_lease_and_what_it_writes_late_is_dropped_or_counts_once(run: RunDir) -> None:
