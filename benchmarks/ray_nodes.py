@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("generate", "pipeline", "scale")
+PACKAGES = ("generate", "pipeline", "scale", "serve")
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
 READY_S = 120.0
