@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.cluster import Call, counts, kill_actor, kill_driver
@@ -19,7 +21,7 @@ from benchmarks.runs import recipe_for
 from generate import generate
 from pipeline.rundir import RunDir
 from tests.servers import misbehaving_server
-from tests.servers.serve_process import empty_model, processes_with, read_until, stand_in, wait_until
+from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in, wait_until
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
@@ -48,18 +50,63 @@ def test_every_answer_counts_once_whatever_dies(tmp_path: Path) -> None:
     assert REQUESTS * 140 <= found["tokens counted"] <= budget
 
 
-def test_servers_on_nodes_come_back_and_nothing_of_them_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("real", [False, True], ids=["stand-in", "vLLM"])
+def test_servers_come_back_and_nothing_is_left_of_them(
+    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables = stand_in(tmp_path / "packages")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    model = empty_model(tmp_path / "model")
+    for name in ("STUB_MARK",) if real else variables:
+        monkeypatch.setenv(name, variables[name])
+    model = "embedded:smollm2-135m" if real else empty_model(tmp_path / "model")
+    count = 60 if real else 1000
+    teacher = {"model": model, "base_url": "http://cluster/v1", "urls_file": tmp_path / "urls.txt"}
+    sections = {"sampling": {"max_tokens": 8}, "serve": {"kv_cache_gib": 0.5}}
+    sections |= {"generate": {"concurrency": 2, "request_timeout_s": 300, "max_attempts": 5}}
+    recipe, run = misbehaving_server.recipe_for("x", count, teacher=teacher, **sections), RunDir(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     with ray_cluster(2, blind=BLIND) as (address, _):
-        of_ray = len(processes_with(variables))
-        serving_and_killed(tmp_path, model, address, requests=2000)
-        wait_until(lambda: len(servers(variables)) == 0)
-        process, file = serve(tmp_path, model, address)
-        wait_until(lambda: len(published(file)) == 2)
+        with serving(tmp_path, address) as process:
+            wait_until(lambda: published(tmp_path, 2) or process.poll() is not None)
+            first = published(tmp_path, 2)
+            generating = threading.Thread(target=generate, args=(recipe, run), kwargs={"quiet": True})
+            generating.start()
+            wait_until(lambda: run.completions.exists() and run.completions.read_bytes().count(b"\n") > count // 10)
+            killed = sorted(first)[0]
+            server_at(vllm(variables), killed).kill()
+            second = wait_until(lambda: killed not in (urls := published(tmp_path, 2)) and urls)
+            generating.join()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 130
+            assert vllm(variables) == []
+        found = misbehaving_server.completions(run)
+        assert len({record.id for record in found}) == len(found) == count
+        assert {killed} < {record.endpoint for record in found} <= first | second
+        if not real:
+            with serving(tmp_path, address) as process:
+                wait_until(lambda: published(tmp_path, 2))
+                process.kill()
+                wait_until(lambda: vllm(variables) == [])
+
+
+@contextmanager
+def serving(tmp_path: Path, address: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "serve", str(tmp_path / "recipe.yaml"), "--cluster", address]
+    process = subprocess.Popen([*command, "--run", str(tmp_path / "run")], cwd=ROOT)
+    try:
+        yield process
+    finally:
         process.kill()
-        process.communicate()
-        wait_until(lambda: len(servers(variables)) == 0)
-    assert of_ray
+        process.wait()
+
+
+def published(tmp_path: Path, count: int) -> set[str]:
+    """The URLs in the file, if there are so many."""
+    file = tmp_path / "urls.txt"
+    urls = set(file.read_text().split()) if file.exists() else set()
+    return urls if len(urls) == count else set()
+
+
+def vllm(variables: dict[str, str]) -> list[psutil.Process]:
+    """The servers, their guards and their engines."""
+    return [one for one in processes_with(variables) if "vllm" in " ".join(one.cmdline()).lower()]

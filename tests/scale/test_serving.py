@@ -1,7 +1,6 @@
 """Servers on a cluster without Ray: its actors are in this process, their servers are real processes (a stand-in)."""
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from scale.cluster import Node
 from scale.serving import Model, Supervisor, places_on
 from serve.__main__ import main
 from tests.servers.misbehaving_server import completions, recipe_for
-from tests.servers.serve_process import empty_model, processes_with, stand_in
+from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -98,14 +97,6 @@ async def until(file: Path, true: Callable[[set[str]], object]) -> set[str]:
         await asyncio.sleep(0.05)
 
 
-def server_at(processes: list[psutil.Process], url: str) -> psutil.Process:
-    """The server itself, not its guard."""
-    flag = f"--port {url.removesuffix('/v1').rpartition(':')[2]}"
-    lines = {process: " ".join(process.cmdline()) for process in processes}
-    (found,) = [process for process, line in lines.items() if flag in line and "guard.py" not in line]
-    return found
-
-
 async def test_a_server_that_dies_comes_back_and_generate_goes_on(processes, model, file, tmp_path):
     run = RunDir(tmp_path / "run")
     teacher = {"model": "stub", "base_url": "http://cluster/v1", "urls_file": file}
@@ -126,12 +117,12 @@ async def test_a_server_that_dies_comes_back_and_generate_goes_on(processes, mod
 
 
 async def test_a_server_that_is_silent_is_replaced(processes, model, file, monkeypatch):
-    monkeypatch.setattr("serve.server.ANSWER_S", 0.5)
+    silent, answers = set(), serving.is_ready
+    monkeypatch.setattr(serving, "is_ready", lambda url, name: url not in silent and answers(url, name))
     monkeypatch.setattr(serving, "SILENT_S", 2.0)
     async with supervised(FakeCluster(1), model, file) as said:
-        (first,) = await until(file, lambda urls: len(urls) == 1)
-        server_at(processes(), first).send_signal(signal.SIGSTOP)
-        await until(file, lambda urls: len(urls) == 1 and first not in urls)
+        silent |= await until(file, lambda urls: len(urls) == 1)
+        await until(file, lambda urls: len(urls) == 1 and not urls & silent)
     assert any("has not answered this machine for 2 s" in line for line in said)
 
 

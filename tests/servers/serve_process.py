@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -17,6 +18,8 @@ from serve.server import free_port
 
 ROOT = Path(__file__).parents[2]
 GIVE_UP_S = 300
+
+Result = TypeVar("Result")
 
 
 def _heed_hangups() -> None:
@@ -50,11 +53,12 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
     raise AssertionError(f"it ended without {text!r}: {read}")
 
 
-def wait_until(true: Callable[[], object]) -> None:
+def wait_until(true: Callable[[], Result]) -> Result:
     deadline = time.monotonic() + GIVE_UP_S
-    while not true():
+    while not (found := true()):
         assert time.monotonic() < deadline, f"nothing after {GIVE_UP_S} s"
         time.sleep(0.05)
+    return found
 
 
 def empty_model(folder: Path) -> str:
@@ -87,4 +91,12 @@ def processes_with(variables: dict[str, str]) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             continue
+    return found
+
+
+def server_at(processes: list[psutil.Process], url: str) -> psutil.Process:
+    """The server itself, not its guard."""
+    flag = f"--port {url.removesuffix('/v1').rpartition(':')[2]}"
+    lines = {process: " ".join(process.cmdline()) for process in processes}
+    (found,) = [process for process, line in lines.items() if flag in line and "guard.py" not in line]
     return found
