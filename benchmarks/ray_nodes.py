@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 import psutil
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("generate", "pipeline", "scale", "serve")
+PACKAGES = ("generate", "pipeline", "scale", "serve", "train")
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
+NO_CLIENT_SERVER = "--ray-client-server-port=0"  # its usual port may be another cluster's
 READY_S = 120.0
 
 
@@ -28,7 +29,13 @@ class RayNode:
         where = [f"--address={address}"]
         if head_folder:
             port = address.rpartition(":")[2]
-            where = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={head_folder}"]
+            where = [
+                "--head",
+                f"--port={port}",
+                "--include-dashboard=false",
+                NO_CLIENT_SERVER,
+                f"--temp-dir={head_folder}",
+            ]
         command = [*START, *SMALL, *where]
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
@@ -54,9 +61,9 @@ class RayNode:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes of our actors on it."""
-        return [process for process in self._family() if "NodeWorker" in " ".join(_command(process))]
+    def workers(self, kind: str = "NodeWorker") -> list[psutil.Process]:
+        """The processes of actors on it, by their class."""
+        return [process for process in self._family() if kind in " ".join(_command(process))]
 
     def _family(self) -> list[psutil.Process]:
         try:

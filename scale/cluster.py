@@ -17,12 +17,16 @@ ROOT = Path(__file__).parents[1]
 NOT_SENT = ["runs", "tests", "docs", "experiments", "benchmarks"]  # beside .git, .venv and what git ignores
 
 
+KINDS = ("GPU", "CPU")  # as Ray calls them, in Node's order
+
+
 class Node(NamedTuple):
     """A machine of the cluster that is alive."""
 
     id: str
     address: str
     gpus: int = 0
+    cpus: int = 1
 
 
 class Lost(Exception):
@@ -39,8 +43,10 @@ class NodeWorker(Worker):
 class Cluster:
     """A connection to a Ray cluster. `namespace` is the run's: its actors are found by it."""
 
-    def __init__(self, address: str, namespace: str) -> None:
-        """Raises UsageError if ray is not installed, DistillError if there is no cluster at the address.
+    def __init__(self, address: str, namespace: str, *, show_logs: bool = False) -> None:
+        """`show_logs`: what the nodes' processes print is printed here too.
+
+        Raises UsageError if ray is not installed, DistillError if there is no cluster at the address.
 
         To be called in a thread: in the main one Ray would take SIGTERM.
         """
@@ -51,7 +57,11 @@ class Cluster:
         environment = {"working_dir": str(ROOT), "excludes": NOT_SENT}
         try:
             ray.init(
-                address, namespace=namespace, runtime_env=environment, log_to_driver=False, logging_level="warning"
+                address,
+                namespace=namespace,
+                runtime_env=environment,
+                log_to_driver=show_logs,
+                logging_level="warning",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DistillError(f"no Ray cluster at {address}: {first_line(error)}; docs/clusters.md") from None
@@ -60,7 +70,7 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes that are alive and may have work: a head with no CPUs may not."""
         return [
-            Node(node["NodeID"], node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0)))
+            Node(node["NodeID"], node["NodeManagerAddress"], *(int(node["Resources"].get(kind, 0)) for kind in KINDS))
             for node in self._ray.nodes()
             if node["Alive"] and node["Resources"].get("CPU")
         ]

@@ -25,6 +25,8 @@ from serve.server import STOP_S, free_port, is_ready, serving, url_of
 LOOK_S = 2.0  # between two looks at the nodes, and at each server
 SILENT_S = 60.0  # without a word of a server that was ready, after which it is replaced
 ACTOR_S = 60.0  # what an actor may take to start: code must arrive, and packages be imported
+# Ray would kill the guard together with its actor, and so leave the server; the guard ends by itself, after the server.
+ENVIRONMENT = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0  # before a server is started again; doubled by each failure in a row
 
 
@@ -151,7 +153,8 @@ class Supervisor:
         """Starts a server, and watches it until an error ends it: Lost, or DistillError."""
         model, cluster = self._model, self._cluster
         gpus = ranks(model.config) if place.node.gpus and model.config.device != "cpu" else 0
-        actor = cluster.on_node(NodeServer, place.node, num_gpus=gpus).remote(server_variables())
+        maker = cluster.on_node(NodeServer, place.node, num_gpus=gpus, runtime_env=ENVIRONMENT)
+        actor = maker.remote(server_variables())
         self._say(f"starting vLLM on {place.node.address}")
         started = False
         try:
