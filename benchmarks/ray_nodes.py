@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("generate", "pipeline", "scale", "serve", "train")
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
-NO_CLIENT_SERVER = "--ray-client-server-port=0"  # its usual port may be another cluster's
+HEAD = ["--head", "--include-dashboard=false", "--ray-client-server-port=0"]  # whose usual port another head may have
 READY_S = 120.0
 
 
@@ -29,13 +29,7 @@ class RayNode:
         where = [f"--address={address}"]
         if head_folder:
             port = address.rpartition(":")[2]
-            where = [
-                "--head",
-                f"--port={port}",
-                "--include-dashboard=false",
-                NO_CLIENT_SERVER,
-                f"--temp-dir={head_folder}",
-            ]
+            where = [*HEAD, f"--port={port}", f"--temp-dir={head_folder}"]
         command = [*START, *SMALL, *where]
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())

@@ -1,6 +1,7 @@
-"""`generate --cluster` and `serve --cluster` on real Ray nodes: one without the project's code; processes killed."""
+"""`generate`, `serve` and `train` on real Ray nodes: one does not see the project's code; processes are killed."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from generate import generate
 from pipeline.rundir import RunDir
 from tests.servers import misbehaving_server
 from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in, wait_until
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
@@ -110,3 +112,30 @@ def published(tmp_path: Path, count: int) -> set[str]:
 def vllm(variables: dict[str, str]) -> list[psutil.Process]:
     """The servers, their guards and their engines."""
     return [one for one in processes_with(variables) if "vllm" in " ".join(one.cmdline()).lower()]
+
+
+def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp_path: Path) -> None:
+    student = str(tiny_model(tmp_path / "student"))
+    recipe = make_recipe(student, epochs=8, lora_dropout=0, checkpoint_steps=2)
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
+    alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
+    command = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
+    subprocess.run([*command, str(alone.path)], cwd=ROOT, check=True)
+    with ray_cluster(2, blind=BLIND) as (address, nodes):
+        told = tmp_path / "told.txt"
+        with told.open("wb") as file:
+            process = subprocess.Popen(
+                [*command, str(together.path), "--cluster", address], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            )
+        wait_until(lambda: [*together.path.glob("training/checkpoint-*")] or process.poll() is not None)
+        nodes[1].workers("RayTrainWorker")[0].kill()
+        assert process.wait() == 0, told.read_text()
+        said = told.read_text()
+    assert "going on from the last checkpoint" in said and "resuming from step" in said
+    assert said.count("trained on 19 rows") == 1
+    logs = [json.loads((run.student / "training_log.json").read_bytes()) for run in (alone, together)]
+    for part in ("loss", "eval"):
+        first, second = ([entry["loss"] for entry in log[part]] for log in logs)
+        assert second == pytest.approx(first, rel=1e-3)
+    assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
+    assert not [*together.path.glob("training*")]
