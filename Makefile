@@ -43,8 +43,8 @@ filter: $(BASE) $(NODES)  ## answers worth learning from to kept.jsonl, the othe
 review: $(REVIEW)  ## judge a blind sample yourself on a local page; shows how far the filters agree (ARGS="--sample 100")
 	@exec $(PY) -m filters.review $(COMMON) $(ARGS)
 
-train: $(TRAIN)  ## train the student on kept.jsonl
-	@exec $(PY) -m train $(COMMON) $(ARGS)
+train: $(TRAIN) $(NODES)  ## train the student on kept.jsonl; CLUSTER=auto: by all GPUs of a Ray cluster
+	@exec $(PY) -m train $(COMMON) $(ON_CLUSTER) $(ARGS)
 
 evaluate: $(TRAIN) $(SERVE)  ## measure teacher, student before and student after: quality, speed, memory
 	@exec $(PY) -m evaluate $(COMMON) $(ARGS)

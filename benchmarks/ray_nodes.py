@@ -14,11 +14,12 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from serve.server import free_port
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("generate", "pipeline", "scale", "serve", "train")
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
-HEAD = ["--head", "--include-dashboard=false", "--ray-client-server-port=0"]  # whose usual port another head may have
 READY_S = 120.0
 
 
@@ -29,7 +30,8 @@ class RayNode:
         where = [f"--address={address}"]
         if head_folder:
             port = address.rpartition(":")[2]
-            where = [*HEAD, f"--port={port}", f"--temp-dir={head_folder}"]
+            where = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={head_folder}"]
+            where.append(f"--ray-client-server-port={free_port()}")  # its usual port may be another head's
         command = [*START, *SMALL, *where]
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
@@ -84,9 +86,7 @@ def code_folders() -> list[Path]:
 @contextmanager
 def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNode]]]:
     """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with TemporaryDirectory(prefix="ray") as folder:
         started = [RayNode(address, head_folder=Path(folder))]
         try:

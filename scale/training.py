@@ -38,8 +38,8 @@ def train_on_cluster(address: str, training: Training) -> None:
     training.run.check_there()
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     losses, before = 0, _checkpoints(training.run)
-    cluster = Cluster(address, "train", show_logs=True)
-    pool = ThreadPoolExecutor(1)  # in the main thread Ray Train would end this process at Ctrl-C, with exit code 0
+    pool = ThreadPoolExecutor(1)  # in the main thread Ray would take SIGTERM, and Ray Train end with code 0 at Ctrl-C
+    cluster = pool.submit(Cluster, address, "train", show_logs=True).result()
     try:
         while reason := pool.submit(_fit, cluster, training).result():
             now = _checkpoints(training.run)
@@ -72,14 +72,19 @@ def _fit(cluster: Cluster, training: Training) -> str | None:
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        failures = {rank: getattr(one, "_base_exc", one) for rank, one in error.worker_failures.items()}
-        for failure in failures.values():
-            if isinstance(failure, DistillError):
-                raise failure from None
-        return "; ".join(f"process {rank}: {first_line(failure)}" for rank, failure in sorted(failures.items()))
+        return reason_of(error.worker_failures)
     except ControllerError as error:
         raise DistillError(f"Ray cannot train: {first_line(error.controller_failure)}") from None
     return None
+
+
+def reason_of(failures: dict[int, Exception]) -> str:
+    """Why a training was cut off, from the errors of its processes by rank. Raises the DistillError among them."""
+    own = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}  # Ray Train wraps them
+    for failure in own.values():
+        if isinstance(failure, DistillError):
+            raise failure from None
+    return "; ".join(f"process {rank}: {first_line(failure)}" for rank, failure in sorted(own.items()))
 
 
 def _train_here(setting: dict[str, Any]) -> None:
