@@ -31,8 +31,8 @@ setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that
 wheelhouse: $(COLLECT)  ## what `make setup` needs on a machine without network, in one folder (docs/airgapped.md)
 	@$(PY) setup_wheelhouse.py "$(or $(WHEELHOUSE),wheelhouse)" $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
 
-serve: $(SERVE)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags"); MODEL=student: what it taught
-	@exec $(PY) -m serve $(COMMON) $(if $(MODEL),--model $(MODEL)) $(if $(ARGS),--args="$(ARGS)")
+serve: $(SERVE) $(NODES)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags"); MODEL=student: what it taught; CLUSTER=auto: on every node
+	@exec $(PY) -m serve $(COMMON) $(ON_CLUSTER) $(if $(MODEL),--model $(MODEL)) $(if $(ARGS),--args="$(ARGS)")
 
 generate: $(BASE) $(NODES)  ## ask the teacher; answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…); CLUSTER=auto: on a Ray cluster
 	@exec $(PY) -m generate $(COMMON) $(ON_CLUSTER) $(ARGS)
@@ -43,8 +43,8 @@ filter: $(BASE) $(NODES)  ## answers worth learning from to kept.jsonl, the othe
 review: $(REVIEW)  ## judge a blind sample yourself on a local page; shows how far the filters agree (ARGS="--sample 100")
 	@exec $(PY) -m filters.review $(COMMON) $(ARGS)
 
-train: $(TRAIN)  ## train the student on kept.jsonl
-	@exec $(PY) -m train $(COMMON) $(ARGS)
+train: $(TRAIN) $(NODES)  ## train the student on kept.jsonl; CLUSTER=auto: by all GPUs of a Ray cluster
+	@exec $(PY) -m train $(COMMON) $(ON_CLUSTER) $(ARGS)
 
 evaluate: $(TRAIN) $(SERVE)  ## measure teacher, student before and student after: quality, speed, memory
 	@exec $(PY) -m evaluate $(COMMON) $(ARGS)

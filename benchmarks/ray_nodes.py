@@ -14,8 +14,10 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from serve.server import free_port
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("generate", "pipeline", "scale")
+PACKAGES = ("generate", "pipeline", "scale", "serve", "train")
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
 READY_S = 120.0
@@ -29,6 +31,7 @@ class RayNode:
         if head_folder:
             port = address.rpartition(":")[2]
             where = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={head_folder}"]
+            where.append(f"--ray-client-server-port={free_port()}")  # its usual port may be another head's
         command = [*START, *SMALL, *where]
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
@@ -54,9 +57,9 @@ class RayNode:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes of our actors on it."""
-        return [process for process in self._family() if "NodeWorker" in " ".join(_command(process))]
+    def workers(self, kind: str = "NodeWorker") -> list[psutil.Process]:
+        """The processes of actors on it, by their class."""
+        return [process for process in self._family() if kind in " ".join(_command(process))]
 
     def journals(self) -> list[Path]:
         """Where its actors have their answers before they upload them."""
@@ -91,9 +94,7 @@ def code_folders() -> list[Path]:
 @contextmanager
 def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNode]]]:
     """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with TemporaryDirectory(prefix="ray") as folder:
         started = [RayNode(address, head_folder=Path(folder))]
         try:

@@ -17,11 +17,16 @@ ROOT = Path(__file__).parents[1]
 NOT_SENT = ["runs", "tests", "docs", "experiments", "benchmarks"]  # beside .git, .venv and what git ignores
 
 
+KINDS = ("GPU", "CPU")  # as Ray calls them, in Node's order
+
+
 class Node(NamedTuple):
     """A machine of the cluster that is alive."""
 
     id: str
     address: str
+    gpus: int = 0
+    cpus: int = 1
 
 
 class Lost(Exception):
@@ -38,8 +43,10 @@ class NodeWorker(Worker):
 class Cluster:
     """A connection to a Ray cluster. `namespace` is the run's: its actors are found by it."""
 
-    def __init__(self, address: str, namespace: str) -> None:
-        """Raises UsageError if ray is not installed, DistillError if there is no cluster at the address.
+    def __init__(self, address: str, namespace: str, *, show_logs: bool = False) -> None:
+        """`show_logs`: what the nodes' processes print is printed here too.
+
+        Raises UsageError if ray is not installed, DistillError if there is no cluster at the address.
 
         To be called in a thread: in the main one Ray would take SIGTERM.
         """
@@ -50,7 +57,11 @@ class Cluster:
         environment = {"working_dir": str(ROOT), "excludes": NOT_SENT}
         try:
             ray.init(
-                address, namespace=namespace, runtime_env=environment, log_to_driver=False, logging_level="warning"
+                address,
+                namespace=namespace,
+                runtime_env=environment,
+                log_to_driver=show_logs,
+                logging_level="warning",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DistillError(f"no Ray cluster at {address}: {first_line(error)}; docs/clusters.md") from None
@@ -59,28 +70,23 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes that are alive and may have work: a head with no CPUs may not."""
         return [
-            Node(node["NodeID"], node["NodeManagerAddress"])
+            Node(node["NodeID"], node["NodeManagerAddress"], *(int(node["Resources"].get(kind, 0)) for kind in KINDS))
             for node in self._ray.nodes()
             if node["Alive"] and node["Resources"].get("CPU")
         ]
 
     def start(self, node: Node, name: str, *args: Any) -> Any:
         """Starts a worker on a node, and returns its actor before it is there."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        actor = (
-            self._ray.remote(NodeWorker)
-            .options(
-                name=name,
-                lifetime="detached",
-                num_cpus=0,
-                max_restarts=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-            )
-            .remote(name, *args)
-        )
+        actor = self.on_node(NodeWorker, node, name=name, lifetime="detached").remote(name, *args)
         actor.live.remote()
         return actor
+
+    def on_node(self, kind: type, node: Node, **options: Any) -> Any:
+        """What makes an actor of this class on a node, by `.remote(…)`. Ray does not restart it."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        return self._ray.remote(kind).options(num_cpus=0, max_restarts=0, scheduling_strategy=here, **options)
 
     def leftovers(self) -> dict[str, Any]:
         """The actors of an earlier driver of the run that are still there, by name."""
@@ -93,9 +99,11 @@ class Cluster:
         return found
 
     async def call(self, method: Any, *args: Any) -> Any:
-        """Calls an actor's method. Raises Lost; never returns if the node is frozen."""
+        """Calls an actor's method. Raises Lost, or what the method does; never returns if the node is frozen."""
         try:
             return await asyncio.wrap_future(method.remote(*args).future())
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except self._ray.exceptions.RayError as error:
             raise Lost(first_line(error)) from None
 

@@ -1,14 +1,14 @@
-"""`python -m serve RECIPE [--model student]`: serves a model of a run on this machine, in the foreground, until Ctrl-C.
+"""`python -m serve RECIPE [--model student] [--cluster ADDRESS]`: serves a model of a run, in the foreground.
 
-Reads the recipe and the run's student, and writes serve-<port>.log into the run directory. Takes no lock, because
-`generate` works on the same run.
+On this machine, or on the nodes of a Ray cluster, until Ctrl-C. Reads the recipe and the run's student, and writes
+serve-<port>.log into the run directory. Takes no lock, because `generate` works on the same run.
 """
 
 import argparse
 import os
 import shlex
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +17,7 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
+from pipeline.rundir import RunDir
 from serve.command import Command, build_command, merge_args, port_number
 from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
 
@@ -24,6 +25,8 @@ from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
 def main(argv: list[str] | None = None) -> None:
     """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
+    if options.cluster:
+        _on_cluster(recipe, run, options)
     name, host, port = place_of(recipe, options.model)
     port = options.port or port
     config = _with_args(recipe.serve, options.args)
@@ -58,6 +61,25 @@ def main(argv: list[str] | None = None) -> None:
             raise server.failure("while it was serving")
 
 
+def _on_cluster(recipe: Recipe, run: RunDir, options: argparse.Namespace) -> NoReturn:
+    """Serves the teacher on a cluster. Ends by KeyboardInterrupt, or raises DistillError."""
+    if options.model != TEACHER:
+        raise UsageError(f"--cluster serves the teacher, not --model {options.model}; name it by --teacher.model")
+    try:
+        from scale.serving import Model, serve_on_cluster
+    except ImportError as error:
+        raise UsageError(f"serving needs the `serve` or `serve-cpu` extra: {error}; run `make serve`") from None
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    teacher, file = recipe.teacher.model, recipe.teacher.urls_file or run.path.absolute() / "urls.txt"
+    console.print(f"the URLs of its servers: {file}")
+    flags = [] if recipe.teacher.urls_file else [f"ARGS=--teacher.urls_file {file}"]
+    console.print(f"next, in another terminal: {_generate(options, *flags)}\nCtrl-C ends them")
+    model = Model(teacher, teacher, _with_args(recipe.serve, options.args), options.port)
+    serve_on_cluster(options.cluster, model, file, console.print)
+    raise KeyboardInterrupt
+
+
 def shown(model: str, name: str, host: str, port: int, config: ServeConfig) -> Command:
     """The command. Fetches nothing and starts nothing."""
     from serve.machine import detect
@@ -83,7 +105,7 @@ def shown(model: str, name: str, host: str, port: int, config: ServeConfig) -> C
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = stage_parser("serve", "Serve a model of the run with vLLM on this machine, until Ctrl-C.")
+    parser = stage_parser("serve", "Serve a model of the run with vLLM, until Ctrl-C.")
     parser.add_argument(
         "--port",
         type=port_number,
@@ -94,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         default=TEACHER,
         help="teacher (default), student (as the run trained it), before (the student before training), "
         "or any model: a Hub id, a folder, embedded:<name>",
+    )
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="serve on the nodes of a Ray cluster: auto, host:port or ray://host:port"
     )
     parser.add_argument("--print", action="store_true", help="show the command and its environment, start nothing")
     parser.add_argument("--args", default="", metavar="FLAGS", help="further vLLM flags, in one string; they win")
@@ -122,12 +147,16 @@ def _next(recipe: Recipe, options: argparse.Namespace, base_url: str, name: str)
         return shlex.join(
             ["make", "chat", f"RECIPE={options.recipe}", *([f"RUN={options.run}"] if options.run else [])]
         )
-    parts = ["make", "generate", f"RECIPE={options.recipe}"]
+    parts = []
     if base_url != recipe.teacher.url.replace("localhost", "127.0.0.1"):
         parts.append(f"TEACHER_URL={base_url}")
     if name != recipe.teacher.model:
         parts.append(f"TEACHER_MODEL={name}")
-    return shlex.join(parts)
+    return _generate(options, *parts)
+
+
+def _generate(options: argparse.Namespace, *further: str) -> str:
+    return shlex.join(["make", "generate", f"RECIPE={options.recipe}", *further])
 
 
 if __name__ == "__main__":

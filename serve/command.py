@@ -125,7 +125,7 @@ def build_command(
             flags += ["--kv-cache-memory-bytes", str(wanted)]
         memory = None if memory is None else memory + PROCESSES + needed
     elif memory is not None:
-        memory //= math.prod(max(1, int(user.get(name) or 1)) for name in SHARDS)
+        memory //= ranks(config, SHARDS)
     arguments = merge_args(flags, config.args)
     final = _values(arguments)
     return Command(
@@ -138,6 +138,12 @@ def build_command(
         served_name=final["--served-model-name"],
         memory=memory,
     )
+
+
+def ranks(config: ServeConfig, kinds: Sequence[str] = RANKS) -> int:
+    """vLLM's processes that compute together, each on a GPU of its own, by the flags of these kinds."""
+    user = _values(config.args)
+    return math.prod(max(1, int(user.get(name) or 1)) for name in kinds)
 
 
 def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ from serve.model_facts import model_facts
 from serve.vllm_log import cause, last_line, tail
 
 POLL_S = 0.25
+ANSWER_S = 10.0  # for a server to say that it is ready
 STOP_S = 40.0  # more than the guard ever needs
 WRONG_USAGE = 2  # vLLM's exit code for a flag it does not know
 CAUSE_CHARS = 300
@@ -47,7 +48,7 @@ class Server:
         self.command = command
         self.served_name = command.served_name
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)  # reached from this machine
-        self.base_url = f"http://[{host}]:{command.port}/v1" if ":" in host else f"http://{host}:{command.port}/v1"
+        self.base_url = url_of(host, command.port)
         self.log = log
         self.startup_s = 0.0  # seconds from the start of the process until it was ready
         self._guard = guard
@@ -144,11 +145,16 @@ def serving(
             log.unlink(missing_ok=True)
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of an address of this machine on which nothing listens."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a server at this address answers."""
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def open_log(path: Path) -> BinaryIO:
@@ -176,7 +182,7 @@ def _start(command: Command, output: BinaryIO) -> "subprocess.Popen[bytes]":
 def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None) -> None:
     """Returns once /health answers and /v1/models names the model."""
     start = time.monotonic()
-    while not _ready(server):
+    while not is_ready(server.base_url, server.served_name):
         server.startup_s = time.monotonic() - start
         if server.wait(POLL_S) is not None:
             raise server.failure("before it was ready")
@@ -190,16 +196,16 @@ def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None)
     server.startup_s = time.monotonic() - start
 
 
-def _ready(server: Server) -> bool:
-    """Whether the server answers, and serves the model."""
+def is_ready(base_url: str, served_name: str) -> bool:
+    """Whether a server answers at the URL, and serves the model."""
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     opener = build_opener(ProxyHandler({}))  # never asks a proxy
     try:
-        for url in (f"{server.base_url.removesuffix('/v1')}/health", f"{server.base_url}/models"):
-            with opener.open(Request(url, headers=headers), timeout=10) as answer:
+        for url in (f"{base_url.removesuffix('/v1')}/health", f"{base_url}/models"):
+            with opener.open(Request(url, headers=headers), timeout=ANSWER_S) as answer:
                 body = answer.read()
-        return server.served_name in [model["id"] for model in json.loads(body)["data"]]
+        return served_name in [model["id"] for model in json.loads(body)["data"]]
     except (OSError, HTTPException, ValueError, KeyError, TypeError):
         return False
 

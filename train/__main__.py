@@ -1,10 +1,15 @@
-"""`python -m train RECIPE [--run DIR] [--force] [--allow-chain] [--again]`: the student, on kept.jsonl."""
+"""`python -m train RECIPE [--run DIR] [--cluster ADDRESS] [--force] [--allow-chain] [--again]`: the student.
+
+Trains it on kept.jsonl, in this process, in those of a launcher, or in those of a Ray cluster.
+"""
 
 import sys
 from contextlib import nullcontext
 
 from pipeline.cli import INTERRUPTED, parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
 from train.processes import launched
 from train.run import train_run
 
@@ -14,16 +19,26 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="continue past checks that warn (never past a failed one)")
     parser.add_argument("--allow-chain", action="store_true", help="learn from a teacher that was itself distilled")
     parser.add_argument("--again", action="store_true", help="train again, even if the student is up to date")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="train on the nodes of a Ray cluster: auto or host:port")
     recipe, run, options = parse_stage(parser)
-    processes = launched()
     flags = {"again": options.again, "force": options.force, "allow_chain": options.allow_chain}
+    if options.cluster:
+        from scale.training import Training, train_on_cluster  # here: a training on one machine needs nothing of it
+
+        return train_on_cluster(options.cluster, Training(recipe, run, flags))
     try:
-        with run.locked() if processes.lead else nullcontext():
-            train_run(recipe, run, **flags, processes=processes)
+        train_launched(recipe, run, flags)
     except (DistillError, KeyboardInterrupt) as error:
-        if processes.lead:
+        if launched().lead:
             raise
         sys.exit(error.exit_code if isinstance(error, DistillError) else INTERRUPTED)  # the leading process says why
+
+
+def train_launched(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
+    """Trains, as one of the processes that the launcher has started. The first holds the run's lock."""
+    processes = launched()
+    with run.locked() if processes.lead else nullcontext():
+        train_run(recipe, run, **flags, processes=processes)
 
 
 if __name__ == "__main__":

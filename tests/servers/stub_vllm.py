@@ -1,5 +1,7 @@
 """A stand-in for vLLM's server, run as `python -m vllm.entrypoints.openai.api_server`: starts at once, does as told.
 
+It answers every chat request with the same words.
+
 STUB_VLLM says how it behaves: ok, die (an engine that fails, with vLLM's own way of saying so), killed, silent, other
 (serves another name), late (dies once it has been asked for its models). Whatever it does, it first starts a child
 that ignores SIGTERM, as a stuck engine would.
@@ -27,21 +29,36 @@ DIED = """\
 
 mode = os.environ["STUB_VLLM"]
 parser = argparse.ArgumentParser()
+parser.add_argument("--host")
 parser.add_argument("--port", type=int)
 parser.add_argument("--served-model-name")
 options, _ = parser.parse_known_args()
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self) -> None:
         name = "another" if mode == "other" else options.served_model_name
         body = json.dumps({"data": [{"id": name}]}).encode() if self.path == "/v1/models" else b""
+        self.reply(body)
+        if mode == "late" and body:
+            threading.Timer(1, lambda: (print(DIED, flush=True), os._exit(1))).start()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(0.05)
+        message = {"role": "assistant", "content": "hello"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice]}
+        self.reply(json.dumps({**answer, "usage": usage}).encode())
+
+    def reply(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-        if mode == "late" and body:
-            threading.Timer(1, lambda: (print(DIED, flush=True), os._exit(1))).start()
 
     def log_message(self, *args: object) -> None:
         pass
@@ -57,4 +74,4 @@ elif mode == "killed":
 elif mode == "silent":
     time.sleep(600)
 else:
-    ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
+    ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
