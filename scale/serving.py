@@ -95,7 +95,7 @@ class Supervisor:
         self._cluster, self._model, self._file, self._say = cluster, model, urls_file, say
         self._tasks: dict[Place, asyncio.Task[None]] = {}
         self._urls: dict[Place, str] = {}  # of the servers that answer
-        self._failed: dict[Place, DistillError] = {}
+        self._failed: dict[Place, DistillError] = {}  # why the last server there never answered, or ended
         self._any_answered = False  # so far
         self._stopping = asyncio.Event()
 
@@ -123,7 +123,6 @@ class Supervisor:
         wanted = places_on(await asyncio.to_thread(self._cluster.nodes), self._model.config)
         for place in self._tasks.keys() - wanted:
             self._tasks.pop(place).cancel()
-            self._withdraw(place)
             self._say(f"{place.node.address} has left the cluster")
         for task in self._tasks.values():
             if task.done():
@@ -141,9 +140,8 @@ class Supervisor:
                 await self._serve(place)
             except (Lost, DistillError) as error:
                 failure = error if isinstance(error, DistillError) else DistillError(f"its actor is lost: {error}")
-            if place in self._urls:
+            if place not in self._failed:
                 wait_s = FIRST_WAIT_S
-            self._withdraw(place)
             self._failed[place] = type(failure)(f"{place.node.address}: {failure}")
             self._say(f"warning: {self._failed[place]}; a server is started again in {wait_s:.0f} s")
             await asyncio.sleep(wait_s)
@@ -162,6 +160,7 @@ class Supervisor:
             started = True
             await self._watch(place, actor, url)
         finally:
+            self._withdraw(place)
             if started:  # before that the actor hears nothing
                 with suppress(Lost, DistillError):
                     await self._call(STOP_S, actor.stop)
@@ -176,6 +175,7 @@ class Supervisor:
                 heard = monotonic()
                 if place not in self._urls:
                     self._urls[place], self._any_answered = url, True
+                    self._failed.pop(place, None)
                     self._publish()
                     self._say(f"ready: {url} ({len(self._urls)} of {len(self._tasks)} servers)")
             elif monotonic() - heard > SILENT_S:
