@@ -127,23 +127,20 @@ def arithmetic(options: Namespace, found: dict[str, float]) -> list[tuple[str, .
     per_s, answers = options.gpus * options.tokens_per_s / options.answer_tokens, options.answers
     parts_per_s, beats_per_s = max(per_s / ROWS, options.workers / SECONDS), options.workers / BEAT_S
     driver_us = found["lease of a request, us"] + found["answer into the journal, us"]
-    restart_us = found["journal read at a start, us"] + found["look-up of an id, us"] / 2  # the set grows
+    look_up_us = found["look-up of an id, us"]
+    restart_us = found["journal read at a start, us"] + look_up_us / 2  # the set grows
     size, puts, gets = found["bytes of an answer"], PUTS * parts_per_s, GETS * parts_per_s
     share, usd = max(puts / PUTS_PER_S, gets / GETS_PER_S), (puts * PUT + gets * GET) * answers / per_s
     return [
         ("what", "how much", "takes"),
-        ("answers", f"{per_s:,.0f}/s, {answers / per_s / 86400:.1f} days", cores(per_s * driver_us)),
-        ("look-ups of ids, 3 per answer", f"{3 * per_s:,.0f}/s", cores(3 * per_s * found["look-up of an id, us"])),
-        ("heartbeats", f"{beats_per_s:,.0f}/s", cores(beats_per_s * found["heartbeat, us"])),
+        ("answers", f"{per_s:,.0f}/s, {answers / per_s / 86400:.1f} days", f"{per_s * driver_us / 1e6:.2f} cores"),
+        ("look-ups of ids at the end", f"{3 * per_s:,.0f}/s", f"{3 * per_s * look_up_us / 1e6:.2f} cores"),
+        ("heartbeats", f"{beats_per_s:,.0f}/s", f"{beats_per_s * found['heartbeat, us'] / 1e6:.2f} cores"),
         ("a start after a kill", f"{answers:,} rows", f"{restart_us * answers / 3.6e9:,.1f} hours"),
         ("the journal", f"{per_s * size / 1e6:.0f} MB/s", f"{answers * size / 1e12:.2f} TB"),
         ("puts and gets", f"{puts:.0f} and {gets:.0f}/s", f"{share:.0%} of one prefix's rate, {usd:,.0f} USD"),
         ("a set of ids", f"{answers:,}", f"{found['ids, GB']:.0f} GB; two alike: {found['two ids alike, %']:.1f}%"),
     ]
-
-
-def cores(us_per_s: float) -> str:
-    return f"{us_per_s / 1e6:.2f} cores"
 
 
 if __name__ == "__main__":
