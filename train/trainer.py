@@ -31,10 +31,8 @@ from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
-from train.gold import gold_trainer
 from train.lazy import Lazy, stored_rows
 from train.machine import Setting, autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
-from train.on_policy import on_policy_trainer
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
@@ -204,12 +202,16 @@ def _with_teacher(
     trainer, config, console, teacher = prepared.trainer, setting.config, setting.console, setting.teacher
     assert teacher is not None
     if config.method == "gold":
+        from train.gold import gold_trainer  # here: TRL warns when it is imported
+
         own = gold_trainer(trainer, shown, arguments, setting)
         return with_callbacks(own, prepared.milestones, prepared.progress)
     rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     stored = config.kd.teacher == "stored"
     told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
     if config.method == "on_policy":
+        from train.on_policy import on_policy_trainer  # here: TRL warns when it is imported
+
         drawing = on_policy_trainer(trainer, arguments, told, setting)
         return with_callbacks(drawing, prepared.milestones, prepared.progress)
     if stored:
