@@ -84,7 +84,7 @@ class Call:
         deadline = time.monotonic() + WAIT_S
         while not condition():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise Broken(self._errors.read_text())
+                raise Broken(f"exit code {self._process.poll()}: {self._errors.read_text()}")
             time.sleep(0.1)
 
 
