@@ -55,6 +55,7 @@ def train_on_cluster(address: str, training: Training) -> None:
 
 def _fit(cluster: Cluster, training: Training) -> str | None:
     """Trains once. Returns None when it has ended, or why it was cut off. Raises the DistillError of a process."""
+    from ray.exceptions import RayError
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -75,6 +76,8 @@ def _fit(cluster: Cluster, training: Training) -> str | None:
         return reason_of(error.worker_failures)
     except ControllerError as error:
         raise DistillError(f"Ray cannot train: {first_line(error.controller_failure)}") from None
+    except RayError as error:
+        raise DistillError(f"the cluster is lost: {first_line(error)}; the same command goes on") from None
     return None
 
 

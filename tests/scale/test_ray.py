@@ -114,6 +114,7 @@ def vllm(variables: dict[str, str]) -> list[psutil.Process]:
     return [one for one in processes_with(variables) if "vllm" in " ".join(one.cmdline()).lower()]
 
 
+@pytest.mark.timeout(1800)
 def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp_path: Path) -> None:
     student = str(tiny_model(tmp_path / "student"))
     recipe = make_recipe(student, epochs=8, lora_dropout=0, checkpoint_steps=2)
