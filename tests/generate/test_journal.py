@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate.idset import IdSet
+from generate.idset import FULL, WIDTH, IdSet
 from generate.journal import Journal, read_journal
 from pipeline.errors import DataError, DistillError
 from pipeline.records import Completion, Message, Usage, encode_line, read_jsonl
@@ -127,7 +127,9 @@ def test_an_id_set_is_a_set(items: list[str]) -> None:
     assert "never added" not in ids
 
 
-def test_an_id_set_of_many_is_exact() -> None:
+def test_an_id_set_of_many_is_exact_and_no_bucket_grows_with_it() -> None:
     ids = IdSet()
     assert all(ids.add(str(n)) for n in range(100_000))
+    assert not any(ids.add(str(n)) for n in range(100_000))
     assert not any(str(n) in ids for n in range(100_000, 200_000))
+    assert max(map(len, ids._buckets)) <= 4 * FULL * WIDTH
