@@ -36,7 +36,8 @@ def train_on_cluster(address: str, training: Training) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"--cluster {address}: train on a machine of the cluster, with host:port or auto")
     training.run.check_there()
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # A process stays in its folder, and prints as everywhere: with Ray Train's own print, what dill catches is shown.
+    os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
     losses, before = 0, _checkpoints(training.run)
     pool = ThreadPoolExecutor(1)  # in the main thread Ray would take SIGTERM, and Ray Train end with code 0 at Ctrl-C
     cluster = pool.submit(Cluster, address, "train", show_logs=True).result()

@@ -117,7 +117,7 @@ def vllm(variables: dict[str, str]) -> list[psutil.Process]:
 @pytest.mark.timeout(1800)
 def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp_path: Path) -> None:
     student = str(tiny_model(tmp_path / "student"))
-    recipe = make_recipe(student, epochs=8, lora_dropout=0, checkpoint_steps=2)
+    recipe = make_recipe(student, epochs=20, lora_dropout=0, checkpoint_steps=20)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     alone, together = (make_run(tmp_path / name, story_rows(21)) for name in ("alone", "together"))
     command = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
@@ -128,12 +128,14 @@ def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp
             process = subprocess.Popen(
                 [*command, str(together.path), "--cluster", address], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
             )
+        wait_until(lambda: nodes[1].workers("RayTrainWorker") or process.poll() is not None)
+        worker = nodes[1].workers("RayTrainWorker")[0]
         wait_until(lambda: [*together.path.glob("training/checkpoint-*")] or process.poll() is not None)
-        nodes[1].workers("RayTrainWorker")[0].kill()
+        worker.kill()
         assert process.wait() == 0, told.read_text()
         said = told.read_text()
     assert "going on from the last checkpoint" in said and "resuming from step" in said
-    assert said.count("trained on 19 rows") == 1
+    assert "trained on 19 rows" in said and "LOAD_FAST" not in said
     logs = [json.loads((run.student / "training_log.json").read_bytes()) for run in (alone, together)]
     for part in ("loss", "eval"):
         first, second = ([entry["loss"] for entry in log[part]] for log in logs)
