@@ -18,6 +18,12 @@ from serve.server import free_port
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("generate", "pipeline", "scale", "serve", "train")
+UNTIL_JOINED = """if True:
+    import sys, time, ray
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+    while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+        time.sleep(0.2)
+"""
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
 READY_S = 120.0
@@ -93,13 +99,17 @@ def code_folders() -> list[Path]:
 
 @contextmanager
 def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNode]]]:
-    """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes."""
+    """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes.
+
+    All have joined then: processes that start together with a node were seen to fail.
+    """
     address = f"127.0.0.1:{free_port()}"
     with TemporaryDirectory(prefix="ray") as folder:
         started = [RayNode(address, head_folder=Path(folder))]
         try:
             _until_open(address)
             started += [RayNode(address, blind=number >= nodes - blind) for number in range(1, nodes)]
+            subprocess.run([sys.executable, "-c", UNTIL_JOINED, address, str(nodes)], check=True, timeout=READY_S)
             yield address, started
         finally:
             for node in started:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_a_file_that_is_not_the_student_is_refused(
     taught: tuple[Recipe, RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = taught
-    monkeypatch.setattr(train.publish.to_gguf, "_parameters", lambda folder: 7)
+    monkeypatch.setattr(train.publish.to_gguf, "measure_weights", lambda folder: SimpleNamespace(parameters=7))
     with pytest.raises(DistillError, match="read back, it has other parameters than"):
         export_gguf(recipe, run, "f16")
 
