@@ -1,8 +1,8 @@
 """`python -m benchmarks.limits`: what one driver of a cluster can do, and what a large fleet asks of it.
 
 The driver's own code is run here without a network: the table of leases with `--workers` writers and a clock that this
-script moves, the reading of their parts into a journal, the set of answered ids. From that it computes
-where a fleet of `--gpus`, each of which makes `--tokens-per-s`, passes what one driver can do in a run of `--answers`.
+script moves, the reading of their parts into a journal, the set of answered ids. From that it computes where a fleet of
+`--gpus`, each of which makes `--tokens-per-s`, passes what one driver can do in a run of `--answers`.
 Times are CPU seconds of one core. docs/scale_limits.md explains the table.
 """
 
@@ -136,7 +136,7 @@ def arithmetic(options: Namespace, found: dict[str, float]) -> list[tuple[str, .
     return [
         ("what", "how much", "takes"),
         ("answers", f"{per_s:,.0f}/s, {answers / per_s / 86400:.1f} days", f"{per_s * driver_us / 1e6:.2f} cores"),
-        ("look-ups of ids at the end", f"{3 * per_s:,.0f}/s", f"{3 * per_s * look_up_us / 1e6:.2f} cores"),
+        ("look-ups of ids, 3 per answer", f"{3 * per_s:,.0f}/s", f"{3 * per_s * look_up_us / 1e6:.2f} cores"),
         ("heartbeats", f"{beats_per_s:,.0f}/s", f"{beats_per_s * found['heartbeat, us'] / 1e6:.2f} cores"),
         ("a start after a kill", f"{answers:,} rows", f"{restart_us * answers / 3.6e9:,.1f} hours"),
         ("the journal", f"{per_s * size / 1e6:.0f} MB/s", f"{answers * size / 1e12:.2f} TB"),

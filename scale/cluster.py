@@ -15,8 +15,6 @@ from scale.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 NOT_SENT = ["runs", "tests", "docs", "experiments", "benchmarks"]  # beside .git, .venv and what git ignores
-
-
 KINDS = ("GPU", "CPU")  # as Ray calls them, in Node's order
 
 
