@@ -145,7 +145,7 @@ def micro_tokens(model: Any, config: TrainConfig, free: int, shards: int = 1) ->
     On a CPU soft losses hold four times as much: the logits and log-probabilities of two models.
     """
     left = SAFE_SHARE * free - optimizer_bytes(model, config, shards) - LOGITS_BYTES
-    per_token = _token_bytes(model, config) if torch.cuda.is_available() else None
+    per_token = token_bytes(model, config) if torch.cuda.is_available() else None
     if per_token is not None:
         return tokens_within(left, per_token)
     room = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size) // (4 if config.soft else 1)
@@ -179,7 +179,7 @@ def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, lo
     return tokens * (config.num_hidden_layers * layer + 4 * config.vocab_size * logits)
 
 
-def _token_bytes(model: Any, config: TrainConfig) -> int | None:
+def token_bytes(model: Any, config: TrainConfig) -> int | None:
     """Bytes that a forward pass keeps per token; None of a shape that is not known."""
     logits = 6 if config.soft else 3
     if torch.cuda.is_available() and config.method in ("lora", "qlora", "full"):
@@ -215,7 +215,7 @@ def wants_checkpointing(
         )
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing
-    needed, left = tokens * (_token_bytes(model, config) or 0), SAFE_SHARE * free - optimizer
+    needed, left = tokens * (token_bytes(model, config) or 0), SAFE_SHARE * free - optimizer
     if needed > left:
         console.print(
             f"gradient checkpointing is on: {tokens:,} tokens need about {needed / GIB:.1f} GiB without it, there is "

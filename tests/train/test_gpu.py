@@ -31,8 +31,13 @@ from train.trainer import prepare, training_arguments
 GIB = 1 << 30
 # Per token: 2 bytes * (8 * 64 + 4 * 2 * 16 + 5 * 128) + 16 * 64 = 3,584 bytes a layer of all weights.
 SHAPE = SimpleNamespace(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=1000,
+)
 
 
 def model(shape: Any = SHAPE, parameters: int = 1000) -> Any:
