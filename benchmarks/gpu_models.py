@@ -41,7 +41,7 @@ def filled_tokenizer(vocabulary: int) -> Any:
 
     from train.new_student import END, PAD, START, apply_template, train_tokenizer
 
-    small = train_tokenizer([" ".join(WORDS) for _ in range(10)], 1024)
+    small = train_tokenizer(["".join(f" {word}" for word in WORDS)] * 10, 1024)
     content = json.loads(small.backend_tokenizer.to_str())
     known = content["model"]["vocab"]
     known |= {f"unused {number}": number for number in range(len(known), vocabulary)}

@@ -8,6 +8,7 @@ width * length for causal attention. What gradient checkpointing computes again 
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -67,19 +69,16 @@ def peak_flops() -> float | None:
 
 def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
     """SFTTrainer as it comes, then ours, on the same rows; both are scored on the same validation rows by one code."""
-    import torch
-
     from benchmarks.training import defaults
     from pipeline.train_config import TrainConfig
 
     config = TrainConfig(**settings(method, options))
     theirs = defaults(student(options), examples(options, config), config, fresh(options))
-    measured = fit(theirs, config)
+    measured = fit(theirs, method)
     model = theirs.model.to("cpu")
     del theirs
-    torch.cuda.empty_cache()
     ours = prepared(method, options)
-    row = {"what": "ours", **fit(ours, config)}
+    row = {"what": "ours", **fit(ours, method)}
     yield row | {"loss": ours.evaluate()["eval_loss"]}
     ours.model = model.to(ours.args.device)
     yield {"what": "SFTTrainer", **measured, "loss": ours.evaluate()["eval_loss"]}
@@ -94,8 +93,9 @@ def method_alone(method: str, options: argparse.Namespace, **changes: Any) -> It
 
 
 def scored(what: str, options: argparse.Namespace, method: str, **changes: Any) -> Row:
+    """A training, and its held-out loss."""
     trainer = prepared(method, options, **changes)
-    return {"what": what, **fit(trainer, None), "loss": trainer.evaluate()["eval_loss"]}
+    return {"what": what, **fit(trainer, method), "loss": trainer.evaluate()["eval_loss"]}
 
 
 def number_formats(options: argparse.Namespace) -> Iterator[Row]:
@@ -112,18 +112,19 @@ def number_formats(options: argparse.Namespace) -> Iterator[Row]:
 
 def pass_sizes(options: argparse.Namespace) -> Iterator[Row]:
     """Forward passes of so many tokens: which size fills the card, and whether the estimate of memory is right."""
+    from transformers import AutoConfig
+
     from pipeline.train_config import TrainConfig
     from train.machine import token_bytes
 
-    sizes = (256, 512) if options.small else (2048, 8192, 16384, 32768)
-    for size in sizes:
+    changes = {"batch_size": 4 if options.small else 96, "gradient_checkpointing": False}
+    config = TrainConfig(**settings("full", options, **changes))
+    shape = AutoConfig.from_pretrained(student(options))
+    per_token = token_bytes(SimpleNamespace(config=shape), config) or 0
+    for size in (256, 512) if options.small else (2048, 8192, 16384, 32768):
         with patch("train.trainer.micro_tokens", return_value=size):
-            changes = {"batch_size": 4 if options.small else 96, "gradient_checkpointing": False}
-            trainer = prepared("full", options, **changes)
-            config = TrainConfig(**settings("full", options, **changes))
-            estimate = size * (token_bytes(trainer.model, config) or 0) / GIB
-            row = {"what": f"{size:,} tokens", **fit(trainer, config)}
-        yield row | {"note": f"activations estimated {estimate:.2f} GiB, besides weights, gradients and moments"}
+            row = scored(f"{size:,} tokens", options, "full", **changes)
+        yield row | {"note": f"activations estimated {size * per_token / GIB:.2f} GiB, beside 18 bytes per weight"}
 
 
 def heads(options: argparse.Namespace) -> Iterator[Row]:
@@ -138,11 +139,11 @@ def heads(options: argparse.Namespace) -> Iterator[Row]:
 
 def compiled(options: argparse.Namespace) -> Iterator[Row]:
     """With torch.compile on each layer, and without. The first steps, which compile, count in `seconds` alone."""
-    for use in (False, True):
-        trainer = prepared("full", options)
-        for layer in trainer.model.model.layers if use else ():
-            layer.compile(dynamic=True)
-        yield {"what": "compiled" if use else "as it is", **fit(trainer, None)}
+    yield scored("as it is", options, "full")
+    trainer = prepared("full", options)
+    for layer in trainer.model.model.layers:
+        layer.compile(dynamic=True)
+    yield {"what": "compiled", **fit(trainer, "full")}
 
 
 def smollm2(options: argparse.Namespace) -> Iterator[Row]:
@@ -151,8 +152,7 @@ def smollm2(options: argparse.Namespace) -> Iterator[Row]:
         raise Skip("--smollm2 FOLDER was not given")
     changes = {"batch_size": 8, "learning_rate": 1e-4}
     short = argparse.Namespace(**vars(options) | {"small": True, "count": 3 if options.small else 30})
-    trainer = prepared("full", short, model=options.smollm2, **changes)
-    yield {"what": "real weights", **fit(trainer, None), "loss": trainer.evaluate()["eval_loss"]}
+    yield scored("real weights", short, "full", model=options.smollm2, **changes)
 
 
 def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False) -> Iterator[Row]:
@@ -209,7 +209,8 @@ def examples(options: argparse.Namespace, config: Any) -> dict[str, list[Row]]:
 
 
 def prepared(method: str, options: argparse.Namespace, model: str = "", **changes: Any) -> Any:
-    """Our trainer of the method, without checkpoints."""
+    """Our trainer of the method, without checkpoints. What an earlier trainer held is free by then."""
+    import torch
     from rich.console import Console
 
     from pipeline.recipe import TeacherConfig
@@ -217,6 +218,8 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     from train.progress import Milestones
     from train.trainer import prepare
 
+    gc.collect()
+    torch.cuda.empty_cache()
     config = TrainConfig(**settings(method, options, **changes))
     teacher = None
     if config.soft:
@@ -228,8 +231,8 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     return ready.trainer
 
 
-def fit(trainer: Any, config: Any) -> Row:
-    """Trains. Tokens/s after the first steps, memory and, for a `config` of lora or full, the share of the peak."""
+def fit(trainer: Any, method: str) -> Row:
+    """Trains. Tokens/s after the first steps, memory and, for lora and full, the share of the peak."""
     import torch
     from transformers.trainer_utils import SaveStrategy
 
@@ -247,15 +250,15 @@ def fit(trainer: Any, config: Any) -> Row:
     counted = clock.steps[min(WARM_UP, len(clock.steps) - 1) :]
     speed = sum(tokens for tokens, _, _ in counted) / sum(seconds for _, seconds, _ in counted)
     row = {"tokens_per_s": speed, "peak_gib": peak_memory() / GIB, "seconds": time.perf_counter() - started}
-    if config and (peak := peak_flops()):
-        row["share_of_peak"] = speed * flops_per_token(trainer, config) / peak
+    if method in ("lora", "full") and (peak := peak_flops()):
+        row["share_of_peak"] = speed * flops_per_token(trainer, method) / peak
     return row
 
 
-def flops_per_token(trainer: Any, config: Any) -> float:
+def flops_per_token(trainer: Any, method: str) -> float:
     """Of the trainer's rows, on average; as the head of this file says."""
     shape = trainer.model.config
-    per_weight = 6 if config.weights == "full" else 4
+    per_weight = 6 if method == "full" else 4
     matrices = [(name, weights) for name, weights in trainer.model.named_parameters() if weights.dim() == 2]
     layers = sum(weights.numel() for name, weights in matrices if ".layers." in name and "lora_" not in name)
     head = shape.vocab_size * shape.hidden_size

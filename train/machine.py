@@ -120,8 +120,10 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that are free: the GPU's, or the machine's."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    """Bytes that are free: the GPU's, with those that torch holds ready, or the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available
 
 
 def free_beside(*models: Any, shards: int = 1) -> int:
