@@ -105,7 +105,7 @@ def add(results: Path, row: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if row["step"] != "machine":
-        print(", ".join(str(value) for value in row.values()), flush=True)
+        print(", ".join(f"{key} {COLUMNS.get(key, '{}').format(value)}" for key, value in row.items()), flush=True)
 
 
 def table(results: Path) -> str:

@@ -89,7 +89,7 @@ def method_alone(method: str, options: argparse.Namespace, **changes: Any) -> It
     """So many steps of a method."""
     if method == "qlora" and not find_spec("bitsandbytes"):
         raise Skip("bitsandbytes is not installed")
-    yield scored(method, options, method, **changes)
+    yield scored("", options, method, **changes)
 
 
 def scored(what: str, options: argparse.Namespace, method: str, **changes: Any) -> Row:

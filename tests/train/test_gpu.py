@@ -155,13 +155,19 @@ def test_peak_memory_is_the_gpus_if_there_is_one(monkeypatch: pytest.MonkeyPatch
     [("llama", "full", False), ("qwen2", "lora", False), ("mixtral", "full", False), ("llama", "full", True)],
 )
 def test_the_fused_head_has_the_losses_and_gradients_of_the_plain_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, method: str, flat: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    method: str,
+    flat: bool,
 ) -> None:
     student = str(tiny_model(tmp_path / "student", layers=1, architecture=architecture))
     examples = {"train": to_examples(story_rows(6)[2:]), "validation": to_examples(story_rows(2))}
     config = make_recipe(student, method=method, lora_dropout=0).train
     monkeypatch.setattr("train.machine.half_dtype", lambda: None)  # float32: nothing is rounded
-    trainer = prepare(student, examples, config, tmp_path / "work", Console(quiet=True)).trainer
+    trainer = prepare(student, examples, config, tmp_path / "work", Console(stderr=True, soft_wrap=True)).trainer
+    assert "float32 weights; attention: sdpa; 512 tokens per forward pass, at most\n" in capsys.readouterr().err
     batch = next(iter(trainer.get_train_dataloader()))
     batch = end_to_end(batch) if flat else batch
     tokens = (batch["labels"] != -100).sum()
