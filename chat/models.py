@@ -17,7 +17,7 @@ from pipeline.students import check_trained
 from serve.command import choose_device
 from serve.machine import detect
 from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
-from serve.server import Server, free_port, served_models, serving
+from serve.server import Server, free_port, served_models, serving, url_of
 
 LABELS = {TEACHER: "teacher", BEFORE: "student before", STUDENT: "student after"}  # in the order of the columns
 CACHE_GIB = 1.0  # KV cache of a server on a CPU: for one conversation, so that three servers fit
@@ -73,7 +73,8 @@ def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Mod
             url = recipe.teacher.url
             found = url if not is_loopback(url) or is_port_open(url) else None
         else:
-            url = place_of(recipe, model.name).base_url
+            _, host, port = place_of(recipe, model.name)
+            url = url_of(host, port)
             found = url if is_port_open(url) and _serves(url, model, run) else None
         if found:
             model.at(found)
