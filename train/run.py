@@ -91,7 +91,6 @@ def train_run(
         if processes.lead:
             write_jsonl(run.test, parts.test)
             _open_work(work, fingerprint, again=again, console=console)
-
     prepared.fit()
     prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
