@@ -63,6 +63,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
     store = open_store(url)
     with _held(folder) as handle:
         state = State.read(folder)
+        state.url = store.url
         state.save(folder)
         lease = Lease.take(store, state.owner, take_over=take_over)
         mirror = Mirror(store, folder, state)

@@ -3,6 +3,7 @@
     lease/…                                  who works on it (scale.run_lease)
     parts/<kind>/…                           answers and failures as they come (scale.parts), until they are compacted
     completions.jsonl, failures.jsonl        the journals, compacted
+    cluster/…                                where driver and workers meet (scale.generation): no part of the folder
     spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
 
 A kind is a journal's name: `completions`, `failures`, and those of a run's `turns/`.
@@ -16,20 +17,24 @@ import msgspec
 
 from generate.idset import IdSet
 from generate.journal import Journal
+from pipeline.errors import UsageError
 from pipeline.records import Completion, Failure
-from pipeline.rundir import replacing
+from pipeline.rundir import RunDir, replacing
 from scale.parts import Uploader, compact, part_names, read_parts, row_key
-from scale.storage import Store
+from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
 FOLDERS = ("", "turns/*/")  # of a run, that have journals
 STATE = ".stored.json"
+CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
+NOT_FILES = ("lease", CLUSTER)  # folders of the store
 
 
 class State(msgspec.Struct):
     """What a local folder knows of its store."""
 
     owner: str  # names this folder in leases and parts
+    url: str = ""  # of the store; empty in a copy that was fetched
     lease: str = ""  # the last under which it had all that the store had
     files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
 
@@ -45,6 +50,30 @@ class State(msgspec.Struct):
         """Replaces the file."""
         with replacing(folder / STATE) as file:
             file.write(msgspec.json.encode(self))
+
+
+def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
+    """Where the driver and the workers of a run meet: always where they first did, which the run records.
+
+    `asked`: a folder or URL, else it is below the run's own address. `folder`: the run's, or that of a pass of it.
+    Raises UsageError if the run has another place; as open_store.
+    """
+    record, home = run.path / CLUSTER_FILE, State.read(run.path).url
+    place = f"{home}/{CLUSTER}" if home else CLUSTER
+    if asked:
+        place = asked.rstrip("/") if "://" in asked else str(Path(asked).absolute())
+    known = record.read_text() if record.exists() else place
+    found, wanted = (one if "://" in one else str(run.path.absolute() / one) for one in (known, place))
+    if asked and found != wanted:
+        raise UsageError(
+            f"--cluster-store {asked}: this run has {found}, which knows what lost workers may have spent; "
+            "leave the flag out"
+        )
+    store = open_store("/".join((found, *folder.relative_to(run.path).parts)))
+    if not record.exists():
+        with replacing(record) as file:
+            file.write(place.encode())
+    return store
 
 
 class Mirror:
@@ -65,14 +94,15 @@ class Mirror:
                 kinds.add(str(path.relative_to("parts").parent))
             elif path.name in JOURNALS:
                 kinds.add(str(path.with_suffix("")))
-            elif path.parts[0] != "lease" and not (keep and (self._folder / name).exists()):
+            elif path.parts[0] not in NOT_FILES and not (keep and (self._folder / name).exists()):
                 self._download(name)
         for kind in sorted(kinds):
             self._merge(kind)
 
     def upload(self, *, rest: bool = False) -> dict[str, int]:
         """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
-        self._put(self._matching("spend*.json"))  # first: what was in flight then may be in the parts
+        for name in (CLUSTER_FILE, "spend*.json"):  # first: what was in flight then may be in the parts
+            self._put(self._matching(name))
         rows = {}
         for name in JOURNALS:
             for journal in self._matching(name):
@@ -154,7 +184,8 @@ class Mirror:
         """The files of the run; not those that are still being written, or are this folder's own."""
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder)
-            if path.is_file() and not any(part.startswith(".") or part.endswith(".tmp") for part in name.parts):
+            unfinished = any(part.startswith(".") or part.endswith(".tmp") for part in name.parts)
+            if path.is_file() and not unfinished and name.parts[0] not in NOT_FILES:
                 yield name.as_posix()
 
 
