@@ -10,6 +10,7 @@ A kind is a journal's name: `completions`, `failures`, and those of a run's `tur
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
@@ -27,7 +28,8 @@ JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Co
 FOLDERS = ("", "turns/*/")  # of a run, that have journals
 STATE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
-NOT_FILES = ("lease", CLUSTER)  # folders of the store
+NOT_FILES = ("lease", "parts", CLUSTER)  # folders of the store
+CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
 
 class State(msgspec.Struct):
@@ -94,10 +96,19 @@ class Mirror:
                 kinds.add(str(path.relative_to("parts").parent))
             elif path.name in JOURNALS:
                 kinds.add(str(path.with_suffix("")))
-            elif path.parts[0] not in NOT_FILES and not (keep and (self._folder / name).exists()):
+            elif _is_file(name) and not (keep and (self._folder / name).exists()):
                 self._download(name)
         for kind in sorted(kinds):
             self._merge(kind)
+
+    def fetch_files(self) -> None:
+        """Brings all but the journals as the store has it, and removes what the store has not."""
+        names = {name for name in self._store.names() if _is_file(name)}
+        for name in names:
+            self._download(name)
+        for name in filter(_is_file, set(self._files()) - names):
+            (self._folder / name).unlink()
+            self._state.files.pop(name, None)
 
     def upload(self, *, rest: bool = False) -> dict[str, int]:
         """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
@@ -117,11 +128,24 @@ class Mirror:
 
     def push(self) -> None:
         """Puts every other file that has changed, and removes from the store those that are gone."""
-        here = [name for name in self._files() if PurePosixPath(name).name not in JOURNALS]
+        here = list(filter(_is_file, self._files()))
         self._put(here)
-        for name in self._state.files.keys() - set(here):
-            self._store.delete(name)
-            del self._state.files[name]
+        self._delete(self._state.files.keys() - set(here))
+
+    def put_checkpoints(self) -> None:
+        """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
+
+        What makes a checkpoint whole is put last, and removed first.
+        """
+        with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
+            names = [name.relative_to(self._folder).as_posix() for name in self._folder.glob("training/fingerprint")]
+            for state in sorted(self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")):
+                files = (file for file in state.parent.rglob("*") if file.is_file())
+                own = [file.relative_to(self._folder).as_posix() for file in files]
+                names += sorted(own, key=lambda name: name.endswith(WHOLE))
+            self._put(names)
+            gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
+            self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
 
     def compact(self) -> None:
         """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
@@ -176,6 +200,11 @@ class Mirror:
                 self._store.put(name, self._folder / name)
                 self._state.files[name] = stamp
 
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._store.delete(name)
+            del self._state.files[name]
+
     def _matching(self, name: str) -> list[str]:
         paths = (path for folder in FOLDERS for path in self._folder.glob(folder + name))
         return [path.relative_to(self._folder).as_posix() for path in paths]
@@ -184,9 +213,14 @@ class Mirror:
         """The files of the run; not those that are still being written, or are this folder's own."""
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder)
-            unfinished = any(part.startswith(".") or part.endswith(".tmp") for part in name.parts)
-            if path.is_file() and not unfinished and name.parts[0] not in NOT_FILES:
+            if path.is_file() and not any(part.startswith(".") or part.endswith(".tmp") for part in name.parts):
                 yield name.as_posix()
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name in the store, or below the folder, is one of the run's files, and no journal."""
+    path = PurePosixPath(name)
+    return path.parts[0] not in NOT_FILES and path.name not in JOURNALS
 
 
 def _stamp(path: Path) -> tuple[int, int]:
