@@ -26,7 +26,7 @@ UNTIL_JOINED = """if True:
 """
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
 SMALL = ["--object-store-memory=80000000"]
-READY_S = 120.0
+READY_S = 300.0
 
 
 class RayNode:
@@ -42,7 +42,14 @@ class RayNode:
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
             command = ["unshare", "-m", "bash", "-c", f'{hide} && cd / && exec "$@"', "bash", *command]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+        self._command = command
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         """As when the machine is switched off."""
@@ -109,7 +116,7 @@ def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNo
         try:
             _until_open(address)
             started += [RayNode(address, blind=number >= nodes - blind) for number in range(1, nodes)]
-            subprocess.run([sys.executable, "-c", UNTIL_JOINED, address, str(nodes)], check=True, timeout=READY_S)
+            _until_joined(address, started)
             yield address, started
         finally:
             for node in started:
@@ -125,3 +132,17 @@ def _until_open(address: str) -> None:
             return
         time.sleep(0.2)
     raise SystemExit(f"no Ray head at {address} after {READY_S:.0f} s")
+
+
+def _until_joined(address: str, nodes: list[RayNode]) -> None:
+    """On a busy machine `ray start` gives up after 30 s; then it is called again."""
+    deadline = time.monotonic() + READY_S
+    with subprocess.Popen([sys.executable, "-c", UNTIL_JOINED, address, str(len(nodes))]) as waiting:
+        while waiting.poll() is None:
+            for node in nodes:
+                if node.ended():
+                    node.start()
+            if time.monotonic() > deadline:
+                waiting.kill()
+                raise SystemExit(f"Ray's nodes have not joined {address} after {READY_S:.0f} s")
+            time.sleep(0.2)
