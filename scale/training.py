@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.cli import GO_ON, INTERRUPTED
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -87,6 +88,10 @@ def _train(address: str, training: Training) -> None:
             if losses > MOST_LOSSES:
                 raise DistillError(f"the training was cut off {losses} times without a new checkpoint: {reason}")
             print(f"warning: {reason}; going on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt:  # the other thread waits in Ray; Ray ends the nodes' processes when this one is gone
+        shutil.rmtree(_books(training), ignore_errors=True)
+        print(GO_ON, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     finally:
         cluster.close()
         pool.shutdown()

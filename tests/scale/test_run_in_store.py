@@ -17,6 +17,7 @@ import yaml
 from scale.storage import Store, open_store
 from tests.servers.misbehaving_server import MisbehavingServer, answer, misbehaving, recipe_for
 from tests.servers.object_storage import object_storage
+from tests.servers.serve_process import wait_until
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
@@ -168,7 +169,7 @@ def test_a_training_goes_on_on_another_machine(tmp_path: Path, url: str) -> None
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(recipe)
     process = start(tmp_path / "one", "-m", "train", "recipe.yaml", "--force", "--run", url)
-    until(lambda: [name for name in store.names("training") if name.endswith("trainer_state.json")])
+    wait_until(lambda: [name for name in store.names("training") if name.endswith("trainer_state.json")])
     os.killpg(process.pid, signal.SIGKILL)
     os.kill(int((stored_run(tmp_path / "one") / ".lock").read_text()), signal.SIGKILL)
     process.communicate()

@@ -1,6 +1,10 @@
 """What `train --cluster` does when a training is cut off, without Ray. The real one is in test_ray.py."""
 
+import os
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +71,28 @@ def test_it_gives_up_without_a_new_checkpoint(told: Training, monkeypatch: pytes
     monkeypatch.setattr(training, "_fit", cut_off(told.run, [1] * 9))
     with pytest.raises(DistillError, match=f"cut off {MOST_LOSSES + 1} times without a new checkpoint: process 1"):
         train_on_cluster("auto", told)
+
+
+def test_ctrl_c_ends_this_process_and_waits_for_nothing(
+    told: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+
+    def fit(cluster: FakeCluster, training: Training) -> None:
+        (training.run.path / "training-ray").mkdir()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        ended.wait()
+
+    def leave(code: int) -> None:
+        ended.set()
+        sys.exit(code)
+
+    monkeypatch.setattr(training, "_fit", fit)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="130"):
+        train_on_cluster("auto", told)
+    assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
+    assert not (told.run.path / "training-ray").exists()
 
 
 def test_an_error_of_ours_is_raised_and_others_are_the_reason() -> None:
