@@ -74,17 +74,12 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
             mirror.upload()
             lease.counted()
         state.lease = lease.name
-        mirror.push()  # what an earlier call could not
         state.save(folder)
-        before = state.files.copy()
         try:
             with _following(mirror, lease):
                 code = run_child(command, pass_fds=[handle])
         except KeyboardInterrupt:
             code = INTERRUPTED
-        after = State.read(folder)  # a training on a cluster fetches by itself what its nodes have put
-        state.lease = after.lease
-        state.files |= dict(after.files.items() - before.items())
         try:
             _put_back(mirror, lease, folder, whole=code in (0, RequestsFailed.exit_code))
         except TakenOver:

@@ -101,15 +101,6 @@ class Mirror:
         for kind in sorted(kinds):
             self._merge(kind)
 
-    def fetch_files(self) -> None:
-        """Brings all but the journals as the store has it, and removes what the store has not."""
-        names = {name for name in self._store.names() if _is_file(name)}
-        for name in names:
-            self._download(name)
-        for name in filter(_is_file, set(self._files()) - names):
-            (self._folder / name).unlink()
-            self._state.files.pop(name, None)
-
     def upload(self, *, rest: bool = False) -> dict[str, int]:
         """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
         for name in (CLUSTER_FILE, "spend*.json"):  # first: what was in flight then may be in the parts

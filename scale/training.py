@@ -1,34 +1,24 @@
 """`train --cluster`: one training by the GPUs of a Ray cluster, or on CPUs by one process on each node.
 
 Ray Train starts the processes, lets them find each other, and notices when one is lost. Each does what `train` does
-under a launcher (train.processes), so the student is that of one process. After a loss all processes are started again,
-on the nodes that there are then, and go on from the last checkpoint.
-
-All nodes see the run's folder; or the run is in a store. Then each process fetches its files into a folder of its own,
-and the leading one puts its checkpoints, and at the end the student, into the store.
+under a launcher (train.processes), so the student is that of one process. All nodes see the run's folder. After a loss
+all processes are started again, on the nodes that there are then, and go on from the last checkpoint.
 """
 
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.cli import GO_ON, INTERRUPTED
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale.cluster import Cluster
-from scale.run_in_store import repeated
-from scale.storage import open_store
-from scale.sync import CHECKPOINT, WHOLE, Mirror, State
-from train.processes import launched
+from scale.sync import State
 
-RAY = "training-ray"  # folder in which Ray Train keeps its books
+RAY = "training-ray"  # folder of the run in which Ray Train keeps its books
 MOST_LOSSES = 3  # in a row, without a new checkpoint between them
 
 
@@ -38,7 +28,6 @@ class Training(NamedTuple):
     recipe: Recipe
     run: RunDir
     flags: dict[str, bool]
-    store: str = ""  # the URL of a run that is in one; else all nodes see its folder
 
 
 def train_on_cluster(address: str, training: Training) -> None:
@@ -49,53 +38,28 @@ def train_on_cluster(address: str, training: Training) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"--cluster {address}: train on a machine of the cluster, with host:port or auto")
     training.run.check_there()
-    recipe = training.recipe
-    with _fetched_at_end(training.run) as store:
-        if store and recipe.student and recipe.student.made and recipe.train.weights != "full":
-            raise UsageError(
-                f"student.model {recipe.student.model}: an adapter on it would name a folder of the node that made it; "
-                "use train.method: full, or fetch the run into a folder that all nodes see"
-            )
-        _train(address, training._replace(store=store))
-
-
-@contextmanager
-def _fetched_at_end(run: RunDir) -> Iterator[str]:
-    """Yields the URL of a run that is in a store; empty if it is not. What the nodes have put there is then fetched."""
-    state = State.read(run.path)
-    if not state.url:
-        yield ""
-        return
-    lease, state.lease = state.lease, ""  # until the end, what is here may be older than what is there
-    state.save(run.path)
-    yield state.url
-    Mirror(open_store(state.url), run.path, state).fetch_files()
-    state.lease = lease
-    state.save(run.path)
-
-
-def _train(address: str, training: Training) -> None:
-    """Trains until it has ended, however often it is cut off."""
+    if url := State.read(training.run.path).url:
+        raise UsageError(f"--cluster trains in a folder that all nodes see: make fetch RUN={url}, and give its copy")
     # A process stays in its folder, and prints as everywhere: with Ray Train's own print, what dill catches is shown.
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-    losses, before = 0, _checkpoints(training)
+    losses, before = 0, _checkpoints(training.run)
     pool = ThreadPoolExecutor(1)  # in the main thread Ray would take SIGTERM, and Ray Train end with code 0 at Ctrl-C
     cluster = pool.submit(Cluster, address, "train", show_logs=True).result()
     try:
         while reason := pool.submit(_fit, cluster, training).result():
-            now = _checkpoints(training)
+            now = _checkpoints(training.run)
             losses, before = 1 if now != before else losses + 1, now
             if losses > MOST_LOSSES:
                 raise DistillError(f"the training was cut off {losses} times without a new checkpoint: {reason}")
             print(f"warning: {reason}; going on from the last checkpoint", file=sys.stderr)
     except KeyboardInterrupt:  # the other thread waits in Ray; Ray ends the nodes' processes when this one is gone
-        shutil.rmtree(_books(training), ignore_errors=True)
+        shutil.rmtree(training.run.path / RAY, ignore_errors=True)
         print(GO_ON, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     finally:
         cluster.close()
         pool.shutdown()
-        shutil.rmtree(_books(training), ignore_errors=True)
+        shutil.rmtree(training.run.path / RAY, ignore_errors=True)
 
 
 def _fit(cluster: Cluster, training: Training) -> str | None:
@@ -108,12 +72,12 @@ def _fit(cluster: Cluster, training: Training) -> str | None:
     nodes = cluster.nodes()
     gpus = sum(node.gpus for node in nodes)
     workers = {"num_workers": gpus or len(nodes), "use_gpu": bool(gpus)}
-    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     cores = {} if gpus else {"CPU": min(node.cpus for node in nodes)}
     trainer = TorchTrainer(
-        lambda: _train_here(training, keys),  # not as train_loop_config, which Ray Train shows
+        _train_here,
+        train_loop_config={"training": training},
         scaling_config=ScalingConfig(**workers, resources_per_worker=cores or None),
-        run_config=RunConfig(name="ray", storage_path=str(_books(training))),
+        run_config=RunConfig(name="ray", storage_path=str(training.run.path.absolute() / RAY)),
     )
     try:
         trainer.fit()
@@ -135,38 +99,12 @@ def reason_of(failures: dict[int, Exception]) -> str:
     return "; ".join(f"process {rank}: {first_line(failure)}" for rank, failure in sorted(own.items()))
 
 
-def _train_here(training: Training, variables: dict[str, str]) -> None:
+def _train_here(setting: dict[str, Any]) -> None:
     """One process, in which Ray Train has set what a launcher sets."""
     from train.__main__ import train_launched
 
-    os.environ.update(variables)
-    with _own_folder(training) as run:
-        train_launched(training.recipe, run, training.flags)
+    train_launched(*setting["training"])
 
 
-@contextmanager
-def _own_folder(training: Training) -> Iterator[RunDir]:
-    """The folder in which this process works. If the run is in a store, its files are there, and go back there."""
-    if not training.store:
-        yield training.run
-        return
-    with tempfile.TemporaryDirectory(prefix="distillate-") as name:
-        folder = Path(name)
-        mirror = Mirror(open_store(training.store), folder, State("node"))
-        mirror.fetch_files()
-        if not launched().lead:
-            yield RunDir(folder)
-            return
-        with repeated(mirror.put_checkpoints, "the checkpoints"):
-            yield RunDir(folder)
-        mirror.push()
-
-
-def _books(training: Training) -> Path:
-    return Path(tempfile.gettempdir()) / RAY if training.store else training.run.path.absolute() / RAY
-
-
-def _checkpoints(training: Training) -> set[str]:
-    if training.store:
-        return {name for name in open_store(training.store).names("training") if name.endswith(WHOLE)}
-    return {folder.name for folder in training.run.path.glob(f"{CHECKPOINT}*")}
+def _checkpoints(run: RunDir) -> set[str]:
+    return {folder.name for folder in run.path.glob("training/checkpoint-*")}

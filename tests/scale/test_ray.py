@@ -21,9 +21,7 @@ from benchmarks.ray_nodes import ROOT, ray_cluster
 from benchmarks.runs import recipe_for
 from generate import generate
 from pipeline.rundir import RunDir
-from scale.storage import Store, open_store
 from tests.servers import misbehaving_server
-from tests.servers.object_storage import object_storage
 from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in, wait_until
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
@@ -144,35 +142,3 @@ def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp
         assert second == pytest.approx(first, rel=1e-3)
     assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
     assert not [*together.path.glob("training*")]
-
-
-@pytest.mark.timeout(1800)
-def test_a_training_in_a_store_is_interrupted_and_goes_on_in_other_folders(tmp_path: Path) -> None:
-    recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=12)
-    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
-    kept, told = make_run(tmp_path / "run", story_rows(21)).kept, tmp_path / "told.txt"
-    with ray_cluster(2, blind=BLIND) as (address, nodes), object_storage(), told.open("ab") as file:
-        store = open_store("s3://bucket/stories")
-        store.put("kept.jsonl", kept)
-        command = [sys.executable, "-m", "train", "recipe.yaml", "--force", "--run", store.url, "--cluster", address]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-        def begin() -> "subprocess.Popen[bytes]":
-            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-        first = begin()
-        wait_until(lambda: checkpoints(store) or first.poll() is not None)
-        first.send_signal(signal.SIGINT)
-        assert first.wait() == 130, told.read_text()
-        wait_until(lambda: not any(node.workers("RayTrainWorker") for node in nodes))
-        assert checkpoints(store)
-        assert begin().wait() == 0, told.read_text()
-        assert not checkpoints(store)
-        assert "student/training_log.json" in store.names("student")
-    said = told.read_text()
-    assert "interrupted: run the same command again to go on" in said and "resuming from step" in said
-    assert "Traceback" not in said
-
-
-def checkpoints(store: Store) -> list[str]:
-    return [name for name in store.names("training") if name.endswith("trainer_state.json")]
