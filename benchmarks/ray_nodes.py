@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("generate", "pipeline", "scale", "serve", "train")
 UNTIL_JOINED = """if True:
     import sys, time, ray
-    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+    while not ray.is_initialized():
+        try:
+            ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+        except ConnectionError:  # the head is not yet known to itself
+            time.sleep(1)
     while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
         time.sleep(0.2)
 """
