@@ -14,6 +14,7 @@ from pipeline.rundir import RunDir
 from scale import generation
 from scale.run_in_store import run_in_store
 from scale.storage import open_store
+from scale.sync import meeting_store
 from tests.scale.test_generation import FakeCluster, until
 from tests.servers.misbehaving_server import answer, completions, misbehaving, recipe_for
 from tests.servers.object_storage import object_storage
@@ -77,3 +78,14 @@ def test_a_run_in_a_store_has_its_place_there(tmp_path: Path, monkeypatch: pytes
         store = open_store("s3://bucket/stories")
         assert store.names("cluster") == ["cluster/leases.json"]
         assert store.get("cluster-store.txt") == b"s3://bucket/stories/cluster"
+
+
+def test_each_pass_has_a_place_of_its_own_and_a_run_may_be_moved(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    assert meeting_store(run, None, run.path / "turns/1-user").url == str(run.path / "cluster/turns/1-user")
+    run = RunDir(run.path.rename(tmp_path / "moved"))
+    for asked in (None, str(tmp_path / "moved/cluster")):
+        assert meeting_store(run, asked, run.path).url == str(tmp_path / "moved/cluster")
+    with pytest.raises(UsageError, match=r"--cluster-store s3://bucket/x: this run has /.*/moved/cluster, which"):
+        meeting_store(run, "s3://bucket/x", run.path)
