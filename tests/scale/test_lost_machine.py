@@ -21,6 +21,7 @@ LEARN = """if True:
     import shutil, sys, time
     from pathlib import Path
     folder, store = Path(sys.argv[1]) / "training", Path(sys.argv[2]) / "training"
+    end = time.monotonic() + 60
     for step in (2, 4):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         (folder / "fingerprint").touch()
@@ -28,6 +29,7 @@ LEARN = """if True:
         (folder / f"checkpoint-{step}/trainer_state.json").touch()
         shutil.rmtree(folder / f"checkpoint-{step - 2}", ignore_errors=True)
         while [path.parent.name for path in store.glob("*/trainer_state.json")] != [f"checkpoint-{step}"]:
+            assert time.monotonic() < end, "no checkpoint in the store"
             time.sleep(0.05)
     (folder / "checkpoint-6").mkdir()
     (folder / "checkpoint-6/model").touch()
