@@ -163,7 +163,7 @@ def test_an_interrupt_puts_the_rest_and_gives_the_run_free(tmp_path: Path, url: 
 @pytest.mark.slow
 def test_a_training_goes_on_on_another_machine(tmp_path: Path, url: str) -> None:
     store, model = open_store(url), str(tiny_model(tmp_path / "model"))
-    recipe = make_recipe(model, epochs=12).model_dump_json(exclude_unset=True)
+    recipe = make_recipe(model, epochs=60).model_dump_json(exclude_unset=True)
     store.put("kept.jsonl", make_run(tmp_path / "run", story_rows(21)).kept)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
