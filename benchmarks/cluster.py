@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags, show
+from benchmarks.measure import flags, show_records
 from benchmarks.ray_nodes import ROOT, RayNode, ray_cluster
 from benchmarks.runs import billed, recipe_for
 from pipeline.cli import run_stage
@@ -156,7 +156,7 @@ def main() -> None:
             rows.append({"fault": name, **found, "seconds": round(time.monotonic() - started)})
             print(json.dumps(rows[-1]), flush=True)
     whole = [row for row in rows if "error" not in row]
-    print(show([tuple(whole[0]), *(tuple(map(str, row.values())) for row in whole)]) if whole else "no run ended")
+    print(show_records(whole) if whole else "no run ended")
 
 
 @contextmanager

@@ -87,10 +87,10 @@ def running(module: str, *arguments: object) -> Iterator[str]:
         process.wait(10)
 
 
-def chat_reply(prompt_tokens: int, completion_tokens: int, n: int = 1) -> bytes:
-    """A chat completion as OpenAI and vLLM shape it; the text of its `n` choices is always the same."""
+def chat_reply(prompt_tokens: int, completion_tokens: int) -> bytes:
+    """A chat completion as OpenAI and vLLM shape it; its text is always the same."""
     message = {"role": "assistant", "content": "x" * TEXT_CHARS}
-    choices = [{"index": index, "message": message, "logprobs": None, "finish_reason": "stop"} for index in range(n)]
+    choices = [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     usage["total_tokens"] = prompt_tokens + completion_tokens
     head = {"id": "chatcmpl-stub", "object": "chat.completion", "created": 0, "model": MODEL}

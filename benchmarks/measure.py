@@ -6,7 +6,7 @@ Imports only the standard library, so that it adds nothing to the memory that is
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,3 +83,8 @@ def show(rows: Sequence[Sequence[str]]) -> str:
 
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def show_records(records: Sequence[Mapping[str, Any]]) -> str:
+    """The same of records with the same keys, which are the head."""
+    return show([tuple(records[0]), *(tuple(map(str, one.values())) for one in records)])

@@ -1,9 +1,9 @@
 """`python -m benchmarks.saturation`: our client through a real server against the same engine without one.
 
 Both sides have the same prompts, seeds and lengths (`ignore_eos`), the same engine arguments (`--slots` is
-max_num_seqs), and a model that is warm. They take turns. R is the offline side's time over ours: for the whole run, and
-for its steady part, which is all but the first and the last answer of each slot. The last line compares `concurrency:
-auto` with fixed numbers.
+max_num_seqs, `--args` are more), and a model that is warm. They take turns. R is the offline side's time over ours: for
+the whole run, and for its steady part, which is all but the first and the last answer of each slot. The last line
+compares `concurrency: auto` with fixed numbers.
 """
 
 import sys
@@ -36,11 +36,12 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    options = flags(__doc__, model=MODEL, requests=256, tokens=48, slots=64, concurrency="auto,32,64,128", runs=3)
+    sizes = {"requests": 256, "tokens": 48, "slots": 64, "concurrency": "auto,32,64,128", "runs": 3}
+    options = flags(__doc__, model=MODEL, **sizes, args="")
     if options.requests <= 2 * options.slots:
         raise UsageError(f"--requests must be more than twice --slots ({options.slots}), got {options.requests}")
     taken: dict[str, list[Figures]] = {side: [] for side in (OFFLINE, *options.concurrency.split(","))}
-    config = ServeConfig(kv_cache_gib=1, args=["--max-num-seqs", str(options.slots)])
+    config = ServeConfig(kv_cache_gib=1, args=["--max-num-seqs", str(options.slots), *options.args.split()])
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(options.model, port=free_port(), config=config) as server,

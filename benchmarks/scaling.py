@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags, measured, show, steady_seconds
+from benchmarks.measure import flags, measured, show_records, steady_seconds
 from benchmarks.ray_nodes import ray_cluster
 from benchmarks.runs import answer_ends, bodies, fresh
 from benchmarks.simulator import answer_tokens, ideal_ends
@@ -53,7 +53,7 @@ def main() -> None:
             for nodes in map(int, options.nodes.split(",")):
                 rows.append({"way": way, "nodes": nodes, **once(way, nodes, options)})
                 print(json.dumps(rows[-1]), flush=True)
-    print(show([tuple(rows[0]), *(tuple(map(str, row.values())) for row in rows)]))
+    print(show_records(rows))
 
 
 def once(way: str, nodes: int, options: Namespace) -> dict[str, float]:

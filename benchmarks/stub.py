@@ -1,29 +1,24 @@
 """`python -m benchmarks.stub`: an endpoint that answers every chat request after `--delay-ms`, with `usage`.
 
-Prints the port that it listens on. `--jitter-ms`: up to so much later, at random. `--stuck`: a request that holds this
-text is never answered. Answers are prepared bodies, unless `--vary`: then their tokens are from 1 to the given numbers,
-by a hash of the request. /billed says how many requests, answers and tokens there were: with `n`, the prompt once.
+Prints the port that it listens on. `--jitter-ms`: up to so much later, at random. Answers are prepared bodies, unless
+`--vary`: then their tokens are from 1 to the given numbers, by a hash of the request. /billed says how many answers and
+tokens there were.
 """
 
 import asyncio
 import json
 import random
-import re
 from functools import cache
 from hashlib import blake2b
 
 from benchmarks.http_server import Reply, chat_reply, serve
 from benchmarks.measure import flags
 
-N = re.compile(rb'"n": ?(\d+)')
-
 
 def main() -> None:
-    options = flags(
-        __doc__, delay_ms=50.0, jitter_ms=0.0, stuck="", prompt_tokens=40, completion_tokens=100, vary=False
-    )
+    options = flags(__doc__, delay_ms=50.0, jitter_ms=0.0, prompt_tokens=40, completion_tokens=100, vary=False)
     prepared = cache(chat_reply)
-    billed = {"requests": 0, "answers": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    billed = {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     def answer(request: bytes) -> bytes:
         prompt_tokens, completion_tokens = options.prompt_tokens, options.completion_tokens
@@ -31,16 +26,12 @@ def main() -> None:
             drawn = int.from_bytes(blake2b(request, digest_size=8).digest())
             prompt_tokens = 1 + drawn % prompt_tokens
             completion_tokens = 1 + (drawn >> 32) % completion_tokens
-        n = int(found[1]) if (found := N.search(request)) else 1
-        billed["requests"] += 1
-        billed["answers"] += n
+        billed["answers"] += 1
         billed["prompt_tokens"] += prompt_tokens
-        billed["completion_tokens"] += n * completion_tokens
-        return (chat_reply if options.vary else prepared)(prompt_tokens, n * completion_tokens, n)
+        billed["completion_tokens"] += completion_tokens
+        return (chat_reply if options.vary else prepared)(prompt_tokens, completion_tokens)
 
     def chat(request: bytes, reply: Reply) -> None:
-        if options.stuck and options.stuck.encode() in request:
-            return
         body, delay_ms = answer(request), options.delay_ms + random.uniform(0, options.jitter_ms)
         if delay_ms <= 0:
             reply(body)

@@ -30,6 +30,7 @@ from train.trainer import Examples, lora_config, prepare
 
 WORDS = ["Toby", "the", "rabbit", "found", "a", "red", "kite", "by", "old", "oak", "in", "snow", "and", "hid", "it"]
 WORDS_PER_TOKEN = 0.8
+TEXTS = ("prompt", "completion")  # of a row, without tools
 
 
 class Clock(TrainerCallback):
@@ -45,6 +46,8 @@ class Clock(TrainerCallback):
     on_evaluate = on_train_begin  # the time of an evaluation is no step's
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # it computes behind the program's back
         wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         self.steps.append((state.num_input_tokens_seen - self.seen, wall, cpu))
         self.seen = state.num_input_tokens_seen
@@ -89,14 +92,15 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
             output_dir=str(folder),
             num_train_epochs=config.epochs,
             learning_rate=config.learning_rate,
+            per_device_train_batch_size=config.batch_size,
             use_cpu=not torch.cuda.is_available(),
             include_num_input_tokens_seen="non_padding",  # for the clock
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(examples["train"]),
-        peft_config=lora_config(config),
+        train_dataset=Dataset.from_list([{name: row[name] for name in TEXTS} for row in examples["train"]]),
+        peft_config=None if config.weights == "full" else lora_config(config),
     )
 
 
@@ -108,6 +112,7 @@ def made_up_rows(count: int) -> list[dict[str, Any]]:
         {
             "prompt": [{"role": "user", "content": question(number)}],
             "completion": [{"role": "assistant", "content": " ".join(story)}],
+            "tools": None,
         }
         for number, story in enumerate(stories)
     ]

@@ -12,7 +12,7 @@ from chat.models import Model
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import Job, build_jobs
 from generate.prices import PICO, price_of
-from generate.streaming import Refused, events, piece_of, streaming_session
+from generate.streaming import Heard, Refused, events, streaming_session
 from pipeline.address import is_loopback, is_private
 from pipeline.errors import DistillError
 from pipeline.reasoning import split_reasoning
@@ -64,57 +64,34 @@ async def _ask(model: Model, job: Job) -> AsyncGenerator[str | Answered]:
     timeout_s = model.recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
     async with streaming_session(teacher, timeout_s) as session:
         while True:
-            begin = time.perf_counter()
-            said = _Said()
+            begin, heard = time.perf_counter(), Heard()
             try:
                 async with aclosing(events(session, teacher, model.dialect.body(job))) as coming:
                     async for event in coming:
-                        if text := said.add(event):
+                        if text := heard.add(event):
                             yield text
             except Refused as refused:
                 if not model.dialect.teaches(refused.fault, job):
                     raise
                 model.dialect.learn(refused.fault, job, lambda news: None)
                 continue
-            yield said.whole(model, begin)
+            yield _whole(heard, model, begin)
             return
 
 
-class _Said:
-    """What has come of an answer so far."""
-
-    def __init__(self) -> None:
-        self.text, self.thought, self.pieces, self.first = "", "", 0, 0.0
-        self.finish_reason, self.usage = "unknown", Json()
-
-    def add(self, event: Json) -> str:
-        """Takes an event in, and returns the text that it adds."""
-        self.usage = event.get("usage") or self.usage
-        piece = piece_of(event)
-        if event.get("choices"):
-            self.finish_reason = event["choices"][0].get("finish_reason") or self.finish_reason
-        if piece:
-            self.first = self.first or time.perf_counter()
-            self.pieces += 1
-        self.thought += str(piece.get("reasoning") or piece.get("reasoning_content") or "")
-        text = str(piece.get("content") or "")
-        self.text += text
-        return text
-
-    def whole(self, model: Model, begin: float) -> Answered:
-        """The answer and its figures, once it has ended."""
-        end = time.perf_counter()
-        tokens = int(self.usage.get("completion_tokens") or self.pieces)
-        tagged, text = split_reasoning(self.text)
-        return Answered(
-            text=text,
-            reasoning=self.thought.strip() or tagged,
-            finish_reason=self.finish_reason,
-            tokens=tokens,
-            first_token_s=(self.first or end) - begin,
-            tokens_per_s=tokens / max(end - begin, MINIMUM_WALL_S),
-            cost=_cost(model, self.usage),
-        )
+def _whole(heard: Heard, model: Model, begin: float) -> Answered:
+    """The answer and its figures, once it has ended."""
+    end = time.perf_counter()
+    tagged, text = split_reasoning(heard.text)
+    return Answered(
+        text=text,
+        reasoning=heard.thought.strip() or tagged,
+        finish_reason=heard.finish_reason,
+        tokens=heard.tokens,
+        first_token_s=(heard.first or end) - begin,
+        tokens_per_s=heard.tokens / max(end - begin, MINIMUM_WALL_S),
+        cost=_cost(model, heard.usage),
+    )
 
 
 def _job(model: Model, conversation: Sequence[Message]) -> Job:

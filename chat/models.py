@@ -1,13 +1,10 @@
 """The models that are asked, and the servers that they need: one that runs already is used, another is started."""
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from typing import Literal
-from urllib.request import ProxyHandler, build_opener
 
 from generate.dialect import Dialect
 from pipeline.address import is_loopback, is_port_open
@@ -20,12 +17,11 @@ from pipeline.students import check_trained
 from serve.command import choose_device
 from serve.machine import detect
 from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
-from serve.server import Server, free_port, serving
+from serve.server import Server, free_port, served_models, serving, url_of
 
 LABELS = {TEACHER: "teacher", BEFORE: "student before", STUDENT: "student after"}  # in the order of the columns
 CACHE_GIB = 1.0  # KV cache of a server on a CPU: for one conversation, so that three servers fit
 GPU_SHARE = 0.9  # of a GPU's memory, for all servers together: vLLM's own
-PROBE_S = 3.0
 
 
 @dataclass
@@ -77,7 +73,8 @@ def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Mod
             url = recipe.teacher.url
             found = url if not is_loopback(url) or is_port_open(url) else None
         else:
-            url = place_of(recipe, model.name).base_url
+            _, host, port = place_of(recipe, model.name)
+            url = url_of(host, port)
             found = url if is_port_open(url) and _serves(url, model, run) else None
         if found:
             model.at(found)
@@ -86,11 +83,7 @@ def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Mod
 
 def _serves(url: str, model: Model, run: RunDir) -> bool:
     """Whether the server at the URL has this very model: vLLM names the folder that it has loaded."""
-    try:
-        with build_opener(ProxyHandler({})).open(f"{url}/models", timeout=PROBE_S) as answer:
-            served = {found["id"]: found.get("root") for found in json.loads(answer.read())["data"]}
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
-        return False
+    served = served_models(url)
     return model.name in served and served[model.name] in (None, reference_of(model.recipe, run, model.name))
 
 

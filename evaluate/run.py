@@ -6,9 +6,10 @@ evaluation/ or measured and written there, so a stopped evaluation continues whe
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -51,6 +52,7 @@ from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
+from serve.server import Server
 
 
 def evaluate_run(
@@ -76,17 +78,21 @@ def evaluate_run(
         find_command()
     scored = _score(plan, "perplexity", plan.rows, "test answers", measure=measure)
     served = {subject.key: _serve_one(plan, subject, measure=measure and speed) for subject in plan.models}
-    probed = _answers(served, "probes")
+
+    def measured(name: str) -> dict[str, Any]:
+        return {key: found[name] for key, found in served.items() if name in found}
+
+    probed = measured("probes")
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
-    told = {f"{key}_told": result for key, result in _answers(served, "verify-told").items()}
+    told = {f"{key}_told": result for key, result in measured("verify-told").items()}
     results = Results(
         scored=scored,
         unseen=unseen,
-        timed={key: one.speed for key, one in served.items() if one.speed},
+        timed=measured("speed"),
         probed=probed,
-        verified=_answers(served, "verify") | told,
-        tasks={key: one.tasks for key, one in served.items() if one.tasks},
+        verified=measured("verify") | told,
+        tasks=measured("tasks"),
         judged=judged,
     )
     if not (scored or results.timed or probed or results.verified):
@@ -145,84 +151,76 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
     return found
 
 
-class Interview(NamedTuple):
-    """Prompts that one model answers."""
+class Measurement(NamedTuple):
+    """Something that is measured of one model on its server."""
 
-    name: str  # probes; verify; verify-told: a student that is told what the teacher is told
-    prompts: list[Prompt]
-    asked: list[Prompt]  # the same, as this model is asked them
-    timed: int  # how many of them, from the first, are asked again to time the answers
+    what: str  # in words
+    kind: type[Any]  # of its result
     entry: Entry
-
-    def ask(self, recipe: Recipe, folder: Path) -> ProbeResult:
-        """Asks the recipe's teacher, which may be a server of ours."""
-        if self.name == "probes":
-            return answer_probes(recipe, folder / self.name, self.prompts, self.asked)
-        return answer_questions(recipe, folder / self.name, self.prompts, self.asked, self.asked[: self.timed])
+    measure: Callable[[Server | None, Path], Any]  # on a server of ours, or where the teacher answers; with a folder
 
 
-def _interviews(plan: Plan, subject: Subject) -> list[Interview]:
-    """What a model is asked. A teacher elsewhere is asked only if the recipe says so, and not timed."""
-    recipe, here = plan.recipe, subject.folder is not None
-    if not here and not (subject.key == TEACHER and recipe.evaluate.ask_teacher):
-        return []
-    told = [True] if subject.key == BEFORE and (recipe.teacher.system or recipe.teacher.examples) else []
-    timed = len(plan.questions.seen) if here and subject.key in (TEACHER, AFTER) else 0
-    rounds = [("probes", plan.probes.all, False, 0), ("verify", plan.questions.all, False, timed)]
-    rounds += [("verify-told", plan.questions.all, True, 0)] * len(told)
-    found = []
-    for name, prompts, telling, again in rounds:
-        if prompts:
-            asked = as_asked(recipe, subject, prompts, told=telling)
-            found.append(Interview(name, prompts, asked, again, plan.entry(name, subject, asked)))
+def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
+    """What a model is measured in, by name. A teacher elsewhere is asked only if the recipe says so, and not timed."""
+    recipe, here, found = plan.recipe, subject.folder is not None, dict[str, Measurement]()
+    if here:
+        entry, timing = plan.entry("speed", subject, plan.timing), partial(measure_speed, recipe, prompts=plan.timing)
+        found["speed"] = Measurement("its speed", SpeedResult, entry, timing)
+    if here or (subject.key == TEACHER and recipe.evaluate.ask_teacher):
+        timed = len(plan.questions.seen) if here and subject.key in (TEACHER, AFTER) else 0
+        if plan.probes.all:
+            found["probes"] = _interview(plan, subject, "probes", plan.probes.all)
+        if plan.questions.all:
+            found["verify"] = _interview(plan, subject, "verify", plan.questions.all, timed=timed)
+        if plan.questions.all and subject.key == BEFORE and (recipe.teacher.system or recipe.teacher.examples):
+            found["verify-told"] = _interview(plan, subject, "verify-told", plan.questions.all, told=True)
+    if here and recipe.evaluate.lm_eval:
+        what, entry = " and ".join(recipe.evaluate.lm_eval), plan.entry("tasks", subject, [])
+        found["tasks"] = Measurement(what, TaskResult, entry, partial(measure_tasks, recipe))
     return found
 
 
-class Served(NamedTuple):
-    """What needs a server, of one model."""
+def _interview(
+    plan: Plan, subject: Subject, name: str, prompts: list[Prompt], *, told: bool = False, timed: int = 0
+) -> Measurement:
+    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: so many of them, from
+    the first, are asked again to time the answers.
+    """
+    asked = as_asked(plan.recipe, subject, prompts, told=told)
 
-    speed: SpeedResult | None
-    answers: dict[str, ProbeResult]  # by interview
-    tasks: TaskResult | None
+    def ask(server: Server | None, folder: Path) -> ProbeResult:
+        recipe = recipe_for(plan.recipe, server) if server else plan.recipe
+        if name == "probes":
+            return answer_probes(recipe, folder / name, prompts, asked)
+        return answer_questions(recipe, folder / name, prompts, asked, asked[:timed])
+
+    return Measurement(f"{len(prompts)} prompts ({name})", ProbeResult, plan.entry(name, subject, asked), ask)
 
 
-def _answers(served: Mapping[str, Served], name: str) -> dict[str, ProbeResult]:
-    return {key: one.answers[name] for key, one in served.items() if name in one.answers}
-
-
-def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> Served:
-    """Speed, answers and tasks of one model, on one server; the answers of a teacher elsewhere."""
-    recipe, fresh, here = plan.recipe, plan.force and measure, subject.folder is not None
-    interviews, timing = _interviews(plan, subject), plan.entry("speed", subject, plan.timing)
-    speed = timing.read(SpeedResult) if here and not fresh else None
-    testing = plan.entry("tasks", subject, [])
-    tests = here and bool(recipe.evaluate.lm_eval)
-    tasks = testing.read(TaskResult) if tests and not fresh else None
-    found = {} if fresh else {one.name: one.entry.read(ProbeResult) for one in interviews}
-    answers = {name: result for name, result in found.items() if result}
-    missing = [one for one in interviews if measure and one.name not in answers]
-    lacks_speed, lacks_tasks = measure and here and not speed, measure and tests and not tasks
-    if not (lacks_speed or lacks_tasks or missing):
-        return Served(speed, answers, tasks)
-    wanted = ["its speed"] * lacks_speed + [f"{len(one.prompts)} prompts ({one.name})" for one in missing]
-    wanted += recipe.evaluate.lm_eval * lacks_tasks
-    if not here:
-        say(f"{subject.label}: {' and '.join(wanted)}, asked at {recipe.teacher.url}")
-        asked = plan.run.path / FOLDER / "asked-teacher"
-        return Served(None, answers | {one.name: one.entry.write(one.ask(recipe, asked)) for one in missing}, None)
-    url = recipe.teacher.url
-    if lacks_speed and is_loopback(url) and is_port_open(url):
+def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]:
+    """What is measured of one model, on one server; of a teacher elsewhere, its answers."""
+    wanted, found = _measurements(plan, subject), dict[str, Any]()
+    if not (plan.force and measure):
+        cached = {name: one.entry.read(one.kind) for name, one in wanted.items()}
+        found = {name: result for name, result in cached.items() if result}
+    missing = {name: one for name, one in wanted.items() if measure and name not in found}
+    if not missing:
+        return found
+    what, url = " and ".join(one.what for one in missing.values()), plan.recipe.teacher.url
+    if subject.folder is None:
+        say(f"{subject.label}: {what}, asked at {url}")
+        folder = plan.run.path / FOLDER / "asked-teacher"
+        return found | {name: one.entry.write(one.measure(None, folder)) for name, one in missing.items()}
+    if "speed" in missing and is_loopback(url) and is_port_open(url):
         say(f"warning: something answers at {url}; stop it, or it takes its share of the speed")
-    say(f"{subject.label}: starting vLLM, about a minute, for {' and '.join(wanted)}")
-    with serve_subject(recipe, plan.run, subject) as (server, folder):
-        if lacks_speed:
-            speed = timing.write(measure_speed(recipe, server, folder, plan.timing))
-            say(f"{subject.label}: {min(speed.rates):.1f} to {max(speed.rates):.1f} tokens/s")
-        for one in missing:
-            answers[one.name] = one.entry.write(one.ask(recipe_for(recipe, server), folder))
-        if lacks_tasks:
-            tasks = testing.write(measure_tasks(recipe, server, folder))
-    return Served(speed, answers, tasks)
+    say(f"{subject.label}: starting vLLM, about a minute, for {what}")
+    with serve_subject(plan.recipe, plan.run, subject) as (server, folder):
+        for name, one in missing.items():
+            found[name] = one.entry.write(one.measure(server, folder))
+            if name == "speed":
+                rates = found[name].rates
+                say(f"{subject.label}: {min(rates):.1f} to {max(rates):.1f} tokens/s")
+    return found
 
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:

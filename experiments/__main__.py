@@ -7,13 +7,13 @@ for each arm, results.md, results.svg. An arm that is finished is not done again
 
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from chain.stages import stage
+from evaluate.run import say
 from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--b-url", help="teachers: where it answers, if not where the first one does")
     parser.add_argument("--human", type=Path, help="human: JSONL of rows with prompt and completion, or messages")
     parser.add_argument("--seeds", type=int, default=3, help="seeds: how many trainings")
-    parser.add_argument("--rows", type=int, default=1000, help="thousand: how many prompts")
     parser.add_argument("--no-speed", action="store_true", help="start no server: no probes and no speed either")
     recipe, run, options = parse_stage(parser, argv)
     experiment = EXPERIMENTS[options.kind]
@@ -89,10 +88,6 @@ def share_measurements(arm: Arm, arms: list[Arm]) -> None:
             for path in (other.run.path / "evaluation").glob(f"*-{key}.json"):
                 if not (target / path.name).exists():
                     shutil.copyfile(path, target / path.name)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import json
 import random
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from math import ceil, nextafter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,7 +28,7 @@ from pipeline.conversation import Turn
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
+from pipeline.records import Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
 
@@ -179,29 +179,12 @@ def _seeds(setup: Setup) -> Prepared:
     return Prepared(arms, {"": test}, "the same rows and settings in every arm, but for the seed of the training")
 
 
-def _thousand(setup: Setup) -> Prepared:
-    """A number of prompts, from the first answer to the report: the run's first answers, or new ones."""
-    run = RunDir(setup.folder / "thousand")
-    flags = ["--prompts.count", str(setup.options.rows)]
-    if setup.base.completions.is_file() and setup.base.prompts.is_file() and not run.completions.exists():
-        run.path.mkdir(parents=True, exist_ok=True)
-        first = {prompt.id for prompt in islice(read_jsonl(setup.base.prompts, Prompt), setup.options.rows)}
-        rows = read_jsonl(setup.base.completions, Completion)
-        write_jsonl(run.completions, (row for row in rows if row.prompt_id in first))
-        shutil.copyfile(setup.base.prompts, run.prompts)
-        _copy_lineage(setup.base, run, ("generate",))
-    test = part_rows(read_rows(_answered(setup, run, *flags)), setup.recipe.prompts).test
-    arm = _arm(setup, "thousand", run, test, flags)
-    return Prepared([arm], {"": test}, f"{setup.options.rows:,} prompts")
-
-
 EXPERIMENTS = {
     "keep-rate": Experiment("How strict should the filters be?", _keep_rate),
     "teachers": Experiment("What does another teacher bring?", _teachers, {"b_model": "the other teacher: --b-model"}),
     "human": Experiment("Distilled, or taught by people?", _human, {"human": "rows that people wrote: --human"}),
     "soft": Experiment("The teacher's text, or its distribution?", _soft),
     "seeds": Experiment("How much does the seed change?", _seeds),
-    "thousand": Experiment("What do the first thousand rows give?", _thousand),
 }
 
 
@@ -236,13 +219,10 @@ def _arm(setup: Setup, name: str, rows: RunDir, test: Sequence[Kept], flags: lis
             target.unlink(missing_ok=True)
             if path.is_file():
                 shutil.copyfile(path, target)
-        _copy_lineage(rows, run, ("generate", "filters"))
+        own, given = read_lineage(run), read_lineage(rows)
+        sections: dict[str, Any] = {key: given[key] for key in ("generate", "filters") if key in given}
+        write_lineage(run, {"name": run.path.name, **own, **sections})
     return Arm(name, run, [*flags, "--train.test_rows", str(shared)])
-
-
-def _copy_lineage(source: RunDir, target: RunDir, sections: Iterable[str]) -> None:
-    own, given = read_lineage(target), read_lineage(source)
-    write_lineage(target, {"name": target.path.name, **own, **{key: given[key] for key in sections if key in given}})
 
 
 def _accepting(setup: Setup, *checks: str) -> list[str]:

@@ -77,14 +77,19 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
         for other, one in combinations(column.arms, 2)
     ]
     spent = {name: (report.lineage.get("generate") or {}).get("spent") or {} for name, report in reports.items()}
+    kind, remarks = setup.options.kind, list[str]()
+    if kind == "seeds":
+        remarks = list(_spread(columns))
+    elif kind == "teachers":
+        remarks = list(_money(spent, differences))
     return Results(
-        name=setup.options.kind,
-        question=EXPERIMENTS[setup.options.kind].question,
+        name=kind,
+        question=EXPERIMENTS[kind].question,
         note=prepared.note,
         facts={name: _facts(report, spent[name].get("usd")) for name, report in reports.items()},
         columns=columns,
         differences=differences,
-        remarks=list(_remarks(setup.options.kind, columns, spent, differences)),
+        remarks=remarks,
     )
 
 
@@ -164,16 +169,6 @@ def _facts(report: Report, usd: float | None) -> list[str]:
         "–" if rate is None else f"{rate:.0%}",
         "–" if usd is None else f"{usd:.2f}",
     ]
-
-
-def _remarks(
-    kind: str, columns: Sequence[Column], spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]
-) -> Iterator[str]:
-    """What an experiment says besides its figures and their differences."""
-    if kind == "seeds":
-        yield from _spread(columns)
-    if kind == "teachers":
-        yield from _money(spent, differences)
 
 
 def _spread(columns: Sequence[Column]) -> Iterator[str]:

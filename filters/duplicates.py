@@ -71,10 +71,10 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
 
 
 def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int]) -> dict[int, int | None]:
-    """This run's rows, numbered from 0, that the judge need not be paid for, as they are the same as another row; and
-    the row of this run that is judged for them. None: the other row is an evaluation's or another run's.
+    """The rows of this run that say the same as another row, each with the row of this run that is judged in its place:
+    no verdict is paid twice. None: the other row is an evaluation's or another run's.
 
-    Rows in `gone` are left out.
+    Rows are numbered from 0; those in `gone` are left out.
     """
     own, rows = sketches.first[-2], sketches.rows
     copies: dict[int, int | None] = {}

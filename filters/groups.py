@@ -34,7 +34,7 @@ class AgreesSettings(RuleSettings):
 
 
 def agrees(answer: Answer, settings: AgreesSettings) -> None:
-    """Says nothing of one answer by itself: `agreed` compares those that the other rules let pass."""
+    """Says nothing of one answer by itself: `outvoted` compares those that the other rules let pass."""
 
 
 class Checked(NamedTuple):
@@ -67,8 +67,8 @@ def hash_of(text: str) -> int:
     return int.from_bytes(digest(text), "little")
 
 
-class Agreement(NamedTuple):
-    """For each answer that passed the rules, how many of its prompt's answers say the same."""
+class Votes(NamedTuple):
+    """A majority vote: for each answer that passed the rules, how many of its prompt's answers say the same."""
 
     same: Array  # answers with the same result, this one included
     total: Array  # answers to the prompt, the dropped ones too
@@ -76,8 +76,8 @@ class Agreement(NamedTuple):
     chosen: Array  # whether this answer has that result; of results as frequent, that of the lowest sample number
 
 
-def agreement(samples: Array) -> Agreement:
-    """How far the answers to each prompt agree, in the order of those that passed."""
+def count_votes(samples: Array) -> Votes:
+    """The votes on every prompt's result, in the order of the answers that passed."""
     prompts, totals = np.unique(samples["prompt"], return_counts=True)
     rows = samples[samples["passed"]]
     keys = rows["prompt"] * np.uint64(0x9E3779B97F4A7C15) ^ rows["result"]
@@ -88,16 +88,16 @@ def agreement(samples: Array) -> Agreement:
     best = np.empty(len(rows), np.int64)  # for each row, the first row of the result that is chosen
     best[order] = order[first][of_prompt]
     total = totals[np.searchsorted(prompts, rows["prompt"])]
-    return Agreement(count, total, count[best], group == group[best])
+    return Votes(count, total, count[best], group == group[best])
 
 
-def disagreeing(found: Agreement, settings: AgreesSettings) -> dict[int, Reason]:
+def outvoted(votes: Votes, settings: AgreesSettings) -> dict[int, Reason]:
     """The answers that passed, numbered from 0, that `agrees` drops after all, and why."""
-    share = found.most / found.total
+    share = votes.most / votes.total
     gone: dict[int, Reason] = {}
-    for row in np.flatnonzero(~found.chosen | (share < settings.min_share)).tolist():
-        count, total, most = int(found.same[row]), int(found.total[row]), int(found.most[row])
-        value, least = (most / total, settings.min_share) if found.chosen[row] else (count / total, None)
+    for row in np.flatnonzero(~votes.chosen | (share < settings.min_share)).tolist():
+        count, total, most = int(votes.same[row]), int(votes.total[row]), int(votes.most[row])
+        value, least = (most / total, settings.min_share) if votes.chosen[row] else (count / total, None)
         gone[row] = Reason(rule=AGREES, value=value, at_least=least, count=count, total=total, n=most)
     return gone
 
@@ -105,17 +105,15 @@ def disagreeing(found: Agreement, settings: AgreesSettings) -> dict[int, Reason]
 Selection = Literal["all", "first", "best", "shortest", "agreed"]
 
 
-def not_selected(
-    samples: Array, alive: Array, how: Selection, scores: Array, found: Agreement | None
-) -> dict[int, Reason]:
+def not_selected(samples: Array, alive: Array, how: Selection, scores: Array, votes: Votes | None) -> dict[int, Reason]:
     """All but one answer to each prompt, of those that are `alive`, and why. All arrays are of answers that passed.
 
-    `scores`: higher is better. `found` is needed for `agreed`. Of equals, the lowest sample number stays.
+    `scores`: higher is better. `votes` are needed for `agreed`. Of equals, the lowest sample number stays.
     """
     if how == "all":
         return {}
     ranks = {"first": samples["sample"], "best": -scores, "shortest": samples["chars"]}
-    rank = -found.same if found and how == "agreed" else ranks[how]
+    rank = -votes.same if votes and how == "agreed" else ranks[how]
     order = np.lexsort((samples["sample"], rank, samples["prompt"]))
     order = order[alive[order]]
     _, first, of_prompt = np.unique(samples["prompt"][order], return_index=True, return_inverse=True)

@@ -80,7 +80,7 @@ class FilterReport:
 
     def encoded(self) -> bytes:
         """The report as indented JSON."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return msgspec.json.format(msgspec.json.encode(self)) + b"\n"
 
 
 def make_report(tally: Tally, rules: Sequence[dict[str, Any]], prompts: PromptCounts) -> FilterReport:

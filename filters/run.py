@@ -30,7 +30,7 @@ from filters.duplicates import (
     find_duplicates,
 )
 from filters.fresh import fresh_values
-from filters.groups import AGREES, SAMPLE, SELECT, agreement, disagreeing, hash_of, not_selected, solved
+from filters.groups import AGREES, SAMPLE, SELECT, count_votes, hash_of, not_selected, outvoted, solved
 from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
 from filters.minhash import Array
 from filters.preferences import write_preferences
@@ -134,10 +134,10 @@ def filter_run(
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
         survivors = Survivors(path, samples[samples["passed"]])
-        found = agreement(samples) if compared else None
-        if rules.agrees and found:
-            survivors.gone = disagreeing(found, rules.agrees)
-            survivors.shares = found.same / found.total
+        votes = count_votes(samples) if compared else None
+        if rules.agrees and votes:
+            survivors.gone = outvoted(votes, rules.agrees)
+            survivors.shares = votes.same / votes.total
         sketches = None
         if dedup:
             others = [(source, machine.sketch_file(source, dedup)) for source in sources]
@@ -148,7 +148,7 @@ def filter_run(
         if dedup and sketches:
             scores = _scores(survivors, run)
             survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, scores, machine.search)
-        survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, found)
+        survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, votes)
         _write(survivors, kept, dropped, tally)
         for pairs in preferences:
             good, wrong = survivors.samples[survivors.alive], samples[samples["wrong"]]

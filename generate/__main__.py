@@ -46,16 +46,15 @@ def main() -> None:
         if recipe.prompts.user:
             print("this is the first answer only: the turns of prompts.user depend on it, and each costs more")
         return
-    with run.locked(new=True):
-        summary = generate(
-            recipe,
-            run,
-            quiet=options.quiet,
-            retry_failures=options.retry_failures,
-            write_batches=options.write_batches,
-            collect=options.collect,
-            send=_sender(options.cluster, options.cluster_store, recipe, run) if options.cluster else None,
-        )
+    summary = generate(
+        recipe,
+        run,
+        quiet=options.quiet,
+        retry_failures=options.retry_failures,
+        write_batches=options.write_batches,
+        collect=options.collect,
+        send=_sender(options.cluster, options.cluster_store, recipe, run) if options.cluster else None,
+    )
     for line in describe(recipe, run, summary):
         print(line)
     if summary.failed:

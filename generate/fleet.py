@@ -67,7 +67,7 @@ class Fleet:
             seen = self._open[:] if len(self._open) <= FEW else random.sample(self._open, 2)
             ready = [endpoint for endpoint in seen if self._has_room(endpoint, tokens, choices, now)]
             if ready:
-                return min(ready, key=_fullness), None
+                return min(ready, key=lambda one: one.in_flight / one.limit), None
         return None, self._first_due - now if self._due else None
 
     def _has_room(self, endpoint: Endpoint, tokens: int, choices: int, now: float) -> bool:
@@ -130,7 +130,3 @@ class Fleet:
         if self._most:
             for endpoint in self._place:
                 endpoint.most = max(self._most // len(self._place), 1)
-
-
-def _fullness(endpoint: Endpoint) -> float:
-    return endpoint.in_flight / endpoint.limit

@@ -1,9 +1,8 @@
 """Generates: every prompt of a recipe answered once by its teacher, whatever was answered before.
 
 Reads the recipe, the prompts and the journals of the run. Writes recipe.yaml, prompts.jsonl, completions.jsonl,
-failures.jsonl and the `generate` section of lineage.json. Takes no lock: the caller holds the run, or uses the API in
-generate/__init__.py. The requests are sent by generate.online, generate.workers or generate.batch; files that survive a
-kill are generate.journal's.
+failures.jsonl and the `generate` section of lineage.json, while it holds the run's lock. The requests are sent by
+generate.online, generate.workers or generate.batch; files that survive a kill are generate.journal's.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ from generate.turns import described, passes
 from generate.workers import send_from_workers
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
 from pipeline.rundir import RunDir, replacing
 
@@ -64,8 +63,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def generate(
-    recipe: Recipe,
-    run: RunDir,
+    recipe: Recipe | Path | str,
+    run: RunDir | Path | str | None = None,
     *,
     quiet: bool = False,
     retry_failures: bool = False,
@@ -73,38 +72,63 @@ def generate(
     collect: Path | None = None,
     send: Sender | None = None,
 ) -> Summary:
-    """As the API's `generate` (generate/__init__.py), without the lock.
+    """Asks everything that the run has no answer to, as `python -m generate` does, and returns the counts.
 
-    `write_batches` only writes batch files, and `collect` only takes in the output of one. `send` sends in place of
-    this machine: a cluster (scale.generation).
+    `recipe`: a Recipe, taken as it is, or the path of one, which `DISTILL_*` variables override. `run`: its folder;
+    `runs/<name of the recipe>` without one. The run is locked meanwhile. `quiet`: no progress. `retry_failures`: asks
+    again what failed for good earlier. `write_batches` only writes batch files, and `collect` only takes in the output
+    of one. `send` sends in place of this machine: a cluster (scale.generation).
+    Raises DistillError when it cannot go on (what was answered is kept, and the next call goes on from there),
+    KeyboardInterrupt after Ctrl-C. Failed requests raise nothing: `Summary.failed`.
     """
+    recipe, run = _resolved(recipe, run)
     if recipe.prompts.user and (write_batches or collect):
         raise UsageError("batch files are of one pass, prompts.user has several: use generate.mode batch")
     done = []
-    for asking, folder in passes(recipe, run):
-        with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-            if not call.counters.left:
-                pass
-            elif collect is not None:
-                _batches(call).collect(collect)
-            elif write_batches:
-                for path in _batches(call).write():
-                    call.say(f"{path}")
-            elif outcome := run_loop(_send(call, display, signals=True, send=send)):
-                raise outcome
-        done.append(_summary(call))
+    with run.locked(new=True):
+        for asking, folder in passes(recipe, run):
+            with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
+                if not call.counters.left:
+                    pass
+                elif collect is not None:
+                    _batches(call).collect(collect)
+                elif write_batches:
+                    for path in _batches(call).write():
+                        call.say(f"{path}")
+                elif outcome := run_loop(_send(call, display, signals=True, send=send)):
+                    raise outcome
+            done.append(_summary(call))
     return _whole(done)
 
 
-async def agenerate(recipe: Recipe, run: RunDir, *, quiet: bool = False, retry_failures: bool = False) -> Summary:
-    """As the API's `agenerate`, without the lock."""
+async def agenerate(
+    recipe: Recipe | Path | str,
+    run: RunDir | Path | str | None = None,
+    *,
+    quiet: bool = False,
+    retry_failures: bool = False,
+) -> Summary:
+    """As `generate`, in the running event loop. Leaves signals alone: cancel the task to stop it.
+
+    A cancelled call abandons the requests in flight; what was answered is kept.
+    """
+    recipe, run = _resolved(recipe, run)
     done = []
-    for asking, folder in passes(recipe, run):
-        with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-            if call.counters.left and (outcome := await _send(call, display, signals=False)):
-                raise outcome
-        done.append(_summary(call))
+    with run.locked(new=True):
+        for asking, folder in passes(recipe, run):
+            with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
+                if call.counters.left and (outcome := await _send(call, display, signals=False)):
+                    raise outcome
+            done.append(_summary(call))
     return _whole(done)
+
+
+def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> tuple[Recipe, RunDir]:
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe))
+    if not isinstance(run, RunDir):
+        run = RunDir(Path(run) if run is not None else Path("runs") / recipe.name)
+    return recipe, run
 
 
 def pending(recipe: Recipe, run: RunDir) -> int:

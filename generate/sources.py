@@ -10,6 +10,7 @@ text with all their digits, bytes Base64 text, and numbers that are not finite t
 import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -105,26 +106,19 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise _missing(path, "pyarrow") from None
+    pyarrow, parquet = _imported(path, "pyarrow"), _imported(path, "pyarrow.parquet")
     with _opened(path) as file:
         try:
-            batches = ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE)
+            batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE)
             yield from _plain(path, (row for batch in batches for row in batch.to_pylist()))
-        except (ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"prompts.file {path}: not Parquet: {_line(error)}; {ACCEPTED}") from None
 
 
 def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
+    datasets = _imported(path, "datasets")
     try:
-        from datasets import load_from_disk
-    except ImportError:
-        raise _missing(path, "datasets") from None
-    try:
-        loaded = load_from_disk(str(path))
+        loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"prompts.file {path}: not a folder that `datasets` saved: {_line(error)}") from None
     return _plain(path, _one_split(path, loaded, split))
@@ -132,15 +126,12 @@ def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
 
 def _hub_rows(path: Path, split: str | None) -> Iterator[Row]:
     """Streams a data set of the Hub; what comes after owner and name is its subset."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise _missing(path, "datasets") from None
+    datasets = _imported(path, "datasets")
     owner, name, subset = [*str(path).removeprefix(HUB).split("/", 2), None, None][:3]
     repository = f"{owner}/{name}" if name else owner
 
     def rows() -> Iterable[Json]:
-        return _one_split(path, load_dataset(repository, subset, streaming=True), split)
+        return _one_split(path, datasets.load_dataset(repository, subset, streaming=True), split)
 
     advice = "check the name, the subset and the network, or give a file or folder"
     return _plain(path, _guarded(path, rows, advice))
@@ -166,11 +157,15 @@ def _opened(path: Path) -> Any:
         raise DataError(f"prompts.file {path}: {error.strerror or error}") from None
 
 
-def _missing(path: Path, package: str) -> UsageError:
-    return UsageError(
-        f"prompts.file {path}: reading it needs the package {package}; run `make setup` with the `train` extra, or "
-        "give a JSONL or CSV file"
-    )
+def _imported(path: Path, package: str) -> Any:
+    """A package that only some files need. Raises UsageError if it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise UsageError(
+            f"prompts.file {path}: reading it needs the package {package}; run `make setup` with the `train` extra, or "
+            "give a JSONL or CSV file"
+        ) from None
 
 
 def _one_split(path: Path, loaded: Any, split: str | None) -> Iterable[Json]:

@@ -75,25 +75,40 @@ async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request
                 yield event
 
 
-def piece_of(event: Json) -> Json:
-    """What an event adds to the answer: fields of SAID; empty if it adds nothing."""
-    choice = event["choices"][0] if event.get("choices") else {}
-    said = choice.get("delta") or choice.get("message") or {}
-    return {name: said[name] for name in SAID if said.get(name)}
+class Heard:
+    """What has come of a streamed answer so far."""
+
+    def __init__(self) -> None:
+        self.text, self.thought, self.pieces, self.first = "", "", 0, 0.0
+        self.finish_reason, self.usage = "unknown", Json()
+
+    def add(self, event: Json) -> str:
+        """Takes an event in, and returns the text that it adds."""
+        self.usage = event.get("usage") or self.usage
+        choice = event["choices"][0] if event.get("choices") else {}
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        piece = choice.get("delta") or choice.get("message") or {}
+        if any(piece.get(name) for name in SAID):
+            self.first = self.first or time.perf_counter()
+            self.pieces += 1
+        self.thought += str(piece.get("reasoning") or piece.get("reasoning_content") or "")
+        text = str(piece.get("content") or "")
+        self.text += text
+        return text
+
+    @property
+    def tokens(self) -> int:
+        """As the server counts them, else the pieces that came; thoughts are tokens, too."""
+        return int(self.usage.get("completion_tokens") or self.pieces)
 
 
 async def stream(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> Streamed:
     """Sends the body of a chat request, and reads its answer as it comes.
 
-    Tokens are as the server counts them, else the pieces that came; thoughts are tokens, too. Where it does not
-    stream, the first token comes with the last. Raises Refused, as `events` does.
+    Where it does not stream, the first token comes with the last. Raises Refused, as `events` does.
     """
-    begin, first, tokens = time.perf_counter(), 0.0, 0
+    begin, heard = time.perf_counter(), Heard()
     async for event in events(session, teacher, request):
-        if piece_of(event):
-            first = first or time.perf_counter()
-            tokens += 1
-        if event.get("usage"):
-            tokens = event["usage"]["completion_tokens"]
+        heard.add(event)
     end = time.perf_counter()
-    return Streamed(begin, first or end, end, tokens)
+    return Streamed(begin, heard.first or end, end, heard.tokens)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UsageError, first_line
+from pipeline.models import explained
 from pipeline.rundir import replacing_folder
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
@@ -16,17 +16,15 @@ MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and ad
 def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:
     """The base in float32, with the adapter added to it; and the dtype that the base is stored in.
 
-    Raises UsageError if the base cannot be loaded.
+    Raises RecipeError if the base cannot be loaded.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with explained(f"{base}: cannot load this model"):
         dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{base}: cannot load this model: {first_line(error)}") from None
     return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model, dtype
 
 

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import DistillError, UsageError, first_line
+from pipeline.errors import DistillError, RecipeError, UsageError, first_line
 from pipeline.rundir import replacing_folder
 
 PREFIX = "embedded:"
@@ -79,11 +80,19 @@ def model_folder(reference: str) -> Path:
     try:
         folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
-        reason = first_line(error)
-        raise DistillError(f"model {reference} could not be fetched: {reason}") from None
+        raise DistillError(f"model {reference} could not be fetched: {first_line(error)}") from None
     if not (folder / "config.json").is_file():
         raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")
     return folder
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raises RecipeError with the first line of what a library says of a model that cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{what}: {first_line(error)}") from None
 
 
 def embedded_folder(reference: str) -> Path | None:

@@ -159,7 +159,7 @@ def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
         file.writelines(map(encode_line, records))
 
 
-def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON in place of the old file."""
     with replacing(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=indent) + b"\n")
+        file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")

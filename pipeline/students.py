@@ -58,5 +58,5 @@ def after_training(recipe: Recipe, run: RunDir) -> Path:
 
 
 def merged_folder(run: RunDir, key: str) -> Path:
-    """Where a model of the evaluation that is an adapter lies as a whole model, once it was served."""
+    """The folder of an adapter that was evaluated, merged into its base: an engine serves whole models."""
     return run.path / "evaluation" / f"{key}-merged"

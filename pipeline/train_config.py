@@ -19,7 +19,8 @@ class KdConfig(Section):
     weights: Weights = "lora"
     """What is trained: adapters, adapters over a base in 4 bits, or all weights."""
     teacher: Literal["local", "served", "stored"] = "local"
-    """Beside the student; at its endpoint (vLLM); or, for kd, what `sampling.logprobs` stored. The last two: top-k."""
+    """Loaded beside the student; asked at its endpoint (vLLM); or, for kd, as `sampling.logprobs` stored it. The last
+    two know the likeliest tokens only."""
     top_k: int = Field(20, ge=1)
     """served: how many of the likeliest tokens the endpoint is asked for, per token of an answer."""
     temperature: float = Field(1, gt=0)
@@ -60,8 +61,8 @@ class TrainConfig(Section):
     """How the student learns (TRL's trainers, PEFT)."""
 
     method: Literal["lora", "qlora", "full", "kd", "gold", "on_policy", "dpo"] = "lora"
-    """On the teacher's text: adapters, adapters over 4 bits, or all weights; on its distribution, by one tokenizer or
-    two; or further, after one of these: on own samples, or on preferences."""
+    """lora, qlora, full: from the teacher's text (adapters, adapters over 4 bits, all weights). kd, gold: from its
+    distribution (one tokenizer, two). on_policy, dpo: after one of these, from own samples or from preferences."""
     kd: KdConfig = KdConfig()
     on_policy: OnPolicyConfig = OnPolicyConfig()
     dpo: DpoConfig = DpoConfig()

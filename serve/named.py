@@ -25,10 +25,6 @@ class Place(NamedTuple):
     host: str
     port: int
 
-    @property
-    def base_url(self) -> str:
-        return f"http://{self.host}:{self.port}/v1"
-
 
 def place_of(recipe: Recipe, name: str) -> Place:
     """Where the model of that name is served; another model takes the teacher's place.

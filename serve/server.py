@@ -198,16 +198,28 @@ def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None)
 
 def is_ready(base_url: str, served_name: str) -> bool:
     """Whether a server answers at the URL, and serves the model."""
+    well = _read(f"{base_url.removesuffix('/v1')}/health") is not None
+    return well and served_name in served_models(base_url)
+
+
+def served_models(base_url: str) -> dict[str, str | None]:
+    """The models that the server at a URL names, each with the folder that vLLM has loaded; none if it does not say."""
+    try:
+        return {model["id"]: model.get("root") for model in json.loads(_read(f"{base_url}/models") or b"")["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _read(url: str) -> bytes | None:
+    """What a server of ours answers; None if it does not. Never asks a proxy."""
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    opener = build_opener(ProxyHandler({}))  # never asks a proxy
     try:
-        for url in (f"{base_url.removesuffix('/v1')}/health", f"{base_url}/models"):
-            with opener.open(Request(url, headers=headers), timeout=ANSWER_S) as answer:
-                body = answer.read()
-        return served_name in [model["id"] for model in json.loads(body)["data"]]
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
-        return False
+        with build_opener(ProxyHandler({})).open(Request(url, headers=headers), timeout=ANSWER_S) as answer:
+            body: bytes = answer.read()
+    except (OSError, HTTPException):
+        return None
+    return body
 
 
 def _peak_memory(process: psutil.Process) -> int:

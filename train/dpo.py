@@ -14,7 +14,15 @@ from rich.console import Console
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.recipe import Recipe
-from train.machine import Setting, check_machine, micro_rows, micro_tokens, wants_checkpointing, weights_dtype
+from train.machine import (
+    Setting,
+    check_machine,
+    free_beside,
+    micro_rows,
+    micro_tokens,
+    wants_checkpointing,
+    weights_dtype,
+)
 from train.preferences import Pairs, to_pair
 from train.processes import Processes
 from train.student import load_tokenizer
@@ -35,9 +43,10 @@ def prepare_dpo(
     with quiet():
         tokenizer = load_tokenizer(str(start))
         model, dtype = load_start(start, weights_dtype(config.weights))
-        tokens, longest = micro_tokens(model.config.get_text_config().vocab_size, soft=False), 2 * config.max_length
+        free = free_beside(model)
+        tokens, longest = micro_tokens(model, config, free), 2 * config.max_length
         share, micro = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
-        checkpointing = wants_checkpointing(model, config, micro * longest, console)
+        checkpointing = wants_checkpointing(model, config, micro * longest, free, console)
         arguments = training_arguments(config, folder, checkpointing=checkpointing) | {
             "num_train_epochs": config.dpo.epochs,
             "learning_rate": config.dpo.learning_rate,

@@ -19,7 +19,7 @@ from trl.experimental.utils import is_byte_level_tokenizer
 
 from pipeline.errors import RecipeError
 from pipeline.models import resolve_model
-from train.machine import Setting, micro_rows, micro_tokens
+from train.machine import Setting, free_beside, micro_rows, micro_tokens
 from train.on_policy import SameEveryEpoch
 from train.soft import FIX, load_model
 from train.student_trainer import ScoredOnText, StudentTrainer
@@ -71,9 +71,11 @@ def gold_trainer(
             raise RecipeError(f"method gold needs two chat templates, and the {name} has none; {FIX}")
         if not is_byte_level_tokenizer(tokenizer.backend_tokenizer):
             raise RecipeError(f"method gold aligns tokenizers of bytes, and the {name}'s is another kind; {FIX}")
-    outputs = max(model.config.get_text_config().vocab_size for model in (tokenised.model, loaded))
+    models = (tokenised.model, loaded)
+    largest = max(models, key=lambda model: model.config.get_text_config().vocab_size)  # both models' logits are kept
     longest = max(map(len, tokenised.train_dataset["input_ids"]))
-    share, micro = micro_rows(config, len(examples), micro_tokens(outputs, soft=True), longest, setting.processes)
+    tokens = micro_tokens(largest, config, free_beside(*models))
+    share, micro = micro_rows(config, len(examples), tokens, longest, setting.processes)
     args = GOLDConfig(
         **arguments,
         per_device_train_batch_size=micro,

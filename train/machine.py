@@ -19,7 +19,9 @@ from train.processes import Processes
 
 GIB = 1 << 30
 ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
-LOGITS_BYTES = 1 << 30  # for the logits of one forward pass, in float32, which are the larger part
+AUTOCAST_BYTES = 2  # per parameter: the copy in 16 bits that a forward pass in mixed precision computes with
+LOGITS_BYTES = 1 << 30  # on a CPU, for the logits of one forward pass; on a GPU, for the tiles of the fused head
+GPU_TOKENS = 16_384  # per forward pass on a GPU, at most: by then its matrices are large enough to fill a card
 CPU_TOKENS = 512  # per forward pass on a CPU; more are slower (SmolLM2-135M: 139 tokens per CPU second, with 2048 108)
 SAFE_SHARE = 0.8  # of free memory that a step may plan for
 
@@ -37,8 +39,8 @@ class Setting:
 
 def precision(weights: Weights) -> str:
     """In words: the weights' dtype, and autocast if there is any."""
-    dtype = str(weights_dtype(weights)).removeprefix("torch.")
-    return f"{dtype} weights, bfloat16 autocast" if autocast(weights) else f"{dtype} weights"
+    cast = {torch.bfloat16: ", bfloat16 autocast", torch.float16: ", float16 autocast with loss scaling", None: ""}
+    return f"{weights_dtype(weights)} weights{cast[autocast(weights)]}".removeprefix("torch.")
 
 
 def weights_dtype(weights: Weights) -> torch.dtype:
@@ -46,18 +48,29 @@ def weights_dtype(weights: Weights) -> torch.dtype:
 
     `full`: always float32. bfloat16 weights lose an update below half a unit in the last place, and most are: after 6
     steps at a learning rate of 1e-5 SmolLM2-135M had a loss of 0.848 in float32, and still its first 1.225 in bfloat16.
-    Adapters: the frozen base stays in bfloat16 where that is native; PEFT keeps the adapter in float32.
+    Adapters: the frozen base stays in 16 bits where those are native; PEFT keeps the adapter in float32.
     """
-    return torch.bfloat16 if weights != "full" and native_bf16() else torch.float32
+    return (None if weights == "full" else half_dtype()) or torch.float32
 
 
-def autocast(weights: Weights) -> bool:
-    """Whether forward passes run in bfloat16: wherever that is native, except for `full` on a CPU.
+def autocast(weights: Weights) -> torch.dtype | None:
+    """What forward passes run in: 16 bits wherever those are native, except for `full` on a CPU; None: float32.
 
     There, autocast was 17% faster (2 cores with avx512_bf16) but rounds the weights of each step, so small updates have
     no effect: a loss of 1.173 in the comparison above, against 0.848.
     """
-    return native_bf16() and (weights != "full" or torch.cuda.is_available())
+    return half_dtype() if weights != "full" or torch.cuda.is_available() else None
+
+
+def half_dtype() -> torch.dtype | None:
+    """The format of 16 bits that this machine computes in without emulating it, if any.
+
+    GPUs before Ampere, such as a T4, have no bfloat16. In float16 small gradients would be zero, so the loss is scaled
+    up before the backward pass (Micikevicius et al. 2018, arXiv 1710.03740).
+    """
+    if native_bf16():
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else None
 
 
 def native_bf16() -> bool:
@@ -68,14 +81,27 @@ def native_bf16() -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
+def trained_in_float32(model: Any) -> None:
+    """Puts trained weights into float32: TRL has adapters over 4 bits in bfloat16, whose gradients are not scaled."""
+    for weights in model.parameters():
+        if weights.requires_grad:
+            weights.data = weights.data.float()
+
+
+def flash_attention() -> bool:
+    """Whether FlashAttention is installed and this GPU can run it: from Ampere on. The other way is torch's (SDPA)."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return able and find_spec("flash_attn") is not None
+
+
 def check_machine(config: TrainConfig, processes: Processes) -> None:
     """Raises UsageError or RecipeError if the recipe asks for what this machine does not have."""
     if config.weights == "qlora" and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         raise RecipeError("train.method qlora needs a GPU and bitsandbytes (pip install bitsandbytes); or use lora")
-    if config.padding_free and not (torch.cuda.is_available() and find_spec("flash_attn")):
+    if config.padding_free and not flash_attention():
         raise RecipeError(
-            "train.padding_free needs a GPU and FlashAttention (pip install flash-attn), which keeps rows that lie end "
-            "to end apart at no cost; leave it out"
+            "train.padding_free needs a GPU (Ampere or newer) and FlashAttention (pip install flash-attn), which keeps "
+            "rows that lie end to end apart at no cost; leave it out"
         )
     if config.method == "on_policy" and config.on_policy.rollouts == "vllm" and not torch.cuda.is_available():
         raise RecipeError("train.on_policy.rollouts vllm needs a GPU; use generate")
@@ -94,17 +120,38 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that are free: the GPU's, or the machine's."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    """Bytes that are free: the GPU's, with those that torch holds ready, or the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available
 
 
-def micro_tokens(vocabulary: int, *, soft: bool) -> int:
-    """Tokens of one forward pass: as many as there is room for their logits, and on a CPU no more than help.
+def free_beside(*models: Any, shards: int = 1) -> int:
+    """Bytes that are free when these models are where they are used: on a GPU, to which they may not be moved yet."""
+    weights = [tensor for model in models for tensor in model.parameters()]
+    waiting = [tensor.nbytes for tensor in weights if torch.cuda.is_available() and not tensor.is_cuda]
+    return free_memory() - sum(waiting) // shards
 
-    Soft losses hold four times as much: the logits and log-probabilities of two models.
+
+def peak_memory() -> int:
+    """Bytes that this process has held at once, at most: of the GPU's memory, or of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def micro_tokens(model: Any, config: TrainConfig, free: int, shards: int = 1) -> int:
+    """Tokens of one forward pass: on a GPU as many as the `free` bytes hold, on a CPU no more than help.
+
+    On a CPU soft losses hold four times as much: the logits and log-probabilities of two models.
     """
-    room = LOGITS_BYTES // (4 * vocabulary) // (4 if soft else 1)
-    return max(1, room if torch.cuda.is_available() else min(room, CPU_TOKENS))
+    left = SAFE_SHARE * free - optimizer_bytes(model, config, shards) - LOGITS_BYTES
+    per_token = token_bytes(model, config) if torch.cuda.is_available() else None
+    if per_token is not None:
+        return tokens_within(left, per_token)
+    room = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size) // (4 if config.soft else 1)
+    return max(1, min(room, CPU_TOKENS))
 
 
 def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, processes: Processes) -> tuple[int, int]:
@@ -114,29 +161,55 @@ def micro_rows(config: TrainConfig, rows: int, tokens: int, longest: int, proces
     return share, max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
 
-def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, soft: bool) -> int:
+def tokens_within(room: float, per_token: int) -> int:
+    """Tokens of one forward pass on a GPU that has so many bytes left for it: at least one, and no more than help."""
+    return max(1, min(GPU_TOKENS, int(room // per_token)))
+
+
+def activation_bytes(config: Any, tokens: int, *, width: int, adapters: bool, logits: int) -> int:
     """Bytes that a decoder keeps of a forward pass for its backward pass, estimated.
 
-    `config`: the model's; `width`: bytes per activation. Per token and layer of a gated block it counts what two norms
-    (in float32), four projections, attention, gate and product keep. Adapters keep the input of each of the seven
-    projections again, in float32 and with dropout.
+    `config`: the model's; `width`: bytes per activation; `logits`: how often the logits are kept, in float32. Per token
+    and layer of a gated block it counts what two norms (in float32), four projections, attention, gate and product
+    keep. Adapters keep the input of each of the seven projections again, in float32 and with dropout.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     kv = head * getattr(config, "num_key_value_heads", config.num_attention_heads)
     layer = width * (8 * hidden + 4 * kv + 5 * inner) + 4 * 4 * hidden
     layer += (width + 4) * (6 * hidden + inner) if adapters else 0
-    logits = 4 * config.vocab_size * (6 if soft else 3)
-    return tokens * (config.num_hidden_layers * layer + logits)
+    return tokens * (config.num_hidden_layers * layer + 4 * config.vocab_size * logits)
 
 
-def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: Console, shards: int = 1) -> bool:
+def token_bytes(model: Any, config: TrainConfig) -> int | None:
+    """Bytes that a forward pass keeps per token; None of a shape that is not known."""
+    logits = 6 if config.soft else 3
+    if torch.cuda.is_available() and config.method in ("lora", "qlora", "full"):
+        logits = 0  # the fused head (train.student_trainer) keeps none
+    width = 4 if autocast(config.weights) is None else 2
+    try:
+        shape = model.config.get_text_config()
+        return activation_bytes(shape, 1, width=width, adapters=config.weights != "full", logits=logits)
+    except AttributeError:
+        return None
+
+
+def optimizer_bytes(model: Any, config: TrainConfig, shards: int = 1) -> int:
+    """Bytes for the training of all weights, besides the weights. Those of adapters are few."""
+    if config.weights != "full":
+        return 0
+    copies = AUTOCAST_BYTES if autocast(config.weights) else 0
+    return (ADAMW_BYTES + copies) * int(model.num_parameters()) // shards
+
+
+def wants_checkpointing(
+    model: Any, config: TrainConfig, tokens: int, free: int, console: Console, shards: int = 1
+) -> bool:
     """Whether to use gradient checkpointing for forward passes of so many tokens. `shards`: as Processes has them.
 
     The recipe decides, or short memory, which is printed. Raises DistillError if memory does not suffice even so.
     """
-    free = free_memory()
-    optimizer = ADAMW_BYTES * model.num_parameters() // shards if config.weights == "full" else 0
+    optimizer = optimizer_bytes(model, config, shards)
     if optimizer > free:
         raise DistillError(
             f"training all of {model.name_or_path} needs {optimizer / GIB:.1f} GiB more than its weights, "
@@ -144,12 +217,7 @@ def wants_checkpointing(model: Any, config: TrainConfig, tokens: int, console: C
         )
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing
-    try:
-        shape, width = model.config.get_text_config(), 2 if autocast(config.weights) else 4
-        needed = activation_bytes(shape, tokens, width=width, adapters=config.weights != "full", soft=config.soft)
-    except AttributeError:
-        return False  # a shape that is not known
-    left = SAFE_SHARE * free - optimizer
+    needed, left = tokens * (token_bytes(model, config) or 0), SAFE_SHARE * free - optimizer
     if needed > left:
         console.print(
             f"gradient checkpointing is on: {tokens:,} tokens need about {needed / GIB:.1f} GiB without it, there is "

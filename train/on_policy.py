@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler, pad
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
-from train.machine import Setting, micro_rows, micro_tokens
+from train.machine import Setting, free_beside, micro_rows, micro_tokens
 from train.soft import FIX, load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
 from train.tokens import Told, before_samples, prompt_of
@@ -75,10 +75,15 @@ def on_policy_trainer(
     """
     config, own, model, teacher = setting.config, setting.config.on_policy, tokenised.model, setting.teacher
     assert teacher is not None
-    vocabulary = model.config.get_text_config().vocab_size
+    beside = []
+    if config.kd.teacher != "served":
+        compared = tokenised.train_dataset.select(range(min(len(tokenised.train_dataset), COMPARED_ROWS)))
+        texts = [tokenised.processing_class.decode(row["input_ids"]) for row in compared]
+        outputs = model.config.get_text_config().vocab_size
+        beside = [load_same_outputs(teacher.model, tokenised.processing_class, texts, outputs, setting.console)]
     longest = max(len(prompt_of(row)) for row in tokenised.train_dataset) + own.max_new_tokens
-    rows = len(tokenised.train_dataset)
-    share, micro = micro_rows(config, rows, micro_tokens(vocabulary, soft=True), longest, setting.processes)
+    tokens = micro_tokens(model, config, free_beside(model, *beside))
+    share, micro = micro_rows(config, len(tokenised.train_dataset), tokens, longest, setting.processes)
     settings = {name: value for name, value in arguments.items() if name != "max_length"} | {
         "learning_rate": own.learning_rate,
         "num_train_epochs": own.epochs,
@@ -90,12 +95,10 @@ def on_policy_trainer(
         "use_vllm": own.rollouts == "vllm",
         "include_num_input_tokens_seen": "no",  # TRL counts the samples itself
     }
-    if config.kd.teacher == "served":
+    if not beside:
         return _served(tokenised, settings, config, teacher, told)
-    compared = tokenised.train_dataset.select(range(min(rows, COMPARED_ROWS)))
-    texts = [tokenised.processing_class.decode(row["input_ids"]) for row in compared]
-    loaded = load_same_outputs(teacher.model, tokenised.processing_class, texts, vocabulary, setting.console)
-    return OnPolicyTrainer(tokenised=tokenised, told=told, teacher_model=loaded, args=DistillationConfig(**settings))
+    args = DistillationConfig(**settings)
+    return OnPolicyTrainer(tokenised=tokenised, told=told, teacher_model=beside[0], args=args)
 
 
 def load_same_outputs(reference: str, tokenizer: Any, texts: list[str], outputs: int, console: Console) -> Any:

@@ -102,8 +102,9 @@ def train_run(
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
         print(
-            f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s; "
-            f"validation loss {section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
+            f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s, "
+            f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
+            f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
         )
 
 
@@ -202,7 +203,10 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     `loss`: what is minimised, a mean over the completion tokens of each step. `eval`: the cross-entropy per token
     of the validation answers, in nats, which can be compared between methods. `saved_step`: the step of the weights
     that were kept. `margin`: of preferences, the mean reward of the better answer over the worse, at each evaluation.
+    `peak_memory_bytes`: what this process held at once, of the GPU's memory or else of the machine's.
     """
+    from train.machine import peak_memory
+
     state = prepared.trainer.state
     steps = [entry for entry in state.log_history if "loss" in entry]
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
@@ -213,6 +217,7 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
         **{f"{part}_rows": count for part, count in rows.items()},
         "saved_step": prepared.saved_step,
         "tokens": state.num_input_tokens_seen,  # padding not counted
+        "peak_memory_bytes": peak_memory(),
         "wall_s": max((entry.get("elapsed_s", 0.0) for entry in state.log_history), default=0.0),
         **{name: getattr(recipe.train, name) for name in ("method", "weights", "seed")},
     }
@@ -232,6 +237,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
         "test": log["test_rows"],
         "steps": log["loss"][-1]["step"],
         "loss": log["loss"][-1]["loss"],
+        "peak_memory_bytes": log["peak_memory_bytes"],
         "validation_loss": next(entry["loss"] for entry in log["eval"] if entry["step"] == log["saved_step"]),
         "versions": versions("accelerate", "datasets", "peft", "torch", "transformers", "trl"),
     }

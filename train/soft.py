@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DistillError, RecipeError
 from pipeline.models import resolve_model
 from pipeline.train_config import KdConfig
-from train.machine import GIB, free_memory, native_bf16
+from train.machine import GIB, free_memory, half_dtype
 from train.student import explained
-from train.student_trainer import StudentTrainer, completion_logits
+from train.student_trainer import Loss, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
 from train.tokens import Batch, Told, key_of, of_teacher
 from train.top_k import TopK
@@ -43,7 +44,7 @@ def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Co
 
 
 def load_model(reference: str, console: Console) -> Any:
-    """Loads the teacher for inference, in bfloat16 where that is native, and says what it takes.
+    """Loads the teacher for inference, in 16 bits where those are native, and says what it takes.
 
     Raises RecipeError where only an API knows the teacher; DistillError where memory is too small for it.
     """
@@ -55,7 +56,7 @@ def load_model(reference: str, console: Console) -> Any:
         )
     with explained(f"teacher.model: cannot load {reference} ({FIX})"):
         folder = resolve_model(reference)
-        dtype = torch.bfloat16 if native_bf16() else torch.float32
+        dtype = half_dtype() or torch.float32
         size, free = (parameters_of(known, reference) or 0) * dtype.itemsize, free_memory()
         memory = f"the teacher {reference} takes {size / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
         if size > free:
@@ -87,10 +88,12 @@ class SoftTrainer(StudentTrainer):
         self.aux_loss_enabled = False  # a mixture of experts follows the teacher, without the router's loss
         self.soft = soft
 
-    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
+    def summed_loss(self, model: Any, inputs: Batch) -> Loss:
         alpha = self.soft.alpha
-        hard = super().loss_of(logits, targets, inputs) if alpha < 1 else 0
-        return alpha * self.soft.temperature**2 * self.divergence(logits, inputs) + (1 - alpha) * hard
+        logits, targets, _ = completion_logits(model, inputs)
+        hard = cross_entropy(logits.float(), targets, reduction="sum") if alpha < 1 else 0
+        soft = alpha * self.soft.temperature**2 * self.divergence(logits, inputs)
+        return soft + (1 - alpha) * hard, len(targets), None
 
     def divergence(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
         """KL from the teacher, summed over the completion tokens, in nats."""

@@ -6,11 +6,11 @@ Reads the recipe's `student` and `teacher.model`; a student that is made first i
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from pipeline.chat import asked_of_student
 from pipeline.errors import RecipeError, first_line
+from pipeline.models import explained as explained
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
@@ -111,15 +111,6 @@ def load_tokenizer(student: str) -> Any:
             "instruction-tuned model"
         )
     return tokenizer
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Raises RecipeError with the first line of what a library says of a model that cannot be loaded."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"{what}: {first_line(error)}") from None
 
 
 def layers_kept(total: int, k: int) -> list[int]:

@@ -15,6 +15,10 @@ from trl import SFTTrainer
 from train.batches import StepLoader, StepSampler, end_to_end, micro_batches, split
 from train.tokens import MASKED, Batch
 
+PLACES = ("attention_mask", "position_ids")  # what a batch says of its tokens, if it has it
+# Summed over the completion tokens; how many those are; the loss of a router, if any.
+Loss = tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | None]
+
 
 class ScoredOnText:
     """A trainer whose validation loss is the cross-entropy of the validation answers: one figure for all methods.
@@ -39,11 +43,10 @@ class ScoredOnText:
             batch = self.collate([rows[index] for index in group])
             inputs = {name: value.to(self.args.device) for name, value in batch.items()}
             with torch.no_grad(), self.accelerator.autocast():
-                logits, targets, _ = completion_logits(self.model, inputs)
-                loss = cross_entropy(logits.float(), targets, reduction="sum")
-            sums += counts * torch.tensor([loss.item(), len(targets)], dtype=torch.float64)
-        loss, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
-        metrics: dict[str, float] = {f"{metric_key_prefix}_loss": loss / tokens}
+                loss, tokens, _ = text_loss(self.model, inputs)
+            sums += counts * torch.tensor([float(loss), int(tokens)], dtype=torch.float64)
+        summed, count = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        metrics: dict[str, float] = {f"{metric_key_prefix}_loss": summed / count}
         self.log(metrics)
         self.model.train(training)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -105,15 +108,32 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
 
         The router's loss of a mixture of experts is a mean already, so it is weighted by the tokens.
         """
-        logits, targets, router_loss = completion_logits(model, inputs)
-        loss = self.loss_of(logits, targets, inputs)
+        loss, tokens, router_loss = self.summed_loss(model, inputs)
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * router_loss * len(targets)
+            loss = loss + self.router_aux_loss_coef * router_loss * tokens
         return loss * self.accelerator.num_processes / num_items_in_batch  # processes: DDP averages
 
-    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        """What is minimised, summed over the completion tokens: cross-entropy, in nats."""
-        return cross_entropy(logits.float(), targets, reduction="sum")
+    def summed_loss(self, model: Any, inputs: Batch) -> Loss:
+        """What is minimised, summed over the completion tokens."""
+        return text_loss(model, inputs)
+
+
+def has_fused_head(device: torch.device) -> bool:
+    """Whether to use TRL's fused head, which SFTTrainer gives every student: it makes logits in tiles and keeps none.
+
+    Its kernels are Triton's, for GPUs. On a CPU it would compute logits for prompts too.
+    """
+    return device.type == "cuda"
+
+
+def text_loss(model: Any, inputs: Batch) -> Loss:
+    """Cross-entropy in nats, summed over the completion tokens."""
+    if has_fused_head(inputs["input_ids"].device):
+        places = {name: inputs[name] for name in PLACES if name in inputs}
+        output = model(input_ids=inputs["input_ids"], labels=inputs["labels"], **places, fused_lm_head=True)
+        return -output.log_probs.sum(), output.label_mask.sum(), output.aux_loss
+    logits, targets, router_loss = completion_logits(model, inputs)
+    return cross_entropy(logits.float(), targets, reduction="sum"), len(targets), router_loss
 
 
 def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -126,7 +146,7 @@ def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Te
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
     positions = torch.arange(first - 1, learned.shape[1] - 1, device=learned.device)
-    places = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+    places = {name: inputs[name] for name in PLACES if name in inputs}
     output = model(
         input_ids=inputs["input_ids"],
         **places,

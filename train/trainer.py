@@ -32,7 +32,18 @@ from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.lazy import Lazy, stored_rows
-from train.machine import Setting, autocast, check_machine, micro_tokens, precision, wants_checkpointing, weights_dtype
+from train.machine import (
+    Setting,
+    autocast,
+    check_machine,
+    flash_attention,
+    free_beside,
+    micro_tokens,
+    precision,
+    trained_in_float32,
+    wants_checkpointing,
+    weights_dtype,
+)
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
@@ -263,7 +274,7 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )  # Dettmers et al. 2023
     quantised = {"quantization_config": four_bits} if config.weights == "qlora" else {}
-    attention = {"attn_implementation": "flash_attention_2"} if config.padding_free else {}
+    attention = {"attn_implementation": "flash_attention_2"} if flash_attention() else {}
     with explained(f"student.model: cannot load {student}"):
         stored = transformers.AutoConfig.from_pretrained(student).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, **quantised, **attention)
@@ -291,10 +302,20 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
     Says what memory a teacher or checkpointing is about.
     """
     config, folder, processes, teacher = setting.config, setting.folder, setting.processes, setting.teacher
-    tokens = micro_tokens(model.config.get_text_config().vocab_size, soft=config.soft)
+    followed = []  # the teacher, if it is beside the student
+    if config.method == "kd" and config.kd.teacher == "local":
+        assert teacher is not None
+        texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
+        followed = [load_teacher(teacher.model, tokenizer, texts, setting.console)]
+    free = free_beside(model, *followed, shards=processes.shards)
+    tokens = micro_tokens(model, config, free, processes.shards)
     largest = (config.micro_batch_size or config.batch_size) * config.max_length
     most = min(max(tokens, config.max_length), largest)
-    checkpointing = wants_checkpointing(model, config, most, setting.console, processes.shards)
+    checkpointing = wants_checkpointing(model, config, most, free, setting.console, processes.shards)
+    attention = getattr(model.config, "_attn_implementation", None)
+    setting.console.print(
+        f"{precision(config.weights)}; attention: {attention}; {most:,} tokens per forward pass, at most"
+    )
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
     read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
     settings: dict[str, Any] = {
@@ -316,15 +337,15 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         "padding_free": config.padding_free,
     }
     kind: type[StudentTrainer] = StudentTrainer
-    if config.method == "kd" and config.kd.teacher == "local":
-        assert teacher is not None
-        texts = [row["completion"][0]["content"] for row in examples["train"][:COMPARED_TEXTS]]
-        settings |= {"teacher": load_teacher(teacher.model, tokenizer, texts, setting.console), "soft": config.kd}
-        kind = KdTrainer
+    if followed:
+        settings, kind = settings | {"teacher": followed[0], "soft": config.kd}, KdTrainer
     elif config.method == "kd":
         settings, kind = settings | {"soft": config.kd}, TopKTrainer
     processes.shard_on_cpu()
-    return kind(**settings), arguments
+    trainer = kind(**settings)
+    if autocast(config.weights) is torch.float16:
+        trained_in_float32(trainer.model)
+    return trainer, arguments
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
@@ -349,7 +370,8 @@ def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool
         "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before
         "seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": autocast(config.weights),
+        "bf16": autocast(config.weights) is torch.bfloat16,
+        "fp16": autocast(config.weights) is torch.float16,
         "save_strategy": "steps",
         "save_steps": NEVER,  # Milestones decides
         "eval_strategy": "steps",

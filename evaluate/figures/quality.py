@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from evaluate.document import MEASURES, Better, Difference, Estimate, Part, WinRate
 from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
@@ -47,8 +49,6 @@ def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, di
     tokenizers cut an answer into different numbers of tokens; bits per character compares them fairly: NLL in bits over
     the answers' characters (the end of a turn costs bits, and is no character).
     """
-    import numpy as np
-
     prompts = sorted({score.prompt_id for rows in scores.values() for score in rows})
     if not prompts:
         return {}

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from evaluate.document import Estimate
 
 SEED = 0
@@ -32,8 +34,6 @@ class Figure:
 
     def over(self, other: "Figure") -> Estimate | None:
         """The quotient; None if it would divide by zero."""
-        import numpy as np
-
         if not other.value:
             return None
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -59,8 +59,6 @@ def quotient(figures: Figures, name: str, above: str, below: str, less: float = 
 
 def draw(prompts: int, resamples: int = RESAMPLES) -> Any:
     """How often each prompt (second axis) is in each resample (first axis): floats."""
-    import numpy as np
-
     drawn = np.random.default_rng(SEED).integers(0, prompts, (resamples, prompts))
     counts = np.zeros((resamples, prompts))
     np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
@@ -69,15 +67,11 @@ def draw(prompts: int, resamples: int = RESAMPLES) -> Any:
 
 def interval(values: Any) -> list[float]:
     """The 2.5th and the 97.5th percentile of those that are numbers."""
-    import numpy as np
-
     return [float(value) for value in np.nanpercentile(values, [2.5, 97.5])]
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], counts: Any) -> Figure | None:
     """Sum over sum, one of each per prompt: a mean if the denominators are 1. None if they sum to 0."""
-    import numpy as np
-
     above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     if not below.sum():
         return None
@@ -92,8 +86,6 @@ def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | No
     A resample holds some texts twice, so it has fewer different n-grams, and its figure is too low. So the resampled
     figures are moved until their mean is the figure itself; only their spread makes the interval.
     """
-    import numpy as np
-
     words = np.array([len(text) for text in texts], dtype=float)
     if not words.sum():
         return None

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from evaluate.document import (
     SCHEMA,
@@ -187,8 +188,6 @@ def _accuracy(plan: Plan, verified: VerifiedAnswers, figures: Mapping[Part, Figu
 
 
 def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
-    import numpy as np
-
     rates = timed.rates
     tokens = sum(burst.completion_tokens for burst in timed.bursts)
     found = {

@@ -55,7 +55,8 @@ def check(file: str, query: str, reference: str | None, seconds: float, toleranc
     if mine.what:
         return {"what": mine.what, "note": mine.note}
     ordered = reference is not None and has_order(reference)
-    text = "\n".join(_lines(mine.rows, ordered))
+    lines = [_line(row) for row in mine.rows]  # equal for equal results: the names of the columns do not count
+    text = "\n".join(lines if ordered else sorted(lines))
     short = text if len(text) <= 200 else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     found: dict[str, Any] = {"what": "", "rows": len(mine.rows), "result": short, "same": None}
     if reference is not None:
@@ -79,12 +80,6 @@ def _equal(mine: Any, gold: Any, tolerance: float) -> bool:
     if isinstance(mine, int | float) and isinstance(gold, int | float):
         return mine == gold or math.isclose(mine, gold, rel_tol=tolerance)
     return bool(mine == gold)
-
-
-def _lines(rows: Rows, ordered: bool) -> list[str]:
-    """A result as texts that are equal for equal results. Columns count in their order, their names do not."""
-    lines = [_line(row) for row in rows]
-    return lines if ordered else sorted(lines)
 
 
 def _line(row: Sequence[Any]) -> str:

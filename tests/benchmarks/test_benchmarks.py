@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import budget, chapter_filter, kills, limits, runs, scaling, simulated, stuck, verifiers
+from benchmarks import budget, chapter_filter, kills, limits, runs, scaling, simulated, verifiers
 from benchmarks.client import body, compare
 from benchmarks.endpoint import chart, level_of, tokens_within
 from benchmarks.http_server import running
-from benchmarks.measure import flags, measured, question, show, steady_seconds
-from benchmarks.shared import once
+from benchmarks.measure import flags, measured, show, steady_seconds
 from benchmarks.simulator import LENGTHS, answer_tokens, ideal_ends
 from benchmarks.stories import Writer
 from filters.answer import nfc
@@ -120,15 +119,6 @@ def test_the_clients_are_measured_on_the_same_stub() -> None:
     assert all(row.value > 0 and row.peak_mib > 10 for row in figures.values())
 
 
-def test_a_shared_prompt_is_billed_once() -> None:
-    options = argparse.Namespace(prompts=10, samples=4, prompt_tokens=100, completion_tokens=3)
-    apart, together = (once(options, share=share) for share in (False, True))
-    assert (apart.requests, apart.prompt_tokens, apart.completion_tokens) == (40, 4000, 120)
-    assert (together.requests, together.prompt_tokens, together.completion_tokens) == (10, 1000, 120)
-    assert apart.usd == pytest.approx((4000 * 0.4 + 120 * 1.6) / 1e6)
-    assert together.usd == pytest.approx((1000 * 0.4 + 120 * 1.6) / 1e6)
-
-
 def test_a_killed_run_is_counted() -> None:
     with running("benchmarks.stub", "--delay-ms", "20") as url:
         options = argparse.Namespace(requests=300, power_cuts=0.5, processes=1)
@@ -166,7 +156,6 @@ def test_the_stub_bills_what_it_says() -> None:
     assert len({usage["completion_tokens"] for usage in said}) > 10
     assert all(1 <= usage["completion_tokens"] <= 200 for usage in said)
     assert billed == {
-        "requests": 20,
         "answers": 20,
         "prompt_tokens": sum(usage["prompt_tokens"] for usage in said),
         "completion_tokens": sum(usage["completion_tokens"] for usage in said),
@@ -180,14 +169,6 @@ def test_memory_is_measured_fresh_and_resumed() -> None:
     assert re.search(r"^resumed: [+-]\d+\.\d MiB from 100 to 400 requests$", done.stdout, re.M)
     assert "200 requests" not in done.stdout
     assert "cut off a torn last line" in done.stderr
-
-
-def test_one_stuck_request_is_the_only_failure() -> None:
-    with running("benchmarks.stub", "--stuck", question(16), "--delay-ms", "1") as url:
-        options = argparse.Namespace(requests=50, in_flight=8, timeout_s=0.3)
-        assert stuck.once(url, options, [question(16)]) > 0
-        with pytest.raises(AssertionError):
-            stuck.once(url, options, [question(17)])
 
 
 def test_both_sides_of_the_verifier_benchmark_keep_the_right_answers(tmp_path: Path) -> None:

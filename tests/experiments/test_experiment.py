@@ -289,20 +289,6 @@ def test_seeds_are_trained_on_the_same_rows_and_their_spread_is_said(recipe: Pat
         experiment("seeds", recipe, run, "--seeds", "1")
 
 
-def test_the_first_thousand_are_the_runs_own(recipe: Path, run: RunDir, stages: list[str]) -> None:
-    folder = experiment("thousand", recipe, run, "--rows", "12")
-    asked = {prompt.id for prompt in iter_prompts(load_recipe(recipe, ["--prompts.count", "12"]))}
-    answers = list(read_jsonl(RunDir(folder / "thousand").completions, Completion))
-    assert {row.prompt_id for row in answers} == asked and len(answers) == 12
-    assert stages == ["filters thousand", "train thousand", "evaluate thousand"]  # nobody is asked again
-    assert "keep rate" in (folder / "results.md").read_text(encoding="utf-8")
-
-
-def test_where_there_are_no_answers_yet_they_are_asked_for(recipe: Path, tmp_path: Path, stages: list[str]) -> None:
-    experiment("thousand", recipe, RunDir(tmp_path / "new"), "--rows", "12")
-    assert stages == ["generate thousand", "filters thousand", "train thousand", "evaluate thousand"]
-
-
 def test_without_a_student_there_is_nothing_to_compare(recipe: Path, run: RunDir) -> None:
     data = yaml.safe_load(recipe.read_text())
     del data["student"]

@@ -17,7 +17,7 @@ import filters.preferences
 import filters.run
 import filters.stream
 from filters.__main__ import main
-from filters.groups import SAMPLE, agreement, pass_at, solved
+from filters.groups import SAMPLE, count_votes, pass_at, solved
 from filters.judge import Judgement
 from filters.reasons import describe
 from pipeline.errors import DistillError, RecipeError
@@ -157,7 +157,7 @@ def test_agreement_is_that_of_the_definition(seed: int) -> None:
     samples = np.zeros(len(rows), SAMPLE)
     for name, column in zip(("prompt", "sample", "passed", "result"), zip(*rows, strict=True), strict=True):
         samples[name] = column
-    found = agreement(samples)
+    found = count_votes(samples)
     columns = (found.same, found.total, found.most, found.chosen)
     assert list(zip(*(one.tolist() for one in columns), strict=True)) == brute_agreement(rows)
 

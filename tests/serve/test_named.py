@@ -30,7 +30,7 @@ def test_each_name_has_its_place() -> None:
     here, away = recipe_at("http://localhost:8100/v1"), recipe_at("https://api.example/v1")
     assert place_of(here, "teacher") == Place("teacher", "127.0.0.1", 8100)
     assert place_of(here, "student") == Place("student", "127.0.0.1", 8101)
-    assert place_of(here, "before").base_url == "http://127.0.0.1:8102/v1"
+    assert place_of(here, "before") == Place("before", "127.0.0.1", 8102)
     assert place_of(here, "me/other") == Place("me/other", "127.0.0.1", 8100)
     assert place_of(away, "student").port == 8001  # a student is served here, wherever its teacher is
     with pytest.raises(UsageError, match="not on this machine"):

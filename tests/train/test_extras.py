@@ -115,7 +115,9 @@ def test_the_trainer_lays_rows_end_to_end_if_it_is_told(student: str, tmp_path: 
 
 
 def test_padding_free_needs_flash_attention() -> None:
-    with pytest.raises(RecipeError, match=r"train.padding_free needs a GPU and FlashAttention .*; leave it out"):
+    with pytest.raises(
+        RecipeError, match=r"train.padding_free needs a GPU \(Ampere or newer\) and FlashAttention .*; leave it out"
+    ):
         check_machine(make_recipe("x/y", padding_free=True).train, ALONE)
 
 

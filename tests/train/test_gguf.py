@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import train.publish.to_gguf
-from benchmarks.gguf import by_llama_cpp, by_transformers
 from pipeline.adapters import ADAPTER
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
@@ -53,6 +53,34 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"system": "Be brief."})})  # type: ignore[union-attr]
     train_run(recipe, run)
     return recipe, run
+
+
+def by_transformers(folder: Path, conversations: list[Any], max_tokens: int) -> list[str]:
+    """The greedy answers of a model folder, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for turns in conversations:
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        answer = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        found.append(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def by_llama_cpp(file: Path, conversations: list[Any], max_tokens: int) -> list[str]:
+    """The greedy answers of a GGUF file, by llama.cpp's own server and the chat template in the file."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(file)
+    settings.n_ctx = 4096
+    server = xllamacpp.Server(settings)
+    asked = {"temperature": 0, "max_tokens": max_tokens, "repeat_penalty": 1.0}
+    answers = [server.handle_chat_completions({**asked, "messages": turns}) for turns in conversations]
+    return [answer["choices"][0]["message"]["content"] for answer in answers]
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])

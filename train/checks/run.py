@@ -45,7 +45,7 @@ def settle(
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
     if write:
-        write_json(run.checks, table, indent=1)
+        write_json(run.checks, table)
     if failed:
         raise DataError(f"{_named(failed)}; nothing was trained")
     if stopping:
