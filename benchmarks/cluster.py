@@ -53,7 +53,6 @@ class Call:
         self._command = [*command, "--cluster", address, "--quiet"]
         if store:
             run.path.mkdir()
-            self._command += ["--cluster-store", f"{store}-cluster"]
             self._command = [sys.executable, "-c", IN_STORE, store, str(run.path), *self._command]
         self._errors = run.path.with_name("errors.txt")
         self.start()

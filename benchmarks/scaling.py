@@ -86,7 +86,7 @@ def ask(recipe: Recipe, run: RunDir, address: str) -> Summary:
         return generate(recipe, run, quiet=True)
     from scale.generation import cluster_sender
 
-    return generate(recipe, run, quiet=True, send=cluster_sender(address))
+    return generate(recipe, run, quiet=True, send=cluster_sender(address, run))
 
 
 def cpu(samples: list[Sample], start: float, end: float, answers: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ def main() -> None:
         "--cluster", metavar="ADDRESS", help="ask from the nodes of a Ray cluster: auto, host:port or ray://host:port"
     )
     parser.add_argument(
-        "--cluster-store", metavar="URL", help="a folder that all nodes see, or s3:// or gs:// (default: in the run)"
+        "--cluster-store", metavar="URL", help="a folder that all nodes see, or s3:// or gs:// (default: the run's)"
     )
     recipe, run, options = parse_stage(parser)
     if options.dry_run:
@@ -53,7 +53,7 @@ def main() -> None:
         retry_failures=options.retry_failures,
         write_batches=options.write_batches,
         collect=options.collect,
-        send=_sender(options.cluster, options.cluster_store, recipe) if options.cluster else None,
+        send=_sender(options.cluster, options.cluster_store, recipe, run) if options.cluster else None,
     )
     for line in describe(recipe, run, summary):
         print(line)
@@ -67,12 +67,12 @@ def main() -> None:
         )
 
 
-def _sender(address: str, store: str | None, recipe: Recipe) -> Sender:
+def _sender(address: str, store: str | None, recipe: Recipe, run: RunDir) -> Sender:
     from scale.generation import cluster_sender  # here: a run on one machine needs nothing of it
 
     if recipe.generate.mode == "batch":
         raise UsageError("--cluster asks an endpoint online, but generate.mode is batch; a batch needs no cluster")
-    return cluster_sender(address, store)
+    return cluster_sender(address, run, store)
 
 
 def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:

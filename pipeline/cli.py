@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
 from pipeline.settings_page import help_text
 
-INTERRUPTED = 130
+INTERRUPTED, GO_ON = 130, "interrupted: run the same command again to go on"
 
 
 def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         print(f"{label}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        print(GO_ON, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)

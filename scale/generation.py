@@ -8,6 +8,7 @@ What is guaranteed. Every finished answer counts once: rows are told apart by id
 that a lost node had in flight, or had not uploaded, are asked again, and may be paid twice. The budget holds all the
 same. After the driver is killed, the same command goes on. Nodes may join and leave.
 
+    cluster-store.txt                  where driver and workers meet; if that is in the run, it is the folder cluster/
     cluster/leases.json                what is charged to whom, saved before a lease goes out
     cluster/parts/…, accounts/…        what the workers write; removed when it was read
     spend-cluster.json                 what of it the journals do not say
@@ -34,10 +35,12 @@ from pipeline import errors
 from pipeline.address import VARIABLE
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.recipe import TeacherConfig
+from pipeline.rundir import RunDir
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
 from scale.request_leases import Item, Leases
-from scale.storage import Store, open_store
+from scale.storage import Store
+from scale.sync import meeting_store
 from scale.worker import START_S, Orders, Report
 
 LEASE_S = 30.0  # of silence, after which a worker's requests are leased to others
@@ -46,10 +49,10 @@ LOOK_S = 1.0  # between two looks at the nodes, the leases, and what lost worker
 ASIDE_S = 30.0  # how long a node on which no worker can work is left alone
 
 
-def cluster_sender(address: str, store_url: str | None = None, *, lease_s: float = LEASE_S) -> Sender:
-    """What sends a run's requests from the cluster at `address`: auto, host:port, or ray://host:port.
+def cluster_sender(address: str, whole: RunDir, store_url: str | None = None, *, lease_s: float = LEASE_S) -> Sender:
+    """What sends the requests of a run, or of its passes, from the cluster at `address`: auto, host:port, or ray://….
 
-    `store_url`: where driver and workers meet, a folder that all nodes see or a bucket; None: in the run's folder.
+    `store_url`: where driver and workers meet, as scale.sync.meeting_store.
     """
 
     async def send(run: Run, *, signals: bool) -> Outcome:
@@ -60,7 +63,7 @@ def cluster_sender(address: str, store_url: str | None = None, *, lease_s: float
         namespace = "distillate-" + blake2b(str(run.dir.path.absolute()).encode(), digest_size=8).hexdigest()
         cluster = await asyncio.to_thread(Cluster, address, namespace)
         try:
-            store = open_store(store_url or run.dir.path.absolute() / "cluster")
+            store = meeting_store(whole, store_url, run.dir.path)
             driver = Driver(run, cluster, store, lease_s)
             with on_signals(driver.interrupt if signals else None):
                 return await driver.send()

@@ -9,7 +9,7 @@ import argparse
 import fcntl
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -63,6 +63,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
     store = open_store(url)
     with _held(folder) as handle:
         state = State.read(folder)
+        state.url = store.url
         state.save(folder)
         lease = Lease.take(store, state.owner, take_over=take_over)
         mirror = Mirror(store, folder, state)
@@ -139,28 +140,41 @@ def _held(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def _following(mirror: Mirror, lease: Lease) -> Iterator[None]:
-    """Puts parts while the block runs, in a thread. A store that is away is said once, and tried again."""
-    ended = Event()
+    """Puts parts and checkpoints while the block runs, and says that this process is alive."""
+    beat = 0.0
 
     def follow() -> None:
-        said, beat = "", 0.0
+        nonlocal beat
+        rows = mirror.upload()
+        if monotonic() >= beat:
+            lease.beat(rows)
+            beat = monotonic() + BEAT_S
+
+    with repeated(follow, "the answers"), repeated(mirror.put_checkpoints, "the checkpoints"):
+        yield
+
+
+@contextmanager
+def repeated(put: Callable[[], None], what: str) -> Iterator[None]:
+    """Puts something every second while the block runs, in a thread; a store that is away is said once."""
+    ended = Event()
+
+    def repeat() -> None:
+        said = False
         while not ended.wait(TICK_S):
             try:
-                rows = mirror.upload()
-                if monotonic() >= beat:
-                    lease.beat(rows)
-                    beat = monotonic() + BEAT_S
-                said = ""
+                put()
+                said = False
             except TakenOver as error:
                 print(f"stopping: {error}", file=sys.stderr)
                 signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
                 return
             except DistillError as error:
                 if not said:
-                    said = f"warning: {error}; the answers wait on this machine"
-                    print(said, file=sys.stderr)
+                    print(f"warning: {error}; {what} wait on this machine", file=sys.stderr)
+                said = True
 
-    thread = Thread(target=follow, daemon=True)
+    thread = Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

@@ -28,6 +28,7 @@ ACTOR_S = 60.0  # what an actor may take to start: code must arrive, and package
 # Ray would kill the guard together with its actor, and so leave the server; the guard ends by itself, after the server.
 ENVIRONMENT = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0  # before a server is started again; doubled by each failure in a row
+TRIES = 3  # in each place before any server has answered: vLLM may fail on a node that has just joined
 
 
 class Model(NamedTuple):
@@ -95,7 +96,7 @@ class Supervisor:
         self._cluster, self._model, self._file, self._say = cluster, model, urls_file, say
         self._tasks: dict[Place, asyncio.Task[None]] = {}
         self._urls: dict[Place, str] = {}  # of the servers that answer
-        self._failed: dict[Place, DistillError] = {}  # why the last server there never answered, or ended
+        self._failed: dict[Place, list[DistillError]] = {}  # why servers there failed, since one last answered
         self._any_answered = False  # so far
         self._stopping = asyncio.Event()
 
@@ -127,25 +128,27 @@ class Supervisor:
         for task in self._tasks.values():
             if task.done():
                 task.result()  # it raises: a full disk, or a defect
-        if self._tasks and not self._any_answered and self._tasks.keys() <= self._failed.keys():
-            raise self._failed[min(self._tasks)]
+        if self._tasks and not self._any_answered and all(map(self._is_hopeless, self._tasks)):
+            raise self._failed[min(self._tasks)][-1]
         for place in sorted(wanted - self._tasks.keys()):
             self._tasks[place] = asyncio.create_task(self._keep(place))
 
+    def _is_hopeless(self, place: Place) -> bool:
+        failed = self._failed.get(place, [])
+        return len(failed) >= TRIES or any(isinstance(error, UsageError) for error in failed)
+
     async def _keep(self, place: Place) -> None:
         """Starts a server in this place, again and again."""
-        wait_s = FIRST_WAIT_S
         while True:
             try:
                 await self._serve(place)
             except (Lost, DistillError) as error:
                 failure = error if isinstance(error, DistillError) else DistillError(f"its actor is lost: {error}")
-            if place not in self._failed:
-                wait_s = FIRST_WAIT_S
-            self._failed[place] = type(failure)(f"{place.node.address}: {failure}")
-            self._say(f"warning: {self._failed[place]}; a server is started again in {wait_s:.0f} s")
+            failed = self._failed.setdefault(place, [])
+            failed.append(type(failure)(f"{place.node.address}: {failure}"))
+            wait_s = min(FIRST_WAIT_S * 2 ** min(len(failed) - 1, 10), LONGEST_WAIT_S)
+            self._say(f"warning: {failed[-1]}; a server is started again in {wait_s:.0f} s")
             await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     async def _serve(self, place: Place) -> None:
         """Starts a server, and watches it until an error ends it: Lost, or DistillError."""

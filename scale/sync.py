@@ -3,12 +3,14 @@
     lease/…                                  who works on it (scale.run_lease)
     parts/<kind>/…                           answers and failures as they come (scale.parts), until they are compacted
     completions.jsonl, failures.jsonl        the journals, compacted
+    cluster/…                                where driver and workers meet (scale.generation): no part of the folder
     spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
 
 A kind is a journal's name: `completions`, `failures`, and those of a run's `turns/`.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
@@ -16,20 +18,25 @@ import msgspec
 
 from generate.idset import IdSet
 from generate.journal import Journal
+from pipeline.errors import UsageError
 from pipeline.records import Completion, Failure
-from pipeline.rundir import replacing
+from pipeline.rundir import RunDir, replacing
 from scale.parts import Uploader, compact, part_names, read_parts, row_key
-from scale.storage import Store
+from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
 FOLDERS = ("", "turns/*/")  # of a run, that have journals
 STATE = ".stored.json"
+CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
+NOT_FILES = ("lease", "parts", CLUSTER)  # folders of the store
+CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
 
 class State(msgspec.Struct):
     """What a local folder knows of its store."""
 
     owner: str  # names this folder in leases and parts
+    url: str = ""  # of the store; empty in a copy that was fetched
     lease: str = ""  # the last under which it had all that the store had
     files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
 
@@ -45,6 +52,30 @@ class State(msgspec.Struct):
         """Replaces the file."""
         with replacing(folder / STATE) as file:
             file.write(msgspec.json.encode(self))
+
+
+def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
+    """Where the driver and the workers of a run meet: always where they first did, which the run records.
+
+    `asked`: a folder or URL, else it is below the run's own address. `folder`: the run's, or that of a pass of it.
+    Raises UsageError if the run has another place; as open_store.
+    """
+    record, home = run.path / CLUSTER_FILE, State.read(run.path).url
+    place = f"{home}/{CLUSTER}" if home else CLUSTER
+    if asked:
+        place = asked.rstrip("/") if "://" in asked else str(Path(asked).absolute())
+    known = record.read_text() if record.exists() else place
+    found, wanted = (one if "://" in one else str(run.path.absolute() / one) for one in (known, place))
+    if asked and found != wanted:
+        raise UsageError(
+            f"--cluster-store {asked}: this run has {found}, which knows what lost workers may have spent; "
+            "leave the flag out"
+        )
+    store = open_store("/".join((found, *folder.relative_to(run.path).parts)))
+    if not record.exists():
+        with replacing(record) as file:
+            file.write(place.encode())
+    return store
 
 
 class Mirror:
@@ -65,14 +96,15 @@ class Mirror:
                 kinds.add(str(path.relative_to("parts").parent))
             elif path.name in JOURNALS:
                 kinds.add(str(path.with_suffix("")))
-            elif path.parts[0] != "lease" and not (keep and (self._folder / name).exists()):
+            elif _is_file(name) and not (keep and (self._folder / name).exists()):
                 self._download(name)
         for kind in sorted(kinds):
             self._merge(kind)
 
     def upload(self, *, rest: bool = False) -> dict[str, int]:
         """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
-        self._put(self._matching("spend*.json"))  # first: what was in flight then may be in the parts
+        for name in (CLUSTER_FILE, "spend*.json"):  # first: what was in flight then may be in the parts
+            self._put(self._matching(name))
         rows = {}
         for name in JOURNALS:
             for journal in self._matching(name):
@@ -87,11 +119,24 @@ class Mirror:
 
     def push(self) -> None:
         """Puts every other file that has changed, and removes from the store those that are gone."""
-        here = [name for name in self._files() if PurePosixPath(name).name not in JOURNALS]
+        here = list(filter(_is_file, self._files()))
         self._put(here)
-        for name in self._state.files.keys() - set(here):
-            self._store.delete(name)
-            del self._state.files[name]
+        self._delete(self._state.files.keys() - set(here))
+
+    def put_checkpoints(self) -> None:
+        """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
+
+        What makes a checkpoint whole is put last, and removed first.
+        """
+        with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
+            names = [name.relative_to(self._folder).as_posix() for name in self._folder.glob("training/fingerprint")]
+            for state in sorted(self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")):
+                files = (file for file in state.parent.rglob("*") if file.is_file())
+                own = [file.relative_to(self._folder).as_posix() for file in files]
+                names += sorted(own, key=lambda name: name.endswith(WHOLE))
+            self._put(names)
+            gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
+            self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
 
     def compact(self) -> None:
         """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
@@ -146,6 +191,11 @@ class Mirror:
                 self._store.put(name, self._folder / name)
                 self._state.files[name] = stamp
 
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._store.delete(name)
+            del self._state.files[name]
+
     def _matching(self, name: str) -> list[str]:
         paths = (path for folder in FOLDERS for path in self._folder.glob(folder + name))
         return [path.relative_to(self._folder).as_posix() for path in paths]
@@ -156,6 +206,12 @@ class Mirror:
             name = path.relative_to(self._folder)
             if path.is_file() and not any(part.startswith(".") or part.endswith(".tmp") for part in name.parts):
                 yield name.as_posix()
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name in the store, or below the folder, is one of the run's files, and no journal."""
+    path = PurePosixPath(name)
+    return path.parts[0] not in NOT_FILES and path.name not in JOURNALS
 
 
 def _stamp(path: Path) -> tuple[int, int]:

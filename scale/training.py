@@ -11,10 +11,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from pipeline.cli import GO_ON, INTERRUPTED
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale.cluster import Cluster
+from scale.sync import State
 
 RAY = "training-ray"  # folder of the run in which Ray Train keeps its books
 MOST_LOSSES = 3  # in a row, without a new checkpoint between them
@@ -36,6 +38,8 @@ def train_on_cluster(address: str, training: Training) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"--cluster {address}: train on a machine of the cluster, with host:port or auto")
     training.run.check_there()
+    if url := State.read(training.run.path).url:
+        raise UsageError(f"--cluster trains in a folder that all nodes see: make fetch RUN={url}, and give its copy")
     # A process stays in its folder, and prints as everywhere: with Ray Train's own print, what dill catches is shown.
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
     losses, before = 0, _checkpoints(training.run)
@@ -48,6 +52,10 @@ def train_on_cluster(address: str, training: Training) -> None:
             if losses > MOST_LOSSES:
                 raise DistillError(f"the training was cut off {losses} times without a new checkpoint: {reason}")
             print(f"warning: {reason}; going on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt:  # the other thread waits in Ray; Ray ends the nodes' processes when this one is gone
+        shutil.rmtree(training.run.path / RAY, ignore_errors=True)
+        print(GO_ON, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     finally:
         cluster.close()
         pool.shutdown()

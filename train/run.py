@@ -23,7 +23,7 @@ from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir, write_jsonl
+from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
@@ -261,9 +261,15 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
     mark.write_text(fingerprint)
     for folder in work.glob("checkpoint-*"):
         try:
-            json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
+            state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
         except (FileNotFoundError, ValueError):
             shutil.rmtree(folder)  # cut off while it was written
+            continue
+        best = state.get("best_model_checkpoint")
+        if best and Path(best).parent != work.resolve():  # it was written on another machine
+            state["best_model_checkpoint"] = str(work.resolve() / Path(best).name)
+            with replacing(folder / "trainer_state.json") as file:
+                file.write(json.dumps(state).encode())
 
 
 def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:

@@ -64,6 +64,9 @@ class FakeCluster:
     def kill(self, actor: FakeActor) -> None:
         actor.work.cancel()
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:

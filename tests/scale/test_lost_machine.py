@@ -16,6 +16,27 @@ from scale.storage import open_store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
 
+# Writes checkpoints, and goes on when the store, a folder here, has them.
+LEARN = """if True:
+    import shutil, sys, time
+    from pathlib import Path
+    folder, store = Path(sys.argv[1]) / "training", Path(sys.argv[2]) / "training"
+    end = time.monotonic() + 60
+    for step in (2, 4):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / "fingerprint").touch()
+        (folder / f"checkpoint-{step}/model").touch()
+        (folder / f"checkpoint-{step}/trainer_state.json").touch()
+        shutil.rmtree(folder / f"checkpoint-{step - 2}", ignore_errors=True)
+        while [path.parent.name for path in store.glob("*/trainer_state.json")] != [f"checkpoint-{step}"]:
+            assert time.monotonic() < end, "no checkpoint in the store"
+            time.sleep(0.05)
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-6/model").touch()
+    time.sleep(0.5)
+    print(*(path.relative_to(store) for path in sorted(store.rglob("*")) if path.is_file()))
+"""
+
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
 
 
@@ -51,3 +72,13 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
     assert journal.read_bytes() == store.get("completions.jsonl") == b"".join(map(row, range(13)))
     assert len(read_journal(journal, Completion).ids) == 13
     assert (store.names("parts"), store.get("spend.json")) == ([], (two / "spend.json").read_bytes())
+
+
+def test_a_store_has_the_last_whole_checkpoint_while_a_training_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scale.run_in_store.TICK_S", 0.1)
+    folder, store = tmp_path / "one", tmp_path / "store"
+    folder.mkdir()
+    assert run_in_store([sys.executable, "-c", LEARN, str(folder), str(store)], store.as_uri(), folder) == 0
+    assert capfd.readouterr().out.split() == ["checkpoint-4/model", "checkpoint-4/trainer_state.json", "fingerprint"]

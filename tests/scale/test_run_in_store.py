@@ -17,6 +17,8 @@ import yaml
 from scale.storage import Store, open_store
 from tests.servers.misbehaving_server import MisbehavingServer, answer, misbehaving, recipe_for
 from tests.servers.object_storage import object_storage
+from tests.servers.serve_process import wait_until
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
 
@@ -55,8 +57,8 @@ def start(place: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=100)
+def finish(process: "subprocess.Popen[str]", seconds: float = 100) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
     assert "Traceback" not in err
     return process.returncode, out, err
 
@@ -156,6 +158,28 @@ def test_an_interrupt_puts_the_rest_and_gives_the_run_free(tmp_path: Path, url: 
     assert finish(start(tmp_path, "-m", "scale.fetch", url, "home"))[0] == 0
     assert set(ids((tmp_path / "home/completions.jsonl").read_bytes())) == local
     assert "parts/completions" in " ".join(store.names())  # compacted when the run is whole
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_on_another_machine(tmp_path: Path, url: str) -> None:
+    store, model = open_store(url), str(tiny_model(tmp_path / "model"))
+    recipe = make_recipe(model, epochs=60).model_dump_json(exclude_unset=True)
+    store.put("kept.jsonl", make_run(tmp_path / "run", story_rows(21)).kept)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(recipe)
+    process = start(tmp_path / "one", "-m", "train", "recipe.yaml", "--force", "--run", url)
+    wait_until(lambda: [name for name in store.names("training") if name.endswith("trainer_state.json")])
+    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(int((stored_run(tmp_path / "one") / ".lock").read_text()), signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(tmp_path / "one")
+    again = f"{STALE}from scale.run_in_store import *; run_stage(main)"
+    command = ["-c", again, "train", "recipe.yaml", "--force", "--run", url, "--take-over"]
+    code, _, err = finish(start(tmp_path / "two", *command), 300)
+    assert (code, "resuming from step" in err) == (0, True), err
+    assert "student/training_log.json" in store.names("student")
+    assert store.names("training") == []
 
 
 def test_a_local_run_imports_nothing_of_this(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.recipe import ServeConfig
 from pipeline.rundir import RunDir
 from scale import serving
 from scale.cluster import Node
-from scale.serving import Model, Supervisor, places_on
+from scale.serving import TRIES, Model, NodeServer, Supervisor, places_on
 from serve.__main__ import main
 from tests.servers.misbehaving_server import completions, recipe_for
 from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in
@@ -124,6 +124,20 @@ async def test_a_server_that_is_silent_is_replaced(processes, model, file, monke
         silent |= await until(file, lambda urls: len(urls) == 1)
         await until(file, lambda urls: len(urls) == 1 and not urls & silent)
     assert any("has not answered this machine for 2 s" in line for line in said)
+
+
+async def test_a_server_may_fail_at_first(processes, model, file, monkeypatch):
+    start, failures = NodeServer.start, iter(range(TRIES - 1))
+
+    def failing(server: NodeServer, *args: Any) -> str:
+        if next(failures, None) is not None:
+            raise DistillError("cannot load libtorch_cpu.so")
+        return start(server, *args)
+
+    monkeypatch.setattr(NodeServer, "start", failing)
+    async with supervised(FakeCluster(1), model, file) as said:
+        await until(file, lambda urls: len(urls) == 1)
+    assert sum("cannot load" in line for line in said) == TRIES - 1
 
 
 async def test_nodes_join_and_leave(processes, model, file):

@@ -1,5 +1,9 @@
 """What `train --cluster` does when a training is cut off, without Ray. The real one is in test_ray.py."""
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale import training
+from scale.sync import State
 from scale.training import MOST_LOSSES, Training, reason_of, train_on_cluster
 
 
@@ -56,6 +61,28 @@ def test_it_gives_up_without_a_new_checkpoint(told: Training, monkeypatch: pytes
         train_on_cluster("auto", told)
 
 
+def test_ctrl_c_ends_this_process_and_waits_for_nothing(
+    told: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+
+    def fit(cluster: FakeCluster, training: Training) -> None:
+        (training.run.path / "training-ray").mkdir()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        ended.wait()
+
+    def leave(code: int) -> None:
+        ended.set()
+        sys.exit(code)
+
+    monkeypatch.setattr(training, "_fit", fit)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="130"):
+        train_on_cluster("auto", told)
+    assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
+    assert not (told.run.path / "training-ray").exists()
+
+
 def test_an_error_of_ours_is_raised_and_others_are_the_reason() -> None:
     class Wrapped(Exception):
         _base_exc = UsageError("no such run")
@@ -69,5 +96,8 @@ def test_an_error_of_ours_is_raised_and_others_are_the_reason() -> None:
 def test_wrong_usage_is_refused(told: Training) -> None:
     with pytest.raises(UsageError, match="ray://h:1: train on a machine of the cluster, with host:port or auto"):
         train_on_cluster("ray://h:1", told)
+    State("one", url="s3://bucket/t").save(told.run.path)
+    with pytest.raises(UsageError, match="make fetch RUN=s3://bucket/t, and give its copy"):
+        train_on_cluster("auto", told)
     with pytest.raises(UsageError, match="no such run"):
         train_on_cluster("auto", told._replace(run=RunDir(told.run.path / "none")))

@@ -30,7 +30,7 @@ from train.preferences import trained_section
 from train.processes import Processes
 from train.progress import TrainProgress
 from train.rows import to_examples
-from train.run import train_run, training_fingerprint
+from train.run import _open_work, train_run, training_fingerprint
 from train.student_trainer import StudentTrainer
 from train.trainer import prepare
 
@@ -345,6 +345,15 @@ def test_a_training_stopped_before_it_was_saved_is_not_trained_again(
     train_run(make_recipe(student), run)
     assert len(losses(run)) == len({entry["step"] for entry in log_of(run)["loss"]}) == 2
     assert math.isfinite(log_of(run)["eval"][-1]["loss"])
+
+
+def test_the_best_checkpoint_is_found_in_another_folder(tmp_path: Path) -> None:
+    state = tmp_path / "training/checkpoint-2/trainer_state.json"
+    state.parent.mkdir(parents=True)
+    (tmp_path / "training/fingerprint").write_text("mine")
+    state.write_text('{"best_model_checkpoint": "/elsewhere/training/checkpoint-1", "loss": NaN}')
+    _open_work(tmp_path / "training", "mine", again=False, console=Console(quiet=True))
+    assert json.loads(state.read_bytes())["best_model_checkpoint"] == str(tmp_path / "training/checkpoint-1")
 
 
 def test_a_recipe_without_a_student_is_refused(tmp_path: Path) -> None:
