@@ -36,6 +36,8 @@ def test_a_run_keeps_its_place_and_so_what_lost_workers_were_charged(
     run, place, cluster = RunDir(tmp_path / "run"), tmp_path / "meet", FakeCluster()
     run.path.mkdir()
     monkeypatch.setattr(generation, "Cluster", lambda *_: cluster)
+    for name, value in (("generation.BEAT_S", 0.05), ("worker.LOOK_S", 0.05), ("parts.ROWS", 20)):
+        monkeypatch.setattr(f"scale.{name}", value)
     send = generation.Driver.send
 
     async def losing(driver: generation.Driver) -> Outcome:
