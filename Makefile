@@ -58,7 +58,7 @@ check-run: $(BASE)  ## hold a run, at any stage, against the checklist of a good
 chain: $(TRAIN) $(SERVE)  ## all stages of one recipe in turn: serve, generate, filter, train, evaluate
 	@exec $(PY) -m chain $(COMMON) $(ARGS)
 
-experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|seeds|thousand (docs/experiments.md)
+experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|seeds (docs/experiments.md)
 	@exec $(PY) -m experiments $(EXP) $(COMMON) $(ARGS)
 
 chat: $(TRAIN) $(SERVE) $(REVIEW)  ## talk to teacher, student before and student after on a local page, or in the terminal (ARGS=--terminal)
