@@ -130,11 +130,11 @@ def test_an_interrupt_stops_all_in_order(run: RunDir, to_all: bool) -> None:
 
 
 def test_a_second_interrupt_stops_all_at_once(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One interrupt alone would wait for those in flight, which are answered after 20 s."""
-    (tmp_path / "sitecustomize.py").write_text("import generate.loop\ngenerate.loop.GRACE_S = 60.0\n")
+    """One interrupt alone would wait for those in flight, which are answered after 60 s."""
+    (tmp_path / "sitecustomize.py").write_text("import generate.loop\ngenerate.loop.GRACE_S = 90.0\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")  # in the run's own processes
-    with slow(20.0) as server:  # type: ignore[attr-defined]
-        process = started(server, run, "--generate.request_timeout_s", "60")
+    with slow(60.0) as server:  # type: ignore[attr-defined]
+        process = started(server, run, "--generate.request_timeout_s", "90")
         until_asked(server, 8)
         process.send_signal(signal.SIGINT)
         assert process.stderr

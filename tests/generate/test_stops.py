@@ -175,7 +175,7 @@ def test_a_password_in_the_url_is_refused_before_it_is_written(run: RunDir) -> N
     with pytest.raises(RecipeError) as caught:
         generate(recipe_for("http://me:hunter2@127.0.0.1:1/v1"), run, quiet=True)
     assert "hunter2" not in str(caught.value)
-    assert not run.path.exists()
+    assert [path.name for path in run.path.iterdir()] == [".lock"]
 
 
 def test_a_bad_prompt_file_ends_the_run_before_anything_is_asked(run: RunDir, tmp_path: Path) -> None:
