@@ -139,14 +139,20 @@ def _until_open(address: str) -> None:
 
 
 def _until_joined(address: str, nodes: list[RayNode]) -> None:
-    """On a busy machine `ray start` gives up after 30 s; then it is called again."""
+    """On a busy machine `ray start` gives up after 30 s; it is called again, and so is who waits on such a node."""
+    command = [sys.executable, "-c", UNTIL_JOINED, address, str(len(nodes))]
     deadline = time.monotonic() + READY_S
-    with subprocess.Popen([sys.executable, "-c", UNTIL_JOINED, address, str(len(nodes))]) as waiting:
-        while waiting.poll() is None:
+    waiting = subprocess.Popen(command)
+    try:
+        while waiting.poll() != 0:
             for node in nodes:
                 if node.ended():
                     node.start()
+            if waiting.returncode is not None:
+                waiting = subprocess.Popen(command)
             if time.monotonic() > deadline:
-                waiting.kill()
                 raise SystemExit(f"Ray's nodes have not joined {address} after {READY_S:.0f} s")
             time.sleep(0.2)
+    finally:
+        waiting.kill()
+        waiting.wait()
