@@ -48,8 +48,9 @@ def main() -> None:
     if options.inside:
         run_step(options.inside, options, out / "results.jsonl")
         return
-    print("\n".join(f"{name}: {value}" for name, value in machine().items()), flush=True)
-    add(out / "results.jsonl", {"step": "machine", **machine()})
+    facts = machine()
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    add(out / "results.jsonl", {"step": "machine", **facts})
     with tempfile.TemporaryDirectory() as work:
         for name in options.steps.split(","):
             error = run_child(name, options, work, out)

@@ -4,12 +4,10 @@ No hub and no file of anybody's is needed. The tokenizer is a small one, filled 
 """
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulator import LENGTHS
-from benchmarks.training import WORDS
+from benchmarks.training import WORDS, made_up_rows
 
 SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text())
 LONGER = 4  # times as long as the stories of lengths.json: about 400 tokens
@@ -52,12 +50,6 @@ def filled_tokenizer(vocabulary: int) -> Any:
 
 
 def rows(count: int, longer: int = LONGER) -> list[dict[str, Any]]:
-    """Questions and answers without sense; the lengths are those of a real run, so many times longer."""
-    rng = random.Random(0)
-    made = []
-    for number in range(count):
-        prompt = [{"role": "user", "content": f"Write story {number}"}]
-        answer = " ".join(rng.choices(WORDS, k=longer * rng.choice(LENGTHS)))
-        row = {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}], "tools": None}
-        made.append(row | {"told": prompt, "id": str(number)})
-    return made
+    """Made-up rows, so many times longer than a real run's: a word is a token of the tokenizer above."""
+    made = made_up_rows(count, words_per_token=longer)
+    return [{**row, "told": row["prompt"], "id": str(number)} for number, row in enumerate(made)]

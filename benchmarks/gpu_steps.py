@@ -99,7 +99,7 @@ def scored(what: str, options: argparse.Namespace, method: str, **changes: Any) 
 
 
 def number_formats(options: argparse.Namespace) -> Iterator[Row]:
-    """All weights in bfloat16 autocast, and as a card without it would do: in float16, with loss scaling."""
+    """Trainings in bfloat16, and in float16 with loss scaling, as cards without bfloat16 train."""
     import torch
 
     if not torch.cuda.is_available():

@@ -139,7 +139,7 @@ def _until_open(address: str) -> None:
 
 
 def _until_joined(address: str, nodes: list[RayNode]) -> None:
-    """On a busy machine `ray start` gives up after 30 s; it is called again, and so is who waits on such a node."""
+    """Waits for all nodes. On a busy machine `ray start` gives up after 30 s: it is called again, as is the waiter."""
     command = [sys.executable, "-c", UNTIL_JOINED, address, str(len(nodes))]
     deadline = time.monotonic() + READY_S
     waiting = subprocess.Popen(command)

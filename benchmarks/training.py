@@ -104,10 +104,10 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
     )
 
 
-def made_up_rows(count: int) -> list[dict[str, Any]]:
-    """Words without sense, as long as answers of a real run are."""
+def made_up_rows(count: int, words_per_token: float = WORDS_PER_TOKEN) -> list[dict[str, Any]]:
+    """Words without sense, so many for each token of a real run's answers."""
     rng = random.Random(0)
-    stories = (rng.choices(WORDS, k=round(rng.choice(LENGTHS) * WORDS_PER_TOKEN)) for _ in range(count))
+    stories = (rng.choices(WORDS, k=round(rng.choice(LENGTHS) * words_per_token)) for _ in range(count))
     return [
         {
             "prompt": [{"role": "user", "content": question(number)}],

@@ -16,10 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DistillError, RecipeError
-from pipeline.models import resolve_model
+from pipeline.models import explained, resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, half_dtype
-from train.student import explained
 from train.student_trainer import Loss, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
 from train.tokens import Batch, Told, key_of, of_teacher

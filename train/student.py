@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.chat import asked_of_student
 from pipeline.errors import RecipeError, first_line
-from pipeline.models import explained as explained
-from pipeline.models import resolve_model
+from pipeline.models import explained, resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder

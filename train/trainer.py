@@ -29,6 +29,7 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 from pipeline.adapters import ADAPTER, load_merged
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.models import explained
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.lazy import Lazy, stored_rows
@@ -47,7 +48,7 @@ from train.machine import (
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
-from train.student import explained, load_tokenizer
+from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
 from train.tokens import differing_prompts, label_faults, told_prompts
@@ -309,8 +310,7 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         followed = [load_teacher(teacher.model, tokenizer, texts, setting.console)]
     free = free_beside(model, *followed, shards=processes.shards)
     tokens = micro_tokens(model, config, free, processes.shards)
-    largest = (config.micro_batch_size or config.batch_size) * config.max_length
-    most = min(max(tokens, config.max_length), largest)
+    most = min(max(tokens, config.max_length), (config.micro_batch_size or config.batch_size) * config.max_length)
     checkpointing = wants_checkpointing(model, config, most, free, setting.console, processes.shards)
     attention = getattr(model.config, "_attn_implementation", None)
     setting.console.print(
