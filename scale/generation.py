@@ -197,19 +197,18 @@ class Driver:
 
     def _start(self, nodes: list[Node], now: float) -> None:
         """Starts a worker on each of the nodes; without any, one worker makes place for URLs that nobody asks."""
-        run, urls = self._run, self._run.recipe.teacher.urls
+        run, weights = self._run, self._run.recipe.teacher.weights
         for index, node in enumerate(nodes):
             name = f"{node.address.replace(':', '.')}-{uuid4().hex[:8]}"
-            own = self._leases.deal(urls, len(nodes) - index)
-            teacher = run.recipe.teacher.model_copy(update={"base_url": own})
-            recipe = run.recipe.model_copy(update={"teacher": teacher})
+            own = self._leases.deal(weights, len(nodes) - index)
+            recipe = run.recipe.model_copy(update={"teacher": run.recipe.teacher.only_at(own)})
             variables = variables_of(run.recipe.teacher)
             actor = self._cluster.start(node, name, recipe, self._store.url, variables, self._lease_s)
             self._leases.join(name, own, now + START_S)
             self._members[name] = member = _Member(node, actor, own)
             member.task = asyncio.create_task(self._follow(name, member))
         asked = {url for member in self._members.values() for url in member.urls}
-        if not nodes and self._members and set(urls) - asked:
+        if not nodes and self._members and weights.keys() - asked:
             least = min(self._members.values(), key=lambda member: len(member.urls))
             least.closing = least.closing or not any(member.closing for member in self._members.values())
 

@@ -209,11 +209,14 @@ class Leases:
         before = self.writers[name].shares
         self.writers[name].shares = {url: min(of, before.get(url, of)) for url, of in shares.items()}
 
-    def deal(self, urls: list[str], newcomers: int) -> list[str]:
-        """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one."""
+    def deal(self, weights: dict[str, float], newcomers: int) -> list[str]:
+        """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one.
+
+        The least asked one has the fewest writers for its weight.
+        """
         asked = Counter(url for writer in self.writers.values() for url in writer.urls)
-        free = [url for url in urls if not asked[url]]
-        return free[:: max(newcomers, 1)] or [min(urls, key=lambda url: asked[url])]
+        free = [url for url in weights if not asked[url]]
+        return free[:: max(newcomers, 1)] or [min(weights, key=lambda url: asked[url] / weights[url])]
 
     def _next(self) -> Item | None:
         """The next request that nobody holds; one whose answer came late needs nothing more."""
