@@ -125,6 +125,18 @@ async def test_a_run_on_a_cluster_is_that_of_one_machine(run: RunDir) -> None:
     assert not list((run.path / "cluster").rglob("*.gz"))
 
 
+async def test_workers_keep_to_the_weights_of_the_endpoints(run: RunDir) -> None:
+    with (
+        misbehaving(lambda asked: answer(delay_s=0.05)) as large,
+        misbehaving(lambda asked: answer(delay_s=0.05)) as small,
+    ):
+        teacher = {"model": "stub", "base_url": [f"{large.url} 3", small.url]}
+        recipe = recipe_for("x", 400, teacher=teacher, generate={"concurrency": 4})
+        assert (await drive(recipe, run, FakeCluster(1))).answered == 400
+        assert (large.most_at_once, small.most_at_once) == (12, 4)
+        assert len(large.asked) / 400 == pytest.approx(3 / 4, abs=0.1)
+
+
 async def test_a_worker_that_dies_is_replaced_and_what_it_had_is_asked_again(run: RunDir) -> None:
     cluster = FakeCluster(2)
 
