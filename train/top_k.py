@@ -20,7 +20,8 @@ from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
 from train.processes import ALONE, Processes
-from train.tokens import MASKED, TokenRow, Told, key_of, prompt_of
+from train.tokens import MASKED, TokenRow, key_of, prompt_of
+from train.told import Told
 
 # By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
 TopK = dict[bytes, tuple[NDArray[np.int32], NDArray[np.float16]]]

@@ -51,7 +51,8 @@ from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import differing_prompts, label_faults, told_prompts
+from train.tokens import differing_prompts, label_faults
+from train.told import SharedStart, told_prompts
 from train.top_k import ask_endpoint, read_stored
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
@@ -216,8 +217,7 @@ def _with_teacher(
     if config.method == "gold":
         from train.gold import gold_trainer  # here: TRL warns when it is imported
 
-        own = gold_trainer(trainer, shown, arguments, setting)
-        return with_callbacks(own, prepared.milestones, prepared.progress)
+        return with_callbacks(gold_trainer(trainer, shown, arguments, setting), prepared.milestones, prepared.progress)
     rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     stored = config.kd.teacher == "stored"
     told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
@@ -232,7 +232,7 @@ def _with_teacher(
     elif config.kd.teacher == "served":
         trainer.known = ask_endpoint(teacher, config.kd.top_k, rows, tokenizer, told, console, setting.processes)
     else:
-        trainer.told = told
+        trainer.told, trainer.start = told, SharedStart(told, rows)
     return trainer
 
 

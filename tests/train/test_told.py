@@ -14,7 +14,8 @@ from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, story_rows, tiny_model
 from train.processes import Processes
 from train.rows import to_examples
-from train.tokens import MASKED, before_samples, key_of, of_teacher, told_prompts
+from train.tokens import MASKED, key_of
+from train.told import before_samples, of_teacher, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
 
@@ -38,6 +39,11 @@ def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
     }
     assert of_teacher(batch, {}, 0) is batch
+    told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
+    later = of_teacher(batch, told, 0, start=2)
+    assert later["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert later["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]
+    assert later["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     found = of_teacher(batch, {key_of([5]): [1, 2, 5]}, 0)
     assert found["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 5, 9]]
     assert found["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, MASKED, MASKED, 9]]
@@ -49,6 +55,58 @@ def test_samples_follow_the_teachers_prompts() -> None:
     ids, mask = before_samples(ids, mask, 2, {key_of([5]): [1, 2, 5]}, pad, 0)
     assert ids.tolist() == [[0, 5, 6, 7, 8], [1, 2, 5, 9, 0]]
     assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def test_samples_follow_what_comes_after_the_shared_start() -> None:
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+    told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
+    ids, mask = before_samples(ids, mask, 2, told, pad, 0, start=2)
+    assert ids.tolist() == [[5, 6, 7, 8], [0, 5, 9, 0]]
+    assert mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]
+
+
+def test_the_teacher_reads_once_what_its_prompts_share(models: tuple[str, str], tmp_path: Path) -> None:
+    trainer, read = prepared(models, tmp_path, method="kd", kd={"weights": "full"}), list[int]()
+    trainer.teacher.register_forward_pre_hook(
+        lambda _model, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    with torch.no_grad():
+        for batch in batches:
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
+    start = len(trainer.start.ids)
+    system = trainer.processing_class("The cat is Tom.")["input_ids"]
+    assert start > len(system)
+    told = [of_teacher(batch, trainer.told, 0)["input_ids"].shape[1] for batch in batches]
+    assert read == [start, *(length - start for length in told)]
+    assert all(ids[:start] == trainer.start.ids and len(ids) > start for ids in trainer.told.values())
+
+
+@pytest.mark.parametrize("method", ["kd", "on_policy"])
+def test_after_the_shared_start_the_teacher_says_what_it_says_after_the_whole(
+    method: str, models: tuple[str, str], tmp_path: Path
+) -> None:
+    own = {"max_new_tokens": 6, "beta": 0}
+    trainer = prepared(models, tmp_path, method=method, kd={"weights": "full"}, on_policy=own, micro_batch_size=4)
+    teacher = (trainer.teacher if method == "kd" else trainer.teacher_model).float()
+    for weights in teacher.parameters():
+        weights.normal_(std=0.3)  # what it says depends on all that it has read
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def said() -> torch.Tensor:
+        if method == "kd":
+            return trainer.divergence(torch.zeros(int((batch["labels"] != MASKED).sum()), trainer.vocabulary), batch)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        hidden = trainer._get_last_hidden_state(teacher, ids, mask, batch["completion_ids"].shape[1])
+        return hidden[batch["completion_mask"].bool()]
+
+    with torch.no_grad():
+        after_start, trainer.start.ids = said(), []
+        assert trainer.start.of(teacher, 1) is None
+        whole, trainer.told = said(), {}
+        torch.testing.assert_close(after_start, whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(said(), whole, rtol=1e-2)  # of what it is told it says something else
 
 
 def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Any:
