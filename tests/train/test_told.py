@@ -12,7 +12,9 @@ from trl.trainer.utils import pad
 from pipeline.recipe import TeacherConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, story_rows, tiny_model
-from train.processes import Processes
+from train import top_k
+from train.machine import Setting
+from train.processes import ALONE, Processes
 from train.rows import to_examples
 from train.tokens import MASKED, key_of
 from train.told import before_samples, of_teacher, told_prompts
@@ -157,13 +159,50 @@ def test_on_policy_follows_what_the_teacher_says_after_its_own_prompt(models: tu
     assert found == pytest.approx(total / tokens, rel=1e-3 if exact else 5e-2)
 
 
+def asking(models: tuple[str, str], url: str, folder: Path, processes: Processes = ALONE) -> Setting:
+    config = make_recipe(*models, method="kd", kd={"teacher": "served", "top_k": 5}).train
+    teacher = TeacherConfig(model=models[1], base_url=url)
+    return Setting(config, folder, Console(quiet=True), processes, teacher, folder / "said.jsonl")
+
+
+def test_an_endpoint_is_asked_once_about_an_answer(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = prepared(models, tmp_path, method="full")
+    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
+    monkeypatch.setattr("train.top_k.AT_ONCE", 1)
+    with scoring(models[1]) as server:
+        setting, before = asking(models, server.url, tmp_path), top_k._said
+        lines = setting.logprobs
+        assert lines is not None
+
+        def killed(*given: Any) -> Any:
+            if lines.read_bytes().count(b"\n") == 2:
+                raise KeyboardInterrupt
+            return before(*given)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("train.top_k._said", killed)
+            ask_endpoint(setting, rows, tokenizer, {})
+        with lines.open("ab") as file:
+            file.write(b'{"id":"torn')
+        first = ask_endpoint(setting, rows, tokenizer, {})
+        again = ask_endpoint(setting, rows, tokenizer, {})
+        scored = [prompt for one in server.asked if "prompt_logprobs" in one for prompt in one["prompt"]]
+        assert sorted(scored) == sorted(row["input_ids"] for row in rows)
+        for key, arrays in first.items():
+            assert all((one == other).all() for one, other in zip(arrays, again[key], strict=True))
+        told = told_prompts(rows, examples()["train"], tokenizer)
+        ask_endpoint(setting, rows, tokenizer, told)  # after another prompt it says something else
+        assert len([one for one in server.asked if "prompt_logprobs" in one]) == 2 * len(rows)
+
+
 def test_an_endpoint_is_asked_after_the_teachers_own_prompt(models: tuple[str, str], tmp_path: Path) -> None:
     trainer = prepared(models, tmp_path, method="full")
     rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     told = told_prompts(rows, examples()["train"], tokenizer)
     with scoring(models[1]) as server:
-        teacher = TeacherConfig(model=models[1], base_url=server.url)
-        known = ask_endpoint(teacher, 5, rows, tokenizer, told, Console(quiet=True))
+        known = ask_endpoint(asking(models, server.url, tmp_path), rows, tokenizer, told)
     answer = torch.tensor([label for label in rows[0]["labels"] if label != MASKED])
     expected = scores(models[1], examples()["train"][0]["told"], answer).sort(descending=True)
     likeliest, logprobs = known[key_of(rows[0]["input_ids"])]
@@ -178,10 +217,10 @@ def test_of_several_processes_each_asks_about_its_share_and_has_all(
     rows, tokenizer, others = [*trainer.train_dataset], trainer.processing_class, list[Any]()
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*others, *own])
     with scoring(models[1]) as server:
-        teacher = TeacherConfig(model=models[1], base_url=server.url)
         for rank in range(2):
             asked = len(server.asked)
-            known = ask_endpoint(teacher, 5, rows, tokenizer, {}, Console(quiet=True), Processes(rank, count=2))
+            setting = asking(models, server.url, tmp_path, Processes(rank, count=2))
+            known = ask_endpoint(setting, rows, tokenizer, {})
             scored = [one for one in server.asked[asked:] if "prompt_logprobs" in one]
             assert sum(len(one["prompt"]) for one in scored) == len(rows) // 2
             others.append(known)
