@@ -110,13 +110,6 @@ class Loop:
         """Requests that may be in flight now."""
         return sum(endpoint.limit for endpoint in self._fleet.endpoints)
 
-    def share(self, of: dict[str, int]) -> None:
-        """So many processes ask each URL: this one has its part of what the endpoint allows."""
-        for endpoint in self._fleet.endpoints:
-            endpoint.share(of.get(endpoint.url, 1))
-            self._fleet.reopen(endpoint)
-        self.look_again()
-
     def _end(self, why: BaseException, *, at_once: bool = False) -> None:
         """The run is to end; the first reason stands."""
         self._ended_by = self._ended_by or why

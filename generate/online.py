@@ -7,7 +7,7 @@ import asyncio
 import resource
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from generate.endpoint import Endpoint
 from generate.fleet import Fleet
 from generate.jobs import Job
 from generate.loop import Loop
-from generate.targets import Target, find_targets, may_change
+from generate.targets import Target, find_targets
 from pipeline.errors import RecipeError, UsageError
 
 FOLLOW_S = 10.0  # between two looks at where the servers are
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 async def send_from_here(run: Run, *, signals: bool) -> Outcome:
     """Sends every request that is left. With `signals`, Ctrl-C and SIGTERM end it in order."""
-    async with opened_loop(run) as loop:
+    async with opened_loop(run) as (loop, _):
 
         def interrupt() -> None:
             if loop.interrupt():
@@ -39,8 +39,11 @@ async def send_from_here(run: Run, *, signals: bool) -> Outcome:
 
 
 @asynccontextmanager
-async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> AsyncIterator[Loop]:
-    """A loop over the recipe's servers, for `jobs` or all that is left. Raises DistillError if none is there."""
+async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> "AsyncIterator[tuple[Loop, Servers]]":
+    """A loop over the recipe's servers, for `jobs` or all that is left, and those servers.
+
+    Raises DistillError if none is there.
+    """
     recipe, teacher = run.recipe, run.recipe.teacher
     targets, most = await find_targets(teacher), _most_connections()
     each = int(most / sum(target.weight for target in targets))
@@ -53,7 +56,7 @@ async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> AsyncItera
         silent = await servers.change(targets)
         if all(silent):
             raise no_endpoint(teacher, targets[0].name, silent[0] or "")
-        yield Loop(run, servers.fleet, *([servers.follow] if may_change(teacher) else []), jobs=jobs)
+        yield Loop(run, servers.fleet, servers.follow, jobs=jobs), servers
 
 
 class Servers:
@@ -64,42 +67,71 @@ class Servers:
         self.fleet, self._run, self._stack = fleet, run, stack
         self._endpoints: dict[Target, Endpoint] = {}
         self._leaving: list[Endpoint] = []  # with requests in flight
+        self._teacher = run.recipe.teacher  # where `follow` looks
+        self._of: dict[str, int] = {}  # so many processes ask each URL, if `lead_to` has said so
+        self._led = asyncio.Event()  # to other URLs, which `follow` has not looked at yet
+
+    def lead_to(self, weights: dict[str, float], of: dict[str, int]) -> None:
+        """These URLs are asked from now on, and no other. So many processes ask each: this one has its part of it."""
+        self._of = of
+        for target, endpoint in [*self._endpoints.items()]:
+            if target.url not in of:
+                self._remove(target)
+            else:
+                endpoint.share(of[target.url])
+                self.fleet.reopen(endpoint)
+        teacher = self._teacher.only_at(weights)
+        if teacher != self._teacher:
+            self._teacher = teacher
+            self._led.set()
 
     async def change(self, targets: Sequence[Target]) -> list[str | None]:
         """From now on requests go to these servers. Of each new one: why it does not answer, or None."""
         for target in self._endpoints.keys() - set(targets):
-            endpoint = self._endpoints.pop(target)
-            self.fleet.remove(endpoint)
-            endpoint.counts.limit, endpoint.counts.in_flight, endpoint.counts.up = 0, 0, False
-            self._leaving.append(endpoint)
+            self._remove(target)
         new = [target for target in targets if target not in self._endpoints]
         run = self._run
         endpoints = [
             Endpoint(run.recipe, one.url, run.partition, run.say, address=one.address, weight=one.weight) for one in new
         ]
         for endpoint in endpoints:
-            endpoint.counts = self._run.counters.endpoints.setdefault(endpoint.name, endpoint.counts)
             await self._stack.enter_async_context(endpoint.client)
         silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))
+        if self._led.is_set():  # meanwhile others were named: `follow` looks again
+            self._leaving += endpoints
+            return silent
         if len(new) < len(targets) or not all(silent):
             for endpoint, why in zip(endpoints, silent, strict=True):
                 if why:
                     self._run.say(f"warning: no endpoint at {endpoint.name} ({why}); it is probed until it answers")
         self._endpoints.update(zip(new, endpoints, strict=True))
         for endpoint in endpoints:
+            endpoint.counts = self._run.counters.endpoints.setdefault(endpoint.name, endpoint.counts)
+            if endpoint.url in self._of:
+                endpoint.share(self._of[endpoint.url])
             self.fleet.add(endpoint)
         return silent
+
+    def _remove(self, target: Target) -> None:
+        """Nothing new goes there; what is in flight may end."""
+        endpoint = self._endpoints.pop(target)
+        self.fleet.remove(endpoint)
+        endpoint.counts.limit, endpoint.counts.in_flight, endpoint.counts.up = 0, 0, False
+        self._leaving.append(endpoint)
 
     async def follow(self) -> None:
         """Looks again every FOLLOW_S seconds where the servers are; what cannot be read changes nothing."""
         said = ""
         while True:
-            await asyncio.sleep(FOLLOW_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._led.wait(), FOLLOW_S)
+            led = self._led.is_set()  # the driver of the cluster tells the user
+            self._led.clear()
             for endpoint in [one for one in self._leaving if not one.in_flight]:
                 self._leaving.remove(endpoint)
                 await endpoint.client.__aexit__()
             try:
-                targets = await find_targets(self._run.recipe.teacher, self._endpoints)
+                targets = await find_targets(self._teacher, self._endpoints)
             except RecipeError as error:
                 if (message := f"warning: {error}; going on with the servers known so far") != said:
                     self._run.say(said := message)
@@ -108,9 +140,13 @@ class Servers:
             before = set(self._endpoints)
             if before != set(targets):
                 await self.change(targets)
-                self._run.say(
-                    f"servers: {len(targets)} (new {len(set(targets) - before)}, gone {len(before - set(targets))})"
-                )
+                if not led:
+                    self._run.say(describe_change(set(targets), before))
+
+
+def describe_change(now: Set[object], before: Set[object]) -> str:
+    """What the user is told when the servers are others than before."""
+    return f"servers: {len(now)} (new {len(now - before)}, gone {len(before - now)})"
 
 
 @contextmanager

@@ -32,12 +32,13 @@ class EndpointCounts(msgspec.Struct):
 
     def add(self, other: "EndpointCounts") -> None:
         """Adds what another process has done there."""
+        ups = [one.up for one in (self, other) if one.up or one.limit]  # one that is gone says nothing
+        self.up = bool(ups) and all(ups)
         for name in ("answered", "prompt_tokens", "completion_tokens", "in_flight", "limit"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.faults, other.faults), (self.retries, other.retries)):
             for kind, number in theirs.items():
                 mine[kind] = mine.get(kind, 0) + number
-        self.up &= other.up
 
 
 class NodeCounts(msgspec.Struct):
@@ -70,7 +71,7 @@ class Counters:
     models: set[str] = field(default_factory=set)  # as the server named them
     errors: Counter[str] = field(default_factory=Counter)  # failures by type
     endpoints: dict[str, EndpointCounts] = field(default_factory=dict)  # of this process, by name
-    gathered: list[dict[str, Any]] = field(default_factory=list)  # `endpoints` of others, as their snapshots hold them
+    gathered: dict[Any, dict[str, Any]] = field(default_factory=dict)  # `endpoints` of other processes' snapshots
     nodes: dict[str, NodeCounts] = field(default_factory=dict)  # of a cluster, over all calls
     started: float = field(default_factory=time.monotonic)
 
@@ -97,12 +98,12 @@ class Counters:
             setattr(self, name, sum(part[name] for part in parts))
         self.models = {model for part in parts for model in part["models"]}
         self.errors = sum((Counter(part["errors"]) for part in parts), Counter())
-        self.gathered = [part["endpoints"] for part in parts]
+        self.gathered = {number: part["endpoints"] for number, part in enumerate(parts)}
 
     def by_endpoint(self) -> dict[str, EndpointCounts]:
         """What each endpoint has done for all processes."""
         whole: dict[str, EndpointCounts] = {}
-        for part in (msgspec.to_builtins(self.endpoints), *self.gathered):
+        for part in (msgspec.to_builtins(self.endpoints), *self.gathered.values()):
             for name, counts in msgspec.convert(part, dict[str, EndpointCounts]).items():
                 if name in whole:
                     whole[name].add(counts)

@@ -44,7 +44,7 @@ async def find_targets(teacher: TeacherConfig, known: Collection[Target] = ()) -
 
     Raises RecipeError if the file cannot be read, or holds something other than URLs.
     """
-    weights = teacher.weights if teacher.urls_file is None else read_urls(teacher.urls_file)
+    weights = urls_now(teacher)
     found = await asyncio.gather(*map(_addresses, weights))
     targets: list[Target] = []
     for (url, weight), addresses in zip(weights.items(), found, strict=True):
@@ -52,6 +52,11 @@ async def find_targets(teacher: TeacherConfig, known: Collection[Target] = ()) -
         new = [Target(url, address, weight) for address in addresses if len(addresses) > 1]
         targets += new or (before if before and not addresses else [Target(url, None, weight)])
     return targets
+
+
+def urls_now(teacher: TeacherConfig) -> dict[str, float]:
+    """The URLs that the recipe, or its file, names now, and their weights. Raises RecipeError as `read_urls`."""
+    return teacher.weights if teacher.urls_file is None else read_urls(teacher.urls_file)
 
 
 def read_urls(path: Path) -> dict[str, float]:
@@ -77,11 +82,6 @@ def read_urls(path: Path) -> dict[str, float]:
             raise RecipeError(f"{URLS_KEY} {path}: {url!r} is no URL; write http://HOST:PORT/v1") from None
         check_url(url, URLS_KEY)
     return weights
-
-
-def may_change(teacher: TeacherConfig) -> bool:
-    """Whether the servers of a run may be others later."""
-    return teacher.urls_file is not None or any(map(_is_name, teacher.urls))
 
 
 def _is_name(url: str) -> bool:

@@ -162,7 +162,7 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
 
 async def _send(run: Run) -> Outcome:
     events = asyncio.get_running_loop()
-    async with opened_loop(run) as loop:
+    async with opened_loop(run) as (loop, _):
 
         def parent_gone() -> None:
             events.remove_reader(sys.stdin)

@@ -8,7 +8,7 @@ under each key is the only description of it: `--help` and docs/settings.md show
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,10 +131,10 @@ class TeacherConfig(Section):
         first = self.base_url if isinstance(self.base_url, str) else self.base_url[0]
         return first.split()[0]
 
-    def only_at(self, urls: Sequence[str]) -> "TeacherConfig":
-        """The same teacher at these of its endpoints, with their weights."""
-        weights = self.weights
-        return self.model_copy(update={"base_url": [f"{url} {weights[url]:g}" for url in urls]})
+    def only_at(self, weights: Mapping[str, float]) -> "TeacherConfig":
+        """The same teacher at these endpoints, with their weights, whatever `urls_file` says."""
+        urls = [f"{url} {weight:g}" for url, weight in weights.items()]
+        return self.model_copy(update={"base_url": urls, "urls_file": None})
 
     def told_nothing(self) -> "TeacherConfig":
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""

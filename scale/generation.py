@@ -29,9 +29,10 @@ import msgspec
 from generate.budget import known_price, most_of
 from generate.context import Outcome, Run
 from generate.dialect import Dialect
-from generate.online import on_signals
+from generate.online import describe_change, on_signals
 from generate.prices import PICO
 from generate.run import Sender
+from generate.targets import urls_now
 from pipeline import errors
 from pipeline.address import VARIABLE
 from pipeline.errors import BudgetReached, DistillError, RecipeError
@@ -81,11 +82,9 @@ class _Member:
 
     node: Node
     actor: Any
-    urls: list[str]
     report: Report | None = None  # the last
     collected: int = 0  # uploads that have been read
     idle_since: int | None = None  # the uploads that it had when it became idle
-    closing: bool = False  # it gets no further requests
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
 
     @property
@@ -99,6 +98,7 @@ class Driver:
 
     def __init__(self, run: Run, cluster: Cluster, store: Store, lease_s: float) -> None:
         self._run, self._cluster, self._store, self._lease_s = run, cluster, store, lease_s
+        self._weights = urls_now(run.recipe.teacher)  # of the URLs that the writers have
         self._collector, budget = Collector(run, store), run.recipe.budget
         self._leases = self._collector.leases = Leases(
             items_of(run),
@@ -192,34 +192,40 @@ class Driver:
                 return None
             if leases.refused and not leases.leased and all(member.settled for member in self._members.values()):
                 return self._reached(leases.refused)
-            nodes = await asyncio.to_thread(self._cluster.nodes)
+            weights, nodes = await self._urls_now(), await asyncio.to_thread(self._cluster.nodes)
             now = monotonic()
             free = {node.id for node in nodes} - {member.node.id for member in self._members.values()}
             ready = [node for node in nodes if node.id in free and self._aside.get(node.id, 0.0) <= now]
             if not ready and not self._members and self._errors:
                 return self._errors[0]
-            self._start(ready, now)
+            self._lead_to(weights, ready, now)
             self._show()
             await self._collector.save()
             await self._wait(LOOK_S)
 
-    def _start(self, nodes: list[Node], now: float) -> None:
-        """Starts a worker on each of the nodes; without any, one worker makes place for URLs that nobody asks."""
-        run, weights = self._run, self._run.recipe.teacher.weights
+    async def _urls_now(self) -> dict[str, float]:
+        """The URLs and their weights; those known so far while their file cannot be read."""
+        try:
+            return await asyncio.to_thread(urls_now, self._run.recipe.teacher)
+        except RecipeError as error:
+            self._tell([f"warning: {error}; going on with the servers known so far"])
+            return self._weights
+
+    def _lead_to(self, weights: dict[str, float], nodes: list[Node], now: float) -> None:
+        """Starts a worker on each of the nodes. These are the URLs now: the newcomers get theirs first."""
+        if weights != self._weights:
+            self._run.say(describe_change(weights.items(), self._weights.items()))
+        self._weights = weights
         for index, node in enumerate(nodes):
             name = f"{node.address.replace(':', '.')}-{uuid4().hex[:8]}"
             own = self._leases.deal(weights, len(nodes) - index)
-            recipe = run.recipe.model_copy(update={"teacher": run.recipe.teacher.only_at(own)})
-            variables = variables_of(run.recipe.teacher)
-            actor = self._cluster.start(node, name, recipe, self._store.url, variables, self._lease_s)
+            at, variables = {url: weights[url] for url in own}, variables_of(self._run.recipe.teacher)
+            actor = self._cluster.start(node, name, self._run.recipe, at, self._store.url, variables, self._lease_s)
             self._leases.join(name, own, now + START_S)
             self._table.joined(name, node.address, own)
-            self._members[name] = member = _Member(node, actor, own)
+            self._members[name] = member = _Member(node, actor)
             member.task = asyncio.create_task(self._follow(name, member))
-        asked = {url for member in self._members.values() for url in member.urls}
-        if not nodes and self._members and weights.keys() - asked:
-            least = min(self._members.values(), key=lambda member: len(member.urls))
-            least.closing = least.closing or not any(member.closing for member in self._members.values())
+        self._leases.lead_to(weights)
 
     async def _follow(self, name: str, member: _Member) -> None:
         """Gives a worker its orders and reads what it uploads, until it ends or is lost."""
@@ -248,10 +254,9 @@ class Driver:
     def _orders(self, name: str, member: _Member) -> Orders:
         """What a worker is to do next."""
         leases, items = self._leases, list[Item]()
-        shares, report = leases.shares(name) or {}, member.report
-        if shares:
-            leases.offer(name, shares)
-        if shares and report and not member.closing and not self._stopping.is_set():
+        shares, report = leases.shares(name), member.report
+        leases.offer(name, shares)
+        if shares and report and not self._stopping.is_set():
             items = leases.lease(name, report.room)
             self._collector.changed()
         if items:
@@ -261,8 +266,9 @@ class Driver:
         return Orders(
             items=items,
             shares=shares,
+            weights={url: self._weights[url] for url in shares},
             flush=at_end and report is not None and (report.idle or leases.refused is not None),
-            close=member.closing or refused_all,
+            close=refused_all,
             stop=self._stopping.is_set(),
         )
 

@@ -96,6 +96,7 @@ class NodeTable:
             samples.popleft()
         since, answered, tokens = samples[0]
         seconds = max(now - since, 1e-9)
+        self._counters.gathered[name] = counters["endpoints"]
         row.state, row.heard, row.retried = "working", time.time(), retried
         row.in_flight, row.answered, row.failed = (counters[one] for one in ("in_flight", "answered", "failed"))
         row.answers_per_s, row.tokens_per_s = (row.answered - answered) / seconds, (samples[-1][2] - tokens) / seconds
@@ -106,6 +107,8 @@ class NodeTable:
         row.state, row.leased, row.in_flight, row.answers_per_s, row.tokens_per_s = state, 0, 0, 0.0, 0.0
         self._rows[name] = row  # behind those that went before
         del self._samples[name]
+        for counts in self._counters.gathered.get(name, {}).values():
+            counts.update(in_flight=0, limit=0, up=False)
         for old in [name for name in self._rows if name not in self._samples][:-MOST_GONE]:
             del self._rows[old]
 
@@ -120,7 +123,7 @@ class NodeTable:
     async def _write(self, *, ended: bool) -> None:
         """Where the store is away, the run goes on, and the next file serves."""
         for name, writer in self._leases.writers.items():
-            self._rows[name].leased = len(writer.items)
+            self._rows[name].leased, self._rows[name].urls = len(writer.items), writer.urls
         nodes = Nodes(SCHEMA, time.time(), ended, self._counters.done, self._counters.total, self._rows)
         with suppress(DistillError):
             await asyncio.to_thread(self._store.put, FILE, msgspec.json.encode(nodes))

@@ -118,9 +118,9 @@ class Leases:
         self.state.accounts[name] = Account()
 
     def heard(self, name: str, shares: dict[str, int], now: float) -> None:
-        """A live writer has said something; it uses these shares, if there are any, and none it had before."""
+        """A live writer has said something; it uses these shares, and none that it had before."""
         if writer := self.writers.get(name):
-            writer.heard, writer.shares = now, dict(shares) or writer.shares
+            writer.heard, writer.shares = now, dict(shares)
 
     def silent(self, now: float) -> list[str]:
         """The writers whose leases have run out. While the driver itself slept, nobody was silent."""
@@ -201,30 +201,53 @@ class Leases:
         """What a writer's node has done; its name is the node's, a hyphen, and what makes it the only one."""
         return self.state.nodes.setdefault(name.rpartition("-")[0], NodeCounts())
 
-    def shares(self, name: str) -> dict[str, int] | None:
-        """A writer's share of each of its URLs, as 1/n; None while the others do not leave it any."""
-        shares = {}
-        for url in self.writers[name].urls:
-            others = [one for other, one in self.writers.items() if other != name and url in one.urls]
-            shares[url] = len(others) + 1
+    def shares(self, name: str) -> dict[str, int]:
+        """A writer's share of each of its URLs, as 1/n, without those of which the others leave it none so far."""
+        shares, writers = {}, self.writers
+        for url in writers[name].urls:
+            others = [one for key, one in writers.items() if key != name and (url in one.urls or url in one.shares)]
+            of = 1 + sum(url in one.urls for one in others)
             taken = sum(Fraction(1, one.shares[url]) for one in others if url in one.shares)
-            if taken + Fraction(1, shares[url]) > 1:
-                return None
+            if taken + Fraction(1, of) <= 1:
+                shares[url] = of
         return shares
 
     def offer(self, name: str, shares: dict[str, int]) -> None:
         """A writer is told its shares. Until it is heard, it may use these or those before: the larger is counted."""
         before = self.writers[name].shares
-        self.writers[name].shares = {url: min(of, before.get(url, of)) for url, of in shares.items()}
+        self.writers[name].shares = before | {url: min(of, before.get(url, of)) for url, of in shares.items()}
 
     def deal(self, weights: dict[str, float], newcomers: int) -> list[str]:
         """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one.
 
         The least asked one has the fewest writers for its weight.
         """
-        asked = Counter(url for writer in self.writers.values() for url in writer.urls)
+        asked = self._asked()
         free = [url for url in weights if not asked[url]]
         return free[:: max(newcomers, 1)] or [min(weights, key=lambda url: asked[url] / weights[url])]
+
+    def lead_to(self, weights: dict[str, float]) -> None:
+        """These are the URLs now. What has gone is taken from its writers. What nobody asks goes to the writer with
+        the fewest that it alone asks, by weight; it leaves those that others ask too.
+        """
+        writers = [*self.writers.values()]
+        for writer in writers:
+            writer.urls = [url for url in writer.urls if url in weights]
+        asked = self._asked()
+
+        def alone(writer: Writer) -> list[str]:
+            return [url for url in writer.urls if asked[url] == 1]
+
+        for new in [url for url in weights if not asked[url]] if writers else []:
+            least = min(writers, key=lambda writer: sum(weights[url] for url in alone(writer)))
+            least.urls = [*alone(least), new]
+            asked = self._asked()
+        for writer in writers:
+            writer.urls = writer.urls or self.deal(weights, 1)
+
+    def _asked(self) -> Counter[str]:
+        """How many writers ask each URL."""
+        return Counter(url for writer in self.writers.values() for url in writer.urls)
 
     def _next(self) -> Item | None:
         """The next request that nobody holds; one whose answer came late needs nothing more."""

@@ -26,7 +26,7 @@ from generate.idset import IdSet
 from generate.jobs import Job
 from generate.journal import Journal
 from generate.loop import Loop
-from generate.online import opened_loop
+from generate.online import Servers, opened_loop
 from generate.progress import Counters
 from generate.schedule import Feed
 from pipeline.chat import told_to_teacher
@@ -46,7 +46,8 @@ class Orders(msgspec.Struct, frozen=True):
     """What the driver says at each heartbeat."""
 
     items: list[Item] = []
-    shares: dict[str, int] = {}  # so many writers ask each URL
+    shares: dict[str, int] = {}  # the URLs to ask, and how many writers ask each
+    weights: dict[str, float] = {}  # of these URLs
     flush: bool = False  # upload what there is, however little
     close: bool = False  # nothing will follow: end when all is asked
     stop: bool = False  # as Ctrl-C: ask nothing more, and wait a moment for what is in flight; twice: not even that
@@ -83,10 +84,19 @@ class WorkerRun(Run):
 class Worker:
     """Asks on one node. All methods run in one event loop."""
 
-    def __init__(self, name: str, recipe: Recipe, store: str, environment: dict[str, str], lease_s: float) -> None:
-        """`recipe.teacher.base_url` are the URLs to ask. `environment`: variables of the driver's, such as the key."""
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        weights: dict[str, float],
+        store: str,
+        environment: dict[str, str],
+        lease_s: float,
+    ) -> None:
+        """`weights`: the URLs to ask at first. `environment`: variables of the driver's, such as the key."""
         os.environ.update(environment)
-        self._name, self._recipe, self._store_url, self._lease_s = name, recipe, store, lease_s
+        self._name, self._store_url, self._lease_s = name, store, lease_s
+        self._recipe = recipe.model_copy(update={"teacher": recipe.teacher.only_at(weights)})
         self._feed, self._counters = Feed(), Counters()
         self._unfinished: dict[str, Spend] = {}  # what one attempt of each request can cost
         self._granted = self._limit = Spend()  # by all leases; of it, what may still be spent or was
@@ -94,7 +104,8 @@ class Worker:
         self._flush = self._stopped = False
         self._said: list[str] = []
         self._loop: Loop | None = None  # once it is open
-        self._budget = Budget(recipe.budget, known_price(recipe), Spend())
+        self._servers: Servers | None = None
+        self._budget = Budget(recipe.budget, known_price(recipe), Spend())  # at the run's price, whatever the URLs
         self._ready, self._ended = asyncio.Event(), ("", "")
 
     async def work(self, on_silence: Callable[[], object]) -> None:
@@ -116,8 +127,8 @@ class Worker:
         """Takes orders, and reports."""
         await self._ready.wait()
         self._heard = monotonic()
-        if self._loop and not self._ended[0]:
-            self._obey(orders, self._loop)
+        if self._loop and self._servers and not self._ended[0]:
+            self._obey(orders, self._loop, self._servers)
         counters, queued = self._counters, len(self._feed)
         done = counters.answered + counters.failed
         room = 2 * (self._loop.limit if self._loop else 0) + 2 * (done - self._done_before) - queued
@@ -132,7 +143,7 @@ class Worker:
             ended=self._ended,
         )
 
-    def _obey(self, orders: Orders, loop: Loop) -> None:
+    def _obey(self, orders: Orders, loop: Loop, servers: Servers) -> None:
         for item in orders.items:
             request = msgspec.json.decode(item.line, type=Request)
             told = told_to_teacher(request.messages, self._recipe.teacher)
@@ -142,8 +153,8 @@ class Worker:
             self._limit += item.most
         self._budget.limit_to(self._limit)
         self._flush |= orders.flush
-        if orders.shares:
-            loop.share(orders.shares)
+        if not orders.stop:
+            servers.lead_to(orders.weights, orders.shares)
         if orders.close:
             self._feed.close()
         if orders.stop:
@@ -180,7 +191,7 @@ class Worker:
                 Uploader(store, self._name, journal.path, kind)
                 for kind, journal in (("completions", completions), ("failures", failures))
             ]
-            async with opened_loop(run, self._feed) as self._loop:
+            async with opened_loop(run, self._feed) as (self._loop, self._servers):
                 self._ready.set()
                 sending = asyncio.create_task(self._loop.run())
                 while not (await asyncio.wait([sending], timeout=LOOK_S))[0]:

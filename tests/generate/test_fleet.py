@@ -1,5 +1,6 @@
 """Which endpoint a request goes to, and servers that come and go while requests go out."""
 
+import asyncio
 import threading
 from collections import Counter
 from contextlib import ExitStack
@@ -9,11 +10,14 @@ from socket import AF_INET, AF_INET6
 import pytest
 from tenacity import wait_fixed
 
+from generate.context import opened_run
 from generate.endpoint import Endpoint
 from generate.fleet import FEW, Fleet
 from generate.jobs import Partition
+from generate.online import opened_loop
+from generate.progress import Counters
 from generate.run import generate
-from generate.targets import read_urls
+from generate.targets import Target, read_urls
 from pipeline.errors import RecipeError
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, completions, misbehaving, recipe_for
@@ -252,3 +256,25 @@ def test_a_server_has_one_weight(tmp_path: Path) -> None:
     urls.write_text("http://10.0.0.1/v1 2\nhttp://10.0.0.1/v1\n")
     with pytest.raises(RecipeError, match="has two weights, 2 and 1"):
         read_urls(urls)
+
+
+async def test_servers_that_are_taken_away_while_they_are_opened_are_not_asked(run: RunDir) -> None:
+    """As a worker on a cluster is led."""
+    run.path.mkdir()
+    with (
+        misbehaving() as first,
+        misbehaving() as second,
+        misbehaving() as third,
+        opened_run(recipe_for(first), run, Counters(), say=print, show=lambda: None) as call,
+    ):
+        async with opened_loop(call) as (_, servers):
+            opening = asyncio.create_task(servers.change([Target(first.url), Target(second.url)]))
+            await asyncio.sleep(0)
+            servers.lead_to({third.url: 1.0}, {third.url: 2})
+            await opening
+            assert servers.fleet.endpoints == []
+            following = asyncio.create_task(servers.follow())
+            while not servers.fleet.endpoints:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert [(one.url, one.limit) for one in servers.fleet.endpoints] == [(third.url, 4)]
+            following.cancel()

@@ -95,6 +95,17 @@ def test_processes_are_summed_by_endpoint() -> None:
     assert found["b"].answered == 1
 
 
+@pytest.mark.parametrize("others", [(True, True), (True, False), (False, False)])
+def test_an_endpoint_is_up_where_it_is_so_for_all_who_still_ask_it(others: tuple[bool, bool]) -> None:
+    whole, gone = Counters(), EndpointCounts(answered=3, up=False)
+    asking = [EndpointCounts(answered=1, limit=4, up=up) for up in others]
+    for order in ([gone, *asking], [*asking, gone]):
+        whole.gather([Counters(endpoints={"a": one}).snapshot() for one in order])
+        assert whole.by_endpoint()["a"] == EndpointCounts(answered=5, limit=8, up=all(others))
+    whole.gather([Counters(endpoints={"a": gone}).snapshot() for _ in range(2)])
+    assert whole.by_endpoint()["a"] == EndpointCounts(answered=6, up=False)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))

@@ -138,11 +138,11 @@ def test_shares_of_a_limit_never_add_up_to_more_than_the_whole() -> None:
     leases.offer("a", shares)
     leases.heard("a", shares, 1)
     leases.join("b", ["u"], 1)
-    assert leases.shares("b") is None  # the other still has the whole
+    assert leases.shares("b") == {}  # the other still has the whole
     halves = leases.shares("a")
     assert halves == {"u": 2, "v": 1}
     leases.offer("a", halves)
-    assert leases.shares("b") is None  # it may not have heard yet
+    assert leases.shares("b") == {}  # it may not have heard yet
     leases.heard("a", halves, 2)
     assert leases.shares("b") == {"u": 2}
     leases.offer("b", {"u": 2})
@@ -159,3 +159,41 @@ def test_urls_are_dealt_so_that_each_has_a_writer() -> None:
     assert leases.deal({**weights, "4": 2.0}, 1) == ["4"]
     leases.leave("w1", lost=True)
     assert leases.deal(weights, 1) == ["2", "4"]
+
+
+def led(leases: Leases, *urls: str) -> list[list[str]]:
+    """The writers' URLs once these are all there are."""
+    leases.lead_to(dict.fromkeys(urls, 1.0))
+    return [writer.urls for writer in leases.writers.values()]
+
+
+def test_urls_that_come_and_go_keep_a_writer_each_and_every_writer_one() -> None:
+    leases = table()
+    leases.lead_to({"1": 1.0})  # nobody is there yet
+    for name in "abc":
+        leases.join(name, ["1"], 0)
+    assert led(leases, "1") == [["1"], ["1"], ["1"]]
+    assert led(leases, "1", "2") == [["2"], ["1"], ["1"]]
+    assert led(leases, "1", "2", "3", "4") == [["2", "4"], ["3"], ["1"]]
+    assert led(leases, "2", "3", "4") == [["2", "4"], ["3"], ["2"]]
+    leases.leave("b", lost=True)
+    assert led(leases, "2", "3", "4") == [["2", "4"], ["3"]]
+
+
+def test_a_url_that_moves_is_asked_by_its_new_writer_once_the_old_one_has_heard() -> None:
+    leases = table()
+    leases.join("a", ["u"], 0)
+    leases.join("b", ["v"], 0)
+    for name, url in (("a", "u"), ("b", "v")):
+        leases.offer(name, {url: 1})
+        leases.heard(name, {url: 1}, 1)
+    leases.writers["a"].urls, leases.writers["b"].urls = ["v"], ["u"]
+    for name in "ab":
+        assert leases.shares(name) == {}
+        leases.offer(name, {})
+    assert leases.shares("a") == {}  # the other may not have heard yet
+    leases.heard("b", {}, 2)
+    assert leases.shares("a") == {"v": 1}
+    assert leases.shares("b") == {}
+    leases.heard("a", {}, 2)
+    assert leases.shares("b") == {"u": 1}
