@@ -67,7 +67,8 @@ async def test_workers_follow_the_list_that_only_the_driver_reads(
             first.die()  # by now nobody asks there
             assert len(first.asked) < asked + 120
             urls.write_text("# none at the moment\n")
-            await asyncio.sleep(0.3)
+            while not any("holds no URL" in message for message in driver._told):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
             urls.unlink()
 
         write(urls, first)
