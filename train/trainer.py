@@ -45,7 +45,7 @@ from train.machine import (
     wants_checkpointing,
     weights_dtype,
 )
-from train.processes import ALONE, Processes
+from train.processes import ALONE, Processes, launched
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
@@ -56,7 +56,6 @@ from train.top_k import ask_endpoint, read_stored
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
-
 
 # Train and validation: prompt-completion rows (train.rows.to_examples). Where the student follows a teacher, those of
 # train have more: `told`, the teacher's own messages, and `id`.
@@ -376,6 +375,7 @@ def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool
         "save_steps": NEVER,  # Milestones decides
         "eval_strategy": "steps",
         "eval_steps": NEVER,
+        "save_on_each_node": launched().local_rank is not None,  # else only the leading process saves
         "save_total_limit": 2,  # the last and the best; with 1 the last would go when training ends
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
