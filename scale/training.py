@@ -29,6 +29,8 @@ from scale.storage import open_store
 from scale.sync import TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, State, names_in
 from train.preferences import learned_from_answers
 from train.processes import OWN_FOLDER, launched
+from train.rows import read_parts
+from train.student import initial_student
 
 RAY = "training-ray"  # folder of the run in which Ray Train keeps its books
 MOST_LOSSES = 3  # in a row, without a new checkpoint between them
@@ -54,6 +56,7 @@ def train_on_cluster(address: str, training: Training) -> None:
     if url := State.read(training.run.path).url:
         training = training._replace(store=url)
         _check_stored(training)
+        _make_student(training)
     # A process stays in its folder, and prints as everywhere: with Ray Train's own print, what dill catches is shown.
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
     losses, before = 0, _checkpoints(training)
@@ -92,6 +95,14 @@ def _check_stored(training: Training) -> None:
             f"train.method on_policy starts from a student that has learned from answers, and {url} has none: "
             f"train it by the same command with --train.method {recipe.train.kd.weights} first"
         )
+
+
+def _make_student(training: Training) -> None:
+    """Puts a student that is made first into the store: of many processes, transformers lets only one write a model."""
+    recipe, run = training.recipe, training.run
+    if recipe.student and recipe.student.built and not recipe.train.further:
+        initial_student(recipe, run, read_parts(recipe, run).train)
+        Mirror(open_store(training.store), run.path, State.read(run.path)).push()
 
 
 def _fit(cluster: Cluster, training: Training) -> str | None:

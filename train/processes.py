@@ -75,6 +75,13 @@ class Processes:
         if self.sharded and not torch.cuda.is_available():
             PartialState().distributed_type = DistributedType.MULTI_GPU
 
+    def share_weights(self, model: Any) -> None:
+        """Gives all processes the trained weights of the first: the best ones are in its folder alone."""
+        if self.local_rank is not None:
+            from accelerate.utils import broadcast
+
+            broadcast([weights.data for weights in model.parameters() if weights.requires_grad])
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them must ask, while they train."""
         from accelerate.utils import gather_object

@@ -45,7 +45,7 @@ from train.machine import (
     wants_checkpointing,
     weights_dtype,
 )
-from train.processes import ALONE, Processes, launched
+from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
@@ -90,6 +90,7 @@ class Prepared:
                     self.trainer._load_best_model()
                 else:
                     self.trainer.train(resume_from_checkpoint=checkpoint)
+                self.milestones.processes.share_weights(self.trainer.model)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(
@@ -375,7 +376,6 @@ def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool
         "save_steps": NEVER,  # Milestones decides
         "eval_strategy": "steps",
         "eval_steps": NEVER,
-        "save_on_each_node": launched().local_rank is not None,  # else only the leading process saves
         "save_total_limit": 2,  # the last and the best; with 1 the last would go when training ends
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",

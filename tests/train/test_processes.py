@@ -1,5 +1,7 @@
 """What a launcher may be told, and what is refused with one line; the trainings themselves are in test_train.py."""
 
+from typing import Any
+
 import pytest
 
 from pipeline.errors import UsageError
@@ -67,3 +69,15 @@ def test_a_process_is_what_the_launcher_says(
 )
 def test_one_process_leads_in_each_folder(rank: int, local_rank: int | None, leads: bool) -> None:
     assert Processes(rank, 4, local_rank=local_rank).lead_in_folder == leads
+
+
+def test_trained_weights_are_shared_if_folders_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model, shared = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 3)), list[Any]()
+    model[0].requires_grad_(False)
+    monkeypatch.setattr("accelerate.utils.broadcast", shared.extend)
+    Processes(0, 2).share_weights(model)
+    assert shared == []
+    Processes(0, 2, local_rank=0).share_weights(model)
+    assert [weights.data_ptr() for weights in shared] == [weights.data_ptr() for weights in model[1].parameters()]
