@@ -12,7 +12,7 @@ from pipeline.records import Completion, Usage, encode_line
 from scale import run_lease
 from scale.run_in_store import run_in_store
 from scale.run_lease import Lease
-from scale.storage import open_store
+from scale.storage import Folder, open_store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
 
@@ -125,3 +125,18 @@ def test_what_nodes_have_trained_comes_here_and_stays_in_the_store(tmp_path: Pat
         after = files(store)
         assert run_in_store([sys.executable, "-c", "pass"], url, folder) == 0
         assert files(folder) == files(store) == after
+
+
+def test_what_makes_a_student_whole_is_put_last(tmp_path: Path) -> None:
+    """Else a leading process that is killed while it puts one would leave a student that seems to be trained."""
+    folder, put = tmp_path / "one", list[str]()
+
+    class Recording(Folder):
+        def put(self, name: str, data: bytes | Path) -> None:
+            put.append(name)
+
+    for name in ("lineage.json", "student/lineage.json", "student/model.safetensors", "test.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    Mirror(Recording(tmp_path), folder, State("one")).push()
+    assert put == ["student/model.safetensors", "test.jsonl", "lineage.json", "student/lineage.json"]

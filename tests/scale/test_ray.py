@@ -160,7 +160,7 @@ def test_nodes_that_share_no_folder_train_a_run_in_a_store(tmp_path: Path) -> No
     alone, temporary = make_run(tmp_path / "alone", story_rows(21)), Path(tempfile.gettempdir())
     train = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
     subprocess.run([*train, str(alone.path)], cwd=ROOT, check=True)
-    with object_storage(), ray_cluster(2, blind=BLIND, hidden=[driver]) as (address, nodes):
+    with ray_cluster(2, blind=BLIND, hidden=[driver]) as (address, nodes), object_storage():
         store, told = open_store("s3://bucket/stories"), tmp_path / "told.txt"
         store.put("kept.jsonl", alone.kept)
         store.put("lineage.json", b'{"name": "stories", "review": {"rows": 21}}')
