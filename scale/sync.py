@@ -31,7 +31,7 @@ CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and worke
 NOT_FILES = ("lease", "parts", CLUSTER, "training-rows", "training-ray")  # no files of the run are in these folders
 TRAIN_READS = ("kept.jsonl", "logprobs.jsonl", "preferences.jsonl")  # files of the run
 TRAIN_WRITES = (  # files and folders
-    *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl"),
+    *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl", "teacher_logprobs.jsonl"),
     *("student-init", "student", "student-sft", "training", "tensorboard"),
 )
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each

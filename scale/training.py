@@ -12,9 +12,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from pipeline.rundir import RunDir
 from scale.cluster import Cluster
 from scale.generation import variables_of
 from scale.run_in_store import is_held, repeated
+from scale.run_lease import check_lease
 from scale.storage import open_store
 from scale.sync import TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, State, names_in
 from train.preferences import learned_from_answers
@@ -43,6 +45,7 @@ class Training(NamedTuple):
     run: RunDir
     flags: dict[str, bool]
     store: str = ""  # the URL of a run that is in one; else all nodes see its folder
+    lease: str = ""  # under which nodes may write there
 
 
 def train_on_cluster(address: str, training: Training) -> None:
@@ -56,6 +59,7 @@ def train_on_cluster(address: str, training: Training) -> None:
     if url := State.read(training.run.path).url:
         training = training._replace(store=url)
         _check_stored(training)
+        training = training._replace(lease=open_store(url).names("lease")[-1])
         _make_student(training)
     # A process stays in its folder, and prints as everywhere: with Ray Train's own print, what dill catches is shown.
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
@@ -163,7 +167,13 @@ def _fetched(training: Training, files: list[str]) -> Iterator[RunDir]:
     """
     os.environ[OWN_FOLDER] = "true"
     processes, folder = launched(), _folder_of_node(training)
-    mirror = Mirror(open_store(training.store), folder, State("node"))
+    store = open_store(training.store)
+    mirror = Mirror(store, folder, State("node"))
+
+    def put(what: Callable[[], None]) -> None:
+        check_lease(store, training.lease)  # a node may outlive the machine that had the lease
+        what()
+
     with processes.lead_first():
         if processes.lead_in_folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -171,14 +181,14 @@ def _fetched(training: Training, files: list[str]) -> Iterator[RunDir]:
             mirror.fetch_files(files)
     try:
         if processes.lead:
-            with repeated(mirror.put_checkpoints, "the checkpoints"):
+            with repeated(partial(put, mirror.put_checkpoints), "the checkpoints"):
                 yield RunDir(folder)
         else:
             yield RunDir(folder)
         with processes.lead_first():
             pass  # nobody reads in a folder of a node any more
         if processes.lead:
-            mirror.push()
+            put(mirror.push)
     finally:
         if processes.lead_in_folder:
             shutil.rmtree(folder.parent, ignore_errors=True)

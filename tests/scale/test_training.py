@@ -16,8 +16,9 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale import run_in_store, training
+from scale.run_lease import TakenOver
 from scale.storage import open_store
-from scale.sync import State
+from scale.sync import State, names_in
 from scale.training import MOST_LOSSES, Training, _train_here, reason_of, train_on_cluster
 from tests.tiny_student import make_recipe
 from train.processes import OWN_FOLDER, launched
@@ -122,7 +123,7 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
 ) -> None:
     """The first attempt is lost after its first checkpoint."""
     store, folder, attempts = open_store(tmp_path / "store"), tmp_path / "node" / "stories", []
-    for name in ("kept.jsonl", "completions.jsonl", "student/old", "lineage.json"):
+    for name in ("kept.jsonl", "completions.jsonl", "student/old", "lineage.json", "lease/000001.json"):
         store.put(name, name.encode())
     for name, value in ((OWN_FOLDER, "false"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
@@ -146,13 +147,17 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
                 assert time.monotonic() < end
                 time.sleep(0.02)
             raise KeyError("lost")
+        if len(attempts) == 3:
+            store.put("lease/000002.json", b"")  # another machine has taken the run over
+            (run.student / "new").unlink()
+            return
         assert (work / "checkpoint-2/model").read_text() == (work / "fingerprint").read_text() == "mine"
         shutil.rmtree(work)
         (run.student / "old").rename(run.student / "new")
 
     def fit(cluster: FakeCluster, training: Training) -> str | None:
         try:
-            _train_here(training, [name for name in store.names() if name != "completions.jsonl"], {})
+            _train_here(training, names_in(store, ["kept.jsonl", "lineage.json", "student", "training"]), {})
         except KeyError as error:
             return str(error)
         return None
@@ -161,5 +166,10 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
     monkeypatch.setattr(training, "_fit", fit)
     train_on_cluster("auto", told)
     assert "lost'; going on from the last checkpoint" in capsys.readouterr().err
-    assert store.names() == ["completions.jsonl", "kept.jsonl", "lineage.json", "student/new"]
+    assert store.names() == ["completions.jsonl", "kept.jsonl", "lease/000001.json", "lineage.json", "student/new"]
     assert not folder.parent.exists()
+    before = store.names()
+    monkeypatch.setattr(run_in_store, "TICK_S", 1000.0)
+    with pytest.raises(TakenOver, match="another machine has taken this run over"):
+        train_on_cluster("auto", told)
+    assert store.names() == sorted([*before, "lease/000002.json"])
