@@ -42,6 +42,7 @@ TRAIN = """if True:
     import shutil, sys
     from pathlib import Path
     store, step = Path(sys.argv[1]), sys.argv[2]
+    assert (store / "kept.jsonl").exists(), "what was only here was not put first"
     shutil.rmtree(store / "training", ignore_errors=True)
     if step != "end":
         (store / f"training/checkpoint-{step}").mkdir(parents=True)
