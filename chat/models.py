@@ -8,13 +8,13 @@ from typing import Literal
 
 from generate.dialect import Dialect
 from pipeline.address import is_loopback, is_port_open
-from pipeline.chat import asked_of_student
+from pipeline.chat import asked_of_student, told_in_words
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe, ServeConfig, TeacherConfig
 from pipeline.records import Message
 from pipeline.rundir import RunDir
 from pipeline.students import check_trained
-from serve.command import choose_device
+from serve.command import choose_device, merge_args
 from serve.machine import detect
 from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
 from serve.server import Server, free_port, served_models, serving, url_of
@@ -46,10 +46,8 @@ class Model:
         if self.name != TEACHER:
             system = self.recipe.student.system if self.recipe.student else None
             return "told its own system prompt" if system else "asked the question alone"
-        teacher = self.recipe.teacher
-        examples = f"{len(teacher.examples)} examples" if teacher.examples else ""
-        told = [part for part in ("a system prompt" if teacher.system else "", examples) if part]
-        return f"told {' and '.join(told)}" if told else "asked the question alone"
+        told = told_in_words(self.recipe.teacher)
+        return f"told {told}" if told else "asked the question alone"
 
     def at(self, base_url: str) -> None:
         """It answers there from now on, under the name that it is served by."""
@@ -139,5 +137,4 @@ def beside_others(config: ServeConfig, count: int) -> ServeConfig:
     if choose_device(config, detect()) == "cpu":
         return config.model_copy(update={"kv_cache_gib": config.kv_cache_gib or CACHE_GIB})
     share = ["--gpu-memory-utilization", f"{GPU_SHARE / count:.2f}"]
-    chosen = any(flag.startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in config.args)
-    return config if chosen else config.model_copy(update={"args": [*config.args, *share]})
+    return config.model_copy(update={"args": merge_args(share, config.args)})

@@ -47,6 +47,7 @@ from evaluate.report.html import publish
 from filters.answer import as_answer
 from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
+from pipeline.chat import told_in_words
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
@@ -172,7 +173,7 @@ def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
             found["probes"] = _interview(plan, subject, "probes", plan.probes.all)
         if plan.questions.all:
             found["verify"] = _interview(plan, subject, "verify", plan.questions.all, timed=timed)
-        if plan.questions.all and subject.key == BEFORE and (recipe.teacher.system or recipe.teacher.examples):
+        if plan.questions.all and subject.key == BEFORE and told_in_words(recipe.teacher):
             found["verify-told"] = _interview(plan, subject, "verify-told", plan.questions.all, told=True)
     if here and recipe.evaluate.lm_eval:
         what, entry = " and ".join(recipe.evaluate.lm_eval), plan.entry("tasks", subject, [])

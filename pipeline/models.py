@@ -60,13 +60,18 @@ def resolve_model(reference: str) -> str:
         if not embedded.is_dir():
             _fetch_embedded(reference.removeprefix(PREFIX), embedded)
         return str(embedded)
-    folder = Path(reference).expanduser()
-    if reference.startswith(("/", "./", "../", "~")) or folder.is_dir():
+    if is_path(reference):
+        folder = Path(reference).expanduser()
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is not there"
             raise UsageError(f"model {reference}: the folder {state}; give a model folder or a Hub id")
         return str(folder)
     return reference
+
+
+def is_path(reference: str) -> bool:
+    """Whether a model reference names a folder of this machine, there or not, and no Hub id."""
+    return reference.startswith(("/", "./", "../", "~")) or Path(reference).is_dir()
 
 
 def model_folder(reference: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.memory import peak_bytes
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig, Weights
 from train.processes import Processes
@@ -137,8 +138,7 @@ def peak_memory() -> int:
     """Bytes that this process has held at once, at most: of the GPU's memory, or of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return peak_bytes()
 
 
 def micro_tokens(model: Any, config: TrainConfig, free: int, shards: int = 1) -> int:

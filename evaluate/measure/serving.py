@@ -53,14 +53,12 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
             raise
 
 
-def answer_probes(
-    recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt] | None = None
-) -> ProbeResult:
+def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt]) -> ProbeResult:
     """The recipe's teacher, which may be a server of ours, answers the prompts with the recipe's own sampling.
 
-    `asked` are the same prompts as this model is asked them (evaluate.models.as_asked); none: as they are.
+    `asked` are the same prompts as this model is asked them (evaluate.models.as_asked).
     """
-    ask_prompts(recipe, folder, asked or prompts)
+    ask_prompts(recipe, folder, asked)
     answers = _answers_in(RunDir(folder), prompts, recipe.teacher.model)
     if not answers:
         raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")

@@ -49,6 +49,7 @@ from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskR
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
+from pipeline.chat import told_in_words
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
@@ -313,9 +314,8 @@ def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]
         f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
         f"{recipe.sampling.max_tokens} tokens. Shares have Wilson's interval; differences and ratios are paired."
     )
-    if recipe.teacher.system or recipe.teacher.examples:
-        told = ["a system prompt"] * bool(recipe.teacher.system) + ["examples"] * bool(recipe.teacher.examples)
-        yield f"The teacher alone is told {' and '.join(told)}; a student is not, unless its column says told."
+    if told := told_in_words(recipe.teacher):
+        yield f"The teacher alone is told {told}; a student is not, unless its column says told."
     if TEACHER not in verified.answers:
         yield "The teacher was not asked: its weights are not here (see evaluate.ask_teacher)."
 

@@ -113,7 +113,7 @@ def measure(recipe: Recipe, run: RunDir, *, speed: bool = True, probes: bool = F
         if speed:
             timed = measure_speed(recipe, server, folder, speed_prompts(recipe, run, ROWS))
         if probes:
-            probed = answer_probes(recipe_for(recipe, server), folder / "probes", PROBES)
+            probed = answer_probes(recipe_for(recipe, server), folder / "probes", PROBES, PROBES)
     return timed, probed
 
 
