@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.chapter_filter import PROMPT, RULES, completion, recipe_of
+from benchmarks.chapter_filter import RULES
 from benchmarks.measure import Measured, flags, measured, show
-from benchmarks.stories import Writer
+from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.run import filter_run
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir

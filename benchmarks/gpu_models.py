@@ -50,6 +50,6 @@ def filled_tokenizer(vocabulary: int) -> Any:
 
 
 def rows(count: int, longer: int = LONGER) -> list[dict[str, Any]]:
-    """Made-up rows, so many times longer than a real run's: a word is a token of the tokenizer above."""
+    """Made-up rows, `longer` times as long as a real run's: a word is a token of the tokenizer above."""
     made = made_up_rows(count, words_per_token=longer)
     return [{**row, "told": row["prompt"], "id": str(number)} for number, row in enumerate(made)]

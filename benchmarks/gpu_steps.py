@@ -86,7 +86,7 @@ def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def method_alone(method: str, options: argparse.Namespace, **changes: Any) -> Iterator[Row]:
-    """So many steps of a method."""
+    """The steps of one method, compared with nothing."""
     if method == "qlora" and not find_spec("bitsandbytes"):
         raise Skip("bitsandbytes is not installed")
     yield scored("", options, method, **changes)
@@ -111,7 +111,7 @@ def number_formats(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def pass_sizes(options: argparse.Namespace) -> Iterator[Row]:
-    """Forward passes of so many tokens: which size fills the card, and whether the estimate of memory is right."""
+    """Forward passes of several sizes: which one fills the card, and whether the estimate of memory is right."""
     from transformers import AutoConfig
 
     from pipeline.train_config import TrainConfig

@@ -19,9 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chapter_filter import PROMPT, completion
 from benchmarks.measure import flags, show
 from benchmarks.runs import recipe_for
+from benchmarks.stories import PROMPT, completion
 from generate.budget import Spend
 from generate.context import opened_run
 from generate.idset import WIDTH, IdSet

@@ -22,9 +22,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.chapter_filter import PROMPT, completion, recipe_of
 from benchmarks.measure import Measured, flags, measured, show
-from benchmarks.stories import Writer
+from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.minhash import fold
 from filters.run import filter_run
 from pipeline.records import encode_line

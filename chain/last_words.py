@@ -1,4 +1,4 @@
-"""The end of the chain: what was won in three lines, and how to talk to the student.
+"""The end of the chain: what the student gained in a few lines, and how to talk to it.
 
 Reads the report, and writes nothing.
 """

@@ -26,7 +26,7 @@ GPU_SHARE = 0.9  # of a GPU's memory, for all servers together: vLLM's own
 
 @dataclass
 class Model:
-    """One model that is asked, as its address becomes known."""
+    """One model that is asked. Its address becomes known when its server is ready."""
 
     name: str
     label: str
@@ -50,7 +50,7 @@ class Model:
         return f"told {told}" if told else "asked the question alone"
 
     def at(self, base_url: str) -> None:
-        """It answers there from now on, under the name that it is served by."""
+        """Marks the model as ready: it answers there, under its own name."""
         served = TeacherConfig(model=self.name, base_url=base_url, api_key_env="VLLM_API_KEY")
         if self.name == TEACHER:
             served = self.recipe.teacher.model_copy(update={"base_url": base_url})
@@ -110,7 +110,7 @@ def starting(models: Sequence[Model], run: RunDir) -> Iterator[None]:
 
 
 def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: threading.Event) -> None:
-    """Starts one of `count` servers; what goes wrong is said by the model's state."""
+    """Starts one of `count` servers. Raises nothing: an error becomes the model's state."""
 
     def waiting(seconds: float, line: str) -> None:
         model.said = f"starting vLLM, {seconds:.0f} s"

@@ -184,8 +184,8 @@ def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
 def _interview(
     plan: Plan, subject: Subject, name: str, prompts: list[Prompt], *, told: bool = False, timed: int = 0
 ) -> Measurement:
-    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: so many of them, from
-    the first, are asked again to time the answers.
+    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: how many of them, from
+    the first on, are asked once more to time the answers.
     """
     asked = as_asked(plan.recipe, subject, prompts, told=told)
 

@@ -73,7 +73,7 @@ class Experiment:
 
 
 def _keep_rate(setup: Setup) -> Prepared:
-    """The best shares of all answers but those to the test prompts, the rules' drops taken in as they rank."""
+    """The best shares of all answers except those to test prompts; answers that the rules drop are ranked, too."""
     shares = parse_shares(setup.options.shares)
     base = _answered(setup, setup.base)
     test = part_rows(read_rows(base), setup.recipe.prompts).test
@@ -101,7 +101,7 @@ def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> d
 
 
 def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
-    """The run without its test part: neither its prompts nor what the filters found to say the same as its rows."""
+    """The run without answers to test prompts, and without those that the filters found to repeat a test row."""
     pool, part_of = RunDir(setup.folder / "pool"), setup.recipe.prompts.part_of
     pool.path.mkdir(parents=True, exist_ok=True)
     questions, ids = {prompt_text(row) for row in test}, {row.id for row in test}

@@ -155,7 +155,7 @@ def _accuracy_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
 
 
 def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:
-    """What was measured of the arms' students; each arm's report, which is of this very student, used the same."""
+    """What was measured of each arm's student, from the files that the arm's report was made of."""
     found = {arm.name: read_result(arm.run.path / FOLDER / f"{name}.json", kind) for arm in arms}
     return {arm: result for arm, result in found.items() if result}
 
@@ -216,7 +216,7 @@ def _cell(column: Column, estimate: Estimate | None) -> str:
 
 
 def said(results: Results) -> list[str]:
-    """The significant differences in words, the remarks, and what none of it says."""
+    """The significant differences in words, the remarks, and how far all of it can be trusted."""
     lines = [_told(found) for found in results.differences if found.improved is not None]
     quiet = len(results.differences) - len(lines)
     if lines and quiet:

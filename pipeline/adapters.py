@@ -39,7 +39,7 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
 
 
 def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
-    """The folder itself; of an adapter, `merged`: the adapter added to its base, made once and by rename."""
+    """The folder itself; for an adapter the folder `merged`, its base with the adapter added, made once, by rename."""
     if not (folder / ADAPTER).is_file():
         return folder
     made_of = {"base": str(base), "adapter": digest_files(folder)}

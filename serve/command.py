@@ -153,7 +153,7 @@ def loaded_dtype(config: ServeConfig, machine: Machine) -> str | None:
 
 
 def ranks(config: ServeConfig, kinds: Sequence[str] = RANKS) -> int:
-    """vLLM's processes that compute together, each on a GPU of its own, by the flags of these kinds."""
+    """How many vLLM processes compute together, each on its own GPU, by the flags of these kinds."""
     user = _values(config.args)
     return math.prod(max(1, int(user.get(name) or 1)) for name in kinds)
 

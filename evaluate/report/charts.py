@@ -21,7 +21,7 @@ from evaluate.document import (
 from evaluate.figures.promise import QUALITY, TIMES
 from evaluate.models import TEACHER
 
-WIDE = 50  # if the ends of a scale are so many times apart, it is logarithmic: else a long bar hides the short ones
+WIDE = 50  # a scale whose ends are more times apart than this is logarithmic: else one long bar hides the short ones
 ROOM = 1.15  # left at both ends of the three axes
 LOGARITHMIC = "logarithmic scale"
 

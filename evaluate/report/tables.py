@@ -148,7 +148,7 @@ def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Lin
 
 
 def _lines(figure: Estimate, show: Callable[[float], str], *, counted: bool = False) -> list[Line]:
-    """A figure and its interval; `counted`: without one if that has no width."""
+    """A figure and its interval. An interval without width is left out of a figure that was counted."""
     told = not counted or figure.low < figure.high
     return [Line(show(figure.value)), *([Line(figure.interval(show))] if told else [])]
 

@@ -81,8 +81,8 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, t
     """Both chat templates should render a prompt alike, the system message included, unless the teacher is told more.
 
     Models with the same tokens must make the same text of it; if not, a template is broken, or only one adds a system
-    message. Models of different families frame turns with other tokens, which does no harm; words that only one of
-    them adds do.
+    message. Models of different families frame turns with other tokens, which does no harm. Words that only one of
+    them adds do harm.
     """
     prompts = _distinct(rows)
     own = [_render(student, messages) for messages in prompts]
