@@ -53,7 +53,7 @@ def main() -> None:
     add(out / "results.jsonl", {"step": "machine", **facts})
     with tempfile.TemporaryDirectory() as work:
         for name in options.steps.split(","):
-            error = run_child(name, options, work, out)
+            error = run_apart(name, options, work, out)
             if error:
                 add(out / "results.jsonl", {"step": name, "error": error})
     print(table(out / "results.jsonl"))
@@ -70,7 +70,7 @@ def machine() -> dict[str, str]:
     return {"card, driver, memory": card, "python": sys.version.split()[0], **found}
 
 
-def run_child(name: str, options: argparse.Namespace, work: str, out: Path) -> str:
+def run_apart(name: str, options: argparse.Namespace, work: str, out: Path) -> str:
     """Runs a step in a process of its own, and ends all that it started. What went wrong, or nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--work", work, "--out", str(out)]
     command += ["--count", str(options.count), "--smollm2", options.smollm2, *(["--small"] if options.small else [])]

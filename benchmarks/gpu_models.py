@@ -13,7 +13,7 @@ SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.
 LONGER = 4  # times as long as the stories of lengths.json: about 400 tokens
 
 
-def model_folder(work: Path, shape: str, *, weights: bool = True) -> str:
+def random_model(work: Path, shape: str, *, weights: bool = True) -> str:
     """A folder with config, tokenizer and, unless vLLM makes them up itself, weights. It is made once."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.gpu_models import LONGER, model_folder, rows
+from benchmarks.gpu_models import LONGER, random_model, rows
 
 GIB = 1 << 30
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}  # dense, 16 bits, by NVIDIA
@@ -159,7 +159,7 @@ def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False
     """R of benchmarks.saturation: our client through `make serve` against the same engine without a server."""
     if not find_spec("vllm"):
         raise Skip("vllm is not installed")
-    model = model_folder(Path(options.work), "small" if options.small else "1.5b", weights=False)
+    model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     sizes = {"requests": 24, "slots": 8, "tokens": 8, "concurrency": "auto", "runs": 1}
     if not options.small:
         sizes = {"requests": 4096, "slots": 256, "tokens": tokens, "concurrency": "auto,256,512", "runs": 1}
@@ -173,7 +173,7 @@ def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:
     """vLLM's own figure for requests of the same number and lengths."""
     if not find_spec("vllm"):
         raise Skip("vllm is not installed")
-    model = model_folder(Path(options.work), "small" if options.small else "1.5b", weights=False)
+    model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", model]
     command += ["--load-format", "dummy", "--dataset-name", "random", "--max-num-seqs", "256"]
     lengths = ("8", "8", "24") if options.small else ("40", "128", "4096")
@@ -187,7 +187,7 @@ def output(command: list[str], env: dict[str, str]) -> str:
 
 
 def student(options: argparse.Namespace) -> str:
-    return model_folder(Path(options.work), "small" if options.small else "0.5b")
+    return random_model(Path(options.work), "small" if options.small else "0.5b")
 
 
 def fresh(options: argparse.Namespace) -> Path:
@@ -223,7 +223,7 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     config = TrainConfig(**settings(method, options, **changes))
     teacher = None
     if config.soft:
-        teacher = TeacherConfig(model=model_folder(Path(options.work), "small" if options.small else "1.5b"))
+        teacher = TeacherConfig(model=random_model(Path(options.work), "small" if options.small else "1.5b"))
     console = Console(stderr=True, soft_wrap=True)
     ready = prepare(model or student(options), examples(options, config), config, fresh(options), console, teacher)
     ready.trainer.remove_callback(Milestones)

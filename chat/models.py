@@ -16,7 +16,7 @@ from pipeline.rundir import RunDir
 from pipeline.students import check_trained
 from serve.command import choose_device, merge_args
 from serve.machine import detect
-from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
+from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 from serve.server import Server, free_port, served_models, serving, url_of
 
 LABELS = {TEACHER: "teacher", BEFORE: "student before", STUDENT: "student after"}  # in the order of the columns
@@ -71,7 +71,7 @@ def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Mod
             url = recipe.teacher.url
             found = url if not is_loopback(url) or is_port_open(url) else None
         else:
-            _, host, port = place_of(recipe, model.name)
+            _, host, port = address_of(recipe, model.name)
             url = url_of(host, port)
             found = url if is_port_open(url) and _serves(url, model, run) else None
         if found:

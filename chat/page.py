@@ -30,18 +30,18 @@ from serve.named import TEACHER
 PAGE = Path(__file__).with_name("page.html")
 
 
-class Turn(BaseModel):
+class PageTurn(BaseModel):
     """One turn of a conversation, as the page has it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
 
-class Asked(BaseModel):
+class ChatRequest(BaseModel):
     """A conversation that a model is to go on with."""
 
     model: str
-    turns: list[Turn]
+    turns: list[PageTurn]
 
 
 def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) -> FastAPI:
@@ -69,7 +69,7 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
         }
 
     @app.post("/{token}/ask")
-    async def ask(asked: Asked) -> StreamingResponse:
+    async def ask(asked: ChatRequest) -> StreamingResponse:
         if asked.model not in by_name or not asked.turns:
             raise HTTPException(422)
         conversation = [Message(one.role, one.content) for one in asked.turns]

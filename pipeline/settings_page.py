@@ -41,7 +41,7 @@ This page is made by `python -m pipeline.settings_page > docs/settings.md`.
 """
 
 
-class Setting(NamedTuple):
+class RecipeKey(NamedTuple):
     """One key of a recipe."""
 
     key: str
@@ -55,13 +55,13 @@ class Group(NamedTuple):
 
     name: str
     about: str
-    keys: list[Setting]
+    keys: list[RecipeKey]
 
 
 def groups(section: type[Section] = Recipe, name: str = "", about: str = "") -> Iterator[Group]:
     """All sections in the order of the recipe, each before the sections within it."""
     fields = {f"{name}.{field.alias or key}".lstrip("."): field for key, field in section.model_fields.items()}
-    yield Group(name, about, [_setting(key, field) for key, field in fields.items() if not section_of(field)])
+    yield Group(name, about, [_recipe_key(key, field) for key, field in fields.items() if not section_of(field)])
     for key, field in fields.items():
         if inner := section_of(field):
             text = " ".join(filter(None, (inner.__doc__, field.description)))
@@ -97,14 +97,14 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _setting(key: str, field: FieldInfo) -> Setting:
+def _recipe_key(key: str, field: FieldInfo) -> RecipeKey:
     if field.default is PydanticUndefined:
         default = "required"
     elif isinstance(field.default, dict) and field.default:
         default = ", ".join(field.default)
     else:
         default = str(yaml.safe_dump(field.default, allow_unicode=True)).removesuffix("...\n").strip()
-    return Setting(key, _kind(field.annotation), default, " ".join((field.description or "").split()))
+    return RecipeKey(key, _kind(field.annotation), default, " ".join((field.description or "").split()))
 
 
 def _kind(annotation: Any) -> str:

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import msgspec
 
-from evaluate.document import Answer, Estimate, Part, Sample
+from evaluate.document import Estimate, Part, Sample, ShownAnswer
 from evaluate.figures.quality import probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
 from evaluate.measure.probes import ProbePrompts
@@ -107,12 +107,12 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
     new = unseen[: SAMPLES // 3]
     samples = []
     for prompt in [*test[: SAMPLES - len(new)], *new]:
-        shown = [Answer("reference", as_text(prompt.reference))] if prompt.reference is not None else []
+        shown = [ShownAnswer("reference", as_text(prompt.reference))] if prompt.reference is not None else []
         for key, label in labels.items():
             if key in verified.answers:
                 row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
                 wrong = {reason.rule: describe(reason) or reason.what for reason in reasons}
-                shown.append(Answer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
+                shown.append(ShownAnswer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
     return samples

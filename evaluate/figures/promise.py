@@ -69,7 +69,7 @@ def holds(parts: Sequence[Claim]) -> bool | None:
     return True if {claim.axis for claim in measured} == set(AXES) else None
 
 
-def shown(claim: Claim) -> Callable[[float], str]:
+def ratio_format(claim: Claim) -> Callable[[float], str]:
     """How the ratio of a part is written: 57.1% of the quality, 3.11×."""
     if claim.axis == "quality":
         return lambda value: f"{value:.1%}" if value < 10 else f"{value:.0f}×"

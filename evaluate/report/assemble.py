@@ -15,9 +15,8 @@ import numpy as np
 from evaluate.document import (
     SCHEMA,
     Accuracy,
-    Answer,
     Estimate,
-    Filtering,
+    FilterSummary,
     Headline,
     ModelReport,
     Part,
@@ -25,7 +24,8 @@ from evaluate.document import (
     Report,
     Rows,
     Sample,
-    Training,
+    ShownAnswer,
+    TrainingLog,
     exactly,
     number,
     percent,
@@ -78,7 +78,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     rows = _rows(plan, scores, unseen)
     probes = _probe_set(plan, results, quality)
     move = "or move it away to go without"
-    training = read_json(run.student / "training_log.json", Training, f"train again, {move} the loss curve")
+    training = read_json(run.student / "training_log.json", TrainingLog, f"train again, {move} the loss curve")
     stages = ("generate", "filters", "train", "evaluate")
     return Report(
         schema=SCHEMA,
@@ -89,8 +89,8 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         models=models,
         rows=rows,
         samples=_samples(plan, answers, quality),
-        training=training or Training(),
-        filters=read_json(run.filter_report, Filtering, f"filter again, {move} the drops"),
+        training=training or TrainingLog(),
+        filters=read_json(run.filter_report, FilterSummary, f"filter again, {move} the drops"),
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
         commands=[f"python -m {stage} {run.recipe} --run {run.path}" for stage in stages],
         machine=describe_machine(),
@@ -275,7 +275,7 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
             if subject.key in answers:
                 row, own = answers[subject.key][id_], quality.answers[subject.key][id_]
                 about = (said(row), subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
-                shown.append(Answer(subject.label, *about))
+                shown.append(ShownAnswer(subject.label, *about))
         prompt = next(iter(answers.values()))[id_]
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))

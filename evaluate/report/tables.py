@@ -20,7 +20,7 @@ from evaluate.document import (
     number,
     percent,
 )
-from evaluate.figures.promise import shown
+from evaluate.figures.promise import ratio_format
 from evaluate.models import AFTER
 
 NOTHING = "–"
@@ -163,7 +163,7 @@ def promise(report: Report) -> Table:
     rows = []
     for claim in report.headline.claims:
         promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
-        here = _lines(claim.value, shown(claim), counted=True) if claim.value else [Line(NOTHING)]
+        here = _lines(claim.value, ratio_format(claim), counted=True) if claim.value else [Line(NOTHING)]
         rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
     return Table("the promise", ["promised", "here", "holds"], rows)
 

@@ -121,8 +121,8 @@ def test_what_runs_already_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "config.json").write_text("{}")
     with misbehaving() as teacher, misbehaving(models=["before"]) as before:
         recipe = recipe_for(teacher, student={"model": str(folder)})
-        place = chat.models.place_of(recipe, "before")._replace(port=int(before.url.split(":")[2].split("/")[0]))
-        monkeypatch.setattr(chat.models, "place_of", lambda *_: place)
+        address = chat.models.address_of(recipe, "before")._replace(port=int(before.url.split(":")[2].split("/")[0]))
+        monkeypatch.setattr(chat.models, "address_of", lambda *_: address)
         models = choose_models(recipe, run, ["before", "teacher"])
         assert [(model.name, model.state) for model in models] == [("teacher", "ready"), ("before", "ready")]
         assert models[1].recipe.teacher.url == before.url and models[1].recipe.teacher.model == "before"

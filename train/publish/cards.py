@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.chat import system_of_student
 from pipeline.models import is_path
 from pipeline.recipe import Recipe, slot_values
-from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
+from train.checks.licences import LicenceChain, licence_table, model_name, on_the_hub, terms_of
 from train.checks.pair import OUR_TAG, told_only
 from train.teacher import known_files, read_card
 
@@ -155,7 +155,7 @@ def _card(
         recipe=recipe,
         lineage=lineage,
         teacher=published(recipe.teacher.model),
-        read=table().read,
+        read=licence_table().read,
         told=told_only(recipe),
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,
