@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.memory import peak_bytes
+from pipeline.resources import peak_bytes
 
 
 def flags(about: str | None, **defaults: Any) -> argparse.Namespace:

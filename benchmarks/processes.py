@@ -20,9 +20,9 @@ import yaml
 from benchmarks.measure import flags, show
 from benchmarks.training import made_up_rows
 from evaluate.measure.results import answer_row
-from pipeline.memory import peak_bytes
 from pipeline.models import resolve_model
 from pipeline.records import Kept, Message, Prompt, encode_line
+from pipeline.resources import peak_bytes
 
 WAYS: dict[str, list[str]] = {"one": [], "DDP": ["--multi_gpu"], "FSDP": ["--use_fsdp"]}
 

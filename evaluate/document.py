@@ -300,6 +300,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def read_report(run: RunDir) -> Report | None:
     """The report on disk; None if there is none or it is of another version."""
     try:
-        return msgspec.json.decode(run.report.read_bytes(), type=Report)
+        report = msgspec.json.decode(run.report.read_bytes(), type=Report)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+    return report if report.schema == SCHEMA else None

@@ -153,9 +153,12 @@ def loaded_dtype(config: ServeConfig, machine: Machine) -> str | None:
 
 
 def ranks(config: ServeConfig, kinds: Sequence[str] = RANKS) -> int:
-    """How many vLLM processes compute together, each on its own GPU, by the flags of these kinds."""
-    user = _values(config.args)
-    return math.prod(max(1, int(user.get(name) or 1)) for name in kinds)
+    """How many vLLM processes compute together, each on its own GPU, by the flags of these kinds.
+
+    What is no number is left for vLLM to refuse.
+    """
+    given = (_values(config.args).get(name, "") for name in kinds)
+    return math.prod(max(1, int(value)) for value in given if value.isdigit())
 
 
 def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:

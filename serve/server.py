@@ -23,9 +23,9 @@ from urllib.request import ProxyHandler, Request, build_opener
 import psutil
 
 from pipeline.errors import DistillError, UsageError
-from pipeline.memory import peak_bytes
 from pipeline.models import resolve_model
 from pipeline.recipe import ServeConfig
+from pipeline.resources import peak_bytes
 from serve.checks import check_memory, check_port, check_vllm
 from serve.command import Command, build_command
 from serve.machine import detect

@@ -8,13 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 
 from pipeline.errors import DistillError, RecipeError, UsageError
-from pipeline.memory import peak_bytes
 from pipeline.recipe import TeacherConfig
+from pipeline.resources import free_bytes, peak_bytes
 from pipeline.train_config import TrainConfig, Weights
 from train.processes import Processes
 
@@ -121,10 +120,10 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that are free: the GPU's, with those that torch holds ready, or the machine's."""
+    """Bytes that are free: the GPU's, with those that torch holds ready, or what the machine or its container has."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available
+    return free_bytes(Path("/"))
 
 
 def free_beside(*models: Any, shards: int = 1) -> int:
