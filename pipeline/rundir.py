@@ -49,6 +49,7 @@ class RunDir:
     filter_report = File("filter_report.json")  # `filters`
     review_sample = File("review_sample.json")  # the answers that a person reviews; `filters.review`
     reviews = File("reviews.jsonl")  # the person's verdicts, in the order given; `filters.review`
+    teacher_logprobs = File("teacher_logprobs.jsonl")  # as its endpoint said (`kd.teacher: served`); `train`
     checks = File("checks.json")  # what was checked before training; `train`
     validation = File("validation.jsonl")  # the kept rows that chose the best checkpoint; `train`
     test = File("test.jsonl")  # the kept rows that training never saw; `train`

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "serve": {"pipeline"},
     "generate": {"pipeline"},
     "filters": {"generate", "pipeline"},
-    "train": {"pipeline"},
+    "train": {"generate", "pipeline"},
     "evaluate": {"filters", "generate", "serve", "pipeline"},  # serve: it times models on the engine they run on
     "chat": {"generate", "pipeline", "serve"},
     "experiments": {"chain", "evaluate", "filters", "generate", "pipeline", "serve", "train"},

@@ -35,6 +35,7 @@ class Setting:
     console: Console
     processes: Processes
     teacher: TeacherConfig | None = None  # that a soft method follows
+    logprobs: Path | None = None  # the file of what it said of the answers, if it is not beside the student
 
 
 def precision(weights: Weights) -> str:

@@ -18,7 +18,8 @@ from pipeline.train_config import TrainConfig
 from train.machine import Setting, free_beside, micro_rows, micro_tokens
 from train.soft import FIX, load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
-from train.tokens import Told, before_samples, prompt_of
+from train.tokens import prompt_of
+from train.told import SharedStart, Told, before_samples
 from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
 
 
@@ -44,6 +45,7 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
 
     def __init__(self, *, tokenised: StudentTrainer, told: Told, **settings: Any) -> None:
         self.micro, self.collate, self.told = tokenised.micro, tokenised.collate, told
+        self.start = SharedStart(told, tokenised.train_dataset)
         prompts = [prompt_of(row) for row in tokenised.train_dataset]
         DistillationTrainer.__init__(
             self,
@@ -61,8 +63,14 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
         self, unwrapped_model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, **more: Any
     ) -> Any:
         if self.told and unwrapped_model is self.accelerator.unwrap_model(self.teacher_model):
-            blank = self.processing_class.pad_token_id
-            input_ids, attention_mask = before_samples(input_ids, attention_mask, logits_to_keep, self.told, pad, blank)
+            blank, start = self.processing_class.pad_token_id, len(self.start.ids)
+            ids, mask = before_samples(input_ids, attention_mask, logits_to_keep, self.told, pad, blank, start)
+            places = mask.cumsum(dim=1)[:, start:] - 1
+            states = self.start.of(unwrapped_model, len(ids))
+            output = unwrapped_model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=places.clamp(min=0), past_key_values=states
+            )
+            return output.last_hidden_state[:, -logits_to_keep - 1 : -1]
         return super()._get_last_hidden_state(unwrapped_model, input_ids, attention_mask, logits_to_keep, **more)
 
 

@@ -151,7 +151,8 @@ def _on_rows(
                 shape([row])[0] | {"id": row.id, "told": template_turns(told_to_teacher(row.messages, recipe.teacher))}
             ),
         )
-    prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=run.logprobs, **setting)
+    logprobs = run.logprobs if config.kd.teacher == "stored" else run.teacher_logprobs
+    prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=logprobs, **setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
     decide(of_tokens, earlier=checks)

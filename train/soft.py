@@ -21,7 +21,8 @@ from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, half_dtype
 from train.student_trainer import Loss, StudentTrainer, completion_logits
 from train.teacher import known_files, parameters_of
-from train.tokens import Batch, Told, key_of, of_teacher
+from train.tokens import Batch, key_of
+from train.told import SharedStart, Told, of_teacher
 from train.top_k import TopK
 
 FIX = "use train.method: lora or full, which learn from its text"
@@ -102,7 +103,8 @@ class SoftTrainer(StudentTrainer):
 class KdTrainer(SoftTrainer):
     """With the teacher beside the student: the divergence is over their shared vocabulary."""
 
-    told: Told  # set before training
+    told: Told  # this and the next are set before training
+    start: SharedStart
 
     def __init__(self, *, teacher: Any, **settings: Any) -> None:
         super().__init__(**settings)
@@ -114,8 +116,8 @@ class KdTrainer(SoftTrainer):
         from trl.experimental.gkd import GKDTrainer  # warns when it is imported; trainers run with warnings muted
 
         with torch.no_grad():
-            told = of_teacher(inputs, self.told, self.processing_class.pad_token_id)
-            other, _, _ = completion_logits(self.teacher, told)
+            told = of_teacher(inputs, self.told, self.processing_class.pad_token_id, len(self.start.ids))
+            other, _, _ = completion_logits(self.teacher, told, self.start.of(self.teacher, len(told["labels"])))
         own, other = (either[:, : self.vocabulary].float() for either in (logits, other))
         temperature = self.soft.temperature
         return GKDTrainer.generalized_jsd_loss(own, other, beta=0, temperature=temperature, reduction="sum")

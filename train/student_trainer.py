@@ -136,12 +136,14 @@ def text_loss(model: Any, inputs: Batch) -> Loss:
     return cross_entropy(logits.float(), targets, reduction="sum"), len(targets), router_loss
 
 
-def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def completion_logits(
+    model: Any, inputs: Batch, start: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Logits (tokens, vocabulary) where a completion token is predicted, those tokens, and the loss of a router if any.
 
     A mixture of experts has a router; its loss says how unevenly the experts are used. The output head is applied from
     the first such position on. Over a vocabulary of 50,000 to 150,000 it costs a small model as much as its layers, and
-    its logits for prompts are not used.
+    its logits for prompts are not used. `start`: the cache of what comes before the inputs.
     """
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
@@ -151,6 +153,7 @@ def completion_logits(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Te
         input_ids=inputs["input_ids"],
         **places,
         logits_to_keep=positions,
-        use_cache=False,
+        past_key_values=start,
+        use_cache=start is not None,
     )
     return output.logits[learned[:, first:]], inputs["labels"][learned], getattr(output, "aux_loss", None)

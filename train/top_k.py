@@ -3,24 +3,29 @@
     stored   logprobs.jsonl, as `sampling.logprobs` left it: what the teacher said when it answered
     served   the teacher's endpoint, asked once before training; it must be vLLM's (`prompt_logprobs`, `/tokenize`)
 
-Returns arrays by row; writes no file. Tokens are compared by what they are: rows whose tokens are not the student's
-are found, and refused if they are many.
+Returns arrays by row. What an endpoint says is written to teacher_logprobs.jsonl as it comes, so that a training that
+goes on, or another one of the same answers, asks for nothing again. Tokens are compared by what they are: rows whose
+tokens are not the student's are found, and refused if they are many.
 """
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 
+from generate.journal import Journal
 from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
-from train.processes import ALONE, Processes
-from train.tokens import MASKED, TokenRow, Told, key_of, prompt_of
+from train.machine import Setting
+from train.tokens import MASKED, TokenRow, key_of, prompt_of
+from train.told import Told
 
 # By a row's tokens: ids (completion tokens, k) and their logprobs in nats; an id of -1: nothing is known.
 TopK = dict[bytes, tuple[NDArray[np.int32], NDArray[np.float16]]]
@@ -72,11 +77,7 @@ def _aligned(
 
     What the teacher says of a token holds if all tokens before it are the same.
     """
-    chosen = np.frombuffer(line.chosen, "<i4")
-    likeliest, logprobs = (
-        np.frombuffer(data, kind).reshape(-1, line.top)
-        for data, kind in ((line.likeliest, "<i4"), (line.logprobs, "<f2"))
-    )
+    chosen, (likeliest, logprobs) = np.frombuffer(line.chosen, "<i4"), _arrays(line)
     if line.names:
         ids = np.array([*(names.get(name, -1) for name in line.names), -1], np.int32)  # the last one is for -1
         chosen, likeliest = ids[chosen], ids[likeliest]
@@ -87,6 +88,12 @@ def _aligned(
     own = np.full((len(answer), line.top), -1, np.int32), np.zeros((len(answer), line.top), np.float16)
     own[0][:told], own[1][:told] = likeliest[:told], logprobs[:told]
     return *own, told
+
+
+def _arrays(line: TokenLogprobs) -> tuple[NDArray[np.int32], NDArray[np.float16]]:
+    """A line's ids and their logprobs: (tokens, top) each."""
+    likeliest, logprobs = np.frombuffer(line.likeliest, "<i4"), np.frombuffer(line.logprobs, "<f2")
+    return likeliest.reshape(-1, line.top), logprobs.reshape(-1, line.top)
 
 
 def token_names(tokenizer: Any) -> dict[bytes, int]:
@@ -102,33 +109,54 @@ def token_names(tokenizer: Any) -> dict[bytes, int]:
     return names
 
 
-def ask_endpoint(
-    teacher: TeacherConfig,
-    top: int,
-    rows: Sequence[TokenRow],
-    tokenizer: Any,
-    told: Told,
-    console: Console,
-    processes: Processes = ALONE,
-) -> TopK:
+def ask_endpoint(setting: Setting, rows: Sequence[TokenRow], tokenizer: Any, told: Told) -> TopK:
     """What the teacher's endpoint says of the rows' answers, after the prompts that it is told.
 
     Each of several processes asks about its share of the rows, and has what all were told. Raises RecipeError if
-    its tokenizer is not the student's, DistillError if it cannot be asked.
+    its tokenizer is not the student's, DistillError if it cannot be asked: what it has said by then is kept.
     """
+    teacher, file, processes, top = setting.teacher, setting.logprobs, setting.processes, setting.config.kd.top_k
+    assert teacher is not None and file is not None
     client = endpoint_client(teacher, told)
     check_tokens(client, rows[:COMPARED_ROWS], tokenizer)
-    console.print(f"{teacher.url}: {teacher.model} is asked about {len(rows)} answers")
     rows = rows[processes.rank :: processes.count]
-    sequences, starts = [list(row["input_ids"]) for row in rows], [len(prompt_of(row)) for row in rows]
+    ids = [_asked_id(row, teacher, top, told) for row in rows]
+    with Journal(file, TokenLogprobs) as journal:
+        left = [(id_, row) for id_, row in zip(ids, rows, strict=True) if id_ not in journal.found.ids]
+        earlier = f"; {len(rows) - len(left)} earlier" if len(left) < len(rows) else ""
+        setting.console.print(f"{teacher.url}: {teacher.model} is asked about {len(left)} answers{earlier}")
+        for first in track(range(0, len(left), AT_ONCE), "asking the teacher", console=setting.console):
+            journal.append(*_said(client, left[first : first + AT_ONCE], top))
+    wanted = set(ids)
+    said = {line.id: _arrays(line) for line in read_jsonl(file, TokenLogprobs) if line.id in wanted}
+    return processes.joined({key_of(row["input_ids"]): said[id_] for id_, row in zip(ids, rows, strict=True)})
+
+
+def _asked_id(row: TokenRow, teacher: TeacherConfig, top: int, told: Told) -> str:
+    """What names an answer after a prompt, as the tokens of this teacher."""
+    prompt = prompt_of(row)
+    asked_of = f"{teacher.model}\0{top}\0".encode() + key_of(told.get(key_of(prompt), prompt))
+    return sha256(asked_of + b"\0" + key_of(row["input_ids"])).hexdigest()[:16]
+
+
+def _said(client: Any, rows: Sequence[tuple[str, TokenRow]], top: int) -> list[TokenLogprobs]:
+    """What the endpoint says of the answers of a few rows, each with its id."""
+    sequences, starts = [list(row["input_ids"]) for _, row in rows], [len(prompt_of(row)) for _, row in rows]
     said = asked(client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
-    known: TopK = {}
-    for row, start, ids, logprobs in zip(rows, starts, said["logprob_token_ids"], said["logprobs"], strict=True):
+    lines = []
+    for (id_, row), start, ids, logprobs in zip(rows, starts, said["logprob_token_ids"], said["logprobs"], strict=True):
         learned = [place - start for place, label in enumerate(row["labels"]) if label != MASKED]
-        likeliest, values = np.array(ids, np.int32)[learned], np.array(logprobs, np.float32)[learned]
+        likeliest, values = np.array(ids, "<i4")[learned], np.array(logprobs, np.float32)[learned]
         likeliest[np.isneginf(values)] = -1
-        known[key_of(row["input_ids"])] = likeliest, values.clip(-65504, 0).astype(np.float16)
-    return processes.joined(known)
+        line = TokenLogprobs(
+            id=id_,
+            top=likeliest.shape[1],
+            chosen=np.array(answer_of(row), "<i4").tobytes(),
+            likeliest=likeliest.tobytes(),
+            logprobs=values.clip(-65504, 0).astype("<f2").tobytes(),
+        )
+        lines.append(line)
+    return lines
 
 
 def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:

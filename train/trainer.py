@@ -51,7 +51,8 @@ from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import differing_prompts, label_faults, told_prompts
+from train.tokens import differing_prompts, label_faults
+from train.told import SharedStart, told_prompts
 from train.top_k import ask_endpoint, read_stored
 
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
@@ -161,13 +162,13 @@ def prepare(
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
-    whether training may start. `teacher`: the model that soft distillation follows; `logprobs`: where what it said is
-    stored. A student that a further method starts from is loaded as a whole model.
+    whether training may start. `teacher`: the model that soft distillation follows; `logprobs`: the file of what it
+    said. A student that a further method starts from is loaded as a whole model.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
     check_machine(config, processes)
-    setting = Setting(config, folder, console, processes, teacher)
+    setting = Setting(config, folder, console, processes, teacher, logprobs)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
         trainer, arguments = _trainer(model, tokenizer, examples, setting)
@@ -178,7 +179,7 @@ def prepare(
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
-            prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments, logprobs, setting))
+            prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments, setting))
     return replace(prepared, faults=faults, differing=differing)
 
 
@@ -204,20 +205,15 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
 
 
 def _with_teacher(
-    prepared: Prepared,
-    shown: Sequence[dict[str, Any]],
-    arguments: dict[str, Any],
-    logprobs: Path | None,
-    setting: Setting,
+    prepared: Prepared, shown: Sequence[dict[str, Any]], arguments: dict[str, Any], setting: Setting
 ) -> Any:
     """The trainer that follows the teacher, which reads its own prompts; `shown` are the texts of the training rows."""
-    trainer, config, console, teacher = prepared.trainer, setting.config, setting.console, setting.teacher
+    trainer, config, teacher = prepared.trainer, setting.config, setting.teacher
     assert teacher is not None
     if config.method == "gold":
         from train.gold import gold_trainer  # here: TRL warns when it is imported
 
-        own = gold_trainer(trainer, shown, arguments, setting)
-        return with_callbacks(own, prepared.milestones, prepared.progress)
+        return with_callbacks(gold_trainer(trainer, shown, arguments, setting), prepared.milestones, prepared.progress)
     rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     stored = config.kd.teacher == "stored"
     told = {} if stored else told_prompts(rows, shown, tokenizer_of(known_files(teacher.model)) or tokenizer)
@@ -227,12 +223,12 @@ def _with_teacher(
         drawing = on_policy_trainer(trainer, arguments, told, setting)
         return with_callbacks(drawing, prepared.milestones, prepared.progress)
     if stored:
-        assert logprobs is not None
-        trainer.known = read_stored(logprobs, [row["id"] for row in shown], rows, tokenizer, console)
+        assert setting.logprobs is not None
+        trainer.known = read_stored(setting.logprobs, [row["id"] for row in shown], rows, tokenizer, setting.console)
     elif config.kd.teacher == "served":
-        trainer.known = ask_endpoint(teacher, config.kd.top_k, rows, tokenizer, told, console, setting.processes)
+        trainer.known = ask_endpoint(setting, rows, tokenizer, told)
     else:
-        trainer.told = told
+        trainer.told, trainer.start = told, SharedStart(told, rows)
     return trainer
 
 

@@ -12,9 +12,12 @@ from trl.trainer.utils import pad
 from pipeline.recipe import TeacherConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, story_rows, tiny_model
-from train.processes import Processes
+from train import top_k
+from train.machine import Setting
+from train.processes import ALONE, Processes
 from train.rows import to_examples
-from train.tokens import MASKED, before_samples, key_of, of_teacher, told_prompts
+from train.tokens import MASKED, key_of
+from train.told import before_samples, of_teacher, told_prompts
 from train.top_k import ask_endpoint
 from train.trainer import prepare
 
@@ -38,6 +41,11 @@ def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
     }
     assert of_teacher(batch, {}, 0) is batch
+    told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
+    later = of_teacher(batch, told, 0, start=2)
+    assert later["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert later["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]
+    assert later["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     found = of_teacher(batch, {key_of([5]): [1, 2, 5]}, 0)
     assert found["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 5, 9]]
     assert found["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, MASKED, MASKED, 9]]
@@ -49,6 +57,58 @@ def test_samples_follow_the_teachers_prompts() -> None:
     ids, mask = before_samples(ids, mask, 2, {key_of([5]): [1, 2, 5]}, pad, 0)
     assert ids.tolist() == [[0, 5, 6, 7, 8], [1, 2, 5, 9, 0]]
     assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def test_samples_follow_what_comes_after_the_shared_start() -> None:
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+    told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
+    ids, mask = before_samples(ids, mask, 2, told, pad, 0, start=2)
+    assert ids.tolist() == [[5, 6, 7, 8], [0, 5, 9, 0]]
+    assert mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]
+
+
+def test_the_teacher_reads_once_what_its_prompts_share(models: tuple[str, str], tmp_path: Path) -> None:
+    trainer, read = prepared(models, tmp_path, method="kd", kd={"weights": "full"}), list[int]()
+    trainer.teacher.register_forward_pre_hook(
+        lambda _model, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    with torch.no_grad():
+        for batch in batches:
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
+    start = len(trainer.start.ids)
+    system = trainer.processing_class("The cat is Tom.")["input_ids"]
+    assert start > len(system)
+    told = [of_teacher(batch, trainer.told, 0)["input_ids"].shape[1] for batch in batches]
+    assert read == [start, *(length - start for length in told)]
+    assert all(ids[:start] == trainer.start.ids and len(ids) > start for ids in trainer.told.values())
+
+
+@pytest.mark.parametrize("method", ["kd", "on_policy"])
+def test_after_the_shared_start_the_teacher_says_what_it_says_after_the_whole(
+    method: str, models: tuple[str, str], tmp_path: Path
+) -> None:
+    own = {"max_new_tokens": 6, "beta": 0}
+    trainer = prepared(models, tmp_path, method=method, kd={"weights": "full"}, on_policy=own, micro_batch_size=4)
+    teacher = (trainer.teacher if method == "kd" else trainer.teacher_model).float()
+    for weights in teacher.parameters():
+        weights.normal_(std=0.3)  # what it says depends on all that it has read
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def said() -> torch.Tensor:
+        if method == "kd":
+            return trainer.divergence(torch.zeros(int((batch["labels"] != MASKED).sum()), trainer.vocabulary), batch)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        hidden = trainer._get_last_hidden_state(teacher, ids, mask, batch["completion_ids"].shape[1])
+        return hidden[batch["completion_mask"].bool()]
+
+    with torch.no_grad():
+        after_start, trainer.start.ids = said(), []
+        assert trainer.start.of(teacher, 1) is None
+        whole, trainer.told = said(), {}
+        torch.testing.assert_close(after_start, whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(said(), whole, rtol=1e-2)  # of what it is told it says something else
 
 
 def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Any:
@@ -99,13 +159,50 @@ def test_on_policy_follows_what_the_teacher_says_after_its_own_prompt(models: tu
     assert found == pytest.approx(total / tokens, rel=1e-3 if exact else 5e-2)
 
 
+def asking(models: tuple[str, str], url: str, folder: Path, processes: Processes = ALONE) -> Setting:
+    config = make_recipe(*models, method="kd", kd={"teacher": "served", "top_k": 5}).train
+    teacher = TeacherConfig(model=models[1], base_url=url)
+    return Setting(config, folder, Console(quiet=True), processes, teacher, folder / "said.jsonl")
+
+
+def test_an_endpoint_is_asked_once_about_an_answer(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = prepared(models, tmp_path, method="full")
+    rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
+    monkeypatch.setattr("train.top_k.AT_ONCE", 1)
+    with scoring(models[1]) as server:
+        setting, before = asking(models, server.url, tmp_path), top_k._said
+        lines = setting.logprobs
+        assert lines is not None
+
+        def killed(*given: Any) -> Any:
+            if lines.read_bytes().count(b"\n") == 2:
+                raise KeyboardInterrupt
+            return before(*given)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("train.top_k._said", killed)
+            ask_endpoint(setting, rows, tokenizer, {})
+        with lines.open("ab") as file:
+            file.write(b'{"id":"torn')
+        first = ask_endpoint(setting, rows, tokenizer, {})
+        again = ask_endpoint(setting, rows, tokenizer, {})
+        scored = [prompt for one in server.asked if "prompt_logprobs" in one for prompt in one["prompt"]]
+        assert sorted(scored) == sorted(row["input_ids"] for row in rows)
+        for key, arrays in first.items():
+            assert all((one == other).all() for one, other in zip(arrays, again[key], strict=True))
+        told = told_prompts(rows, examples()["train"], tokenizer)
+        ask_endpoint(setting, rows, tokenizer, told)  # after another prompt it says something else
+        assert len([one for one in server.asked if "prompt_logprobs" in one]) == 2 * len(rows)
+
+
 def test_an_endpoint_is_asked_after_the_teachers_own_prompt(models: tuple[str, str], tmp_path: Path) -> None:
     trainer = prepared(models, tmp_path, method="full")
     rows, tokenizer = [*trainer.train_dataset], trainer.processing_class
     told = told_prompts(rows, examples()["train"], tokenizer)
     with scoring(models[1]) as server:
-        teacher = TeacherConfig(model=models[1], base_url=server.url)
-        known = ask_endpoint(teacher, 5, rows, tokenizer, told, Console(quiet=True))
+        known = ask_endpoint(asking(models, server.url, tmp_path), rows, tokenizer, told)
     answer = torch.tensor([label for label in rows[0]["labels"] if label != MASKED])
     expected = scores(models[1], examples()["train"][0]["told"], answer).sort(descending=True)
     likeliest, logprobs = known[key_of(rows[0]["input_ids"])]
@@ -120,10 +217,10 @@ def test_of_several_processes_each_asks_about_its_share_and_has_all(
     rows, tokenizer, others = [*trainer.train_dataset], trainer.processing_class, list[Any]()
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*others, *own])
     with scoring(models[1]) as server:
-        teacher = TeacherConfig(model=models[1], base_url=server.url)
         for rank in range(2):
             asked = len(server.asked)
-            known = ask_endpoint(teacher, 5, rows, tokenizer, {}, Console(quiet=True), Processes(rank, count=2))
+            setting = asking(models, server.url, tmp_path, Processes(rank, count=2))
+            known = ask_endpoint(setting, rows, tokenizer, {})
             scored = [one for one in server.asked[asked:] if "prompt_logprobs" in one]
             assert sum(len(one["prompt"]) for one in scored) == len(rows) // 2
             others.append(known)
