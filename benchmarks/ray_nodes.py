@@ -29,20 +29,22 @@ UNTIL_JOINED = """if True:
         time.sleep(0.2)
 """
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
-SMALL = ["--object-store-memory=80000000"]
+SMALL_STORE = 80_000_000  # bytes of a node's object store
 READY_S = 300.0
 
 
 class RayNode:
-    """A head, or a node of the cluster at `address`; `blind`: without the project's code."""
+    """A head, or a node of the cluster at `address`; `blind`: without the project's code; `store`: bytes."""
 
-    def __init__(self, address: str, *, head_folder: Path | None = None, blind: bool = False) -> None:
+    def __init__(
+        self, address: str, *, head_folder: Path | None = None, blind: bool = False, store: int = SMALL_STORE
+    ) -> None:
         where = [f"--address={address}"]
         if head_folder:
             port = address.rpartition(":")[2]
             where = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={head_folder}"]
             where.append(f"--ray-client-server-port={free_port()}")  # its usual port may be another head's
-        command = [*START, *SMALL, *where]
+        command = [*START, f"--object-store-memory={store}", *where]
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
             command = ["unshare", "-m", "bash", "-c", f'{hide} && cd / && exec "$@"', "bash", *command]
@@ -109,17 +111,17 @@ def code_folders() -> list[Path]:
 
 
 @contextmanager
-def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNode]]]:
+def ray_cluster(nodes: int, *, blind: int = 1, store: int = SMALL_STORE) -> Iterator[tuple[str, list[RayNode]]]:
     """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes.
 
     All have joined then: processes that start together with a node were seen to fail.
     """
     address = f"127.0.0.1:{free_port()}"
     with TemporaryDirectory(prefix="ray") as folder:
-        started = [RayNode(address, head_folder=Path(folder))]
+        started = [RayNode(address, head_folder=Path(folder), store=store)]
         try:
             _until_open(address)
-            started += [RayNode(address, blind=number >= nodes - blind) for number in range(1, nodes)]
+            started += [RayNode(address, blind=number >= nodes - blind, store=store) for number in range(1, nodes)]
             _until_joined(address, started)
             yield address, started
         finally:

@@ -25,6 +25,7 @@ from pipeline.errors import DataError, DistillError
 from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
+from pipeline.resources import read_or_empty
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
 from pipeline.students import AFTER as AFTER
@@ -185,9 +186,7 @@ def describe_machine() -> dict[str, str]:
     import psutil
     import torch
 
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-    cpu = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    cpu = re.search(r"^model name\s*:\s*(.*)$", read_or_empty(Path("/proc/cpuinfo")), re.MULTILINE)
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}",
