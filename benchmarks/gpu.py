@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, str]:
-    """Card, driver and versions. Does not load torch, whose memory on the card would be missing to the steps."""
+    """Card, driver and versions. Does not load torch, which would take memory of the card from the steps."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         card = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -71,7 +71,7 @@ def machine() -> dict[str, str]:
 
 
 def run_apart(name: str, options: argparse.Namespace, work: str, out: Path) -> str:
-    """Runs a step in a process of its own, and ends all that it started. What went wrong, or nothing."""
+    """Runs a step in a process of its own, and ends all that it started. Returns what went wrong; empty if nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--work", work, "--out", str(out)]
     command += ["--count", str(options.count), "--smollm2", options.smollm2, *(["--small"] if options.small else [])]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -60,7 +60,7 @@ def wait(torch: Any) -> None:
 
 
 def peak_flops() -> float | None:
-    """Of the card's data sheet; None of a card that is not in the table, or without one."""
+    """The peak in the card's data sheet; None without a card, or if the table does not have it."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -68,7 +68,7 @@ def peak_flops() -> float | None:
 
 
 def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
-    """SFTTrainer as it comes, then ours, on the same rows; both are scored on the same validation rows by one code."""
+    """SFTTrainer with its defaults, then ours, on the same rows; one code scores both on the same validation rows."""
     from benchmarks.training import defaults
     from pipeline.train_config import TrainConfig
 
@@ -256,7 +256,7 @@ def fit(trainer: Any, method: str) -> Row:
 
 
 def flops_per_token(trainer: Any, method: str) -> float:
-    """Of the trainer's rows, on average; as the head of this file says."""
+    """FLOPs per token of the trainer's rows, on average; the head of this file has the formula."""
     shape = trainer.model.config
     per_weight = 6 if method == "full" else 4
     matrices = [(name, weights) for name, weights in trainer.model.named_parameters() if weights.dim() == 2]
@@ -272,7 +272,7 @@ def flops_per_token(trainer: Any, method: str) -> float:
 
 
 def completion_tokens(row: Row) -> int:
-    """Of a row as our collator or TRL's has it."""
+    """How many tokens of a row carry loss, in the form of our collator or of TRL's."""
     return sum(row["completion_mask"]) if "completion_mask" in row else sum(label != -100 for label in row["labels"])
 
 

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) -> SFTTrainer:
-    """SFTTrainer as it comes; given are only what is trained, the learning rate, and what writes no file."""
+    """SFTTrainer with its defaults, except what is trained, the learning rate, and settings that write no file."""
     return SFTTrainer(
         model=model,
         args=SFTConfig(

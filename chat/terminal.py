@@ -1,4 +1,4 @@
-"""One model in a plain terminal: a question a line, the answer as it comes. Writes to standard output only."""
+"""One model in a plain terminal: one question per line, the answer as it streams. Writes to standard output only."""
 
 import asyncio
 import contextlib

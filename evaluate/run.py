@@ -36,9 +36,9 @@ from evaluate.measure.serving import (
     answer_probes,
     answer_questions,
     measure_speed,
-    recipe_for,
     serve_subject,
     speed_prompts,
+    with_server,
 )
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, as_asked, choose_precision, digest_subject, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
@@ -190,7 +190,7 @@ def _interview(
     asked = as_asked(plan.recipe, subject, prompts, told=told)
 
     def ask(server: Server | None, folder: Path) -> ProbeResult:
-        recipe = recipe_for(plan.recipe, server) if server else plan.recipe
+        recipe = with_server(plan.recipe, server) if server else plan.recipe
         if name == "probes":
             return answer_probes(recipe, folder / name, prompts, asked)
         return answer_questions(recipe, folder / name, prompts, asked, asked[:timed])

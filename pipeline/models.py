@@ -75,7 +75,7 @@ def is_path(reference: str) -> bool:
 
 
 def model_folder(reference: str) -> Path:
-    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be had."""
+    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be fetched."""
     resolved = resolve_model(reference)
     if Path(resolved).is_dir():
         return Path(resolved)
