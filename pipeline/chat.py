@@ -32,7 +32,8 @@ def told_to_teacher(messages: Sequence[Message], teacher: TeacherConfig) -> list
 
 def told_in_words(teacher: TeacherConfig) -> str:
     """What only the teacher is told: `a system prompt and 3 examples`; empty if nothing is."""
-    examples = [f"{len(teacher.examples)} examples"] if teacher.examples else []
+    count = len(teacher.examples)
+    examples = [f"{count} example{'s' * (count > 1)}"] if count else []
     return " and ".join([*(["a system prompt"] if teacher.system else []), *examples])
 
 
