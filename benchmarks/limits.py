@@ -60,7 +60,7 @@ def lease_table(workers: int, beats: int) -> dict[str, float]:
     """Each worker has an endpoint of its own, and says at each heartbeat that it has room for one more request."""
     items = (Item(str(number), b"", MOST) for number in count())
     leases = Leases(items, State(), IdSet(), tokens=10**15, lease_s=30)
-    urls = [f"http://node-{number}" for number in range(workers)]
+    weights = {f"http://node-{number}": 1.0 for number in range(workers)}
 
     def beat(now: float) -> None:
         leases.silent(now)
@@ -72,7 +72,7 @@ def lease_table(workers: int, beats: int) -> dict[str, float]:
 
     began = time.process_time()
     for number in range(workers):
-        leases.join(str(number), leases.deal(urls, workers - number), 0.0)
+        leases.join(str(number), leases.deal(weights, workers - number), 0.0)
     joined = time.process_time()
     for number in range(beats):
         beat(BEAT_S * number)

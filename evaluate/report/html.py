@@ -40,6 +40,7 @@ def render_html(report: Report) -> str:
         wins=tables.wins(report),
         drops=charts.drop_bars(report.filters),
         loss=charts.loss_chart(report.training),
+        nodes=tables.nodes(report),
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )
 
