@@ -17,7 +17,7 @@ COLLECT := .venv/.ready-collect
 NODES := $(if $(CLUSTER),.venv/.ready-ray)
 ON_CLUSTER := $(if $(CLUSTER),--cluster $(CLUSTER))
 
-.PHONY: help demo setup wheelhouse serve generate filter review train evaluate report check-run chain experiment chat export push fetch bench bench-endpoint test test-fast check clean
+.PHONY: help demo setup wheelhouse serve generate filter review train evaluate report check-run chain experiment chat export push fetch nodes bench bench-endpoint test test-fast check clean
 
 help:  ## this list, in the order of use
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
@@ -69,6 +69,9 @@ export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --d
 
 push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, HF_TOKEN in the environment (ARGS="--merged --dataset")
 	@exec $(PY) -m train.publish.export $(COMMON) --push "$(REPO)" $(ARGS)
+
+nodes: $(BASE)  ## a generation on a cluster, worker by worker: RUN=folder or s3://bucket/path (ARGS=--follow)
+	@exec $(PY) -m scale.nodes $(RECIPE) $(if $(RUN),--run $(RUN)) $(ARGS)
 
 fetch: $(BASE)  ## bring a run home from object storage: RUN=s3://bucket/path (TO=folder)
 	@exec $(PY) -m scale.fetch "$(RUN)" $(TO)

@@ -19,9 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chapter_filter import PROMPT, completion
 from benchmarks.measure import flags, show
 from benchmarks.runs import recipe_for
+from benchmarks.stories import PROMPT, completion
 from generate.budget import Spend
 from generate.context import opened_run
 from generate.idset import WIDTH, IdSet
@@ -38,7 +38,7 @@ from scale.storage import Folder
 MOST = Spend(700, 700)
 IDS = 1_000_000  # in the set that is looked at: a look-up takes as long in a larger one
 PUT, GET = 0.005 / 1000, 0.0004 / 1000  # USD per request: S3 Standard, us-east-1
-PUTS, GETS = 2, 4  # requests for one part: itself and the account; both are read, and two names that are not there yet
+PUTS, GETS = 2, 4  # requests per part: it and the account are written and read; two reads find nothing yet
 PUTS_PER_S, GETS_PER_S = 3500, 5500  # that S3 takes under one prefix
 
 
@@ -60,7 +60,7 @@ def lease_table(workers: int, beats: int) -> dict[str, float]:
     """Each worker has an endpoint of its own, and says at each heartbeat that it has room for one more request."""
     items = (Item(str(number), b"", MOST) for number in count())
     leases = Leases(items, State(), IdSet(), tokens=10**15, lease_s=30)
-    urls = [f"http://node-{number}" for number in range(workers)]
+    weights = {f"http://node-{number}": 1.0 for number in range(workers)}
 
     def beat(now: float) -> None:
         leases.silent(now)
@@ -72,7 +72,7 @@ def lease_table(workers: int, beats: int) -> dict[str, float]:
 
     began = time.process_time()
     for number in range(workers):
-        leases.join(str(number), leases.deal(urls, workers - number), 0.0)
+        leases.join(str(number), leases.deal(weights, workers - number), 0.0)
     joined = time.process_time()
     for number in range(beats):
         beat(BEAT_S * number)

@@ -31,16 +31,25 @@ UNTIL_JOINED = """if True:
         time.sleep(0.2)
 """
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
-SMALL = ["--object-store-memory=80000000"]
+SMALL_STORE = 80_000_000  # bytes of a node's object store
 READY_S = 300.0
 ADDRESSES = (f"127.0.1.{number}" for number in count(1))  # of this machine
 
 
 class RayNode:
-    """A head, or a node of the cluster at `address`; `blind`: without the project's code and the `hidden` folders."""
+    """A head, or a node of the cluster at `address`.
+
+    `blind`: without the project's code and the `hidden` folders; `store`: bytes.
+    """
 
     def __init__(
-        self, address: str, *, head_folder: Path | None = None, blind: bool = False, hidden: Sequence[Path] = ()
+        self,
+        address: str,
+        *,
+        head_folder: Path | None = None,
+        blind: bool = False,
+        hidden: Sequence[Path] = (),
+        store: int = SMALL_STORE,
     ) -> None:
         where = [f"--address={address}"]
         if head_folder:
@@ -49,7 +58,7 @@ class RayNode:
             where.append(f"--ray-client-server-port={free_port()}")  # its usual port may be another head's
         elif hidden:
             where.append(f"--node-ip-address={next(ADDRESSES)}")
-        command = [*START, *SMALL, *where]
+        command = [*START, f"--object-store-memory={store}", *where]
         if blind:
             hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in (*code_folders(), *hidden))
             command = ["unshare", "-m", "bash", "-c", f'{hide} && cd / && exec "$@"', "bash", *command]
@@ -116,7 +125,9 @@ def code_folders() -> list[Path]:
 
 
 @contextmanager
-def ray_cluster(nodes: int, *, blind: int = 1, hidden: Sequence[Path] = ()) -> Iterator[tuple[str, list[RayNode]]]:
+def ray_cluster(
+    nodes: int, *, blind: int = 1, hidden: Sequence[Path] = (), store: int = SMALL_STORE
+) -> Iterator[tuple[str, list[RayNode]]]:
     """Starts a head and further nodes, the last `blind` of which do not see the code and the `hidden` folders.
 
     Yields address and nodes.
@@ -125,11 +136,11 @@ def ray_cluster(nodes: int, *, blind: int = 1, hidden: Sequence[Path] = ()) -> I
     """
     address = f"127.0.0.1:{free_port()}"
     with TemporaryDirectory(prefix="ray") as folder:
-        started = [RayNode(address, head_folder=Path(folder))]
+        started = [RayNode(address, head_folder=Path(folder), store=store)]
         try:
             _until_open(address)
             blinds = [number >= nodes - blind for number in range(1, nodes)]
-            started += [RayNode(address, blind=one, hidden=hidden) for one in blinds]
+            started += [RayNode(address, blind=one, hidden=hidden, store=store) for one in blinds]
             _until_joined(address, started)
             yield address, started
         finally:

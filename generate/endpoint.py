@@ -35,20 +35,23 @@ class Endpoint:
         say: Callable[[str], None],
         most: int = MOST,
         address: str | None = None,
+        weight: float = 1.0,
     ) -> None:
         """`most` requests are in flight at most, whatever the recipe or the endpoint allows.
 
-        `address`: the one of its name's addresses to connect to.
+        `address`: the one of its name's addresses to connect to. `weight`: what the recipe allows an endpoint, and what
+        `auto` begins with, counts so many times.
         """
-        config, now = recipe.generate, monotonic()
+        config, now, self.weight = recipe.generate, monotonic(), weight
+        requests, tokens = (rate and rate * weight for rate in (config.requests_per_minute, config.tokens_per_minute))
         self.url, self.most, self._say, self._partition = url, most, say, partition
         self.name = Target(url, address).name
-        self.limits = Limits(config.requests_per_minute, config.tokens_per_minute, now, 1 / partition.of)
+        self.limits = Limits(requests, tokens, now, 1 / partition.of)
         self._config, self._shows_load = config, False
         self._concurrency: Concurrency = (
-            ByClimbing(_part(START, partition))
+            ByClimbing(_part(min(START * weight, MOST), partition))
             if config.concurrency == "auto"
-            else Concurrency(_part(config.concurrency, partition))
+            else Concurrency(_part(config.concurrency * weight, partition))
         )
         self.client = Client(recipe.teacher, url, address=address, on_headers=self._read_headers)
         self.in_flight, self.counts = 0, EndpointCounts()  # a request for several answers counts as several
@@ -71,7 +74,7 @@ class Endpoint:
         self.limits.share(1 / of, monotonic())
         self._concurrency.share(1 / of)
         if self._config.concurrency != "auto":
-            self._concurrency.limit = _part(self._config.concurrency, self._partition)
+            self._concurrency.limit = _part(self._config.concurrency * self.weight, self._partition)
 
     def ready_in(self, tokens: int, choices: int, now: float) -> float | None:
         """Seconds until a request of so many tokens and choices may go out; 0: now, None: only a reply makes room."""
@@ -150,7 +153,7 @@ class Endpoint:
         if load is not None:
             self._shows_load = True
             if self._config.concurrency == "auto":
-                start = min(START_QUEUED * load.engines, MOST)
+                start = min(START_QUEUED * max(load.engines, self.weight), MOST)
                 self._concurrency = ByQueue(_part(start, self._partition), 1 / self._partition.of)
         return silent
 
@@ -178,6 +181,7 @@ class Endpoint:
             self._say(f"{self.name} {news}")
 
 
-def _part(limit: int, partition: Partition) -> int:
+def _part(limit: float, partition: Partition) -> int:
     """This process's part of a number, at least 1."""
+    limit = round(limit)
     return max(1, limit // partition.of + (partition.part < limit % partition.of))

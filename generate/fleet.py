@@ -2,8 +2,9 @@
 
 Of a few endpoints that may have room, the one that is least full; of many, the less full of two drawn at random, which
 is nearly as even and costs the same however many there are (Mitzenmacher 2001, "The Power of Two Choices in Randomized
-Load Balancing"). An endpoint that is found without room is not looked at again until a reply, its queue or the time
-may have made some. Opens and closes nothing.
+Load Balancing"). How full it is, is the share of its limit that is in flight. A weight of 4 makes that limit four times
+as high, and has the endpoint drawn four times as often: so its share of the requests follows. One that is found without
+room is not looked at again until a reply, its queue or the time may have made some. Opens and closes nothing.
 """
 
 import asyncio
@@ -22,8 +23,8 @@ class Fleet:
     def __init__(self, endpoints: Iterable[Endpoint] = (), most: int | None = None) -> None:
         """`most` connections are open in all; None: each endpoint keeps the limit it has."""
         self._most = most
-        self._open: list[Endpoint] = []  # may have room
-        self._place: dict[Endpoint, int | None] = {}  # of each endpoint in `_open`; None: left aside
+        self._open: dict[float, list[Endpoint]] = {}  # may have room, by weight
+        self._place: dict[Endpoint, int | None] = {}  # of each endpoint in its list of `_open`; None: left aside
         self._due: dict[Endpoint, float] = {}  # of those without room, when they have some, if the time brings it
         self._first_due = float("inf")  # or earlier
         self._tasks: asyncio.TaskGroup | None = None  # while they are watched
@@ -63,12 +64,21 @@ class Fleet:
             for endpoint in [one for one, due in self._due.items() if due <= now]:
                 self.reopen(endpoint)
             self._first_due = min(self._due.values(), default=float("inf"))
-        while self._open:
-            seen = self._open[:] if len(self._open) <= FEW else random.sample(self._open, 2)
+        while seen := self._drawn():
             ready = [endpoint for endpoint in seen if self._has_room(endpoint, tokens, choices, now)]
             if ready:
                 return min(ready, key=lambda one: one.in_flight / one.limit), None
         return None, self._first_due - now if self._due else None
+
+    def _drawn(self) -> list[Endpoint]:
+        """Which of those that may have room are compared: all of a few, else two. A heavy one is drawn more often."""
+        groups = [group for group in self._open.values() if group]
+        if sum(map(len, groups)) <= FEW:
+            return [endpoint for group in groups for endpoint in group]
+        if len(groups) == 1:
+            return random.sample(groups[0], 2)
+        drawn = random.choices(groups, [len(group) * group[0].weight for group in groups], k=2)
+        return [random.choice(group) for group in drawn]
 
     def _has_room(self, endpoint: Endpoint, tokens: int, choices: int, now: float) -> bool:
         """Without room it is left aside."""
@@ -85,15 +95,17 @@ class Fleet:
         """The endpoint may have room: a reply has come, its limit has risen, or its time has."""
         self._due.pop(endpoint, None)
         if self._place.get(endpoint, 0) is None:
-            self._place[endpoint] = len(self._open)
-            self._open.append(endpoint)
+            group = self._open.setdefault(endpoint.weight, [])
+            self._place[endpoint] = len(group)
+            group.append(endpoint)
 
     def _leave_aside(self, endpoint: Endpoint) -> None:
         place = self._place[endpoint]
         if place is not None:
-            last = self._open.pop()
+            group = self._open[endpoint.weight]
+            last = group.pop()
             if last is not endpoint:
-                self._open[place], self._place[last] = last, place
+                group[place], self._place[last] = last, place
             self._place[endpoint] = None
 
     def count(self) -> None:
@@ -128,5 +140,6 @@ class Fleet:
 
     def _divide(self) -> None:
         if self._most:
+            weights = sum(endpoint.weight for endpoint in self._place)
             for endpoint in self._place:
-                endpoint.most = max(self._most // len(self._place), 1)
+                endpoint.most = max(int(self._most * endpoint.weight / weights), 1)

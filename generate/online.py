@@ -43,7 +43,7 @@ async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> AsyncItera
     """A loop over the recipe's servers, for `jobs` or all that is left. Raises DistillError if none is there."""
     recipe, teacher = run.recipe, run.recipe.teacher
     targets, most = await find_targets(teacher), _most_connections()
-    each = most // len(targets)
+    each = int(most / sum(target.weight for target in targets))
     if recipe.generate.concurrency != "auto" and recipe.generate.concurrency > each * run.partition.of:
         run.say(
             f"warning: this system allows {each} connections per endpoint (ulimit -n): that many requests are in flight"
@@ -73,8 +73,9 @@ class Servers:
             endpoint.counts.limit, endpoint.counts.in_flight, endpoint.counts.up = 0, 0, False
             self._leaving.append(endpoint)
         new = [target for target in targets if target not in self._endpoints]
+        run = self._run
         endpoints = [
-            Endpoint(self._run.recipe, one.url, self._run.partition, self._run.say, address=one.address) for one in new
+            Endpoint(run.recipe, one.url, run.partition, run.say, address=one.address, weight=one.weight) for one in new
         ]
         for endpoint in endpoints:
             endpoint.counts = self._run.counters.endpoints.setdefault(endpoint.name, endpoint.counts)

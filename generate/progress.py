@@ -40,6 +40,17 @@ class EndpointCounts(msgspec.Struct):
         self.up &= other.up
 
 
+class NodeCounts(msgspec.Struct):
+    """What one node of a cluster has done for a run, over all calls (scale.generation)."""
+
+    answered: int = 0  # answers that count: the first to their requests
+    prompt_tokens: int = 0  # of them
+    completion_tokens: int = 0
+    active_s: float = 0.0  # with requests in hand
+    retried: int = 0  # attempts without an answer that were sent again
+    asked_again: int = 0  # requests that its workers held when they were lost
+
+
 @dataclass
 class Counters:
     """Where a run is. Tokens are those of this call, as the server counted them."""
@@ -60,6 +71,7 @@ class Counters:
     errors: Counter[str] = field(default_factory=Counter)  # failures by type
     endpoints: dict[str, EndpointCounts] = field(default_factory=dict)  # of this process, by name
     gathered: list[dict[str, Any]] = field(default_factory=list)  # `endpoints` of others, as their snapshots hold them
+    nodes: dict[str, NodeCounts] = field(default_factory=dict)  # of a cluster, over all calls
     started: float = field(default_factory=time.monotonic)
 
     @property

@@ -276,6 +276,7 @@ def _save(run: Run) -> None:
     """Saves what was spent, and the run so far in lineage.json."""
     run.budget.save()
     recipe, counters, now, answers = run.recipe, run.counters, datetime.now(UTC), _answers(run)
+    nodes = msgspec.to_builtins(counters.nodes) or read_lineage(run.dir).get("generate", {}).get("nodes")
     record_lineage(
         run.dir,
         "generate",
@@ -297,6 +298,7 @@ def _save(run: Run) -> None:
             "reasoning_tokens": answers.reasoning_tokens,
             "spent": _spent(run),
             **({"user": described(recipe.prompts.user, run.dir)} if recipe.prompts.user else {}),
+            **({"nodes": nodes} if nodes else {}),
             "last_call": {
                 "started": (now - timedelta(seconds=counters.seconds)).isoformat(timespec="seconds"),
                 "ended": now.isoformat(timespec="seconds"),

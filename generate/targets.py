@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import AnyHttpUrl, TypeAdapter, ValidationError
 
 from generate.client import check_url
-from pipeline.address import DEFAULT_PORTS, is_loopback, proxy_of
+from pipeline.address import DEFAULT_PORTS, is_loopback, proxy_of, weighted_urls
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
 
@@ -24,10 +24,14 @@ URLS_KEY = "teacher.urls_file"
 
 
 class Target(NamedTuple):
-    """One server. `address` is the one of its name's addresses to connect to; None: whatever the name leads to."""
+    """One server. `address` is the one of its name's addresses to connect to; None: whatever the name leads to.
+
+    `weight` is how much it takes beside the others. With another weight it is another server.
+    """
 
     url: str
     address: str | None = None
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
@@ -40,33 +44,39 @@ async def find_targets(teacher: TeacherConfig, known: Collection[Target] = ()) -
 
     Raises RecipeError if the file cannot be read, or holds something other than URLs.
     """
-    urls = teacher.urls if teacher.urls_file is None else read_urls(teacher.urls_file)
-    found = await asyncio.gather(*map(_addresses, urls))
+    weights = teacher.weights if teacher.urls_file is None else read_urls(teacher.urls_file)
+    found = await asyncio.gather(*map(_addresses, weights))
     targets: list[Target] = []
-    for url, addresses in zip(urls, found, strict=True):
-        before = [target for target in known if target.url == url]
-        new = [Target(url, address) for address in addresses if len(addresses) > 1]
-        targets += new or (before if before and not addresses else [Target(url)])
+    for (url, weight), addresses in zip(weights.items(), found, strict=True):
+        before = [Target(url, target.address, weight) for target in known if target.url == url]
+        new = [Target(url, address, weight) for address in addresses if len(addresses) > 1]
+        targets += new or (before if before and not addresses else [Target(url, None, weight)])
     return targets
 
 
-def read_urls(path: Path) -> list[str]:
-    """The URLs in a file, one per line; empty lines and lines that begin with `#` are skipped. Raises RecipeError."""
+def read_urls(path: Path) -> dict[str, float]:
+    """The URLs in a file and their weights: a URL per line, and after a space its weight, if that is not 1.
+
+    Empty lines and lines that begin with `#` are skipped. Raises RecipeError.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecipeError(f"{URLS_KEY} {path}: {reason}; it needs one URL per line") from None
-    urls = list(dict.fromkeys(line.strip().rstrip("/") for line in lines if line.strip() and line[0] != "#"))
-    if not urls:
+    try:
+        weights = weighted_urls(line for line in lines if line.strip() and line[0] != "#")
+    except ValueError as error:
+        raise RecipeError(f"{URLS_KEY} {path}: {error}") from None
+    if not weights:
         raise RecipeError(f"{URLS_KEY} {path} holds no URL; it needs one per line, like http://10.0.0.7:8000/v1")
-    for url in urls:
+    for url in weights:
         try:
             TypeAdapter(AnyHttpUrl).validate_python(url)
         except ValidationError:
             raise RecipeError(f"{URLS_KEY} {path}: {url!r} is no URL; write http://HOST:PORT/v1") from None
         check_url(url, URLS_KEY)
-    return urls
+    return weights
 
 
 def may_change(teacher: TeacherConfig) -> bool:

@@ -13,15 +13,15 @@ class GenerateConfig(Section):
     mode: Literal["online", "batch"] = "online"
     """batch: through the endpoint's Batch API, at half the price, within a day."""
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Requests in flight per endpoint; auto: as many as keep the endpoint full."""
+    """Requests in flight per endpoint, times its weight; auto: as many as keep the endpoint full."""
     share_prompt: bool = False
     """true: one request (`n`) for all samples of a prompt. Pays where an API charges for prompts; vLLM caches them."""
     processes: int = Field(1, ge=1)
     """Processes on this machine; more than one if a single core cannot keep the server full."""
     requests_per_minute: float | None = Field(None, gt=0)
-    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
+    """Limit per endpoint, times its weight; null: what the endpoint's headers say, if they do."""
     tokens_per_minute: float | None = Field(None, gt=0)
-    """Limit per endpoint; null: what the endpoint's headers say, if they do."""
+    """Limit per endpoint, times its weight; null: what the endpoint's headers say, if they do."""
     request_timeout_s: float | None = Field(None, gt=0)
     """Seconds for one attempt; null: 300, or 3600 at a server that shows what it is working on, as vLLM does."""
     deadline_s: float | None = Field(None, gt=0)

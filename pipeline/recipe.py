@@ -17,6 +17,7 @@ import yaml
 from pydantic import AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from pipeline.address import weighted_urls
 from pipeline.conversation import read_tools
 from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
@@ -72,9 +73,9 @@ class TeacherConfig(Section):
     model: str = Field(min_length=1)
     """A Hub id, a local folder, or `embedded:<name>`: the name by which the endpoint knows the model."""
     base_url: str | list[str] = "http://127.0.0.1:8000/v1"
-    """Its endpoint, or several that serve the same model: a list, or `a,b`."""
+    """Its endpoint, or several that serve the same model: a list, or `a,b`; each with its weight: `URL 4`."""
     urls_file: Path | None = None
-    """Its endpoints, one URL per line, read again while requests go out; `base_url` then only names them in ids."""
+    """Its endpoints, one `URL` or `URL WEIGHT` per line, read again and again; `base_url` only names them in ids."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; a local server needs none."""
     api_key_header: str = "Authorization"
@@ -93,12 +94,10 @@ class TeacherConfig(Section):
     @field_validator("examples", mode="before")
     @classmethod
     def _read_examples(cls, given: Any) -> Any:
+        if not isinstance(given, str | Path):
+            return given
         try:
-            return (
-                msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
-                if isinstance(given, str | Path)
-                else given
-            )
+            return msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{reason}: give a list or a JSONL file of {{prompt, answer}}") from None
@@ -106,23 +105,34 @@ class TeacherConfig(Section):
     @field_validator("base_url")
     @classmethod
     def _http_url(cls, given: str | list[str]) -> str | list[str]:
-        urls = given.split(",") if isinstance(given, str) else given
-        urls = list(dict.fromkeys(url.strip().rstrip("/") for url in urls))
-        if not urls:
+        weights = weighted_urls(given.split(",") if isinstance(given, str) else given)
+        if not weights:
             raise ValueError("needs at least one URL")
-        for url in urls:
+        for url in weights:
             TypeAdapter(AnyHttpUrl).validate_python(url)
-        return urls[0] if len(urls) == 1 else urls
+        entries = [url if weight == 1 else f"{url} {weight:g}" for url, weight in weights.items()]
+        return entries[0] if len(entries) == 1 else entries
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Where the teacher answers, and how much each endpoint takes beside the others."""
+        return weighted_urls([self.base_url] if isinstance(self.base_url, str) else self.base_url)
 
     @property
     def urls(self) -> list[str]:
         """Where the teacher answers."""
-        return [self.base_url] if isinstance(self.base_url, str) else self.base_url
+        return [*self.weights]
 
     @property
     def url(self) -> str:
         """The first of them: the one that `serve` starts, and the one in a request's identity."""
-        return self.urls[0]
+        first = self.base_url if isinstance(self.base_url, str) else self.base_url[0]
+        return first.split()[0]
+
+    def only_at(self, urls: Sequence[str]) -> "TeacherConfig":
+        """The same teacher at these of its endpoints, with their weights."""
+        weights = self.weights
+        return self.model_copy(update={"base_url": [f"{url} {weights[url]:g}" for url in urls]})
 
     def told_nothing(self) -> "TeacherConfig":
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
@@ -305,8 +315,9 @@ class Recipe(Section):
             raise ValueError("evaluate.unseen is for a template: put such prompts into evaluate.probes_file")
         for name, values in self.evaluate.unseen.items():
             known = {folded(value) for value in slot_values(slots[name])}
-            if not values or (seen := [value for value in values if folded(value) in known]):
-                why = f"holds {seen[0]!r}, which prompts.slots.{name} has too" if values else "is empty"
+            seen = [value for value in values if folded(value) in known]
+            if seen or not values:
+                why = f"holds {seen[0]!r}, which prompts.slots.{name} has too" if seen else "is empty"
                 raise ValueError(f"evaluate.unseen.{name} {why}; give values that no prompt of the run has")
         return self
 

@@ -99,8 +99,14 @@ class Collector:
 
     def _take_answer(self, name: str, answer: Completion) -> None:
         recorded = _key(answer) in self._unsaved
-        if self.leases.answered(name, answer.id, self._cost(answer), recorded=recorded):
+        first = self.leases.answered(name, answer.id, self._cost(answer), recorded=recorded)
+        if first:
             self._run.record_answers((answer, None))
+        if first or recorded:
+            counts = self.leases.counts(name)
+            counts.answered += 1
+            counts.prompt_tokens += answer.usage.prompt_tokens or 0
+            counts.completion_tokens += answer.usage.completion_tokens or 0
 
     def _take_failure(self, name: str, failure: Failure) -> None:
         if self.leases.failed(name, failure.id):

@@ -11,6 +11,7 @@ same. After the driver is killed, the same command goes on. Nodes may join and l
     cluster-store.txt                  where driver and workers meet; if that is in the run, it is the folder cluster/
     cluster/leases.json                what is charged to whom, saved before a lease goes out
     cluster/parts/…, accounts/…        what the workers write; removed when it was read
+    cluster/nodes.json                 how each worker is (scale.nodes), for whoever looks
     spend-cluster.json                 what of it the journals do not say
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import msgspec
@@ -38,6 +39,7 @@ from pipeline.recipe import TeacherConfig
 from pipeline.rundir import RunDir
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
+from scale.nodes import NodeTable
 from scale.request_leases import Item, Leases
 from scale.storage import Store
 from scale.sync import meeting_store
@@ -107,6 +109,7 @@ class Driver:
             before=self._collector.spent_before(),
             lease_s=lease_s,
         )
+        self._table = NodeTable(self._leases, run.counters, store)
         self._members: dict[str, _Member] = {}
         self._silent = set(self._collector.state.accounts)  # lost, or another driver's: they may still upload
         self._aside: dict[str, float] = {}  # nodes where no worker could work, until when
@@ -117,6 +120,8 @@ class Driver:
 
     async def send(self) -> Outcome:
         """Has everything asked that the run has left, and says how that ended."""
+        ended = asyncio.Event()
+        writing = asyncio.create_task(self._table.keep_writing(ended))
         try:
             await self._recover()
             outcome = await self._direct()
@@ -129,6 +134,9 @@ class Driver:
                 if member.task:
                     member.task.cancel()
                 self._cluster.kill(member.actor)
+            ended.set()
+            await writing
+            self._run.counters.nodes = self._collector.state.nodes
             if self._leases.asked_again:
                 self._run.say(f"{self._leases.asked_again} requests of lost workers were leased again")
 
@@ -197,19 +205,19 @@ class Driver:
 
     def _start(self, nodes: list[Node], now: float) -> None:
         """Starts a worker on each of the nodes; without any, one worker makes place for URLs that nobody asks."""
-        run, urls = self._run, self._run.recipe.teacher.urls
+        run, weights = self._run, self._run.recipe.teacher.weights
         for index, node in enumerate(nodes):
             name = f"{node.address.replace(':', '.')}-{uuid4().hex[:8]}"
-            own = self._leases.deal(urls, len(nodes) - index)
-            teacher = run.recipe.teacher.model_copy(update={"base_url": own})
-            recipe = run.recipe.model_copy(update={"teacher": teacher})
+            own = self._leases.deal(weights, len(nodes) - index)
+            recipe = run.recipe.model_copy(update={"teacher": run.recipe.teacher.only_at(own)})
             variables = variables_of(run.recipe.teacher)
             actor = self._cluster.start(node, name, recipe, self._store.url, variables, self._lease_s)
             self._leases.join(name, own, now + START_S)
+            self._table.joined(name, node.address, own)
             self._members[name] = member = _Member(node, actor, own)
             member.task = asyncio.create_task(self._follow(name, member))
         asked = {url for member in self._members.values() for url in member.urls}
-        if not nodes and self._members and set(urls) - asked:
+        if not nodes and self._members and weights.keys() - asked:
             least = min(self._members.values(), key=lambda member: len(member.urls))
             least.closing = least.closing or not any(member.closing for member in self._members.values())
 
@@ -222,6 +230,7 @@ class Driver:
                     await self._collector.save()
                 report: Report = await self._cluster.call(member.actor.beat, orders)
                 self._leases.heard(name, orders.shares, monotonic())
+                self._table.heard(name, report.counters, idle=report.idle)
                 self._tell(report.said)
                 if report.ended[0] or report.uploads > member.collected:
                     await self._collector.collect(name)
@@ -259,10 +268,11 @@ class Driver:
 
     async def _ended(self, name: str, member: _Member, kind: str, message: str) -> None:
         """A worker has ended by itself, and all that it wrote was read."""
-        self._leave(name, lost=False)
+        well = kind in ("done", BudgetReached.__name__)
+        self._leave(name, "done" if well else "broken")
         self._collector.close(name)
         self._cluster.kill(member.actor)
-        if kind not in ("done", BudgetReached.__name__):
+        if not well:
             broke = DistillError(f"a worker broke with {kind}: {message}")
             self._put_aside(member.node, getattr(errors, kind)(message) if hasattr(errors, kind) else broke)
 
@@ -280,11 +290,12 @@ class Driver:
         if member.report is None:  # it never said a word: so it has nothing, and should not begin later
             self._cluster.kill(member.actor)
             self._put_aside(member.node, DistillError(f"no worker starts on {member.node.address}: {why}"))
-        self._leave(name, lost=True)
+        self._leave(name, "lost")
 
-    def _leave(self, name: str, *, lost: bool) -> None:
+    def _leave(self, name: str, how: Literal["done", "broken", "lost"]) -> None:
         self._members.pop(name, None)
-        self._leases.leave(name, lost=lost)
+        self._leases.leave(name, lost=how == "lost")
+        self._table.left(name, how)
 
     def _put_aside(self, node: Node, error: DistillError) -> None:
         self._aside[node.id] = monotonic() + ASIDE_S

@@ -23,6 +23,7 @@ import msgspec
 
 from generate.budget import Spend
 from generate.idset import IdSet
+from generate.progress import NodeCounts
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -60,6 +61,7 @@ class State(msgspec.Struct):
     accounts: dict[str, Account] = {}  # of the writers that have not ended in order
     rest: Spend = Spend()  # not in the journal: of those that have, and of answers that were dropped as repeated
     journal_bytes: int = 0  # the size of completions.jsonl whose answers it counts
+    nodes: dict[str, NodeCounts] = {}  # what each has done
 
     @property
     def charged(self) -> Spend:
@@ -132,7 +134,9 @@ class Leases:
         """A writer has ended or is lost: what it holds is leased again, its share of the limits is free."""
         writer = self.writers.pop(name, None)
         if writer:
-            self.asked_again += len(writer.items) if lost else 0
+            asked_again = len(writer.items) if lost else 0
+            self.asked_again += asked_again
+            self.counts(name).asked_again += asked_again
             self._again.extend(writer.items.values())
             for id_ in writer.items:
                 del self._holder[id_]
@@ -193,6 +197,10 @@ class Leases:
         account.claim = claim
         self.spent += account.charged - before
 
+    def counts(self, name: str) -> NodeCounts:
+        """What a writer's node has done; its name is the node's, a hyphen, and what makes it the only one."""
+        return self.state.nodes.setdefault(name.rpartition("-")[0], NodeCounts())
+
     def shares(self, name: str) -> dict[str, int] | None:
         """A writer's share of each of its URLs, as 1/n; None while the others do not leave it any."""
         shares = {}
@@ -209,11 +217,14 @@ class Leases:
         before = self.writers[name].shares
         self.writers[name].shares = {url: min(of, before.get(url, of)) for url, of in shares.items()}
 
-    def deal(self, urls: list[str], newcomers: int) -> list[str]:
-        """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one."""
+    def deal(self, weights: dict[str, float], newcomers: int) -> list[str]:
+        """The URLs of a new writer, one of so many that come now: those without a writer, else the least asked one.
+
+        The least asked one has the fewest writers for its weight.
+        """
         asked = Counter(url for writer in self.writers.values() for url in writer.urls)
-        free = [url for url in urls if not asked[url]]
-        return free[:: max(newcomers, 1)] or [min(urls, key=lambda url: asked[url])]
+        free = [url for url in weights if not asked[url]]
+        return free[:: max(newcomers, 1)] or [min(weights, key=lambda url: asked[url] / weights[url])]
 
     def _next(self) -> Item | None:
         """The next request that nobody holds; one whose answer came late needs nothing more."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -20,8 +21,9 @@ from evaluate.document import (
     number,
     percent,
 )
-from evaluate.figures.promise import shown
+from evaluate.figures.promise import ratio_format
 from evaluate.models import AFTER
+from generate.progress import NodeCounts, clock
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal
@@ -148,7 +150,7 @@ def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Lin
 
 
 def _lines(figure: Estimate, show: Callable[[float], str], *, counted: bool = False) -> list[Line]:
-    """A figure and its interval; `counted`: without one if that has no width."""
+    """A figure and its interval. An interval without width is left out of a figure that was counted."""
     told = not counted or figure.low < figure.high
     return [Line(show(figure.value)), *([Line(figure.interval(show))] if told else [])]
 
@@ -163,9 +165,23 @@ def promise(report: Report) -> Table:
     rows = []
     for claim in report.headline.claims:
         promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
-        here = _lines(claim.value, shown(claim), counted=True) if claim.value else [Line(NOTHING)]
+        here = _lines(claim.value, ratio_format(claim), counted=True) if claim.value else [Line(NOTHING)]
         rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
     return Table("the promise", ["promised", "here", "holds"], rows)
+
+
+def nodes(report: Report) -> Table | None:
+    """What each node has done, if a cluster generated the answers."""
+    counted = msgspec.convert(report.lineage.get("generate", {}).get("nodes", {}), dict[str, NodeCounts])
+    rows = []
+    for name, own in sorted(counted.items()):
+        seconds = max(own.active_s, 1e-9)
+        rates = (f"{value / seconds:,.1f}" for value in (own.answered, own.completion_tokens))
+        totals = (f"{value:,}" for value in (own.answered, own.completion_tokens))
+        again = (f"{value:,}" for value in (own.retried, own.asked_again))
+        rows.append(Row(name, [[Line(text)] for text in (*totals, clock(own.active_s), *rates, *again)]))
+    heads = ["answers", "tokens", "active", "answers/s", "tokens/s", "retried", "asked again"]
+    return Table("node", heads, rows) if rows else None
 
 
 def wins(report: Report) -> list[tuple[WinRate, str, str]]:

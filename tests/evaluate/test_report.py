@@ -12,19 +12,19 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
 from evaluate.document import (
-    Filtering,
+    FilterSummary,
     LossPoint,
     ModelReport,
     Report,
     Rows,
     RuleDrops,
-    Training,
+    TrainingLog,
     millions,
     number,
 )
 from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
-from evaluate.report.tables import VERDICTS, print_report, probes, promise, wins
+from evaluate.report.tables import VERDICTS, nodes, print_report, probes, promise, wins
 from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report, verified_report
 
 CHROMIUM = "/usr/bin/chromium"
@@ -248,13 +248,13 @@ def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Bro
 
 def test_drops_come_largest_first_and_only_where_there_are_any() -> None:
     rules = [RuleDrops("length", 5), RuleDrops("script_ratio", 0), RuleDrops("finish_reason", 20)]
-    bars = drop_bars(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
+    bars = drop_bars(FilterSummary(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
     assert [(bar.label, bar.text, bar.at) for bar in bars] == [("finish_reason", "20", 100), ("length", "5", 25)]
     assert drop_bars(None) == []
 
 
 def test_the_loss_curve_is_drawn_to_scale() -> None:
-    training = Training(
+    training = TrainingLog(
         loss=[LossPoint(0, 4.0), LossPoint(50, 3.0), LossPoint(100, 2.0)],
         eval=[LossPoint(100, 2.5), LossPoint(50, float("nan"))],
     )
@@ -264,4 +264,19 @@ def test_the_loss_curve_is_drawn_to_scale() -> None:
     assert (chart.y[0][0], chart.y[-1][0]) == (100, 0)
     assert chart.train == [(0, 0), (50, 50), (100, 100)]
     assert chart.eval == [(100, 75)]
-    assert loss_chart(Training(loss=[LossPoint(1, 2.0)])) is None
+    assert loss_chart(TrainingLog(loss=[LossPoint(1, 2.0)])) is None
+
+
+def test_what_each_node_of_a_cluster_has_done_is_in_a_table() -> None:
+    assert "Throughput by node" not in render_html(full_report())
+    first = {"answered": 1200, "prompt_tokens": 9, "completion_tokens": 36_000, "active_s": 600.0}
+    first |= {"retried": 7, "asked_again": 31}
+    lineage = {"generate": {"nodes": {"10.0.0.2": first, "10.0.0.1": {}}}}
+    table = nodes(make_report(lineage=lineage))
+    assert table and table.heads == ["answers", "tokens", "active", "answers/s", "tokens/s", "retried", "asked again"]
+    assert [(row.name, [cell[0].text for cell in row.cells]) for row in table.rows] == [
+        ("10.0.0.1", ["0", "0", "0:00", "0.0", "0.0", "0", "0"]),
+        ("10.0.0.2", ["1,200", "36,000", "10:00", "2.0", "60.0", "7", "31"]),
+    ]
+    page = render_html(make_report(lineage=lineage))
+    assert "Throughput by node" in page and "<td>36,000</td>" in page

@@ -327,16 +327,17 @@ def test_auto_follows_the_queue_that_a_server_shows(run: RunDir) -> None:
 def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None:
     """As vLLM shows them behind its data-parallel balancer; a process begins with its part."""
 
-    async def begun(partition: Partition) -> int:
+    async def begun(partition: Partition, weight: float = 1.0) -> int:
         with misbehaving(metrics=lambda at_once: (0, 0), engines=4) as server:
             recipe = recipe_for(server, generate={"concurrency": "auto"})
-            endpoint = Endpoint(recipe, server.url, partition, print, 99_999)
+            endpoint = Endpoint(recipe, server.url, partition, print, 99_999, weight=weight)
             async with endpoint.client:
                 assert await endpoint.prepare() is None
                 return endpoint.limit
 
     assert asyncio.run(begun(WHOLE)) == 4 * 276
     assert asyncio.run(begun(Partition(0, 2))) == 2 * 276
+    assert [asyncio.run(begun(WHOLE, weight)) for weight in (2, 8)] == [4 * 276, 8 * 276]
 
 
 def test_a_budget_ends_the_run_and_a_higher_one_goes_on(run: RunDir) -> None:

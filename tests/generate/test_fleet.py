@@ -2,14 +2,18 @@
 
 import threading
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from socket import AF_INET, AF_INET6
 
 import pytest
 from tenacity import wait_fixed
 
+from generate.endpoint import Endpoint
 from generate.fleet import FEW, Fleet
+from generate.jobs import Partition
 from generate.run import generate
+from generate.targets import read_urls
 from pipeline.errors import RecipeError
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, completions, misbehaving, recipe_for
@@ -21,7 +25,7 @@ class Place:
     def __init__(self, limit: int) -> None:
         self.limit, self.in_flight, self.looks, self.wait_s = limit, 0, 0, 0.0
         self.down_since: float | None = None
-        self.most = 0
+        self.most, self.weight = 0, 1.0
 
     def ready_in(self, tokens: int, choices: int, now: float) -> float | None:
         self.looks += 1
@@ -76,6 +80,20 @@ def test_an_endpoint_that_must_wait_is_back_when_its_time_has_come() -> None:
     fleet.remove(slow)  # type: ignore[arg-type]
     fleet.reopen(slow)  # type: ignore[arg-type]
     assert fleet.pick(1, 12.0) == (None, 3.0)
+
+
+def test_of_many_each_gets_its_share_of_the_requests_by_its_limit_and_of_the_connections_by_its_weight() -> None:
+    heavy, light = [Place(400) for _ in range(8)], [Place(50) for _ in range(56)]
+    for place in heavy:
+        place.weight = 8.0
+    fleet = Fleet([*heavy, *light], most=1200)  # type: ignore[arg-type]
+    assert ({place.most for place in heavy}, {place.most for place in light}) == ({80}, {10})
+    for _ in range(3000):  # half of their room
+        place, _ = fleet.pick(1, 0.0)
+        assert place
+        place.in_flight += 1
+    assert sum(place.in_flight for place in heavy) == pytest.approx(3000 * 64 / 120, rel=0.05)
+    assert max(place.in_flight for place in light) <= 35
 
 
 @pytest.fixture
@@ -171,3 +189,66 @@ async def test_a_public_name_stays_one_endpoint(address: str, monkeypatch: pytes
     teacher = recipe_for("http://api.example.com/v1").teacher
     expected = [None] if address.startswith("93") else ["127.0.0.8", "127.0.0.9"]
     assert await find_targets(teacher) == [Target(teacher.url, one) for one in expected]
+
+
+@pytest.mark.parametrize("concurrency", [4, "auto"])
+def test_requests_follow_the_weights_of_the_servers(concurrency: int | str, run: RunDir) -> None:
+    """Of `auto`, what it begins with: nobody has answered when the last request goes out."""
+    count, slow = (700, 0.02) if concurrency == 4 else (210, 1.0)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(misbehaving(lambda asked: answer(delay_s=slow))) for _ in range(3)]
+        weighted = [f"{server.url} {weight}" for server, weight in zip(servers, (4, 2.0, 1), strict=True)]
+        teacher = {"model": "stub", "base_url": weighted}
+        recipe = recipe_for("x", count, teacher=teacher, generate={"concurrency": concurrency})
+        assert recipe.teacher.urls == [server.url for server in servers]
+        assert generate(recipe, run, quiet=True).answered == count
+        shares = [len(server.asked) / count for server in servers]
+        assert shares == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.07)
+        if concurrency == 4:
+            assert all(server.most_at_once <= most for server, most in zip(servers, (16, 8, 4), strict=True))
+        alike = recipe_for("x", count, teacher={**teacher, "base_url": [server.url for server in servers]})
+        assert generate(alike, run, quiet=True).resumed == count  # weights are no part of an id
+
+
+async def test_a_weight_multiplies_what_the_recipe_allows_an_endpoint() -> None:
+    limits = {"concurrency": 10, "requests_per_minute": 60.0, "tokens_per_minute": 6000.0}
+    half = Endpoint(recipe_for("http://a/v1", generate=limits), "http://a/v1", Partition(0, 2), print, weight=2.5)
+    assert half.limit == 13  # 25, over two processes
+    assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [75.0, 7500.0]
+    half.share(5)
+    assert half.limit == 5
+    await half.client.__aexit__()
+
+
+def test_the_file_of_servers_has_weights_and_another_one_is_followed(run: RunDir, tmp_path: Path) -> None:
+    urls = tmp_path / "servers.txt"
+
+    def turned(asked: Asked) -> Behaviour:
+        if len(first.asked) + len(second.asked) == 100:
+            urls.write_text(f"{first.url}\n{second.url} 9\n")
+        return answer(delay_s=0.02)
+
+    with misbehaving(turned) as first, misbehaving(turned) as second:
+        urls.write_text(f"{first.url}\t9\n{second.url}/\n")
+        teacher = {"model": "stub", "urls_file": urls}
+        assert generate(recipe_for("x", 600, teacher=teacher, generate={"concurrency": 2}), run, quiet=True).answered
+        order = [record.endpoint for record in completions(run)]
+    assert order[:80].count(first.url) > 60
+    assert order[-200:].count(second.url) > 150
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "8000", "4 more", "four"])
+def test_a_weight_that_is_none_is_named_with_its_server(weight: str, tmp_path: Path) -> None:
+    urls = tmp_path / "servers.txt"
+    urls.write_text(f"http://10.0.0.1/v1\nhttp://10.0.0.2/v1 {weight}\n")
+    with pytest.raises(RecipeError, match=rf"urls_file .*servers\.txt: http://10\.0\.0\.2/v1: .* not '{weight}'"):
+        read_urls(urls)
+
+
+def test_a_server_has_one_weight(tmp_path: Path) -> None:
+    urls = tmp_path / "servers.txt"
+    urls.write_text("http://10.0.0.1/v1 2\nhttp://10.0.0.1/v1/ 2\n")
+    assert read_urls(urls) == {"http://10.0.0.1/v1": 2.0}
+    urls.write_text("http://10.0.0.1/v1 2\nhttp://10.0.0.1/v1\n")
+    with pytest.raises(RecipeError, match="has two weights, 2 and 1"):
+        read_urls(urls)

@@ -93,6 +93,11 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
         ("sampling: {}", ["--sampling.top_p", "2"], "--sampling.top_p: sampling.top_p should be"),
         ("sampling: {}", ["--sampling.topp", "2"], "unrecognized arguments: --sampling.topp"),
         ("teacher: {model: m, base_url: localhost}", [], "{path}: teacher.base_url"),
+        (
+            "teacher: {model: m, base_url: [http://a/v1, http://b/v1 many]}",
+            [],
+            "{path}: teacher.base_url http://b/v1: its weight must be a number above 0, at most 1000, not 'many'",
+        ),
         ("prompts: {template: x}", [], "{path}: prompts a template needs `count`"),
         ("prompts: {}", [], "{path}: prompts give either `template`"),
         (

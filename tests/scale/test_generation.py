@@ -8,6 +8,7 @@ import pytest
 
 from generate.run import Summary, _opened, _summary
 from pipeline.errors import BudgetReached, DistillError
+from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale import generation, worker
@@ -124,6 +125,18 @@ async def test_a_run_on_a_cluster_is_that_of_one_machine(run: RunDir) -> None:
     assert not list((run.path / "cluster").rglob("*.gz"))
 
 
+async def test_workers_keep_to_the_weights_of_the_endpoints(run: RunDir) -> None:
+    with (
+        misbehaving(lambda asked: answer(delay_s=0.05)) as large,
+        misbehaving(lambda asked: answer(delay_s=0.05)) as small,
+    ):
+        teacher = {"model": "stub", "base_url": [f"{large.url} 3", small.url]}
+        recipe = recipe_for("x", 400, teacher=teacher, generate={"concurrency": 4})
+        assert (await drive(recipe, run, FakeCluster(1))).answered == 400
+        assert (large.most_at_once, small.most_at_once) == (12, 4)
+        assert len(large.asked) / 400 == pytest.approx(3 / 4, abs=0.1)
+
+
 async def test_a_worker_that_dies_is_replaced_and_what_it_had_is_asked_again(run: RunDir) -> None:
     cluster = FakeCluster(2)
 
@@ -157,7 +170,7 @@ async def test_a_node_that_is_lost_before_its_first_part_is_in_s3_is_asked_again
 
         recipe = recipe_for(server, 200, budget=budget, sampling={"max_tokens": 5})
         summary = await drive(recipe, run, cluster, lose, store=store)
-        assert store.names() == ["leases.json"]
+        assert store.names() == ["leases.json", "nodes.json"]
         asked = len(server.asked)
     assert summary.answered == 200
     assert whole(run, 200)
@@ -186,8 +199,6 @@ async def test_a_frozen_node_loses_its_lease_and_what_it_writes_late_is_dropped_
 
 
 def summary_tokens(run: RunDir) -> int:
-    from pipeline.lineage import read_lineage
-
     return int(read_lineage(run)["generate"]["spent"]["tokens"])
 
 
@@ -224,6 +235,7 @@ async def test_a_driver_that_is_killed_leaves_workers_whose_answers_the_next_one
         assert len(server.asked) == 300  # the old workers had time to upload what they had in flight
         assert summary_tokens(run) == 300 * 12
     assert summary.resumed + summary.answered == 300
+    assert sum(node["answered"] for node in read_lineage(run)["generate"]["nodes"].values()) == 300
     assert whole(run, 300)
 
 
@@ -247,7 +259,7 @@ async def test_a_driver_that_is_killed_before_it_removed_what_it_read_leaves_no_
         assert list((run.path / "cluster").rglob("*.gz"))
         await drive(recipe_for(server, 80, **sections), run, FakeCluster(2))
         assert summary_tokens(run) == 12 * len(server.asked) == 12 * 80
-    assert [path.name for path in (run.path / "cluster").rglob("*.*")] == ["leases.json"]
+    assert sorted(path.name for path in (run.path / "cluster").rglob("*.*")) == ["leases.json", "nodes.json"]
 
 
 async def test_a_worker_may_take_longer_than_a_lease_to_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

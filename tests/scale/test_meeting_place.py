@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
 from pipeline.rundir import RunDir
 from scale import generation
+from scale.nodes import read_nodes
 from scale.run_in_store import run_in_store
 from scale.storage import open_store
 from scale.sync import meeting_store
@@ -78,7 +79,8 @@ def test_a_run_in_a_store_has_its_place_there(tmp_path: Path, monkeypatch: pytes
             assert len(completions(RunDir(folder))) == 20 * number
             assert not (folder / "cluster").exists()
         store = open_store("s3://bucket/stories")
-        assert store.names("cluster") == ["cluster/leases.json"]
+        assert store.names("cluster") == ["cluster/leases.json", "cluster/nodes.json"]
+        assert read_nodes("s3://bucket/stories").done == 40
         assert store.get("cluster-store.txt") == b"s3://bucket/stories/cluster"
 
 

@@ -151,10 +151,11 @@ def test_shares_of_a_limit_never_add_up_to_more_than_the_whole() -> None:
 
 
 def test_urls_are_dealt_so_that_each_has_a_writer() -> None:
-    leases, urls = table(), ["1", "2", "3", "4", "5"]
+    leases, weights = table(), dict.fromkeys(["1", "2", "3", "4", "5"], 1.0)
     for number in range(2):
-        leases.join(f"w{number}", leases.deal(urls, 2 - number), 0)
+        leases.join(f"w{number}", leases.deal(weights, 2 - number), 0)
     assert [writer.urls for writer in leases.writers.values()] == [["1", "3", "5"], ["2", "4"]]
-    assert leases.deal(urls, 1) == ["1"]
+    assert leases.deal(weights, 1) == ["1"]
+    assert leases.deal({**weights, "4": 2.0}, 1) == ["4"]
     leases.leave("w1", lost=True)
-    assert leases.deal(urls, 1) == ["2", "4"]
+    assert leases.deal(weights, 1) == ["2", "4"]
