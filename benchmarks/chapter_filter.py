@@ -18,12 +18,12 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import flags, measured
-from benchmarks.stories import Writer
+from benchmarks.stories import PROMPT, PROMPT_SLOTS, TEMPLATE, Writer, completion, recipe_of
 from filters.answer import as_answer, nfc
 from filters.ruleset import load_rules
 from filters.run import filter_run
-from pipeline.recipe import FiltersConfig, Recipe, load_recipe
-from pipeline.records import Completion, Message, Slots, Usage, encode_line, read_jsonl
+from pipeline.recipe import FiltersConfig, load_recipe
+from pipeline.records import Completion, Slots, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 
 BANNED = ("AI", "GPT", "model", "로봇", "인공지능")
@@ -39,12 +39,6 @@ FURTHER_RULES: list[dict[str, Any]] = [
     {"rule": "adherence", "slots": ["keywords"], "max_missing": 2},
 ]
 FLAGSHIP = Path(__file__).parents[1] / "recipes" / "korean_stories.yaml"
-PROMPT = "3~5세 어린이용 한국어 동화 한 편. 등장: 토끼 토토. 키워드: 달, 비. 200~400자."
-TEMPLATE = "3~5세 어린이용 한국어 동화 한 편. 등장: {character}. 키워드: {keywords}. 200~400자."
-SLOTS = {
-    "character": ["토끼 토토", "곰 두두", "할머니", "고양이 미미"],
-    "keywords": ["당근", "비", "달", "친구", "엄마", "꽃"],
-}
 
 
 def chapter_reason(instruction: str, output: str) -> str | None:
@@ -67,7 +61,7 @@ def main() -> None:
     prompts = load_recipe(FLAGSHIP).prompts
     slots = {name: values if isinstance(values, list) else values.from_ for name, values in prompts.slots.items()}
     for name, template, filling, rules in (
-        ("the five rules, the source's prompt", TEMPLATE, SLOTS, RULES),
+        ("the five rules, the source's prompt", TEMPLATE, PROMPT_SLOTS, RULES),
         ("the five rules, the flagship's prompts", str(prompts.template), slots, RULES),
         ("all rules, the flagship's prompts", str(prompts.template), slots, [*RULES, *FURTHER_RULES]),
     ):
@@ -101,12 +95,6 @@ def race(rows: Iterable[Completion], rules: list[dict[str, Any]], runs: int) -> 
     )
 
 
-def recipe_of(filters: dict[str, Any]) -> Recipe:
-    prompts = {"template": TEMPLATE, "count": 1, "slots": SLOTS}
-    about = {"name": "made-up", "teacher": {"model": "teacher"}, "prompts": prompts}
-    return Recipe.model_validate({**about, "filters": filters})
-
-
 def reference_loop(completions: Path) -> float:
     """The seconds of one loop over all texts; the second one, since the first is slower."""
     texts = [(row.text, row.messages[-1].content) for row in read_jsonl(completions, Completion)]
@@ -128,25 +116,6 @@ def agreement(texts: Iterable[tuple[str, str]], real: int) -> str:
     kept = sum(reference is None for reference, _ in decided)
     unlike = sum(reference != ours for reference, ours in decided)
     return f"{len(decided):,} texts ({real} real answers), {kept:,} kept by the reference: {unlike} decided otherwise"
-
-
-def completion(number: int, text: str, prompt: str, slots: Slots | None = None) -> Completion:
-    """A record with this text; all else is the same in each."""
-    return Completion(
-        id=f"{number:016x}",
-        prompt_id=f"{number:016x}",
-        messages=[Message("user", prompt)],
-        slots=slots or {"character": "토끼 토토", "keywords": ["달", "비"]},
-        endpoint="http://127.0.0.1:8000/v1",
-        sampling={"temperature": 0.8, "top_p": 0.9, "max_tokens": 500, "seed": number},
-        text=text,
-        finish_reason="stop",
-        model="teacher",
-        usage=Usage(prompt_tokens=60, completion_tokens=200),
-        latency_s=1.0,
-        attempts=1,
-        created="2026-01-01T00:00:00.000+00:00",
-    )
 
 
 def workload(count: int, seed: int, template: str, slots: dict[str, list[str]]) -> Iterator[Completion]:

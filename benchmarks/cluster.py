@@ -75,7 +75,7 @@ class Call:
         return int(self._process.returncode)
 
     def until_billed(self, url: str, answers: int) -> None:
-        """Waits until the stub has billed so many answers. Raises Broken."""
+        """Waits until the stub has billed this many answers. Raises Broken."""
         self.until(lambda: billed(url)["answers"] >= answers)
 
     def until(self, condition: Callable[[], object]) -> None:

@@ -3,13 +3,14 @@
 Made-up Korean stories, 5% of them near copies of another and 2% exact ones, the flagship's first five rules and
 near-duplicates. Each side runs in a process of its own. It prints seconds and the peak memory of the largest process
 of each kind (unique, in samples of 0.2 s), and whether the two sides wrote the same bytes. The nodes share this
-machine's cores: a cluster can win nothing here, and the difference is what it costs.
+machine's cores: a cluster can win nothing here, and the difference is what it costs. They run before the clock starts.
 """
 
 import argparse
 import random
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -17,19 +18,22 @@ from typing import Any
 
 import psutil
 
-from benchmarks.chapter_filter import PROMPT, RULES, completion, recipe_of
+from benchmarks.chapter_filter import RULES
 from benchmarks.measure import Measured, flags, measured, show
-from benchmarks.stories import Writer
+from benchmarks.ray_nodes import ray_cluster
+from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.run import filter_run
+from pipeline.cli import run_stage
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 
 NEAR_COPIES, COPIES = 0.05, 0.02
+STORE = 1 << 30  # bytes of a node's object store
 FILES = "kept.jsonl", "dropped.jsonl", "filter_report.json"
 
 
 def main() -> None:
-    options = flags(__doc__, rows=1_000_000, nodes=2, near=0.8, seed=0, object_store_mib=1024)
+    options = flags(__doc__, rows=1_000_000, nodes=2, near=0.8, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         print(compare(Path(folder), options))
 
@@ -42,19 +46,21 @@ def compare(folder: Path, options: argparse.Namespace) -> str:
     cluster.path.mkdir()
     cluster.completions.hardlink_to(alone.completions)
     print(f"{options.rows:,} answers, {alone.completions.stat().st_size >> 20:,} MiB", flush=True)
-    rows: list[tuple[str, ...]] = [("side", "seconds", "CPU s", "rows/s", "peak MiB by kind of process")]
-    for side, call in (
-        ("one machine", (on_one_machine, alone, options.near)),
-        (f"{options.nodes} nodes", (on_a_cluster, cluster, options.near, options.nodes, options.object_store_mib)),
-    ):
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(measured, *call)
-            peaks = peak_mib(future)
-        found = future.result()
-        said = ", ".join(f"{kind} {mib:,.0f}" for kind, mib in sorted(peaks.items()))
-        rows.append((side, f"{found.seconds:.1f}", f"{found.cpu_s:.1f}", f"{options.rows / found.seconds:,.0f}", said))
+    rows: list[tuple[str, ...]] = [("side", "seconds", "rows/s", "peak MiB by kind of process")]
+    rows.append(figures("one machine", options.rows, on_one_machine, alone, options.near))
+    with ray_cluster(options.nodes, blind=0, store=STORE) as (address, _):
+        rows.append(figures(f"{options.nodes} nodes", options.rows, on_a_cluster, cluster, options.near, address))
     same = [(alone.path / name).read_bytes() == (cluster.path / name).read_bytes() for name in FILES]
     return f"{show(rows)}\nthe same bytes: {dict(zip(FILES, same, strict=True))}"
+
+
+def figures(side: str, rows: int, filters: Callable[..., None], *arguments: object) -> tuple[str, ...]:
+    """A side's line of the table."""
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(measured, filters, *arguments)
+        peaks = ", ".join(f"{kind} {mib:,.0f}" for kind, mib in sorted(peak_mib(call).items()))
+    seconds = call.result().seconds
+    return side, f"{seconds:.1f}", f"{rows / seconds:,.0f}", peaks
 
 
 def write(path: Path, options: argparse.Namespace) -> None:
@@ -77,21 +83,11 @@ def on_one_machine(run: RunDir, near: float) -> None:
     filter_run(recipe_of(settings(near)), run, Path("recipe.yaml"))
 
 
-def on_a_cluster(run: RunDir, near: float, nodes: int, object_store_mib: int) -> None:
-    """Starts the nodes too, which takes some seconds."""
-    from ray.cluster_utils import Cluster
-
+def on_a_cluster(run: RunDir, near: float, address: str) -> None:
     from scale.filtering import cluster_machine
 
-    each: dict[str, Any] = {"num_cpus": 1, "object_store_memory": object_store_mib << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
-    try:
-        for _ in range(nodes - 1):
-            cluster.add_node(**each)
-        with cluster_machine(cluster.address) as machine:
-            filter_run(recipe_of(settings(near)), run, Path("recipe.yaml"), machine=machine)
-    finally:
-        cluster.shutdown()
+    with cluster_machine(address) as machine:
+        filter_run(recipe_of(settings(near)), run, Path("recipe.yaml"), machine=machine)
 
 
 def peak_mib(call: "Future[Measured]") -> dict[str, float]:
@@ -107,4 +103,4 @@ def peak_mib(call: "Future[Measured]") -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)  # also when it is terminated, it ends the nodes

@@ -53,14 +53,14 @@ def main() -> None:
     add(out / "results.jsonl", {"step": "machine", **facts})
     with tempfile.TemporaryDirectory() as work:
         for name in options.steps.split(","):
-            error = run_child(name, options, work, out)
+            error = run_apart(name, options, work, out)
             if error:
                 add(out / "results.jsonl", {"step": name, "error": error})
     print(table(out / "results.jsonl"))
 
 
 def machine() -> dict[str, str]:
-    """Card, driver and versions. Does not load torch, whose memory on the card would be missing to the steps."""
+    """Card, driver and versions. Does not load torch, which would take memory of the card from the steps."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         card = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -70,8 +70,8 @@ def machine() -> dict[str, str]:
     return {"card, driver, memory": card, "python": sys.version.split()[0], **found}
 
 
-def run_child(name: str, options: argparse.Namespace, work: str, out: Path) -> str:
-    """Runs a step in a process of its own, and ends all that it started. What went wrong, or nothing."""
+def run_apart(name: str, options: argparse.Namespace, work: str, out: Path) -> str:
+    """Runs a step in a process of its own, and ends all that it started. Returns what went wrong; empty if nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--work", work, "--out", str(out)]
     command += ["--count", str(options.count), "--smollm2", options.smollm2, *(["--small"] if options.small else [])]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

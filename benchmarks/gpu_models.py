@@ -13,7 +13,7 @@ SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.
 LONGER = 4  # times as long as the stories of lengths.json: about 400 tokens
 
 
-def model_folder(work: Path, shape: str, *, weights: bool = True) -> str:
+def random_model(work: Path, shape: str, *, weights: bool = True) -> str:
     """A folder with config, tokenizer and, unless vLLM makes them up itself, weights. It is made once."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -50,6 +50,6 @@ def filled_tokenizer(vocabulary: int) -> Any:
 
 
 def rows(count: int, longer: int = LONGER) -> list[dict[str, Any]]:
-    """Made-up rows, so many times longer than a real run's: a word is a token of the tokenizer above."""
+    """Made-up rows, `longer` times as long as a real run's: a word is a token of the tokenizer above."""
     made = made_up_rows(count, words_per_token=longer)
     return [{**row, "told": row["prompt"], "id": str(number)} for number, row in enumerate(made)]

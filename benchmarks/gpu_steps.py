@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.gpu_models import LONGER, model_folder, rows
+from benchmarks.gpu_models import LONGER, random_model, rows
 
 GIB = 1 << 30
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}  # dense, 16 bits, by NVIDIA
@@ -60,7 +60,7 @@ def wait(torch: Any) -> None:
 
 
 def peak_flops() -> float | None:
-    """Of the card's data sheet; None of a card that is not in the table, or without one."""
+    """The peak in the card's data sheet; None without a card, or if the table does not have it."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -68,7 +68,7 @@ def peak_flops() -> float | None:
 
 
 def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
-    """SFTTrainer as it comes, then ours, on the same rows; both are scored on the same validation rows by one code."""
+    """SFTTrainer with its defaults, then ours, on the same rows; one code scores both on the same validation rows."""
     from benchmarks.training import defaults
     from pipeline.train_config import TrainConfig
 
@@ -86,7 +86,7 @@ def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def method_alone(method: str, options: argparse.Namespace, **changes: Any) -> Iterator[Row]:
-    """So many steps of a method."""
+    """The steps of one method, compared with nothing."""
     if method == "qlora" and not find_spec("bitsandbytes"):
         raise Skip("bitsandbytes is not installed")
     yield scored("", options, method, **changes)
@@ -111,7 +111,7 @@ def number_formats(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def pass_sizes(options: argparse.Namespace) -> Iterator[Row]:
-    """Forward passes of so many tokens: which size fills the card, and whether the estimate of memory is right."""
+    """Forward passes of several sizes: which one fills the card, and whether the estimate of memory is right."""
     from transformers import AutoConfig
 
     from pipeline.train_config import TrainConfig
@@ -159,7 +159,7 @@ def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False
     """R of benchmarks.saturation: our client through `make serve` against the same engine without a server."""
     if not find_spec("vllm"):
         raise Skip("vllm is not installed")
-    model = model_folder(Path(options.work), "small" if options.small else "1.5b", weights=False)
+    model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     sizes = {"requests": 24, "slots": 8, "tokens": 8, "concurrency": "auto", "runs": 1}
     if not options.small:
         sizes = {"requests": 4096, "slots": 256, "tokens": tokens, "concurrency": "auto,256,512", "runs": 1}
@@ -173,7 +173,7 @@ def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:
     """vLLM's own figure for requests of the same number and lengths."""
     if not find_spec("vllm"):
         raise Skip("vllm is not installed")
-    model = model_folder(Path(options.work), "small" if options.small else "1.5b", weights=False)
+    model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", model]
     command += ["--load-format", "dummy", "--dataset-name", "random", "--max-num-seqs", "256"]
     lengths = ("8", "8", "24") if options.small else ("40", "128", "4096")
@@ -187,7 +187,7 @@ def output(command: list[str], env: dict[str, str]) -> str:
 
 
 def student(options: argparse.Namespace) -> str:
-    return model_folder(Path(options.work), "small" if options.small else "0.5b")
+    return random_model(Path(options.work), "small" if options.small else "0.5b")
 
 
 def fresh(options: argparse.Namespace) -> Path:
@@ -223,7 +223,7 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     config = TrainConfig(**settings(method, options, **changes))
     teacher = None
     if config.soft:
-        teacher = TeacherConfig(model=model_folder(Path(options.work), "small" if options.small else "1.5b"))
+        teacher = TeacherConfig(model=random_model(Path(options.work), "small" if options.small else "1.5b"))
     console = Console(stderr=True, soft_wrap=True)
     ready = prepare(model or student(options), examples(options, config), config, fresh(options), console, teacher)
     ready.trainer.remove_callback(Milestones)
@@ -256,7 +256,7 @@ def fit(trainer: Any, method: str) -> Row:
 
 
 def flops_per_token(trainer: Any, method: str) -> float:
-    """Of the trainer's rows, on average; as the head of this file says."""
+    """FLOPs per token of the trainer's rows, on average; the head of this file has the formula."""
     shape = trainer.model.config
     per_weight = 6 if method == "full" else 4
     matrices = [(name, weights) for name, weights in trainer.model.named_parameters() if weights.dim() == 2]
@@ -272,7 +272,7 @@ def flops_per_token(trainer: Any, method: str) -> float:
 
 
 def completion_tokens(row: Row) -> int:
-    """Of a row as our collator or TRL's has it."""
+    """How many tokens of a row carry loss, in the form of our collator or of TRL's."""
     return sum(row["completion_mask"]) if "completion_mask" in row else sum(label != -100 for label in row["labels"])
 
 

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def work(url: str, options: argparse.Namespace, kills: int, rng: random.Random) -> Counter[str]:
-    """Runs, one after the other, until `generate` was killed so many times."""
+    """Runs, one after the other, until `generate` was killed `kills` times."""
     counts: Counter[str] = Counter()
     while counts["kills"] < kills:
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def work(url: str, options: argparse.Namespace, kills: int, rng: random.Random) 
 
 
 def one_run(url: str, options: argparse.Namespace, most: int, rng: random.Random, folder: Path) -> Counter[str]:
-    """One run from its first start to its end, killed at most so many times."""
+    """One run from its first start to its end, killed `most` times at most."""
     settings = {"concurrency": 64, "processes": options.processes}
     made = recipe_for(folder, url, options.requests, sampling={"max_tokens": 500}, generate=settings)
     recipe = folder / "recipe.yaml"

@@ -19,9 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chapter_filter import PROMPT, completion
 from benchmarks.measure import flags, show
 from benchmarks.runs import recipe_for
+from benchmarks.stories import PROMPT, completion
 from generate.budget import Spend
 from generate.context import opened_run
 from generate.idset import WIDTH, IdSet
@@ -38,7 +38,7 @@ from scale.storage import Folder
 MOST = Spend(700, 700)
 IDS = 1_000_000  # in the set that is looked at: a look-up takes as long in a larger one
 PUT, GET = 0.005 / 1000, 0.0004 / 1000  # USD per request: S3 Standard, us-east-1
-PUTS, GETS = 2, 4  # requests for one part: itself and the account; both are read, and two names that are not there yet
+PUTS, GETS = 2, 4  # requests per part: it and the account are written and read; two reads find nothing yet
 PUTS_PER_S, GETS_PER_S = 3500, 5500  # that S3 takes under one prefix
 
 

@@ -1,6 +1,6 @@
 """What the benchmarks share: flags, a question, a call measured in a process of its own, a run's steady part, a table.
 
-Imports only the standard library, so that it adds nothing to the memory that is measured.
+Imports little, so that it adds nothing to the memory that is measured.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pipeline.resources import peak_bytes
 
 
 def flags(about: str | None, **defaults: Any) -> argparse.Namespace:
@@ -52,13 +54,7 @@ def measured(function: Callable[..., Any], *arguments: Any) -> Measured:
 def _measure(function: Callable[..., Any], arguments: Sequence[Any]) -> Measured:
     started, cpu_s = time.perf_counter(), sum(os.times()[:4])
     value = function(*arguments)
-    return Measured(value, time.perf_counter() - started, sum(os.times()[:4]) - cpu_s, _peak_mib())
-
-
-def _peak_mib() -> float:
-    """Linux's peak of this program alone; that of getrusage begins with the memory of the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return Measured(value, time.perf_counter() - started, sum(os.times()[:4]) - cpu_s, peak_bytes() / 2**20)
 
 
 def steady_seconds(ends: Sequence[float], cut: int) -> float:

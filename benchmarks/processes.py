@@ -22,6 +22,7 @@ from benchmarks.training import made_up_rows
 from evaluate.measure.results import answer_row
 from pipeline.models import resolve_model
 from pipeline.records import Kept, Message, Prompt, encode_line
+from pipeline.resources import peak_bytes
 
 WAYS: dict[str, list[str]] = {"one": [], "DDP": ["--multi_gpu"], "FSDP": ["--use_fsdp"]}
 
@@ -63,23 +64,18 @@ def written_recipe(folder: Path, model: str, method: str) -> Path:
 
 
 def peak_mib(command: list[str], *, threads: int) -> float:
-    """Runs a command to its end; the highest resident memory (Linux's VmHWM) of a process among it and its children.
+    """Runs a command to its end; the highest resident memory of a process among it and its children.
 
     Raises CalledProcessError if it fails.
     """
     process = psutil.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
-    peak = 0.0
+    peak = 0
     while process.poll() is None:
-        for one in (process, *process.children(recursive=True)):
-            try:
-                lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
-            except OSError:
-                continue  # it ended
-            peak = max([peak, *(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))])
+        peak = max(peak, *(peak_bytes(one.pid) for one in (process, *process.children(recursive=True))))
         time.sleep(0.2)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return peak
+    return peak / 2**20
 
 
 def report(logs: dict[str, Any], peaks: dict[str, float]) -> str:

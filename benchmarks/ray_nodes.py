@@ -1,14 +1,16 @@
 """Ray nodes on this machine, each a process tree of its own that can be killed, frozen and revived.
 
-One kind cannot see the project's code: an empty folder lies over every package of it (`unshare -m`, which needs root).
+One kind cannot see the project's code: an empty folder lies over every package of it (`unshare -m`, which needs root),
+and over other folders if asked; then it also has an address of its own, as another machine has.
 """
 
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,22 +31,36 @@ UNTIL_JOINED = """if True:
         time.sleep(0.2)
 """
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
-SMALL = ["--object-store-memory=80000000"]
+SMALL_STORE = 80_000_000  # bytes of a node's object store
 READY_S = 300.0
+ADDRESSES = (f"127.0.1.{number}" for number in count(1))  # of this machine
 
 
 class RayNode:
-    """A head, or a node of the cluster at `address`; `blind`: without the project's code."""
+    """A head, or a node of the cluster at `address`.
 
-    def __init__(self, address: str, *, head_folder: Path | None = None, blind: bool = False) -> None:
+    `blind`: without the project's code and the `hidden` folders; `store`: bytes.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        head_folder: Path | None = None,
+        blind: bool = False,
+        hidden: Sequence[Path] = (),
+        store: int = SMALL_STORE,
+    ) -> None:
         where = [f"--address={address}"]
         if head_folder:
             port = address.rpartition(":")[2]
             where = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={head_folder}"]
             where.append(f"--ray-client-server-port={free_port()}")  # its usual port may be another head's
-        command = [*START, *SMALL, *where]
+        elif hidden:
+            where.append(f"--node-ip-address={next(ADDRESSES)}")
+        command = [*START, f"--object-store-memory={store}", *where]
         if blind:
-            hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in code_folders())
+            hide = " && ".join(f"mount -t tmpfs none {folder}" for folder in (*code_folders(), *hidden))
             command = ["unshare", "-m", "bash", "-c", f'{hide} && cd / && exec "$@"', "bash", *command]
         self._command = command
         self.start()
@@ -109,17 +125,22 @@ def code_folders() -> list[Path]:
 
 
 @contextmanager
-def ray_cluster(nodes: int, *, blind: int = 1) -> Iterator[tuple[str, list[RayNode]]]:
-    """Starts a head and further nodes, the last `blind` of which do not see the code; yields address and nodes.
+def ray_cluster(
+    nodes: int, *, blind: int = 1, hidden: Sequence[Path] = (), store: int = SMALL_STORE
+) -> Iterator[tuple[str, list[RayNode]]]:
+    """Starts a head and further nodes, the last `blind` of which do not see the code and the `hidden` folders.
+
+    Yields address and nodes.
 
     All have joined then: processes that start together with a node were seen to fail.
     """
     address = f"127.0.0.1:{free_port()}"
     with TemporaryDirectory(prefix="ray") as folder:
-        started = [RayNode(address, head_folder=Path(folder))]
+        started = [RayNode(address, head_folder=Path(folder), store=store)]
         try:
             _until_open(address)
-            started += [RayNode(address, blind=number >= nodes - blind) for number in range(1, nodes)]
+            blinds = [number >= nodes - blind for number in range(1, nodes)]
+            started += [RayNode(address, blind=one, hidden=hidden, store=store) for one in blinds]
             _until_joined(address, started)
             yield address, started
         finally:

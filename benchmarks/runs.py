@@ -22,7 +22,7 @@ from pipeline.rundir import RunDir
 
 
 def recipe_for(folder: Path, url: str, requests: int, teacher: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    """A recipe of so many different questions, which are written into the folder. `teacher` adds to the section."""
+    """A recipe of `requests` different questions, which are written into the folder. `teacher` adds to the section."""
     path = folder / f"questions-{requests}.jsonl"
     with path.open("w") as file:
         file.writelines(json.dumps({"prompt": question(number)}) + "\n" for number in range(requests))

@@ -34,7 +34,7 @@ def answer_tokens(body: bytes) -> int:
 
 
 def ideal_ends(tokens: Sequence[int], replicas: int, slots: int, step_s: float) -> list[float]:
-    """When each answer ends, in seconds, if it has so many `tokens` and begins in the first slot that falls free."""
+    """When each answer ends, in seconds, if it has this many `tokens` and begins in the first slot that falls free."""
     free = [0] * min(replicas * slots, len(tokens))  # the step in which each slot falls free: all zeros are a heap
     ends = []
     for count in tokens:

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) -> SFTTrainer:
-    """SFTTrainer as it comes; given are only what is trained, the learning rate, and what writes no file."""
+    """SFTTrainer with its defaults, except what is trained, the learning rate, and settings that write no file."""
     return SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -105,7 +105,7 @@ def defaults(model: str, examples: Examples, config: TrainConfig, folder: Path) 
 
 
 def made_up_rows(count: int, words_per_token: float = WORDS_PER_TOKEN) -> list[dict[str, Any]]:
-    """Words without sense, so many for each token of a real run's answers."""
+    """Words without sense, `words_per_token` of them for each token of a real run's answers."""
     rng = random.Random(0)
     stories = (rng.choices(WORDS, k=round(rng.choice(LENGTHS) * words_per_token)) for _ in range(count))
     return [

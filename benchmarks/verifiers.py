@@ -13,8 +13,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from benchmarks.chapter_filter import completion, recipe_of
 from benchmarks.measure import Measured, flags, measured, show
+from benchmarks.stories import completion, recipe_of
 from filters.run import filter_run
 from pipeline.records import Completion, encode_line, read_jsonl
 from pipeline.rundir import RunDir

@@ -1,4 +1,4 @@
-"""The end of the chain: what was won in three lines, and how to talk to the student.
+"""The end of the chain: what the student gained in a few lines, and how to talk to it.
 
 Reads the report, and writes nothing.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evaluate.document import MEASURES, Part, Report, read_report
-from evaluate.figures.promise import shown
+from evaluate.figures.promise import ratio_format
 from evaluate.models import AFTER, TEACHER
 from evaluate.report.tables import VERDICTS
 from pipeline.rundir import RunDir
@@ -41,7 +41,7 @@ def _won(report: Report) -> Iterator[str]:
         if ours and theirs:
             show = MEASURES[name].show
             figures = f": {MEASURES[name].name} {show(ours.value)}, the teacher's {show(theirs.value)}"
-        yield f"{what:<9} {shown(claim)(claim.value.value)} {how}{figures}"
+        yield f"{what:<9} {ratio_format(claim)(claim.value.value)} {how}{figures}"
     yield f"{VERDICTS[report.headline.holds][0]} (90% of the quality, 3 times smaller and faster)"
 
 

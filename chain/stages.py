@@ -4,13 +4,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pipeline.address import is_loopback, is_port_open
 from pipeline.child import run_child
 from pipeline.errors import DistillError, RequestsFailed
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from serve.named import TEACHER, address_of
 from serve.server import serving
 
 REQUESTS_FAILED = RequestsFailed.exit_code
@@ -31,10 +31,11 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
     if not is_loopback(url) or is_port_open(url):
         yield
         return
+    _, host, port = address_of(recipe, TEACHER)
     run.path.mkdir(parents=True, exist_ok=True)
     log = run.path / "teacher.log"
     print(f"serving {recipe.teacher.model} (about a minute; log: {log})", flush=True)
-    with serving(recipe.teacher.model, port=urlsplit(url).port or 80, config=recipe.serve, log=log) as server:
+    with serving(recipe.teacher.model, host=host, port=port, config=recipe.serve, log=log) as server:
         print(f"ready at {server.base_url} after {server.startup_s:.0f} s", flush=True)
         yield
 

@@ -18,7 +18,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.terminal and len(names) > 1:
         raise UsageError(f"--terminal is for one model, not {len(names)}; name it with --only")
     models = choose_models(recipe, run, names)
-    run.check_folder()
     run.path.mkdir(parents=True, exist_ok=True)  # for the logs of servers
     with starting(models, run):
         if options.terminal:

@@ -43,10 +43,10 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lock) -> AsyncGenerator[str | Answered]:
-    """Asks a model, as it must be asked, and yields what it says piece by piece; the last is an Answered.
+    """Asks a model, and yields its answer piece by piece; the last piece is an Answered.
 
-    Waits for its server. Models on this machine are asked one after the other (`turn`), so that none takes another's
-    speed. Raises Refused, or what aiohttp raises. To stop the answer is to close this generator.
+    Waits for its server. Models on this machine are asked one after the other (`turn`), so that none slows another
+    down. Raises Refused, or what aiohttp raises. Close the generator to stop the answer.
     """
     while model.state == "starting":  # noqa: ASYNC110  # another thread sets it
         await asyncio.sleep(LOOK_S)
@@ -59,7 +59,7 @@ async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lo
 
 
 async def _ask(model: Model, job: Job) -> AsyncGenerator[str | Answered]:
-    """As `answer`; a setting that the model refuses is left out, and it is asked again (generate.dialect)."""
+    """As `answer`. If the model refuses a setting, it is asked again without it (generate.dialect)."""
     teacher = model.recipe.teacher
     timeout_s = model.recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
     async with streaming_session(teacher, timeout_s) as session:

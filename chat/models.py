@@ -8,15 +8,15 @@ from typing import Literal
 
 from generate.dialect import Dialect
 from pipeline.address import is_loopback, is_port_open
-from pipeline.chat import asked_of_student
+from pipeline.chat import asked_of_student, told_in_words
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe, ServeConfig, TeacherConfig
 from pipeline.records import Message
 from pipeline.rundir import RunDir
 from pipeline.students import check_trained
-from serve.command import choose_device
+from serve.command import choose_device, merge_args
 from serve.machine import detect
-from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
+from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 from serve.server import Server, free_port, served_models, serving, url_of
 
 LABELS = {TEACHER: "teacher", BEFORE: "student before", STUDENT: "student after"}  # in the order of the columns
@@ -26,7 +26,7 @@ GPU_SHARE = 0.9  # of a GPU's memory, for all servers together: vLLM's own
 
 @dataclass
 class Model:
-    """One model that is asked, as its address becomes known."""
+    """One model that is asked. Its address becomes known when its server is ready."""
 
     name: str
     label: str
@@ -46,13 +46,11 @@ class Model:
         if self.name != TEACHER:
             system = self.recipe.student.system if self.recipe.student else None
             return "told its own system prompt" if system else "asked the question alone"
-        teacher = self.recipe.teacher
-        examples = f"{len(teacher.examples)} examples" if teacher.examples else ""
-        told = [part for part in ("a system prompt" if teacher.system else "", examples) if part]
-        return f"told {' and '.join(told)}" if told else "asked the question alone"
+        told = told_in_words(self.recipe.teacher)
+        return f"told {told}" if told else "asked the question alone"
 
     def at(self, base_url: str) -> None:
-        """It answers there from now on, under the name that it is served by."""
+        """Marks the model as ready: it answers there, under its own name."""
         served = TeacherConfig(model=self.name, base_url=base_url, api_key_env="VLLM_API_KEY")
         if self.name == TEACHER:
             served = self.recipe.teacher.model_copy(update={"base_url": base_url})
@@ -73,7 +71,7 @@ def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Mod
             url = recipe.teacher.url
             found = url if not is_loopback(url) or is_port_open(url) else None
         else:
-            _, host, port = place_of(recipe, model.name)
+            _, host, port = address_of(recipe, model.name)
             url = url_of(host, port)
             found = url if is_port_open(url) and _serves(url, model, run) else None
         if found:
@@ -112,7 +110,7 @@ def starting(models: Sequence[Model], run: RunDir) -> Iterator[None]:
 
 
 def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: threading.Event) -> None:
-    """Starts one of `count` servers; what goes wrong is said by the model's state."""
+    """Starts one of `count` servers. Raises nothing: an error becomes the model's state."""
 
     def waiting(seconds: float, line: str) -> None:
         model.said = f"starting vLLM, {seconds:.0f} s"
@@ -139,5 +137,4 @@ def beside_others(config: ServeConfig, count: int) -> ServeConfig:
     if choose_device(config, detect()) == "cpu":
         return config.model_copy(update={"kv_cache_gib": config.kv_cache_gib or CACHE_GIB})
     share = ["--gpu-memory-utilization", f"{GPU_SHARE / count:.2f}"]
-    chosen = any(flag.startswith(("--gpu-memory-utilization", "--kv-cache-memory")) for flag in config.args)
-    return config if chosen else config.model_copy(update={"args": [*config.args, *share]})
+    return config.model_copy(update={"args": merge_args(share, config.args)})

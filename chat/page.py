@@ -25,22 +25,23 @@ from pipeline.local_page import page_app
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message
 from pipeline.rundir import RunDir
+from serve.named import TEACHER
 
 PAGE = Path(__file__).with_name("page.html")
 
 
-class Turn(BaseModel):
+class PageTurn(BaseModel):
     """One turn of a conversation, as the page has it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
 
-class Asked(BaseModel):
+class ChatRequest(BaseModel):
     """A conversation that a model is to go on with."""
 
     model: str
-    turns: list[Turn]
+    turns: list[PageTurn]
 
 
 def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) -> FastAPI:
@@ -48,6 +49,7 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
     app, turn = page_app(PAGE, token), asyncio.Lock()
     by_name = {model.name: model for model in models}
     begin = msgspec.to_builtins(system_of(recipe))
+    student = recipe.student.model if recipe.student else ""
     questions = questions_to_try(recipe, run)
     sampling = ", ".join(f"{name} {value}" for name, value in recipe.sampling.fields().items() if name != "seed")
 
@@ -55,7 +57,7 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
     async def state() -> dict[str, Any]:
         shown = [
             {name: getattr(model, name) for name in ("name", "label", "told", "state", "said")}
-            | {"model": recipe.teacher.model if model.name == "teacher" else _student(recipe)}
+            | {"model": recipe.teacher.model if model.name == TEACHER else student}
             for model in models
         ]
         return {
@@ -67,17 +69,13 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
         }
 
     @app.post("/{token}/ask")
-    async def ask(asked: Asked) -> StreamingResponse:
+    async def ask(asked: ChatRequest) -> StreamingResponse:
         if asked.model not in by_name or not asked.turns:
             raise HTTPException(422)
         conversation = [Message(one.role, one.content) for one in asked.turns]
         return StreamingResponse(_lines(by_name[asked.model], conversation, turn), media_type="application/x-ndjson")
 
     return app
-
-
-def _student(recipe: Recipe) -> str:
-    return recipe.student.model if recipe.student else ""
 
 
 async def _lines(model: Model, conversation: Sequence[Message], turn: asyncio.Lock) -> AsyncIterator[str]:

@@ -1,4 +1,4 @@
-"""One model in a plain terminal: a question a line, the answer as it comes. Writes to standard output only."""
+"""One model in a plain terminal: one question per line, the answer as it streams. Writes to standard output only."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from contextlib import aclosing
 import aiohttp
 from rich.console import Console
 
-from chat.answer import Answered, answer
+from chat.answer import LOOK_S, Answered, answer
 from chat.conversation import system_of
 from chat.models import Model
 from pipeline.errors import DistillError
@@ -17,7 +17,6 @@ from pipeline.records import Message
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move the cursor, or worse
 CLEAR = "/clear"
-LOOK_S = 0.25
 
 
 def talk(model: Model) -> None:

@@ -206,7 +206,7 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True):
     teacher_kept: int = 0  # of them, those that the filters kept; 0 of 0: the run does not tell
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ShownAnswer(msgspec.Struct, frozen=True):
     label: str
     text: str
     key: str = ""  # the model's
@@ -220,7 +220,7 @@ class Sample(msgspec.Struct, frozen=True):
     """One prompt and what each model answered."""
 
     prompt: str
-    answers: list[Answer]
+    answers: list[ShownAnswer]
     part: Part = "seen"
 
 
@@ -244,7 +244,7 @@ class LossPoint(msgspec.Struct, frozen=True):
     loss: float
 
 
-class Training(msgspec.Struct, frozen=True, kw_only=True):
+class TrainingLog(msgspec.Struct, frozen=True, kw_only=True):
     """What is shown of student/training_log.json."""
 
     loss: list[LossPoint] = []
@@ -262,7 +262,7 @@ class RuleDrops(msgspec.Struct, frozen=True):
     dropped: int
 
 
-class Filtering(msgspec.Struct, frozen=True, kw_only=True):
+class FilterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What is shown of filter_report.json."""
 
     rows: int
@@ -282,8 +282,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     models: list[ModelReport]
     rows: Rows
     samples: list[Sample]
-    training: Training
-    filters: Filtering | None
+    training: TrainingLog
+    filters: FilterSummary | None
     lineage: dict[str, Any]
     commands: list[str]
     machine: dict[str, str]
@@ -300,6 +300,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def read_report(run: RunDir) -> Report | None:
     """The report on disk; None if there is none or it is of another version."""
     try:
-        return msgspec.json.decode(run.report.read_bytes(), type=Report)
+        report = msgspec.json.decode(run.report.read_bytes(), type=Report)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+    return report if report.schema == SCHEMA else None

@@ -22,14 +22,15 @@ from pipeline.adapters import ADAPTER, digest_files, measure_weights, weight_fil
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DataError, DistillError
-from pipeline.models import model_folder
+from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
+from pipeline.resources import read_or_empty
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
 from pipeline.students import AFTER as AFTER
 from pipeline.students import before_training, check_trained, merged_folder
-from serve.command import build_command
+from serve.command import loaded_dtype
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
 
@@ -102,7 +103,7 @@ def _teacher(recipe: Recipe) -> Subject:
     """The teacher; without a folder if its weights cannot be had here, as those of a paid API."""
     reference, url = recipe.teacher.model, recipe.teacher.url
     folder, missing = None, f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
-    if is_loopback(url) or reference.startswith(("embedded:", "/", "./", "../", "~")):
+    if is_loopback(url) or reference.startswith(PREFIX) or is_path(reference):
         try:
             folder, missing = model_folder(reference), ""
         except DistillError as error:
@@ -175,9 +176,7 @@ def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | N
     2 (keys and values) · layers · KV heads · head size · bytes of the dtype, from the model's config.json.
     """
     facts = model_facts(str(folder), ask_hub=False)
-    where: dict[str, Any] = {"served_name": folder.name, "host": "127.0.0.1", "port": 1}
-    command = build_command(str(folder), **where, config=config, machine=detect(), facts=facts, environ={})
-    dtype = command.dtype or facts.dtype
+    dtype = loaded_dtype(config, detect()) or facts.dtype
     values, size = facts.kv_values_per_token, DTYPE_BYTES.get(dtype or "")
     return dtype, values * size if values and size else None
 
@@ -187,9 +186,7 @@ def describe_machine() -> dict[str, str]:
     import psutil
     import torch
 
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-    cpu = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    cpu = re.search(r"^model name\s*:\s*(.*)$", read_or_empty(Path("/proc/cpuinfo")), re.MULTILINE)
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}",

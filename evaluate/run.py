@@ -36,9 +36,9 @@ from evaluate.measure.serving import (
     answer_probes,
     answer_questions,
     measure_speed,
-    recipe_for,
     serve_subject,
     speed_prompts,
+    with_server,
 )
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, as_asked, choose_precision, digest_subject, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
@@ -47,6 +47,7 @@ from evaluate.report.html import publish
 from filters.answer import as_answer
 from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
+from pipeline.chat import told_in_words
 from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
@@ -172,7 +173,7 @@ def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
             found["probes"] = _interview(plan, subject, "probes", plan.probes.all)
         if plan.questions.all:
             found["verify"] = _interview(plan, subject, "verify", plan.questions.all, timed=timed)
-        if plan.questions.all and subject.key == BEFORE and (recipe.teacher.system or recipe.teacher.examples):
+        if plan.questions.all and subject.key == BEFORE and told_in_words(recipe.teacher):
             found["verify-told"] = _interview(plan, subject, "verify-told", plan.questions.all, told=True)
     if here and recipe.evaluate.lm_eval:
         what, entry = " and ".join(recipe.evaluate.lm_eval), plan.entry("tasks", subject, [])
@@ -183,13 +184,13 @@ def _measurements(plan: Plan, subject: Subject) -> dict[str, Measurement]:
 def _interview(
     plan: Plan, subject: Subject, name: str, prompts: list[Prompt], *, told: bool = False, timed: int = 0
 ) -> Measurement:
-    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: so many of them, from
-    the first, are asked again to time the answers.
+    """Prompts that a model answers. `told`: a student is told what the teacher is told. `timed`: how many of them, from
+    the first on, are asked once more to time the answers.
     """
     asked = as_asked(plan.recipe, subject, prompts, told=told)
 
     def ask(server: Server | None, folder: Path) -> ProbeResult:
-        recipe = recipe_for(plan.recipe, server) if server else plan.recipe
+        recipe = with_server(plan.recipe, server) if server else plan.recipe
         if name == "probes":
             return answer_probes(recipe, folder / name, prompts, asked)
         return answer_questions(recipe, folder / name, prompts, asked, asked[:timed])

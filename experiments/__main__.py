@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     setup = Setup(recipe, options.recipe, options.flags, run, folder, options)
 
     say(f"{options.kind}: {experiment.question}")
-    prepared = experiment.prepare(setup)
-    for number, arm in enumerate(prepared.arms, start=1):
-        say(f"\n── {number}/{len(prepared.arms)} {arm.name}")
-        finish(setup, arm, prepared.arms)
-    results = compare(setup, prepared)
+    design = experiment.prepare(setup)
+    for number, arm in enumerate(design.arms, start=1):
+        say(f"\n── {number}/{len(design.arms)} {arm.name}")
+        finish(setup, arm, design.arms)
+    results = compare(setup, design)
     write_results(results, folder)
     Console().print(Markdown(as_markdown(results)))
     print(f"\n{folder / 'results.md'}", flush=True)

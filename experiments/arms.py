@@ -55,7 +55,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Design:
     """Arms whose rows are on disk, and the test rows that they are scored on, by source."""
 
     arms: list[Arm]
@@ -68,12 +68,12 @@ class Experiment:
     """One line of the table below."""
 
     question: str
-    prepare: Callable[[Setup], Prepared]
+    prepare: Callable[[Setup], Design]
     needs: Mapping[str, str] = field(default_factory=dict)  # option: what it is for
 
 
-def _keep_rate(setup: Setup) -> Prepared:
-    """The best shares of all answers but those to the test prompts, the rules' drops taken in as they rank."""
+def _keep_rate(setup: Setup) -> Design:
+    """The best shares of all answers except those to test prompts; answers that the rules drop are ranked, too."""
     shares = parse_shares(setup.options.shares)
     base = _answered(setup, setup.base)
     test = part_rows(read_rows(base), setup.recipe.prompts).test
@@ -89,7 +89,7 @@ def _keep_rate(setup: Setup) -> Prepared:
         flags = {name: [*own, "--train.epochs", repr(epochs[name])] for name, own in flags.items()}
         note = "every arm makes as many steps as the largest does in the recipe's epochs"
     arms = [_arm(setup, name, share, test, flags[name]) for name, share in kept.items()]
-    return Prepared(arms, {"": test}, f"{note} (--match {setup.options.match})")
+    return Design(arms, {"": test}, f"{note} (--match {setup.options.match})")
 
 
 def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:
@@ -101,7 +101,7 @@ def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> d
 
 
 def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
-    """The run without its test part: neither its prompts nor what the filters found to say the same as its rows."""
+    """The run without answers to test prompts, and without those that the filters found to repeat a test row."""
     pool, part_of = RunDir(setup.folder / "pool"), setup.recipe.prompts.part_of
     pool.path.mkdir(parents=True, exist_ok=True)
     questions, ids = {prompt_text(row) for row in test}, {row.id for row in test}
@@ -119,7 +119,7 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
     return pool
 
 
-def _teachers(setup: Setup) -> Prepared:
+def _teachers(setup: Setup) -> Design:
     """The same prompts, rules and student; another teacher, with its own answers."""
     flags = ["--teacher.model", setup.options.b_model]
     flags += ["--teacher.base_url", setup.options.b_url] if setup.options.b_url else []
@@ -130,10 +130,10 @@ def _teachers(setup: Setup) -> Prepared:
     arms = [_arm(setup, "a", base, test, []), _arm(setup, "b", other, test, flags)]
     names = {"A": setup.recipe.teacher.model, "B": setup.options.b_model}
     note = f"a is {names['A']}, b is {names['B']}; each with all that the filters kept of it, for the recipe's epochs"
-    return Prepared(arms, _by_source(rows, test), note)
+    return Design(arms, _by_source(rows, test), note)
 
 
-def _human(setup: Setup) -> Prepared:
+def _human(setup: Setup) -> Design:
     """As many rows that people wrote as rows of the teacher; scored on both."""
     base, path = _answered(setup, setup.base), setup.options.human
     sources = {"teacher": read_rows(base), "human": read_human(path, setup.recipe.prompts.system)}
@@ -154,10 +154,10 @@ def _human(setup: Setup) -> Prepared:
             shutil.copyfile(base.lineage, chosen.lineage)
         accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []
         arms.append(_arm(setup, title, chosen, test, accept))
-    return Prepared(arms, _by_source(sources, test), f"{count:,} rows in each arm, for the recipe's epochs")
+    return Design(arms, _by_source(sources, test), f"{count:,} rows in each arm, for the recipe's epochs")
 
 
-def _soft(setup: Setup) -> Prepared:
+def _soft(setup: Setup) -> Design:
     """The same rows, learned by the teacher's text, by its distribution, and then on the student's own samples."""
     base = _answered(setup, setup.base)
     test = part_rows(read_rows(base), setup.recipe.prompts).test
@@ -165,10 +165,10 @@ def _soft(setup: Setup) -> Prepared:
     methods: dict[str, list[str]] = {hard: ["--train.method", hard]}
     methods |= {soft: ["--train.method", soft, "--train.kd.weights", hard] for soft in ("kd", "on_policy")}
     arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]
-    return Prepared(arms, {"": test}, "the same rows and trained weights in every arm; on_policy adds its own steps")
+    return Design(arms, {"": test}, "the same rows and trained weights in every arm; on_policy adds its own steps")
 
 
-def _seeds(setup: Setup) -> Prepared:
+def _seeds(setup: Setup) -> Design:
     """The same rows and settings; only the seed of the training differs, and with it a new student's first weights."""
     if setup.options.seeds < 2:
         raise UsageError(f"--seeds {setup.options.seeds}: give at least 2, so that there is a spread")
@@ -176,7 +176,7 @@ def _seeds(setup: Setup) -> Prepared:
     test = part_rows(read_rows(base), setup.recipe.prompts).test
     seeds = range(first, first + setup.options.seeds)
     arms = [_arm(setup, f"seed-{seed}", base, test, ["--train.seed", str(seed)]) for seed in seeds]
-    return Prepared(arms, {"": test}, "the same rows and settings in every arm, but for the seed of the training")
+    return Design(arms, {"": test}, "the same rows and settings in every arm, but for the seed of the training")
 
 
 EXPERIMENTS = {

@@ -27,7 +27,7 @@ from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, Prob
 from evaluate.models import AFTER, BEFORE, TEACHER
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
-from experiments.arms import EXPERIMENTS, Arm, Prepared, Setup
+from experiments.arms import EXPERIMENTS, Arm, Design, Setup
 from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.rundir import replacing
@@ -55,7 +55,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Results:
+class Comparison:
     """All that is shown of an experiment."""
 
     name: str
@@ -67,10 +67,10 @@ class Results:
     remarks: list[str]
 
 
-def compare(setup: Setup, prepared: Prepared) -> Results:
+def compare(setup: Setup, design: Design) -> Comparison:
     """Puts the arms side by side. Raises DataError if an arm has no report."""
-    reports = {arm.name: _report(arm) for arm in prepared.arms}
-    columns = _columns(setup, prepared, _other_models(reports))
+    reports = {arm.name: _report(arm) for arm in design.arms}
+    columns = _columns(setup, design, _other_models(reports))
     differences = [
         difference(column.title, one, other, column.arms[one].minus(column.arms[other]), column.measure.better, "test")
         for column in columns
@@ -82,10 +82,10 @@ def compare(setup: Setup, prepared: Prepared) -> Results:
         remarks = list(_spread(columns))
     elif kind == "teachers":
         remarks = list(_money(spent, differences))
-    return Results(
+    return Comparison(
         name=kind,
         question=EXPERIMENTS[kind].question,
-        note=prepared.note,
+        note=design.note,
         facts={name: _facts(report, spent[name].get("usd")) for name, report in reports.items()},
         columns=columns,
         differences=differences,
@@ -112,19 +112,19 @@ def _other_models(reports: Mapping[str, Report]) -> dict[str, ModelReport]:
     return found
 
 
-def _columns(setup: Setup, prepared: Prepared, others: Mapping[str, ModelReport]) -> list[Column]:
+def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) -> list[Column]:
     """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
-    scored = _cached(prepared.arms, f"perplexity-{AFTER}", PerplexityResult)
+    scored = _cached(design.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
-    figures = merged(perplexity_figures(scores), _probe_figures(setup, prepared.arms))
-    figures = merged(figures, _accuracy_figures(setup, prepared.arms))
+    figures = merged(perplexity_figures(scores), _probe_figures(setup, design.arms))
+    figures = merged(figures, _accuracy_figures(setup, design.arms))
     columns = []
     for part, name in ((part, name) for part, names in COMPARED.items() for name in names):
         arms = {arm: own[name] for arm, own in figures.items() if name in own}
         known = {label: estimate for label, model in others.items() if (estimate := model.figure(part, name))}
         if arms:
             columns.append(Column(MEASURES[name].name, MEASURES[name], arms, known))
-    for source, rows in prepared.sources.items() if len(prepared.sources) > 1 else ():
+    for source, rows in design.sources.items() if len(design.sources) > 1 else ():
         ids = {row.id for row in rows}
         scored_here = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
         arms = {name: own["bits_per_character"] for name, own in scored_here.items()}
@@ -155,7 +155,7 @@ def _accuracy_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
 
 
 def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:
-    """What was measured of the arms' students; each arm's report, which is of this very student, used the same."""
+    """What was measured of each arm's student, from the files that the arm's report was made of."""
     found = {arm.name: read_result(arm.run.path / FOLDER / f"{name}.json", kind) for arm in arms}
     return {arm: result for arm, result in found.items() if result}
 
@@ -196,7 +196,7 @@ def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Differe
             yield f"{found.figure}: {gain / more:+.3g} for each USD that {other} cost more than {one}"
 
 
-def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
+def rows_of(results: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table: heads (arms, then other models), and a row for each fact and figure."""
     arms = list(results.facts)
     others = list(dict.fromkeys(name for column in results.columns for name in column.others))
@@ -215,8 +215,8 @@ def _cell(column: Column, estimate: Estimate | None) -> str:
     return estimate.told(column.measure.show) if estimate else "–"
 
 
-def said(results: Results) -> list[str]:
-    """The significant differences in words, the remarks, and what none of it says."""
+def conclusions(results: Comparison) -> list[str]:
+    """The significant differences in words, the remarks, and how far all of it can be trusted."""
     lines = [_told(found) for found in results.differences if found.improved is not None]
     quiet = len(results.differences) - len(lines)
     if lines and quiet:
@@ -232,16 +232,16 @@ def _told(found: Difference) -> str:
     return f"{found.model} is {word} than {found.against} in {found.figure}: {found.change.told('{:+.3g}'.format)}"
 
 
-def as_markdown(results: Results) -> str:
+def as_markdown(results: Comparison) -> str:
     """The question, the table and what it says."""
     heads, rows = rows_of(results)
     lines = [f"# {results.name}: {results.question}", ""]
     lines += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {line}" for line in said(results)), ""])
+    return "\n".join([*lines, "", *(f"- {line}" for line in conclusions(results)), ""])
 
 
-def write_results(results: Results, folder: Path) -> None:
+def write_results(results: Comparison, folder: Path) -> None:
     """results.md, with the plot beside it."""
     panels = []
     for column in results.columns:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
 
 
 def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
-    """The folder itself; of an adapter, `merged`: the adapter added to its base, made once and by rename."""
+    """The folder itself; for an adapter the folder `merged`, its base with the adapter added, made once, by rename."""
     if not (folder / ADAPTER).is_file():
         return folder
     made_of = {"base": str(base), "adapter": digest_files(folder)}
@@ -77,21 +76,14 @@ class Weights(NamedTuple):
 
 
 def measure_weights(folder: Path) -> Weights | None:
-    """A model's size, from the headers of its safetensors files; None if there are none.
+    """A model's size, from the headers of its safetensors files; None if one of them is missing."""
+    from huggingface_hub import get_local_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
-    Source of the format: the safetensors README (8 bytes of length, then a JSON header).
-    """
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    if not all((folder / name).is_file() for name in names):
+    try:
+        weights = get_local_safetensors_metadata(folder)
+    except (NotASafetensorsRepoError, FileNotFoundError):
         return None
-    parameters = size = 0
-    for name in names:
-        with (folder / name).open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            parameters += math.prod(tensor["shape"])
-            start, end = tensor["data_offsets"]
-            size += end - start
-    return Weights(parameters, size)
+    tensors = [tensor for file in weights.files_metadata.values() for tensor in file.tensors.values()]
+    size_bytes = sum(end - start for start, end in (tensor.data_offsets for tensor in tensors))
+    return Weights(sum(weights.parameter_count.values()), size_bytes)

@@ -30,6 +30,13 @@ def told_to_teacher(messages: Sequence[Message], teacher: TeacherConfig) -> list
     return [*system, *examples, *turns]
 
 
+def told_in_words(teacher: TeacherConfig) -> str:
+    """What only the teacher is told: `a system prompt and 3 examples`; empty if nothing is."""
+    count = len(teacher.examples)
+    examples = [f"{count} example{'s' * (count > 1)}"] if count else []
+    return " and ".join([*(["a system prompt"] if teacher.system else []), *examples])
+
+
 def asked_of_student(messages: Sequence[Message], student: StudentConfig | None) -> list[Message]:
     """The conversation as the student gets it: with `student.system`, if set, in place of the prompt's own.
 

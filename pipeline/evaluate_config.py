@@ -16,7 +16,7 @@ class EvaluateConfig(Section):
     verify: list[RuleConfig] = Field([])
     """Rules that a right answer passes, as in `filters.rules`; how often a model is right is then its quality."""
     verify_count: int = Field(300, ge=1)
-    """Test prompts that are asked for it, at most, and as many of `probes_file`."""
+    """Test prompts that are verified, at most, and as many prompts of `probes_file`."""
     category: str | None = None
     """A column of the prompts (or a slot); how often the models are right is shown for each of its values, too."""
     max_rows: int = Field(200, ge=1)

@@ -37,7 +37,7 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
 
 
 def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What other runs leave of a budget that they share; where they leave nothing, less than any request costs."""
+    """What is left of a budget from which other runs spend, too; if nothing is, less than any request costs."""
     spent = spent_by(others)
     return BudgetConfig(
         usd=None if budget.usd is None else max(budget.usd - spent["usd"], 1e-12),

@@ -1,8 +1,8 @@
 """A page that a stage shows on this machine: its server, which only a browser with the address can reach.
 
-It listens on 127.0.0.1, answers to that name and localhost alone (so no page of the web can reach it by a name of its
-own), and shows nothing without the token in its address. The page may load and run nothing but its own text. Imports
-fastapi and uvicorn where they are needed: the stages do without them.
+It listens on 127.0.0.1 and refuses every other host name but localhost, so that no web page can reach it under a name
+of its own (DNS rebinding). It shows nothing without the token in its address. The page can load and run nothing but its
+own text. The functions import fastapi and uvicorn themselves, because the stages do without them.
 """
 
 import secrets

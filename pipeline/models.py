@@ -60,8 +60,8 @@ def resolve_model(reference: str) -> str:
         if not embedded.is_dir():
             _fetch_embedded(reference.removeprefix(PREFIX), embedded)
         return str(embedded)
-    folder = Path(reference).expanduser()
-    if reference.startswith(("/", "./", "../", "~")) or folder.is_dir():
+    if is_path(reference):
+        folder = Path(reference).expanduser()
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is not there"
             raise UsageError(f"model {reference}: the folder {state}; give a model folder or a Hub id")
@@ -69,8 +69,13 @@ def resolve_model(reference: str) -> str:
     return reference
 
 
+def is_path(reference: str) -> bool:
+    """Whether a model reference names a folder of this machine, there or not, and no Hub id."""
+    return reference.startswith(("/", "./", "../", "~")) or Path(reference).is_dir()
+
+
 def model_folder(reference: str) -> Path:
-    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be had."""
+    """The model's folder; a Hub model is fetched once. Raises DistillError if it cannot be fetched."""
     resolved = resolve_model(reference)
     if Path(resolved).is_dir():
         return Path(resolved)

@@ -94,12 +94,10 @@ class TeacherConfig(Section):
     @field_validator("examples", mode="before")
     @classmethod
     def _read_examples(cls, given: Any) -> Any:
+        if not isinstance(given, str | Path):
+            return given
         try:
-            return (
-                msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
-                if isinstance(given, str | Path)
-                else given
-            )
+            return msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{reason}: give a list or a JSONL file of {{prompt, answer}}") from None
@@ -317,8 +315,9 @@ class Recipe(Section):
             raise ValueError("evaluate.unseen is for a template: put such prompts into evaluate.probes_file")
         for name, values in self.evaluate.unseen.items():
             known = {folded(value) for value in slot_values(slots[name])}
-            if not values or (seen := [value for value in values if folded(value) in known]):
-                why = f"holds {seen[0]!r}, which prompts.slots.{name} has too" if values else "is empty"
+            seen = [value for value in values if folded(value) in known]
+            if seen or not values:
+                why = f"holds {seen[0]!r}, which prompts.slots.{name} has too" if seen else "is empty"
                 raise ValueError(f"evaluate.unseen.{name} {why}; give values that no prompt of the run has")
         return self
 

@@ -96,8 +96,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """What the teacher would have said at each token of an answer: a line of logprobs.jsonl.
 
     Arrays are little-endian, in rows, without a header (base64 in the line): `chosen` int32 (tokens), `likeliest` int32
-    (tokens, top), `logprobs` float16 (tokens, top), in nats. A token is its id, or where `names` has any, its place
-    there; -1 fills rows of fewer than `top`.
+    (tokens, top), `logprobs` float16 (tokens, top), in nats. A token is an id, or an index into `names` unless that is
+    empty; -1 fills rows that have fewer than `top` tokens.
     """
 
     id: str  # of the answer; of two lines with one id the later counts

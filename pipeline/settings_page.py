@@ -15,7 +15,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.recipe import ChooseSlot, Recipe, RuleConfig
+from pipeline.recipe import FILES, ChooseSlot, Recipe, RuleConfig
 from pipeline.section import Section, section_of
 
 NAMES = {
@@ -28,19 +28,20 @@ NAMES = {
     ChooseSlot: "a choice",
     RuleConfig: "rules",
 }
+WIDTH = 100  # characters of the help
 PAGE = """# Settings
 
 Every key of a recipe. `python -m <stage> --help` shows the same. A key can also be given as a flag
 (`--sampling.temperature 0.7`) or as an environment variable (`DISTILL_SAMPLING__TEMPERATURE=0.7`). Flags override
-variables, and variables override the file. `prompts.file`, `train.test_rows`, `evaluate.probes_file`,
-`student.chat_template`, a file of `teacher.examples` and the `file` of a filter rule are relative to the recipe. Runs
-and model folders are relative to the working directory, as `--run` is.
+variables, and variables override the file. Runs and model folders are relative to the working directory, as `--run` is.
+Files are relative to the recipe: the `file` of a filter rule, and
+{files}.
 
 This page is made by `python -m pipeline.settings_page > docs/settings.md`.
 """
 
 
-class Setting(NamedTuple):
+class RecipeKey(NamedTuple):
     """One key of a recipe."""
 
     key: str
@@ -54,13 +55,13 @@ class Group(NamedTuple):
 
     name: str
     about: str
-    keys: list[Setting]
+    keys: list[RecipeKey]
 
 
 def groups(section: type[Section] = Recipe, name: str = "", about: str = "") -> Iterator[Group]:
     """All sections in the order of the recipe, each before the sections within it."""
     fields = {f"{name}.{field.alias or key}".lstrip("."): field for key, field in section.model_fields.items()}
-    yield Group(name, about, [_setting(key, field) for key, field in fields.items() if not section_of(field)])
+    yield Group(name, about, [_recipe_key(key, field) for key, field in fields.items() if not section_of(field)])
     for key, field in fields.items():
         if inner := section_of(field):
             text = " ".join(filter(None, (inner.__doc__, field.description)))
@@ -70,21 +71,21 @@ def groups(section: type[Section] = Recipe, name: str = "", about: str = "") -> 
                 yield from groups(inner, key, text)
 
 
-def help_text(width: int = 100) -> str:
+def help_text() -> str:
     """The settings as the end of a command's help."""
     lines = ["recipe keys, each also a flag (--<key> VALUE) or a variable (DISTILL_<SECTION>__<KEY>):"]
     for group in groups():
         if group.name:
-            lines += ["", *textwrap.wrap(f"{group.name}: {group.about}", width)]
+            lines += ["", *textwrap.wrap(f"{group.name}: {group.about}", WIDTH)]
         for key, kind, default, meaning in group.keys:
             lines.append(f"  --{key}  ({kind}; {default})")
-            lines += textwrap.wrap(meaning, width, initial_indent="      ", subsequent_indent="      ")
+            lines += textwrap.wrap(meaning, WIDTH, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """docs/settings.md."""
-    lines = [PAGE]
+    lines = [PAGE.format(files=", ".join(f"`{section}.{key}`" for section, key in FILES))]
     for group in groups():
         if group.name:
             lines += [f"## {group.name}", "", group.about, ""]
@@ -96,14 +97,14 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _setting(key: str, field: FieldInfo) -> Setting:
+def _recipe_key(key: str, field: FieldInfo) -> RecipeKey:
     if field.default is PydanticUndefined:
         default = "required"
     elif isinstance(field.default, dict) and field.default:
         default = ", ".join(field.default)
     else:
         default = str(yaml.safe_dump(field.default, allow_unicode=True)).removesuffix("...\n").strip()
-    return Setting(key, _kind(field.annotation), default, " ".join((field.description or "").split()))
+    return RecipeKey(key, _kind(field.annotation), default, " ".join((field.description or "").split()))
 
 
 def _kind(annotation: Any) -> str:

@@ -38,7 +38,7 @@ def named_student(recipe: Recipe) -> StudentConfig:
 
 
 def before_training(recipe: Recipe, run: RunDir) -> Path:
-    """The student as it was before training. Raises DistillError if it cannot be had."""
+    """The student as it was before training. Raises DistillError if it is not there."""
     student = named_student(recipe)
     if not student.built:
         return model_folder(student.model)

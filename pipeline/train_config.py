@@ -19,8 +19,8 @@ class KdConfig(Section):
     weights: Weights = "lora"
     """What is trained: adapters, adapters over a base in 4 bits, or all weights."""
     teacher: Literal["local", "served", "stored"] = "local"
-    """Loaded beside the student; asked at its endpoint (vLLM); or, for kd, as `sampling.logprobs` stored it. The last
-    two know the likeliest tokens only."""
+    """local: loaded beside the student. served: asked at its endpoint (vLLM). stored, for kd: as `sampling.logprobs`
+    stored it. The last two know the likeliest tokens only."""
     top_k: int = Field(20, ge=1)
     """served: how many of the likeliest tokens the endpoint is asked for, per token of an answer."""
     temperature: float = Field(1, gt=0)
@@ -126,7 +126,7 @@ class TrainConfig(Section):
 
     @property
     def further(self) -> bool:
-        """Whether the method follows another one, which has made the student that it starts from."""
+        """Whether the method starts from a student that another method has trained."""
         return self.method in ("on_policy", "dpo")
 
     @property

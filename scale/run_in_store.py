@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     command = [sys.executable, "-m", options.stage, *arguments, "--run", str(folder)]
     if options.stage in WITHOUT_RUN:
         sys.exit(run_child(command))
-    sys.exit(run_in_store(command, options.run, folder, take_over=options.take_over))
+    by_nodes = options.stage == "train" and any(flag.split("=")[0] == "--cluster" for flag in arguments)
+    sys.exit(run_in_store(command, options.run, folder, take_over=options.take_over, by_nodes=by_nodes))
 
 
 def cache_folder(url: str) -> Path:
@@ -54,9 +55,10 @@ def cache_folder(url: str) -> Path:
     return CACHE / sha256(f"{cloud_endpoint()} {url}".encode()).hexdigest()[:8] / (url.rpartition("/")[2] or "run")
 
 
-def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool = False) -> int:
+def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool = False, by_nodes: bool = False) -> int:
     """Runs a command that works on the folder, as the run's only holder. Returns its exit code.
 
+    `by_nodes`: it has other machines train, which fetch the run's files and put there what they write (scale.training).
     Raises UsageError if another process has the run, DistillError if the store cannot be reached: what the command has
     done is in the folder then, and the same command goes on.
     """
@@ -73,7 +75,9 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
             print(f"{url}: {charge_lost(folder, lease.lost)}", file=sys.stderr)
             mirror.upload()
             lease.counted()
-        state.lease = lease.name
+        if by_nodes:
+            mirror.push()  # what an earlier call could not
+        state.lease = "" if by_nodes else lease.name  # until it is fetched, what is here may be older
         state.save(folder)
         try:
             with _following(mirror, lease):
@@ -81,6 +85,9 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
         except KeyboardInterrupt:
             code = INTERRUPTED
         try:
+            if by_nodes and code == 0:
+                mirror.fetch_trained()
+                state.lease = lease.name
             _put_back(mirror, lease, folder, whole=code in (0, RequestsFailed.exit_code))
         except TakenOver:
             raise
@@ -136,6 +143,15 @@ def _held(folder: Path) -> Iterator[int]:
                 f"{folder}: another command on this machine works on this run; wait for it or stop it"
             ) from None
         yield file.fileno()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process runs a command on this folder of a run in a store."""
+    try:
+        with _held(folder):
+            return False
+    except UsageError:
+        return True
 
 
 @contextmanager

@@ -78,8 +78,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises TakenOver if another machine has the run now."""
-        if self._store.names("lease")[-1] != self.name:
-            raise TakenOver(f"{self._store.url}: another machine has taken this run over; its answers are safe there")
+        check_lease(self._store, self.name)
 
     def release(self) -> None:
         """Everything is in the store; the next machine may begin."""
@@ -88,6 +87,12 @@ class Lease:
     def _put(self, holder: Holder) -> None:
         self._holder = holder
         self._store.put(self.name, msgspec.json.encode(holder))
+
+
+def check_lease(store: Store, name: str) -> None:
+    """Raises TakenOver if another machine has the run now, under a lease after this one."""
+    if store.names("lease")[-1] != name:
+        raise TakenOver(f"{store.url}: another machine has taken this run over; its answers are safe there")
 
 
 def _check_stale(url: str, holder: Holder, *, take_over: bool) -> None:

@@ -9,7 +9,7 @@
 A kind is a journal's name: `completions`, `failures`, and those of a run's `turns/`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
@@ -28,7 +28,12 @@ JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Co
 FOLDERS = ("", "turns/*/")  # of a run, that have journals
 STATE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
-NOT_FILES = ("lease", "parts", CLUSTER)  # folders of the store
+NOT_FILES = ("lease", "parts", CLUSTER, "training-rows", "training-ray")  # no files of the run are in these folders
+TRAIN_READS = ("kept.jsonl", "logprobs.jsonl", "preferences.jsonl")  # files of the run
+TRAIN_WRITES = (  # files and folders
+    *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl", "teacher_logprobs.jsonl"),
+    *("student-init", "student", "student-sft", "training", "tensorboard"),
+)
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
 
@@ -89,8 +94,10 @@ class Mirror:
 
     def fetch(self, *, keep: bool = False) -> None:
         """Brings what the store has: rows that the journals lack, and files. `keep`: local files are the newer ones."""
-        kinds = set()
-        for name in self._store.names():
+        kinds, names = set(), self._store.names()
+        if not keep:
+            self._remove(self._state.files.keys() - set(names))
+        for name in names:
             path = PurePosixPath(name)
             if path.parts[0] == "parts":
                 kinds.add(str(path.relative_to("parts").parent))
@@ -100,6 +107,17 @@ class Mirror:
                 self._download(name)
         for kind in sorted(kinds):
             self._merge(kind)
+
+    def fetch_files(self, names: Iterable[str]) -> None:
+        """Brings these files as the store has them."""
+        for name in names:
+            self._download(name)
+
+    def fetch_trained(self) -> None:
+        """Brings what `train` has written elsewhere, in place of what is here."""
+        names = names_in(self._store, TRAIN_WRITES)
+        self._remove(name for name in {*self._files()} - {*names} if _first(name) in TRAIN_WRITES)
+        self.fetch_files(names)
 
     def upload(self, *, rest: bool = False) -> dict[str, int]:
         """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
@@ -118,8 +136,11 @@ class Mirror:
         return rows
 
     def push(self) -> None:
-        """Puts every other file that has changed, and removes from the store those that are gone."""
-        here = list(filter(_is_file, self._files()))
+        """Puts every other file that has changed, and removes from the store those that are gone.
+
+        What makes a student whole is put last.
+        """
+        here = sorted(filter(_is_file, self._files()), key=lambda name: name.endswith("lineage.json"))
         self._put(here)
         self._delete(self._state.files.keys() - set(here))
 
@@ -157,6 +178,12 @@ class Mirror:
         self._store.download(name, loading)
         loading.replace(path)
         self._state.files[name] = _stamp(path)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Removes here what the store has no more."""
+        for name in names:
+            (self._folder / name).unlink(missing_ok=True)
+            self._state.files.pop(name, None)
 
     def _merge(self, kind: str) -> None:
         """Appends the store's rows to the local journal, except those that it has."""
@@ -208,10 +235,18 @@ class Mirror:
                 yield name.as_posix()
 
 
+def names_in(store: Store, folders: Collection[str]) -> list[str]:
+    """The store's names that are these or below these."""
+    return [name for name in store.names() if _first(name) in folders]
+
+
 def _is_file(name: str) -> bool:
     """Whether a name in the store, or below the folder, is one of the run's files, and no journal."""
-    path = PurePosixPath(name)
-    return path.parts[0] not in NOT_FILES and path.name not in JOURNALS
+    return _first(name) not in NOT_FILES and PurePosixPath(name).name not in JOURNALS
+
+
+def _first(name: str) -> str:
+    return PurePosixPath(name).parts[0]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
 from serve.command import Command, build_command, merge_args, port_number
-from serve.named import BEFORE, STUDENT, TEACHER, place_of, reference_of
+from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,12 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
     if options.cluster:
         _on_cluster(recipe, run, options)
-    name, host, port = place_of(recipe, options.model)
+    name, host, port = address_of(recipe, options.model)
     port = options.port or port
     config = _with_args(recipe.serve, options.args)
     model = reference_of(recipe, run, options.model)
     if options.print:
-        print(shown(model, name, host, port, config).shell())
+        print(command_to_show(model, name, host, port, config).shell())
         return
     try:
         from serve.server import serving
@@ -80,7 +80,7 @@ def _on_cluster(recipe: Recipe, run: RunDir, options: argparse.Namespace) -> NoR
     raise KeyboardInterrupt
 
 
-def shown(model: str, name: str, host: str, port: int, config: ServeConfig) -> Command:
+def command_to_show(model: str, name: str, host: str, port: int, config: ServeConfig) -> Command:
     """The command. Fetches nothing and starts nothing."""
     from serve.machine import detect
     from serve.model_facts import ModelFacts, model_facts

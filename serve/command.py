@@ -47,6 +47,7 @@ ALIASES = {
 # A user's flag, and the flag of ours that it makes pointless or wrong.
 REPLACES = {
     "--gpu-memory-utilization": "--kv-cache-memory-bytes",
+    "--kv-cache-memory-bytes": "--gpu-memory-utilization",
     "--num-gpu-blocks-override": "--kv-cache-memory-bytes",
     "--compilation-config": "--enforce-eager",
     "--optimization-level": "--enforce-eager",
@@ -109,7 +110,7 @@ def build_command(
     if wrong := next((name for name in OURS if name in user), None):
         raise UsageError(f"serve.args: {wrong} cannot be given here; {OURS[wrong]}")
     device = choose_device(config, machine)
-    dtype = _dtype(config, device, machine, user)
+    dtype = loaded_dtype(config, machine)
     memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
     flags = ["--model", model, "--served-model-name", served_name, "--host", host, "--port", str(port)]
     flags += ["--generation-config", "vllm"]  # the model's own would fill in sampling values that nobody asked for
@@ -140,10 +141,24 @@ def build_command(
     )
 
 
+def loaded_dtype(config: ServeConfig, machine: Machine) -> str | None:
+    """The dtype that vLLM is told to load the weights in; None: as it chooses."""
+    if given := _values(config.args).get("--dtype"):
+        return {"half": "float16", "float": "float32", "auto": None}.get(given, given)
+    if config.dtype != "auto":
+        return config.dtype
+    if choose_device(config, machine) == "gpu":
+        return None
+    return "bfloat16" if machine.native_bfloat16 else "float32"
+
+
 def ranks(config: ServeConfig, kinds: Sequence[str] = RANKS) -> int:
-    """vLLM's processes that compute together, each on a GPU of its own, by the flags of these kinds."""
-    user = _values(config.args)
-    return math.prod(max(1, int(user.get(name) or 1)) for name in kinds)
+    """How many vLLM processes compute together, each on its own GPU, by the flags of these kinds.
+
+    What is no number is left for vLLM to refuse.
+    """
+    given = (_values(config.args).get(name, "") for name in kinds)
+    return math.prod(max(1, int(value)) for value in given if value.isdigit())
 
 
 def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
@@ -152,16 +167,6 @@ def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     given |= {REPLACES[name] for name in given if name in REPLACES}
     kept = [part for group in _groups(earlier) if _name(group[0]) not in given for part in group]
     return [*kept, *later]
-
-
-def _dtype(config: ServeConfig, device: Device, machine: Machine, user: Mapping[str, str]) -> str | None:
-    if given := user.get("--dtype"):
-        return {"half": "float16", "float": "float32", "auto": None}.get(given, given)
-    if config.dtype != "auto":
-        return config.dtype
-    if device == "gpu":
-        return None
-    return "bfloat16" if machine.native_bfloat16 else "float32"
 
 
 def _cpu_context(facts: ModelFacts, user: Mapping[str, str]) -> int:

@@ -18,7 +18,7 @@ TEACHER, STUDENT, BEFORE = "teacher", "student", "before"
 HOST, TEACHER_PORT = "127.0.0.1", 8000  # if the teacher answers on another machine
 
 
-class Place(NamedTuple):
+class Address(NamedTuple):
     """A model of a run: what it is called, and where it is served on this machine."""
 
     served_name: str
@@ -26,17 +26,17 @@ class Place(NamedTuple):
     port: int
 
 
-def place_of(recipe: Recipe, name: str) -> Place:
-    """Where the model of that name is served; another model takes the teacher's place.
+def address_of(recipe: Recipe, name: str) -> Address:
+    """Where the model of that name is served; another model takes the teacher's address.
 
     Raises UsageError if the teacher is asked for and is not on this machine.
     """
     further = {STUDENT: 1, BEFORE: 2}.get(name, 0)
     if not further:
-        return Place(recipe.teacher.model if name == TEACHER else name, *local_address(recipe.teacher.url))
+        return Address(recipe.teacher.model if name == TEACHER else name, *local_address(recipe.teacher.url))
     teacher = recipe.teacher.url
     host, port = local_address(teacher) if is_this_machine(teacher) else (HOST, TEACHER_PORT)
-    return Place(name, host, port + further)
+    return Address(name, host, port + further)
 
 
 def reference_of(recipe: Recipe, run: RunDir, name: str) -> str:

@@ -7,7 +7,6 @@ checked first, and `serve.guard` makes sure that nothing outlives this process.
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import psutil
 from pipeline.errors import DistillError, UsageError
 from pipeline.models import resolve_model
 from pipeline.recipe import ServeConfig
+from pipeline.resources import peak_bytes
 from serve.checks import check_memory, check_port, check_vllm
 from serve.command import Command, build_command
 from serve.machine import detect
@@ -61,7 +61,7 @@ class Server:
         """
         with contextlib.suppress(psutil.NoSuchProcess):
             tree = psutil.Process(self._guard.pid).children(recursive=True)
-            self._peak = max(self._peak, sum(map(_peak_memory, tree)))
+            self._peak = max(self._peak, sum(peak_bytes(process.pid) for process in tree))
         return self._peak
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -220,13 +220,3 @@ def _read(url: str) -> bytes | None:
     except (OSError, HTTPException):
         return None
     return body
-
-
-def _peak_memory(process: psutil.Process) -> int:
-    """The most bytes that were resident for a process; 0 if it has ended."""
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-        return 0
-    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-    return int(peak[1]) * 1024 if peak else 0

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import TeacherConfig
+from pipeline.resources import free_bytes, peak_bytes
 from pipeline.train_config import TrainConfig, Weights
 from train.processes import Processes
 
@@ -121,10 +121,10 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that are free: the GPU's, with those that torch holds ready, or the machine's."""
+    """Bytes that are free: the GPU's, with those that torch holds ready, or what the machine or its container has."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available
+    return free_bytes(Path("/"))
 
 
 def free_beside(*models: Any, shards: int = 1) -> int:
@@ -138,8 +138,7 @@ def peak_memory() -> int:
     """Bytes that this process has held at once, at most: of the GPU's memory, or of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return peak_bytes()
 
 
 def micro_tokens(model: Any, config: TrainConfig, free: int, shards: int = 1) -> int:

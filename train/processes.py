@@ -1,7 +1,8 @@
 """Several processes that train one student: `accelerate launch --multi_gpu -m train RECIPE`, or with `--use_fsdp`.
 
 The first leads: it alone holds the run's lock, writes and prints. The others compute too, and wait where it must go
-first. The launcher sets RANK, WORLD_SIZE and what else it was told in the environment of each.
+first. The launcher sets RANK, WORLD_SIZE and what else it was told in the environment of each. All work in one folder;
+or each machine has a folder of its own, in which its first process writes what the others read.
 """
 
 import os
@@ -19,6 +20,7 @@ REFUSED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "each process takes whole rows and whole layers",
 }
 SHARDED_METHODS = ("lora", "full", "kd")
+OWN_FOLDER = "DISTILLATE_OWN_FOLDER"  # "true": this machine has a folder of its own
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,16 @@ class Processes:
     rank: int = 0
     count: int = 1
     sharded: bool = False  # FSDP: each holds its part of the weights, gradients and moments; otherwise DDP
+    local_rank: int | None = None  # among those of this machine, if it has a folder of its own
 
     @property
     def lead(self) -> bool:
         return self.rank == 0
+
+    @property
+    def lead_in_folder(self) -> bool:
+        """Whether it writes what all processes that work in its folder read."""
+        return (self.rank if self.local_rank is None else self.local_rank) == 0
 
     @property
     def shards(self) -> int:
@@ -50,12 +58,13 @@ class Processes:
             )
 
     def lead_first(self) -> AbstractContextManager[None]:
-        """The others enter the block when the leading process has left it."""
+        """The others enter the block when the leading process, or that of each folder, has left it."""
         import torch
         from accelerate import PartialState
 
         state: Any = PartialState(cpu=not torch.cuda.is_available())
-        first: AbstractContextManager[None] = state.main_process_first()
+        own = self.local_rank is not None
+        first: AbstractContextManager[None] = state.local_main_process_first() if own else state.main_process_first()
         return first
 
     def shard_on_cpu(self) -> None:
@@ -65,6 +74,13 @@ class Processes:
 
         if self.sharded and not torch.cuda.is_available():
             PartialState().distributed_type = DistributedType.MULTI_GPU
+
+    def share_weights(self, model: Any) -> None:
+        """Gives all processes the trained weights of the first: the best ones are in its folder alone."""
+        if self.local_rank is not None:
+            from accelerate.utils import broadcast
+
+            broadcast([weights.data for weights in model.parameters() if weights.requires_grad])
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them must ask, while they train."""
@@ -87,7 +103,8 @@ def launched() -> Processes:
     rank, count = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     # The launcher's "true" makes from_pretrained leave every model but the first process's empty: the teacher too.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return Processes(rank, count, sharded=count > 1 and _is_set("ACCELERATE_USE_FSDP"))
+    local_rank = int(os.environ["LOCAL_RANK"]) if _is_set(OWN_FOLDER) else None
+    return Processes(rank, count, sharded=count > 1 and _is_set("ACCELERATE_USE_FSDP"), local_rank=local_rank)
 
 
 def _is_set(name: str) -> bool:

@@ -88,7 +88,7 @@ def train_run(
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
     console.print(f"training on {rows['train']} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
-        if processes.lead:
+        if processes.lead_in_folder:
             write_jsonl(run.test, parts.test)
             _open_work(work, fingerprint, again=again, console=console)
     prepared.fit()

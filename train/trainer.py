@@ -58,7 +58,6 @@ from train.top_k import ask_endpoint, read_stored
 ROUNDING_LOSS = 0.01  # nats per token, 1% of perplexity: what storing a model in its own dtype may cost
 COMPARED_TEXTS = 50  # answers that both tokenizers must split alike
 
-
 # Train and validation: prompt-completion rows (train.rows.to_examples). Where the student follows a teacher, those of
 # train have more: `told`, the teacher's own messages, and `id`.
 Examples = Mapping[str, Sequence[dict[str, Any]]]
@@ -92,6 +91,7 @@ class Prepared:
                     self.trainer._load_best_model()
                 else:
                     self.trainer.train(resume_from_checkpoint=checkpoint)
+                self.milestones.processes.share_weights(self.trainer.model)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(

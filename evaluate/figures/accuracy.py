@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import msgspec
 
-from evaluate.document import Answer, Estimate, Part, Sample
+from evaluate.document import Estimate, Part, Sample, ShownAnswer
 from evaluate.figures.quality import probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
 from evaluate.measure.probes import ProbePrompts
@@ -48,7 +48,7 @@ class VerifiedAnswers:
         return found
 
     def wrong(self) -> dict[str, dict[str, float]]:
-        """Each model's share of answers that are wrong for a reason: the first, by its rule and what that looked at."""
+        """Each model's share of wrong answers by reason: the first reason's rule, and what that rule looked at."""
         found = {}
         for key, reasons in self.reasons.items():
             first = Counter(": ".join(filter(None, [own[0].rule, own[0].what])) for own in reasons.values() if own)
@@ -107,19 +107,19 @@ def verified_samples(verified: VerifiedAnswers, labels: Mapping[str, str]) -> li
     new = unseen[: SAMPLES // 3]
     samples = []
     for prompt in [*test[: SAMPLES - len(new)], *new]:
-        shown = [Answer("reference", as_text(prompt.reference))] if prompt.reference is not None else []
+        shown = [ShownAnswer("reference", as_text(prompt.reference))] if prompt.reference is not None else []
         for key, label in labels.items():
             if key in verified.answers:
                 row, reasons = verified.answers[key][prompt.id], verified.reasons[key][prompt.id]
                 wrong = {reason.rule: describe(reason) or reason.what for reason in reasons}
-                shown.append(Answer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
+                shown.append(ShownAnswer(label, said(row), key, row.finish_reason, wrong, right=not reasons))
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "verified_unseen" if prompt in new else "verified"))
     return samples
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` (Wilson 1927): not of no width at 0 and 1, as that of the bootstrap is."""
+    """The 95% interval of a share of `count` (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and at 1."""
     middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
     low, high = ((middle + sign * spread) / (1 + Z * Z / count) for sign in (-1, 1))
     return max(0.0, low), min(1.0, high)

@@ -1,9 +1,9 @@
 """The promise: "90-95% of the teacher's quality, 3 times smaller, 3 times faster, a third of the memory". Is it kept?
 
-Pure arithmetic. Each part is a ratio that must be at least so large, and holds only if its whole interval is. A figure
-over fewer than 30 prompts shows no quality, whatever its interval: answers that all pass have one of no width, while by
-the rule of three (Hanley and Lippman-Hand 1983) 30 without a fault leave room for 10% of faults, which is what the
-promise allows. Source of the promise: docs/evaluation.md.
+Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
+fewer than 30 prompts shows no quality. If all of a few answers pass, their interval has no width, but they say little:
+by the rule of three (Hanley and Lippman-Hand 1983), 30 answers without a fault still allow 10% of faults, which is as
+much as the promise allows. Source of the promise: docs/evaluation.md.
 """
 
 import math
@@ -69,7 +69,7 @@ def holds(parts: Sequence[Claim]) -> bool | None:
     return True if {claim.axis for claim in measured} == set(AXES) else None
 
 
-def shown(claim: Claim) -> Callable[[float], str]:
+def ratio_format(claim: Claim) -> Callable[[float], str]:
     """How the ratio of a part is written: 57.1% of the quality, 3.11×."""
     if claim.axis == "quality":
         return lambda value: f"{value:.1%}" if value < 10 else f"{value:.0f}×"

@@ -1,4 +1,4 @@
-"""What the models' scores and answers are worth: figures of each model, and between models. Pure arithmetic.
+"""From scores and answers to figures: of each model, and of one model against another. Pure arithmetic.
 
 Every figure is over the rows or prompts that all models have, and on the same resamples for all models.
 
@@ -107,7 +107,7 @@ def assess(row: Kept, rules: RuleSet, wanted: AdherenceSettings, score: int | No
 
 
 def _named(answer: Answer, wanted: AdherenceSettings) -> float | None:
-    """The share of the values asked for that the answer names; no slots wanted: all that its prompt has."""
+    """The share of the values asked for that the answer names. If no slots are wanted, all of its prompt's count."""
     slots = [slot for slot in wanted.slots or answer.slots if slot in answer.slots]
     values = [1 if isinstance(answer.slots[slot], str) else len(answer.slots[slot]) for slot in slots]
     if not sum(values):

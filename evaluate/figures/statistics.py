@@ -23,7 +23,7 @@ class Figure:
 
     value: float
     resampled: Any
-    exact: tuple[float, float] | None = None  # a 95% interval that is better than that of the resamples
+    exact: tuple[float, float] | None = None  # a 95% interval to use in place of the resamples'
 
     def estimate(self) -> Estimate:
         """With its 95% interval."""
@@ -66,7 +66,7 @@ def draw(prompts: int, resamples: int = RESAMPLES) -> Any:
 
 
 def interval(values: Any) -> list[float]:
-    """The 2.5th and the 97.5th percentile of those that are numbers."""
+    """The 2.5th and the 97.5th percentile; nan is left out."""
     return [float(value) for value in np.nanpercentile(values, [2.5, 97.5])]
 
 

@@ -125,7 +125,7 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
 
 
 def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence[RunDir]) -> dict[str, str]:
-    """The choices by the pair's id: A, B or tie. What the judge's reply does not tell is asked for again.
+    """The choices by the pair's id: A, B or tie. A pair is asked about again if the judge's reply names no choice.
 
     Equal answers tie, and an empty one loses, without a question. The budget is what the runs of the `scoring` left.
     """

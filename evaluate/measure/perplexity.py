@@ -38,7 +38,8 @@ class Encoded:
 def choose_rows(rows: Sequence[Kept], limit: int) -> list[Kept]:
     """At most `limit` rows; the choice does not depend on their order."""
     ordered = sorted(rows, key=lambda row: row.id)
-    return ordered if len(ordered) <= limit else sorted(random.Random(SEED).sample(ordered, limit), key=lambda r: r.id)
+    chosen = random.Random(SEED).sample(ordered, min(limit, len(ordered)))
+    return sorted(chosen, key=lambda row: row.id)
 
 
 def encode_row(tokenizer: Any, row: Kept, end: int) -> Encoded:
@@ -108,15 +109,13 @@ def score_rows(
 def _batches(encoded: Sequence[Encoded], indices: list[int], vocabulary: int) -> Iterator[list[int]]:
     """Longest first (memory runs out at once or never), as many rows as LOGITS_BYTES allows."""
     batch: list[int] = []
-    first = last = 0
     for index in sorted(indices, key=lambda i: (-len(encoded[i]), i)):
-        row = encoded[index]
-        start, stop = (min(first, len(row.prompt)), max(last, len(row))) if batch else (len(row.prompt), len(row))
-        if batch and (len(batch) + 1) * (stop - start) * vocabulary * 4 > LOGITS_BYTES:
+        wider = [*batch, index]
+        positions = max(len(encoded[i]) for i in wider) - min(len(encoded[i].prompt) for i in wider)
+        if batch and len(wider) * positions * vocabulary * 4 > LOGITS_BYTES:
             yield batch
-            batch, start, stop = [], len(row.prompt), len(row)
-        batch.append(index)
-        first, last = start, stop
+            wider = [index]
+        batch = wider
     if batch:
         yield batch
 

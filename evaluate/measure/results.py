@@ -169,7 +169,7 @@ class Entry:
         return result if result and result.fingerprint == self.fingerprint else None
 
     def write(self, result: Result) -> Result:
-        """Caches a result, and gives it back."""
+        """Caches a result, and returns it with its fingerprint."""
         result = msgspec.structs.replace(result, fingerprint=self.fingerprint)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:
@@ -197,7 +197,7 @@ class Plan:
     force: bool  # measure again what is cached
 
     def entry(self, name: str, subject: Subject, inputs: Sequence[Kept | Prompt]) -> Entry:
-        """Where a measurement (a name above) of a model is cached; the inputs are as that model is asked them."""
+        """The cache of a measurement (a name above) of a model. `inputs` are as that model is asked them."""
         answers = [[one.text, one.finish_reason] if isinstance(one, Kept) else [] for one in inputs]
         what = [msgspec.json.encode([one.id, one.messages, *own]) for one, own in zip(inputs, answers, strict=True)]
         kind = name.removesuffix("-told")
@@ -207,7 +207,7 @@ class Plan:
 
 
 def read_result(path: Path, kind: type[Result]) -> Result | None:
-    """A cached result, of whatever it was measured on; None if there is none."""
+    """A cached result, whatever its fingerprint; None if there is none."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (FileNotFoundError, msgspec.DecodeError):

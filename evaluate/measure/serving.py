@@ -53,14 +53,12 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
             raise
 
 
-def answer_probes(
-    recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt] | None = None
-) -> ProbeResult:
+def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt]) -> ProbeResult:
     """The recipe's teacher, which may be a server of ours, answers the prompts with the recipe's own sampling.
 
-    `asked` are the same prompts as this model is asked them (evaluate.models.as_asked); none: as they are.
+    `asked` are the same prompts as this model is asked them (evaluate.models.as_asked).
     """
-    ask_prompts(recipe, folder, asked or prompts)
+    ask_prompts(recipe, folder, asked)
     answers = _answers_in(RunDir(folder), prompts, recipe.teacher.model)
     if not answers:
         raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")
@@ -85,12 +83,12 @@ def answer_questions(
 def measure_speed(recipe: Recipe, server: Server, folder: Path, prompts: Sequence[Prompt]) -> SpeedResult:
     """Warms the server up, and times it. Raises DistillError if a lone request fails, or all requests of a burst do."""
     wanted, start = recipe.evaluate, WARM_UP_REQUESTS
-    ask_prompts(recipe_for(recipe, server, max_tokens=WARM_UP_TOKENS), folder / "warm-up", prompts[:start])
+    ask_prompts(with_server(recipe, server, max_tokens=WARM_UP_TOKENS), folder / "warm-up", prompts[:start])
     alone = _time_alone(
-        recipe_for(recipe, server, max_tokens=wanted.speed_max_tokens), _cycle(prompts, start, wanted.speed_alone)
+        with_server(recipe, server, max_tokens=wanted.speed_max_tokens), _cycle(prompts, start, wanted.speed_alone)
     )
     start += wanted.speed_alone
-    own = recipe_for(recipe, server, max_tokens=wanted.speed_max_tokens, concurrency=wanted.speed_concurrency)
+    own = with_server(recipe, server, max_tokens=wanted.speed_max_tokens, concurrency=wanted.speed_concurrency)
     bursts = _bursts(own, folder, prompts, start)
     if not all(burst.completion_tokens for burst in bursts):
         raise DistillError(f"{server.served_name}: no request was answered; see {folder}")
@@ -125,7 +123,7 @@ def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept]) -> list[Pro
     return list(islice(found.values(), count))
 
 
-def recipe_for(
+def with_server(
     recipe: Recipe, server: Server, *, max_tokens: int | None = None, concurrency: Literal["auto"] | int = "auto"
 ) -> Recipe:
     """The recipe with a server of ours in the teacher's place, and nothing to pay."""

@@ -15,9 +15,8 @@ import numpy as np
 from evaluate.document import (
     SCHEMA,
     Accuracy,
-    Answer,
     Estimate,
-    Filtering,
+    FilterSummary,
     Headline,
     ModelReport,
     Part,
@@ -25,7 +24,8 @@ from evaluate.document import (
     Report,
     Rows,
     Sample,
-    Training,
+    ShownAnswer,
+    TrainingLog,
     exactly,
     number,
     percent,
@@ -49,6 +49,7 @@ from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskR
 from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
+from pipeline.chat import told_in_words
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
@@ -77,7 +78,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     rows = _rows(plan, scores, unseen)
     probes = _probe_set(plan, results, quality)
     move = "or move it away to go without"
-    training = read_json(run.student / "training_log.json", Training, f"train again, {move} the loss curve")
+    training = read_json(run.student / "training_log.json", TrainingLog, f"train again, {move} the loss curve")
     stages = ("generate", "filters", "train", "evaluate")
     return Report(
         schema=SCHEMA,
@@ -88,8 +89,8 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         models=models,
         rows=rows,
         samples=_samples(plan, answers, quality),
-        training=training or Training(),
-        filters=read_json(run.filter_report, Filtering, f"filter again, {move} the drops"),
+        training=training or TrainingLog(),
+        filters=read_json(run.filter_report, FilterSummary, f"filter again, {move} the drops"),
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
         commands=[f"python -m {stage} {run.recipe} --run {run.path}" for stage in stages],
         machine=describe_machine(),
@@ -274,7 +275,7 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
             if subject.key in answers:
                 row, own = answers[subject.key][id_], quality.answers[subject.key][id_]
                 about = (said(row), subject.key, row.finish_reason, own.dropped_by, own.values["judge"])
-                shown.append(Answer(subject.label, *about))
+                shown.append(ShownAnswer(subject.label, *about))
         prompt = next(iter(answers.values()))[id_]
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))
@@ -313,9 +314,8 @@ def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]
         f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
         f"{recipe.sampling.max_tokens} tokens. Shares have Wilson's interval; differences and ratios are paired."
     )
-    if recipe.teacher.system or recipe.teacher.examples:
-        told = ["a system prompt"] * bool(recipe.teacher.system) + ["examples"] * bool(recipe.teacher.examples)
-        yield f"The teacher alone is told {' and '.join(told)}; a student is not, unless its column says told."
+    if told := told_in_words(recipe.teacher):
+        yield f"The teacher alone is told {told}; a student is not, unless its column says told."
     if TEACHER not in verified.answers:
         yield "The teacher was not asked: its weights are not here (see evaluate.ask_teacher)."
 

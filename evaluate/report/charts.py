@@ -10,18 +10,18 @@ from typing import NamedTuple
 from evaluate.document import (
     MEASURES,
     Estimate,
-    Filtering,
+    FilterSummary,
     ModelReport,
     Part,
     Report,
-    Training,
+    TrainingLog,
     exactly,
     number,
 )
 from evaluate.figures.promise import QUALITY, TIMES
 from evaluate.models import TEACHER
 
-WIDE = 50  # if the ends of a scale are so many times apart, it is logarithmic: else a long bar hides the short ones
+WIDE = 50  # a scale whose ends are more times apart than this is logarithmic: else one long bar hides the short ones
 ROOM = 1.15  # left at both ends of the three axes
 LOGARITHMIC = "logarithmic scale"
 
@@ -125,7 +125,7 @@ def axis_panels(report: Report) -> list[Panel]:
     ]
 
 
-def drop_bars(filters: Filtering | None) -> list[Mark]:
+def drop_bars(filters: FilterSummary | None) -> list[Mark]:
     """Dropped answers by the rule that dropped them, most first."""
     drops = sorted((d for d in (filters.rules if filters else ()) if d.dropped), key=lambda d: -d.dropped)
     place = scale(0, max((d.dropped for d in drops), default=0))
@@ -136,7 +136,7 @@ def _kind(model: ModelReport) -> str:
     return "other" if model.key.startswith("other_") else model.key
 
 
-def loss_chart(training: Training) -> LossChart | None:
+def loss_chart(training: TrainingLog) -> LossChart | None:
     """Training and validation loss over steps; None without at least two points."""
     train, evaluated = ([p for p in points if math.isfinite(p.loss)] for points in (training.loss, training.eval))
     points = [*train, *evaluated]

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from evaluate.document import Answer, Report
+from evaluate.document import Report, ShownAnswer
 from evaluate.report import charts, tables
 from filters.scripts import character_class
 from pipeline.rundir import RunDir, replacing, write_json
@@ -67,7 +67,7 @@ def lang_of(text: str) -> str:
     return next((code for code, pattern in LANGUAGES.items() if pattern.search(text)), "")
 
 
-def remarks(answer: Answer) -> Iterator[str]:
+def remarks(answer: ShownAnswer) -> Iterator[str]:
     """What is known of an answer: the judge's score, an end that was cut off, the rules that would drop it."""
     if answer.right is not None:
         yield "right" if answer.right else "wrong"

@@ -21,7 +21,7 @@ from evaluate.document import (
     number,
     percent,
 )
-from evaluate.figures.promise import shown
+from evaluate.figures.promise import ratio_format
 from evaluate.models import AFTER
 from generate.progress import NodeCounts, clock
 
@@ -150,7 +150,7 @@ def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Lin
 
 
 def _lines(figure: Estimate, show: Callable[[float], str], *, counted: bool = False) -> list[Line]:
-    """A figure and its interval; `counted`: without one if that has no width."""
+    """A figure and its interval. An interval without width is left out of a figure that was counted."""
     told = not counted or figure.low < figure.high
     return [Line(show(figure.value)), *([Line(figure.interval(show))] if told else [])]
 
@@ -165,7 +165,7 @@ def promise(report: Report) -> Table:
     rows = []
     for claim in report.headline.claims:
         promised = f"{claim.promised:.0%}" if claim.axis == "quality" else f"{claim.promised:.0f}×"
-        here = _lines(claim.value, shown(claim), counted=True) if claim.value else [Line(NOTHING)]
+        here = _lines(claim.value, ratio_format(claim), counted=True) if claim.value else [Line(NOTHING)]
         rows.append(Row(claim.text, [[Line(promised)], here, [Line(claim.verdict, MARKS[claim.verdict])]]))
     return Table("the promise", ["promised", "here", "holds"], rows)
 

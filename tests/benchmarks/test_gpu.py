@@ -36,7 +36,7 @@ def test_each_step_leaves_its_rows_and_a_failed_one_its_error(
 
 
 def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    assert gpu.run_child("card", options(tmp_path, limit_s=0.01), str(tmp_path), tmp_path) == "more than 0.01 s"
+    assert gpu.run_apart("card", options(tmp_path, limit_s=0.01), str(tmp_path), tmp_path) == "more than 0.01 s"
 
 
 def test_training_is_compared_with_sft_trainer(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -132,6 +134,19 @@ def test_a_running_server_is_never_started_again(
         with teacher(recipe_for(f"http://127.0.0.1:{server.server_port}/v1"), RunDir(tmp_path)):
             pass
         server.shutdown()
+
+
+def test_the_teacher_is_served_at_the_host_of_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port, asked = free_port(), list[tuple[str, int]]()
+
+    @contextmanager
+    def serving(model: str, *, host: str, port: int, **_: object) -> Iterator[SimpleNamespace]:
+        asked.append((host, port))
+        yield SimpleNamespace(base_url="", startup_s=0.0)
+
+    monkeypatch.setattr("chain.stages.serving", serving)
+    with teacher(recipe_for(f"http://127.0.0.2:{port}/v1"), RunDir(tmp_path / "run")):
+        assert asked == [("127.0.0.2", port)]
 
 
 def test_nothing_is_served_when_all_that_is_left_has_failed_for_good(tmp_path: Path) -> None:

@@ -121,8 +121,8 @@ def test_what_runs_already_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "config.json").write_text("{}")
     with misbehaving() as teacher, misbehaving(models=["before"]) as before:
         recipe = recipe_for(teacher, student={"model": str(folder)})
-        place = chat.models.place_of(recipe, "before")._replace(port=int(before.url.split(":")[2].split("/")[0]))
-        monkeypatch.setattr(chat.models, "place_of", lambda *_: place)
+        address = chat.models.address_of(recipe, "before")._replace(port=int(before.url.split(":")[2].split("/")[0]))
+        monkeypatch.setattr(chat.models, "address_of", lambda *_: address)
         models = choose_models(recipe, run, ["before", "teacher"])
         assert [(model.name, model.state) for model in models] == [("teacher", "ready"), ("before", "ready")]
         assert models[1].recipe.teacher.url == before.url and models[1].recipe.teacher.model == "before"
@@ -147,8 +147,8 @@ def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
     assert beside_others(ServeConfig(device="cpu"), 3).kv_cache_gib == 1
     assert beside_others(ServeConfig(device="cpu", kv_cache_gib=4), 3).kv_cache_gib == 4
     assert beside_others(ServeConfig(device="gpu"), 3).args == ["--gpu-memory-utilization", "0.30"]
-    own = ["--gpu-memory-utilization=0.2"]
-    assert beside_others(ServeConfig(device="gpu", args=own), 3).args == own
+    for own in (["--gpu-memory-utilization=0.2"], ["--gpu_memory_utilization", "0.2"], ["--kv-cache-memory-bytes=1G"]):
+        assert beside_others(ServeConfig(device="gpu", args=own), 3).args == own
 
 
 def test_questions_to_try_are_of_the_test_part(tmp_path: Path) -> None:

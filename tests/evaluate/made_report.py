@@ -5,11 +5,10 @@ import msgspec
 from evaluate.document import (
     SCHEMA,
     Accuracy,
-    Answer,
     Claim,
     Difference,
     Estimate,
-    Filtering,
+    FilterSummary,
     Headline,
     LossPoint,
     ModelReport,
@@ -19,7 +18,8 @@ from evaluate.document import (
     Rows,
     RuleDrops,
     Sample,
-    Training,
+    ShownAnswer,
+    TrainingLog,
     WinRate,
     exactly,
 )
@@ -64,8 +64,8 @@ def make_report(**changes: object) -> Report:
         "headline": Headline(text="student: 32% of the parameters"),
         "models": models,
         "rows": Rows(test=9, scored=9, left_out=0, prompts=8),
-        "samples": [Sample(KOREAN, [Answer("teacher", KOREAN), Answer("student after", "짧아요.")])],
-        "training": Training(),
+        "samples": [Sample(KOREAN, [ShownAnswer("teacher", KOREAN), ShownAnswer("student after", "짧아요.")])],
+        "training": TrainingLog(),
         "filters": None,
         "lineage": {"generate": {"model": "org/teacher"}},
         "commands": ["python -m evaluate recipe.yaml"],
@@ -102,7 +102,9 @@ def full_report(text: str = "", words: str = KOREAN) -> Report:
         Check(name="keep rate", wanted="50% or more kept", status="pass", finding="60.2%"),
     ]
     answers = [
-        Answer(model.label, words * 9, model.key, finish_reason="length", dropped_by={f"length{text}": words}, score=2)
+        ShownAnswer(
+            model.label, words * 9, model.key, finish_reason="length", dropped_by={f"length{text}": words}, score=2
+        )
         for model in models
     ]
     generate = {
@@ -123,7 +125,7 @@ def full_report(text: str = "", words: str = KOREAN) -> Report:
         differences=[_difference("passing", 0.4), _difference("loops", -0.4), _difference("named", 0.05)],
         wins=[_win("teacher", 25, 39), _win("student_before", 70, 8)],
         checklist=Checklist(points=points, failures=points),
-        training=Training(
+        training=TrainingLog(
             loss=[LossPoint(step, 4 - step / 50) for step in range(1, 101)],
             eval=[LossPoint(50, 2.5), LossPoint(100, 2.2)],
             method="lora",
@@ -131,7 +133,7 @@ def full_report(text: str = "", words: str = KOREAN) -> Report:
             tokens=402_113,
             wall_s=5212.0,
         ),
-        filters=Filtering(rows=2000, kept=1200, keep_rate=0.6, rules=[RuleDrops(f"near_duplicate{text}", 800)]),
+        filters=FilterSummary(rows=2000, kept=1200, keep_rate=0.6, rules=[RuleDrops(f"near_duplicate{text}", 800)]),
         samples=[Sample(words, answers)],
         lineage={"generate": generate, "filters": {"rules": [{"rule": f"length{text}"}]}, f"x{text}": [text]},
         commands=[f"python -m evaluate {text}"],
@@ -148,8 +150,10 @@ def verified_report(text: str = "", words: str = KOREAN) -> Report:
     )
     models = [_right(model, share) for model, share in zip(report.models, (0.84, 0.12, 0.81), strict=True)]
     shares = {model.key: model.figures["verified"]["accuracy"] for model in [*models, told]}
-    sample = Sample(words, [Answer("reference", words), Answer(f"teacher{text}", words, "teacher", right=True)])
-    wrong = Answer(f"student after{text}", words, "student_after", dropped_by={f"sql{text}": words}, right=False)
+    sample = Sample(
+        words, [ShownAnswer("reference", words), ShownAnswer(f"teacher{text}", words, "teacher", right=True)]
+    )
+    wrong = ShownAnswer(f"student after{text}", words, "student_after", dropped_by={f"sql{text}": words}, right=False)
     accuracy = Accuracy(
         rules=[{"rule": f"sql{text}"}],
         prompts={"verified": 300, "verified_unseen": 100},

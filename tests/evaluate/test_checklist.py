@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from evaluate.document import (
+    SCHEMA,
     Claim,
     Difference,
     Estimate,
@@ -240,6 +241,11 @@ def run(tmp_path: Path) -> RunDir:
     checks = [{"name": "size_ratio", "status": "pass", "value": 3.1, "finding": "f", "fix": ""}]
     made.checks.write_text(json.dumps({"checks": checks, "accepted": [], "stopped_by": []}))
     return made
+
+
+def test_a_report_of_another_version_is_not_read(run: RunDir) -> None:
+    write_json(run.report, msgspec.structs.replace(measured(ratio=BETTER), schema=SCHEMA - 1))
+    assert read_report(run) is None
 
 
 def test_the_files_of_a_run_are_read(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

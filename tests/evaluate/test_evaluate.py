@@ -214,6 +214,16 @@ def test_a_teacher_behind_a_paid_api_is_not_available(run: RunDir, recipe: Recip
     assert "(teacher" not in report.headline.text
 
 
+def test_a_teacher_elsewhere_is_scored_if_its_folder_is_here_however_it_is_written(
+    recipe: Recipe, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    teacher = recipe.teacher.model_copy(update={"model": "models/mine", "base_url": "https://api.example.com/v1"})
+    monkeypatch.setattr("evaluate.models.check_trained", lambda recipe, run: recipe.student)
+    assert subjects(recipe.model_copy(update={"teacher": teacher}), run)[0].folder == Path("models/mine")
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [

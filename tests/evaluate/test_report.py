@@ -12,13 +12,13 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
 from evaluate.document import (
-    Filtering,
+    FilterSummary,
     LossPoint,
     ModelReport,
     Report,
     Rows,
     RuleDrops,
-    Training,
+    TrainingLog,
     millions,
     number,
 )
@@ -248,13 +248,13 @@ def test_on_paper_a_long_answer_takes_no_pages_and_the_lineage_none(browser: Bro
 
 def test_drops_come_largest_first_and_only_where_there_are_any() -> None:
     rules = [RuleDrops("length", 5), RuleDrops("script_ratio", 0), RuleDrops("finish_reason", 20)]
-    bars = drop_bars(Filtering(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
+    bars = drop_bars(FilterSummary(rows=30, kept=5, keep_rate=1 / 6, rules=rules))
     assert [(bar.label, bar.text, bar.at) for bar in bars] == [("finish_reason", "20", 100), ("length", "5", 25)]
     assert drop_bars(None) == []
 
 
 def test_the_loss_curve_is_drawn_to_scale() -> None:
-    training = Training(
+    training = TrainingLog(
         loss=[LossPoint(0, 4.0), LossPoint(50, 3.0), LossPoint(100, 2.0)],
         eval=[LossPoint(100, 2.5), LossPoint(50, float("nan"))],
     )
@@ -264,7 +264,7 @@ def test_the_loss_curve_is_drawn_to_scale() -> None:
     assert (chart.y[0][0], chart.y[-1][0]) == (100, 0)
     assert chart.train == [(0, 0), (50, 50), (100, 100)]
     assert chart.eval == [(100, 75)]
-    assert loss_chart(Training(loss=[LossPoint(1, 2.0)])) is None
+    assert loss_chart(TrainingLog(loss=[LossPoint(1, 2.0)])) is None
 
 
 def test_what_each_node_of_a_cluster_has_done_is_in_a_table() -> None:

@@ -19,9 +19,9 @@ from evaluate.measure.serving import (
     answer_probes,
     answer_questions,
     measure_speed,
-    recipe_for,
     serve_subject,
     speed_prompts,
+    with_server,
 )
 from evaluate.models import Subject
 from pipeline.errors import DistillError
@@ -113,7 +113,7 @@ def measure(recipe: Recipe, run: RunDir, *, speed: bool = True, probes: bool = F
         if speed:
             timed = measure_speed(recipe, server, folder, speed_prompts(recipe, run, ROWS))
         if probes:
-            probed = answer_probes(recipe_for(recipe, server), folder / "probes", PROBES)
+            probed = answer_probes(with_server(recipe, server), folder / "probes", PROBES, PROBES)
     return timed, probed
 
 
@@ -213,7 +213,7 @@ def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
         started(server)
         subject = Subject("teacher", "teacher", "reference", tmp_path / "model")
         with serve_subject(recipe, RunDir(tmp_path), subject) as (at, folder):
-            found = answer_questions(recipe_for(recipe, at), folder, PROBES, told, told[:3])
+            found = answer_questions(with_server(recipe, at), folder, PROBES, told, told[:3])
     assert [(burst.requests, burst.failed) for burst in found.bursts] == [(7, 0)] * 2 and min(found.rates) > 0
     assert [row.prompt_id for row in found.answers] == [p.id for p in PROBES]
     assert found.answers[0].messages == PROBES[0].messages  # what is judged is the bare question

@@ -23,8 +23,8 @@ from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
-from experiments.arms import Arm, Prepared, Setup, matched_epochs, read_human
-from experiments.results import Column, Results, _columns, rows_of, said
+from experiments.arms import Arm, Design, Setup, matched_epochs, read_human
+from experiments.results import Column, Comparison, _columns, conclusions, rows_of
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -310,18 +310,18 @@ def figure(value: float, spread: float) -> Figure:
     return Figure(value, np.linspace(value - spread, value + spread, 201))
 
 
-def results(**arms: Figure) -> Results:
+def results(**arms: Figure) -> Comparison:
     column = Column("bits per character", MEASURES["bits_per_character"], arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
     change = difference("bits per character", other, one, arms[other].minus(arms[one]), "lower", "test")
     facts = {name: ["10", "–", "–", "–"] for name in arms}
-    return Results("soft", "Which?", "a note", facts, [column], [change], [])
+    return Comparison("soft", "Which?", "a note", facts, [column], [change], [])
 
 
 def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None:
-    lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
+    lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.2, 0.04)))
     assert lines[0] == "soft is better than hard in bits per character: -0.1 (-0.138 to -0.062)"
-    lines = said(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
+    lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
 
@@ -365,7 +365,7 @@ def test_arms_are_compared_by_right_answers_where_these_are_verified(recipe: Pat
         (run.path / "evaluation" / "verify-student_after.json").write_bytes(encode_line(ProbeResult(answers=answers)))
         arms.append(Arm(name, run, []))
     setup = Setup(made, recipe, [], arms[0].run, tmp_path, Namespace())
-    (column,) = _columns(setup, Prepared(arms, {"": []}), {})
+    (column,) = _columns(setup, Design(arms, {"": []}), {})
     assert column.title == "right answers" and {name: one.value for name, one in column.arms.items()} == {
         "one": 0.75,
         "four": 0.95,

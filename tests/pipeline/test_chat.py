@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.chat import asked_of_student, end_of_turn, stop_tokens, told_to_teacher
-from pipeline.recipe import StudentConfig, TeacherConfig
+from pipeline.chat import asked_of_student, end_of_turn, stop_tokens, told_in_words, told_to_teacher
+from pipeline.recipe import Example, StudentConfig, TeacherConfig
 from pipeline.records import Message
 from tests.tiny_student import END, tiny_tokenizer
 
@@ -95,3 +95,17 @@ def test_what_the_student_is_asked(system: str | None, asked: list[str]) -> None
     assert asked_of_student(turns("system:S", "user:q"), student) == turns(*asked)
     assert asked_of_student(turns("user:q"), student) == [turn for turn in turns(*asked) if turn.content != "S"]
     assert asked_of_student(turns("user:q"), None) == turns("user:q")
+
+
+@pytest.mark.parametrize(
+    ("system", "examples", "words"),
+    [
+        (None, 0, ""),
+        (None, 1, "1 example"),
+        ("Be brief.", 0, "a system prompt"),
+        ("Be brief.", 3, "a system prompt and 3 examples"),
+    ],
+)
+def test_what_the_teacher_alone_is_told_in_words(system: str | None, examples: int, words: str) -> None:
+    teacher = TeacherConfig(model="m", system=system, examples=[Example(prompt="on", answer="{}")] * examples)
+    assert told_in_words(teacher) == words

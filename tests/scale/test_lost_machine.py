@@ -12,7 +12,7 @@ from pipeline.records import Completion, Usage, encode_line
 from scale import run_lease
 from scale.run_in_store import run_in_store
 from scale.run_lease import Lease
-from scale.storage import open_store
+from scale.storage import Folder, open_store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
 
@@ -35,6 +35,23 @@ LEARN = """if True:
     (folder / "checkpoint-6/model").touch()
     time.sleep(0.5)
     print(*(path.relative_to(store) for path in sorted(store.rglob("*")) if path.is_file()))
+"""
+
+# What nodes do in a store, a folder here, without the folder of the run.
+TRAIN = """if True:
+    import shutil, sys
+    from pathlib import Path
+    store, step = Path(sys.argv[1]), sys.argv[2]
+    assert (store / "kept.jsonl").exists(), "what was only here was not put first"
+    shutil.rmtree(store / "training", ignore_errors=True)
+    if step != "end":
+        (store / f"training/checkpoint-{step}").mkdir(parents=True)
+        (store / "training/fingerprint").write_text(step)
+        (store / f"training/checkpoint-{step}/trainer_state.json").touch()
+        sys.exit(3)
+    (store / "student/old").unlink()
+    (store / "student/new").touch()
+    (store / "lineage.json").write_text("trained")
 """
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
@@ -82,3 +99,44 @@ def test_a_store_has_the_last_whole_checkpoint_while_a_training_runs(
     folder.mkdir()
     assert run_in_store([sys.executable, "-c", LEARN, str(folder), str(store)], store.as_uri(), folder) == 0
     assert capfd.readouterr().out.split() == ["checkpoint-4/model", "checkpoint-4/trainer_state.json", "fingerprint"]
+
+
+def test_what_nodes_have_trained_comes_here_and_stays_in_the_store(tmp_path: Path) -> None:
+    folder, store, url = tmp_path / "one", tmp_path / "store", (tmp_path / "store").as_uri()
+    for name in ("kept.jsonl", "student/old", "training/checkpoint-9/trainer_state.json", "training/fingerprint"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("here")
+
+    def files(place: Path) -> dict[str, str]:
+        paths = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
+        return {
+            str(path): (place / path).read_text() for path in paths if path.name[0] != "." and "lease" not in path.parts
+        }
+
+    before = files(folder)
+    for step in ("5", "end"):
+        code = run_in_store([sys.executable, "-c", TRAIN, str(store), step], url, folder, by_nodes=True)
+        assert code == (0 if step == "end" else 3)
+        if step == "5":  # it failed: what is here is older until the next command
+            assert files(folder) == before
+        else:
+            assert files(folder) == files(store)
+            assert files(store) == {"kept.jsonl": "here", "student/new": "", "lineage.json": "trained"}
+        after = files(store)
+        assert run_in_store([sys.executable, "-c", "pass"], url, folder) == 0
+        assert files(folder) == files(store) == after
+
+
+def test_what_makes_a_student_whole_is_put_last(tmp_path: Path) -> None:
+    """Else a leading process that is killed while it puts one would leave a student that seems to be trained."""
+    folder, put = tmp_path / "one", list[str]()
+
+    class Recording(Folder):
+        def put(self, name: str, data: bytes | Path) -> None:
+            put.append(name)
+
+    for name in ("lineage.json", "student/lineage.json", "student/model.safetensors", "test.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    Mirror(Recording(tmp_path), folder, State("one")).push()
+    assert put == ["student/model.safetensors", "test.jsonl", "lineage.json", "student/lineage.json"]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from benchmarks.ray_nodes import ROOT, ray_cluster
 from benchmarks.runs import recipe_for
 from generate import generate
 from pipeline.rundir import RunDir
+from scale.storage import Store, open_store
 from tests.servers import misbehaving_server
+from tests.servers.object_storage import object_storage
 from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in, wait_until
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
@@ -136,9 +139,55 @@ def test_a_training_on_two_nodes_is_that_of_one_process_though_one_is_killed(tmp
         said = told.read_text()
     assert "going on from the last checkpoint" in said and "resuming from step" in said
     assert "trained on 19 rows" in said and "LOAD_FAST" not in said
-    logs = [json.loads((run.student / "training_log.json").read_bytes()) for run in (alone, together)]
+    assert_same_losses(alone, together)
+    assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
+    assert not [*together.path.glob("training*")]
+
+
+def assert_same_losses(*runs: RunDir) -> None:
+    logs = [json.loads((run.student / "training_log.json").read_bytes()) for run in runs]
     for part in ("loss", "eval"):
         first, second = ([entry["loss"] for entry in log[part]] for log in logs)
         assert second == pytest.approx(first, rel=1e-3)
-    assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
-    assert not [*together.path.glob("training*")]
+
+
+@pytest.mark.timeout(1800)
+def test_nodes_that_share_no_folder_train_a_run_in_a_store(tmp_path: Path) -> None:
+    """One does not see the driver's folder. A process is killed when the store has a checkpoint."""
+    recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=30)
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
+    (driver := tmp_path / "driver").mkdir()
+    alone, temporary = make_run(tmp_path / "alone", story_rows(21)), Path(tempfile.gettempdir())
+    train = [sys.executable, "-m", "train", str(tmp_path / "recipe.yaml"), "--force", "--run"]
+    subprocess.run([*train, str(alone.path)], cwd=ROOT, check=True)
+    with ray_cluster(2, blind=BLIND, hidden=[driver]) as (address, nodes), object_storage():
+        store, told = open_store("s3://bucket/stories"), tmp_path / "told.txt"
+        store.put("kept.jsonl", alone.kept)
+        store.put("lineage.json", b'{"name": "stories", "review": {"rows": 21}}')
+        with told.open("wb") as file:
+            process = subprocess.Popen(
+                [*train, store.url, "--cluster", address],
+                cwd=driver,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        wait_until(lambda: checkpoints(store) or process.poll() is not None)
+        for worker in nodes[1].workers("RayTrainWorker"):
+            worker.kill()
+        assert process.wait() == 0, told.read_text()
+        together = RunDir(next(driver.glob("runs/stored/*/stories")))
+        for name in [file.name for file in together.student.iterdir()]:
+            assert store.get(f"student/{name}") == (together.student / name).read_bytes()
+        assert store.get("lineage.json") == together.lineage.read_bytes()
+        assert store.names("training") == []
+    said = told.read_text()
+    assert "going on from the last checkpoint" in said and "resuming from step" in said
+    assert_same_losses(alone, together)
+    lineage = json.loads(together.lineage.read_bytes())
+    assert (lineage["train"]["processes"], lineage["review"]) == (2, {"rows": 21})
+    assert not [*temporary.glob(f"distillate-{together.path.parent.name}-*")]
+
+
+def checkpoints(store: Store) -> list[str]:
+    return [name for name in store.names("training") if name.endswith("trainer_state.json")]

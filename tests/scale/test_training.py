@@ -1,10 +1,13 @@
 """What `train --cluster` does when a training is cut off, without Ray. The real one is in test_ray.py."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,13 @@ import pytest
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from scale import training
-from scale.sync import State
-from scale.training import MOST_LOSSES, Training, reason_of, train_on_cluster
+from scale import run_in_store, training
+from scale.run_lease import TakenOver
+from scale.storage import open_store
+from scale.sync import State, names_in
+from scale.training import MOST_LOSSES, Training, _train_here, reason_of, train_on_cluster
+from tests.tiny_student import make_recipe
+from train.processes import OWN_FOLDER, launched
 
 
 class FakeCluster:
@@ -96,8 +103,73 @@ def test_an_error_of_ours_is_raised_and_others_are_the_reason() -> None:
 def test_wrong_usage_is_refused(told: Training) -> None:
     with pytest.raises(UsageError, match="ray://h:1: train on a machine of the cluster, with host:port or auto"):
         train_on_cluster("ray://h:1", told)
-    State("one", url="s3://bucket/t").save(told.run.path)
-    with pytest.raises(UsageError, match="make fetch RUN=s3://bucket/t, and give its copy"):
-        train_on_cluster("auto", told)
     with pytest.raises(UsageError, match="no such run"):
         train_on_cluster("auto", told._replace(run=RunDir(told.run.path / "none")))
+
+
+def test_what_a_run_in_a_store_cannot_do_is_refused(told: Training) -> None:
+    State("one", url="s3://bucket/t").save(told.run.path)
+    with pytest.raises(UsageError, match="a run in a store; train on a cluster with --run s3://bucket/t"):
+        train_on_cluster("auto", told)
+    with run_in_store._held(told.run.path):
+        with pytest.raises(UsageError, match="prune:1: it is made first, and adapters would name the folder of a node"):
+            train_on_cluster("auto", told._replace(recipe=make_recipe("prune:1", method="lora")))
+        with pytest.raises(UsageError, match=r"none: train it by the same command with --train\.method full first"):
+            train_on_cluster("auto", told._replace(recipe=make_recipe("m", method="on_policy", kd={"weights": "full"})))
+
+
+def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
+    told: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first attempt is lost after its first checkpoint."""
+    store, folder, attempts = open_store(tmp_path / "store"), tmp_path / "node" / "stories", []
+    for name in ("kept.jsonl", "completions.jsonl", "student/old", "lineage.json", "lease/000001.json"):
+        store.put(name, name.encode())
+    for name, value in ((OWN_FOLDER, "false"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run_in_store, "TICK_S", 0.05)
+    monkeypatch.setattr("train.processes.Processes.lead_first", lambda _: nullcontext())
+    monkeypatch.setattr(training, "_check_stored", lambda _: None)
+    monkeypatch.setattr(training, "_folder_of_node", lambda _: folder)
+    State("one", url=store.url).save(told.run.path)
+
+    def learn(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
+        attempts.append(1)
+        work = run.path / "training"
+        assert (run.path, launched().local_rank) == (folder, 0)
+        assert run.kept.read_text() == "kept.jsonl" and not run.completions.exists()
+        if len(attempts) == 1:
+            (work / "checkpoint-2").mkdir(parents=True)
+            for name in ("fingerprint", "checkpoint-2/model", "checkpoint-2/trainer_state.json"):
+                (work / name).write_text("mine")
+            end = time.monotonic() + 60
+            while not store.get("training/checkpoint-2/trainer_state.json"):
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            raise KeyError("lost")
+        if len(attempts) == 3:
+            store.put("lease/000002.json", b"")  # another machine has taken the run over
+            (run.student / "new").unlink()
+            return
+        assert (work / "checkpoint-2/model").read_text() == (work / "fingerprint").read_text() == "mine"
+        shutil.rmtree(work)
+        (run.student / "old").rename(run.student / "new")
+
+    def fit(cluster: FakeCluster, training: Training) -> str | None:
+        try:
+            _train_here(training, names_in(store, ["kept.jsonl", "lineage.json", "student", "training"]), {})
+        except KeyError as error:
+            return str(error)
+        return None
+
+    monkeypatch.setattr("train.__main__.train_launched", learn)
+    monkeypatch.setattr(training, "_fit", fit)
+    train_on_cluster("auto", told)
+    assert "lost'; going on from the last checkpoint" in capsys.readouterr().err
+    assert store.names() == ["completions.jsonl", "kept.jsonl", "lease/000001.json", "lineage.json", "student/new"]
+    assert not folder.parent.exists()
+    before = store.names()
+    monkeypatch.setattr(run_in_store, "TICK_S", 1000.0)
+    with pytest.raises(TakenOver, match="another machine has taken this run over"):
+        train_on_cluster("auto", told)
+    assert store.names() == sorted([*before, "lease/000002.json"])

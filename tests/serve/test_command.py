@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.recipe import ServeConfig
-from serve.command import GIB, Command, build_command, choose_device, merge_args
+from serve.command import GIB, Command, build_command, choose_device, merge_args, ranks
 from serve.machine import Machine
 from serve.model_facts import ModelFacts
 
@@ -212,3 +212,7 @@ def test_shell_is_the_same_command_once_pasted():
 )
 def test_merge_args(earlier, later, merged):
     assert merge_args(earlier, later) == merged
+
+
+def test_ranks_that_are_no_number_are_left_to_vllm():
+    assert ranks(ServeConfig(args=["--tensor-parallel-size", "many", "-pp", "2"])) == 2

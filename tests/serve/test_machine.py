@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from serve.machine import cpu_flags, detect, free_memory, usable_cores, visible_gpus
+from pipeline.resources import free_bytes, usable_cores
+from serve.machine import cpu_flags, detect, visible_gpus
 from serve.model_facts import facts_of, model_facts
 
 GIB = 1 << 30
@@ -112,8 +113,8 @@ def test_usable_cores(root, files, affinity, cores):
         ),
     ],
 )
-def test_free_memory(root, files, gib):
-    assert free_memory(root({"proc/meminfo": MEMINFO} | files)) == int(gib * GIB)
+def test_free_bytes(root, files, gib):
+    assert free_bytes(root({"proc/meminfo": MEMINFO} | files)) == int(gib * GIB)
 
 
 @pytest.mark.parametrize(

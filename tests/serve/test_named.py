@@ -10,7 +10,7 @@ from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from serve.__main__ import main
-from serve.named import Place, place_of, reference_of
+from serve.named import Address, address_of, reference_of
 from tests.tiny_student import make_recipe
 
 
@@ -28,13 +28,13 @@ def model(folder: Path) -> Path:
 
 def test_each_name_has_its_place() -> None:
     here, away = recipe_at("http://localhost:8100/v1"), recipe_at("https://api.example/v1")
-    assert place_of(here, "teacher") == Place("teacher", "127.0.0.1", 8100)
-    assert place_of(here, "student") == Place("student", "127.0.0.1", 8101)
-    assert place_of(here, "before") == Place("before", "127.0.0.1", 8102)
-    assert place_of(here, "me/other") == Place("me/other", "127.0.0.1", 8100)
-    assert place_of(away, "student").port == 8001  # a student is served here, wherever its teacher is
+    assert address_of(here, "teacher") == Address("teacher", "127.0.0.1", 8100)
+    assert address_of(here, "student") == Address("student", "127.0.0.1", 8101)
+    assert address_of(here, "before") == Address("before", "127.0.0.1", 8102)
+    assert address_of(here, "me/other") == Address("me/other", "127.0.0.1", 8100)
+    assert address_of(away, "student").port == 8001  # a student is served here, wherever its teacher is
     with pytest.raises(UsageError, match="not on this machine"):
-        place_of(away, "teacher")
+        address_of(away, "teacher")
 
 
 def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

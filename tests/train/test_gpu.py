@@ -16,6 +16,7 @@ from train.machine import (
     autocast,
     flash_attention,
     free_beside,
+    free_memory,
     half_dtype,
     micro_tokens,
     optimizer_bytes,
@@ -87,6 +88,11 @@ def test_a_gpu_with_a_student_of_unknown_shape_is_planned_by_its_logits(monkeypa
     as_card(monkeypatch, (9, 0))
     tokens = micro_tokens(model(SimpleNamespace(vocab_size=151_936)), make_recipe("x/y", method="kd").train, 1 << 50)
     assert tokens == 441  # 1 GiB of them
+
+
+def test_a_containers_limit_is_all_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.machine.free_bytes", lambda root: 7, raising=False)
+    assert free_memory() == 7
 
 
 def test_models_that_wait_to_be_moved_are_not_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

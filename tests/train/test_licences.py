@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.checks.licences import LicenceChain, Terms, licence_check, on_the_hub, table, terms_of
+from train.checks.licences import LicenceChain, Terms, licence_check, licence_table, on_the_hub, terms_of
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_terms_that_nobody_knows_stop_no_training_and_ask_to_be_stated(name: str
 def test_the_verdict_decides_the_status(teacher: str, student: str, status: str) -> None:
     check = licence_check(teacher, terms_of(teacher), student)
     assert check.status == status
-    assert "not legal advice" in check.finding and table().read in check.finding
+    assert "not legal advice" in check.finding and licence_table().read in check.finding
 
 
 def test_a_card_speaks_for_a_name_that_is_not_known_and_the_recipe_before_both() -> None:
@@ -114,6 +114,6 @@ def test_the_hub_is_given_names_that_it_knows() -> None:
 
 
 def test_every_entry_names_its_source_and_what_it_asks() -> None:
-    for terms in table().terms:
+    for terms in licence_table().terms:
         assert terms.source.startswith("https://") and terms.asks
         assert (terms.verdict == "forbidden") == bool(terms.student)

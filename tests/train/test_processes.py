@@ -1,5 +1,7 @@
 """What a launcher may be told, and what is refused with one line; the trainings themselves are in test_train.py."""
 
+from typing import Any
+
 import pytest
 
 from pipeline.errors import UsageError
@@ -44,15 +46,38 @@ def test_methods_that_cannot_be_sharded_are_refused(method: str, refused: bool) 
         ({"RANK": "1", "WORLD_SIZE": "4"}, Processes(rank=1, count=4)),
         ({"RANK": "1", "WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}, Processes(rank=1, count=4, sharded=True)),
         ({"ACCELERATE_USE_FSDP": "true"}, Processes()),  # nobody to share with
+        (
+            {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "DISTILLATE_OWN_FOLDER": "true"},
+            Processes(rank=2, count=4, local_rank=0),
+        ),
     ],
 )
 def test_a_process_is_what_the_launcher_says(
     environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "DISTILLATE_OWN_FOLDER"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert launched() == expected
     assert launched().shards == (4 if expected.sharded else 1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "leads"), [(0, None, True), (2, None, False), (2, 0, True), (3, 1, False)]
+)
+def test_one_process_leads_in_each_folder(rank: int, local_rank: int | None, leads: bool) -> None:
+    assert Processes(rank, 4, local_rank=local_rank).lead_in_folder == leads
+
+
+def test_trained_weights_are_shared_if_folders_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model, shared = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 3)), list[Any]()
+    model[0].requires_grad_(False)
+    monkeypatch.setattr("accelerate.utils.broadcast", shared.extend)
+    Processes(0, 2).share_weights(model)
+    assert shared == []
+    Processes(0, 2, local_rank=0).share_weights(model)
+    assert [weights.data_ptr() for weights in shared] == [weights.data_ptr() for weights in model[1].parameters()]

@@ -76,7 +76,7 @@ def parts_check(parts: Parts) -> Check:
 
 
 def _key(row: Kept) -> int:
-    """Of the row's prompt: 8 bytes, whatever its length."""
+    """A hash of the row's prompt: 8 bytes, however long the prompt is."""
     return hash(prompt_text(row))
 
 

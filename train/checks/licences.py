@@ -30,7 +30,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     inherits: bool = False  # a model trained on the answers falls under this licence too
 
 
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LicenceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """licences.yaml."""
 
     read: str  # the month in which the sources were read
@@ -64,8 +64,8 @@ class LicenceChain:
 
 
 @cache
-def table() -> Table:
-    return msgspec.convert(yaml.safe_load(TABLE.read_text(encoding="utf-8")), Table)
+def licence_table() -> LicenceTable:
+    return msgspec.convert(yaml.safe_load(TABLE.read_text(encoding="utf-8")), LicenceTable)
 
 
 def model_name(reference: str) -> str:
@@ -81,7 +81,7 @@ def terms_of(reference: str, card_licence: str | None = None, stated: str | None
         terms = Terms(name=stated, licence=stated, verdict="allowed", asks="as you know", source=word)
         return _by_licence(stated) or terms
     name = PurePosixPath(model_name(reference)).name.lower()
-    for terms in table().terms:
+    for terms in licence_table().terms:
         if any(re.match(pattern, name) for pattern in terms.names):
             return terms
     return _by_licence(card_licence) if card_licence else None
@@ -93,14 +93,14 @@ def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
     Terms that are not known stop nobody: a private endpoint's are known to its user alone.
     """
     if terms is None:
-        finding = f"the terms of {teacher} are not known to the table of {table().read}; the card will say so"
+        finding = f"the terms of {teacher} are not known to the table of {licence_table().read}; the card will say so"
         fix = "state them in the recipe, in a licence's name or your own words: train.teacher_licence"
         return Check(name="licence", status="note", finding=finding, fix=fix)
     name = PurePosixPath(model_name(student)).name.lower()
     verdict = terms.verdict
     if verdict == "forbidden" and terms.student and re.match(terms.student, name):
         verdict = "conditions"
-    finding = f"{terms.name}: {terms.asks} ({terms.source}, read {table().read}; not legal advice)"
+    finding = f"{terms.name}: {terms.asks} ({terms.source}, read {licence_table().read}; not legal advice)"
     fixes = {"allowed": "", "conditions": "keep to it"}
     fix = fixes.get(verdict, "take another teacher, or state what you agreed on: train.teacher_licence")
     return Check(name="licence", status=STATUSES[verdict], finding=finding, fix=fix)
@@ -108,12 +108,12 @@ def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
 
 def on_the_hub(licence: str) -> dict[str, str]:
     """A licence in the form of a card's metadata."""
-    if licence in table().hub:
+    if licence in licence_table().hub:
         return {"license": licence}
     return {"license": "other", "license_name": "see-licence-chain" if licence == "other" else licence}
 
 
 def _by_licence(licence: str) -> Terms | None:
     """The terms of a licence: an entry without names if there is one, since names speak of one family."""
-    found = [terms for terms in table().terms if terms.licence == licence.lower()]
+    found = [terms for terms in licence_table().terms if terms.licence == licence.lower()]
     return min(found, key=lambda terms: bool(terms.names), default=None)

@@ -14,7 +14,7 @@ import msgspec
 
 from pipeline.adapters import MERGED_FROM
 from pipeline.advice import BALANCED_SIZES
-from pipeline.chat import asked_of_student
+from pipeline.chat import asked_of_student, told_in_words
 from pipeline.checks import Check, Status
 from pipeline.conversation import template_turns
 from pipeline.recipe import Recipe
@@ -69,22 +69,20 @@ def size_check(teacher: int | None, student: int | None) -> Check:
 
 def told_only(recipe: Recipe) -> str:
     """In words, what the teacher was told and the student is not; empty if both are told the same."""
-    teacher, system = recipe.teacher, recipe.student.system if recipe.student else None
-    told = ["a system prompt"] if teacher.system else []
-    told += [f"{len(teacher.examples)} examples"] if teacher.examples else []
+    told, system = told_in_words(recipe.teacher), recipe.student.system if recipe.student else None
     if not told and system is None:
         return ""
     own = {None: "the prompts as they are", "": "the prompts without a system message"}
     asked = own.get(system, "the prompts with a system message of its own")
-    return f"only the teacher was told {' and '.join(told) or 'their system message'}; the student is asked {asked}"
+    return f"only the teacher was told {told or 'their system message'}; the student is asked {asked}"
 
 
 def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, told: str = "") -> Check:
     """Both chat templates should render a prompt alike, the system message included, unless the teacher is told more.
 
     Models with the same tokens must make the same text of it; if not, a template is broken, or only one adds a system
-    message. Models of different families frame turns with other tokens, which does no harm; words that only one of
-    them adds do.
+    message. Models of different families frame turns with other tokens, which does no harm. Words that only one of
+    them adds do harm.
     """
     prompts = _distinct(rows)
     own = [_render(student, messages) for messages in prompts]

@@ -1,6 +1,6 @@
 """Checks before training: how they are shown and kept, and what stops a training.
 
-Writes checks.json. What is checked is in the modules beside this one: data, pair, chain and licences.
+Writes checks.json. The checks are in the modules beside this one: data, pair and licences.
 """
 
 from collections.abc import Collection, Sequence

@@ -14,8 +14,9 @@ from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.chat import system_of_student
+from pipeline.models import is_path
 from pipeline.recipe import Recipe, slot_values
-from train.checks.licences import LicenceChain, model_name, on_the_hub, table, terms_of
+from train.checks.licences import LicenceChain, licence_table, model_name, on_the_hub, terms_of
 from train.checks.pair import OUR_TAG, told_only
 from train.teacher import known_files, read_card
 
@@ -107,10 +108,7 @@ def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, 
 
 def published(reference: str) -> str:
     """The name a model is known by elsewhere: a Hub id, or the last part of a folder."""
-    folder = Path(reference).expanduser()
-    if reference.startswith(("/", "./", "../", "~")) or folder.is_dir():
-        return folder.resolve().name
-    return model_name(reference)
+    return Path(reference).expanduser().resolve().name if is_path(reference) else model_name(reference)
 
 
 def languages(recipe: Recipe) -> list[str] | None:
@@ -157,7 +155,7 @@ def _card(
         recipe=recipe,
         lineage=lineage,
         teacher=published(recipe.teacher.model),
-        read=table().read,
+        read=licence_table().read,
         told=told_only(recipe),
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,

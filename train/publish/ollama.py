@@ -35,7 +35,7 @@ class ChatForm(NamedTuple):
         return "".join([*([] if turns[0]["role"] == "system" else [self.begin]), *parts, self.prompt])
 
     def go(self) -> str:
-        """The format as a Go template for Ollama. A last answer is left open, to be gone on with."""
+        """The format as a Go template for Ollama. A last answer is left open, so that the model continues it."""
         before, after = (tuple(map(_literal, pair)) for pair in zip(self.user, self.answer, strict=True))
         begin, (opened, closed), prompt = _literal(self.begin), map(_literal, self.system), _literal(self.prompt)
         return (

@@ -76,7 +76,7 @@ def _converter() -> Path:
 
 
 def _check(file: Path, folder: Path, tokenizer: Any) -> None:
-    """Raises DistillError if the file has not as many weights, the tokens and the chat template of the folder."""
+    """Raises DistillError if the number of weights, the tokens or the chat template are not those of the folder."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
