@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from heapq import heapify, heapreplace
 
 import msgspec
 
@@ -238,10 +239,15 @@ class Leases:
         def alone(writer: Writer) -> list[str]:
             return [url for url in writer.urls if asked[url] == 1]
 
+        loads = [(sum(weights[url] for url in alone(one)), number, one) for number, one in enumerate(writers)]
+        heapify(loads)
         for new in [url for url in weights if not asked[url]] if writers else []:
-            least = min(writers, key=lambda writer: sum(weights[url] for url in alone(writer)))
-            least.urls = [*alone(least), new]
-            asked = self._asked()
+            load, number, least = loads[0]
+            urls = [*alone(least), new]
+            asked.subtract(least.urls)
+            asked.update(urls)
+            least.urls = urls
+            heapreplace(loads, (load + weights[new], number, least))
         for writer in writers:
             writer.urls = writer.urls or self.deal(weights, 1)
 
