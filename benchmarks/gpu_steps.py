@@ -157,8 +157,9 @@ def smollm2(options: argparse.Namespace) -> Iterator[Row]:
 
 def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False) -> Iterator[Row]:
     """R of benchmarks.saturation: our client through `make serve` against the same engine without a server."""
-    if not find_spec("vllm"):
-        raise Skip("vllm is not installed")
+    folder = vllm_folder()
+    if rust and not (folder / "vllm-rs").exists():
+        raise Skip("this vllm has no Rust front end")
     model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     sizes = {"requests": 24, "slots": 8, "tokens": 8, "concurrency": "auto", "runs": 1}
     if not options.small:
@@ -177,14 +178,23 @@ main(parser.parse_args())"""  # `vllm bench throughput`, which asks for the vers
 
 def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:
     """vLLM's own figure for requests of the same number and lengths."""
-    if not find_spec("vllm"):
-        raise Skip("vllm is not installed")
+    vllm_folder()
     model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     command = [sys.executable, "-c", BENCH, "--model", model]
     command += ["--load-format", "dummy", "--dataset-name", "random", "--max-num-seqs", "256"]
     lengths = ("8", "8", "24") if options.small else ("40", "128", "4096")
-    command += ["--input-len", lengths[0], "--output-len", lengths[1], "--num-prompts", lengths[2]]
-    yield {"what": "vllm bench throughput", "note": output(command, {}).splitlines()[-1]}
+    command += ["--random-input-len", lengths[0], "--random-output-len", lengths[1], "--num-prompts", lengths[2]]
+    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 26)] if options.small else []
+    said = output(command, {}).splitlines()
+    yield {"what": "vllm bench throughput", "note": next(line for line in said if line.startswith("Throughput"))}
+
+
+def vllm_folder() -> Path:
+    """Where vLLM is installed."""
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise Skip("vllm is not installed")
+    return Path(spec.origin).parent
 
 
 def output(command: list[str], env: dict[str, str]) -> str:
