@@ -48,6 +48,16 @@ def test_training_is_compared_with_sft_trainer(tmp_path: Path) -> None:
     assert "| full SFTTrainer |" in gpu.table(tmp_path / "results.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_made_up_weights_are_served_and_timed(tmp_path: Path) -> None:
+    for step in ("serving-short", "bench"):
+        gpu.run_step(step, options(tmp_path), tmp_path / "results.jsonl")
+    ours, vllms = rows_of(tmp_path)
+    assert "client, auto" in str(ours["note"])
+    assert "requests/s" in str(vllms["note"])
+
+
 def test_an_unknown_step_and_a_missing_folder_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for given, message in (
         ([], "--out is missing"),
