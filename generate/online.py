@@ -68,11 +68,11 @@ class Servers:
         self._endpoints: dict[Target, Endpoint] = {}
         self._leaving: list[Endpoint] = []  # with requests in flight
         self._teacher = run.recipe.teacher  # where `follow` looks
-        self._of: dict[str, int] = {}  # so many processes ask each URL, if `lead_to` has said so
-        self._led = asyncio.Event()  # to other URLs, which `follow` has not looked at yet
+        self._of: dict[str, int] = {}  # how many processes ask each URL, if `lead_to` has said it
+        self._led = asyncio.Event()  # set by `lead_to`, if the URLs are others, until `follow` looks at them
 
     def lead_to(self, weights: dict[str, float], of: dict[str, int]) -> None:
-        """These URLs are asked from now on, and no other. So many processes ask each: this one has its part of it."""
+        """From now on these URLs are asked, and no other. `of`: how many processes ask each; this one has its part."""
         self._of = of
         for target, endpoint in [*self._endpoints.items()]:
             if target.url not in of:

@@ -26,7 +26,7 @@ URLS_KEY = "teacher.urls_file"
 class Target(NamedTuple):
     """One server. `address` is the one of its name's addresses to connect to; None: whatever the name leads to.
 
-    `weight` is how much it takes beside the others. With another weight it is another server.
+    `weight` is its share of the requests beside the others. With another weight it counts as another server.
     """
 
     url: str
@@ -56,7 +56,7 @@ async def find_targets(teacher: TeacherConfig, known: Collection[Target] = ()) -
 
 def urls_now(teacher: TeacherConfig) -> dict[str, float]:
     """The URLs that the recipe, or its file, names now, and their weights. Raises RecipeError as `read_urls`."""
-    return teacher.weights if teacher.urls_file is None else read_urls(teacher.urls_file)
+    return teacher.url_weights if teacher.urls_file is None else read_urls(teacher.urls_file)
 
 
 def read_urls(path: Path) -> dict[str, float]:

@@ -133,7 +133,8 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
         return Fail()
     step = job.attempts
     if fault.error == "rate_limited":  # the endpoint's own pause grows already
-        # Spread from its second refusal on: all at once, the same ones would be refused until they have failed.
+        # From its second refusal on each waits a random time more. If all came back at once, the same requests would
+        # be refused again and again, and fail for good.
         step = 0 if fault.retry_after_s and job.attempts == 1 else 1
     return Retry(after_s, step, counted=not blameless)
 

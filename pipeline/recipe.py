@@ -114,14 +114,14 @@ class TeacherConfig(Section):
         return entries[0] if len(entries) == 1 else entries
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Where the teacher answers, and how much each endpoint takes beside the others."""
+    def url_weights(self) -> dict[str, float]:
+        """Where the teacher answers, and the weight of each endpoint: its share of the requests beside the others."""
         return weighted_urls([self.base_url] if isinstance(self.base_url, str) else self.base_url)
 
     @property
     def urls(self) -> list[str]:
         """Where the teacher answers."""
-        return [*self.weights]
+        return [*self.url_weights]
 
     @property
     def url(self) -> str:

@@ -199,11 +199,11 @@ class Leases:
         self.spent += account.charged - before
 
     def counts(self, name: str) -> NodeCounts:
-        """What a writer's node has done; its name is the node's, a hyphen, and what makes it the only one."""
+        """What a writer's node has done. A writer's name is its node's, a hyphen, and a random end."""
         return self.state.nodes.setdefault(name.rpartition("-")[0], NodeCounts())
 
     def shares(self, name: str) -> dict[str, int]:
-        """A writer's share of each of its URLs, as 1/n, without those of which the others leave it none so far."""
+        """A writer's share of each of its URLs, as 1/n. A URL of which the others still hold too much is left out."""
         shares, writers = {}, self.writers
         for url in writers[name].urls:
             others = [one for key, one in writers.items() if key != name and (url in one.urls or url in one.shares)]
@@ -228,8 +228,10 @@ class Leases:
         return free[:: max(newcomers, 1)] or [min(weights, key=lambda url: asked[url] / weights[url])]
 
     def lead_to(self, weights: dict[str, float]) -> None:
-        """These are the URLs now. What has gone is taken from its writers. What nobody asks goes to the writer with
-        the fewest that it alone asks, by weight; it leaves those that others ask too.
+        """These are the URLs now. Those that have gone are taken from their writers.
+
+        A URL that nobody asks goes to the writer whose own URLs have the least weight; its own are those that no other
+        writer asks. In return this writer gives up the URLs that others ask too.
         """
         writers = [*self.writers.values()]
         for writer in writers:

@@ -28,7 +28,8 @@ JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Co
 FOLDERS = ("", "turns/*/")  # of a run, that have journals
 STATE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
-NOT_FILES = ("lease", "parts", CLUSTER, "training-rows", "training-ray")  # no files of the run are in these folders
+RAY = "training-ray"  # where Ray Train keeps its books, in a local folder
+NOT_FILES = ("lease", "parts", CLUSTER, "training-rows", RAY)  # no files of the run are in these folders
 TRAIN_READS = ("kept.jsonl", "logprobs.jsonl", "preferences.jsonl")  # files of the run
 TRAIN_WRITES = (  # files and folders
     *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl", "teacher_logprobs.jsonl"),
@@ -180,7 +181,7 @@ class Mirror:
         self._state.files[name] = _stamp(path)
 
     def _remove(self, names: Iterable[str]) -> None:
-        """Removes here what the store has no more."""
+        """Removes here what the store no longer has."""
         for name in names:
             (self._folder / name).unlink(missing_ok=True)
             self._state.files.pop(name, None)
@@ -236,7 +237,7 @@ class Mirror:
 
 
 def names_in(store: Store, folders: Collection[str]) -> list[str]:
-    """The store's names that are these or below these."""
+    """The names in the store that are one of these files or folders, or are below one."""
     return [name for name in store.names() if _first(name) in folders]
 
 

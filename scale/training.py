@@ -28,13 +28,12 @@ from scale.generation import variables_of
 from scale.run_in_store import is_held, repeated
 from scale.run_lease import check_lease
 from scale.storage import open_store
-from scale.sync import TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, State, names_in
+from scale.sync import RAY, TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, State, names_in
 from train.preferences import learned_from_answers
 from train.processes import OWN_FOLDER, launched
 from train.rows import read_parts
 from train.student import initial_student
 
-RAY = "training-ray"  # folder of the run in which Ray Train keeps its books
 MOST_LOSSES = 3  # in a row, without a new checkpoint between them
 
 

@@ -45,8 +45,8 @@ class OnPolicyTrainer(ScoredOnText, SameEveryEpoch, DistillationTrainer):
 
     def __init__(self, *, tokenised: StudentTrainer, told: Told, **settings: Any) -> None:
         self.micro, self.collate, self.told = tokenised.micro, tokenised.collate, told
-        self.start = SharedStart(told, tokenised.train_dataset)
         prompts = [prompt_of(row) for row in tokenised.train_dataset]
+        self.start = SharedStart(told, prompts)
         DistillationTrainer.__init__(
             self,
             model=tokenised.model,

@@ -143,7 +143,7 @@ def completion_logits(
 
     A mixture of experts has a router; its loss says how unevenly the experts are used. The output head is applied from
     the first such position on. Over a vocabulary of 50,000 to 150,000 it costs a small model as much as its layers, and
-    its logits for prompts are not used. `start`: the cache of what comes before the inputs.
+    its logits for prompts are not used. `start`: keys and values of what comes before the inputs.
     """
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])

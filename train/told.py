@@ -1,10 +1,10 @@
-"""What the teacher is told before an answer: it may be more than the student is asked, a schema say.
+"""The teacher's own prompts: it may be told more than the student is asked, for example a schema.
 
-Its distribution counts only after its own prompt, in its own chat template. Reads and writes no file.
+What the teacher says of an answer counts only after its own prompt, in its own chat template. Reads and writes no file.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -30,20 +30,20 @@ def told_prompts(rows: Sequence[TokenRow], examples: Sequence[Mapping[str, Any]]
 
 
 class SharedStart:
-    """The tokens that all of a teacher's prompts begin with, and what its layers make of them: computed once.
+    """The tokens that all of a teacher's prompts begin with, and their keys and values, which are computed once.
 
-    A schema or examples are most of such a prompt, and the teacher does not change.
+    A schema or examples are most of such a prompt, and the teacher's weights do not change. `own`: the student's tokens
+    of each prompt. If the teacher is told nothing of its own, there is no shared start.
     """
 
-    def __init__(self, told: Told, rows: Sequence[TokenRow]) -> None:
-        own = [prompt_of(row) for row in rows] if told else []
-        prompts = [told.get(key_of(prompt), prompt)[:-1] for prompt in own]  # the last token predicts the answer
+    def __init__(self, told: Told, own: Iterable[Sequence[int]]) -> None:
+        prompts = [told.get(key_of(ids), ids)[:-1] for ids in own] if told else []  # the last token predicts the answer
         same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
         self.ids = [column[0] for column in same]
         self._cache: DynamicCache | None = None
 
     def of(self, teacher: Any, rows: int) -> DynamicCache | None:
-        """The keys and values of the start, for a batch of so many rows, which the teacher's pass may add to."""
+        """A copy of the keys and values for a batch of `rows` rows; a forward pass of the teacher adds to it."""
         if not self.ids:
             return None
         if self._cache is None:
@@ -57,7 +57,7 @@ class SharedStart:
 def of_teacher(batch: Batch, told: Told, pad: int, start: int = 0) -> Batch:
     """A batch padded on the right (`input_ids`, `labels`, `attention_mask`) with the teacher's prompts.
 
-    Without the first `start` tokens of each row, which the mask still counts.
+    The first `start` tokens of each row are left out of ids and labels; the mask still has them.
     """
     if not told:
         return batch

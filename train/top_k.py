@@ -3,8 +3,8 @@
     stored   logprobs.jsonl, as `sampling.logprobs` left it: what the teacher said when it answered
     served   the teacher's endpoint, asked once before training; it must be vLLM's (`prompt_logprobs`, `/tokenize`)
 
-Returns arrays by row. What an endpoint says is written to teacher_logprobs.jsonl as it comes, so that a training that
-goes on, or another one of the same answers, asks for nothing again. Tokens are compared by what they are: rows whose
+Returns arrays by row. What an endpoint says is written to teacher_logprobs.jsonl as it comes. So a training that goes
+on, or another one on the same answers, asks about no answer again. Tokens are compared by what they are: rows whose
 tokens are not the student's are found, and refused if they are many.
 """
 
@@ -133,10 +133,10 @@ def ask_endpoint(setting: Setting, rows: Sequence[TokenRow], tokenizer: Any, tol
 
 
 def _asked_id(row: TokenRow, teacher: TeacherConfig, top: int, told: Told) -> str:
-    """What names an answer after a prompt, as the tokens of this teacher."""
+    """The id of a question to the endpoint: a hash of the teacher, `top`, its prompt's tokens and the row's."""
     prompt = prompt_of(row)
-    asked_of = f"{teacher.model}\0{top}\0".encode() + key_of(told.get(key_of(prompt), prompt))
-    return sha256(asked_of + b"\0" + key_of(row["input_ids"])).hexdigest()[:16]
+    before = f"{teacher.model}\0{top}\0".encode() + key_of(told.get(key_of(prompt), prompt))
+    return sha256(before + b"\0" + key_of(row["input_ids"])).hexdigest()[:16]
 
 
 def _said(client: Any, rows: Sequence[tuple[str, TokenRow]], top: int) -> list[TokenLogprobs]:

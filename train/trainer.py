@@ -51,7 +51,7 @@ from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import differing_prompts, label_faults
+from train.tokens import differing_prompts, label_faults, prompt_of
 from train.told import SharedStart, told_prompts
 from train.top_k import ask_endpoint, read_stored
 
@@ -228,7 +228,7 @@ def _with_teacher(
     elif config.kd.teacher == "served":
         trainer.known = ask_endpoint(setting, rows, tokenizer, told)
     else:
-        trainer.told, trainer.start = told, SharedStart(told, rows)
+        trainer.told, trainer.start = told, SharedStart(told, map(prompt_of, rows))
     return trainer
 
 
