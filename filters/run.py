@@ -127,8 +127,10 @@ def filter_run(
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run.prompts))
         compared = rules.agrees is not None or config.select == "agreed"
+        later = bool(compared or dedup or config.judge or config.select != "all")  # stages that follow the rules
+        passed = stack.enter_context(path.open("wb")) if later else kept
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
-        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks, path.open("wb") as passed:
+        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks:
             tally, own, samples = _gather(blocks, passed, dropped, None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
@@ -149,7 +151,8 @@ def filter_run(
             scores = _scores(survivors, run)
             survivors.gone |= find_duplicates(sketches, dedup, survivors.gone, scores, machine.search)
         survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, votes)
-        _write(survivors, kept, dropped, tally)
+        if later:
+            _write(survivors, kept, dropped, tally)
         for pairs in preferences:
             good, wrong = survivors.samples[survivors.alive], samples[samples["wrong"]]
             sides = (Path(kept.name), good), (Path(dropped.name), wrong)
@@ -184,6 +187,7 @@ def _gather(
             sketches[-1]["start"] += passed.tell()
         passed.write(block.passed)
         dropped.write(block.dropped)
+    _flush(passed, dropped)
     return tally, sketches, np.concatenate(samples)
 
 
@@ -226,8 +230,13 @@ def _write(survivors: Survivors, kept: BinaryIO, dropped: BinaryIO, tally: Tally
             survivors.samples["start"][number] = kept.tell()
             more = survivors.scores(number)
             kept.write(kept_line(completion_part(line), decode_kept(line).scores | more) if more else line)
-    for output in (kept, dropped):
-        output.flush()  # they are read again
+    _flush(kept, dropped)
+
+
+def _flush(*files: BinaryIO) -> None:
+    """Before they are read again, by another name."""
+    for file in files:
+        file.flush()
 
 
 def _prompts(samples: Array, survivors: Survivors, dropped: Path) -> PromptCounts:

@@ -57,22 +57,11 @@ class Tally:
     def kept(self) -> int:
         return self.outcomes[()]
 
-    def count(self, row_id: str, answer: Answer, reasons: list[Reason]) -> None:
-        """Adds an answer; without reasons it is kept."""
-        self._count(answer, tuple([reason.rule for reason in reasons]), 1)
-        for reason in reasons:
-            examples = self.examples.setdefault(reason.rule, [])
-            if len(examples) < EXAMPLES:
-                examples.append(Example(row_id, describe(reason), answer.text[:EXAMPLE_CHARS]))
-
-    def move_to_dropped(self, row_id: str, answer: Answer, reason: Reason) -> None:
-        """Takes back an answer that was counted as kept: it is dropped after all."""
-        self._count(answer, (), -1)
-        self.count(row_id, answer, [reason])
-
-    def _count(self, answer: Answer, labels: tuple[str, ...], number: int) -> None:
-        self.outcomes[labels] += number
+    def count(self, row_id: str, answer: Answer, reasons: list[Reason], number: int = 1) -> None:
+        """Adds an answer; without reasons it is kept. `number`: -1 takes one back that was counted so."""
+        labels = tuple([reason.rule for reason in reasons])
         kept = not labels
+        self.outcomes[labels] += number
         self.lengths[min(len(answer.text) // BIN, LAST_BIN), kept] += number
         fields: Slots = answer.slots
         if answer.columns:
@@ -82,6 +71,15 @@ class Tally:
             if len(counts) <= 2 * MOST_VALUES:
                 for one in (value,) if isinstance(value, str) else value:
                     counts[one, kept] += number
+        for reason in reasons:
+            examples = self.examples.setdefault(reason.rule, [])
+            if len(examples) < EXAMPLES:
+                examples.append(Example(row_id, describe(reason), answer.text[:EXAMPLE_CHARS]))
+
+    def move_to_dropped(self, row_id: str, answer: Answer, reason: Reason) -> None:
+        """Takes back an answer that was counted as kept: it is dropped after all."""
+        self.count(row_id, answer, [], -1)
+        self.count(row_id, answer, [reason])
 
     def count_bad(self, reason: str) -> None:
         """Notes that the last line counted in `lines` is no completion."""

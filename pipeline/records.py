@@ -160,8 +160,10 @@ def folded(text: str) -> str:
 def said(turn: "Message | Completion") -> str:
     """What a turn or an answer says, as one text: tool calls follow the words, each with its arguments."""
     words = turn.content if isinstance(turn, Message) else turn.text
+    if not turn.tool_calls:
+        return words
     calls = [f"{call['function']['name']} {call['function']['arguments']}" for call in turn.tool_calls]
-    return "\n".join([*([words] if words else []), *calls]) if calls else words
+    return "\n".join([words, *calls] if words else calls)
 
 
 def question_text(messages: Sequence[Message]) -> str:
