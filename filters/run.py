@@ -9,7 +9,7 @@ are staged beside the old ones and take their places together at the end.
 
 import sys
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,15 +127,15 @@ def filter_run(
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run.prompts))
         compared = rules.agrees is not None or config.select == "agreed"
-        later = bool(compared or dedup or config.judge or config.select != "all")  # stages that follow the rules
-        passed = stack.enter_context(path.open("wb")) if later else kept
+        later = bool(rules.agrees or dedup or config.judge or config.select != "all")  # a stage follows the rules
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
-        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks:
+        output = path.open("wb") if later else nullcontext(kept)
+        with closing(machine.in_blocks(run.completions, work, slow=rules.slow)) as blocks, output as passed:
             tally, own, samples = _gather(blocks, passed, dropped, None if skip_bad else run.completions)
         if not tally.rows:
             what = f"none of its {tally.lines} lines is a completion" if tally.lines else "the file is empty"
             raise DataError(f"{run.completions}:1: {what}; run `python -m generate {recipe_path}` first")
-        survivors = Survivors(path, samples[samples["passed"]])
+        survivors = Survivors(Path(passed.name), samples[samples["passed"]])
         votes = count_votes(samples) if compared else None
         if rules.agrees and votes:
             survivors.gone = outvoted(votes, rules.agrees)
@@ -153,6 +153,8 @@ def filter_run(
         survivors.gone |= not_selected(survivors.samples, survivors.alive, config.select, survivors.best, votes)
         if later:
             _write(survivors, kept, dropped, tally)
+        for file in (kept, dropped):
+            file.flush()  # they are read again
         for pairs in preferences:
             good, wrong = survivors.samples[survivors.alive], samples[samples["wrong"]]
             sides = (Path(kept.name), good), (Path(dropped.name), wrong)
@@ -187,7 +189,6 @@ def _gather(
             sketches[-1]["start"] += passed.tell()
         passed.write(block.passed)
         dropped.write(block.dropped)
-    _flush(passed, dropped)
     return tally, sketches, np.concatenate(samples)
 
 
@@ -230,13 +231,6 @@ def _write(survivors: Survivors, kept: BinaryIO, dropped: BinaryIO, tally: Tally
             survivors.samples["start"][number] = kept.tell()
             more = survivors.scores(number)
             kept.write(kept_line(completion_part(line), decode_kept(line).scores | more) if more else line)
-    _flush(kept, dropped)
-
-
-def _flush(*files: BinaryIO) -> None:
-    """Before they are read again, by another name."""
-    for file in files:
-        file.flush()
 
 
 def _prompts(samples: Array, survivors: Survivors, dropped: Path) -> PromptCounts:

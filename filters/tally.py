@@ -58,7 +58,7 @@ class Tally:
         return self.outcomes[()]
 
     def count(self, row_id: str, answer: Answer, reasons: list[Reason], number: int = 1) -> None:
-        """Adds an answer; without reasons it is kept. `number`: -1 takes one back that was counted so."""
+        """Adds an answer; without reasons it is kept. `number`: -1 takes back an answer that was counted before."""
         labels = tuple([reason.rule for reason in reasons])
         kept = not labels
         self.outcomes[labels] += number
