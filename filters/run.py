@@ -112,9 +112,7 @@ def filter_run(
     and counted) or if there is nothing to judge; nothing is overwritten then.
     """
     rules, config, machine = recipe_rules(recipe, recipe_path), recipe.filters, machine or Machine()
-    dedup = config.dedup and config.dedup.model_copy(
-        update={"of": config.dedup.of or ("row" if rules.verifies else "answer")}
-    )
+    dedup = _dedup(config, rules)
     sources = dedup_sources(dedup, run, recipe_path) if dedup else []
     if not run.completions.exists():
         raise DataError(f"{run.completions}: no such file; run `python -m generate` first")
@@ -165,6 +163,13 @@ def filter_run(
         report_file.write(report.encoded())
     record_lineage(run, "filters", _lineage(report, rules, config))
     return report
+
+
+def _dedup(config: FiltersConfig, rules: RuleSet) -> DedupConfig | None:
+    """How duplicates are looked for. Verified answers are compared with their question, if the recipe does not say."""
+    if config.dedup is None:
+        return None
+    return config.dedup.model_copy(update={"of": config.dedup.of or ("row" if rules.verifies else "answer")})
 
 
 def _gather(
