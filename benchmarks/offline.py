@@ -29,7 +29,7 @@ def answer(requests: Sequence[bytes]) -> tuple[int, float, list[float]]:
     from vllm import SamplingParams
 
     bodies = [json.loads(request) for request in requests]
-    sampling = [SamplingParams(**{name: body[name] for name in SAMPLING}) for body in bodies]
+    sampling = [SamplingParams(**{name: body[name] for name in SAMPLING if name in body}) for body in bodies]
     started = time.perf_counter()
     answers = _engine.chat([body["messages"] for body in bodies], sampling, use_tqdm=False)
     seconds = time.perf_counter() - started

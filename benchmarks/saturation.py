@@ -1,14 +1,15 @@
 """`python -m benchmarks.saturation`: our client through a real server against the same engine without one.
 
-Both sides have the same prompts, seeds and lengths (`ignore_eos`), the same engine arguments (`--slots` is
-max_num_seqs, `--args` are more), and a model that is warm. They take turns. R is the offline side's time over ours: for
-the whole run, and for its steady part, which is all but the first and the last answer of each slot. The last line
-compares `concurrency: auto` with fixed numbers.
+Both sides have the same prompts, seeds (`--seeds sent`, `none`, or both) and lengths (`--tokens`, several with commas;
+`ignore_eos`), the same engine arguments (`--slots` is max_num_seqs, `--args` are more), and a model that is warm. They
+take turns. R is the offline side's time over ours: for the whole run, and for its steady part, which is all but the
+first and the last answer of each slot. The last line of a table compares `concurrency: auto` with fixed numbers.
 """
 
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -37,11 +38,11 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    sizes = {"requests": 256, "tokens": 48, "slots": 64, "concurrency": "auto,32,64,128", "runs": 3}
-    options = flags(__doc__, model=MODEL, **sizes, args="")
+    sizes = {"requests": 256, "tokens": "48", "slots": 64, "concurrency": "auto,32,64,128", "runs": 3}
+    options = flags(__doc__, model=MODEL, **sizes, seeds="sent", args="")
     if options.requests <= 2 * options.slots:
         raise UsageError(f"--requests must be more than twice --slots ({options.slots}), got {options.requests}")
-    taken: dict[str, list[Figures]] = {side: [] for side in (OFFLINE, *options.concurrency.split(","))}
+    sides = (OFFLINE, *options.concurrency.split(","))
     config = ServeConfig(kv_cache_gib=1, args=["--max-num-seqs", str(options.slots), *options.args.split()])
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -49,24 +50,30 @@ def main() -> None:
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as engine,
     ):
 
-        def recipe(side: str, requests: int) -> Recipe:
+        def recipe(side: str, requests: int, tokens: int, seeds: str) -> Recipe:
             level = "auto" if side == OFFLINE else side
-            sampling = {"max_tokens": options.tokens, "extra": {"ignore_eos": True}}
+            sampling = {"max_tokens": tokens, "seed": 0 if seeds == "sent" else None, "extra": {"ignore_eos": True}}
             teacher, settings = {"model": server.served_name}, {"concurrency": level}
             return recipe_for(Path(folder), server.base_url, requests, teacher, sampling=sampling, generate=settings)
 
         engine.submit(offline.load, server.command.argv[3:], server.command.env).result()  # the arguments alone
         try:
-            warm_up = recipe(OFFLINE, options.slots)
-            engine.submit(offline.answer, bodies(warm_up)).result()
-            run_quietly(warm_up, RunDir(Path(folder) / "warm-up"))
-            for side in list(taken) * options.runs:
-                made, slots = recipe(side, options.requests), options.slots
-                taken[side].append(alone(engine, made, slots) if side == OFFLINE else through(made, slots))
-                print(side, taken[side][-1], file=sys.stderr)
+            for tokens, seeds in product(map(int, options.tokens.split(",")), options.seeds.split(",")):
+                warm_up = recipe(OFFLINE, options.slots, tokens, seeds)
+                engine.submit(offline.answer, bodies(warm_up)).result()
+                run_quietly(warm_up, RunDir(Path(folder) / f"warm-up-{tokens}-{seeds}"))
+                taken: dict[str, list[Figures]] = {side: [] for side in sides}
+                for side in list(taken) * options.runs:
+                    made, slots = recipe(side, options.requests, tokens, seeds), options.slots
+                    taken[side].append(alone(engine, made, slots) if side == OFFLINE else through(made, slots))
+                    print(tokens, seeds, side, taken[side][-1], file=sys.stderr, flush=True)
+                print(f"{tokens} tokens, seeds {seeds}\n{describe(medians(taken))}", flush=True)
         finally:
             engine.submit(offline.unload).result()
-    print(describe({side: Figures(*map(median, zip(*runs, strict=True))) for side, runs in taken.items()}))
+
+
+def medians(taken: dict[str, list[Figures]]) -> dict[str, Figures]:
+    return {side: Figures(*map(median, zip(*runs, strict=True))) for side, runs in taken.items()}
 
 
 def alone(engine: ProcessPoolExecutor, recipe: Recipe, slots: int) -> Figures:

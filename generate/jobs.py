@@ -87,19 +87,23 @@ def build_jobs(prompts: Iterable[Prompt], recipe: Recipe, partition: Partition =
 
 
 def _build_job(prompt: Prompt, told: list[Message], recipe: Recipe, sampling: dict[str, Any], sample: int) -> Job:
-    """The job of a prompt. `sampling.seed` in it is the request's own, derived from the recipe's and the identity."""
+    """The job of a prompt. `sampling.seed` in it is the request's own, derived from the recipe's and the identity.
+
+    If the recipe has none, neither has the request.
+    """
     model, endpoint = recipe.teacher.model, recipe.teacher.url
     identity = [prompt.messages, sorted(sampling.items()), model, endpoint, sample]
     if told != prompt.messages or prompt.tools:  # otherwise nothing is added: old ids stay
         identity += [told, prompt.tools]
     digest = blake2b(_encoder.encode(identity), digest_size=ID_BYTES + 8).digest()
+    own_seed = {"seed": int.from_bytes(digest[ID_BYTES:]) % (1 << SEED_BITS)} if "seed" in sampling else {}
     request = Request(
         id=digest[:ID_BYTES].hex(),
         prompt_id=prompt.id,
         **asked_fields(prompt),
         sample=sample,
         endpoint=endpoint,
-        sampling={**sampling, "seed": int.from_bytes(digest[ID_BYTES:]) % (1 << SEED_BITS)},
+        sampling=sampling | own_seed,
     )
     return Job(request, told, model)
 

@@ -19,8 +19,8 @@ class SamplingConfig(Section):
     """Sample only among the likeliest tokens that together have this probability."""
     max_tokens: int = Field(500, ge=1)
     """Tokens of an answer, at most."""
-    seed: int = 0
-    """The seed from which, with its id, each request's own seed is derived."""
+    seed: int | None = 0
+    """The seed from which, with its id, each request's own seed is derived; null: none is sent."""
     logprobs: int | None = Field(None, ge=1, le=20)
     """Likeliest tokens to store per token of an answer, in logprobs.jsonl, for `train.kd.teacher: stored`."""
     extra: dict[str, Any] = Field({})
@@ -39,4 +39,4 @@ class SamplingConfig(Section):
     def fields(self) -> dict[str, Any]:
         """What a request carries of it."""
         logprobs = {"logprobs": True, "top_logprobs": self.logprobs, TOKEN_IDS: True} if self.logprobs else {}
-        return {**self.model_dump(exclude={"logprobs", "extra"}), **logprobs, **self.extra}
+        return {**self.model_dump(exclude={"logprobs", "extra"}, exclude_none=True), **logprobs, **self.extra}

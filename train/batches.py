@@ -4,6 +4,7 @@ A step takes rows of about one length. Its micro-batches hold rows of nearly one
 so that little of what is computed is padding. Pure: no row is read, only lengths.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -74,11 +75,20 @@ def micro_batches(lengths: Sequence[int], *, tokens: int, rows: int | None = Non
     return groups
 
 
-def split(batch: dict[str, torch.Tensor], *, tokens: int, rows: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """A collated batch (rows, longest), padded on the right, as micro-batches, each cut to its longest row."""
+def split(
+    batch: dict[str, torch.Tensor], *, tokens: int, rows: int | None = None, multiple: int = 1
+) -> list[dict[str, torch.Tensor]]:
+    """A collated batch (rows, longest), padded on the right, as micro-batches.
+
+    Each is cut to its longest row, and stays as wide as the next `multiple` of so many tokens.
+    """
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     groups = micro_batches(lengths, tokens=tokens, rows=rows)
-    return [{name: value[group, : lengths[group[0]]] for name, value in batch.items()} for group in groups]
+    widths = [math.ceil(lengths[group[0]] / multiple) * multiple for group in groups]
+    return [
+        {name: value[group, :width] for name, value in batch.items()}
+        for group, width in zip(groups, widths, strict=True)
+    ]
 
 
 def end_to_end(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

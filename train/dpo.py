@@ -20,6 +20,7 @@ from train.machine import (
     free_beside,
     micro_rows,
     micro_tokens,
+    plain_attention,
     wants_checkpointing,
     weights_dtype,
 )
@@ -40,6 +41,7 @@ def prepare_dpo(
     config = recipe.train
     os.environ.setdefault("TQDM_DISABLE", "1")
     check_machine(config, processes)
+    plain_attention()
     with quiet():
         tokenizer = load_tokenizer(str(start))
         model, dtype = load_start(start, weights_dtype(config.weights))

@@ -21,9 +21,11 @@ GIB = 1 << 30
 ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
 AUTOCAST_BYTES = 2  # per parameter: the copy in 16 bits that a forward pass in mixed precision computes with
 LOGITS_BYTES = 1 << 30  # on a CPU, for the logits of one forward pass; on a GPU, for the tiles of the fused head
-GPU_TOKENS = 16_384  # per forward pass on a GPU, at most: by then its matrices are large enough to fill a card
+GPU_TOKENS = 32_768  # per forward pass on a GPU, at most: by then its matrices are large enough to fill a card
+GPU_WIDTH = 8  # tokens: batches are as wide as a multiple of it, since torch.compile makes other widths apart
 CPU_TOKENS = 512  # per forward pass on a CPU; more are slower (SmolLM2-135M: 139 tokens per CPU second, with 2048 108)
 SAFE_SHARE = 0.8  # of free memory that a step may plan for
+COMPILED_STEPS = 1000  # by then compiled layers have won back what compiling them took (docs/gpu.md)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,35 @@ def flash_attention() -> bool:
     """Whether FlashAttention is installed and this GPU can run it: from Ampere on. The other way is torch's (SDPA)."""
     able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     return able and find_spec("flash_attn") is not None
+
+
+def plain_attention() -> None:
+    """Leaves out cuDNN's attention: it makes a plan for every new shape of a batch, and each step has a new one."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def wants_compiling(config: TrainConfig, rows: int, processes: Processes) -> bool:
+    """Whether torch.compile is to be used: as the recipe says, or on a GPU in a training that is long enough.
+
+    Not where it is not tried: over 4 bits, in shards, beside a teacher, and where the student also generates.
+    """
+    if config.compile != "auto":
+        return config.compile
+    able = config.method in ("lora", "full") and processes.shards == 1
+    return able and torch.cuda.is_available() and config.epochs * rows >= COMPILED_STEPS * config.batch_size
+
+
+def compile_layers(model: Any, *, adapters: bool) -> None:
+    """Compiles each layer by itself. They share the code, so it is compiled once, not for each layer.
+
+    With adapters the first layer's inputs need no gradient, and it would be compiled apart, so they are given one.
+    """
+    if adapters:
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(torch.is_grad_enabled()))
+    for layer in model.modules():
+        if type(layer).__name__ in (model._no_split_modules or ()):
+            layer.compile(dynamic=True)
 
 
 def check_machine(config: TrainConfig, processes: Processes) -> None:

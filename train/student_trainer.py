@@ -15,7 +15,6 @@ from trl import SFTTrainer
 from train.batches import StepLoader, StepSampler, end_to_end, micro_batches, split
 from train.tokens import MASKED, Batch
 
-PLACES = ("attention_mask", "position_ids")  # what a batch says of its tokens, if it has it
 # Summed over the completion tokens; how many those are; the loss of a router, if any.
 Loss = tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | None]
 
@@ -88,7 +87,7 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
         With FSDP they exchange weights and gradients in each pass, so all make the same number of passes: one with
         fewer micro-batches repeats its last, at a loss of zero.
         """
-        parts = split(self._prepare_inputs(inputs), **self.micro)
+        parts = split(self._prepare_inputs(inputs), **self.micro, multiple=self.args.pad_to_multiple_of or 1)
         parts = [end_to_end(part) for part in parts] if self.end_to_end else parts
         passes = [(part, num_items_in_batch) for part in parts]
         if self.is_fsdp_enabled:
@@ -129,11 +128,23 @@ def has_fused_head(device: torch.device) -> bool:
 def text_loss(model: Any, inputs: Batch) -> Loss:
     """Cross-entropy in nats, summed over the completion tokens."""
     if has_fused_head(inputs["input_ids"].device):
-        places = {name: inputs[name] for name in PLACES if name in inputs}
-        output = model(input_ids=inputs["input_ids"], labels=inputs["labels"], **places, fused_lm_head=True)
+        given = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], **places(model, inputs)}
+        output = model(**given, fused_lm_head=True)
         return -output.log_probs.sum(), output.label_mask.sum(), output.aux_loss
     logits, targets, router_loss = completion_logits(model, inputs)
     return cross_entropy(logits.float(), targets, reduction="sum"), len(targets), router_loss
+
+
+def places(model: Any, inputs: Batch) -> Batch:
+    """What the model has to be told of the places of a batch's tokens.
+
+    Of rows end to end, each token's place in its row. Of rows padded on the right nothing: causal attention never looks
+    at what follows, and without a mask it has faster kernels. Only a router's loss would count the padding.
+    """
+    if "position_ids" in inputs:
+        return {"position_ids": inputs["position_ids"]}
+    shape = getattr(model, "module", model).config.get_text_config()  # DDP has the model in `module`
+    return {"attention_mask": inputs["attention_mask"]} if hasattr(shape, "output_router_logits") else {}
 
 
 def completion_logits(
@@ -148,10 +159,11 @@ def completion_logits(
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
     positions = torch.arange(first - 1, learned.shape[1] - 1, device=learned.device)
-    places = {name: inputs[name] for name in PLACES if name in inputs}
+    masked = {} if start is None else {"attention_mask": inputs["attention_mask"]}
     output = model(
         input_ids=inputs["input_ids"],
-        **places,
+        **places(model, inputs),
+        **masked,
         logits_to_keep=positions,
         past_key_values=start,
         use_cache=start is not None,

@@ -34,15 +34,19 @@ from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.lazy import Lazy, stored_rows
 from train.machine import (
+    GPU_WIDTH,
     Setting,
     autocast,
     check_machine,
+    compile_layers,
     flash_attention,
     free_beside,
     micro_tokens,
+    plain_attention,
     precision,
     trained_in_float32,
     wants_checkpointing,
+    wants_compiling,
     weights_dtype,
 )
 from train.processes import ALONE, Processes
@@ -168,6 +172,7 @@ def prepare(
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
     check_machine(config, processes)
+    plain_attention()
     setting = Setting(config, folder, console, processes, teacher, logprobs)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
@@ -309,8 +314,10 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
     most = min(max(tokens, config.max_length), (config.micro_batch_size or config.batch_size) * config.max_length)
     checkpointing = wants_checkpointing(model, config, most, free, setting.console, processes.shards)
     attention = getattr(model.config, "_attn_implementation", None)
+    compiling = wants_compiling(config, len(examples["train"]), processes)
     setting.console.print(
         f"{precision(config.weights)}; attention: {attention}; {most:,} tokens per forward pass, at most"
+        + ("; layers compiled in the first steps" if compiling else "")
     )
     arguments = training_arguments(config, folder, checkpointing=checkpointing)
     read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
@@ -319,6 +326,7 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         "args": SFTConfig(
             **arguments,
             fsdp=processes.sharded,
+            pad_to_multiple_of=GPU_WIDTH if torch.cuda.is_available() else None,
             packing=False,  # train.padding_free does without padding, and keeps rows apart
             completion_only_loss=config.loss_on == "last",
             assistant_only_loss=config.loss_on == "all",
@@ -341,6 +349,8 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
     trainer = kind(**settings)
     if autocast(config.weights) is torch.float16:
         trained_in_float32(trainer.model)
+    if compiling:
+        compile_layers(trainer.model, adapters=config.weights != "full")
     return trainer, arguments
 
 

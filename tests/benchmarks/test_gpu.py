@@ -41,20 +41,23 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 def test_training_is_compared_with_sft_trainer(tmp_path: Path) -> None:
     gpu.run_step("full", options(tmp_path), tmp_path / "results.jsonl")
-    ours, theirs, ratio = rows_of(tmp_path)
-    assert (ours["what"], theirs["what"]) == ("ours", "SFTTrainer")
+    ours, ratio, theirs, compiled, _ = rows_of(tmp_path)
+    assert (ours["what"], theirs["what"], compiled["what"]) == ("ours", "SFTTrainer", "ours, compiled")
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+    assert ours["loss"] == pytest.approx(compiled["loss"], rel=1e-3)
     assert f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f} times" in ratio["note"]
-    assert "| full SFTTrainer |" in gpu.table(tmp_path / "results.jsonl")
+    assert "| full SFTTrainer " in gpu.table(tmp_path / "results.jsonl")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_made_up_weights_are_served_and_timed(tmp_path: Path) -> None:
-    for step in ("serving-short", "bench"):
+    for step in ("serving", "bench"):
         gpu.run_step(step, options(tmp_path), tmp_path / "results.jsonl")
     ours, vllms = rows_of(tmp_path)
-    assert "client, auto" in str(ours["note"])
+    for case in ("8 tokens, seeds none", "8 tokens, seeds sent", "2 tokens, seeds none", "2 tokens, seeds sent"):
+        assert f"{case}\n| side" in str(ours["note"])
+    assert str(ours["note"]).count("client, auto") == 4
     assert "requests/s" in str(vllms["note"])
 
 

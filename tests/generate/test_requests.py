@@ -44,6 +44,16 @@ def test_the_body_holds_all_sampling_values_and_a_seed_of_its_own() -> None:
     assert job.request.sampling == {name: body[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
 
 
+def test_no_seed_is_sent_if_the_recipe_has_none() -> None:
+    recipe = recipe_with(sampling={"seed": None}, prompts={"count": 1, "template": "x", "samples": 2})
+    jobs = [*build_jobs([PROMPT], recipe)]
+    assert [sorted(json.loads(Dialect().body(job))) for job in jobs] == [
+        ["max_tokens", "messages", "model", "temperature", "top_p"]
+    ] * 2
+    assert "seed" not in jobs[0].request.sampling
+    assert len({job.request.id for job in [*jobs, build_job(PROMPT, recipe_with())]}) == 3
+
+
 def test_the_identity_is_the_same_everywhere() -> None:
     job = build_job(PROMPT, recipe_with())
     assert (job.request.id, job.request.sampling["seed"]) == ("ef2f82f763adbb72", 1953324706)

@@ -66,3 +66,5 @@ def test_a_batch_is_split_without_losing_a_token_and_cut_to_its_longest_row() ->
     assert [part["attention_mask"].sum().item() for part in parts] == [9, 4]
     kept = sorted(value for part in parts for value in part["input_ids"].flatten().tolist() if value)
     assert kept == sorted(ids[mask.bool()].tolist())
+    wide = split({"input_ids": ids * mask, "attention_mask": mask}, tokens=10, multiple=4)
+    assert [part["input_ids"].shape for part in wide] == [(2, 5), (2, 4)]  # 5 is all there is

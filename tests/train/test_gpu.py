@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from tests.tiny_student import make_recipe, story_rows, tiny_model
-from train.batches import end_to_end
+from train.batches import end_to_end, split
 from train.machine import (
     GPU_TOKENS,
     activation_bytes,
@@ -24,9 +24,12 @@ from train.machine import (
     precision,
     tokens_within,
     trained_in_float32,
+    wants_compiling,
     weights_dtype,
 )
+from train.processes import ALONE, Processes
 from train.rows import to_examples
+from train.student_trainer import text_loss
 from train.trainer import prepare, training_arguments
 
 GIB = 1 << 30
@@ -154,6 +157,61 @@ def test_peak_memory_is_the_gpus_if_there_is_one(monkeypatch: pytest.MonkeyPatch
     as_card(monkeypatch, (9, 0))
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 12_345)
     assert peak_memory() == 12_345
+
+
+def test_a_long_training_on_a_gpu_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wants(rows: int, processes: Processes = ALONE, **train: object) -> bool:
+        return wants_compiling(make_recipe("student", batch_size=4, epochs=2, **train).train, rows, processes)
+
+    assert not wants(10_000) and wants(1, compile=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert wants(2000) and not wants(1999)  # 1,000 steps of 4 rows, in two epochs
+    assert wants(2000, method="full") and not wants(2000, compile=False)
+    assert not wants(2000, method="qlora") and not wants(2000, method="on_policy")
+    assert not wants(2000, Processes(rank=0, count=2, sharded=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones(tmp_path: Path, method: str) -> None:
+    student = str(tiny_model(tmp_path / "student", layers=2))
+    examples = {"train": to_examples(story_rows(6)[2:]), "validation": to_examples(story_rows(2))}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for compile in (False, True):
+        config = make_recipe(student, method=method, lora_dropout=0, compile=compile).train
+        trainer = prepare(student, examples, config, tmp_path / "work", Console(stderr=True, quiet=True)).trainer
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+        loss.backward()
+        trained = [weights.grad.flatten().float() for weights in trainer.model.parameters() if weights.requires_grad]
+        found.append((loss.item(), torch.cat(trained), trainer.evaluate()["eval_loss"]))
+    (loss, gradient, scored), (compiled_loss, compiled_gradient, compiled_scored) = found
+    assert (compiled_loss, compiled_scored) == pytest.approx((loss, scored), rel=1e-2)  # 16 bits round in another order
+    assert torch.nn.functional.cosine_similarity(gradient, compiled_gradient, dim=0) > 0.99
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2  # one to train and one to score: the layers share them, the first of an adapter's too
+
+
+@pytest.mark.parametrize(("architecture", "masked"), [("llama", False), ("mixtral", True)])
+def test_attention_needs_no_mask_for_padding_on_the_right(tmp_path: Path, architecture: str, masked: bool) -> None:
+    """Each row has the loss that it has alone. A router would count the padding, so it is masked."""
+    student = str(tiny_model(tmp_path / "student", layers=2, architecture=architecture))
+    examples = {"train": to_examples(story_rows(6)[2:]), "validation": to_examples(story_rows(2))}
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    config = make_recipe(student, method="full").train
+    trainer = prepare(student, examples, config, tmp_path, Console(quiet=True)).trainer
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    batch, model = next(iter(trainer.get_train_dataloader())), trainer.model.eval()
+    assert not batch["attention_mask"].all()
+    given: list[bool] = []
+    model.register_forward_pre_hook(lambda _, __, named: given.append("attention_mask" in named), with_kwargs=True)
+    with torch.no_grad():
+        together, tokens, _ = text_loss(model, batch)
+        alone = [text_loss(model, row)[:2] for row in split(batch, tokens=1)]
+    assert together.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
+    assert tokens == sum(count for _, count in alone)
+    assert given == [masked] * (1 + len(alone))
 
 
 @pytest.mark.parametrize(
