@@ -136,6 +136,7 @@ def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
 
     if subject.folder is None:
         raise DistillError(subject.missing)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a row (train.machine)
     model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=getattr(torch, dtype))
     if subject.adapter is not None:
         from peft import PeftModel

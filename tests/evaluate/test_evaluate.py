@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import evaluate.measure.perplexity
 from evaluate.__main__ import main
@@ -96,6 +97,12 @@ def speed_result(tokens: int, wall_s: float) -> SpeedResult:
         alone=[Lone(first, 1.0, 10) for first in (0.1, 0.3, 0.2)],
         peak_rss_bytes=3 << 30,
     )
+
+
+def test_models_are_scored_without_attention_that_plans_for_each_length(run: RunDir, recipe: Recipe) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load(subjects(recipe, run)[1], dtype="float32", device="cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_every_model_is_scored_and_the_report_written(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
