@@ -41,8 +41,16 @@ if TYPE_CHECKING:
 TRAINING_LOG = "training_log.json"
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
-# Settings that change no weight.
-SAME_RESULT = {"test_rows", "checkpoint_steps", "gradient_checkpointing", "report_to", "accept", "teacher_licence"}
+# Settings that change no weight, but for rounding.
+SAME_RESULT = {
+    "test_rows",
+    "checkpoint_steps",
+    "gradient_checkpointing",
+    "compile",
+    "report_to",
+    "accept",
+    "teacher_licence",
+}
 
 
 def train_run(
