@@ -159,11 +159,10 @@ def completion_logits(
     learned = inputs["labels"] != MASKED
     first = int(learned.any(dim=0).nonzero()[0])
     positions = torch.arange(first - 1, learned.shape[1] - 1, device=learned.device)
-    masked = {} if start is None else {"attention_mask": inputs["attention_mask"]}
+    masked = {} if start is None else {"attention_mask": inputs["attention_mask"]}  # it has the places of `start` too
     output = model(
         input_ids=inputs["input_ids"],
-        **places(model, inputs),
-        **masked,
+        **(places(model, inputs) | masked),
         logits_to_keep=positions,
         past_key_values=start,
         use_cache=start is not None,

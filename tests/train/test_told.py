@@ -84,11 +84,13 @@ def test_the_teacher_reads_once_what_its_prompts_share(models: tuple[str, str], 
     assert all(ids[:start] == trainer.start.ids and len(ids) > start for ids in trainer.told.values())
 
 
-@pytest.mark.parametrize("method", ["kd", "on_policy"])
+@pytest.mark.parametrize(("method", "architecture"), [("kd", "llama"), ("kd", "mixtral"), ("on_policy", "llama")])
 def test_after_the_shared_start_the_teacher_says_what_it_says_after_the_whole(
-    method: str, models: tuple[str, str], tmp_path: Path
+    method: str, architecture: str, models: tuple[str, str], tmp_path: Path
 ) -> None:
     own = {"max_new_tokens": 6, "beta": 0}
+    if architecture == "mixtral":
+        models = (models[0], str(tiny_model(tmp_path / "router", layers=2, architecture=architecture)))
     trainer = prepared(models, tmp_path, method=method, kd={"weights": "full"}, on_policy=own, micro_batch_size=4)
     teacher = (trainer.teacher if method == "kd" else trainer.teacher_model).float()
     for weights in teacher.parameters():
