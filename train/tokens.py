@@ -79,3 +79,11 @@ def prompt_of(row: TokenRow) -> list[int]:
     """The tokens before the first that carries loss."""
     first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
     return list(row["input_ids"][:first])
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """Tokens of each row; of a pair, with the longer of its answers."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]

@@ -55,7 +55,7 @@ from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import differing_prompts, label_faults, prompt_of
+from train.tokens import differing_prompts, label_faults, prompt_of, row_lengths
 from train.told import SharedStart, told_prompts
 from train.top_k import ask_endpoint, read_stored
 
@@ -197,7 +197,7 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
     milestones, progress = Milestones(config, processes, setting.console), TrainProgress(setting.console)
     with_callbacks(trainer, milestones, progress)
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-    lengths = {part: _lengths(rows) for part, rows in parts.items()}
+    lengths = {part: row_lengths(rows) for part, rows in parts.items()}
     kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
     trainer.train_dataset = trainer.train_dataset.select(kept["train"])
     trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
@@ -243,14 +243,6 @@ def with_callbacks(trainer: Any, *callbacks: Any) -> Any:
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _lengths(rows: Any) -> list[int]:
-    """Tokens of each row; of a pair, with the longer of its answers."""
-    if "input_ids" in rows.column_names:
-        return [len(ids) for ids in rows["input_ids"]]
-    columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
 
 
 def load_start(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
