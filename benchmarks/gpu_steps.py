@@ -27,6 +27,7 @@ from benchmarks.gpu_models import LONGER, random_model, rows
 GIB = 1 << 30
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}  # dense, 16 bits, by NVIDIA
 WARM_UP = 6  # steps that are not counted
+PROFILED = 3  # steps
 Row = dict[str, Any]
 
 
@@ -150,30 +151,36 @@ def compiled(options: argparse.Namespace) -> Iterator[Row]:
 
 def profile(options: argparse.Namespace) -> Iterator[Row]:
     """Which kernels of `full` take the time, as torch's profiler sees three steps."""
+    short = argparse.Namespace(**vars(options) | {"count": WARM_UP + 1 + PROFILED})
+    for compile in (False, True):
+        what, took = "compiled" if compile else "as it is", kernels(prepared("full", short, compile=compile))
+        total = sum(time_us for time_us, _ in took.values())
+        yield {"what": what, "note": f"kernels take {total / PROFILED / 1e3:.1f} ms of a step"}
+        for name, (time_us, count) in sorted(took.items(), key=lambda item: -item[1][0])[:14]:
+            yield {"what": what, "note": f"{time_us / total:.1%} in {count // PROFILED} calls a step: {name[:100]}"}
+
+
+def kernels(trainer: Any) -> dict[str, tuple[float, int]]:
+    """By name, the microseconds and the calls in the last steps of a training; on a CPU those of torch's operators."""
     import torch
     from torch.profiler import ProfilerActivity, schedule
     from transformers import TrainerCallback
 
-    seen = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-    short = argparse.Namespace(**vars(options) | {"count": WARM_UP + 4})
-    for compile in (False, True):
-        trainer = prepared("full", short, compile=compile)
-        profiler = torch.profiler.profile(activities=[seen], schedule=schedule(wait=WARM_UP, warmup=1, active=3))
-        callback = TrainerCallback()
-        callback.on_step_end = lambda *_, profiler=profiler, **__: profiler.step()
-        trainer.add_callback(callback)
-        with profiler:
-            fit(trainer, "full")
-        where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        took = {
-            event.key: (getattr(event, where), event.count)
-            for event in profiler.key_averages()
-            if not event.key.startswith(("ProfilerStep", "Optimizer.", "cuda"))
-        }
-        what, total = "compiled" if compile else "as it is", sum(time for time, _ in took.values())
-        yield {"what": what, "note": f"kernels take {total / 3e3:.1f} ms of a step"}
-        for name, (time_us, count) in sorted(took.items(), key=lambda item: -item[1][0])[:14]:
-            yield {"what": what, "note": f"{time_us / total:.1%} in {count // 3} calls a step: {name[:100]}"}
+    gpu = torch.cuda.is_available()
+    profiler = torch.profiler.profile(
+        activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU],
+        schedule=schedule(wait=WARM_UP, warmup=1, active=PROFILED),
+    )
+    callback = TrainerCallback()
+    callback.on_step_end = lambda *_, **__: profiler.step()
+    trainer.add_callback(callback)
+    with profiler:
+        fit(trainer, "full")
+    return {
+        event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+        if not event.key.startswith(("ProfilerStep", "Optimizer.", "cuda"))
+    }
 
 
 def smollm2(options: argparse.Namespace) -> Iterator[Row]:
@@ -188,7 +195,7 @@ def smollm2(options: argparse.Namespace) -> Iterator[Row]:
 def served(options: argparse.Namespace, *, rust: bool = False) -> Iterator[Row]:
     """R of benchmarks.saturation: our client through `make serve` against the same engine without a server.
 
-    Answers of 128 tokens, and of 4: of those one client process or the server's front end is what binds.
+    Answers have 128 tokens, then 4: with so short ones the client or the server's front end is the limit, not the card.
     """
     folder = vllm_folder()
     if rust and not (folder / "vllm-rs").exists():

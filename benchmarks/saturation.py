@@ -42,6 +42,10 @@ def main() -> None:
     options = flags(__doc__, model=MODEL, **sizes, seeds="sent", args="")
     if options.requests <= 2 * options.slots:
         raise UsageError(f"--requests must be more than twice --slots ({options.slots}), got {options.requests}")
+    if not all(part.isdigit() and int(part) for part in options.tokens.split(",")):
+        raise UsageError(f"--tokens must be numbers from 1 on, with commas between them, got {options.tokens!r}")
+    if not {*options.seeds.split(",")} <= {"sent", "none"}:
+        raise UsageError(f"--seeds must be sent, none or both with a comma, got {options.seeds!r}")
     sides = (OFFLINE, *options.concurrency.split(","))
     config = ServeConfig(kv_cache_gib=1, args=["--max-num-seqs", str(options.slots), *options.args.split()])
     with (

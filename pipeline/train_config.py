@@ -81,7 +81,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Saves memory and is a third slower; auto: only if memory is short."""
     compile: Literal["auto"] | bool = "auto"
-    """Layers by torch.compile: half a minute, then faster steps; auto: on a GPU, if the training has 1,000 steps."""
+    """Layers by torch.compile: slow first steps, then faster ones; auto: on a GPU, from 1,000 steps on."""
     max_length: int = Field(1024, ge=8)
     """Tokens of a row, prompt and completion together."""
     reasoning: Literal["strip", "keep"] = "strip"
