@@ -19,7 +19,7 @@ import msgspec
 
 from pipeline.errors import DistillError
 from pipeline.lineage import budget_left
-from pipeline.recipe import JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
+from pipeline.recipe import JudgeConfig, PromptsConfig, Recipe, SamplingConfig
 from pipeline.records import Completion, Failure, Message, Prompt, Reason, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
 
@@ -252,15 +252,12 @@ def judge_recipe(
     `properties` are those of the JSON object it replies with, all of them required; `others` the runs that share its
     budget.
     """
-    model, url = judge_address(recipe, config)
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
-    own = config.model is None and config.base_url is None
-    teacher = recipe.teacher if own else TeacherConfig(model=model, base_url=url, api_key_env=config.api_key_env)
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": teacher.told_nothing().model_copy(update={"price": config.price or teacher.price}),
+            "teacher": recipe.teacher.another(config),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,

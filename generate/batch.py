@@ -2,7 +2,8 @@
 
 Reads and writes the run's `batches/` (generate.batch_files) and its journals; generate.batch_api talks to the provider.
 Safe against `kill -9` at any moment: the state is on disk before and after each step, a batch that may have been
-created is looked for before it is created again, and an answer that is collected twice is written once.
+created is looked for before it is created again, and an answer that is collected twice is written once. `batches/` says
+what is under way, so `spend.json` holds only what has ended.
 """
 
 import asyncio
@@ -17,18 +18,21 @@ from openai.types import Batch
 
 from generate.batch_api import BatchApi
 from generate.batch_files import Chunk, Folder, read_output
-from generate.budget import Reservation
+from generate.budget import Budget, Reservation, Spend, known_price
 from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.jobs import Job, completed, failed
 from generate.reply import Answer, Fault
+from generate.tokens import bound
 from generate.verdict import heals
 from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.records import Usage
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 FULL = "token_limit_exceeded"  # the account has its limit enqueued: create this batch later
 FIRST_POLL_S = 1.0
+NO_LINE = Fault("no_response", "the batch ended without a line for this request")
 
 
 class Batches:
@@ -46,24 +50,35 @@ class Batches:
         self._dialect = Dialect()
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
+        # Reserves as run.budget would, but in memory: no spend file counts what `batches/` says is under way.
+        self._limit = Budget(run.recipe.budget, known_price(run.recipe), run.budget.spent)
         self._reserved: dict[str, Reservation] = {}
+        self._stopped = asyncio.Event()
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
-        async with self._api.client:
-            self._reserve_live()
-            while not stopped.is_set():
-                if not self._folder.live and not self._write():
-                    return
-                await self._follow(stopped)
-        self._leave()
+        self._stopped = stopped
+        try:
+            async with self._api.client:
+                self._reserve_live()
+                while not stopped.is_set():
+                    if not self._folder.live and not self._write():
+                        return
+                    await self._follow()
+        finally:
+            self._say_live()
 
     def write(self) -> list[Path]:
-        """Writes the batch files and submits nothing; returns those that wait, for `vllm run-batch`."""
+        """Writes the batch files and submits nothing; returns those that wait, for `vllm run-batch`.
+
+        Files that an earlier call wrote are for the recipe as it was then. Their answers can still be collected.
+        """
+        for chunk in self._folder.live:
+            chunk.collected = chunk.file_id is None
         if not self._folder.live:
             self._write()
-        self._leave()
+        self._say_live()
         return [self._folder.file(chunk, "input") for chunk in self._folder.live if chunk.batch_id is None]
 
     def collect(self, path: Path) -> None:
@@ -73,7 +88,7 @@ class Batches:
         """
         if not path.is_file():
             raise UsageError(f"{path}: no such file; give the output of a batch")
-        self._collect(path)
+        self._record(read_output(path, self._api.words), str(path))
         for chunk in self._folder.live:
             if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True
@@ -88,31 +103,32 @@ class Batches:
             requests = sum(chunk.requests for chunk in chunks)
             self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
         elif self._run.counters.left:
-            raise self._run.budget.reached()
+            raise self._limit.reached()
         return bool(chunks)
 
     def _reserve(self, job: Job) -> bool:
         """Encodes a request and reserves what it can cost; False if the budget does not cover it."""
-        reservation = self._run.budget.reserve(len(self._dialect.body(job)), job.request.sampling["max_tokens"])
+        reservation = self._limit.reserve(len(self._dialect.body(job)), job.request.sampling["max_tokens"])
         if reservation is not None:
             self._reserved[job.request.id] = reservation
         return reservation is not None
 
     def _reserve_live(self) -> None:
-        """Batches of an earlier call still cost money: their requests are reserved again."""
+        """Batches of an earlier call still cost money: their requests are reserved again, covered or not."""
         live = {id_ for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
         for job in self._run.jobs() if live else ():
-            if job.request.id in live:
-                self._reserve(job)
+            if job.request.id in live and not self._reserve(job):
+                self._reserved[job.request.id] = Reservation(bound(len(job.body)), job.request.sampling["max_tokens"])
 
-    async def _follow(self, stopped: asyncio.Event) -> None:
+    async def _follow(self) -> None:
         """Submits, polls and collects until no chunk is live."""
         poll_s = min(FIRST_POLL_S, self._config.batch_poll_s)
         troubles = 0
-        while self._folder.live and not stopped.is_set():
+        while self._folder.live and not self._stopped.is_set():
             try:
                 for chunk in self._folder.live:
-                    await self._advance(chunk)
+                    if not self._stopped.is_set():
+                        await self._advance(chunk)
                 troubles = 0
             except openai.APIError as error:
                 words = self._api.explain(error)
@@ -125,21 +141,12 @@ class Batches:
                     ) from None
             self._run.counters.in_flight = len(self._reserved)
             with suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), poll_s if self._folder.live else 0)
+                await asyncio.wait_for(self._stopped.wait(), poll_s if self._folder.live else 0)
             poll_s = min(poll_s * 1.5, self._config.batch_poll_s)
 
     async def _advance(self, chunk: Chunk) -> None:
-        if chunk.file_id is None:
-            chunk.file_id = await self._api.upload(self._folder.file(chunk, "input"))
-            self._folder.save()
         if chunk.batch_id is None:
-            others = [other for other in self._folder.live if other.batch_id and other.status not in ENDED]
-            if chunk.status == FULL and others:
-                return  # until one of them has ended
-            batch = await self._api.find(chunk.name) or await self._api.create(chunk.name, chunk.file_id)
-            chunk.batch_id, chunk.status = batch.id, batch.status
-            self._folder.save()
-            self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({self._folder.file(chunk, 'input').name})")
+            await self._submit(chunk)
             return
         batch = await self._api.retrieve(chunk.batch_id)
         if batch.status != chunk.status:
@@ -151,6 +158,29 @@ class Batches:
         if batch.status in ENDED:
             await self._end(chunk, batch)
 
+    async def _submit(self, chunk: Chunk) -> None:
+        """Uploads a chunk and creates its batch, unless an earlier call did, or nothing asks for its answers now."""
+        others = [other for other in self._folder.live if other.batch_id and other.status not in ENDED]
+        if chunk.status == FULL and others:
+            return  # until one of them has ended
+        file = self._folder.file(chunk, "input")
+        batch = await self._api.find(chunk.name)
+        if batch is None:
+            if not any(id_ in self._reserved for id_ in self._folder.sent(chunk)):
+                chunk.collected = True
+                self._folder.save()
+                self._run.say(f"{file.name} is not sent: the recipe no longer asks for it")
+                return
+            if chunk.file_id is None:
+                chunk.file_id = await self._api.upload(file)
+                self._folder.save()
+            if self._stopped.is_set():
+                return
+            batch = await self._api.create(chunk.name, chunk.file_id)
+        chunk.batch_id, chunk.status = batch.id, batch.status
+        self._folder.save()
+        self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({file.name})")
+
     async def _end(self, chunk: Chunk, batch: Batch) -> None:
         errors = (batch.errors.data if batch.errors else None) or []
         if batch.status == "failed" and any(error.code == FULL for error in errors):
@@ -158,15 +188,21 @@ class Batches:
             self._folder.save()
             self._run.say(f"batch {batch.id}: the account's limit is enqueued; it is created again when another ends")
             return
-        for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
+        sent = self._folder.sent(chunk)
+        outcomes: dict[str, Answer | Fault] = {}
+        if batch.status != "failed":  # one that failed was never at work
+            outcomes |= {id_: NO_LINE for id_ in sent if id_ in self._reserved}
+        for kind, file_id in (("error", batch.error_file_id), ("output", batch.output_file_id)):
             if file_id:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
-                self._collect(file, chunk)
-        for id_ in self._folder.sent(chunk):  # neither answered nor failed: an expired batch does no more work on them
+                outcomes |= read_output(file, self._api.words)
+        self._record(outcomes, f"batch {batch.id}", sent)
+        for id_ in sent:  # of a batch that failed
             self._settle(id_, None)
         for journal in self._run.journals:
             journal.sync()
+        self._run.budget.save()
         chunk.collected = True
         self._folder.save()
         self._run.say(f"batch {batch.id} is {batch.status}: {self._run.counters.answered} answered in this call so far")
@@ -174,26 +210,32 @@ class Batches:
             words = self._api.words("; ".join(f"{error.code}: {error.message}" for error in errors[:3]))
             raise DistillError(f"batch {batch.id} failed: {words or 'it does not say why'}")
 
-    def _collect(self, path: Path, chunk: Chunk | None = None) -> None:
-        """Writes the outcomes in a file to the journals: each request's first answer, and no more."""
-        outcomes = read_output(path, self._api.words)
-        sent = self._folder.sent(chunk) if chunk else {}
-        strangers = len(outcomes)
+    def _record(
+        self, outcomes: dict[str, Answer | Fault], source: str, sent: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Writes outcomes to the journals: each request's first answer, and no more.
+
+        `sent`: the requests of the batch that brought them; None for a file that came another way.
+        """
         for job in self._run.jobs():
             id_ = job.request.id
-            if id_ not in outcomes:
-                continue
-            strangers -= 1
-            if id_ not in self._done:
-                self._take(job, outcomes[id_], sent.get(id_) or self._dialect.sent(job.request.sampling), chunk)
-        if strangers:
-            self._run.say(f"{path}: ignored {strangers} answers that the run has already, or that nothing asks for")
+            if (outcome := outcomes.pop(id_, None)) and id_ not in self._done:
+                self._take(job, outcome, sent)
+        if outcomes:
+            ignored = f"{len(outcomes)} answers that the run has already, or that nothing asks for"
+            self._run.say(f"{source}: ignored {ignored}")
+        for id_, outcome in outcomes.items() if sent else ():
+            if id_ not in self._run.completions.found.ids:  # paid as all others: the recipe was another one then
+                usage = outcome.usage or Usage()
+                most = Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+                self._charge(most, usage, [])
 
-    def _take(self, job: Job, outcome: Answer | Fault, sampling: dict[str, Any], chunk: Chunk | None) -> None:
+    def _take(self, job: Job, outcome: Answer | Fault, sent: dict[str, dict[str, Any]] | None) -> None:
         """Records an outcome; one that may heal, or that teaches something, leaves the request to another batch."""
         id_ = job.request.id
         job.dialect = self._written_in
-        if chunk and isinstance(outcome, Fault) and self._dialect.teaches(outcome, job):
+        sampling = (sent or {}).get(id_) or self._dialect.sent(job.request.sampling)
+        if sent and isinstance(outcome, Fault) and self._dialect.teaches(outcome, job):
             self._settle(id_, outcome)
             self._dialect.learn(outcome, job, self._run.say)
             return
@@ -211,15 +253,23 @@ class Batches:
     def _settle(self, id_: str, outcome: Answer | Fault | None) -> None:
         """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost."""
         if reservation := self._reserved.pop(id_, None):
-            usage = outcome.usage if outcome else None
-            billed = isinstance(outcome, Answer) or (isinstance(outcome, Fault) and outcome.status == 200)
-            journaled = [outcome.usage] if isinstance(outcome, Answer) else []
-            self._run.budget.settle(reservation, usage, billed=billed, journaled=journaled)
+            if isinstance(outcome, Answer):
+                self._charge(reservation, outcome.usage, [outcome.usage])
+            elif outcome and outcome.status == 200:
+                self._charge(reservation, outcome.usage or Usage(), [])
+            else:
+                self._limit.settle(reservation, None, billed=False)
 
-    def _leave(self) -> None:
-        """Leaves the batches at work. The call that collects them reserves again what they may cost."""
-        for id_ in list(self._reserved):
-            self._settle(id_, None)
+    def _charge(self, reservation: Reservation, usage: Usage, journaled: list[Usage]) -> None:
+        """Counts what a request has cost; the most that it can where the provider did not count."""
+        if usage.prompt_tokens is None or usage.completion_tokens is None:
+            usage = Usage(prompt_tokens=reservation.prompt_tokens, completion_tokens=reservation.max_tokens)
+        self._limit.settle(reservation, usage, billed=True)
+        unreserved = reservation._replace(most=Spend())  # run.budget has reserved nothing
+        self._run.budget.settle(unreserved, usage, billed=True, journaled=journaled)
+
+    def _say_live(self) -> None:
+        """Says which batches go on without this call."""
         ids = [chunk.batch_id for chunk in self._folder.live if chunk.batch_id]
         if ids:
             self._run.say(

@@ -22,6 +22,7 @@ from pipeline.rundir import replacing, write_json
 MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
 PATH = b"/v1/chat/completions"
+FIX = "it says which batches are under way: fix it, or move its folder away to ask again"
 
 
 class Chunk(msgspec.Struct, kw_only=True):
@@ -40,6 +41,12 @@ class State(msgspec.Struct, kw_only=True):
     chunks: list[Chunk] = []
 
 
+def under_way(path: Path) -> list[str]:
+    """The ids of the batches in a run's `batches/` that are created and not collected. Raises DataError."""
+    state = read_json(path / "state.json", State, FIX)
+    return [chunk.batch_id for chunk in state.chunks if chunk.batch_id and not chunk.collected] if state else []
+
+
 class Folder:
     """The run's `batches/`."""
 
@@ -47,8 +54,7 @@ class Folder:
         """Raises DataError if the state exists and cannot be read."""
         self.path, self._file = path, path / "state.json"
         path.mkdir(parents=True, exist_ok=True)
-        fix = f"it says which batches are under way: fix it, or move {path} away to ask again"
-        self.state = read_json(self._file, State, fix) or State(key=uuid4().hex)
+        self.state = read_json(self._file, State, FIX) or State(key=uuid4().hex)
 
     @property
     def live(self) -> list[Chunk]:
@@ -101,7 +107,7 @@ class _Response(msgspec.Struct):
 class _Output(msgspec.Struct):
     custom_id: str
     response: _Response | None = None
-    error: dict[str, Any] | None = None
+    error: dict[str, Any] | str | None = None
 
 
 def input_line(job: Job) -> bytes:
@@ -123,6 +129,10 @@ def read_output(path: Path, words: Callable[[str], str]) -> dict[str, Answer | F
 
 def _outcome(output: _Output, words: Callable[[str], str]) -> Answer | Fault:
     response, error = output.response, output.error or {}
+    if response and response.status_code >= 400 and error and bytes(response.body) in (b"", b"null"):  # as vLLM refuses
+        return read_error(response.status_code, msgspec.json.encode(error), {}, words)
+    if isinstance(error, str):
+        error = {"message": error}
     code, message = error.get("code"), error.get("message")
     if response is None or code or message:
         return Fault(words(str(code or "no_response")), words(str(message or "the batch ended without an answer")))

@@ -206,7 +206,13 @@ def most_of(body_bytes: int, max_tokens: int, price: Price | None) -> Spend:
 
 def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:
     """What all calls of a run have spent, by its journal and its spend files. Writes nothing; raises as Budget.open."""
-    account = account_of(run, found, known_price(recipe))
+    known_price(recipe)
+    return spent_in(run, found)
+
+
+def spent_in(run: RunDir, found: Contents) -> Spend:
+    """As `spent_so_far`, whether the price is known or not: what was spent was recorded at the price of its time."""
+    account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
     return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
 

@@ -6,6 +6,7 @@ the same prompts with any Python, on any machine, whatever PYTHONHASHSEED is.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator
 from hashlib import blake2b, shake_128
 from string import Formatter
@@ -79,9 +80,7 @@ def combination(rank: int, n: int, k: int) -> list[int]:
     """The combination of k numbers below n that has this rank in the combinatorial number system (Knuth 7.2.1.3)."""
     chosen = []
     for left in range(k, 0, -1):
-        n -= 1
-        while math.comb(n, left) > rank:
-            n -= 1
+        n = bisect_right(range(n), rank, key=lambda number: math.comb(number, left)) - 1
         rank -= math.comb(n, left)
         chosen.append(n)
     return chosen[::-1]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 from rich.console import Console
 
+from generate.batch_files import under_way
 from generate.budget import spent_so_far
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
@@ -194,8 +195,21 @@ async def _send(run: Run, display: Display, *, signals: bool, send: Sender | Non
 
 async def _send_batches(run: Run, *, signals: bool) -> Outcome:
     stopped = asyncio.Event()
-    with on_signals(stopped.set if signals else None):
-        await _batches(run).run(stopped)
+    sending = asyncio.ensure_future(_batches(run).run(stopped))
+
+    def interrupt() -> None:
+        if stopped.is_set():
+            sending.cancel()
+        else:
+            run.say("stopping after the step that is under way; again to stop at once")
+        stopped.set()
+
+    with on_signals(interrupt if signals else None):
+        try:
+            await sending
+        except asyncio.CancelledError:
+            if not stopped.is_set():
+                raise
     return KeyboardInterrupt() if stopped.is_set() else None
 
 
@@ -226,6 +240,11 @@ def _findings(run: Run) -> Iterator[str]:
         asked = requests_of(counters.total, counters.prompts)
         found = f"{asked}, {counters.resumed} answered already, {counters.left} to ask"
         yield f"{run.recipe.name}: {found}"
+    if counters.left and run.recipe.generate.mode == "online" and (ids := under_way(run.dir.path / "batches")):
+        yield (
+            f"warning: batches under way: {', '.join(ids)}. What they answer may be bought a second time now; "
+            "generate.mode batch collects them"
+        )
     if counters.failed_before:
         yield (
             f"{counters.failed_before} requests failed for good earlier and are left alone; --retry-failures asks them "

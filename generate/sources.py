@@ -56,7 +56,7 @@ def _decoded(where: str, name: str, row: Json) -> Any:
         raise DataError(f"{where}: no column {name!r}, which prompts.json_columns names; there are {', '.join(row)}")
     try:
         return msgspec.json.decode(row[name]) if isinstance(row[name], str) else row[name]
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(
             f"{where}: column {name!r} is not JSON ({error}): {row[name][:60]!r}; fix it, or take the column out of "
             "prompts.json_columns"
@@ -72,7 +72,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             try:
                 yield f"{path}:{number}", decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
 
 
@@ -203,9 +203,15 @@ def _plain(path: Path, rows: Iterable[Json]) -> Iterator[Row]:
 
 def _json_value(where: str, name: str, value: Any) -> Any:
     try:
-        return _finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_from_pandas))
-    except TypeError as error:
+        plain = _finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_from_pandas))
+        msgspec.json.encode([name, plain])
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: column {name!r}: half of a surrogate pair, which UTF-8 cannot write; remove it"
+        ) from None
+    except (TypeError, RecursionError) as error:
         raise DataError(f"{where}: column {name!r}: {error}; make it text, or leave the column out") from None
+    return plain
 
 
 def _from_pandas(value: Any) -> Any:

@@ -16,9 +16,15 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from generate.budget import Spend, spent_in
+from generate.idset import IdSet
+from generate.jobs import build_jobs
+from generate.journal import read_journal
+from generate.prices import PICO
+from generate.prompts import iter_prompts
 from pipeline.errors import DataError
-from pipeline.lineage import budget_left, spent_by
-from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.lineage import reduced, spent_by
+from pipeline.recipe import BudgetConfig, PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.user_config import UserConfig
@@ -41,21 +47,24 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
         yield recipe, run
         return
 
-    def asked(prompts: PromptsConfig, folder: RunDir) -> tuple[Recipe, RunDir]:
+    def asking(prompts: PromptsConfig, folder: RunDir) -> Recipe:
         others = [other for other in pass_folders(run, user) if other != folder]
-        return recipe.model_copy(update={"prompts": prompts, "budget": budget_left(recipe.budget, others)}), folder
+        return recipe.model_copy(update={"prompts": prompts, "budget": _budget_left(recipe.budget, others)})
 
     own = recipe.prompts
     prompts = own.model_copy(update={"user": None})
     *turns, _ = pass_folders(run, user)
     for answers, replies in zip(turns[::2], turns[1::2], strict=True):
-        yield asked(prompts, answers)
-        questions = _written(replies.path / "questions.jsonl", _for_user(answers, user))
-        asking, _ = asked(PromptsConfig(file=questions), replies)
-        yield _as_user(asking, user), replies
-        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, replies))
+        teacher = asking(prompts, answers)
+        yield teacher, answers
+        wanted = _ids(teacher)
+        questions = _written(replies.path / "questions.jsonl", _for_user(answers, wanted, user))
+        player = _as_user(asking(PromptsConfig(file=questions), replies), user)
+        yield player, replies
+        said = {reply.prompt_id: reply.text for reply in _whole(replies, _ids(player))}
+        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, wanted, said))
         prompts = PromptsConfig(file=questions, seed=own.seed, validation=own.validation, test=own.test)
-    yield asked(prompts.model_copy(update={"user": user}), run)
+    yield asking(prompts.model_copy(update={"user": user}), run), run
 
 
 def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
@@ -69,14 +78,18 @@ def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
     return {"model": user.model, "turns": user.turns, "spent_before": spent_by(pass_folders(run, user)[:-1])}
 
 
+def _budget_left(budget: BudgetConfig, others: list[RunDir]) -> BudgetConfig:
+    """What the other passes leave of the budget, by their journals: a pass that was killed has no lineage."""
+    if budget == BudgetConfig():
+        return budget
+    spent = sum((spent_in(other, read_journal(other.completions, Completion)) for other in others), Spend())
+    return reduced(budget, tokens=spent.tokens, usd=spent.cost / PICO)
+
+
 def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:
-    teacher = recipe.teacher.told_nothing()
-    if user.model or user.base_url:
-        model, url = user.model or teacher.model, user.base_url or teacher.base_url
-        teacher = TeacherConfig(model=model, base_url=url, api_key_env=user.api_key_env)
     return recipe.model_copy(
         update={
-            "teacher": teacher.model_copy(update={"price": user.price or teacher.price}),
+            "teacher": recipe.teacher.another(user),
             "sampling": recipe.sampling.model_copy(
                 update={"max_tokens": user.max_tokens, "logprobs": None, "extra": {}}
             ),
@@ -92,16 +105,16 @@ def _written(path: Path, prompts: Iterator[Prompt]) -> Path:
     return path
 
 
-def _for_user(answers: RunDir, user: UserConfig) -> Iterator[Prompt]:
-    for row in _whole(answers):
+def _for_user(answers: RunDir, wanted: IdSet, user: UserConfig) -> Iterator[Prompt]:
+    for row in _whole(answers, wanted):
         turns = [*row.messages, Message("assistant", row.text)]
         yield Prompt(id=_conversation(row), messages=as_the_user_sees(turns, user.system or SYSTEM))
 
 
-def _for_teacher(answers: RunDir, replies: RunDir) -> Iterator[Prompt]:
-    said = {reply.prompt_id: reply.text for reply in _whole(replies)}
+def _for_teacher(answers: RunDir, wanted: IdSet, said: dict[str, str]) -> Iterator[Prompt]:
+    """`said`: the user's message by conversation."""
     prompts = {prompt.id: prompt for prompt in read_jsonl(answers.prompts, Prompt)}  # whose columns may be newer
-    for row in _whole(answers):
+    for row in _whole(answers, wanted):
         id_, prompt = _conversation(row), prompts.get(row.prompt_id)
         if prompt and id_ in said:
             turns = [*row.messages, Message("assistant", row.text), Message("user", said[id_])]
@@ -113,10 +126,20 @@ def _conversation(row: Completion) -> str:
     return f"{row.prompt_id}.{row.sample}" if row.sample else row.prompt_id
 
 
-def _whole(folder: RunDir) -> Iterator[Completion]:
-    """The answers of a pass with which a conversation can go on."""
+def _ids(recipe: Recipe) -> IdSet:
+    """The ids of the requests of a pass as the recipe is now; its journal may hold others of an earlier one."""
+    ids = IdSet()
+    for job in build_jobs(iter_prompts(recipe), recipe):
+        ids.add(job.request.id)
+    return ids
+
+
+def _whole(folder: RunDir, wanted: IdSet) -> Iterator[Completion]:
+    """The answers of a pass with which a conversation can go on, of those wanted."""
     ended = 0
     for row in read_jsonl(folder.completions, Completion):
+        if row.id not in wanted:
+            continue
         if row.finish_reason == "length" or row.tool_calls:
             ended += 1
         else:

@@ -37,16 +37,20 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
 
 
 def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What is left of a budget from which other runs spend, too; if nothing is, less than any request costs."""
-    spent = spent_by(others)
+    """What is left of a budget from which other runs spend, too."""
+    return reduced(budget, **spent_by(others))
+
+
+def reduced(budget: BudgetConfig, *, tokens: int, usd: float) -> BudgetConfig:
+    """What is left of a budget of which so much is spent; if nothing is, less than any request costs."""
     return BudgetConfig(
-        usd=None if budget.usd is None else max(budget.usd - spent["usd"], 1e-12),
-        tokens=None if budget.tokens is None else max(budget.tokens - spent["tokens"], 1),
+        usd=None if budget.usd is None else max(budget.usd - usd, 1e-12),
+        tokens=None if budget.tokens is None else max(budget.tokens - tokens, 1),
     )
 
 
 def spent_by(runs: Iterable[RunDir]) -> dict[str, Any]:
-    """Tokens and USD that the runs' requests have cost in all."""
+    """Tokens and USD that the runs' requests have cost in all, by their lineage: a killed call is not in it."""
     spent = [read_lineage(run).get("generate", {}).get("spent", {}) for run in runs]
     return {unit: sum(one.get(unit) or 0 for one in spent) for unit in ("tokens", "usd")}
 

@@ -138,6 +138,14 @@ class TeacherConfig(Section):
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
         return self.model_copy(update={"system": None, "examples": []})
 
+    def another(self, named: JudgeConfig | UserConfig) -> "TeacherConfig":
+        """Another model, told nothing: at this URL with this key and headers, at a URL of its own with none of them."""
+        model, url = named.model or self.model, named.base_url or self.base_url
+        other = self.told_nothing() if url == self.base_url else TeacherConfig(model=model, base_url=url)
+        price = named.price or (other.price if model == self.model else None)
+        key = named.api_key_env or other.api_key_env
+        return other.model_copy(update={"model": model, "api_key_env": key, "price": price})
+
     def key_header(self) -> dict[str, str]:
         """The header with the key, as it is sent; none without a key."""
         key, bearer = self.api_key(), self.api_key_header.lower() == "authorization"

@@ -206,6 +206,21 @@ def test_a_judge_that_is_the_teacher_served_elsewhere_is_told(run: RunDir, capsy
     assert "the judge is the teacher itself" in capsys.readouterr().err
 
 
+def test_another_model_at_the_teachers_url_is_asked_with_the_teachers_key(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROUTER_KEY", "router")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another provider")
+    access = {"api_key_env": "ROUTER_KEY", "headers": {"X-Team": "t"}}
+    with misbehaving(lambda asked: answer(verdict(5))) as server:
+        teacher = {"model": "stub", "base_url": server.url, **access}
+        judge = {"model": "judge", "rubric": CONFIG.rubric}
+        judge_rows(recipe_for(server, teacher=teacher, filters={"judge": judge}), run, map(row, range(1)), quiet=True)
+    (asked,) = server.asked
+    assert (asked.body["model"], asked.headers["Authorization"]) == ("judge", "Bearer router")
+    assert asked.headers["X-Team"] == "t"
+
+
 def test_a_judge_that_is_the_teacher_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with misbehaving(lambda asked: answer(verdict(5))) as server:
         recipe = recipe_for(server, filters={"judge": {"rubric": CONFIG.rubric, "schema": False}})

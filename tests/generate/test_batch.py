@@ -1,8 +1,6 @@
 """The Batch API against a faithful fake: each request answered once, whatever ends, fails, is lost or is killed."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,13 @@ import openai
 import pytest
 
 from generate import batch_files
-from generate.batch import Batches
 from generate.batch_api import BatchApi
 from generate.context import Run
 from generate.run import generate
-from pipeline.errors import BudgetReached, DistillError, RecipeError, UsageError
+from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from tests.servers.fake_batch_api import FakeBatches, expired, fake_batches, line
+from tests.servers.fake_batch_api import FakeBatches, batch_recipe, expired, fake_batches, line
 from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply
 
 
@@ -30,12 +27,6 @@ def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
-
-
-def batch_recipe(fake: FakeBatches | str, count: int = 10, **sections: Any) -> Recipe:
-    url = fake if isinstance(fake, str) else fake.url
-    config = {"mode": "batch", "batch_poll_s": 0.01, "max_attempts": 3, "request_timeout_s": 5}
-    return recipe_for(url, count, generate=config, **sections)
 
 
 def whole(run: RunDir, count: int) -> bool:
@@ -126,6 +117,19 @@ def test_a_line_that_failed_is_a_failure_or_is_asked_again(run: RunDir) -> None:
     assert told["3"][:2] == ("server_error", "broken")
     assert told["4"][0] == "empty_answer"
     assert whole(run, 7)
+
+
+def test_a_request_without_a_line_is_asked_up_to_max_attempts(run: RunDir) -> None:
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        return {**line(custom_id), **({"custom_id": "other"} if body["messages"][-1]["content"] == "say 1" else {})}
+
+    with fake_batches(outcome=outcome) as fake:
+        summary = generate(batch_recipe(fake, 3), run, quiet=True)
+        assert len(fake.batches) == 3
+    assert (summary.answered, summary.failed) == (2, 1)
+    assert [(failure.slots["n"], failure.error, failure.attempts) for failure in failures(run)] == [
+        ("1", "no_response", 3)
+    ]
 
 
 def test_what_the_teacher_refuses_is_learnt_from_its_error_file(
@@ -255,31 +259,6 @@ def _kill_at(patch: pytest.MonkeyPatch, step: str, after: bool, nth: int) -> Non
         patch.setattr(kind, name, dying_async(getattr(kind, name)))
 
 
-def test_an_interrupt_leaves_the_batch_at_work_and_says_so(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with fake_batches() as fake:
-        advance = Batches._advance
-        calls = 0
-
-        async def once(self: Batches, part: Any) -> None:
-            nonlocal calls
-            calls += 1
-            await advance(self, part)
-            if calls == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Batches, "_advance", once)
-            with pytest.raises(KeyboardInterrupt):
-                generate(batch_recipe(fake, 10), run, quiet=True)
-        told = " ".join(capsys.readouterr().err.split())
-        assert "batch_1 go on at" in told
-        assert "/batches/<id>/cancel" in told
-        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
-        assert len(fake.batches) == 1
-
-
 SECRETS = ("a-key-in-plain-words", "team-seven", "sk-proj-0123456789abcdef")
 
 
@@ -339,37 +318,6 @@ def test_an_error_of_the_openai_package_hides_secrets(
 def test_a_wrong_key_is_one_line(run: RunDir) -> None:
     with fake_batches(unauthorized=True) as fake, pytest.raises(DistillError, match=r"401 \(Incorrect API key"):
         generate(batch_recipe(fake), run, quiet=True)
-
-
-def test_a_budget_holds_back_what_it_does_not_cover(run: RunDir) -> None:
-    with fake_batches() as fake:
-        sections = {"budget": {"tokens": 1500}, "sampling": {"max_tokens": 5}}
-        with pytest.raises(BudgetReached):
-            generate(batch_recipe(fake, 200, **sections), run, quiet=True)
-        assert 0 < 12 * len(fake.asked) <= 1500
-        assert len(completions(run)) == len(fake.asked)
-
-
-def test_half_the_price(run: RunDir) -> None:
-    with fake_batches() as fake:
-        teacher = {"model": "stub", "base_url": fake.url, "price": {"input": 1_000_000, "output": 1_000_000}}
-        assert generate(batch_recipe(fake, 10, teacher=teacher), run, quiet=True).cost_usd == 60.0
-
-
-def test_files_by_hand(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = recipe_for("http://127.0.0.1:9/v1", 4)  # nothing is there, and nothing is asked
-    generate(recipe, run, quiet=True, write_batches=True)
-    written = run.path / "batches" / "001.input.jsonl"
-    assert "".join(str(written).split()) in "".join(capsys.readouterr().err.split())
-    output = tmp_path / "out.jsonl"
-    ids = [json.loads(text)["custom_id"] for text in written.read_text().splitlines()]
-    output.write_text("".join(json.dumps(text) + "\n" for text in [*map(line, ids[:3]), expired(ids[3])]))
-    assert generate(recipe, run, quiet=True, collect=output).answered == 3
-    with pytest.raises(UsageError, match=r"nothing\.jsonl: no such file"):
-        generate(recipe, run, quiet=True, collect=tmp_path / "nothing.jsonl")
-    output.write_text("{\n")
-    with pytest.raises(UsageError, match=r"out\.jsonl:1: "):
-        generate(recipe, run, quiet=True, collect=output)
 
 
 def test_one_endpoint_only(run: RunDir) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def test_shuffled_is_even() -> None:
 def test_combinations_are_all_different() -> None:
     ranked = [tuple(combination(rank, 7, 3)) for rank in range(35)]
     assert sorted(ranked) == list(itertools.combinations(range(7), 3))
+
+
+@pytest.mark.timeout(20)
+def test_a_combination_is_found_without_going_through_all_values() -> None:
+    many = 10**12
+    assert combination(7, many, 1) == [7]
+    assert combination(math.comb(many - 1, 2) + 5, many, 2) == [5, many - 1]
+    assert combination(5, many, 2) == [2, 3]
 
 
 def test_a_grammar_far_too_large_to_list() -> None:

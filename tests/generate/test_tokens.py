@@ -48,6 +48,9 @@ def count(model: str, *turns: tuple[str, str]) -> int | None:
         ("a{% generation %}b{{ messages[1].content }}{% endgeneration %}c", "abhic"),
         ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "hi"),
         ("{{ messages[1] | tojson }}", '{"role": "user", "content": "hi"}'),
+        ("{{ messages[1] | tojson(indent=1) }}", '{\n "role": "user",\n "content": "hi"\n}'),
+        ("{{ messages[1] | tojson(separators=(',', ':'), sort_keys=true) }}", '{"content":"hi","role":"user"}'),
+        ("{{ messages[0].content | tojson(ensure_ascii=true) }}", r'"\uc870\uc2ec"'),
         ("  {% if true %}\nx\n  {% endif %}", "x\n"),  # blocks are trimmed
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from generate.__main__ import main
+from generate.context import Run
+from generate.run import _save as save
 from generate.run import agenerate, generate, pending
 from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
 from pipeline.errors import BudgetReached, DataError, DistillError, UsageError
@@ -150,6 +152,44 @@ def test_a_budget_is_for_all_passes_and_nothing_is_asked_twice(run: RunDir) -> N
     assert user_section == {"model": "player", "turns": 1, "spent_before": {"tokens": 12 * 12, "usd": 0}}
 
 
+def test_a_pass_that_was_killed_before_its_lineage_counts_in_the_budget(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(call: Run) -> None:
+        if call.dir.path.name == "1-user":
+            raise KeyboardInterrupt
+        save(call)
+
+    def limited(count: int) -> Recipe:
+        sections = {"sampling": {"max_tokens": 20}, "generate": {"concurrency": 1}, "budget": {"tokens": 2000}}
+        return talk(teacher, user, count, 1, **sections)
+
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("generate.run._save", killed)
+            generate(limited(40), run, quiet=True)
+        assert (len(teacher.asked), len(user.asked)) == (40, 40)
+        with pytest.raises(BudgetReached):
+            generate(limited(200), run, quiet=True)
+    assert 1000 < 12 * (len(teacher.asked) + len(user.asked)) <= 2000
+
+
+def test_after_a_change_of_the_recipe_only_the_new_answers_go_on(run: RunDir) -> None:
+    def warm(side: str) -> Any:
+        return lambda asked: answer(f"{side} at {asked.body['temperature']}")
+
+    def questions() -> list[str]:
+        return [message.content for prompt in read_jsonl(run.prompts, Prompt) for message in prompt.messages[1:]]
+
+    with misbehaving(warm("teacher")) as teacher, misbehaving(warm("user")) as user:
+        for temperature, asked in ((0.5, 6), (0.1, 12), (0.1, 12), (0.5, 12)):
+            recipe = talk(teacher, user, 2, 1, sampling={"temperature": temperature})
+            summary = generate(recipe, run, quiet=True)
+            assert (summary.requests, summary.completed, pending(recipe, run)) == (2, 2, 0)
+            assert len(teacher.asked) + len(user.asked) == asked
+            assert questions() == [f"teacher at {temperature}", f"user at {temperature}"] * 2
+
+
 @pytest.mark.timeout(120)
 def test_killed_in_each_pass_no_answer_is_lost_or_asked_again(run: RunDir) -> None:
     def slow(asked: Asked) -> Behaviour:
@@ -188,6 +228,37 @@ def test_a_conversation_ends_where_it_cannot_go_on(run: RunDir, capsys: pytest.C
         assert "player" in run.recipe.read_text() and "questions.jsonl" not in run.recipe.read_text()
     assert (summary.requests, summary.completed, summary.failed, summary.errors) == (4, 2, 2, {"bad_request": 2})
     assert "1 conversations end here: cut off, or with a tool call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "key", "team"),
+    [
+        ({}, "stub", "router", "t"),
+        ({"model": "small"}, "small", "router", "t"),
+        ({"model": "small", "base_url": "the teacher's"}, "small", "router", "t"),
+        ({"model": "small", "api_key_env": "OWN_KEY"}, "small", "own", "t"),
+        ({"base_url": "another"}, "stub", "openai", None),
+        ({"base_url": "another", "api_key_env": "OWN_KEY"}, "stub", "own", None),
+    ],
+)
+def test_the_teachers_key_and_headers_go_to_the_teachers_url_and_nowhere_else(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, config: dict[str, str], model: str, key: str, team: str | None
+) -> None:
+    for name, value in (("ROUTER_KEY", "router"), ("OPENAI_API_KEY", "openai"), ("OWN_KEY", "own")):
+        monkeypatch.setenv(name, value)
+    with misbehaving() as teacher, misbehaving() as another:
+        urls = {"the teacher's": teacher.url, "another": another.url}
+        user = {name: urls.get(value, value) for name, value in config.items()}
+        access = {"api_key_env": "ROUTER_KEY", "headers": {"X-Team": "t"}, "price": {"input": 1, "output": 1}}
+        recipe = recipe_for(teacher, 1, teacher={"model": "stub", "base_url": teacher.url, **access})
+        prompts = recipe.prompts.model_dump() | {"user": user}
+        summary = generate(Recipe.model_validate(recipe.model_dump() | {"prompts": prompts}), run, quiet=True)
+    first, *others = ((one.headers["Authorization"], one.headers.get("X-Team")) for one in teacher.asked)
+    assert {first, others[-1]} == {("Bearer router", "t")}
+    (asked,) = another.asked or teacher.asked[1:2]
+    assert (asked.body["model"], asked.headers["Authorization"]) == (model, f"Bearer {key}")
+    assert asked.headers.get("X-Team") == team
+    assert (summary.cost_usd is not None) == (config == {})  # the teacher's price is not that of another
 
 
 def test_no_conversation_that_goes_on_is_an_error(run: RunDir) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from aiohttp import BodyPartReader, web
 
-from tests.servers.misbehaving_server import reply
+from pipeline.recipe import Recipe
+from tests.servers.misbehaving_server import recipe_for, reply
 
 STEPS = ("validating", "in_progress", "finalizing")
 MOST_REQUESTS = 50_000
@@ -41,6 +42,17 @@ class FakeBatches:
     most_live: int = 99  # batches that may be enqueued; more fail with token_limit_exceeded
     page: int = 2
     unauthorized: bool = False
+
+
+def batch_recipe(fake: FakeBatches | str, count: int = 10, **sections: Any) -> Recipe:
+    url = fake if isinstance(fake, str) else fake.url
+    config = {"mode": "batch", "batch_poll_s": 0.01, "max_attempts": 3, "request_timeout_s": 5}
+    return recipe_for(url, count, generate=config, **sections)
+
+
+def priced(fake: FakeBatches, model: str = "stub", usd: float = 1_000_000) -> dict[str, Any]:
+    """A teacher whose batch tokens cost $0.50 each: an answer of the fake, $6."""
+    return {"model": model, "base_url": fake.url, "price": {"input": usd, "output": usd}}
 
 
 def line(custom_id: str, status: int = 200, body: dict[str, Any] | None = None) -> dict[str, Any]:

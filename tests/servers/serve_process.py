@@ -17,7 +17,7 @@ import psutil
 from serve.server import free_port
 
 ROOT = Path(__file__).parents[2]
-GIVE_UP_S = 300
+GIVE_UP_S = 600  # two real servers start at once, on as few as two slow cores
 
 Result = TypeVar("Result")
 

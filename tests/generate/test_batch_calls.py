@@ -1,0 +1,242 @@
+"""How calls with batches end, and what they cost: interrupts, errors, kills, changed recipes, files by hand."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generate import batch_files
+from generate.batch import Batches
+from generate.batch_api import BatchApi
+from generate.run import generate
+from pipeline.errors import BudgetReached, DistillError, UsageError
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from tests.servers.fake_batch_api import batch_recipe, expired, fake_batches, line, priced
+from tests.servers.misbehaving_server import completions, failures, recipe_for, reply
+
+
+@pytest.fixture(autouse=True)
+def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def _interrupt_after_first_step(patch: pytest.MonkeyPatch) -> None:
+    advance = Batches._advance
+    calls = 0
+
+    async def once(self: Batches, part: Any) -> None:
+        nonlocal calls
+        calls += 1
+        await advance(self, part)
+        if calls == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.01)  # for the handler
+
+    patch.setattr(Batches, "_advance", once)
+
+
+def _interrupted(recipe: Recipe, run: RunDir) -> None:
+    """A call that Ctrl-C ends as soon as its first batch is created."""
+    with pytest.MonkeyPatch.context() as patch:
+        _interrupt_after_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            generate(recipe, run, quiet=True)
+
+
+def test_an_interrupt_leaves_the_batch_at_work_and_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_batches() as fake:
+        _interrupted(batch_recipe(fake, 10), run)
+        told = " ".join(capsys.readouterr().err.split())
+        assert "batch_1 go on at" in told
+        assert "/batches/<id>/cancel" in told
+        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
+        assert len(fake.batches) == 1
+
+
+def test_an_interrupt_creates_no_further_batch(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 2)
+    with fake_batches() as fake:
+        _interrupted(batch_recipe(fake, 10), run)
+        assert len(fake.batches) == 1
+        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
+        assert set(fake.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_during_an_upload(run: RunDir, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """One waits for the upload and creates no batch; a second one does not wait."""
+    upload = BatchApi.upload
+
+    async def interrupted(self: BatchApi, path: Path) -> str:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.01)
+        if times == 2:
+            await asyncio.wait_for(asyncio.Event().wait(), 10)
+        return await upload(self, path)
+
+    monkeypatch.setattr(BatchApi, "upload", interrupted)
+    with fake_batches() as fake:
+        with pytest.raises(KeyboardInterrupt):
+            generate(batch_recipe(fake, 2), run, quiet=True)
+        assert (len(fake.files), len(fake.batches)) == (2 - times, 0)
+
+
+@pytest.mark.parametrize("unauthorized", [True, False])
+def test_another_model_after_a_batch_that_was_never_created(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, unauthorized: bool
+) -> None:
+    """Its requests are no longer the run's: they are not sent, whether or not they were uploaded."""
+
+    async def refused(self: BatchApi, chunk: str, file_id: str) -> Any:
+        raise DistillError("the quota is used up")
+
+    with fake_batches(unauthorized=unauthorized) as fake:
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchApi, "create", refused)
+            with pytest.raises(DistillError):
+                generate(batch_recipe(fake, 4, teacher=priced(fake, "dear")), run, quiet=True)
+        fake.unauthorized = False
+        assert generate(batch_recipe(fake, 4, teacher=priced(fake, "cheap")), run, quiet=True).cost_usd == 24
+        sent = [json.loads(fake.files[batch["input_file_id"]].splitlines()[0]) for batch in fake.batches.values()]
+    assert [text["body"]["model"] for text in sent] == ["cheap"]
+
+
+def test_a_batch_for_another_model_is_paid_all_the_same(run: RunDir) -> None:
+    with fake_batches() as fake:
+        _interrupted(batch_recipe(fake, 4, teacher=priced(fake, "first")), run)
+        summary = generate(batch_recipe(fake, 4, teacher=priced(fake, "second")), run, quiet=True)
+    assert (summary.answered, summary.cost_usd) == (4, 48)
+
+
+def test_online_says_what_batches_are_under_way(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake, 4)
+        _interrupted(recipe, run)
+        capsys.readouterr()
+        online = recipe.generate.model_copy(update={"mode": "online", "max_attempts": 1})
+        with suppress(DistillError):  # the fake answers batches only
+            generate(recipe.model_copy(update={"generate": online}), run, quiet=True)
+    assert "warning: batches under way: batch_1." in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_budget_holds_back_what_it_does_not_cover(run: RunDir) -> None:
+    with fake_batches() as fake:
+        sections = {"budget": {"tokens": 1500}, "sampling": {"max_tokens": 5}}
+        with pytest.raises(BudgetReached):
+            generate(batch_recipe(fake, 200, **sections), run, quiet=True)
+        assert 0 < 12 * len(fake.asked) <= 1500
+        assert len(completions(run)) == len(fake.asked)
+
+
+def test_half_the_price(run: RunDir) -> None:
+    with fake_batches() as fake:
+        teacher = {"model": "stub", "base_url": fake.url, "price": {"input": 1_000_000, "output": 1_000_000}}
+        assert generate(batch_recipe(fake, 10, teacher=teacher), run, quiet=True).cost_usd == 60.0
+
+
+@pytest.mark.parametrize("script", [{"unauthorized": True}, {"failing_polls": 3}])
+def test_a_call_that_ends_by_an_error_pays_only_for_answers(run: RunDir, script: dict[str, Any]) -> None:
+    with fake_batches(**script) as fake:
+        recipe = batch_recipe(fake, 4, teacher=priced(fake))
+        with pytest.raises(DistillError):
+            generate(recipe, run, quiet=True)
+        fake.unauthorized = False
+        assert generate(recipe, run, quiet=True).cost_usd == 24
+
+
+def test_a_call_that_is_killed_pays_only_for_answers(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, killed = BatchApi.create, tmp_path / "killed"
+
+    async def copied(self: BatchApi, chunk: str, file_id: str) -> Any:
+        batch = await create(self, chunk, file_id)
+        shutil.copytree(run.path, killed)  # what a kill at this moment leaves
+        return batch
+
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake, 4, teacher=priced(fake))
+        monkeypatch.setattr(BatchApi, "create", copied)
+        assert generate(recipe, run, quiet=True).cost_usd == 24
+        monkeypatch.undo()
+        assert generate(recipe, RunDir(killed), quiet=True).cost_usd == 24
+        assert len(fake.batches) == 1
+
+
+def test_an_answer_without_usage_costs_as_much_as_it_could(run: RunDir) -> None:
+    with fake_batches(outcome=lambda id_, body, batch: line(id_, body=reply("four", usage=False))) as fake:
+        recipe = batch_recipe(fake, 1, teacher=priced(fake), sampling={"max_tokens": 5})
+        assert (generate(recipe, run, quiet=True).cost_usd or 0) > 6
+
+
+def test_files_by_hand(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_for("http://127.0.0.1:9/v1", 4)  # nothing is there, and nothing is asked
+    generate(recipe, run, quiet=True, write_batches=True)
+    written = run.path / "batches" / "001.input.jsonl"
+    assert "".join(str(written).split()) in "".join(capsys.readouterr().err.split())
+    output = tmp_path / "out.jsonl"
+    ids = [json.loads(text)["custom_id"] for text in written.read_text().splitlines()]
+    output.write_text("".join(json.dumps(text) + "\n" for text in [*map(line, ids[:3]), expired(ids[3])]))
+    assert generate(recipe, run, quiet=True, collect=output).answered == 3
+    with pytest.raises(UsageError, match=r"nothing\.jsonl: no such file"):
+        generate(recipe, run, quiet=True, collect=tmp_path / "nothing.jsonl")
+    output.write_text("{\n")
+    with pytest.raises(UsageError, match=r"out\.jsonl:1: "):
+        generate(recipe, run, quiet=True, collect=output)
+
+
+def _ids(path: Path) -> list[str]:
+    return [json.loads(text)["custom_id"] for text in path.read_text().splitlines()]
+
+
+def test_files_by_hand_are_those_of_the_recipe_as_it_is(run: RunDir, tmp_path: Path) -> None:
+    nowhere, output, batches = "http://127.0.0.1:9/v1", tmp_path / "out.jsonl", run.path / "batches"
+    generate(recipe_for(nowhere, 4), run, quiet=True, write_batches=True)
+    first = _ids(batches / "001.input.jsonl")
+    generate(recipe_for(nowhere, 6), run, quiet=True, write_batches=True)  # more prompts
+    assert set(first) < set(_ids(batches / "002.input.jsonl"))
+    output.write_text("".join(json.dumps(line(id_)) + "\n" for id_ in first))  # the older file was still at work
+    assert generate(recipe_for(nowhere, 6), run, quiet=True, collect=output).answered == 4
+    generate(recipe_for(nowhere, 6), run, quiet=True, write_batches=True)  # what is left
+    assert len(_ids(batches / "003.input.jsonl")) == 2
+    generate(recipe_for(nowhere, 6, sampling={"temperature": 0.1}), run, quiet=True, write_batches=True)
+    texts = (batches / "004.input.jsonl").read_text().splitlines()
+    assert [json.loads(text)["body"]["temperature"] for text in texts] == [0.1] * 6
+
+
+def test_what_vllm_refuses_has_its_reason(run: RunDir, tmp_path: Path) -> None:
+    recipe, output = recipe_for("http://127.0.0.1:9/v1", 4), tmp_path / "out.jsonl"
+    generate(recipe, run, quiet=True, write_batches=True)
+    ids = _ids(run.path / "batches" / "001.input.jsonl")
+
+    def refused(custom_id: str, status: int, error: Any) -> dict[str, Any]:
+        response = {"status_code": status, "request_id": "vllm-batch-1", "body": None}
+        return {"id": "vllm-1", "custom_id": custom_id, "response": response, "error": error}
+
+    said = {"error": {"message": "maximum context length is 8192 tokens", "type": "BadRequestError", "code": 400}}
+    texts = [
+        line(ids[0]),
+        refused(ids[1], 400, said),
+        refused(ids[2], 400, "must not be sent in stream mode"),
+        refused(ids[3], 500, said),
+    ]
+    output.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    summary = generate(recipe, run, quiet=True, collect=output)
+    assert (summary.answered, summary.failed) == (1, 2)  # the last may be answered another time
+    assert {(failure.error, failure.status, failure.message) for failure in failures(run)} == {
+        ("bad_request", 400, "maximum context length is 8192 tokens"),
+        ("bad_request", 400, "must not be sent in stream mode"),
+    }
