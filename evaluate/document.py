@@ -192,6 +192,17 @@ class ProbeSet(msgspec.Struct, frozen=True, kw_only=True):
     adherence_slots: list[str] = []  # whose values an answer must name
     judge: str | None = None  # the model that judged; None: none did
     judge_is_teacher: bool = False
+    judged: int = 0  # prompts that every model has a score for: the judge's figures are over these
+
+    @property
+    def kind(self) -> str:
+        """What the seen ones are called; those of a file are new to the run, too."""
+        return "test prompts" if self.source == "test" else "new prompts"
+
+    @property
+    def described(self) -> str:
+        """`64 new prompts, 32 with values never seen`."""
+        return f"{self.seen} {self.kind}" + (f", {self.unseen} with values never seen" if self.unseen else "")
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True):

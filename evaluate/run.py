@@ -121,6 +121,7 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
     dtype, device = choose_precision(models)
     return Plan(
         recipe=recipe,
+        folder=recipe_path.parent,
         run=run,
         rules=recipe_rules(recipe, recipe_path),
         models=models,

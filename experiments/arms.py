@@ -123,7 +123,11 @@ def _teachers(setup: Setup) -> Design:
     """The same prompts, rules and student; another teacher, with its own answers."""
     flags = ["--teacher.model", setup.options.b_model]
     flags += ["--teacher.base_url", setup.options.b_url] if setup.options.b_url else []
-    other = _answered(setup, RunDir(setup.folder / "b"), *flags)
+    other, wanted = RunDir(setup.folder / "b"), setup.options.b_model
+    asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
+    if asked != wanted:
+        raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
+    _answered(setup, other, *flags)
     base = _answered(setup, setup.base)
     rows = {"A": read_rows(base), "B": read_rows(other)}
     test = part_rows([*rows["A"], *rows["B"]], setup.recipe.prompts).test

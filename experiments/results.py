@@ -129,7 +129,8 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
         scored_here = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
         arms = {name: own["bits_per_character"] for name, own in scored_here.items()}
         measure = MEASURES["bits_per_character"]
-        columns.append(Column(f"{measure.name} of {source}", measure, arms, {}))
+        if arms:
+            columns.append(Column(f"{measure.name} of {source}", measure, arms, {}))
     return columns
 
 

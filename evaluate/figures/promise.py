@@ -1,9 +1,9 @@
 """The promise: "90-95% of the teacher's quality, 3 times smaller, 3 times faster, a third of the memory". Is it kept?
 
 Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
-fewer than 30 prompts shows no quality. If all of a few answers pass, their interval has no width, but they say little:
-by the rule of three (Hanley and Lippman-Hand 1983), 30 answers without a fault still allow 10% of faults, which is as
-much as the promise allows. Source of the promise: docs/evaluation.md.
+fewer than 60 prompts shows no quality: the bootstrap's interval of a share near 1 is too narrow there. With 29 of 30
+right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts on, 3 to 7% of them
+are told yes. Source of the promise: docs/evaluation.md.
 """
 
 import math
@@ -18,7 +18,7 @@ from evaluate.models import AFTER, TEACHER
 
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
 TIMES = 3.0  # smaller, faster, and less memory
-ENOUGH = 30  # prompts
+ENOUGH = 60  # prompts
 AXES = ("quality", "speed", "memory")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
@@ -30,12 +30,14 @@ def claims(
     *,
     scored: int,
     answered: int,
+    judged: int,
     verified: int | None,
 ) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
-    Bits per character are over `scored` prompts, the figures of the probes over `answered`. If answers are verified
-    (how many: `verified`, else None), the share of right ones is the quality, and answers per second are the speed.
+    Bits per character are over `scored` prompts, the figures of the probes over `answered`, the judge's over `judged`.
+    If answers are verified (how many: `verified`, else None), the share of right ones is the quality, and answers per
+    second are the speed.
     """
     test, probes = figures.get("test", {}), figures.get("all", {})
     bits = quotient(test, "bits_per_character", TEACHER, AFTER)
@@ -45,7 +47,7 @@ def claims(
     quality = [
         _claim("quality_bits", "quality", "bits per character, teacher's over student's", bits, scored),
         _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", passing, answered),
-        _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", judge, answered),
+        _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", judge, judged),
     ]
     rate, unit = "tokens_per_s", "tokens/s saturated"
     if verified is not None:

@@ -133,6 +133,7 @@ class Quality:
     answers: dict[str, dict[str, Assessment]]  # model → prompt id → its answer
     prompts: dict[Part, list[str]]  # ids that every model has answered, in order
     figures: dict[Part, Figures]
+    judged: int  # prompts that every model has a score of the judge for
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
@@ -145,15 +146,23 @@ def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> A
 def measure_quality(
     recipe: Recipe, rules: RuleSet, prompts: ProbePrompts, answers: Answers, scores: Mapping[str, Mapping[str, int]]
 ) -> Quality:
-    """Assesses every answer and computes the figures of each part. `scores`: the judge's, by model and prompt."""
+    """Assesses every answer and computes the figures of each part. `scores`: the judge's, by model and prompt.
+
+    A prompt's scores count only if every model has one; a model without any score is left out of this.
+    """
     wanted = named_slots(recipe, rules)
+    read = [own.keys() for own in scores.values() if own]
+    judged = set.intersection(*map(set, read)) if read else set()
     assessed = {
-        key: {id_: assess(row, rules, wanted, scores.get(key, {}).get(id_)) for id_, row in rows.items()}
+        key: {
+            id_: assess(row, rules, wanted, scores.get(key, {}).get(id_) if id_ in judged else None)
+            for id_, row in rows.items()
+        }
         for key, rows in answers.items()
     }
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
-    quality = Quality(assessed, {}, {})
+    quality = Quality(assessed, {}, {}, sum(id_ in judged for id_ in common))
     for part, asked in parts.items():
         if ids := [prompt.id for prompt in asked if prompt.id in common]:
             counts = draw(len(ids))

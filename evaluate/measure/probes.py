@@ -88,17 +88,23 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
 
     The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
     Where some have a reference, those without (the teacher wrote them, say) are left out: nothing can tell whether an
-    answer to them is right. Raises DataError if there is none, if none has the column `evaluate.category`, or if the
-    run has asked a prompt of the file.
+    answer to them is right. Raises DataError if there is none, if prompts are in another part than when they were made
+    (the student may have been trained on them), if none has the column `evaluate.category`, or if the run has asked a
+    prompt of the file.
     """
     config = recipe.evaluate
     if not config.verify:
         return ProbePrompts("test", [])
-    test = {
-        question_text(prompt.messages): prompt
-        for prompt in read_jsonl(run.prompts, Prompt)
-        if recipe.prompts.part_of_prompt(prompt) == "test"
-    }
+    test = dict[str, Prompt]()
+    for prompt in read_jsonl(run.prompts, Prompt):
+        part = recipe.prompts.part_of(prompt.messages)  # as train does
+        if prompt.part not in (None, part):
+            raise DataError(
+                f"{run.prompts}: the parts of the prompts have changed since generate (prompts.test, validation or "
+                "seed); run generate again, which asks for nothing that is there, and train again"
+            )
+        if part == "test":
+            test[question_text(prompt.messages)] = prompt
     if not test:
         raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
     if any(prompt.reference is not None for prompt in test.values()):

@@ -182,6 +182,7 @@ class Plan:
     """What is measured on what, decided before anything is measured."""
 
     recipe: Recipe
+    folder: Path  # of the recipe, where the files are that its rules name
     run: RunDir
     rules: RuleSet
     models: list[Subject]

@@ -24,6 +24,7 @@ from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import build_jobs
 from generate.online import run_loop
+from generate.prompts import iter_prompts
 from generate.run import Summary, generate
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
@@ -35,6 +36,7 @@ from serve.server import Server, free_port, serving
 EXIT_S = 5.0  # for a server that stopped answering to exit
 WARM_UP_REQUESTS = 8
 WARM_UP_TOKENS = 8
+QUESTIONS = "questions.jsonl"  # in a folder: what is asked
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked
     `asked` are the same prompts as this model is asked them (evaluate.models.as_asked).
     """
     ask_prompts(recipe, folder, asked)
-    answers = _answers_in(RunDir(folder), prompts, recipe.teacher.model)
+    answers = _answers_in(folder, recipe, prompts)
     if not answers:
         raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")
     return ProbeResult(answers=answers)
@@ -139,28 +141,37 @@ def with_server(
 
 
 def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: int | None = None) -> Summary:
-    """Sends the prompts through `generate`, over and over until there are `count` of them."""
+    """Sends the prompts through `generate`, over and over until there are `count` of them.
+
+    What the folder has an answer to is not asked again; what failed is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    questions = folder / "questions.jsonl"
-    write_jsonl(questions, prompts)
-    prompting = PromptsConfig(file=questions, count=count)
-    wanted = recipe.model_copy(update={"teacher": recipe.teacher.told_nothing(), "prompts": prompting})
-    return generate(wanted, RunDir(folder), quiet=True)
+    write_jsonl(folder / QUESTIONS, prompts)
+    return generate(_asking(recipe, folder, count), RunDir(folder), quiet=True, retry_failures=True)
 
 
-def _answers_in(asked: RunDir, prompts: Sequence[Prompt], model: str) -> list[Kept]:
-    """What was answered to the prompts, in their order, once each.
+def _asking(recipe: Recipe, folder: Path, count: int | None = None) -> Recipe:
+    prompting = PromptsConfig(file=folder / QUESTIONS, count=count)
+    return recipe.model_copy(update={"teacher": recipe.teacher.told_nothing(), "prompts": prompting})
+
+
+def _answers_in(folder: Path, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Kept]:
+    """What was answered to the prompts, in their order, once each; the folder may hold answers to other settings, too.
 
     For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
     a finish_reason. Requests that failed for any other reason have none. What a model thought is apart from its text,
     as it is for the teacher's answers (pipeline.reasoning).
     """
-    by_id, found = {prompt.id: prompt for prompt in prompts}, dict[str, tuple[str, str, str, list[Json]]]()
-    for failure in read_jsonl(asked.failures, Failure) if asked.failures.exists() else ():
-        if failure.error == "empty_answer":
+    run, asking = RunDir(folder), _asking(recipe, folder)
+    wanted = {job.request.id for job in build_jobs(iter_prompts(asking), asking)}
+    found = dict[str, tuple[str, str, str, list[Json]]]()
+    for failure in read_jsonl(run.failures, Failure) if run.failures.exists() else ():
+        if failure.error == "empty_answer" and failure.id in wanted:
             found[failure.prompt_id] = ("", failure.error, "", [])
-    for row in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
-        found[row.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
+    for row in read_jsonl(run.completions, Completion) if run.completions.exists() else ():
+        if row.id in wanted:
+            found[row.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
+    by_id, model = {prompt.id: prompt for prompt in prompts}, recipe.teacher.model
     return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]
 
 

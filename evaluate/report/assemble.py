@@ -4,8 +4,10 @@ Reads student/training_log.json, filter_report.json, kept.jsonl, dropped.jsonl a
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -115,9 +117,17 @@ def report_fingerprint(plan: Plan, results: Results) -> str:
     digest = hashlib.sha256(str(SCHEMA).encode() + msgspec.json.encode(results))
     digest.update(b"".join(msgspec.json.encode([one.reference, one.columns]) for one in questions))
     digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())
-    for path in (run.student / "training_log.json", run.filter_report, run.checks, run.reviews):
+    shown = (run.student / "training_log.json", run.filter_report, run.checks, run.reviews)
+    for path in (*shown, *_rule_files(plan)):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()
+
+
+def _rule_files(plan: Plan) -> list[Path]:
+    """The files that the rules' settings name: a function, a database, a schema."""
+    rules = (*plan.rules.rules, *plan.verify.rules)
+    values = [value for rule in rules for value in rule.settings.model_dump().values() if isinstance(value, str | Path)]
+    return [path for path in (plan.folder / value for value in values) if os.path.isfile(path)]  # noqa: PTH113 (any text)
 
 
 def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[str, Sequence[RowScore]]) -> Rows:
@@ -217,9 +227,9 @@ def _headline(
 ) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
     right = len(verified.prompts.get("verified", [])) if verified else 0
-    answered = probes.answered if probes else 0
+    answered, judged, kind = (probes.answered, probes.judged, probes.kind) if probes else (0, 0, "")
     checked = right if recipe.evaluate.verify else None
-    promised = claims(figures, teacher, after, scored=scored, answered=answered, verified=checked)
+    promised = claims(figures, teacher, after, scored=scored, answered=answered, judged=judged, verified=checked)
     ratios = {claim.name: claim.value.value for claim in promised if claim.value}
     perplexities = [model.figure("test", "perplexity") for model in (before, after, teacher)]
     passing = [model.figure("all", "passing") for model in (before, after, teacher)]
@@ -229,7 +239,7 @@ def _headline(
         f"{percent(1 / ratios['size'])} of the parameters" if "size" in ratios else "",
         f"{ratios['speed']:.1f} times as fast" if "speed" in ratios else "",
         _change("perplexity ", [] if right else perplexities, number),
-        _change("", [] if right else passing, percent, " of new prompts answered as the rules want"),
+        _change("", [] if right or not probes else passing, percent, f" of {kind} answered as the rules want"),
     ]
     return Headline(
         text="student: " + (", ".join(filter(None, parts)) or "nothing measured yet"),
@@ -261,6 +271,7 @@ def _probe_set(plan: Plan, results: Results, quality: Quality) -> ProbeSet | Non
         adherence_slots=named_slots(plan.recipe, plan.rules).slots,
         judge=results.judged.model if results.judged else None,
         judge_is_teacher=results.judged.is_teacher if results.judged else False,
+        judged=quality.judged,
     )
 
 
@@ -329,6 +340,8 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
         values = ", ".join(value for values in probes.unseen_values.values() for value in values)
         what.append(f"{probes.unseen} with values never seen ({values})")
     yield f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling."
+    if probes.answered < (asked := probes.seen + probes.unseen):
+        yield f"The probes' figures are over the {probes.answered} of {asked} that every model answered."
     if not recipe.filters.rules:
         yield "The recipe has no rules, so no share passes them."
     if TEACHER not in results.probed:
@@ -338,6 +351,9 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
     else:
         itself = ", which is the teacher and favours its own answers" if probes.judge_is_teacher else ""
         yield f"Judge: {probes.judge}{itself}. A win is a win in both orders; anything else is a tie."
+        if probes.judged < probes.answered:
+            told = f"{probes.judged} of {probes.answered} prompts"
+            yield f"The judge's means are over the {told} for which its scores of every model could be read."
 
 
 def _speed_notes(recipe: Recipe, results: Results) -> Iterator[str]:

@@ -202,9 +202,7 @@ def print_report(report: Report, console: Console) -> None:
     """The tables (below each figure its 95% interval), the judge's choices, the promise, and the notes."""
     asked = f"{report.accuracy.prompts.get('verified', 0)} test prompts verified, " if report.accuracy else ""
     asked += f"{report.rows.scored} test answers"
-    if report.probes:
-        asked += f", {report.probes.seen} new prompts"
-        asked += f", {report.probes.unseen} with values never seen" if report.probes.unseen else ""
+    asked += f", {report.probes.described}" if report.probes else ""
     console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
     for table in (*verified(report), *measured(report), *probes(report)):
         _print_table(table, console)

@@ -12,6 +12,7 @@ from evaluate.document import Claim, Estimate, ModelReport, Part, exactly
 from evaluate.figures.accuracy import wilson
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
+    Quality,
     answer_figures,
     assess,
     differences,
@@ -169,6 +170,32 @@ def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
     assert found["teacher", "all"].improved is None  # three prompts prove nothing
 
 
+def judged(scores: dict[str, dict[int, int]]) -> tuple[Quality, Claim]:
+    """64 prompts that teacher and student answer alike, with the judge's scores that could be read."""
+    recipe, prompts = recipe_of(), ProbePrompts("file", [prompt(number) for number in range(64)])
+    answers = probe_answers(prompts, {key: result(dict.fromkeys(range(64), "a bear")) for key in scores})
+    by_id = {key: {f"p{number}": score for number, score in own.items()} for key, own in scores.items()}
+    quality = measure_quality(recipe, rules_of(recipe), prompts, answers, by_id)
+    found = claims(quality.figures, *models(), scored=99, answered=64, judged=quality.judged, verified=None)
+    return quality, next(claim for claim in found if claim.name == "quality_judge")
+
+
+def test_models_are_judged_on_the_prompts_that_all_have_a_score_for() -> None:
+    full = {number: 5 if number < 32 else 2 for number in range(64)}
+    easy = {number: score for number, score in full.items() if score == 5}
+    quality, claim = judged({"teacher": full, "student_after": easy})  # its hard ones could not be read
+    assert quality.judged == 32 and claim.value == Estimate(1.0, 1.0, 1.0)
+    assert {key: own["judge"].value for key, own in quality.figures["all"].items()} == {
+        "teacher": 5,
+        "student_after": 5,
+    }
+    assert [d.change.value for d in differences(quality.figures) if d.figure == "judge"] == [0, 0]  # all, seen
+    three = {0: 5, 1: 5, 2: 5}
+    quality, claim = judged({"teacher": three, "student_after": three})
+    assert quality.judged == 3 and claim.value == Estimate(1.0, 1.0, 1.0) and claim.verdict == "not shown"
+    assert judged({"teacher": full, "student_after": {}})[1].verdict == "not measured"
+
+
 def test_a_difference_is_paired() -> None:
     # Prompts differ a lot, the models always by 0.1: paired, the interval has no width.
     values = np.arange(50) / 50
@@ -206,13 +233,13 @@ def models(**student: Any) -> tuple[ModelReport, ModelReport]:
 
 
 def promise(
-    bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 30, **student: Any
+    bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 60, **student: Any
 ) -> dict[str, Claim]:
     parts: dict[Part, Figures] = {
         part: {"teacher": {name: pair[0]}, "student_after": {name: pair[1]}}
         for part, name, pair in (("test", "bits_per_character", bits), ("all", "passing", passing))
     }
-    found = claims(parts, *models(**student), scored=prompts, answered=prompts, verified=None)
+    found = claims(parts, *models(**student), scored=prompts, answered=prompts, judged=0, verified=None)
     return {claim.name: claim for claim in found}
 
 
@@ -248,11 +275,22 @@ def test_what_chance_may_explain_is_not_shown() -> None:
 
 
 def test_few_prompts_show_no_quality() -> None:
-    found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=29)
+    found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=59)
     assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and found["quality_probes"].verdict == "not shown"
     assert holds(list(found.values())) is False
-    missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=29)
+    missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=59)
     assert missed["quality_bits"].verdict == "no"
+
+
+@pytest.mark.parametrize(("prompts", "wrong", "verdict"), [(30, 1, "not shown"), (50, 2, "not shown"), (64, 2, "yes")])
+def test_one_wrong_answer_of_thirty_does_not_show_nine_tenths(prompts: int, wrong: int, verdict: str) -> None:
+    """In the first two the bootstrap's interval begins at 0.9, which a student of just 0.9 reaches in 18% and 11%."""
+    shares = [
+        ratio([0.0] * faults + [1.0] * (prompts - faults), [1.0] * prompts, draw(prompts)) for faults in (0, wrong)
+    ]
+    right = {key: {"accuracy": share} for key, share in zip(("teacher", "student_after"), shares, strict=True) if share}
+    claim, *_ = claims({"verified": right}, *models(), scored=0, answered=0, judged=0, verified=prompts)
+    assert claim.value and claim.value.low >= 0.9 and claim.verdict == verdict
 
 
 def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
@@ -265,7 +303,7 @@ def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
 def test_a_judge_s_quality_counts_from_the_least_score() -> None:
     # 2 of 1 to 5 is a quarter of the way, 3 is half: half of the teacher's, not two thirds.
     probes = {"teacher": {"judge": figure(3.0)}, "student_after": {"judge": figure(2.0)}}
-    found = claims({"all": probes}, *models(), scored=99, answered=99, verified=None)
+    found = claims({"all": probes}, *models(), scored=99, answered=99, judged=99, verified=None)
     claim = next(claim for claim in found if claim.name == "quality_judge")
     assert claim.value and claim.value.value == pytest.approx(0.5) and claim.verdict == "no"
     assert math.isclose(claim.value.low, claim.value.high)
@@ -275,11 +313,11 @@ def test_where_answers_are_verified_they_are_the_quality_and_their_rate_the_spee
     right = {"teacher": {"accuracy": figure(0.8)}, "student_after": {"accuracy": figure(0.76, 0.01)}}
     bits = {"teacher": {"bits_per_character": figure(0.1)}, "student_after": {"bits_per_character": figure(9.0)}}
     rates = {"answers_per_s": Estimate(40.0, 39.0, 41.0)}  # the teacher's is not measured
-    found = claims({"verified": right, "test": bits}, *models(**rates), scored=99, answered=99, verified=99)
+    found = claims({"verified": right, "test": bits}, *models(**rates), scored=99, answered=99, judged=0, verified=99)
     assert [claim.name for claim in found] == ["quality_accuracy", "size", "speed", "memory"]
     assert found[0].value and found[0].value.value == pytest.approx(0.95) and found[0].verdict == "yes"
     assert "answers/s" in found[2].text and found[2].value is None and holds(found) is None
-    few = claims({"verified": right}, *models(), scored=99, answered=99, verified=29)
+    few = claims({"verified": right}, *models(), scored=99, answered=99, judged=0, verified=59)
     assert few[0].verdict == "not shown"
 
 

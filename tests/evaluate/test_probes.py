@@ -24,6 +24,10 @@ def recipe_of(count: int = 6, **evaluate: Any) -> Recipe:
     return Recipe(name="t", teacher={"model": "m"}, prompts=prompts, evaluate=evaluate)
 
 
+def with_prompts(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=changes)})
+
+
 def run_of(path: Path, recipe: Recipe) -> RunDir:
     run = RunDir(path)
     run.prompts.write_bytes(b"".join(map(encode_line, iter_prompts(recipe))))
@@ -135,25 +139,38 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     path = tmp_path / "unseen.jsonl"
     path.write_text('{"prompt": "one", "reference": 1}\n{"prompt": "two"}\n')
     rule = {"rule": "length", "min_chars": 1, "max_chars": 9}
-    recipe = recipe_of(16, verify=[rule], probes_file=str(path), verify_count=3)
+    recipe = with_prompts(recipe_of(16, verify=[rule], probes_file=str(path), verify_count=3), test=0.5)
     run = run_of(tmp_path, recipe)
     with pytest.raises(DataError, match="no test prompts for evaluate"):
-        choose_questions(recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 1e-9})}), run)
-    parts = ("train", "test", "validation", "test")
-    own = [msgspec.structs.replace(p, part=parts[i % 4]) for i, p in enumerate(iter_prompts(recipe))]
+        choose_questions(with_prompts(recipe, test=1e-9), run)
+    parts = {p.id: recipe.prompts.part_of(p.messages) for p in iter_prompts(recipe)}
+    own = [msgspec.structs.replace(p, part=parts[p.id]) for p in iter_prompts(recipe)]
     run.prompts.write_bytes(b"".join(map(encode_line, [*own, *own])))
     chosen = choose_questions(recipe, run)
     assert len({p.id for p in chosen.seen}) == 3 and all(p.part == "test" for p in chosen.seen)
     assert {p.reference for p in chosen.unseen} == {1, None}
-    more = choose_questions(recipe_of(16, verify=[rule], verify_count=99), run)
-    assert len(more.seen) == 8 and more.unseen == [] and {p.id for p in chosen.seen} < {p.id for p in more.seen}
+    more = choose_questions(with_prompts(recipe_of(16, verify=[rule], verify_count=99), test=0.5), run)
+    assert {p.id for p in more.seen} == {id_ for id_, part in parts.items() if part == "test"} and more.unseen == []
+    assert {p.id for p in chosen.seen} < {p.id for p in more.seen} < set(parts)
     assert choose_questions(recipe_of(16), run).all == []
     with pytest.raises(DataError, match="no test prompt has the column 'kind'; there are who, things"):
-        choose_questions(recipe_of(16, verify=[rule], category="kind"), run)
+        choose_questions(with_prompts(recipe_of(16, verify=[rule], category="kind"), test=0.5), run)
+
+
+@pytest.mark.parametrize("change", [{"test": 0.2}, {"seed": 7}])
+def test_prompts_whose_parts_have_changed_since_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Training parts the rows by the recipe, so what the file calls a test prompt may have been trained on."""
+    recipe = with_prompts(recipe_of(COMBINATIONS, verify=[{"rule": "matches"}]), test=0.4)
+    run, part_of = RunDir(tmp_path), recipe.prompts.part_of
+    made = [msgspec.structs.replace(p, part=part_of(p.messages)) for p in iter_prompts(recipe)]
+    run.prompts.write_bytes(b"".join(map(encode_line, made)))
+    assert {p.part for p in choose_questions(recipe, run).seen} == {"test"}
+    with pytest.raises(DataError, match="the parts of the prompts have changed since generate"):
+        choose_questions(with_prompts(recipe, **change), run)
 
 
 def test_a_prompt_without_a_reference_is_not_verified_where_others_have_one(tmp_path: Path) -> None:
-    recipe = recipe_of(16, verify=[{"rule": "length", "min_chars": 1, "max_chars": 9}])
+    recipe = with_prompts(recipe_of(16, verify=[{"rule": "length", "min_chars": 1, "max_chars": 9}]), test=1.0)
     run = run_of(tmp_path, recipe)
     of_test = [msgspec.structs.replace(p, part="test") for p in iter_prompts(recipe)]
     half = [msgspec.structs.replace(p, reference=i if i % 2 else None) for i, p in enumerate(of_test)]

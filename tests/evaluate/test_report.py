@@ -15,6 +15,7 @@ from evaluate.document import (
     FilterSummary,
     LossPoint,
     ModelReport,
+    ProbeSet,
     Report,
     Rows,
     RuleDrops,
@@ -22,9 +23,12 @@ from evaluate.document import (
     millions,
     number,
 )
+from evaluate.measure.results import Results
+from evaluate.report.assemble import _probe_notes
 from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
 from evaluate.report.tables import VERDICTS, nodes, print_report, probes, promise, wins
+from pipeline.recipe import Recipe
 from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report, verified_report
 
 CHROMIUM = "/usr/bin/chromium"
@@ -130,6 +134,31 @@ def test_what_was_not_measured_leaves_no_empty_section() -> None:
     page = render_html(full_report())
     assert [heading for heading in HEADINGS if heading not in page] == []
     assert "1,200 of 2,000 answers kept (60.0%)" in page and "0.001 USD" in page  # 1.2 USD for 1,200 rows
+
+
+def test_the_prompts_that_were_asked_are_called_what_they_are() -> None:
+    report = full_report()
+    assert report.probes
+    for source, unseen, told in (
+        ("slots", 32, "64 new prompts, 32 with values never seen"),
+        ("test", 0, "64 test prompts"),
+    ):
+        asked = msgspec.structs.replace(report.probes, source=source, unseen=unseen)
+        shown = msgspec.structs.replace(report, probes=asked)
+        page, kind = render_html(shown), told.split(", ")[0].removeprefix("64 ")
+        assert f"; {told}" in page and f"Answers to {kind}" in page and "nobody was asked" not in page
+        assert told in printed(shown).splitlines()[0]
+
+
+def test_prompts_that_some_model_lacks_an_answer_or_a_score_for_are_told() -> None:
+    recipe = Recipe(name="t", teacher={"model": "m"}, prompts={"template": "{a}", "slots": {"a": ["x"]}, "count": 1})
+    probes = ProbeSet(source="test", seen=64, unseen=0, answered=64, judge="j", judged=64)
+    few = msgspec.structs.replace(probes, answered=60, judged=32)
+    whole, notes = (list(_probe_notes(recipe, Results({}, {}, {}, {}, {}, {}), own)) for own in (probes, few))
+    assert [note for note in notes if note not in whole] == [
+        "The probes' figures are over the 60 of 64 that every model answered.",
+        "The judge's means are over the 32 of 60 prompts for which its scores of every model could be read.",
+    ]
 
 
 def test_the_promise_is_shown_part_by_part() -> None:

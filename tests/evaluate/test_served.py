@@ -221,3 +221,26 @@ def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
     assert {asked.body["max_tokens"] for asked in server.asked} == {PROBED}
     assert all(asked.body["messages"][0] == {"role": "system", "content": "Add."} for asked in server.asked)
     assert len(server.asked) == 3 + 2 * 7 + 4
+
+
+def test_a_teacher_elsewhere_is_asked_again_what_failed_and_nothing_twice(tmp_path: Path, recipe: Recipe) -> None:
+    refused, heard = 4, list[str]()
+
+    def script(asked: Asked) -> Behaviour:
+        heard.append(asked.text)
+        return error(400) if len(heard) <= refused else answer(f"Answer number {len(heard)}.")
+
+    with misbehaving(script) as server:
+        away = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"base_url": server.url})})
+        with pytest.raises(DistillError, match="no probe was answered"):
+            answer_probes(away, tmp_path, PROBES, PROBES)
+        refused = 5
+        assert len(answer_probes(away, tmp_path, PROBES, PROBES).answers) == 3
+        first = answer_probes(away, tmp_path, PROBES, PROBES)
+        assert len(first.answers) == 4 and len(heard) == 4 + 4 + 1
+        cooler = away.model_copy(update={"sampling": away.sampling.model_copy(update={"temperature": 0.1})})
+        other = answer_probes(cooler, tmp_path, PROBES, PROBES)
+        assert not {row.text for row in other.answers} & {row.text for row in first.answers}
+        assert answer_probes(away, tmp_path, PROBES, PROBES) == first and len(heard) == 9 + 4
+        more = [*PROBES, Prompt(id="more", messages=[Message("user", "more")])]
+        assert answer_probes(away, tmp_path, more, more).answers[:4] == first.answers and len(heard) == 14

@@ -87,8 +87,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
             return answer_probes(recipe, folder, prompts, asked)
         log[-1][1].append("probes")
         model = recipe.teacher.model
-        answers = [answer_row(model, p, SAID[model].format(**p.slots)) for p in prompts]
-        return ProbeResult(answers=answers)
+        return ProbeResult(answers=[answer_row(model, p, SAID[model].format(**p.slots)) for p in prompts])
 
     def question(
         recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked: Sequence[Prompt], timed: Sequence[Prompt]
@@ -143,9 +142,8 @@ def test_every_model_is_served_once_and_compared(
     teacher, student = (model.figure("engine", "weights_mib") for model in (report.models[0], after))
     assert teacher and student and 2 < teacher.value / student.value < 3  # stored in bytes of one dtype
     assert claims["memory"].value == exactly(teacher.value / student.value) and claims["memory"].verdict == "no"
-    assert (
-        report.headline.holds is False and json.loads(run.lineage.read_bytes())["evaluate"]["promise"]["memory"] == "no"
-    )
+    recorded = json.loads(run.lineage.read_bytes())["evaluate"]
+    assert report.headline.holds is False and recorded["promise"]["memory"] == "no"
     assert [(sample.part, len(sample.answers)) for sample in report.samples] == [("seen", 4)] * 2 + [("unseen", 4)] * 2
     assert after.figure("engine", "kv_bytes_per_token") and after.served_dtype
     assert json.loads(run.report.read_bytes())["schema"] == 4
@@ -261,8 +259,7 @@ def test_a_judge_that_fails_leaves_the_report_and_is_told(run: RunDir, tmp_path:
         judge = {"model": "judge", "base_url": server.url}
         with pytest.raises(DistillError, match="401"):
             evaluate_run(recipe_of(tmp_path, evaluate={"judge": judge}), run, PATH)
-    notes = json.loads(run.report.read_bytes())["notes"]
-    assert any("win rates are not complete" in note for note in notes)
+    assert "win rates are not complete" in run.report.read_text(encoding="utf-8")
 
 
 def test_other_models_are_folders_runs_or_students(run: RunDir, tmp_path: Path) -> None:
@@ -287,9 +284,8 @@ def test_other_models_are_folders_runs_or_students(run: RunDir, tmp_path: Path) 
 
 def verified(tmp_path: Path, run: RunDir, **sections: Any) -> Recipe:
     """A recipe whose answers are verified, and 40 test prompts of which every model knows some of every ten."""
-    (tmp_path / "right.py").write_text(
-        "def right(answer):\n    return None if answer.text == answer.reference else 'another number'\n"
-    )
+    check = "return None if answer.text == answer.reference else 'another number'"
+    (tmp_path / "right.py").write_text(f"def right(answer):\n    {check}\n")
     prompts = [
         Prompt(
             id=f"n{n}",
@@ -300,13 +296,12 @@ def verified(tmp_path: Path, run: RunDir, **sections: Any) -> Recipe:
         )
         for n in range(40)
     ]
-    run.prompts.write_bytes(
-        b"".join(map(encode_line, [*prompts, prompts[0], Prompt(id="t", messages=[], part="train")]))
-    )
+    run.prompts.write_bytes(b"".join(map(encode_line, [*prompts, prompts[0]])))
     rule = {"rule": "function", "file": "right.py", "name": "right"}
     evaluate = {"verify": [rule], "category": "kind", "probes": 0, "unseen": {}, **sections.pop("evaluate", {})}
     told = {"system": "Add.", **sections.pop("teacher", {})}
-    return recipe_of(tmp_path, evaluate=evaluate, teacher=told, **sections)
+    recipe = recipe_of(tmp_path, evaluate=evaluate, teacher=told, **sections)
+    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 1.0})})
 
 
 def test_right_answers_are_the_quality_where_they_are_verified(
@@ -335,9 +330,8 @@ def test_right_answers_are_the_quality_where_they_are_verified(
     gains = {(d.against, d.figure) for d in report.differences if d.part == "verified" and d.improved}
     assert gains == {("student_before", "accuracy")}
     assert len(found.samples) == 20 and found.samples[0].answers[0].label == "reference"
-    assert any("temperature 0" in note for note in report.notes) and any(
-        "is told a system prompt" in n for n in report.notes
-    )
+    notes = " ".join(report.notes)
+    assert "temperature 0" in notes and "is told a system prompt" in notes
     page = run.report_html.read_text(encoding="utf-8")
     assert page.index("Right answers") < page.index("All figures") and "right: another number" in page
     capsys.readouterr()
@@ -360,6 +354,8 @@ def test_a_new_reference_or_rule_checks_again_and_asks_nobody(run: RunDir, tmp_p
     stricter = recipe.evaluate.model_copy(update={"verify": [*recipe.evaluate.verify, RuleConfig(**wrong)]})
     third = evaluate_run(recipe.model_copy(update={"evaluate": stricter}), run, path)
     assert served == [] and third.accuracy and "length" in third.accuracy.wrong["teacher"]
+    (tmp_path / "right.py").write_text("def right(answer):\n    return 'always wrong'\n")
+    assert figure(evaluate_run(recipe, run, path), "student_after", "accuracy", "verified") == 0 and served == []
 
 
 def test_a_wrong_rule_of_verify_is_named_before_anything_is_measured(run: RunDir, tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ import filters.__main__
 from evaluate.document import MEASURES, Estimate, read_report
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
-from evaluate.measure.results import ProbeResult, answer_row
+from evaluate.measure.results import Entry, PerplexityResult, ProbeResult, RowScore, answer_row
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
 from experiments.arms import Arm, Design, Setup, matched_epochs, read_human
-from experiments.results import Column, Comparison, _columns, conclusions, rows_of
+from experiments.results import Column, Comparison, _columns, conclusions, rows_of, write_results
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -91,7 +91,8 @@ def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
     lines.append(Completion(**completion_fields("twin", lines[0].text, prompt_id="t")))
     run.completions.write_bytes(b"".join(map(encode_line, lines)))
     spent = {"tokens": 1000, "usd": usd}
-    record_lineage(run, "generate", {"requests": len(lines), "prompts": {"distinct": len(lines)}, "spent": spent})
+    made = {"requests": len(lines), "prompts": {"distinct": len(lines)}, "teacher": {"asked": recipe.teacher.model}}
+    record_lineage(run, "generate", {**made, "spent": spent})
 
 
 @pytest.fixture
@@ -228,6 +229,8 @@ def test_another_teacher_has_its_own_run_and_its_price(
         assert trained["rows"] + trained["validation"] == 18 - len(test) / 2
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert "bits per character of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
+    with pytest.raises(UsageError, match="b: it holds the answers of other, not of third; remove this folder"):
+        experiment("teachers", recipe, run, "--b-model", "third")
 
 
 def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
@@ -351,11 +354,10 @@ def test_figures_far_apart_are_drawn_on_a_logarithmic_scale() -> None:
 
 
 def test_arms_are_compared_by_right_answers_where_these_are_verified(recipe: Path, tmp_path: Path) -> None:
-    prompts = [
-        Prompt(id=f"n{n}", messages=[Message("user", f"{n}?")], reference=str(n), part="test") for n in range(20)
-    ]
+    prompts = [Prompt(id=f"n{n}", messages=[Message("user", f"{n}?")], reference=str(n)) for n in range(20)]
     rule = {"rule": "matches"}
     made = load_recipe(recipe, ["--evaluate.verify", json.dumps([rule])])
+    made = made.model_copy(update={"prompts": made.prompts.model_copy(update={"test": 1.0})})
     arms = []
     for name, right in (("one", 15), ("four", 19)):
         run = RunDir(tmp_path / name)
@@ -370,3 +372,20 @@ def test_arms_are_compared_by_right_answers_where_these_are_verified(recipe: Pat
         "one": 0.75,
         "four": 0.95,
     }
+
+
+def test_a_source_without_a_test_row_has_no_column(recipe: Path, tmp_path: Path) -> None:
+    rows = [answer_row("m", Prompt(id=f"p{n}", messages=[Message("user", f"{n}?")]), "text") for n in range(8)]
+    scores = [RowScore(row.id, row.prompt_id, nll_nats=3.0, tokens=3, characters=4) for row in rows]
+    arms = []
+    for name in ("distilled", "human"):
+        run = RunDir(tmp_path / name)
+        path = run.path / "evaluation" / "perplexity-student_after.json"
+        Entry(path, "").write(PerplexityResult(dtype="float32", device="cpu", scores=scores))
+        arms.append(Arm(name, run, []))
+    setup = Setup(load_recipe(recipe), recipe, [], arms[0].run, tmp_path, Namespace())
+    columns = _columns(setup, Design(arms, {"teacher": rows, "human": []}), {})
+    assert [column.title for column in columns] == ["perplexity", "bits per character", "bits per character of teacher"]
+    facts = {arm.name: ["–"] * 4 for arm in arms}
+    write_results(Comparison("human", "?", "", facts, columns, [], []), tmp_path)
+    assert "bits per character of teacher" in (tmp_path / "results.svg").read_text(encoding="utf-8")
