@@ -4,6 +4,7 @@ One kind cannot see the project's code: an empty folder lies over every package 
 and over other folders if asked; then it also has an address of its own, as another machine has.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--dis
 SMALL_STORE = 80_000_000  # bytes of a node's object store
 READY_S = 300.0
 ADDRESSES = (f"127.0.1.{number}" for number in count(1))  # of this machine
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token in ~/.ray is asked of all, and only a head knows it
 
 
 class RayNode:
