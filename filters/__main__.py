@@ -40,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
         report = filter_run(recipe, run, options.recipe, skip_bad=options.skip_bad, machine=machine)
     print_report(report, console)
     _print_notices(report, run)
-    check_keep_rate(report, recipe.filters, options.recipe, allow_low_keep=options.allow_low_keep)
-    if report.judge_failures:
+    if report.judge_failures:  # the keep rate means nothing before they are asked about
         raise RequestsFailed(
             f"the judge gave no answer about {report.judge_failures:,} of {report.rows:,} answers (why: detail in "
             f"{run.dropped}), so they are dropped; run the filters again, and it is asked about them again"
         )
+    check_keep_rate(report, recipe.filters, options.recipe, allow_low_keep=options.allow_low_keep)
 
 
 def _machine(cluster: str | None) -> AbstractContextManager[Machine | None]:

@@ -81,7 +81,7 @@ _VERIFIED = {  # by what was looked at; {0} is what was found
 def _verified(why: Reason) -> str:
     if why.what == "result":
         return f"finds something else ({why.value} rows, the reference {why.total}): `{why.found}`"
-    if why.count:
+    if why.count is not None:
         return f"{why.count} of {why.total} tests pass; the first that does not: {why.found}"
     if why.what in _VERIFIED:
         return _VERIFIED[why.what].format(why.found)

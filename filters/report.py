@@ -178,7 +178,7 @@ def _slots_table(report: FilterReport) -> Table:
     for name, values in report.slots.items():
         if len(values) < 2:
             continue
-        items = [*values.items()]
+        name, items = one_line(name, 30), [*values.items()]
         for value, count in items if len(items) <= 4 else [*items[:3], items[-1]]:
             table.add_row(name, one_line(value, 30), f"{count.rows:,}", f"{count.kept:,}", f"{count.keep_rate:.0%}")
             name = ""

@@ -4,6 +4,7 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,13 +188,19 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
-        if isinstance(said, Verified):
-            return said
-        reason, score = said if isinstance(said, tuple) and len(said) == 2 else (said, None)
-        if not isinstance(reason, str | None) or not isinstance(score, float | int | None) or isinstance(score, bool):
-            wanted = "a reason (text) or None, or a pair of that and a score (a number), or a Verified"
+        result = said.result if isinstance(said, Verified) else None
+        reason, score = said[:2] if isinstance(said, tuple) and len(said) in (2, 3) else (said, None)
+        if (
+            not isinstance(reason, str | Reason | None)
+            or not isinstance(score, float | int | None)
+            or isinstance(score, bool)
+            or not math.isfinite(score or 0)
+            or not isinstance(result, str | None)
+        ):
+            wanted = "a reason (text) or None, or a pair of that and a score (a finite number), or a Verified"
             raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted {wanted}")
-        dropped = None if reason is None else Reason(rule=settings.name, note=reason or "no reason given")
-        return Verified(dropped, None if score is None else float(score))
+        if isinstance(reason, str):
+            reason = Reason(rule=settings.name, note=reason or "no reason given")
+        return Verified(reason, None if score is None else float(score), result)
 
     return check

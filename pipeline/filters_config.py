@@ -64,7 +64,7 @@ class JudgeConfig(Section):
     rubric: dict[str, str] = Field(RUBRIC, min_length=1)
     """What is scored: a name for each criterion, and what it means."""
     min_score: int = Field(3, ge=1, le=5)
-    """An answer with any score below this is dropped."""
+    """An answer whose overall score is below this is dropped."""
     max_tokens: int = Field(200, ge=16)
     """Tokens of a verdict, at most."""
     seed: int = 0

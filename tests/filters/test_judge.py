@@ -315,6 +315,18 @@ def test_the_scores_are_shown_and_answers_that_could_not_be_judged_end_with_4(
     assert details["row2"] == "not judged: bad_request 400: too long"
 
 
+def test_where_the_judge_fails_no_keep_rate_is_looked_at(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.completions.write_bytes(encode_line(row(0)))
+    with misbehaving(lambda asked: error(400, "too long")) as server:
+        recipe = judging(server).model_dump(mode="json", exclude_none=True)
+        recipe["filters"]["min_keep_rate"] = 0.5
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(RequestsFailed, match="the judge gave no answer about 1 of 1 answers"):
+            main([str(tmp_path / "r.yaml"), "--run", str(run.path)])
+
+
 def judged_and_deduplicated(folder: Path, texts: list[str], scores: list[int]) -> tuple[RunDir, list[int]]:
     """A run whose answers have these texts and would get these scores; and which of them the judge was asked about."""
     run, asked = RunDir(folder / "run"), list[int]()

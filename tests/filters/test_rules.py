@@ -352,6 +352,7 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         "from filters.answer import Verified\n"
         "from pipeline.records import Reason\n"
         "def whole(answer): return Verified(Reason(rule='any', note='no'), 0.5, 'one')\n"
+        "def in_words(answer): return Verified('no', 0.5, 'one')\n"
     )
     recipe = tmp_path / "recipe.yaml"
     own = {"rule": "function", "file": "mine.py", "name": "no_digits"}
@@ -364,6 +365,7 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         rule_set({**own, "name": "nothing"}, recipe=recipe)
     with pytest.raises(DistillError, match=r"mine\.py: number returned 3"):
         rule_set({**own, "name": "number"}, recipe=recipe).reasons(answer)
+    assert rule_set({**own, "name": "in_words"}, recipe=recipe).reasons(answer) == [Reason(rule="in_words", note="no")]
     checked = rule_set({**own, "name": "whole"}, recipe=recipe).check(answer)
     assert (checked.reasons, checked.scores, checked.result) == (
         [Reason(rule="whole", note="no")],

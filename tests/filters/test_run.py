@@ -15,7 +15,7 @@ from rich.console import Console
 import filters.run
 import filters.stream
 from filters.__main__ import main
-from filters.report import FilterReport, RuleCount, print_report
+from filters.report import FilterReport, RuleCount, SlotCount, print_report
 from filters.tally import Example
 from pipeline.errors import DataError, DistillError, RecipeError
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, Slots, Usage, encode_line, read_jsonl
@@ -357,6 +357,12 @@ def test_what_a_teacher_writes_is_no_markup(reason: str, capsys: pytest.CaptureF
     print_report(report, Console(width=200))
     shown = capsys.readouterr().out
     assert reason.replace("\x1b", " ").split("\r")[0].strip() in shown and "\x1b" not in shown
+
+
+def test_the_name_of_a_column_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    slots = {"price [/kg]": {"1": SlotCount(2, 1, 0.5), "2": SlotCount(2, 2, 1.0)}}
+    print_report(FilterReport(4, 3, 1, 0.75, [], {}, slots, {}), Console(width=200))
+    assert "price [/kg]" in capsys.readouterr().out
 
 
 def test_the_client_is_imported_for_a_judge_only() -> None:

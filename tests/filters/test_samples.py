@@ -90,8 +90,10 @@ def test_scores_of_a_rule_are_kept_and_a_wrong_return_is_named(stage: Stage) -> 
     assert stage.kept() == {"a0": {"right": 1.0}, "a1": {"right": 1 / 7}}
     (detail,) = next(iter(read_jsonl(stage.run.dropped, Dropped))).detail
     assert (detail.rule, describe(detail)) == ("right", "5 is wrong")
-    for wrong in ("True", "(None, 'good')", "1.5", "(None, True)"):
-        stage.recipe.with_name("mine.py").write_text(f"def right(answer):\n    return {wrong}\n")
+    wrongs = "True", "(None, 'good')", "1.5", "(None, True)", "(None, float('nan'))", "(None, float('inf'))"
+    for wrong in (*wrongs, "Verified(3)", "Verified(None, 0.3, 42)"):
+        code = f"from filters.answer import Verified\ndef right(answer):\n    return {wrong}\n"
+        stage.recipe.with_name("mine.py").write_text(code)
         with pytest.raises(DistillError, match=r"wanted a reason \(text\) or None, or a pair of that and a score"):
             stage.filter(answers("a", "4"), RIGHT)
 

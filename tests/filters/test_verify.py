@@ -183,6 +183,10 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
             Reason(rule="python", what="error", count=1, total=3, found="AssertionError: "),
             "1 of 3 tests pass; the first that does not: AssertionError: ",
         ),
+        (
+            Reason(rule="python", what="error", count=0, total=1, found="AssertionError: "),
+            "0 of 1 tests pass; the first that does not: AssertionError: ",
+        ),
         (Reason(rule="unverified", what="sql", note="the row has no reference"), "sql: the row has no reference"),
     ],
 )

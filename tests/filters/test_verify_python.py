@@ -81,6 +81,10 @@ def test_programs(settings: RuleSettings, text: str, tests: Any, expected: str, 
     assert (outcome(verified), verified.score) == (expected, score)
 
 
+def test_what_a_program_says_can_be_written(settings: RuleSettings) -> None:
+    assert said("raise ValueError('\\ud800')", settings).encode() == b"python error: ValueError: ?"
+
+
 def test_tests_may_be_a_column_and_packages_are_not_there(settings: RuleSettings) -> None:
     column = settings_of("python", tests="test_list")
     assert verify("python", ADD, column, test_list=["assert add(1, 1) == 2"]).score == 1
