@@ -13,7 +13,7 @@ from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
-_AROUND = " \t\n\"'`*_.,;:!()[]"  # what a model puts around a label, and ends it with
+_AROUND = " \t\n\"'`*_.,;:!()[]“”‘’«»「」『』。！？"  # what a model puts around a label, and ends it with
 
 
 class PatternSettings(RuleSettings):
@@ -84,7 +84,7 @@ def _same_number(part: str, wanted: list[Any], tolerance: float) -> Verified:
 
 def _same_json(part: str, reference: Any) -> Verified:
     result = canonical(parse_json(part))
-    wanted = canonical(reference if not isinstance(reference, str) else _text_or_json(reference))
+    wanted = nfc(canonical(reference if not isinstance(reference, str) else _text_or_json(reference)))
     if result == wanted:
         return Verified(result=result)
     return Verified(Reason(rule="matches", found=shown(result), allowed=[shown(wanted)]), result=result)

@@ -14,7 +14,8 @@ from filters.answer import Answer, RuleSettings
 from filters.verify.guard import Unreadable, Unverified
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
+_MINUS = str.maketrans("−–－", "---")
 _SHOWN = 100  # characters of an answer that a reason quotes
 
 
@@ -53,8 +54,11 @@ def fenced_block(text: str, *languages: str) -> str:
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, `1,234.5` read as one; None if there is none or it is too large."""
-    found = [match[0] for match in _NUMBER.finditer(text) if match[0]]
+    """The last number of a text, `1,234.5` read as one; None if there is none or it is too large.
+
+    A sign follows no letter or digit: the last number of `10-20` is 20.
+    """
+    found = [match[0] for match in _NUMBER.finditer(text.translate(_MINUS)) if match[0]]
     number = float(found[-1].replace(",", "")) if found else math.nan
     return number if math.isfinite(number) else None
 
