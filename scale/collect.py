@@ -150,7 +150,7 @@ def _answers_since(journal: Path, start: int) -> IdSet:
         if start:
             file.seek(start - 1)
             file.readline()  # to the start of a line, should the user have taken one out
-        for line in file:
+        for line in filter(bytes.strip, file):
             keys.add(_key(msgspec.json.decode(line, type=Completion)))
     return keys
 

@@ -28,8 +28,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{options.url}: there is nothing")
     with RunDir(folder).locked(new=True):
         state = State.read(folder)
+        if state.source not in ("", store.url):
+            raise UsageError(f"{folder}: was fetched from {state.source}; name another folder after the URL")
+        state.source = store.url
         state.save(folder)
-        Mirror(store, folder, state).fetch()
+        try:
+            Mirror(store, folder, state).fetch()
+        finally:
+            state.save(folder)  # with the names of the store's files: the next call removes those that are gone there
         for journal in (path for name in JOURNALS for path in folder.rglob(name)):
             compact(journal)
     print(folder, file=sys.stdout)

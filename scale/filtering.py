@@ -69,12 +69,12 @@ class Filtering:
         self._buckets = LEAST_BUCKETS
         self._own: list[Shuffled] = []
         self._others: list[Shuffled] = []
-        for name, module in sys.modules.items():
-            if name.startswith("user_code_"):  # a user's own functions: no node has their file
-                ray.cloudpickle.register_pickle_by_value(module)
 
     def in_blocks(self, path: Path, work: Work[Block], *, slow: bool) -> Generator[Block, None, None]:
         """As filters.stream.in_blocks. The sketches that it yields are without bands and glimpses."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith("user_code_"):  # the user's own: loaded by now, and no node has the file
+                self._ray.cloudpickle.register_pickle_by_value(module)
         size = path.stat().st_size
         self._buckets = max(LEAST_BUCKETS, size // BUCKET)
         block = min(max(BLOCK, size // BLOCKS), LARGEST_BLOCK)

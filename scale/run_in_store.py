@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from threading import Event, Thread, main_thread
-from time import monotonic
 
 import msgspec
 
@@ -28,8 +27,9 @@ from pipeline.rundir import RunDir
 from scale.run_lease import BEAT_S, Lease, TakenOver
 from scale.storage import cloud_endpoint, open_store
 from scale.sync import Mirror, State
+from serve.named import BEFORE, STUDENT
 
-WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they read and write nothing of the run but a log
+WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they write nothing of the run but a log, and read its student at most
 CACHE = Path("runs") / "stored"
 TICK_S = 1.0
 
@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", options.stage, *arguments, "--run", str(folder)]
     if options.stage in WITHOUT_RUN:
+        flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        flags.add_argument("--model")
+        if flags.parse_known_args(arguments)[0].model in (STUDENT, BEFORE):
+            fetch_student(options.run, folder)
         sys.exit(run_child(command))
     by_nodes = options.stage == "train" and any(flag.split("=")[0] == "--cluster" for flag in arguments)
     sys.exit(run_in_store(command, options.run, folder, take_over=options.take_over, by_nodes=by_nodes))
@@ -53,6 +57,18 @@ def cache_folder(url: str) -> Path:
     """Where a run of a store is on this machine. Stores at two endpoints may have the same URL."""
     url = url.rstrip("/")
     return CACHE / sha256(f"{cloud_endpoint()} {url}".encode()).hexdigest()[:8] / (url.rpartition("/")[2] or "run")
+
+
+def fetch_student(url: str, folder: Path) -> None:
+    """Brings the student, for a command that takes no lease; not where this folder has the newest files."""
+    store = open_store(url)
+    if is_held(folder):
+        return  # by a command that has fetched it
+    with _held(folder):
+        state, leases = State.read(folder), store.names("lease")
+        if not leases or state.lease != leases[-1]:
+            Mirror(store, folder, state).fetch_student()
+            state.save(folder)
 
 
 def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool = False, by_nodes: bool = False) -> int:
@@ -70,33 +86,35 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
         lease = Lease.take(store, state.owner, take_over=take_over)
         mirror = Mirror(store, folder, state)
         print(f"{url}: works in {folder}", file=sys.stderr)
-        mirror.fetch(keep=state.lease == lease.last)
-        if lease.lost:
-            print(f"{url}: {charge_lost(folder, lease.lost)}", file=sys.stderr)
-            mirror.upload()
-            lease.counted()
-        if by_nodes:
-            mirror.push()  # what an earlier call could not
-        state.lease = "" if by_nodes else lease.name  # until it is fetched, what is here may be older
-        state.save(folder)
-        try:
-            with _following(mirror, lease):
-                code = run_child(command, pass_fds=[handle])
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-        try:
-            if by_nodes and code == 0:
-                mirror.fetch_trained()
-                state.lease = lease.name
-            _put_back(mirror, lease, folder, whole=code in (0, RequestsFailed.exit_code))
-        except TakenOver:
-            raise
-        except DistillError as error:
-            raise DistillError(
-                f"{error}; what is not in the store is in {folder}: run the same command again"
-            ) from None
-        finally:
+        with _beating(mirror, lease):
+            mirror.fetch(keep=state.lease == lease.last)
+            if lease.lost:
+                print(f"{url}: {charge_lost(folder, lease.lost)}", file=sys.stderr)
+                mirror.upload()
+                lease.counted()
+            if by_nodes:
+                mirror.push(lease.check)  # what an earlier call could not
+            state.lease = "" if by_nodes else lease.name  # until it is fetched, what is here may be older
             state.save(folder)
+            try:
+                with repeated(mirror.upload, "the answers"), repeated(mirror.put_checkpoints, "the checkpoints"):
+                    code = run_child(command, pass_fds=[handle])
+            except KeyboardInterrupt:
+                code = INTERRUPTED
+            try:
+                if by_nodes and code == 0:
+                    mirror.fetch_trained()
+                    state.lease = lease.name
+                _put_back(mirror, lease, folder, whole=code in (0, RequestsFailed.exit_code))
+            except TakenOver:
+                raise
+            except DistillError as error:
+                raise DistillError(
+                    f"{error}; what is not in the store is in {folder}: run the same command again"
+                ) from None
+            finally:
+                state.save(folder)
+        lease.release()
     return code if code >= 0 else 128 - code
 
 
@@ -123,13 +141,16 @@ def charge_lost(folder: Path, unstored: dict[str, int]) -> str:
 
 
 def _put_back(mirror: Mirror, lease: Lease, folder: Path, *, whole: bool) -> None:
+    try:
+        lease.check()
+    except TakenOver:
+        mirror.upload(rest=True, answers_only=True)
+        raise
     mirror.upload(rest=True)
-    lease.check()
     with RunDir(folder).locked():
         if whole:
-            mirror.compact()
-        mirror.push()
-    lease.release()
+            mirror.compact(lease.check)
+        mirror.push(lease.check)
 
 
 @contextmanager
@@ -155,29 +176,20 @@ def is_held(folder: Path) -> bool:
 
 
 @contextmanager
-def _following(mirror: Mirror, lease: Lease) -> Iterator[None]:
-    """Puts parts and checkpoints while the block runs, and says that this process is alive."""
-    beat = 0.0
-
-    def follow() -> None:
-        nonlocal beat
-        rows = mirror.upload()
-        if monotonic() >= beat:
-            lease.beat(rows)
-            beat = monotonic() + BEAT_S
-
-    with repeated(follow, "the answers"), repeated(mirror.put_checkpoints, "the checkpoints"):
+def _beating(mirror: Mirror, lease: Lease) -> Iterator[None]:
+    """Says that this process is alive while the block runs, also while it fetches and puts."""
+    with repeated(lambda: lease.beat(mirror.unstored), "signs of life", BEAT_S):
         yield
 
 
 @contextmanager
-def repeated(put: Callable[[], None], what: str) -> Iterator[None]:
-    """Puts something every second while the block runs, in a thread; a store that is away is said once."""
+def repeated(put: Callable[[], object], what: str, every: float | None = None) -> Iterator[None]:
+    """Puts something every second (TICK_S) while the block runs, in a thread; a store that is away is said once."""
     ended = Event()
 
     def repeat() -> None:
         said = False
-        while not ended.wait(TICK_S):
+        while not ended.wait(every or TICK_S):
             try:
                 put()
                 said = False

@@ -6,7 +6,9 @@ gets it. The holder says every BEAT_S that it is alive.
 
 import os
 import socket
+from threading import Lock
 from time import time
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -35,12 +37,12 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lease:
-    """This process's lease on a run."""
+    """This process's lease on a run. A thread may beat while another releases it."""
 
     def __init__(self, store: Store, name: str, holder: Holder, last: str) -> None:
         """`last` is the lease before this one."""
         self._store, self._holder = store, holder
-        self.name, self.last = name, last
+        self.name, self.last, self._changing = name, last, Lock()
 
     @classmethod
     def take(cls, store: Store, owner: str, *, take_over: bool = False) -> "Lease":
@@ -68,13 +70,13 @@ class Lease:
 
     def counted(self) -> None:
         """The budget that is in the store counts the lost rows."""
-        self._put(replace(self._holder, lost={}))
+        self._put(lost={})
 
     def beat(self, unstored: dict[str, int]) -> None:
         """Says that this process is alive, and how many rows only it has. Raises TakenOver, or DistillError."""
         self.check()
         most = {kind: max(rows, self._holder.unstored.get(kind, 0)) for kind, rows in unstored.items()}
-        self._put(replace(self._holder, seen=time(), unstored=self._holder.unstored | most))
+        self._put(seen=time(), unstored=self._holder.unstored | most)
 
     def check(self) -> None:
         """Raises TakenOver if another machine has the run now."""
@@ -82,11 +84,12 @@ class Lease:
 
     def release(self) -> None:
         """Everything is in the store; the next machine may begin."""
-        self._put(replace(self._holder, seen=time(), released=True))
+        self._put(seen=time(), released=True)
 
-    def _put(self, holder: Holder) -> None:
-        self._holder = holder
-        self._store.put(self.name, msgspec.json.encode(holder))
+    def _put(self, **changes: Any) -> None:
+        with self._changing:
+            self._holder = replace(self._holder, **changes)
+            self._store.put(self.name, msgspec.json.encode(self._holder))
 
 
 def check_lease(store: Store, name: str) -> None:

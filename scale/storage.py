@@ -63,6 +63,8 @@ def open_store(url: str | Path) -> Store:
             raise UsageError(f"{url}: a bucket and a path are needed: {parts.scheme}://bucket/path")
         store: Store = Bucket(str(url).rstrip("/"))
     elif parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise UsageError(f"{url}: names a machine, {parts.netloc}; a folder has three slashes: file:///folder")
         store = Folder(Path(unquote(parts.path)))
     elif "://" in str(url):
         raise UsageError(f"{url}: not a store; give a folder, or a URL that begins with s3://, gs:// or file://")

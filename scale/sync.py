@@ -9,7 +9,7 @@
 A kind is a journal's name: `completions`, `failures`, and those of a run's `turns/`.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
@@ -35,6 +35,7 @@ TRAIN_WRITES = (  # files and folders
     *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl", "teacher_logprobs.jsonl"),
     *("student-init", "student", "student-sft", "training", "tensorboard"),
 )
+STUDENTS = ("student-init", "student")  # what `serve` reads of a run
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
 
@@ -43,6 +44,7 @@ class State(msgspec.Struct):
 
     owner: str  # names this folder in leases and parts
     url: str = ""  # of the store; empty in a copy that was fetched
+    source: str = ""  # the store that a copy was fetched from
     lease: str = ""  # the last under which it had all that the store had
     files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
 
@@ -92,12 +94,13 @@ class Mirror:
         self._stored: dict[str, IdSet] = {}  # by kind: the rows that the store has
         self._read: set[str] = set()  # parts whose rows are in the local journals
         self._uploaders: dict[str, Uploader] = {}
+        self.unstored: dict[str, int] = {}  # by kind: rows that only this machine had at the last upload
 
     def fetch(self, *, keep: bool = False) -> None:
         """Brings what the store has: rows that the journals lack, and files. `keep`: local files are the newer ones."""
         kinds, names = set(), self._store.names()
         if not keep:
-            self._remove(self._state.files.keys() - set(names))
+            self._remove(self._outdated(names))
         for name in names:
             path = PurePosixPath(name)
             if path.parts[0] == "parts":
@@ -120,10 +123,19 @@ class Mirror:
         self._remove(name for name in {*self._files()} - {*names} if _first(name) in TRAIN_WRITES)
         self.fetch_files(names)
 
-    def upload(self, *, rest: bool = False) -> dict[str, int]:
-        """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had."""
-        for name in (CLUSTER_FILE, "spend*.json"):  # first: what was in flight then may be in the parts
-            self._put(self._matching(name))
+    def fetch_student(self) -> None:
+        """Brings the student, and what it was made from, in place of older ones."""
+        names = names_in(self._store, STUDENTS)
+        self._remove(name for name in self._outdated(names) if _first(name) in STUDENTS)
+        self.fetch_files(names)
+
+    def upload(self, *, rest: bool = False, answers_only: bool = False) -> dict[str, int]:
+        """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had.
+
+        `answers_only`: not what the run has spent, for another machine says that now.
+        """
+        for name in () if answers_only else (CLUSTER_FILE, "spend*.json"):
+            self._put(self._matching(name))  # first: what was in flight then may be in the parts
         rows = {}
         for name in JOURNALS:
             for journal in self._matching(name):
@@ -134,16 +146,17 @@ class Mirror:
                     self._uploaders[kind] = Uploader(self._store, self._state.owner, path, kind, known=known)
                 uploader = self._uploaders[kind]
                 rows[kind] = uploader.upload(rest=rest) + uploader.waiting
+        self.unstored = rows
         return rows
 
-    def push(self) -> None:
+    def push(self, check: Callable[[], None] = lambda: None) -> None:
         """Puts every other file that has changed, and removes from the store those that are gone.
 
-        What makes a student whole is put last.
+        What makes a student whole is put last. `check` is called before each change of the store, and may stop it.
         """
         here = sorted(filter(_is_file, self._files()), key=lambda name: name.endswith("lineage.json"))
-        self._put(here)
-        self._delete(self._state.files.keys() - set(here))
+        self._put(here, check)
+        self._delete(self._state.files.keys() - set(here), check)
 
     def put_checkpoints(self) -> None:
         """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
@@ -160,16 +173,21 @@ class Mirror:
             gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
             self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
 
-    def compact(self) -> None:
-        """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
+    def compact(self, check: Callable[[], None] = lambda: None) -> None:
+        """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded.
+
+        `check`: as in push.
+        """
         for kind in self._uploaders:
             own = f"parts/{kind}/{self._state.owner}-"
             parts = [name for name in part_names(self._store, kind) if name in self._read or name.startswith(own)]
             if parts:
                 journal = self._folder / f"{kind}.jsonl"
                 compact(journal)
+                check()
                 self._store.put(f"{kind}.jsonl", journal)
             for name in parts:
+                check()
                 self._store.delete(name)
 
     def _download(self, name: str) -> None:
@@ -186,6 +204,12 @@ class Mirror:
             (self._folder / name).unlink(missing_ok=True)
             self._state.files.pop(name, None)
 
+    def _outdated(self, names: Collection[str]) -> set[str]:
+        """What the store had and has no longer, and what is here beside a training that it has: none is of two."""
+        stored = {_first(name) for name in names} & set(TRAIN_WRITES)
+        beside = {name for name in self._files() if _first(name) in stored}
+        return (self._state.files.keys() | beside) - set(names)
+
     def _merge(self, kind: str) -> None:
         """Appends the store's rows to the local journal, except those that it has."""
         journal, stored, local = self._folder / f"{kind}.jsonl", self._stored.setdefault(kind, IdSet()), IdSet()
@@ -193,7 +217,7 @@ class Mirror:
         with Journal(journal, JOURNALS[journal.name]):
             pass  # opening it has cut off a torn end
         with journal.open("rb") as file:
-            for line in file:
+            for line in filter(bytes.strip, file):  # a blank line is no row
                 local.add(row_key(line, kind))
         with journal.open("ab") as file:
             for line in self._rows(kind, stored):
@@ -207,20 +231,22 @@ class Mirror:
         if f"{kind}.jsonl" in self._store.names(str(PurePosixPath(kind).parent).removeprefix(".")):
             self._store.download(f"{kind}.jsonl", compacted)
             with compacted.open("rb") as file:
-                yield from (line for line in file if stored.add(row_key(line, kind)))
+                yield from (line for line in filter(bytes.strip, file) if stored.add(row_key(line, kind)))
             compacted.unlink()
         yield from read_parts(self._store, kind, known=stored, names=parts)
         self._read.update(parts)
 
-    def _put(self, names: Iterable[str]) -> None:
+    def _put(self, names: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
         for name in names:
             stamp = _stamp(self._folder / name)
             if self._state.files.get(name) != stamp:
+                check()
                 self._store.put(name, self._folder / name)
                 self._state.files[name] = stamp
 
-    def _delete(self, names: Iterable[str]) -> None:
+    def _delete(self, names: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
         for name in names:
+            check()
             self._store.delete(name)
             del self._state.files[name]
 

@@ -115,7 +115,8 @@ def _fit(cluster: Cluster, training: Training) -> str | None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-    nodes = cluster.nodes()
+    if not (nodes := cluster.nodes()):
+        raise DistillError("no node of the cluster can work yet (see `ray status`); the same command goes on")
     gpus = sum(node.gpus for node in nodes)
     workers = {"num_workers": gpus or len(nodes), "use_gpu": bool(gpus)}
     cores = {} if gpus else {"CPU": min(node.cpus for node in nodes)}

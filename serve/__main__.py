@@ -25,6 +25,8 @@ from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 def main(argv: list[str] | None = None) -> None:
     """Serves until interrupted. Raises DistillError if vLLM ends by itself."""
     recipe, run, options = parse_stage(_parser(), _joined(sys.argv[1:] if argv is None else argv))
+    if options.cluster and options.print:
+        raise UsageError("--print shows what this machine would start; leave out --cluster")
     if options.cluster:
         _on_cluster(recipe, run, options)
     name, host, port = address_of(recipe, options.model)

@@ -74,9 +74,11 @@ def written(folder: Path, rows: int = ROWS) -> Path:
 
 
 class RayHere:
-    """What the filters use of ray, in this process: no process begins, and nothing is sent."""
+    """What the filters use of ray, in this process. A task gets what pickle makes of it without the user's modules."""
 
-    cloudpickle = SimpleNamespace(register_pickle_by_value=lambda module: None)
+    def __init__(self, cloudpickle: Any) -> None:
+        self.cloudpickle = cloudpickle
+
     exceptions = SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError)
 
     def cluster_resources(self) -> dict[str, float]:
@@ -94,7 +96,13 @@ class RayHere:
     def remote(self, function: Any) -> Any:
         def options(num_returns: int) -> Any:
             def call(*given: Any) -> Any:
-                made = function(*given)
+                data = self.cloudpickle.dumps((function, given))
+                own = {name: sys.modules.pop(name) for name in user_modules()}
+                try:
+                    task, arguments = self.cloudpickle.loads(data)
+                finally:
+                    sys.modules.update(own)
+                made = task(*arguments)
                 assert num_returns == 1 or len(made) == num_returns
                 return made
 
@@ -103,8 +111,21 @@ class RayHere:
         return SimpleNamespace(options=options)
 
 
+def user_modules() -> list[str]:
+    return [name for name in sys.modules if name.startswith("user_code_")]
+
+
+def forget_user_code() -> None:
+    """Makes this process as new: it has loaded no file of a user, and told Ray of none."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    for name in user_modules():
+        module = sys.modules.pop(name)
+        if name in cloudpickle.list_registry_pickle_by_value():
+            cloudpickle.unregister_pickle_by_value(module)
+
+
 def test_the_files_are_those_of_one_machine_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", RayHere())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", RayHere(pytest.importorskip("ray.cloudpickle")))  # type: ignore[arg-type]
     monkeypatch.setattr("scale.filtering.Cluster", lambda address, name: SimpleNamespace(close=lambda: None))
     compare("here", 600, tmp_path, monkeypatch)
 
@@ -122,6 +143,7 @@ def compare(address: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
         folder = tmp_path / ("cluster" if more else "alone")
         run = written(folder, rows)
         monkeypatch.chdir(folder)
+        forget_user_code()
         main(["recipe.yaml", "--run", "run", *more])
         outcome.append([(run / name).read_bytes() for name in ("kept.jsonl", "dropped.jsonl", "filter_report.json")])
     alone, cluster = outcome

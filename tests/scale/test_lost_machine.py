@@ -2,16 +2,22 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from generate.budget import Account, Spend, read_account, write_account
 from generate.journal import read_journal
+from pipeline.errors import UsageError
 from pipeline.records import Completion, Usage, encode_line
 from scale import run_lease
-from scale.run_in_store import run_in_store
-from scale.run_lease import Lease
+from scale.collect import _answers_since
+from scale.fetch import main as fetch
+from scale.run_in_store import cache_folder, run_in_store
+from scale.run_in_store import main as run_main
+from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, open_store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
@@ -91,6 +97,20 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
     assert (store.names("parts"), store.get("spend.json")) == ([], (two / "spend.json").read_bytes())
 
 
+def test_a_blank_line_in_a_journal_is_no_row(tmp_path: Path) -> None:
+    folder, url = tmp_path / "one", (tmp_path / "store").as_uri()
+    folder.mkdir()
+    journal, rows = folder / "completions.jsonl", row(1) + row(2)
+    journal.write_bytes(row(1) + b"\n" + row(2))
+    assert len(_answers_since(journal, 0)) == 2
+    assert run_in_store([sys.executable, "-c", "pass"], url, folder) == 0
+    open_store(url).put("completions.jsonl", row(1) + b"\n" + row(2))  # as a user may have edited it
+    journal.write_bytes(row(1) + b"\n" + row(2))
+    assert run_in_store([sys.executable, "-c", "pass"], url, folder) == 0
+    assert len(read_journal(journal, Completion).ids) == 2
+    assert rows.splitlines() == [line for line in journal.read_bytes().splitlines() if line]
+
+
 def test_a_store_has_the_last_whole_checkpoint_while_a_training_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +145,157 @@ def test_what_nodes_have_trained_comes_here_and_stays_in_the_store(tmp_path: Pat
         after = files(store)
         assert run_in_store([sys.executable, "-c", "pass"], url, folder) == 0
         assert files(folder) == files(store) == after
+
+
+def lost_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Folder]:
+    """A folder whose command has lost its lease while the store was away, and the store, which another has."""
+    monkeypatch.setattr(run_lease, "STALE_S", 0.0)
+    folder, store = tmp_path / "one", Folder(tmp_path / "store")
+    folder.mkdir()
+    lease = Lease.take(store, "one")
+    State("one", url=store.url, lease=lease.name).save(folder)
+    Lease.take(store, "two", take_over=True).release()
+    return folder, store
+
+
+def test_a_machine_says_that_it_is_alive_until_all_is_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching a file and putting another take longer than a holder may be silent."""
+    monkeypatch.setattr("scale.run_in_store.BEAT_S", 0.02)
+    store, folder, beats = Folder(tmp_path / "store"), tmp_path / "one", list[str]()
+    store.put("given", b"")
+    folder.mkdir()
+    put, get = Folder.put, Folder.download
+
+    def slow(what: str) -> None:
+        seen, end = store.get("lease/000001.json"), time.monotonic() + 10
+        while store.get("lease/000001.json") == seen and time.monotonic() < end:
+            time.sleep(0.01)
+        beats.extend([what] * (store.get("lease/000001.json") != seen))
+
+    def slow_put(self: Folder, name: str, data: bytes | Path) -> None:
+        if name == "made":
+            slow("put")
+        put(self, name, data)
+
+    monkeypatch.setattr(Folder, "download", lambda *given: (slow("fetch"), get(*given))[1])
+    monkeypatch.setattr(Folder, "put", slow_put)
+    command = [sys.executable, "-c", f"open({str(folder / 'made')!r}, 'w')"]
+    assert run_in_store(command, store.url, folder) == 0
+    assert beats == ["fetch", "put"]
+    assert msgspec.json.decode(store.get("lease/000001.json") or b"")["released"]
+
+
+def test_a_machine_that_was_taken_over_puts_answers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one takes the run between two of its puts, or before them."""
+    monkeypatch.setattr(run_lease, "STALE_S", 0.0)
+    monkeypatch.setattr("scale.run_in_store.BEAT_S", 1000.0)
+    put = Folder.put
+
+    def losing(self: Folder, name: str, data: bytes | Path) -> None:
+        put(self, name, data)
+        if name == "a":
+            Lease.take(store, "two", take_over=True)
+            put(self, "b", b"of the second")
+
+    monkeypatch.setattr(Folder, "put", losing)
+    store, folder = Folder(tmp_path / "store"), tmp_path / "one"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).write_text("of the first")
+    with pytest.raises(TakenOver):
+        run_in_store([sys.executable, "-c", "pass"], store.url, folder)
+    assert (store.get("a"), store.get("b")) == (b"of the first", b"of the second")
+
+    store, folder = Folder(tmp_path / "other"), tmp_path / "three"
+    folder.mkdir()
+    put(store, "spend.json", b"{}")
+    (folder / "new").write_bytes(row(1))
+    code = f"""if True:
+        from pathlib import Path
+        from scale.run_lease import Lease, STALE_S
+        import scale.run_lease
+        from scale.storage import Folder
+        scale.run_lease.STALE_S = 0.0
+        folder, store = Path({str(folder)!r}), Folder(Path({store.url!r}))
+        Lease.take(store, "two", take_over=True)
+        (folder / "new").rename(folder / "completions.jsonl")
+        (folder / "spend.json").write_text('{{"unsaid": {{}}}}')
+    """
+    monkeypatch.setattr("scale.run_in_store.TICK_S", 1000.0)
+    with pytest.raises(TakenOver):
+        run_in_store([sys.executable, "-c", code], store.url, folder)
+    assert (len(store.names("parts")), store.get("spend.json")) == (1, b"{}")
+
+
+def test_a_student_is_never_mixed_of_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, store = lost_lease(tmp_path, monkeypatch)
+    for name in ("student/adapter_config.json", "student/lineage.json", "judgements.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("of the first")
+    for name in ("student/config.json", "student/lineage.json"):
+        store.put(name, b"of the second")
+    assert run_in_store([sys.executable, "-c", "pass"], store.url, folder) == 0
+    assert store.names("student") == ["student/config.json", "student/lineage.json"]
+    assert store.get("student/lineage.json") == b"of the second"
+    assert store.get("judgements.jsonl") == b"of the first"  # nobody else has made it, and it was paid for
+
+
+def test_a_student_is_fetched_before_it_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a new machine, on one with an older copy, and not in place of what only this machine has."""
+    monkeypatch.chdir(tmp_path)
+    url, store = (tmp_path / "store").as_uri(), Folder(tmp_path / "store")
+    served = []
+
+    def shown(command: list[str]) -> int:
+        folder = Path(command[-1]) / "student"
+        served.append({path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else {})
+        return 0
+
+    def serve(*flags: str) -> dict[str, str]:
+        monkeypatch.setattr("scale.run_in_store.run_child", shown)
+        with pytest.raises(SystemExit):
+            run_main(["serve", "recipe.yaml", "--run", url, *flags, "--print"])
+        return served[-1]
+
+    folder = cache_folder(url) / "student"
+    folder.mkdir(parents=True)
+    (folder / "own").write_text("put nowhere")
+    Lease.take(store, "other").release()
+    assert serve("--model", "student") == {"own": "put nowhere"}
+    shutil.rmtree(folder)
+    store.put("student/model", b"old")
+    assert serve() == {}  # the teacher needs no file of the run
+    assert serve("--model", "student") == {"model": "old"}
+    store.delete("student/model")
+    store.put("student/adapter", b"new")
+    assert serve("--model=before") == {"adapter": "new"}
+
+    folder = cache_folder(url)
+    state = State.read(folder)
+    state.lease = Lease.take(store, state.owner).name
+    state.save(folder)
+    (folder / "student" / "adapter").write_text("not in the store yet")
+    assert serve("--model", "student") == {"adapter": "not in the store yet"}
+
+
+def test_a_fetched_copy_is_of_one_run_and_has_what_the_run_has(tmp_path: Path) -> None:
+    one, other = Folder(tmp_path / "a" / "t"), Folder(tmp_path / "b" / "t")
+    for name in ("completions.jsonl", "student/adapter_config.json", "preferences.jsonl"):
+        one.put(name, row(1) if name == "completions.jsonl" else b"old")
+    other.put("completions.jsonl", row(2))
+    fetch([one.url, str(tmp_path / "home")])
+    for name in ("student/adapter_config.json", "preferences.jsonl"):
+        one.delete(name)
+    one.put("student/config.json", b"new")
+    (tmp_path / "home" / "own").write_text("the user's")
+    fetch([one.url, str(tmp_path / "home")])
+    files = {path.relative_to(tmp_path / "home").as_posix() for path in (tmp_path / "home").rglob("[!.]*")}
+    assert files == {"completions.jsonl", "own", "student", "student/config.json"}
+    with pytest.raises(UsageError, match=r"home: was fetched from .*a/t; name another folder after the URL"):
+        fetch([other.url, str(tmp_path / "home")])
+    assert (tmp_path / "home" / "completions.jsonl").read_bytes() == row(1)
 
 
 def test_what_makes_a_student_whole_is_put_last(tmp_path: Path) -> None:

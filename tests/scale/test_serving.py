@@ -193,3 +193,9 @@ def test_too_few_gpus_is_an_error() -> None:
 def test_only_the_teacher_is_served_on_a_cluster() -> None:
     with pytest.raises(UsageError, match="--cluster serves the teacher, not --model student"):
         main(["recipes/demo.yaml", "--cluster", "auto", "--model", "student"])
+
+
+def test_print_starts_nothing_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "serve_on_cluster", lambda *given: pytest.fail("it has started servers"))
+    with pytest.raises(UsageError, match="--print shows what this machine would start; leave out --cluster"):
+        main(["recipes/demo.yaml", "--cluster", "auto", "--print"])

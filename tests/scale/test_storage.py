@@ -56,6 +56,7 @@ def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
         ("s3://bucket", "a bucket and a path are needed"),
         ("ftp://bucket/run", "begins with s3://, gs:// or file://"),
         ("s3://nothing/run", "NoSuchBucket"),
+        ("file://runs/mine", "three slashes: file:///folder"),
     ],
 )
 def test_a_wrong_url_is_one_clear_error(server: str, url: str, words: str) -> None:

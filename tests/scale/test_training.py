@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -16,6 +18,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale import run_in_store, training
+from scale.cluster import Cluster
 from scale.run_lease import TakenOver
 from scale.storage import open_store
 from scale.sync import State, names_in
@@ -98,6 +101,12 @@ def test_an_error_of_ours_is_raised_and_others_are_the_reason() -> None:
     assert reason_of({1: lost, 0: ValueError("x")}) == "process 0: x; process 1: connection closed"
     with pytest.raises(UsageError, match="no such run"):
         reason_of({0: lost, 1: Wrapped("a traceback")})
+
+
+def test_without_a_node_that_can_work_the_same_command_goes_on(told: Training) -> None:
+    none = cast("Cluster", SimpleNamespace(nodes=list))
+    with pytest.raises(DistillError, match=r"no node of the cluster can work yet .* the same command goes on"):
+        training._fit(none, told)
 
 
 def test_wrong_usage_is_refused(told: Training) -> None:
