@@ -68,8 +68,9 @@ def serve_page(build: Callable[[str], "FastAPI"], *, port: int, before: str, aft
         try:
             listener.bind((HOST, port))
             listener.listen()
-        except OSError as error:
-            raise UsageError(f"--port {port}: {error.strerror}; name another, or none for any that is free") from None
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", error)
+            raise UsageError(f"--port {port}: {reason}; name another, or none for any that is free") from None
         print(f"{before}\nhttp://{HOST}:{listener.getsockname()[1]}/{token}/  ({after})", flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         with suppress(KeyboardInterrupt):  # uvicorn closes, then passes the signal on

@@ -58,6 +58,8 @@ def open_store(url: str | Path) -> Store:
     Raises UsageError for a wrong URL or a missing package, DistillError if there is no access or no such bucket.
     """
     parts = urlsplit(str(url))
+    if url == "":
+        raise UsageError("no URL of a run is given; give it: make fetch RUN=s3://bucket/path")
     if parts.scheme in CLOUDS:
         if not parts.netloc or not parts.path.strip("/"):
             raise UsageError(f"{url}: a bucket and a path are needed: {parts.scheme}://bucket/path")

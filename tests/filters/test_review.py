@@ -329,3 +329,6 @@ def test_a_port_that_is_taken_is_said_in_one_line(run: RunDir) -> None:
         assert (
             done.stderr == f"error: --port {port}: Address already in use; name another, or none for any that is free\n"
         )
+    done = subprocess.run([*command, "--port", "70000"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--port 70000: bind(): port must be 0-65535" in done.stderr

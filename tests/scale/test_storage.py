@@ -57,6 +57,7 @@ def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
         ("ftp://bucket/run", "begins with s3://, gs:// or file://"),
         ("s3://nothing/run", "NoSuchBucket"),
         ("file://runs/mine", "three slashes: file:///folder"),
+        ("", "no URL of a run is given"),  # else the working directory
     ],
 )
 def test_a_wrong_url_is_one_clear_error(server: str, url: str, words: str) -> None:

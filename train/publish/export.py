@@ -54,7 +54,7 @@ def main() -> None:
         raise UsageError("--public is for --push OWNER/NAME")
     if options.gguf:
         check_type(options.gguf)
-    token = token_for(options.push) if options.push else None  # before anything is written
+    token = token_for(options.push) if options.push is not None else None  # before anything is written
     with run.locked():
         data = options.push if options.dataset else None
         if options.gguf:
