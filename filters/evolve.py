@@ -106,17 +106,24 @@ def evolve(
 ) -> Report:
     """Writes the recipe's prompts and those made of them, `most` in all (None: as many as `rounds` bring).
 
-    A request that failed for good in an earlier call is made again. Raises what `generate` raises: the next call goes
-    on. At the end of the budget what there is by then is written first.
+    A request that failed for good in an earlier call is made again. Raises UsageError if `rounds` or `most` leave
+    nothing to ask, and what `generate` raises: the next call goes on. At the end of the budget what there is by then is
+    written first.
     """
     seeds = list({prompt.id: prompt for prompt in iter_prompts(recipe)}.values())
+    if rounds < 1:
+        raise UsageError(f"--rounds must be at least 1, got {rounds}")
+    if most is not None and most <= len(seeds):
+        raise UsageError(f"--most counts the recipe's own {len(seeds)} prompts, too, and must be over that; got {most}")
+    folder = run.path / "evolve"
+    folder.mkdir(parents=True, exist_ok=True)
     prompts, distinct, done = seeds[:], Distinct(near, DedupConfig().ngram), list[Round]()
     for seed in seeds:
         distinct.add(said(seed.messages[-1]), always=True)
     known, stopped = set[str](), None  # the questions of all rounds: none is asked twice
     while not stopped and len(done) < rounds and (most is None or len(prompts) < most):
         number, lacking = len(done) + 1, len(prompts) if most is None else most - len(prompts)
-        asked = RunDir(run.path / "evolve" / str(number))
+        asked = RunDir(folder / str(number))
         parents = [prompt for prompt in prompts if prompt.messages[-1].role == "user"]  # not a tool's result
         made = (question(parent, seeds, number, recipe) for parent in parents[-lacking:])
         questions = {one.asked.id: one for one in made if one.asked.id not in known}
@@ -132,7 +139,7 @@ def evolve(
         prompts += _new_prompts(questions, asked, distinct, done[-1], number)
     write_jsonl(run.path / "evolved.jsonl", prompts)
     report = _report(seeds, prompts, done)
-    write_json(run.path / "evolve" / "report.json", report)
+    write_json(folder / "report.json", report)
     if stopped:
         raise BudgetReached(f"{stopped}; {len(prompts)} prompts are in {run.path / 'evolved.jsonl'}")
     return report
@@ -175,7 +182,6 @@ def read_prompt(answer: Completion) -> tuple[str, str | None]:
 def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: bool) -> int:
     """Asks what is not answered yet; returns how many requests failed for good."""
     folder = asked.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{asked.path.name}.questions.jsonl"
     write_jsonl(file, questions)
     others = [RunDir(path) for path in folder.iterdir() if path.is_dir() and path != asked.path]

@@ -1,12 +1,14 @@
-"""The newest reference and columns of each prompt, for answers that were bought before these were added or changed.
+"""The newest reference and columns of each prompt, for answers bought before these were added, changed or removed.
 
-Reads prompts.jsonl. Keeps 28 bytes per prompt, and reads a prompt's line again only where an answer has other values.
+Reads prompts.jsonl, if it or completions.jsonl has any. Keeps 28 bytes per prompt, and reads a prompt's line again only
+where an answer has other values.
 """
 
 import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
+from filters.stream import LONGEST_LINE
 from pipeline.errors import DataError
 from pipeline.records import Completion, Prompt, encode_line
 
@@ -71,15 +74,19 @@ class FreshValues:
 
 
 @contextmanager
-def fresh_values(path: Path) -> Iterator[FreshValues | None]:
-    """The index of a prompts.jsonl; None if there is no such file, or no prompt in it has a reference or columns."""
-    if not path.exists():
+def fresh_values(prompts: Path, completions: Path) -> Iterator[FreshValues | None]:
+    """The index of a prompts.jsonl; None if there is no such file, or neither file has a reference or columns."""
+    if prompts.exists() and (_has_values(prompts) or _has_values(completions)):
+        with prompts.open("rb") as file:
+            yield FreshValues(file)
+    else:
         yield None
-        return
+
+
+def _has_values(path: Path) -> bool:
     with path.open("rb") as file:
-        some = any(mark in line for line in file for mark in MARKS)
-        file.seek(0)
-        yield FreshValues(file) if some else None
+        lines = iter(partial(file.readline, LONGEST_LINE), b"")
+        return any(mark in line for line in lines for mark in MARKS)
 
 
 def _hash(value: object) -> int:

@@ -30,7 +30,7 @@ def kept_line(line: bytes, scores: dict[str, Any]) -> bytes:
 
 def completion_part(line: bytes) -> bytes:
     """The completion's line in a line that `kept_line` made."""
-    return line[: line.rindex(b',"scores":')] + b"}"
+    return line[: line.rindex(b',"scores":{')] + b"}"  # with the bracket: a rule may be called `scores`, too
 
 
 def dropped_line(line: bytes, reasons: list[Reason]) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -23,6 +24,9 @@ from pipeline.user_code import load_function
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Verified).decode
 
 PASSED = Verified()
 FUNCTION = "function"  # the rule that is a user's own function
@@ -188,19 +192,20 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         except Exception as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
-        result = said.result if isinstance(said, Verified) else None
-        reason, score = said[:2] if isinstance(said, tuple) and len(said) in (2, 3) else (said, None)
-        if (
-            not isinstance(reason, str | Reason | None)
-            or not isinstance(score, float | int | None)
-            or isinstance(score, bool)
-            or not math.isfinite(score or 0)
-            or not isinstance(result, str | None)
-        ):
+        try:
+            return PASSED if said is None else _as_verified(said, settings.name)
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
             wanted = "a reason (text) or None, or a pair of that and a score (a finite number), or a Verified"
-            raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted {wanted}")
-        if isinstance(reason, str):
-            reason = Reason(rule=settings.name, note=reason or "no reason given")
-        return Verified(reason, None if score is None else float(score), result)
+            raise DistillError(f"{path}: {settings.name} returned {said!r}; wanted {wanted}") from None
 
     return check
+
+
+def _as_verified(said: Any, rule: str) -> Verified:
+    """What a user's function returned, as it will be read again from the files. Raises if that is not possible."""
+    reason, score, *result = said if isinstance(said, tuple) and len(said) in (2, 3) else (said, None)
+    if isinstance(reason, str):
+        reason = Reason(rule=rule, note=reason or "no reason given")
+    if not isinstance(score, float | int | None) or isinstance(score, bool) or not math.isfinite(score or 0):
+        raise ValueError("no score")
+    return _decode(_encode(Verified(reason, None if score is None else float(score), *result)))

@@ -123,7 +123,7 @@ def filter_run(
         staging = staged([run.kept, run.dropped, run.filter_report, *wanted], stale)
         kept, dropped, report_file, *preferences = stack.enter_context(staging)
         stack.callback(path.unlink, missing_ok=True)
-        fresh = stack.enter_context(fresh_values(run.prompts))
+        fresh = stack.enter_context(fresh_values(run.prompts, run.completions))
         compared = rules.agrees is not None or config.select == "agreed"
         later = bool(rules.agrees or dedup or config.judge or config.select != "all")  # a stage follows the rules
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)

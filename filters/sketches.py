@@ -133,7 +133,7 @@ def _texts(file: BinaryIO, source: Source) -> Iterator[Text]:
 class _Row(msgspec.Struct):
     """What matters here of a line: a kept answer, or a prompt to evaluate on, alone or with its answer."""
 
-    id: str = ""
+    id: str | int = ""  # in a file of prompts it may be a number
     messages: list[Message] = []
     prompt: str = ""
     text: str | None = None
@@ -154,7 +154,7 @@ def _text(line: bytes | None, start: int, kind: Kind) -> Text:
         raise msgspec.ValidationError("neither `messages` nor `prompt`: no row to evaluate on")
     question = question_of(row.messages) or row.prompt
     answer = question if row.text is None else said(Message("assistant", row.text, row.tool_calls))
-    return Text(row.id, start, answer, question)
+    return Text(str(row.id), start, answer, question)
 
 
 class Reader:

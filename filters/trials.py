@@ -20,7 +20,7 @@ from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import DEDUP_RULES
 from filters.groups import AGREES, SELECT
 from filters.judge import RULE as JUDGE
-from filters.judge import read_judgements
+from filters.judge import Judgement, read_judgements
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings
 from filters.report import one_line
@@ -118,17 +118,23 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     Fewer rules against an answer come first, then the judge's score, then the distance to the rules' thresholds.
     Duplicates come last, and an answer without text is in no share.
     """
-    thresholds, total, ranks = stricter(rules), 0, list[Rank]()
-    scores = {id_: judgement.score or 0 for id_, judgement in read_judgements(run).items()}
+    thresholds, total, ranks, judged = stricter(rules), 0, list[Rank](), read_judgements(run)
     for row in filtered_rows(run):
         total += 1
         if said(row).strip():
-            score = row.scores.get(JUDGE, 0.0) if isinstance(row, Kept) else scores.get(row.id, 0)
-            ranks.append(_rank(row, thresholds, score))
+            ranks.append(_rank(row, thresholds, _scores(row, judged).get(JUDGE, 0.0)))
     if not ranks:
         raise DataError(f"{run.kept}: no answers to rank; run `python -m generate` and the filters first")
     order = {rank[-1]: place for place, rank in enumerate(sorted(ranks))}
-    return [_write(run, percent, min(ceil(total * percent / 100), len(ranks)), order, total) for percent in shares]
+    counts = {percent: min(ceil(total * percent / 100), len(ranks)) for percent in shares}
+    return [_write(run, percent, count, order, total, judged) for percent, count in counts.items()]
+
+
+def _scores(row: Kept | Dropped, judged: dict[str, Judgement]) -> dict[str, float]:
+    """The scores of a row; of one that was dropped, the judge's if it was asked."""
+    if isinstance(row, Kept):
+        return row.scores
+    return judged[row.id].scores if row.id in judged else {}
 
 
 def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
@@ -153,7 +159,9 @@ def margin(answer: Answer, thresholds: Thresholds) -> tuple[float, float]:
     return (min(found), sum(found) / len(found)) if found else (0.0, 0.0)
 
 
-def _write(run: RunDir, percent: int, count: int, order: dict[str, int], total: int) -> Subset:
+def _write(
+    run: RunDir, percent: int, count: int, order: dict[str, int], total: int, judged: dict[str, Judgement]
+) -> Subset:
     target = RunDir(run.path / "sweep" / str(percent))
     target.path.mkdir(parents=True, exist_ok=True)
     if run.recipe.exists():
@@ -164,7 +172,7 @@ def _write(run: RunDir, percent: int, count: int, order: dict[str, int], total: 
             fields = {name: getattr(row, name) for name in Completion.__struct_fields__}
             rank = order.get(row.id, total)
             if rank < count:
-                own = row.scores if isinstance(row, Kept) else {}
+                own = _scores(row, judged)
                 kept.write(encode_line(Kept(**fields, scores=own)))
                 by_rules += isinstance(row, Dropped)
                 scores += [own[JUDGE]] if JUDGE in own else []

@@ -1,7 +1,7 @@
 """The verifier `sql`: the answer is a query that runs on a SQLite database, and finds what the reference finds."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
@@ -30,10 +30,18 @@ class SqlSettings(ReferenceSettings):
         if log.exists() and log.stat().st_size:
             raise ValueError(f"database: {log} holds changes that are not in it yet; close the program that uses it")
         try:
-            call(_DATABASE, "check", self._file, "SELECT 1", None, self.seconds, self.tolerance, seconds=30)
+            self.check("SELECT 1", None)
         except Unverified as error:
             raise ValueError(f"database: {path}: {error}") from None
         return self
+
+    def check(self, query: str, reference: str | None) -> dict[str, Any]:
+        """What `filters.verify.database.check` says of two queries. The time is for both, on a busy machine."""
+        arguments = self._file, query, reference, self.seconds, self.tolerance
+        found: dict[str, Any] = call(
+            _DATABASE, "check", *arguments, seconds=4 * self.seconds + 2, load=("load", self._file)
+        )
+        return found
 
 
 def sql(answer: Answer, settings: SqlSettings) -> Verified:
@@ -43,8 +51,7 @@ def sql(answer: Answer, settings: SqlSettings) -> Verified:
     if reference is not None and not isinstance(reference, str):
         raise Unverified(f"the reference is not SQL: {shown(str(reference))}")
     query = fenced_block(answer.text, "sql", "sqlite")
-    arguments = settings._file, query, reference, settings.seconds, settings.tolerance
-    found = call(_DATABASE, "check", *arguments, seconds=4 * settings.seconds + 2)  # two queries, on a busy machine
+    found = settings.check(query, reference)
     if found["what"]:
         return Verified(Reason(rule="sql", what=found["what"], found=shown(found["note"])))
     result = found["result"]

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,8 +23,11 @@ from filters.verify.guard import Unverified
 from filters.verify.sandbox import die_with_parent, limit, restrict_files
 
 MEMORY = 2 << 30  # bytes of address space: sympy takes a tenth of it
-_START_S = 60  # for a worker to start and to import what a verifier needs, on a busy machine
+_START_S = 60  # for a worker to start, and to import and load what a verifier needs, on a busy machine
 _ENVIRONMENT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH")  # what Python may need to start; nothing that is secret
+
+
+Request = tuple[Any, ...]  # a module to import; or a module, its function and the arguments
 
 
 class Worker:
@@ -42,17 +46,18 @@ class Worker:
         self.replies = select.poll()  # a third of the time that the connection's own takes
         self.replies.register(self.connection, select.POLLIN)
         self.owner = os.getpid()
-        self.modules: set[str] = set()  # imported there
+        self.ready: set[Request] = set()  # modules imported there, and calls that are made once
         self.usable = True
 
-    def ask(self, module: str, function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+    def ask(self, request: Request, seconds: float, before: Sequence[Request]) -> Any:
         """What the function returns. Raises Unverified if it raises, takes longer, or takes the worker down."""
-        if module not in self.modules:
-            self._exchange([module], _START_S)
-            self.modules.add(module)
-        return self._exchange([module, function, arguments], seconds)
+        for first in before:
+            if first not in self.ready:
+                self._exchange(first, _START_S)
+                self.ready.add(first)
+        return self._exchange(request, seconds)
 
-    def _exchange(self, request: list[Any], seconds: float) -> Any:
+    def _exchange(self, request: Request, seconds: float) -> Any:
         self.usable = False  # until the whole reply is here
         try:
             self.connection.send_bytes(msgspec.msgpack.encode(request))
@@ -80,14 +85,20 @@ _lock = threading.Lock()
 _worker: Worker | None = None
 
 
-def call(module: str, function: str, *arguments: Any, seconds: float) -> Any:
-    """Has the worker call `function` of `module`; values are JSON. Raises Unverified if it fails or takes longer."""
+def call(module: str, function: str, *arguments: Any, seconds: float, load: tuple[str, ...] = ()) -> Any:
+    """Has the worker call `function` of `module`; values are JSON. Raises Unverified if it fails or takes longer.
+
+    `load`: another function of the module and its arguments, which a new worker calls first; not in `seconds`.
+    """
     global _worker
+    before: list[Request] = [(module,)]
+    if load:
+        before.append((module, load[0], load[1:]))
     with _lock:
         if _worker is None or not _worker.is_ours():
             _worker = Worker()
         try:
-            return _worker.ask(module, function, arguments, seconds)
+            return _worker.ask((module, function, arguments), seconds, before)
         finally:
             if not _worker.usable:
                 _worker.close()

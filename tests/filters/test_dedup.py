@@ -285,7 +285,10 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
     other, (test, validation) = stage.run.path, stage.run.kept.read_bytes().splitlines(keepends=True)
     stage.run.test.write_bytes(test)
     stage.run.validation.write_bytes(validation)
-    prompts.write_text('{"prompt": "여우 이야기"}\n{"messages": [{"role": "user", "content": "늑대 이야기"}]}\n')
+    prompts.write_text(
+        '{"prompt": "여우 이야기"}\n{"messages": [{"role": "user", "content": "늑대 이야기"}]}\n'
+        '{"id": 7, "prompt": "양 이야기"}\n'
+    )
     rows = [
         completion("a", story(10), "곰 이야기!"),
         completion("b", edited(answer, 3)),
@@ -294,6 +297,7 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
         completion("e", story(13), "토끼 이야기"),
         completion("f", story(14), "토끼 이야기"),
         completion("g", story(15), "사자 이야기"),
+        completion("i", story(16), "양 이야기"),
     ]
     stage.filter(rows, contamination=[str(other), str(prompts)])
     assert stage.kept() == ["e", "f"]
@@ -304,6 +308,7 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
     assert describe(reasons["g"]) == f"the same prompt as v in {other}"
     assert describe(reasons["c"]) == f"the same prompt as row 1 in {prompts}"
     assert describe(reasons["d"]) == f"the same prompt as row 2 in {prompts}"
+    assert describe(reasons["i"]) == f"the same prompt as 7 in {prompts}"
 
 
 def test_answers_to_prompts_that_are_alike(stage: Stage) -> None:

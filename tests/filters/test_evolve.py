@@ -14,7 +14,7 @@ import pytest
 from filters.diversity import Distinct, diversity
 from filters.evolve import HARDER, NEW, WAYS, describe, evolve, question, read_prompt
 from generate.prompts import iter_prompts
-from pipeline.errors import BudgetReached
+from pipeline.errors import BudgetReached, UsageError
 from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig
 from pipeline.records import Completion, Prompt, read_jsonl
 from pipeline.rundir import RunDir
@@ -93,6 +93,36 @@ def test_the_pool_ends_at_its_size(tmp_path: Path) -> None:
     with misbehaving(rewriting) as server:
         report = evolve(recipe_of(server, tmp_path), RunDir(tmp_path / "run"), rounds=9, most=SEEDS + 15, quiet=True)
         assert (report.prompts, len(server.asked)) == (SEEDS + 15, 15)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rounds": 0}, "--rounds must be at least 1, got 0"),
+        ({"most": SEEDS}, f"--most counts the recipe's own {SEEDS} prompts, too, and must be over that; got {SEEDS}"),
+    ],
+)
+def test_limits_that_leave_nothing_to_ask_are_refused(tmp_path: Path, wrong: dict[str, int], message: str) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(rewriting) as server:
+        with pytest.raises(UsageError, match=message):
+            evolve(recipe_of(server, tmp_path), run, **wrong, quiet=True)
+        assert not server.asked
+    assert not run.path.exists()
+
+
+def test_prompts_that_end_with_a_result_are_all_there_is(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "Call f."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+    ]
+    file, run = tmp_path / "seeds.jsonl", RunDir(tmp_path / "run")
+    file.write_text(json.dumps({"messages": turns}))
+    with misbehaving(rewriting) as server:
+        report = evolve(recipe_for(server, prompts={"file": file}), run, quiet=True)
+    assert (report.prompts, report.rounds, len(made(run))) == (1, [], 1)
 
 
 def test_what_is_no_prompt_or_like_another_is_left_out(tmp_path: Path) -> None:

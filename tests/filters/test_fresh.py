@@ -86,7 +86,20 @@ def test_every_process_joins(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> N
     assert [row.reference for row in read_jsonl(stage.run.kept, Kept)] == [*range(300)]
 
 
-def test_no_index_is_made_if_no_prompt_has_anything_to_join(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_were_removed_decide_nothing(stage: Stage) -> None:
+    stage.rules([{"rule": "matches"}])
+    old = msgspec.structs.replace(completion(0, "4"), reference="4", columns={"topic": "x"})
+    stage.completions(encode_line(old))
+    stage.filter()
+    assert filtered(stage)["p0"].reference == "4"
+    prompts(stage, Prompt(id="p0", messages=QUESTION))
+    stage.filter()
+    row = filtered(stage)["p0"]
+    assert (row.reference, row.columns) == (None, {})
+    assert isinstance(row, Dropped) and row.rule == "unverified"
+
+
+def test_no_index_is_made_if_there_is_nothing_to_join(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.completions()
     prompts(stage, Prompt(id="p1", messages=QUESTION))
     monkeypatch.setattr(filters.fresh, "FreshValues", None)

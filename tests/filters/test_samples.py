@@ -85,14 +85,24 @@ def stage(tmp_path: Path) -> Stage:
     return Stage(tmp_path)
 
 
+def test_a_rule_may_be_named_like_a_field_of_the_file(stage: Stage) -> None:
+    code = "def good(answer):\n    return None, 0.1\n\ndef scores(answer):\n    return None, 0.5\n"
+    stage.recipe.with_name("mine.py").write_text(code)
+    rules = [{**RIGHT, "name": name} for name in ("good", "scores")]
+    stage.filter(answers("a", "4"), *rules, {"rule": "agrees"})
+    assert stage.kept() == {"a0": {"good": 0.1, "scores": 0.5, "agrees": 1.0}}
+
+
 def test_scores_of_a_rule_are_kept_and_a_wrong_return_is_named(stage: Stage) -> None:
     stage.filter(answers("a", "4", "it is 4", "5"), RIGHT)
     assert stage.kept() == {"a0": {"right": 1.0}, "a1": {"right": 1 / 7}}
     (detail,) = next(iter(read_jsonl(stage.run.dropped, Dropped))).detail
     assert (detail.rule, describe(detail)) == ("right", "5 is wrong")
     wrongs = "True", "(None, 'good')", "1.5", "(None, True)", "(None, float('nan'))", "(None, float('inf'))"
-    for wrong in (*wrongs, "Verified(3)", "Verified(None, 0.3, 42)"):
-        code = f"from filters.answer import Verified\ndef right(answer):\n    return {wrong}\n"
+    more = "Verified(3)", "Verified(None, 0.3, 42)", "chr(0xD800)", "(None, 10**400)", "Reason(rule='r', what=3)"
+    imports = "from filters.answer import Verified\nfrom pipeline.records import Reason\n"
+    for wrong in (*wrongs, *more):
+        code = f"{imports}def right(answer):\n    return {wrong}\n"
         stage.recipe.with_name("mine.py").write_text(code)
         with pytest.raises(DistillError, match=r"wanted a reason \(text\) or None, or a pair of that and a score"):
             stage.filter(answers("a", "4"), RIGHT)

@@ -66,6 +66,22 @@ def test_of_what_the_judge_dropped_the_better_scored_comes_first(recipe: Path) -
     assert names(RunDir(run.path / "sweep" / "60")) == {"bearable", "bad"}
 
 
+def test_the_mean_counts_what_the_judge_dropped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(recipe.with_name("run"))
+    why = [Reason(rule="judge", value=1, at_least=3)]
+    good = Kept(**completion_fields("good", "a" * 60), scores={"judge": 5, "facts": 4})
+    bad = Dropped(**completion_fields("bad", "a" * 60), rule="judge", detail=why)
+    run.kept.write_bytes(encode_line(good))
+    run.dropped.write_bytes(encode_line(bad))
+    verdict = Judgement(id="bad", score=1, criteria={"facts": 2}, version="v", attempts=1)
+    run.judgements.write_bytes(encode_line(verdict))
+    main([str(recipe), "--run", str(run.path), "--sweep", "50,100"])
+    means = [line.split("│")[4].strip() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert means == ["5.00", "3.00"]
+    kept = {row.id: row.scores for row in read_jsonl(RunDir(run.path / "sweep" / "100").kept, Kept)}
+    assert kept == {"good": {"judge": 5, "facts": 4}, "bad": {"judge": 1, "facts": 2}}
+
+
 def test_the_best_of_a_run_become_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(recipe.with_name("run"))
     main([str(recipe), "--run", str(run.path), "--sweep", "80,30,100"])

@@ -3,11 +3,13 @@
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from filters.answer import RuleSettings
+from filters.verify import worker
 from tests.filters.verifying import SHOP, outcome, settings_of, verify
 
 CITIES = "SELECT city, count(*) FROM customers GROUP BY city"
@@ -104,6 +106,24 @@ def test_a_database_is_read_where_it_lies_and_left_alone(tmp_path: Path) -> None
         verify("sql", query, settings)
     assert verify("sql", CITIES, settings).result == '["Bonn", 1]\n["Oslo", 2]'
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["shop.sqlite"]
+
+
+def test_a_new_worker_loads_the_database_before_the_time_of_a_query_runs(
+    settings: RuleSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, exchange = list[tuple[Any, float]](), worker.Worker._exchange
+
+    def noted(self: worker.Worker, request: Any, seconds: float) -> Any:
+        seen.append(([*request[1:2]], seconds))
+        return exchange(self, request, seconds)
+
+    verify("sql", CITIES, settings)
+    assert worker._worker
+    worker._worker.close()
+    monkeypatch.setattr(worker.Worker, "_exchange", noted)
+    for _ in range(2):
+        assert outcome(verify("sql", CITIES, settings)) == "passes"
+    assert seen == [([], 60), (["load"], 60), (["check"], 4), (["check"], 4)]
 
 
 def test_what_is_no_database_is_said_at_once(tmp_path: Path) -> None:
