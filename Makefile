@@ -32,7 +32,7 @@ wheelhouse: $(COLLECT)  ## what `make setup` needs on a machine without network,
 	@$(PY) setup_wheelhouse.py "$(or $(WHEELHOUSE),wheelhouse)" $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
 
 serve: $(SERVE) $(NODES)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags"); MODEL=student: what it taught; CLUSTER=auto: on every node
-	@exec $(PY) -m serve $(COMMON) $(ON_CLUSTER) $(if $(MODEL),--model $(MODEL)) $(if $(ARGS),--args="$(ARGS)")
+	@exec $(PY) -m serve $(COMMON) $(ON_CLUSTER) $(if $(MODEL),--model $(MODEL)) $(if $(ARGS),--args='$(subst ','\'',$(ARGS))')
 
 generate: $(BASE) $(NODES)  ## ask the teacher; answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…); CLUSTER=auto: on a Ray cluster
 	@exec $(PY) -m generate $(COMMON) $(ON_CLUSTER) $(ARGS)

@@ -1,15 +1,15 @@
 """`python -m chain RECIPE`: serve, generate, filter, train, evaluate, in one command and one terminal.
 
 Each stage is the very command a user would type, run as a process of its own; this module only starts them in turn
-and keeps the teacher's server up while answers are missing. Every stage knows what it has done already, so the
-same command goes on after an interrupt.
+and keeps the teacher's server up while a stage may ask it. Every stage knows what it has done already, so the same
+command goes on after an interrupt.
 """
 
 import time
 from contextlib import nullcontext
 
 from chain.last_words import last_words
-from chain.stages import REQUESTS_FAILED, stage, teacher
+from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from generate.run import pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed
@@ -23,21 +23,24 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
 
     heading(1, f"generate: {recipe.teacher.model} answers")
-    # A server takes a minute to start: only where there is something to ask it.
-    with teacher(recipe, run) if pending(recipe, run) else nullcontext():
+    # A server takes a minute to start: only where there may be something to ask it.
+    with teacher(recipe, run) if pending(recipe, run) or judges(recipe) else nullcontext():
         code = stage("generate", run, options.recipe, options.flags)
-    heading(2, "filters: what is worth learning from")
-    stage("filters", run, options.recipe, options.flags)
+        heading(2, "filters: what is worth learning from")
+        judged = stage("filters", run, options.recipe, options.flags)
     heading(3, f"train: {recipe.student.model} learns")
-    stage("train", run, options.recipe, options.flags)
+    with teacher(recipe, run) if teaches(recipe) else nullcontext():
+        stage("train", run, options.recipe, options.flags)
     heading(4, "evaluate: what the student became")
     stage("evaluate", run, options.recipe, options.flags)
 
-    print("", *last_words(options.recipe, run), sep="\n", flush=True)
+    print("", *last_words(options.recipe, run, options.flags), sep="\n", flush=True)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds} s. The report: {run.report_html}", flush=True)
     if code == REQUESTS_FAILED:
         raise RequestsFailed(f"some requests failed for good; see {run.failures}")
+    if judged == REQUESTS_FAILED:
+        raise RequestsFailed(f"the judge gave no answer about some rows; see {run.dropped}")
 
 
 def heading(number: int, text: str) -> None:

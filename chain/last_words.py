@@ -5,7 +5,7 @@ Reads the report, and writes nothing.
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evaluate.document import MEASURES, Part, Report, read_report
@@ -23,10 +23,10 @@ WON: dict[str, tuple[str, str, Part, tuple[str, ...]]] = {  # claim: what is won
 }
 
 
-def last_words(path: Path, run: RunDir) -> list[str]:
-    """The lines; none of them if there is no report."""
+def last_words(path: Path, run: RunDir, flags: Sequence[str] = ()) -> list[str]:
+    """The lines; none of them if there is no report. `flags`: the recipe values that the chain was given."""
     report = read_report(run)
-    return [] if report is None else [*_won(report), *_talk(path, run)]
+    return [] if report is None else [*_won(report), *_talk(path, run, flags)]
 
 
 def _won(report: Report) -> Iterator[str]:
@@ -45,9 +45,9 @@ def _won(report: Report) -> Iterator[str]:
     yield f"{VERDICTS[report.headline.holds][0]} (90% of the quality, 3 times smaller and faster)"
 
 
-def _talk(path: Path, run: RunDir) -> Iterator[str]:
+def _talk(path: Path, run: RunDir, flags: Sequence[str]) -> Iterator[str]:
     here, cwd = Path(sys.executable), Path.cwd()
     python = str(here.relative_to(cwd) if here.is_relative_to(cwd) else here)
     yield "Talk to the student, beside its teacher on a page of this machine or alone in the terminal:"
     for options in ([], ["--terminal"]):
-        yield f"  {shlex.join([python, '-m', 'chat', str(path), '--run', str(run.path), *options])}"
+        yield f"  {shlex.join([python, '-m', 'chat', str(path), '--run', str(run.path), *flags, *options])}"

@@ -1,10 +1,12 @@
 """Stages as processes of their own, each the very command that a user would type, and the teacher they may need."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filters.judge import judge_address
 from pipeline.address import is_loopback, is_port_open
 from pipeline.child import run_child
 from pipeline.errors import DistillError, RequestsFailed
@@ -20,15 +22,16 @@ class StageFailed(DistillError):
     """A stage said what was wrong and ended; the chain ends with the same code."""
 
     def __init__(self, name: str, code: int) -> None:
-        super().__init__(f"`python -m {name}` ended with {code}; fix it and run the same command again")
-        self.exit_code = code
+        how = f"ended with {code}; fix it" if code > 0 else f"was ended by {signal.Signals(-code).name}; see why"
+        super().__init__(f"`python -m {name}` {how}, and run the same command again")
+        self.exit_code = code if code > 0 else 128 - code  # as a shell says it
 
 
 @contextmanager
 def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
-    """The recipe's endpoint, up: a remote one, or whatever listens there already, else the teacher is served here."""
+    """The recipe's endpoint, up: others' servers, or what listens there already, else the teacher is served here."""
     url = recipe.teacher.url
-    if not is_loopback(url) or is_port_open(url):
+    if recipe.teacher.urls_file or not is_loopback(url) or is_port_open(url):
         yield
         return
     _, host, port = address_of(recipe, TEACHER)
@@ -38,6 +41,17 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
     with serving(recipe.teacher.model, host=host, port=port, config=recipe.serve, log=log) as server:
         print(f"ready at {server.base_url} after {server.startup_s:.0f} s", flush=True)
         yield
+
+
+def judges(recipe: Recipe) -> bool:
+    """Whether the filters ask the teacher's server for verdicts."""
+    judge = recipe.filters.judge
+    return judge is not None and judge_address(recipe, judge)[1] == recipe.teacher.url.rstrip("/")
+
+
+def teaches(recipe: Recipe) -> bool:
+    """Whether the training asks the teacher's server about answers."""
+    return recipe.train.soft and recipe.train.kd.teacher == "served"
 
 
 def stage(name: str, run: RunDir, recipe: Path, flags: Sequence[str]) -> int:

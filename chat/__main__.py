@@ -1,6 +1,7 @@
 """`python -m chat RECIPE [--run DIR] [--only student] [--terminal]`: talk to a run's models."""
 
 import argparse
+import sys
 
 from chat.models import LABELS, choose_models, starting
 from chat.terminal import talk
@@ -11,7 +12,8 @@ from serve.named import STUDENT
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, run, options = parse_stage(_parser(), argv)
+    one_answer = ["--prompts.samples", "1"]  # to each question: no more samples need a temperature
+    recipe, run, options = parse_stage(_parser(), [*(sys.argv[1:] if argv is None else argv), *one_answer])
     names = options.only or ([STUDENT] if options.terminal else list(LABELS))
     if unknown := [name for name in names if name not in LABELS]:
         raise UsageError(f"--only {','.join(names)}: no model {unknown[0]!r}; there are {', '.join(LABELS)}")

@@ -128,7 +128,7 @@ def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: 
         server = serving(reference, port=free_port(), config=config, log=log, served_name=served_name, waiting=waiting)
         model.server = servers.enter_context(server)
         model.at(model.server.base_url)
-    except (DistillError, OSError) as error:
+    except Exception as error:  # the thread's end: whatever it is, the page must say it
         model.state, model.said = "failed", str(error)
 
 

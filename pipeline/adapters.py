@@ -15,7 +15,7 @@ MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and ad
 def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:
     """The base in float32, with the adapter added to it; and the dtype that the base is stored in.
 
-    Raises RecipeError if the base cannot be loaded.
+    Raises RecipeError if the base or the adapter cannot be loaded.
     """
     import torch
     from peft import PeftModel
@@ -24,7 +24,10 @@ def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:
     with explained(f"{base}: cannot load this model"):
         dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model, dtype
+    if adapter:
+        with explained(f"{adapter}: cannot load this adapter"):
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, dtype
 
 
 def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:

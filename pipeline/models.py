@@ -96,7 +96,9 @@ def explained(what: str) -> Iterator[None]:
     """Raises RecipeError with the first line of what a library says of a model that cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except DistillError:
+        raise
+    except Exception as error:  # a damaged file, a shape that does not fit: each library has errors of its own
         raise RecipeError(f"{what}: {first_line(error)}") from None
 
 

@@ -16,12 +16,7 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     """One pydantic problem of a recipe as `where: key: what is wrong, got value`."""
     names = [str(part) for part in problem["loc"]]
     key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
-    flag, variable = "--" + ".".join(names[:2]), env_prefix + "__".join(names).upper()
-    where = str(path)
-    if any(given.split("=")[0] == flag for given in flags):
-        where = flag
-    elif variable in map(str.upper, os.environ):
-        where = variable
+    where = _place(names, flags, env_prefix) or str(path)
     if problem["type"] == "extra_forbidden":
         known = ", ".join(_known_keys(recipe, names[:-1]))
         return f"{where}: {key}: no such key" + (f"; there are {known}" if known else "")
@@ -30,6 +25,15 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     message, value = problem["msg"].removeprefix("Value error, ").removeprefix("Input "), problem["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
     return f"{where}: {key} {message}{shown}" if key else f"{where}: {message}"
+
+
+def _place(names: list[str], flags: list[str], env_prefix: str) -> str | None:
+    """The flag or, failing that, the variable that gave the value at `names` or what it is a part of, if one did."""
+    upper, given = {name.upper() for name in os.environ}, {flag.split("=")[0] for flag in flags}
+    parts = [names[:count] for count in range(len(names), 0, -1)]
+    found = [flag for part in parts if (flag := "--" + ".".join(part)) in given]
+    found += [variable for part in parts if (variable := env_prefix + "__".join(part).upper()) in upper]
+    return next(iter(found), None)
 
 
 def _known_keys(section: type[Section] | None, names: list[str]) -> list[str]:

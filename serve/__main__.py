@@ -8,6 +8,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         with serving(model, **settings, waiting=waiting) as server:
             status.stop()
             console.print(f"ready after {server.startup_s:.0f} s: {server.base_url} serves {name}")
-            console.print(f"next, in another terminal: {_next(recipe, options, server.base_url, name)}")
+            console.print(f"next, in another terminal: {next_command(recipe, options, server.base_url, name)}")
             console.print("Ctrl-C ends it")
             try:
                 server.wait()
@@ -75,8 +76,8 @@ def _on_cluster(recipe: Recipe, run: RunDir, options: argparse.Namespace) -> NoR
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     teacher, file = recipe.teacher.model, recipe.teacher.urls_file or run.path.absolute() / "urls.txt"
     console.print(f"the URLs of its servers: {file}")
-    flags = [] if recipe.teacher.urls_file else [f"ARGS=--teacher.urls_file {file}"]
-    console.print(f"next, in another terminal: {_generate(options, *flags)}\nCtrl-C ends them")
+    flags = [*options.flags, *([] if recipe.teacher.urls_file else ["--teacher.urls_file", str(file)])]
+    console.print(f"next, in another terminal: {_make('generate', options, flags)}\nCtrl-C ends them")
     model = Model(teacher, teacher, _with_args(recipe.serve, options.args), options.port)
     serve_on_cluster(options.cluster, model, file, console.print)
     raise KeyboardInterrupt
@@ -143,22 +144,26 @@ def _with_args(config: ServeConfig, text: str) -> ServeConfig:
     return config.model_copy(update={"args": merge_args(config.args, further)})
 
 
-def _next(recipe: Recipe, options: argparse.Namespace, base_url: str, name: str) -> str:
+def next_command(recipe: Recipe, options: argparse.Namespace, base_url: str, name: str) -> str:
     """The command that uses this server. It names only what differs from the recipe."""
     if options.model in (STUDENT, BEFORE):
-        return shlex.join(
-            ["make", "chat", f"RECIPE={options.recipe}", *([f"RUN={options.run}"] if options.run else [])]
-        )
-    parts = []
-    if base_url != recipe.teacher.url.replace("localhost", "127.0.0.1"):
-        parts.append(f"TEACHER_URL={base_url}")
-    if name != recipe.teacher.model:
-        parts.append(f"TEACHER_MODEL={name}")
-    return _generate(options, *parts)
+        return _make("chat", options, options.flags)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--teacher.base_url", dest="url")
+    parser.add_argument("--teacher.model", dest="model")
+    given, flags = parser.parse_known_args(options.flags)
+    teacher = []
+    if given.url or base_url != recipe.teacher.url.replace("localhost", "127.0.0.1"):
+        teacher.append(f"TEACHER_URL={base_url}")
+    if given.model or name != recipe.teacher.model:
+        teacher.append(f"TEACHER_MODEL={name}")
+    return _make("generate", options, flags, *teacher)
 
 
-def _generate(options: argparse.Namespace, *further: str) -> str:
-    return shlex.join(["make", "generate", f"RECIPE={options.recipe}", *further])
+def _make(target: str, options: argparse.Namespace, flags: Sequence[str], *variables: str) -> str:
+    """A target of Make for this recipe and run; `flags`: recipe values."""
+    run, args = [f"RUN={options.run}"] * bool(options.run), [f"ARGS={shlex.join(flags)}"] * bool(flags)
+    return shlex.join(["make", target, f"RECIPE={options.recipe}", *run, *variables, *args])
 
 
 if __name__ == "__main__":

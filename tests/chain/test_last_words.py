@@ -10,7 +10,7 @@ from pipeline.rundir import RunDir, write_json
 from tests.evaluate.made_report import make_report
 
 
-def words(path: Path, claims: list[Claim]) -> list[str]:
+def words(path: Path, claims: list[Claim], *flags: str) -> list[str]:
     run = RunDir(path)
     report = make_report(headline=Headline(text="t", claims=claims, holds=True))
     for number, value in ((0, 0.84), (2, 0.81)):
@@ -18,7 +18,7 @@ def words(path: Path, claims: list[Claim]) -> list[str]:
     report.models[0].figures["engine"]["answers_per_s"] = exactly(1.1)
     report.models[2].figures["engine"]["answers_per_s"] = exactly(5.2)
     write_json(run.report, report)
-    return last_words(Path("recipes/my sql.yaml"), run)
+    return last_words(Path("recipes/my sql.yaml"), run, flags)
 
 
 def claim(name: str, axis: str, value: float) -> Claim:
@@ -40,6 +40,8 @@ def test_three_lines_say_what_was_won_and_two_how_to_ask(tmp_path: Path) -> None
     command = shlex.split(page)
     assert shutil.which(command[0]) and command[1:] == ["-m", "chat", "recipes/my sql.yaml", "--run", str(tmp_path)]
     assert shlex.split(terminal) == [*command, "--terminal"]
+    other = words(tmp_path, claims, "--student.model", "my student")[-1]
+    assert shlex.split(other) == [*command, "--student.model", "my student", "--terminal"]
 
 
 def test_without_a_report_nothing_is_said(tmp_path: Path) -> None:

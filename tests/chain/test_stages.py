@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
+import chain.__main__
 from chain.stages import StageFailed, stage, teacher
+from pipeline.errors import RequestsFailed
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import (
@@ -34,8 +37,8 @@ ROOT = Path(__file__).parents[2]
 IN_FLIGHT = 64
 
 
-def write_recipe(server: MisbehavingServer, folder: Path) -> Path:
-    recipe = recipe_for(server, 3 * IN_FLIGHT).model_dump(mode="json")
+def write_recipe(server: MisbehavingServer | str, folder: Path, **sections: Any) -> Path:
+    recipe = recipe_for(server, 3 * IN_FLIGHT, **sections).model_dump(mode="json")
     recipe["student"] = {"model": "prune:2"}
     recipe["generate"]["concurrency"] = IN_FLIGHT
     path = folder / "recipe.yaml"
@@ -134,6 +137,57 @@ def test_a_running_server_is_never_started_again(
         with teacher(recipe_for(f"http://127.0.0.1:{server.server_port}/v1"), RunDir(tmp_path)):
             pass
         server.shutdown()
+
+
+@pytest.mark.parametrize("code", [-9, -15])
+def test_a_stage_that_was_killed_is_told_as_a_shell_tells_it(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chain.stages.run_child", lambda command: code)
+    with pytest.raises(StageFailed, match=r"was ended by SIG(KILL|TERM); see why, and run") as caught:
+        stage("train", RunDir(tmp_path), tmp_path / "recipe.yaml", [])
+    assert caught.value.exit_code == 128 - code
+
+
+def test_a_teacher_whose_servers_a_file_names_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chain.stages.serving", lambda *_, **__: pytest.fail("a server was started"))
+    recipe = recipe_for(f"http://127.0.0.1:{free_port()}/v1", teacher={"model": "stub", "urls_file": "urls.txt"})
+    with teacher(recipe, RunDir(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("sections", "up"),
+    [
+        ({}, []),
+        ({"filters": {"judge": {"min_score": 3}}}, ["generate", "filters"]),
+        ({"filters": {"judge": {"min_score": 3, "base_url": "http://127.0.0.1:9/v1"}}}, []),
+        ({"train": {"method": "kd", "kd": {"teacher": "served"}}}, ["train"]),
+        ({"train": {"method": "kd"}}, []),
+    ],
+)
+def test_with_all_answers_there_the_teacher_is_served_for_the_stages_that_may_still_ask_it(
+    sections: dict[str, Any], up: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, running = list[str](), list[str]()
+
+    @contextmanager
+    def serving(model: str, **_: object) -> Iterator[SimpleNamespace]:
+        running.append(model)
+        yield SimpleNamespace(base_url="", startup_s=0.0)
+        running.clear()
+
+    def note(name: str, *_: object) -> int:
+        served.extend([name] * bool(running))
+        return 4 if name == "filters" else 0
+
+    monkeypatch.setattr("chain.stages.serving", serving)
+    monkeypatch.setattr(chain.__main__, "stage", note)
+    monkeypatch.setattr(chain.__main__, "pending", lambda *_: 0)
+    recipe = write_recipe(f"http://127.0.0.1:{free_port()}/v1", tmp_path, **sections)
+    with pytest.raises(RequestsFailed, match=r"the judge gave no answer about some rows; see .*dropped"):
+        chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
+    assert served == up
 
 
 def test_the_teacher_is_served_at_the_host_of_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import chat.models
 from chat.__main__ import main
 from chat.answer import Answered, answer
 from chat.conversation import questions_to_try
-from chat.models import Model, beside_others, choose_models
+from chat.models import Model, beside_others, choose_models, starting
 from generate.streaming import Refused
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe, ServeConfig
@@ -166,12 +167,36 @@ def test_questions_to_try_are_of_the_test_part(tmp_path: Path) -> None:
     ]
 
 
-def recipe_file(folder: Path, url: str = "http://127.0.0.1:1/v1") -> str:
+def recipe_file(folder: Path, url: str = "http://127.0.0.1:1/v1", **prompts: Any) -> str:
     path = folder / "recipe.yaml"
-    path.write_text(
-        json.dumps({"name": "t", "teacher": {"model": "m", "base_url": url}, "prompts": {"template": "x", "count": 1}})
-    )
+    given = {"template": "x", "count": 1, **prompts}
+    path.write_text(json.dumps({"name": "t", "teacher": {"model": "m", "base_url": url}, "prompts": given}))
     return str(path)
+
+
+def test_whatever_a_server_fails_with_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: Any) -> str:
+        raise RuntimeError("incomplete metadata")
+
+    monkeypatch.setattr(chat.models, "reference_of", damaged)
+    model = Model("student", "student after", recipe_for("http://127.0.0.1:1/v1"))
+    with starting([model], RunDir(tmp_path)):
+        until = time.monotonic() + 10
+        while model.state == "starting" and time.monotonic() < until:
+            time.sleep(0.01)
+    assert (model.state, model.said) == ("failed", "incomplete metadata")
+
+
+def test_one_answer_to_a_question_needs_no_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    with misbehaving(lambda asked: streaming("Hello.")) as server:
+        recipe = recipe_file(tmp_path, server.url, samples=3)
+        flags = ["--terminal", "--only", "teacher", "--sampling.temperature", "0"]
+        main([recipe, "--run", str(tmp_path / "run"), *flags])
+        assert [asked.body["temperature"] for asked in server.asked] == [0]
+    assert "Hello." in capsys.readouterr().out
 
 
 def test_a_conversation_in_the_terminal(

@@ -91,6 +91,8 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
         ),
         ("samplin: {}", [], "{path}: samplin: no such key; there are name, teacher, "),
         ("sampling: {}", ["--sampling.top_p", "2"], "--sampling.top_p: sampling.top_p should be"),
+        ("train: {}", ["--train.kd.top_k=x"], "--train.kd.top_k: train.kd.top_k should be a valid integer"),
+        ("filters: {}", ["--filters.rules", '[{"min": 3}]'], "--filters.rules: filters.rules[0].rule is missing"),
         ("sampling: {}", ["--sampling.topp", "2"], "unrecognized arguments: --sampling.topp"),
         ("teacher: {model: m, base_url: localhost}", [], "{path}: teacher.base_url"),
         (
@@ -117,9 +119,10 @@ def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: l
     assert said.format(path=path) in str(caught.value)
 
 
-def test_a_wrong_variable_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTILL_SAMPLING__TOP_P", "9")
-    with pytest.raises(RecipeError, match=r"^DISTILL_SAMPLING__TOP_P: sampling\.top_p should be less"):
+@pytest.mark.parametrize(("name", "value"), [("DISTILL_SAMPLING__TOP_P", "9"), ("DISTILL_SAMPLING", '{"top_p": 9}')])
+def test_a_wrong_variable_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=rf"^{name}: sampling\.top_p should be less"):
         load_recipe(path)
 
 

@@ -1,17 +1,19 @@
 """The models of a run by name: what is loaded for `--model student`, under which name and where."""
 
+import argparse
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 import pipeline.adapters
-from pipeline.errors import UsageError
+from pipeline.errors import RecipeError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from serve.__main__ import main
+from serve.__main__ import main, next_command
 from serve.named import Address, address_of, reference_of
-from tests.tiny_student import make_recipe
+from tests.tiny_student import make_recipe, tiny_model
 
 
 def recipe_at(url: str, student: str = "base") -> Recipe:
@@ -76,3 +78,47 @@ def test_the_command_serves_it_as_student(tmp_path: Path, capsys: pytest.Capture
     main([str(path), "--run", str(run.path), "--model", "student", "--print"])
     shown = capsys.readouterr().out
     assert f"--model {run.student}" in shown and "--served-model-name student" in shown and "--port 8001" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "url", "name", "command"),
+    [
+        ({}, "http://127.0.0.1:8100/v1", "teacher", []),
+        ({"run": "my run"}, "http://127.0.0.1:8100/v1", "teacher", ["RUN=my run"]),
+        ({}, "http://127.0.0.1:9000/v1", "other", ["TEACHER_URL=http://127.0.0.1:9000/v1", "TEACHER_MODEL=other"]),
+        (
+            {"flags": ["--teacher.model", "teacher", "--teacher.base_url=http://localhost:8100/v1"]},
+            "http://127.0.0.1:8100/v1",
+            "teacher",
+            ["TEACHER_URL=http://127.0.0.1:8100/v1", "TEACHER_MODEL=teacher"],
+        ),
+        (
+            {"flags": ["--teacher.system", "You tell stories."]},
+            "http://127.0.0.1:8100/v1",
+            "teacher",
+            ["ARGS=--teacher.system 'You tell stories.'"],
+        ),
+    ],
+)
+def test_the_next_command_asks_this_very_server_for_this_very_run(
+    given: dict[str, object], url: str, name: str, command: list[str]
+) -> None:
+    options = argparse.Namespace(**{"recipe": "r.yaml", "run": None, "flags": [], "model": "teacher", **given})
+    said = next_command(recipe_at("http://localhost:8100/v1"), options, url, name)
+    assert shlex.split(said) == ["make", "generate", "RECIPE=r.yaml", *command]
+    options.model = "student"
+    assert shlex.split(next_command(recipe_at(url), options, url, "student"))[:3] == ["make", "chat", "RECIPE=r.yaml"]
+
+
+def test_a_damaged_adapter_is_one_clear_error(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, run = tiny_model(tmp_path / "base"), RunDir(tmp_path / "run")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(run.student)
+    weights = run.student / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RecipeError, match=f"{run.student}: cannot load this adapter: "):
+        reference_of(recipe_at("http://localhost:8000/v1", str(base)), run, "student")
+    assert [path.name for path in (run.path / "evaluation").iterdir()] == []
