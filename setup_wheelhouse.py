@@ -144,10 +144,14 @@ def place_models(unpacked: str) -> list[Path]:
     placed = []
     for kind, place in {"embedded": cache, "hub": hub, "models": ROOT / "models"}.items():
         for source in sorted(Path(unpacked, kind).glob("*")):
-            placed.append(Path(place).expanduser() / source.name)
-            if not placed[-1].exists():
-                placed[-1].parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(source, placed[-1])
+            target = Path(place).expanduser() / source.name
+            placed.append(target)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                building = target.with_name(f"{target.name}.tmp")  # a move to another file system is a copy
+                shutil.rmtree(building, ignore_errors=True)  # of a call that was cut short
+                shutil.move(source, building)
+                building.rename(target)
     return placed
 
 
@@ -217,10 +221,10 @@ def collect(options: argparse.Namespace, wanted: list[str]) -> None:
     """Downloads, packs and describes all. What a call that was cut short has downloaded is used by the next."""
     folder: Path = options.folder
     work = folder / "collecting"
+    models = model_folders(options.model)  # before the wheelhouse that is there is removed
     (work / "wheels").mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("part-*"), folder / MANIFEST, folder / BUNDLE):
         old.unlink(missing_ok=True)
-    models = [model_folder(reference) for reference in options.model]
     say(f"downloading {len(wanted)} packages for Python {options.python} on {options.machine}")
     download(options, wanted, work)
     say("packing")
@@ -252,6 +256,17 @@ def download(options: argparse.Namespace, wanted: list[str], work: Path) -> None
     command += [part for name in names for part in ("--platform", f"{name}_{options.machine}")]
     command += [*torch_index(options, "--extra-index-url"), "--dest", str(work / "wheels")]
     run([sys.executable, "-m", *command, "-r", str(work / "requirements.txt")])
+
+
+def model_folders(references: list[str]) -> list[tuple[str, Path]]:
+    """model_folder of each. Raises WheelhouseError if two of them would be one folder on the other machine."""
+    models: dict[tuple[str, str], Path] = {}
+    for reference in references:
+        kind, source = model_folder(reference)
+        first = models.setdefault((kind, source.name), source)
+        if first.resolve() != source.resolve():
+            raise WheelhouseError(f"{first} and {source} would both be {kind}/{source.name}; rename one of them")
+    return [(kind, source) for (kind, _), source in models.items()]
 
 
 def model_folder(reference: str) -> tuple[str, Path]:

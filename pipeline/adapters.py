@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.models import explained
-from pipeline.rundir import replacing_folder
+from pipeline.rundir import replacing_folder, writing_weights
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
@@ -37,7 +37,8 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, dtype = load_merged(base, adapter)
-    model.to(dtype).save_pretrained(target)
+    with writing_weights(target):
+        model.to(dtype).save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
 
 

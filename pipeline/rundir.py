@@ -4,8 +4,10 @@ Journals (completions, failures) are append-only and belong to `generate`. Every
 an interrupted stage leaves the old file or the new one.
 """
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ import yaml
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors
+_TORN_ARCHIVE = re.compile(r"inline_container.*unexpected pos|PytorchStreamWriter failed", re.DOTALL)
 
 
 class File:
@@ -144,6 +149,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def writing_weights(folder: Path) -> Iterator[None]:
+    """Raises OSError where safetensors and PyTorch, each with an error of its own, cannot write into the folder."""
+    try:
+        yield
+    except Exception as error:
+        if found := _OS_ERROR.search(str(error)):
+            number = int(found[1])
+        elif _TORN_ARCHIVE.search(str(error)):  # PyTorch does not say why; nearly always the disk is full
+            number = errno.ENOSPC
+        else:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """A wheelhouse of small files: cut in parts, verified, put together; and installed by the set-up, with no index."""
 
+import argparse
+import errno
 import json
 import os
 import platform
@@ -101,6 +103,65 @@ def test_models_come_where_they_are_looked_for(tmp_path: Path, monkeypatch: pyte
     ]  # fmt: skip
     assert [path.name for path in (tmp_path / "cache/one").iterdir()] == ["mine"]
     assert (tmp_path / "clone/models/one").is_dir()
+
+
+def test_a_model_that_was_half_copied_is_copied_whole_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    source, names = tmp_path / "out/embedded/one", ["config.json", "model.safetensors"]
+    source.mkdir(parents=True)
+    for name in names:
+        (source / name).write_text(name)
+
+    def across(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    copies: list[Any] = []
+    copy2 = shutil.copy2
+
+    def full(*given: Any, **more: Any) -> Any:
+        copies.append(given)
+        if len(copies) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy2(*given, **more)
+
+    rename = os.rename
+    for failing in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", lambda old, new: across() if Path(old) == source else rename(old, new))
+            if failing:
+                patch.setattr(shutil.move, "__defaults__", (full,))  # in place of copy2
+                with pytest.raises(shutil.Error, match="No space left"):
+                    house.place_models(str(tmp_path / "out"))
+                assert not (tmp_path / "cache/one").exists()
+            else:
+                assert house.place_models(str(tmp_path / "out")) == [tmp_path / "cache/one"]
+    assert sorted(path.name for path in (tmp_path / "cache/one").iterdir()) == names
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["one"]
+
+
+def options_of(folder: Path, *models: Path | str) -> argparse.Namespace:
+    folder.mkdir(exist_ok=True)
+    asked = {"python": "3.11", "machine": "x86_64", "cuda": False, "groups": ["base"], "exclude": []}
+    return argparse.Namespace(folder=folder, part=1 << 20, model=[str(model) for model in models], **asked)
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    models = [tmp_path / "runs" / run / "student" for run in "ab"]
+    for model in models:
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    with pytest.raises(house.WheelhouseError, match=r"runs/a/student and .*/b/student would both be models/student"):
+        house.collect(options_of(tmp_path / "house", *models), [])
+
+
+def test_a_mistyped_model_leaves_the_wheelhouse_that_was_there(tmp_path: Path) -> None:
+    folder = a_wheelhouse(tmp_path)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(house.WheelhouseError, match="no-such-model"):
+        house.collect(options_of(folder, "./no-such-model"), [])
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == before
 
 
 @pytest.mark.parametrize(

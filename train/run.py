@@ -23,7 +23,7 @@ from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir, replacing, write_jsonl
+from pipeline.rundir import RunDir, replacing, write_jsonl, writing_weights
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 TRAINING_LOG = "training_log.json"
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
+AGAIN = " again"  # follows the fingerprint there if --again began the training
 # Settings that change no weight, but for rounding.
 SAME_RESULT = {
     "test_rows",
@@ -80,7 +81,7 @@ def train_run(
     start = start_of(recipe, run) if recipe.train.further else None
     pairs = read_pairs(recipe, run, parts) if recipe.train.method == "dpo" else None
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
-    if not again and run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint:
+    if not again and _is_trained(run, work, fingerprint):
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         for left in (work, rows_folder(work)):  # by a kill right after the student was saved
             shutil.rmtree(left, ignore_errors=True)
@@ -99,8 +100,7 @@ def train_run(
         if processes.lead_in_folder:
             write_jsonl(run.test, parts.test)
             _open_work(work, fingerprint, again=again, console=console)
-    prepared.fit()
-    prepared.save(work / "student", console, write=processes.lead)
+    _learn(prepared, work, console, processes)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
@@ -113,6 +113,13 @@ def train_run(
             f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
             f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
         )
+
+
+def _learn(prepared: "Prepared", work: Path, console: Console, processes: Processes) -> None:
+    """Trains, from the last checkpoint in `work` if there is one, and saves the student there."""
+    with writing_weights(work):
+        prepared.fit()
+        prepared.save(work / "student", console, write=processes.lead)
 
 
 def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
@@ -184,6 +191,7 @@ def _on_pairs(
 def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:
     """Hash of all that determines the trained student: rows, parts, settings, student, the teacher it is cut from.
 
+    In soft methods also what the teacher is told, unless its answers are stored.
     `start`: the student that a further method starts from.
     """
     config = recipe.train
@@ -195,6 +203,8 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
     }
+    if config.soft and config.kd.teacher != "stored":
+        settings |= recipe.teacher.model_dump(mode="json", include={"system", "examples"}, exclude_defaults=True)
     if start:
         settings["start"] = trained_section(start).get("fingerprint")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -259,15 +269,31 @@ def _origin(recipe: Recipe) -> str | None:
     return recipe.teacher.model if recipe.student.made else recipe.student.model
 
 
-def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
-    """Prepares the folder of checkpoints: only whole ones of this very training stay."""
+def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
+    """Whether the student is of this very training, and no further one that --again began was cut short."""
+    same = run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint
+    return same and _begun(work) != fingerprint + AGAIN
+
+
+def _begun(work: Path) -> str:
+    """The fingerprint of the training that left checkpoints, with AGAIN if --again began it; empty if none did."""
     mark = work / FINGERPRINT
-    if work.is_dir() and (again or not mark.is_file() or mark.read_text() != fingerprint):
-        if not again and any(work.iterdir()):
-            console.print(f"{work}: checkpoints of other rows or settings, removed")
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    mark.write_text(fingerprint)
+    return mark.read_text() if mark.is_file() else ""
+
+
+def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
+    """Prepares the folder of checkpoints: only whole ones of this very training stay.
+
+    With `again` these are the ones of a training that began with it.
+    """
+    begun = _begun(work)
+    if begun != fingerprint + AGAIN and (again or begun != fingerprint):
+        if work.is_dir():
+            if not again and any(work.iterdir()):
+                console.print(f"{work}: checkpoints of other rows or settings, removed")
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        (work / FINGERPRINT).write_text(fingerprint + AGAIN * again)
     for folder in work.glob("checkpoint-*"):
         try:
             state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
@@ -293,5 +319,6 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
     folder.rename(run.student)
+    (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from
     shutil.rmtree(work)
     shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none

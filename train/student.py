@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import BUILT, CHATML, PRUNE
-from train.new_student import apply_template, random_model, train_tokenizer, vocabulary_of
+from train.new_student import CONTEXT, apply_template, random_model, train_tokenizer, vocabulary_of
 
 
 def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> str:
@@ -63,7 +63,8 @@ def _origin(recipe: Recipe, rows: Sequence[Kept]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for text in _texts(recipe, rows) if recipe.student.tokenizer is None else ():
         digest.update(text.encode() + b"\0")
-    return origin | {"seed": recipe.train.seed, "texts": digest.hexdigest()}
+    context = max(CONTEXT, recipe.train.max_length)
+    return origin | {"seed": recipe.train.seed, "texts": digest.hexdigest(), "context": context}
 
 
 def _texts(recipe: Recipe, rows: Sequence[Kept]) -> Iterator[str]:

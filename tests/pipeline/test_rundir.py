@@ -14,7 +14,7 @@ from pipeline.errors import DataError, DistillError, UsageError
 from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, replacing, writing_weights
 
 
 def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
@@ -148,3 +148,30 @@ def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path: Path) -> None:
         fill()
     assert caught.value.filename == str(tmp_path / "lineage.json")
     assert not list(tmp_path.iterdir())
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from pipeline.rundir import writing_weights
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+tensors, folder = {"a": torch.zeros(1 << 20)}, Path(sys.argv[1])
+for save in (save_file, torch.save):
+    try:
+        with writing_weights(folder):
+            save(tensors, str(folder / "weights"))
+    except OSError as error:
+        print(error.filename, error.errno)
+"""
+
+
+def test_weights_that_do_not_fit_are_an_error_of_the_disk(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: the libraries raise the same, but for the number."""
+    said = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(tmp_path), str(errno.EFBIG), str(tmp_path), str(errno.ENOSPC)]
+    with pytest.raises(ValueError, match="other"), writing_weights(tmp_path):
+        raise ValueError("other")

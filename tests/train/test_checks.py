@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tokenizers import AddedToken
 
 from pipeline.checks import Check
 from pipeline.errors import DataError, UsageError
@@ -280,6 +281,10 @@ def test_text_that_spells_a_control_token_is_refused(student: str, tmp_path: Pat
     rows = [*story_rows(5), kept_row(5, "Chat?", "Hello.<|im_end|>\n<|im_start|>user\nMore!")]
     assert finding(markup_check(tiny_tokenizer(), rows)) == ("fail", 1)
     assert finding(markup_check(tiny_tokenizer(), rows[:5])) == ("pass", 0)
+    unnamed = tiny_tokenizer()
+    unnamed.add_tokens([AddedToken("<|end|>", special=True), AddedToken("<think>")])
+    spelt = [kept_row(6, "Hi", "A<|end|>B"), kept_row(7, "Hi", "<think>C")]  # the second is no control token
+    assert finding(markup_check(unnamed, spelt)) == ("fail", 1)
     run = make_run(tmp_path / "run", rows)
     with pytest.raises(DataError, match=r"check markup: 1 of 6 rows .* r5: <\|im_end\|>"):
         train_run(make_recipe(student), run, force=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import msgspec
 import pytest
 import torch
 import yaml
@@ -23,14 +24,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UsageError
-from pipeline.lineage import record_lineage
+from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe, ServeConfig
-from pipeline.records import Message, encode_line
+from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port, serving
-from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import END, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.publish.cards import dataset_card, languages, model_card, published
 from train.publish.export import export_dataset, export_model
+from train.rows import part_rows
 from train.run import train_run
 
 BASE = "embedded:smollm2-135m"
@@ -46,7 +48,7 @@ GENERATE = {
     "completion_tokens": 1234,
     "versions": {"openai": "3.54.0"},
 }
-FILTERS = {
+FILTERS: dict[str, Any] = {
     "rules": [{"rule": "length", "min_chars": 10}, {"rule": "banned_words", "words": ["a|b"]}],
     "dropped_by_rule": {"length": 2, "banned_words": 1},
     "rows": 11,
@@ -71,8 +73,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
         }
     )
     run = make_run(tmp_path_factory.mktemp("runs") / "tiny", story_rows(8))
+    rules = [*FILTERS["rules"], {"rule": "contamination", "files": [str(run.kept)], "words": ["/no_think"]}]
     record_lineage(run, "generate", GENERATE)
-    record_lineage(run, "filters", FILTERS)
+    record_lineage(run, "filters", FILTERS | {"rules": rules})
     train_run(recipe, run)
     return recipe, run
 
@@ -128,6 +131,10 @@ def test_an_adapter_is_exported_as_it_is_and_no_path_goes_with_it(trained: tuple
         if file.suffix in (".json", ".md", ".jinja"):
             assert str(Path(recipe.student.model).parent) not in file.read_text()
             assert "internal.example" not in file.read_text()
+            assert str(run.path) not in file.read_text()
+    assert {"files": ["kept.jsonl"], "words": ["/no_think"]}.items() <= read_lineage(RunDir(folder))["filters"][
+        "rules"
+    ][2].items()
     assert json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"] == "Tiny-Chat"
     logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.student.model), folder), folder)
 
@@ -202,9 +209,53 @@ def test_an_adapter_over_a_pruned_base_is_only_exported_merged(tmp_path: Path) -
     assert "teacher cut down to 2 layers" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_an_adapter_is_only_exported_merged_if_its_base_does_not_stop_where_it_does(
+    tmp_path: Path, stops: bool
+) -> None:
+    base = tiny_model(tmp_path / "base")
+    if not stops:
+        for name in ("config.json", "generation_config.json"):
+            settings = json.loads((base / name).read_bytes()) | {"eos_token_id": 0}
+            (base / name).write_text(json.dumps(settings))
+    recipe = make_recipe(str(base), method="lora").model_dump(mode="json")
+    recipe = Recipe(**recipe | {"student": {"model": str(base), "chat_template": "chatml"}})
+    run = make_run(tmp_path / "run", story_rows(6))
+    train_run(recipe, run)
+    if stops:
+        assert export_model(recipe, run).name == "adapter"
+    else:
+        with pytest.raises(UsageError, match=r"does not end its answers with <\|im_end\|>.*; export with --merged"):
+            export_model(recipe, run)
+        assert not (run.path / "export").exists()
+        merged = AutoModelForCausalLM.from_pretrained(export_model(recipe, run, merged=True))
+        assert merged.generation_config.eos_token_id == END
+
+
 def test_there_is_nothing_to_export_before_training(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no student yet; run train first"):
         export_model(make_recipe("student"), make_run(tmp_path, story_rows(3)))
+
+
+def test_the_data_set_loads_whatever_tools_are_called_with(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    recipe, asked = make_recipe("student", test=0.3), [kept_row(n, f"Q{n}?", f"A{n}.", tools=tools) for n in range(20)]
+    given = {part: [row.id for row in rows] for part, rows in vars(part_rows(asked, recipe.prompts)).items()}
+
+    def row_of(row: Kept) -> Kept:
+        arguments = {"x": 1.5, "of": ["a"]} if row.id in given["test"] else {"x": 1}
+        function = {"name": "f", "arguments": json.dumps(arguments)}
+        return msgspec.structs.replace(row, text="", tool_calls=[{"id": "c", "type": "function", "function": function}])
+
+    rows = [row_of(row) for row in asked]
+    folder = export_dataset(recipe, make_run(tmp_path / "run", rows))
+    found = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    loaded = {row["id"]: row for part in found.values() for row in part}
+    for row in rows:
+        (turn,) = loaded[row.id]["completion"]
+        said = [call["function"]["arguments"] for call in turn["tool_calls"]]
+        assert said == [json.loads(call["function"]["arguments"]) for call in row.tool_calls]
+        assert (turn["content"], json.loads(loaded[row.id]["tools"])) == (row.text, tools)
 
 
 def test_the_data_set_loads_with_its_splits_whatever_the_rows_hold(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_a_new_student_is_made_once_and_again_for_other_rows(tmp_path: Path) -> 
     assert mark.stat().st_ino == first
     initial_student(new_recipe(), run, rows[1:])
     assert mark.stat().st_ino != first
+    config = json.loads(Path(initial_student(new_recipe(max_length=4096), run, rows[1:]), "config.json").read_bytes())
+    assert config["max_position_embeddings"] == 4096
 
 
 def test_a_new_student_learns_and_its_folder_is_whole(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from trl.trainer.utils import pad
 
 from pipeline.recipe import TeacherConfig
 from tests.servers.fake_vllm import scoring
-from tests.tiny_student import make_recipe, story_rows, tiny_model
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train import top_k
 from train.machine import Setting
 from train.processes import ALONE, Processes
 from train.rows import to_examples
+from train.run import training_fingerprint
 from train.tokens import MASKED, key_of
 from train.told import before_samples, of_teacher, told_prompts
 from train.top_k import ask_endpoint
@@ -227,3 +228,25 @@ def test_of_several_processes_each_asks_about_its_share_and_has_all(
             assert sum(len(one["prompt"]) for one in scored) == len(rows) // 2
             others.append(known)
     assert known.keys() == {key_of(row["input_ids"]) for row in rows}
+
+
+TOLD = [{"system": "The cat is Tom."}, {"examples": [{"prompt": "Hi", "answer": "Hello"}]}]
+
+
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize(
+    ("train", "reads"),
+    [
+        ({"method": "kd", "kd": {"weights": "full"}}, True),
+        ({"method": "gold", "kd": {"weights": "full"}}, True),
+        ({"method": "on_policy", "kd": {"weights": "full"}}, True),
+        ({"method": "kd", "kd": {"weights": "full", "teacher": "stored"}}, False),  # it was told when it answered
+        ({"method": "full"}, False),
+    ],
+)
+def test_what_a_teacher_is_told_while_training_is_in_the_fingerprint(
+    tmp_path: Path, train: dict[str, Any], reads: bool, told: dict[str, Any]
+) -> None:
+    run, recipe = make_run(tmp_path, story_rows(6)), make_recipe("student", **train)
+    other = recipe.model_copy(update={"teacher": TeacherConfig(model=recipe.teacher.model, **told)})
+    assert (training_fingerprint(other, run) != training_fingerprint(recipe, run)) == reads

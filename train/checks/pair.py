@@ -117,7 +117,8 @@ def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, t
 
 def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     """Text that spells one of the student's control tokens would become that token, and end a turn in its middle."""
-    tokens = [token for token in student.all_special_tokens if token]
+    unnamed = (token.content for token in student.added_tokens_decoder.values() if token.special)
+    tokens = sorted(filter(None, {*student.all_special_tokens, *unnamed}))
     pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     texts = ((row.id, "\n".join([row.text, *(message.content for message in row.messages)])) for row in rows)
     found = [f" (the first, {name}: {match[0]})" for name, text in texts if (match := pattern.search(text))]

@@ -5,7 +5,8 @@ templates beside this module. A folder of this machine is named by its last part
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ CARD = "README.md"
 TAGS = [OUR_TAG, "distillation"]
 TESTED_ON = "prompts of the run that no training saw"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+TEXT = {"dtype": "string"}  # as `datasets` writes a column's type into a card
+COLUMN_TYPES = {"prompt": {"list": "json"}, "completion": {"list": "json"}}
 LANGUAGES = {"hangul": "ko", "kana": "ja", "thai": "th", "greek": "el", "hebrew": "he"}  # scripts of one language
 
 
@@ -91,8 +94,18 @@ def _example(recipe: Recipe) -> list[dict[str, str]]:
     return [*begin, {"role": "user", "content": question}]
 
 
-def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, int], *, repo: str = ".") -> str:
-    """The card of a data set. `rows`: how many there are in each part."""
+def dataset_card(
+    recipe: Recipe,
+    lineage: Mapping[str, Any],
+    rows: Mapping[str, int],
+    *,
+    repo: str = ".",
+    columns: Collection[str] = (),
+) -> str:
+    """The card of a data set. `rows`: how many there are in each part.
+
+    `columns`: those to declare, because what tools are called with has no shape that all parts share.
+    """
     chain = _chain(recipe, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
     metadata = DatasetCardData(
@@ -102,6 +115,9 @@ def dataset_card(recipe: Recipe, lineage: Mapping[str, Any], rows: Mapping[str, 
         size_categories=[next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
         tags=[*TAGS, "synthetic"],
         configs=[{"config_name": "default", "data_files": files}],
+        dataset_info={"features": [{"name": name, **COLUMN_TYPES.get(name, TEXT)} for name in columns]}
+        if columns
+        else None,
     )
     return _card("dataset.md.j2", metadata, recipe, lineage, {"chain": chain, "repo": repo, "rows": rows, "base": None})
 
@@ -121,12 +137,27 @@ def languages(recipe: Recipe) -> list[str] | None:
     return None
 
 
-def without_paths(text: str, recipe: Recipe) -> str:
-    """Text in which the recipe's models go by their published names."""
+def without_paths(text: str, recipe: Recipe, lineage: Mapping[str, Any]) -> str:
+    """Text in which the recipe's models go by their published names, and the lineage's files by their last part."""
     for reference in (recipe.teacher.model, recipe.student.model if recipe.student else ""):
         if "/" in reference and published(reference) != reference:
             text = text.replace(reference, published(reference))
+    for path in sorted(_files_in(lineage), key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
     return text
+
+
+def _files_in(value: Any) -> Iterator[str]:
+    """The absolute paths in JSON. Other texts may begin with a slash, too: a path is one that exists."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from _files_in(part)
+    elif isinstance(value, str) and value.startswith("/"):
+        with suppress(OSError, ValueError):  # a text that no file could be called
+            if Path(value).exists():
+                yield value
 
 
 def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
@@ -160,4 +191,4 @@ def _card(
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + without_paths(text, recipe)
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + without_paths(text, recipe, lineage)

@@ -25,6 +25,7 @@ from pipeline.adapters import ADAPTER, MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
+from pipeline.models import explained, resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
@@ -75,7 +76,7 @@ def export_model(
     """Writes export/adapter, export/merged or export/model, and returns the folder.
 
     `repo` and `data`: the Hub repositories of the model and of its data set, for the card. Raises UsageError if there
-    is no student, or its adapter's base is one that nobody else has.
+    is no student, or its adapter's base is one that nobody else has, or that never stops.
     """
     lineage = _student_lineage(run)
     student: str = lineage["train"]["student"]
@@ -83,6 +84,8 @@ def export_model(
     name = "merged" if merged and adapter else "adapter" if adapter else "model"
     if name == "adapter" and student.startswith(PRUNE):
         raise UsageError(f"{run.student}: an adapter over a pruned base, which nobody else has; export with --merged")
+    if name == "adapter" and (lineage["train"].get("built") or {}).get("chat_template"):
+        _check_end(run, lineage["train"]["initialised_from"])
     folder = run.path / "export" / name
     with replacing_folder(folder) as building:
         source = after_training(recipe, run) if name == "merged" else run.student
@@ -126,7 +129,10 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
             with (building / "data" / f"{part}.jsonl").open("wb") as file:
                 file.writelines(msgspec.json.encode(row) + b"\n" for row in _dataset_rows(rows, recipe, run))
         counts = {part: len(rows) for part, rows in rows_of.items()}
-        _write(building, dataset_card(recipe, lineage, counts, repo=repo or "dataset"), lineage, recipe)
+        calls = any(row.tool_calls or any(turn.tool_calls for turn in row.messages) for row in parts.all)
+        columns = next(_dataset_rows(parts.train[:1], recipe, run)) if calls else ()
+        card = dataset_card(recipe, lineage, counts, repo=repo or "dataset", columns=columns)
+        _write(building, card, lineage, recipe)
     return folder
 
 
@@ -158,10 +164,27 @@ def _student_lineage(run: RunDir) -> dict[str, Any]:
     return lineage
 
 
+def _check_end(run: RunDir, base: str) -> None:
+    """Raises UsageError if the base, as others have it, does not stop at the token that ends the student's answers."""
+    from transformers import AutoConfig, GenerationConfig
+
+    folder, tokenizer = resolve_model(base), load_tokenizer(str(run.student))
+    with explained(f"student.model: cannot load {base}"):
+        try:
+            stops = GenerationConfig.from_pretrained(folder).eos_token_id
+        except OSError:  # a model without such a file stops where its config says
+            stops = AutoConfig.from_pretrained(folder).eos_token_id
+    if tokenizer.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
+        raise UsageError(
+            f"{run.student}: the adapter's base does not end its answers with {tokenizer.eos_token}, which "
+            "student.chat_template ends them with; export with --merged"
+        )
+
+
 def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> None:
     lineage.get("generate", {}).pop("endpoints", None)  # where the teacher answered is nobody else's business
     text = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
-    (folder / "lineage.json").write_text(without_paths(text, recipe), encoding="utf-8")
+    (folder / "lineage.json").write_text(without_paths(text, recipe, lineage), encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
