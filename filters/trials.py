@@ -14,6 +14,7 @@ from math import ceil
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
@@ -197,7 +198,7 @@ def print_sweep(subsets: Sequence[Subset], console: Console) -> None:
     table = Table("share", "answers", "of them dropped by rules", "judge's mean", "run")
     for one in subsets:
         score = "-" if one.mean_score is None else f"{one.mean_score:.2f}"
-        table.add_row(f"{one.percent}%", f"{one.rows:,}", f"{one.dropped_by_rules:,}", score, str(one.run.path))
+        table.add_row(f"{one.percent}%", f"{one.rows:,}", f"{one.dropped_by_rules:,}", score, escape(str(one.run.path)))
     console.print(table)
     console.print("train each: python -m train RECIPE --run <run>", highlight=False)
 

@@ -73,7 +73,7 @@ def train_run(
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     processes.check(recipe.train)
-    console = Console(stderr=True, soft_wrap=True, quiet=not processes.lead)
+    console = Console(stderr=True, soft_wrap=True, markup=False, quiet=not processes.lead)
     recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
     if recipe.train.method == "on_policy" and recipe.train.start is None:

@@ -7,6 +7,7 @@ import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from evaluate.document import (
     ENGINE,
@@ -203,7 +204,7 @@ def print_report(report: Report, console: Console) -> None:
     asked = f"{report.accuracy.prompts.get('verified', 0)} test prompts verified, " if report.accuracy else ""
     asked += f"{report.rows.scored} test answers"
     asked += f", {report.probes.described}" if report.probes else ""
-    console.print(f"[bold]{report.recipe}[/bold]: {asked}", highlight=False)
+    console.print(Text.assemble((report.recipe, "bold"), f": {asked}"))
     for table in (*verified(report), *measured(report), *probes(report)):
         _print_table(table, console)
     for _, title, counts in wins(report):
@@ -218,10 +219,11 @@ def _print_table(table: Table, console: Console) -> None:
     for start in range(0, len(table.heads), MODELS_ACROSS):
         shown_here = slice(start, start + MODELS_ACROSS)
         rich = RichTable(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-        rich.add_column(table.title, max_width=NAME_WIDTH)
+        rich.add_column(Text(table.title), max_width=NAME_WIDTH)
         for head in table.heads[shown_here]:
-            rich.add_column(head, justify="right", max_width=FIGURE_WIDTH)
+            rich.add_column(Text(head), justify="right", max_width=FIGURE_WIDTH)
         for row in table.rows:
             cells = ("\n".join(line.text for line in cell) for cell in row.cells[shown_here])
-            rich.add_row(row.name, *(cell.replace("better than", "▲").replace("worse than", "▼") for cell in cells))
+            short = (Text(cell.replace("better than", "▲").replace("worse than", "▼")) for cell in cells)
+            rich.add_row(Text(row.name), *short)
         console.print(rich)

@@ -102,6 +102,11 @@ def test_the_page_stands_alone() -> None:
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?://", page)
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
+    report = verified_report(" [/kg] [red]")
+    assert "count [/kg] [red]" in printed(report)
+
+
 def test_right_answers_come_first_and_stand_by_model_category_and_reason() -> None:
     report = verified_report()
     lines = [line.strip() for line in printed(report).splitlines()]

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from filters.__main__ import main
 from filters.answer import Answer
 from filters.judge import Judgement
 from filters.reasons import describe
 from filters.ruleset import load_rules
-from filters.trials import margin, parse_shares, stricter
+from filters.trials import Subset, margin, parse_shares, print_sweep, stricter
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import FiltersConfig
 from pipeline.records import Dropped, Kept, Reason, encode_line, read_jsonl
@@ -130,3 +131,8 @@ def test_a_run_that_is_not_filtered_is_not_ranked(recipe: Path) -> None:
 def test_a_dry_run_leaves_what_the_judge_dropped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(recipe), "--run", str(recipe.with_name("run")), "--dry-run"])
     assert "judged" not in capsys.readouterr().out
+
+
+def test_a_sweep_names_its_runs_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_sweep([Subset(50, RunDir(Path("sql[v2]")), 1, 0, None)], Console())
+    assert "sql[v2]" in capsys.readouterr().out

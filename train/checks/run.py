@@ -6,7 +6,7 @@ Writes checks.json. The checks are in the modules beside this one: data, pair an
 from collections.abc import Collection, Sequence
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from pipeline.checks import COLOURS, Check, Status
 from pipeline.errors import DataError, UsageError
@@ -36,7 +36,7 @@ def settle(
     width = max((len(check.name) for check in checks), default=0)
     for check in checks:
         colour = COLOURS[check.status]
-        console.print(f"  [{colour}]{check.status}[/]  {check.name:<{width}}  {escape(check.finding)}", highlight=False)
+        console.print(Text.assemble("  ", (check.status, colour), f"  {check.name:<{width}}  {check.finding}"))
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
     table = {
