@@ -13,19 +13,19 @@ adds the journal's new answers at the price that they had, whatever mode, model 
 with several processes, `spend-<n>.json` also hold what the journal does not say. Amounts are whole pico-dollars.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from generate.jobs import WHOLE, Partition
-from generate.journal import Contents
+from generate.journal import Contents, read_journal
 from generate.prices import PICO, Price, price_of
 from generate.tokens import bound
 from pipeline.errors import BudgetReached, RecipeError
 from pipeline.recipe import BudgetConfig, Recipe
-from pipeline.records import Usage, read_json
+from pipeline.records import Completion, Usage, read_json
 from pipeline.rundir import RunDir, write_json
 
 AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
@@ -215,6 +215,20 @@ def spent_in(run: RunDir, found: Contents) -> Spend:
     account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
     return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
+
+
+def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """What other runs leave of a budget that they share; if that is nothing, less than any request costs.
+
+    By their journals: a run that was killed has no lineage.
+    """
+    if budget == BudgetConfig():
+        return budget
+    spent = sum((spent_in(other, read_journal(other.completions, Completion)) for other in others), Spend())
+    return BudgetConfig(
+        usd=None if budget.usd is None else max(budget.usd - spent.cost / PICO, 1e-12),
+        tokens=None if budget.tokens is None else max(budget.tokens - spent.tokens, 1),
+    )
 
 
 def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:
