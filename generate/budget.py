@@ -61,6 +61,7 @@ class Reservation(NamedTuple):
     max_tokens: int = 0  # of each answer
     answers: int = 1
     most: Spend = Spend()  # of these, and of what earlier answers had beyond such bounds
+    price: Price | None = None  # if it is not the budget's: that of a batch when it was made
 
 
 class Budget:
@@ -129,13 +130,13 @@ class Budget:
 
         `journaled` is what completions.jsonl holds of this usage: the parts of the answers.
         """
-        if not self._counts:
+        if not self._counts and reservation.price is None:
             return
         self._reserved -= reservation.most
         if not billed:
             return
         usage, most = usage or Usage(), reservation.most
-        counted = self._spend(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+        counted = self._spend(usage.prompt_tokens or 0, usage.completion_tokens or 0, reservation.price)
         if usage.prompt_tokens is None or usage.completion_tokens is None:
             used = Spend(max(most.tokens, counted.tokens), max(most.cost, counted.cost))
         else:
@@ -186,15 +187,18 @@ class Budget:
         """Keeps the file at or above what a run that is killed now may have cost."""
         most, saved = self._unsaid + self._reserved, self._account.unsaid
         if most.tokens > saved.tokens or most.cost > saved.cost:
-            self._write(Spend(most.tokens * AHEAD // 100, most.cost * AHEAD // 100))
+            ahead = Spend(self._reserved.tokens * AHEAD // 100, self._reserved.cost * AHEAD // 100)
+            self._write(self._unsaid + ahead)
 
     def _write(self, unsaid: Spend) -> None:
-        if self._file and self._counts and unsaid != self._account.unsaid:
+        if self._file and unsaid != self._account.unsaid:
             self._account = msgspec.structs.replace(self._account, unsaid=unsaid)
             write_account(self._file, self._account)
 
-    def _spend(self, prompt_tokens: int, completion_tokens: int) -> Spend:
-        cost = self._price.cost(prompt_tokens, completion_tokens) if self._price else 0
+    def _spend(self, prompt_tokens: int, completion_tokens: int, price: Price | None = None) -> Spend:
+        """`price`: the budget's if it is None."""
+        price = price or self._price
+        cost = price.cost(prompt_tokens, completion_tokens) if price else 0
         return Spend(prompt_tokens + completion_tokens, cost)
 
 
