@@ -188,7 +188,11 @@ def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Differe
         usd, tokens = section.get("usd"), section.get("tokens")
         said = "no price is known (teacher.price)" if usd is None else f"{usd:.2f} USD"
         yield f"{name}: {said}, {tokens:,} tokens" if tokens is not None else f"{name}: {said}"
-    more = (spent[other].get("usd") or 0.0) - (spent[one].get("usd") or 0.0)
+    before, after = spent[one].get("usd"), spent[other].get("usd")
+    if before is None or after is None:
+        yield f"what {other} cost more than {one} is unknown"
+        return
+    more = after - before
     for found in differences if more > 0 else ():
         gain = found.change.value * (-1 if found.better == "lower" else 1)
         if found.improved is None:

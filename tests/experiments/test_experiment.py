@@ -24,7 +24,7 @@ from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
 from experiments.arms import Arm, Design, Setup, matched_epochs, read_human
-from experiments.results import Column, Comparison, _columns, conclusions, rows_of, write_results
+from experiments.results import Column, Comparison, _columns, _money, conclusions, rows_of, write_results
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -327,6 +327,16 @@ def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None
     lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
+
+
+@pytest.mark.parametrize(("a", "b"), [(None, 3.0), (1.0, None), (None, None)])
+def test_a_price_that_is_not_known_is_not_nothing(a: float | None, b: float | None) -> None:
+    change = difference("accuracy", "b", "a", figure(0.5, 0.1).minus(figure(0.3, 0.0)), "higher", "test")
+    lines = list(_money({"a": {"usd": a, "tokens": 10}, "b": {"usd": b}}, [change]))
+    assert not any("USD more" in line or "each USD" in line for line in lines)
+    assert lines[2:] == ["what b cost more than a is unknown"]
+    known = list(_money({"a": {"usd": 1.0}, "b": {"usd": 3.0}}, [change]))
+    assert known[2:] == ["accuracy: +0.1 for each USD that b cost more than a"]
 
 
 def test_the_table_has_the_arms_and_the_other_models() -> None:
