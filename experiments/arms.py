@@ -21,6 +21,7 @@ from chain.stages import stage, teacher
 from evaluate.measure.results import answer_row
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
+from filters.run import recipe_rules
 from filters.trials import parse_shares
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
@@ -127,8 +128,8 @@ def _teachers(setup: Setup) -> Design:
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
     if asked != wanted:
         raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
-    _answered(setup, other, *flags)
-    base = _answered(setup, setup.base)
+    _answered(setup, other, *flags, anew=True)  # both: a run of an earlier recipe would have other prompts and rules
+    base = _answered(setup, setup.base, anew=True)
     rows = {"A": read_rows(base), "B": read_rows(other)}
     test = part_rows([*rows["A"], *rows["B"]], setup.recipe.prompts).test
     arms = [_arm(setup, "a", base, test, []), _arm(setup, "b", other, test, flags)]
@@ -192,17 +193,28 @@ EXPERIMENTS = {
 }
 
 
-def _answered(setup: Setup, run: RunDir, *flags: str) -> RunDir:
-    """The run, with answers and filtered; what it lacks is done now."""
-    if run.kept.is_file() and run.dropped.is_file():
+def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> RunDir:
+    """The run, with answers and filtered; what it lacks is done now. `anew`: what the recipe has changed, too."""
+    filtered = run.kept.is_file() and run.dropped.is_file()
+    if filtered and not anew:
         return run
     given = [*setup.flags, *flags]
     recipe = load_recipe(setup.path, given)
     if pending(recipe, run):
         with teacher(recipe, run):
             stage("generate", run, setup.path, given)
-    stage("filters", run, setup.path, given)
+    if not (filtered and _filtered_so(recipe, setup.path, run)):
+        stage("filters", run, setup.path, given)
     return run
+
+
+def _filtered_so(recipe: Recipe, path: Path, run: RunDir) -> bool:
+    """Whether all answers of a filtered run were filtered as the recipe says now."""
+    said = read_lineage(run).get("filters", {})
+    config = recipe.filters.model_dump(mode="json", include={"dedup", "judge", "select"})
+    wanted = {"rules": recipe_rules(recipe, path).described(), **config}
+    newer = run.completions.stat().st_mtime_ns > run.kept.stat().st_mtime_ns
+    return not newer and wanted == {name: said.get(name) for name in wanted}
 
 
 def _by_source(sources: Mapping[str, Sequence[Kept]], test: Sequence[Kept]) -> dict[str, list[Kept]]:

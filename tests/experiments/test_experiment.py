@@ -23,8 +23,8 @@ from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
-from experiments.arms import Arm, Design, Setup, matched_epochs, read_human
-from experiments.results import Column, Comparison, _columns, _money, conclusions, rows_of, write_results
+from experiments.arms import EXPERIMENTS, Arm, Design, Setup, matched_epochs, read_human
+from experiments.results import Column, Comparison, _columns, conclusions, rows_of, write_results
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
@@ -229,6 +229,15 @@ def test_another_teacher_has_its_own_run_and_its_price(
         assert trained["rows"] + trained["validation"] == 18 - len(test) / 2
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert "bits per character of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
+    lax = json.dumps([{"rule": "length", "min_chars": 5, "max_chars": 400}])
+    options = Namespace(b_model="other", b_url="https://other.example/v1")
+    grown = ["generate b", "filters b", "generate run", "filters run"]
+    for more, done in (([], grown[1::2]), ([], []), (["--prompts.count", "26"], grown)):
+        stages.clear()
+        flags = ["--filters.rules", lax, *more]
+        EXPERIMENTS["teachers"].prepare(Setup(load_recipe(recipe, flags), recipe, flags, run, folder, options))
+        assert stages == done
+        assert all("Too short." in {row.text for row in kept(folder / name)} for name in "ab")
     with pytest.raises(UsageError, match="b: it holds the answers of other, not of third; remove this folder"):
         experiment("teachers", recipe, run, "--b-model", "third")
 
@@ -327,16 +336,6 @@ def test_a_difference_is_named_only_where_its_interval_leaves_zero_out() -> None
     lines = conclusions(results(hard=figure(1.3, 0.0), soft=figure(1.25, 0.06)))
     assert lines[0] == "No difference between the arms is significant."
     assert "a note" in lines
-
-
-@pytest.mark.parametrize(("a", "b"), [(None, 3.0), (1.0, None), (None, None)])
-def test_a_price_that_is_not_known_is_not_nothing(a: float | None, b: float | None) -> None:
-    change = difference("accuracy", "b", "a", figure(0.5, 0.1).minus(figure(0.3, 0.0)), "higher", "test")
-    lines = list(_money({"a": {"usd": a, "tokens": 10}, "b": {"usd": b}}, [change]))
-    assert not any("USD more" in line or "each USD" in line for line in lines)
-    assert lines[2:] == ["what b cost more than a is unknown"]
-    known = list(_money({"a": {"usd": 1.0}, "b": {"usd": 3.0}}, [change]))
-    assert known[2:] == ["accuracy: +0.1 for each USD that b cost more than a"]
 
 
 def test_the_table_has_the_arms_and_the_other_models() -> None:
