@@ -10,7 +10,7 @@ import random
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, nextafter
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
+from train.run import rows_to_train
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,20 @@ def _keep_rate(setup: Setup) -> Design:
     pool = _pool(setup, base, test)
     stage("filters", pool, setup.path, [*setup.flags, "--sweep", ",".join(map(str, shares))])
     kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
-    rows = {name: len(part_rows(read_rows(share), setup.recipe.prompts, test).train) for name, share in kept.items()}
-    accept = _accepting(setup, "keep_rate", "filters", "length")
-    flags = {name: ["--train.too_long", "drop", *accept] for name in kept}
+    flags = ["--train.too_long", "drop", *_accepting(setup, "keep_rate", "filters", "length")]
+    arms = [_arm(setup, name, share, test, flags) for name, share in kept.items()]
     note = "every arm sees its rows equally often"
     if setup.options.match == "steps":
+        rows = {arm.name: _rows_to_train(setup, arm) for arm in arms}
         epochs = matched_epochs(rows, setup.recipe.train.batch_size, setup.recipe.train.epochs)
-        flags = {name: [*own, "--train.epochs", repr(epochs[name])] for name, own in flags.items()}
+        arms = [replace(arm, flags=[*arm.flags, "--train.epochs", repr(epochs[arm.name])]) for arm in arms]
         note = "every arm makes as many steps as the largest does in the recipe's epochs"
-    arms = [_arm(setup, name, share, test, flags[name]) for name, share in kept.items()]
     return Design(arms, {"": test}, f"{note} (--match {setup.options.match})")
+
+
+def _rows_to_train(setup: Setup, arm: Arm) -> int:
+    """The rows that make an arm's steps. Where there are none, its training says so."""
+    return max(1, rows_to_train(load_recipe(setup.path, [*setup.flags, *arm.flags]), arm.run))
 
 
 def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:
