@@ -10,7 +10,7 @@ import random
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, nextafter
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from chain.stages import stage, teacher
 from evaluate.measure.results import answer_row
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
+from filters.run import recipe_rules
 from filters.trials import parse_shares
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
@@ -31,6 +32,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
+from train.run import rows_to_train
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,20 @@ def _keep_rate(setup: Setup) -> Design:
     pool = _pool(setup, base, test)
     stage("filters", pool, setup.path, [*setup.flags, "--sweep", ",".join(map(str, shares))])
     kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
-    rows = {name: len(part_rows(read_rows(share), setup.recipe.prompts, test).train) for name, share in kept.items()}
-    accept = _accepting(setup, "keep_rate", "filters", "length")
-    flags = {name: ["--train.too_long", "drop", *accept] for name in kept}
+    flags = ["--train.too_long", "drop", *_accepting(setup, "keep_rate", "filters", "length")]
+    arms = [_arm(setup, name, share, test, flags) for name, share in kept.items()]
     note = "every arm sees its rows equally often"
     if setup.options.match == "steps":
+        rows = {arm.name: _rows_to_train(setup, arm) for arm in arms}
         epochs = matched_epochs(rows, setup.recipe.train.batch_size, setup.recipe.train.epochs)
-        flags = {name: [*own, "--train.epochs", repr(epochs[name])] for name, own in flags.items()}
+        arms = [replace(arm, flags=[*arm.flags, "--train.epochs", repr(epochs[arm.name])]) for arm in arms]
         note = "every arm makes as many steps as the largest does in the recipe's epochs"
-    arms = [_arm(setup, name, share, test, flags[name]) for name, share in kept.items()]
     return Design(arms, {"": test}, f"{note} (--match {setup.options.match})")
+
+
+def _rows_to_train(setup: Setup, arm: Arm) -> int:
+    """The rows that make an arm's steps. Where there are none, its training says so."""
+    return max(1, rows_to_train(load_recipe(setup.path, [*setup.flags, *arm.flags]), arm.run))
 
 
 def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:
@@ -127,8 +133,8 @@ def _teachers(setup: Setup) -> Design:
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
     if asked != wanted:
         raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
-    _answered(setup, other, *flags)
-    base = _answered(setup, setup.base)
+    _answered(setup, other, *flags, anew=True)  # both: a run of an earlier recipe would have other prompts and rules
+    base = _answered(setup, setup.base, anew=True)
     rows = {"A": read_rows(base), "B": read_rows(other)}
     test = part_rows([*rows["A"], *rows["B"]], setup.recipe.prompts).test
     arms = [_arm(setup, "a", base, test, []), _arm(setup, "b", other, test, flags)]
@@ -192,17 +198,28 @@ EXPERIMENTS = {
 }
 
 
-def _answered(setup: Setup, run: RunDir, *flags: str) -> RunDir:
-    """The run, with answers and filtered; what it lacks is done now."""
-    if run.kept.is_file() and run.dropped.is_file():
+def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> RunDir:
+    """The run, with answers and filtered; what it lacks is done now. `anew`: what the recipe has changed, too."""
+    filtered = run.kept.is_file() and run.dropped.is_file()
+    if filtered and not anew:
         return run
     given = [*setup.flags, *flags]
     recipe = load_recipe(setup.path, given)
     if pending(recipe, run):
         with teacher(recipe, run):
             stage("generate", run, setup.path, given)
-    stage("filters", run, setup.path, given)
+    if not (filtered and _filtered_so(recipe, setup.path, run)):
+        stage("filters", run, setup.path, given)
     return run
+
+
+def _filtered_so(recipe: Recipe, path: Path, run: RunDir) -> bool:
+    """Whether all answers of a filtered run were filtered as the recipe says now."""
+    said = read_lineage(run).get("filters", {})
+    config = recipe.filters.model_dump(mode="json", include={"dedup", "judge", "select"})
+    wanted = {"rules": recipe_rules(recipe, path).described(), **config}
+    newer = run.completions.stat().st_mtime_ns > run.kept.stat().st_mtime_ns
+    return not newer and wanted == {name: said.get(name) for name in wanted}
 
 
 def _by_source(sources: Mapping[str, Sequence[Kept]], test: Sequence[Kept]) -> dict[str, list[Kept]]:

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import msgspec
 
 from filters.diversity import WORDS, Distinct, Diversity, diversity
+from generate.budget import budget_left
 from generate.prompts import iter_prompts, prompt_id
 from generate.run import generate
 from pipeline.chat import INSTRUCTIONS
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
-from pipeline.lineage import budget_left
 from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, read_jsonl, said
 from pipeline.rundir import RunDir, write_json, write_jsonl

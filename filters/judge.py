@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from pipeline.errors import DistillError
-from pipeline.lineage import budget_left
 from pipeline.recipe import JudgeConfig, PromptsConfig, Recipe, SamplingConfig
 from pipeline.records import Completion, Failure, Message, Prompt, Reason, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
@@ -252,6 +251,8 @@ def judge_recipe(
     `properties` are those of the JSON object it replies with, all of them required; `others` the runs that share its
     budget.
     """
+    from generate.budget import budget_left  # here: as in ask_judge
+
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
     return recipe.model_copy(

@@ -14,7 +14,7 @@ from generate.progress import clock, requests_of
 from generate.run import Sender, Summary, generate
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import RequestsFailed, UsageError
+from pipeline.errors import RecipeError, RequestsFailed, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -39,6 +39,8 @@ def main() -> None:
         "--cluster-store", metavar="URL", help="a folder that all nodes see, or s3:// or gs:// (default: the run's)"
     )
     recipe, run, options = parse_stage(parser)
+    if recipe.sampling.logprobs is not None:
+        _refuse_store(recipe, run)
     if options.dry_run:
         first, folder = next(passes(recipe, run))
         for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
@@ -73,6 +75,17 @@ def _sender(address: str, store: str | None, recipe: Recipe, run: RunDir) -> Sen
     if recipe.generate.mode == "batch":
         raise UsageError("--cluster asks an endpoint online, but generate.mode is batch; a batch needs no cluster")
     return cluster_sender(address, run, store)
+
+
+def _refuse_store(recipe: Recipe, run: RunDir) -> None:
+    """Raises RecipeError if the run is in object storage: it has answers in the store before their logprobs."""
+    from scale.sync import State  # here: as above
+
+    if url := State.read(run.path).url:
+        raise RecipeError(
+            f"sampling.logprobs is {recipe.sampling.logprobs}, but a run in object storage ({url}) would lose them "
+            "with its machine: use a folder for --run (make fetch brings the run into one), or leave the key out"
+        )
 
 
 def describe(recipe: Recipe, run: RunDir, summary: Summary) -> list[str]:

@@ -23,6 +23,7 @@ from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.jobs import Job, completed, failed
+from generate.prices import Price
 from generate.reply import Answer, Fault
 from generate.tokens import bound
 from generate.verdict import heals
@@ -51,7 +52,8 @@ class Batches:
         self._done = IdSet()  # answered or failed for good, by this call
         self._tries: Counter[str] = Counter()  # of this call
         # Reserves as run.budget would, but in memory: no spend file counts what `batches/` says is under way.
-        self._limit = Budget(run.recipe.budget, known_price(run.recipe), run.budget.spent)
+        self._price = known_price(run.recipe)
+        self._limit = Budget(run.recipe.budget, self._price, run.budget.spent)
         self._reserved: dict[str, Reservation] = {}
         self._stopped = asyncio.Event()
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
@@ -98,7 +100,7 @@ class Batches:
         """Writes what is still to be asked, and can be paid, as new chunks; False if nothing is left to ask."""
         self._written_in = self._dialect.version
         left = (job for job in self._run.jobs() if job.request.id not in self._done)
-        chunks = self._folder.write(takewhile(self._reserve, left))
+        chunks = self._folder.write(takewhile(self._reserve, left), self._price)
         if chunks:
             requests = sum(chunk.requests for chunk in chunks)
             self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
@@ -114,11 +116,12 @@ class Batches:
         return reservation is not None
 
     def _reserve_live(self) -> None:
-        """Batches of an earlier call still cost money: their requests are reserved again, covered or not."""
-        live = {id_ for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
-        for job in self._run.jobs() if live else ():
-            if job.request.id in live and not self._reserve(job):
-                self._reserved[job.request.id] = Reservation(bound(len(job.body)), job.request.sampling["max_tokens"])
+        """Batches of an earlier call still cost money, at the price of then. Nothing is written before they end."""
+        prices = {id_: chunk.price for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
+        for job in self._run.jobs() if prices else ():
+            if (id_ := job.request.id) in prices:
+                most = bound(len(job.body)), job.request.sampling["max_tokens"]
+                self._reserved[id_] = Reservation(*most, price=prices[id_])
 
     async def _follow(self) -> None:
         """Submits, polls and collects until no chunk is live."""
@@ -197,7 +200,7 @@ class Batches:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
-        self._record(outcomes, f"batch {batch.id}", sent)
+        self._record(outcomes, f"batch {batch.id}", sent, chunk.price)
         for id_ in sent:  # of a batch that failed
             self._settle(id_, None)
         for journal in self._run.journals:
@@ -211,11 +214,16 @@ class Batches:
             raise DistillError(f"batch {batch.id} failed: {words or 'it does not say why'}")
 
     def _record(
-        self, outcomes: dict[str, Answer | Fault], source: str, sent: dict[str, dict[str, Any]] | None = None
+        self,
+        outcomes: dict[str, Answer | Fault],
+        source: str,
+        sent: dict[str, dict[str, Any]] | None = None,
+        price: Price | None = None,
     ) -> None:
         """Writes outcomes to the journals: each request's first answer, and no more.
 
-        `sent`: the requests of the batch that brought them; None for a file that came another way.
+        `sent`: the requests of the batch that brought them; None for a file that came another way. `price`: of
+        that batch's tokens.
         """
         for job in self._run.jobs():
             id_ = job.request.id
@@ -227,7 +235,7 @@ class Batches:
         for id_, outcome in outcomes.items() if sent else ():
             if id_ not in self._run.completions.found.ids:  # paid as all others: the recipe was another one then
                 usage = outcome.usage or Usage()
-                most = Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+                most = Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0, price=price)
                 self._charge(most, usage, [])
 
     def _take(self, job: Job, outcome: Answer | Fault, sent: dict[str, dict[str, Any]] | None) -> None:

@@ -15,6 +15,7 @@ from uuid import uuid4
 import msgspec
 
 from generate.jobs import Job
+from generate.prices import Price
 from generate.reply import Answer, Fault, read_answer, read_error
 from pipeline.records import read_json, read_jsonl
 from pipeline.rundir import replacing, write_json
@@ -33,6 +34,7 @@ class Chunk(msgspec.Struct, kw_only=True):
     file_id: str | None = None  # once it is uploaded
     batch_id: str | None = None  # once it is created
     status: str = "written"
+    price: Price | None = None  # when it was written; None: not known, or a file of an older version
     collected: bool = False  # all that came of it is in the journals
 
 
@@ -76,13 +78,17 @@ class Folder:
             for line in read_jsonl(self.file(chunk, "input"), _Input)
         }
 
-    def write(self, jobs: Iterable[Job]) -> list[Chunk]:
-        """Writes the requests as chunks, streamed. The chunks are in the state when this returns."""
+    def write(self, jobs: Iterable[Job], price: Price | None) -> list[Chunk]:
+        """Writes the requests as chunks, streamed. The chunks are in the state when this returns.
+
+        `price`: of their tokens.
+        """
         chunks: list[Chunk] = []
         lines = map(input_line, jobs)
         line = next(lines, None)
         while line is not None:
-            chunk, size = Chunk(name=f"{len(self.state.chunks) + len(chunks) + 1:03}", requests=0), 0
+            number, size = len(self.state.chunks) + len(chunks) + 1, 0
+            chunk = Chunk(name=f"{number:03}", requests=0, price=price)
             with replacing(self.file(chunk, "input")) as file:
                 while line and (not size or (chunk.requests < MOST_REQUESTS and size + len(line) <= MOST_BYTES)):
                     size += file.write(line)

@@ -13,19 +13,19 @@ adds the journal's new answers at the price that they had, whatever mode, model 
 with several processes, `spend-<n>.json` also hold what the journal does not say. Amounts are whole pico-dollars.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from generate.jobs import WHOLE, Partition
-from generate.journal import Contents
+from generate.journal import Contents, read_journal
 from generate.prices import PICO, Price, price_of
 from generate.tokens import bound
 from pipeline.errors import BudgetReached, RecipeError
 from pipeline.recipe import BudgetConfig, Recipe
-from pipeline.records import Usage, read_json
+from pipeline.records import Completion, Usage, read_json
 from pipeline.rundir import RunDir, write_json
 
 AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
@@ -61,6 +61,7 @@ class Reservation(NamedTuple):
     max_tokens: int = 0  # of each answer
     answers: int = 1
     most: Spend = Spend()  # of these, and of what earlier answers had beyond such bounds
+    price: Price | None = None  # if it is not the budget's: that of a batch when it was made
 
 
 class Budget:
@@ -129,13 +130,13 @@ class Budget:
 
         `journaled` is what completions.jsonl holds of this usage: the parts of the answers.
         """
-        if not self._counts:
+        if not self._counts and reservation.price is None:
             return
         self._reserved -= reservation.most
         if not billed:
             return
         usage, most = usage or Usage(), reservation.most
-        counted = self._spend(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+        counted = self._spend(usage.prompt_tokens or 0, usage.completion_tokens or 0, reservation.price)
         if usage.prompt_tokens is None or usage.completion_tokens is None:
             used = Spend(max(most.tokens, counted.tokens), max(most.cost, counted.cost))
         else:
@@ -186,15 +187,18 @@ class Budget:
         """Keeps the file at or above what a run that is killed now may have cost."""
         most, saved = self._unsaid + self._reserved, self._account.unsaid
         if most.tokens > saved.tokens or most.cost > saved.cost:
-            self._write(Spend(most.tokens * AHEAD // 100, most.cost * AHEAD // 100))
+            ahead = Spend(self._reserved.tokens * AHEAD // 100, self._reserved.cost * AHEAD // 100)
+            self._write(self._unsaid + ahead)
 
     def _write(self, unsaid: Spend) -> None:
-        if self._file and self._counts and unsaid != self._account.unsaid:
+        if self._file and unsaid != self._account.unsaid:
             self._account = msgspec.structs.replace(self._account, unsaid=unsaid)
             write_account(self._file, self._account)
 
-    def _spend(self, prompt_tokens: int, completion_tokens: int) -> Spend:
-        cost = self._price.cost(prompt_tokens, completion_tokens) if self._price else 0
+    def _spend(self, prompt_tokens: int, completion_tokens: int, price: Price | None = None) -> Spend:
+        """`price`: the budget's if it is None."""
+        price = price or self._price
+        cost = price.cost(prompt_tokens, completion_tokens) if price else 0
         return Spend(prompt_tokens + completion_tokens, cost)
 
 
@@ -215,6 +219,20 @@ def spent_in(run: RunDir, found: Contents) -> Spend:
     account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
     return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
+
+
+def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """What other runs leave of a budget that they share; if that is nothing, less than any request costs.
+
+    By their journals: a run that was killed has no lineage.
+    """
+    if budget == BudgetConfig():
+        return budget
+    spent = sum((spent_in(other, read_journal(other.completions, Completion)) for other in others), Spend())
+    return BudgetConfig(
+        usd=None if budget.usd is None else max(budget.usd - spent.cost / PICO, 1e-12),
+        tokens=None if budget.tokens is None else max(budget.tokens - spent.tokens, 1),
+    )
 
 
 def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:

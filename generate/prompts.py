@@ -87,6 +87,8 @@ def _rows(config: PromptsConfig) -> Iterator[Prompt]:
             prompt = make_prompt(_prompt_row(row, config), config.system, config.tools)
         except (ValueError, msgspec.ValidationError) as error:
             raise DataError(f"{where}: {error}") from None
+        except RecursionError:
+            raise DataError(f"{where}: a value is nested too deeply; make it flatter, or text") from None
         if prompt.id != (question := prompt_id(prompt.messages, prompt.tools)):
             new_id, new_prompt = ids.add(prompt.id), prompts.add(f"{prompt.id} {question}")
             if new_prompt and not new_id:

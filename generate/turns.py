@@ -16,15 +16,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from generate.budget import Spend, spent_in
+from generate.budget import budget_left
 from generate.idset import IdSet
 from generate.jobs import build_jobs
-from generate.journal import read_journal
-from generate.prices import PICO
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError
-from pipeline.lineage import reduced, spent_by
-from pipeline.recipe import BudgetConfig, PromptsConfig, Recipe
+from pipeline.lineage import spent_by
+from pipeline.recipe import PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.user_config import UserConfig
@@ -49,7 +47,7 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
 
     def asking(prompts: PromptsConfig, folder: RunDir) -> Recipe:
         others = [other for other in pass_folders(run, user) if other != folder]
-        return recipe.model_copy(update={"prompts": prompts, "budget": _budget_left(recipe.budget, others)})
+        return recipe.model_copy(update={"prompts": prompts, "budget": budget_left(recipe.budget, others)})
 
     own = recipe.prompts
     prompts = own.model_copy(update={"user": None})
@@ -76,14 +74,6 @@ def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
 def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
     """The user for lineage.json, and what the passes before the last have cost."""
     return {"model": user.model, "turns": user.turns, "spent_before": spent_by(pass_folders(run, user)[:-1])}
-
-
-def _budget_left(budget: BudgetConfig, others: list[RunDir]) -> BudgetConfig:
-    """What the other passes leave of the budget, by their journals: a pass that was killed has no lineage."""
-    if budget == BudgetConfig():
-        return budget
-    spent = sum((spent_in(other, read_journal(other.completions, Completion)) for other in others), Spend())
-    return reduced(budget, tokens=spent.tokens, usd=spent.cost / PICO)
 
 
 def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.section import BudgetConfig, PriceConfig, Section
+from pipeline.section import BudgetConfig, PriceConfig, Section, checked_urls
 
 RUBRIC = {
     "fluency": "the language is the request's own, natural and without errors",
@@ -73,6 +73,11 @@ class JudgeConfig(Section):
     """How often an answer is judged whose verdict cannot be read."""
     schema_: bool = Field(True, alias="schema")
     """Ask for JSON by a schema; false for an endpoint that does not support it."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _http_url(cls, given: str | None) -> str | None:
+        return given if given is None else ",".join(checked_urls(given))
 
     @field_validator("rubric")
     @classmethod

@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.rundir import RunDir, replacing
-from pipeline.section import BudgetConfig
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -34,19 +33,6 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{run.lineage}: {error}; move it away to start a new one") from None
     return lineage
-
-
-def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What is left of a budget from which other runs spend, too."""
-    return reduced(budget, **spent_by(others))
-
-
-def reduced(budget: BudgetConfig, *, tokens: int, usd: float) -> BudgetConfig:
-    """What is left of a budget of which so much is spent; if nothing is, less than any request costs."""
-    return BudgetConfig(
-        usd=None if budget.usd is None else max(budget.usd - usd, 1e-12),
-        tokens=None if budget.tokens is None else max(budget.tokens - tokens, 1),
-    )
 
 
 def spent_by(runs: Iterable[RunDir]) -> dict[str, Any]:

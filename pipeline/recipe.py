@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 import yaml
-from pydantic import AnyHttpUrl, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from pipeline.address import weighted_urls
@@ -27,7 +27,7 @@ from pipeline.partition import position
 from pipeline.recipe_errors import explain
 from pipeline.records import Json, Message, Part, Prompt, folded
 from pipeline.sampling_config import SamplingConfig
-from pipeline.section import BudgetConfig, PriceConfig, Section
+from pipeline.section import BudgetConfig, PriceConfig, Section, checked_urls
 from pipeline.student_config import StudentConfig, is_file_name
 from pipeline.train_config import TrainConfig
 from pipeline.user_config import UserConfig
@@ -105,12 +105,7 @@ class TeacherConfig(Section):
     @field_validator("base_url")
     @classmethod
     def _http_url(cls, given: str | list[str]) -> str | list[str]:
-        weights = weighted_urls(given.split(",") if isinstance(given, str) else given)
-        if not weights:
-            raise ValueError("needs at least one URL")
-        for url in weights:
-            TypeAdapter(AnyHttpUrl).validate_python(url)
-        entries = [url if weight == 1 else f"{url} {weight:g}" for url, weight in weights.items()]
+        entries = checked_urls(given)
         return entries[0] if len(entries) == 1 else entries
 
     @property

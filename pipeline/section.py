@@ -2,8 +2,10 @@
 
 from typing import get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.fields import FieldInfo
+
+from pipeline.address import weighted_urls
 
 
 class Section(BaseModel):
@@ -18,6 +20,19 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a key holds; None for a plain value."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def checked_urls(given: str | list[str]) -> list[str]:
+    """Endpoints as a recipe keeps them: `URL`, or `URL WEIGHT`; of a text those between its commas.
+
+    Raises ValueError at one that is no http URL or has a wrong weight, or if there is none.
+    """
+    weights = weighted_urls(given.split(",") if isinstance(given, str) else given)
+    if not weights:
+        raise ValueError("needs at least one URL")
+    for url in weights:
+        TypeAdapter(AnyHttpUrl).validate_python(url)
+    return [url if weight == 1 else f"{url} {weight:g}" for url, weight in weights.items()]
 
 
 class PriceConfig(Section):

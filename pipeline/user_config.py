@@ -1,8 +1,8 @@
 """The recipe's `prompts.user` section: a second model that goes on with the conversation."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipeline.section import PriceConfig, Section
+from pipeline.section import PriceConfig, Section, checked_urls
 
 
 class UserConfig(Section):
@@ -22,3 +22,8 @@ class UserConfig(Section):
     """What it is told: who the user is, and what they want; null: to react to the answer, and to ask on."""
     max_tokens: int = Field(200, ge=1)
     """Tokens of a message, at most."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _http_url(cls, given: str | None) -> str | None:
+        return given if given is None else ",".join(checked_urls(given))

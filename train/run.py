@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
+NO_EXTRA = "training needs the `train` extra: {error}; run `make train`, which installs it"
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 AGAIN = " again"  # follows the fingerprint there if --again began the training
@@ -93,7 +94,7 @@ def train_run(
     try:
         prepared, checks = begin(recipe, run, decide, folder=work, console=console, processes=processes)
     except ImportError as error:
-        raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
+        raise UsageError(NO_EXTRA.format(error=error)) from None
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
     console.print(f"training on {rows['train']} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
@@ -120,6 +121,22 @@ def _learn(prepared: "Prepared", work: Path, console: Console, processes: Proces
     with writing_weights(work):
         prepared.fit()
         prepared.save(work / "student", console, write=processes.lead)
+
+
+def rows_to_train(recipe: Recipe, run: RunDir) -> int:
+    """How many of a run's kept rows a training learns from: those of its part that are not too long.
+
+    A student that is made first is made now. Raises RecipeError, UsageError or DataError as train_run does.
+    """
+    rows = read_parts(recipe, run).train
+    try:
+        from train.tokens import row_length
+
+        tokenizer = load_tokenizer(initial_student(recipe, run, rows))
+    except ImportError as error:
+        raise UsageError(NO_EXTRA.format(error=error)) from None
+    examples = to_examples(rows, recipe.student, reasoning_form(recipe.train, tokenizer))
+    return sum(row_length(example, tokenizer) <= recipe.train.max_length for example in examples)
 
 
 def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:

@@ -70,6 +70,13 @@ def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> 
     return ids
 
 
+def row_length(example: Mapping[str, Any], tokenizer: Any) -> int:
+    """Tokens of a prompt and its answer by the chat template, as TRL makes a row of them."""
+    given = json.loads(example["tools"]) if example["tools"] else None
+    messages = [*example["prompt"], *example["completion"]]
+    return len(tokenizer.apply_chat_template(messages, tools=given, return_dict=True)["input_ids"])
+
+
 def key_of(ids: Sequence[int]) -> bytes:
     """What tokens are found by."""
     return np.asarray(ids, np.int32).tobytes()

@@ -6,7 +6,7 @@ verifier failed, or there is nothing to hold the answer against) counts as wrong
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -44,7 +44,7 @@ class VerifiedAnswers:
             right = [float(not reasons[prompt.id]) for prompt in prompts]
             share = ratio(right, [1.0] * len(right), counts)
             assert share is not None
-            found[key] = Figure(share.value, share.resampled, wilson(share.value, len(right)))
+            found[key] = replace(share, exact=wilson(share.value, len(right)))
         return found
 
     def wrong(self) -> dict[str, dict[str, float]]:

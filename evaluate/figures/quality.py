@@ -63,8 +63,8 @@ def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, di
         perplexity = np.exp(nll / tokens)
         bits = nll / math.log(2) / np.maximum(characters, 1)
         figures[key] = {
-            "perplexity": Figure(float(perplexity[0]), perplexity[1:]),
-            "bits_per_character": Figure(float(bits[0]), bits[1:]),
+            "perplexity": Figure(float(perplexity[0]), perplexity[1:], prompts=len(prompts)),
+            "bits_per_character": Figure(float(bits[0]), bits[1:], prompts=len(prompts)),
         }
     return figures
 

@@ -6,6 +6,7 @@ computed on the same resamples, so differences and ratios between models are pai
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class Figure:
     value: float
     resampled: Any
     exact: tuple[float, float] | None = None  # a 95% interval to use in place of the resamples'
+    prompts: float = inf  # that it is of; inf: nobody asks
 
     def estimate(self) -> Estimate:
         """With its 95% interval."""
@@ -77,7 +79,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], counts: An
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = (counts @ above) / (counts @ below)
-    return Figure(float(above.sum() / below.sum()), resampled)
+    return Figure(float(above.sum() / below.sum()), resampled, prompts=int(np.count_nonzero(below)))
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | None:

@@ -23,7 +23,7 @@ from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from evaluate.run import evaluate_run
 from experiments.__main__ import main
-from experiments.arms import Arm, Design, Setup, matched_epochs, read_human
+from experiments.arms import EXPERIMENTS, Arm, Design, Setup, matched_epochs, read_human
 from experiments.results import Column, Comparison, _columns, conclusions, rows_of, write_results
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
@@ -229,6 +229,15 @@ def test_another_teacher_has_its_own_run_and_its_price(
         assert trained["rows"] + trained["validation"] == 18 - len(test) / 2
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert "bits per character of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
+    lax = json.dumps([{"rule": "length", "min_chars": 5, "max_chars": 400}])
+    options = Namespace(b_model="other", b_url="https://other.example/v1")
+    grown = ["generate b", "filters b", "generate run", "filters run"]
+    for more, done in (([], grown[1::2]), ([], []), (["--prompts.count", "26"], grown)):
+        stages.clear()
+        flags = ["--filters.rules", lax, *more]
+        EXPERIMENTS["teachers"].prepare(Setup(load_recipe(recipe, flags), recipe, flags, run, folder, options))
+        assert stages == done
+        assert all("Too short." in {row.text for row in kept(folder / name)} for name in "ab")
     with pytest.raises(UsageError, match="b: it holds the answers of other, not of third; remove this folder"):
         experiment("teachers", recipe, run, "--b-model", "third")
 

@@ -121,6 +121,31 @@ def test_a_batch_for_another_model_is_paid_all_the_same(run: RunDir) -> None:
     assert (summary.answered, summary.cost_usd) == (4, 48)
 
 
+@pytest.mark.parametrize(
+    ("model", "price", "cost"),
+    [
+        ("stub", 1_000_000, 4 * 12),
+        ("stub", 4_000_000, 4 * 12),
+        ("stub", None, 4 * 12),
+        ("other", 1_000_000, 4 * 12 + 4 * 6),
+        ("other", None, 4 * 12),
+    ],
+)
+def test_a_batch_costs_what_it_did_when_it_was_made(run: RunDir, model: str, price: float | None, cost: float) -> None:
+    with fake_batches() as fake:
+        _interrupted(batch_recipe(fake, 4, teacher=priced(fake, usd=2_000_000)), run)
+        now = {"model": model, "base_url": fake.url} if price is None else priced(fake, model, price)
+        for _ in range(2):
+            assert generate(batch_recipe(fake, 4, teacher=now), run, quiet=True).cost_usd == cost
+
+
+def test_a_batch_without_a_price_costs_what_it_does_now(run: RunDir) -> None:
+    """An older version made it, or its price was not known."""
+    with fake_batches() as fake:
+        _interrupted(batch_recipe(fake, 4, teacher={"model": "stub", "base_url": fake.url}), run)
+        assert generate(batch_recipe(fake, 4, teacher=priced(fake)), run, quiet=True).cost_usd == 4 * 6
+
+
 def test_online_says_what_batches_are_under_way(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with fake_batches() as fake:
         recipe = batch_recipe(fake, 4)

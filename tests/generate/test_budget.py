@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate.budget import Budget, Spend, spent_so_far
+from generate.budget import Account, Budget, Spend, read_account, spent_so_far
 from generate.dry_run import describe, dry_run
 from generate.jobs import Partition
 from generate.journal import Contents
@@ -140,6 +140,14 @@ def test_what_the_journal_does_not_say_is_kept_in_a_file_and_counted_again(tmp_p
     (tmp_path / "spend.json").write_text("{")
     with pytest.raises(DataError, match=r"spend\.json: .*without it the budget cannot be kept"):
         Budget.open(recipe, run, Contents())
+
+
+def test_the_file_covers_what_is_in_flight_where_a_batch_was_cheaper_than_the_journal_says(tmp_path: Path) -> None:
+    account = Account(unsaid=Spend(0, -10_000))
+    budget = Budget(BudgetConfig(), PRICE, Spend(), file=tmp_path / "spend.json", account=account)
+    reservation = budget.reserve(100, 50)
+    assert reservation is not None
+    assert read_account(tmp_path / "spend.json").unsaid.cost >= reservation.most.cost - 10_000
 
 
 REMOTE = "https://api.example.com/v1"

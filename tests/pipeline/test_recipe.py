@@ -100,6 +100,17 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             [],
             "{path}: teacher.base_url http://b/v1: its weight must be a number above 0, at most 1000, not 'many'",
         ),
+        (
+            "prompts: {count: 1, template: x, user: {base_url: localhost}}",
+            [],
+            "{path}: prompts.user.base_url",
+        ),
+        (
+            "prompts: {count: 1, template: x, user: {base_url: 'http://a/v1 many'}}",
+            [],
+            "{path}: prompts.user.base_url http://a/v1: its weight must be a number above 0, at most 1000, not 'many'",
+        ),
+        ("filters: {judge: {base_url: localhost}}", [], "{path}: filters.judge.base_url"),
         ("prompts: {template: x}", [], "{path}: prompts a template needs `count`"),
         ("prompts: {}", [], "{path}: prompts give either `template`"),
         (
@@ -117,6 +128,16 @@ def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: l
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, flags)
     assert said.format(path=path) in str(caught.value)
+
+
+def test_the_user_and_the_judge_have_urls_as_the_teacher_has(path: Path) -> None:
+    """So `http://…/v1/` is the teacher's URL, whose key they then have."""
+    path.write_text(GOOD)
+    flags = ["--teacher.base_url", "https://a/v1", "--prompts.user.base_url", "https://a/v1/"]
+    recipe = load_recipe(path, [*flags, "--filters.judge.base_url", "https://a/v1/, https://b/v1 2"])
+    assert recipe.prompts.user is not None and recipe.prompts.user.base_url == recipe.teacher.base_url
+    assert recipe.filters.judge is not None
+    assert recipe.teacher.another(recipe.filters.judge).url_weights == {"https://a/v1": 1, "https://b/v1": 2}
 
 
 @pytest.mark.parametrize(("name", "value"), [("DISTILL_SAMPLING__TOP_P", "9"), ("DISTILL_SAMPLING", '{"top_p": 9}')])

@@ -191,6 +191,17 @@ def test_a_local_run_imports_nothing_of_this(tmp_path: Path) -> None:
     assert not {name.split(".")[0] for name in out.split()} & {"scale", "obstore"}
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_logprobs_which_a_lost_machine_would_lose_are_refused(tmp_path: Path, more: list[str]) -> None:
+    store = (tmp_path / "store").as_uri()
+    with misbehaving() as teacher:
+        one = machine(tmp_path / "one", teacher, 3, sampling={"logprobs": 2})
+        code, _, err = finish(start(one, "-m", "generate", "recipe.yaml", "--run", f"{store}/stories", *more))
+        assert (code, teacher.asked) == (2, [])
+        assert "error: sampling.logprobs is 2, but a run in object storage" in err
+        assert "use a folder for --run" in err
+
+
 def _last_lease(store: Store) -> dict[str, object]:
     names = store.names("lease")
     return dict(json.loads(store.get(names[-1]) or b"{}")) if names else {}

@@ -1,0 +1,65 @@
+"""`keep-rate` on tiny models, by the real stages: the arms make equal steps, also where rows are too long."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.arms import EXPERIMENTS, Setup
+from pipeline.lineage import record_lineage
+from pipeline.recipe import load_recipe
+from pipeline.records import Completion, Message, encode_line
+from pipeline.rundir import RunDir
+from tests.completion_fields import completion_fields
+from tests.tiny_student import tiny_model
+from train.run import rows_to_train, train_run
+
+SHORT, LONG = 20, 12  # answers; the rule drops the long ones, each of which is a token longer than the one before
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    settings = {"method": "full", "epochs": 2, "batch_size": 2, "max_length": 84, "learning_rate": 1e-3}
+    data = {
+        "name": "tiny",
+        "teacher": {"model": "teacher", "base_url": "https://teacher.example/v1"},
+        "student": {"model": str(tiny_model(tmp_path / "student"))},
+        "prompts": {"template": "Hi", "count": 1, "validation": 0.1, "test": 0.1},
+        "filters": {"rules": [{"rule": "length", "max_chars": 20}]},
+        "train": {**settings, "accept": ["licence", "size_ratio", "chain"]},
+    }
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    lines = []
+    for number in range(SHORT + LONG):
+        text = f"Answer {number}." if number < SHORT else f"Answer {number}, " + "x" * (number + 16)
+        own = {"messages": [Message("user", f"Question {number}?")], "prompt_id": f"p{number}", "model": "teacher"}
+        lines.append(encode_line(Completion(**completion_fields(f"r{number}", text, **own))))
+    run.completions.write_bytes(b"".join(lines))
+    record_lineage(run, "generate", {"prompts": {"distinct": len(lines)}, "teacher": {"asked": "teacher"}})
+    return run
+
+
+def test_rows_that_are_too_long_count_for_no_step(recipe: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.arms.pending", lambda *given: 0)
+    options = Namespace(shares="30,90", match="steps", kind="keep-rate")
+    setup = Setup(load_recipe(recipe), recipe, [], run, run.path / "experiments" / "keep-rate", options)
+    design = EXPERIMENTS["keep-rate"].prepare(setup)
+    steps, left_out = [], []
+    for arm in design.arms:
+        train_run(load_recipe(recipe, arm.flags), arm.run, force=True)
+        section = json.loads(arm.run.lineage.read_bytes())["train"]
+        steps.append(section["steps"])
+        left_out.append(section["too_long_dropped"])
+        assert rows_to_train(load_recipe(recipe, arm.flags), arm.run) == section["rows"]
+    assert left_out[0] == 0 < left_out[1] < LONG - 4
+    assert steps[0] == steps[1]
