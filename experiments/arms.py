@@ -10,6 +10,7 @@ import random
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil, nextafter
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from chain.stages import stage, teacher
+from chain.stages import judges, stage, teacher
 from evaluate.measure.results import answer_row
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
@@ -205,11 +206,12 @@ def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> Run
         return run
     given = [*setup.flags, *flags]
     recipe = load_recipe(setup.path, given)
-    if pending(recipe, run):
-        with teacher(recipe, run):
+    left, stale = pending(recipe, run), not (filtered and _filtered_so(recipe, setup.path, run))
+    with teacher(recipe, run) if left or (stale and judges(recipe)) else nullcontext():
+        if left:
             stage("generate", run, setup.path, given)
-    if not (filtered and _filtered_so(recipe, setup.path, run)):
-        stage("filters", run, setup.path, given)
+        if left or stale:
+            stage("filters", run, setup.path, given)
     return run
 
 
