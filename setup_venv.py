@@ -102,7 +102,7 @@ def install_wheelhouse(folder):
     wheels, packages = (os.path.join(unpacked, name) for name in ("wheels", "requirements.txt"))
     code, output = pip("install", "--no-index", "--find-links", wheels, "--no-deps", "-r", packages, "-e", ".")
     if code:
-        fail("the wheelhouse does not fit this machine: " + explain(output))
+        fail("the wheelhouse does not fit this machine: " + misfit(output))
     for model in place_models(unpacked):
         say("model {}".format(model))
     shutil.rmtree(unpacked)
@@ -184,6 +184,15 @@ def explain(output):
             return cause.format(*found.groups())
     errors = [line for line in output.splitlines() if line.startswith("ERROR")] or output.strip().splitlines()
     return (errors or ["pip failed without a word"])[-1] + "; see .venv/setup.log"
+
+
+def misfit(output):
+    """Why pip cannot install from a wheelhouse, as one line: there is no index that could lack anything."""
+    found = re.search(r"No matching distribution found for (\S+)", output)
+    if not found:
+        return explain(output)
+    libc = " ".join(platform.libc_ver()).strip() or "this system's C library"
+    return "it has no build of {} for Python {} and {}".format(found.group(1), platform.python_version(), libc)
 
 
 def already_there(modules):

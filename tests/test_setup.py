@@ -1,5 +1,6 @@
 """The set-up's errors: one line that names the cause, and no stamp left behind."""
 
+import platform
 import runpy
 import shutil
 import subprocess
@@ -58,3 +59,13 @@ def test_no_network_is_one_line_and_leaves_no_stamp(clone: Path, monkeypatch: py
 )
 def test_the_cause_is_found_in_what_pip_printed(output: str, cause: str) -> None:
     assert setup_venv["explain"](output).startswith(cause)
+
+
+def test_a_wheelhouse_that_does_not_fit_is_no_matter_of_the_network() -> None:
+    output = (
+        "ERROR: Could not find a version that satisfies the requirement vllm===0.32.0 (from versions: none)\n"
+        "ERROR: No matching distribution found for vllm===0.32.0"
+    )
+    said = setup_venv["misfit"](output)
+    assert said.startswith(f"it has no build of vllm===0.32.0 for Python {platform.python_version()} and ")
+    assert setup_venv["misfit"]("[Errno 28] No space left on device").startswith("the disk is full")
