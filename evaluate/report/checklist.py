@@ -69,7 +69,7 @@ class Evidence:
 
     recipe: Recipe
     filters: Filtered | None = None
-    distinct_prompts: float | None = None  # different prompts per request
+    distinct_prompts: float | None = None  # share of the prompts that are different, however often each is answered
     checks: Mapping[str, Check] = field(default_factory=dict)  # of training, by name
     review: Result | None = None
     report: Report | None = None
@@ -82,13 +82,13 @@ def check_run(recipe: Recipe, run: RunDir, report: Report | None) -> Checklist:
     """The checklist of a run, from its files and its report. Raises DataError at a file that is wrong."""
     lineage = read_lineage(run)
     generated = lineage.get("generate") or {}
-    requests = generated.get("requests")
+    prompts = generated.get("prompts") or {}
     trained = read_json(run.checks, TrainChecks, "train again")
     filtered = run.kept.is_file() and run.dropped.is_file()
     seen = Evidence(
         recipe=recipe,
         filters=_filtered(run, lineage.get("filters")),
-        distinct_prompts=generated["prompts"]["distinct"] / requests if requests else None,
+        distinct_prompts=prompts["distinct"] / prompts["asked"] if prompts.get("asked") else None,
         checks={check.name: check for check in trained.checks} if trained else {},
         review=agreement(recipe, run) if filtered and run.reviews.is_file() else None,
         report=report,

@@ -237,7 +237,8 @@ def run(tmp_path: Path) -> RunDir:
     ]
     report = {"rows": 40, "kept": 30, "dropped": 10, "keep_rate": 0.75, "overlaps": {}, "slots": {}, "lengths": {}}
     made.filter_report.write_text(json.dumps({**report, "rules": rules}))
-    made.lineage.write_text(json.dumps({"generate": {"requests": 40, "prompts": {"distinct": 36}}}))
+    prompts = {"asked": 40, "distinct": 36, "samples": 3}
+    made.lineage.write_text(json.dumps({"generate": {"requests": 120, "prompts": prompts}}))
     checks = [{"name": "size_ratio", "status": "pass", "value": 3.1, "finding": "f", "fix": ""}]
     made.checks.write_text(json.dumps({"checks": checks, "accepted": [], "stopped_by": []}))
     return made
