@@ -16,6 +16,7 @@ from filters.judge import FAILED, SCORES, UNREADABLE
 from filters.judge import RULE as JUDGE
 from filters.tally import BIN, LAST_BIN, MOST_VALUES, BadLine, Example, Tally
 
+EXAMPLE_CHARS = 120  # of a reason, in the table: what was said and what was wanted
 FEW_VALUES = 20  # of a slot or column: reported always
 
 
@@ -147,10 +148,11 @@ _number = partial(Column, justify="right", no_wrap=True)
 
 def print_report(report: FilterReport, console: Console) -> None:
     """The drops by rule, the slot values that fare worst, the lengths, and last the keep rate."""
-    rules = Table(Column("rule", no_wrap=True), *map(_number, ("dropped", "alone", "with others")), "for example")
+    numbers, example = map(_number, ("dropped", "alone", "with others")), Column("for example", overflow="fold")
+    rules = Table(Column("rule", no_wrap=True), *numbers, example)
     for rule in report.rules:
-        example = one_line(rule.examples[0].reason, 60) if rule.examples else ""
-        rules.add_row(rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", example)
+        reason = one_line(rule.examples[0].reason, EXAMPLE_CHARS) if rule.examples else ""
+        rules.add_row(rule.rule, f"{rule.dropped:,}", f"{rule.alone:,}", f"{rule.together:,}", reason)
     for table in (rules, _slots_table(report), _lengths_table(report), _scores_table(report)):
         if table.row_count:
             console.print(table)

@@ -359,6 +359,14 @@ def test_what_a_teacher_writes_is_no_markup(reason: str, capsys: pytest.CaptureF
     assert reason.replace("\x1b", " ").split("\r")[0].strip() in shown and "\x1b" not in shown
 
 
+def test_an_example_shows_what_was_said_and_what_was_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    said, wanted = '{"device":"door","room":"kitchen","state":"low"}', '{"device":"curtain","room":"kitchen"}'
+    rule = RuleCount("matches", {}, 1, 1, 0, [Example("a", f"`{said}`, wanted: `{wanted}`", "text")])
+    print_report(FilterReport(1, 0, 1, 0.0, [rule], {}, {}, {}), Console(width=80))
+    cells = [line.split("│")[5].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "".join(cells).replace(" ", "") == f"`{said}`,wanted:`{wanted}`"
+
+
 def test_the_name_of_a_column_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     slots = {"price [/kg]": {"1": SlotCount(2, 1, 0.5), "2": SlotCount(2, 2, 1.0)}}
     print_report(FilterReport(4, 3, 1, 0.75, [], {}, slots, {}), Console(width=200))
