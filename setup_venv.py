@@ -36,13 +36,14 @@ GROUPS = {
 # exist`), and nothing here uses them.
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
 
+NO_BUILD = r"No matching distribution found for (\S+)"
 CAUSES = [
     (r"No space left on device|Errno 28", "the disk is full; free some space and run the same command again"),
     (
         r"NewConnectionError|failure in name resolution|Connection refused|ConnectTimeout|from versions: none",
         "no network, or no package index reachable; check it and run the same command again",
     ),
-    (r"No matching distribution found for (\S+)", "no build of {0} for this Python and machine was found"),
+    (NO_BUILD, "no build of {0} for this Python and machine was found"),
 ]
 
 
@@ -176,9 +177,9 @@ def pip(*arguments):
     return code, "".join(lines)
 
 
-def explain(output):
+def explain(output, causes=CAUSES):
     """The cause in pip's output, as one line."""
-    for pattern, cause in CAUSES:
+    for pattern, cause in causes:
         found = re.search(pattern, output)
         if found:
             return cause.format(*found.groups())
@@ -187,12 +188,10 @@ def explain(output):
 
 
 def misfit(output):
-    """Why pip cannot install from a wheelhouse, as one line: there is no index that could lack anything."""
-    found = re.search(r"No matching distribution found for (\S+)", output)
-    if not found:
-        return explain(output)
+    """The same for a wheelhouse: a build that is missing there is no matter of the network."""
     libc = " ".join(platform.libc_ver()).strip() or "this system's C library"
-    return "it has no build of {} for Python {} and {}".format(found.group(1), platform.python_version(), libc)
+    missing = "it has no build of {{0}} for Python {} and {}".format(platform.python_version(), libc)
+    return explain(output, [(NO_BUILD, missing), *CAUSES])
 
 
 def already_there(modules):

@@ -19,7 +19,7 @@ REQUESTS_FAILED = RequestsFailed.exit_code
 
 
 class StageFailed(DistillError):
-    """A stage said what was wrong and ended; the chain ends with the same code."""
+    """A stage failed, and has said why if it could; the chain ends with its code."""
 
     def __init__(self, name: str, code: int) -> None:
         how = f"ended with {code}; fix it" if code > 0 else f"was ended by {signal.Signals(-code).name}; see why"
@@ -46,7 +46,7 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
 def judges(recipe: Recipe) -> bool:
     """Whether the filters ask the teacher's server for verdicts."""
     judge = recipe.filters.judge
-    return judge is not None and judge_address(recipe, judge)[1] == recipe.teacher.url.rstrip("/")
+    return judge is not None and judge_address(recipe, judge)[1] == recipe.teacher.url
 
 
 def teaches(recipe: Recipe) -> bool:

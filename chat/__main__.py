@@ -12,7 +12,7 @@ from serve.named import STUDENT
 
 
 def main(argv: list[str] | None = None) -> None:
-    one_answer = ["--prompts.samples", "1"]  # to each question: no more samples need a temperature
+    one_answer = ["--prompts.samples", "1"]  # to a question: several would not be possible at temperature 0
     recipe, run, options = parse_stage(_parser(), [*(sys.argv[1:] if argv is None else argv), *one_answer])
     names = options.only or ([STUDENT] if options.terminal else list(LABELS))
     if unknown := [name for name in names if name not in LABELS]:

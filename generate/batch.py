@@ -63,7 +63,7 @@ class Batches:
         self._stopped = stopped
         try:
             async with self._api.client:
-                self._reserve_live()
+                self._remember_live()
                 while not stopped.is_set():
                     if not self._folder.live and not self._write():
                         return
@@ -115,8 +115,11 @@ class Batches:
             self._reserved[job.request.id] = reservation
         return reservation is not None
 
-    def _reserve_live(self) -> None:
-        """Batches of an earlier call still cost money, at the price of then. Nothing is written before they end."""
+    def _remember_live(self) -> None:
+        """Notes what requests of an earlier call's batches are charged: the price of then.
+
+        The limit need not reserve for them, because nothing new is written before these batches end.
+        """
         prices = {id_: chunk.price for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
         for job in self._run.jobs() if prices else ():
             if (id_ := job.request.id) in prices:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.section import BudgetConfig, PriceConfig, Section, checked_urls
+from pipeline.section import BudgetConfig, Endpoints, PriceConfig, Section
 
 RUBRIC = {
     "fluency": "the language is the request's own, natural and without errors",
@@ -53,7 +53,7 @@ class JudgeConfig(Section):
 
     model: str | None = Field(None, min_length=1)
     """The judge, as its endpoint names it; null: the teacher judges itself, and is told so."""
-    base_url: str | None = None
+    base_url: Endpoints | None = None
     """Where the judge answers; null: at the teacher's URL, with the teacher's key, headers and query."""
     api_key_env: str | None = Field(None, min_length=1)
     """The environment variable that holds its key; null: the teacher's at the teacher's URL, else OPENAI_API_KEY."""
@@ -73,11 +73,6 @@ class JudgeConfig(Section):
     """How often an answer is judged whose verdict cannot be read."""
     schema_: bool = Field(True, alias="schema")
     """Ask for JSON by a schema; false for an endpoint that does not support it."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _http_url(cls, given: str | None) -> str | None:
-        return given if given is None else ",".join(checked_urls(given))
 
     @field_validator("rubric")
     @classmethod

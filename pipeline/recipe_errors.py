@@ -33,7 +33,7 @@ def _place(names: list[str], flags: list[str], env_prefix: str) -> str | None:
     parts = [names[:count] for count in range(len(names), 0, -1)]
     found = [flag for part in parts if (flag := "--" + ".".join(part)) in given]
     found += [variable for part in parts if (variable := env_prefix + "__".join(part).upper()) in upper]
-    return next(iter(found), None)
+    return found[0] if found else None
 
 
 def _known_keys(section: type[Section] | None, names: list[str]) -> list[str]:

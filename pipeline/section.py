@@ -1,8 +1,8 @@
 """What all sections of a recipe share, and the small sections that several of them hold."""
 
-from typing import get_args
+from typing import Annotated, get_args
 
-from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from pipeline.address import weighted_urls
@@ -33,6 +33,9 @@ def checked_urls(given: str | list[str]) -> list[str]:
     for url in weights:
         TypeAdapter(AnyHttpUrl).validate_python(url)
     return [url if weight == 1 else f"{url} {weight:g}" for url, weight in weights.items()]
+
+
+Endpoints = Annotated[str, AfterValidator(lambda given: ",".join(checked_urls(given)))]  # with commas between them
 
 
 class PriceConfig(Section):

@@ -1,8 +1,8 @@
 """The recipe's `prompts.user` section: a second model that goes on with the conversation."""
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from pipeline.section import PriceConfig, Section, checked_urls
+from pipeline.section import Endpoints, PriceConfig, Section
 
 
 class UserConfig(Section):
@@ -12,7 +12,7 @@ class UserConfig(Section):
     """Messages that it writes; the record has the whole conversation, and the last answer as its text."""
     model: str | None = Field(None, min_length=1)
     """The model, as its endpoint names it; null: the teacher itself."""
-    base_url: str | None = None
+    base_url: Endpoints | None = None
     """Where it answers; null: at the teacher's URL, with the teacher's key, headers and query."""
     api_key_env: str | None = Field(None, min_length=1)
     """The environment variable that holds its key; null: the teacher's at the teacher's URL, else OPENAI_API_KEY."""
@@ -22,8 +22,3 @@ class UserConfig(Section):
     """What it is told: who the user is, and what they want; null: to react to the answer, and to ask on."""
     max_tokens: int = Field(200, ge=1)
     """Tokens of a message, at most."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _http_url(cls, given: str | None) -> str | None:
-        return given if given is None else ",".join(checked_urls(given))

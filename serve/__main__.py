@@ -148,6 +148,7 @@ def next_command(recipe: Recipe, options: argparse.Namespace, base_url: str, nam
     """The command that uses this server. It names only what differs from the recipe."""
     if options.model in (STUDENT, BEFORE):
         return _make("chat", options, options.flags)
+    # Make has variables of its own for these two.
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--teacher.base_url", dest="url")
     parser.add_argument("--teacher.model", dest="model")
@@ -162,8 +163,13 @@ def next_command(recipe: Recipe, options: argparse.Namespace, base_url: str, nam
 
 def _make(target: str, options: argparse.Namespace, flags: Sequence[str], *variables: str) -> str:
     """A target of Make for this recipe and run; `flags`: recipe values."""
-    run, args = [f"RUN={options.run}"] * bool(options.run), [f"ARGS={shlex.join(flags)}"] * bool(flags)
-    return shlex.join(["make", target, f"RECIPE={options.recipe}", *run, *variables, *args])
+    command = ["make", target, f"RECIPE={options.recipe}"]
+    if options.run:
+        command.append(f"RUN={options.run}")
+    command += variables
+    if flags:
+        command.append(f"ARGS={shlex.join(flags)}")
+    return shlex.join(command)
 
 
 if __name__ == "__main__":

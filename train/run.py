@@ -130,13 +130,13 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
     """
     rows = read_parts(recipe, run).train
     try:
-        from train.tokens import row_length
+        from train.tokens import example_length
 
         tokenizer = load_tokenizer(initial_student(recipe, run, rows))
     except ImportError as error:
         raise UsageError(NO_EXTRA.format(error=error)) from None
     examples = to_examples(rows, recipe.student, reasoning_form(recipe.train, tokenizer))
-    return sum(row_length(example, tokenizer) <= recipe.train.max_length for example in examples)
+    return sum(example_length(example, tokenizer) <= recipe.train.max_length for example in examples)
 
 
 def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
@@ -310,7 +310,7 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
                 console.print(f"{work}: checkpoints of other rows or settings, removed")
             shutil.rmtree(work)
         work.mkdir(parents=True)
-        (work / FINGERPRINT).write_text(fingerprint + AGAIN * again)
+        (work / FINGERPRINT).write_text(fingerprint + (AGAIN if again else ""))
     for folder in work.glob("checkpoint-*"):
         try:
             state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint

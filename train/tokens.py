@@ -64,17 +64,18 @@ def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, 
 
 def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> list[int]:
     """A prompt by the chat template, up to where the answer begins. `tools`: as JSON."""
-    given = json.loads(tools) if tools else None
-    chat = {"tools": given, "add_generation_prompt": True, "return_dict": True}
-    ids: list[int] = tokenizer.apply_chat_template(messages, **chat)["input_ids"]
-    return ids
+    return _by_template(messages, tools, tokenizer, add_generation_prompt=True)
 
 
-def row_length(example: Mapping[str, Any], tokenizer: Any) -> int:
+def example_length(example: Mapping[str, Any], tokenizer: Any) -> int:
     """Tokens of a prompt and its answer by the chat template, as TRL makes a row of them."""
-    given = json.loads(example["tools"]) if example["tools"] else None
-    messages = [*example["prompt"], *example["completion"]]
-    return len(tokenizer.apply_chat_template(messages, tools=given, return_dict=True)["input_ids"])
+    return len(_by_template([*example["prompt"], *example["completion"]], example["tools"], tokenizer))
+
+
+def _by_template(messages: Sequence[Any], tools: str | None, tokenizer: Any, **options: Any) -> list[int]:
+    given = json.loads(tools) if tools else None
+    ids: list[int] = tokenizer.apply_chat_template(messages, tools=given, return_dict=True, **options)["input_ids"]
+    return ids
 
 
 def key_of(ids: Sequence[int]) -> bytes:

@@ -25,7 +25,7 @@ class Figure:
     value: float
     resampled: Any
     exact: tuple[float, float] | None = None  # a 95% interval to use in place of the resamples'
-    prompts: float = inf  # that it is of; inf: nobody asks
+    prompts: float = inf  # how many it is over; inf: not counted
 
     def estimate(self) -> Estimate:
         """With its 95% interval."""

@@ -108,6 +108,7 @@ def dataset_card(
     """
     chain = _chain(recipe, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
+    features = [{"name": name, **COLUMN_TYPES.get(name, TEXT)} for name in columns]
     metadata = DatasetCardData(
         **on_the_hub(chain.answers),
         language=languages(recipe),
@@ -115,9 +116,7 @@ def dataset_card(
         size_categories=[next((name for below, name in SIZES if sum(rows.values()) < below), "n>1M")],
         tags=[*TAGS, "synthetic"],
         configs=[{"config_name": "default", "data_files": files}],
-        dataset_info={"features": [{"name": name, **COLUMN_TYPES.get(name, TEXT)} for name in columns]}
-        if columns
-        else None,
+        dataset_info={"features": features} if features else None,
     )
     return _card("dataset.md.j2", metadata, recipe, lineage, {"chain": chain, "repo": repo, "rows": rows, "base": None})
 

@@ -125,12 +125,14 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
     folder = run.path / "export" / "dataset"
     with replacing_folder(folder) as building:
         (building / "data").mkdir()
+        columns: list[str] = []  # to declare in the card, once a tool is called
         for part, rows in rows_of.items():
             with (building / "data" / f"{part}.jsonl").open("wb") as file:
-                file.writelines(msgspec.json.encode(row) + b"\n" for row in _dataset_rows(rows, recipe, run))
+                for row in _dataset_rows(rows, recipe, run):
+                    file.write(msgspec.json.encode(row) + b"\n")
+                    if any(turn.get("tool_calls") for turn in (*row["prompt"], *row["completion"])):
+                        columns = [*row]
         counts = {part: len(rows) for part, rows in rows_of.items()}
-        calls = any(row.tool_calls or any(turn.tool_calls for turn in row.messages) for row in parts.all)
-        columns = next(_dataset_rows(parts.train[:1], recipe, run)) if calls else ()
         card = dataset_card(recipe, lineage, counts, repo=repo or "dataset", columns=columns)
         _write(building, card, lineage, recipe)
     return folder
