@@ -3,7 +3,8 @@
 Pure: reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a CPU they do not fit:
 
     dtype     float32, unless the CPU multiplies bfloat16 in hardware (emulated bfloat16 is three times slower)
-    threads   bound to every usable core; vLLM's default keeps one core free, half of a small machine
+    threads   one for every usable core; vLLM's default keeps one core free, half of a small machine
+    processes one less where cores are few: each imports vLLM before it starts the next, a third of the wait
     KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the memory
     eager     compiling costs minutes at every start and gains nothing at the sizes that a CPU can serve
     context   at most 8192 tokens
@@ -35,7 +36,8 @@ CPU_BLOCK = 32  # tokens: requests share what they begin with in whole blocks; v
 KV_SPARE = 256  # tokens: vLLM gives out the cache in blocks and keeps one
 KV_UNKNOWN = 4 * GIB  # if the model's configuration is not known yet
 KV_STEP = GIB // 4
-PROCESSES = 2 * GIB  # what vLLM's three processes need besides weights and KV cache (measured: 1.9)
+PROCESSES = 2 * GIB  # what vLLM's processes need besides weights and KV cache (measured: 1.9 with three of them)
+FEW_CORES = 8  # up to here the worker runs inside the engine, its threads not bound to cores (measured with two)
 
 ALIASES = {
     "-tp": "--tensor-parallel-size",
@@ -212,8 +214,16 @@ def _environment(
     if facts.local:
         wanted["HF_HUB_OFFLINE"] = "1"  # everything is in the folder: no need to ask the Hub for a newer version
     if device == "cpu" and machine.cores and user.keys().isdisjoint(RANKS):  # vLLM divides the cores among ranks
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, machine.cores))
+        wanted |= _cpu_threads(machine.cores, user, environ)
     return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def _cpu_threads(cores: Sequence[int], user: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """A thread for every core: of the engine itself, or bound, of a worker process as vLLM has it."""
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(len(cores))}
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+    chosen = "--distributed-executor-backend" in user or not environ.keys().isdisjoint(alone | bound)
+    return bound if chosen or len(cores) > FEW_CORES else alone
 
 
 def _groups(arguments: Sequence[str]) -> list[list[str]]:

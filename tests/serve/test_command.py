@@ -66,7 +66,8 @@ def test_cpu_command_is_exactly_this():
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0,1,2,5",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "4",
     }
 
 
@@ -77,7 +78,7 @@ def test_gpu_command_leaves_vllms_defaults():
         "--host", "127.0.0.1", "--port", "8000",
         "--generation-config", "vllm", "--disable-uvicorn-access-log",
     )  # fmt: skip
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in command.env
+    assert command.env.keys() == {"VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"}
     assert command.device == "gpu"
 
 
@@ -178,15 +179,36 @@ def test_a_folder_without_weights_is_served_only_if_vllm_is_to_make_them_up(tmp_
     assert flag(build(**empty, args=["--load-format", "dummy"]), "--load-format") == "dummy"
 
 
+def threads(command: Command) -> dict[str, str]:
+    """The variables that say how vLLM computes on a CPU."""
+    names = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+    return {name: value for name, value in command.env.items() if name in names}
+
+
+def test_many_cores_have_a_worker_process_with_bound_threads():
+    cores = tuple(range(9))
+    assert threads(build(replace(CPU, cores=cores[:8]))).keys() == {"VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"}
+    assert threads(build(replace(CPU, cores=cores))) == {"VLLM_CPU_OMP_THREADS_BIND": "0,1,2,3,4,5,6,7,8"}
+
+
+@pytest.mark.parametrize("name", ["VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"])
+def test_a_variable_of_the_user_for_processes_or_threads_leaves_them_to_vllm(name):
+    assert threads(build(environ={name: "1"})) == {"VLLM_CPU_OMP_THREADS_BIND": "0,1,2,5"}
+
+
+def test_an_executor_of_the_user_has_its_workers():
+    assert threads(build(args=["--distributed-executor-backend", "mp"])) == {"VLLM_CPU_OMP_THREADS_BIND": "0,1,2,5"}
+
+
 def test_variables_of_the_user_are_left_alone():
     command = build(environ={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "3"})
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in command.env
+    assert threads(command) == {}
     assert flag(command, "--kv-cache-memory-bytes") is None
 
 
 @pytest.mark.parametrize("name", ["-tp", "--tensor-parallel-size", "--data_parallel_size"])
 def test_several_ranks_share_the_cores_as_vllm_does(name):
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in build(args=[name, "2"]).env
+    assert threads(build(args=[name, "2"])) == {}
 
 
 def test_a_hub_model_may_ask_the_hub():

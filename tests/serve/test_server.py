@@ -361,7 +361,7 @@ def test_print_shows_the_command_and_starts_nothing(stub, model, tmp_path):
     process = start(tmp_path, model, "--print", "--port", "8123", "--args", "--enable-lora --no-enforce-eager")
     out, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert "VLLM_CPU_OMP_THREADS_BIND=" in out
+    assert "VLLM_NO_USAGE_STATS=1" in out
     assert f"--model {model}" in out
     assert "--port 8123" in out
     assert "--enforce-eager" not in out
@@ -377,5 +377,6 @@ def test_print_for_a_gpu_works_without_one_and_without_the_model(tmp_path, monke
     assert "is not in the cache yet" in said
     assert "--served-model-name embedded:smollm2-135m" in out
     assert "VLLM_CPU" not in out
+    assert "OMP_NUM_THREADS" not in out
     assert out.rstrip().endswith("-tp 2 \\\n  -dp 4")
     assert not (tmp_path / "cache").exists()
