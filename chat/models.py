@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from generate.dialect import Dialect
+from generate.targets import urls_now
 from pipeline.address import is_loopback, is_port_open
 from pipeline.chat import asked_of_student, told_in_words
 from pipeline.errors import DistillError
@@ -53,7 +54,7 @@ class Model:
         """Marks the model as ready: it answers there, under its own name."""
         served = TeacherConfig(model=self.name, base_url=base_url, api_key_env="VLLM_API_KEY")
         if self.name == TEACHER:
-            served = self.recipe.teacher.model_copy(update={"base_url": base_url})
+            served = self.recipe.teacher.only_at({base_url: 1.0})
         self.recipe = self.recipe.model_copy(update={"teacher": served})
         self.state, self.said = "ready", ""
 
@@ -61,15 +62,14 @@ class Model:
 def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Model]:
     """The models of these names. Those whose server runs already are ready.
 
-    Raises UsageError if a student is asked for that is not trained yet.
+    Raises UsageError if a student is asked for that is not trained yet, RecipeError if `teacher.urls_file` has no URLs.
     """
     if STUDENT in names:
         check_trained(recipe, run)
     models = [Model(name, LABELS[name], recipe) for name in LABELS if name in names]
     for model in models:
         if model.name == TEACHER:
-            url = recipe.teacher.url
-            found = url if not is_loopback(url) or is_port_open(url) else None
+            found = next((url for url in urls_now(recipe.teacher) if not is_loopback(url) or is_port_open(url)), None)
         else:
             _, host, port = address_of(recipe, model.name)
             url = url_of(host, port)

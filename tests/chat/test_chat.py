@@ -17,10 +17,11 @@ from chat.answer import Answered, answer
 from chat.conversation import questions_to_try
 from chat.models import Model, beside_others, choose_models, starting
 from generate.streaming import Refused
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
+from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, recipe_for
 from tests.servers.misbehaving_server import answer as whole_answer
 from tests.servers.streaming_server import endless, streaming
@@ -130,6 +131,20 @@ def test_what_runs_already_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [model.state for model in choose_models(recipe, run, ["teacher"])] == ["starting"]
     away = recipe_for("https://api.example/v1")
     assert [model.state for model in choose_models(away, run, ["teacher"])] == ["ready"]
+
+
+def test_a_teacher_whose_servers_come_and_go_is_asked_where_it_is_now(tmp_path: Path) -> None:
+    urls = tmp_path / "urls.txt"
+    gone = f"http://127.0.0.1:{free_port()}/v1"
+    with misbehaving(lambda asked: streaming("fine")) as server:
+        urls.write_text(f"{gone}\n{server.url} 4\n")
+        recipe = recipe_for(gone, teacher={"model": "stub", "urls_file": str(urls)})
+        [model] = choose_models(recipe, RunDir(tmp_path), ["teacher"])
+        assert (model.state, model.recipe.teacher.url) == ("ready", server.url)
+        assert hear(model, "hello")[0] == ["fine"]
+    urls.unlink()
+    with pytest.raises(RecipeError, match=r"teacher.urls_file .*urls.txt: No such file"):
+        choose_models(recipe, RunDir(tmp_path), ["teacher"])
 
 
 def test_a_student_that_is_not_trained_is_one_clear_line(tmp_path: Path) -> None:
