@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from msgspec.structs import replace
-
 from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
 from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
+    ENOUGH,
     common_rows,
     difference,
     measure_quality,
@@ -39,7 +38,6 @@ COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared 
     "test": ("perplexity", "bits_per_character"),
     "all": ("passing", "adherence", "loops", "judge"),
 }
-ENOUGH = 20  # prompts. Of two equal arms 7% seem to differ then; with 10 prompts 10%, with 4 prompts 20%
 FACTS = ("rows", "steps", "keep rate", "USD")
 CAUTION = (
     "95% bootstrap intervals over prompts, of one training each: what another seed would give is not in them. "
@@ -101,9 +99,8 @@ def _differences(columns: Sequence[Column]) -> Iterator[Difference]:
     """Each pair of arms in each figure."""
     for column in columns:
         for other, one in combinations(column.arms, 2):
-            change = column.arms[one].minus(column.arms[other])
-            found = difference(column.title, one, other, change, column.measure.better, "test")
-            yield replace(found, improved=None) if column.prompts < ENOUGH else found
+            figures = (column.arms[one], column.arms[other])
+            yield difference(column.title, one, other, *figures, column.measure.better, "test")
 
 
 def _few(columns: Sequence[Column]) -> Iterator[str]:

@@ -101,4 +101,4 @@ def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | No
     different = [((some[start : start + AT_ONCE] @ present) > 0).sum(axis=1) for start in range(0, len(some), AT_ONCE)]
     resampled = np.concatenate(different) / np.maximum(counts @ words, 1)
     value = len(column) / float(words.sum())
-    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1))
+    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1), prompts=len(texts))

@@ -35,6 +35,7 @@ from evaluate.document import (
 from evaluate.figures.accuracy import VerifiedAnswers, accuracy_figures, by_category, verified_samples, verify
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
+    ENOUGH,
     Quality,
     common_rows,
     differences,
@@ -102,6 +103,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
             *_verify_notes(plan, verified),
             *_probe_notes(recipe, results, probes),
             *_speed_notes(recipe, results),
+            *_few_notes(figures),
         ],
         probes=probes,
         accuracy=_accuracy(plan, verified, figures) if verified and verified.prompts else None,
@@ -354,6 +356,12 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
         if probes.judged < probes.answered:
             told = f"{probes.judged} of {probes.answered} prompts"
             yield f"The judge's means are over the {told} for which its scores of every model could be read."
+
+
+def _few_notes(figures: Mapping[Part, Figures]) -> Iterator[str]:
+    counts = [one.prompts for models in figures.values() for one in models.get(AFTER, {}).values()]
+    if min(counts, default=ENOUGH) < ENOUGH:
+        yield f"No figure over fewer than {ENOUGH} prompts is called better or worse: such an interval is too narrow."
 
 
 def _speed_notes(recipe: Recipe, results: Results) -> Iterator[str]:

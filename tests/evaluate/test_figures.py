@@ -15,6 +15,7 @@ from evaluate.figures.quality import (
     Quality,
     answer_figures,
     assess,
+    difference,
     differences,
     failed_rules,
     measure_quality,
@@ -166,8 +167,21 @@ def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
     gain = found["student_before", "all"]
     assert gain.change.value == pytest.approx(2 / 3) and gain.better == "higher"
     assert found["student_before", "unseen"].change == Estimate(1.0, 1.0, 1.0)
-    assert found["student_before", "unseen"].improved is True
-    assert found["teacher", "all"].improved is None  # three prompts prove nothing
+    assert {one.improved for one in found.values()} == {None}  # three prompts prove nothing
+
+
+@pytest.mark.parametrize(("prompts", "improved"), [(4, None), (19, None), (20, True), (60, True)])
+def test_a_difference_over_few_prompts_is_not_called_one(prompts: int, improved: bool | None) -> None:
+    counts = draw(prompts)
+    figures = {
+        key: ratio([right] * prompts, [1.0] * prompts, counts) for key, right in {"one": 0.0, "other": 1.0}.items()
+    }
+    assert figures["one"] and figures["other"]
+    found = difference("passing", "other", "one", figures["other"], figures["one"], "higher", "all")
+    assert found.change.low > 0 and found.improved is improved  # the interval alone would call it one
+    texts = [["a"], ["b"], ["c"]]
+    different = distinct(texts, 1, draw(3))
+    assert different and different.prompts == 3
 
 
 def judged(scores: dict[str, dict[int, int]]) -> tuple[Quality, Claim]:

@@ -134,8 +134,9 @@ def test_every_model_is_served_once_and_compared(
     after = report.models[2]
     assert {"perplexity", "bits_per_character", "passing"} <= set(after.figures["unseen"]) and report.rows.unseen == 2
     gains = {(d.against, d.figure, d.part): d for d in report.differences}
-    assert gains["student_before", "named", "all"].improved is True
-    assert gains["teacher", "named", "all"].improved is False
+    assert gains["student_before", "named", "all"].change.low > 0 and gains["teacher", "named", "all"].change.high < 0
+    assert {one.improved for one in gains.values()} == {None}  # seven prompts are too few
+    assert any("over fewer than 20 prompts" in note for note in report.notes)
     assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].verdict == "yes"
@@ -154,7 +155,6 @@ def test_every_model_is_served_once_and_compared(
         assert not [line for line in lines if "…" in line or len(line) > width]
         assert any(line.strip().startswith("named of what was") and "50%" in line for line in lines)
         assert any(line.strip().startswith("unseen perplexity") for line in lines)
-        assert "▲ before" in " ".join(lines) and "▼ teacher" in " ".join(lines)
 
 
 def test_nothing_is_asked_twice_and_another_rule_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
@@ -339,6 +339,7 @@ def test_right_answers_are_the_quality_where_they_are_verified(
     lines = capsys.readouterr().out.splitlines()
     shares = next(line for line in lines if "right answers" in line).split()[2:]
     assert shares == ["90.0%", "0.0%", "80.0%", "30.0%"]
+    assert any("▲ before" in line for line in lines)
 
 
 def test_a_new_reference_or_rule_checks_again_and_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:

@@ -325,7 +325,7 @@ def figure(value: float, spread: float) -> Figure:
 def results(**arms: Figure) -> Comparison:
     column = Column("bits per character", MEASURES["bits_per_character"], arms, {"teacher": Estimate(0.5, 0.4, 0.6)})
     one, other = list(arms)[:2]
-    change = difference("bits per character", other, one, arms[other].minus(arms[one]), "lower", "test")
+    change = difference("bits per character", other, one, arms[other], arms[one], "lower", "test")
     facts = {name: ["10", "–", "–", "–"] for name in arms}
     return Comparison("soft", "Which?", "a note", facts, [column], [change], [])
 

@@ -7,8 +7,8 @@ from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
 from experiments.results import _money
 
-CHANGE = Figure(0.2, np.linspace(0.1, 0.3, 201)).minus(Figure(0.0, np.zeros(201)))
-BETTER = difference("accuracy", "b", "a", CHANGE, "higher", "test")
+ONE, OTHER = Figure(0.2, np.linspace(0.1, 0.3, 201)), Figure(0.0, np.zeros(201))
+BETTER = difference("accuracy", "b", "a", ONE, OTHER, "higher", "test")
 
 
 @pytest.mark.parametrize(("a", "b"), [(None, 3.0), (1.0, None), (None, None)])
