@@ -19,7 +19,7 @@ from generate.grammar import Grammar, shuffled
 from generate.prompts import PromptRow, iter_prompts, make_prompt
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import ChooseSlot, PromptsConfig, Recipe
-from pipeline.records import Kept, Prompt, Slots, question_text, read_jsonl
+from pipeline.records import Kept, Prompt, Slots, asked_fields, question_text, read_jsonl
 from pipeline.rundir import RunDir
 
 
@@ -79,7 +79,7 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
             return ProbePrompts("slots", seen, unseen, note)
         note = "Every combination of the slots was asked, so the probes are the test prompts."
     distinct = {question_text(row.messages): row for row in test_rows}
-    prompts = [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in distinct.values()]
+    prompts = [Prompt(id=row.prompt_id, **asked_fields(row)) for row in distinct.values()]
     return ProbePrompts("test", _sample(prompts, config.probes, config.seed), unseen, note)
 
 

@@ -81,6 +81,19 @@ def test_where_every_combination_was_asked_the_test_prompts_are_the_probes(tmp_p
     assert len({p.id for p in chosen.seen}) == 3 and {p.id for p in chosen.seen} <= {p.id for p in own}
 
 
+def test_test_prompts_as_probes_keep_all_that_rules_and_models_are_told(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "messages": [Message("user", "2+2?")],
+        "reference": "4",
+        "columns": {"unit": "m"},
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+    }
+    row = Kept(**completion_fields("a", "4", prompt_id="p", slots={"n": "2"}, **fields))
+    recipe = Recipe(name="t", teacher={"model": "m"}, prompts={"file": "prompts.jsonl"})
+    [probe] = choose_probes(recipe, RunDir(tmp_path), [row]).seen
+    assert probe == Prompt(id="p", slots={"n": "2"}, **fields)
+
+
 def test_unseen_probes_hold_a_new_value_each(tmp_path: Path) -> None:
     recipe = recipe_of(probes=2, unseen={"who": ["Leo"], "things": ["a drum"]}, unseen_probes=3)
     chosen = choose_probes(recipe, run_of(tmp_path, recipe), [])
