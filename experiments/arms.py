@@ -30,7 +30,7 @@ from pipeline.conversation import Turn
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Dropped, Kept, Message, Prompt, encode_line, read_jsonl
+from pipeline.records import Dropped, Kept, Message, Prompt, asked_fields, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import rows_to_train
@@ -154,7 +154,7 @@ def _human(setup: Setup) -> Design:
     count = min(map(len, train.values()))
     pick = random.Random(setup.recipe.train.seed)
     asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
-    asked += [Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in sources["human"]]
+    asked += [Prompt(id=row.prompt_id, **asked_fields(row)) for row in sources["human"]]
     arms = []
     for name, title in (("teacher", "distilled"), ("human", "human")):
         chosen = RunDir(setup.folder / "rows" / title)

@@ -29,7 +29,7 @@ from generate.run import Summary, generate
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
-from pipeline.records import Completion, Failure, Json, Kept, Prompt, read_jsonl
+from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from serve.server import Server, free_port, serving
 
@@ -118,7 +118,7 @@ def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept]) -> list[Pro
     """Different prompts for the timing, as many as it can use: the test prompts first, then the run's others."""
     wanted = recipe.evaluate
     count = WARM_UP_REQUESTS + wanted.speed_alone + wanted.speed_requests * wanted.speed_repeats
-    found = {row.prompt_id: Prompt(id=row.prompt_id, messages=row.messages, slots=row.slots) for row in rows}
+    found = {row.prompt_id: Prompt(id=row.prompt_id, **asked_fields(row)) for row in rows}
     others = read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else iter(())
     while len(found) < count and (prompt := next(others, None)):
         found.setdefault(prompt.id, prompt)

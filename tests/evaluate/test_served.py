@@ -117,6 +117,12 @@ def measure(recipe: Recipe, run: RunDir, *, speed: bool = True, probes: bool = F
     return timed, probed
 
 
+def test_timed_requests_of_test_rows_have_the_tools_that_the_others_have(tmp_path: Path, recipe: Recipe) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    prompts = speed_prompts(recipe, RunDir(tmp_path), [msgspec.structs.replace(ROWS[0], tools=tools), ROWS[1]])
+    assert [prompt.tools for prompt in prompts] == [tools, []]
+
+
 def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]) -> None:
     run = RunDir(tmp_path)
     others = [kept_row(i, f"other {i}", "") for i in range(3, 6)]
