@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
-import msgspec
-
 from evaluate.document import Estimate, Part, Sample, ShownAnswer
 from evaluate.figures.quality import probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
+from evaluate.measure.pairwise import Answers
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult
 from filters.answer import as_answer
@@ -22,7 +21,7 @@ from filters.reasons import describe
 from filters.ruleset import RuleSet, load_rules
 from pipeline.errors import RecipeError
 from pipeline.recipe import FiltersConfig, Recipe
-from pipeline.records import Kept, Prompt, Reason, as_text, said
+from pipeline.records import Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -32,7 +31,7 @@ Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 class VerifiedAnswers:
     """Every model's answers, and why those that are wrong are wrong. A model that was asked twice has two keys."""
 
-    answers: dict[str, dict[str, Kept]]  # model → prompt id → its answer
+    answers: Answers
     reasons: dict[str, dict[str, list[Reason]]]  # the same of the reasons; none: the answer is right
     prompts: dict[Part, list[Prompt]]  # that every model has answered
 
@@ -66,14 +65,7 @@ def verify_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
 
 def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult]) -> VerifiedAnswers:
     """Checks the answers to what every model has answered, against the references that the prompts have now."""
-    by_id = {prompt.id: prompt for prompt in questions.all}
-    answers = {
-        key: {
-            id_: msgspec.structs.replace(row, reference=by_id[id_].reference, columns=by_id[id_].columns)
-            for id_, row in rows.items()
-        }
-        for key, rows in probe_answers(questions, answered).items()
-    }
+    answers = probe_answers(questions, answered)
     reasons = {key: {id_: rules.reasons(as_answer(row)) for id_, row in rows.items()} for key, rows in answers.items()}
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}

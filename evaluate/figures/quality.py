@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from evaluate.document import MEASURES, Better, Difference, Part, WinRate
@@ -139,10 +140,13 @@ class Quality:
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
-    """Every model's answers to the prompts that all models have answered."""
+    """Every model's answers to the prompts that all have answered, with the references that these have now."""
     found = {key: {row.prompt_id: row for row in result.answers} for key, result in probed.items()}
-    common = [prompt.id for prompt in prompts.all if all(prompt.id in rows for rows in found.values())]
-    return {key: {id_: rows[id_] for id_ in common} for key, rows in found.items()}
+    common = [prompt for prompt in prompts.all if all(prompt.id in rows for rows in found.values())]
+    return {
+        key: {p.id: msgspec.structs.replace(rows[p.id], reference=p.reference, columns=p.columns) for p in common}
+        for key, rows in found.items()
+    }
 
 
 def measure_quality(

@@ -115,7 +115,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
 
 def report_fingerprint(plan: Plan, results: Results) -> str:
     """Changes when any figure does: measured, of a rule, or of a file that the report shows."""
-    recipe, run, questions = plan.recipe, plan.run, plan.questions.all
+    recipe, run, questions = plan.recipe, plan.run, [*plan.questions.all, *plan.probes.all]
     digest = hashlib.sha256(str(SCHEMA).encode() + msgspec.json.encode(results))
     digest.update(b"".join(msgspec.json.encode([one.reference, one.columns]) for one in questions))
     digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -158,6 +159,10 @@ def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
         "student_after": result({0: good, 1: bad, 2: bad, 3: good}),
     }
     answers = probe_answers(prompts, probed)
+    prompts.seen[0] = msgspec.structs.replace(prompt(0), reference="now")
+    assert {key: rows["p0"].reference for key, rows in probe_answers(prompts, probed).items()} == dict.fromkeys(
+        probed, "now"
+    )
     quality = measure_quality(recipe, rules_of(recipe), prompts, answers, {})
     assert {part: len(ids) for part, ids in quality.prompts.items()} == {"all": 3, "seen": 2, "unseen": 1}
     assert quality.figures["all"]["student_after"]["passing"].value == pytest.approx(2 / 3)
