@@ -2,7 +2,7 @@
 
 Reads each arm's report.json and the scores and answers under its evaluation/; writes results.md and results.svg. All
 arms are scored on the same rows and answer the same probes, so their differences are paired: both on the same resamples
-of the prompts. A difference is named only if its 95% interval excludes zero, over ENOUGH prompts or more.
+of the prompts. A difference is named only if its 95% interval excludes zero, over PROMPTS_TO_DIFFER prompts or more.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
 from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
-    ENOUGH,
+    PROMPTS_TO_DIFFER,
     common_rows,
     difference,
     measure_quality,
@@ -105,8 +105,8 @@ def _differences(columns: Sequence[Column]) -> Iterator[Difference]:
 
 def _few(columns: Sequence[Column]) -> Iterator[str]:
     for column in columns:
-        if column.prompts < ENOUGH:
-            yield f"{column.title}: over fewer than {ENOUGH} prompts no difference is named"
+        if column.prompts < PROMPTS_TO_DIFFER:
+            yield f"{column.title}: over fewer than {PROMPTS_TO_DIFFER} prompts no difference is named"
 
 
 def _report(arm: Arm) -> Report:

@@ -4,7 +4,7 @@ Pure: reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a 
 
     dtype     float32, unless the CPU multiplies bfloat16 in hardware (emulated bfloat16 is three times slower)
     threads   one for every usable core; vLLM's default keeps one core free, half of a small machine
-    processes one less where cores are few: each imports vLLM before it starts the next, a third of the wait
+    processes two in place of three on few cores: they import vLLM one after the other, a third of the wait each
     KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the memory
     eager     compiling costs minutes at every start and gains nothing at the sizes that a CPU can serve
     context   at most 8192 tokens
@@ -219,7 +219,7 @@ def _environment(
 
 
 def _cpu_threads(cores: Sequence[int], user: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
-    """A thread for every core: of the engine itself, or bound, of a worker process as vLLM has it."""
+    """A thread for every core: on few cores in the engine itself, else in a worker process, bound to its core."""
     alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(len(cores))}
     bound = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
     chosen = "--distributed-executor-backend" in user or not environ.keys().isdisjoint(alone | bound)

@@ -340,6 +340,10 @@ def test_right_answers_are_the_quality_where_they_are_verified(
     shares = next(line for line in lines if "right answers" in line).split()[2:]
     assert shares == ["90.0%", "0.0%", "80.0%", "30.0%"]
     assert any("▲ before" in line for line in lines)
+    changes = [msgspec.structs.replace(one, improved=one.against == "student_before") for one in report.differences]
+    print_report(msgspec.structs.replace(report, differences=changes), Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert "▲ before" in " ".join(lines) and "▼ teacher" in " ".join(lines)
 
 
 def test_a_new_reference_or_rule_checks_again_and_asks_nobody(run: RunDir, tmp_path: Path, served: list[Any]) -> None:
