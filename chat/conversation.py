@@ -25,7 +25,7 @@ def questions_to_try(recipe: Recipe, run: RunDir) -> list[Json]:
 
 def _questions(recipe: Recipe, run: RunDir) -> Iterator[Json]:
     for prompt in read_jsonl(run.prompts, Prompt):
-        if recipe.prompts.part_of_prompt(prompt) != "test":
+        if recipe.prompts.part_of(prompt) != "test":
             continue
         *before, last = prompt.messages
         if last.role == "user" and all(message.role in INSTRUCTIONS for message in before):

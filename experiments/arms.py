@@ -116,7 +116,7 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
         for row in filtered_rows(base):
             reasons = row.detail if isinstance(row, Dropped) else []
             repeats = any(why.of in ids for why in reasons if why.rule in DEDUP_RULES)
-            if not repeats and part_of(row.messages) != "test" and prompt_text(row) not in questions:
+            if not repeats and part_of(row) != "test" and prompt_text(row) not in questions:
                 (dropped if isinstance(row, Dropped) else kept).write(encode_line(row))
     for path in (base.lineage, base.recipe):
         if path.exists():

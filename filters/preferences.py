@@ -25,7 +25,7 @@ def write_preferences(
         for pairs in _pairs(kept[1], wrong[1]):
             for chosen_at, rejected_at in pairs[:most]:
                 chosen, rejected = _row(kept_file, chosen_at), _row(wrong_file, rejected_at)
-                if prompts.part_of(chosen.messages) == "test":
+                if prompts.part_of(chosen) == "test":
                     break
                 file.write(
                     encode_line(

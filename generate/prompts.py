@@ -21,7 +21,7 @@ from pipeline.chat import INSTRUCTIONS
 from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, RowPart
-from pipeline.records import Json, Message, Prompt, Slots
+from pipeline.records import Json, Message, Prompt, Slots, as_text, question_text
 
 ID_BYTES = 8
 _encoder = msgspec.json.Encoder()
@@ -79,8 +79,11 @@ def _from_template(config: PromptsConfig) -> Iterator[Prompt]:
 
 
 def _rows(config: PromptsConfig) -> Iterator[Prompt]:
-    """The rows as prompts. Two rows with one `id` must be one prompt; 16 bytes per `id` are kept to know."""
-    ids, prompts = IdSet(), IdSet()
+    """The rows as prompts. Rows with one `id` must be one prompt, rows with one question of one group.
+
+    To know, 16 bytes of each `id` are kept, and as many of each question where there are groups.
+    """
+    ids, prompts, questions, grouped = IdSet(), IdSet(), IdSet(), IdSet()
     where = None
     for where, row in read_rows(config):
         try:
@@ -94,9 +97,28 @@ def _rows(config: PromptsConfig) -> Iterator[Prompt]:
             if new_prompt and not new_id:
                 first = next(at for at, other in read_rows(config) if _prompt_row(other, config).id == prompt.id)
                 raise DataError(f"{where}: id {prompt.id!r} is that of {first}, which is another prompt")
+        if config.group is not None:
+            group, asked = _group(where, prompt, config), question_text(prompt.messages)
+            new_question, new_pair = questions.add(asked), grouped.add(f"{asked}\0{group}")
+            if new_pair and not new_question:
+                raise DataError(
+                    f"{where}: another row has the same question and another {config.group!r}, so the question would "
+                    "be in two groups; give both rows one value"
+                )
         yield prompt
     if where is None:
         raise DataError(f"{config.file}: no prompts in it")
+
+
+def _group(where: str, prompt: Prompt, config: PromptsConfig) -> str:
+    """What tells a prompt's group from all others. Raises DataError if the row has no such column."""
+    if config.group not in (*prompt.columns, *prompt.slots):
+        there = ", ".join((*prompt.columns, *prompt.slots)) or "none"
+        raise DataError(
+            f"{where}: no column {config.group!r}, which prompts.group names; there are {there} (a row with null there "
+            "is in no group)"
+        )
+    return as_text(config.group_of(prompt))
 
 
 def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:

@@ -164,7 +164,7 @@ def _opened(
         with replacing(folder.prompts) as file:
             for request in (job.request for job in run.left.survey(recipe, counters)):
                 if request.sample % recipe.prompts.samples == 0:  # one line, however many samples a prompt has
-                    part = recipe.prompts.part_of(request.messages)
+                    part = recipe.prompts.part_of(request)
                     file.write(encode_line(Prompt(id=request.prompt_id, **asked_fields(request), part=part)))
         folder.save_recipe(whole)
         for message in _findings(run):

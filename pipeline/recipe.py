@@ -8,7 +8,7 @@ under each key is the only description of it: `--help` and docs/settings.md show
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, Rul
 from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position
 from pipeline.recipe_errors import explain
-from pipeline.records import Json, Message, Part, Prompt, folded
+from pipeline.records import Asked, Json, Part, as_text, folded, question_text
 from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, PriceConfig, Section, checked_urls
 from pipeline.student_config import StudentConfig, is_file_name
@@ -217,6 +217,8 @@ class PromptsConfig(Section):
     """Where a row has its `prompt` or `messages`, `reference`, `id`, `slots` and `tools`, if under other names."""
     json_columns: list[str] = Field([])
     """Columns whose text is JSON to be read, as in CSV; the text of all others stays as it is."""
+    group: str | None = None
+    """A column or slot: prompts with one value there are in one part (train, validation or test); null: none."""
 
     user: UserConfig | None = None
     """null: one question, one answer."""
@@ -240,6 +242,9 @@ class PromptsConfig(Section):
             raise ValueError("give either `template` (with `slots` and `count`) or `file`")
         if self.file is None and (self.split or self.columns or self.json_columns):
             raise ValueError("`split`, `columns` and `json_columns` are for `file`; a template has no rows")
+        if self.template is not None and self.group not in (None, *self.slots):
+            slots = ", ".join(self.slots) or "none"
+            raise ValueError(f"group: the template has no slot {self.group!r}; there are {slots}")
         if self.reference is not None and self.template is None:
             raise ValueError("reference is for a template; the rows of `file` have their own `reference`")
         if self.template is not None and self.count is None:
@@ -251,16 +256,25 @@ class PromptsConfig(Section):
             raise ValueError(f"validation {self.validation} and test {self.test} leave no prompt to train on")
         return self
 
-    def part_of_prompt(self, prompt: Prompt) -> Part:
-        """The part that a prompt of the run is in."""
-        return prompt.part or self.part_of(prompt.messages)
-
-    def part_of(self, messages: Sequence[Message]) -> Part:
-        """What a prompt is for: training, validation or test. A conversation that `user` continued: as it began."""
-        where = position(messages[: -2 * self.user.turns] if self.user else messages, self.seed)
+    def part_of(self, row: Asked) -> Part:
+        """What a prompt, and every answer to it, is for: training, validation or test."""
+        where = self.position_of(row)
         if where < self.test:
             return "test"
         return "validation" if where < self.test + self.validation else "train"
+
+    def position_of(self, row: Asked) -> float:
+        """Where a prompt stands among all (pipeline.partition). Those of a group stand in one place.
+
+        A conversation that `user` continued stands where it began.
+        """
+        if (group := self.group_of(row)) is not None:
+            return position(f"group\0{as_text(group)}", self.seed)
+        return position(question_text(row.messages[: -2 * self.user.turns] if self.user else row.messages), self.seed)
+
+    def group_of(self, row: Asked) -> Any:
+        """The value that makes a prompt's group, any JSON; None: it belongs to none."""
+        return None if self.group is None else row.columns.get(self.group, row.slots.get(self.group))
 
 
 class Recipe(Section):

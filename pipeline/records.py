@@ -7,7 +7,7 @@ that has its default value is left out of the line.
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -60,6 +60,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sample: int = 0  # the number of this answer among those to the same question
     endpoint: str
     sampling: Json
+
+
+class Asked(Protocol):
+    """A prompt, or a record made of it: a request, an answer."""
+
+    @property
+    def messages(self) -> list[Message]: ...
+    @property
+    def slots(self) -> Slots: ...
+    @property
+    def columns(self) -> Json: ...
 
 
 def asked_fields(record: Prompt | Request) -> Json:

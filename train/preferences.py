@@ -10,9 +10,8 @@ from pipeline.chat import asked_of_student
 from pipeline.conversation import template_turns
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage
-from pipeline.partition import position
 from pipeline.recipe import Recipe
-from pipeline.records import Preference, question_text, read_jsonl
+from pipeline.records import Part, Preference, Prompt, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from train.rows import Parts, prompt_text, tools_text
 
@@ -51,22 +50,27 @@ def trained_section(student: Path) -> dict[str, Any]:
 def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
     """The run's preferences by the part of their prompt, without those of test prompts.
 
-    `parts`: of the kept rows. If no pair is of a validation prompt, the training question of the lowest hash moves
-    there. Raises DataError if the file is missing or a part is empty.
+    `parts`: of the kept rows. If no pair is of a validation prompt, the training question (or group) of the lowest hash
+    moves there. Raises DataError if the file is missing or a part is empty.
     """
-    texts = {"test": set(map(prompt_text, parts.test)), "validation": set(map(prompt_text, parts.validation))}
-    pairs: dict[str, list[Preference]] = {"train": [], "validation": [], "test": []}
+    prompts, known = recipe.prompts, dict[int, tuple[Part, float]]()  # by the hash of a question: part and position
+    for part in ("train", "validation", "test"):
+        known |= {hash(prompt_text(row)): (part, prompts.position_of(row)) for row in getattr(parts, part)}
+    pairs: dict[Part, list[Preference]] = {"train": [], "validation": [], "test": []}
+    positions = []  # of the training pairs
     for pair in read_jsonl(run.preferences, Preference):
-        text, part = question_text(pair.prompt), recipe.prompts.part_of(pair.prompt)
-        pairs[next((name for name, own in texts.items() if text in own), part)].append(pair)
-    if pairs["train"] and not pairs["validation"]:
-        first = min(pairs["train"], key=lambda pair: position(pair.prompt, recipe.prompts.seed))
-        moved = question_text(first.prompt)
-        pairs["validation"] = [pair for pair in pairs["train"] if question_text(pair.prompt) == moved]
-        pairs["train"] = [pair for pair in pairs["train"] if question_text(pair.prompt) != moved]
+        asked = Prompt(id=pair.id, messages=pair.prompt)  # by itself, if no answer to it was kept
+        found = known.get(hash(question_text(pair.prompt)))
+        part, position = found or (prompts.part_of(asked), prompts.position_of(asked))
+        pairs[part].append(pair)
+        positions += [position] if part == "train" else []
+    if positions and not pairs["validation"]:
+        lowest, own = min(positions), list(zip(positions, pairs["train"], strict=True))
+        pairs["validation"] = [pair for position, pair in own if position == lowest]
+        pairs["train"] = [pair for position, pair in own if position != lowest]
     if not pairs["train"]:
         raise DataError(f"{run.preferences}: no pair is left to train on: sample more answers of each prompt")
-    return {name: pairs[name] for name in ("train", "validation")}
+    return {"train": pairs["train"], "validation": pairs["validation"]}
 
 
 def to_pair(pair: Preference, recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from pipeline.chat import asked_of_student
 from pipeline.conversation import ROLES, template_turns
 from pipeline.errors import DataError
-from pipeline.partition import position
 from pipeline.recipe import PromptsConfig, Recipe, StudentConfig
 from pipeline.records import Completion, Json, Kept, Message, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
@@ -73,30 +72,31 @@ def read_parts(recipe: Recipe, run: RunDir) -> Parts:
 def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:
     """The rows by the part of their prompt (pipeline.partition).
 
-    `test_rows` take the place of the run's own test rows; rows that ask one of their questions are left out. If a part
-    has no row, as in a small run, the training question of the lowest hash moves there. Raises DataError if a part is
-    still empty.
+    `test_rows` take the place of the run's own test rows; rows that ask one of their questions, or are of one of their
+    groups, are left out. If a part has no row, as in a small run, the training question (or group) of the lowest hash
+    moves there. Raises DataError if a part is still empty.
     """
-    asked = {prompt_text(row) for row in test_rows or ()}
+    tested = {prompts.position_of(row) for row in test_rows or ()}
     places: dict[Part, array[int]] = {part: array("Q") for part in ("train", "validation", "test")}  # in `rows`
     for place, row in enumerate(rows):
-        if not asked or prompt_text(row) not in asked:
-            places[prompts.part_of(row.messages)].append(place)
+        if not tested or prompts.position_of(row) not in tested:
+            places[prompts.part_of(row)].append(place)
     parts: dict[Part, Sequence[Kept]] = {part: Lazy(own, rows.__getitem__) for part, own in places.items()}
     if test_rows is not None:
         parts["test"] = test_rows
     for part in ("test", "validation"):
-        if not parts[part] and len({hash(prompt_text(row)) for row in parts["train"]}) > 1:
-            first = prompt_text(min(parts["train"], key=lambda row: position(row.messages, prompts.seed)))
-            moved = {place for place in places["train"] if prompt_text(rows[place]) == first}
+        if not parts[part] and len(positions := {prompts.position_of(row) for row in parts["train"]}) > 1:
+            moved = {place for place in places["train"] if prompts.position_of(rows[place]) == min(positions)}
             parts[part] = Lazy(sorted(moved), rows.__getitem__)
             places["train"] = array("Q", (place for place in places["train"] if place not in moved))
             parts["train"] = Lazy(places["train"], rows.__getitem__)
     if empty := [part for part, own in parts.items() if not own]:
-        questions = len({prompt_text(row) for row in rows})
-        where = f", without the questions of train.test_rows ({len(asked)})" if test_rows is not None else ""
+        distinct = f"{len({prompt_text(row) for row in rows})} distinct prompts"
+        if prompts.group:
+            distinct += f" of {len({prompts.position_of(row) for row in rows})} groups"
+        where = f", without the questions of train.test_rows ({len(tested)})" if test_rows is not None else ""
         raise DataError(
-            f"{len(rows)} kept rows answer {questions} distinct prompts{where}; no row is left for {', '.join(empty)}: "
+            f"{len(rows)} kept rows answer {distinct}{where}; no row is left for {', '.join(empty)}: "
             "generate more prompts, or lower prompts.validation and prompts.test"
         )
     return Parts(**parts)

@@ -97,11 +97,11 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
         return ProbePrompts("test", [])
     test = dict[str, Prompt]()
     for prompt in read_jsonl(run.prompts, Prompt):
-        part = recipe.prompts.part_of(prompt.messages)  # as train does
+        part = recipe.prompts.part_of(prompt)  # as train does
         if prompt.part not in (None, part):
             raise DataError(
-                f"{run.prompts}: the parts of the prompts have changed since generate (prompts.test, validation or "
-                "seed); run generate again, which asks for nothing that is there, and train again"
+                f"{run.prompts}: the parts of the prompts have changed since generate (prompts.test, validation, seed "
+                "or group); run generate again, which asks for nothing that is there, and train again"
             )
         if part == "test":
             test[question_text(prompt.messages)] = prompt

@@ -136,7 +136,7 @@ def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[
     """What the models were scored on, and what the filters kept of the teacher's answers to the test prompts."""
     scored, run = next(iter(scores.values()), []), plan.run
     both = run.kept.is_file() and run.dropped.is_file()
-    answers = [row for row in filtered_rows(run) if plan.recipe.prompts.part_of(row.messages) == "test"] if both else []
+    answers = [row for row in filtered_rows(run) if plan.recipe.prompts.part_of(row) == "test"] if both else []
     return Rows(
         test=plan.test_rows,
         scored=len(scored),

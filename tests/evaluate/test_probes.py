@@ -156,7 +156,7 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     run = run_of(tmp_path, recipe)
     with pytest.raises(DataError, match="no test prompts for evaluate"):
         choose_questions(with_prompts(recipe, test=1e-9), run)
-    parts = {p.id: recipe.prompts.part_of(p.messages) for p in iter_prompts(recipe)}
+    parts = {p.id: recipe.prompts.part_of(p) for p in iter_prompts(recipe)}
     own = [msgspec.structs.replace(p, part=parts[p.id]) for p in iter_prompts(recipe)]
     run.prompts.write_bytes(b"".join(map(encode_line, [*own, *own])))
     chosen = choose_questions(recipe, run)
@@ -175,7 +175,7 @@ def test_prompts_whose_parts_have_changed_since_are_refused(tmp_path: Path, chan
     """Training parts the rows by the recipe, so what the file calls a test prompt may have been trained on."""
     recipe = with_prompts(recipe_of(COMBINATIONS, verify=[{"rule": "matches"}]), test=0.4)
     run, part_of = RunDir(tmp_path), recipe.prompts.part_of
-    made = [msgspec.structs.replace(p, part=part_of(p.messages)) for p in iter_prompts(recipe)]
+    made = [msgspec.structs.replace(p, part=part_of(p)) for p in iter_prompts(recipe)]
     run.prompts.write_bytes(b"".join(map(encode_line, made)))
     assert {p.part for p in choose_questions(recipe, run).seen} == {"test"}
     with pytest.raises(DataError, match="the parts of the prompts have changed since generate"):

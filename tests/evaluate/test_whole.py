@@ -199,7 +199,7 @@ def test_the_report_says_what_the_filters_kept_of_the_teachers_test_answers(run:
     dropped = [Dropped(**completion(row), rule="length", detail=[]) for row in rows[1::2]]
     run.kept.write_bytes(b"".join(map(encode_line, rows[::2])))
     run.dropped.write_bytes(b"".join(map(encode_line, dropped)))
-    in_test = [recipe.prompts.part_of(row.messages) == "test" for row in rows]
+    in_test = [recipe.prompts.part_of(row) == "test" for row in rows]
     assert 10 < sum(in_test) < 30
     found = evaluate_run(recipe, run, PATH, speed=False)
     assert (found.rows.teacher_answers, found.rows.teacher_kept) == (sum(in_test), sum(in_test[::2]))

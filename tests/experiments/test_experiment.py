@@ -151,7 +151,7 @@ def test_shares_of_a_run_are_trained_apart_from_what_all_are_scored_on(
     assert test == [*seeds[seed]]
     answers = list(read_jsonl(run.completions, Completion))
     part_of = prompts.model_copy(update={"seed": seed}).part_of
-    tested = [row for row in answers if part_of(row.messages) == "test"]
+    tested = [row for row in answers if part_of(row) == "test"]
     questions = {prompt_text(row) for row in tested}
     assert len(tested) > len(test)  # some of them were dropped by the filters
     others = [*kept(folder / "pool"), *read_jsonl(RunDir(folder / "pool").dropped, Dropped)]

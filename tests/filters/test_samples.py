@@ -22,7 +22,7 @@ from filters.judge import Judgement
 from filters.reasons import describe
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import load_recipe
-from pipeline.records import Completion, Dropped, Kept, Message, encode_line, read_jsonl
+from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
 
@@ -298,7 +298,9 @@ def test_pairs_of_a_kept_and_a_failed_answer_become_preferences(stage: Stage) ->
     stage.filter(rows, RIGHT, preferences=2)
     pairs = [json.loads(line) for line in stage.run.preferences.read_bytes().splitlines()]
     part_of = load_recipe(stage.recipe).prompts.part_of
-    wanted = {name for name in "abcdefghij" if part_of([Message("user", f"{name}?")]) != "test"}
+    wanted = {
+        name for name in "abcdefghij" if part_of(Prompt(id=name, messages=[Message("user", f"{name}?")])) != "test"
+    }
     assert 0 < len(wanted) < 10
     assert sorted(pair["id"] for pair in pairs) == sorted(
         id_ for name in wanted for id_ in (f"{name}0:{name}1", f"{name}2:{name}3")

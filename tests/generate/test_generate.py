@@ -59,7 +59,7 @@ def test_every_prompt_is_answered_once_and_all_is_recorded(run: RunDir) -> None:
     assert all(sent[record.messages[0].content]["seed"] == record.sampling["seed"] for record in records)
     prompts = list(read_jsonl(run.prompts, Prompt))
     assert {prompt.id for prompt in prompts} == {record.prompt_id for record in records}
-    assert all(prompt.part == recipe.prompts.part_of(prompt.messages) for prompt in prompts)
+    assert all(prompt.part == recipe.prompts.part_of(prompt) for prompt in prompts)
     assert {prompt.part for prompt in prompts} == {"train", "validation", "test"}
     assert not failures(run)
     lineage = json.loads(run.lineage.read_text())["generate"]

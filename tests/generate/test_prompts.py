@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from generate.prompts import grammar_size, iter_prompts
 from generate.run import generate
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import PromptsConfig, Recipe, load_recipe
+from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import completions, misbehaving, recipe_for
 
 ROOT = Path(__file__).parents[2]
+MISSING = object()  # a row without the column
 CHAPTER = {
     "template": "등장: {character}. 키워드: {keywords}.",
     "slots": {
@@ -295,6 +298,43 @@ def test_two_rows_with_one_id_and_different_prompts_are_named(tmp_path: Path) ->
         list(iter_prompts(recipe_with(file=path)))
     assert str(caught.value) == f"{path}:4: id 'y' is that of {path}:2, which is another prompt"
     assert len(list(iter_prompts(recipe_with(file=path, count=3)))) == 3
+
+
+def test_prompts_of_one_group_are_of_one_part(tmp_path: Path) -> None:
+    """As prompts.jsonl says; the summary of a second call finds nothing changed."""
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"{ask} f{n}", "function": n} for ask in ("Write", "Do") for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = RunDir(tmp_path / "run")
+    with misbehaving() as server:
+        recipe = recipe_for(server, prompts={"file": path, "group": "function", "test": 0.4})
+        generate(recipe, run, quiet=True)
+    parts: dict[int, set[str | None]] = {}
+    for prompt in read_jsonl(run.prompts, Prompt):
+        parts.setdefault(prompt.columns["function"], set()).add(prompt.part)
+    assert len(parts) == 30 and all(len(own) == 1 for own in parts.values())
+    assert Counter(part for own in parts.values() for part in own)["test"] > 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([("a", 1), ("b", MISSING)], r"p\.jsonl:2: no column 'f', which prompts\.group names; there are none \(a row"),
+        ([("a", 1), (" A ", 2)], r":2: another row has the same question and another 'f', so the question would be in"),
+        ([("a", 1), ("a", None)], r":2: another row has the same question and another 'f'"),
+        ([("a", 1), ("a", 1), ("b", None), ("c", 1)], None),
+    ],
+)
+def test_a_row_that_fits_no_group_is_named(rows: list[Any], error: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    given = [{"prompt": text} | ({} if group is MISSING else {"f": group}) for text, group in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    recipe = recipe_with(file=path, group="f")
+    if error is None:
+        assert len(list(iter_prompts(recipe))) == len(rows)
+        return
+    with pytest.raises(DataError, match=error):
+        list(iter_prompts(recipe))
 
 
 def test_nothing_is_asked_when_a_row_is_refused(tmp_path: Path) -> None:

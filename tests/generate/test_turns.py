@@ -117,7 +117,7 @@ def test_what_a_row_brings_is_kept_and_its_part_is_that_of_the_first_message(run
     assert not any("tools" in asked.body or "Only you." in str(asked.body) for asked in user.asked)
     parts = [{p.id: p.part for p in read_jsonl(one.prompts, Prompt)} for one in (run, RunDir(tmp_path / "plain"))]
     assert parts[0] == parts[1] and len(set(parts[0].values())) > 1
-    assert {row.prompt_id: recipe.prompts.part_of(row.messages) for row in answered} == parts[0]
+    assert {row.prompt_id: recipe.prompts.part_of(row) for row in answered} == parts[0]
 
 
 def test_each_sample_is_a_conversation_of_its_own(run: RunDir) -> None:
@@ -307,4 +307,7 @@ async def test_in_a_running_event_loop(run: RunDir) -> None:
 def test_without_a_user_there_is_one_pass(run: RunDir) -> None:
     recipe = recipe_for("http://127.0.0.1:1/v1", 2)
     assert list(passes(recipe, run)) == [(recipe, run)]
-    assert Counter(recipe.prompts.part_of([Message("user", str(n))]) for n in range(50))["train"] > 30
+    assert (
+        Counter(recipe.prompts.part_of(Prompt(id="", messages=[Message("user", str(n))])) for n in range(50))["train"]
+        > 30
+    )

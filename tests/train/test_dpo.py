@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,6 +149,24 @@ def test_pairs_of_test_prompts_are_left_out_and_validation_prompts_validate(stud
     run.preferences.write_bytes(b"".join(run.preferences.read_bytes().splitlines(keepends=True)[:4]))
     pairs = read_pairs(few, run, parts)
     assert len(pairs["validation"]) == 1 and len(pairs["train"]) in (2, 3)
+
+
+def test_pairs_of_a_group_stay_together(student: str, tmp_path: Path) -> None:
+    """Thirty prompts of six groups; no pair is of the validation part, so a whole group moves there."""
+    rows = [msgspec.structs.replace(row, columns={"kind": n % 6}) for n, row in enumerate(story_rows(30))]
+    run = make_run(tmp_path / "run", rows)
+    write_pairs(run, 30)
+    few = recipe(student, method="dpo")
+    few = few.model_copy(update={"prompts": few.prompts.model_copy(update={"file": Path("x.jsonl"), "group": "kind"})})
+    parts = read_parts(few, run)
+    kinds = {row.messages[0].content: row.columns["kind"] for row in rows}
+    validated = {row.messages[0].content for row in parts.validation}
+    lines = run.preferences.read_bytes().splitlines(keepends=True)
+    run.preferences.write_bytes(b"".join(line for line in lines if not any(t in line.decode() for t in validated)))
+    pairs = read_pairs(few, run, parts)
+    found = {part: {kinds[pair.prompt[0].content] for pair in pairs[part]} for part in ("train", "validation")}
+    assert len(found["validation"]) == 1 and len(found["train"]) == 3 and not found["train"] & found["validation"]
+    assert len(pairs["validation"]) == 5
 
 
 def test_what_is_missing_or_does_not_fit_is_named(student: str, tmp_path: Path) -> None:

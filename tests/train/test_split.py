@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,7 +77,7 @@ def test_a_part_without_a_row_takes_the_training_prompt_of_the_lowest_hash() -> 
 
 
 def is_tested(text: str, share: float) -> bool:
-    return shares(ONE, share).part_of(kept_row(0, text, "").messages) == "test"
+    return shares(ONE, share).part_of(kept_row(0, text, "")) == "test"
 
 
 def test_fewer_than_three_prompts_cannot_be_parted() -> None:
@@ -96,3 +97,32 @@ def test_rows_to_test_on_are_trained_on_by_none() -> None:
     assert questions(parts.train) | questions(parts.validation) == questions(rows_of(40)) - own
     with pytest.raises(DataError, match=r"without the questions of train.test_rows \(1\); no row is left for train"):
         part_rows(rows[:2], shares(), test_rows)
+
+
+def grouped(prompts: int, groups: int) -> list[Kept]:
+    return [
+        msgspec.structs.replace(row, columns={"function": number % groups})
+        for number, row in enumerate(rows_of(prompts))
+    ]
+
+
+def test_groups_stay_together_in_a_small_run_too() -> None:
+    """Where a part is empty, a whole group moves there."""
+    config = shares(ONE, ONE).model_copy(update={"group": "function"})
+    rows = grouped(30, 5)
+    parts = part_rows(rows, config)
+    own = [{row.columns["function"] for row in part} for part in (parts.train, parts.validation, parts.test)]
+    assert [len(groups) for groups in own] == [3, 1, 1] and len(set.union(*own)) == 5
+    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [18, 6, 6]
+    with pytest.raises(DataError, match=r"8 kept rows answer 8 distinct prompts of 2 groups; no row is left for valid"):
+        part_rows(grouped(8, 2), config)
+
+
+def test_groups_of_rows_to_test_on_are_trained_on_by_none() -> None:
+    config = shares().model_copy(update={"group": "function"})
+    rows = grouped(60, 20)
+    parts = part_rows(
+        rows, config, [msgspec.structs.replace(kept_row(99, "Another way to ask", "x"), columns={"function": 3})]
+    )
+    assert 3 not in {row.columns["function"] for row in (*parts.train, *parts.validation)}
+    assert {row.columns["function"] for row in parts.train} > {4, 5}
