@@ -214,9 +214,11 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     config = recipe.train
     unused = {"start"} | {name for name in ("on_policy", "dpo") if name != config.method}
     unused |= set() if config.soft else {"kd"}
+    prompts = recipe.prompts
     settings = {
         "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused),
-        "parts": recipe.prompts.model_dump(mode="json", include={"seed", "validation", "test"}),
+        "parts": prompts.model_dump(mode="json", include={"seed", "validation", "test"})
+        | prompts.model_dump(include={"group"}, exclude_defaults=True),
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
     }

@@ -1,6 +1,7 @@
 """The three parts of the kept rows: by prompt, none empty, and independent of what the filters kept."""
 
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from pipeline.errors import DataError
 from pipeline.recipe import PromptsConfig
 from pipeline.records import Kept
-from tests.tiny_student import ONE, kept_row
+from tests.tiny_student import ONE, kept_row, make_recipe, make_run
 from train.rows import Parts, part_rows
+from train.run import training_fingerprint
 
 
 def rows_of(prompts: int, samples: int = 1) -> list[Kept]:
@@ -126,3 +128,10 @@ def test_groups_of_rows_to_test_on_are_trained_on_by_none() -> None:
     )
     assert 3 not in {row.columns["function"] for row in (*parts.train, *parts.validation)}
     assert {row.columns["function"] for row in parts.train} > {4, 5}
+
+
+def test_parts_by_group_are_another_training(tmp_path: Path) -> None:
+    run, recipe = make_run(tmp_path, grouped(30, 5)), make_recipe("student")
+    prompts = recipe.prompts.model_copy(update={"group": "function"})
+    other = recipe.model_copy(update={"prompts": prompts})
+    assert training_fingerprint(other, run) != training_fingerprint(recipe, run)
