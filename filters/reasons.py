@@ -20,8 +20,15 @@ def _limit(why: Reason) -> str:
     return f"{words} {limit:.0%}" if isinstance(limit, float) else f"{words} {limit}"
 
 
+def _share(why: Reason) -> str:
+    """What was measured, as a percentage that differs from that of its limit."""
+    value = why.value or 0
+    whole = f"{value:.0%}"
+    return f"{value:.1%}" if _limit(why).endswith(f" {whole}") else whole
+
+
 def _repetition(why: Reason) -> str:
-    share = f"{why.value:.0%} of the text, {_limit(why)}" if why.value is not None else ""
+    share = f"{_share(why)} of the text, {_limit(why)}"
     kind = "paragraphs" if "paragraph" in why.what else "sentences"
     match why.what:
         case "top_ngrams":
@@ -31,7 +38,7 @@ def _repetition(why: Reason) -> str:
         case "repeated_span":
             return f"{why.n} sentences in a row come twice: `{why.found}…`"
         case "duplicate_sentences" | "duplicate_paragraphs":
-            return f"{why.count} of {why.total} {kind} are repeats ({why.value:.0%}), {_limit(why)}: `{why.found}`"
+            return f"{why.count} of {why.total} {kind} are repeats ({_share(why)}), {_limit(why)}: `{why.found}`"
         case _:
             return f"repeated {kind}: {share}: `{why.found}`"
 
@@ -47,7 +54,7 @@ def _language(why: Reason) -> str:
     found = f"language is {why.found}"
     if why.allowed:
         return f"{found} ({why.value:.0%}), allowed: {', '.join(why.allowed)}"
-    return f"{found}, but only with {why.value:.0%}, {_limit(why)} wanted"
+    return f"{found}, but only with {_share(why)}, {_limit(why)} wanted"
 
 
 def _duplicate(why: Reason) -> str:
@@ -59,7 +66,7 @@ def _duplicate(why: Reason) -> str:
 
 def _agrees(why: Reason) -> str:
     if why.at_least is not None:
-        return f"{why.n} of {why.total} answers agree ({why.value:.0%}), {_limit(why)} wanted"
+        return f"{why.n} of {why.total} answers agree ({_share(why)}), {_limit(why)} wanted"
     return f"{why.count} of {why.total} answers say the same, {why.n} another"
 
 

@@ -23,7 +23,7 @@ from filters.reasons import describe
 from filters.rules import _identifier
 from filters.words import mentions, whole_word
 from pipeline.errors import RecipeError
-from pipeline.records import Slots
+from pipeline.records import Reason, Slots
 from tests.filters.test_rules import ENGLISH_STORY, INSTRUCTION, STORY, reason, rule_set
 
 
@@ -87,6 +87,12 @@ def test_ending_takes_other_marks() -> None:
 def test_repetition(text: str, dropped: str | None) -> None:
     said = reason("repetition", text)
     assert said is None if dropped is None else said is not None and dropped in said, said
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.2034, "20.3%"), (0.25, "25%")])
+def test_a_share_is_told_apart_from_its_limit(value: float, said: str) -> None:
+    why = Reason(rule="repetition", what="top_ngrams", found="baking soda", count=2, value=value, at_most=0.2)
+    assert describe(why) == f"`baking soda` 2 times: {said} of the text, at most 20%"
 
 
 def test_each_measure_of_repetition_can_be_turned_off_and_set() -> None:

@@ -53,6 +53,7 @@ def test_the_number_of_rows_is_advice(count: int, status: str) -> None:
 def test_rows_of_few_prompts_warn(prompts: int, status: str) -> None:
     rows = [kept_row(n, f"Question {n % prompts}", "Yes.") for n in range(10)]
     assert finding(of_rows(rows)["prompts"]) == (status, prompts / 10)
+    assert of_rows(rows)["prompts"].finding.startswith(f"{10 - prompts} of 10 rows ask what another row asks")
 
 
 @pytest.mark.parametrize(

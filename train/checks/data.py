@@ -33,7 +33,7 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) ->
     yield graded("rows", count, finding, passes=low <= count <= high, otherwise="note", fix=fix)
 
     share = distinct / count
-    finding = f"{distinct:,} distinct prompts in {count:,} rows ({share:.0%})"
+    finding = f"{count - distinct:,} of {count:,} rows ask what another row asks (samples of a prompt count apart)"
     fix = "the same prompts give the same answers: add slots or values to the template"
     yield graded("prompts", share, finding, passes=share >= DISTINCT_SHARE, otherwise="warn", fix=fix)
     yield parts_check(parts)
