@@ -21,7 +21,7 @@ from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError
-from pipeline.lineage import spent_by
+from pipeline.lineage import read_lineage, spent_in_all
 from pipeline.recipe import PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
@@ -61,7 +61,8 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
         yield player, replies
         said = {reply.prompt_id: reply.text for reply in _whole(replies, _ids(player))}
         questions = _written(answers.path / "next.jsonl", _for_teacher(answers, wanted, said))
-        prompts = PromptsConfig(file=questions, seed=own.seed, validation=own.validation, test=own.test)
+        parts = own.model_dump(include={"seed", "validation", "test", "group"})
+        prompts = PromptsConfig(file=questions, **parts)
     yield asking(prompts.model_copy(update={"user": user}), run), run
 
 
@@ -73,7 +74,8 @@ def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
 
 def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
     """The user for lineage.json, and what the passes before the last have cost."""
-    return {"model": user.model, "turns": user.turns, "spent_before": spent_by(pass_folders(run, user)[:-1])}
+    before = [read_lineage(folder).get("generate", {}).get("spent", {}) for folder in pass_folders(run, user)[:-1]]
+    return {"model": user.model, "turns": user.turns, "spent_before": spent_in_all(before)}
 
 
 def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:

@@ -6,7 +6,7 @@ Every section has the versions of the packages that did the work.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -35,10 +35,14 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
     return lineage
 
 
-def spent_by(runs: Iterable[RunDir]) -> dict[str, Any]:
-    """Tokens and USD that the runs' requests have cost in all, by their lineage: a killed call is not in it."""
-    spent = [read_lineage(run).get("generate", {}).get("spent", {}) for run in runs]
-    return {unit: sum(one.get(unit) or 0 for one in spent) for unit in ("tokens", "usd")}
+def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tokens and USD of several runs' `generate.spent`, without empty ones; USD is None if a price was not known."""
+    known = [one for one in spent if one]
+    usd = [one.get("usd") for one in known]
+    return {
+        "tokens": sum(one.get("tokens") or 0 for one in known),
+        "usd": sum(filter(None, usd)) if known and None not in usd else None,
+    }
 
 
 def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:

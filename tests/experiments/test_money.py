@@ -5,7 +5,7 @@ import pytest
 
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
-from experiments.results import _money
+from experiments.results import _money, _spent
 
 ONE, OTHER = Figure(0.2, np.linspace(0.1, 0.3, 201)), Figure(0.0, np.zeros(201))
 BETTER = difference("accuracy", "b", "a", ONE, OTHER, "higher", "test")
@@ -21,3 +21,16 @@ def test_a_price_that_is_not_known_is_not_nothing(a: float | None, b: float | No
 def test_a_dollar_more_bought_something() -> None:
     lines = list(_money({"a": {"usd": 1.0}, "b": {"usd": 3.0}}, [BETTER]))
     assert lines[2:] == ["accuracy: +0.1 for each USD that b cost more than a"]
+
+
+@pytest.mark.parametrize(
+    ("last", "before", "usd"), [(0.5, 0.25, 0.75), (0.5, None, None), (None, 0.25, None), (0.0, 0.25, 0.25)]
+)
+def test_the_turns_before_the_last_cost_too(last: float | None, before: float | None, usd: float | None) -> None:
+    asked = {"spent": {"tokens": 10, "usd": last}, "user": {"spent_before": {"tokens": 30, "usd": before}}}
+    assert _spent(asked) == {"tokens": 40, "usd": usd}
+
+
+def test_a_run_of_one_turn_costs_what_it_spent() -> None:
+    assert _spent({"spent": {"tokens": 10, "usd": 0.5}}) == {"tokens": 10, "usd": 0.5}
+    assert _spent({})["usd"] is None

@@ -120,6 +120,20 @@ def test_what_a_row_brings_is_kept_and_its_part_is_that_of_the_first_message(run
     assert {row.prompt_id: recipe.prompts.part_of(row) for row in answered} == parts[0]
 
 
+def test_conversations_of_one_group_are_of_one_part(run: RunDir, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {n}", "of": n // 3}) + "\n" for n in range(30)))
+    grouped = {"file": path, "group": "of", "test": 0.4}
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        recipe = talk(teacher, user, 30, 1, prompts=grouped)
+        generate(recipe, run, quiet=True)
+    prompts = list(read_jsonl(run.prompts, Prompt))
+    assert {(prompt.id, prompt.part) for prompt in prompts} == {
+        (prompt.id, recipe.prompts.part_of(prompt)) for prompt in prompts
+    }
+    assert len({(prompt.columns["of"], prompt.part) for prompt in prompts}) == 10
+
+
 def test_each_sample_is_a_conversation_of_its_own(run: RunDir) -> None:
     def varied(asked: Asked) -> Behaviour:
         return answer(f"answer {asked.body['seed']}")
@@ -149,7 +163,11 @@ def test_a_budget_is_for_all_passes_and_nothing_is_asked_twice(run: RunDir) -> N
         assert generate(whole, run, quiet=True).resumed == 6
     assert len(asked) == len(set(asked)) == 18 == len(teacher.asked) + len(user.asked)
     user_section = read_lineage(run)["generate"]["user"]
-    assert user_section == {"model": "player", "turns": 1, "spent_before": {"tokens": 12 * 12, "usd": 0}}
+    assert user_section == {
+        "model": "player",
+        "turns": 1,
+        "spent_before": {"tokens": 12 * 12, "usd": None},
+    }  # no price is known
 
 
 def test_a_pass_that_was_killed_before_its_lineage_counts_in_the_budget(
