@@ -33,6 +33,7 @@ from pipeline.rundir import RunDir, write_json, write_jsonl
 ROUNDS = 2
 NEAR = 0.7  # Jaccard: the default threshold (Self-Instruct leaves out a ROUGE-L of 0.7 and more)
 EXAMPLES = 3  # of the recipe's own prompts, for a new one
+FAMILY = "family"  # the column that a prompt and all that were made of it share, unless the recipe names its own group
 
 HARDER = {
     "constraint": "Add one constraint or requirement to it.",
@@ -110,7 +111,8 @@ def evolve(
     nothing to ask, and what `generate` raises: the next call goes on. At the end of the budget what there is by then is
     written first.
     """
-    seeds = list({prompt.id: prompt for prompt in iter_prompts(recipe)}.values())
+    group = recipe.prompts.group or FAMILY
+    seeds = list({prompt.id: _of_family(prompt, group) for prompt in iter_prompts(recipe)}.values())
     if rounds < 1:
         raise UsageError(f"--rounds must be at least 1, got {rounds}")
     if most is not None and most <= len(seeds):
@@ -136,7 +138,7 @@ def evolve(
         except BudgetReached as error:
             stopped = error
         done.append(Round(asked=len(questions), failed=failed))
-        prompts += _new_prompts(questions, asked, distinct, done[-1], number)
+        prompts += _new_prompts(questions, asked, distinct, done[-1], number, group)
     write_jsonl(run.path / "evolved.jsonl", prompts)
     report = _report(seeds, prompts, done)
     write_json(folder / "report.json", report)
@@ -199,7 +201,7 @@ def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: b
 
 
 def _new_prompts(
-    questions: dict[str, Question], asked: RunDir, distinct: Distinct, this: Round, number: int
+    questions: dict[str, Question], asked: RunDir, distinct: Distinct, this: Round, number: int, group: str
 ) -> list[Prompt]:
     """The prompts that a round's replies make, in the order of its questions. Counts them, and what is left out."""
     answers = {answer.prompt_id: answer for answer in read_jsonl(asked.completions, Completion)}
@@ -215,10 +217,16 @@ def _new_prompts(
             continue
         this.new += 1
         messages = [*parent.messages[:-1], Message(role="user", content=text)]
-        origin = {"from": parent.id, "way": way, "round": number}
+        columns = {"evolved": {"from": parent.id, "way": way, "round": number}, group: parent.columns[group]}
         tools = parent.tools
-        found.append(Prompt(id=prompt_id(messages, tools), messages=messages, columns={"evolved": origin}, tools=tools))
+        found.append(Prompt(id=prompt_id(messages, tools), messages=messages, columns=columns, tools=tools))
     return found
+
+
+def _of_family(seed: Prompt, group: str) -> Prompt:
+    """A prompt of the recipe, with what its children will share with it: its group, or else its own id."""
+    given = seed.columns.get(group, seed.slots.get(group))
+    return msgspec.structs.replace(seed, columns={**seed.columns, group: seed.id if given is None else given})
 
 
 def _report(seeds: Sequence[Prompt], prompts: Sequence[Prompt], rounds: list[Round]) -> Report:

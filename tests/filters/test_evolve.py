@@ -55,16 +55,34 @@ def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_p
         assert len(server.asked) == asked == len(server.attempts) == 3 * SEEDS  # nothing is bought twice
     assert (run.path / "evolved.jsonl").read_bytes() == first
     assert [(one.asked, one.new) for one in report.rounds] == [(SEEDS, SEEDS), (2 * SEEDS, 2 * SEEDS)]
-    following = PromptsConfig(file=run.path / "evolved.jsonl", system="Be kind.")
+    following = PromptsConfig(file=run.path / "evolved.jsonl", system="Be kind.", group="family", test=0.4)
     read = list(iter_prompts(recipe.model_copy(update={"prompts": following})))
     assert read == made(run)
     assert len({prompt.id for prompt in read}) == 4 * SEEDS
-    assert (read[3].reference, read[3].columns) == (3, {"topic": "t"})
+    assert (read[3].reference, read[3].columns) == (3, {"topic": "t", "family": "s3"})
     child = read[SEEDS]
     assert child.reference is None  # a reference is of its own prompt
     assert child.columns["evolved"].keys() == {"from", "way", "round"}
+    families = {(prompt.columns["family"], following.part_of(prompt)) for prompt in read}
+    assert len(families) == SEEDS and {part for _, part in families} > {"train"}  # a family is in one part
     assert [message.role for message in child.messages] == ["system", "user"]
     assert "48 prompts, 12 of them the recipe's own" in "\n".join(describe(report, Path("x")))
+
+
+def test_the_recipes_own_groups_are_the_families(tmp_path: Path) -> None:
+    """And prompts that were evolved already stay in theirs."""
+    run = RunDir(tmp_path / "run")
+    with misbehaving(rewriting) as server:
+        recipe = recipe_of(server, tmp_path)
+        grouped = recipe.prompts.model_copy(update={"group": "topic"})
+        evolve(recipe.model_copy(update={"prompts": grouped}), run, rounds=1, quiet=True)
+        assert {prompt.columns["topic"] for prompt in made(run)} == {"t"}
+        assert not any("family" in prompt.columns for prompt in made(run))
+        file = tmp_path / "again.jsonl"
+        file.write_text(json.dumps({"prompt": words("more"), "family": "s1"}))
+        again = recipe.model_copy(update={"prompts": PromptsConfig(file=file)})
+        evolve(again, RunDir(tmp_path / "again"), rounds=1, quiet=True)
+    assert [prompt.columns["family"] for prompt in made(RunDir(tmp_path / "again"))] == ["s1", "s1"]
 
 
 def test_a_conversation_is_rewritten_at_its_last_request_and_not_at_a_result(tmp_path: Path) -> None:
