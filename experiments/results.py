@@ -16,6 +16,7 @@ from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelRepo
 from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
     PROMPTS_TO_DIFFER,
+    belongs_to,
     common_rows,
     difference,
     measure_quality,
@@ -107,7 +108,7 @@ def _differences(columns: Sequence[Column]) -> Iterator[Difference]:
 def _few(columns: Sequence[Column]) -> Iterator[str]:
     for column in columns:
         if column.prompts < PROMPTS_TO_DIFFER:
-            yield f"{column.title}: over fewer than {PROMPTS_TO_DIFFER} prompts no difference is named"
+            yield f"{column.title}: over fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them) no difference is named"
 
 
 def _report(arm: Arm) -> Report:
@@ -133,7 +134,9 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
     """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
     scored = _cached(design.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
-    figures = merged(perplexity_figures(scores), _probe_figures(setup, design.arms))
+    config, test = setup.recipe.prompts, read_test(design.arms[0].run)
+    groups = {row.prompt_id: belongs_to(row.prompt_id, row, config) for row in test}
+    figures = merged(perplexity_figures(scores, groups), _probe_figures(setup, design.arms))
     figures = merged(figures, _accuracy_figures(setup, design.arms))
     columns = []
     for part, name in ((part, name) for part, names in COMPARED.items() for name in names):
@@ -143,7 +146,8 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
             columns.append(Column(MEASURES[name].name, MEASURES[name], arms, known))
     for source, rows in design.sources.items() if len(design.sources) > 1 else ():
         ids = {row.id for row in rows}
-        scored_here = perplexity_figures({name: [s for s in own if s.id in ids] for name, own in scores.items()})
+        here = {name: [score for score in own if score.id in ids] for name, own in scores.items()}
+        scored_here = perplexity_figures(here, groups)
         arms = {name: own["bits_per_character"] for name, own in scored_here.items()}
         measure = MEASURES["bits_per_character"]
         if arms:
@@ -169,7 +173,7 @@ def _accuracy_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:
     if not answered:
         return {}
     questions, rules = choose_questions(setup.recipe, arms[0].run), verify_rules(setup.recipe, setup.path)
-    return accuracy_figures(verify(rules, questions, answered)).get("verified", {})
+    return accuracy_figures(verify(rules, questions, answered, setup.recipe.prompts)).get("verified", {})
 
 
 def _cached(arms: Sequence[Arm], name: str, kind: type[Result]) -> dict[str, Result]:

@@ -5,13 +5,13 @@ verifier failed, or there is nothing to hold the answer against) counts as wrong
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
 from evaluate.document import Estimate, Part, Sample, ShownAnswer
-from evaluate.figures.quality import probe_answers
+from evaluate.figures.quality import belongs_to, probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.probes import ProbePrompts
@@ -20,7 +20,7 @@ from filters.answer import as_answer
 from filters.reasons import describe
 from filters.ruleset import RuleSet, load_rules
 from pipeline.errors import RecipeError
-from pipeline.recipe import FiltersConfig, Recipe
+from pipeline.recipe import FiltersConfig, PromptsConfig, Recipe
 from pipeline.records import Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
@@ -34,16 +34,18 @@ class VerifiedAnswers:
     answers: Answers
     reasons: dict[str, dict[str, list[Reason]]]  # the same of the reasons; none: the answer is right
     prompts: dict[Part, list[Prompt]]  # that every model has answered
+    groups: dict[str, Hashable]  # what each prompt belongs to, by its id
 
     def shares(self, prompts: Sequence[Prompt]) -> dict[str, Figure]:
         """Each model's share of right answers to some of the prompts."""
-        counts = draw(len(prompts))
+        drawn = draw([self.groups[prompt.id] for prompt in prompts])
         found = {}
         for key, reasons in self.reasons.items():
             right = [float(not reasons[prompt.id]) for prompt in prompts]
-            share = ratio(right, [1.0] * len(right), counts)
+            share = ratio(right, [1.0] * len(right), drawn)
             assert share is not None
-            found[key] = replace(share, exact=wilson(share.value, len(right)))
+            exact = share.prompts == len(prompts) or share.value in (0, 1)  # else some are not independent
+            found[key] = replace(share, exact=wilson(share.value, int(share.prompts)) if exact else None)
         return found
 
     def wrong(self) -> dict[str, dict[str, float]]:
@@ -63,14 +65,20 @@ def verify_rules(recipe: Recipe, recipe_path: Path) -> RuleSet:
         raise RecipeError(str(error).replace("filters.rules[", "evaluate.verify[")) from None
 
 
-def verify(rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult]) -> VerifiedAnswers:
-    """Checks the answers to what every model has answered, against the references that the prompts have now."""
+def verify(
+    rules: RuleSet, questions: ProbePrompts, answered: Mapping[str, ProbeResult], config: PromptsConfig
+) -> VerifiedAnswers:
+    """Checks the answers to what every model has answered, against the references that the prompts have now.
+
+    `config` says which prompts belong together.
+    """
     answers = probe_answers(questions, answered)
     reasons = {key: {id_: rules.reasons(as_answer(row)) for id_, row in rows.items()} for key, rows in answers.items()}
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}
     asked = {part: [prompt for prompt in prompts if prompt.id in common] for part, prompts in parts.items()}
-    return VerifiedAnswers(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts})
+    groups = {prompt.id: belongs_to(prompt.id, prompt, config) for prompt in questions.all}
+    return VerifiedAnswers(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts}, groups)
 
 
 def accuracy_figures(verified: VerifiedAnswers) -> dict[Part, Figures]:

@@ -1,9 +1,9 @@
 """The promise: "90-95% of the teacher's quality, 3 times smaller, 3 times faster, a third of the memory". Is it kept?
 
 Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
-fewer than 60 prompts shows no quality: the bootstrap's interval of a share near 1 is too narrow there. With 29 of 30
-right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts on, 3 to 7% of them
-are told yes. Source of the promise: docs/evaluation.md.
+fewer than 60 prompts (or groups of them) shows no quality: the bootstrap's interval of a share near 1 is too narrow
+there. With 29 of 30 right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts
+on, 3 to 7% of them are told yes. Source of the promise: docs/evaluation.md.
 """
 
 import math
@@ -23,38 +23,29 @@ AXES = ("quality", "speed", "memory")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
 
-def claims(
-    figures: Mapping[Part, Figures],
-    teacher: ModelReport,
-    after: ModelReport,
-    *,
-    scored: int,
-    answered: int,
-    judged: int,
-    verified: int | None,
-) -> list[Claim]:
+def claims(figures: Mapping[Part, Figures], teacher: ModelReport, after: ModelReport, *, verified: bool) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
-    Bits per character are over `scored` prompts, the figures of the probes over `answered`, the judge's over `judged`.
-    If answers are verified (how many: `verified`, else None), the share of right ones is the quality, and answers per
-    second are the speed.
+    If answers are `verified`, the share of right ones is the quality, and answers per second are the speed.
     """
-    test, probes = figures.get("test", {}), figures.get("all", {})
-    bits = quotient(test, "bits_per_character", TEACHER, AFTER)
-    passing = quotient(probes, "passing", AFTER, TEACHER)
-    judge = quotient(probes, "judge", AFTER, TEACHER, less=LEAST_SCORE)
+    test, probes, right = (figures.get(part, {}) for part in ("test", "all", "verified"))
     size, weights = (_times(teacher, after, name) for name in ("parameters", "weights_mib"))
-    quality = [
-        _claim("quality_bits", "quality", "bits per character, teacher's over student's", bits, scored),
-        _claim("quality_probes", "quality", "probes that pass the rules, student's over teacher's", passing, answered),
-        _claim("quality_judge", "quality", "judge's mean above 1, student's over teacher's", judge, judged),
-    ]
-    rate, unit = "tokens_per_s", "tokens/s saturated"
-    if verified is not None:
-        right = quotient(figures.get("verified", {}), "accuracy", AFTER, TEACHER)
+    if verified:
         text = "right answers to test prompts, student's over teacher's"
-        quality = [_claim("quality_accuracy", "quality", text, right, verified)]
+        quality = [_quality("quality_accuracy", text, right, "accuracy", AFTER, TEACHER)]
         rate, unit = "answers_per_s", "answers/s as each is asked"
+    else:
+        bits, passing = (
+            "bits per character, teacher's over student's",
+            "probes that pass the rules, student's over teacher's",
+        )
+        judged = "judge's mean above 1, student's over teacher's"
+        quality = [
+            _quality("quality_bits", bits, test, "bits_per_character", TEACHER, AFTER),
+            _quality("quality_probes", passing, probes, "passing", AFTER, TEACHER),
+            _quality("quality_judge", judged, probes, "judge", AFTER, TEACHER, less=LEAST_SCORE),
+        ]
+        rate, unit = "tokens_per_s", "tokens/s saturated"
     return [
         *quality,
         _claim("size", "memory", "parameters, teacher's over student's", size),
@@ -78,8 +69,13 @@ def ratio_format(claim: Claim) -> Callable[[float], str]:
     return lambda value: f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
 
+def _quality(name: str, text: str, figures: Figures, figure: str, above: str, below: str, less: float = 0) -> Claim:
+    prompts = [own[figure].prompts for key in (above, below) if figure in (own := figures.get(key, {}))]
+    return _claim(name, "quality", text, quotient(figures, figure, above, below, less), min(prompts, default=0))
+
+
 def _claim(
-    name: str, axis: Literal["quality", "speed", "memory"], text: str, value: Estimate | None, prompts: int = ENOUGH
+    name: str, axis: Literal["quality", "speed", "memory"], text: str, value: Estimate | None, prompts: float = ENOUGH
 ) -> Claim:
     claim = Claim(name=name, axis=axis, text=text, promised=QUALITY if axis == "quality" else TIMES)
     if value is None or not math.isfinite(value.low):

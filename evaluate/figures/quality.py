@@ -10,15 +10,16 @@ which are written without spaces, count by character.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from evaluate.document import MEASURES, Better, Difference, Part, WinRate
-from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
+from evaluate.figures.statistics import Figure, Figures, Resamples, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
@@ -29,8 +30,8 @@ from filters.repetition import RepetitionSettings, repetition
 from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
-from pipeline.recipe import Recipe
-from pipeline.records import Kept, Prompt
+from pipeline.recipe import PromptsConfig, Recipe
+from pipeline.records import Asked, Kept, Prompt, as_text
 
 # Over fewer prompts no difference is named. Of pairs of equal models 7% seem to differ over 20 prompts, 10% over 10 and
 # 20% over 4 (simulated).
@@ -47,8 +48,18 @@ def common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowSco
     return {key: [s for s in result.scores if s.id in shared] for key, result in scored.items() if shared}
 
 
-def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, dict[str, Figure]]:
+def belongs_to(id_: str, row: Asked, config: PromptsConfig) -> Hashable:
+    """What is drawn when a prompt is: its group, or else itself."""
+    group = config.group_of(row)
+    return id_ if group is None else ("group", as_text(group))
+
+
+def perplexity_figures(
+    scores: Mapping[str, Sequence[RowScore]], groups: Mapping[str, Hashable] = MappingProxyType({})
+) -> dict[str, dict[str, Figure]]:
     """Every model's perplexity and bits per character. All models must have scored the same rows.
+
+    `groups`: what prompts belong to, by their ids, if not to themselves.
 
     Perplexity is exp(sum of NLL / sum of tokens): every token weighs the same, not every row. Models with different
     tokenizers cut an answer into different numbers of tokens; bits per character compares them fairly: NLL in bits over
@@ -58,18 +69,18 @@ def perplexity_figures(scores: Mapping[str, Sequence[RowScore]]) -> dict[str, di
     if not prompts:
         return {}
     index = {prompt: number for number, prompt in enumerate(prompts)}
-    counts = draw(len(prompts))
+    drawn = draw([groups.get(prompt, prompt) for prompt in prompts])
     figures = {}
     for key, rows in scores.items():
         sums = np.zeros((len(prompts), 3))  # NLL, tokens, characters of each prompt
         for score in rows:
             sums[index[score.prompt_id]] += (score.nll_nats, score.tokens, score.characters)
-        nll, tokens, characters = np.vstack([sums.sum(axis=0), counts @ sums]).T  # first all, then each resample
+        nll, tokens, characters = np.vstack([sums.sum(axis=0), drawn.counts @ sums]).T  # first all, then each resample
         perplexity = np.exp(nll / tokens)
         bits = nll / math.log(2) / np.maximum(characters, 1)
         figures[key] = {
-            "perplexity": Figure(float(perplexity[0]), perplexity[1:], prompts=len(prompts)),
-            "bits_per_character": Figure(float(bits[0]), bits[1:], prompts=len(prompts)),
+            "perplexity": Figure(float(perplexity[0]), perplexity[1:], prompts=drawn.drawn()),
+            "bits_per_character": Figure(float(bits[0]), bits[1:], prompts=drawn.drawn()),
         }
     return figures
 
@@ -121,13 +132,13 @@ def _named(answer: Answer, wanted: AdherenceSettings) -> float | None:
     return 1 - sum(map(len, reason.missing.values())) / sum(values) if reason else 1.0
 
 
-def answer_figures(answers: Sequence[Assessment], counts: Any) -> dict[str, Figure]:
-    """Every figure of one model's answers that exists; `counts` are the resamples (statistics.draw)."""
+def answer_figures(answers: Sequence[Assessment], drawn: Resamples) -> dict[str, Figure]:
+    """Every figure of one model's answers that exists."""
     words = [answer.words for answer in answers]
-    figures = {"distinct_1": distinct(words, 1, counts), "distinct_2": distinct(words, 2, counts)}
+    figures = {"distinct_1": distinct(words, 1, drawn), "distinct_2": distinct(words, 2, drawn)}
     for name in answers[0].values:
         values = [answer.values[name] for answer in answers]
-        figures[name] = ratio([value or 0.0 for value in values], [value is not None for value in values], counts)
+        figures[name] = ratio([value or 0.0 for value in values], [value is not None for value in values], drawn)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -139,6 +150,7 @@ class Quality:
     prompts: dict[Part, list[str]]  # ids that every model has answered, in order
     figures: dict[Part, Figures]
     judged: int  # prompts that every model has a score of the judge for
+    groups: dict[str, Hashable]  # what each prompt belongs to, by its id
 
 
 def probe_answers(prompts: ProbePrompts, probed: Mapping[str, ProbeResult]) -> Answers:
@@ -170,13 +182,14 @@ def measure_quality(
     }
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
-    quality = Quality(assessed, {}, {}, sum(id_ in judged for id_ in common))
+    groups = {prompt.id: belongs_to(prompt.id, prompt, recipe.prompts) for prompt in prompts.all}
+    quality = Quality(assessed, {}, {}, sum(id_ in judged for id_ in common), groups)
     for part, asked in parts.items():
         if ids := [prompt.id for prompt in asked if prompt.id in common]:
-            counts = draw(len(ids))
+            drawn = draw([groups[id_] for id_ in ids])
             quality.prompts[part] = ids
             quality.figures[part] = {
-                key: answer_figures([own[id_] for id_ in ids], counts) for key, own in assessed.items()
+                key: answer_figures([own[id_] for id_ in ids], drawn) for key, own in assessed.items()
             }
     return quality
 
@@ -218,15 +231,16 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
     for against in OPPONENTS:
         pairs = {pair.prompt_id: pair for pair in (judged.pairs if judged else ()) if pair.against == against}
         for part, ids in quality.prompts.items() if pairs else ():
-            found.append(_win_rate(against, part, [pairs[id_] for id_ in ids if id_ in pairs]))
+            found.append(_win_rate(against, part, [pairs[id_] for id_ in ids if id_ in pairs], quality.groups))
     return found
 
 
-def _win_rate(against: str, part: Part, pairs: Sequence[PairVerdict]) -> WinRate:
-    both = [(p.student_first, p.student_second) for p in pairs if p.student_first and p.student_second]
+def _win_rate(against: str, part: Part, pairs: Sequence[PairVerdict], groups: Mapping[str, Hashable]) -> WinRate:
+    judged = [pair for pair in pairs if pair.student_first and pair.student_second]
+    both = [(pair.student_first, pair.student_second) for pair in judged]
     wins, losses = both.count(("A", "B")), both.count(("B", "A"))
     points = [0.5 + (pair == ("A", "B")) / 2 - (pair == ("B", "A")) / 2 for pair in both]
-    rate = ratio(points, [1.0] * len(points), draw(len(points))) if points else None
+    rate = ratio(points, [1.0] * len(points), draw([groups[pair.prompt_id] for pair in judged])) if points else None
     chosen = [choice for pair in both for choice in pair if choice != "tie"]
     return WinRate(
         model=AFTER,

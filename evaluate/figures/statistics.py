@@ -1,10 +1,11 @@
 """Intervals by the percentile bootstrap over prompts (Efron and Tibshirani 1993), for figures that are ratios of sums.
 
-Pure arithmetic. Prompts are drawn, since several answers to one prompt are not independent. Every model's figures are
-computed on the same resamples, so differences and ratios between models are paired.
+Pure arithmetic. Prompts are drawn, since several answers to one prompt are not independent; where prompts belong to
+groups (`prompts.group`), whole groups are. Every model's figures are computed on the same resamples, so differences and
+ratios between models are paired.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -25,7 +26,7 @@ class Figure:
     value: float
     resampled: Any
     exact: tuple[float, float] | None = None  # a 95% interval to use in place of the resamples'
-    prompts: float = inf  # how many it is over; inf: not counted
+    prompts: float = inf  # how many it is over, those of one group counted once; inf: not counted
 
     def estimate(self) -> Estimate:
         """With its 95% interval."""
@@ -59,12 +60,26 @@ def quotient(figures: Figures, name: str, above: str, below: str, less: float = 
     return Figure(one.value - less, one.resampled - less).over(Figure(other.value - less, other.resampled - less))
 
 
-def draw(prompts: int, resamples: int = RESAMPLES) -> Any:
-    """How often each prompt (second axis) is in each resample (first axis): floats."""
-    drawn = np.random.default_rng(SEED).integers(0, prompts, (resamples, prompts))
-    counts = np.zeros((resamples, prompts))
+@dataclass(frozen=True)
+class Resamples:
+    """What was drawn. `counts`: how often each prompt is in each resample, floats (resamples, prompts)."""
+
+    counts: Any
+    groups: Any  # the number of each prompt's group, integers (prompts,)
+
+    def drawn(self, some: Any = True) -> int:
+        """Of how many groups the prompts are, or some of them: booleans (prompts,)."""
+        return len(np.unique(self.groups[np.broadcast_to(some, self.groups.shape)]))
+
+
+def draw(groups: Sequence[Hashable], resamples: int = RESAMPLES) -> Resamples:
+    """Draws whole groups. `groups`: what each prompt belongs to; itself, where it belongs to no other."""
+    numbers: dict[Hashable, int] = {}
+    own = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=int)
+    drawn = np.random.default_rng(SEED).integers(0, len(numbers), (resamples, len(numbers)))
+    counts = np.zeros((resamples, len(numbers)))
     np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
-    return counts
+    return Resamples(counts[:, own], own)
 
 
 def interval(values: Any) -> list[float]:
@@ -72,17 +87,17 @@ def interval(values: Any) -> list[float]:
     return [float(value) for value in np.nanpercentile(values, [2.5, 97.5])]
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], counts: Any) -> Figure | None:
+def ratio(numerators: Sequence[float], denominators: Sequence[float], drawn: Resamples) -> Figure | None:
     """Sum over sum, one of each per prompt: a mean if the denominators are 1. None if they sum to 0."""
     above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     if not below.sum():
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
-        resampled = (counts @ above) / (counts @ below)
-    return Figure(float(above.sum() / below.sum()), resampled, prompts=int(np.count_nonzero(below)))
+        resampled = (drawn.counts @ above) / (drawn.counts @ below)
+    return Figure(float(above.sum() / below.sum()), resampled, prompts=drawn.drawn(below != 0))
 
 
-def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | None:
+def distinct(texts: Sequence[Sequence[str]], n: int, drawn: Resamples) -> Figure | None:
     """distinct-n (Li et al. 2016): different n-grams over all words, of all texts together (each a list of words).
 
     A resample holds some texts twice, so it has fewer different n-grams, and its figure is too low. So the resampled
@@ -97,8 +112,8 @@ def distinct(texts: Sequence[Sequence[str]], n: int, counts: Any) -> Figure | No
     present = np.zeros((len(texts), len(column)), dtype=np.float32)
     for number, grams in enumerate(own):
         present[number, grams] = 1
-    some = (counts > 0).astype(np.float32)
+    some = (drawn.counts > 0).astype(np.float32)
     different = [((some[start : start + AT_ONCE] @ present) > 0).sum(axis=1) for start in range(0, len(some), AT_ONCE)]
-    resampled = np.concatenate(different) / np.maximum(counts @ words, 1)
+    resampled = np.concatenate(different) / np.maximum(drawn.counts @ words, 1)
     value = len(column) / float(words.sum())
-    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1), prompts=len(texts))
+    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1), prompts=drawn.drawn())

@@ -37,6 +37,7 @@ from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     PROMPTS_TO_DIFFER,
     Quality,
+    belongs_to,
     common_rows,
     differences,
     failed_rules,
@@ -73,10 +74,11 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     scores, unseen = common_rows(results.scored), common_rows(results.unseen)
     answers = probe_answers(plan.probes, results.probed)
     quality = measure_quality(recipe, plan.rules, plan.probes, answers, judged.scores if judged else {})
-    figures: dict[Part, Figures] = {"test": perplexity_figures(scores), **quality.figures}
-    verified = verify(plan.verify, plan.questions, results.verified) if results.verified else None
+    groups = {row.prompt_id: belongs_to(row.prompt_id, row, recipe.prompts) for row in plan.rows}
+    figures: dict[Part, Figures] = {"test": perplexity_figures(scores, groups), **quality.figures}
+    verified = verify(plan.verify, plan.questions, results.verified, recipe.prompts) if results.verified else None
     figures |= accuracy_figures(verified) if verified else {}
-    figures["unseen"] = merged(perplexity_figures(unseen), figures.get("unseen", {}))
+    figures["unseen"] = merged(perplexity_figures(unseen, quality.groups), figures.get("unseen", {}))
     models = [_model_report(subject, recipe, results, figures, quality) for subject in plan.models]
     rows = _rows(plan, scores, unseen)
     probes = _probe_set(plan, results, quality)
@@ -88,7 +90,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         recipe=recipe.name,
         fingerprint=report_fingerprint(plan, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(recipe, models, figures, rows.prompts, probes, verified),
+        headline=_headline(recipe, models, figures, probes),
         models=models,
         rows=rows,
         samples=_samples(plan, answers, quality),
@@ -210,32 +212,25 @@ def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
     if timed.peak_rss_bytes is not None:
         found["peak_rss_mib"] = exactly(timed.peak_rss_bytes / MIB)
     if alone := [lone for lone in timed.alone if lone.tokens]:
-        counts = draw(len(alone))
+        drawn = draw(range(len(alone)))
         firsts = np.array([lone.first_token_s for lone in alone])
-        drawn = np.array([np.median(np.repeat(firsts, times)) for times in counts.astype(int)])
-        found["first_token_s"] = Estimate(float(np.median(firsts)), *interval(drawn))
-        if rate := ratio([lone.tokens for lone in alone], [lone.wall_s for lone in alone], counts):
+        medians = np.array([np.median(np.repeat(firsts, times)) for times in drawn.counts.astype(int)])
+        found["first_token_s"] = Estimate(float(np.median(firsts)), *interval(medians))
+        if rate := ratio([lone.tokens for lone in alone], [lone.wall_s for lone in alone], drawn):
             found["tokens_per_s_alone"] = rate.estimate()
     return found
 
 
 def _headline(
-    recipe: Recipe,
-    models: Sequence[ModelReport],
-    figures: Mapping[Part, Figures],
-    scored: int,
-    probes: ProbeSet | None,
-    verified: VerifiedAnswers | None,
+    recipe: Recipe, models: Sequence[ModelReport], figures: Mapping[Part, Figures], probes: ProbeSet | None
 ) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
-    right = len(verified.prompts.get("verified", [])) if verified else 0
-    answered, judged, kind = (probes.answered, probes.judged, probes.kind) if probes else (0, 0, "")
-    checked = right if recipe.evaluate.verify else None
-    promised = claims(figures, teacher, after, scored=scored, answered=answered, judged=judged, verified=checked)
+    promised = claims(figures, teacher, after, verified=bool(recipe.evaluate.verify))
     ratios = {claim.name: claim.value.value for claim in promised if claim.value}
     perplexities = [model.figure("test", "perplexity") for model in (before, after, teacher)]
     passing = [model.figure("all", "passing") for model in (before, after, teacher)]
     accuracy = [model.figure("verified", "accuracy") for model in (before, after, teacher)]
+    right, kind = "verified" in figures, probes.kind if probes else ""
     parts = [
         _change("right answers ", accuracy, percent),
         f"{percent(1 / ratios['size'])} of the parameters" if "size" in ratios else "",
@@ -361,7 +356,7 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
 def _few_notes(figures: Mapping[Part, Figures]) -> Iterator[str]:
     counts = [one.prompts for models in figures.values() for one in models.get(AFTER, {}).values()]
     if min(counts, default=PROMPTS_TO_DIFFER) < PROMPTS_TO_DIFFER:
-        few = f"fewer than {PROMPTS_TO_DIFFER} prompts"
+        few = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
         yield f"No figure over {few} is called better or worse: its interval is too narrow."
 
 

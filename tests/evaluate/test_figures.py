@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from evaluate.document import Claim, Estimate, ModelReport, Part, exactly
-from evaluate.figures.accuracy import wilson
+from evaluate.figures.accuracy import VerifiedAnswers, wilson
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     Quality,
     answer_figures,
     assess,
+    belongs_to,
     difference,
     differences,
     failed_rules,
@@ -29,8 +31,8 @@ from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult, answer_row
 from evaluate.models import engine_facts
 from filters.ruleset import RuleSet, load_rules
-from pipeline.recipe import Recipe, ServeConfig
-from pipeline.records import Kept, Message, Prompt
+from pipeline.recipe import PromptsConfig, Recipe, ServeConfig
+from pipeline.records import Kept, Message, Prompt, Reason
 from tests.completion_fields import completion_fields
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 100}]
@@ -60,15 +62,15 @@ def test_distinct_n_by_hand() -> None:
     # the cat the hat | the cat sat: 7 words; the, cat, hat, sat; the-cat, cat-the, the-hat, cat-sat.
     texts = [split_words("The cat, the hat."), split_words("The cat sat.")]
     for n, different in ((1, 4), (2, 4)):
-        found = distinct(texts, n, draw(2))
+        found = distinct(texts, n, draw(range(2)))
         assert found and found.value == pytest.approx(different / 7)
-    assert distinct([[], []], 1, draw(2)) is None
+    assert distinct([[], []], 1, draw(range(2))) is None
 
 
 def test_the_interval_of_distinct_n_is_around_the_figure() -> None:
     # Twenty answers that share half of their words: a resample repeats some, which alone would put it below.
     texts = [[f"shared{i % 5}", f"own{i}"] for i in range(20)]
-    found = distinct(texts, 1, draw(20))
+    found = distinct(texts, 1, draw(range(20)))
     assert found and found.value == 25 / 40
     estimate = found.estimate()
     assert estimate.low < found.value < estimate.high and estimate.high - estimate.low < 0.3
@@ -77,12 +79,12 @@ def test_the_interval_of_distinct_n_is_around_the_figure() -> None:
 
 def test_the_bootstrap_of_a_share_is_the_binomial_s() -> None:
     # 30 of 100: the normal approximation gives 0.3 ± 1.96 · sqrt(0.3 · 0.7 / 100) = 0.210 to 0.390.
-    found = ratio([1.0] * 30 + [0.0] * 70, [1.0] * 100, draw(100))
+    found = ratio([1.0] * 30 + [0.0] * 70, [1.0] * 100, draw(range(100)))
     assert found
     estimate = found.estimate()
     assert estimate.value == pytest.approx(0.3)
     assert (estimate.low, estimate.high) == pytest.approx((0.210, 0.390), abs=0.015)
-    assert ratio([0.0], [0.0], draw(1)) is None
+    assert ratio([0.0], [0.0], draw(range(1))) is None
 
 
 def test_one_answer_looked_at() -> None:
@@ -125,7 +127,7 @@ def test_figures_are_means_over_the_answers_that_have_one() -> None:
         assess(row_of("No.", slots={"who": "a bear"}, finish_reason="length"), rules, wanted, None),
         assess(row_of("The end of it.", slots={}), rules, wanted, 2),
     ]
-    found = {name: figure.value for name, figure in answer_figures(answers, draw(3)).items()}
+    found = {name: figure.value for name, figure in answer_figures(answers, draw(range(3))).items()}
     assert found == pytest.approx(
         {
             "passing": 2 / 3,
@@ -177,7 +179,7 @@ def test_models_are_compared_on_the_prompts_that_all_have_answered() -> None:
 
 @pytest.mark.parametrize(("prompts", "improved"), [(4, None), (19, None), (20, True), (60, True)])
 def test_a_difference_over_few_prompts_is_not_called_one(prompts: int, improved: bool | None) -> None:
-    counts = draw(prompts)
+    counts = draw(range(prompts))
     figures = {
         key: ratio([right] * prompts, [1.0] * prompts, counts) for key, right in {"one": 0.0, "other": 1.0}.items()
     }
@@ -185,7 +187,7 @@ def test_a_difference_over_few_prompts_is_not_called_one(prompts: int, improved:
     found = difference("passing", "other", "one", figures["other"], figures["one"], "higher", "all")
     assert found.change.low > 0 and found.improved is improved  # the interval alone would call it one
     texts = [["a"], ["b"], ["c"]]
-    different = distinct(texts, 1, draw(3))
+    different = distinct(texts, 1, draw(range(3)))
     assert different and different.prompts == 3
 
 
@@ -195,7 +197,7 @@ def judged(scores: dict[str, dict[int, int]]) -> tuple[Quality, Claim]:
     answers = probe_answers(prompts, {key: result(dict.fromkeys(range(64), "a bear")) for key in scores})
     by_id = {key: {f"p{number}": score for number, score in own.items()} for key, own in scores.items()}
     quality = measure_quality(recipe, rules_of(recipe), prompts, answers, by_id)
-    found = claims(quality.figures, *models(), scored=99, answered=64, judged=quality.judged, verified=None)
+    found = claims(quality.figures, *models(), verified=False)
     return quality, next(claim for claim in found if claim.name == "quality_judge")
 
 
@@ -215,10 +217,22 @@ def test_models_are_judged_on_the_prompts_that_all_have_a_score_for() -> None:
     assert judged({"teacher": full, "student_after": {}})[1].verdict == "not measured"
 
 
+def test_groups_are_drawn_whole_and_counted_once() -> None:
+    """Twenty prompts of five groups, all alike in a group: as wide as five prompts."""
+    grouped = ratio([1.0] * 8 + [0.0] * 12, [1.0] * 20, draw([n // 4 for n in range(20)]))
+    few = ratio([1.0] * 2 + [0.0] * 3, [1.0] * 5, draw(range(5)))
+    assert grouped and few
+    assert (grouped.value, grouped.prompts) == (0.4, 5) and (grouped.resampled == few.resampled).all()
+    some = ratio([1.0] * 4 + [0.0] * 16, [1.0] * 8 + [0.0] * 12, draw([n // 4 for n in range(20)]))
+    assert some and some.prompts == 2  # the other groups have no value
+    drawn = draw(["a", "b", "a"])
+    assert (drawn.counts[:, 0] == drawn.counts[:, 2]).all() and set(drawn.counts[:, 1]) == {0, 1, 2}
+
+
 def test_a_difference_is_paired() -> None:
     # Prompts differ a lot, the models always by 0.1: paired, the interval has no width.
     values = np.arange(50) / 50
-    counts = draw(50)
+    counts = draw(range(50))
     ours, theirs = ratio(list(values + 0.1), [1.0] * 50, counts), ratio(list(values), [1.0] * 50, counts)
     assert ours and theirs
     change = ours.minus(theirs)
@@ -255,10 +269,10 @@ def promise(
     bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 60, **student: Any
 ) -> dict[str, Claim]:
     parts: dict[Part, Figures] = {
-        part: {"teacher": {name: pair[0]}, "student_after": {name: pair[1]}}
+        part: {"teacher": {name: pair[0]}, "student_after": {name: replace(pair[1], prompts=prompts)}}
         for part, name, pair in (("test", "bits_per_character", bits), ("all", "passing", passing))
     }
-    found = claims(parts, *models(**student), scored=prompts, answered=prompts, judged=0, verified=None)
+    found = claims(parts, *models(**student), verified=False)
     return {claim.name: claim for claim in found}
 
 
@@ -304,11 +318,10 @@ def test_few_prompts_show_no_quality() -> None:
 @pytest.mark.parametrize(("prompts", "wrong", "verdict"), [(30, 1, "not shown"), (50, 2, "not shown"), (64, 2, "yes")])
 def test_one_wrong_answer_of_thirty_does_not_show_nine_tenths(prompts: int, wrong: int, verdict: str) -> None:
     """In the first two the bootstrap's interval begins at 0.9, which a student of just 0.9 reaches in 18% and 11%."""
-    shares = [
-        ratio([0.0] * faults + [1.0] * (prompts - faults), [1.0] * prompts, draw(prompts)) for faults in (0, wrong)
-    ]
+    drawn = draw(range(prompts))
+    shares = [ratio([0.0] * bad + [1.0] * (prompts - bad), [1.0] * prompts, drawn) for bad in (0, wrong)]
     right = {key: {"accuracy": share} for key, share in zip(("teacher", "student_after"), shares, strict=True) if share}
-    claim, *_ = claims({"verified": right}, *models(), scored=0, answered=0, judged=0, verified=prompts)
+    claim, *_ = claims({"verified": right}, *models(), verified=True)
     assert claim.value and claim.value.low >= 0.9 and claim.verdict == verdict
 
 
@@ -322,7 +335,7 @@ def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
 def test_a_judge_s_quality_counts_from_the_least_score() -> None:
     # 2 of 1 to 5 is a quarter of the way, 3 is half: half of the teacher's, not two thirds.
     probes = {"teacher": {"judge": figure(3.0)}, "student_after": {"judge": figure(2.0)}}
-    found = claims({"all": probes}, *models(), scored=99, answered=99, judged=99, verified=None)
+    found = claims({"all": probes}, *models(), verified=False)
     claim = next(claim for claim in found if claim.name == "quality_judge")
     assert claim.value and claim.value.value == pytest.approx(0.5) and claim.verdict == "no"
     assert math.isclose(claim.value.low, claim.value.high)
@@ -332,11 +345,12 @@ def test_where_answers_are_verified_they_are_the_quality_and_their_rate_the_spee
     right = {"teacher": {"accuracy": figure(0.8)}, "student_after": {"accuracy": figure(0.76, 0.01)}}
     bits = {"teacher": {"bits_per_character": figure(0.1)}, "student_after": {"bits_per_character": figure(9.0)}}
     rates = {"answers_per_s": Estimate(40.0, 39.0, 41.0)}  # the teacher's is not measured
-    found = claims({"verified": right, "test": bits}, *models(**rates), scored=99, answered=99, judged=0, verified=99)
+    found = claims({"verified": right, "test": bits}, *models(**rates), verified=True)
     assert [claim.name for claim in found] == ["quality_accuracy", "size", "speed", "memory"]
     assert found[0].value and found[0].value.value == pytest.approx(0.95) and found[0].verdict == "yes"
     assert "answers/s" in found[2].text and found[2].value is None and holds(found) is None
-    few = claims({"verified": right}, *models(), scored=99, answered=99, judged=0, verified=59)
+    right["student_after"]["accuracy"] = replace(right["student_after"]["accuracy"], prompts=59)
+    few = claims({"verified": right}, *models(), verified=True)
     assert few[0].verdict == "not shown"
 
 
@@ -345,3 +359,22 @@ def test_wilson_s_interval_by_hand() -> None:
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4) and wilson(1.0, 20)[1] == 1
+
+
+def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:
+    """Sixty prompts of twenty groups: its interval is that of the groups, and as wide as that of twenty at no fault."""
+    prompts = [Prompt(id=f"p{n}", messages=[Message("user", f"q{n}")], columns={"of": n // 3}) for n in range(60)]
+    wrong = {f"p{n}": [Reason(rule="math")] for n in range(30)}
+
+    def shares(group: str | None) -> dict[str, Figure]:
+        config = PromptsConfig(file=Path("x.jsonl"), group=group)
+        groups = {prompt.id: belongs_to(prompt.id, prompt, config) for prompt in prompts}
+        reasons = {"half": {p.id: wrong.get(p.id, []) for p in prompts}, "all": {p.id: [] for p in prompts}}
+        return VerifiedAnswers({}, reasons, {"verified": prompts}, groups).shares(prompts)
+
+    alone, grouped = shares(None), shares("of")
+    assert [share.prompts for share in (*alone.values(), *grouped.values())] == [60, 60, 20, 20]
+    assert alone["half"].exact == wilson(0.5, 60) and grouped["half"].exact is None
+    assert grouped["all"].exact == wilson(1.0, 20)
+    one, other = (share["half"].estimate() for share in (alone, grouped))
+    assert 1.5 < (other.high - other.low) / (one.high - one.low) < 2  # the square root of 3

@@ -10,7 +10,7 @@ from experiments.results import Column, _differences, _few
 
 
 def share(right: int, prompts: int) -> Figure:
-    found = ratio([1.0] * right + [0.0] * (prompts - right), [1.0] * prompts, draw(prompts))
+    found = ratio([1.0] * right + [0.0] * (prompts - right), [1.0] * prompts, draw(range(prompts)))
     assert found
     return found
 
@@ -23,12 +23,12 @@ def test_all_pairs_for_one_arm_say_nothing_where_there_are_few(prompts: int, imp
     assert (found.model, found.against, found.improved) == ("four", "one", improved)
     assert found.change.low > 0  # the interval alone would name it
     assert list(_few([column])) == (
-        [] if improved else ["right answers: over fewer than 20 prompts no difference is named"]
+        [] if improved else ["right answers: over fewer than 20 prompts (or groups of them) no difference is named"]
     )
 
 
 def test_rows_without_a_value_are_no_prompts_of_a_figure() -> None:
-    found = ratio([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], draw(3))
+    found = ratio([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], draw(range(3)))
     assert found and found.prompts == 2
     scores = [RowScore(f"r{n}", f"p{n // 2}", nll_nats=3.0, tokens=3, characters=4) for n in range(8)]
     assert {figure.prompts for figure in perplexity_figures({"one": scores})["one"].values()} == {4}
