@@ -108,7 +108,8 @@ def _differences(columns: Sequence[Column]) -> Iterator[Difference]:
 def _few(columns: Sequence[Column]) -> Iterator[str]:
     for column in columns:
         if column.prompts < PROMPTS_TO_DIFFER:
-            yield f"{column.title}: over fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them) no difference is named"
+            few = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
+            yield f"{column.title}: over {few} no difference is named"
 
 
 def _report(arm: Arm) -> Report:
