@@ -120,7 +120,8 @@ def report_fingerprint(plan: Plan, results: Results) -> str:
     recipe, run, questions = plan.recipe, plan.run, [*plan.questions.all, *plan.probes.all]
     digest = hashlib.sha256(str(SCHEMA).encode() + msgspec.json.encode(results))
     digest.update(b"".join(msgspec.json.encode([one.reference, one.columns]) for one in questions))
-    digest.update(recipe.model_dump_json(include={"filters": {"rules", "judge"}, "evaluate": True}).encode())
+    decided_by: Any = {"filters": {"rules", "judge"}, "evaluate": True, "prompts": {"group"}}
+    digest.update(recipe.model_dump_json(include=decided_by).encode())
     shown = (run.student / "training_log.json", run.filter_report, run.checks, run.reviews)
     for path in (*shown, *_rule_files(plan)):
         digest.update(path.read_bytes() if path.is_file() else b"-")
