@@ -160,8 +160,9 @@ class Display:
         seconds = max(now - since, 1e-9)
         per_second = (counters.done - done) / seconds
         waiting = f"{counters.waiting} waiting for a retry" if counters.waiting else ""
+        speed = f"{(counters.completion_tokens - tokens) / seconds:.0f} tok/s"
         parts = [
-            f"{(counters.completion_tokens - tokens) / seconds:.0f} tok/s",
+            speed if counters.done else f"no answer yet after {clock(counters.seconds)}",
             f"{counters.in_flight} in flight",
             waiting,
             f"{counters.failed + counters.failed_before} failed",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import httpx2
@@ -254,13 +255,15 @@ def test_plain_progress_goes_to_stderr(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("generate.progress.PLAIN_INTERVAL_S", 0.3)
-    with misbehaving(lambda asked: answer(delay_s=0.2)) as server:
+    with misbehaving(lambda asked: answer(delay_s=0.5)) as server:
         summary = generate(recipe_for(server, 60), run)
         told = capsys.readouterr()
         generate(recipe_for(server, 60, sampling={"seed": 5}), RunDir(run.path / "quiet"), quiet=True)
     assert summary.answered == 60
     assert told.out == ""
-    line = next(line for line in told.err.splitlines() if "/60 · " in line)
+    lines = [line for line in told.err.splitlines() if "/60 · " in line]
+    assert re.match(r"0/60 · no answer yet after 0:\d\d · 8 in flight", lines[0])
+    line = next(line for line in lines if not line.startswith("0/"))
     for part in ("tok/s", "8 in flight", "0 failed", "left"):
         assert part in line
     assert capsys.readouterr().err == ""
