@@ -195,7 +195,7 @@ def repeated(put: Callable[[], object], what: str, every: float | None = None) -
                 said = False
             except TakenOver as error:
                 print(f"stopping: {error}", file=sys.stderr)
-                signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)  # which run_stage takes as Ctrl-C
                 return
             except DistillError as error:
                 if not said:
