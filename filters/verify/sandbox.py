@@ -194,10 +194,20 @@ def _run(program: str, tests: list[str]) -> dict[str, Any]:
             exec(compile(source, "tests.py" if number else "answer.py", "exec"), module.__dict__)
             passed += number > 0
         except BaseException as raised:  # SystemExit is no way to pass
-            error = error or f"{type(raised).__name__}: {raised}"[:300]
+            error = error or _told(raised, source if number else "")
             if number == 0:
                 break
     return {"passed": passed, "error": error}
+
+
+def _told(raised: BaseException, test: str) -> str:
+    """An error in words, after the line of the test that met it."""
+    words = f"{type(raised).__name__}: {raised}".removesuffix(": ")[:300]
+    at, lines = raised.__traceback__, test.splitlines()
+    while at and at.tb_frame.f_code.co_filename != "tests.py":
+        at = at.tb_next
+    line = lines[at.tb_lineno - 1].strip()[:200] if at and at.tb_lineno <= len(lines) else ""
+    return f"{line}: {words}" if line else words
 
 
 if __name__ == "__main__":

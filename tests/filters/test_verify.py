@@ -186,12 +186,12 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
             "finds something else (3 rows, the reference 1): `SELECT 1`",
         ),
         (
-            Reason(rule="python", what="error", count=1, total=3, found="AssertionError: "),
-            "1 of 3 tests pass; the first that does not: AssertionError: ",
+            Reason(rule="python", what="error", count=1, total=3, found="assert f(1): AssertionError"),
+            "1 of 3 tests pass; the first that does not: assert f(1): AssertionError",
         ),
         (
-            Reason(rule="python", what="error", count=0, total=1, found="AssertionError: "),
-            "0 of 1 tests pass; the first that does not: AssertionError: ",
+            Reason(rule="python", what="error", count=0, total=1, found="SyntaxError: invalid syntax"),
+            "0 of 1 tests pass; the first that does not: SyntaxError: invalid syntax",
         ),
         (Reason(rule="unverified", what="sql", note="the row has no reference"), "sql: the row has no reference"),
     ],

@@ -81,6 +81,25 @@ def test_programs(settings: RuleSettings, text: str, tests: Any, expected: str, 
     assert (outcome(verified), verified.score) == (expected, score)
 
 
+@pytest.mark.parametrize(
+    ("text", "tests", "words"),
+    [
+        (ADD, ["assert add(1, 2) == 3", "assert add(2, 2) == 5"], "assert add(2, 2) == 5: AssertionError"),
+        (ADD, "for a in (1, 2):\n    assert add(a, a) == 2\nassert False", "assert add(a, a) == 2: AssertionError"),
+        (
+            "def add(a, b): return a - '1'",
+            "x = 1\nadd(x, 2)",
+            "add(x, 2): TypeError: unsupported operand type(s) for -: ",
+        ),
+        ("def add(a, b) return a", "assert add(1, 2) == 3", "SyntaxError: "),
+        ("1 / 0", "assert False", "ZeroDivisionError: division by zero"),
+        (ADD, "assert add(1, 2) ==", "SyntaxError: "),
+    ],
+)
+def test_the_line_of_the_test_that_failed_is_told(settings: RuleSettings, text: str, tests: Any, words: str) -> None:
+    assert said(text, settings, tests).startswith(f"python error: {words}")
+
+
 def test_what_a_program_says_can_be_written(settings: RuleSettings) -> None:
     assert said("raise ValueError('\\ud800')", settings).encode() == b"python error: ValueError: ?"
 
