@@ -76,10 +76,10 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
     groups, are left out. If a part has no row, as in a small run, the training question (or group) of the lowest hash
     moves there. Raises DataError if a part is still empty.
     """
-    tested = {prompts.position_of(row) for row in test_rows or ()}
+    tested = {key for row in test_rows or () for key in (prompt_text(row), prompts.position_of(row))}
     places: dict[Part, array[int]] = {part: array("Q") for part in ("train", "validation", "test")}  # in `rows`
     for place, row in enumerate(rows):
-        if not tested or prompts.position_of(row) not in tested:
+        if not tested or tested.isdisjoint((prompt_text(row), prompts.position_of(row))):
             places[prompts.part_of(row)].append(place)
     parts: dict[Part, Sequence[Kept]] = {part: Lazy(own, rows.__getitem__) for part, own in places.items()}
     if test_rows is not None:
@@ -94,7 +94,11 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
         distinct = f"{len({prompt_text(row) for row in rows})} distinct prompts"
         if prompts.group:
             distinct += f" of {len({prompts.position_of(row) for row in rows})} groups"
-        where = f", without the questions of train.test_rows ({len(tested)})" if test_rows is not None else ""
+        where = (
+            f", without the questions of train.test_rows ({len({*map(prompt_text, test_rows)})})"
+            if test_rows is not None
+            else ""
+        )
         raise DataError(
             f"{len(rows)} kept rows answer {distinct}{where}; no row is left for {', '.join(empty)}: "
             "generate more prompts, or lower prompts.validation and prompts.test"

@@ -130,6 +130,14 @@ def test_groups_of_rows_to_test_on_are_trained_on_by_none() -> None:
     assert {row.columns["function"] for row in parts.train} > {4, 5}
 
 
+def test_a_question_to_test_on_may_have_no_group() -> None:
+    """As a row that a person wrote: its question is trained on by none, whatever group it has elsewhere."""
+    config = shares().model_copy(update={"group": "function"})
+    parts = part_rows(grouped(60, 20), config, [kept_row(99, "Question 7", "By a person.")])
+    assert "Question 7" not in questions(parts.train) | questions(parts.validation)
+    assert questions(parts.train) > {"Question 8", "Question 27"}
+
+
 def test_parts_by_group_are_another_training(tmp_path: Path) -> None:
     run, recipe = make_run(tmp_path, grouped(30, 5)), make_recipe("student")
     prompts = recipe.prompts.model_copy(update={"group": "function"})
