@@ -9,6 +9,7 @@ from pipeline.chat import INSTRUCTIONS
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, Prompt, as_text, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.students import other_parts
 
 QUESTIONS = 50  # to try, at most
 
@@ -20,7 +21,9 @@ def system_of(recipe: Recipe) -> list[Message]:
 
 def questions_to_try(recipe: Recipe, run: RunDir) -> list[Json]:
     """Test prompts of one question, which no training saw: text, instructions, and the right answer if it is known."""
-    return list(islice(_questions(recipe, run), QUESTIONS)) if run.prompts.is_file() else []
+    if not run.prompts.is_file() or other_parts(recipe, run) is not None:
+        return []
+    return list(islice(_questions(recipe, run), QUESTIONS))
 
 
 def _questions(recipe: Recipe, run: RunDir) -> Iterator[Json]:

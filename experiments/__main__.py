@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shares", default="30,50,80", help="keep-rate: percents of all answers")
     parser.add_argument("--b-model", help="teachers: the other teacher")
     parser.add_argument("--b-url", help="teachers: where it answers, if not where the first one does")
+    parser.add_argument(
+        "--b-price", help='teachers: its price, {"input": 0.15, "output": 0.6} in USD per million tokens'
+    )
+    parser.add_argument("--b-key-env", help="teachers: the variable that holds its key")
     parser.add_argument("--human", type=Path, help="human: JSONL of rows with prompt and completion, or messages")
     parser.add_argument("--seeds", type=int, default=3, help="seeds: how many trainings")
     parser.add_argument("--no-speed", action="store_true", help="start no server: no probes and no speed either")
@@ -74,8 +78,9 @@ def fingerprint(setup: Setup, arm: Arm) -> str:
     """Changes with all that an arm's report depends on: recipe, rows, test rows, whether servers are started."""
     recipe = load_recipe(setup.path, [*setup.flags, *arm.flags])
     digest = hashlib.sha256(f"{recipe.model_dump_json()}{setup.options.no_speed}".encode())
-    for path in (arm.run.kept, setup.folder / "test.jsonl"):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in (arm.run.kept, setup.folder / "test.jsonl", arm.run.preferences):
+        if path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 

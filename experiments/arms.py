@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil, nextafter
@@ -29,8 +29,8 @@ from generate.run import pending
 from pipeline.conversation import Turn
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Dropped, Kept, Message, Prompt, asked_fields, encode_line, read_jsonl
+from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig, load_recipe
+from pipeline.records import Dropped, Json, Kept, Message, Prompt, asked_fields, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import rows_to_train
@@ -128,8 +128,7 @@ def _pool(setup: Setup, base: RunDir, test: Sequence[Kept]) -> RunDir:
 
 def _teachers(setup: Setup) -> Design:
     """The same prompts, rules and student; another teacher, with its own answers."""
-    flags = ["--teacher.model", setup.options.b_model]
-    flags += ["--teacher.base_url", setup.options.b_url] if setup.options.b_url else []
+    flags = _other_teacher(setup.recipe.teacher, setup.options)
     other, wanted = RunDir(setup.folder / "b"), setup.options.b_model
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
     if asked != wanted:
@@ -144,16 +143,38 @@ def _teachers(setup: Setup) -> Design:
     return Design(arms, _by_source(rows, test), note)
 
 
+def _other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
+    """The flags of the second teacher: at a URL of its own without the first one's key and other servers.
+
+    Raises UsageError if the first one's headers would be sent there.
+    """
+    if options.b_url and (first.headers or first.query):
+        raise UsageError(
+            f"--b-url {options.b_url}: teacher.headers and teacher.query are the first teacher's, and would be sent there, "
+            "too; take them out of the recipe"
+        )
+    flags = ["--teacher.model", options.b_model, "--teacher.price", options.b_price or "null"]
+    if options.b_url:
+        flags += ["--teacher.base_url", options.b_url, "--teacher.urls_file", "null"]
+    if options.b_url or options.b_key_env:
+        flags += ["--teacher.api_key_env", options.b_key_env or TeacherConfig.model_fields["api_key_env"].default]
+    return flags
+
+
 def _human(setup: Setup) -> Design:
     """As many rows that people wrote as rows of the teacher; scored on both."""
-    base, path = _answered(setup, setup.base), setup.options.human
-    sources = {"teacher": read_rows(base), "human": read_human(path, setup.recipe.prompts.system)}
-    test = part_rows([*sources["teacher"], *sources["human"]], setup.recipe.prompts).test
-    parts = {name: part_rows(rows, setup.recipe.prompts, test) for name, rows in sources.items()}
-    train = {name: [*own.train, *own.validation] for name, own in parts.items()}
+    base, path, config = _answered(setup, setup.base), setup.options.human, setup.recipe.prompts
+    asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
+    sources = {"teacher": read_rows(base), "human": read_human(path, config, asked)}
+    test = part_rows([*sources["teacher"], *sources["human"]], config).test
+    parts = {name: part_rows(rows, config, test) for name, rows in sources.items()}
+    tested = {question_text(prompt.messages) for prompt in asked if config.part_of(prompt) == "test"}
+    train = {
+        name: [row for row in (*own.train, *own.validation) if prompt_text(row) not in tested]
+        for name, own in parts.items()
+    }
     count = min(map(len, train.values()))
     pick = random.Random(setup.recipe.train.seed)
-    asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
     asked += [Prompt(id=row.prompt_id, **asked_fields(row)) for row in sources["human"]]
     arms = []
     for name, title in (("teacher", "distilled"), ("human", "human")):
@@ -237,11 +258,14 @@ def _arm(setup: Setup, name: str, rows: RunDir, test: Sequence[Kept], flags: lis
     write_jsonl(shared, test)
     if rows.path != run.path:
         prompts = rows.prompts if rows.prompts.is_file() else setup.base.prompts
-        for path in (rows.kept, rows.dropped, rows.filter_report, prompts):
+        for path in (rows.kept, rows.dropped, rows.filter_report, rows.preferences, prompts):
             target = run.path / path.name
             target.unlink(missing_ok=True)
             if path.is_file():
                 shutil.copyfile(path, target)
+        run.logprobs.unlink(missing_ok=True)
+        if rows.logprobs.is_file():
+            run.logprobs.symlink_to(rows.logprobs.resolve())
         own, given = read_lineage(run), read_lineage(rows)
         sections: dict[str, Any] = {key: given[key] for key in ("generate", "filters") if key in given}
         write_lineage(run, {"name": run.path.name, **own, **sections})
@@ -254,19 +278,25 @@ def _accepting(setup: Setup, *checks: str) -> list[str]:
 
 
 class HumanRow(msgspec.Struct, frozen=True):
-    """A line that people wrote: `prompt` and `completion`, or `messages` that end with the assistant's."""
+    """A line that people wrote: `prompt` and `completion`, or `messages` that end with the assistant's.
+
+    Its other keys are columns, as in a file of prompts.
+    """
 
     prompt: str | None = None
     completion: str | None = None
     messages: list[Message] | None = None
 
 
-def read_human(path: Path, system: str | None) -> list[Kept]:
-    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError if there is no file."""
+def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) -> list[Kept]:
+    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError if there is no file.
+
+    A row that does not say its group is of that of the same question among the prompts `asked`, or of none.
+    """
     if not path.is_file():
         raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
-    rows = []
-    for number, row in enumerate(read_jsonl(path, HumanRow), start=1):
+    rows, groups = [], {question_text(prompt.messages): config.group_of(prompt) for prompt in asked}
+    for number, (row, columns) in enumerate(_human_rows(path), start=1):
         given = [value is not None for value in (row.prompt, row.completion, row.messages)]
         if given not in ([True, True, False], [False, False, True]):
             raise DataError(f"{path}: row {number}: give either `prompt` and `completion`, or `messages`")
@@ -277,10 +307,23 @@ def read_human(path: Path, system: str | None) -> list[Kept]:
         if not answer.content.strip():
             raise DataError(f"{path}: row {number}: the answer is empty")
         try:
-            prompt = make_prompt(PromptRow(messages=[Turn(turn.role, turn.content) for turn in question]), system)
+            turns = [Turn(turn.role, turn.content) for turn in question]
+            prompt = make_prompt(PromptRow(messages=turns, columns=columns), config.system)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {error}") from None
+        if config.group is not None:
+            columns.setdefault(config.group, groups.get(question_text(prompt.messages)))
         rows.append(answer_row("human", prompt, answer.content))
     if not rows:
         raise DataError(f"{path}: no rows in it")
     return rows
+
+
+def _human_rows(path: Path) -> Iterator[tuple[HumanRow, Json]]:
+    """Each line, and its columns."""
+    for number, line in enumerate(read_jsonl(path, dict), start=1):
+        try:
+            row = msgspec.convert(line, HumanRow)
+        except msgspec.ValidationError as error:
+            raise DataError(f"{path}: row {number}: {error}") from None
+        yield row, {name: value for name, value in line.items() if name not in HumanRow.__struct_fields__}

@@ -27,7 +27,7 @@ from pipeline.chat import INSTRUCTIONS
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
-from pipeline.records import Completion, Message, Prompt, read_jsonl, said
+from pipeline.records import Completion, Message, Prompt, question_text, read_jsonl, said
 from pipeline.rundir import RunDir, write_json, write_jsonl
 
 ROUNDS = 2
@@ -112,7 +112,9 @@ def evolve(
     written first.
     """
     group = recipe.prompts.group or FAMILY
-    seeds = list({prompt.id: _of_family(prompt, group) for prompt in iter_prompts(recipe)}.values())
+    families = dict[str, str]()  # by the question, which may stand in several rows
+    own = {prompt.id: _of_family(prompt, recipe.prompts, families) for prompt in iter_prompts(recipe)}
+    seeds = list(own.values())
     if rounds < 1:
         raise UsageError(f"--rounds must be at least 1, got {rounds}")
     if most is not None and most <= len(seeds):
@@ -223,10 +225,13 @@ def _new_prompts(
     return found
 
 
-def _of_family(seed: Prompt, group: str) -> Prompt:
-    """A prompt of the recipe, with what its children will share with it: its group, or else its own id."""
-    given = seed.columns.get(group, seed.slots.get(group))
-    return msgspec.structs.replace(seed, columns={**seed.columns, group: seed.id if given is None else given})
+def _of_family(seed: Prompt, config: PromptsConfig, families: dict[str, str]) -> Prompt:
+    """A prompt of the recipe, with what its children will share with it: its group, or else the id of its question."""
+    group = config.group or FAMILY
+    given = config.model_copy(update={"group": group}).group_of(seed)
+    if given is None:
+        given = families.setdefault(question_text(seed.messages), seed.id)
+    return msgspec.structs.replace(seed, columns={**seed.columns, group: given})
 
 
 def _report(seeds: Sequence[Prompt], prompts: Sequence[Prompt], rounds: list[Round]) -> Report:

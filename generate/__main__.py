@@ -7,10 +7,12 @@ interrupted, 1 when the run could not go on, 2 on wrong usage. Run it again afte
 answered. The counts go to stdout.
 """
 
+import sys
 from pathlib import Path
 
 from generate import dry_run
 from generate.progress import clock, requests_of
+from generate.prompts import iter_prompts
 from generate.run import Sender, Summary, generate
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -41,8 +43,15 @@ def main() -> None:
     recipe, run, options = parse_stage(parser)
     if recipe.sampling.logprobs is not None:
         _refuse_store(recipe, run)
+    first, folder = next(passes(recipe, run))
+    if recipe.evaluate.verify and all(first.prompts.part_of(prompt) != "test" for prompt in iter_prompts(first)):
+        print(
+            f"warning: none of so few {'groups' if recipe.prompts.group else 'prompts'} is in the test part, so "
+            f"evaluate.verify will have nothing to ask; raise prompts.test (now {recipe.prompts.test:g}), or take "
+            "another prompts.seed",
+            file=sys.stderr,
+        )
     if options.dry_run:
-        first, folder = next(passes(recipe, run))
         for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
             print(line)
         if recipe.prompts.user:

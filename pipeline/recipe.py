@@ -274,7 +274,16 @@ class PromptsConfig(Section):
 
     def group_of(self, row: Asked) -> Any:
         """The value that makes a prompt's group, any JSON; None: it belongs to none."""
-        return None if self.group is None else row.columns.get(self.group, row.slots.get(self.group))
+        if self.group is None or self.group in row.columns:
+            return row.columns.get(self.group or "")
+        value = row.slots.get(self.group)
+        return sorted(value) if isinstance(value, list) else value  # the order of chosen values makes no other prompt
+
+    @property
+    def parted_by(self) -> Json:
+        """All that decides which part a prompt is in, as a student's lineage holds it."""
+        parted = self.model_dump(mode="json", include={"seed", "validation", "test"})
+        return parted | self.model_dump(include={"group"}, exclude_defaults=True)
 
 
 class Recipe(Section):

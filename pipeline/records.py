@@ -187,7 +187,7 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else _encoder.encode(value).decode()
 
 
-Record = TypeVar("Record", bound=msgspec.Struct)
+Record = TypeVar("Record")
 Value = TypeVar("Value")
 
 _encoder = msgspec.json.Encoder()

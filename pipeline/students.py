@@ -30,6 +30,14 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
     return student
 
 
+def other_parts(recipe: Recipe, run: RunDir) -> str | None:
+    """How the prompts were parted when the student was trained, if otherwise than now: it may know what tests it."""
+    trained = read_lineage(RunDir(run.student)).get("train", {}).get("parts", recipe.prompts.parted_by)
+    if trained == recipe.prompts.parted_by:
+        return None
+    return ", ".join(f"{name} {value}" for name, value in trained.items())
+
+
 def named_student(recipe: Recipe) -> StudentConfig:
     """The recipe's `student`. Raises UsageError if it names none."""
     if recipe.student is None:

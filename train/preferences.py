@@ -59,8 +59,10 @@ def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
     pairs: dict[Part, list[Preference]] = {"train": [], "validation": [], "test": []}
     positions = []  # of the training pairs
     for pair in read_jsonl(run.preferences, Preference):
-        asked = Prompt(id=pair.id, messages=pair.prompt)  # by itself, if no answer to it was kept
         found = known.get(hash(question_text(pair.prompt)))
+        if found is None and prompts.group is not None:
+            continue  # of a group that is tested on (train.test_rows), for all that a pair says
+        asked = Prompt(id=pair.id, messages=pair.prompt)
         part, position = found or (prompts.part_of(asked), prompts.position_of(asked))
         pairs[part].append(pair)
         positions += [position] if part == "train" else []

@@ -64,9 +64,15 @@ def read_checked(path: Path) -> Sequence[Kept]:
 
 
 def read_parts(recipe: Recipe, run: RunDir) -> Parts:
-    """The run's kept rows in the parts that training uses. Raises DataError as read_rows and part_rows do."""
-    path = recipe.train.test_rows
-    return part_rows(read_rows(run), recipe.prompts, None if path is None else read_checked(path))
+    """The run's kept rows in the parts that training uses.
+
+    Raises DataError as read_rows and part_rows do, and where a row lacks the column that `prompts.group` names.
+    """
+    path, group, rows = recipe.train.test_rows, recipe.prompts.group, read_rows(run)
+    lacking = (row.id for row in rows if group not in row.columns and group not in row.slots)
+    if group is not None and (id_ := next(lacking, None)):
+        raise DataError(f"{run.kept}: row {id_} has no column {group!r}, which prompts.group names; filter again")
+    return part_rows(rows, recipe.prompts, None if path is None else read_checked(path))
 
 
 def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:

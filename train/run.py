@@ -214,11 +214,9 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     config = recipe.train
     unused = {"start"} | {name for name in ("on_policy", "dpo") if name != config.method}
     unused |= set() if config.soft else {"kd"}
-    prompts = recipe.prompts
     settings = {
         "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused),
-        "parts": prompts.model_dump(mode="json", include={"seed", "validation", "test"})
-        | prompts.model_dump(include={"group"}, exclude_defaults=True),
+        "parts": recipe.prompts.parted_by,
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
     }
@@ -267,6 +265,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
         "student": recipe.student.model,
         "teacher": recipe.teacher.model,
         "initialised_from": _origin(recipe),
+        "parts": recipe.prompts.parted_by,
         "hyperparameters": recipe.train.model_dump(mode="json"),
         **{name: log[name] for name in ("method", "weights", "seed", "saved_step", "learning_rate_default")},
         "rows": log["train_rows"],

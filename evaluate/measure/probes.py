@@ -106,7 +106,10 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
         if part == "test":
             test[question_text(prompt.messages)] = prompt
     if not test:
-        raise DataError(f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count")
+        raise DataError(
+            f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count, or "
+            "take another prompts.seed"
+        )
     if any(prompt.reference is not None for prompt in test.values()):
         test = {text: prompt for text, prompt in test.items() if prompt.reference is not None}
     known = {name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)}

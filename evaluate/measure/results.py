@@ -200,7 +200,8 @@ class Plan:
     def entry(self, name: str, subject: Subject, inputs: Sequence[Kept | Prompt]) -> Entry:
         """The cache of a measurement (a name above) of a model. `inputs` are as that model is asked them."""
         answers = [[one.text, one.finish_reason] if isinstance(one, Kept) else [] for one in inputs]
-        what = [msgspec.json.encode([one.id, one.messages, *own]) for one, own in zip(inputs, answers, strict=True)]
+        asked = [[one.id, one.messages, *([one.tools] if one.tools else [])] for one in inputs]
+        what = [msgspec.json.encode([*one, *own]) for one, own in zip(asked, answers, strict=True)]
         kind = name.removesuffix("-told")
         settings = self.recipe.model_dump_json(include=SETTINGS[kind]) if kind in SETTINGS else self.dtype
         fingerprint = digest(self.weights[subject.key], b"\n".join(what).decode(), settings)

@@ -168,18 +168,22 @@ def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_questions_to_try_are_of_the_test_part(tmp_path: Path) -> None:
+    """As the recipe parts them now; none, if the student was trained when they were parted otherwise."""
     recipe, run = recipe_for("http://127.0.0.1:1/v1"), RunDir(tmp_path)
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
     assert questions_to_try(recipe, run) == []
-    asked, system = [Message("user", "How many?")], Message("system", "SQL.")
-    prompts = [
-        Prompt(id="a", messages=[system, *asked], reference=7, part="test"),
-        Prompt(id="b", messages=asked, part="train"),
-        Prompt(id="c", messages=[*asked, Message("assistant", "Two."), *asked], part="test"),
-    ]
-    run.prompts.write_bytes(b"".join(map(encode_line, prompts)))
-    assert questions_to_try(recipe, run) == [
-        {"text": "How many?", "begin": [{"role": "system", "content": "SQL."}], "right": "7"}
-    ]
+    system = Message("system", "SQL.")
+    prompts = [Prompt(id=str(n), messages=[system, Message("user", f"{n}?")], reference=n) for n in range(9)]
+    talk = [Message("user", "Hi"), Message("assistant", "Two."), Message("user", "How many?")]
+    run.prompts.write_bytes(b"".join(map(encode_line, [Prompt(id="talk", messages=talk), *prompts])))
+    tested = [prompt for prompt in prompts if recipe.prompts.part_of(prompt) == "test"]
+    assert 1 < len(tested) < 9
+    begin = [{"role": "system", "content": "SQL."}]
+    found = questions_to_try(recipe, run)
+    assert found == [{"text": f"{one.id}?", "begin": begin, "right": one.id} for one in tested][: len(found)] != []
+    run.student.mkdir()
+    (run.student / "lineage.json").write_text('{"train": {"parts": {"seed": 9}}}')
+    assert questions_to_try(recipe, run) == []
 
 
 def recipe_file(folder: Path, url: str = "http://127.0.0.1:1/v1", **prompts: Any) -> str:

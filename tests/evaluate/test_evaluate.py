@@ -244,6 +244,10 @@ def test_a_teacher_elsewhere_is_scored_if_its_folder_is_here_however_it_is_writt
             lambda run: (run.student / "lineage.json").write_text('{"train": {"teacher": "another"}}'),
             "trained with teacher another",
         ),
+        (
+            lambda run: (run.student / "lineage.json").write_text('{"train": {"parts": {"seed": 9, "test": 0.5}}}'),
+            r"trained when the prompts were parted otherwise \(seed 9, test 0\.5\), so it may know what it would be",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run: RunDir, recipe: Recipe, break_it: Any, message: str) -> None:

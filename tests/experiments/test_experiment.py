@@ -29,7 +29,7 @@ from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import record_lineage
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import PromptsConfig, Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
@@ -230,7 +230,7 @@ def test_another_teacher_has_its_own_run_and_its_price(
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert "bits per character of A" in text and "b: 3.00 USD, 1,000 tokens" in text and "b is other" in text
     lax = json.dumps([{"rule": "length", "min_chars": 5, "max_chars": 400}])
-    options = Namespace(b_model="other", b_url="https://other.example/v1")
+    options = Namespace(b_model="other", b_url="https://other.example/v1", b_price=None, b_key_env=None)
     grown = ["generate b", "filters b", "generate run", "filters run"]
     for more, done in (([], grown[1::2]), ([], []), (["--prompts.count", "26"], grown)):
         stages.clear()
@@ -274,7 +274,7 @@ def test_a_wrong_row_of_a_person_is_named(line: str, reason: str, tmp_path: Path
     file = tmp_path / "human.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(DataError, match=reason):
-        read_human(file, None)
+        read_human(file, PromptsConfig(template="x", count=1))
 
 
 def test_hard_and_soft_learn_the_same_rows(recipe: Path, run: RunDir) -> None:

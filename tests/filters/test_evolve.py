@@ -69,6 +69,19 @@ def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_p
     assert "48 prompts, 12 of them the recipe's own" in "\n".join(describe(report, Path("x")))
 
 
+def test_one_question_in_two_rows_is_of_one_family(tmp_path: Path) -> None:
+    """Else the file would be refused where it is asked: one question in two groups."""
+    file, run = tmp_path / "twins.jsonl", RunDir(tmp_path / "run")
+    rows = [{"prompt": "What is 2+2?", "id": "a"}, {"prompt": "what  is 2+2?", "id": "b"}, {"prompt": words("c")}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with misbehaving(rewriting) as server:
+        recipe = recipe_for(server, prompts={"file": file})
+        evolve(recipe, run, rounds=1, quiet=True)
+    following = PromptsConfig(file=run.path / "evolved.jsonl", group="family")
+    read = list(iter_prompts(recipe.model_copy(update={"prompts": following})))
+    assert [prompt.columns["family"] for prompt in read[:2]] == ["a", "a"] and len(read) > 3
+
+
 def test_the_recipes_own_groups_are_the_families(tmp_path: Path) -> None:
     """And prompts that were evolved already stay in theirs."""
     run = RunDir(tmp_path / "run")

@@ -78,6 +78,14 @@ def test_a_group_is_any_value_and_a_slot_is_one_too() -> None:
     assert GROUPED.position_of(by_list) == GROUPED.position_of(asked("b", columns={"function": ["x", {"y": 1}]}))
 
 
+def test_chosen_values_are_one_group_in_any_order() -> None:
+    config = PromptsConfig(template="{k}", slots={"k": {"choose": 2, "from": ["a", "b", "c"]}}, count=3, group="k")
+    one, other = asked("x", slots={"k": ["a", "b"]}), asked("y", slots={"k": ["b", "a"]})
+    assert (
+        config.position_of(one) == config.position_of(other) != config.position_of(asked("x", slots={"k": ["a", "c"]}))
+    )
+
+
 def test_a_prompt_without_a_group_stands_by_itself() -> None:
     for prompt in (asked("a"), asked("a", columns={"function": None})):
         assert GROUPED.position_of(prompt) == PROMPTS.position_of(asked("a"))

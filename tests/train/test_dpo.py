@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.preferences import read_pairs, start_of, trained_section
 from train.rows import read_parts
 from train.run import train_run
@@ -167,6 +167,19 @@ def test_pairs_of_a_group_stay_together(student: str, tmp_path: Path) -> None:
     found = {part: {kinds[pair.prompt[0].content] for pair in pairs[part]} for part in ("train", "validation")}
     assert len(found["validation"]) == 1 and len(found["train"]) == 3 and not found["train"] & found["validation"]
     assert len(pairs["validation"]) == 5
+
+
+def test_pairs_of_a_group_that_is_tested_on_are_left_out(student: str, tmp_path: Path) -> None:
+    rows = [msgspec.structs.replace(row, columns={"kind": n % 6}) for n, row in enumerate(story_rows(30))]
+    run = make_run(tmp_path / "run", rows)
+    write_pairs(run, 30)
+    given = tmp_path / "given.jsonl"
+    given.write_bytes(encode_line(msgspec.structs.replace(kept_row(99, "Another way", "x"), columns={"kind": 3})))
+    few = recipe(student, method="dpo", test_rows=str(given))
+    few = few.model_copy(update={"prompts": few.prompts.model_copy(update={"file": Path("x.jsonl"), "group": "kind"})})
+    pairs = read_pairs(few, run, read_parts(few, run))
+    asked = {pair.prompt[0].content for part in pairs.values() for pair in part}
+    assert len(asked) >= 20 and not asked & {row.messages[0].content for row in rows if row.columns["kind"] == 3}
 
 
 def test_what_is_missing_or_does_not_fit_is_named(student: str, tmp_path: Path) -> None:

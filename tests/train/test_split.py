@@ -12,7 +12,7 @@ from pipeline.errors import DataError
 from pipeline.recipe import PromptsConfig
 from pipeline.records import Kept
 from tests.tiny_student import ONE, kept_row, make_recipe, make_run
-from train.rows import Parts, part_rows
+from train.rows import Parts, part_rows, read_parts
 from train.run import training_fingerprint
 
 
@@ -118,6 +118,17 @@ def test_groups_stay_together_in_a_small_run_too() -> None:
     assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [18, 6, 6]
     with pytest.raises(DataError, match=r"8 kept rows answer 8 distinct prompts of 2 groups; no row is left for valid"):
         part_rows(grouped(8, 2), config)
+
+
+def test_rows_without_the_column_of_the_group_are_refused(tmp_path: Path) -> None:
+    """As before the filters joined a new column, or after a slip of the pen; null is no group, and is said."""
+    recipe = make_recipe("student", validation=0.2, test=0.2)
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"group": "function"})})
+    rows = [*grouped(30, 10), msgspec.structs.replace(kept_row(99, "Alone", "x"), columns={"function": None})]
+    assert len(read_parts(recipe, make_run(tmp_path / "run", rows)).all) == 31
+    run = make_run(tmp_path / "other", [*rows, kept_row(98, "Without", "x")])
+    with pytest.raises(DataError, match=r"kept\.jsonl: row r98 has no column 'function', which prompts\.group names"):
+        read_parts(recipe, run)
 
 
 def test_groups_of_rows_to_test_on_are_trained_on_by_none() -> None:

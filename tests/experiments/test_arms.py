@@ -1,0 +1,94 @@
+"""What the arms of an experiment are given: rows that nothing is tested by, what goes with them, another teacher."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from experiments.__main__ import fingerprint
+from experiments.arms import EXPERIMENTS, Setup, _other_teacher
+from pipeline.errors import UsageError
+from pipeline.recipe import PriceConfig, load_recipe
+from pipeline.records import Prompt, encode_line
+from tests.tiny_student import kept_row, make_run, story_rows
+from train.rows import read_parts
+
+
+def test_people_are_taught_nothing_that_is_tested(tmp_path: Path) -> None:
+    """Neither a question whose answers were all dropped, nor a sister of one; a group is said, or that of the run."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    path = tmp_path / "recipe.yaml"
+    prompts = {"file": "rows.jsonl", "group": "topic", "test": 0.2, "validation": 0.1}
+    path.write_text(json.dumps({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "prompts": prompts}))
+    recipe = load_recipe(path)
+    rows = [
+        msgspec.structs.replace(kept_row(n, f"Question {n}", f"{n}"), columns={"topic": n % 40}) for n in range(200)
+    ]
+    run = make_run(tmp_path / "run", rows[::2])
+    run.dropped.write_bytes(b"")
+    run.lineage.write_text("{}")
+    asked = [Prompt(id=row.prompt_id, messages=row.messages, columns=row.columns) for row in rows]
+    run.prompts.write_bytes(b"".join(map(encode_line, asked)))
+    human = tmp_path / "human.jsonl"
+    lines: list[dict[str, Any]] = [{"prompt": f"Question {n}", "completion": f"{n}."} for n in range(200)]
+    lines += [{"prompt": f"Other {n}", "completion": f"{n}.", "topic": n % 40} for n in range(80)]
+    human.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    setup = Setup(recipe, path, [], run, tmp_path / "experiment", Namespace(human=human))
+    for arm in EXPERIMENTS["human"].prepare(setup).arms:
+        own = load_recipe(path, arm.flags)
+        parts = read_parts(own, arm.run)
+        trained = {recipe.prompts.position_of(row) for row in (*parts.train, *parts.validation)}
+        tested = [prompt for prompt in asked if recipe.prompts.part_of(prompt) == "test"]
+        assert not trained & {recipe.prompts.position_of(prompt) for prompt in tested}
+        assert len(parts.train) > 20
+
+
+def test_an_arm_has_the_pairs_and_the_logprobs_of_its_rows(tmp_path: Path) -> None:
+    path, run = tmp_path / "recipe.yaml", make_run(tmp_path / "run", story_rows(20))
+    path.write_text(json.dumps({"name": "x", "teacher": {"model": "t"}, "prompts": {"template": "Hi", "count": 1}}))
+    run.dropped.write_bytes(b"")
+    run.preferences.write_text("pairs")
+    run.logprobs.write_text("logprobs")
+    setup = Setup(load_recipe(path), path, [], run, tmp_path / "experiment", Namespace(seeds=2, no_speed=True))
+    arm = EXPERIMENTS["seeds"].prepare(setup).arms[0]
+    assert (arm.run.preferences.read_text(), arm.run.logprobs.read_text()) == ("pairs", "logprobs")
+    before = fingerprint(setup, arm)
+    run.preferences.write_text("other pairs")
+    assert fingerprint(setup, EXPERIMENTS["seeds"].prepare(setup).arms[0]) != before
+    run.preferences.unlink()
+    run.logprobs.unlink()
+    arm = EXPERIMENTS["seeds"].prepare(setup).arms[0]
+    assert not arm.run.preferences.exists() and not arm.run.logprobs.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher"),
+    [
+        ({}, {"base_url": "https://a.example/v1", "price": None, "api_key_env": "A_KEY", "headers": {"x-org": "a"}}),
+        (
+            {"b_url": "https://b.example/v1", "b_price": '{"input": 0.1, "output": 0.2}'},
+            {"base_url": "https://b.example/v1", "api_key_env": "OPENAI_API_KEY", "urls_file": None},
+        ),
+        ({"b_key_env": "B_KEY"}, {"api_key_env": "B_KEY", "headers": {"x-org": "a"}}),
+    ],
+)
+def test_the_other_teacher_has_its_own_price_and_at_its_url_nothing_of_the_first(
+    options: dict[str, str], teacher: dict[str, Any], tmp_path: Path
+) -> None:
+    first = {"model": "a", "base_url": "https://a.example/v1", "price": {"input": 10, "output": 30}}
+    first |= {"api_key_env": "A_KEY", "headers": {} if "b_url" in options else {"x-org": "a"}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"name": "x", "teacher": first, "prompts": {"template": "Hi", "count": 1}}))
+    given = {"b_model": "b", "b_url": None, "b_price": None, "b_key_env": None, **options}
+    recipe = load_recipe(path)
+    found = load_recipe(path, _other_teacher(recipe.teacher, Namespace(**given))).teacher
+    assert found.model == "b" and found.model_dump(include=set(teacher)) == teacher
+    assert found.price == (PriceConfig(input=0.1, output=0.2) if "b_price" in options else None)
+    headers = recipe.teacher.model_copy(update={"headers": {"x-org": "a"}})
+    with pytest.raises(
+        UsageError, match=r"--b-url https://b: teacher\.headers and teacher\.query are the first teacher's"
+    ):
+        _other_teacher(headers, Namespace(**{**given, "b_url": "https://b"}))
