@@ -150,8 +150,8 @@ def _other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
     """
     if options.b_url and (first.headers or first.query):
         raise UsageError(
-            f"--b-url {options.b_url}: teacher.headers and teacher.query are the first teacher's, and would be sent there, "
-            "too; take them out of the recipe"
+            f"--b-url {options.b_url}: teacher.headers and teacher.query are the first teacher's, and would be sent "
+            "there, too; take them out of the recipe"
         )
     flags = ["--teacher.model", options.b_model, "--teacher.price", options.b_price or "null"]
     if options.b_url:
