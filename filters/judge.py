@@ -251,11 +251,11 @@ def judge_recipe(
     `properties` are those of the JSON object it replies with, all of them required; `others` the runs that share its
     budget.
     """
-    from generate.budget import budget_left  # here: as in ask_judge
+    from generate.budget import budget_left, known_price  # here: as in ask_judge
 
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
-    return recipe.model_copy(
+    asking = recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
             "teacher": recipe.teacher.another(config),
@@ -271,6 +271,8 @@ def judge_recipe(
             "budget": budget_left(config.budget, others),
         }
     )
+    known_price(asking, "the judge's price (filters.judge.price, or evaluate.judge.price)")
+    return asking
 
 
 def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:

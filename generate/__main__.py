@@ -42,7 +42,9 @@ def main() -> None:
     )
     recipe, run, options = parse_stage(parser)
     if recipe.sampling.logprobs is not None:
-        _refuse_store(recipe, run)
+        _refuse_store(run, f"sampling.logprobs is {recipe.sampling.logprobs}", "leave the key out")
+    if recipe.generate.mode == "batch":
+        _refuse_store(run, "generate.mode is batch", "set it to online")
     first, folder = next(passes(recipe, run))
     if recipe.evaluate.verify and all(first.prompts.part_of(prompt) != "test" for prompt in iter_prompts(first)):
         print(
@@ -86,14 +88,14 @@ def _sender(address: str, store: str | None, recipe: Recipe, run: RunDir) -> Sen
     return cluster_sender(address, run, store)
 
 
-def _refuse_store(recipe: Recipe, run: RunDir) -> None:
-    """Raises RecipeError if the run is in object storage: it has answers in the store before their logprobs."""
+def _refuse_store(run: RunDir, what: str, fix: str) -> None:
+    """Raises RecipeError if the run is in object storage, which has answers before their logprobs, and no batches."""
     from scale.sync import State  # here: as above
 
     if url := State.read(run.path).url:
         raise RecipeError(
-            f"sampling.logprobs is {recipe.sampling.logprobs}, but a run in object storage ({url}) would lose them "
-            "with its machine: use a folder for --run (make fetch brings the run into one), or leave the key out"
+            f"{what}, but a run in object storage ({url}) would lose with its machine what that brings: use a folder "
+            f"for --run (make fetch brings the run into one), or {fix}"
         )
 
 

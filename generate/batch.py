@@ -57,6 +57,8 @@ class Batches:
         self._reserved: dict[str, Reservation] = {}
         self._stopped = asyncio.Event()
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
+        self._most: int | None = None  # requests per file, if the account takes no larger ones
+        self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
@@ -100,7 +102,7 @@ class Batches:
         """Writes what is still to be asked, and can be paid, as new chunks; False if nothing is left to ask."""
         self._written_in = self._dialect.version
         left = (job for job in self._run.jobs() if job.request.id not in self._done)
-        chunks = self._folder.write(takewhile(self._reserve, left), self._price)
+        chunks = self._folder.write(takewhile(self._reserve, left), self._price, self._most)
         if chunks:
             requests = sum(chunk.requests for chunk in chunks)
             self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
@@ -118,13 +120,20 @@ class Batches:
     def _remember_live(self) -> None:
         """Notes what requests of an earlier call's batches are charged: the price of then.
 
-        The limit need not reserve for them, because nothing new is written before these batches end.
+        The limit need not reserve for them, because nothing new is written before these batches end. A batch that is
+        not known to be created must be paid still: it is stale if that is too much, or if one of its requests is not
+        to be asked any more.
         """
-        prices = {id_: chunk.price for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
-        for job in self._run.jobs() if prices else ():
-            if (id_ := job.request.id) in prices:
-                most = bound(len(job.body)), job.request.sampling["max_tokens"]
-                self._reserved[id_] = Reservation(*most, price=prices[id_])
+        chunks = {id_: chunk for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
+        for job in self._run.jobs() if chunks else ():
+            if (chunk := chunks.pop(job.request.id, None)) is None:
+                continue
+            size, max_tokens = len(job.body), job.request.sampling["max_tokens"]
+            found = self._limit.reserve(size, max_tokens) if chunk.batch_id is None else None
+            if found is None and chunk.batch_id is None:
+                self._stale.add(chunk.name)
+            self._reserved[job.request.id] = found or Reservation(bound(size), max_tokens, price=chunk.price)
+        self._stale |= {chunk.name for chunk in chunks.values() if chunk.batch_id is None}
 
     async def _follow(self) -> None:
         """Submits, polls and collects until no chunk is live."""
@@ -172,10 +181,11 @@ class Batches:
         file = self._folder.file(chunk, "input")
         batch = await self._api.find(chunk.name)
         if batch is None:
-            if not any(id_ in self._reserved for id_ in self._folder.sent(chunk)):
-                chunk.collected = True
-                self._folder.save()
-                self._run.say(f"{file.name} is not sent: the recipe no longer asks for it")
+            if chunk.name in self._stale:
+                changed = "its answers came another way, or the recipe or the budget changed"
+                self._give_up(
+                    chunk, f"{file.name} is not sent: since it was written {changed}; what is left is written anew"
+                )
                 return
             if chunk.file_id is None:
                 chunk.file_id = await self._api.upload(file)
@@ -187,14 +197,40 @@ class Batches:
         self._folder.save()
         self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({file.name})")
 
+    def _give_up(self, chunk: Chunk, why: str) -> None:
+        """Leaves a chunk that has no batch; its requests can be written again."""
+        for id_ in self._folder.sent(chunk):
+            self._settle(id_, None)
+        chunk.collected = True
+        self._folder.save()
+        self._run.say(why)
+
+    def _refused(self, chunk: Chunk, batch_id: str, words: str) -> None:
+        """The account has its limit of tokens enqueued: with others, this one waits; alone, it is too large.
+
+        Raises DistillError where a file of one request is.
+        """
+        chunk.batch_id, chunk.status = None, FULL
+        self._folder.save()
+        if any(other.batch_id and other.status not in ENDED for other in self._folder.live):
+            self._run.say(f"batch {batch_id}: the account's limit is enqueued; it is created again when another ends")
+        elif chunk.requests == 1:
+            raise DistillError(
+                f"{self._url}: no batch of one request fits the account's limit ({words}); try again later"
+            )
+        else:
+            self._most = chunk.requests // 2
+            self._give_up(
+                chunk, f"batch {batch_id} is too large for the account ({words}): files of {self._most} requests"
+            )
+
     async def _end(self, chunk: Chunk, batch: Batch) -> None:
         errors = (batch.errors.data if batch.errors else None) or []
         if batch.status == "failed" and any(error.code == FULL for error in errors):
-            chunk.batch_id, chunk.status = None, FULL
-            self._folder.save()
-            self._run.say(f"batch {batch.id}: the account's limit is enqueued; it is created again when another ends")
+            self._refused(chunk, batch.id, self._api.words("; ".join(str(error.message) for error in errors[:3])))
             return
-        sent = self._folder.sent(chunk)
+        sent, again, chunk.collecting = self._folder.sent(chunk), chunk.collecting, True
+        self._folder.save()
         outcomes: dict[str, Answer | Fault] = {}
         if batch.status != "failed":  # one that failed was never at work
             outcomes |= {id_: NO_LINE for id_ in sent if id_ in self._reserved}
@@ -203,7 +239,7 @@ class Batches:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
-        self._record(outcomes, f"batch {batch.id}", sent, chunk.price)
+        self._record(outcomes, f"batch {batch.id}", sent, chunk.price, again=again)
         for id_ in sent:  # of a batch that failed
             self._settle(id_, None)
         for journal in self._run.journals:
@@ -222,11 +258,13 @@ class Batches:
         source: str,
         sent: dict[str, dict[str, Any]] | None = None,
         price: Price | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Writes outcomes to the journals: each request's first answer, and no more.
 
         `sent`: the requests of the batch that brought them; None for a file that came another way. `price`: of
-        that batch's tokens.
+        that batch's tokens. `again`: a call that was killed may have recorded some of them.
         """
         for job in self._run.jobs():
             id_ = job.request.id
@@ -236,7 +274,7 @@ class Batches:
             ignored = f"{len(outcomes)} answers that the run has already, or that nothing asks for"
             self._run.say(f"{source}: ignored {ignored}")
         for id_, outcome in outcomes.items() if sent else ():
-            if id_ not in self._run.completions.found.ids:  # paid as all others: the recipe was another one then
+            if not again or id_ not in self._run.completions.found.ids:  # paid as all others, though nobody asks for it
                 usage = outcome.usage or Usage()
                 most = Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0, price=price)
                 self._charge(most, usage, [])

@@ -50,11 +50,16 @@ class BatchApi:
 
     async def find(self, chunk: str) -> Batch | None:
         """The batch of a chunk, if one was created whose creation this run never heard of."""
-        async for batch in self.client.batches.list(limit=LISTED):
-            marks = batch.metadata or {}
-            ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, chunk)
-            if ours and batch.status != "failed":
-                return batch
+        try:
+            async for batch in self.client.batches.list(limit=LISTED):
+                marks = batch.metadata or {}
+                ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, chunk)
+                if ours and batch.status != "failed":
+                    return batch
+        except AttributeError:  # how the package meets a page in place of JSON
+            raise DistillError(
+                f"{self.url}/batches answers with no JSON; check teacher.base_url (…/v1), or does it have a Batch API?"
+            ) from None
         return None
 
     async def create(self, chunk: str, file_id: str) -> Batch:

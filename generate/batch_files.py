@@ -35,6 +35,7 @@ class Chunk(msgspec.Struct, kw_only=True):
     batch_id: str | None = None  # once it is created
     status: str = "written"
     price: Price | None = None  # when it was written; None: not known, or a file of an older version
+    collecting: bool = False  # what came of it is being recorded, or a call was killed while it was
     collected: bool = False  # all that came of it is in the journals
 
 
@@ -78,10 +79,10 @@ class Folder:
             for line in read_jsonl(self.file(chunk, "input"), _Input)
         }
 
-    def write(self, jobs: Iterable[Job], price: Price | None) -> list[Chunk]:
+    def write(self, jobs: Iterable[Job], price: Price | None, most: int | None = None) -> list[Chunk]:
         """Writes the requests as chunks, streamed. The chunks are in the state when this returns.
 
-        `price`: of their tokens.
+        `price`: of their tokens. `most`: requests per chunk, if fewer than MOST_REQUESTS.
         """
         chunks: list[Chunk] = []
         lines = map(input_line, jobs)
@@ -90,7 +91,9 @@ class Folder:
             number, size = len(self.state.chunks) + len(chunks) + 1, 0
             chunk = Chunk(name=f"{number:03}", requests=0, price=price)
             with replacing(self.file(chunk, "input")) as file:
-                while line and (not size or (chunk.requests < MOST_REQUESTS and size + len(line) <= MOST_BYTES)):
+                while line and (
+                    not size or (chunk.requests < (most or MOST_REQUESTS) and size + len(line) <= MOST_BYTES)
+                ):
                     size += file.write(line)
                     chunk.requests += 1
                     line = next(lines, None)

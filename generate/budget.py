@@ -247,13 +247,16 @@ def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:
     return Account(before.unsaid, cost, found.prompt_tokens, found.completion_tokens, price)
 
 
-def known_price(recipe: Recipe) -> Price | None:
-    """The price of the teacher's tokens. Raises RecipeError if it is not known and budget.usd needs it."""
+def known_price(recipe: Recipe, key: str = "teacher.price") -> Price | None:
+    """The price of the teacher's tokens. Raises RecipeError if it is not known and budget.usd needs it.
+
+    `key`: of the recipe, that would say it.
+    """
     price = price_of(recipe.teacher, recipe.generate.mode)
     if recipe.budget.usd is not None and price is None:
         raise RecipeError(
             f"budget.usd is {recipe.budget.usd:g}, but the price of {recipe.teacher.model} is not known: set "
-            "teacher.price: {input: …, output: …}, in USD per million tokens"
+            f"{key}: {{input: …, output: …}}, in USD per million tokens"
         )
     return price
 

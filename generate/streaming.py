@@ -12,7 +12,7 @@ from typing import NamedTuple
 import aiohttp
 
 from generate.client import headers_of
-from generate.reply import Fault, read_error, shortened
+from generate.reply import Fault, read_choices, read_error, shortened
 from pipeline.address import Redactor, proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
@@ -64,12 +64,18 @@ async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request
     async with session.post(url, json=body, params=teacher.query) as response:
         if response.status != 200:
             raise Refused(url, read_error(response.status, await response.read(), response.headers, words))
-        if response.content_type == "application/json":  # it does not stream
-            yield await response.json()
+        if response.content_type in ("application/json", "text/html"):  # it does not stream, or is no endpoint
+            whole = await response.read()
+            if isinstance(reply := read_choices(whole, words), Fault):
+                raise Refused(url, reply)
+            yield json.loads(whole)
             return
         async for line in response.content:
             if line.startswith((b"data: {", b"data:{")):
-                event: Json = json.loads(line[5:])
+                try:
+                    event: Json = json.loads(line[5:])
+                except ValueError as error:
+                    raise Refused(url, Fault("not_json", f"an event is not JSON: {error}", 200)) from None
                 if event.get("error"):
                     raise Refused(url, Fault("error_in_answer", words(str(event["error"])), 200))
                 yield event

@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from generate.budget import budget_left
+from generate.budget import budget_left, known_price
 from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
@@ -38,16 +38,20 @@ SYSTEM = (
 def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     """What is to be asked, and the run that is asked it. When the next pass is taken, the one before must be done.
 
-    A recipe without `prompts.user` has one pass, itself. Raises DataError if no conversation goes on.
+    A recipe without `prompts.user` has one pass, itself. All share the budget, also with passes that the recipe had
+    when it had more turns. Raises DataError if no conversation goes on, RecipeError if the budget needs a price.
     """
     user = recipe.prompts.user
-    if user is None:
-        yield recipe, run
-        return
 
     def asking(prompts: PromptsConfig, folder: RunDir) -> Recipe:
-        others = [other for other in pass_folders(run, user) if other != folder]
-        return recipe.model_copy(update={"prompts": prompts, "budget": budget_left(recipe.budget, others)})
+        others = {run.path, *(path for path in (run.path / "turns").glob("*/") if path.is_dir())} - {folder.path}
+        left = budget_left(recipe.budget, map(RunDir, sorted(others)))
+        return recipe.model_copy(update={"prompts": prompts, "budget": left})
+
+    if user is None:
+        yield asking(recipe.prompts, run), run
+        return
+    known_price(_as_user(recipe, user), "prompts.user.price")
 
     own = recipe.prompts
     prompts = own.model_copy(update={"user": None})

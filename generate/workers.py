@@ -53,6 +53,8 @@ class _Workers:
         self._counts: list[dict[str, Any]] = []  # the last that each child told
         self._failed: list[DistillError] = []
         self._interrupted = False
+        failures = run.dir.failures
+        self._failures_before = failures.stat().st_size if failures.exists() else 0  # bytes
 
     async def send(self) -> Outcome:
         """Starts the children, listens to them until they end, and says how that was."""
@@ -60,7 +62,7 @@ class _Workers:
         ends = await self._send_all([Partition(part, count) for part in range(count)])
         if self._failed and self._only_budget() and not self._interrupted:
             self._failed.clear()
-            ends = await self._send_all([WHOLE])
+            ends = await self._send_all([WHOLE], self._failures_before)
         if self._failed:
             return self._failed[0]
         if self._interrupted:
@@ -84,12 +86,15 @@ class _Workers:
     def _only_budget(self) -> bool:
         return all(isinstance(error, BudgetReached) for error in self._failed)
 
-    async def _send_all(self, partitions: list[Partition]) -> list[int]:
-        """Children for the partitions; returns their exit codes."""
+    async def _send_all(self, partitions: list[Partition], failures_before: int | None = None) -> list[int]:
+        """Children for the partitions; returns their exit codes.
+
+        `failures_before`: the bytes of failures.jsonl that are of earlier calls, where no others may be retried.
+        """
         first = len(self._children)
         for partition in partitions:
             self._counts.append(Counters().snapshot())
-            self._children.append(await _start(self._run, partition))
+            self._children.append(await _start(self._run, partition, failures_before))
         new = enumerate(self._children[first:], start=first)
         return await asyncio.gather(*(self._listen(index, child) for index, child in new))
 
@@ -110,7 +115,7 @@ class _Workers:
         return await child.wait()
 
 
-async def _start(run: Run, partition: Partition) -> Process:
+async def _start(run: Run, partition: Partition, failures_before: int | None) -> Process:
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "generate.workers"),
         stdin=PIPE,
@@ -120,9 +125,13 @@ async def _start(run: Run, partition: Partition) -> Process:
         start_new_session=True,  # Ctrl-C is for the first process, which stops the others in order
     )
     assert child.stdin
-    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures)))
+    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures, failures_before)))
     await child.stdin.drain()
     return child
+
+
+class _Id(msgspec.Struct):
+    id: str
 
 
 def main() -> None:
@@ -138,7 +147,9 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool) -> None:
+def _send_partition(
+    recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, failures_before: int | None
+) -> None:
     """Raises what ended it; an interrupt is the parent's to tell."""
     counters = Counters()
     with opened_run(
@@ -150,6 +161,11 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
         retry_failures=retry_failures,
         partition=partition,
     ) as run:
+        if failures_before is not None and folder.failures.exists():
+            with folder.failures.open("rb") as file:
+                file.seek(failures_before)
+                for line in file:
+                    run.left.failed.add(msgspec.json.decode(line, type=_Id).id)
         try:
             outcome = run_loop(_send(run))
         finally:

@@ -23,7 +23,7 @@ from pipeline.errors import RecipeError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
 from pipeline.generate_config import GenerateConfig
-from pipeline.partition import position
+from pipeline.partition import position, value_of
 from pipeline.recipe_errors import explain
 from pipeline.records import Asked, Json, Part, as_text, folded, question_text
 from pipeline.sampling_config import SamplingConfig
@@ -243,8 +243,9 @@ class PromptsConfig(Section):
         if self.file is None and (self.split or self.columns or self.json_columns):
             raise ValueError("`split`, `columns` and `json_columns` are for `file`; a template has no rows")
         if self.template is not None and self.group not in (None, *self.slots):
-            slots = ", ".join(self.slots) or "none"
-            raise ValueError(f"group: the template has no slot {self.group!r}; there are {slots}")
+            raise ValueError(
+                f"group: the template has no slot {self.group!r}; there are {', '.join(self.slots) or 'none'}"
+            )
         if self.reference is not None and self.template is None:
             raise ValueError("reference is for a template; the rows of `file` have their own `reference`")
         if self.template is not None and self.count is None:
@@ -259,31 +260,22 @@ class PromptsConfig(Section):
     def part_of(self, row: Asked) -> Part:
         """What a prompt, and every answer to it, is for: training, validation or test."""
         where = self.position_of(row)
-        if where < self.test:
-            return "test"
-        return "validation" if where < self.test + self.validation else "train"
+        return "test" if where < self.test else "validation" if where < self.test + self.validation else "train"
 
     def position_of(self, row: Asked) -> float:
-        """Where a prompt stands among all (pipeline.partition). Those of a group stand in one place.
-
-        A conversation that `user` continued stands where it began.
-        """
+        """Where a prompt stands (pipeline.partition): with its group, or as it began if `user` has continued it."""
         if (group := self.group_of(row)) is not None:
             return position(f"group\0{as_text(group)}", self.seed)
         return position(question_text(row.messages[: -2 * self.user.turns] if self.user else row.messages), self.seed)
 
     def group_of(self, row: Asked) -> Any:
         """The value that makes a prompt's group, any JSON; None: it belongs to none."""
-        if self.group is None or self.group in row.columns:
-            return row.columns.get(self.group or "")
-        value = row.slots.get(self.group)
-        return sorted(value) if isinstance(value, list) else value  # the order of chosen values makes no other prompt
+        return None if self.group is None else value_of(row, self.group)
 
     @property
     def parted_by(self) -> Json:
         """All that decides which part a prompt is in, as a student's lineage holds it."""
-        parted = self.model_dump(mode="json", include={"seed", "validation", "test"})
-        return parted | self.model_dump(include={"group"}, exclude_defaults=True)
+        return self.model_dump(mode="json", include={"seed", "validation", "test", "group"}, exclude_none=True)
 
 
 class Recipe(Section):

@@ -6,7 +6,7 @@
     cluster/…                                where driver and workers meet (scale.generation): no part of the folder
     spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
 
-A kind is a journal's name: `completions`, `failures`, and those of a run's `turns/`.
+A kind is a journal's name: `completions`, `failures`, and those of the folders in a run that have journals (FOLDERS).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -25,7 +25,8 @@ from scale.parts import Uploader, compact, part_names, read_parts, row_key
 from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
-FOLDERS = ("", "turns/*/")  # of a run, that have journals
+# Of a run, that have journals: its own, and those of what it asks beside its prompts (turns, new prompts, the judge).
+FOLDERS = ("", "turns/*/", "evolve/*/", "judge/*/*/", "evaluation/judge/judge/*/*/", "evaluation/pairs/*/*/")
 STATE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
 RAY = "training-ray"  # where Ray Train keeps its books, in a local folder
