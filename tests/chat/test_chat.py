@@ -22,7 +22,7 @@ from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port
-from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, recipe_for
+from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, raw, recipe_for
 from tests.servers.misbehaving_server import answer as whole_answer
 from tests.servers.streaming_server import endless, streaming
 
@@ -165,6 +165,19 @@ def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
     assert beside_others(ServeConfig(device="gpu"), 3).args == ["--gpu-memory-utilization", "0.30"]
     for own in (["--gpu-memory-utilization=0.2"], ["--gpu_memory_utilization", "0.2"], ["--kv-cache-memory-bytes=1G"]):
         assert beside_others(ServeConfig(device="gpu", args=own), 3).args == own
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "says"),
+    [
+        (b'{"error": {"message": "model crashed"}}', "application/json", "model crashed"),
+        (b"<html>Sign in</html>", "text/html", "no JSON"),
+        (b'data: {"choices": [{"delta"\n\n', "text/event-stream", "an event is not JSON"),
+    ],
+)
+def test_what_is_no_answer_is_not_taken_for_an_empty_one(body: bytes, kind: str, says: str) -> None:
+    with misbehaving(lambda asked: raw(body, content_type=kind)) as server, pytest.raises(Refused, match=says):
+        hear(model_at(server.url), "hello")
 
 
 def test_questions_to_try_are_of_the_test_part(tmp_path: Path) -> None:

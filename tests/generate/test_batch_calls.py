@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+import threading
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +267,79 @@ def test_what_vllm_refuses_has_its_reason(run: RunDir, tmp_path: Path) -> None:
         ("bad_request", 400, "maximum context length is 8192 tokens"),
         ("bad_request", 400, "must not be sent in stream mode"),
     }
+
+
+def _written_only(recipe: Recipe, run: RunDir) -> None:
+    """A call that is stopped when its files are written, before one of them is sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchApi, "find", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate(recipe, run, quiet=True)
+
+
+async def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_file_that_was_not_sent_is_written_anew_once_some_is_answered(run: RunDir) -> None:
+    """Else all of it would be paid a second time, over the budget."""
+    with fake_batches() as fake:
+        _written_only(batch_recipe(fake, 6), run)
+        with pytest.MonkeyPatch.context() as patch:  # three of the six, as if they had been asked online
+            patch.setattr(batch_files, "MOST_REQUESTS", 3)
+            other = RunDir(run.path / "other")
+            generate(batch_recipe(fake, 3), other, quiet=True)
+            run.completions.write_bytes(other.completions.read_bytes())
+        assert generate(batch_recipe(fake, 6), run, quiet=True).completed == 6
+        assert set(fake.asked.values()) == {1} and len(fake.asked) == 6
+    assert len(completions(run)) == 6
+
+
+def test_a_file_that_was_not_sent_is_not_sent_over_a_budget_that_was_lowered(run: RunDir) -> None:
+    with fake_batches() as fake:
+        _written_only(batch_recipe(fake, 6, sampling={"max_tokens": 5}), run)
+        tight = batch_recipe(fake, 6, sampling={"max_tokens": 5}, budget={"tokens": 250})
+        with pytest.raises(BudgetReached):
+            generate(tight, run, quiet=True)
+        assert 0 < 12 * sum(fake.asked.values()) <= 250
+        assert generate(batch_recipe(fake, 6, sampling={"max_tokens": 5}), run, quiet=True).completed == 6
+        assert set(fake.asked.values()) == {1}
+
+
+def test_a_file_that_was_not_sent_is_sent_if_nothing_has_changed(run: RunDir) -> None:
+    with fake_batches() as fake:
+        _written_only(batch_recipe(fake, 6), run)
+        assert generate(batch_recipe(fake, 6), run, quiet=True).answered == 6
+    assert [path.name for path in (run.path / "batches").glob("*.input.jsonl")] == ["001.input.jsonl"]
+
+
+def test_answers_that_a_batch_brings_a_second_time_are_paid(run: RunDir) -> None:
+    """The batch is at work while the same requests are answered another way."""
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake, 4, teacher=priced(fake))
+        _interrupted(recipe, run)
+        other = RunDir(run.path / "other")
+        generate(batch_recipe(fake, 4, teacher=priced(fake)), other, quiet=True)
+        run.completions.write_bytes(other.completions.read_bytes())
+        before = generate(batch_recipe(fake, 4, teacher=priced(fake)), other, quiet=True).cost_usd
+        assert before == 4 * 6
+        found = generate(batch_recipe(fake, 5, teacher=priced(fake)), run, quiet=True)
+    assert found.completed == 5 and found.cost_usd == (4 + 4 + 1) * 6
+
+
+def test_what_answers_with_a_page_has_no_batches(run: RunDir) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>Sign in</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(DistillError, match=r"/v1/batches answers with no JSON; check teacher\.base_url"):
+            generate(batch_recipe(f"http://127.0.0.1:{server.server_port}/v1", 2), run, quiet=True)
+        server.shutdown()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -211,3 +212,20 @@ def test_a_writer_killed_at_a_line_is_mended_by_the_others(run: RunDir, tmp_path
         journal.append(second)
         journal.append(third)
     assert [record.id for record in read_jsonl(path, Completion)] == [first.id, second.id, third.id]
+
+
+def test_what_failed_in_this_call_is_not_retried_in_it(run: RunDir, tmp_path: Path) -> None:
+    """With --retry-failures and a budget, whose rest one last process spends."""
+    rows = [{"prompt": f"say {n}" + " x" * 400 * (n % 2)} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = {"say 0", "say 2", "say 4"}
+    with misbehaving(lambda asked: answer("" if asked.text in bad else "yes", usage=len(asked.text) < 100)) as server:
+        recipe = recipe_for(
+            server, prompts={"file": tmp_path / "rows.jsonl"}, generate=TWO, budget={"tokens": 24_000},
+            sampling={"max_tokens": 5},
+        )  # fmt: skip
+        summary = generate(recipe, run, quiet=True, retry_failures=True)
+        asked = Counter(one.text for one in server.asked)
+        assert set(asked.values()) == {1} and summary.failed + summary.answered == 40 == len(asked)
+        generate(recipe, run, quiet=True, retry_failures=True)
+        assert {text for text, times in (Counter(one.text for one in server.asked) - asked).items() if times} == bad

@@ -15,7 +15,7 @@ from generate.context import Run
 from generate.run import _save as save
 from generate.run import agenerate, generate, pending
 from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
-from pipeline.errors import BudgetReached, DataError, DistillError, UsageError
+from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, read_jsonl
@@ -329,3 +329,28 @@ def test_without_a_user_there_is_one_pass(run: RunDir) -> None:
         Counter(recipe.prompts.part_of(Prompt(id="", messages=[Message("user", str(n))])) for n in range(50))["train"]
         > 30
     )
+
+
+@pytest.mark.parametrize("later", [1, None])
+def test_turns_that_were_taken_back_are_paid_all_the_same(later: int | None, run: RunDir) -> None:
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        given = {"sampling": {"max_tokens": 10}, "budget": {"tokens": 1500}, "generate": {"concurrency": 1}}
+        whole = talk(teacher, user, 20, 3, **given)
+        with pytest.raises(BudgetReached):
+            generate(whole, run, quiet=True)
+        prompts = whole.prompts.model_dump() | {"samples": 8}
+        prompts["user"] = prompts["user"] | {"turns": later} if later else None
+        with pytest.raises(BudgetReached):
+            generate(Recipe.model_validate(whole.model_dump() | {"prompts": prompts}), run, quiet=True)
+        assert 0 < 12 * (len(teacher.asked) + len(user.asked)) <= 1500
+
+
+def test_a_user_without_a_price_is_told_before_anything_is_paid(run: RunDir) -> None:
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        about = {"model": "stub", "base_url": teacher.url, "price": {"input": 1, "output": 1}}
+        recipe = Recipe.model_validate(
+            talk(teacher, user, 3, 1).model_dump() | {"budget": {"usd": 5}, "teacher": about}
+        )
+        with pytest.raises(RecipeError, match=r"the price of player is not known: set prompts\.user\.price: \{input"):
+            generate(recipe, run, quiet=True)
+        assert teacher.asked == []

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 import yaml
 
 from scale.storage import Store, open_store
-from tests.servers.misbehaving_server import MisbehavingServer, answer, misbehaving, recipe_for
+from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, misbehaving, recipe_for
 from tests.servers.object_storage import object_storage
 from tests.servers.serve_process import wait_until
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
@@ -200,6 +201,34 @@ def test_logprobs_which_a_lost_machine_would_lose_are_refused(tmp_path: Path, mo
         assert (code, teacher.asked) == (2, [])
         assert "error: sampling.logprobs is 2, but a run in object storage" in err
         assert "use a folder for --run" in err
+        code, _, err = finish(
+            start(one, "-m", "generate", "recipe.yaml", "--run", f"{store}/stories", *more, "--generate.mode", "batch",
+                  "--sampling.logprobs", "null")
+        )  # fmt: skip
+        assert (code, teacher.asked) == (2, [])
+        assert "error: generate.mode is batch, but a run in object storage" in err
+
+
+@pytest.mark.slow
+def test_new_prompts_and_verdicts_are_bought_once(tmp_path: Path, url: str) -> None:
+    """What is asked beside the prompts is in the store, too: a second machine asks nothing."""
+    number = count()
+
+    def script(asked: Asked) -> Behaviour:
+        if asked.body["model"] == "judge":
+            return answer('{"fit": 4, "score": 4}')
+        return answer(f"<request>{next(number)} {os.urandom(20).hex()}</request>")
+
+    with misbehaving(script) as teacher:
+        judge = {"model": "judge", "rubric": {"fit": "fits"}}
+        asked = []
+        for name in ("one", "two"):
+            place = machine(tmp_path / name, teacher, 6, filters={"judge": judge})
+            for command in (["generate", "--quiet"], ["filters"], ["filters.evolve", "--rounds", "1", "--quiet"]):
+                code, _, err = finish(start(place, "-m", command[0], "recipe.yaml", "--run", url, *command[1:]))
+                assert code == 0, err
+            asked.append(len(teacher.asked))
+    assert asked == [18, 18]
 
 
 def _last_lease(store: Store) -> dict[str, object]:

@@ -39,6 +39,7 @@ class FakeBatches:
     lose_reply_of_create: int = 0  # so many creations succeed and are never heard of
     failing_polls: int = 0  # so many answers of 500
     cut_downloads: int = 0
+    most_enqueued: int | None = None  # requests of a batch; a larger one fails with token_limit_exceeded
     most_live: int = 99  # batches that may be enqueued; more fail with token_limit_exceeded
     page: int = 2
     unauthorized: bool = False
@@ -123,7 +124,7 @@ def _app(fake: FakeBatches) -> web.Application:
         bad = [
             text for text in lines if set(text) != {"custom_id", "method", "url", "body"} or text["method"] != "POST"
         ]
-        if live >= fake.most_live:
+        if live >= fake.most_live or len(lines) > (fake.most_enqueued or MOST_REQUESTS):
             _failed(batch, "token_limit_exceeded", "Enqueued token limit reached for this organization.")
         elif bad or len(lines) > MOST_REQUESTS or len({text["custom_id"] for text in lines}) < len(lines):
             _failed(batch, "invalid_json_line", "a line is wrong, or there are too many")
