@@ -318,10 +318,13 @@ def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]
         return
     recipe, rules = plan.recipe, ", ".join(rule.label for rule in plan.verify.rules)
     count, unseen = (len(verified.prompts.get(part, [])) for part in ("verified", "verified_unseen"))
-    asked = f"{count} test prompts" + (f" and {unseen} of evaluate.probes_file" if unseen else "")
+    groups = len({verified.groups[prompt.id] for prompt in verified.prompts.get("verified", [])})
+    asked = f"{count} test prompts" + (f" of {groups} groups" if groups < count else "")
+    asked += f" and {unseen} of evaluate.probes_file" if unseen else ""
+    intervals = "The bootstrap draws whole groups" if groups < count else "Shares have Wilson's interval"
     yield (
         f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
-        f"{recipe.sampling.max_tokens} tokens. Shares have Wilson's interval; differences and ratios are paired."
+        f"{recipe.sampling.max_tokens} tokens. {intervals}; differences and ratios are paired."
     )
     if told := told_in_words(recipe.teacher):
         yield f"The teacher alone is told {told}; a student is not, unless its column says told."
