@@ -88,8 +88,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             first = next(texts, "")
             reader = csv.reader(chain([first], texts), delimiter=max(",;\t", key=first.count), strict=True)
             names = next(reader, [])
-            if len(set(names)) < len(names) or "" in names:
-                raise DataError(f"{path}:1: each column needs a name of its own, got {', '.join(map(repr, names))}")
+            _check_names(f"{path}:1", names)
             while True:
                 number = reader.line_num + 1
                 if (cells := next(reader, None)) is None:
@@ -105,11 +104,18 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{path}:{number}: {error}; save it as CSV in UTF-8, with quotes in pairs") from None
 
 
+def _check_names(where: str, names: list[str]) -> None:
+    if len(set(names)) < len(names) or "" in names:
+        raise DataError(f"{where}: each column needs a name of its own, got {', '.join(map(repr, names))}")
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     pyarrow, parquet = _imported(path, "pyarrow"), _imported(path, "pyarrow.parquet")
     with _opened(path) as file:
         try:
-            batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE)
+            opened = parquet.ParquetFile(file)
+            _check_names(str(path), opened.schema_arrow.names)
+            batches = opened.iter_batches(batch_size=ROWS_AT_ONCE)
             yield from _plain(path, (row for batch in batches for row in batch.to_pylist()))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"prompts.file {path}: not Parquet: {_line(error)}; {ACCEPTED}") from None

@@ -211,6 +211,17 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
         prompts_of("hub:some/questions")
 
 
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    """Arrow's rows would have the later one only."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=r"p\.parquet: each column needs a name of its own, got 'prompt', 'prompt'"):
+        prompts_of(tmp_path / "p.parquet")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "settings", "said"),
     [
