@@ -289,7 +289,7 @@ class HumanRow(msgspec.Struct, frozen=True):
 
 
 def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) -> list[Kept]:
-    """The rows as kept ones. Raises DataError `path:line: reason`, UsageError if there is no file.
+    """The rows as kept ones. Raises DataError, which names the row, and UsageError if there is no file.
 
     A row that does not say its group is of that of the same question among the prompts `asked`, or of none.
     """
