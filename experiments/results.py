@@ -135,8 +135,8 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
     """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
     scored = _cached(design.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
-    config, test = setup.recipe.prompts, read_test(design.arms[0].run)
-    groups = {row.prompt_id: belongs_to(row.prompt_id, row, config) for row in test}
+    tested = (row for rows in design.sources.values() for row in rows)
+    groups = {row.prompt_id: belongs_to(row.prompt_id, row, setup.recipe.prompts) for row in tested}
     figures = merged(perplexity_figures(scores, groups), _probe_figures(setup, design.arms))
     figures = merged(figures, _accuracy_figures(setup, design.arms))
     columns = []

@@ -46,6 +46,8 @@ def chatting(run: RunDir, **scripts: Script) -> Iterator[tuple[str, dict[str, An
         models = []
         for name, server in servers.items():
             recipe = recipe_for(server, student={"model": "small"})
+            tested = recipe.prompts.model_copy(update={"test": 0.99, "validation": 0.001})
+            recipe = recipe.model_copy(update={"prompts": tested})
             models.append(Model(name, LABELS[name], recipe))
             models[-1].at(server.url)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # connections wait for the server
@@ -62,11 +64,9 @@ def chatting(run: RunDir, **scripts: Script) -> Iterator[tuple[str, dict[str, An
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run with one test prompt."""
+    """A run with one prompt, of the test part of the recipe above."""
     made = RunDir(tmp_path)
-    prompt = Prompt(
-        id="a", messages=[Message("system", "JSON."), Message("user", "Lamp on!")], reference={"on": 1}, part="test"
-    )
+    prompt = Prompt(id="a", messages=[Message("system", "JSON."), Message("user", "Lamp on!")], reference={"on": 1})
     made.prompts.write_bytes(encode_line(prompt))
     return made
 
