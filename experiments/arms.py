@@ -291,7 +291,7 @@ class HumanRow(msgspec.Struct, frozen=True):
 def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) -> list[Kept]:
     """The rows as kept ones. Raises DataError, which names the row, and UsageError if there is no file.
 
-    A row that does not say its group is of that of the same question among the prompts `asked`, or of none.
+    A row that does not say its group has the group of the same question in the prompts `asked`, or none.
     """
     if not path.is_file():
         raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
@@ -311,8 +311,9 @@ def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) 
             prompt = make_prompt(PromptRow(messages=turns, columns=columns), config.system)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {error}") from None
-        if config.group is not None:
-            columns.setdefault(config.group, groups.get(question_text(prompt.messages)))
+        if config.group is not None and config.group not in columns:
+            group = groups.get(question_text(prompt.messages))
+            prompt = msgspec.structs.replace(prompt, columns={**columns, config.group: group})
         rows.append(answer_row("human", prompt, answer.content))
     if not rows:
         raise DataError(f"{path}: no rows in it")

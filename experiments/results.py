@@ -16,9 +16,9 @@ from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelRepo
 from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
     PROMPTS_TO_DIFFER,
-    belongs_to,
     common_rows,
     difference,
+    groups_of,
     measure_quality,
     perplexity_figures,
     probe_answers,
@@ -136,7 +136,7 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
     scored = _cached(design.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
     tested = (row for rows in design.sources.values() for row in rows)
-    groups = {row.prompt_id: belongs_to(row.prompt_id, row, setup.recipe.prompts) for row in tested}
+    groups = groups_of(tested, setup.recipe.prompts)
     figures = merged(perplexity_figures(scores, groups), _probe_figures(setup, design.arms))
     figures = merged(figures, _accuracy_figures(setup, design.arms))
     columns = []

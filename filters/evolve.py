@@ -26,6 +26,7 @@ from generate.run import generate
 from pipeline.chat import INSTRUCTIONS
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
+from pipeline.partition import value_of
 from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
 from pipeline.records import Completion, Message, Prompt, question_text, read_jsonl, said
 from pipeline.rundir import RunDir, write_json, write_jsonl
@@ -113,8 +114,7 @@ def evolve(
     """
     group = recipe.prompts.group or FAMILY
     families = dict[str, str]()  # by the question, which may stand in several rows
-    own = {prompt.id: _of_family(prompt, recipe.prompts, families) for prompt in iter_prompts(recipe)}
-    seeds = list(own.values())
+    seeds = list({prompt.id: _of_family(prompt, group, families) for prompt in iter_prompts(recipe)}.values())
     if rounds < 1:
         raise UsageError(f"--rounds must be at least 1, got {rounds}")
     if most is not None and most <= len(seeds):
@@ -225,10 +225,9 @@ def _new_prompts(
     return found
 
 
-def _of_family(seed: Prompt, config: PromptsConfig, families: dict[str, str]) -> Prompt:
+def _of_family(seed: Prompt, group: str, families: dict[str, str]) -> Prompt:
     """A prompt of the recipe, with what its children will share with it: its group, or else the id of its question."""
-    group = config.group or FAMILY
-    given = config.model_copy(update={"group": group}).group_of(seed)
+    given = value_of(seed, group)
     if given is None:
         given = families.setdefault(question_text(seed.messages), seed.id)
     return msgspec.structs.replace(seed, columns={**seed.columns, group: given})

@@ -45,15 +45,10 @@ def main() -> None:
         _refuse_store(run, f"sampling.logprobs is {recipe.sampling.logprobs}", "leave the key out")
     if recipe.generate.mode == "batch":
         _refuse_store(run, "generate.mode is batch", "set it to online")
-    first, folder = next(passes(recipe, run))
-    if recipe.evaluate.verify and all(first.prompts.part_of(prompt) != "test" for prompt in iter_prompts(first)):
-        print(
-            f"warning: none of so few {'groups' if recipe.prompts.group else 'prompts'} is in the test part, so "
-            f"evaluate.verify will have nothing to ask; raise prompts.test (now {recipe.prompts.test:g}), or take "
-            "another prompts.seed",
-            file=sys.stderr,
-        )
+    if recipe.evaluate.verify:
+        _warn_untested(recipe)
     if options.dry_run:
+        first, folder = next(passes(recipe, run))
         for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
             print(line)
         if recipe.prompts.user:
@@ -88,14 +83,26 @@ def _sender(address: str, store: str | None, recipe: Recipe, run: RunDir) -> Sen
     return cluster_sender(address, run, store)
 
 
+def _warn_untested(recipe: Recipe) -> None:
+    """Says, before anything is paid, that no prompt is in the test part. Stops at the first that is."""
+    config = recipe.prompts.model_copy(update={"user": None})  # no conversation is continued yet
+    if all(config.part_of(prompt) != "test" for prompt in iter_prompts(recipe)):
+        print(
+            f"warning: none of so few {'groups' if config.group else 'prompts'} is in the test part, so "
+            f"evaluate.verify will have nothing to ask; raise prompts.test (now {config.test:g}), or take another "
+            "prompts.seed",
+            file=sys.stderr,
+        )
+
+
 def _refuse_store(run: RunDir, what: str, fix: str) -> None:
-    """Raises RecipeError if the run is in object storage, which has answers before their logprobs, and no batches."""
+    """Raises RecipeError if the run is in object storage: logprobs and batches would be lost with its machine."""
     from scale.sync import State  # here: as above
 
     if url := State.read(run.path).url:
         raise RecipeError(
-            f"{what}, but a run in object storage ({url}) would lose with its machine what that brings: use a folder "
-            f"for --run (make fetch brings the run into one), or {fix}"
+            f"{what}, but a run in object storage ({url}) would lose that with its machine: use a folder for --run "
+            f"(make fetch brings the run into one), or {fix}"
         )
 
 

@@ -120,19 +120,22 @@ class Batches:
     def _remember_live(self) -> None:
         """Notes what requests of an earlier call's batches are charged: the price of then.
 
-        The limit need not reserve for them, because nothing new is written before these batches end. A batch that is
-        not known to be created must be paid still: it is stale if that is too much, or if one of its requests is not
-        to be asked any more.
+        The limit need not reserve for a batch that was created, because nothing new is written before it ends. A file
+        whose batch is not known to be created still has to be paid. It is stale if the limit does not cover it, or if
+        one of its requests is no longer to be asked.
         """
         chunks = {id_: chunk for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
         for job in self._run.jobs() if chunks else ():
             if (chunk := chunks.pop(job.request.id, None)) is None:
                 continue
             size, max_tokens = len(job.body), job.request.sampling["max_tokens"]
-            found = self._limit.reserve(size, max_tokens) if chunk.batch_id is None else None
-            if found is None and chunk.batch_id is None:
-                self._stale.add(chunk.name)
-            self._reserved[job.request.id] = found or Reservation(bound(size), max_tokens, price=chunk.price)
+            reservation = Reservation(bound(size), max_tokens, price=chunk.price)
+            if chunk.batch_id is None:
+                covered = self._limit.reserve(size, max_tokens)
+                if covered is None:
+                    self._stale.add(chunk.name)
+                reservation = covered or reservation
+            self._reserved[job.request.id] = reservation
         self._stale |= {chunk.name for chunk in chunks.values() if chunk.batch_id is None}
 
     async def _follow(self) -> None:
@@ -229,7 +232,8 @@ class Batches:
         if batch.status == "failed" and any(error.code == FULL for error in errors):
             self._refused(chunk, batch.id, self._api.words("; ".join(str(error.message) for error in errors[:3])))
             return
-        sent, again, chunk.collecting = self._folder.sent(chunk), chunk.collecting, True
+        sent, again = self._folder.sent(chunk), chunk.collecting
+        chunk.collecting = True
         self._folder.save()
         outcomes: dict[str, Answer | Fault] = {}
         if batch.status != "failed":  # one that failed was never at work

@@ -250,7 +250,7 @@ def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:
 def known_price(recipe: Recipe, key: str = "teacher.price") -> Price | None:
     """The price of the teacher's tokens. Raises RecipeError if it is not known and budget.usd needs it.
 
-    `key`: of the recipe, that would say it.
+    `key`: where a recipe says that price; the error names it.
     """
     price = price_of(recipe.teacher, recipe.generate.mode)
     if recipe.budget.usd is not None and price is None:

@@ -111,7 +111,7 @@ def _rows(config: PromptsConfig) -> Iterator[Prompt]:
 
 
 def _group(where: str, prompt: Prompt, config: PromptsConfig) -> str:
-    """What tells a prompt's group from all others. Raises DataError if the row has no such column."""
+    """A prompt's group, as text. Raises DataError if the row has no such column."""
     if config.group not in (*prompt.columns, *prompt.slots):
         there = ", ".join((*prompt.columns, *prompt.slots)) or "none"
         raise DataError(

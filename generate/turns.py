@@ -38,8 +38,9 @@ SYSTEM = (
 def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     """What is to be asked, and the run that is asked it. When the next pass is taken, the one before must be done.
 
-    A recipe without `prompts.user` has one pass, itself. All share the budget, also with passes that the recipe had
-    when it had more turns. Raises DataError if no conversation goes on, RecipeError if the budget needs a price.
+    A recipe without `prompts.user` has one pass, itself. All passes of the run share the budget; those that an earlier
+    recipe with more turns has left count too. Raises DataError if no conversation goes on, RecipeError if the budget
+    needs a price that is not known.
     """
     user = recipe.prompts.user
 

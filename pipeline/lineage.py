@@ -41,7 +41,7 @@ def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     usd = [one.get("usd") for one in known]
     return {
         "tokens": sum(one.get("tokens") or 0 for one in known),
-        "usd": sum(filter(None, usd)) if known and None not in usd else None,
+        "usd": sum(usd) if known and None not in usd else None,
     }
 
 

@@ -31,7 +31,10 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
 
 
 def other_parts(recipe: Recipe, run: RunDir) -> str | None:
-    """How the prompts were parted when the student was trained, if otherwise than now: it may know what tests it."""
+    """How the prompts were parted when the student was trained; None if as they are now.
+
+    If otherwise, it may have been trained on what is a test prompt now.
+    """
     trained = read_lineage(RunDir(run.student)).get("train", {}).get("parts", recipe.prompts.parted_by)
     if trained == recipe.prompts.parted_by:
         return None

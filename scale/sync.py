@@ -25,7 +25,7 @@ from scale.parts import Uploader, compact, part_names, read_parts, row_key
 from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
-# Of a run, that have journals: its own, and those of what it asks beside its prompts (turns, new prompts, the judge).
+# The folders of a run that have journals: itself, and what it asks beside its prompts (turns, new prompts, the judge).
 FOLDERS = ("", "turns/*/", "evolve/*/", "judge/*/*/", "evaluation/judge/judge/*/*/", "evaluation/pairs/*/*/")
 STATE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it

@@ -56,23 +56,21 @@ def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
     prompts, known = recipe.prompts, dict[int, tuple[Part, float]]()  # by the hash of a question: part and position
     for part in ("train", "validation", "test"):
         known |= {hash(prompt_text(row)): (part, prompts.position_of(row)) for row in getattr(parts, part)}
-    pairs: dict[Part, list[Preference]] = {"train": [], "validation": [], "test": []}
-    positions = []  # of the training pairs
+    placed: dict[Part, list[tuple[float, Preference]]] = {"train": [], "validation": [], "test": []}
     for pair in read_jsonl(run.preferences, Preference):
         found = known.get(hash(question_text(pair.prompt)))
         if found is None and prompts.group is not None:
-            continue  # of a group that is tested on (train.test_rows), for all that a pair says
+            continue  # a pair does not say its group; it may be one that train.test_rows test
         asked = Prompt(id=pair.id, messages=pair.prompt)
         part, position = found or (prompts.part_of(asked), prompts.position_of(asked))
-        pairs[part].append(pair)
-        positions += [position] if part == "train" else []
-    if positions and not pairs["validation"]:
-        lowest, own = min(positions), list(zip(positions, pairs["train"], strict=True))
-        pairs["validation"] = [pair for position, pair in own if position == lowest]
-        pairs["train"] = [pair for position, pair in own if position != lowest]
-    if not pairs["train"]:
+        placed[part].append((position, pair))
+    if placed["train"] and not placed["validation"]:
+        lowest = min(position for position, _ in placed["train"])
+        placed["validation"] = [one for one in placed["train"] if one[0] == lowest]
+        placed["train"] = [one for one in placed["train"] if one[0] != lowest]
+    if not placed["train"]:
         raise DataError(f"{run.preferences}: no pair is left to train on: sample more answers of each prompt")
-    return {"train": pairs["train"], "validation": pairs["validation"]}
+    return {part: [pair for _, pair in placed[part]] for part in ("train", "validation")}
 
 
 def to_pair(pair: Preference, recipe: Recipe) -> dict[str, Any]:

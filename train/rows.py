@@ -92,7 +92,8 @@ def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[
         parts["test"] = test_rows
     for part in ("test", "validation"):
         if not parts[part] and len(positions := {prompts.position_of(row) for row in parts["train"]}) > 1:
-            moved = {place for place in places["train"] if prompts.position_of(rows[place]) == min(positions)}
+            lowest = min(positions)
+            moved = {place for place in places["train"] if prompts.position_of(rows[place]) == lowest}
             parts[part] = Lazy(sorted(moved), rows.__getitem__)
             places["train"] = array("Q", (place for place in places["train"] if place not in moved))
             parts["train"] = Lazy(places["train"], rows.__getitem__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from evaluate.document import Estimate, Part, Sample, ShownAnswer
-from evaluate.figures.quality import belongs_to, probe_answers
+from evaluate.figures.quality import groups_of, probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.probes import ProbePrompts
@@ -77,7 +77,7 @@ def verify(
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}
     asked = {part: [prompt for prompt in prompts if prompt.id in common] for part, prompts in parts.items()}
-    groups = {prompt.id: belongs_to(prompt.id, prompt, config) for prompt in questions.all}
+    groups = groups_of(questions.all, config)
     return VerifiedAnswers(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts}, groups)
 
 

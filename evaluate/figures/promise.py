@@ -35,10 +35,8 @@ def claims(figures: Mapping[Part, Figures], teacher: ModelReport, after: ModelRe
         quality = [_quality("quality_accuracy", text, right, "accuracy", AFTER, TEACHER)]
         rate, unit = "answers_per_s", "answers/s as each is asked"
     else:
-        bits, passing = (
-            "bits per character, teacher's over student's",
-            "probes that pass the rules, student's over teacher's",
-        )
+        bits = "bits per character, teacher's over student's"
+        passing = "probes that pass the rules, student's over teacher's"
         judged = "judge's mean above 1, student's over teacher's"
         quality = [
             _quality("quality_bits", bits, test, "bits_per_character", TEACHER, AFTER),

@@ -10,7 +10,7 @@ which are written without spaces, count by character.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
 from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Asked, Kept, Prompt, as_text
+from pipeline.records import Kept, Prompt, as_text
 
 # Over fewer prompts no difference is named. Of pairs of equal models 7% seem to differ over 20 prompts, 10% over 10 and
 # 20% over 4 (simulated).
@@ -48,10 +48,13 @@ def common_rows(scored: Mapping[str, PerplexityResult]) -> dict[str, list[RowSco
     return {key: [s for s in result.scores if s.id in shared] for key, result in scored.items() if shared}
 
 
-def belongs_to(id_: str, row: Asked, config: PromptsConfig) -> Hashable:
-    """What is drawn when a prompt is: its group, or else itself."""
-    group = config.group_of(row)
-    return id_ if group is None else ("group", as_text(group))
+def groups_of(rows: Iterable[Prompt | Kept], config: PromptsConfig) -> dict[str, Hashable]:
+    """What each prompt belongs to, by its id: its group, or else itself. Of rows, the prompts that they answer."""
+    found = dict[str, Hashable]()
+    for row in rows:
+        id_, group = row.id if isinstance(row, Prompt) else row.prompt_id, config.group_of(row)
+        found[id_] = id_ if group is None else ("group", as_text(group))
+    return found
 
 
 def perplexity_figures(
@@ -79,8 +82,8 @@ def perplexity_figures(
         perplexity = np.exp(nll / tokens)
         bits = nll / math.log(2) / np.maximum(characters, 1)
         figures[key] = {
-            "perplexity": Figure(float(perplexity[0]), perplexity[1:], prompts=drawn.drawn()),
-            "bits_per_character": Figure(float(bits[0]), bits[1:], prompts=drawn.drawn()),
+            "perplexity": Figure(float(perplexity[0]), perplexity[1:], prompts=drawn.count_groups()),
+            "bits_per_character": Figure(float(bits[0]), bits[1:], prompts=drawn.count_groups()),
         }
     return figures
 
@@ -182,7 +185,7 @@ def measure_quality(
     }
     common = next(iter(answers.values()), {})
     parts: dict[Part, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
-    groups = {prompt.id: belongs_to(prompt.id, prompt, recipe.prompts) for prompt in prompts.all}
+    groups = groups_of(prompts.all, recipe.prompts)
     quality = Quality(assessed, {}, {}, sum(id_ in judged for id_ in common), groups)
     for part, asked in parts.items():
         if ids := [prompt.id for prompt in asked if prompt.id in common]:

@@ -67,9 +67,9 @@ class Resamples:
     counts: Any
     groups: Any  # the number of each prompt's group, integers (prompts,)
 
-    def drawn(self, some: Any = True) -> int:
-        """Of how many groups the prompts are, or some of them: booleans (prompts,)."""
-        return len(np.unique(self.groups[np.broadcast_to(some, self.groups.shape)]))
+    def count_groups(self, some: Any = None) -> int:
+        """Of how many groups the prompts are. `some`: only these of them, booleans (prompts,)."""
+        return len(np.unique(self.groups if some is None else self.groups[some]))
 
 
 def draw(groups: Sequence[Hashable], resamples: int = RESAMPLES) -> Resamples:
@@ -94,7 +94,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], drawn: Res
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = (drawn.counts @ above) / (drawn.counts @ below)
-    return Figure(float(above.sum() / below.sum()), resampled, prompts=drawn.drawn(below != 0))
+    return Figure(float(above.sum() / below.sum()), resampled, prompts=drawn.count_groups(below != 0))
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int, drawn: Resamples) -> Figure | None:
@@ -116,4 +116,4 @@ def distinct(texts: Sequence[Sequence[str]], n: int, drawn: Resamples) -> Figure
     different = [((some[start : start + AT_ONCE] @ present) > 0).sum(axis=1) for start in range(0, len(some), AT_ONCE)]
     resampled = np.concatenate(different) / np.maximum(drawn.counts @ words, 1)
     value = len(column) / float(words.sum())
-    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1), prompts=drawn.drawn())
+    return Figure(value, np.clip(resampled + (value - resampled.mean()), 0, 1), prompts=drawn.count_groups())

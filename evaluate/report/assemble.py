@@ -37,10 +37,10 @@ from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
     PROMPTS_TO_DIFFER,
     Quality,
-    belongs_to,
     common_rows,
     differences,
     failed_rules,
+    groups_of,
     measure_quality,
     named_slots,
     perplexity_figures,
@@ -74,7 +74,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     scores, unseen = common_rows(results.scored), common_rows(results.unseen)
     answers = probe_answers(plan.probes, results.probed)
     quality = measure_quality(recipe, plan.rules, plan.probes, answers, judged.scores if judged else {})
-    groups = {row.prompt_id: belongs_to(row.prompt_id, row, recipe.prompts) for row in plan.rows}
+    groups = groups_of(plan.rows, recipe.prompts)
     figures: dict[Part, Figures] = {"test": perplexity_figures(scores, groups), **quality.figures}
     verified = verify(plan.verify, plan.questions, results.verified, recipe.prompts) if results.verified else None
     figures |= accuracy_figures(verified) if verified else {}

@@ -17,10 +17,10 @@ from evaluate.figures.quality import (
     Quality,
     answer_figures,
     assess,
-    belongs_to,
     difference,
     differences,
     failed_rules,
+    groups_of,
     measure_quality,
     named_slots,
     probe_answers,
@@ -368,7 +368,7 @@ def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:
 
     def shares(group: str | None) -> dict[str, Figure]:
         config = PromptsConfig(file=Path("x.jsonl"), group=group)
-        groups = {prompt.id: belongs_to(prompt.id, prompt, config) for prompt in prompts}
+        groups = groups_of(prompts, config)
         reasons = {"half": {p.id: wrong.get(p.id, []) for p in prompts}, "all": {p.id: [] for p in prompts}}
         return VerifiedAnswers({}, reasons, {"verified": prompts}, groups).shares(prompts)
 
