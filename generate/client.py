@@ -203,7 +203,7 @@ def _filled(name: str, value: str) -> str:
 
 def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
     if is_private(url):
-        fix = "start the teacher with `make serve`, or set teacher.base_url to one that runs"
+        fix = "start the teacher with `make serve` and the same RECIPE, or set teacher.base_url to one that runs"
     else:
         key = "" if teacher.api_key() else f"; {teacher.api_key_env}, which holds its key, is not set either"
         fix = f"check teacher.base_url, the network and the proxy{key}"

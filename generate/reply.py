@@ -170,7 +170,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float:
     except ValueError:
         try:
             moment = parsedate_to_datetime(headers.get("retry-after", ""))
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0
         seconds = moment.timestamp() - (time() if now is None else now)
     return seconds if 0 < seconds < float("inf") else 0

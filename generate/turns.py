@@ -23,7 +23,7 @@ from generate.prompts import iter_prompts
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage, spent_in_all
 from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Completion, Message, Prompt, read_jsonl
+from pipeline.records import Completion, Message, Prompt, Request, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.user_config import UserConfig
 
@@ -53,6 +53,7 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
         yield asking(recipe.prompts, run), run
         return
     known_price(_as_user(recipe, user), "prompts.user.price")
+    _check_names(recipe)
 
     own = recipe.prompts
     prompts = own.model_copy(update={"user": None})
@@ -118,9 +119,18 @@ def _for_teacher(answers: RunDir, wanted: IdSet, said: dict[str, str]) -> Iterat
             yield replace(prompt, id=id_, messages=turns, part=None)
 
 
-def _conversation(row: Completion) -> str:
+def _conversation(row: Request) -> str:
     """Names the conversation: several samples of one prompt are several conversations."""
     return f"{row.prompt_id}.{row.sample}" if row.sample else row.prompt_id
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Raises DataError where two conversations would have one name: of a row `1.1`, and of the second sample of `1`."""
+    named: dict[str, str] = {}
+    for job in build_jobs(iter_prompts(recipe), recipe):
+        name, id_ = _conversation(job.request), job.request.prompt_id
+        if (other := named.setdefault(name, id_)) != id_:
+            raise DataError(f"the prompts {other!r} and {id_!r} would share the conversation {name!r}: rename one")
 
 
 def _ids(recipe: Recipe) -> IdSet:

@@ -282,6 +282,7 @@ def test_plain_progress_goes_to_stderr(
         ({"retry-after": "nan"}, 0),
         ({"retry-after": "soon"}, 0),
         ({}, 0),
+        ({"retry-after": "Fri, 31 Dec 99999999999999 23:59:59 GMT"}, 0),
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float) -> None:

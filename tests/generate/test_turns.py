@@ -17,7 +17,7 @@ from generate.run import agenerate, generate, pending
 from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
-from pipeline.recipe import Recipe
+from pipeline.recipe import PromptsConfig, Recipe
 from pipeline.records import Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.user_config import UserConfig
@@ -143,6 +143,23 @@ def test_each_sample_is_a_conversation_of_its_own(run: RunDir) -> None:
         recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"samples": 3})})
         assert generate(recipe, run, quiet=True).completed == 6
     assert len({row.prompt_id for row in completions(run)}) == 6
+
+
+def test_two_conversations_of_one_name_are_refused_before_anything_is_paid(run: RunDir, tmp_path: Path) -> None:
+    rows = [{"id": id_, "prompt": f"about {id_}"} for id_ in ("1", "1.1")]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        recipe = talk(teacher, user, 2, 1)
+
+        def sampled(samples: int) -> Recipe:
+            prompts = PromptsConfig(file=file, samples=samples, user=recipe.prompts.user)
+            return recipe.model_copy(update={"prompts": prompts})
+
+        with pytest.raises(DataError, match=r"the prompts '1' and '1\.1' would share the conversation '1\.1'"):
+            generate(sampled(2), run, quiet=True)
+        assert teacher.asked == []
+        assert generate(sampled(1), run, quiet=True).completed == 2
 
 
 def test_a_budget_is_for_all_passes_and_nothing_is_asked_twice(run: RunDir) -> None:
