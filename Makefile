@@ -5,8 +5,11 @@ PYTHON ?= python3
 export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 PY := .venv/bin/python
-COMMON := $(RECIPE) $(if $(RUN),--run $(RUN)) \
-  $(if $(TEACHER_URL),--teacher.base_url $(TEACHER_URL)) $(if $(TEACHER_MODEL),--teacher.model $(TEACHER_MODEL))
+# One word of the shell, whatever is in it; a `~/` in front still means the home folder.
+quoted = $(subst '''~/,~/','''$(subst ','\'',$(1))')
+COMMON := $(call quoted,$(RECIPE)) $(if $(RUN),--run $(call quoted,$(RUN))) \
+  $(if $(TEACHER_URL),--teacher.base_url $(call quoted,$(TEACHER_URL))) \
+  $(if $(TEACHER_MODEL),--teacher.model $(call quoted,$(TEACHER_MODEL)))
 
 BASE := .venv/.ready-base
 SERVE := .venv/.ready-serve
@@ -15,7 +18,7 @@ REVIEW := .venv/.ready-review
 DEV := .venv/.ready-dev
 COLLECT := .venv/.ready-collect
 NODES := $(if $(CLUSTER),.venv/.ready-ray)
-ON_CLUSTER := $(if $(CLUSTER),--cluster $(CLUSTER))
+ON_CLUSTER := $(if $(CLUSTER),--cluster $(call quoted,$(CLUSTER)))
 
 .PHONY: help demo setup wheelhouse serve generate filter review train evaluate report check-run chain experiment chat export push fetch nodes bench bench-endpoint test test-fast check clean
 
@@ -23,76 +26,76 @@ help:  ## this list, in the order of use
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
 
 demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine, small: no GPU, no model hub (10 to 20 minutes)
-	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(RUN)) $(ARGS)
+	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(call quoted,$(RUN))) $(value ARGS)
 
 setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that the targets below need, into .venv (each target also does its own part by itself); without network: WHEELHOUSE=folder
 	$(if $(WHEELHOUSE),@$(PYTHON) setup_venv.py wheelhouse)
 
 wheelhouse: $(COLLECT)  ## what `make setup` needs on a machine without network, in one folder (docs/airgapped.md)
-	@$(PY) setup_wheelhouse.py "$(or $(WHEELHOUSE),wheelhouse)" $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(ARGS)
+	@$(PY) setup_wheelhouse.py $(call quoted,$(or $(WHEELHOUSE),wheelhouse)) $(if $(PART),--part $(PART)) $(if $(EXCLUDE),--exclude $(EXCLUDE)) $(if $(MODELS),--model $(MODELS)) $(value ARGS)
 
 serve: $(SERVE) $(NODES)  ## the recipe's teacher behind an OpenAI-compatible endpoint (ARGS="any vLLM flags"); MODEL=student: what it taught; CLUSTER=auto: on every node
-	@exec $(PY) -m serve $(COMMON) $(ON_CLUSTER) $(if $(MODEL),--model $(MODEL)) $(if $(ARGS),--args='$(subst ','\'',$(ARGS))')
+	@exec $(PY) -m serve $(COMMON) $(ON_CLUSTER) $(if $(MODEL),--model $(call quoted,$(MODEL))) $(if $(value ARGS),--args='$(subst ','\'',$(value ARGS))')
 
 generate: $(BASE) $(NODES)  ## ask the teacher; answers to completions.jsonl (TEACHER_URL=… TEACHER_MODEL=…); CLUSTER=auto: on a Ray cluster
-	@exec $(PY) -m generate $(COMMON) $(ON_CLUSTER) $(ARGS)
+	@exec $(PY) -m generate $(COMMON) $(ON_CLUSTER) $(value ARGS)
 
 filter: $(BASE) $(NODES)  ## answers worth learning from to kept.jsonl, the others with their reasons to dropped.jsonl
-	@exec $(PY) -m filters $(COMMON) $(ON_CLUSTER) $(ARGS)
+	@exec $(PY) -m filters $(COMMON) $(ON_CLUSTER) $(value ARGS)
 
 review: $(REVIEW)  ## judge a blind sample yourself on a local page; shows how far the filters agree (ARGS="--sample 100")
-	@exec $(PY) -m filters.review $(COMMON) $(ARGS)
+	@exec $(PY) -m filters.review $(COMMON) $(value ARGS)
 
 train: $(TRAIN) $(NODES)  ## train the student on kept.jsonl; CLUSTER=auto: by all GPUs of a Ray cluster
-	@exec $(PY) -m train $(COMMON) $(ON_CLUSTER) $(ARGS)
+	@exec $(PY) -m train $(COMMON) $(ON_CLUSTER) $(value ARGS)
 
 evaluate: $(TRAIN) $(SERVE)  ## measure teacher, student before and student after: quality, speed, memory
-	@exec $(PY) -m evaluate $(COMMON) $(ARGS)
+	@exec $(PY) -m evaluate $(COMMON) $(value ARGS)
 
 report: $(TRAIN)  ## write report.html again from report.json
-	@exec $(PY) -m evaluate $(COMMON) --report-only $(ARGS)
+	@exec $(PY) -m evaluate $(COMMON) --report-only $(value ARGS)
 
 check-run: $(BASE)  ## hold a run, at any stage, against the checklist of a good run (ARGS=--strict: unknown points fail too)
-	@exec $(PY) -m evaluate.report.checklist $(COMMON) $(ARGS)
+	@exec $(PY) -m evaluate.report.checklist $(COMMON) $(value ARGS)
 
 chain: $(TRAIN) $(SERVE)  ## all stages of one recipe in turn: serve, generate, filter, train, evaluate
-	@exec $(PY) -m chain $(COMMON) $(ARGS)
+	@exec $(PY) -m chain $(COMMON) $(value ARGS)
 
 experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|seeds (docs/experiments.md)
-	@exec $(PY) -m experiments $(EXP) $(COMMON) $(ARGS)
+	@exec $(PY) -m experiments $(EXP) $(COMMON) $(value ARGS)
 
 chat: $(TRAIN) $(SERVE) $(REVIEW)  ## talk to teacher, student before and student after on a local page, or in the terminal (ARGS=--terminal)
-	@exec $(PY) -m chat $(COMMON) $(ARGS)
+	@exec $(PY) -m chat $(COMMON) $(value ARGS)
 
 export: $(TRAIN)  ## the student with its card, into export/ (ARGS="--merged --dataset", or "--gguf q8_0" for llama.cpp and Ollama)
-	@exec $(PY) -m train.publish.export $(COMMON) $(ARGS)
+	@exec $(PY) -m train.publish.export $(COMMON) $(value ARGS)
 
 push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, HF_TOKEN in the environment (ARGS="--merged --dataset")
-	@exec $(PY) -m train.publish.export $(COMMON) --push "$(REPO)" $(ARGS)
+	@exec $(PY) -m train.publish.export $(COMMON) --push $(call quoted,$(REPO)) $(value ARGS)
 
 nodes: $(BASE)  ## a generation on a cluster, worker by worker: RUN=folder or s3://bucket/path (ARGS=--follow)
-	@exec $(PY) -m scale.nodes $(RECIPE) $(if $(RUN),--run $(RUN)) $(ARGS)
+	@exec $(PY) -m scale.nodes $(call quoted,$(RECIPE)) $(if $(RUN),--run $(call quoted,$(RUN))) $(value ARGS)
 
 fetch: $(BASE)  ## bring a run home from object storage: RUN=s3://bucket/path (TO=folder)
-	@exec $(PY) -m scale.fetch "$(RUN)" $(TO)
+	@exec $(PY) -m scale.fetch $(call quoted,$(RUN)) $(if $(TO),$(call quoted,$(TO)))
 
 bench: $(TRAIN) $(SERVE)  ## throughput of generation on this machine, against its limits (half an hour; docs/benchmarks.md)
 	@$(PY) -m benchmarks.client && $(PY) -m benchmarks.simulated && $(PY) -m benchmarks.saturation && $(PY) -m benchmarks.chapter
 
 bench-endpoint: $(BASE)  ## the recipe's endpoint at rising concurrency: tokens/s, time to first token, latency
-	@exec $(PY) -m benchmarks.endpoint $(COMMON) $(ARGS)
+	@exec $(PY) -m benchmarks.endpoint $(COMMON) $(value ARGS)
 
 test: $(TRAIN) $(SERVE) $(DEV)  ## all tests; the slow ones run a real server and train a real student (about 20 minutes)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(value ARGS)
 
 test-fast: $(TRAIN) $(DEV)  ## the tests that need no real server or model
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -m "not slow" $(value ARGS)
 
 check: $(TRAIN) $(SERVE) $(DEV)  ## lint, format, types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 clean:  ## remove .venv and caches; never a run
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
 .venv/.ready-%: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "set-up failed: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=…" >&2; exit 1; }

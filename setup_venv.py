@@ -17,6 +17,7 @@ import sys
 ROOT = os.path.dirname(os.path.abspath(__file__))
 VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
+LOCK = os.path.join(ROOT, ".venv.lock")  # beside .venv, which may have to be made first
 LOG = os.path.join(VENV, "setup.log")
 NEEDED_PYTHON = (3, 11)
 
@@ -57,9 +58,9 @@ def main():
             )
         )
     asked = sys.argv[1]
-    make_venv()
-    with open(os.path.join(VENV, ".setup.lock"), "w") as lock:
+    with open(LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits
+        make_venv()
         if asked == "wheelhouse":
             groups = install_wheelhouse(os.environ.get("WHEELHOUSE", ""))
         else:

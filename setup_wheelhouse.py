@@ -172,6 +172,8 @@ def main() -> None:
     options = parser.parse_args()
     options.folder, options.python = options.folder.expanduser().resolve(), minor(options.python)
     try:
+        if not options.dry_run:
+            check_clone()
         wanted = resolved(options)
         if options.dry_run:
             print("\n".join(wanted))
@@ -179,6 +181,21 @@ def main() -> None:
             collect(options, wanted)
     except WheelhouseError as error:
         sys.exit(f"wheelhouse failed: {error}")
+
+
+def check_clone() -> None:
+    """Raises WheelhouseError unless this is a clone with its whole history: another one's bundle cannot be cloned."""
+    command = ["git", "rev-parse", "--is-shallow-repository", "--show-toplevel"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise WheelhouseError("git is not installed; the wheelhouse gets a bundle of this repository") from None
+    shallow, _, top = done.stdout.strip().partition("\n")
+    if done.returncode or Path(top) != ROOT:
+        reason = done.stderr.strip() or f"the repository is {top}"
+        raise WheelhouseError(f"{ROOT} is no clone ({reason}); run this in a `git clone` of the repository")
+    if shallow == "true":
+        raise WheelhouseError(f"{ROOT} is a shallow clone; fetch its history first: git fetch --unshallow")
 
 
 def part_size(text: str) -> int:

@@ -9,14 +9,16 @@ import json
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.http_server import MODEL, running
 from benchmarks.measure import Measured, flags, measured, question, show
 
 
 def main() -> None:
-    options = flags(__doc__, requests=4000, in_flight="64,512", runs=3, delay_ms=50.0, clients=",".join(CLIENTS))
+    options = flags(
+        __doc__, requests=4000, in_flight="64,512", runs=3, delay_ms=50.0, clients="ours,openai,openai+aiohttp,bare"
+    )
     with running("benchmarks.stub", "--delay-ms", options.delay_ms) as url:
         for in_flight in map(int, options.in_flight.split(",")):
             figures = compare(url, options.clients.split(","), options.requests, in_flight, options.runs)
@@ -52,7 +54,7 @@ def body(number: int) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, **sampling}
 
 
-def ours(url: str, requests: int, in_flight: int) -> float:
+def ours(url: str, requests: int, in_flight: int | Literal["auto"]) -> float:
     """`generate` with everything on: ids, journals, fsync, limits and budget. Returns the seconds of the requests."""
     from benchmarks.runs import fresh, run_quietly
 
@@ -63,6 +65,11 @@ def ours(url: str, requests: int, in_flight: int) -> float:
         summary = run_quietly(recipe, run)
         assert summary.answered == requests, summary
         return summary.wall_s
+
+
+def ours_auto(url: str, requests: int, _in_flight: int) -> float:
+    """The same, and it finds by itself how many to have in flight; the stub shows no queue."""
+    return ours(url, requests, "auto")
 
 
 def bare(url: str, requests: int, in_flight: int) -> float:
@@ -123,6 +130,7 @@ async def _openai(url: str, requests: int, in_flight: int, transport: Callable[[
 
 CLIENTS: dict[str, Callable[[str, int, int], float]] = {
     "ours": ours,
+    "auto": ours_auto,
     "openai": openai_default,
     "openai+aiohttp": openai_aiohttp,
     "bare": bare,

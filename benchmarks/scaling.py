@@ -73,7 +73,7 @@ def once(way: str, nodes: int, options: Namespace) -> dict[str, float]:
         ends, cut = sorted(answer_ends(run)), requests // 10
         steady_s, answers = steady_seconds(ends, cut), requests - 2 * cut
         figures = {
-            "full slots, answers/s": requests / max(ideal),
+            "full slots, answers/s": answers / steady_seconds(ideal, cut),
             "answers/s": answers / steady_s,
             "R whole": max(ideal) / summary.wall_s,
             "R steady": steady_seconds(ideal, cut) / steady_s,

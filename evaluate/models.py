@@ -101,6 +101,9 @@ def _other(key: str, reference: str) -> Subject:
         base = json.loads(config.read_bytes())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{config}: it names no base model ({error}); train that student again") from None
+    made = RunDir(folder.parent).student_init
+    if Path(base).name == made.name and made.is_dir():  # the adapter says where it was then
+        base = str(made)
     return Subject(key, label, reference, model_folder(base), folder)
 
 

@@ -41,6 +41,10 @@ def main() -> None:
         "--cluster-store", metavar="URL", help="a folder that all nodes see, or s3:// or gs:// (default: the run's)"
     )
     recipe, run, options = parse_stage(parser)
+    if options.cluster_store and not options.cluster:
+        raise UsageError(
+            f"--cluster-store {options.cluster_store} is for a cluster: add --cluster auto, or leave it out"
+        )
     if recipe.sampling.logprobs is not None:
         _refuse_store(run, f"sampling.logprobs is {recipe.sampling.logprobs}", "leave the key out")
     if recipe.generate.mode == "batch":

@@ -6,6 +6,7 @@ generate.online, generate.workers or generate.batch; files that survive a kill a
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -127,8 +128,12 @@ async def agenerate(
 def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> tuple[Recipe, RunDir]:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
-    if not isinstance(run, RunDir):
-        run = RunDir(Path(run) if run is not None else Path("runs") / recipe.name)
+    if isinstance(run, RunDir):
+        return recipe, run
+    if re.match("[a-z0-9]+:/", str(run)):
+        why = "a folder is wanted here; for a run in a store call `python -m generate RECIPE --run"
+        raise UsageError(f"{run}: {why} {run}`")
+    run = RunDir(Path(run) if run is not None else Path("runs") / recipe.name)
     return recipe, run
 
 

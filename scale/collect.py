@@ -38,6 +38,7 @@ class Collector:
         before: State | None = _decoded(store.get(STATE), State, f"{store.url}/{STATE}")
         self.state = before or State()
         self._unsaved = _answers_since(run.completions.path, before.journal_bytes) if before else IdSet()
+        self._counted = IdSet()  # of these, each once: a part may be there twice
         self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended writers
         self._collecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
@@ -98,7 +99,7 @@ class Collector:
         self._run.show()
 
     def _take_answer(self, name: str, answer: Completion) -> None:
-        recorded = _key(answer) in self._unsaved
+        recorded = _key(answer) in self._unsaved and self._counted.add(_key(answer))
         first = self.leases.answered(name, answer.id, self._cost(answer), recorded=recorded)
         if first:
             self._run.record_answers((answer, None))

@@ -20,12 +20,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("url", help="s3://bucket/path, gs://bucket/path or file:///folder")
     parser.add_argument("folder", type=Path, nargs="?", help="where to (default: runs/<last part of the URL>)")
     options = parser.parse_args(argv)
-    folder = options.folder or Path("runs") / options.url.rstrip("/").rpartition("/")[2]
-    if folder.exists() and any(folder.iterdir()) and not (folder / STATE).exists():
-        raise UsageError(f"{folder}: holds another run; name an empty folder after the URL")
     store = open_store(options.url)
     if not store.names():
         raise UsageError(f"{options.url}: there is nothing")
+    folder = options.folder or Path("runs") / options.url.rstrip("/").rpartition("/")[2]
+    if folder.exists() and any(folder.iterdir()) and not (folder / STATE).exists():
+        raise UsageError(f"{folder}: holds another run; name an empty folder after the URL")
     with RunDir(folder).locked(new=True):
         state = State.read(folder)
         if state.source not in ("", store.url):

@@ -7,6 +7,7 @@ that was thought dead may have put a row that another was asked for again.
 """
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from time import monotonic
 import msgspec
 
 from generate.idset import IdSet
-from pipeline.errors import DataError
+from pipeline.errors import DataError, DistillError
 from pipeline.rundir import replacing
 from scale.storage import Store
 
@@ -33,8 +34,14 @@ _decoder = msgspec.json.Decoder(_Row)
 
 
 def row_key(line: bytes, kind: str) -> str:
-    """What makes a row the same as another: its id; of failures also the time, for a request may fail again."""
-    row = _decoder.decode(line)
+    """What makes a row the same as another: its id; of failures also the time, for a request may fail again.
+
+    Raises DataError.
+    """
+    try:
+        row = _decoder.decode(line)
+    except msgspec.DecodeError as error:
+        raise DataError(f"no row of {kind}: {error}: {line[:80]!r}") from None
     return f"{row.id} {row.created}" if kind.endswith("failures") else row.id
 
 
@@ -53,7 +60,7 @@ def read_part(store: Store, name: str) -> list[bytes]:
     data = store.get(name)
     try:
         return gzip.decompress(data).splitlines(keepends=True) if data else []
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{store.url}/{name}: not a part: {error}") from None
 
 
@@ -91,7 +98,9 @@ class Uploader:
         put = 0
         while self._follow() and (len(self._waiting) >= ROWS or rest or monotonic() - self._since >= SECONDS):
             data = gzip.compress(b"".join(self._waiting), compresslevel=1, mtime=0)
-            while not self._store.put_new(part_name(self._kind, self._owner, self._number), data):
+            while not self._store.put_new(name := part_name(self._kind, self._owner, self._number), data):
+                if self._store.get(name) is None:  # S3 also says no to one of two writes at once: a gap ends readers
+                    raise DistillError(f"{self._store.url}/{name}: refused, and not there")
                 self._number += 1  # put by an earlier call that did not hear of it; readers drop what repeats
             self._number += 1
             put += len(self._waiting)

@@ -93,8 +93,11 @@ class Lease:
 
 
 def check_lease(store: Store, name: str) -> None:
-    """Raises TakenOver if another machine has the run now, under a lease after this one."""
-    if store.names("lease")[-1] != name:
+    """Raises TakenOver if another machine has the run now, under a lease after this one; DistillError without any."""
+    leases = store.names("lease")
+    if not leases:
+        raise DistillError(f"{store.url}: the run has been removed from there")
+    if leases[-1] != name:
         raise TakenOver(f"{store.url}: another machine has taken this run over; its answers are safe there")
 
 

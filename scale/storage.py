@@ -42,8 +42,8 @@ class Store(Protocol):
     def get(self, name: str) -> bytes | None:
         """An object's content; None if there is none of this name."""
 
-    def download(self, name: str, path: Path) -> None:
-        """Writes an object's content to a local file, whatever its size."""
+    def download(self, name: str, path: Path) -> bool:
+        """Writes an object's content to a local file, whatever its size; False if there is none of this name."""
 
     def names(self, folder: str = "") -> list[str]:
         """The names of all objects under a folder (of names, such as `parts/completions`), sorted."""
@@ -63,6 +63,8 @@ def open_store(url: str | Path) -> Store:
     if parts.scheme in CLOUDS:
         if not parts.netloc or not parts.path.strip("/"):
             raise UsageError(f"{url}: a bucket and a path are needed: {parts.scheme}://bucket/path")
+        if parts.query or parts.fragment:
+            raise UsageError(f"{url}: a path cannot have ? or # in it")
         store: Store = Bucket(str(url).rstrip("/"))
     elif parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
@@ -101,9 +103,12 @@ class Folder:
             except FileNotFoundError:
                 return None
 
-    def download(self, name: str, path: Path) -> None:
+    def download(self, name: str, path: Path) -> bool:
         with self._explained(name):
+            if not (self._path / name).is_file():
+                return False
             shutil.copyfile(self._path / name, path)
+        return True
 
     def names(self, folder: str = "") -> list[str]:
         with self._explained(folder):
@@ -150,12 +155,17 @@ class Bucket:
             from obstore import exceptions, store
         except ImportError:
             raise UsageError(f"{url}: needs the package obstore; run `pip install -e .[storage]`") from None
-        self.url, self._errors = url, exceptions
-        self._store: Any = store.from_url(
-            url,
-            client_options={"allow_http": cloud_endpoint().startswith("http://")},
-            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
-        )
+        self.url, self._errors, endpoint = url, exceptions, cloud_endpoint()
+        if endpoint and not re.match("https?://", endpoint):
+            raise UsageError(f"AWS_ENDPOINT_URL is {endpoint}; begin it with http:// or https://")
+        try:
+            self._store: Any = store.from_url(
+                url,
+                client_options={"allow_http": endpoint.startswith("http://")},
+                retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
+            )
+        except (exceptions.BaseError, ValueError) as error:
+            raise UsageError(f"{url}: no URL of a bucket and a path: {first_line(str(error))}") from None
 
     def put_new(self, name: str, data: bytes) -> bool:
         with self._explained(name):
@@ -176,10 +186,16 @@ class Bucket:
             except FileNotFoundError:
                 return None
 
-    def download(self, name: str, path: Path) -> None:
-        with self._explained(name), path.open("wb") as file:
-            for some in self._store.get(name).stream():
-                file.write(some)
+    def download(self, name: str, path: Path) -> bool:
+        with self._explained(name):
+            try:
+                found = self._store.get(name)
+            except FileNotFoundError:
+                return False
+            with path.open("wb") as file:
+                for some in found.stream():
+                    file.write(some)
+        return True
 
     def names(self, folder: str = "") -> list[str]:
         with self._explained(folder):

@@ -18,7 +18,7 @@ import msgspec
 
 from generate.idset import IdSet
 from generate.journal import Journal
-from pipeline.errors import UsageError
+from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, Failure
 from pipeline.rundir import RunDir, replacing
 from scale.parts import Uploader, compact, part_names, read_parts, row_key
@@ -36,6 +36,7 @@ TRAIN_WRITES = (  # files and folders
     *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl", "teacher_logprobs.jsonl"),
     *("student-init", "student", "student-sft", "training", "tensorboard"),
 )
+REMOVABLE = ("training", "review_sample.json", "reviews.jsonl", "judgements.jsonl")
 STUDENTS = ("student-init", "student")  # what `serve` reads of a run
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
@@ -98,8 +99,11 @@ class Mirror:
         self.unstored: dict[str, int] = {}  # by kind: rows that only this machine had at the last upload
 
     def fetch(self, *, keep: bool = False) -> None:
-        """Brings what the store has: rows that the journals lack, and files. `keep`: local files are the newer ones."""
-        kinds, names = set(), self._store.names()
+        """Brings what the store has: rows that the journals lack, and files.
+
+        `keep`: local files are the newer ones, and what a user may remove was removed if it was here and is gone.
+        """
+        kinds, names, whole = set(), self._store.names(), True
         if not keep:
             self._remove(self._outdated(names))
         for name in names:
@@ -108,15 +112,20 @@ class Mirror:
                 kinds.add(str(path.relative_to("parts").parent))
             elif path.name in JOURNALS:
                 kinds.add(str(path.with_suffix("")))
-            elif _is_file(name) and not (keep and (self._folder / name).exists()):
-                self._download(name)
+            elif _is_file(name) and not (keep and (self._is_removed(name) or (self._folder / name).exists())):
+                whole &= self._download(name)
+        if not whole and not keep:  # a training elsewhere has put a checkpoint in place of another
+            now = self._store.names()
+            self._remove(self._outdated(now))
+            self.fetch_files(filter(_is_file, {*now} - {*names}))
         for kind in sorted(kinds):
             self._merge(kind)
 
     def fetch_files(self, names: Iterable[str]) -> None:
-        """Brings these files as the store has them."""
+        """Brings these files as the store has them. Raises DistillError if one is gone."""
         for name in names:
-            self._download(name)
+            if not self._download(name):
+                raise DistillError(f"{self._store.url}/{name}: was removed just now; run the same command again")
 
     def fetch_trained(self) -> None:
         """Brings what `train` has written elsewhere, in place of what is here."""
@@ -164,6 +173,7 @@ class Mirror:
 
         What makes a checkpoint whole is put last, and removed first.
         """
+        before = dict(self._state.files)
         with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
             names = [name.relative_to(self._folder).as_posix() for name in self._folder.glob("training/fingerprint")]
             for state in sorted(self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")):
@@ -173,6 +183,8 @@ class Mirror:
             self._put(names)
             gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
             self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
+        if self._state.files != before:
+            self._state.save(self._folder)
 
     def compact(self, check: Callable[[], None] = lambda: None) -> None:
         """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded.
@@ -191,13 +203,20 @@ class Mirror:
                 check()
                 self._store.delete(name)
 
-    def _download(self, name: str) -> None:
+    def _is_removed(self, name: str) -> bool:
+        """Whether the user has removed a file of the store, to begin anew what it belongs to."""
+        return _first(name) in REMOVABLE and name in self._state.files and not (self._folder / name).exists()
+
+    def _download(self, name: str) -> bool:
+        """Brings a file; False if it is gone."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = path.with_name(path.name + ".tmp")
-        self._store.download(name, loading)
+        if not self._store.download(name, loading):
+            return False
         loading.replace(path)
         self._state.files[name] = _stamp(path)
+        return True
 
     def _remove(self, names: Iterable[str]) -> None:
         """Removes here what the store no longer has."""
@@ -226,15 +245,20 @@ class Mirror:
                     file.write(line)
 
     def _rows(self, kind: str, stored: IdSet) -> Iterator[bytes]:
-        """The store's rows, each once: the compacted ones, then those of the parts."""
-        parts = part_names(self._store, kind)  # listed first: a part is removed when its rows are compacted
+        """The store's rows, each once: the compacted ones, then those of the parts.
+
+        A part is removed when its rows are compacted: if one has gone meanwhile, all is read once more.
+        """
         compacted = self._folder / f".{kind.replace('/', '-')}.stored"
-        if f"{kind}.jsonl" in self._store.names(str(PurePosixPath(kind).parent).removeprefix(".")):
-            self._store.download(f"{kind}.jsonl", compacted)
-            with compacted.open("rb") as file:
-                yield from (line for line in filter(bytes.strip, file) if stored.add(row_key(line, kind)))
-            compacted.unlink()
-        yield from read_parts(self._store, kind, known=stored, names=parts)
+        while True:
+            parts = part_names(self._store, kind)
+            if self._store.download(f"{kind}.jsonl", compacted):
+                with compacted.open("rb") as file:
+                    yield from (line for line in filter(bytes.strip, file) if stored.add(row_key(line, kind)))
+                compacted.unlink()
+            yield from read_parts(self._store, kind, known=stored, names=parts)
+            if {*parts} <= {*part_names(self._store, kind)}:
+                break
         self._read.update(parts)
 
     def _put(self, names: Iterable[str], check: Callable[[], None] = lambda: None) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
-from serve.command import Command, build_command, merge_args, port_number
+from serve.command import Command, build_command, for_other_models, merge_args, port_number
 from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 
 
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         _on_cluster(recipe, run, options)
     name, host, port = address_of(recipe, options.model)
     port = options.port or port
-    config = _with_args(recipe.serve, options.args)
+    teacher = options.model in (TEACHER, recipe.teacher.model)
+    config = _with_args(recipe.serve if teacher else for_other_models(recipe.serve), options.args)
     model = reference_of(recipe, run, options.model)
     if options.print:
         print(command_to_show(model, name, host, port, config).shell())

@@ -7,17 +7,19 @@ Pure: reads nothing and starts nothing. On a GPU vLLM's own defaults stay. On a 
     processes two in place of three on few cores: they import vLLM one after the other, a third of the wait each
     KV cache  room for 64 Ki tokens, or what the memory leaves; vLLM's default takes most of the memory
     eager     compiling costs minutes at every start and gains nothing at the sizes that a CPU can serve
-    context   at most 8192 tokens
+    context   at most 8192 tokens; always given, because vLLM's own may be longer than a step (scaled positions)
     prefill   whole, not in chunks: a chunk of a seeded request ends the engine ("CPU Generator does not use offset")
 
-A flag or variable that the user gives always wins, and then appears once.
+A flag or variable that the user gives always wins, and then appears once. Only `--max-model-len auto` is taken on a CPU
+as if it were not given.
 """
 
+import json
 import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,6 +46,9 @@ ALIASES = {
     "-pp": "--pipeline-parallel-size",
     "-dp": "--data-parallel-size",
     "-cc": "--compilation-config",
+    "-q": "--quantization",
+    "-sc": "--speculative-config",
+    "-ep": "--enable-expert-parallel",
     "-O": "--optimization-level",
     "--device-memory-utilization": "--gpu-memory-utilization",
 }
@@ -57,6 +62,30 @@ REPLACES = {
 }
 SHARDS = ("--tensor-parallel-size", "--pipeline-parallel-size")
 RANKS = (*SHARDS, "--data-parallel-size")
+# With these flags the size of what a GPU loads does not follow from the size of the files.
+RESIZES = (
+    "--quantization",
+    "--quantization-config",
+    "--cpu-offload-gb",
+    "--offload-group-size",
+    "--load-format",
+    "--enable-expert-parallel",  # data-parallel ranks share the experts
+)
+# Flags that describe one model or one address: the teacher's. Flags for tools are not among them: without those vLLM
+# refuses requests with tools, and a student is asked such requests if its teacher is.
+DESCRIBES = (
+    "--host", "--port", "--uds", "--served-model-name",
+    "--max-model-len", "--hf-overrides", "--hf-config-path", "--config-format",
+    "--model-impl", "--model-class-overrides",
+    "--revision", "--code-revision", "--tokenizer", "--tokenizer-mode", "--tokenizer-revision",
+    "--chat-template", "--chat-template-content-format", "--default-chat-template-kwargs",
+    "--reasoning-parser", "--reasoning-parser-plugin", "--reasoning-config",
+    "--generation-config", "--override-generation-config",
+    "--quantization", "--quantization-config", "--load-format", "--model-loader-extra-config", "--ignore-patterns",
+    "--speculative-config", "--spec-method", "--spec-model", "--spec-tokens",
+    "--enable-lora", "--lora-modules", "--default-mm-loras", "--enable-expert-parallel", "--enable-eplb",
+)  # fmt: skip
+AUTO_CONTEXT = ("auto", "-1")  # vLLM's words for: as long as the memory allows
 OURS = {
     "--model": "use --model of `python -m serve`, or teacher.model",
     "--api-key": "set VLLM_API_KEY in the environment, which no log shows",
@@ -109,30 +138,31 @@ def build_command(
     `environ` is the environment that the server inherits; a variable that it has stays as it is. Raises UsageError if
     serve.args holds a flag that the user may not set, or a folder has no weights that vLLM is to load.
     """
-    user = _values(config.args)
-    if wrong := next((name for name in OURS if name in user), None):
-        raise UsageError(f"serve.args: {wrong} cannot be given here; {OURS[wrong]}")
+    args, device = _checked(config.args), choose_device(config, machine)
+    if device == "cpu" and _values(args).get("--max-model-len") in AUTO_CONTEXT:
+        args = _without(args, {"--max-model-len"})
+    user = _values(args)
     if Path(model).is_dir() and facts.weight_bytes is None and user.get("--load-format") != "dummy":
         raise UsageError(f"model {model}: no *.safetensors in the folder; is it an adapter, or a broken copy?")
-    device = choose_device(config, machine)
     dtype = loaded_dtype(config, machine)
-    memory = facts.weight_bytes_as(dtype if dtype in DTYPE_BYTES else None)
+    memory = facts.weight_bytes_as(_in_memory(dtype, facts, device))
     flags = ["--model", model, "--served-model-name", served_name, "--host", host, "--port", str(port)]
     flags += ["--generation-config", "vllm"]  # the model's own would fill in sampling values that nobody asked for
     flags += ["--disable-uvicorn-access-log"]  # it writes a line per request
     flags += ["--dtype", dtype] if dtype else []
     if device == "cpu":
         context = _cpu_context(facts, user)
-        needed, wanted = _kv_cache(config, facts, machine, dtype, context, memory)
-        flags += ["--max-model-len", str(CPU_CONTEXT)] if (facts.max_positions or 0) > CPU_CONTEXT else []
-        flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK)]
-        flags += ["--max-num-batched-tokens", str(max(context, CPU_BATCH))]
+        longest = context or CPU_CONTEXT
+        needed, wanted = _kv_cache(config, facts, machine, dtype, longest, memory)
+        flags += ["--max-model-len", str(longest)] if facts.max_positions else []
+        flags += ["--enforce-eager", *(["--no-enable-chunked-prefill"] if context else [])]
+        flags += ["--block-size", str(CPU_BLOCK), "--max-num-batched-tokens", str(max(longest, CPU_BATCH))]
         if "VLLM_CPU_KVCACHE_SPACE" not in environ:  # if it is set, vLLM ignores the flag
             flags += ["--kv-cache-memory-bytes", str(wanted)]
         memory = None if memory is None else memory + PROCESSES + needed
     elif memory is not None:
-        memory //= ranks(config, SHARDS)
-    arguments = merge_args(flags, config.args)
+        memory = None if user.keys() & RESIZES else memory // ranks(config, SHARDS)
+    arguments = merge_args(flags, args)
     final = _values(arguments)
     return Command(
         argv=(sys.executable, "-m", MODULE, *arguments),
@@ -170,14 +200,59 @@ def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     """Both lists of vLLM flags, without the earlier flags that a later one overrides."""
     given = {*_values(later)}
     given |= {REPLACES[name] for name in given if name in REPLACES}
-    kept = [part for group in _groups(earlier) if _name(group[0]) not in given for part in group]
-    return [*kept, *later]
+    return [*_without(earlier, given), *later]
 
 
-def _cpu_context(facts: ModelFacts, user: Mapping[str, str]) -> int:
-    """Tokens of context on a CPU: what the user says, else the model's own, at most CPU_CONTEXT."""
-    given = user.get("--max-model-len", "")
-    return int(given) if given.isdigit() else min(facts.max_positions or CPU_CONTEXT, CPU_CONTEXT)
+def for_other_models(config: ServeConfig) -> ServeConfig:
+    """The teacher's settings for another model: without the flags that describe the teacher or its address.
+
+    If the teacher's context was cut to fit into the memory, the other model's is as long as the memory allows.
+    """
+    cut = "--max-model-len" in _values(config.args)
+    args = [*_without(config.args, DESCRIBES), *(["--max-model-len", "auto"] if cut else [])]
+    return config.model_copy(update={"args": args})
+
+
+def _without(arguments: Sequence[str], names: Collection[str]) -> list[str]:
+    """The flags, with their values, that have none of these names."""
+    return [part for group in _groups(arguments) if _name(group[0]) not in names for part in group]
+
+
+def _checked(arguments: Sequence[str]) -> Sequence[str]:
+    """The user's flags. Raises UsageError for one that vLLM cannot read, or that is not the user's to set."""
+    if joined := next((item for item in arguments if re.match(r"-[^=\s]*\s", item)), None):
+        words = json.dumps(joined.split(maxsplit=1))
+        raise UsageError(f"serve.args: {joined!r} is one item; a flag and its value are two: {words}")
+    if wrong := next((name for name in OURS if name in _values(arguments)), None):
+        raise UsageError(f"serve.args: {wrong} cannot be given here; {OURS[wrong]}")
+    return arguments
+
+
+def _in_memory(dtype: str | None, facts: ModelFacts, device: Device) -> str | None:
+    """The dtype of the weights in memory; None: as stored. Of itself vLLM loads float32 in 16 bits on a GPU."""
+    if dtype is None and device == "gpu" and facts.dtype == "float32":
+        return "bfloat16"
+    return dtype if dtype in DTYPE_BYTES else None
+
+
+def _cpu_context(facts: ModelFacts, user: Mapping[str, str]) -> int | None:
+    """Tokens of context on a CPU: what the user says, else the model's own, at most CPU_CONTEXT and the user's batch.
+
+    None if the user says something that cannot be read.
+    """
+    if "--max-model-len" in user:
+        return _tokens(user["--max-model-len"])
+    batch = None if "--enable-chunked-prefill" in user else _tokens(user.get("--max-num-batched-tokens", ""))
+    return min(facts.max_positions or CPU_CONTEXT, CPU_CONTEXT, batch or CPU_CONTEXT)
+
+
+def _tokens(text: str) -> int | None:
+    """A number as vLLM reads it: 16384, 16k (thousands), 16K (1024 each), 1.5k; None if it is none."""
+    found = re.fullmatch(r"(\d+)(\.\d+)?([kKmMgGtT]?)", text.strip())
+    if not found or (found[2] and not found[3].islower()):
+        return None
+    step = 1000 if found[3].islower() else 1024
+    return int(float(found[1] + (found[2] or "")) * step ** " kmgt".index(found[3].lower() or " "))
 
 
 def _kv_cache(

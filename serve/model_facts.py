@@ -16,13 +16,19 @@ from pipeline.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")  # vLLM loads the first kind that exists
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The names that vLLM knows for the context; if there are several, it takes the smallest.
+POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """None where something is not known."""
 
-    local: bool = False  # a folder: nothing must be fetched
+    local: bool = False  # a folder with all of the model: nothing must be fetched
     weight_bytes: int | None = None  # as stored
     dtype: str | None = None  # as stored: float32, bfloat16, float16; None for a quantised model
     max_positions: int | None = None  # tokens of context the model was made for
@@ -52,7 +58,7 @@ def facts_of(config: Mapping[str, Any], sizes: Mapping[str, int]) -> ModelFacts:
     return ModelFacts(
         weight_bytes=weights,
         dtype=stored if stored in DTYPE_BYTES and not config.get("quantization_config") else None,
-        max_positions=_number(text, "max_position_embeddings"),
+        max_positions=min((tokens for key in POSITIONS if (tokens := _number(text, key))), default=None),
         kv_values_per_token=_kv_values(text),
     )
 
@@ -73,7 +79,10 @@ def _number(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def _total(sizes: Mapping[str, int], suffix: str) -> int:
-    return sum(size for name, size in sizes.items() if name.endswith(suffix) and "/" not in name)
+    found = {name: size for name, size in sizes.items() if name.endswith(suffix) and "/" not in name}
+    # Mistral's repositories hold the weights twice, the second time in these; vLLM loads them once.
+    once = [size for name, size in found.items() if not name.startswith("consolidated")]
+    return sum(once or found.values())
 
 
 def _from_folder(folder: Path) -> ModelFacts:
@@ -86,6 +95,15 @@ def _from_folder(folder: Path) -> ModelFacts:
     return replace(facts, local=True)
 
 
+def _is_complete(folder: Path) -> bool:
+    """Whether all weights are there. A download that was interrupted leaves some of the files, or no index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return (folder / WEIGHTS).is_file()
+    names = json.loads(index.read_bytes())["weight_map"].values()
+    return all((folder / name).is_file() for name in set(names))
+
+
 def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
     import httpx2  # huggingface_hub sends its requests with it and lets its errors through
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -93,7 +111,7 @@ def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
 
     try:
         cached = try_to_load_from_cache(model, "config.json")
-        if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
+        if isinstance(cached, str) and _is_complete(Path(cached).parent):
             return _from_folder(Path(cached).parent)
         if not ask_hub:
             return ModelFacts()
@@ -104,7 +122,7 @@ def _from_hub(model: str, *, ask_hub: bool) -> ModelFacts:
     except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"model {model}: not in the Hub cache, and the Hub did not give it ({type(error).__name__}: {reason}); "
+            f"model {model}: not all in the Hub cache, and the Hub did not give it ({type(error).__name__}: {reason}); "
             "check the name, the network, and HF_TOKEN for a gated model"
         ) from None
     return facts_of(config, {file.rfilename: file.size or 0 for file in files})

@@ -1,5 +1,6 @@
 """The set-up's errors: one line that names the cause, and no stamp left behind."""
 
+import fcntl
 import platform
 import runpy
 import shutil
@@ -46,6 +47,28 @@ def test_no_network_is_one_line_and_leaves_no_stamp(clone: Path, monkeypatch: py
     assert done.returncode
     assert "set-up failed: no network, or no package index reachable" in done.stderr
     assert not list(clone.glob(".venv/.ready-*"))
+
+
+def test_the_virtual_environment_is_made_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two `make` on a fresh clone at once: the second waits, and finds it made."""
+    lock, made = tmp_path / ".venv.lock", []
+
+    def make_venv() -> None:
+        with lock.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.append(lock)
+
+    changed = {"LOCK": str(lock), "VENV": str(tmp_path), "make_venv": make_venv, "install": lambda group: None}
+    for name, value in changed.items():
+        monkeypatch.setitem(setup_venv["main"].__globals__, name, value)
+    monkeypatch.setattr(sys, "argv", ["setup_venv.py", "base"])
+    setup_venv["main"]()
+    assert made == [lock]
+
+
+def test_git_ignores_the_lock() -> None:
+    lock = Path(setup_venv["LOCK"]).name
+    assert lock in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize(

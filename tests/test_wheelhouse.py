@@ -165,6 +165,36 @@ def test_a_mistyped_model_leaves_the_wheelhouse_that_was_there(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("kind", "said"),
+    [("shallow", r"is a shallow clone; fetch its history first: git fetch --unshallow$"), ("copy", "is no clone ")],
+)
+def test_what_cannot_be_bundled_is_said_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, said: str
+) -> None:
+    whole, here = tmp_path / "whole", tmp_path / kind
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(whole)]
+    subprocess.run(["git", "init", "-q", str(whole)], check=True)
+    for _ in range(2):
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
+    if kind == "shallow":
+        subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{whole}", str(here)], check=True)
+    else:
+        here = whole / kind  # in another repository, whose bundle would be made
+        here.mkdir()
+    asked: list[Any] = []
+    changed = {"ROOT": here, "resolved": asked.append, "collect": lambda options, wanted: None}
+    for name, value in changed.items():
+        monkeypatch.setitem(house.main.__globals__, name, value)
+    monkeypatch.setattr(sys, "argv", ["setup_wheelhouse.py", str(tmp_path / "house")])
+    with pytest.raises(SystemExit, match=said):
+        house.main()
+    assert asked == []
+    monkeypatch.setitem(house.main.__globals__, "ROOT", whole)
+    house.main()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "size"), [("60M", 60 << 20), ("2g", 2 << 30), ("0M", None), ("60", None), ("M", None)]
 )
 def test_the_size_of_a_part(text: str, size: int | None) -> None:

@@ -49,8 +49,7 @@ def prepare_dpo(
         tokens, longest = micro_tokens(model, config, free), 2 * config.max_length
         share, micro = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
         checkpointing = wants_checkpointing(model, config, micro * longest, free, console)
-        arguments = training_arguments(config, folder, checkpointing=checkpointing) | {
-            "num_train_epochs": config.dpo.epochs,
+        arguments = training_arguments(config, folder, len(pairs["train"]), checkpointing=checkpointing) | {
             "learning_rate": config.dpo.learning_rate,
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": micro,

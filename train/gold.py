@@ -43,7 +43,7 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
             processing_class=student,
             **settings,
         )
-        prompts = [_rendered(example["told"], example["tools"], self.teacher_tokenizer) for example in examples]
+        prompts = [_asked(example, self.teacher_tokenizer) for example in examples]
         rows_of_text: Any = self.train_dataset
         self.train_dataset: Any = rows_of_text.remove_columns("original_prompt_text").add_column(
             "original_prompt_text", prompts
@@ -108,6 +108,12 @@ def _rendered(messages: Any, tools: str | None, tokenizer: Any, *, prompt: bool 
     return text
 
 
+def _asked(example: Example, teacher: Any) -> str:
+    """The teacher's prompt without its first token, if TRL's tokenising puts that there."""
+    text, bos = _rendered(example["told"], example["tools"], teacher), teacher.bos_token
+    return text.removeprefix(bos) if bos and teacher("x").input_ids[0] == teacher.bos_token_id else text
+
+
 def _texts(example: Example, student: Any) -> dict[str, str]:
     """The prompt as the student's template has it, and the answer as it has that, without its EOS, which TRL adds."""
     prompt = _rendered(example["prompt"], example["tools"], student)
@@ -116,4 +122,9 @@ def _texts(example: Example, student: Any) -> dict[str, str]:
         raise RecipeError(
             f"method gold: the student's chat template renders a prompt otherwise before an answer; {FIX}"
         )
-    return {"prompt": prompt, "completion": whole.removeprefix(prompt).rpartition(student.eos_token)[0]}
+    answer, end, rest = whole.removeprefix(prompt).rpartition(student.eos_token)
+    if not end or rest.strip():
+        raise RecipeError(
+            f"method gold: the student's chat template does not end an answer with {student.eos_token}; {FIX}"
+        )
+    return {"prompt": prompt, "completion": answer}

@@ -94,7 +94,6 @@ def on_policy_trainer(
     share, micro = micro_rows(config, len(tokenised.train_dataset), tokens, longest, setting.processes)
     settings = {name: value for name, value in arguments.items() if name != "max_length"} | {
         "learning_rate": own.learning_rate,
-        "num_train_epochs": own.epochs,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
         "beta": own.beta,

@@ -6,7 +6,10 @@ Reads preferences.jsonl and the lineage of the student that it starts from; writ
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pipeline.chat import asked_of_student
+from pipeline.checks import Check
 from pipeline.conversation import template_turns
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage
@@ -15,6 +18,7 @@ from pipeline.records import Part, Preference, Prompt, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from train.rows import Parts, prompt_text, tools_text
 
+FURTHER = ("on_policy", "dpo")  # methods that follow another
 Pairs = dict[str, list[Preference]]  # train and validation
 
 
@@ -22,12 +26,22 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
     """The folder of the student to start from: `train.start`, or the run's last one that learned from answers.
 
     That is the student, or student-sft if the student itself came of a further method. Raises UsageError if there is
-    none.
+    none, or if another method's student would be lost.
     """
+    method, made_by = recipe.train.method, trained_section(run.student).get("method")
     if recipe.train.start is not None:
         folder = recipe.train.start
+        if folder.resolve() == run.student.resolve():
+            raise UsageError(
+                f"train.start is {folder}, which this training replaces: leave it out, or name a copy of it"
+            )
     else:
         folder = run.student if learned_from_answers(run.student) else run.student_sft
+        if made_by in FURTHER and made_by != method:
+            raise UsageError(
+                f"{run.student} is of train.method {made_by}, and {method} would begin at the one before it and take "
+                f"its place: move it elsewhere, and name it in train.start to begin there"
+            )
     if not trained_section(folder):
         raise UsageError(
             f"{folder}: no student to start from; train.method {recipe.train.method} follows another method: train "
@@ -38,7 +52,12 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
 
 def learned_from_answers(student: Path) -> bool:
     """Whether there is a student, and no further method made it."""
-    return trained_section(student).get("method", "dpo") not in ("on_policy", "dpo")
+    return trained_section(student).get("method", "dpo") not in FURTHER
+
+
+def checks_of(student: Path | None) -> list[Check]:
+    """What was checked before a student that a training starts from was trained."""
+    return msgspec.convert(trained_section(student).get("checks", []) if student else [], list[Check])
 
 
 def trained_section(student: Path) -> dict[str, Any]:

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.errors import DistillError
 from pipeline.train_config import TrainConfig
 from train.processes import Processes
 
@@ -45,6 +47,13 @@ class Milestones(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self.interrupted
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if losses and not isfinite(losses[-1]):
+            why = f"step {state.global_step}: the validation loss is {losses[-1]}: the training has diverged"
+            if len(losses) == 1:
+                raise DistillError(f"{why}; lower train.learning_rate, and run the same command again")
+            self.console.print(f"{why}; the weights before are kept")
+            control.should_training_stop = True
         patience = self.config.early_stop
         if is_stopped_early(state, patience) and not control.should_training_stop:
             control.should_training_stop = True

@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from itertools import takewhile
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,13 @@ from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
+from pipeline.records import Json, Kept
 from pipeline.rundir import RunDir, replacing, write_jsonl, writing_weights
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.lazy import Lazy, joined, rows_folder
-from train.preferences import Pairs, learned_from_answers, read_pairs, start_of, trained_section
+from train.preferences import Pairs, checks_of, learned_from_answers, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
@@ -43,7 +46,7 @@ NO_EXTRA = "training needs the `train` extra: {error}; run `make train`, which i
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 AGAIN = " again"  # follows the fingerprint there if --again began the training
-# Settings that change no weight, but for rounding.
+# Settings that change no weight, but for rounding; so does train.micro_batch_size.
 SAME_RESULT = {
     "test_rows",
     "checkpoint_steps",
@@ -157,7 +160,7 @@ def _on_rows(
     start: Path | None,
     recipe: Recipe,
     run: RunDir,
-    decide: Callable[..., None],
+    decide: Callable[..., list[Check]],
     **setting: Any,
 ) -> tuple["Prepared", list[Check]]:
     """All before the first step on kept rows: the student, the checks, the tokens. Writes validation.jsonl.
@@ -166,7 +169,7 @@ def _on_rows(
     """
     from train.trainer import prepare
 
-    config, processes, checks = recipe.train, setting["processes"], list[Check]()
+    config, processes, checks = recipe.train, setting["processes"], checks_of(start)
     with processes.lead_first():
         student = str(start) if start else initial_student(recipe, run, parts.train)
     tokenizer = load_tokenizer(student)
@@ -177,32 +180,34 @@ def _on_rows(
     shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:  # the teacher has prompts of its own
-        examples["train"] = Lazy(
-            parts.train,
-            lambda row: (
-                shape([row])[0] | {"id": row.id, "told": template_turns(told_to_teacher(row.messages, recipe.teacher))}
-            ),
-        )
+        examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | {"id": row.id, "told": _told(row, recipe)})
     logprobs = run.logprobs if config.kd.teacher == "stored" else run.teacher_logprobs
     prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=logprobs, **setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
-    decide(of_tokens, earlier=checks)
+    checks = decide(of_tokens, earlier=checks)
     if processes.lead:
         write_jsonl(run.validation, (parts.validation[index] for index in prepared.rows["validation"]))
-    return prepared, [*checks, *of_tokens]
+    return prepared, checks
+
+
+def _told(row: Kept, recipe: Recipe) -> list[Json]:
+    """What the teacher is told before the first turn that the student learns."""
+    before = row.messages
+    if recipe.train.loss_on == "all":
+        before = [*takewhile(lambda turn: turn.role != "assistant", before)]
+    return template_turns(told_to_teacher(before, recipe.teacher))
 
 
 def _on_pairs(
-    start: Path, pairs: Pairs, recipe: Recipe, run: RunDir, decide: Callable[..., None], **setting: Any
+    start: Path, pairs: Pairs, recipe: Recipe, run: RunDir, decide: Callable[..., list[Check]], **setting: Any
 ) -> tuple["Prepared", list[Check]]:
     """All before the first step on preferences; what was checked before the training on rows is not checked again."""
     from train.dpo import prepare_dpo
 
     prepared = prepare_dpo(start, pairs, recipe, **setting)
-    checks = list(token_checks(prepared, [pair.id for part in pairs for pair in pairs[part]], recipe.train))
-    decide(checks)
-    return prepared, checks
+    of_tokens = list(token_checks(prepared, [pair.id for part in pairs for pair in pairs[part]], recipe.train))
+    return prepared, decide(of_tokens, earlier=checks_of(start))
 
 
 def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None) -> str:
@@ -215,7 +220,7 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     unused = {"start"} | {name for name in ("on_policy", "dpo") if name != config.method}
     unused |= set() if config.soft else {"kd"}
     settings = {
-        "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused),
+        "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused) | {"micro_batch_size": None},
         "parts": recipe.prompts.parted_by,
         "student": recipe.student.model_dump(mode="json") if recipe.student else None,
         "teacher": recipe.teacher.model,
@@ -243,8 +248,8 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     from train.machine import peak_memory
 
     state = prepared.trainer.state
-    steps = [entry for entry in state.log_history if "loss" in entry]
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    steps = [entry for entry in state.log_history if isfinite(entry.get("loss", nan))]  # others are of its end
+    evaluations = [entry for entry in state.log_history if isfinite(entry.get("eval_loss", nan))]
     return {
         "loss": [{name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")} for entry in steps],
         "eval": [{"step": entry["step"], "epoch": entry["epoch"], "loss": entry["eval_loss"]} for entry in evaluations],

@@ -51,6 +51,7 @@ from train.machine import (
 )
 from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
+from train.rates import epochs_of, warmup_steps
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
@@ -99,8 +100,8 @@ class Prepared:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise DistillError(
-                    "out of memory while training; lower train.micro_batch_size, set train.gradient_checkpointing: "
-                    "true, or train adapters (train.method: lora); the same command continues from the last checkpoint"
+                    "out of memory while training; lower train.micro_batch_size or set train.gradient_checkpointing: "
+                    "true, and the command continues from the last checkpoint; or train adapters (train.method: lora)"
                 ) from None
             raise
         finally:
@@ -311,7 +312,7 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         f"{precision(config.weights)}; attention: {attention}; {most:,} tokens per forward pass, at most"
         + ("; layers compiled in the first steps" if compiling else "")
     )
-    arguments = training_arguments(config, folder, checkpointing=checkpointing)
+    arguments = training_arguments(config, folder, len(examples["train"]), checkpointing=checkpointing)
     read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
     settings: dict[str, Any] = {
         "model": model,
@@ -353,16 +354,16 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size, **kind)
 
 
-def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
+def training_arguments(config: TrainConfig, folder: Path, rows: int, *, checkpointing: bool) -> dict[str, Any]:
     """What the trainers of all methods are told, as SFTConfig and DPOConfig take it."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
     own_rate = config.learning_rate is None  # as a further method has
     return {
         **({} if own_rate else {"learning_rate": config.learning_rate}),
         "output_dir": str(folder.resolve()),  # the best checkpoint is found again from any folder
-        "num_train_epochs": config.epochs,
+        "num_train_epochs": epochs_of(config),
         "lr_scheduler_type": "cosine",
-        "warmup_steps": config.warmup,
+        "warmup_steps": warmup_steps(config, rows),
         "gradient_checkpointing": checkpointing,
         "neftune_noise_alpha": config.neftune_alpha,
         "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before
@@ -378,6 +379,7 @@ def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # which shows a loss of 0
         "include_num_input_tokens_seen": "non_padding",
         "ddp_find_unused_parameters": False,  # all that is trained is used
         "dataloader_pin_memory": torch.cuda.is_available(),

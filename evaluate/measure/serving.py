@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
-from evaluate.models import Subject, engine_folder
+from evaluate.models import TEACHER, Subject, engine_folder
 from generate.dialect import Dialect
 from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import build_jobs
@@ -31,6 +31,7 @@ from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
 from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
+from serve.command import for_other_models
 from serve.server import Server, free_port, serving
 
 EXIT_S = 5.0  # for a server that stopped answering to exit
@@ -46,7 +47,8 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
     shutil.rmtree(folder, ignore_errors=True)  # a stopped timing starts again
     folder.mkdir(parents=True)
     model, log = str(engine_folder(subject, run)), folder / "server.log"
-    with serving(model, port=free_port(), config=recipe.serve, log=log, served_name=subject.key) as server:
+    config = recipe.serve if subject.key == TEACHER else for_other_models(recipe.serve)
+    with serving(model, port=free_port(), config=config, log=log, served_name=subject.key) as server:
         try:
             yield server, folder
         except DistillError as error:

@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from filters.rows import filtered_rows
+from pipeline.chat import INSTRUCTIONS
 from pipeline.errors import DataError, UsageError
 from pipeline.records import Completion, Dropped, Slots, encode_line, read_json, said
 from pipeline.rundir import RunDir, write_jsonl
@@ -66,11 +67,13 @@ def draw(run: RunDir, size: int, seed: int) -> Sample:
 
 
 def _item(stratum: str, row: Completion) -> Item:
+    turns = [turn for turn in row.messages if turn.role not in INSTRUCTIONS]
+    shown = [f"{turn.role}: {said(turn)}" for turn in turns] if len(turns) > 1 else [said(turn) for turn in turns]
     return Item(
         id=row.id,
         stratum=stratum,
-        system="\n\n".join(turn.content for turn in row.messages if turn.role == "system"),
-        question="\n\n".join(turn.content for turn in row.messages if turn.role != "system"),
+        system="\n\n".join(turn.content for turn in row.messages if turn.role in INSTRUCTIONS),
+        question="\n\n".join(shown),
         text=said(row),
         slots=row.slots,
     )

@@ -275,6 +275,24 @@ def test_a_student_that_was_made_first_needs_its_beginning(
     assert len(digests) == 2
 
 
+def test_a_run_that_was_moved_has_its_own_beginning_under_its_adapter(
+    run: RunDir, recipe: Recipe, tmp_path: Path
+) -> None:
+    moved = RunDir(tmp_path / "moved")
+    for folder in (moved.student, moved.student_init):
+        folder.mkdir(parents=True)
+    (moved.student_init / "config.json").write_text("{}")
+    evaluated = recipe.evaluate.model_copy(update={"models": [str(moved.path)]})
+    given = recipe.model_copy(update={"evaluate": evaluated})
+    for base, folder in (
+        (tmp_path / "gone" / "student-init", moved.student_init),
+        (tmp_path / "base", tmp_path / "base"),  # another model, though there is a beginning
+    ):
+        (moved.student / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        other = subjects(given, run)[3]
+        assert (other.label, other.folder, other.adapter) == ("student of moved", folder, moved.student)
+
+
 def test_weights_are_counted_as_transformers_counts_them(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

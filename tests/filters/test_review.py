@@ -83,6 +83,26 @@ def test_where_one_side_is_short_the_other_fills_up(run: RunDir) -> None:
     assert len(draw(run, 1000, seed=0).items) == 93
 
 
+def test_every_turn_has_its_role_and_its_tool_calls(run: RunDir) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": '{"room": "kitchen"}'}}
+    turns = [
+        Message("developer", "Be kind."),
+        Message("user", "Is it on?"),
+        Message("assistant", "I look.", [call]),
+        Message("tool", "on", [], "c1"),
+        Message("user", "Sure?"),
+    ]
+    rows = [Kept(**{**fields(name, "It is on."), "messages": turns[:count]}) for name, count in (("k1", 2), ("k5", 5))]
+    run.dropped.write_bytes(b"")
+    run.kept.write_bytes(b"".join(map(encode_line, rows)))
+    first, last = sorted(draw(run, 2, seed=0).items, key=lambda item: item.id)
+    assert first.system == last.system == "Be kind."
+    assert first.question == "Is it on?"  # one turn needs no role
+    assert last.question == (
+        'user: Is it on?\n\nassistant: I look.\nlamp {"room": "kitchen"}\n\ntool: on\n\nuser: Sure?'
+    )
+
+
 def test_nothing_to_review_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="run the filters first"):
         draw(RunDir(tmp_path), 10, seed=0)

@@ -102,6 +102,17 @@ def test_a_recipe_built_here_is_taken_as_it_is_and_a_file_obeys_the_environment(
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["other", "t"]
 
 
+def test_a_store_is_no_folder_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with misbehaving() as server:
+        with pytest.raises(UsageError, match=r"s3://bucket/x: a folder is wanted here; .*--run s3://bucket/x"):
+            generate(Recipe(**data(server)), "s3://bucket/x")
+        with pytest.raises(UsageError, match="a folder is wanted here"):
+            asyncio.run(agenerate(Recipe(**data(server)), "s3://bucket/x"))
+        assert not server.asked
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_go_on_is_raised(tmp_path: Path) -> None:
     with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
         generate(Recipe(**data(server)), tmp_path / "run", quiet=True)

@@ -91,6 +91,14 @@ def test_wrong_usage_ends_with_2_and_no_endpoint_with_1(run: RunDir) -> None:
     assert "make serve" in err
 
 
+def test_a_store_for_a_cluster_without_a_cluster_is_refused(run: RunDir) -> None:
+    with misbehaving() as server:
+        code, out, err = finish(start(server, run, 3, "--cluster-store", "s3://bucket/x"))
+        assert (code, out, server.asked) == (2, "", [])
+    assert "--cluster-store s3://bucket/x is for a cluster: add --cluster auto, or leave it out" in err
+    assert not run.completions.exists()
+
+
 def test_a_second_process_is_refused(run: RunDir) -> None:
     with misbehaving(lambda asked: answer(delay_s=0.4)) as server:
         first = start(server, run, 100)

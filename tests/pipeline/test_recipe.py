@@ -147,6 +147,63 @@ def test_a_wrong_variable_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, 
         load_recipe(path)
 
 
+@pytest.mark.parametrize("name", ["DISTILL_SAMPLNG__TOP_P", "DISTILL_SAMPLING_TOP_P", "distill_budgt"])
+def test_a_mistyped_variable_is_refused_and_its_value_not_shown(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("DISTILL_CACHE", "cache")  # the project's own
+    load_recipe(path)
+    monkeypatch.setenv(name, "0.123")
+    with pytest.raises(RecipeError, match=rf"^{name}: no such key: \w+; there are name, teacher, ") as caught:
+        load_recipe(path)
+    assert "0.123" not in str(caught.value)
+
+
+def test_a_list_in_a_variable_is_json(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_SERVE__ARGS", '["--a", "b"]')
+    assert load_recipe(path).serve.args == ["--a", "b"]
+    for name, value in (("SERVE__ARGS", "--a b"), ("TEACHER__HEADERS", "X-Key: b"), ("SAMPLING", '{"seed": b')):
+        monkeypatch.setenv(f"DISTILL_{name}", value)
+        key = name.lower().replace("__", ".")
+        with pytest.raises(RecipeError, match=rf"DISTILL_{name}: {key} should be .*; give JSON$") as caught:
+            load_recipe(path)
+        assert value not in str(caught.value)
+        monkeypatch.delenv(f"DISTILL_{name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("filters: {rules: []}\nfilters: {select: first}\n", "7: filters is given twice (see line 6)"),
+        ("budget:\n  usd: 5\n  usd: 1\n", "8: usd is given twice (see line 7)"),
+    ],
+)
+def test_a_key_given_twice_is_refused(path: Path, text: str, said: str) -> None:
+    path.write_text(GOOD + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"{path}:{said}; keep one"
+
+
+def test_a_merged_mapping_may_be_overridden(path: Path) -> None:
+    path.write_text(GOOD + "budget: &b {usd: 5, tokens: 9}\nfilters: {judge: {budget: {<<: *b, usd: 1}}}\n")
+    recipe = load_recipe(path)
+    assert recipe.filters.judge is not None
+    assert (recipe.filters.judge.budget.usd, recipe.filters.judge.budget.tokens) == (1, 9)
+
+
+@pytest.mark.parametrize("key", ["teacher", "prompts.user", "filters.judge"])
+@pytest.mark.parametrize("pasted", ["sk-proj-very-secret", '["sk-proj-very-secret"]'])
+def test_a_key_in_place_of_its_variables_name_is_refused_and_not_shown(
+    path: Path, monkeypatch: pytest.MonkeyPatch, key: str, pasted: str
+) -> None:
+    assert load_recipe(path, [f"--{key}.api_key_env", "MY_KEY_2"])
+    monkeypatch.setenv(f"DISTILL_{key.replace('.', '__').upper()}__API_KEY_ENV", pasted)
+    with pytest.raises(RecipeError, match=rf"{key}\.api_key_env must be the name of an env") as caught:
+        load_recipe(path)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "", "\x00"])
 def test_a_file_that_is_no_recipe_is_one_line(path: Path, text: str) -> None:
     path.write_text(text)

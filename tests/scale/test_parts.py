@@ -1,5 +1,6 @@
 """Parts in a folder store: what an uploader puts, what readers see, and the race for one name."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DistillError
+from pipeline.errors import DataError, DistillError
 from scale import parts
-from scale.parts import Uploader, compact, part_names, read_part, read_parts
+from scale.parts import Uploader, compact, part_name, part_names, read_part, read_parts
 from scale.storage import Folder, Store, open_store
 
 
@@ -85,6 +86,51 @@ def test_a_part_whose_put_was_not_heard_of_stays_as_it_is(store: Store, tmp_path
     assert uploader.upload(rest=True) == 15
     assert read_part(store, first) == list(map(line, range(10)))
     assert list(read_parts(store)) == list(map(line, range(15)))
+
+
+def test_a_put_that_is_refused_though_nothing_is_there_leaves_no_gap(store: Store, tmp_path: Path) -> None:
+    """S3 refuses one of two writes at once (409), also where neither succeeds. A reader would stop at the gap."""
+
+    class Busy(Folder):
+        refused = 0
+
+        def put_new(self, name: str, data: bytes) -> bool:
+            if part_names(self) and not self.refused:  # the second part
+                self.refused += 1
+                return False
+            return super().put_new(name, data)
+
+    busy, journal = Busy(tmp_path / "store"), tmp_path / "completions.jsonl"
+    uploader = Uploader(busy, "me", journal)
+    for number in range(3):
+        append(journal, line(number))
+        if number == 1:
+            with pytest.raises(DistillError, match=r"me-000001\.jsonl\.gz: refused, and not there"):
+                uploader.upload(rest=True)
+        else:
+            uploader.upload(rest=True)
+    assert busy.refused == 1
+    assert part_names(store) == [part_name("completions", "me", number) for number in range(2)]
+    assert list(read_parts(store)) == list(map(line, range(3)))
+
+
+WHOLE = gzip.compress(b"".join(map(line, range(50))))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (WHOLE[:10] + b"\xff\xff\xff" + WHOLE[13:], r"me-000000\.jsonl\.gz: not a part"),
+        (gzip.compress(line(1) + b"not json\n"), "no row of completions: .*not json"),
+        (gzip.compress(b'{"created": "2026"}\n'), "no row of completions: .*`id`"),
+    ],
+    ids=["damaged", "no JSON", "no id"],
+)
+def test_a_damaged_part_is_one_clear_error(store: Store, data: bytes, words: str) -> None:
+    store.put(part_name("completions", "me", 0), data)
+    with pytest.raises(DataError, match=words) as caught:
+        list(read_parts(store))
+    assert "\n" not in str(caught.value)
 
 
 def test_compacting_sorts_and_keeps_the_first_of_each(tmp_path: Path) -> None:

@@ -42,6 +42,15 @@ def test_objects_are_put_read_listed_and_removed(store: Store, tmp_path: Path) -
     assert store.names() == ["ab"]
 
 
+def test_a_download_of_what_is_not_there_says_so_and_writes_nothing(store: Store, tmp_path: Path) -> None:
+    store.put("a/b", b"1")
+    for name in ("a", "c"):
+        assert store.download(name, tmp_path / "copy") is False
+        assert not (tmp_path / "copy").exists()
+    assert store.download("a/b", tmp_path / "copy") is True
+    assert (tmp_path / "copy").read_bytes() == b"1"
+
+
 def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
     with ThreadPoolExecutor(2) as pool:
         for name in map(str, range(10)):
@@ -58,12 +67,22 @@ def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
         ("s3://nothing/run", "NoSuchBucket"),
         ("file://runs/mine", "three slashes: file:///folder"),
         ("", "no URL of a run is given"),  # else the working directory
+        ("s3://bucket/exp#1", r"a path cannot have \? or # in it"),  # what is behind it would be lost
+        ("s3://bucket/exp?2", r"a path cannot have \? or # in it"),
+        ("s3://bucket//x", "no URL of a bucket and a path"),
+        ("s3://buc ket/x", "no URL of a bucket and a path"),
     ],
 )
 def test_a_wrong_url_is_one_clear_error(server: str, url: str, words: str) -> None:
     with pytest.raises(DistillError, match=words) as caught:
         open_store(url)
     assert "\n" not in str(caught.value)
+
+
+def test_an_endpoint_without_its_scheme_is_one_clear_error(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.removeprefix("http://"))
+    with pytest.raises(UsageError, match=r"AWS_ENDPOINT_URL is 127\.0\.0\.1:\d+; begin it with http:// or https://"):
+        open_store("s3://bucket/run")
 
 
 def test_no_access_says_what_to_set(server: str) -> None:
@@ -98,6 +117,15 @@ def test_a_lease_is_one_machines_until_it_is_released_or_stale(store: Store, mon
     third.counted()
     third.release()
     assert Lease.take(store, "a").lost == {}
+
+
+def test_a_run_that_was_removed_from_its_store_is_one_clear_error(store: Store) -> None:
+    lease = Lease.take(store, "a")
+    store.delete(lease.name)
+    for sign in (lease.check, lambda: lease.beat({})):
+        with pytest.raises(DistillError, match="the run has been removed from there"):
+            sign()
+    assert store.names() == []
 
 
 def test_storage_that_ignores_the_condition_is_refused(tmp_path: Path) -> None:

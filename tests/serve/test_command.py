@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.recipe import ServeConfig
-from serve.command import GIB, Command, build_command, choose_device, merge_args, ranks
+from serve.command import GIB, Command, build_command, choose_device, for_other_models, merge_args, ranks
 from serve.machine import Machine
 from serve.model_facts import ModelFacts, model_facts
 
@@ -127,10 +127,55 @@ def test_kv_cache(facts, free, config, gib):
     assert flag(command, "--kv-cache-memory-bytes") == str(int(gib * GIB))
 
 
-@pytest.mark.parametrize(("own", "given"), [(32768, "8192"), (8192, None), (2048, None), (None, None)])
-def test_context_is_cut_on_a_cpu_only_where_it_is_long(own, given):
+@pytest.mark.parametrize(("own", "given"), [(32768, "8192"), (8192, "8192"), (2048, "2048"), (None, None)])
+def test_context_is_given_on_a_cpu_and_cut_where_it_is_long(own, given):
     assert flag(build(facts=replace(FACTS, max_positions=own)), "--max-model-len") == given
     assert flag(build(GPU, replace(FACTS, max_positions=own)), "--max-model-len") is None
+
+
+@pytest.mark.parametrize(
+    ("args", "step", "whole"),
+    [
+        (["--max-model-len", "16k"], 16000, True),
+        (["--max-model-len=16K"], 16384, True),
+        (["--max-model-len", "12.5k"], 12500, True),
+        (["--max-model-len", "12.5K"], 8192, False),  # vLLM refuses it
+        (["--max-model-len", "1_000"], 8192, False),
+        (["--max-model-len", "100"], 2048, True),
+    ],
+)
+def test_on_a_cpu_the_longest_prompt_fits_into_a_step_or_may_be_cut(args, step, whole):
+    command = build(args=args)
+    assert flag(command, "--max-num-batched-tokens") == str(step)
+    assert ("--no-enable-chunked-prefill" in command.argv) == whole
+
+
+@pytest.mark.parametrize("value", ["auto", "-1"])
+def test_an_automatic_context_is_ours_on_a_cpu_and_vllms_on_a_gpu(value):
+    assert flag(build(args=["--max-model-len", value]), "--max-model-len") == "8192"
+    assert flag(build(GPU, args=["--max-model-len", value]), "--max-model-len") == value
+
+
+def test_on_a_cpu_the_context_fits_into_the_steps_of_the_user():
+    assert flag(build(args=["--max-num-batched-tokens", "4k"]), "--max-model-len") == "4000"
+    chunked = ["--max-num-batched-tokens", "4096", "--enable-chunked-prefill"]
+    assert flag(build(args=chunked), "--max-model-len") == "8192"
+
+
+@pytest.mark.parametrize(
+    ("args", "kept"),
+    [
+        (["--max-model-len", "4096", "--max-num-seqs", "8"], ["--max-num-seqs", "8", "--max-model-len", "auto"]),
+        (["--chat-template", "t.jinja", "-tp", "2", "--port=9", "--host", "h"], ["-tp", "2"]),
+        (["--served-model-name", "a", "b", "-q", "fp8", "--max_num_seqs=5"], ["--max_num_seqs=5"]),
+        (["--hf-overrides.a", "1", "--tokenizer_mode=slow", "-sc", "{}", "--reasoning-parser", "r", "-ep"], []),
+        (["--enable-auto-tool-choice", "--tool-call-parser", "hermes"],) * 2,  # a student is asked with tools, too
+    ],
+)  # fmt: skip
+def test_other_models_do_not_get_what_describes_the_teacher(args, kept):
+    config = ServeConfig(args=args, kv_cache_gib=2)
+    assert for_other_models(config) == ServeConfig(args=kept, kv_cache_gib=2)
+    assert config.args == args
 
 
 @pytest.mark.parametrize(
@@ -162,7 +207,12 @@ def test_address_and_name_given_as_flags_are_known():
 
 @pytest.mark.parametrize(
     ("args", "says"),
-    [(["--model", "x"], "teacher.model"), (["--api-key=k"], "VLLM_API_KEY"), (["--port", "many"], "got 'many'")],
+    [
+        (["--model", "x"], "teacher.model"),
+        (["--api-key=k"], "VLLM_API_KEY"),
+        (["--port", "many"], "got 'many'"),
+        (["--seed", "1", "--max-num-seqs 8"], r'a flag and its value are two: \["--max-num-seqs", "8"\]'),
+    ],
 )
 def test_flags_that_cannot_be_given_are_one_line(args, says):
     with pytest.raises(UsageError, match=says) as error:
@@ -229,8 +279,20 @@ def test_memory_that_must_be_free(machine, config, gib):
     assert build(machine, **config).memory == int(gib * GIB)
 
 
+@pytest.mark.parametrize(("config", "gib"), [({}, 3), ({"args": ["--dtype", "auto"]}, 3), ({"dtype": "float32"}, 6)])
+def test_a_gpu_holds_stored_float32_in_16_bits_unless_told(config, gib):
+    assert build(GPU, replace(FACTS, weight_bytes=6 * GIB, dtype="float32"), **config).memory == gib * GIB
+
+
+@pytest.mark.parametrize("name", ["--quantization", "-q", "--cpu_offload_gb", "--load-format", "-ep"])
+def test_memory_of_a_gpu_is_not_checked_where_a_flag_changes_what_is_loaded(name):
+    assert build(GPU, args=[name, "9"]).memory is None
+
+
 def test_shell_is_the_same_command_once_pasted():
-    command = build(args=["--compilation-config", '{"mode": 0}', "--chat-template", "it's {{ here }}.jinja"])
+    command = build(
+        args=["--compilation-config", '{"mode": 0, "a": "-b c"}', "--chat-template", "it's {{ here }}.jinja"]
+    )
     words = shlex.split(command.shell().replace("\\\n", " "))
     assert words == [*(f"{name}={value}" for name, value in command.env.items()), *command.argv]
 

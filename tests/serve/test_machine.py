@@ -180,6 +180,38 @@ def test_facts_of_a_configuration(change, dtype, values):
     assert (facts.dtype, facts.kv_values_per_token) == (dtype, values)
 
 
+@pytest.mark.parametrize(("config", "positions"), [({"n_positions": 9}, 9), ({"max_seq_len": 700}, 512), ({}, 512)])
+def test_the_context_is_the_smallest_that_the_configuration_names(config, positions):
+    base = {} if "n_positions" in config else CONFIG
+    assert facts_of(base | config, {}).max_positions == positions
+
+
+@pytest.mark.parametrize(("names", "total"), [(("model-1", "model-2", "consolidated"), 2), (("consolidated",), 1)])
+def test_weights_that_a_repository_holds_twice_count_once(names, total):
+    assert facts_of(CONFIG, {f"{name}.safetensors": 1 for name in names}).weight_bytes == total
+
+
+SHARDS = ["model-1.safetensors", "model-2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "local"),
+    [
+        (["model.safetensors"], True),
+        ([*SHARDS, "model.safetensors.index.json"], True),
+        ([SHARDS[0], "model.safetensors.index.json"], False),
+        (SHARDS, False),  # vLLM fetches the index last
+        ([], False),
+    ],
+)
+def test_a_hub_model_is_local_only_once_all_of_it_is_in_the_cache(monkeypatch, tmp_path, files, local):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in files:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    assert model_facts("me/sharded", ask_hub=False).local == local
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [("{", "not a model's configuration"), ("[]", "Expected `object`")],
@@ -203,5 +235,5 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith(
-        "pipeline.errors.UsageError: model nobody/nothing: not in the Hub cache, and the Hub did not give it (C"
+        "pipeline.errors.UsageError: model nobody/nothing: not all in the Hub cache, and the Hub did not give it (C"
     )

@@ -3,13 +3,18 @@
 import argparse
 import json
 import shlex
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+import chat.models
+import evaluate.measure.serving
 import pipeline.adapters
+from evaluate.models import Subject
 from pipeline.errors import RecipeError, UsageError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
 from serve.__main__ import main, next_command
 from serve.named import Address, address_of, reference_of
@@ -50,7 +55,12 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
 
     (whole / "adapter_config.json").write_text("{}")
     merges = []
-    monkeypatch.setattr(pipeline.adapters, "merge_adapter", lambda *parts: merges.append(parts[:2]))
+
+    def merge(base: str, adapter: Path, target: Path) -> None:
+        merges.append((base, adapter))
+        (target / "config.json").touch()
+
+    monkeypatch.setattr(pipeline.adapters, "merge_adapter", merge)
     merged = run.path / "evaluation" / "student_after-merged"
     assert reference_of(recipe, run, "student") == reference_of(recipe, run, "student") == str(merged)
     assert merges == [(base, whole)]
@@ -78,6 +88,48 @@ def test_the_command_serves_it_as_student(tmp_path: Path, capsys: pytest.Capture
     main([str(path), "--run", str(run.path), "--model", "student", "--print"])
     shown = capsys.readouterr().out
     assert f"--model {run.student}" in shown and "--served-model-name student" in shown and "--port 8001" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "template"), [("student", "512", None), ("m", "4096", "t"), ("teacher", "4096", "t")]
+)
+def test_a_student_gets_no_flags_of_the_teacher_but_those_of_the_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, context: str, template: str | None
+) -> None:
+    run, teacher, path = RunDir(tmp_path / "run"), model(tmp_path / "m"), tmp_path / "recipe.yaml"
+    model(run.student)
+    path.write_text(
+        f"name: r\nteacher: {{model: {teacher}}}\nstudent: {{model: base}}\nprompts: {{template: Hi, count: 1}}\n"
+        "serve: {device: cpu, args: [--max-model-len, '4096', --chat-template, t, --port, '9', --max-num-seqs, '3']}\n"
+    )
+    name = str(teacher) if name == "m" else name
+    main([str(path), "--run", str(run.path), "--model", name, "--args", "--revision x", "--print"])
+    words = shlex.split(capsys.readouterr().out.replace("\\\n", " "))
+    given = {flag: words[words.index(flag) + 1] for flag in words if flag.startswith("--")}
+    assert given["--max-model-len"] == context and given.get("--chat-template") == template
+    assert given["--port"] == ("8001" if name == "student" else "9")
+    assert given["--max-num-seqs"] == "3" and given["--revision"] == "x"
+
+
+@pytest.mark.parametrize(("name", "template"), [("teacher", True), ("student", False)])
+def test_a_page_and_the_evaluation_give_a_student_no_flags_of_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, template: bool
+) -> None:
+    args = ["--chat-template", "t", "--max-num-seqs", "3"]
+    recipe = recipe_at("http://localhost:8000/v1").model_copy(update={"serve": ServeConfig(device="cpu", args=args)})
+    run, given = RunDir(tmp_path), list[list[str]]()
+    model(run.student)
+
+    def serving(*_: object, config: ServeConfig, **__: object) -> ExitStack:
+        given.append(config.args)
+        return ExitStack()
+
+    monkeypatch.setattr(chat.models, "serving", serving)
+    monkeypatch.setattr(evaluate.measure.serving, "serving", serving)
+    chat.models._start(chat.models.Model(name, name, recipe), run, 1, ExitStack(), threading.Event())
+    key = {"student": "student_after"}.get(name, name)
+    with evaluate.measure.serving.serve_subject(recipe, run, Subject(key, name, name, run.student)):
+        assert given == [args if template else args[2:]] * 2
 
 
 @pytest.mark.parametrize(
@@ -121,4 +173,4 @@ def test_a_damaged_adapter_is_one_clear_error(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(RecipeError, match=f"{run.student}: cannot load this adapter: "):
         reference_of(recipe_at("http://localhost:8000/v1", str(base)), run, "student")
-    assert [path.name for path in (run.path / "evaluation").iterdir()] == []
+    assert [path.name for path in (run.path / "evaluation").iterdir()] == [".student_after-merged.lock"]

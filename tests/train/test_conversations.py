@@ -19,7 +19,7 @@ from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_mod
 from train.checks.data import row_checks
 from train.publish.export import export_dataset
 from train.rows import Parts, reasoning_form, to_examples
-from train.run import train_run
+from train.run import _told, train_run
 from train.tokens import MASKED
 from train.trainer import prepare
 
@@ -141,6 +141,19 @@ def test_loss_falls_on_the_last_turn_or_on_every_turn_of_the_assistant(
 ) -> None:
     rows = [kept_row(n, "", "Second.", messages=CONVERSATION) for n in range(2)]
     assert [part for _, part in shown(student(template), rows, tmp_path, loss_on=loss_on)] == [learned] * 2
+
+
+@pytest.mark.parametrize(("loss_on", "told"), [("last", 3), ("all", 1)])
+def test_the_teacher_is_told_what_comes_before_the_first_turn_with_loss(loss_on: str, told: int) -> None:
+    """What comes after it, it reads as the student does."""
+    recipe = make_recipe("student", method="kd", loss_on=loss_on)
+    teacher = recipe.teacher.model_copy(update={"system": "Be kind."})
+    own = _told(kept_row(1, "", "Second.", messages=CONVERSATION), recipe.model_copy(update={"teacher": teacher}))
+    turns = [{"role": turn.role, "content": turn.content} for turn in CONVERSATION]
+    assert [{name: turn[name] for name in ("role", "content")} for turn in own] == [
+        {"role": "system", "content": "Be kind."},
+        *turns[:told],
+    ]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED.replace("+ '<|im_end|>' }}{% endg", "}}{% endg")])

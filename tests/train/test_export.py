@@ -30,14 +30,14 @@ from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port, serving
 from tests.tiny_student import END, kept_row, make_recipe, make_run, story_rows, tiny_model
-from train.publish.cards import dataset_card, languages, model_card, published
+from train.publish.cards import dataset_card, languages, model_card, published, without_places
 from train.publish.export import export_dataset, export_model
 from train.rows import part_rows
 from train.run import train_run
 
 BASE = "embedded:smollm2-135m"
 TOKEN = "hf_secretsecretsecret"
-GENERATE = {
+GENERATE: dict[str, Any] = {
     "teacher": {"asked": "Qwen/Qwen2.5-7B-Instruct", "served": ["Qwen/Qwen2.5-7B-Instruct"]},
     "endpoints": ["http://internal.example:8000/v1"],
     "sampling": {"temperature": 0.8, "top_p": 0.9, "max_tokens": 220, "seed": 7},
@@ -290,6 +290,18 @@ def test_the_data_set_is_split_as_training_split_it(trained: tuple[Recipe, RunDi
     assert len(ids(folder / "data/train.jsonl")) == json.loads(run.lineage.read_bytes())["train"]["rows"]
 
 
+def test_a_data_set_that_is_split_otherwise_than_the_student_was_trained_is_refused(
+    trained: tuple[Recipe, RunDir],
+) -> None:
+    recipe, run = trained
+    other = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
+    with pytest.raises(
+        UsageError, match=r"parted otherwise \(.*seed 5.*\), so it may know the test rows .*; train again"
+    ):
+        export_dataset(other, run)
+    assert export_dataset(other, make_run(run.path.with_name("untrained"), story_rows(8))).is_dir()
+
+
 def test_the_data_set_has_the_rows_to_test_on_that_training_was_given(tmp_path: Path) -> None:
     run, path = make_run(tmp_path / "run", story_rows(10)), tmp_path / "tested.jsonl"
     theirs = [kept_row(9, "Story 9?", "Another teacher's answer."), kept_row(20, "Story 20?", "Nobody trained on it.")]
@@ -324,6 +336,106 @@ def test_the_language_is_what_the_rules_say(rules: list[dict[str, Any]], expecte
     assert languages(Recipe.model_validate(recipe)) == expected
 
 
+PLACES: dict[str, Any] = {
+    "generate": {
+        "teacher": {"asked": "/srv/acme/Teacher-7B", "served": ["/srv/acme/Teacher-7B", "Qwen/Qwen2.5-7B"]},
+        "endpoints": ["http://gpu7.acme.example/v1"],
+        "nodes": {"gpu7.acme.example": {"answered": 3}},
+        "user": {"model": "~/acme/User-1B", "turns": 2},
+        "sampling": {"stop": ["/srv/acme/"], "temperature": 0.8},
+        "last_call": {"answered": 3, "by_endpoint": {"http://gpu7.acme.example/v1": {"answered": 3}}},
+    },
+    "filters": {
+        "rules": [
+            {
+                "rule": "contamination",
+                "files": ["data/acme/test.jsonl", "D:\\acme\\test.jsonl"],
+                "words": ["/no/think"],
+            },
+            {"rule": "python", "command": ["ssh", "gpu7.acme.example"]},
+            {"rule": "json_schema", "schema": {"properties": {"command": {"type": "string"}}}},
+            {"rule": "function", "file": "/srv/acme/rule.py", "lexicon": "/srv/acme/words.txt", "mark": "/no_think"},
+        ],
+        "dedup": {"against": ["/srv/acme/runs/first"], "contamination": ["../acme/second"]},
+        "judge": {
+            "model": "/srv/acme/Judge-70B",
+            "base_url": "http://gpu8.acme.example/v1",
+            "api_key_env": "ACME_KEY",
+            "rubric": {"file": "/a it names the file", "endpoints": "both ends"},
+        },
+    },
+    "train": {
+        "student": "/srv/acme/Student-1B",
+        "teacher": "/srv/acme/Teacher-7B",
+        "initialised_from": "Qwen/Qwen2.5-0.5B",
+        "start": {"hyperparameters": {"test_rows": "acme/first.jsonl"}},
+        "hyperparameters": {
+            "test_rows": "/srv/acme/clients.jsonl",
+            "start": "acme/student",
+            "kd": {"teacher": "local"},
+        },
+        "checks": [{"finding": "no sign that the teacher /srv/acme/Teacher-7B was distilled", "fix": ""}],
+    },
+}
+
+
+def test_what_is_passed_on_names_no_endpoint_and_no_folder_there_or_not() -> None:
+    given = json.loads(json.dumps(PLACES))
+    found = without_places(PLACES, make_recipe("/srv/acme/Student-1B", "/srv/acme/Teacher-7B"))
+    assert given == PLACES  # the run's own stays as it is
+    assert found == {
+        "generate": {
+            "teacher": {"asked": "Teacher-7B", "served": ["Teacher-7B", "Qwen/Qwen2.5-7B"]},
+            "user": {"model": "User-1B", "turns": 2},
+            "sampling": PLACES["generate"]["sampling"],
+            "last_call": {"answered": 3},
+        },
+        "filters": {
+            "rules": [
+                {"rule": "contamination", "files": ["test.jsonl", "test.jsonl"], "words": ["/no/think"]},
+                {"rule": "python"},
+                PLACES["filters"]["rules"][2],
+                {"rule": "function", "file": "rule.py", "lexicon": "words.txt", "mark": "/no_think"},
+            ],
+            "dedup": {"against": ["first"], "contamination": ["second"]},
+            "judge": {"model": "Judge-70B", "rubric": PLACES["filters"]["judge"]["rubric"]},
+        },
+        "train": {
+            "student": "Student-1B",
+            "teacher": "Teacher-7B",
+            "initialised_from": "Qwen/Qwen2.5-0.5B",
+            "start": {"hyperparameters": {"test_rows": "first.jsonl"}},
+            "hyperparameters": {"test_rows": "clients.jsonl", "start": "student", "kd": {"teacher": "local"}},
+            "checks": [{"finding": "no sign that the teacher Teacher-7B was distilled", "fix": ""}],
+        },
+    }
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_an_export_names_no_endpoint_and_no_folder_that_is_gone(trained: tuple[Recipe, RunDir], merged: bool) -> None:
+    recipe, run = trained
+    saved = RunDir(run.student).lineage
+    before = saved.read_bytes()
+    lineage = json.loads(before)
+    lineage["generate"] |= {"last_call": PLACES["generate"]["last_call"], "nodes": PLACES["generate"]["nodes"]}
+    lineage["filters"] |= {"judge": PLACES["filters"]["judge"], "dedup": PLACES["filters"]["dedup"]}
+    lineage["filters"]["rules"][1]["words"] = ["/srv/banned"]
+    lineage["train"]["hyperparameters"]["test_rows"] = "/srv/acme/clients.jsonl"
+    system = recipe.prompts.model_copy(update={"system": "/srv/acme is what you are asked about."})
+    try:
+        saved.write_text(json.dumps(lineage))
+        folder = export_model(recipe.model_copy(update={"prompts": system}), run, merged=merged)
+    finally:
+        saved.write_bytes(before)
+    assert recipe.student is not None
+    texts = {file: file.read_text() for file in folder.rglob("*") if file.suffix in (".json", ".md", ".jinja")}
+    for text in texts.values():
+        assert not re.search(r"gpu\d|ACME_KEY|clients\.jsonl\w|/acme/", text)
+        assert str(Path(recipe.student.model).parent) not in text and str(run.path) not in text
+    card = texts[folder / "README.md"]
+    assert "/srv/acme is what you are asked about." in card and "['/srv/banned']" in card
+
+
 def test_a_data_set_without_filters_says_so() -> None:
     card = dataset_card(make_recipe("student"), {"name": "x"}, {"train": 3, "validation": 1, "test": 1})
     assert "| filters | none were run |" in card
@@ -343,6 +455,7 @@ class FakeHub:
         app.router.add_post("/api/{kind}/{owner}/{name}/preupload/{revision}", self._preupload)
         app.router.add_post("/api/{kind}/{owner}/{name}/commit/{revision}", self._commit)
         app.router.add_get("/api/{kind}/{owner}/{name}", self._info)
+        app.router.add_get("/api/{kind}/{owner}/{name}/tree/{revision}", self._tree)
         app.router.add_get("/api/{kind}/{owner}/{name}/revision/{revision}", self._info)
         return app
 
@@ -357,7 +470,7 @@ class FakeHub:
         body = await request.json()
         repo = f"{body['organization']}/{body['name']}" if body.get("organization") else body["name"]
         private = body.get("private", body.get("visibility") == "private")
-        self.repos[(body.get("type", "model"), repo)] = {"private": private, "files": {}}
+        self.repos.setdefault((body.get("type", "model"), repo), {"private": private, "files": {}})
         return web.json_response({"url": f"{self.url}/{repo}", "name": repo})
 
     async def _validate(self, request: web.Request) -> web.Response:
@@ -372,12 +485,23 @@ class FakeHub:
     async def _commit(self, request: web.Request) -> web.Response:
         for line in (await request.read()).splitlines():
             entry = json.loads(line)
+            if entry["key"] == "deletedFile":
+                del self._repo(request)["files"][entry["value"]["path"]]
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
                 self._repo(request)["files"][entry["value"]["path"]] = content
         kind, owner, name = (request.match_info[part] for part in ("kind", "owner", "name"))
         address = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{owner}/{name}/commit/{'1' * 40}"
         return web.json_response({"commitUrl": address, "commitOid": "1" * 40, "success": True})
+
+    async def _tree(self, request: web.Request) -> web.Response:
+        name = f"{request.match_info['owner']}/{request.match_info['name']}"
+        files = self.repos.get((request.match_info["kind"].removesuffix("s"), name), {}).get("files")
+        if files is None:
+            raise web.HTTPNotFound  # the card looks for the teacher's
+        return web.json_response(
+            [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files]
+        )
 
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"id": f"{request.match_info['owner']}/{request.match_info['name']}", "sha": "0" * 40})
@@ -461,6 +585,28 @@ def test_a_push_that_cannot_be_is_one_line(
     assert reason in done.stderr and done.stderr.count("\n") == 1
     assert "hf_" not in done.stderr.replace("HF_", "")
     assert not hub.repos
+
+
+def test_a_push_replaces_another_export_and_leaves_what_was_put_there_by_hand(
+    trained: tuple[Recipe, RunDir], hub: FakeHub
+) -> None:
+    hand = {"samples.md": b"1", "onnx/config.json": b"2", "other-q8_0.gguf": b"3", "tiny-q4_k_m.gguf": b"4"}
+    left = {"Modelfile": b"5", "tiny-q8_0.gguf": b"6", "model-00001-of-00002.safetensors": b"7"}
+    hub.repos[("model", "me/tiny")] = {"private": True, "files": {**hand, **left, "lineage.json": b"{}"}}
+    for flags, weights in (([], "adapter_model"), (["--merged"], "model"), ([], "adapter_model")):
+        done = export(trained, *flags, "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stderr
+        files = hub.repos[("model", "me/tiny")]["files"]
+        exported = {file.name for file in (trained[1].path / "export" / Path(done.stdout.split()[1]).name).iterdir()}
+        assert f"{weights}.safetensors" in exported
+        assert {*files} == exported | {*hand}
+
+
+def test_a_push_takes_nothing_from_a_repository_without_an_export(trained: tuple[Recipe, RunDir], hub: FakeHub) -> None:
+    hub.repos[("model", "me/mine")] = {"private": True, "files": {"model.safetensors": b"1"}}
+    done = export(trained, "--push", "me/mine", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert {"model.safetensors", "adapter_model.safetensors"} <= {*hub.repos[("model", "me/mine")]["files"]}
 
 
 def test_a_hub_that_is_not_there_is_one_line(trained: tuple[Recipe, RunDir]) -> None:

@@ -14,8 +14,8 @@ from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model, tiny_tokenizer
 from train.publish.export import export_gguf
-from train.publish.ollama import chat_form, modelfile
-from train.publish.to_gguf import check_type
+from train.publish.ollama import chat_form, modelfile, not_carried_over
+from train.publish.to_gguf import check_type, write_gguf
 from train.run import train_run
 
 WORDS = ["Toby says hello.", "Dudu eats honey.", "Mimi sleeps all day."]
@@ -164,3 +164,55 @@ def test_the_modelfile_of_a_known_format() -> None:
         "PARAMETER top_k 20\nPARAMETER min_p 0.0\nPARAMETER repeat_penalty 1.0\n"
         "PARAMETER temperature 0.5\nPARAMETER top_p 0.9\nPARAMETER num_predict 50\n"
     )
+
+
+def with_extra(**extra: Any) -> Recipe:
+    return Recipe.model_validate({**make_recipe("student").model_dump(), "sampling": {"extra": extra}})
+
+
+@pytest.mark.parametrize(
+    ("stop", "lines"),
+    [
+        ("\n\n", 'PARAMETER stop "\n\n"\n'),  # Ollama knows no escapes
+        (["END", "<|im_end|>", "a\\b "], 'PARAMETER stop "END"\nPARAMETER stop "a\\b "\n'),
+        (['"', 'say "x"\n'], 'PARAMETER stop """""""\nPARAMETER stop """say "x"\n"""\n'),
+        (['x"""\ny', "\x00", "END"], 'PARAMETER stop "END"\n'),
+        (None, ""),
+    ],
+)
+def test_a_modelfile_has_the_recipes_stops_as_ollama_reads_them(stop: Any, lines: str) -> None:
+    written = modelfile(with_extra(stop=stop), "x.gguf", tiny_tokenizer(), ["<|im_end|>"])
+    assert written.partition('PARAMETER stop "<|im_end|>"\n')[2].partition("PARAMETER top_k")[0] == lines
+
+
+def test_a_modelfile_has_the_recipes_penalties() -> None:
+    recipe = with_extra(presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.1, min_p=0.05, top_k=None)
+    written = modelfile(recipe, "x.gguf", tiny_tokenizer(), []).splitlines()
+    parameters = dict(line.split()[1:] for line in written if line.startswith("PARAMETER"))
+    assert parameters == {
+        "top_k": "0",
+        "min_p": "0.05",
+        "repeat_penalty": "1.1",
+        "temperature": "0.8",
+        "top_p": "0.9",
+        "num_predict": "500",
+        "presence_penalty": "1.5",
+        "frequency_penalty": "0.5",
+    }
+    assert not_carried_over(recipe) == []
+
+
+def test_what_a_modelfile_cannot_say_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = with_extra(stop=['x"""\ny', "END"], min_tokens=3, chat_template_kwargs={"enable_thinking": False})
+    assert not_carried_over(recipe) == ["min_tokens", "chat_template_kwargs", 'stop \'x"""\\ny\'']
+    for step in ("_convert", "_check"):
+        monkeypatch.setattr(train.publish.to_gguf, step, lambda *_: None)
+    for asked, said in (
+        (recipe, "no parameter for min_tokens, chat_template_kwargs, stop "),
+        (with_extra(top_k=5), ""),
+    ):
+        write_gguf(asked, tiny_model(tmp_path / "tiny"), tmp_path, name="x", kind="f16")
+        error = capsys.readouterr().err
+        assert said in error and ("Modelfile" in error) == bool(said)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
 
+from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
 from tests.tiny_student import CHATML, make_recipe, make_run, story_rows, tiny_model
 from train.rows import to_examples
@@ -78,6 +81,29 @@ def test_the_teacher_reads_its_own_prompt(tmp_path: Path) -> None:
     trainer = trainer_of(student, teacher, tmp_path / "t")
     texts = set(trainer.train_dataset["original_prompt_text"])
     assert "[system\nBe brief.</s>\n[user\nStory 2?</s>\n[assistant\n" in texts
+
+
+def test_a_first_token_that_template_and_tokenizer_both_put_stands_once(tmp_path: Path) -> None:
+    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)  # as Llama 3's
+    tokenizer.bos_token, tokenizer.chat_template = "<pad>", "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    tokenizer.save_pretrained(teacher)
+    trainer = trainer_of(student, teacher, tmp_path / "t")
+    text = trainer.train_dataset[0]["original_prompt_text"]
+    ids = build_teacher_inputs_from_texts(trainer.teacher_tokenizer, [text], ["The end."])[0][0].tolist()
+    assert ids[:2] == [0, tokenizer.convert_tokens_to_ids("[")]
+
+
+def test_a_template_that_ends_an_answer_without_the_end_token_is_refused(tmp_path: Path) -> None:
+    student = str(tiny_model(tmp_path / "student"))
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.eos_token = "<unk>"  # the template ends with another
+    tokenizer.save_pretrained(student)
+    with pytest.raises(
+        RecipeError, match=r"method gold: the student's chat template does not end an answer with <unk>"
+    ):
+        trainer_of(student, other_model(tmp_path / "teacher"), tmp_path / "t")
 
 
 def test_a_student_learns_from_a_teacher_of_other_tokens(tmp_path: Path) -> None:

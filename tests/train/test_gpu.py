@@ -128,7 +128,7 @@ def test_a_card_without_bfloat16_trains_in_float16_with_loss_scaling(
     config = make_recipe("x/y", method=method).train
     assert (weights_dtype(config.weights), autocast(config.weights), precision(config.weights)) == (stored, cast, said)
     assert half_dtype() == cast  # of a teacher, too
-    told = training_arguments(config, tmp_path, checkpointing=False)
+    told = training_arguments(config, tmp_path, 8, checkpointing=False)
     assert (told["fp16"], told["bf16"]) == (cast is torch.float16, cast is torch.bfloat16)
     assert optimizer_bytes(model(), config) == (14_000 if method == "full" else 0)
 

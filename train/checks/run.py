@@ -28,10 +28,11 @@ def settle(
     accepted: Collection[str] = (),
     force: bool = False,
     write: bool = True,
-) -> None:
+) -> list[Check]:
     """Shows a line per check, and writes them after the `earlier` ones as checks.json, unless another process does.
 
-    Raises DataError if a check failed, UsageError if one warns that is neither in `accepted` nor forced.
+    Returns all of them; of two with one name the later one. Raises DataError if a check failed, UsageError if one warns
+    that is neither in `accepted` nor forced.
     """
     width = max((len(check.name) for check in checks), default=0)
     for check in checks:
@@ -39,9 +40,11 @@ def settle(
         console.print(Text.assemble("  ", (check.status, colour), f"  {check.name:<{width}}  {check.finding}"))
     stopping = [c for c in checks if c.status == "warn" and not force and c.name not in accepted]
     failed = [check for check in checks if check.status == "fail"]
+    names = {check.name for check in checks}
+    whole = [*(check for check in earlier if check.name not in names), *checks]
     table = {
-        "checks": [*earlier, *checks],
-        "accepted": [c.name for c in (*earlier, *checks) if c.status == "warn" and c not in stopping],
+        "checks": whole,
+        "accepted": [c.name for c in whole if c.status == "warn" and c not in stopping],
         "stopped_by": [check.name for check in (*failed, *stopping)],
     }
     if write:
@@ -49,8 +52,9 @@ def settle(
     if failed:
         raise DataError(f"{_named(failed)}; nothing was trained")
     if stopping:
-        names = ", ".join(check.name for check in stopping)
-        raise UsageError(f"{_named(stopping)}; or continue as it is with --force, or train.accept: [{names}]")
+        warned = ", ".join(check.name for check in stopping)
+        raise UsageError(f"{_named(stopping)}; or continue as it is with --force, or train.accept: [{warned}]")
+    return whole
 
 
 def _named(checks: Sequence[Check]) -> str:

@@ -1,13 +1,14 @@
 """Cards: the README.md of a student and of its data set, filled from the lineage.
 
 Takes the recipe and the lineage, returns Markdown with huggingface_hub's metadata; writes no file. The text is in the
-templates beside this module. A folder of this machine is named by its last part only.
+templates beside this module. A folder of this machine is named by its last part only, and where a model answered is
+left out.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
@@ -27,6 +28,15 @@ TESTED_ON = "prompts of the run that no training saw"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 TEXT = {"dtype": "string"}  # as `datasets` writes a column's type into a card
 COLUMN_TYPES = {"prompt": {"list": "json"}, "completion": {"list": "json"}}
+# Keys of the lineage. Where a model answered, by what key, and how a program is started:
+NOT_PUBLIC = {"endpoints", "by_endpoint", "nodes", "base_url", "api_key_env", "command"}
+MODELS = {"student", "teacher", "initialised_from", "asked", "served", "model"}
+FILES = {"test_rows", "start", "against", "contamination", "file", "files", "database", "schema"}
+FINDINGS = {"finding", "fix", "wanted"}  # words that may name a model or a file
+ARGUMENT = "argument"  # any key of a user's own rule
+AS_THEY_ARE = {"schema", "rubric", "sampling"}  # mappings whose keys are the user's own
+ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
+LONG_PATH = re.compile(r"(~|[A-Za-z]:)?[/\\][^\s/\\]+[/\\]\S+")
 LANGUAGES = {"hangul": "ko", "kana": "ja", "thai": "th", "greek": "el", "hebrew": "he"}  # scripts of one language
 
 
@@ -43,9 +53,10 @@ def model_card(
 
     `data`: the data set's repository, if it has one.
     """
+    origin = lineage["train"]["initialised_from"]
+    lineage = without_places(lineage, recipe)
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
-    origin = train["initialised_from"]
     chain, base = _chain(recipe, origin), published(origin) if origin else None
     scores = _scores(lineage)
     tags = [*TAGS, *(["lora"] if adapter else []), *(["gguf"] if gguf else [])]
@@ -118,12 +129,13 @@ def dataset_card(
         configs=[{"config_name": "default", "data_files": files}],
         dataset_info={"features": features} if features else None,
     )
-    return _card("dataset.md.j2", metadata, recipe, lineage, {"chain": chain, "repo": repo, "rows": rows, "base": None})
+    values = {"chain": chain, "repo": repo, "rows": rows, "base": None}
+    return _card("dataset.md.j2", metadata, recipe, without_places(lineage, recipe), values)
 
 
 def published(reference: str) -> str:
     """The name a model is known by elsewhere: a Hub id, or the last part of a folder."""
-    return Path(reference).expanduser().resolve().name if is_path(reference) else model_name(reference)
+    return _last_part(reference) if _is_folder(reference) else model_name(reference)
 
 
 def languages(recipe: Recipe) -> list[str] | None:
@@ -136,27 +148,56 @@ def languages(recipe: Recipe) -> list[str] | None:
     return None
 
 
-def without_paths(text: str, recipe: Recipe, lineage: Mapping[str, Any]) -> str:
-    """Text in which the recipe's models go by their published names, and the lineage's files by their last part."""
-    for reference in (recipe.teacher.model, recipe.student.model if recipe.student else ""):
-        if "/" in reference and published(reference) != reference:
-            text = text.replace(reference, published(reference))
-    for path in sorted(_files_in(lineage), key=len, reverse=True):
-        text = text.replace(path, Path(path).name)
+def without_places(lineage: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The lineage as it is passed on: models by their published names, files by their last part, no endpoints.
+
+    What is a place is known by its key, so that a text of the user's that begins with a slash stays as it is. Only a
+    user's own rule may name a file by any key: there, two parts after a root, without a space, are taken for a path.
+    """
+    models = (recipe.teacher.model, recipe.student.model if recipe.student else "")
+    named = {model: published(model) for model in models if _is_folder(model)}  # the places, as they are passed on
+    _passed_on("", lineage, named)  # first to find them all: a finding may name one that comes after it
+    found: dict[str, Any] = _passed_on("", lineage, named)
+    return found
+
+
+def _passed_on(key: str, value: Any, named: dict[str, str]) -> Any:
+    """A value of the lineage, without its places, which it adds to `named`."""
+    if isinstance(value, Mapping) and key not in AS_THEY_ARE:
+        own = str(value.get("rule", "")).startswith("function")  # a user's own rule
+        kept = {name: part for name, part in value.items() if name not in NOT_PUBLIC}
+        keys = {name: ARGUMENT if own and name not in FILES else name for name in kept}
+        return {name: _passed_on(keys[name], part, named) for name, part in kept.items()}
+    if isinstance(value, list):
+        return [_passed_on(key, part, named) for part in value]
+    if not isinstance(value, str):
+        return value
+    if key in FINDINGS:
+        return _with_names(value, named)
+    if (key in MODELS and _is_folder(value)) or key in FILES or (key == ARGUMENT and LONG_PATH.fullmatch(value)):
+        named[value] = _last_part(value)
+        return named[value]
+    return value
+
+
+def _with_names(text: str, named: Mapping[str, str]) -> str:
+    """Text in which the places that it names are passed on."""
+    for place in sorted(named, key=len, reverse=True):
+        if named[place] != place:
+            name = named[place].replace("\\", r"\\")
+            text = re.sub(rf"(?<![\w/.~-]){re.escape(place)}(?![\w/-])", name, text)
     return text
 
 
-def _files_in(value: Any) -> Iterator[str]:
-    """The absolute paths in JSON. Other texts may begin with a slash, too: a path is one that exists."""
-    if isinstance(value, Mapping):
-        value = [*value.values()]
-    if isinstance(value, list):
-        for part in value:
-            yield from _files_in(part)
-    elif isinstance(value, str) and value.startswith("/"):
-        with suppress(OSError, ValueError):  # a text that no file could be called
-            if Path(value).exists():
-                yield value
+def _is_folder(reference: str) -> bool:
+    """Whether a model reference is a folder, of this machine or of the one that the run was made on."""
+    return is_path(reference) or ABSOLUTE.match(reference) is not None
+
+
+def _last_part(path: str) -> str:
+    """The name of a file or folder, there or not."""
+    name = (PureWindowsPath if "\\" in path else PurePath)(path).name
+    return name if name not in ("", "..") else Path(path).resolve().name or path
 
 
 def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
@@ -190,4 +231,4 @@ def _card(
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         **values,
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + without_paths(text, recipe, lineage)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"

@@ -11,8 +11,10 @@ Reads student/, kept.jsonl and lineage.json; writes folders in export/, each who
 Each has its card and the lineage. Folders of this machine are named by their last part only; endpoints are left out.
 """
 
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,8 +32,8 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import PRUNE
-from pipeline.students import after_training
-from train.publish.cards import CARD, dataset_card, model_card, published, without_paths
+from pipeline.students import after_training, other_parts
+from train.publish.cards import CARD, dataset_card, model_card, published, without_places
 from train.publish.to_gguf import TYPES, check_type, write_gguf
 from train.rows import read_parts, reasoning_form, to_examples
 from train.student import load_tokenizer
@@ -40,6 +42,12 @@ TOKEN_VARIABLE = "HF_TOKEN"
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 # Written anew, or of no use elsewhere.
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", MERGED_FROM, CARD}
+# The files of an export that another kind of export, or of another base, does not replace; `{name}` is the run's.
+EXPORTED = (
+    r"adapter_config\.json|adapter_model\.safetensors|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
+    rf"merges\.txt|tokenizer\.model|chat_template\.jinja|Modelfile|{{name}}-({'|'.join(TYPES)})\.gguf"
+)
 
 
 def main() -> None:
@@ -116,8 +124,13 @@ def export_gguf(recipe: Recipe, run: RunDir, kind: str, *, repo: str | None = No
 def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path:
     """Writes export/dataset, the kept rows in the three parts that training uses, and returns the folder.
 
-    Raises DataError if there are none, or one is faulty.
+    Raises DataError if there are none, or one is faulty; UsageError if the student was trained on other parts.
     """
+    if (trained := other_parts(recipe, run)) is not None:
+        raise UsageError(
+            f"{run.student}: trained when the prompts were parted otherwise ({trained}), so it may know the test rows "
+            "of this data set; train again, or give the recipe it was trained with"
+        )
     parts = read_parts(recipe, run)
     rows_of = {"train": parts.train, "validation": parts.validation, "test": parts.test}
     sections = {name: section for name, section in read_lineage(run).items() if name in ("generate", "filters")}
@@ -184,9 +197,8 @@ def _check_end(run: RunDir, base: str) -> None:
 
 
 def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> None:
-    lineage.get("generate", {}).pop("endpoints", None)  # where the teacher answered is nobody else's business
-    text = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
-    (folder / "lineage.json").write_text(without_paths(text, recipe, lineage), encoding="utf-8")
+    text = json.dumps(without_places(lineage, recipe), indent=2, ensure_ascii=False) + "\n"
+    (folder / "lineage.json").write_text(text, encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -208,7 +220,7 @@ def token_for(repo: str) -> SecretStr:
 
 
 def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool = False) -> str:
-    """Uploads a folder's files to a model or dataset repository; returns its address.
+    """Uploads a folder's files to a model or dataset repository, in place of another export's; returns its address.
 
     Raises UsageError if the Hub refuses, DistillError if it cannot be reached.
     """
@@ -222,7 +234,10 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
     try:
         made = api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
         message = f"{folder.name} of a distillation"
-        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message)
+        stale = _of_other_exports(folder, api.list_repo_files(repo)) if kind == "model" else None
+        api.upload_folder(
+            repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message, delete_patterns=stale
+        )
     except HfHubHTTPError as error:
         reason = first_line(error.server_message or error)
         refused = f"--push {repo}: the Hub refused ({error.response.status_code}: {reason})"
@@ -231,6 +246,18 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
         reason = first_line(error)
         raise DistillError(f"--push {repo}: the Hub cannot be reached ({reason}); {folder} is whole") from None
     return str(made)
+
+
+def _of_other_exports(folder: Path, there: Sequence[str]) -> list[str]:
+    """The model files in a repository that another export left and `folder` does not replace, as glob patterns.
+
+    An adapter beside a whole model would be loaded with it. A repository without a lineage has no export of ours.
+    """
+    if "lineage.json" not in there:
+        return []
+    name = json.loads((folder / "lineage.json").read_bytes())["name"]
+    exported = re.compile(EXPORTED.replace("{name}", re.escape(name)))
+    return [glob.escape(file) for file in there if exported.fullmatch(file) and not (folder / file).exists()]
 
 
 if __name__ == "__main__":

@@ -5,18 +5,21 @@ conversations of known words, and makes sure that it renders others as the token
 express so is left to Ollama, which knows the usual ones by the template in the GGUF file.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pipeline.chat import system_of_student
 from pipeline.recipe import Recipe
+from pipeline.sampling_config import LOGPROBS
 
 SYSTEM, USER, ANSWER, NEXT = "xsystemx", "xuserx", "xanswerx", "xnextx"  # words that no template has of its own
 # Ollama's own values would differ from the server that the student was measured on.
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
-OURS = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "num_predict", "top_k": "top_k", "min_p": "min_p"}
-OURS["repetition_penalty"] = "repeat_penalty"
+OURS = {"max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"} | {
+    name: name for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+}
+# The recipe's seed is no request's own: with one in the Modelfile, every answer to a question would be the same.
+NOT_MISSED = {"seed", "stop", *LOGPROBS}
 
 
 class ChatForm(NamedTuple):
@@ -88,11 +91,40 @@ def modelfile(recipe: Recipe, file: str, tokenizer: Any, stops: Sequence[str]) -
         lines.append(f'TEMPLATE """{template}"""')
     if system:
         lines.append(f'SYSTEM """{system}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    quoted = [_quoted(stop) for stop in dict.fromkeys([*stops, *_own_stops(recipe)])]
+    lines += [f"PARAMETER stop {stop}" for stop in quoted if stop is not None]
     sampling = recipe.sampling.fields()
-    values = NEUTRAL | {OURS[name]: value for name, value in sampling.items() if name in OURS}
+    values = NEUTRAL | {OURS[name]: value for name, value in sampling.items() if name in OURS and value is not None}
     lines += [f"PARAMETER {name} {value}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def not_carried_over(recipe: Recipe) -> list[str]:
+    """What of the recipe's sampling a Modelfile cannot say."""
+    sampling = recipe.sampling.fields()
+    names = [name for name, value in sampling.items() if name not in {*OURS, *NOT_MISSED} and value is not None]
+    return names + [f"stop {stop!r}" for stop in _own_stops(recipe) if _quoted(stop) is None]
+
+
+def _own_stops(recipe: Recipe) -> list[str]:
+    """The texts that end an answer by the recipe, beside the student's own tokens."""
+    stops = recipe.sampling.extra.get("stop") or []
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
+def _quoted(text: str) -> str | None:
+    """Text as a Modelfile quotes it; None if it cannot.
+
+    Ollama's parser knows no escapes: a newline is one. It ends a value at the first newline after what looks like the
+    closing quotes, and drops characters that are not printable.
+    """
+    quotes = '"""' if '"' in text else '"'
+    lines = (quotes + text).splitlines(keepends=True)
+    begun = ["".join(lines[:count]).strip() for count in range(1, len(lines))]  # the value, at each of its newlines
+    cut = any(part.endswith(quotes) and len(part) >= 2 * len(quotes) for part in begun)
+    if cut or not all(character.isprintable() or character in "\t\r\n" for character in text):
+        return None
+    return f"{quotes}{text}{quotes}"
 
 
 def _without_bos(form: ChatForm, tokenizer: Any) -> ChatForm:

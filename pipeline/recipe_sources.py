@@ -1,0 +1,67 @@
+"""What a recipe is read from: its YAML, and the DISTILL_* variables. `load_recipe` puts them and the flags together."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
+
+from pipeline.errors import RecipeError
+from pipeline.section import Section
+
+ENV_PREFIX = "DISTILL_"
+NO_KEYS = ("DISTILL_CACHE",)  # variables of the project that are no recipe keys
+
+
+class Variables(EnvSettingsSource):
+    """The DISTILL_* variables. What is not JSON where JSON is expected is left for the check of the whole."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
+def check_variables(recipe: type[Section]) -> None:
+    """Raises RecipeError at a DISTILL_* variable whose first part is no key of the recipe. Its value is not shown."""
+    for name in sorted(os.environ):
+        first = name.upper().removeprefix(ENV_PREFIX).split("__")[0].lower()
+        if name.upper().startswith(ENV_PREFIX) and first not in recipe.model_fields and name not in NO_KEYS:
+            raise RecipeError(
+                f"{name}: no such key: {first}; there are {', '.join(recipe.model_fields)} "
+                f"({ENV_PREFIX}<SECTION>__<KEY>, with two underscores); unset or rename it"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice. PyYAML itself keeps the last one and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}  # the line of each key
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in first:
+                raise RecipeError(f"{self.name}:{line}: {key.value} is given twice (see line {first[name]}); keep one")
+            first[name] = line
+        return node
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a recipe. Raises RecipeError if the file cannot be read, is no mapping, or has a key twice."""
+    try:
+        with path.open("rb") as file:
+            data = yaml.load(file, _Loader)
+    except OSError as error:
+        reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
+        raise RecipeError(f"{path}: {reason}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    return data

@@ -1,0 +1,57 @@
+"""An adapter merged for engines: once, whole, and again when the folder is not whole."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import adapters
+from pipeline.adapters import MERGED_FROM, whole_model
+
+FILES = ["config.json", MERGED_FROM, "model.safetensors"]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The merges that were begun. Each takes a while between its files."""
+    begun: list[Path] = []
+
+    def merge(base: str | Path, adapter: Path, target: Path) -> None:
+        begun.append(target)
+        (target / "config.json").touch()
+        time.sleep(0.5)
+        (target / "model.safetensors").touch()
+
+    monkeypatch.setattr(adapters, "merge_adapter", merge)
+    return begun
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_commands_at_once_merge_once(adapter: Path, tmp_path: Path, merges: list[Path]) -> None:
+    merged = tmp_path / "evaluation/merged"
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(whole_model, adapter, "base", merged) for _ in range(2)]
+        assert [one.result() for one in both] == [merged, merged]
+    assert len(merges) == 1 and names(merged) == FILES
+
+
+def test_a_merged_folder_without_a_model_is_made_again(adapter: Path, tmp_path: Path, merges: list[Path]) -> None:
+    merged = whole_model(adapter, "base", tmp_path / "merged")
+    made_of = json.loads((merged / MERGED_FROM).read_bytes())
+    assert whole_model(adapter, "base", merged) == merged and len(merges) == 1
+    (merged / "config.json").unlink()
+    assert whole_model(adapter, "base", merged) == merged and len(merges) == 2
+    assert names(merged) == FILES and json.loads((merged / MERGED_FROM).read_bytes()) == made_of

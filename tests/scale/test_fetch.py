@@ -1,0 +1,139 @@
+"""What a fetch brings while the run goes on elsewhere, and what it leaves away: in a folder and in S3 (moto)."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.records import Completion, encode_line
+from scale.fetch import main as fetch
+from scale.run_in_store import run_in_store
+from scale.storage import Store, open_store
+from scale.sync import Mirror, State
+from tests.completion_fields import completion_fields
+from tests.servers.object_storage import object_storage
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with object_storage() as url:
+        yield url
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(tmp_path.as_uri() + "/store")
+    request.getfixturevalue("server")
+    return open_store(f"s3://bucket/{tmp_path.name}/run")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def row(number: int) -> bytes:
+    return encode_line(Completion(**completion_fields(f"id{number:02}", "ok")))
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(row(1) if name.endswith("completions.jsonl") else name.encode())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files of a run, without those that are a folder's own."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, store: Store, call: str, name: str, happens: Callable[[], None]) -> None:
+    """Before a store is first asked, by this call, for an object whose name begins so."""
+    asked, happened = getattr(type(store), call), list[str]()
+
+    def ask(self: Store, wanted: str, *given: Path) -> object:
+        if wanted.startswith(name) and not happened:
+            happened.append(wanted)
+            happens()
+        return asked(self, wanted, *given)
+
+    monkeypatch.setattr(type(store), call, ask)
+
+
+@pytest.mark.parametrize("earlier", [0, 4], ids=["first", "a later compaction"])
+def test_parts_that_are_compacted_during_a_fetch_come_with_all_their_rows(
+    store: Store, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, earlier: int
+) -> None:
+    rows = [row(number) for number in range(10)]
+    if earlier:
+        store.put("completions.jsonl", b"".join(rows[:earlier]))
+    write(tmp_path / "one", "recipe.yaml")
+    running = Mirror(store, tmp_path / "one", State("one"))
+    running.fetch()
+    with (tmp_path / "one" / "completions.jsonl").open("ab") as journal:
+        journal.writelines(rows[earlier:])
+    assert running.upload(rest=True) == {"completions": 10 - earlier}
+    meanwhile(monkeypatch, store, "get", "parts/completions/one-", running.compact)
+    fetch([store.url, str(home)])
+    assert store.names() == ["completions.jsonl"]  # it was compacted
+    assert (home / "completions.jsonl").read_bytes() == store.get("completions.jsonl") == b"".join(rows)
+
+
+@pytest.mark.parametrize("moment", ["lineage.json", "training/checkpoint-10/trainer_state.json"])
+def test_a_checkpoint_that_is_replaced_during_a_fetch_comes_as_the_newer_one(
+    store: Store, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The training goes on before the fetch has any of the old checkpoint, or when it has a part of it."""
+    one = tmp_path / "one"
+    running = Mirror(store, one, State("one"))
+    write(one, "kept.jsonl", "lineage.json", "training/fingerprint", "validation.jsonl", "completions.jsonl")
+    running.upload(rest=True)
+    running.push()
+
+    def save(step: int) -> None:
+        shutil.rmtree(one / f"training/checkpoint-{step - 10}", ignore_errors=True)
+        write(one, *(f"training/checkpoint-{step}/{name}" for name in ("model.safetensors", "trainer_state.json")))
+        running.put_checkpoints()
+
+    save(10)
+    meanwhile(monkeypatch, store, "download", moment, lambda: save(20))
+    fetch([store.url, str(home)])
+    kept = {f"training/{name}" for name in ("checkpoint-20/model.safetensors", "checkpoint-20/trainer_state.json")}
+    assert {*store.names("training")} == {*kept, "training/fingerprint"}
+    assert files(home) == files(one)
+
+
+def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(
+    store: Store, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    removed = ["training/checkpoint-5/trainer_state.json", "training/fingerprint", "reviews.jsonl"]
+    answers = ["completions.jsonl", "judge/a/b/completions.jsonl"]
+    write(home, *removed, *answers, "kept.jsonl")
+    assert run_in_store([sys.executable, "-c", "pass"], store.url, home) == 0
+    assert {*removed, *answers, "kept.jsonl"} < {*store.names()}
+    shutil.rmtree(home / "training")
+    for name in ("reviews.jsonl", "kept.jsonl", *answers):
+        (home / name).unlink()
+    look = (
+        f"from pathlib import Path; home = Path({str(home)!r}); "
+        "print(*sorted(path.relative_to(home) for path in home.rglob('[!.]*') if path.is_file()))"
+    )
+    assert run_in_store([sys.executable, "-c", look], store.url, home) == 0
+    assert capfd.readouterr().out.split() == sorted([*answers, "kept.jsonl"])  # what the stage sees
+    assert [name for name in store.names() if not name.startswith("lease/")] == sorted([*answers, "kept.jsonl"])
+    assert [store.get(name) for name in answers] == [row(1), row(1)]
+
+
+def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "runs/stories/recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no URL of a run is given"):
+        fetch([""])
+    assert list(files(tmp_path)) == ["runs/stories/recipe.yaml"]
