@@ -5,7 +5,7 @@ PYTHON ?= python3
 export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 PY := .venv/bin/python
-# One word of the shell, whatever is in it; a `~/` in front still means the home folder.
+# One word of the shell, whatever is in it. Three quotes mark its beginning, so that only a `~/` there means the home folder.
 quoted = $(subst '''~/,~/','''$(subst ','\'',$(1))')
 COMMON := $(call quoted,$(RECIPE)) $(if $(RUN),--run $(call quoted,$(RUN))) \
   $(if $(TEACHER_URL),--teacher.base_url $(call quoted,$(TEACHER_URL))) \

@@ -124,7 +124,7 @@ def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: 
     log = run.path / f"chat-{model.name}.log"
     try:
         model.said = "preparing its weights"
-        own = recipe.serve if model.name == TEACHER else for_other_models(recipe.serve)
+        own = recipe.serve if model.name == TEACHER else for_other_models(recipe)
         reference, config = reference_of(recipe, run, model.name), beside_others(own, count)
         server = serving(reference, port=free_port(), config=config, log=log, served_name=served_name, waiting=waiting)
         model.server = servers.enter_context(server)

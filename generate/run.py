@@ -131,8 +131,7 @@ def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> t
     if isinstance(run, RunDir):
         return recipe, run
     if re.match("[a-z0-9]+:/", str(run)):
-        why = "a folder is wanted here; for a run in a store call `python -m generate RECIPE --run"
-        raise UsageError(f"{run}: {why} {run}`")
+        raise UsageError(f"{run}: a folder is needed here; for a run in a store: python -m generate RECIPE --run {run}")
     run = RunDir(Path(run) if run is not None else Path("runs") / recipe.name)
     return recipe, run
 

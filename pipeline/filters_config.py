@@ -55,7 +55,7 @@ class JudgeConfig(Section):
     """The judge, as its endpoint names it; null: the teacher judges itself, and is told so."""
     base_url: Endpoints | None = None
     """Where the judge answers; null: at the teacher's URL, with the teacher's key, headers and query."""
-    api_key_env: VariableName | None = None
+    api_key_env: VariableName | None = Field(None, min_length=1)
     """The environment variable that holds its key; null: the teacher's at the teacher's URL, else OPENAI_API_KEY."""
     price: PriceConfig | None = None
     """The judge's price, if the table does not know it or is wrong."""

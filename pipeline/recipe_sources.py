@@ -12,7 +12,6 @@ from pipeline.errors import RecipeError
 from pipeline.section import Section
 
 ENV_PREFIX = "DISTILL_"
-NO_KEYS = ("DISTILL_CACHE",)  # variables of the project that are no recipe keys
 
 
 class Variables(EnvSettingsSource):
@@ -26,10 +25,14 @@ class Variables(EnvSettingsSource):
 
 
 def check_variables(recipe: type[Section]) -> None:
-    """Raises RecipeError at a DISTILL_* variable whose first part is no key of the recipe. Its value is not shown."""
-    for name in sorted(os.environ):
-        first = name.upper().removeprefix(ENV_PREFIX).split("__")[0].lower()
-        if name.upper().startswith(ENV_PREFIX) and first not in recipe.model_fields and name not in NO_KEYS:
+    """Raises RecipeError at a DISTILL_* variable that is meant for the recipe and misses it. Its value is not shown.
+
+    Meant for it are names with two underscores, or that begin with a section. Others (`DISTILL_CACHE`, a key) are not.
+    """
+    for name in sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX)):
+        first, *keys = name.upper().removeprefix(ENV_PREFIX).lower().split("__")
+        meant = bool(keys) or first.split("_")[0] in recipe.model_fields
+        if meant and first not in recipe.model_fields:
             raise RecipeError(
                 f"{name}: no such key: {first}; there are {', '.join(recipe.model_fields)} "
                 f"({ENV_PREFIX}<SECTION>__<KEY>, with two underscores); unset or rename it"

@@ -40,7 +40,7 @@ Endpoints = Annotated[str, AfterValidator(lambda given: ",".join(checked_urls(gi
 
 
 def _checked_name(given: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", given):
+    if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", given):
         raise ValueError("must be the name of an environment variable, not a key: give the key in that variable")
     return given
 

@@ -14,7 +14,7 @@ class UserConfig(Section):
     """The model, as its endpoint names it; null: the teacher itself."""
     base_url: Endpoints | None = None
     """Where it answers; null: at the teacher's URL, with the teacher's key, headers and query."""
-    api_key_env: VariableName | None = None
+    api_key_env: VariableName | None = Field(None, min_length=1)
     """The environment variable that holds its key; null: the teacher's at the teacher's URL, else OPENAI_API_KEY."""
     price: PriceConfig | None = None
     """Its price, if the table does not know it or is wrong. What it costs is part of the run's budget."""

@@ -197,7 +197,7 @@ def repeated(put: Callable[[], object], what: str, every: float | None = None) -
                 print(f"stopping: {error}", file=sys.stderr)
                 signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)  # which run_stage takes as Ctrl-C
                 return
-            except DistillError as error:
+            except (DistillError, OSError) as error:
                 if not said:
                     print(f"warning: {error}; {what} wait on this machine", file=sys.stderr)
                 said = True

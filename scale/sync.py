@@ -9,6 +9,7 @@
 A kind is a journal's name: `completions`, `failures`, and those of the folders in a run that have journals (FOLDERS).
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -36,6 +37,7 @@ TRAIN_WRITES = (  # files and folders
     *("lineage.json", "checks.json", "validation.jsonl", "test.jsonl", "teacher_logprobs.jsonl"),
     *("student-init", "student", "student-sft", "training", "tensorboard"),
 )
+# What the user may remove here, to begin it anew: the next command removes it from the store.
 REMOVABLE = ("training", "review_sample.json", "reviews.jsonl", "judgements.jsonl")
 STUDENTS = ("student-init", "student")  # what `serve` reads of a run
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
@@ -104,6 +106,9 @@ class Mirror:
         `keep`: local files are the newer ones, and what a user may remove was removed if it was here and is gone.
         """
         kinds, names, whole = set(), self._store.names(), True
+        removed = {name for name in names if keep and self._is_removed(name)}
+        for what in sorted({_first(name) for name in removed}):
+            print(f"{what}: was removed here, so it is removed from {self._store.url} too", file=sys.stderr)
         if not keep:
             self._remove(self._outdated(names))
         for name in names:
@@ -112,7 +117,7 @@ class Mirror:
                 kinds.add(str(path.relative_to("parts").parent))
             elif path.name in JOURNALS:
                 kinds.add(str(path.with_suffix("")))
-            elif _is_file(name) and not (keep and (self._is_removed(name) or (self._folder / name).exists())):
+            elif _is_file(name) and name not in removed and not (keep and (self._folder / name).exists()):
                 whole &= self._download(name)
         if not whole and not keep:  # a training elsewhere has put a checkpoint in place of another
             now = self._store.names()
@@ -174,6 +179,13 @@ class Mirror:
         What makes a checkpoint whole is put last, and removed first.
         """
         before = dict(self._state.files)
+        try:
+            self._put_checkpoints()
+        finally:
+            if self._state.files != before:
+                self._state.save(self._folder)
+
+    def _put_checkpoints(self) -> None:
         with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
             names = [name.relative_to(self._folder).as_posix() for name in self._folder.glob("training/fingerprint")]
             for state in sorted(self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")):
@@ -183,8 +195,6 @@ class Mirror:
             self._put(names)
             gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
             self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
-        if self._state.files != before:
-            self._state.save(self._folder)
 
     def compact(self, check: Callable[[], None] = lambda: None) -> None:
         """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded.

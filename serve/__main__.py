@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     name, host, port = address_of(recipe, options.model)
     port = options.port or port
     teacher = options.model in (TEACHER, recipe.teacher.model)
-    config = _with_args(recipe.serve if teacher else for_other_models(recipe.serve), options.args)
+    config = _with_args(recipe.serve if teacher else for_other_models(recipe), options.args)
     model = reference_of(recipe, run, options.model)
     if options.print:
         print(command_to_show(model, name, host, port, config).shell())

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UsageError
-from pipeline.recipe import ServeConfig
+from pipeline.recipe import Recipe, ServeConfig
 from serve.machine import Machine
 from serve.model_facts import DTYPE_BYTES, ModelFacts
 
@@ -74,17 +74,17 @@ RESIZES = (
 # Flags that describe one model or one address: the teacher's. Flags for tools are not among them: without those vLLM
 # refuses requests with tools, and a student is asked such requests if its teacher is.
 DESCRIBES = (
-    "--host", "--port", "--uds", "--served-model-name",
+    "--port", "--uds", "--served-model-name",
     "--max-model-len", "--hf-overrides", "--hf-config-path", "--config-format",
     "--model-impl", "--model-class-overrides",
     "--revision", "--code-revision", "--tokenizer", "--tokenizer-mode", "--tokenizer-revision",
     "--chat-template", "--chat-template-content-format", "--default-chat-template-kwargs",
-    "--reasoning-parser", "--reasoning-parser-plugin", "--reasoning-config",
     "--generation-config", "--override-generation-config",
     "--quantization", "--quantization-config", "--load-format", "--model-loader-extra-config", "--ignore-patterns",
     "--speculative-config", "--spec-method", "--spec-model", "--spec-tokens",
     "--enable-lora", "--lora-modules", "--default-mm-loras", "--enable-expert-parallel", "--enable-eplb",
 )  # fmt: skip
+REASONING = ("--reasoning-parser", "--reasoning-parser-plugin", "--reasoning-config")  # of a student that learned it
 AUTO_CONTEXT = ("auto", "-1")  # vLLM's words for: as long as the memory allows
 OURS = {
     "--model": "use --model of `python -m serve`, or teacher.model",
@@ -203,14 +203,14 @@ def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     return [*_without(earlier, given), *later]
 
 
-def for_other_models(config: ServeConfig) -> ServeConfig:
+def for_other_models(recipe: Recipe) -> ServeConfig:
     """The teacher's settings for another model: without the flags that describe the teacher or its address.
 
     If the teacher's context was cut to fit into the memory, the other model's is as long as the memory allows.
     """
-    cut = "--max-model-len" in _values(config.args)
-    args = [*_without(config.args, DESCRIBES), *(["--max-model-len", "auto"] if cut else [])]
-    return config.model_copy(update={"args": args})
+    args, names = recipe.serve.args, DESCRIBES if recipe.train.reasoning == "keep" else (*DESCRIBES, *REASONING)
+    cut = ["--max-model-len", "auto"] if "--max-model-len" in _values(args) else []
+    return recipe.serve.model_copy(update={"args": [*_without(args, names), *cut]})
 
 
 def _without(arguments: Sequence[str], names: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ Hub. Does not read the weights.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.errors import UsageError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")  # vLLM loads the first kind that exists
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 # The names that vLLM knows for the context; if there are several, it takes the smallest.
 POSITIONS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
@@ -99,7 +100,8 @@ def _is_complete(folder: Path) -> bool:
     """Whether all weights are there. A download that was interrupted leaves some of the files, or no index."""
     index = folder / INDEX
     if not index.is_file():
-        return (folder / WEIGHTS).is_file()
+        files = [file.name for file in folder.glob("*.safetensors")]
+        return bool(files) and not any(re.search(r"-\d+-of-\d+", name) for name in files)
     names = json.loads(index.read_bytes())["weight_map"].values()
     return all((folder / name).is_file() for name in set(names))
 

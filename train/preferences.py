@@ -26,28 +26,32 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
     """The folder of the student to start from: `train.start`, or the run's last one that learned from answers.
 
     That is the student, or student-sft if the student itself came of a further method. Raises UsageError if there is
-    none, or if another method's student would be lost.
+    none.
     """
-    method, made_by = recipe.train.method, trained_section(run.student).get("method")
     if recipe.train.start is not None:
         folder = recipe.train.start
-        if folder.resolve() == run.student.resolve():
-            raise UsageError(
-                f"train.start is {folder}, which this training replaces: leave it out, or name a copy of it"
-            )
     else:
         folder = run.student if learned_from_answers(run.student) else run.student_sft
-        if made_by in FURTHER and made_by != method:
-            raise UsageError(
-                f"{run.student} is of train.method {made_by}, and {method} would begin at the one before it and take "
-                f"its place: move it elsewhere, and name it in train.start to begin there"
-            )
     if not trained_section(folder):
         raise UsageError(
             f"{folder}: no student to start from; train.method {recipe.train.method} follows another method: train "
             "with that one first, or name a student's folder in train.start"
         )
     return folder
+
+
+def check_start(recipe: Recipe, run: RunDir) -> None:
+    """Raises UsageError if a further method would replace the student that it starts from, or one of another method."""
+    if not recipe.train.further:
+        return
+    start, method, made_by = recipe.train.start, recipe.train.method, trained_section(run.student).get("method")
+    if start is not None and start.resolve() == run.student.resolve():
+        raise UsageError(f"train.start is {start}, which this training replaces: leave it out, or name a copy of it")
+    if start is None and made_by in FURTHER and made_by != method:
+        raise UsageError(
+            f"{run.student} is of train.method {made_by}, and {method} would begin at the one before it and take its "
+            "place: move it elsewhere, and name it in train.start to begin there"
+        )
 
 
 def learned_from_answers(student: Path) -> bool:

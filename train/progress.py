@@ -51,7 +51,8 @@ class Milestones(TrainerCallback):
         if losses and not isfinite(losses[-1]):
             why = f"step {state.global_step}: the validation loss is {losses[-1]}: the training has diverged"
             if len(losses) == 1:
-                raise DistillError(f"{why}; lower train.learning_rate, and run the same command again")
+                own = f"{self.config.method}." if self.config.further else ""  # which has a rate of its own
+                raise DistillError(f"{why}; lower train.{own}learning_rate")
             self.console.print(f"{why}; the weights before are kept")
             control.should_training_stop = True
         patience = self.config.early_stop

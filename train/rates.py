@@ -30,5 +30,5 @@ def epochs_of(config: TrainConfig) -> float:
 
 
 def warmup_steps(config: TrainConfig, rows: int) -> int:
-    """Its share of the steps, rounded down: the first of them has a rate of 0, and a short training none to lose."""
+    """Its share of the steps, rounded down: the first of them has a rate of 0, so a short training gets none."""
     return int(config.warmup * ceil(ceil(rows / config.batch_size) * epochs_of(config)))

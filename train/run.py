@@ -31,7 +31,7 @@ from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.lazy import Lazy, joined, rows_folder
-from train.preferences import Pairs, checks_of, learned_from_answers, read_pairs, start_of, trained_section
+from train.preferences import Pairs, check_start, checks_of, learned_from_answers, read_pairs, start_of, trained_section
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
@@ -80,6 +80,7 @@ def train_run(
     console = Console(stderr=True, soft_wrap=True, markup=False, quiet=not processes.lead)
     recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
+    check_start(recipe, run)
     if recipe.train.method == "on_policy" and recipe.train.start is None:
         _train_first(recipe, run, force=force, allow_chain=allow_chain, processes=processes)
     start = start_of(recipe, run) if recipe.train.further else None
@@ -248,7 +249,9 @@ def training_log(prepared: "Prepared", recipe: Recipe, rows: dict[str, int]) -> 
     from train.machine import peak_memory
 
     state = prepared.trainer.state
-    steps = [entry for entry in state.log_history if isfinite(entry.get("loss", nan))]  # others are of its end
+    steps = [
+        entry for entry in state.log_history if isfinite(entry.get("loss", nan))
+    ]  # one that diverged ends with NaN
     evaluations = [entry for entry in state.log_history if isfinite(entry.get("eval_loss", nan))]
     return {
         "loss": [{name: entry[name] for name in ("step", "epoch", "loss", "learning_rate")} for entry in steps],

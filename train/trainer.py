@@ -379,7 +379,7 @@ def training_arguments(config: TrainConfig, folder: Path, rows: int, *, checkpoi
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # which shows a loss of 0
+        "logging_nan_inf_filter": False,  # it would show NaN as 0
         "include_num_input_tokens_seen": "non_padding",
         "ddp_find_unused_parameters": False,  # all that is trained is used
         "dataloader_pin_memory": torch.cuda.is_available(),

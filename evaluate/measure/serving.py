@@ -47,7 +47,7 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
     shutil.rmtree(folder, ignore_errors=True)  # a stopped timing starts again
     folder.mkdir(parents=True)
     model, log = str(engine_folder(subject, run)), folder / "server.log"
-    config = recipe.serve if subject.key == TEACHER else for_other_models(recipe.serve)
+    config = recipe.serve if subject.key == TEACHER else for_other_models(recipe)
     with serving(model, port=free_port(), config=config, log=log, served_name=subject.key) as server:
         try:
             yield server, folder

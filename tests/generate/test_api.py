@@ -105,9 +105,9 @@ def test_a_recipe_built_here_is_taken_as_it_is_and_a_file_obeys_the_environment(
 def test_a_store_is_no_folder_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with misbehaving() as server:
-        with pytest.raises(UsageError, match=r"s3://bucket/x: a folder is wanted here; .*--run s3://bucket/x"):
+        with pytest.raises(UsageError, match=r"s3://bucket/x: a folder is needed here; .*--run s3://bucket/x"):
             generate(Recipe(**data(server)), "s3://bucket/x")
-        with pytest.raises(UsageError, match="a folder is wanted here"):
+        with pytest.raises(UsageError, match="a folder is needed here"):
             asyncio.run(agenerate(Recipe(**data(server)), "s3://bucket/x"))
         assert not server.asked
     assert list(tmp_path.iterdir()) == []

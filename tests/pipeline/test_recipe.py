@@ -147,11 +147,12 @@ def test_a_wrong_variable_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, 
         load_recipe(path)
 
 
-@pytest.mark.parametrize("name", ["DISTILL_SAMPLNG__TOP_P", "DISTILL_SAMPLING_TOP_P", "distill_budgt"])
+@pytest.mark.parametrize("name", ["DISTILL_SAMPLNG__TOP_P", "DISTILL_SAMPLING_TOP_P", "distill_budgt__usd"])
 def test_a_mistyped_variable_is_refused_and_its_value_not_shown(
     path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv("DISTILL_CACHE", "cache")  # the project's own
+    monkeypatch.setenv("DISTILL_API_KEY", "a key")  # named in a recipe
     load_recipe(path)
     monkeypatch.setenv(name, "0.123")
     with pytest.raises(RecipeError, match=rf"^{name}: no such key: \w+; there are name, teacher, ") as caught:

@@ -11,6 +11,7 @@ from pipeline.recipe import ServeConfig
 from serve.command import GIB, Command, build_command, choose_device, for_other_models, merge_args, ranks
 from serve.machine import Machine
 from serve.model_facts import ModelFacts, model_facts
+from tests.tiny_student import make_recipe
 
 CPU = Machine(
     gpus=0,
@@ -166,16 +167,22 @@ def test_on_a_cpu_the_context_fits_into_the_steps_of_the_user():
     ("args", "kept"),
     [
         (["--max-model-len", "4096", "--max-num-seqs", "8"], ["--max-num-seqs", "8", "--max-model-len", "auto"]),
-        (["--chat-template", "t.jinja", "-tp", "2", "--port=9", "--host", "h"], ["-tp", "2"]),
+        (["--chat-template", "t.jinja", "-tp", "2", "--port=9", "--host", "h"], ["-tp", "2", "--host", "h"]),
         (["--served-model-name", "a", "b", "-q", "fp8", "--max_num_seqs=5"], ["--max_num_seqs=5"]),
         (["--hf-overrides.a", "1", "--tokenizer_mode=slow", "-sc", "{}", "--reasoning-parser", "r", "-ep"], []),
         (["--enable-auto-tool-choice", "--tool-call-parser", "hermes"],) * 2,  # a student is asked with tools, too
     ],
 )  # fmt: skip
 def test_other_models_do_not_get_what_describes_the_teacher(args, kept):
-    config = ServeConfig(args=args, kv_cache_gib=2)
-    assert for_other_models(config) == ServeConfig(args=kept, kv_cache_gib=2)
-    assert config.args == args
+    recipe = make_recipe("student").model_copy(update={"serve": ServeConfig(args=args, kv_cache_gib=2)})
+    assert for_other_models(recipe) == ServeConfig(args=kept, kv_cache_gib=2)
+    assert recipe.serve.args == args
+
+
+def test_a_student_that_learns_to_reason_keeps_the_parser():
+    recipe = make_recipe("student", reasoning="keep")
+    recipe = recipe.model_copy(update={"serve": ServeConfig(args=["--reasoning-parser", "qwen3"])})
+    assert for_other_models(recipe).args == ["--reasoning-parser", "qwen3"]
 
 
 @pytest.mark.parametrize(

@@ -191,13 +191,14 @@ def test_weights_that_a_repository_holds_twice_count_once(names, total):
     assert facts_of(CONFIG, {f"{name}.safetensors": 1 for name in names}).weight_bytes == total
 
 
-SHARDS = ["model-1.safetensors", "model-2.safetensors"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("files", "local"),
     [
         (["model.safetensors"], True),
+        (["gptq_model-4bit-128g.safetensors"], True),
         ([*SHARDS, "model.safetensors.index.json"], True),
         ([SHARDS[0], "model.safetensors.index.json"], False),
         (SHARDS, False),  # vLLM fetches the index last

@@ -296,7 +296,7 @@ def test_a_data_set_that_is_split_otherwise_than_the_student_was_trained_is_refu
     recipe, run = trained
     other = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
     with pytest.raises(
-        UsageError, match=r"parted otherwise \(.*seed 5.*\), so it may know the test rows .*; train again"
+        UsageError, match=r"split differently \(.*seed 5.*\), so it may know the test rows .*; train again"
     ):
         export_dataset(other, run)
     assert export_dataset(other, make_run(run.path.with_name("untrained"), story_rows(8))).is_dir()
@@ -587,11 +587,12 @@ def test_a_push_that_cannot_be_is_one_line(
     assert not hub.repos
 
 
-def test_a_push_replaces_another_export_and_leaves_what_was_put_there_by_hand(
+def test_a_push_replaces_another_model_and_leaves_what_was_put_there_by_hand(
     trained: tuple[Recipe, RunDir], hub: FakeHub
 ) -> None:
     hand = {"samples.md": b"1", "onnx/config.json": b"2", "other-q8_0.gguf": b"3", "tiny-q4_k_m.gguf": b"4"}
-    left = {"Modelfile": b"5", "tiny-q8_0.gguf": b"6", "model-00001-of-00002.safetensors": b"7"}
+    hand |= {"Modelfile": b"5", "tiny-q8_0.gguf": b"6"}  # beside any other model
+    left = {"model-00001-of-00002.safetensors": b"7"}
     hub.repos[("model", "me/tiny")] = {"private": True, "files": {**hand, **left, "lineage.json": b"{}"}}
     for flags, weights in (([], "adapter_model"), (["--merged"], "model"), ([], "adapter_model")):
         done = export(trained, *flags, "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)

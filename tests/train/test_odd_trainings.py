@@ -106,8 +106,8 @@ def test_a_student_of_another_further_method_is_not_thrown_away(student: str, tm
     with pytest.raises(
         UsageError, match=r"student is of train\.method dpo, and on_policy would begin at the one befor"
     ):
-        start_of(make_recipe(student, method="on_policy"), run)
+        train_run(make_recipe(student, method="on_policy"), run)
     with pytest.raises(UsageError, match=r"train\.start is .*student, which this training replaces"):
-        start_of(make_recipe(student, method="dpo", start=str(run.student)), run)
+        train_run(make_recipe(student, method="dpo", start=str(run.student)), run)
     moved = run.student.rename(tmp_path / "kept")
     assert start_of(make_recipe(student, method="on_policy", start=str(moved)), run) == moved

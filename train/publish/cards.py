@@ -7,7 +7,7 @@ left out.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -33,7 +33,6 @@ NOT_PUBLIC = {"endpoints", "by_endpoint", "nodes", "base_url", "api_key_env", "c
 MODELS = {"student", "teacher", "initialised_from", "asked", "served", "model"}
 FILES = {"test_rows", "start", "against", "contamination", "file", "files", "database", "schema"}
 FINDINGS = {"finding", "fix", "wanted"}  # words that may name a model or a file
-ARGUMENT = "argument"  # any key of a user's own rule
 AS_THEY_ARE = {"schema", "rubric", "sampling"}  # mappings whose keys are the user's own
 ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
 LONG_PATH = re.compile(r"(~|[A-Za-z]:)?[/\\][^\s/\\]+[/\\]\S+")
@@ -151,33 +150,43 @@ def languages(recipe: Recipe) -> list[str] | None:
 def without_places(lineage: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The lineage as it is passed on: models by their published names, files by their last part, no endpoints.
 
-    What is a place is known by its key, so that a text of the user's that begins with a slash stays as it is. Only a
-    user's own rule may name a file by any key: there, two parts after a root, without a space, are taken for a path.
+    What is a place is known by its key, so that a text of the user's that begins with a slash stays as it is.
     """
     models = (recipe.teacher.model, recipe.student.model if recipe.student else "")
-    named = {model: published(model) for model in models if _is_folder(model)}  # the places, as they are passed on
-    _passed_on("", lineage, named)  # first to find them all: a finding may name one that comes after it
-    found: dict[str, Any] = _passed_on("", lineage, named)
+    named = {place: _last_part(place) for place in _places(lineage)}
+    named |= {model: published(model) for model in models if _is_folder(model)}
+    found: dict[str, Any] = _passed_on(lineage, named)
     return found
 
 
-def _passed_on(key: str, value: Any, named: dict[str, str]) -> Any:
-    """A value of the lineage, without its places, which it adds to `named`."""
+def _places(value: Any, key: str = "", *, own: bool = False) -> Iterator[str]:
+    """The files and folders that the lineage names. `own`: in a user's own rule, where any key may hold one."""
     if isinstance(value, Mapping) and key not in AS_THEY_ARE:
-        own = str(value.get("rule", "")).startswith("function")  # a user's own rule
-        kept = {name: part for name, part in value.items() if name not in NOT_PUBLIC}
-        keys = {name: ARGUMENT if own and name not in FILES else name for name in kept}
-        return {name: _passed_on(keys[name], part, named) for name, part in kept.items()}
+        for name, part in value.items():
+            yield from _places(part, name, own=own or _is_own_rule(value))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _places(part, key, own=own)
+    elif isinstance(value, str):
+        by_key = key == "file" if own else key in FILES or (key in MODELS and _is_folder(value))
+        if by_key or (own and LONG_PATH.fullmatch(value)):
+            yield value
+
+
+def _passed_on(value: Any, named: Mapping[str, str], key: str = "") -> Any:
+    """A value of the lineage with names in place of places, and without what is not public."""
+    if isinstance(value, Mapping) and key not in AS_THEY_ARE:
+        hidden = set() if _is_own_rule(value) else NOT_PUBLIC
+        return {name: _passed_on(part, named, name) for name, part in value.items() if name not in hidden}
     if isinstance(value, list):
-        return [_passed_on(key, part, named) for part in value]
-    if not isinstance(value, str):
-        return value
-    if key in FINDINGS:
-        return _with_names(value, named)
-    if (key in MODELS and _is_folder(value)) or key in FILES or (key == ARGUMENT and LONG_PATH.fullmatch(value)):
-        named[value] = _last_part(value)
-        return named[value]
+        return [_passed_on(part, named, key) for part in value]
+    if isinstance(value, str):
+        return _with_names(value, named) if key in FINDINGS else named.get(value, value)
     return value
+
+
+def _is_own_rule(value: Mapping[str, Any]) -> bool:
+    return str(value.get("rule", "")).startswith("function")
 
 
 def _with_names(text: str, named: Mapping[str, str]) -> str:

@@ -42,11 +42,11 @@ TOKEN_VARIABLE = "HF_TOKEN"
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 # Written anew, or of no use elsewhere.
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", MERGED_FROM, CARD}
-# The files of an export that another kind of export, or of another base, does not replace; `{name}` is the run's.
-EXPORTED = (
+# The files of an adapter or a whole model that another one's do not replace, and that would be loaded with them.
+LOADED = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|"
     r"model\.safetensors\.index\.json|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
-    rf"merges\.txt|tokenizer\.model|chat_template\.jinja|Modelfile|{{name}}-({'|'.join(TYPES)})\.gguf"
+    r"merges\.txt|tokenizer\.model|chat_template\.jinja"
 )
 
 
@@ -128,7 +128,7 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
     """
     if (trained := other_parts(recipe, run)) is not None:
         raise UsageError(
-            f"{run.student}: trained when the prompts were parted otherwise ({trained}), so it may know the test rows "
+            f"{run.student}: trained when the prompts were split differently ({trained}), so it may know the test rows "
             "of this data set; train again, or give the recipe it was trained with"
         )
     parts = read_parts(recipe, run)
@@ -234,7 +234,7 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
     try:
         made = api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
         message = f"{folder.name} of a distillation"
-        stale = _of_other_exports(folder, api.list_repo_files(repo)) if kind == "model" else None
+        stale = _of_other_models(folder, api.list_repo_files(repo)) if kind == "model" else None
         api.upload_folder(
             repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message, delete_patterns=stale
         )
@@ -248,16 +248,14 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
     return str(made)
 
 
-def _of_other_exports(folder: Path, there: Sequence[str]) -> list[str]:
-    """The model files in a repository that another export left and `folder` does not replace, as glob patterns.
+def _of_other_models(folder: Path, there: Sequence[str]) -> list[str]:
+    """The files in a repository that an earlier export left and that would be loaded with `folder`'s, as glob patterns.
 
-    An adapter beside a whole model would be loaded with it. A repository without a lineage has no export of ours.
+    GGUF files stand beside any others. A repository without a lineage has no export of ours.
     """
-    if "lineage.json" not in there:
+    if "lineage.json" not in there or any(folder.glob("*.gguf")):
         return []
-    name = json.loads((folder / "lineage.json").read_bytes())["name"]
-    exported = re.compile(EXPORTED.replace("{name}", re.escape(name)))
-    return [glob.escape(file) for file in there if exported.fullmatch(file) and not (folder / file).exists()]
+    return [glob.escape(file) for file in there if LOADED.fullmatch(file) and not (folder / file).exists()]
 
 
 if __name__ == "__main__":
