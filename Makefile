@@ -5,9 +5,10 @@ PYTHON ?= python3
 export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 PY := .venv/bin/python
-# One word of the shell, whatever is in it. Three quotes mark its beginning, so that only a `~/` there means the home folder.
+# A value as one word of the shell. A `~/` at its beginning, where three quotes stand for a moment, is the home folder.
 quoted = $(subst '''~/,~/','''$(subst ','\'',$(1))')
-COMMON := $(call quoted,$(RECIPE)) $(if $(RUN),--run $(call quoted,$(RUN))) \
+IN_RUN := $(if $(RUN),--run $(call quoted,$(RUN)))
+COMMON := $(call quoted,$(RECIPE)) $(IN_RUN) \
   $(if $(TEACHER_URL),--teacher.base_url $(call quoted,$(TEACHER_URL))) \
   $(if $(TEACHER_MODEL),--teacher.model $(call quoted,$(TEACHER_MODEL)))
 
@@ -26,7 +27,7 @@ help:  ## this list, in the order of use
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
 
 demo: $(TRAIN) $(SERVE)  ## the whole chain on this machine, small: no GPU, no model hub (10 to 20 minutes)
-	@exec $(PY) -m chain recipes/demo.yaml $(if $(RUN),--run $(call quoted,$(RUN))) $(value ARGS)
+	@exec $(PY) -m chain recipes/demo.yaml $(IN_RUN) $(value ARGS)
 
 setup: $(if $(WHEELHOUSE),,$(BASE) $(TRAIN) $(SERVE) $(DEV))  ## everything that the targets below need, into .venv (each target also does its own part by itself); without network: WHEELHOUSE=folder
 	$(if $(WHEELHOUSE),@$(PYTHON) setup_venv.py wheelhouse)
@@ -74,7 +75,7 @@ push: $(TRAIN)  ## the same, to the Hub: REPO=owner/name, HF_TOKEN in the enviro
 	@exec $(PY) -m train.publish.export $(COMMON) --push $(call quoted,$(REPO)) $(value ARGS)
 
 nodes: $(BASE)  ## a generation on a cluster, worker by worker: RUN=folder or s3://bucket/path (ARGS=--follow)
-	@exec $(PY) -m scale.nodes $(call quoted,$(RECIPE)) $(if $(RUN),--run $(call quoted,$(RUN))) $(value ARGS)
+	@exec $(PY) -m scale.nodes $(call quoted,$(RECIPE)) $(IN_RUN) $(value ARGS)
 
 fetch: $(BASE)  ## bring a run home from object storage: RUN=s3://bucket/path (TO=folder)
 	@exec $(PY) -m scale.fetch $(call quoted,$(RUN)) $(if $(TO),$(call quoted,$(TO)))

@@ -21,7 +21,7 @@ import msgspec
 from pipeline.adapters import ADAPTER, digest_files, measure_weights, weight_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
-from pipeline.errors import DataError, DistillError, UsageError
+from pipeline.errors import DataError, DistillError
 from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
@@ -29,7 +29,7 @@ from pipeline.resources import read_or_empty
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
 from pipeline.students import AFTER as AFTER
-from pipeline.students import before_training, check_trained, merged_folder, other_parts
+from pipeline.students import before_training, check_parts, check_trained, merged_folder
 from serve.command import loaded_dtype
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
@@ -61,11 +61,7 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     Raises UsageError if there is no student yet, or another model is missing.
     """
     reference = check_trained(recipe, run).model
-    if (parts := other_parts(recipe, run)) is not None:
-        raise UsageError(
-            f"{run.student}: trained when the prompts were parted otherwise ({parts}), so it may know what it would be "
-            "tested on; train again, or give the recipe it was trained with"
-        )
+    check_parts(recipe, run, "what it would be tested on")
     before = before_training(recipe, run)
     after = (before, run.student) if (run.student / ADAPTER).is_file() else (run.student, None)
     return [

@@ -30,6 +30,15 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
     return student
 
 
+def check_parts(recipe: Recipe, run: RunDir, known: str) -> None:
+    """Raises UsageError if the student was trained with other parts: then it may know `known`, which tests it."""
+    if (parts := other_parts(recipe, run)) is not None:
+        raise UsageError(
+            f"{run.student}: trained when the prompts were parted otherwise ({parts}), so it may know {known}; train "
+            "again, or give the recipe it was trained with"
+        )
+
+
 def other_parts(recipe: Recipe, run: RunDir) -> str | None:
     """How the prompts were parted when the student was trained; None if as they are now.
 

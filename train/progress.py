@@ -47,7 +47,7 @@ class Milestones(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self.interrupted
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        losses = _validation_losses(state)
         if losses and not isfinite(losses[-1]):
             why = f"step {state.global_step}: the validation loss is {losses[-1]}: the training has diverged"
             if len(losses) == 1:
@@ -89,8 +89,12 @@ class Milestones(TrainerCallback):
 
 def is_stopped_early(state: TrainerState, patience: int | None) -> bool:
     """Whether the last `patience` evaluations were no better than the best before them."""
-    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    losses = _validation_losses(state)
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+def _validation_losses(state: TrainerState) -> list[float]:
+    return [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
 
 
 class TrainProgress(TrainerCallback):

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,24 +11,9 @@ from pipeline.errors import UsageError
 from pipeline.records import Completion, encode_line
 from scale.fetch import main as fetch
 from scale.run_in_store import run_in_store
-from scale.storage import Store, open_store
+from scale.storage import Store
 from scale.sync import Mirror, State
 from tests.completion_fields import completion_fields
-from tests.servers.object_storage import object_storage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with object_storage() as url:
-        yield url
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(tmp_path.as_uri() + "/store")
-    request.getfixturevalue("server")
-    return open_store(f"s3://bucket/{tmp_path.name}/run")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Stores and leases: the same promises in a folder and in S3 (moto), and one clear error for what is wrong."""
 
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,21 +10,7 @@ from pipeline.errors import DistillError, UsageError
 from scale import run_lease
 from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, Store, open_store
-from tests.servers.object_storage import object_storage, post
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with object_storage() as url:
-        yield url
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(tmp_path.as_uri() + "/store")
-    request.getfixturevalue("server")
-    return open_store(f"s3://bucket/{tmp_path.name}/run")
+from tests.servers.object_storage import post
 
 
 def test_objects_are_put_read_listed_and_removed(store: Store, tmp_path: Path) -> None:

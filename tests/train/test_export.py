@@ -296,7 +296,7 @@ def test_a_data_set_that_is_split_otherwise_than_the_student_was_trained_is_refu
     recipe, run = trained
     other = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"test": 0.5})})
     with pytest.raises(
-        UsageError, match=r"split differently \(.*seed 5.*\), so it may know the test rows .*; train again"
+        UsageError, match=r"parted otherwise \(.*seed 5.*\), so it may know the test rows .*; train again"
     ):
         export_dataset(other, run)
     assert export_dataset(other, make_run(run.path.with_name("untrained"), story_rows(8))).is_dir()

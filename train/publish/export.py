@@ -32,7 +32,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import PRUNE
-from pipeline.students import after_training, other_parts
+from pipeline.students import after_training, check_parts
 from train.publish.cards import CARD, dataset_card, model_card, published, without_places
 from train.publish.to_gguf import TYPES, check_type, write_gguf
 from train.rows import read_parts, reasoning_form, to_examples
@@ -126,11 +126,7 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
 
     Raises DataError if there are none, or one is faulty; UsageError if the student was trained on other parts.
     """
-    if (trained := other_parts(recipe, run)) is not None:
-        raise UsageError(
-            f"{run.student}: trained when the prompts were split differently ({trained}), so it may know the test rows "
-            "of this data set; train again, or give the recipe it was trained with"
-        )
+    check_parts(recipe, run, "the test rows of this data set")
     parts = read_parts(recipe, run)
     rows_of = {"train": parts.train, "validation": parts.validation, "test": parts.test}
     sections = {name: section for name, section in read_lineage(run).items() if name in ("generate", "filters")}
