@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe, ServeConfig, TeacherConfig
 from pipeline.records import Message
 from pipeline.rundir import RunDir
 from pipeline.students import check_trained
-from serve.command import choose_device, for_other_models, merge_args
+from serve.command import choose_device, merge_args, serve_settings
 from serve.machine import detect
 from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 from serve.server import Server, free_port, served_models, serving, url_of
@@ -124,8 +124,8 @@ def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: 
     log = run.path / f"chat-{model.name}.log"
     try:
         model.said = "preparing its weights"
-        own = recipe.serve if model.name == TEACHER else for_other_models(recipe)
-        reference, config = reference_of(recipe, run, model.name), beside_others(own, count)
+        reference = reference_of(recipe, run, model.name)
+        config = beside_others(serve_settings(recipe, teacher=model.name == TEACHER), count)
         server = serving(reference, port=free_port(), config=config, log=log, served_name=served_name, waiting=waiting)
         model.server = servers.enter_context(server)
         model.at(model.server.base_url)

@@ -19,7 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
-from serve.command import Command, build_command, for_other_models, merge_args, port_number
+from serve.command import Command, build_command, merge_args, port_number, serve_settings
 from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     name, host, port = address_of(recipe, options.model)
     port = options.port or port
     teacher = options.model in (TEACHER, recipe.teacher.model)
-    config = _with_args(recipe.serve if teacher else for_other_models(recipe), options.args)
+    config = _with_args(serve_settings(recipe, teacher=teacher), options.args)
     model = reference_of(recipe, run, options.model)
     if options.print:
         print(command_to_show(model, name, host, port, config).shell())

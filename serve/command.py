@@ -203,11 +203,13 @@ def merge_args(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     return [*_without(earlier, given), *later]
 
 
-def for_other_models(recipe: Recipe) -> ServeConfig:
-    """The teacher's settings for another model: without the flags that describe the teacher or its address.
+def serve_settings(recipe: Recipe, *, teacher: bool) -> ServeConfig:
+    """The recipe's `serve`; for another model than the teacher without the flags that describe the teacher.
 
     If the teacher's context was cut to fit into the memory, the other model's is as long as the memory allows.
     """
+    if teacher:
+        return recipe.serve
     args, names = recipe.serve.args, DESCRIBES if recipe.train.reasoning == "keep" else (*DESCRIBES, *REASONING)
     cut = ["--max-model-len", "auto"] if "--max-model-len" in _values(args) else []
     return recipe.serve.model_copy(update={"args": [*_without(args, names), *cut]})

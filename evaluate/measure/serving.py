@@ -31,7 +31,7 @@ from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
 from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
-from serve.command import for_other_models
+from serve.command import serve_settings
 from serve.server import Server, free_port, serving
 
 EXIT_S = 5.0  # for a server that stopped answering to exit
@@ -47,7 +47,7 @@ def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tup
     shutil.rmtree(folder, ignore_errors=True)  # a stopped timing starts again
     folder.mkdir(parents=True)
     model, log = str(engine_folder(subject, run)), folder / "server.log"
-    config = recipe.serve if subject.key == TEACHER else for_other_models(recipe)
+    config = serve_settings(recipe, teacher=subject.key == TEACHER)
     with serving(model, port=free_port(), config=config, log=log, served_name=subject.key) as server:
         try:
             yield server, folder

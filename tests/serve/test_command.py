@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.recipe import ServeConfig
-from serve.command import GIB, Command, build_command, choose_device, for_other_models, merge_args, ranks
+from serve.command import GIB, Command, build_command, choose_device, merge_args, ranks, serve_settings
 from serve.machine import Machine
 from serve.model_facts import ModelFacts, model_facts
 from tests.tiny_student import make_recipe
@@ -175,14 +175,15 @@ def test_on_a_cpu_the_context_fits_into_the_steps_of_the_user():
 )  # fmt: skip
 def test_other_models_do_not_get_what_describes_the_teacher(args, kept):
     recipe = make_recipe("student").model_copy(update={"serve": ServeConfig(args=args, kv_cache_gib=2)})
-    assert for_other_models(recipe) == ServeConfig(args=kept, kv_cache_gib=2)
+    assert serve_settings(recipe, teacher=False) == ServeConfig(args=kept, kv_cache_gib=2)
+    assert serve_settings(recipe, teacher=True) == recipe.serve
     assert recipe.serve.args == args
 
 
 def test_a_student_that_learns_to_reason_keeps_the_parser():
     recipe = make_recipe("student", reasoning="keep")
     recipe = recipe.model_copy(update={"serve": ServeConfig(args=["--reasoning-parser", "qwen3"])})
-    assert for_other_models(recipe).args == ["--reasoning-parser", "qwen3"]
+    assert serve_settings(recipe, teacher=False).args == ["--reasoning-parser", "qwen3"]
 
 
 @pytest.mark.parametrize(
