@@ -24,7 +24,6 @@ from evaluate.document import exactly, number
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from generate.client import Client, check_teacher, no_endpoint
-from generate.endpoint import TIMEOUT_WORKING_S
 from generate.online import run_loop
 from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -69,8 +68,7 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
     async with Client(recipe.teacher, recipe.teacher.url) as client:
         if why := await client.check_reachable():
             raise no_endpoint(recipe.teacher, client.url, why)
-    timeout_s = recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
-    async with streaming_session(recipe.teacher, timeout_s) as session:
+    async with streaming_session(recipe.teacher, recipe.generate.request_timeout_s) as session:
         for concurrency in levels:
             try:
                 found.append(await measure(session, recipe, requests, concurrency, seconds))

@@ -9,7 +9,6 @@ from contextlib import aclosing
 import msgspec
 
 from chat.models import Model
-from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import Job, build_jobs
 from generate.prices import PICO, price_of
 from generate.streaming import Heard, Refused, events, streaming_session
@@ -61,8 +60,7 @@ async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lo
 async def _ask(model: Model, job: Job) -> AsyncGenerator[str | Answered]:
     """As `answer`. If the model refuses a setting, it is asked again without it (generate.dialect)."""
     teacher = model.recipe.teacher
-    timeout_s = model.recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
-    async with streaming_session(teacher, timeout_s) as session:
+    async with streaming_session(teacher, model.recipe.generate.request_timeout_s) as session:
         while True:
             begin, heard = time.perf_counter(), Heard()
             try:

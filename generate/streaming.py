@@ -12,6 +12,7 @@ from typing import NamedTuple
 import aiohttp
 
 from generate.client import headers_of
+from generate.endpoint import TIMEOUT_WORKING_S
 from generate.reply import Fault, read_choices, read_error, shortened
 from pipeline.address import Redactor, proxy_of
 from pipeline.errors import DistillError
@@ -38,12 +39,15 @@ class Streamed(NamedTuple):
     tokens: int
 
 
-def streaming_session(teacher: TeacherConfig, timeout_s: float) -> aiohttp.ClientSession:
-    """A session for `stream`, without aiohttp's limit of 100 connections; use as an async context manager."""
+def streaming_session(teacher: TeacherConfig, timeout_s: float | None) -> aiohttp.ClientSession:
+    """A session for `stream`, without aiohttp's limit of 100 connections; use as an async context manager.
+
+    `timeout_s`: the recipe's `generate.request_timeout_s`; None: TIMEOUT_WORKING_S.
+    """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         headers=headers_of(teacher),
-        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        timeout=aiohttp.ClientTimeout(total=timeout_s or TIMEOUT_WORKING_S),
         proxy=proxy_of(teacher.url),
     )
 

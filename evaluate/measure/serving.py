@@ -21,7 +21,6 @@ import msgspec
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.models import TEACHER, Subject, engine_folder
 from generate.dialect import Dialect
-from generate.endpoint import TIMEOUT_WORKING_S
 from generate.jobs import build_jobs
 from generate.online import run_loop
 from generate.prompts import iter_prompts
@@ -186,8 +185,7 @@ def _time_alone(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Lone]:
     dialect, found = Dialect(), list[Lone]()
 
     async def one_by_one() -> None:
-        timeout_s = recipe.generate.request_timeout_s or TIMEOUT_WORKING_S
-        async with streaming_session(recipe.teacher, timeout_s) as session:
+        async with streaming_session(recipe.teacher, recipe.generate.request_timeout_s) as session:
             for job in build_jobs(prompts, recipe):
                 said = await stream(session, recipe.teacher, dialect.body(job))
                 found.append(Lone(said.first - said.begin, said.end - said.begin, said.tokens))
