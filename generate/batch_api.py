@@ -10,10 +10,9 @@ import httpx2
 import openai
 from openai.types import Batch
 
-from generate.client import headers_of
+from generate.client import headers_of, words_of
 from generate.endpoint import TIMEOUT_S
-from generate.reply import shortened
-from pipeline.address import Redactor, is_loopback
+from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.rundir import replacing
@@ -27,7 +26,7 @@ class BatchApi:
     def __init__(self, recipe: Recipe, run_key: str) -> None:
         """`run_key` marks this run's batches at the provider."""
         teacher, key = recipe.teacher, recipe.teacher.api_key()
-        self.url, self._run_key, self._redact = teacher.url, run_key, Redactor.of(teacher)
+        self.url, self._run_key, self.words = teacher.url, run_key, words_of(teacher)
         self._fixes = {
             401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses",
             404: "; does it have a Batch API? generate.mode online needs none",
@@ -93,7 +92,3 @@ class BatchApi:
         if status < 500 and status not in (408, 409, 429):
             raise DistillError(f"{self.url} answers {status} ({words}){self._fixes.get(status, '')}") from None
         return words
-
-    def words(self, said: str) -> str:
-        """What the provider said: one line, not too long, without secrets."""
-        return shortened(self._redact(said))

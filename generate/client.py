@@ -71,7 +71,7 @@ class Client:
         """
         self.url = url
         self.key = f"{teacher.api_key_env} {'holds a key that it refuses' if teacher.api_key() else 'is not set'}"
-        self._on_headers, self._redacted = on_headers, Redactor.of(teacher)
+        self._on_headers, self._words = on_headers, words_of(teacher)
         self._chat = URL(f"{url}/chat/completions").update_query(teacher.query)
         self._models = URL(f"{url}/models").update_query(teacher.query)
         self._metrics = URL(f"{url.removesuffix('/v1')}/metrics")
@@ -144,9 +144,11 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return read_exception(error, timeout_s, self._words)
 
-    def _words(self, said: str) -> str:
-        """What a server said: one line, not too long, without secrets (some servers repeat the key in their errors)."""
-        return shortened(self._redacted(said))
+
+def words_of(teacher: TeacherConfig) -> Callable[[str], str]:
+    """What makes one line of a server's words, not too long and without secrets: some servers repeat the key."""
+    redacted = Redactor.of(teacher)
+    return lambda said: shortened(redacted(said))
 
 
 def read_exception(error: BaseException, timeout_s: float, words: Callable[[str], str] = shortened) -> Fault:

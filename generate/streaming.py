@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import aiohttp
 
-from generate.client import headers_of
+from generate.client import headers_of, words_of
 from generate.endpoint import TIMEOUT_WORKING_S
-from generate.reply import Fault, read_choices, read_error, shortened
-from pipeline.address import Redactor, proxy_of
+from generate.reply import Fault, read_choices, read_error
+from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
 from pipeline.records import Json
@@ -57,14 +57,10 @@ async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request
 
     Raises Refused where the endpoint refuses, or breaks off with an error; DistillError for several choices (`n`).
     """
-    url, redacted, asked = f"{teacher.url}/chat/completions", Redactor.of(teacher), json.loads(request)
+    url, words, asked = f"{teacher.url}/chat/completions", words_of(teacher), json.loads(request)
     if asked.get("n", 1) > 1:
         raise DistillError(f"a streamed request asks for one answer, this one for n={asked['n']}: leave out `n`")
     body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
-
-    def words(said: str) -> str:
-        return shortened(redacted(said))
-
     async with session.post(url, json=body, params=teacher.query) as response:
         if response.status != 200:
             raise Refused(url, read_error(response.status, await response.read(), response.headers, words))
