@@ -37,6 +37,11 @@ class Spend(msgspec.Struct, frozen=True):
     tokens: int = 0
     cost: int = 0
 
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, price: Price | None) -> "Spend":
+        """What so many tokens cost: nothing, where no price is known."""
+        return cls(prompt_tokens + completion_tokens, price.cost(prompt_tokens, completion_tokens) if price else 0)
+
     def __add__(self, other: "Spend") -> "Spend":
         return Spend(self.tokens + other.tokens, self.cost + other.cost)
 
@@ -97,7 +102,7 @@ class Budget:
 
         Raises RecipeError if budget.usd is set and the price is not known, DataError if a spend file cannot be read.
         """
-        price, spent = known_price(recipe), spent_so_far(recipe, run, found)
+        price, spent = known_price(recipe), spent_so_far(run, found)
         if partition.of > 1:  # the first process keeps the account of the run
             file = run.path / f"spend-{partition.part}.json"
             account = read_account(file)
@@ -113,7 +118,7 @@ class Budget:
         if not self._counts:
             return Reservation()
         prompt_tokens = bound(body_bytes)
-        most = self._spend(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]))
+        most = Spend.of(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]), self._price)
         total = self._used + self._reserved + most
         too_many = self._tokens is not None and total.tokens > self._tokens
         if too_many or (self._cost is not None and total.cost > self._cost):
@@ -135,8 +140,8 @@ class Budget:
         self._reserved -= reservation.most
         if not billed:
             return
-        usage, most = usage or Usage(), reservation.most
-        counted = self._spend(usage.prompt_tokens or 0, usage.completion_tokens or 0, reservation.price)
+        usage, most, price = usage or Usage(), reservation.most, reservation.price or self._price
+        counted = Spend.of(usage.prompt_tokens or 0, usage.completion_tokens or 0, price)
         if usage.prompt_tokens is None or usage.completion_tokens is None:
             used = Spend(max(most.tokens, counted.tokens), max(most.cost, counted.cost))
         else:
@@ -146,7 +151,7 @@ class Budget:
                 max(self._margins[1], -(-usage.completion_tokens // reservation.answers) - reservation.max_tokens),
             )
         self._used += used
-        said = (self._spend(part.prompt_tokens or 0, part.completion_tokens or 0) for part in journaled)
+        said = (Spend.of(part.prompt_tokens or 0, part.completion_tokens or 0, self._price) for part in journaled)
         self._unsaid += used - sum(said, Spend())
 
     def limit_to(self, most: Spend) -> None:
@@ -166,16 +171,13 @@ class Budget:
 
     def reached(self) -> BudgetReached:
         """The error for a budget that the next request could pass."""
-        config, spent, refused = self._config, self.spent, self._refused
-        parts, most = [], []
-        if config.usd is not None:
-            parts.append(f"${spent.cost / PICO:.6f} of budget.usd {config.usd:g}")
+        refused, most = self._refused, []
+        if self._config.usd is not None:
             most.append(f"${refused.cost / PICO:.6f}")
-        if config.tokens is not None:
-            parts.append(f"{spent.tokens:,} of budget.tokens {config.tokens:,}")
+        if self._config.tokens is not None:
             most.append(f"{refused.tokens:,} tokens")
         return BudgetReached(
-            f"{' and '.join(parts)} spent, and the next request can cost up to {' and '.join(most)}; "
+            f"{spent_of(self._config, self.spent)} spent, and the next request can cost up to {' and '.join(most)}; "
             "raise the budget and run the same command again"
         )
 
@@ -195,27 +197,24 @@ class Budget:
             self._account = msgspec.structs.replace(self._account, unsaid=unsaid)
             write_account(self._file, self._account)
 
-    def _spend(self, prompt_tokens: int, completion_tokens: int, price: Price | None = None) -> Spend:
-        """`price`: the budget's if it is None."""
-        price = price or self._price
-        cost = price.cost(prompt_tokens, completion_tokens) if price else 0
-        return Spend(prompt_tokens + completion_tokens, cost)
+
+def spent_of(budget: BudgetConfig, spent: Spend) -> str:
+    """How much of each limit is spent, in words."""
+    parts = [f"${spent.cost / PICO:.6f} of budget.usd {budget.usd:g}"] if budget.usd is not None else []
+    parts += [f"{spent.tokens:,} of budget.tokens {budget.tokens:,}"] if budget.tokens is not None else []
+    return " and ".join(parts)
 
 
 def most_of(body_bytes: int, max_tokens: int, price: Price | None) -> Spend:
     """The most that one attempt of a request can cost, as far as is known before any answer."""
-    prompt_tokens = bound(body_bytes)
-    return Spend(prompt_tokens + max_tokens, price.cost(prompt_tokens, max_tokens) if price else 0)
+    return Spend.of(bound(body_bytes), max_tokens, price)
 
 
-def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:
-    """What all calls of a run have spent, by its journal and its spend files. Writes nothing; raises as Budget.open."""
-    known_price(recipe)
-    return spent_in(run, found)
+def spent_so_far(run: RunDir, found: Contents) -> Spend:
+    """What all calls of a run have spent, by its journal and its spend files, which have the price of their time.
 
-
-def spent_in(run: RunDir, found: Contents) -> Spend:
-    """As `spent_so_far`, whether the price is known or not: what was spent was recorded at the price of its time."""
+    Writes nothing. Raises DataError if a spend file cannot be read.
+    """
     account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
     return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
@@ -228,7 +227,7 @@ def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
     """
     if budget == BudgetConfig():
         return budget
-    spent = sum((spent_in(other, read_journal(other.completions, Completion)) for other in others), Spend())
+    spent = sum((spent_so_far(other, read_journal(other.completions, Completion)) for other in others), Spend())
     return BudgetConfig(
         usd=None if budget.usd is None else max(budget.usd - spent.cost / PICO, 1e-12),
         tokens=None if budget.tokens is None else max(budget.tokens - spent.tokens, 1),

@@ -7,13 +7,13 @@ bound, and an expected number once there are answers. Attempts that fail after t
 
 from dataclasses import dataclass
 
-from generate.budget import spent_so_far
+from generate.budget import known_price, spent_so_far
 from generate.client import check_teacher
 from generate.context import Left
 from generate.dialect import Dialect
 from generate.jobs import shared
 from generate.journal import read_journal
-from generate.prices import PICO, PRICED_TOKENS, Price, price_of, source_of
+from generate.prices import PICO, PRICED_TOKENS, Price, source_of
 from generate.progress import Counters, requests_of
 from generate.tokens import bound, counter
 from pipeline.address import is_private
@@ -61,7 +61,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     check_teacher(recipe.teacher)
     found = read_journal(run.completions, Completion)
     left = Left(found.ids, read_journal(run.failures, Failure).ids, retry_failures=retry_failures)
-    price, spent = price_of(recipe.teacher, recipe.generate.mode), spent_so_far(recipe, run, found)
+    price, spent = known_price(recipe), spent_so_far(run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
     counters = Counters()

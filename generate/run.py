@@ -351,6 +351,6 @@ def _answers(run: Run) -> Contents:
 
 def _spent(run: Run) -> dict[str, Any]:
     """Tokens and USD of all calls, with what failed attempts may have cost; USD is None while no price is known."""
-    spent = spent_so_far(run.recipe, run.dir, _answers(run))
+    spent = spent_so_far(run.dir, _answers(run))
     price = price_of(run.recipe.teacher, run.recipe.generate.mode)
     return {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None}

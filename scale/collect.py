@@ -47,7 +47,7 @@ class Collector:
         """What the run has spent beside what the state charges."""
         if self._counts:
             write_account(self._run.dir.path / SPEND_FILE, SpendFile(self.state.unsaid))
-        return spent_so_far(self._run.recipe, self._run.dir, self._run.completions.found) - self.state.charged
+        return spent_so_far(self._run.dir, self._run.completions.found) - self.state.charged
 
     def drop_leftovers(self) -> None:
         """Removes, with the next `save`, what is left of writers that the state does not charge.
@@ -117,9 +117,7 @@ class Collector:
         """What an answer has cost; nothing where nothing is counted."""
         if not self._counts:
             return Spend()
-        prompt_tokens, completion_tokens = answer.usage.prompt_tokens or 0, answer.usage.completion_tokens or 0
-        cost = self._price.cost(prompt_tokens, completion_tokens) if self._price else 0
-        return Spend(prompt_tokens + completion_tokens, cost)
+        return Spend.of(answer.usage.prompt_tokens or 0, answer.usage.completion_tokens or 0, self._price)
 
     async def save(self) -> None:
         """Makes sure that all changes until now are in the store; one write serves all who wait. Then drops parts."""

@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import msgspec
 
-from generate.budget import known_price, most_of
+from generate.budget import known_price, most_of, spent_of
 from generate.context import Outcome, Run
 from generate.dialect import Dialect
 from generate.online import describe_change, on_signals
@@ -319,14 +319,10 @@ class Driver:
                 return
 
     def _reached(self, refused: Item) -> BudgetReached:
-        budget, spent, most = self._run.recipe.budget, self._leases.spent, refused.most
-        said = [
-            f"${spent.cost / PICO:.6f} of budget.usd {budget.usd:g}" if budget.usd is not None else "",
-            f"{spent.tokens:,} of budget.tokens {budget.tokens:,}" if budget.tokens is not None else "",
-        ]
+        spent, most = spent_of(self._run.recipe.budget, self._leases.spent), refused.most
         return BudgetReached(
-            f"{' and '.join(filter(None, said))} spent, or charged for lost workers, and the next request can cost up "
-            f"to {most.tokens:,} tokens (${most.cost / PICO:.6f}); raise the budget and run the same command again"
+            f"{spent} spent, or charged for lost workers, and the next request can cost up to {most.tokens:,} tokens "
+            f"(${most.cost / PICO:.6f}); raise the budget and run the same command again"
         )
 
     def _show(self) -> None:

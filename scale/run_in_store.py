@@ -130,11 +130,9 @@ def charge_lost(folder: Path, unstored: dict[str, int]) -> str:
         prompt, completion = (
             -(-n * rows // max(len(found.ids), 1)) for n in (found.prompt_tokens, found.completion_tokens)
         )
-        cost = account.price.cost(prompt, completion) if account.price else 0
         if file.exists():
-            write_account(
-                file, msgspec.structs.replace(account, unsaid=account.unsaid + Spend(prompt + completion, cost))
-            )
+            unsaid = account.unsaid + Spend.of(prompt, completion, account.price)
+            write_account(file, msgspec.structs.replace(account, unsaid=unsaid))
             tokens += prompt + completion
     counted = f"; the budget counts {tokens:,} tokens for them" if tokens else ""
     return f"taken over: up to {lost:,} answers of the lost machine are asked again{counted}"
