@@ -53,8 +53,7 @@ class _Workers:
         self._counts: list[dict[str, Any]] = []  # the last that each child told
         self._failed: list[DistillError] = []
         self._interrupted = False
-        failures = run.dir.failures
-        self._failures_before = failures.stat().st_size if failures.exists() else 0  # bytes
+        self._failures_before = run.dir.failures.stat().st_size  # bytes of failures.jsonl that are of earlier calls
 
     async def send(self) -> Outcome:
         """Starts the children, listens to them until they end, and says how that was."""
@@ -62,7 +61,7 @@ class _Workers:
         ends = await self._send_all([Partition(part, count) for part in range(count)])
         if self._failed and self._only_budget() and not self._interrupted:
             self._failed.clear()
-            ends = await self._send_all([WHOLE], self._failures_before)
+            ends = await self._send_all([WHOLE])
         if self._failed:
             return self._failed[0]
         if self._interrupted:
@@ -86,15 +85,12 @@ class _Workers:
     def _only_budget(self) -> bool:
         return all(isinstance(error, BudgetReached) for error in self._failed)
 
-    async def _send_all(self, partitions: list[Partition], failures_before: int | None = None) -> list[int]:
-        """Children for the partitions; returns their exit codes.
-
-        `failures_before`: the bytes of failures.jsonl that are of earlier calls, where no others may be retried.
-        """
+    async def _send_all(self, partitions: list[Partition]) -> list[int]:
+        """Children for the partitions; returns their exit codes."""
         first = len(self._children)
         for partition in partitions:
             self._counts.append(Counters().snapshot())
-            self._children.append(await _start(self._run, partition, failures_before))
+            self._children.append(await _start(self._run, partition, self._failures_before))
         new = enumerate(self._children[first:], start=first)
         return await asyncio.gather(*(self._listen(index, child) for index, child in new))
 
@@ -115,7 +111,7 @@ class _Workers:
         return await child.wait()
 
 
-async def _start(run: Run, partition: Partition, failures_before: int | None) -> Process:
+async def _start(run: Run, partition: Partition, failures_before: int) -> Process:
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "generate.workers"),
         stdin=PIPE,
@@ -148,7 +144,7 @@ def main() -> None:
 
 
 def _send_partition(
-    recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, failures_before: int | None
+    recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, failures_before: int
 ) -> None:
     """Raises what ended it; an interrupt is the parent's to tell."""
     counters = Counters()
@@ -161,7 +157,7 @@ def _send_partition(
         retry_failures=retry_failures,
         partition=partition,
     ) as run:
-        if failures_before is not None and folder.failures.exists():
+        if partition == WHOLE:  # after the others: what has failed in this call is not asked again
             with folder.failures.open("rb") as file:
                 file.seek(failures_before)
                 for line in file:
