@@ -4,6 +4,7 @@ Reads the recipe and the run's student/ and student-init/. Writes an adapter's s
 """
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.adapters import ADAPTER, whole_model
 from pipeline.errors import UsageError
@@ -20,7 +21,7 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
     student = named_student(recipe)
     if not any((run.student / name).is_file() for name in (ADAPTER, "config.json")):
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
-    trained = read_lineage(RunDir(run.student)).get("train", {})
+    trained = trained_section(run.student)
     for name, wanted in (("student", student.model), ("teacher", recipe.teacher.model)):
         if (found := trained.get(name, wanted)) != wanted:
             raise UsageError(
@@ -44,10 +45,16 @@ def other_parts(recipe: Recipe, run: RunDir) -> str | None:
 
     If otherwise, it may have been trained on what is a test prompt now.
     """
-    trained = read_lineage(RunDir(run.student)).get("train", {}).get("parts", recipe.prompts.parted_by)
+    trained = trained_section(run.student).get("parts", recipe.prompts.parted_by)
     if trained == recipe.prompts.parted_by:
         return None
     return ", ".join(f"{name} {value}" for name, value in trained.items())
+
+
+def trained_section(student: Path) -> dict[str, Any]:
+    """The `train` section of a saved student's lineage; empty if there is no such student."""
+    section: dict[str, Any] = read_lineage(RunDir(student)).get("train", {})
+    return section
 
 
 def named_student(recipe: Recipe) -> StudentConfig:

@@ -11,6 +11,7 @@ Warns = Literal[
     "prompts", "keep_rate", "filters", "reasoning", "size_ratio", "templates", "chain", "licence", "length", "context"
 ]
 Weights = Literal["lora", "qlora", "full"]
+FURTHER = ("on_policy", "dpo")  # methods that start from a student that another method has trained
 
 
 class KdConfig(Section):
@@ -129,7 +130,7 @@ class TrainConfig(Section):
     @property
     def further(self) -> bool:
         """Whether the method starts from a student that another method has trained."""
-        return self.method in ("on_policy", "dpo")
+        return self.method in FURTHER
 
     @property
     def weights(self) -> Weights:

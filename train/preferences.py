@@ -12,13 +12,13 @@ from pipeline.chat import asked_of_student
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
 from pipeline.errors import DataError, UsageError
-from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Part, Preference, Prompt, question_text, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.students import trained_section
+from pipeline.train_config import FURTHER
 from train.rows import Parts, prompt_text, tools_text
 
-FURTHER = ("on_policy", "dpo")  # methods that follow another
 Pairs = dict[str, list[Preference]]  # train and validation
 
 
@@ -62,12 +62,6 @@ def learned_from_answers(student: Path) -> bool:
 def checks_of(student: Path | None) -> list[Check]:
     """What was checked before a student that a training starts from was trained."""
     return msgspec.convert(trained_section(student).get("checks", []) if student else [], list[Check])
-
-
-def trained_section(student: Path) -> dict[str, Any]:
-    """The `train` section of a saved student's lineage; empty if there is no such student."""
-    section: dict[str, Any] = read_lineage(RunDir(student)).get("train", {})
-    return section
 
 
 def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:

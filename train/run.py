@@ -27,11 +27,13 @@ from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
 from pipeline.rundir import RunDir, replacing, write_jsonl, writing_weights
+from pipeline.students import trained_section
+from pipeline.train_config import FURTHER
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.lazy import Lazy, joined, rows_folder
-from train.preferences import Pairs, check_start, checks_of, learned_from_answers, read_pairs, start_of, trained_section
+from train.preferences import Pairs, check_start, checks_of, learned_from_answers, read_pairs, start_of
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
@@ -218,7 +220,7 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     `start`: the student that a further method starts from.
     """
     config = recipe.train
-    unused = {"start"} | {name for name in ("on_policy", "dpo") if name != config.method}
+    unused = {"start"} | {name for name in FURTHER if name != config.method}
     unused |= set() if config.soft else {"kd"}
     settings = {
         "train": config.model_dump(mode="json", exclude=SAME_RESULT | unused) | {"micro_batch_size": None},

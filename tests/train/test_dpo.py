@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
+from pipeline.students import trained_section
 from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
-from train.preferences import read_pairs, start_of, trained_section
+from train.preferences import read_pairs, start_of
 from train.rows import read_parts
 from train.run import train_run
 

@@ -14,8 +14,9 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
+from pipeline.students import trained_section
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
-from train.preferences import start_of, trained_section
+from train.preferences import start_of
 from train.processes import ALONE
 from train.progress import Milestones
 from train.rates import warmup_steps

@@ -14,11 +14,11 @@ from trl.trainer.utils import RepeatSampler
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
+from pipeline.students import trained_section
 from pipeline.train_config import TrainConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
 from train.on_policy import EpochSampler
-from train.preferences import trained_section
 from train.rows import to_examples
 from train.run import train_run
 from train.tokens import MASKED

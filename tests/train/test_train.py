@@ -24,9 +24,9 @@ from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
+from pipeline.students import trained_section
 from tests.tiny_student import END, START, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.machine import activation_bytes
-from train.preferences import trained_section
 from train.processes import Processes
 from train.progress import TrainProgress
 from train.rows import to_examples
