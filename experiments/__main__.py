@@ -19,7 +19,7 @@ from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, UsageError
 from pipeline.recipe import load_recipe
-from pipeline.rundir import replacing
+from pipeline.rundir import write_file
 
 SHARED = ("teacher", "student_before")  # models that are measured once for all arms
 FINISHED = "finished"  # in an arm: what its report was made of
@@ -70,8 +70,7 @@ def finish(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
     stage("train", arm.run, setup.path, flags)
     share_measurements(arm, arms)
     stage("evaluate", arm.run, setup.path, [*flags, *(["--no-speed"] if setup.options.no_speed else [])])
-    with replacing(mark) as file:
-        file.write(state.encode())
+    write_file(mark, state.encode())
 
 
 def fingerprint(setup: Setup, arm: Arm) -> str:

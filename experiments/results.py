@@ -33,7 +33,7 @@ from experiments.arms import EXPERIMENTS, Arm, Design, Setup
 from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.lineage import spent_in_all
-from pipeline.rundir import replacing
+from pipeline.rundir import write_file
 
 COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared in
     "verified": ("accuracy",),
@@ -283,5 +283,4 @@ def write_results(results: Comparison, folder: Path) -> None:
         panels.append(dot_panel(column.title, f"{column.measure.better} is better", dots))
     svg = draw_svg(f"{results.name}: {results.question}", panels)
     for name, text in (("results.md", as_markdown(results) + "\n![](results.svg)\n"), ("results.svg", svg)):
-        with replacing(folder / name) as file:
-            file.write(text.encode())
+        write_file(folder / name, text.encode())

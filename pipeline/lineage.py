@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, write_file
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -52,5 +52,4 @@ def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
 
 def write_lineage(run: RunDir, lineage: dict[str, Any]) -> None:
     """Replaces the whole file."""
-    with replacing(run.lineage) as file:
-        file.write(json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")
+    write_file(run.lineage, json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")

@@ -111,8 +111,8 @@ class RunDir:
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Writes the recipe as resolved from YAML, environment and flags. It holds no secret."""
-        with replacing(self.recipe) as file:
-            file.write(yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False).encode())
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+        write_file(self.recipe, text.encode())
 
 
 @contextmanager
@@ -186,6 +186,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a whole file in place of the old one."""
+    with replacing(path) as file:
+        file.write(data)
+
+
 def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
     """Writes records, one per line, in place of the old file."""
     with replacing(path) as file:
@@ -194,5 +200,4 @@ def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON in place of the old file."""
-    with replacing(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+    write_file(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n")

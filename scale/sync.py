@@ -21,7 +21,7 @@ from generate.idset import IdSet
 from generate.journal import Journal
 from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, Failure
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, write_file
 from scale.parts import Uploader, compact, part_names, read_parts, row_key
 from scale.storage import Store, open_store
 
@@ -62,8 +62,7 @@ class State(msgspec.Struct):
 
     def save(self, folder: Path) -> None:
         """Replaces the file."""
-        with replacing(folder / STATE) as file:
-            file.write(msgspec.json.encode(self))
+        write_file(folder / STATE, msgspec.json.encode(self))
 
 
 def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
@@ -85,8 +84,7 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
         )
     store = open_store("/".join((found, *folder.relative_to(run.path).parts)))
     if not record.exists():
-        with replacing(record) as file:
-            file.write(place.encode())
+        write_file(record, place.encode())
     return store
 
 

@@ -26,7 +26,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
-from pipeline.rundir import RunDir, replacing, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, write_file, write_jsonl, writing_weights
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
 from train.checks.data import row_checks, token_checks
@@ -331,8 +331,7 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
         best = state.get("best_model_checkpoint")
         if best and Path(best).parent != work.resolve():  # it was written on another machine
             state["best_model_checkpoint"] = str(work.resolve() / Path(best).name)
-            with replacing(folder / "trainer_state.json") as file:
-                file.write(json.dumps(state).encode())
+            write_file(folder / "trainer_state.json", json.dumps(state).encode())
 
 
 def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:

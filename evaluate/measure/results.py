@@ -27,7 +27,7 @@ from filters.ruleset import RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept, Prompt, Usage, asked_fields, read_jsonl, said
-from pipeline.rundir import RunDir, replacing
+from pipeline.rundir import RunDir, write_file
 
 FOLDER = "evaluation"
 SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
@@ -172,8 +172,7 @@ class Entry:
         """Caches a result, and returns it with its fingerprint."""
         result = msgspec.structs.replace(result, fingerprint=self.fingerprint)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as file:
-            file.write(msgspec.json.encode(result))
+        write_file(self.path, msgspec.json.encode(result))
         return result
 
 

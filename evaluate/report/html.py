@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from evaluate.document import Report, ShownAnswer
 from evaluate.report import charts, tables
 from filters.scripts import character_class
-from pipeline.rundir import RunDir, replacing, write_json
+from pipeline.rundir import RunDir, write_file, write_json
 
 LANGUAGES = {
     "ko": re.compile(f"[{character_class('hangul')}]"),
@@ -21,8 +21,7 @@ LANGUAGES = {
 
 def publish(run: RunDir, report: Report) -> None:
     """Writes report.html, and then report.json."""
-    with replacing(run.report_html) as file:
-        file.write(render_html(report).encode())
+    write_file(run.report_html, render_html(report).encode())
     write_json(run.report, report)
 
 
