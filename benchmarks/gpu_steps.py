@@ -277,6 +277,7 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     from pipeline.recipe import TeacherConfig
     from pipeline.train_config import TrainConfig
     from train.progress import Milestones
+    from train.setting import Setting
     from train.trainer import prepare
 
     gc.collect()
@@ -285,8 +286,8 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     teacher = None
     if config.soft:
         teacher = TeacherConfig(model=random_model(Path(options.work), "small" if options.small else "1.5b"))
-    console = Console(stderr=True, soft_wrap=True)
-    ready = prepare(model or student(options), examples(options, config), config, fresh(options), console, teacher)
+    setting = Setting(config, fresh(options), Console(stderr=True, soft_wrap=True), teacher=teacher)
+    ready = prepare(model or student(options), examples(options, config), setting)
     ready.trainer.remove_callback(Milestones)
     ready.trainer.args.load_best_model_at_end = False
     return ready.trainer

@@ -26,6 +26,7 @@ from pipeline.models import resolve_model
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from train.rows import read_rows, to_examples
+from train.setting import Setting
 from train.trainer import Examples, lora_config, prepare
 
 WORDS = ["Toby", "the", "rabbit", "found", "a", "red", "kite", "by", "old", "oak", "in", "snow", "and", "hid", "it"]
@@ -70,7 +71,7 @@ def main() -> None:
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         for side in list(clocks) * options.rounds:
-            prepared = prepare(model, examples, config, Path(folder) / side, Console(stderr=True))
+            prepared = prepare(model, examples, Setting(config, Path(folder) / side, Console(stderr=True)))
             scorer = prepared.trainer
             trainer = scorer if side == "ours" else defaults(model, examples, config, Path(folder) / side)
             clocks[side].append(Clock())

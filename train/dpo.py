@@ -10,12 +10,10 @@ import os
 from pathlib import Path
 
 import datasets
-from rich.console import Console
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.recipe import Recipe
 from train.machine import (
-    Setting,
     check_machine,
     free_beside,
     micro_rows,
@@ -25,20 +23,18 @@ from train.machine import (
     weights_dtype,
 )
 from train.preferences import Pairs, to_pair
-from train.processes import Processes
+from train.setting import Setting
 from train.student import load_tokenizer
 from train.trainer import Prepared, load_start, lora_config, quiet, ready, training_arguments
 
 
-def prepare_dpo(
-    start: Path, pairs: Pairs, recipe: Recipe, folder: Path, console: Console, processes: Processes
-) -> Prepared:
+def prepare_dpo(start: Path, pairs: Pairs, recipe: Recipe, setting: Setting) -> Prepared:
     """Loads the student that the training starts from, and tokenises the pairs by its chat template.
 
     An adapter is merged into its base: what is trained, and saved, is a whole model. Pairs of which an answer is longer
     than `max_length` are left out. Raises RecipeError, UsageError or DistillError, as train.trainer.prepare does.
     """
-    config = recipe.train
+    config, processes = setting.config, setting.processes
     os.environ.setdefault("TQDM_DISABLE", "1")
     check_machine(config, processes)
     plain_attention()
@@ -48,8 +44,8 @@ def prepare_dpo(
         free = free_beside(model)
         tokens, longest = micro_tokens(model, config, free), 2 * config.max_length
         share, micro = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
-        checkpointing = wants_checkpointing(model, config, micro * longest, free, console)
-        arguments = training_arguments(config, folder, len(pairs["train"]), checkpointing=checkpointing) | {
+        checkpointing = wants_checkpointing(model, config, micro * longest, free, setting.console)
+        arguments = training_arguments(config, setting.folder, len(pairs["train"]), checkpointing=checkpointing) | {
             "learning_rate": config.dpo.learning_rate,
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": micro,
@@ -65,4 +61,4 @@ def prepare_dpo(
             processing_class=tokenizer,
             peft_config=None if config.weights == "full" else lora_config(config),
         )
-    return ready(trainer, dtype, Setting(config, folder, console, processes))
+    return ready(trainer, dtype, setting)

@@ -19,8 +19,9 @@ from trl.experimental.utils import is_byte_level_tokenizer
 
 from pipeline.errors import RecipeError
 from pipeline.models import resolve_model
-from train.machine import Setting, free_beside, micro_rows, micro_tokens
+from train.machine import free_beside, micro_rows, micro_tokens
 from train.on_policy import SameEveryEpoch
+from train.setting import Setting
 from train.soft import FIX, load_model
 from train.student_trainer import ScoredOnText, StudentTrainer
 

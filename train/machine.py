@@ -1,9 +1,8 @@
-"""What a training is made with, and what this machine can do for it: number formats, and what fits into its memory.
+"""What this machine can do for a training: number formats, and what fits into its memory.
 
 Looks at the processor or GPU and at free memory; reads and writes no file.
 """
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from rich.console import Console
 
 from pipeline.errors import DistillError, RecipeError, UsageError
-from pipeline.recipe import TeacherConfig
 from pipeline.resources import free_bytes, peak_bytes
 from pipeline.train_config import TrainConfig, Weights
 from train.processes import Processes
@@ -28,18 +26,6 @@ GPU_WIDTH = (
 CPU_TOKENS = 512  # per forward pass on a CPU; more are slower (SmolLM2-135M: 139 tokens per CPU second, with 2048 108)
 SAFE_SHARE = 0.8  # of free memory that a step may plan for
 COMPILED_STEPS = 1000  # by then compiled layers have won back what compiling them took (docs/gpu.md)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the trainer of any method is made with, beside the student and its rows."""
-
-    config: TrainConfig
-    folder: Path  # of the checkpoints
-    console: Console
-    processes: Processes
-    teacher: TeacherConfig | None = None  # that a soft method follows
-    logprobs: Path | None = None  # the file of what it said of the answers, if it is not beside the student
 
 
 def precision(weights: Weights) -> str:

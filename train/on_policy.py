@@ -15,7 +15,8 @@ from trl.trainer.utils import RepeatSampler, pad
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
-from train.machine import Setting, free_beside, micro_rows, micro_tokens
+from train.machine import free_beside, micro_rows, micro_tokens
+from train.setting import Setting
 from train.soft import FIX, load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
 from train.tokens import prompt_of

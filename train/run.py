@@ -38,6 +38,7 @@ from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
 from train.rows import Parts, read_parts, reasoning_form, to_examples
+from train.setting import Setting
 from train.student import built_from, initial_student, load_tokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def train_run(
     parts = read_parts(recipe, run)
     check_start(recipe, run)
     if recipe.train.method == "on_policy" and recipe.train.start is None:
-        _train_first(recipe, run, force=force, allow_chain=allow_chain, processes=processes)
+        _train_first(recipe, run, processes, force=force, allow_chain=allow_chain)
     start = start_of(recipe, run) if recipe.train.further else None
     pairs = read_pairs(recipe, run, parts) if recipe.train.method == "dpo" else None
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
@@ -94,11 +95,13 @@ def train_run(
             shutil.rmtree(left, ignore_errors=True)
         return
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
-    begin = partial(_on_rows, parts, allow_chain, start)
-    if start and pairs is not None:
-        begin = partial(_on_pairs, start, pairs)
+    logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
+    setting = Setting(recipe.train, work, console, processes, recipe.teacher, logprobs)
     try:
-        prepared, checks = begin(recipe, run, decide, folder=work, console=console, processes=processes)
+        if start and pairs is not None:
+            prepared, checks = _on_pairs(start, pairs, recipe, setting, decide)
+        else:
+            prepared, checks = _on_rows(parts, start, recipe, run, setting, decide, allow_chain=allow_chain)
     except ImportError as error:
         raise UsageError(NO_EXTRA.format(error=error)) from None
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
@@ -107,7 +110,9 @@ def train_run(
         if processes.lead_in_folder:
             write_jsonl(run.test, parts.test)
             _open_work(work, fingerprint, again=again, console=console)
-    _learn(prepared, work, console, processes)
+    with writing_weights(work):
+        prepared.fit()
+        prepared.save(work / "student", console, write=processes.lead)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
@@ -120,13 +125,6 @@ def train_run(
             f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
             f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
         )
-
-
-def _learn(prepared: "Prepared", work: Path, console: Console, processes: Processes) -> None:
-    """Trains, from the last checkpoint in `work` if there is one, and saves the student there."""
-    with writing_weights(work):
-        prepared.fit()
-        prepared.save(work / "student", console, write=processes.lead)
 
 
 def rows_to_train(recipe: Recipe, run: RunDir) -> int:
@@ -145,26 +143,27 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
     return sum(example_length(example, tokenizer) <= recipe.train.max_length for example in examples)
 
 
-def _train_first(recipe: Recipe, run: RunDir, **setting: Any) -> None:
+def _train_first(recipe: Recipe, run: RunDir, processes: Processes, **flags: bool) -> None:
     """If no student of the run has learned from answers yet, one learns from them, by the weights of train.kd."""
     from train.machine import check_machine
 
-    check_machine(recipe.train, setting["processes"])  # before a training that would be of no use
+    check_machine(recipe.train, processes)  # before a training that would be of no use
     if not any(map(learned_from_answers, (run.student, run.student_sft))):
         config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
-        train_run(recipe.model_copy(update={"train": config}), run, **setting)
-        with setting["processes"].lead_first():
+        train_run(recipe.model_copy(update={"train": config}), run, **flags, processes=processes)
+        with processes.lead_first():
             pass  # the others wait until the leading process has published that student
 
 
 def _on_rows(
     parts: Parts,
-    allow_chain: bool,
     start: Path | None,
     recipe: Recipe,
     run: RunDir,
+    setting: Setting,
     decide: Callable[..., list[Check]],
-    **setting: Any,
+    *,
+    allow_chain: bool,
 ) -> tuple["Prepared", list[Check]]:
     """All before the first step on kept rows: the student, the checks, the tokens. Writes validation.jsonl.
 
@@ -172,7 +171,7 @@ def _on_rows(
     """
     from train.trainer import prepare
 
-    config, processes, checks = recipe.train, setting["processes"], checks_of(start)
+    config, processes, checks = setting.config, setting.processes, checks_of(start)
     with processes.lead_first():
         student = str(start) if start else initial_student(recipe, run, parts.train)
     tokenizer = load_tokenizer(student)
@@ -184,8 +183,7 @@ def _on_rows(
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:  # the teacher has prompts of its own
         examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | {"id": row.id, "told": _told(row, recipe)})
-    logprobs = run.logprobs if config.kd.teacher == "stored" else run.teacher_logprobs
-    prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=logprobs, **setting)
+    prepared = prepare(student, examples, setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
     checks = decide(of_tokens, earlier=checks)
@@ -203,12 +201,12 @@ def _told(row: Kept, recipe: Recipe) -> list[Json]:
 
 
 def _on_pairs(
-    start: Path, pairs: Pairs, recipe: Recipe, run: RunDir, decide: Callable[..., list[Check]], **setting: Any
+    start: Path, pairs: Pairs, recipe: Recipe, setting: Setting, decide: Callable[..., list[Check]]
 ) -> tuple["Prepared", list[Check]]:
     """All before the first step on preferences; what was checked before the training on rows is not checked again."""
     from train.dpo import prepare_dpo
 
-    prepared = prepare_dpo(start, pairs, recipe, **setting)
+    prepared = prepare_dpo(start, pairs, recipe, setting)
     of_tokens = list(token_checks(prepared, [pair.id for part in pairs for pair in pairs[part]], recipe.train))
     return prepared, decide(of_tokens, earlier=checks_of(start))
 

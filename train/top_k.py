@@ -23,7 +23,7 @@ from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
-from train.machine import Setting
+from train.setting import Setting
 from train.tokens import MASKED, TokenRow, key_of, prompt_of
 from train.told import Told
 

@@ -30,12 +30,10 @@ from pipeline.adapters import ADAPTER, load_merged
 from pipeline.chat import stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.models import explained
-from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.lazy import Lazy, stored_rows
 from train.machine import (
     GPU_WIDTH,
-    Setting,
     autocast,
     check_machine,
     compile_layers,
@@ -49,9 +47,9 @@ from train.machine import (
     wants_compiling,
     weights_dtype,
 )
-from train.processes import ALONE, Processes
 from train.progress import NEVER, Milestones, TrainProgress, is_stopped_early
 from train.rates import epochs_of, warmup_steps
+from train.setting import Setting
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
@@ -154,27 +152,17 @@ class Prepared:
         return False
 
 
-def prepare(
-    student: str,
-    examples: Examples,
-    config: TrainConfig,
-    folder: Path,
-    console: Console,
-    teacher: TeacherConfig | None = None,
-    processes: Processes = ALONE,
-    logprobs: Path | None = None,
-) -> Prepared:
+def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
     No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
-    whether training may start. `teacher`: the model that soft distillation follows; `logprobs`: the file of what it
-    said. A student that a further method starts from is loaded as a whole model.
+    whether training may start. A student that a further method starts from is loaded as a whole model.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
-    check_machine(config, processes)
+    config = setting.config
+    check_machine(config, setting.processes)
     plain_attention()
-    setting = Setting(config, folder, console, processes, teacher, logprobs)
     with quiet():
         model, tokenizer, dtype = _load(student, config)
         trainer, arguments = _trainer(model, tokenizer, examples, setting)

@@ -20,6 +20,7 @@ from train.checks.data import row_checks
 from train.publish.export import export_dataset
 from train.rows import Parts, reasoning_form, to_examples
 from train.run import _told, train_run
+from train.setting import Setting
 from train.tokens import MASKED
 from train.trainer import prepare
 
@@ -55,7 +56,9 @@ def shown(model: str, rows: list[Kept], tmp_path: Path, **train: Any) -> list[tu
     """Of each row, the whole text as the trainer has it, and the part with loss."""
     config, tokenizer = make_recipe(model, **{"max_length": 2048, **train}).train, AutoTokenizer.from_pretrained(model)
     examples = to_examples(rows, None, reasoning_form(config, tokenizer))
-    prepared = prepare(model, {"train": examples, "validation": examples}, config, tmp_path, Console(quiet=True))
+    prepared = prepare(
+        model, {"train": examples, "validation": examples}, Setting(config, tmp_path, Console(quiet=True))
+    )
     assert prepared.faults == {} and prepared.differing == 0
     found = []
     for row in prepared.trainer.train_dataset:

@@ -19,6 +19,7 @@ from train.processes import ALONE
 from train.rates import with_learning_rate
 from train.rows import to_examples
 from train.run import train_run
+from train.setting import Setting
 from train.student_trainer import completion_logits
 from train.trainer import prepare
 
@@ -103,7 +104,7 @@ def test_rows_end_to_end_have_the_losses_of_rows_with_padding(student: str) -> N
 
 def test_the_trainer_lays_rows_end_to_end_if_it_is_told(student: str, tmp_path: Path) -> None:
     examples = {"train": to_examples(story_rows(4)), "validation": to_examples(story_rows(1))}
-    prepared = prepare(student, examples, make_recipe(student).train, tmp_path / "work", QUIET)
+    prepared = prepare(student, examples, Setting(make_recipe(student).train, tmp_path / "work", QUIET))
     trainer, losses = prepared.trainer, []
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.create_optimizer()

@@ -17,6 +17,7 @@ from pipeline.recipe import TeacherConfig
 from tests.tiny_student import CHATML, make_recipe, make_run, story_rows, tiny_model
 from train.rows import to_examples
 from train.run import train_run
+from train.setting import Setting
 from train.tokens import MASKED
 from train.trainer import prepare
 
@@ -48,7 +49,9 @@ def trainer_of(student: str, teacher: str, folder: Path, **kd: Any) -> Any:
     for example in examples["train"]:
         example["told"] = [{"role": "system", "content": "Be brief."}, *example["prompt"]]
     config = make_recipe(student, teacher, method="gold", kd={"weights": "full", **kd}, micro_batch_size=1).train
-    return prepare(student, examples, config, folder, Console(quiet=True), teacher=TeacherConfig(model=teacher)).trainer
+    return prepare(
+        student, examples, Setting(config, folder, Console(quiet=True), teacher=TeacherConfig(model=teacher))
+    ).trainer
 
 
 def test_with_one_tokenizer_the_loss_is_as_by_hand(tmp_path: Path) -> None:

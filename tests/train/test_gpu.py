@@ -29,6 +29,7 @@ from train.machine import (
 )
 from train.processes import ALONE, Processes
 from train.rows import to_examples
+from train.setting import Setting
 from train.student_trainer import text_loss
 from train.trainer import prepare, training_arguments
 
@@ -180,7 +181,9 @@ def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones(tmp_path: Pat
     found = []
     for compile in (False, True):
         config = make_recipe(student, method=method, lora_dropout=0, compile=compile).train
-        trainer = prepare(student, examples, config, tmp_path / "work", Console(stderr=True, quiet=True)).trainer
+        trainer = prepare(
+            student, examples, Setting(config, tmp_path / "work", Console(stderr=True, quiet=True))
+        ).trainer
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
         loss.backward()
@@ -200,7 +203,7 @@ def test_attention_needs_no_mask_for_padding_on_the_right(tmp_path: Path, archit
     examples = {"train": to_examples(story_rows(6)[2:]), "validation": to_examples(story_rows(2))}
     torch.backends.cuda.enable_cudnn_sdp(True)
     config = make_recipe(student, method="full").train
-    trainer = prepare(student, examples, config, tmp_path, Console(quiet=True)).trainer
+    trainer = prepare(student, examples, Setting(config, tmp_path, Console(quiet=True))).trainer
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     batch, model = next(iter(trainer.get_train_dataloader())), trainer.model.eval()
     assert not batch["attention_mask"].all()
@@ -230,7 +233,9 @@ def test_the_fused_head_has_the_losses_and_gradients_of_the_plain_one(
     examples = {"train": to_examples(story_rows(6)[2:]), "validation": to_examples(story_rows(2))}
     config = make_recipe(student, method=method, lora_dropout=0).train
     monkeypatch.setattr("train.machine.half_dtype", lambda: None)  # float32: nothing is rounded
-    trainer = prepare(student, examples, config, tmp_path / "work", Console(stderr=True, soft_wrap=True)).trainer
+    trainer = prepare(
+        student, examples, Setting(config, tmp_path / "work", Console(stderr=True, soft_wrap=True))
+    ).trainer
     assert "float32 weights; attention: sdpa; 512 tokens per forward pass, at most\n" in capsys.readouterr().err
     batch = next(iter(trainer.get_train_dataloader()))
     batch = end_to_end(batch) if flat else batch

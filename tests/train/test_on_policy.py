@@ -21,6 +21,7 @@ from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_mode
 from train.on_policy import EpochSampler
 from train.rows import to_examples
 from train.run import train_run
+from train.setting import Setting
 from train.tokens import MASKED
 from train.trainer import prepare
 
@@ -48,7 +49,7 @@ def trainer_of(models: tuple[str, str], folder: Path, *, url: str = "", **train:
     examples = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
     config = make_recipe(*models, method="on_policy", **train).train
     teacher = TeacherConfig(model=models[1], **({"base_url": url} if url else {}))
-    return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=teacher).trainer
+    return prepare(models[0], examples, Setting(config, folder, Console(quiet=True), teacher=teacher)).trainer
 
 
 def by_hand(models: tuple[str, str], inputs: Any, beta: float) -> float:

@@ -17,6 +17,7 @@ from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run
+from train.setting import Setting
 from train.soft import differing_tokens
 from train.student_trainer import completion_logits
 from train.tokens import MASKED
@@ -41,7 +42,9 @@ def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Prepared:
     parts = {"train": to_examples(rows[2:]), "validation": to_examples(rows[:2])}
     examples = {part: [{**row, "told": row["prompt"]} for row in of_part] for part, of_part in parts.items()}
     config = make_recipe(models[0], models[1], **train).train
-    return prepare(models[0], examples, config, folder, Console(quiet=True), teacher=TeacherConfig(model=models[1]))
+    return prepare(
+        models[0], examples, Setting(config, folder, Console(quiet=True), teacher=TeacherConfig(model=models[1]))
+    )
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:

@@ -13,10 +13,10 @@ from pipeline.recipe import TeacherConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train import top_k
-from train.machine import Setting
 from train.processes import ALONE, Processes
 from train.rows import to_examples
 from train.run import training_fingerprint
+from train.setting import Setting
 from train.tokens import MASKED, key_of
 from train.told import before_samples, of_teacher, told_prompts
 from train.top_k import ask_endpoint
@@ -117,7 +117,7 @@ def test_after_the_shared_start_the_teacher_says_what_it_says_after_the_whole(
 def prepared(models: tuple[str, str], folder: Path, **train: Any) -> Any:
     config = make_recipe(*models, **train).train
     teacher = TeacherConfig(model=models[1])
-    return prepare(models[0], examples(), config, folder, Console(quiet=True), teacher=teacher).trainer
+    return prepare(models[0], examples(), Setting(config, folder, Console(quiet=True), teacher=teacher)).trainer
 
 
 def scores(model: str, prompt: list[dict[str, Any]], answer: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from train.processes import Processes
 from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import _open_work, train_run, training_fingerprint
+from train.setting import Setting
 from train.student_trainer import StudentTrainer
 from train.trainer import prepare
 
@@ -59,7 +60,7 @@ def byte_ids(text: str, tokenizer: Any) -> list[int]:
 
 def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None:
     examples = {"train": to_examples([kept_row(0, "Hi", "Yes")]), "validation": to_examples([kept_row(1, "Ho", "No")])}
-    prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
+    prepared = prepare(student, examples, Setting(make_recipe(student).train, tmp_path, Console(quiet=True)))
     row, tokenizer = prepared.trainer.train_dataset[0], prepared.trainer.processing_class
     # <start>user\nHi<end>\n<start>assistant\n: 1 + 5 + 2 + 1 + 1 + 1 + 10 = 21 tokens of prompt
     prompt = [
@@ -83,7 +84,7 @@ def test_labels_of_one_row_counted_by_hand(student: str, tmp_path: Path) -> None
 def test_padding_leaves_the_end_token_in_the_labels_though_it_is_the_pad_token(student: str, tmp_path: Path) -> None:
     rows = [kept_row(0, "Hi", "Yes"), kept_row(1, "Hi", "N")]
     examples = {"train": to_examples(rows), "validation": to_examples(story_rows(1))}
-    prepared = prepare(student, examples, make_recipe(student).train, tmp_path, Console(quiet=True))
+    prepared = prepare(student, examples, Setting(make_recipe(student).train, tmp_path, Console(quiet=True)))
     assert prepared.trainer.processing_class.pad_token_id == prepared.trainer.processing_class.eos_token_id == END
     batch = next(iter(prepared.trainer.get_train_dataloader()))
     labels = {sum(label != -100 for label in row): row for row in batch["labels"].tolist()}
@@ -449,7 +450,7 @@ def test_gradient_checkpointing_is_chosen_by_memory(
     monkeypatch.setattr("train.machine.free_memory", lambda: free_mib << 20)
     examples = {"train": to_examples(story_rows(4)), "validation": to_examples(story_rows(1))}
     config = make_recipe(student, method="lora", gradient_checkpointing=setting).train
-    prepared = prepare(student, examples, config, tmp_path, Console(stderr=True, soft_wrap=True))
+    prepared = prepare(student, examples, Setting(config, tmp_path, Console(stderr=True, soft_wrap=True)))
     assert prepared.trainer.args.gradient_checkpointing is on
     said = capsys.readouterr().err
     assert ("gradient checkpointing is on: 512 tokens need about 0.0 GiB without it" in said) is on, said
@@ -619,7 +620,7 @@ def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path)
     for size in (1, 2, 4):
         config = make_recipe(folder, micro_batch_size=size).train
         examples = {"train": to_examples(rows), "validation": to_examples(rows[:1])}
-        prepared = prepare(folder, examples, config, tmp_path, QUIET)
+        prepared = prepare(folder, examples, Setting(config, tmp_path, QUIET))
         trainer = prepared.trainer
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.create_optimizer()
@@ -635,4 +636,8 @@ def test_a_routers_loss_weighs_the_same_however_rows_are_grouped(tmp_path: Path)
 def test_fewer_rows_than_processes_are_refused(student: str, tmp_path: Path) -> None:
     examples = {"train": to_examples(story_rows(3)), "validation": to_examples(story_rows(1))}
     with pytest.raises(UsageError, match=r"3 rows to train on are fewer than 4 processes; start at most 3"):
-        prepare(student, examples, make_recipe(student).train, tmp_path, QUIET, processes=Processes(rank=1, count=4))
+        prepare(
+            student,
+            examples,
+            Setting(make_recipe(student).train, tmp_path, QUIET, processes=Processes(rank=1, count=4)),
+        )
