@@ -110,9 +110,7 @@ def train_run(
         if processes.lead_in_folder:
             write_jsonl(run.test, parts.test)
             _open_work(work, fingerprint, again=again, console=console)
-    with writing_weights(work):
-        prepared.fit()
-        prepared.save(work / "student", console, write=processes.lead)
+    _learn(prepared, work, console, processes)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
@@ -120,11 +118,22 @@ def train_run(
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
-        print(
-            f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s, "
-            f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
-            f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
-        )
+        _print_result(run, rows, log, section)
+
+
+def _learn(prepared: "Prepared", work: Path, console: Console, processes: Processes) -> None:
+    """Trains, from the last checkpoint in `work` if there is one, and saves the student there."""
+    with writing_weights(work):
+        prepared.fit()
+        prepared.save(work / "student", console, write=processes.lead)
+
+
+def _print_result(run: RunDir, rows: dict[str, int], log: dict[str, Any], section: dict[str, Any]) -> None:
+    print(
+        f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s, "
+        f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
+        f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
+    )
 
 
 def rows_to_train(recipe: Recipe, run: RunDir) -> int:
