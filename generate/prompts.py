@@ -16,7 +16,7 @@ import msgspec
 
 from generate.grammar import Grammar
 from generate.idset import IdSet
-from generate.sources import read_rows
+from generate.sources import TOO_DEEP, read_rows
 from pipeline.chat import INSTRUCTIONS
 from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError
@@ -91,7 +91,7 @@ def _rows(config: PromptsConfig) -> Iterator[Prompt]:
         except (ValueError, msgspec.ValidationError) as error:
             raise DataError(f"{where}: {error}") from None
         except RecursionError:
-            raise DataError(f"{where}: a value is nested too deeply; make it flatter, or text") from None
+            raise DataError(f"{where}: {TOO_DEEP}") from None
         if prompt.id != (question := prompt_id(prompt.messages, prompt.tools)):
             new_id, new_prompt = ids.add(prompt.id), prompts.add(f"{prompt.id} {question}")
             if new_prompt and not new_id:

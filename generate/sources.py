@@ -29,6 +29,7 @@ ACCEPTED = (
     'accepted are JSONL in UTF-8, one {"messages": […]} or {"prompt": "…"} per line, .csv, .tsv, .parquet, a folder '
     "saved by `datasets`, hub:<owner>/<name>, and a .py file with a function rows()"
 )
+TOO_DEEP = "a value is nested too deeply; make it flatter, or text"
 
 Row = tuple[str, Json]  # where it stands, for messages, and its values by column
 
@@ -56,7 +57,9 @@ def _decoded(where: str, name: str, row: Json) -> Any:
         raise DataError(f"{where}: no column {name!r}, which prompts.json_columns names; there are {', '.join(row)}")
     try:
         return msgspec.json.decode(row[name]) if isinstance(row[name], str) else row[name]
-    except (msgspec.DecodeError, RecursionError) as error:
+    except RecursionError:
+        raise DataError(f"{where}: column {name!r}: {TOO_DEEP}") from None
+    except msgspec.DecodeError as error:
         raise DataError(
             f"{where}: column {name!r} is not JSON ({error}): {row[name][:60]!r}; fix it, or take the column out of "
             "prompts.json_columns"
@@ -72,7 +75,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             try:
                 yield f"{path}:{number}", decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except RecursionError:
+                raise DataError(f"{path}:{number}: {TOO_DEEP}") from None
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
 
 
@@ -215,7 +220,9 @@ def _json_value(where: str, name: str, value: Any) -> Any:
         raise DataError(
             f"{where}: column {name!r}: half of a surrogate pair, which UTF-8 cannot write; remove it"
         ) from None
-    except (TypeError, RecursionError) as error:
+    except RecursionError:
+        raise DataError(f"{where}: column {name!r}: {TOO_DEEP}") from None
+    except TypeError as error:
         raise DataError(f"{where}: column {name!r}: {error}; make it text, or leave the column out") from None
     return plain
 

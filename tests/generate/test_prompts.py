@@ -201,9 +201,13 @@ def test_a_files_count_takes_the_first_or_begins_again(tmp_path: Path) -> None:
         ('{"prompt": "a", "slots": {"n": 1}}', "$.slots"),
         ('{"prompt": "\\ud83d"}', "truncated"),
         pytest.param(
-            '{"prompt": "a", "reference": %s}' % ("[" * 700 + "]" * 700), "nested too deeply", id="deep reference"
+            '{"prompt": "a", "reference": %s}' % ("[" * 100_000 + "]" * 100_000),
+            "nested too deeply",
+            id="deep reference",
         ),
-        pytest.param('{"messages": %s}' % ('{"a":' * 700 + "1" + "}" * 700), "nested too deeply", id="deep messages"),
+        pytest.param(
+            '{"messages": %s}' % ('{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deeply", id="deep messages"
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
