@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 
 from pipeline.errors import DataError, DistillError
 from pipeline.records import Completion, Dropped, Kept, Reason, read_jsonl
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, sync_folder
 
 
 class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,18 +44,18 @@ def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
     for path in (run.kept, run.dropped):
         if not path.exists():
             raise DataError(f"{path}: no such file; run the filters first")
-    yield from read_jsonl(run.kept, Kept)
     try:
+        yield from read_jsonl(run.kept, Kept)
         yield from read_jsonl(run.dropped, Dropped)
     except DataError as error:
-        raise DataError(f"{error}; if another version wrote it, filter again") from None
+        raise DataError(f"{error}; run the filters again") from None
 
 
 @contextmanager
 def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequence[BinaryIO]]:
     """Opens files that take the places of `paths`, all of them, when the block ends well; none otherwise.
 
-    All are on disk before the first is renamed, and no signal comes between the renames. Then `stale` files go away.
+    All are on disk before the first is renamed, and no interrupt comes between the renames. Then `stale` files go away.
     """
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
@@ -64,14 +65,12 @@ def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequen
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with _interrupts_held():
             for temporary, path in zip(temporaries, paths, strict=True):
                 temporary.replace(path)
             for path in stale:
                 path.unlink(missing_ok=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            sync_folder(paths[0].parent)
     except OSError as error:
         raise DistillError(
             f"{error.filename or paths[0].parent}: {error.strerror}; no old file was replaced"
@@ -79,3 +78,21 @@ def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequen
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """The signals that interrupt a stage are handled after the block. A mask would not do: other threads get them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda signum, frame: came.append(signum)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for signum in came:
+            signal.raise_signal(signum)

@@ -41,7 +41,7 @@ from filters.sketches import Kind, Source, joined, sketch_file
 from filters.stream import in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
-from pipeline.lineage import read_lineage, record_lineage, versions
+from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
 from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
 from pipeline.records import Kept, Reason
 from pipeline.rundir import RunDir
@@ -120,8 +120,8 @@ def filter_run(
     wanted, stale = ([run.preferences], []) if config.preferences else ([], [run.preferences])
     path = run.path / "survivors.jsonl.tmp"
     with ExitStack() as stack:
-        staging = staged([run.kept, run.dropped, run.filter_report, *wanted], stale)
-        kept, dropped, report_file, *preferences = stack.enter_context(staging)
+        staging = staged([run.kept, run.dropped, run.filter_report, run.lineage, *wanted], stale)
+        kept, dropped, report_file, lineage_file, *preferences = stack.enter_context(staging)
         stack.callback(path.unlink, missing_ok=True)
         fresh = stack.enter_context(fresh_values(run.prompts, run.completions))
         compared = rules.agrees is not None or config.select == "agreed"
@@ -161,7 +161,7 @@ def filter_run(
         described = [*rules.described(), *judge_rules(config.judge), *dedup_rules(dedup), *last]
         report = make_report(tally, described, _prompts(samples, survivors, Path(dropped.name)))
         report_file.write(report.encoded())
-    record_lineage(run, "filters", _lineage(report, rules, config))
+        lineage_file.write(encode_lineage(with_section(run, "filters", _lineage(report, rules, config))))
     return report
 
 

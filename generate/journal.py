@@ -116,11 +116,15 @@ class Journal:
             self._write(lines)
 
     def sync(self) -> None:
-        """Makes sure that what was written survives a power cut (fsync). May run in another thread than `append`."""
+        """Makes sure that what was written survives a power cut (fsync). May run in another thread than `append`.
+
+        Raises DistillError if the journal was moved or removed: what is written would not be found again.
+        """
         if self._dirty:
             self._dirty = False
             with self._explained():
                 os.fsync(self._fd)
+            self._check_place()
 
     def __enter__(self) -> "Journal":
         return self
@@ -130,6 +134,21 @@ class Journal:
             self.sync()
         finally:
             os.close(self._fd)
+
+    def _check_place(self) -> None:
+        """Raises DistillError unless the path still names the open file."""
+        opened = os.fstat(self._fd)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), opened):
+                return
+        if opened.st_nlink:
+            raise DistillError(
+                f"{self.path}: was moved away while the run worked; move it back and run the same command again"
+            )
+        raise DistillError(
+            f"{self.path}: was removed while the run worked, and the answers in it are lost; "
+            "run the same command again to ask again"
+        )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

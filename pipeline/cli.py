@@ -5,10 +5,13 @@ to the parser and does its own work.
 """
 
 import argparse
+import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -69,13 +72,19 @@ def _run_in_store(command: str, argv: list[str]) -> NoReturn:
 def run_stage(main: Callable[[], None]) -> NoReturn:
     """Runs a stage's main and exits: one line and the code for a known error, 130 for an interrupt.
 
-    SIGTERM, and the hangup of a terminal unless it is ignored (nohup), are treated as Ctrl-C is.
+    SIGTERM, and the hangup of a terminal unless it is ignored (nohup), are treated as Ctrl-C is. A character that the
+    terminal cannot show is written as its number.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it is None if it was closed
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, _interrupt)
+        signal.signal(signal.SIGHUP, _hang_up)
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # an error is told below; Python's own exit code for it would be 120
     except DistillError as error:
         label = "error" if isinstance(error, UsageError) or error.exit_code == 1 else "stopped"
         print(f"{label}: {error}", file=sys.stderr)
@@ -84,12 +93,32 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         print(GO_ON, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
+        _discard_output(1)
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        if error.filename is None:  # what prints knows no name; files of a run have theirs
+            _discard_output(1)
+        where = error.filename or "standard output or a file"
+        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _hang_up(signum: int, frame: FrameType | None) -> None:
+    """An interrupt that says nothing more on the terminal, which is gone; a log file is written to the end."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it was closed
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                _discard_output(descriptor)
+    raise KeyboardInterrupt
+
+
+def _discard_output(descriptor: int) -> None:
+    """What is written there goes nowhere from now on, what waits in its buffer too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)

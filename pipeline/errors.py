@@ -7,7 +7,8 @@
     ├── BudgetReached   3  stopped at a budget, resumable
     └── RequestsFailed  4  finished, but some requests failed for good
 
-An interrupt (Ctrl-C, SIGTERM) ends with 130, resumable. A message names the thing, its value and the fix.
+An interrupt (Ctrl-C, SIGTERM, a closed terminal) ends with 130, resumable. A message names the thing, its value and
+the fix.
 """
 
 

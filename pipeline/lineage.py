@@ -47,9 +47,20 @@ def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
     """Replaces the stage's section."""
-    write_lineage(run, {"name": run.path.name, **read_lineage(run), stage: section})
+    write_lineage(run, with_section(run, stage, section))
+
+
+def with_section(run: RunDir, stage: str, section: dict[str, Any]) -> dict[str, Any]:
+    """The run's lineage with the stage's section replaced."""
+    return {"name": run.path.name, **read_lineage(run), stage: section}
 
 
 def write_lineage(run: RunDir, lineage: dict[str, Any]) -> None:
     """Replaces the whole file."""
-    write_file(run.lineage, json.dumps(lineage, ensure_ascii=False, indent=2).encode() + b"\n")
+    write_file(run.lineage, encode_lineage(lineage))
+
+
+def encode_lineage(lineage: dict[str, Any]) -> bytes:
+    """The content of the file. Bytes of a path that are not UTF-8 are replaced by U+FFFD."""
+    text = json.dumps(lineage, ensure_ascii=False, indent=2) + "\n"
+    return text.encode(errors="surrogateescape").decode(errors="replace").encode()

@@ -65,9 +65,14 @@ class RunDir:
     report_html = File("report.html")  # `evaluate`
 
     def check_folder(self) -> None:
-        """Raises UsageError if the run's path is a file."""
+        """Raises UsageError if the run's path is a file, or a link that leads nowhere."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: a file, but a run is a folder; give the run's folder with --run")
+        if self.path.is_symlink() and not self.path.exists():
+            target = self.path.readlink()
+            raise UsageError(
+                f"{self.path}: a link to {target}, which is not there; make that folder, or remove the link"
+            )
 
     def check_there(self) -> None:
         """Raises UsageError if the folder does not exist: a mistyped name should not make a run."""
@@ -104,9 +109,12 @@ class RunDir:
                     "choose a directory on a local disk with --run"
                 ) from None
             os.set_inheritable(file.fileno(), True)  # the processes that share the work hold it too
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), str(os.getpid()).encode())
+            except OSError as error:
+                error.filename = file.name  # the error of a full disk names no file
+                raise
             yield
 
     def save_recipe(self, recipe: Recipe) -> None:

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import filters.run
 import filters.stream
 from filters.__main__ import main
 from filters.report import FilterReport, RuleCount, SlotCount, print_report
+from filters.rows import staged
 from filters.tally import Example
 from pipeline.errors import DataError, DistillError, RecipeError
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, Slots, Usage, encode_line, read_jsonl
@@ -267,13 +270,71 @@ def test_a_disk_that_is_full_is_told(stage: Stage, monkeypatch: pytest.MonkeyPat
     assert stage.files() == old
 
 
+def test_the_lineage_is_replaced_with_the_other_files_or_not_at_all(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that has room for the answers but not for lineage.json leaves all files as they were."""
+    stage.completions()
+    stage.filter()
+    old = stage.files()
+    sync, full = os.fsync, OSError(errno.ENOSPC, "No space left on device")
+
+    def sync_but_lineage(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "lineage.json.tmp":
+            raise full
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", sync_but_lineage)
+    stage.rules([])
+    with pytest.raises(DistillError, match="No space left on device; no old file was replaced"):
+        stage.filter()
+    assert stage.files() == old
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_between_the_renames_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    paths = [tmp_path / "kept", tmp_path / "dropped"]
+    for path in paths:
+        path.write_bytes(b"old")
+    rename = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), number)
+        return rename(self, target)
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    before, ended = signal.signal(number, interrupt), threading.Event()
+    threading.Thread(target=ended.wait).start()  # as those of numpy, it may get the signal
+    try:
+        with pytest.raises(KeyboardInterrupt), staged(paths) as files:
+            for file in files:
+                file.write(b"new")
+    finally:
+        signal.signal(number, before)
+        ended.set()
+    assert [path.read_bytes() for path in paths] == [b"new", b"new"]
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "dropped.jsonl"])
+def test_a_damaged_output_says_what_to_do(stage: Stage, name: str) -> None:
+    stage.completions()
+    stage.filter()
+    with (stage.run.path / name).open("ab") as file:
+        file.write(b"\0" * 100)
+    with pytest.raises(DataError, match=rf"{name}:\d: .*; run the filters again"):
+        stage.filter("--dry-run")
+
+
 def test_an_old_dropped_file_says_what_to_do(stage: Stage) -> None:
     stage.completions()
     stage.filter()
     lines = [json.loads(line) for line in stage.run.dropped.read_bytes().splitlines()]
     old = [{**line, "detail": {"length": "3 characters, at least 10 wanted"}} for line in lines]
     stage.run.dropped.write_text("".join(json.dumps(line) + "\n" for line in old))
-    with pytest.raises(DataError, match=r"dropped\.jsonl:1: Expected `array`.*another version wrote it, filter again"):
+    with pytest.raises(DataError, match=r"dropped\.jsonl:1: Expected `array`.*run the filters again"):
         stage.filter("--dry-run")
 
 

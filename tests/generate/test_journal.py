@@ -111,6 +111,27 @@ def test_a_full_disk_is_one_error_and_what_was_written_stays_whole(tmp_path: Pat
     assert [record.id for record in read_jsonl(path, Completion)] == ["a", "b", "c"]
 
 
+def test_a_journal_that_is_removed_or_moved_ends_the_run(tmp_path: Path) -> None:
+    """Or the run would pay for answers that go into a file without a name."""
+    path = tmp_path / "run" / "c.jsonl"
+    path.parent.mkdir()
+    moved = pytest.raises(DistillError, match=r"c\.jsonl: was moved away while the run worked")
+    with moved, Journal(path, Completion) as journal:
+        journal.append(completion("a"))
+        journal.sync()
+        path.parent.rename(tmp_path / "moved")
+        journal.append(completion("b"))
+        journal.sync()
+    assert [record.id for record in read_jsonl(tmp_path / "moved" / "c.jsonl", Completion)] == ["a", "b"]
+    path = tmp_path / "moved" / "c.jsonl"
+    removed = pytest.raises(DistillError, match=r"c\.jsonl: was removed while the run worked")
+    with removed, Journal(path, Completion) as journal:
+        path.unlink()
+        path.touch()  # another file of the same name
+        journal.append(completion("c"))
+        journal.sync()
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match=r"nowhere/c\.jsonl: cannot be written: No such file"):
         Journal(tmp_path / "nowhere" / "c.jsonl", Completion)

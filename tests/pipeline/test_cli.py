@@ -2,6 +2,10 @@
 
 import errno
 import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +45,46 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_stage(main)
+
+
+def _code(main: str) -> list[str]:
+    """A command: a stage with this main."""
+    return [sys.executable, "-c", f"import signal, time\nfrom pipeline.cli import run_stage\n{main}\nrun_stage(main)"]
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_its_number() -> None:
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(_code("def main(): print('5 → kept')"), capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"5 \\u2192 kept\n", b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_on_a_full_disk_is_one_line(unbuffered: str) -> None:
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            _code("def main(): print('5 kept')"), stdout=full, stderr=subprocess.PIPE, env=env, check=False
+        )
+    said = b"error: standard output or a file: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        _code("def main(): print('5 kept')"), stdout=writing, stderr=subprocess.PIPE, env=env, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_terminal_that_closes_interrupts() -> None:
+    main = "def main():\n    print('begun', flush=True)\n    time.sleep(60)"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, _code(main))
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130

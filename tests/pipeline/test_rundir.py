@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError, DistillError, UsageError
-from pipeline.lineage import read_lineage, record_lineage
+from pipeline.lineage import read_lineage, record_lineage, write_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir, replacing, writing_weights
@@ -64,6 +64,23 @@ def test_a_file_given_as_a_run_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "a file, but a run is a folder" in done.stderr
+
+
+def test_a_link_that_leads_nowhere_is_one_line(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"run: a link to .*gone, which is not there"), run.locked(new=True):
+        pass
+
+
+def test_a_lock_on_a_full_disk_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left") as caught, RunDir(tmp_path).locked():
+        pass
+    assert caught.value.filename == str(tmp_path / ".lock")
 
 
 def test_a_new_name_is_on_disk_before_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +147,13 @@ def test_each_stage_writes_its_own_section_of_the_lineage(tmp_path: Path) -> Non
     record_lineage(run, "filters", {"kept": 1})
     record_lineage(run, "generate", {"teacher": "b"})
     assert read_lineage(run) == {"name": tmp_path.name, "generate": {"teacher": "b"}, "filters": {"kept": 1}}
+
+
+@pytest.mark.parametrize(("name", "written"), [("한글".encode(), "한글"), ("한".encode("euc-kr"), "��")])
+def test_the_lineage_names_a_folder_of_any_bytes(tmp_path: Path, name: bytes, written: str) -> None:
+    """Bytes that are not UTF-8 are replaced. Under the C locale a name comes as such bytes even where it is UTF-8."""
+    write_lineage(RunDir(tmp_path), {"name": name.decode("ascii", "surrogateescape")})
+    assert read_lineage(RunDir(tmp_path)) == {"name": written}
 
 
 def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
