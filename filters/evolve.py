@@ -21,6 +21,7 @@ import msgspec
 
 from filters.diversity import WORDS, Distinct, Diversity, diversity
 from generate.budget import budget_left
+from generate.jobs import build_jobs
 from generate.prompts import iter_prompts, prompt_id
 from generate.run import generate
 from pipeline.chat import INSTRUCTIONS
@@ -134,13 +135,14 @@ def evolve(
         known |= questions.keys()
         if not questions:
             break
+        asking = _recipe_of_round(recipe, asked, [one.asked for one in questions.values()])
         failed = 0
         try:
-            failed = _ask(recipe, asked, [one.asked for one in questions.values()], quiet=quiet)
+            failed = generate(asking, asked, quiet=quiet, retry_failures=True).failed  # what is not answered yet
         except BudgetReached as error:
             stopped = error
         done.append(Round(asked=len(questions), failed=failed))
-        prompts += _new_prompts(questions, asked, distinct, done[-1], number, group)
+        prompts += _new_prompts(questions, _answers(asking, asked), distinct, done[-1], number, group)
     write_jsonl(run.path / "evolved.jsonl", prompts)
     report = _report(seeds, prompts, done)
     write_json(folder / "report.json", report)
@@ -183,14 +185,14 @@ def read_prompt(answer: Completion) -> tuple[str, str | None]:
     return text, "refusal" if _REFUSAL.search(text) else None
 
 
-def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: bool) -> int:
-    """Asks what is not answered yet; returns how many requests failed for good."""
+def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt]) -> Recipe:
+    """The recipe of a round, whose questions it writes beside the round's folder."""
     folder = asked.path.parent
     file = folder / f"{asked.path.name}.questions.jsonl"
     write_jsonl(file, questions)
     others = [RunDir(path) for path in folder.iterdir() if path.is_dir() and path != asked.path]
     extra = {name: value for name, value in recipe.sampling.extra.items() if name != "response_format"}
-    asking = recipe.model_copy(
+    return recipe.model_copy(
         update={
             "name": f"{recipe.name}-evolve-{asked.path.name}",
             "teacher": recipe.teacher.told_nothing(),
@@ -199,14 +201,23 @@ def _ask(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt], *, quiet: b
             "budget": budget_left(recipe.budget, others),
         }
     )
-    return generate(asking, asked, quiet=quiet, retry_failures=True).failed
+
+
+def _answers(asking: Recipe, asked: RunDir) -> dict[str, Completion]:
+    """The answers to a round, by question. Its journal may hold those of other settings."""
+    ids = {job.request.id for job in build_jobs(iter_prompts(asking), asking)}
+    return {answer.prompt_id: answer for answer in read_jsonl(asked.completions, Completion) if answer.id in ids}
 
 
 def _new_prompts(
-    questions: dict[str, Question], asked: RunDir, distinct: Distinct, this: Round, number: int, group: str
+    questions: dict[str, Question],
+    answers: dict[str, Completion],
+    distinct: Distinct,
+    this: Round,
+    number: int,
+    group: str,
 ) -> list[Prompt]:
     """The prompts that a round's replies make, in the order of its questions. Counts them, and what is left out."""
-    answers = {answer.prompt_id: answer for answer in read_jsonl(asked.completions, Completion)}
     found = []
     for id_, (parent, way, _) in questions.items():
         if id_ not in answers:

@@ -106,13 +106,14 @@ def ask_judge(
     read: Callable[[Completion, int], Verdict | None],
     *,
     quiet: bool = True,
-    others: Iterable[RunDir] = (),
+    beside: Path | None = None,
 ) -> tuple[dict[str, Verdict], dict[str, str | None]]:
     """Asks the judge about every prompt until `read` (of a reply and the attempt's number) can read its verdict.
 
     Returns the verdicts by the prompts' ids; for those without one, why the last request failed (None: it was
-    answered). `prompts` is iterated once; `properties` and `others` are those of `judge_recipe`. A request that failed
-    for good in an earlier call is made again. Raises what `generate` raises; the next call goes on.
+    answered). `prompts` is iterated once; `properties` are those of `judge_recipe`. `folder` is that of a version: all
+    versions share the budget, and so do those in the folder `beside`. A request that failed for good in an earlier call
+    is made again. Raises what `generate` raises; the next call goes on.
     """
     from generate.run import generate  # the client is slow to import, and most calls ask no judge
 
@@ -120,15 +121,15 @@ def ask_judge(
     assert config is not None
     folder.mkdir(parents=True, exist_ok=True)
     verdicts: dict[str, Verdict] = {}
-    attempts = attempt_runs(folder, config)
-    for attempt, asked in enumerate(attempts, start=1):
+    for attempt in range(1, config.attempts + 1):
+        asked = RunDir(folder / str(attempt))
         questions = folder / f"{attempt}.questions.jsonl"
         write_jsonl(questions, prompts)
         open_ids = dict.fromkeys(prompt.id for prompt in read_jsonl(questions, Prompt))  # a set in the prompts' order
         if not open_ids:
             return verdicts, {}
-        sharing = [*others, *(other for other in attempts if other != asked)]
-        asking = judge_recipe(recipe, config, questions, attempt, properties, sharing)
+        others = {path for versions in filter(None, (folder.parent, beside)) for path in versions.glob("*/*/")}
+        asking = judge_recipe(recipe, config, questions, attempt, properties, map(RunDir, others - {asked.path}))
         generate(asking, asked, quiet=quiet, retry_failures=True)
         for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
             if answer.prompt_id in open_ids and (verdict := read(answer, attempt)):
@@ -139,18 +140,20 @@ def ask_judge(
     return verdicts, {id_: errors.get(id_) for id_ in open_ids}
 
 
-def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet: bool = False) -> dict[str, Judgement]:
+def judge_rows(
+    recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet: bool = False, beside: Path | None = None
+) -> dict[str, Judgement]:
     """The judgements of the rows, by id: those there are, and the others asked for now.
 
-    `rows` is iterated once. A request that failed for good in an earlier call is made again. Raises what `generate`
-    raises; what was judged by then is kept, and the next call goes on.
+    `rows` is iterated once; `beside` is that of `ask_judge`. A request that failed for good in an earlier call is made
+    again. Raises what `generate` raises; what was judged by then is kept, and the next call goes on.
     """
     config = recipe.filters.judge
     assert config is not None
     version = version_of(recipe, config)
     if is_teacher(recipe, config):
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
-    folder = verdicts_folder(run, version)
+    folder = verdicts_folder(run) / version
     prompts = (Prompt(id=row.id, messages=question(row, config)) for row in rows)
     properties = {name: {"type": "integer", "enum": SCORES} for name in (*config.rubric, "score")}
 
@@ -170,7 +173,7 @@ def judge_rows(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet
         )
 
     try:
-        judgements, unread = ask_judge(recipe, folder, prompts, properties, read, quiet=quiet)
+        judgements, unread = ask_judge(recipe, folder, prompts, properties, read, quiet=quiet, beside=beside)
     except DistillError as error:
         raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
     for id_, why in unread.items():
@@ -228,14 +231,9 @@ def is_teacher(recipe: Recipe, config: JudgeConfig) -> bool:
     return judge_address(recipe, config)[0] == recipe.teacher.model
 
 
-def verdicts_folder(run: RunDir, version: str) -> Path:
-    """Where a version of the judge has its own runs."""
-    return run.path / "judge" / version
-
-
-def attempt_runs(folder: Path, config: JudgeConfig) -> list[RunDir]:
-    """The judge's own runs in a folder, one an attempt."""
-    return [RunDir(folder / str(attempt)) for attempt in range(1, config.attempts + 1)]
+def verdicts_folder(run: RunDir) -> Path:
+    """Where the judge has its own runs: `<version>/<attempt>/`."""
+    return run.path / "judge"
 
 
 def judge_recipe(

@@ -32,7 +32,7 @@ from generate.verdict import (
     paused_too_long,
     refused_by_all,
 )
-from pipeline.errors import DistillError
+from pipeline.errors import AllRefused, DistillError
 from pipeline.records import Failure, Usage
 
 GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
@@ -270,7 +270,7 @@ class Loop:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
         answered_earlier = len(self._run.completions.found.ids) > 0
         if self._held_back and not answered_earlier and (first := self._held_back[0][0]).error == "forbidden":
-            return DistillError(refused_by_all(first, first.endpoint, len(self._held_back)))
+            return AllRefused(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
         return None
 

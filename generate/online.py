@@ -28,14 +28,25 @@ Result = TypeVar("Result")
 
 async def send_from_here(run: Run, *, signals: bool) -> Outcome:
     """Sends every request that is left. With `signals`, Ctrl-C and SIGTERM end it in order."""
-    async with opened_loop(run) as (loop, _):
+    sending, loop, stopped = asyncio.current_task(), None, False
+    assert sending
 
-        def interrupt() -> None:
-            if loop.interrupt():
-                run.say_stopping()
+    def interrupt() -> None:
+        nonlocal stopped
+        stopped = True
+        if loop is None:  # the endpoints are looked at
+            sending.cancel()
+        elif loop.interrupt():
+            run.say_stopping()
 
-        with on_signals(interrupt if signals else None):
-            return await loop.run()
+    with on_signals(interrupt if signals else None):
+        try:
+            async with opened_loop(run) as (loop, _):
+                return await loop.run()
+        except asyncio.CancelledError:
+            if not stopped:
+                raise
+            return KeyboardInterrupt()
 
 
 @asynccontextmanager

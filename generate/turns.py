@@ -14,16 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from generate.budget import budget_left, known_price
-from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage, spent_in_all
 from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Completion, Message, Prompt, Request, read_jsonl
+from pipeline.records import Completion, Message, Prompt, Request, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.user_config import UserConfig
 
@@ -61,12 +58,12 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     for answers, replies in zip(turns[::2], turns[1::2], strict=True):
         teacher = asking(prompts, answers)
         yield teacher, answers
-        wanted = _ids(teacher)
-        questions = _written(replies.path / "questions.jsonl", _for_user(answers, wanted, user))
+        asked = _requests(teacher)
+        questions = _written(replies.path / "questions.jsonl", _for_user(answers, asked, user))
         player = _as_user(asking(PromptsConfig(file=questions), replies), user)
         yield player, replies
-        said = {reply.prompt_id: reply.text for reply in _whole(replies, _ids(player))}
-        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, wanted, said))
+        said = {request.prompt_id: text for request, text in _whole(replies, _requests(player))}
+        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, asked, said))
         parts = own.model_dump(include={"seed", "validation", "test", "group"})
         prompts = PromptsConfig(file=questions, **parts)
     yield asking(prompts.model_copy(update={"user": user}), run), run
@@ -103,20 +100,19 @@ def _written(path: Path, prompts: Iterator[Prompt]) -> Path:
     return path
 
 
-def _for_user(answers: RunDir, wanted: IdSet, user: UserConfig) -> Iterator[Prompt]:
-    for row in _whole(answers, wanted):
-        turns = [*row.messages, Message("assistant", row.text)]
-        yield Prompt(id=_conversation(row), messages=as_the_user_sees(turns, user.system or SYSTEM))
+def _for_user(answers: RunDir, asked: dict[str, Request], user: UserConfig) -> Iterator[Prompt]:
+    for request, text in _whole(answers, asked):
+        turns = [*request.messages, Message("assistant", text)]
+        yield Prompt(id=_conversation(request), messages=as_the_user_sees(turns, user.system or SYSTEM))
 
 
-def _for_teacher(answers: RunDir, wanted: IdSet, said: dict[str, str]) -> Iterator[Prompt]:
+def _for_teacher(answers: RunDir, asked: dict[str, Request], said: dict[str, str]) -> Iterator[Prompt]:
     """`said`: the user's message by conversation."""
-    prompts = {prompt.id: prompt for prompt in read_jsonl(answers.prompts, Prompt)}  # whose columns may be newer
-    for row in _whole(answers, wanted):
-        id_, prompt = _conversation(row), prompts.get(row.prompt_id)
-        if prompt and id_ in said:
-            turns = [*row.messages, Message("assistant", row.text), Message("user", said[id_])]
-            yield replace(prompt, id=id_, messages=turns, part=None)
+    for request, text in _whole(answers, asked):
+        id_ = _conversation(request)
+        if id_ in said:
+            turns = [*request.messages, Message("assistant", text), Message("user", said[id_])]
+            yield Prompt(id=id_, **asked_fields(request) | {"messages": turns})
 
 
 def _conversation(row: Request) -> str:
@@ -133,24 +129,23 @@ def _check_names(recipe: Recipe) -> None:
             raise DataError(f"the prompts {other!r} and {id_!r} would share the conversation {name!r}: rename one")
 
 
-def _ids(recipe: Recipe) -> IdSet:
-    """The ids of the requests of a pass as the recipe is now; its journal may hold others of an earlier one."""
-    ids = IdSet()
-    for job in build_jobs(iter_prompts(recipe), recipe):
-        ids.add(job.request.id)
-    return ids
+def _requests(recipe: Recipe) -> dict[str, Request]:
+    """The requests of a pass as the recipe is now, by id. Its journal may hold others, and may name their prompts as an
+    earlier recipe did.
+    """
+    return {job.request.id: job.request for job in build_jobs(iter_prompts(recipe), recipe)}
 
 
-def _whole(folder: RunDir, wanted: IdSet) -> Iterator[Completion]:
-    """The answers of a pass with which a conversation can go on, of those wanted."""
+def _whole(folder: RunDir, asked: dict[str, Request]) -> Iterator[tuple[Request, str]]:
+    """The answers of a pass with which a conversation can go on: what was asked, of `asked`, and the answer's text."""
     ended = 0
     for row in read_jsonl(folder.completions, Completion):
-        if row.id not in wanted:
+        if row.id not in asked:
             continue
         if row.finish_reason == "length" or row.tool_calls:
             ended += 1
         else:
-            yield row
+            yield asked[row.id], row.text
     if ended:
         print(f"{folder.path}: {ended} conversations end here: cut off, or with a tool call", file=sys.stderr)
 

@@ -2,8 +2,8 @@
 
 Each process sends every N-th request, with its part of the limits and of the budget, by the same loop as a whole run
 (generate.online), and appends to the same journals (they are made for it). The first process starts the others, shows
-their sum, and stops them. When parts of the budget are spent, one more process sends what the rest of it covers: the
-budget ends the run where it would end it in one process.
+their sum, and stops them. When parts of the budget are spent, or all requests of a part are forbidden, one more process
+sends what is left: the run ends as it would end in one process.
 
 A child reads its pickled work from stdin and writes JSON lines to stdout: `["counters", {…}]` four times per second,
 `["say", message]`, or `[class of an error, its message]`. SIGUSR1 stops it as Ctrl-C stops a run; SIGTERM, which a
@@ -26,7 +26,7 @@ from generate.jobs import WHOLE, Partition
 from generate.online import on_signals, opened_loop, run_loop
 from generate.progress import Counters
 from pipeline import errors
-from pipeline.errors import BudgetReached, DistillError
+from pipeline.errors import AllRefused, BudgetReached, DistillError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -59,7 +59,7 @@ class _Workers:
         """Starts the children, listens to them until they end, and says how that was."""
         count = self._run.recipe.generate.processes
         ends = await self._send_all([Partition(part, count) for part in range(count)])
-        if self._failed and self._only_budget() and not self._interrupted:
+        if self._failed and self._only_of_parts() and not self._interrupted:
             self._failed.clear()
             ends = await self._send_all([WHOLE])
         if self._failed:
@@ -82,8 +82,9 @@ class _Workers:
             with suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    def _only_budget(self) -> bool:
-        return all(isinstance(error, BudgetReached) for error in self._failed)
+    def _only_of_parts(self) -> bool:
+        """Whether what ended children is true of their parts, and perhaps not of the run."""
+        return all(isinstance(error, BudgetReached | AllRefused) for error in self._failed)
 
     async def _send_all(self, partitions: list[Partition]) -> list[int]:
         """Children for the partitions; returns their exit codes."""
@@ -106,7 +107,7 @@ class _Workers:
                 self._run.say(said)
             else:
                 self._failed.append(getattr(errors, kind, DistillError)(said))
-                if not self._only_budget():  # of a part: the others may have some left
+                if not self._only_of_parts():
                     self.signal(STOP)
         return await child.wait()
 

@@ -4,6 +4,7 @@
     ├── UsageError      2  wrong usage, recipe or data: one clear line, no traceback
     │   ├── RecipeError
     │   └── DataError
+    ├── AllRefused
     ├── BudgetReached   3  stopped at a budget, resumable
     └── RequestsFailed  4  finished, but some requests failed for good
 
@@ -30,6 +31,10 @@ class RecipeError(UsageError):
 
 class DataError(UsageError):
     """A line or a file of data is wrong: `path:line: reason`."""
+
+
+class AllRefused(DistillError):
+    """Every request was forbidden: the access is wrong, and none of them counts as failed."""
 
 
 class BudgetReached(DistillError):

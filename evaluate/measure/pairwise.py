@@ -13,16 +13,7 @@ import msgspec
 
 from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
 from evaluate.models import AFTER, BEFORE, TEACHER, digest
-from filters.judge import (
-    FENCE,
-    ask_judge,
-    attempt_runs,
-    is_teacher,
-    judge_address,
-    judge_rows,
-    verdicts_folder,
-    version_of,
-)
+from filters.judge import FENCE, ask_judge, is_teacher, judge_address, judge_rows, verdicts_folder, version_of
 from pipeline.recipe import JudgeConfig, Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, said
 from pipeline.rundir import RunDir
@@ -98,7 +89,8 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     spoken = [row for rows in answers.values() for row in rows.values() if said(row)]
     folder = RunDir(run.path / FOLDER / "judge")
     folder.path.mkdir(parents=True, exist_ok=True)
-    judgements = judge_rows(judge.recipe, folder, spoken, quiet=True)
+    compared = run.path / FOLDER / "pairs"
+    judgements = judge_rows(judge.recipe, folder, spoken, quiet=True, beside=compared)
     scores: dict[str, dict[str, int]] = {}
     for key, rows in answers.items():
         found = {id_: judgements[row.id].score if said(row) else 1 for id_, row in rows.items()}
@@ -109,9 +101,8 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         for prompt, row in answers.get(AFTER, {}).items()
         if prompt in answers.get(other, {})
     ]
-    scoring = attempt_runs(verdicts_folder(folder, version_of(judge.recipe, judge.config)), judge.config)
     ordered = [pair for _, student, other in pairs for pair in ((student, other), (other, student))]
-    choices = _choose(judge, run.path / FOLDER / "pairs", ordered, scoring)
+    choices = _choose(judge, compared, ordered, verdicts_folder(folder))
     verdicts = [
         PairVerdict(
             against=against,
@@ -124,10 +115,10 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     return JudgeResult(model=judge.model, is_teacher=judge.is_teacher, scores=scores, pairs=verdicts)
 
 
-def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence[RunDir]) -> dict[str, str]:
+def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scored: Path) -> dict[str, str]:
     """The choices by the pair's id: A, B or tie. A pair is asked about again if the judge's reply names no choice.
 
-    Equal answers tie, and an empty one loses, without a question. The budget is what the runs of the `scoring` left.
+    Equal answers tie, and an empty one loses, without a question. The budget is what the runs in `scored` have left.
     """
     choices: dict[str, str] = {}
     questions: dict[str, list[Message]] = {}
@@ -140,7 +131,7 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scoring: Sequence
             questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
     version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
     prompts = [Prompt(id=id_, messages=asking) for id_, asking in questions.items()]
-    found, _ = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, others=scoring)
+    found, _ = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, beside=scored)
     return choices | found
 
 

@@ -15,6 +15,7 @@ from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerpr
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import JudgeResult, answer_row
 from filters.ruleset import RuleSet
+from pipeline.errors import BudgetReached
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Prompt
 from pipeline.rundir import RunDir
@@ -151,6 +152,23 @@ def test_pairs_have_what_the_scores_left_of_the_judge_s_budget(tmp_path: Path) -
     spent = json.loads(scored.read_bytes())["generate"]["spent"]["tokens"]
     assert spent > 0
     assert yaml.safe_load(asked.read_text())["budget"]["tokens"] == 10_000_000 - spent
+
+
+def test_scores_of_another_student_have_what_scores_and_pairs_left_of_the_budget(tmp_path: Path) -> None:
+    both = json.dumps({"fit": 3, "score": 3, "better": "A"})
+    with misbehaving(lambda asked: answer(both, usage=False)) as server:  # each is charged in full
+
+        def judge(student: str, tokens: int) -> None:
+            found = find_judge(judging(server.url, budget={"tokens": tokens}))
+            assert found
+            judge_answers(found, RunDir(tmp_path), texts(teacher=str, student_after=lambda i: f"{student} {i}"))
+
+        judge("first", 10_000_000)
+        asked = len(server.asked)
+        sections = (json.loads(file.read_bytes()) for file in tmp_path.rglob("lineage.json"))
+        with pytest.raises(BudgetReached):
+            judge("second", sum(section["generate"]["spent"]["tokens"] for section in sections))
+        assert len(server.asked) == asked == 2 * 8 + 2 * 8
 
 
 def test_the_judge_is_the_evaluation_s_else_the_filters(tmp_path: Path) -> None:

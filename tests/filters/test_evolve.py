@@ -69,6 +69,17 @@ def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_p
     assert "48 prompts, 12 of them the recipe's own" in "\n".join(describe(report, Path("x")))
 
 
+def test_a_setting_that_is_changed_back_brings_its_own_prompts_back(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with misbehaving(lambda asked: answer(words(f"{asked.body['temperature']} {asked.text}"))) as server:
+        found = []
+        for temperature in (0.1, 0.9, 0.1):
+            evolve(recipe_of(server, tmp_path, sampling={"temperature": temperature}), run, rounds=1, quiet=True)
+            found.append(made(run))
+        assert len(server.asked) == 2 * SEEDS
+    assert found[0] == found[2] != found[1]
+
+
 def test_one_question_in_two_rows_is_of_one_family(tmp_path: Path) -> None:
     """Else the file would be refused where it is asked: one question in two groups."""
     file, run = tmp_path / "twins.jsonl", RunDir(tmp_path / "run")

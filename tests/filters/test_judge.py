@@ -157,17 +157,27 @@ def test_the_budget_is_of_all_attempts_together(run: RunDir) -> None:
         assert len(server.asked) == 12
         (version,) = (run.path / "judge").iterdir()
         runs = [RunDir(version / str(attempt)) for attempt in (1, 2, 3)]
-        one = sum(read_lineage(attempt)["generate"]["spent"]["tokens"] for attempt in runs) // 12
+        spent = sum(read_lineage(attempt)["generate"]["spent"]["tokens"] for attempt in runs)
         with pytest.raises(BudgetReached) as stopped:
             judge_rows(judging(server, seed=1, budget={"tokens": 1}), run, map(row, range(4)), quiet=True)
         said = re.search(r"can cost up to ([\d,]+) tokens", str(stopped.value))
         assert said is not None
         most = int(said[1].replace(",", ""))
-        recipe = judging(server, seed=2, budget={"tokens": most + 5 * one})
+        recipe = judging(server, seed=2, budget={"tokens": spent + most + 5 * spent // 12})
         for _ in range(2):  # again, it is still spent
             with pytest.raises(BudgetReached, match=r"the judge \(filters\.judge\): .*the verdicts so far are in"):
                 judge_rows(recipe, run, map(row, range(4)), quiet=True)
     assert 16 < len(server.asked) <= 18
+
+
+@pytest.mark.parametrize("change", [{"rubric": {"other": "thing"}}, {"attempts": 1}], ids=["rubric", "fewer attempts"])
+def test_the_budget_counts_what_another_version_or_attempt_has_cost(run: RunDir, change: dict[str, Any]) -> None:
+    with misbehaving(lambda asked: answer("?")) as server:
+        judge_rows(judging(server), run, map(row, range(60)), quiet=True)
+        assert len(server.asked) == 180
+        with pytest.raises(BudgetReached):
+            judge_rows(judging(server, **change, budget={"tokens": 180 * 12}), run, map(row, range(61)), quiet=True)
+    assert len(server.asked) == 180
 
 
 def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: RunDir) -> None:

@@ -18,7 +18,15 @@ from pipeline.errors import BudgetReached, DistillError
 from pipeline.records import Completion, read_jsonl
 from pipeline.rundir import RunDir
 from tests.generate.test_cli import finish, start, until_answered
-from tests.servers.misbehaving_server import MisbehavingServer, answer, completions, error, misbehaving, recipe_for
+from tests.servers.misbehaving_server import (
+    MisbehavingServer,
+    answer,
+    completions,
+    error,
+    failures,
+    misbehaving,
+    recipe_for,
+)
 
 ROOT = Path(__file__).parents[2]
 TWO = {"concurrency": 8, "processes": 2}
@@ -53,6 +61,22 @@ def test_every_request_is_asked_once_and_the_counts_are_their_sum(run: RunDir) -
 def test_what_ends_one_ends_all_with_its_error(run: RunDir) -> None:
     with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
         generate(recipe_for(server, 300, generate=TWO), run, quiet=True)
+
+
+def test_a_flagged_prompt_that_is_all_of_its_part_fails_alone(run: RunDir) -> None:
+    """Its process ends before the other has had an answer."""
+    script = lambda asked: error(403, "flagged") if asked.text == "say 3" else answer(delay_s=1)  # noqa: E731
+    with misbehaving(script) as server:
+        recipe = recipe_for(server, 4, generate={"concurrency": 8, "processes": 4})
+        summary = generate(recipe, run, quiet=True)
+    assert (summary.answered, summary.failed) == (3, 1)
+
+
+def test_a_short_run_that_is_forbidden_altogether_has_no_failures(run: RunDir) -> None:
+    words = "all of the first 4 with forbidden"
+    with misbehaving(lambda asked: error(403, "not for you")) as server, pytest.raises(DistillError, match=words):
+        generate(recipe_for(server, 4, generate=TWO), run, quiet=True)
+    assert not failures(run)
 
 
 def test_a_budget_holds_over_all_of_them(run: RunDir) -> None:

@@ -1,8 +1,10 @@
 """What stops a run: the endpoint, the key, the data, the disk, the user; and what is left then."""
 
+import asyncio
 import errno
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from tenacity import wait_fixed
 
+import pipeline.cli
+from generate.endpoint import Endpoint
 from generate.run import generate, pending
 from pipeline.errors import DataError, DistillError, RecipeError
 from pipeline.rundir import RunDir
@@ -60,6 +64,33 @@ def test_a_second_interrupt_stops_now(run: RunDir, monkeypatch: pytest.MonkeyPat
         with interrupted_after(1), interrupted_after(2), pytest.raises(KeyboardInterrupt):
             generate(recipe_for(server, generate=config), run, quiet=True)
     assert len(completions(run)) == 1
+
+
+def test_sigterm_while_the_endpoints_are_looked_at_ends_the_run(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Reading(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    async def terminated(self: Endpoint) -> None:
+        """The signal comes while the loop reads from a connection."""
+        own, other = socket.socketpair()
+        with other:
+            other.send(b"x")
+            await asyncio.get_running_loop().create_connection(Reading, sock=own)
+            await asyncio.sleep(20)
+
+    monkeypatch.setattr(Endpoint, "prepare", terminated)
+    before = signal.signal(signal.SIGTERM, pipeline.cli._interrupt)  # as run_stage has it
+    try:
+        with misbehaving() as server, pytest.raises(KeyboardInterrupt):
+            generate(recipe_for(server), run, quiet=True)
+        assert signal.getsignal(signal.SIGTERM) is pipeline.cli._interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not server.asked
+    assert "Fatal error" not in caplog.text
 
 
 def test_waiting_requests_do_not_pile_up_without_bound(run: RunDir) -> None:

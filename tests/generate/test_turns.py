@@ -225,6 +225,33 @@ def test_after_a_change_of_the_recipe_only_the_new_answers_go_on(run: RunDir) ->
             assert questions() == [f"teacher at {temperature}", f"user at {temperature}"] * 2
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [("0", "figs"), ("1", "apples"), ("2", "pears")],
+        [("0", "pears"), ("1", "apples")],
+        [("b", "apples"), ("a", "pears")],
+    ],
+    ids=["a row is inserted", "two rows change ids", "the ids are others"],
+)
+def test_conversations_go_on_under_the_ids_that_their_questions_have_now(
+    run: RunDir, tmp_path: Path, changed: list[tuple[str, str]]
+) -> None:
+    def rows(*named: tuple[str, str]) -> Recipe:
+        lines = (json.dumps({"id": id_, "prompt": fruit, "reference": f"{fruit}!"}) + "\n" for id_, fruit in named)
+        (tmp_path / "rows.jsonl").write_text("".join(lines))
+        return talk(teacher, user, 2, 2, prompts={"file": tmp_path / "rows.jsonl"})
+
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        generate(rows(("0", "apples"), ("1", "pears")), run, quiet=True)
+        before = len(teacher.asked) + len(user.asked)
+        assert generate(rows(*changed), run, quiet=True).completed == len(changed)
+        assert len(teacher.asked) + len(user.asked) - before == 5 * (len(changed) - 2)
+    prompts = list(read_jsonl(run.prompts, Prompt))
+    assert sorted((prompt.id, prompt.messages[0].content) for prompt in prompts) == sorted(changed)
+    assert all(prompt.reference == f"{prompt.messages[0].content}!" for prompt in prompts)
+
+
 @pytest.mark.timeout(120)
 def test_killed_in_each_pass_no_answer_is_lost_or_asked_again(run: RunDir) -> None:
     def slow(asked: Asked) -> Behaviour:
