@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, digest_files, measure_weights, weight_files, whole_model
+from pipeline.adapters import ADAPTER, check_whole, digest_files, measure_weights, weight_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DataError, DistillError
@@ -58,8 +58,9 @@ class Subject:
 def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """Teacher, student before, student after, then `evaluate.models`: the order of the report.
 
-    Raises UsageError if there is no student yet, or another model is missing.
+    Raises UsageError if there is no student yet, its files are damaged, or another model is missing.
     """
+    check_whole(run.student)
     reference = check_trained(recipe, run).model
     check_parts(recipe, run, "what it would be tested on")
     before = before_training(recipe, run)

@@ -186,6 +186,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_files(folder: Path) -> None:
+    """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is."""
+    for path in folder.rglob("*"):
+        sync_folder(path)  # a file is opened and synced in the same way
+    sync_folder(folder)
+
+
 def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
     """Writes records, one per line, in place of the old file."""
     with replacing(path) as file:

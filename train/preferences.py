@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.adapters import torn_file
 from pipeline.chat import asked_of_student
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
@@ -65,7 +66,9 @@ def checks_of(student: Path | None) -> list[Check]:
 
 
 def trained_section(student: Path) -> dict[str, Any]:
-    """The `train` section of a saved student's lineage; empty if there is no such student."""
+    """The `train` section of a saved student's lineage; empty if there is no such student, or its files are damaged."""
+    if torn_file(student):
+        return {}
     section: dict[str, Any] = read_lineage(RunDir(student)).get("train", {})
     return section
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
+from pipeline.adapters import check_whole, torn_file
 from pipeline.chat import told_to_teacher
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
@@ -26,7 +27,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
-from pipeline.rundir import RunDir, replacing, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, replacing, sync_files, sync_folder, write_jsonl, writing_weights
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
@@ -77,6 +78,8 @@ def train_run(
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     processes.check(recipe.train)
+    if not again:
+        check_whole(run.student)
     console = Console(stderr=True, soft_wrap=True, markup=False, quiet=not processes.lead)
     recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
@@ -320,13 +323,19 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
             shutil.rmtree(work)
         work.mkdir(parents=True)
         (work / FINGERPRINT).write_text(fingerprint + (AGAIN if again else ""))
-    for folder in work.glob("checkpoint-*"):
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2])):
         try:
             state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
         except (FileNotFoundError, ValueError):
             shutil.rmtree(folder)  # cut off while it was written
             continue
         best = state.get("best_model_checkpoint")
+        torn = torn_file(folder)
+        if torn or (best and not (work / Path(best).name).is_dir()):  # the best one is of an earlier step
+            why = f"{torn.name} is empty or cut off, as after a power cut" if torn else "it needs one that is gone"
+            console.print(f"{folder}: {why}; this checkpoint is removed")
+            shutil.rmtree(folder)
+            continue
         if best and Path(best).parent != work.resolve():  # it was written on another machine
             state["best_model_checkpoint"] = str(work.resolve() / Path(best).name)
             with replacing(folder / "trainer_state.json") as file:
@@ -344,7 +353,9 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
         shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
+    sync_files(folder)  # the checkpoints go only when the student is on disk
     folder.rename(run.student)
+    sync_folder(run.path)
     (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from
     shutil.rmtree(work)
     shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none
