@@ -165,9 +165,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_weights(folder: Path) -> Iterator[None]:
-    """Raises OSError where safetensors and PyTorch, each with an error of its own, cannot write into the folder."""
+    """Raises OSError where a library cannot write into the folder; safetensors and PyTorch have errors of their own."""
     try:
         yield
+    except OSError as error:
+        if error.errno is not None:  # that of a full disk names no file
+            error.filename = error.filename or str(folder)
+        raise
     except Exception as error:
         if found := _OS_ERROR.search(str(error)):
             number = int(found[1])

@@ -186,7 +186,8 @@ def _on_rows(
     if config.soft:  # the teacher has prompts of its own
         examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | {"id": row.id, "told": _told(row, recipe)})
     logprobs = run.logprobs if config.kd.teacher == "stored" else run.teacher_logprobs
-    prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=logprobs, **setting)
+    with writing_weights(rows_folder(setting["folder"])):  # the tokens
+        prepared = prepare(student, examples, config, teacher=recipe.teacher, logprobs=logprobs, **setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
     checks = decide(of_tokens, earlier=checks)

@@ -79,8 +79,8 @@ def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, de
         raise DistillError(f"{subject.label}: no test row fits its context; use shorter prompts or another student")
     if broken := sum(not math.isfinite(score.nll_nats) for score in scores):
         raise DistillError(
-            f"{subject.label}: the loss of {broken:,} of {len(scores):,} answers is NaN or infinite (in {dtype}), so its "
-            f"weights are broken or too large ({subject.adapter or subject.folder}); train it again with a lower "
+            f"{subject.label}: the loss of {broken:,} of {len(scores):,} answers is NaN or infinite (in {dtype}), so "
+            f"its weights are broken or too large ({subject.adapter or subject.folder}); train it again with a lower "
             "train.learning_rate, or take another model"
         )
     return PerplexityResult(dtype=dtype, device=device, scores=scores)

@@ -1,5 +1,6 @@
-"""Files that a power cut has damaged: checkpoints and students."""
+"""Files that a power cut has damaged, checkpoints and students, and a full disk."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -104,3 +105,16 @@ def test_a_damaged_student_is_trained_again(recipe: Recipe, tmp_path: Path) -> N
         train_run(recipe, run, again=True)
         assert torn_file(run.student) is None
     assert not (run.path / "training").exists()
+
+
+def test_a_full_disk_is_named_while_the_rows_are_tokenised(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as pyarrow says it, without a file
+
+    monkeypatch.setattr("train.trainer.stored_rows", full)
+    run = make_run(tmp_path / "run", story_rows(8))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        train_run(recipe, run)
+    assert raised.value.filename == str(run.path / "training-rows")
