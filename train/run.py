@@ -78,8 +78,6 @@ def train_run(
     if recipe.student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     processes.check(recipe.train)
-    if not again:
-        check_whole(run.student)
     console = Console(stderr=True, soft_wrap=True, markup=False, quiet=not processes.lead)
     recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
@@ -300,7 +298,11 @@ def _origin(recipe: Recipe) -> str | None:
 
 
 def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
-    """Whether the student is of this very training, and no further one that --again began was cut short."""
+    """Whether the student is of this very training, and no further one that --again began was cut short.
+
+    Raises UsageError if its files are damaged.
+    """
+    check_whole(run.student)
     same = run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint
     return same and _begun(work) != fingerprint + AGAIN
 
