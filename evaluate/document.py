@@ -246,7 +246,7 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     told: ModelReport | None = None
     over_teacher: dict[Part, Estimate] = {}  # the trained student's share of right answers over the teacher's, paired
     categories: dict[str, dict[str, Estimate]] = {}  # category: model: share of right answers
-    wrong: dict[str, dict[str, float]] = {}  # model: reason: share of all its answers
+    wrong: dict[str, dict[str, float]] = {}  # model: reason: share of its answers; unseen ones apart
     samples: list[Sample] = []
 
 

@@ -58,7 +58,7 @@ class Subject:
 def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     """Teacher, student before, student after, then `evaluate.models`: the order of the report.
 
-    Raises UsageError if there is no student yet, or another model is missing.
+    Raises UsageError if there is no student yet, its files are damaged, or another model is missing.
     """
     reference = check_trained(recipe, run).model
     check_parts(recipe, run, "what it would be tested on")

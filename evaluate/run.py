@@ -263,6 +263,7 @@ def _record(run: RunDir, report: Report) -> None:
         "right": {m.key: own.value for m in report.models if (own := m.figure("verified", "accuracy"))},
         "promise": {claim.name: claim.verdict for claim in headline.claims if claim.value},
         "rows": report.rows.scored,
+        "prompts": report.accuracy.prompts if report.accuracy else {},
         "fingerprint": report.fingerprint,
         "versions": report.versions,
     }

@@ -116,13 +116,14 @@ def _cost(recipe: Recipe, dry: DryRun) -> list[str]:
             return ["cost: none, the teacher is a server of your own; teacher.price sets a price"]
         return ["cost: not known; set teacher.price: {input: …, output: …} in USD per million tokens"]
     expected = "" if dry.expected_cost is None else f", about ${dry.expected_cost:,.4f} expected"
+    batch = f"; if the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
     if recipe.generate.mode == "batch":
-        batch = f"as a batch, which costs half (online: at most ${2 * dry.cost:,.4f})"
-    else:
-        batch = f"if the provider has batches, generate.mode batch costs half (at most ${dry.cost / 2:,.4f})"
+        batch = f"; as a batch, which costs half (online: at most ${2 * dry.cost:,.4f})"
+    elif recipe.generate.share_prompt:  # which batches do not have
+        batch = ""
     rates = " and ".join(f"${rate / 1_000_000:g}" for rate in dry.price)
     lines = [
-        f"cost: at most ${dry.cost:,.4f}{expected}; {batch}",
+        f"cost: at most ${dry.cost:,.4f}{expected}{batch}",
         f"price: {rates} per million prompt and completion tokens, from {source_of(recipe.teacher)}",
         f"spent so far: ${dry.spent:,.4f}, {dry.spent_tokens:,} tokens",
     ]

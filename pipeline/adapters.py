@@ -1,10 +1,15 @@
-"""The weights in a folder: an adapter merged into its base, which engines serve and users can be given; their size."""
+"""The weights in a folder: an adapter merged into its base, which engines serve and users can be given.
+
+Also their size, and whether their files are whole.
+"""
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.errors import UsageError
 from pipeline.models import explained
 from pipeline.rundir import replacing_folder, waiting_lock, writing_weights
 
@@ -78,6 +83,38 @@ def weight_files(folder: Path) -> list[Path]:
     """What decides what a model in a folder says."""
     names = ("*.safetensors", "config.json", ADAPTER, "chat_template.jinja", "tokenizer_config.json")
     return sorted(path for name in names for path in folder.glob(name))
+
+
+def check_whole(student: Path) -> None:
+    """Raises UsageError if a file of a run's student is damaged; a student that is not there is not."""
+    if torn := torn_file(student):
+        raise UsageError(
+            f"{torn}: {torn.stat().st_size:,} bytes, empty or cut off as after a power cut; train this student again "
+            f"(python -m train RECIPE --run {student.parent} --again)"
+        )
+
+
+def torn_file(folder: Path) -> Path | None:
+    """A JSON file in the folder that is empty, or weights without their beginning or end; None if all are whole."""
+    return next((path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)), None)
+
+
+def _is_whole(path: Path) -> bool:
+    size = path.stat().st_size
+    if path.suffix in (".bin", ".pt", ".pth"):  # PyTorch's, zip files
+        return zipfile.is_zipfile(path)
+    if path.suffix == ".json":
+        return size > 0
+    if path.suffix != ".safetensors":
+        return True
+    with path.open("rb") as file:  # the length of a JSON header, the header, the tensors
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < size else {}
+        except ValueError:
+            return False
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    return bool(ends) and 8 + length + max(ends) == size
 
 
 class Weights(NamedTuple):

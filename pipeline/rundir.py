@@ -173,9 +173,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_weights(folder: Path) -> Iterator[None]:
-    """Raises OSError where safetensors and PyTorch, each with an error of its own, cannot write into the folder."""
+    """Raises OSError where a library cannot write into the folder; safetensors and PyTorch have errors of their own."""
     try:
         yield
+    except OSError as error:
+        if error.errno is not None:  # that of a full disk names no file
+            error.filename = error.filename or str(folder)
+        raise
     except Exception as error:
         if found := _OS_ERROR.search(str(error)):
             number = int(found[1])
@@ -192,6 +196,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is."""
+    for path in folder.rglob("*"):
+        sync_folder(path)  # a file is opened and synced in the same way
+    sync_folder(folder)
 
 
 def write_file(path: Path, data: bytes) -> None:

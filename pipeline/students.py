@@ -6,7 +6,7 @@ Reads the recipe and the run's student/ and student-init/. Writes an adapter's s
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters import ADAPTER, whole_model
+from pipeline.adapters import ADAPTER, check_whole, torn_file, whole_model
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
 from pipeline.models import model_folder
@@ -17,10 +17,14 @@ AFTER = "student_after"  # its name in the evaluation
 
 
 def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
-    """The recipe's student. Raises UsageError if it is not trained yet, or another recipe trained what is there."""
+    """The recipe's student.
+
+    Raises UsageError if it is not trained yet, its files are damaged, or another recipe trained what is there.
+    """
     student = named_student(recipe)
     if not any((run.student / name).is_file() for name in (ADAPTER, "config.json")):
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
+    check_whole(run.student)
     trained = trained_section(run.student)
     for name, wanted in (("student", student.model), ("teacher", recipe.teacher.model)):
         if (found := trained.get(name, wanted)) != wanted:
@@ -52,7 +56,9 @@ def other_parts(recipe: Recipe, run: RunDir) -> str | None:
 
 
 def trained_section(student: Path) -> dict[str, Any]:
-    """The `train` section of a saved student's lineage; empty if there is no such student."""
+    """The `train` section of a saved student's lineage; empty if there is no such student, or its files are damaged."""
+    if torn_file(student):
+        return {}
     section: dict[str, Any] = read_lineage(RunDir(student)).get("train", {})
     return section
 

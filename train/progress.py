@@ -9,13 +9,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.errors import DistillError
+from pipeline.rundir import sync_files
 from pipeline.train_config import TrainConfig
 from train.processes import Processes
 
@@ -59,6 +62,10 @@ class Milestones(TrainerCallback):
         if is_stopped_early(state, patience) and not control.should_training_stop:
             control.should_training_stop = True
             self.console.print(f"step {state.global_step}: no better validation loss in {patience} evaluations")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            sync_files(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
+from pipeline.adapters import check_whole, torn_file
 from pipeline.chat import told_to_teacher
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
@@ -26,7 +27,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
-from pipeline.rundir import RunDir, write_file, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, sync_files, sync_folder, write_file, write_jsonl, writing_weights
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
 from train.checks.data import row_checks, token_checks
@@ -192,7 +193,8 @@ def _on_rows(
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
     if config.soft:  # the teacher has prompts of its own
         examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | {"id": row.id, "told": _told(row, recipe)})
-    prepared = prepare(student, examples, setting)
+    with writing_weights(rows_folder(setting.folder)):  # the tokens
+        prepared = prepare(student, examples, setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
     of_tokens = list(token_checks(prepared, ids, config))
     checks = decide(of_tokens, earlier=checks)
@@ -305,7 +307,11 @@ def _origin(recipe: Recipe) -> str | None:
 
 
 def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
-    """Whether the student is of this very training, and no further one that --again began was cut short."""
+    """Whether the student is of this very training, and no further one that --again began was cut short.
+
+    Raises UsageError if its files are damaged.
+    """
+    check_whole(run.student)
     same = run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint
     return same and _begun(work) != fingerprint + AGAIN
 
@@ -329,13 +335,19 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
             shutil.rmtree(work)
         work.mkdir(parents=True)
         (work / FINGERPRINT).write_text(fingerprint + (AGAIN if again else ""))
-    for folder in work.glob("checkpoint-*"):
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2])):
         try:
             state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
         except (FileNotFoundError, ValueError):
             shutil.rmtree(folder)  # cut off while it was written
             continue
         best = state.get("best_model_checkpoint")
+        torn = torn_file(folder)
+        if torn or (best and not (work / Path(best).name).is_dir()):  # the best one is of an earlier step
+            why = f"{torn.name} is empty or cut off, as after a power cut" if torn else "it needs one that is gone"
+            console.print(f"{folder}: {why}; this checkpoint is removed")
+            shutil.rmtree(folder)
+            continue
         if best and Path(best).parent != work.resolve():  # it was written on another machine
             state["best_model_checkpoint"] = str(work.resolve() / Path(best).name)
             write_file(folder / "trainer_state.json", json.dumps(state).encode())
@@ -352,7 +364,9 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
         shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
+    sync_files(folder)  # the checkpoints go only when the student is on disk
     folder.rename(run.student)
+    sync_folder(run.path)
     (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from
     shutil.rmtree(work)
     shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none

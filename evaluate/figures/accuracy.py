@@ -49,11 +49,17 @@ class VerifiedAnswers:
         return found
 
     def wrong(self) -> dict[str, dict[str, float]]:
-        """Each model's share of wrong answers by reason: the first reason's rule, and what that rule looked at."""
-        found = {}
-        for key, reasons in self.reasons.items():
-            first = Counter(": ".join(filter(None, [own[0].rule, own[0].what])) for own in reasons.values() if own)
-            found[key] = {name: count / len(reasons) for name, count in first.most_common()}
+        """Each model's share of wrong answers by reason, unseen ones apart.
+
+        The reason is the first one's rule, and what that rule looked at.
+        """
+        found: dict[str, dict[str, float]] = {key: {} for key in self.reasons}
+        for part, prompts in self.prompts.items():
+            mark = ", unseen" * (part == "verified_unseen")
+            for key, reasons in self.reasons.items():
+                wrong = [reasons[prompt.id][0] for prompt in prompts if reasons[prompt.id]]
+                first = Counter(": ".join(filter(None, [one.rule, one.what])) + mark for one in wrong)
+                found[key] |= {name: count / len(prompts) for name, count in first.most_common()}
         return found
 
 

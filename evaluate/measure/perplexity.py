@@ -59,7 +59,7 @@ def encode_row(tokenizer: Any, row: Kept, end: int) -> Encoded:
 
 
 def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, device: str) -> PerplexityResult:
-    """Loads the model and scores the rows. Raises DistillError if no row fits its context."""
+    """Loads the model and scores the rows. Raises DistillError if no row fits its context, or a loss is not finite."""
     import torch
     import transformers
     from rich.console import Console
@@ -77,6 +77,12 @@ def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, de
         torch.cuda.empty_cache()
     if not scores:
         raise DistillError(f"{subject.label}: no test row fits its context; use shorter prompts or another student")
+    if broken := sum(not math.isfinite(score.nll_nats) for score in scores):
+        raise DistillError(
+            f"{subject.label}: the loss of {broken:,} of {len(scores):,} answers is NaN or infinite (in {dtype}), so "
+            f"its weights are broken or too large ({subject.adapter or subject.folder}); train it again with a lower "
+            "train.learning_rate, or take another model"
+        )
     return PerplexityResult(dtype=dtype, device=device, scores=scores)
 
 

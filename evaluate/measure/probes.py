@@ -3,7 +3,8 @@
 Reads the recipe, the run's prompts.jsonl and the test rows; writes nothing. Two parts:
 
     seen      `evaluate.probes_file`; without one, combinations of the template's slot values that no prompt of the run
-              had; without a template, or if every combination was asked, the test prompts
+              had; without a template, or if every combination was asked, the test prompts, whether the
+              filters kept their answers or not
     unseen    prompts with the values of `evaluate.unseen`, which the recipe's slots do not have
 
 The same recipe, run and seed give the same probes.
@@ -78,9 +79,9 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
                 note = f"Only {len(seen)} combinations of the slots were left for probes, of {config.probes} wanted."
             return ProbePrompts("slots", seen, unseen, note)
         note = "Every combination of the slots was asked, so the probes are the test prompts."
-    distinct = {question_text(row.messages): row for row in test_rows}
-    prompts = [Prompt(id=row.prompt_id, **asked_fields(row)) for row in distinct.values()]
-    return ProbePrompts("test", _sample(prompts, config.probes, config.seed), unseen, note)
+    return ProbePrompts(
+        "test", _sample(_test_prompts(recipe, run, test_rows), config.probes, config.seed), unseen, note
+    )
 
 
 def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
@@ -120,6 +121,21 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     if config.probes_file:
         unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)
     return ProbePrompts("test", _sample(list(test.values()), config.verify_count, config.seed), unseen)
+
+
+def _test_prompts(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> list[Prompt]:
+    """The run's different test prompts, also those whose answers the filters dropped.
+
+    Those of the test rows alone if `train.test_rows` gives them, or no prompt of the run is in the test part.
+    """
+    prompts: Iterable[Prompt] = ()
+    if recipe.train.test_rows is None and run.prompts.is_file():
+        prompts = (prompt for prompt in read_jsonl(run.prompts, Prompt) if recipe.prompts.part_of(prompt) == "test")
+    found = {question_text(prompt.messages): prompt for prompt in prompts}
+    if not found:
+        of_rows = (Prompt(id=row.prompt_id, **asked_fields(row)) for row in test_rows)
+        found = {question_text(prompt.messages): prompt for prompt in of_rows}
+    return list(found.values())
 
 
 def _fresh(config: PromptsConfig, asked: Asked, key: str) -> Iterator[Prompt]:

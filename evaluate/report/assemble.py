@@ -64,7 +64,7 @@ SAMPLES = 4  # prompts whose answers are shown side by side
 SOURCES = {
     "slots": "new combinations of the recipe's slot values, which no prompt of the run had",
     "file": "the prompts of evaluate.probes_file",
-    "test": "the test prompts",
+    "test": "test prompts, whether the filters kept the teacher's answers or not",
 }
 
 

@@ -361,6 +361,16 @@ def test_wilson_s_interval_by_hand() -> None:
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4) and wilson(1.0, 20)[1] == 1
 
 
+def test_wrong_answers_to_unseen_prompts_stand_apart() -> None:
+    test = [Prompt(id=f"t{n}", messages=[]) for n in range(8)]
+    unseen = [Prompt(id=f"u{n}", messages=[]) for n in range(2)]
+    reasons = {prompt.id: [Reason(rule="sql", what="error")] for prompt in unseen} | {p.id: [] for p in test}
+    reasons["t0"] = [Reason(rule="sql", what="result")]
+    parts: dict[Part, list[Prompt]] = {"verified": test, "verified_unseen": unseen}
+    found = VerifiedAnswers({}, {"student_after": reasons, "teacher": {id_: [] for id_ in reasons}}, parts, {})
+    assert found.wrong() == {"student_after": {"sql: result": 0.125, "sql: error, unseen": 1.0}, "teacher": {}}
+
+
 def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:
     """Sixty prompts of twenty groups: its interval is that of the groups, and as wide as that of twenty at no fault."""
     prompts = [Prompt(id=f"p{n}", messages=[Message("user", f"q{n}")], columns={"of": n // 3}) for n in range(60)]

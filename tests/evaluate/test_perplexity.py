@@ -11,6 +11,8 @@ from evaluate.figures.quality import perplexity_figures
 from evaluate.figures.statistics import Figure
 from evaluate.measure.perplexity import choose_rows, encode_row, score_rows
 from evaluate.measure.results import RowScore
+from evaluate.models import Subject
+from pipeline.errors import DistillError
 from pipeline.records import Message
 from tests.tiny_student import END, kept_row, story_rows, tiny_model, tiny_tokenizer
 
@@ -142,6 +144,20 @@ def test_a_row_beyond_the_context_is_left_out(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     rows = [kept_row(0, "Hi", "a" * 600), kept_row(1, "Hi", "a" * 60)]
     assert [score.id for score in score_rows(model, tokenizer, rows)] == ["r1"]
+
+
+def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    model.save_pretrained(folder)
+    subject = Subject("student_after", "student after", "student", folder)
+    with pytest.raises(DistillError, match="student after: the loss of 3 of 3 answers is NaN or infinite") as raised:
+        scoring.measure_perplexity(subject, story_rows(3), dtype="float32", device="cpu")
+    assert "lower train.learning_rate" in str(raised.value)
 
 
 def test_the_choice_of_rows_is_seeded_and_ignores_the_order() -> None:

@@ -81,6 +81,17 @@ def test_where_every_combination_was_asked_the_test_prompts_are_the_probes(tmp_p
     assert len({p.id for p in chosen.seen}) == 3 and {p.id for p in chosen.seen} <= {p.id for p in own}
 
 
+def test_test_prompts_whose_answers_were_dropped_are_probes_too(tmp_path: Path) -> None:
+    recipe = with_prompts(recipe_of(COMBINATIONS, probes=99), test=0.5)
+    run, everything = run_of(tmp_path, recipe), list(iter_prompts(recipe))
+    of_test = [prompt for prompt in everything if recipe.prompts.part_of(prompt) == "test"]
+    chosen = choose_probes(recipe, run, rows_of(of_test[:2]))
+    assert chosen.source == "test" and len(of_test) > 2
+    assert {prompt.id for prompt in chosen.seen} == {prompt.id for prompt in of_test}
+    rows_elsewhere = recipe.model_copy(update={"train": recipe.train.model_copy(update={"test_rows": Path("x.jsonl")})})
+    assert {p.id for p in choose_probes(rows_elsewhere, run, rows_of(of_test[:2])).seen} == {p.id for p in of_test[:2]}
+
+
 def test_test_prompts_as_probes_keep_all_that_rules_and_models_are_told(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "messages": [Message("user", "2+2?")],

@@ -112,6 +112,13 @@ def test_a_batch_costs_half(tmp_path: Path) -> None:
     assert f"online: at most ${full:,.4f}" in "\n".join(describe(batch, dry_run(batch, run)))
 
 
+def test_a_batch_is_not_advised_where_samples_share_a_request(tmp_path: Path) -> None:
+    """The recipe would be refused."""
+    recipe, run = planned(10, generate={"share_prompt": True}), RunDir(tmp_path / "run")
+    said = "\n".join(describe(recipe, dry_run(recipe, run)))
+    assert "cost: at most $" in said and "batch" not in said
+
+
 @pytest.mark.parametrize(("spare", "verdict"), [(0, "is enough for all"), (-1, "may end the run early")])
 def test_a_budget_counts_what_the_last_request_reserves(tmp_path: Path, spare: int, verdict: str) -> None:
     model = folder(tmp_path, "{{ messages[0].content }}")

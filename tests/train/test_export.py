@@ -105,7 +105,7 @@ def test_the_student_folder_of_every_training_has_its_card(trained: tuple[Recipe
     assert found["prompts"] == "12 drawn from a template, 9 distinct, seed 5"
     assert found["answers"] == "11 to 12 requests, 1,234 tokens"
     assert found["kept"] == "8 of 11 answers (72.7%)"
-    assert found["length"] == "min_chars 10 | 2"
+    assert found["length"] == "min_chars 10 | 2" and "by the first rule that dropped an answer" in card.text
     assert found["size_ratio"].startswith("warn | teacher 7B")
     assert found["method"] == "lora"
     assert found["learning_rate"] == "0.01"
@@ -167,6 +167,8 @@ def test_scores_are_those_of_this_student_or_none(trained: tuple[Recipe, RunDir]
         "headline": "a third of the size",
         "right": {"teacher": 0.7, "student_before": 0.1, "student_after": 0.9},
         "perplexity": {"student_before": 9.5, "student_after": 3.25},
+        "prompts": {"verified": 1350, "verified_unseen": 20},
+        "rows": 40,
     }
     try:
         record_lineage(run, "evaluate", {**scores, "created": "2000-01-01T00:00:00+00:00"})
@@ -175,6 +177,7 @@ def test_scores_are_those_of_this_student_or_none(trained: tuple[Recipe, RunDir]
         card = ModelCard.load(export_model(recipe, run) / "README.md")
         assert "a third of the size" in card.text
         assert "| this student | 0.9 | 3.25 |\n" in card.text and "| teacher | 0.7 | - |\n" in card.text
+        assert "right answers to 1,350 test prompts" in card.text and "over 40 of the teacher's answers" in card.text
         results = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert results == {"accuracy": 0.9, "perplexity": 3.25}
     finally:

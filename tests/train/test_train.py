@@ -352,6 +352,9 @@ def test_the_best_checkpoint_is_found_in_another_folder(tmp_path: Path) -> None:
     state = tmp_path / "training/checkpoint-2/trainer_state.json"
     state.parent.mkdir(parents=True)
     (tmp_path / "training/fingerprint").write_text("mine")
+    best = tmp_path / "training/checkpoint-1/trainer_state.json"
+    best.parent.mkdir()
+    best.write_text("{}")
     state.write_text('{"best_model_checkpoint": "/elsewhere/training/checkpoint-1", "loss": NaN}')
     _open_work(tmp_path / "training", "mine", again=False, console=Console(quiet=True))
     assert json.loads(state.read_bytes())["best_model_checkpoint"] == str(tmp_path / "training/checkpoint-1")

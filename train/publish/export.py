@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 from pydantic import SecretStr
 
-from pipeline.adapters import ADAPTER, MERGED_FROM
+from pipeline.adapters import ADAPTER, MERGED_FROM, check_whole
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
@@ -165,6 +165,7 @@ def _dataset_rows(rows: Sequence[Kept], recipe: Recipe, run: RunDir) -> Iterator
 
 def _student_lineage(run: RunDir) -> dict[str, Any]:
     """The lineage that the student was saved with, with its scores if this very student was evaluated since."""
+    check_whole(run.student)
     lineage = read_lineage(RunDir(run.student))
     if "train" not in lineage:
         raise UsageError(f"{run.student}: no student yet; run train first")

@@ -1,0 +1,120 @@
+"""Files that a power cut has damaged, checkpoints and students, and a full disk."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluate.models import subjects
+from pipeline.adapters import torn_file
+from pipeline.errors import UsageError
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from train.publish.export import export_model
+from train.run import train_run
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_recipe(str(tiny_model(tmp_path_factory.mktemp("student") / "model")), epochs=2)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = make_run(tmp_path_factory.mktemp("runs") / "run", story_rows(8))
+    train_run(recipe, run)
+    return run
+
+
+def stopped(recipe: Recipe, path: Path) -> RunDir:
+    """A run whose training was stopped before the student was saved."""
+    run = make_run(path, story_rows(8))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.trainer.Prepared.save", _interrupted)
+        train_run(recipe, run)
+    assert sorted(path.name for path in (run.path / "training").glob("*-*")) == ["checkpoint-2", "checkpoint-4"]
+    return run
+
+
+def _interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "file", "goes_on"),
+    [
+        (4, "optimizer.pt", True),
+        (4, "model.safetensors", True),
+        (4, "rng_state.pth", True),
+        (0, "config.json", False),  # in both checkpoints
+    ],
+)
+def test_a_damaged_checkpoint_is_removed_and_the_training_goes_on_from_the_one_before(
+    recipe: Recipe, tmp_path: Path, checkpoint: int, file: str, goes_on: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stopped(recipe, tmp_path / "run")
+    for step in (2, 4):
+        if checkpoint in (step, 0):
+            (run.path / f"training/checkpoint-{step}" / file).write_bytes(b"")
+    capsys.readouterr()
+    train_run(recipe, run)
+    told = capsys.readouterr().err
+    assert f"{file} is empty or cut off, as after a power cut; this checkpoint is removed" in told
+    assert ("resuming from step 2 of 4" in told) == goes_on
+    assert torn_file(run.student) is None and not (run.path / "training").exists()
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_of_no_use(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stopped(recipe, tmp_path / "run")
+    state = run.path / "training/checkpoint-4/trainer_state.json"
+    best = str(run.path / "training/checkpoint-2")
+    state.write_text(json.dumps(json.loads(state.read_bytes()) | {"best_model_checkpoint": best}))
+    weights = run.path / "training/checkpoint-2/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    train_run(recipe, run)
+    told = capsys.readouterr().err
+    assert "checkpoint-4: it needs one that is gone; this checkpoint is removed" in told and "resuming" not in told
+
+
+@pytest.mark.parametrize(
+    ("file", "left"), [("model.safetensors", 0), ("model.safetensors", 40), ("config.json", 0), ("lineage.json", 0)]
+)
+def test_a_damaged_student_is_named_with_its_fix(recipe: Recipe, trained: RunDir, file: str, left: int) -> None:
+    path = trained.student / file
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    try:
+        for use in (train_run, export_model, subjects):
+            with pytest.raises(UsageError, match=rf"student/{file}: {left} bytes, empty or cut off.*--again\)"):
+                use(recipe, trained)
+        assert not (trained.path / "export").exists()
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_damaged_student_is_trained_again(recipe: Recipe, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(8))
+    train_run(recipe, run)
+    for file in ("lineage.json", "model.safetensors"):
+        (run.student / file).write_bytes(b"")
+        train_run(recipe, run, again=True)
+        assert torn_file(run.student) is None
+    assert not (run.path / "training").exists()
+
+
+def test_a_full_disk_is_named_while_the_rows_are_tokenised(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as pyarrow says it, without a file
+
+    monkeypatch.setattr("train.trainer.stored_rows", full)
+    run = make_run(tmp_path / "run", story_rows(8))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        train_run(recipe, run)
+    assert raised.value.filename == str(run.path / "training-rows")
