@@ -4,12 +4,25 @@ Either may never end or fill the memory, as 9**9**9 does: that is for the worker
 """
 
 import logging
+import math
+import re
+from decimal import Decimal
 from typing import Any
 
 import math_verify
 import sympy
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
+
+_NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
+_SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
+_MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
+_DOLLARS = re.compile(r"(?<!\\)\$")
+_END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
+_NO_UNITS = "and|or|pi|sqrt|sin|cos|tan|log|ln|exp|percent|hundred|thousand|million|billion|factorial|squared|cubed"
+_THEN_WORDS = re.compile(  # `5 apples`, `2/5, so we are done`
+    rf"([^\s\d]*\d\S*?)[.,;:]? +(?!.*\b(?:{_NO_UNITS}|times|plus|minus|over)\b)[^\W\d_]{{2}}[^\d\\^=]*", re.IGNORECASE
+)
 
 
 def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
@@ -18,22 +31,77 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     `exact` is nothing but the value, where it could be told from the text. Raises ValueError if the reference is no
     value.
     """
-    gold, found = _read(f"${reference}$"), _read(f"${exact}$" if exact else text)
+    gold, found = _read(f"${_value(reference)}$"), _read(f"${_value(exact)}$" if exact else _plain_numbers(text))
     if not gold:
         raise ValueError(f"the reference cannot be read: {reference[:80]}")
-    same = math_verify.verify(gold, found, timeout_seconds=None)
+    same = math_verify.verify(gold, found, timeout_seconds=None) and _are_close(gold[0], found[0])
     return {"same": bool(same), "result": _normalised(found[0]) if found else None}
+
+
+def _value(text: str) -> str:
+    r"""A value without what stands around it (`$`, `**`, `\(…\)`, a full stop, words after a number), for LaTeX."""
+    text = _END.sub("", _DOLLARS.sub("", text).lstrip("*` \n"))
+    for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(start) and text.endswith(end):
+            text = text[2:-2].strip()
+    text = _plain_numbers(text)
+    then_words = _THEN_WORDS.fullmatch(text)
+    return then_words[1] if then_words else text
+
+
+def _plain_numbers(text: str) -> str:
+    """`1.5e3` as 1500 and `1 1/2` as 3/2: math-verify reads the one as 1.5 and the other as 1."""
+    text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
+    return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
+
+
+def _fraction(mixed: re.Match[str]) -> str | None:
+    whole, above, below = map(int, mixed.groups())
+    return f"{whole * below + above}/{below}" if above < below else None
 
 
 def _read(text: str) -> list[Any]:
     return list(math_verify.parse(text, parsing_timeout=None))
 
 
+def _are_close(gold: Any, found: Any) -> bool:
+    """Whether two values that math-verify calls the same are so as numbers: it looks at 6 decimals only.
+
+    They must be the same in 4 digits, and in all decimals that both have: 0.333333 is 1/3, 0.0000002 is not 0.0000003.
+    """
+    one, other = _number(gold), _number(found)
+    if one is None or other is None or one == other:
+        return True
+    smaller = min(abs(one), abs(other))
+    if smaller == 0:
+        return False
+    places = max(3 - math.floor(math.log10(smaller)), min(_decimals(one), _decimals(other)))
+    return abs(one - other) <= 0.51 * 10.0**-places  # half of the last digit, and what rounding may add
+
+
+def _decimals(number: float) -> int:
+    exponent = Decimal(f"{number:.12g}").as_tuple().exponent
+    return -int(exponent)
+
+
+def _number(value: Any) -> float | None:
+    """A real number; None for anything else, and for a percentage, which math-verify also takes without its mark."""
+    value = _right_side(value)
+    if not isinstance(value, sympy.Basic) or value.has(sympy.UnevaluatedExpr):
+        return None
+    value = value.doit()
+    return float(value) if value.is_number and value.is_real else None
+
+
 def _normalised(value: Any) -> str:
-    if isinstance(value, sympy.Eq) and value.lhs.is_Symbol:  # x = 3
-        value = value.rhs
+    value = _right_side(value)
     if isinstance(value, sympy.Basic):
         value = value.doit()
         if value.is_number and value.is_real:
             return f"{float(value):.12g}"
     return str(value)
+
+
+def _right_side(value: Any) -> Any:
+    """3 of x = 3."""
+    return value.rhs if isinstance(value, sympy.Eq) and value.lhs.is_Symbol else value

@@ -1,6 +1,5 @@
 """The verifiers `matches` and `choice`: the answer, or a part of it, against the reference or a list of labels."""
 
-import math
 import re
 from functools import lru_cache
 from typing import Any, Literal, Self
@@ -8,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from filters.answer import Answer, Pattern, RuleSettings, Verified, nfc
-from filters.verify.extract import ReferenceSettings, all_shown, canonical, last_number, parse_json, shown
+from filters.verify.extract import ReferenceSettings, all_shown, canonical, last_number, parse_json, same_number, shown
 from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
@@ -45,7 +44,9 @@ class MatchesSettings(PatternSettings, ReferenceSettings):
     form: Literal["text", "number", "json"] = Field("text", alias="as")
     ignore_case: bool = True
     ignore_space: bool = True
-    tolerance: float = Field(1e-6, ge=0, description="of numbers, as a share of the reference")
+    tolerance: float | None = Field(
+        None, ge=0, description="of numbers, as a share of the reference; none: 1e-6, and 0 of whole numbers"
+    )
     model_config = ConfigDict(serialize_by_alias=True)
 
     def normalised(self, text: str) -> str:
@@ -69,7 +70,7 @@ def matches(answer: Answer, settings: MatchesSettings) -> Verified:
     return Verified(Reason(rule="matches", found=shown(part), allowed=all_shown(texts)), result=result)
 
 
-def _same_number(part: str, wanted: list[Any], tolerance: float) -> Verified:
+def _same_number(part: str, wanted: list[Any], tolerance: float | None) -> Verified:
     numbers = [number for one in wanted if (number := last_number(str(one))) is not None]
     if not numbers:
         raise Unverified(f"the reference has no number: {shown(str(wanted))}")
@@ -77,13 +78,13 @@ def _same_number(part: str, wanted: list[Any], tolerance: float) -> Verified:
     if number is None:
         raise Unreadable("number", shown(part))
     result = canonical(number)
-    if any(math.isclose(number, one, rel_tol=tolerance) for one in numbers):
+    if any(same_number(number, one, tolerance) for one in numbers):
         return Verified(result=result)
     return Verified(Reason(rule="matches", found=result, allowed=all_shown(map(str, wanted))), result=result)
 
 
 def _same_json(part: str, reference: Any) -> Verified:
-    result = canonical(parse_json(part))
+    result = nfc(canonical(parse_json(part)))
     wanted = nfc(canonical(reference if not isinstance(reference, str) else _text_or_json(reference)))
     if result == wanted:
         return Verified(result=result)
@@ -112,13 +113,15 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     """Drops an answer that is not one of the labels, or not the row's own label."""
     wanted = str(settings.reference_of(answer)) if settings.reference else None
     part = settings.part_of(answer)
-    result = _label(part)
-    if settings.labels and result not in map(_label, settings.labels):
+    result = _label(part, settings.labels)
+    if settings.labels and result not in (_label(label, settings.labels) for label in settings.labels):
         return Verified(Reason(rule="choice", found=shown(part), allowed=settings.labels))
-    if wanted is not None and result != _label(wanted):
+    if wanted is not None and result != _label(wanted, settings.labels):
         return Verified(Reason(rule="choice", found=shown(part), allowed=[wanted]), result=result)
     return Verified(result=result)
 
 
-def _label(text: str) -> str:
-    return folded(text).strip(_AROUND)
+def _label(text: str, labels: list[str]) -> str:
+    """A text without the marks around it, unless it is a label as it stands (`.NET`) or there are only marks."""
+    text = folded(text)
+    return text if text in map(folded, labels) else text.strip(_AROUND) or text

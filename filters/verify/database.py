@@ -6,7 +6,6 @@ computed once for all samples of a prompt that come one after another.
 
 import hashlib
 import json
-import math
 import re
 import sqlite3
 import time
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filters.verify.extract import same_number
 
 _MEMORY = 256 << 20  # bytes that SQLite may take in all
 _LONGEST = 1 << 20  # bytes of one value, and of a whole result
@@ -31,6 +32,7 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
+_TYPES = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}  # the order of values
 _TOKENS = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^]]*]|--[^\n]*|/\*.*?\*/|[()]|\border\s+by\b", re.I | re.DOTALL)
 _EXPLAIN = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*explain\b", re.I | re.DOTALL)
 
@@ -50,7 +52,7 @@ def load(file: str) -> None:
     _connect(file)
 
 
-def check(file: str, query: str, reference: str | None, seconds: float, tolerance: float) -> dict[str, Any]:
+def check(file: str, query: str, reference: str | None, seconds: float, tolerance: float | None) -> dict[str, Any]:
     """The answer's result, and whether the reference's is the same.
 
     Rows count in their order if the reference has an ORDER BY at its top level; `tolerance` is a share of a number.
@@ -72,18 +74,32 @@ def check(file: str, query: str, reference: str | None, seconds: float, toleranc
     return found
 
 
-def _same(mine: Rows, gold: Rows, ordered: bool, tolerance: float) -> bool:
-    if not ordered:
-        mine, gold = sorted(mine, key=_line), sorted(gold, key=_line)
-    return len(mine) == len(gold) and all(
-        len(one) == len(other) and all(_equal(a, b, tolerance) for a, b in zip(one, other, strict=True))
-        for one, other in zip(mine, gold, strict=True)
-    )
+def _same(mine: Rows, gold: Rows, ordered: bool, tolerance: float | None) -> bool:
+    if len(mine) != len(gold):
+        return False
+    if ordered:
+        return all(_same_row(one, other, tolerance) for one, other in zip(mine, gold, strict=True))
+    left = sorted(gold, key=_sort_key)
+    for row in sorted(mine, key=_sort_key):  # so that a row's match is among the first ones that are left
+        match = next((place for place, other in enumerate(left) if _same_row(row, other, tolerance)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
 
 
-def _equal(mine: Any, gold: Any, tolerance: float) -> bool:
+def _sort_key(row: Sequence[Any]) -> list[tuple[int, Any]]:
+    """NULL, numbers by size, texts, blobs."""
+    return [(_TYPES[type(value)], 0 if value is None else value) for value in row]
+
+
+def _same_row(mine: Sequence[Any], gold: Sequence[Any], tolerance: float | None) -> bool:
+    return len(mine) == len(gold) and all(_equal(a, b, tolerance) for a, b in zip(mine, gold, strict=True))
+
+
+def _equal(mine: Any, gold: Any, tolerance: float | None) -> bool:
     if isinstance(mine, int | float) and isinstance(gold, int | float):
-        return mine == gold or math.isclose(mine, gold, rel_tol=tolerance)
+        return same_number(mine, gold, tolerance)
     return bool(mine == gold)
 
 

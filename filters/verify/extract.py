@@ -13,7 +13,9 @@ from pydantic import Field, ValidationInfo
 from filters.answer import Answer, RuleSettings
 from filters.verify.guard import Unreadable, Unverified
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+)
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
 _MINUS = str.maketrans("−–－", "---")
 _SHOWN = 100  # characters of an answer that a reason quotes
@@ -47,20 +49,46 @@ def beside_recipe(name: str | Path, info: ValidationInfo) -> Path:
 
 
 def fenced_block(text: str, *languages: str) -> str:
-    """The first ``` block of one of these languages, else the first block, else the whole text. It may lack its end."""
-    blocks = [(match[1].lower(), match[2]) for match in _FENCE.finditer(text)]
+    """The first ``` or ~~~ block of one of these languages, else the first block, else the whole text.
+
+    A block may lack its end, and a text its beginning. A text that is one line may hold both, and a language.
+    """
+    blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
     named = [block for language, block in blocks if language in languages]
-    return (named or [block for _, block in blocks] or [text])[0].strip()
+    if blocks:
+        return (named or [blocks[0][1]])[0].strip()
+    text = text.strip()
+    if text.endswith("```"):
+        text = text.removesuffix("```").strip()
+        if text.startswith("```"):
+            text = text.removeprefix("```").strip()
+            for language in languages:
+                text = text.removeprefix(f"{language} ")
+    return text.strip()
 
 
 def last_number(text: str) -> float | None:
     """The last number of a text, `1,234.5` read as one; None if there is none or it is too large.
 
-    A sign follows no letter or digit: the last number of `10-20` is 20.
+    A sign follows no letter or digit: the last number of `10-20` is 20. A number of digits only is an int.
     """
     found = [match[0] for match in _NUMBER.finditer(text.translate(_MINUS)) if match[0]]
-    number = float(found[-1].replace(",", "")) if found else math.nan
-    return number if math.isfinite(number) else None
+    digits = found[-1].replace(",", "") if found else "nan"
+    number = float(digits)
+    if not math.isfinite(number):
+        return None
+    return int(digits) if digits.lstrip("+-").isdecimal() else number
+
+
+def same_number(number: float, reference: float, tolerance: float | None) -> bool:
+    """Whether a number is the reference, give or take a share of it. None: whole numbers exactly, others by 1e-6."""
+    if tolerance is None:
+        tolerance = 0 if _is_whole(number) and _is_whole(reference) else 1e-6
+    return number == reference or abs(number - reference) <= tolerance * abs(reference)
+
+
+def _is_whole(number: float) -> bool:
+    return isinstance(number, int) or (number.is_integer() and abs(number) < 1 << 53)  # larger floats all are
 
 
 def boxed(text: str) -> str | None:
@@ -79,7 +107,7 @@ def boxed(text: str) -> str | None:
 def parse_json(text: str) -> Any:
     """A JSON text, or the fenced block that holds it. Raises Unreadable saying what is wrong with it."""
     try:
-        return msgspec.json.decode(fenced_block(text, "json"))
+        return msgspec.json.decode(fenced_block(text.removeprefix("\ufeff"), "json"))
     except RecursionError:
         raise Unreadable("json", "nested too deep") from None
     except (msgspec.MsgspecError, UnicodeError) as error:  # the latter for half a surrogate pair

@@ -27,7 +27,11 @@ class MathSettings(PatternSettings, ReferenceSettings):
 def math(answer: Answer, settings: MathSettings) -> Verified:
     r"""Drops an answer whose value is not the reference's: what \boxed{…} or the pattern holds, else its last value."""
     reference, part = str(settings.reference_of(answer)), settings.part_of(answer)
-    exact = boxed(part) or (part if settings.pattern else None)
+    exact = boxed(part)
+    if exact is None and settings.pattern:
+        exact = part
+    if exact is not None and not exact.strip():
+        raise Unreadable("value", shown(part[-100:]))
     found = call("filters.verify.algebra", "compare", exact, part, reference, seconds=settings.seconds)
     if found["same"]:
         return Verified(result=found["result"])

@@ -42,7 +42,7 @@ class JsonSchemaSettings(PatternSettings):
 def json_schema(answer: Answer, settings: JsonSchemaSettings) -> Verified:
     """Drops an answer that is not JSON, or that its schema refuses."""
     value = parse_json(settings.part_of(answer))
-    wrong = call(VALIDATION, "first_error", settings._schema, value, seconds=settings.seconds)
+    wrong = call(VALIDATION, "first_error", settings._schema, canonical(value), seconds=settings.seconds)
     if wrong:
         where, message = wrong
         return Verified(Reason(rule="json_schema", what=where, found=shown(message)))
@@ -75,7 +75,7 @@ def tool_calls(answer: Answer, settings: ToolCallsSettings) -> Verified:
             return Verified(_wrong(name, str(error)))
         if parameters := functions[name].get("parameters"):
             schema = msgspec.json.encode(parameters).decode()
-            if wrong := call(VALIDATION, "first_error", schema, given, seconds=settings.seconds):
+            if wrong := call(VALIDATION, "first_error", schema, canonical(given), seconds=settings.seconds):
                 return Verified(_wrong(name, f"{wrong[1]:.200} (at {wrong[0]})"))
         result.append([name, given])
     return Verified(result=canonical(result))

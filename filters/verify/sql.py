@@ -18,7 +18,7 @@ class SqlSettings(ReferenceSettings):
     database: Path = Field(description="a SQLite file, or a .sql script that makes one; beside the recipe")
     reference: bool | None = Field(None, description="compare with the reference's result; none: if the row has one")
     returns_rows: bool = Field(False, description="an answer that finds nothing is dropped")
-    tolerance: float = Field(1e-6, ge=0)  # of numbers, as a share
+    tolerance: float | None = Field(None, ge=0)  # of numbers, as a share of the reference's; none: as `matches`
     seconds: float = Field(2, gt=0)  # of processor time, for each query
     _file: str = PrivateAttr()
 

@@ -50,6 +50,16 @@ DEEP = "[" * 10_000 + "]" * 10_000
         ({"as": "json"}, "a: 1", {"a": 1}, "matches json", None),
         ({"as": "json"}, DEEP, {"a": 1}, "matches json", None),
         ({"as": "json"}, "9" * 5000, 9, "matches json", None),
+        # whole numbers are compared exactly, unless the recipe gives a tolerance, which is a share of the reference
+        ({"as": "number"}, "87,654,322", "87,654,321", "matches", "87654322"),
+        ({"as": "number"}, "9007199254740993", 9007199254740992, "matches", "9007199254740993"),
+        ({"as": "number"}, "87,654,321.0", "87,654,321", "passes", "87654321"),
+        ({"as": "number"}, "0.33333333", "0.3333333", "passes", "0.33333333"),
+        ({"as": "number", "tolerance": 1e-6}, "87,654,322", "87,654,321", "passes", "87654322"),
+        ({"as": "number", "tolerance": 0.5}, "20", "10", "matches", "20"),
+        ({"as": "number", "tolerance": 0.5}, "15", "10", "passes", "15"),
+        ({"as": "json"}, '"\\u1112\\u1161"', "\ud558", "passes", '"\ud558"'),
+        ({"as": "json"}, '\ufeff{"a":1}', {"a": 1}, "passes", '{"a":1}'),
     ],
 )
 def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: str, result: str | None) -> None:
@@ -74,6 +84,10 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
             "billing",
         ),
         ({"reference": True}, "billing", None, "unverified choice", None),
+        ({"reference": True}, "", ".", "choice", ""),
+        ({"reference": True, "labels": ["NET", ".NET"]}, ".NET", "NET", "choice", ".net"),
+        ({"reference": True, "labels": ["NET", ".NET"]}, "(NET).", "NET", "passes", "net"),
+        ({"reference": True, "labels": ["?", "!"]}, "!", "?", "choice", "!"),
     ],
 )
 def test_choice(settings: dict[str, Any], text: str, reference: Any, expected: str, result: str | None) -> None:
@@ -104,6 +118,8 @@ TICKET = {
         ({"type": "string", "pattern": "^(a+)+$"}, f'"{NEVER_ENDS}!"', "unverified json_schema"),
         ({"uniqueItems": True}, "[" + ",".join(f'{{"a":{i}}}' for i in range(30_000)) + "]", "unverified json_schema"),
         ({"$ref": "#"}, "1", "unverified json_schema"),
+        ({"type": "integer"}, "12345678901234567890123", "passes"),
+        ({"properties": {"format": {"const": {"format": "none"}}}}, '{"format": {"format": "none"}}', "passes"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "1", "unverified json_schema"),
     ],
 )
@@ -116,7 +132,11 @@ def test_a_schema_may_lie_beside_the_recipe(tmp_path: Any) -> None:
     (tmp_path / "ticket.json").write_text('{"type": "integer"}')
     said = verify("json_schema", " 1.0 ", settings_of("json_schema", tmp_path, schema="ticket.json"))
     assert said == (None, None, "1")
-    for schema, problem in (("none.json", "no such file"), ({"type": "no"}, "not valid under any")):
+    for schema, problem in (
+        ("none.json", "no such file"),
+        ({"type": "no"}, "not valid under any"),
+        ({"properties": {"day": {"anyOf": [{"format": "date-and-time"}]}}}, "no check for format 'date-and-time'"),
+    ):
         with pytest.raises(ValidationError, match=problem):
             settings_of("json_schema", tmp_path, schema=schema)
 
@@ -125,7 +145,7 @@ def test_what_a_schema_refers_to_is_not_fetched() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         with pytest.raises(Unresolvable):
-            first_error(f'{{"$ref": "http://127.0.0.1:{server.getsockname()[1]}/schema.json"}}', 1)
+            first_error(f'{{"$ref": "http://127.0.0.1:{server.getsockname()[1]}/schema.json"}}', "1")
         with pytest.raises(BlockingIOError):  # nobody has come
             server.accept()
 
@@ -159,10 +179,66 @@ def test_math(text: str, reference: Any, expected: str, result: str | None) -> N
     assert (outcome(said), said.result) == (expected, result)
 
 
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        # small numbers, of which 6 decimals say nothing
+        ("\\boxed{6.63\\times 10^{-34}}", "1.6\\times 10^{-19}", "math"),
+        ("\\boxed{0.00000012}", "0.00000034", "math"),
+        ("\\boxed{\\frac{1}{3000000}}", "0.0000001", "math"),
+        ("\\boxed{2\\times 10^{-7}}", "1.6\\times 10^{-7}", "math"),
+        ("\\boxed{1.0000001}", "1.0000004", "math"),
+        ("\\boxed{0.0}", "0.0000001", "math"),
+        ("\\boxed{0.333333}", "1/3", "passes"),
+        ("\\boxed{0.071429}", "1/14", "passes"),
+        ("\\boxed{3.141593}", "3.14159265", "passes"),
+        ("\\boxed{16\\times 10^{-20}}", "1.6\\times 10^{-19}", "passes"),
+        ("\\boxed{50\\%}", "50", "passes"),
+        # mixed numbers and e-notation
+        ("The answer is 1 1/2.", "3/2", "passes"),
+        ("The answer is 1 1/2.", "1", "math"),
+        ("The answer is 1.5e3", "1500", "passes"),
+        ("\\boxed{1e3}", "1000", "passes"),
+        ("1.5 x 10^3", "1500", "passes"),
+        ("\\boxed{2e}", "2e", "passes"),
+        # an empty box is no value
+        ("5 is the answer? No, so \\boxed{}", "5", "math value"),
+    ],
+)
+def test_math_reads_numbers_as_a_person_does(text: str, reference: str, expected: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), reference)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("3/4.", "3/4", "3"),
+        ("2/5, so we are done.", "2/5", "2"),
+        ("2 3/4 cups", "2.75", "3/4"),
+        ("$1,234.", "1234", "1"),
+        ("1,234 dollars", "1234", "1"),
+        ("**5**", "5", "6"),
+        ("\\(5\\).", "5", "6"),
+        ("$5$.", "5", "6"),
+        ("5 \\pi", "5\\pi", "5"),
+        ("5\\,", "5", "6"),
+    ],
+)
+def test_math_reads_what_a_pattern_finds(text: str, right: str, wrong: str) -> None:
+    settings = settings_of("math", pattern="answer is (.+)")
+    assert outcome(verify("math", f"So the answer is {text}", settings, right)) == "passes"
+    assert outcome(verify("math", f"So the answer is {text}", settings, wrong)) == "math"
+
+
 def test_what_a_verifier_takes_out_of_an_answer() -> None:
     assert fenced_block("a\n```\nx\n```\n```sql\ny\n```", "sql") == "y"
     assert fenced_block("```python\nx = 1\n") == "x = 1"
     assert fenced_block(" plain ") == "plain"
+    assert fenced_block("~~~python\nx = 1\n~~~", "python") == "x = 1"
+    assert fenced_block("````md\n```\nx\n```\n````") == "```\nx\n```"
+    assert fenced_block("```sql\nSELECT 1```\nor\n```sql\nSELECT 2\n```", "sql") == "SELECT 1"
+    assert fenced_block("```sql SELECT 1```", "sql") == fenced_block("```SELECT 1```", "sql") == "SELECT 1"
+    assert fenced_block("x = 1\n```") == "x = 1" and fenced_block("``````") == ""
     assert boxed("\\boxed{1} or \\boxed{\\frac{1}{2}} {") == "\\frac{1}{2}"
     assert boxed("\\boxed{1") is None
     assert [last_number(text) for text in ("-1.5e3", "3 of 1,234", "v2.", "1e999", "")] == [-1500, 1234, 2, None, None]

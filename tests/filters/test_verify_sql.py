@@ -44,6 +44,18 @@ def settings(shop: Path) -> RuleSettings:
         ("SELECT sum(total) + 1 FROM orders", "SELECT sum(total) FROM orders", "sql result"),
         ("SELECT 3.0, NULL", "SELECT 3, NULL", "passes"),
         ("SELECT '3'", "SELECT 3", "sql result"),
+        ("SELECT 20260101001", "SELECT 20260101002", "sql result"),
+        ("SELECT 9.9999999 UNION ALL SELECT 5", "SELECT 10.0 UNION ALL SELECT 5", "passes"),
+        (
+            "SELECT 9.9999999, 'y' UNION ALL SELECT 10.0, 'x' UNION ALL SELECT NULL, x'00'",
+            "SELECT NULL, x'00' UNION ALL SELECT 10.0, 'x' UNION ALL SELECT 10.0, 'y'",
+            "passes",
+        ),
+        (
+            "SELECT 10.0, 'x' UNION ALL SELECT 10.0, 'x'",
+            "SELECT 10.0, 'x' UNION ALL SELECT 10.0, 'y'",
+            "sql result",
+        ),
         ("SELECT name FROM customers WHERE id > 9", "SELECT 1 WHERE 0", "passes"),
         ("SELECT year(total) FROM orders", "SELECT 1", "sql error"),
         ("I would count them.", "SELECT 1", "sql error"),
