@@ -85,7 +85,7 @@ class Budget:
         self._account = account or Account()
         self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
         self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
-        self._counts = price is not None or config.tokens is not None
+        self._counts = price is not None or config.tokens is not None or file is not None
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
         self._refused = Spend()  # what the last request that did not fit could have cost
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
@@ -104,13 +104,13 @@ class Budget:
         else:
             file, account = run.path / "spend.json", account_of(run, found, price)
         budget = cls(recipe.budget, price, spent, file=file, account=account, partition=partition)
-        if partition.of == 1 and (budget._counts or file.exists()):
+        if partition.of == 1:
             write_account(file, account)
         return budget
 
     def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
         """Takes the most that a request for so many answers can cost; None if that could pass the budget."""
-        if not self._counts:
+        if not self._counts:  # no limit, and no file: nobody will ask
             return Reservation()
         prompt_tokens = bound(body_bytes)
         most = self._spend(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]))

@@ -14,11 +14,12 @@ from generate.journal import Contents
 from generate.prices import PICO, PRICES, Price, price_of
 from generate.run import generate
 from generate.tokens import TEMPLATE_TOKENS, counter
-from pipeline.errors import DataError
+from pipeline.errors import BudgetReached, DataError
+from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, Recipe, TeacherConfig
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
-from tests.servers.misbehaving_server import answer, misbehaving, recipe_for
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving, recipe_for
 
 PRICE = Price(input=2, output=10)  # pico-dollars a token
 
@@ -88,7 +89,19 @@ def test_a_budget_that_is_reached_says_what_was_spent_and_what_the_next_would_co
     assert "the next request can cost up to $0.000000 and 214 tokens; raise the budget and run the same" in str(reached)
 
 
-def test_without_budget_and_price_nothing_is_counted() -> None:
+def test_failed_attempts_of_a_call_without_a_budget_count_once_there_is_one(tmp_path: Path) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return answer("" if int(asked.text.split()[1]) < 8 else "fine")  # an empty answer is a failure; it costs 12
+
+    run = RunDir(tmp_path / "run")
+    with misbehaving(script) as server:
+        assert generate(recipe_for(server, 10), run, quiet=True).failed == 8
+        with pytest.raises(BudgetReached, match=r"120 of budget\.tokens 130 spent"):
+            generate(recipe_for(server, 13, budget={"tokens": 130}), run, quiet=True)
+    assert read_lineage(run)["generate"]["spent"]["tokens"] == 120
+
+
+def test_without_budget_price_and_file_nothing_is_counted() -> None:
     budget = Budget(BudgetConfig(), None, Spend())
     reservation = budget.reserve(10**9, 10**9)
     assert reservation is not None
