@@ -54,6 +54,13 @@ class Account(msgspec.Struct, frozen=True, omit_defaults=True):
     price: Price | None = None  # of the answers that came later; None: not known, or a server of one's own
 
 
+class SharedBudget(BudgetConfig):
+    """A recipe's budget as one of several runs has it that share it: what the others have spent counts too."""
+
+    others_tokens: int = 0
+    others_cost: int = 0  # pico-dollars
+
+
 class Reservation(NamedTuple):
     """The most that a request in flight can cost."""
 
@@ -209,30 +216,33 @@ def most_of(body_bytes: int, max_tokens: int, price: Price | None) -> Spend:
 
 
 def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:
-    """What all calls of a run have spent, by its journal and its spend files. Writes nothing; raises as Budget.open."""
+    """What is spent of the recipe's budget: by all calls of the run, and by the runs that share the budget.
+
+    Writes nothing; raises as Budget.open.
+    """
     known_price(recipe)
-    return spent_in(run, found)
+    budget, spent = recipe.budget, spent_in(run, found)
+    return spent + Spend(budget.others_tokens, budget.others_cost) if isinstance(budget, SharedBudget) else spent
 
 
 def spent_in(run: RunDir, found: Contents) -> Spend:
-    """As `spent_so_far`, whether the price is known or not: what was spent was recorded at the price of its time."""
+    """What all calls of a run have spent, by its journal and its spend files, at the prices of their time."""
     account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
     return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
 
 
-def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What other runs leave of a budget that they share; if that is nothing, less than any request costs.
+def spent_by(runs: Iterable[RunDir]) -> Spend:
+    """What these runs have spent. By their journals: a run that was killed has no lineage."""
+    return sum((spent_in(run, read_journal(run.completions, Completion)) for run in runs), Spend())
 
-    By their journals: a run that was killed has no lineage.
-    """
-    if budget == BudgetConfig():
+
+def shared_budget(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """A budget that other runs share: its limits as they are, and what those have spent."""
+    spent = spent_by(others)
+    if spent == Spend():
         return budget
-    spent = sum((spent_in(other, read_journal(other.completions, Completion)) for other in others), Spend())
-    return BudgetConfig(
-        usd=None if budget.usd is None else max(budget.usd - spent.cost / PICO, 1e-12),
-        tokens=None if budget.tokens is None else max(budget.tokens - spent.tokens, 1),
-    )
+    return SharedBudget(usd=budget.usd, tokens=budget.tokens, others_tokens=spent.tokens, others_cost=spent.cost)
 
 
 def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:

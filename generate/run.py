@@ -19,7 +19,7 @@ import msgspec
 from rich.console import Console
 
 from generate.batch_files import under_way
-from generate.budget import spent_so_far
+from generate.budget import spent_by, spent_in
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.journal import Contents, read_journal
@@ -28,7 +28,7 @@ from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display, EndpointCounts, requests_of
 from generate.prompts import grammar_size
-from generate.turns import described, passes
+from generate.turns import described, passes, turn_folders
 from generate.workers import send_from_workers
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
@@ -100,7 +100,7 @@ def generate(
                 elif outcome := run_loop(_send(call, display, signals=True, send=send)):
                     raise outcome
             done.append(_summary(call))
-    return _whole(done)
+    return _whole(done, run)
 
 
 async def agenerate(
@@ -122,7 +122,7 @@ async def agenerate(
                 if call.counters.left and (outcome := await _send(call, display, signals=False)):
                     raise outcome
             done.append(_summary(call))
-    return _whole(done)
+    return _whole(done, run)
 
 
 def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> tuple[Recipe, RunDir]:
@@ -275,13 +275,11 @@ def _summary(run: Run) -> Summary:
     )
 
 
-def _whole(passes: list[Summary]) -> Summary:
+def _whole(passes: list[Summary], run: RunDir) -> Summary:
     """The summary of a run of several passes: the last one, with what the others cost, and the requests they lost."""
     *earlier, last = passes
-    if not earlier:
-        return last
     lost = sum(one.failed for one in earlier)
-    costs = [one.cost_usd for one in passes]
+    unknown = any(one.cost_usd is None for one in passes)
     return msgspec.structs.replace(
         last,
         requests=last.requests + lost,
@@ -291,7 +289,7 @@ def _whole(passes: list[Summary]) -> Summary:
         reasoning_tokens=sum(one.reasoning_tokens for one in passes),
         wall_s=round(sum(one.wall_s for one in passes), 3),
         errors=dict(sum((Counter(one.errors) for one in passes), Counter())),
-        cost_usd=None if None in costs else sum(cost or 0 for cost in costs),
+        cost_usd=None if unknown else (last.cost_usd or 0) + spent_by(turn_folders(run)).cost / PICO,
     )
 
 
@@ -351,6 +349,6 @@ def _answers(run: Run) -> Contents:
 
 def _spent(run: Run) -> dict[str, Any]:
     """Tokens and USD of all calls, with what failed attempts may have cost; USD is None while no price is known."""
-    spent = spent_so_far(run.recipe, run.dir, _answers(run))
+    spent = spent_in(run.dir, _answers(run))
     price = price_of(run.recipe.teacher, run.recipe.generate.mode)
     return {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None}
