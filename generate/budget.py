@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from generate.batch_files import Chunk, under_way
 from generate.jobs import WHOLE, Partition
 from generate.journal import Contents, read_journal
 from generate.prices import PICO, Price, price_of
@@ -130,6 +131,11 @@ class Budget:
         self._cover()
         return Reservation(prompt_tokens, max_tokens, answers, most)
 
+    def hold(self, most: Spend) -> Reservation:
+        """Reserves for what is under way already, whether or not the budget covers it."""
+        self._reserved += most
+        return Reservation(most=most)
+
     def settle(
         self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: Sequence[Usage] = ()
     ) -> None:
@@ -226,10 +232,25 @@ def spent_so_far(recipe: Recipe, run: RunDir, found: Contents) -> Spend:
 
 
 def spent_in(run: RunDir, found: Contents) -> Spend:
-    """What all calls of a run have spent, by its journal and its spend files, at the prices of their time."""
+    """What all calls of a run have spent, by its journal and its spend files, at the prices of their time.
+
+    Batches under way count as the most that they can cost.
+    """
     account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
-    return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
+    journaled = Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost)
+    return sum(unsaid, journaled) + spend_under_way(run)
+
+
+def spend_under_way(run: RunDir) -> Spend:
+    """The most that the run's batches under way can cost. Raises DataError."""
+    return sum(map(most_of_batch, under_way(run.path / "batches")), Spend())
+
+
+def most_of_batch(chunk: Chunk) -> Spend:
+    """The most that a batch can cost, at the price that its file was written with."""
+    cost = chunk.price.cost(chunk.prompt_tokens, chunk.completion_tokens) if chunk.price else 0
+    return Spend(chunk.prompt_tokens + chunk.completion_tokens, cost)
 
 
 def spent_by(runs: Iterable[RunDir]) -> Spend:

@@ -52,7 +52,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     prompts: int
     requests: int  # prompts × prompts.samples
     completed: int  # in all
-    failed: int  # for good, in all: no answer, and not asked again without `retry_failures`
+    failed: int  # for good, in all, and not answered since; asked again only with `retry_failures`
     resumed: int  # answered by an earlier call
     answered: int  # by this call
     prompt_tokens: int  # of this call
@@ -90,10 +90,10 @@ def generate(
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
             with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-                if not call.counters.left:
-                    pass
-                elif collect is not None:
+                if collect is not None:
                     _batches(call).collect(collect)
+                elif not _has_work(call):
+                    pass
                 elif write_batches:
                     for path in _batches(call).write():
                         call.say(f"{path}")
@@ -119,7 +119,7 @@ async def agenerate(
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
             with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-                if call.counters.left and (outcome := await _send(call, display, signals=False)):
+                if _has_work(call) and (outcome := await _send(call, display, signals=False)):
                     raise outcome
             done.append(_summary(call))
     return _whole(done, run)
@@ -183,6 +183,11 @@ def _opened(
         _save(run)
 
 
+def _has_work(run: Run) -> bool:
+    """Whether requests are left to ask, or batches to collect."""
+    return run.counters.left > 0 or bool(run.recipe.generate.mode == "batch" and under_way(run.dir.path / "batches"))
+
+
 async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:
     config = run.recipe.generate
     if config.mode == "batch":
@@ -244,12 +249,13 @@ def _findings(run: Run) -> Iterator[str]:
         asked = requests_of(counters.total, counters.prompts)
         found = f"{asked}, {counters.resumed} answered already, {counters.left} to ask"
         yield f"{run.recipe.name}: {found}"
-    if counters.left and run.recipe.generate.mode == "online" and (ids := under_way(run.dir.path / "batches")):
+    if counters.left and run.recipe.generate.mode == "online" and (live := under_way(run.dir.path / "batches")):
+        names = ", ".join(chunk.batch_id or chunk.name for chunk in live)
         yield (
-            f"warning: batches under way: {', '.join(ids)}. What they answer may be bought a second time now; "
-            "generate.mode batch collects them"
+            f"warning: batches under way: {names}. They count as the most that they can cost, and what they answer may "
+            "be bought a second time now; generate.mode batch collects them"
         )
-    if counters.failed_before:
+    if counters.failed_before and not counters.retrying:
         yield (
             f"{counters.failed_before} requests failed for good earlier and are left alone; --retry-failures asks them "
             "again"
@@ -262,7 +268,7 @@ def _summary(run: Run) -> Summary:
         prompts=counters.prompts,
         requests=counters.total,
         completed=counters.resumed + counters.answered,
-        failed=counters.failed_before + counters.failed,
+        failed=counters.without_answer,
         resumed=counters.resumed,
         answered=counters.answered,
         prompt_tokens=counters.prompt_tokens,
@@ -313,7 +319,7 @@ def _save(run: Run) -> None:
             },
             "requests": counters.total,
             "completed": counters.resumed + counters.answered,
-            "failed": counters.failed_before + counters.failed,
+            "failed": counters.without_answer,
             "prompt_tokens": answers.prompt_tokens,
             "completion_tokens": answers.completion_tokens,
             "reasoning_tokens": answers.reasoning_tokens,
