@@ -53,8 +53,6 @@ class _Workers:
         self._counts: list[dict[str, Any]] = []  # the last that each child told
         self._failed: list[DistillError] = []
         self._interrupted = False
-        failures = run.dir.failures
-        self._failures_before = failures.stat().st_size if failures.exists() else 0  # bytes
 
     async def send(self) -> Outcome:
         """Starts the children, listens to them until they end, and says how that was."""
@@ -62,7 +60,7 @@ class _Workers:
         ends = await self._send_all([Partition(part, count) for part in range(count)])
         if self._failed and self._only_budget() and not self._interrupted:
             self._failed.clear()
-            ends = await self._send_all([WHOLE], self._failures_before)
+            ends = await self._send_all([WHOLE])
         if self._failed:
             return self._failed[0]
         if self._interrupted:
@@ -86,15 +84,12 @@ class _Workers:
     def _only_budget(self) -> bool:
         return all(isinstance(error, BudgetReached) for error in self._failed)
 
-    async def _send_all(self, partitions: list[Partition], failures_before: int | None = None) -> list[int]:
-        """Children for the partitions; returns their exit codes.
-
-        `failures_before`: the bytes of failures.jsonl that are of earlier calls, where no others may be retried.
-        """
+    async def _send_all(self, partitions: list[Partition]) -> list[int]:
+        """Children for the partitions; returns their exit codes."""
         first = len(self._children)
         for partition in partitions:
             self._counts.append(Counters().snapshot())
-            self._children.append(await _start(self._run, partition, failures_before))
+            self._children.append(await _start(self._run, partition))
         new = enumerate(self._children[first:], start=first)
         return await asyncio.gather(*(self._listen(index, child) for index, child in new))
 
@@ -115,7 +110,7 @@ class _Workers:
         return await child.wait()
 
 
-async def _start(run: Run, partition: Partition, failures_before: int | None) -> Process:
+async def _start(run: Run, partition: Partition) -> Process:
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "generate.workers"),
         stdin=PIPE,
@@ -125,7 +120,8 @@ async def _start(run: Run, partition: Partition, failures_before: int | None) ->
         start_new_session=True,  # Ctrl-C is for the first process, which stops the others in order
     )
     assert child.stdin
-    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures, failures_before)))
+    earlier = run.failures.found.good_bytes  # of failures.jsonl: what follows has failed in this call
+    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures, earlier)))
     await child.stdin.drain()
     return child
 
@@ -147,10 +143,11 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _send_partition(
-    recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, failures_before: int | None
-) -> None:
-    """Raises what ended it; an interrupt is the parent's to tell."""
+def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, earlier: int) -> None:
+    """Raises what ended it; an interrupt is the parent's to tell.
+
+    What failed in this call, behind the first `earlier` bytes of failures.jsonl, the last process leaves alone.
+    """
     counters = Counters()
     with opened_run(
         recipe,
@@ -161,10 +158,10 @@ def _send_partition(
         retry_failures=retry_failures,
         partition=partition,
     ) as run:
-        if failures_before is not None and folder.failures.exists():
+        if partition == WHOLE:  # the others have ended
             with folder.failures.open("rb") as file:
-                file.seek(failures_before)
-                for line in file:
+                file.seek(earlier)
+                for line in filter(bytes.strip, file):
                     run.left.failed.add(msgspec.json.decode(line, type=_Id).id)
         try:
             outcome = run_loop(_send(run))
