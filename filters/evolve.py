@@ -20,7 +20,7 @@ from typing import NamedTuple
 import msgspec
 
 from filters.diversity import WORDS, Distinct, Diversity, diversity
-from generate.budget import budget_left
+from generate.budget import shared_budget
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts, prompt_id
 from generate.run import generate
@@ -198,7 +198,7 @@ def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt])
             "teacher": recipe.teacher.told_nothing(),
             "prompts": PromptsConfig(file=file),
             "sampling": recipe.sampling.model_copy(update={"logprobs": None, "extra": extra}),
-            "budget": budget_left(recipe.budget, others),
+            "budget": shared_budget(recipe.budget, others),
         }
     )
 

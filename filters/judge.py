@@ -249,7 +249,7 @@ def judge_recipe(
     `properties` are those of the JSON object it replies with, all of them required; `others` the runs that share its
     budget.
     """
-    from generate.budget import budget_left, known_price  # here: as in ask_judge
+    from generate.budget import known_price, shared_budget  # here: as in ask_judge
 
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
@@ -266,7 +266,7 @@ def judge_recipe(
                 extra={"response_format": form} if config.schema_ else {},
             ),
             "generate": recipe.generate.model_copy(update={"mode": "online"}),
-            "budget": budget_left(config.budget, others),
+            "budget": shared_budget(config.budget, others),
         }
     )
     known_price(asking, "the judge's price (filters.judge.price, or evaluate.judge.price)")

@@ -18,7 +18,7 @@ from openai.types import Batch
 
 from generate.batch_api import BatchApi
 from generate.batch_files import Chunk, Folder, read_output
-from generate.budget import Budget, Reservation, Spend, known_price
+from generate.budget import Budget, Reservation, Spend, known_price, most_of_batch, spend_under_way
 from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
@@ -53,8 +53,9 @@ class Batches:
         self._tries: Counter[str] = Counter()  # of this call
         # Reserves as run.budget would, but in memory: no spend file counts what `batches/` says is under way.
         self._price = known_price(run.recipe)
-        self._limit = Budget(run.recipe.budget, self._price, run.budget.spent)
+        self._limit = Budget(run.recipe.budget, self._price, run.budget.spent - spend_under_way(run.dir))
         self._reserved: dict[str, Reservation] = {}
+        self._held: dict[str, Reservation] = {}  # by chunk: of the batches that earlier calls created
         self._stopped = asyncio.Event()
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
         self._most: int | None = None  # requests per file, if the account takes no larger ones
@@ -118,20 +119,22 @@ class Batches:
         return reservation is not None
 
     def _remember_live(self) -> None:
-        """Notes what requests of an earlier call's batches are charged: the price of then.
+        """Reserves for the batches and the files of earlier calls.
 
-        The limit need not reserve for a batch that was created, because nothing new is written before it ends. A file
-        whose batch is not known to be created still has to be paid. It is stale if the limit does not cover it, or if
-        one of its requests is no longer to be asked.
+        A batch that was created counts in any case, at the price of then. A file whose batch is not known to be created
+        still has to be paid. It is stale if the limit does not cover it, or if one of its requests is no longer to be
+        asked.
         """
+        created = [chunk for chunk in self._folder.live if chunk.batch_id]
+        self._held = {chunk.name: self._limit.hold(most_of_batch(chunk)) for chunk in created}
         chunks = {id_: chunk for chunk in self._folder.live for id_ in self._folder.sent(chunk)}
-        for job in self._run.jobs() if chunks else ():
+        for job in self._run.unanswered() if chunks else ():
             if (chunk := chunks.pop(job.request.id, None)) is None:
                 continue
-            size, max_tokens = len(job.body), job.request.sampling["max_tokens"]
+            size, max_tokens = len(self._dialect.body(job)), job.request.sampling["max_tokens"]
             reservation = Reservation(bound(size), max_tokens, price=chunk.price)
             if chunk.batch_id is None:
-                covered = self._limit.reserve(size, max_tokens)
+                covered = self._limit.reserve(size, max_tokens) if self._run.left.has(job) else None
                 if covered is None:
                     self._stale.add(chunk.name)
                 reservation = covered or reservation
@@ -243,6 +246,8 @@ class Batches:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
+        if held := self._held.pop(chunk.name, None):
+            self._limit.settle(held, None, billed=False)  # each answer is charged for itself
         self._record(outcomes, f"batch {batch.id}", sent, chunk.price, again=again)
         for id_ in sent:  # of a batch that failed
             self._settle(id_, None)
@@ -270,7 +275,7 @@ class Batches:
         `sent`: the requests of the batch that brought them; None for a file that came another way. `price`: of
         that batch's tokens. `again`: a call that was killed may have recorded some of them.
         """
-        for job in self._run.jobs():
+        for job in self._run.unanswered():
             id_ = job.request.id
             if (outcome := outcomes.pop(id_, None)) and id_ not in self._done:
                 self._take(job, outcome, sent)

@@ -17,6 +17,7 @@ import msgspec
 from generate.jobs import Job
 from generate.prices import Price
 from generate.reply import Answer, Fault, read_answer, read_error
+from generate.tokens import bound
 from pipeline.records import read_json, read_jsonl
 from pipeline.rundir import replacing, write_json
 
@@ -35,6 +36,8 @@ class Chunk(msgspec.Struct, kw_only=True):
     batch_id: str | None = None  # once it is created
     status: str = "written"
     price: Price | None = None  # when it was written; None: not known, or a file of an older version
+    prompt_tokens: int = 0  # the most that its requests can have; 0: a file of an older version
+    completion_tokens: int = 0  # likewise
     collecting: bool = False  # what came of it is being recorded, or a call was killed while it was
     collected: bool = False  # all that came of it is in the journals
 
@@ -44,10 +47,13 @@ class State(msgspec.Struct, kw_only=True):
     chunks: list[Chunk] = []
 
 
-def under_way(path: Path) -> list[str]:
-    """The ids of the batches in a run's `batches/` that are created and not collected. Raises DataError."""
+def under_way(path: Path) -> list[Chunk]:
+    """The chunks in a run's `batches/` that were uploaded and are not collected: each has a batch, or may have one.
+
+    Raises DataError.
+    """
     state = read_json(path / "state.json", State, FIX)
-    return [chunk.batch_id for chunk in state.chunks if chunk.batch_id and not chunk.collected] if state else []
+    return [chunk for chunk in state.chunks if chunk.file_id and not chunk.collected] if state else []
 
 
 class Folder:
@@ -85,18 +91,21 @@ class Folder:
         `price`: of their tokens. `most`: requests per chunk, if fewer than MOST_REQUESTS.
         """
         chunks: list[Chunk] = []
-        lines = map(input_line, jobs)
-        line = next(lines, None)
-        while line is not None:
+        jobs = iter(jobs)
+        job = next(jobs, None)
+        while job is not None:
             number, size = len(self.state.chunks) + len(chunks) + 1, 0
             chunk = Chunk(name=f"{number:03}", requests=0, price=price)
             with replacing(self.file(chunk, "input")) as file:
-                while line and (
-                    not size or (chunk.requests < (most or MOST_REQUESTS) and size + len(line) <= MOST_BYTES)
-                ):
+                while job is not None:
+                    line = input_line(job)
+                    if size and (chunk.requests >= (most or MOST_REQUESTS) or size + len(line) > MOST_BYTES):
+                        break
                     size += file.write(line)
                     chunk.requests += 1
-                    line = next(lines, None)
+                    chunk.prompt_tokens += bound(len(job.body))
+                    chunk.completion_tokens += job.request.sampling["max_tokens"]
+                    job = next(jobs, None)
             chunks.append(chunk)
         self.state.chunks += chunks
         self.save()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from generate.batch_files import Chunk, under_way
 from generate.jobs import WHOLE, Partition
 from generate.journal import Contents, read_journal
 from generate.prices import PICO, Price, price_of
@@ -59,6 +60,13 @@ class Account(msgspec.Struct, frozen=True, omit_defaults=True):
     price: Price | None = None  # of the answers that came later; None: not known, or a server of one's own
 
 
+class SharedBudget(BudgetConfig):
+    """A recipe's budget as one of several runs has it that share it: what the others have spent counts too."""
+
+    others_tokens: int = 0
+    others_cost: int = 0  # pico-dollars
+
+
 class Reservation(NamedTuple):
     """The most that a request in flight can cost."""
 
@@ -90,7 +98,7 @@ class Budget:
         self._account = account or Account()
         self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
         self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
-        self._counts = price is not None or config.tokens is not None
+        self._counts = price is not None or config.tokens is not None or file is not None
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
         self._refused = Spend()  # what the last request that did not fit could have cost
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
@@ -102,20 +110,20 @@ class Budget:
 
         Raises RecipeError if budget.usd is set and the price is not known, DataError if a spend file cannot be read.
         """
-        price, spent = known_price(recipe), spent_so_far(run, found)
+        price, spent = known_price(recipe), spent_so_far(recipe.budget, run, found)
         if partition.of > 1:  # the first process keeps the account of the run
             file = run.path / f"spend-{partition.part}.json"
             account = read_account(file)
         else:
             file, account = run.path / "spend.json", account_of(run, found, price)
         budget = cls(recipe.budget, price, spent, file=file, account=account, partition=partition)
-        if partition.of == 1 and (budget._counts or file.exists()):
+        if partition.of == 1:
             write_account(file, account)
         return budget
 
     def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
         """Takes the most that a request for so many answers can cost; None if that could pass the budget."""
-        if not self._counts:
+        if not self._counts:  # no limit, and no file: nobody will ask
             return Reservation()
         prompt_tokens = bound(body_bytes)
         most = Spend.of(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]), self._price)
@@ -127,6 +135,11 @@ class Budget:
         self._reserved += most
         self._cover()
         return Reservation(prompt_tokens, max_tokens, answers, most)
+
+    def hold(self, most: Spend) -> Reservation:
+        """Reserves for what is under way already, whether or not the budget covers it."""
+        self._reserved += most
+        return Reservation(most=most)
 
     def settle(
         self, reservation: Reservation, usage: Usage | None, *, billed: bool, journaled: Sequence[Usage] = ()
@@ -210,28 +223,48 @@ def most_of(body_bytes: int, max_tokens: int, price: Price | None) -> Spend:
     return Spend.of(bound(body_bytes), max_tokens, price)
 
 
-def spent_so_far(run: RunDir, found: Contents) -> Spend:
-    """What all calls of a run have spent, by its journal and its spend files, which have the price of their time.
+def spent_so_far(budget: BudgetConfig, run: RunDir, found: Contents) -> Spend:
+    """What is spent of a budget: by all calls of the run, and by the runs that share it.
 
     Writes nothing. Raises DataError if a spend file cannot be read.
     """
+    spent = spent_in(run, found)
+    return spent + Spend(budget.others_tokens, budget.others_cost) if isinstance(budget, SharedBudget) else spent
+
+
+def spent_in(run: RunDir, found: Contents) -> Spend:
+    """What all calls of a run have spent, by its journal and its spend files, at the prices of their time.
+
+    Batches under way count as the most that they can cost.
+    """
     account = account_of(run, found, None)
     unsaid = (read_account(file).unsaid for file in run.path.glob("spend*.json"))
-    return sum(unsaid, Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost))
+    journaled = Spend(found.prompt_tokens + found.completion_tokens, account.journal_cost)
+    return sum(unsaid, journaled) + spend_under_way(run)
 
 
-def budget_left(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
-    """What other runs leave of a budget that they share; if that is nothing, less than any request costs.
+def spend_under_way(run: RunDir) -> Spend:
+    """The most that the run's batches under way can cost. Raises DataError."""
+    return sum(map(most_of_batch, under_way(run.path / "batches")), Spend())
 
-    By their journals: a run that was killed has no lineage.
-    """
-    if budget == BudgetConfig():
+
+def most_of_batch(chunk: Chunk) -> Spend:
+    """The most that a batch can cost, at the price that its file was written with."""
+    cost = chunk.price.cost(chunk.prompt_tokens, chunk.completion_tokens) if chunk.price else 0
+    return Spend(chunk.prompt_tokens + chunk.completion_tokens, cost)
+
+
+def spent_by(runs: Iterable[RunDir]) -> Spend:
+    """What these runs have spent. By their journals: a run that was killed has no lineage."""
+    return sum((spent_in(run, read_journal(run.completions, Completion)) for run in runs), Spend())
+
+
+def shared_budget(budget: BudgetConfig, others: Iterable[RunDir]) -> BudgetConfig:
+    """A budget that other runs share: its limits as they are, and what those have spent."""
+    spent = spent_by(others)
+    if spent == Spend():
         return budget
-    spent = sum((spent_so_far(other, read_journal(other.completions, Completion)) for other in others), Spend())
-    return BudgetConfig(
-        usd=None if budget.usd is None else max(budget.usd - spent.cost / PICO, 1e-12),
-        tokens=None if budget.tokens is None else max(budget.tokens - spent.tokens, 1),
-    )
+    return SharedBudget(usd=budget.usd, tokens=budget.tokens, others_tokens=spent.tokens, others_cost=spent.cost)
 
 
 def account_of(run: RunDir, found: Contents, price: Price | None) -> Account:

@@ -30,7 +30,7 @@ class Left:
 
     def __init__(self, answered: IdSet, failed: IdSet, *, retry_failures: bool) -> None:
         self.answered, self.failed = answered, IdSet() if retry_failures else failed
-        self.retry_failures = retry_failures
+        self.retry_failures, self._failed_before = retry_failures, failed
 
     def has(self, job: Job) -> bool:
         return job.request.id not in self.answered and job.request.id not in self.failed
@@ -41,6 +41,7 @@ class Left:
 
     def survey(self, recipe: Recipe, counters: Counters) -> Iterator[Job]:
         """Yields every job, asked or not, and counts them. So all prompts are checked before any is asked."""
+        counters.retrying = self.retry_failures
         for job in build_jobs(iter_prompts(recipe), recipe):
             request = job.request
             counters.total += 1
@@ -48,7 +49,7 @@ class Left:
             counters.distinct += request.sample == 0
             if request.id in self.answered:
                 counters.resumed += 1
-            elif request.id in self.failed:
+            elif request.id in self._failed_before:
                 counters.failed_before += 1
             yield job
 
@@ -78,6 +79,11 @@ class Run:
         """Streams the jobs that are left to this process."""
         return self.left.jobs(self.recipe, self.partition)
 
+    def unanswered(self) -> Iterator[Job]:
+        """Streams all jobs of the recipe without an answer, also those that failed for good and are left alone."""
+        jobs = build_jobs(iter_prompts(self.recipe), self.recipe)
+        return (job for job in jobs if job.request.id not in self.left.answered)
+
     def jobs_to_send(self) -> Iterator[Job]:
         """As `jobs`, but the samples of a prompt are one job if the recipe says so."""
         return shared(self.jobs()) if self.recipe.generate.share_prompt else self.jobs()
@@ -94,6 +100,7 @@ class Run:
         self.completions.append(*completions)
         for completion in completions:
             self.counters.answered += 1
+            self.counters.settled_again += completion.id in self.failures.found.ids
             self.counters.models.add(completion.model)
             self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
             self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
@@ -113,6 +120,7 @@ class Run:
         self.failures.append(*failures)
         for failure in failures:
             self.counters.failed += 1
+            self.counters.settled_again += failure.id in self.failures.found.ids
             self.counters.errors[failure.error] += 1
 
     def say_stopping(self) -> None:

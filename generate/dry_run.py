@@ -61,7 +61,7 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     check_teacher(recipe.teacher)
     found = read_journal(run.completions, Completion)
     left = Left(found.ids, read_journal(run.failures, Failure).ids, retry_failures=retry_failures)
-    price, spent = known_price(recipe), spent_so_far(run, found)
+    price, spent = known_price(recipe), spent_so_far(recipe.budget, run, found)
     count, dialect = counter(recipe.teacher.model), Dialect()
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
     counters = Counters()

@@ -15,7 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0
-SUMMED = ("answered", "failed", "in_flight", "waiting", "prompt_tokens", "completion_tokens", "reasoning_tokens")
+SUMMED = (
+    *("answered", "failed", "settled_again", "in_flight", "waiting"),
+    *("prompt_tokens", "completion_tokens", "reasoning_tokens"),
+)
 
 
 class EndpointCounts(msgspec.Struct):
@@ -60,7 +63,9 @@ class Counters:
     prompts: int = 0  # that they are made of; each asks for `prompts.samples` answers
     distinct: int = 0  # of the prompts: the others ask a question again
     resumed: int = 0  # answered by an earlier call
-    failed_before: int = 0  # failed in an earlier call, and not asked again
+    failed_before: int = 0  # failed in an earlier call, and had no answer when this one began
+    retrying: bool = False  # whether those are asked again
+    settled_again: int = 0  # of those: answered or failed in this call
     answered: int = 0
     failed: int = 0
     in_flight: int = 0
@@ -76,9 +81,15 @@ class Counters:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def without_answer(self) -> int:
+        """Requests that have failed for good, in this call or an earlier one, and were not answered since."""
+        return self.failed_before - self.settled_again + self.failed
+
+    @property
     def done(self) -> int:
-        """Requests that need nothing more: answered, or failed for good."""
-        return self.resumed + self.failed_before + self.answered + self.failed
+        """Requests that need nothing more: answered, or failed for good and not to be asked again."""
+        left_alone = 0 if self.retrying else self.failed_before - self.settled_again
+        return self.resumed + left_alone + self.answered + self.failed
 
     @property
     def left(self) -> int:
@@ -165,7 +176,7 @@ class Display:
             speed if counters.done else f"no answer yet after {clock(counters.seconds)}",
             f"{counters.in_flight} in flight",
             waiting,
-            f"{counters.failed + counters.failed_before} failed",
+            f"{counters.without_answer} failed",
             f"{clock(counters.left / per_second)} left" if per_second > 0 else "",
         ]
         return " · ".join(filter(None, parts))

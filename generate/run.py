@@ -19,7 +19,7 @@ import msgspec
 from rich.console import Console
 
 from generate.batch_files import under_way
-from generate.budget import spent_so_far
+from generate.budget import spent_by, spent_in
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
 from generate.journal import Contents, read_journal
@@ -28,7 +28,7 @@ from generate.online import on_signals, run_loop, send_from_here
 from generate.prices import PICO, price_of
 from generate.progress import Counters, Display, EndpointCounts, requests_of
 from generate.prompts import grammar_size
-from generate.turns import described, passes
+from generate.turns import described, passes, turn_folders
 from generate.workers import send_from_workers
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
@@ -52,7 +52,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     prompts: int
     requests: int  # prompts × prompts.samples
     completed: int  # in all
-    failed: int  # for good, in all: no answer, and not asked again without `retry_failures`
+    failed: int  # for good, in all, and not answered since; asked again only with `retry_failures`
     resumed: int  # answered by an earlier call
     answered: int  # by this call
     prompt_tokens: int  # of this call
@@ -90,17 +90,17 @@ def generate(
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
             with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-                if not call.counters.left:
-                    pass
-                elif collect is not None:
+                if collect is not None:
                     _batches(call).collect(collect)
+                elif not _has_work(call):
+                    pass
                 elif write_batches:
                     for path in _batches(call).write():
                         call.say(f"{path}")
                 elif outcome := run_loop(_send(call, display, signals=True, send=send)):
                     raise outcome
             done.append(_summary(call))
-    return _whole(done)
+    return _whole(done, run)
 
 
 async def agenerate(
@@ -119,10 +119,10 @@ async def agenerate(
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
             with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
-                if call.counters.left and (outcome := await _send(call, display, signals=False)):
+                if _has_work(call) and (outcome := await _send(call, display, signals=False)):
                     raise outcome
             done.append(_summary(call))
-    return _whole(done)
+    return _whole(done, run)
 
 
 def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> tuple[Recipe, RunDir]:
@@ -181,6 +181,11 @@ def _opened(
                 _save(run)
             raise
         _save(run)
+
+
+def _has_work(run: Run) -> bool:
+    """Whether requests are left to ask, or batches to collect."""
+    return run.counters.left > 0 or bool(run.recipe.generate.mode == "batch" and under_way(run.dir.path / "batches"))
 
 
 async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:
@@ -244,12 +249,13 @@ def _findings(run: Run) -> Iterator[str]:
         asked = requests_of(counters.total, counters.prompts)
         found = f"{asked}, {counters.resumed} answered already, {counters.left} to ask"
         yield f"{run.recipe.name}: {found}"
-    if counters.left and run.recipe.generate.mode == "online" and (ids := under_way(run.dir.path / "batches")):
+    if counters.left and run.recipe.generate.mode == "online" and (live := under_way(run.dir.path / "batches")):
+        names = ", ".join(chunk.batch_id or chunk.name for chunk in live)
         yield (
-            f"warning: batches under way: {', '.join(ids)}. What they answer may be bought a second time now; "
-            "generate.mode batch collects them"
+            f"warning: batches under way: {names}. They count as the most that they can cost, and what they answer may "
+            "be bought a second time now; generate.mode batch collects them"
         )
-    if counters.failed_before:
+    if counters.failed_before and not counters.retrying:
         yield (
             f"{counters.failed_before} requests failed for good earlier and are left alone; --retry-failures asks them "
             "again"
@@ -262,7 +268,7 @@ def _summary(run: Run) -> Summary:
         prompts=counters.prompts,
         requests=counters.total,
         completed=counters.resumed + counters.answered,
-        failed=counters.failed_before + counters.failed,
+        failed=counters.without_answer,
         resumed=counters.resumed,
         answered=counters.answered,
         prompt_tokens=counters.prompt_tokens,
@@ -275,13 +281,11 @@ def _summary(run: Run) -> Summary:
     )
 
 
-def _whole(passes: list[Summary]) -> Summary:
+def _whole(passes: list[Summary], run: RunDir) -> Summary:
     """The summary of a run of several passes: the last one, with what the others cost, and the requests they lost."""
     *earlier, last = passes
-    if not earlier:
-        return last
     lost = sum(one.failed for one in earlier)
-    costs = [one.cost_usd for one in passes]
+    unknown = any(one.cost_usd is None for one in passes)
     return msgspec.structs.replace(
         last,
         requests=last.requests + lost,
@@ -291,7 +295,7 @@ def _whole(passes: list[Summary]) -> Summary:
         reasoning_tokens=sum(one.reasoning_tokens for one in passes),
         wall_s=round(sum(one.wall_s for one in passes), 3),
         errors=dict(sum((Counter(one.errors) for one in passes), Counter())),
-        cost_usd=None if None in costs else sum(cost or 0 for cost in costs),
+        cost_usd=None if unknown else (last.cost_usd or 0) + spent_by(turn_folders(run)).cost / PICO,
     )
 
 
@@ -315,7 +319,7 @@ def _save(run: Run) -> None:
             },
             "requests": counters.total,
             "completed": counters.resumed + counters.answered,
-            "failed": counters.failed_before + counters.failed,
+            "failed": counters.without_answer,
             "prompt_tokens": answers.prompt_tokens,
             "completion_tokens": answers.completion_tokens,
             "reasoning_tokens": answers.reasoning_tokens,
@@ -351,6 +355,6 @@ def _answers(run: Run) -> Contents:
 
 def _spent(run: Run) -> dict[str, Any]:
     """Tokens and USD of all calls, with what failed attempts may have cost; USD is None while no price is known."""
-    spent = spent_so_far(run.dir, _answers(run))
+    spent = spent_in(run.dir, _answers(run))
     price = price_of(run.recipe.teacher, run.recipe.generate.mode)
     return {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from generate.budget import budget_left, known_price
+from generate.budget import known_price, shared_budget
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError
@@ -42,9 +42,8 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     user = recipe.prompts.user
 
     def asking(prompts: PromptsConfig, folder: RunDir) -> Recipe:
-        others = {run.path, *(path for path in (run.path / "turns").glob("*/") if path.is_dir())} - {folder.path}
-        left = budget_left(recipe.budget, map(RunDir, sorted(others)))
-        return recipe.model_copy(update={"prompts": prompts, "budget": left})
+        others = [other for other in (run, *turn_folders(run)) if other.path != folder.path]
+        return recipe.model_copy(update={"prompts": prompts, "budget": shared_budget(recipe.budget, others)})
 
     if user is None:
         yield asking(recipe.prompts, run), run
@@ -75,9 +74,14 @@ def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
     return [*(RunDir(run.path / "turns" / side) for side in sides), run]
 
 
+def turn_folders(run: RunDir) -> list[RunDir]:
+    """The passes before the last that a run has, also those of an earlier recipe with more turns."""
+    return [RunDir(path) for path in sorted((run.path / "turns").glob("*/")) if path.is_dir()]
+
+
 def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
     """The user for lineage.json, and what the passes before the last have cost."""
-    before = [read_lineage(folder).get("generate", {}).get("spent", {}) for folder in pass_folders(run, user)[:-1]]
+    before = [read_lineage(folder).get("generate", {}).get("spent", {}) for folder in turn_folders(run)]
     return {"model": user.model, "turns": user.turns, "spent_before": spent_in_all(before)}
 
 

@@ -53,7 +53,6 @@ class _Workers:
         self._counts: list[dict[str, Any]] = []  # the last that each child told
         self._failed: list[DistillError] = []
         self._interrupted = False
-        self._failures_before = run.dir.failures.stat().st_size  # bytes of failures.jsonl that are of earlier calls
 
     async def send(self) -> Outcome:
         """Starts the children, listens to them until they end, and says how that was."""
@@ -91,7 +90,7 @@ class _Workers:
         first = len(self._children)
         for partition in partitions:
             self._counts.append(Counters().snapshot())
-            self._children.append(await _start(self._run, partition, self._failures_before))
+            self._children.append(await _start(self._run, partition))
         new = enumerate(self._children[first:], start=first)
         return await asyncio.gather(*(self._listen(index, child) for index, child in new))
 
@@ -112,7 +111,7 @@ class _Workers:
         return await child.wait()
 
 
-async def _start(run: Run, partition: Partition, failures_before: int) -> Process:
+async def _start(run: Run, partition: Partition) -> Process:
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "generate.workers"),
         stdin=PIPE,
@@ -122,7 +121,8 @@ async def _start(run: Run, partition: Partition, failures_before: int) -> Proces
         start_new_session=True,  # Ctrl-C is for the first process, which stops the others in order
     )
     assert child.stdin
-    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures, failures_before)))
+    earlier = run.failures.found.good_bytes  # of failures.jsonl: what follows has failed in this call
+    child.stdin.write(pickle.dumps((run.recipe, run.dir, partition, run.left.retry_failures, earlier)))
     await child.stdin.drain()
     return child
 
@@ -144,10 +144,11 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _send_partition(
-    recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, failures_before: int
-) -> None:
-    """Raises what ended it; an interrupt is the parent's to tell."""
+def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_failures: bool, earlier: int) -> None:
+    """Raises what ended it; an interrupt is the parent's to tell.
+
+    What failed in this call, behind the first `earlier` bytes of failures.jsonl, the last process leaves alone.
+    """
     counters = Counters()
     with opened_run(
         recipe,
@@ -158,10 +159,10 @@ def _send_partition(
         retry_failures=retry_failures,
         partition=partition,
     ) as run:
-        if partition == WHOLE:  # after the others: what has failed in this call is not asked again
+        if partition == WHOLE:  # the others have ended
             with folder.failures.open("rb") as file:
-                file.seek(failures_before)
-                for line in file:
+                file.seek(earlier)
+                for line in filter(bytes.strip, file):
                     run.left.failed.add(msgspec.json.decode(line, type=_Id).id)
         try:
             outcome = run_loop(_send(run))

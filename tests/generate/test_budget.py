@@ -7,18 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate.budget import Account, Budget, Spend, read_account, spent_so_far
+from generate.budget import Account, Budget, Spend, read_account, spent_in
 from generate.dry_run import describe, dry_run
 from generate.jobs import Partition
 from generate.journal import Contents
 from generate.prices import PICO, PRICES, Price, price_of
 from generate.run import generate
 from generate.tokens import TEMPLATE_TOKENS, counter
-from pipeline.errors import DataError
+from pipeline.errors import BudgetReached, DataError
+from pipeline.lineage import read_lineage
 from pipeline.recipe import BudgetConfig, Recipe, TeacherConfig
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
-from tests.servers.misbehaving_server import answer, misbehaving, recipe_for
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving, recipe_for
 
 PRICE = Price(input=2, output=10)  # pico-dollars a token
 
@@ -88,7 +89,19 @@ def test_a_budget_that_is_reached_says_what_was_spent_and_what_the_next_would_co
     assert "the next request can cost up to $0.000000 and 214 tokens; raise the budget and run the same" in str(reached)
 
 
-def test_without_budget_and_price_nothing_is_counted() -> None:
+def test_failed_attempts_of_a_call_without_a_budget_count_once_there_is_one(tmp_path: Path) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return answer("" if int(asked.text.split()[1]) < 8 else "fine")  # an empty answer is a failure; it costs 12
+
+    run = RunDir(tmp_path / "run")
+    with misbehaving(script) as server:
+        assert generate(recipe_for(server, 10), run, quiet=True).failed == 8
+        with pytest.raises(BudgetReached, match=r"120 of budget\.tokens 130 spent"):
+            generate(recipe_for(server, 13, budget={"tokens": 130}), run, quiet=True)
+    assert read_lineage(run)["generate"]["spent"]["tokens"] == 120
+
+
+def test_without_budget_price_and_file_nothing_is_counted() -> None:
     budget = Budget(BudgetConfig(), None, Spend())
     reservation = budget.reserve(10**9, 10**9)
     assert reservation is not None
@@ -172,15 +185,15 @@ def test_money_that_was_spent_stays_spent_whatever_changes(tmp_path: Path, later
     twice = Contents(prompt_tokens=2 * 10**6, completion_tokens=2 * 10**6)
     price = price_of(later.teacher, later.generate.mode)
     new = price.cost(10**6, 10**6) if price else 0
-    assert spent_so_far(run, twice).cost == round(4.8 * PICO) + new  # and what came later has its own price
-    assert spent_so_far(run, twice).tokens == 4 * 10**6
+    assert spent_in(run, twice).cost == round(4.8 * PICO) + new  # and what came later has its own price
+    assert spent_in(run, twice).tokens == 4 * 10**6
 
 
 def test_a_new_price_is_on_disk_before_anything_is_spent_at_it(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     Budget.open(priced(2.4), run, Contents())
     before = (tmp_path / "spend.json").read_bytes()
-    assert spent_so_far(run, MILLION).cost == round(4.8 * PICO)
+    assert spent_in(run, MILLION).cost == round(4.8 * PICO)
     assert (tmp_path / "spend.json").read_bytes() == before  # a dry run records nothing
     Budget.open(priced(1.0), run, MILLION)
     saved = json.loads((tmp_path / "spend.json").read_bytes())
@@ -192,7 +205,7 @@ def test_answers_that_came_while_no_price_was_known_stay_free(tmp_path: Path) ->
     Budget.open(priced(None), run, Contents())
     assert Budget.open(priced(0.5), run, MILLION).spent == Spend(2 * 10**6, 0)
     more = Contents(prompt_tokens=2 * 10**6, completion_tokens=10**6)
-    assert spent_so_far(run, more) == Spend(3 * 10**6, PICO // 2)
+    assert spent_in(run, more) == Spend(3 * 10**6, PICO // 2)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

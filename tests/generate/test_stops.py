@@ -16,7 +16,8 @@ from tenacity import wait_fixed
 import pipeline.cli
 from generate.endpoint import Endpoint
 from generate.run import generate, pending
-from pipeline.errors import DataError, DistillError, RecipeError
+from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError
+from pipeline.lineage import read_lineage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
     Asked,
@@ -123,6 +124,24 @@ def test_failures_are_left_alone_until_they_are_asked_for(run: RunDir, capsys: p
         assert generate(recipe, run, quiet=True).failed == 0
     assert len(completions(run)) == 10
     assert len(failures(run)) == 1  # the journal is not rewritten; the answer counts
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_failures_that_a_budget_keeps_from_a_retry_are_failures_still(run: RunDir, processes: int) -> None:
+    broken = True
+
+    def script(asked: Asked) -> Behaviour:
+        return error(400) if broken and asked.text in ("say 0", "say 1", "say 2") else answer()
+
+    with misbehaving(script) as server:
+        given = {"sampling": {"max_tokens": 20}, "generate": {"concurrency": 1, "processes": processes}}
+        assert generate(recipe_for(server, 8, **given), run, quiet=True).failed == 3
+        broken = False
+        tight = recipe_for(server, 8, budget={"tokens": 5 * 12 + 12 + 215}, **given)
+        with pytest.raises(BudgetReached):
+            generate(tight, run, quiet=True, retry_failures=True)
+    found = read_lineage(run)["generate"]
+    assert found["failed"] == 3 - found["last_call"]["answered"] == 8 - found["completed"]
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,42 @@ def test_turns_that_were_taken_back_are_paid_all_the_same(later: int | None, run
         assert 0 < 12 * (len(teacher.asked) + len(user.asked)) <= 1500
 
 
+def test_the_end_of_the_budget_and_a_dry_run_name_the_budget_of_the_recipe(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
+        given = {"sampling": {"max_tokens": 10}, "generate": {"concurrency": 1}}
+        for tokens in (700, 20):  # the second budget is spent before the call
+            recipe = talk(teacher, user, 20, 1, budget={"tokens": tokens}, **given)
+            with pytest.raises(BudgetReached) as stopped:
+                generate(recipe, run, quiet=True)
+            spent = 12 * (len(teacher.asked) + len(user.asked))
+            assert len(user.asked) > 0 and f"{spent:,} of budget.tokens {tokens} spent" in str(stopped.value)
+        price = {"input": 1, "output": 1}
+        dry = recipe.model_dump(mode="json", exclude={"student"}) | {"budget": {"tokens": 10**6}}
+        dry["teacher"]["price"] = dry["prompts"]["user"]["price"] = price
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(dry))
+    monkeypatch.setattr("sys.argv", ["generate", str(path), "--run", str(run.path), "--dry-run"])
+    main()
+    said = capsys.readouterr().out
+    assert f"{spent:,} tokens" in said and "budget.tokens 1,000,000 is enough for all" in said
+
+
+def test_what_was_spent_in_all_does_not_fall_with_fewer_turns(run: RunDir) -> None:
+    with misbehaving(reply_of("teacher")) as teacher:
+        about = {"model": "stub", "base_url": teacher.url, "price": {"input": 10**6, "output": 10**6}}
+        for turns in (2, 1, None):
+            recipe = recipe_for(teacher, 3, teacher=about)
+            prompts = recipe.prompts.model_dump() | {"user": turns and {"turns": turns}}
+            recipe = Recipe.model_validate(recipe.model_dump() | {"prompts": prompts})
+            assert generate(recipe, run, quiet=True).cost_usd == 12 * len(teacher.asked)
+            if turns:
+                generated = read_lineage(run)["generate"]
+                spent = generated["spent"]["usd"] + generated["user"]["spent_before"]["usd"]
+                assert spent == 12 * len(teacher.asked)
+
+
 def test_a_user_without_a_price_is_told_before_anything_is_paid(run: RunDir) -> None:
     with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
         about = {"model": "stub", "base_url": teacher.url, "price": {"input": 1, "output": 1}}

@@ -1,0 +1,135 @@
+"""Batches of earlier calls: what they may cost and have cost counts, and what they answer is kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generate.run import generate
+from pipeline.errors import BudgetReached, DistillError
+from pipeline.lineage import read_lineage
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from tests.servers.fake_batch_api import FakeBatches, batch_recipe, fake_batches, line, priced
+from tests.servers.misbehaving_server import misbehaving, recipe_for, reply
+
+LONG = {"template": "x" * 2000 + " {n}", "slots": {"n": [str(number) for number in range(10)]}}
+
+
+@pytest.fixture(autouse=True)
+def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def left_at_work(fake: FakeBatches, recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> None:
+    """A call that ends while its batch is at work."""
+    fake.failing_polls = 99
+    with pytest.raises(DistillError, match="the batches are under way"):
+        generate(recipe, run, quiet=True, retry_failures=retry_failures)
+    fake.failing_polls = 0
+
+
+def tokens_spent(run: RunDir) -> int:
+    tokens: int = read_lineage(run)["generate"]["spent"]["tokens"]
+    return tokens
+
+
+def counted(body: dict[str, Any]) -> dict[str, Any]:
+    """A reply whose prompt has a token for each byte of the request."""
+    prompt_tokens = len(json.dumps(body))
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 5, "total_tokens": prompt_tokens + 5}
+    return {**reply("answer"), "usage": usage}
+
+
+def test_a_file_of_an_earlier_call_is_not_sent_if_the_budget_does_not_cover_its_prompts(run: RunDir) -> None:
+    with fake_batches(outcome=lambda id_, body, batch: line(id_, body=counted(body))) as fake:
+        long = {"prompts": {**LONG, "count": 10}, "sampling": {"max_tokens": 50}}
+        generate(batch_recipe(fake, **long), run, quiet=True, write_batches=True)
+        with pytest.raises(BudgetReached):
+            generate(batch_recipe(fake, budget={"tokens": 3000}, **long), run, quiet=True)
+        assert sum(fake.asked.values()) == 1 and 2000 < tokens_spent(run) <= 3000
+
+
+def test_a_file_is_not_sent_beside_a_batch_that_has_the_budget(run: RunDir) -> None:
+    with fake_batches() as fake, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generate.batch_files.MOST_REQUESTS", 5)
+        recipe = batch_recipe(fake, 10, sampling={"max_tokens": 5})
+        left_at_work(fake, recipe, run)
+        state = json.loads((run.path / "batches/state.json").read_text())
+        state["chunks"][1] |= {"batch_id": None, "file_id": None, "status": "written"}  # as if killed before
+        (run.path / "batches/state.json").write_text(json.dumps(state))
+        del fake.batches["batch_2"]
+        most = sum(chunk["prompt_tokens"] + chunk["completion_tokens"] for chunk in state["chunks"])
+        generate(batch_recipe(fake, 10, sampling={"max_tokens": 5}, budget={"tokens": most - 1}), run, quiet=True)
+        assert (run.path / "batches/003.input.jsonl").exists()  # written anew, once the first had ended
+
+
+def test_answers_without_usage_cost_the_same_if_a_later_call_collects_them(tmp_path: Path) -> None:
+    runs = [RunDir(tmp_path / name) for name in ("at_once", "later")]
+    with fake_batches(outcome=lambda id_, body, batch: line(id_, body=reply("answer", usage=False))) as fake:
+        recipe = batch_recipe(fake, prompts={**LONG, "count": 5}, sampling={"max_tokens": 50}, budget={"tokens": 10**6})
+        left_at_work(fake, recipe, runs[1])
+        for run in runs:
+            generate(recipe, run, quiet=True)
+    assert tokens_spent(runs[0]) == tokens_spent(runs[1]) > 10_000
+
+
+def test_online_a_batch_under_way_counts_as_the_most_that_it_can_cost(run: RunDir) -> None:
+    with fake_batches() as fake, misbehaving() as server:
+        asking = batch_recipe(fake, 10, sampling={"max_tokens": 5})
+        left_at_work(fake, asking, run)
+        (chunk,) = json.loads((run.path / "batches/state.json").read_text())["chunks"]
+        budget = {"tokens": chunk["prompt_tokens"] + chunk["completion_tokens"] + 400}
+        with pytest.raises(BudgetReached):
+            generate(
+                recipe_for(server, 40, generate={"concurrency": 1}, sampling={"max_tokens": 5}, budget=budget),
+                run,
+                quiet=True,
+            )
+        assert 0 < 12 * len(server.asked) <= 400
+        assert tokens_spent(run) == budget["tokens"] - 400 + 12 * len(server.asked)
+        generate(asking, run, quiet=True)
+        assert tokens_spent(run) == 12 * (len(server.asked) + 10)  # it is collected: what it cost is known
+
+
+def test_a_batch_is_collected_though_nothing_is_left_to_ask(run: RunDir) -> None:
+    with fake_batches() as fake:
+        few, many = (batch_recipe(fake, count, teacher=priced(fake)) for count in (3, 8))
+        generate(few, run, quiet=True)
+        left_at_work(fake, many, run)
+        assert generate(few, run, quiet=True).cost_usd == (3 + 5) * 6
+
+
+def test_answers_to_a_retry_are_kept_by_the_plain_command(run: RunDir) -> None:
+    broken = True
+
+    def outcome(id_: str, body: dict[str, Any], batch: int) -> dict[str, Any]:
+        bad = broken and body["messages"][-1]["content"] in ("say 0", "say 1")
+        return line(id_, 400, {"error": {"message": "no such thing", "code": "x"}}) if bad else line(id_)
+
+    with fake_batches(outcome=outcome) as fake:
+        assert generate(batch_recipe(fake, 4), run, quiet=True).failed == 2
+        broken = False
+        left_at_work(fake, batch_recipe(fake, 4), run, retry_failures=True)
+        summary = generate(batch_recipe(fake, 6), run, quiet=True)
+    assert (summary.completed, summary.answered, summary.failed) == (6, 4, 0)
+
+
+def test_a_file_by_hand_of_a_retry_is_collected_without_the_flag(run: RunDir, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with fake_batches(
+        outcome=lambda id_, body, batch: line(id_, 400, {"error": {"message": "no", "code": "x"}})
+    ) as fake:
+        recipe = batch_recipe(fake, 2)
+        assert generate(recipe, run, quiet=True).failed == 2
+    generate(recipe, run, quiet=True, retry_failures=True, write_batches=True)
+    written = (run.path / "batches" / "002.input.jsonl").read_text().splitlines()
+    output.write_text("".join(json.dumps(line(json.loads(text)["custom_id"])) + "\n" for text in written))
+    summary = generate(recipe, run, quiet=True, collect=output)
+    assert (summary.completed, summary.failed) == (2, 0)
