@@ -7,7 +7,9 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import chat.models
 import evaluate.measure.serving
@@ -29,7 +31,7 @@ def recipe_at(url: str, student: str = "base") -> Recipe:
 def model(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"dtype": "float32", "max_position_embeddings": 512}))
-    (folder / "model.safetensors").write_bytes(bytes(1000))
+    save_file({"weight": np.zeros(250, np.float32)}, folder / "model.safetensors")
     return folder
 
 
@@ -64,7 +66,7 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
     merged = run.path / "evaluation" / "student_after-merged"
     assert reference_of(recipe, run, "student") == reference_of(recipe, run, "student") == str(merged)
     assert merges == [(base, whole)]
-    (whole / "model.safetensors").write_bytes(bytes(999))  # trained again
+    save_file({"weight": np.ones(250, np.float32)}, whole / "model.safetensors")  # trained again
     reference_of(recipe, run, "student")
     assert len(merges) == 2
 
@@ -170,7 +172,12 @@ def test_a_damaged_adapter_is_one_clear_error(tmp_path: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(run.student)
     weights = run.student / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    whole, recipe = weights.read_bytes(), recipe_at("http://localhost:8000/v1", str(base))
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(UsageError, match=f"{weights}: 1,000 bytes, empty or cut off"):
+        reference_of(recipe, run, "student")
+    weights.write_bytes(whole)
+    (run.student / "adapter_config.json").write_text('{"peft_type": "NONE"}')
     with pytest.raises(RecipeError, match=f"{run.student}: cannot load this adapter: "):
-        reference_of(recipe_at("http://localhost:8000/v1", str(base)), run, "student")
+        reference_of(recipe, run, "student")
     assert [path.name for path in (run.path / "evaluation").iterdir()] == [".student_after-merged.lock"]
