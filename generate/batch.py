@@ -205,11 +205,17 @@ class Batches:
 
     def _give_up(self, chunk: Chunk, why: str) -> None:
         """Leaves a chunk that has no batch; its requests can be written again."""
+        self._release(chunk)
         for id_ in self._folder.sent(chunk):
             self._settle(id_, None)
         chunk.collected = True
         self._folder.save()
         self._run.say(why)
+
+    def _release(self, chunk: Chunk) -> None:
+        """Gives back what is held for a batch of an earlier call: its requests count for themselves from now on."""
+        if held := self._held.pop(chunk.name, None):
+            self._limit.settle(held, None, billed=False)
 
     def _refused(self, chunk: Chunk, batch_id: str, words: str) -> None:
         """The account has its limit of tokens enqueued: with others, this one waits; alone, it is too large.
@@ -246,8 +252,7 @@ class Batches:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
-        if held := self._held.pop(chunk.name, None):
-            self._limit.settle(held, None, billed=False)  # each answer is charged for itself
+        self._release(chunk)
         self._record(outcomes, f"batch {batch.id}", sent, chunk.price, again=again)
         for id_ in sent:  # of a batch that failed
             self._settle(id_, None)

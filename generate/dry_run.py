@@ -7,7 +7,7 @@ bound, and an expected number once there are answers. Attempts that fail after t
 
 from dataclasses import dataclass
 
-from generate.budget import known_price, spent_so_far
+from generate.budget import known_price, spend_under_way, spent_so_far
 from generate.client import check_teacher
 from generate.context import Left
 from generate.dialect import Dialect
@@ -62,6 +62,8 @@ def dry_run(recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> Dry
     found = read_journal(run.completions, Completion)
     left = Left(found.ids, read_journal(run.failures, Failure).ids, retry_failures=retry_failures)
     price, spent = known_price(recipe), spent_so_far(recipe.budget, run, found)
+    if recipe.generate.mode == "batch":  # what is under way is collected, and stands among what is to be asked
+        spent -= spend_under_way(run)
     count, dialect = counter(recipe.teacher.model), Dialect()
     dry = DryRun(price=price, spent_tokens=spent.tokens, spent=spent.cost / PICO)
     counters = Counters()

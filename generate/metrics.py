@@ -73,7 +73,8 @@ class _Collector:
             add("in_flight_limit", [endpoint], counts.limit)
             add("up", [endpoint], counts.up)
         counters = self._counters
-        done = {"answered": counters.resumed + counters.answered, "failed": counters.without_answer}
+        answered = counters.resumed + counters.answered
+        done = {"answered": answered, "failed": counters.done - answered}  # failed, and not to be asked again
         for state, value in {**done, "waiting": counters.waiting, "left": counters.left}.items():
             add("run_requests", [state], value)
         if (usd := self._cost()) is not None:

@@ -16,8 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
 PLAIN_INTERVAL_S = 5.0
 SUMMED = (
-    *("answered", "failed", "settled_again", "in_flight", "waiting"),
-    *("prompt_tokens", "completion_tokens", "reasoning_tokens"),
+    "answered",
+    "failed",
+    "settled_again",
+    "in_flight",
+    "waiting",
+    "prompt_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
 )
 
 

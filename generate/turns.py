@@ -57,12 +57,11 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
     for answers, replies in zip(turns[::2], turns[1::2], strict=True):
         teacher = asking(prompts, answers)
         yield teacher, answers
-        asked = _requests(teacher)
-        questions = _written(replies.path / "questions.jsonl", _for_user(answers, asked, user))
+        questions = _written(replies.path / "questions.jsonl", _for_user(answers, teacher, user))
         player = _as_user(asking(PromptsConfig(file=questions), replies), user)
         yield player, replies
-        said = {request.prompt_id: text for request, text in _whole(replies, _requests(player))}
-        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, asked, said))
+        said = {request.prompt_id: text for request, text in _whole(replies, player)}
+        questions = _written(answers.path / "next.jsonl", _for_teacher(answers, teacher, said))
         parts = own.model_dump(include={"seed", "validation", "test", "group"})
         prompts = PromptsConfig(file=questions, **parts)
     yield asking(prompts.model_copy(update={"user": user}), run), run
@@ -104,15 +103,15 @@ def _written(path: Path, prompts: Iterator[Prompt]) -> Path:
     return path
 
 
-def _for_user(answers: RunDir, asked: dict[str, Request], user: UserConfig) -> Iterator[Prompt]:
-    for request, text in _whole(answers, asked):
+def _for_user(answers: RunDir, teacher: Recipe, user: UserConfig) -> Iterator[Prompt]:
+    for request, text in _whole(answers, teacher):
         turns = [*request.messages, Message("assistant", text)]
         yield Prompt(id=_conversation(request), messages=as_the_user_sees(turns, user.system or SYSTEM))
 
 
-def _for_teacher(answers: RunDir, asked: dict[str, Request], said: dict[str, str]) -> Iterator[Prompt]:
+def _for_teacher(answers: RunDir, teacher: Recipe, said: dict[str, str]) -> Iterator[Prompt]:
     """`said`: the user's message by conversation."""
-    for request, text in _whole(answers, asked):
+    for request, text in _whole(answers, teacher):
         id_ = _conversation(request)
         if id_ in said:
             turns = [*request.messages, Message("assistant", text), Message("user", said[id_])]
@@ -133,15 +132,12 @@ def _check_names(recipe: Recipe) -> None:
             raise DataError(f"the prompts {other!r} and {id_!r} would share the conversation {name!r}: rename one")
 
 
-def _requests(recipe: Recipe) -> dict[str, Request]:
-    """The requests of a pass as the recipe is now, by id. Its journal may hold others, and may name their prompts as an
-    earlier recipe did.
+def _whole(folder: RunDir, recipe: Recipe) -> Iterator[tuple[Request, str]]:
+    """The answers of a pass with which a conversation can go on: what the recipe asks, and the answer's text.
+
+    The journal may hold answers to other requests, and may name the prompts as an earlier recipe did.
     """
-    return {job.request.id: job.request for job in build_jobs(iter_prompts(recipe), recipe)}
-
-
-def _whole(folder: RunDir, asked: dict[str, Request]) -> Iterator[tuple[Request, str]]:
-    """The answers of a pass with which a conversation can go on: what was asked, of `asked`, and the answer's text."""
+    asked = {job.request.id: job.request for job in build_jobs(iter_prompts(recipe), recipe)}
     ended = 0
     for row in read_jsonl(folder.completions, Completion):
         if row.id not in asked:

@@ -162,8 +162,9 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
         if partition == WHOLE:  # the others have ended
             with folder.failures.open("rb") as file:
                 file.seek(earlier)
-                for line in filter(bytes.strip, file):
-                    run.left.failed.add(msgspec.json.decode(line, type=_Id).id)
+                for line in file:
+                    if line.strip():
+                        run.left.failed.add(msgspec.json.decode(line, type=_Id).id)
         try:
             outcome = run_loop(_send(run))
         finally:

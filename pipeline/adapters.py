@@ -101,7 +101,7 @@ def torn_file(folder: Path) -> Path | None:
 
 def _is_whole(path: Path) -> bool:
     size = path.stat().st_size
-    if path.suffix in (".bin", ".pt", ".pth"):  # PyTorch's, zip files
+    if path.suffix in (".pt", ".pth"):  # of a checkpoint: zip files
         return zipfile.is_zipfile(path)
     if path.suffix == ".json":
         return size > 0

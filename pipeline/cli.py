@@ -96,7 +96,10 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         _discard_output(1)
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
-        if error.filename is None:  # what prints knows no name; files of a run have theirs
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # it was this
             _discard_output(1)
         where = error.filename or "standard output or a file"
         print(f"error: {where}: {error.strerror or error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from generate.budget import Account as SpendFile
-from generate.budget import Spend, known_price, spent_in, write_account
+from generate.budget import Spend, known_price, spent_so_far, write_account
 from generate.context import Run
 from generate.idset import IdSet
 from pipeline.errors import DataError
@@ -44,10 +44,11 @@ class Collector:
         self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
 
     def spent_before(self) -> Spend:
-        """What the run has spent beside what the state charges."""
+        """What is spent of the budget beside what the state charges: by the run, and by those that share its budget."""
         if self._counts:
             write_account(self._run.dir.path / SPEND_FILE, SpendFile(self.state.unsaid))
-        return spent_in(self._run.dir, self._run.completions.found) - self.state.charged
+        spent = spent_so_far(self._run.recipe.budget, self._run.dir, self._run.completions.found)
+        return spent - self.state.charged
 
     def drop_leftovers(self) -> None:
         """Removes, with the next `save`, what is left of writers that the state does not charge.

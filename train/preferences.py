@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.adapters import check_whole
 from pipeline.chat import asked_of_student
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
@@ -33,6 +34,7 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
     else:
         folder = run.student if learned_from_answers(run.student) else run.student_sft
     if not trained_section(folder):
+        check_whole(folder if folder.is_dir() else run.student)
         raise UsageError(
             f"{folder}: no student to start from; train.method {recipe.train.method} follows another method: train "
             "with that one first, or name a student's folder in train.start"

@@ -322,6 +322,11 @@ def _begun(work: Path) -> str:
     return mark.read_text() if mark.is_file() else ""
 
 
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.partition("-")[2]
+    return int(step) if step.isdecimal() else 0  # a folder of the user's own is no whole checkpoint
+
+
 def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
     """Prepares the folder of checkpoints: only whole ones of this very training stay.
 
@@ -335,7 +340,7 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
             shutil.rmtree(work)
         work.mkdir(parents=True)
         (work / FINGERPRINT).write_text(fingerprint + (AGAIN if again else ""))
-    for folder in sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2])):
+    for folder in sorted(work.glob("checkpoint-*"), key=_step):
         try:
             state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
         except (FileNotFoundError, ValueError):
@@ -358,13 +363,13 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
+    sync_files(folder)  # an older student and the checkpoints go only when this one is on disk
     work = folder.parent
     further, of_answers = recipe.train.further, learned_from_answers(run.student)
     if of_answers or not further:
         shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
-    sync_files(folder)  # the checkpoints go only when the student is on disk
     folder.rename(run.student)
     sync_folder(run.path)
     (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from

@@ -55,7 +55,7 @@ class VerifiedAnswers:
         """
         found: dict[str, dict[str, float]] = {key: {} for key in self.reasons}
         for part, prompts in self.prompts.items():
-            mark = ", unseen" * (part == "verified_unseen")
+            mark = ", unseen" if part == "verified_unseen" else ""
             for key, reasons in self.reasons.items():
                 wrong = [reasons[prompt.id][0] for prompt in prompts if reasons[prompt.id]]
                 first = Counter(": ".join(filter(None, [one.rule, one.what])) + mark for one in wrong)

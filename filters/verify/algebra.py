@@ -19,9 +19,14 @@ _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
 _DOLLARS = re.compile(r"(?<!\\)\$")
 _END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
-_NO_UNITS = "and|or|pi|sqrt|sin|cos|tan|log|ln|exp|percent|hundred|thousand|million|billion|factorial|squared|cubed"
+_NO_UNITS = (  # words that make another value of the number before them
+    "and|or|pi|in|mod|sqrt|(?:a|arc)?(?:sin|cos|tan|sec|csc|cot)h?|log|ln|exp|percent|factorial|squared|cubed|dozen|hundred|"
+    "thousand|million|billion|hal(?:f|ves)|thirds?|quarters?|fifths?|tenths?|hundredths?|times|plus|minus|over"
+)
 _THEN_WORDS = re.compile(  # `5 apples`, `2/5, so we are done`
-    rf"([^\s\d]*\d\S*?)[.,;:]? +(?!.*\b(?:{_NO_UNITS}|times|plus|minus|over)\b)[^\W\d_]{{2}}[^\d\\^=]*", re.IGNORECASE
+    rf"([^\s\d]*\d\S*?)(?:[.,;:] +(?=\w+ )| +(?=[^\W\d_]{{3}}))(?!.*\b(?:{_NO_UNITS})\b)"
+    r"[^\W\d_]+(?:[ ,.;:]+[^\W\d_]+)*",
+    re.IGNORECASE,
 )
 
 
@@ -31,7 +36,8 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     `exact` is nothing but the value, where it could be told from the text. Raises ValueError if the reference is no
     value.
     """
-    gold, found = _read(f"${_value(reference)}$"), _read(f"${_value(exact)}$" if exact else _plain_numbers(text))
+    gold = _read(f"${_value(reference)}$")
+    found = _read(f"${_without_words(_value(exact))}$" if exact else _plain_numbers(text))
     if not gold:
         raise ValueError(f"the reference cannot be read: {reference[:80]}")
     same = math_verify.verify(gold, found, timeout_seconds=None) and _are_close(gold[0], found[0])
@@ -39,14 +45,18 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> str:
-    r"""A value without what stands around it (`$`, `**`, `\(…\)`, a full stop, words after a number), for LaTeX."""
+    r"""A value without what stands around it (`$`, `**`, `\(…\)`, a full stop), for LaTeX."""
     text = _END.sub("", _DOLLARS.sub("", text).lstrip("*` \n"))
     for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(start) and text.endswith(end):
             text = text[2:-2].strip()
-    text = _plain_numbers(text)
-    then_words = _THEN_WORDS.fullmatch(text)
-    return then_words[1] if then_words else text
+    return _plain_numbers(text)
+
+
+def _without_words(value: str) -> str:
+    """A number without the plain words after it."""
+    then_words = _THEN_WORDS.fullmatch(value)
+    return then_words[1] if then_words else value
 
 
 def _plain_numbers(text: str) -> str:

@@ -122,6 +122,14 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
 
 
 def _label(text: str, labels: list[str]) -> str:
-    """A text without the marks around it, unless it is a label as it stands (`.NET`) or there are only marks."""
-    text = folded(text)
-    return text if text in map(folded, labels) else text.strip(_AROUND) or text
+    """The label that a text is as it stands (`.NET`), else the one that it is without the marks around both.
+
+    If it is none: the text without marks, or as it stands if it has nothing else.
+    """
+    text, known = folded(text), [folded(label) for label in labels]
+    if text in known:
+        return text
+    bare = text.strip(_AROUND) or text
+    if bare in known:
+        return bare
+    return next((label for label in known if label.strip(_AROUND) == bare), bare)

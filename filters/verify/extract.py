@@ -14,7 +14,7 @@ from filters.answer import Answer, RuleSettings
 from filters.verify.guard import Unreadable, Unverified
 
 _FENCE = re.compile(
-    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+    r"^[ \t]*(`{3,}|~{3,}(?=\w))[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
 )
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
 _MINUS = str.maketrans("−–－", "---")
@@ -49,21 +49,21 @@ def beside_recipe(name: str | Path, info: ValidationInfo) -> Path:
 
 
 def fenced_block(text: str, *languages: str) -> str:
-    """The first ``` or ~~~ block of one of these languages, else the first block, else the whole text.
+    """The first ``` or ~~~language block of one of these languages, else the first block, else the whole text.
 
-    A block may lack its end, and a text its beginning. A text that is one line may hold both, and a language.
+    A block of ``` may lack its end, and a text its beginning. A text that is one line may hold both, and a language.
     """
+    text = text.strip()
     blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
     named = [block for language, block in blocks if language in languages]
     if blocks:
         return (named or [blocks[0][1]])[0].strip()
-    text = text.strip()
     if text.endswith("```"):
         text = text.removesuffix("```").strip()
         if text.startswith("```"):
             text = text.removeprefix("```").strip()
-            for language in languages:
-                text = text.removeprefix(f"{language} ")
+            language, _, rest = text.partition(" ")
+            text = rest if language.lower() in languages else text
     return text.strip()
 
 
@@ -84,7 +84,9 @@ def same_number(number: float, reference: float, tolerance: float | None) -> boo
     """Whether a number is the reference, give or take a share of it. None: whole numbers exactly, others by 1e-6."""
     if tolerance is None:
         tolerance = 0 if _is_whole(number) and _is_whole(reference) else 1e-6
-    return number == reference or abs(number - reference) <= tolerance * abs(reference)
+    if number == reference or math.isinf(reference):
+        return number == reference
+    return abs(number - reference) <= tolerance * abs(reference)
 
 
 def _is_whole(number: float) -> bool:

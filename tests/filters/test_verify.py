@@ -89,6 +89,8 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
         ({"reference": True, "labels": ["NET", ".NET"]}, ".NET", "NET", "choice", ".net"),
         ({"reference": True, "labels": ["NET", ".NET"]}, "(NET).", "NET", "passes", "net"),
         ({"reference": True, "labels": ["?", "!"]}, "!", "?", "choice", "!"),
+        ({"reference": True, "labels": ["(A)", "(B)"]}, "**A**.", "(A)", "passes", "(a)"),
+        ({"labels": ["Yes.", "No."]}, "yes", None, "passes", "yes."),
     ],
 )
 def test_choice(settings: dict[str, Any], text: str, reference: Any, expected: str, result: str | None) -> None:
@@ -242,6 +244,10 @@ def test_math_reads_numbers_as_a_person_does(text: str, reference: str, expected
         ("$5$.", "5", "6"),
         ("5 \\pi", "5\\pi", "5"),
         ("5\\,", "5", "6"),
+        ("3 apples are left", "3", "4"),
+        ("3 xy", "3xy", "3"),
+        ("2 tenths", "2 tenths", "2"),
+        ("3 \\sec x", "3 \\sec x", "3"),
     ],
 )
 def test_math_reads_what_a_pattern_finds(text: str, right: str, wrong: str) -> None:
@@ -258,7 +264,9 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
     assert fenced_block("````md\n```\nx\n```\n````") == "```\nx\n```"
     assert fenced_block("```sql\nSELECT 1```\nor\n```sql\nSELECT 2\n```", "sql") == "SELECT 1"
     assert fenced_block("```sql SELECT 1```", "sql") == fenced_block("```SELECT 1```", "sql") == "SELECT 1"
-    assert fenced_block("x = 1\n```") == "x = 1" and fenced_block("``````") == ""
+    assert fenced_block("```SQL SELECT 1```", "sql") == "SELECT 1"
+    assert fenced_block("Title\n~~~~~\nHere:\n```sql\nSELECT 1\n```", "sql") == "SELECT 1"
+    assert fenced_block("x = 1\n```\n") == "x = 1" and fenced_block("``````") == ""
     assert boxed("\\boxed{1} or \\boxed{\\frac{1}{2}} {") == "\\frac{1}{2}"
     assert boxed("\\boxed{1") is None
     assert [last_number(text) for text in ("-1.5e3", "3 of 1,234", "v2.", "1e999", "")] == [-1500, 1234, 2, None, None]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from generate.dry_run import dry_run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError
 from pipeline.lineage import read_lineage
@@ -96,6 +97,24 @@ def test_online_a_batch_under_way_counts_as_the_most_that_it_can_cost(run: RunDi
         assert tokens_spent(run) == budget["tokens"] - 400 + 12 * len(server.asked)
         generate(asking, run, quiet=True)
         assert tokens_spent(run) == 12 * (len(server.asked) + 10)  # it is collected: what it cost is known
+
+
+def test_a_batch_that_is_too_large_gives_back_what_it_was_to_cost(run: RunDir) -> None:
+    with fake_batches(most_enqueued=3) as fake:
+        left_at_work(fake, batch_recipe(fake, 6, sampling={"max_tokens": 5}), run)
+        (chunk,) = json.loads((run.path / "batches/state.json").read_text())["chunks"]
+        budget = {"tokens": chunk["prompt_tokens"] + chunk["completion_tokens"]}
+        summary = generate(batch_recipe(fake, 6, sampling={"max_tokens": 5}, budget=budget), run, quiet=True)
+        assert summary.completed == 6
+
+
+def test_a_dry_run_counts_a_batch_under_way_once(run: RunDir) -> None:
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake, 6, teacher=priced(fake))
+        left_at_work(fake, recipe, run)
+        assert dry_run(recipe, run).spent == 0
+        online = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"mode": "online"})})
+        assert dry_run(online, run).spent > 0
 
 
 def test_a_batch_is_collected_though_nothing_is_left_to_ask(run: RunDir) -> None:

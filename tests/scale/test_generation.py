@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from generate.budget import SharedBudget
 from generate.run import Summary, _opened, _summary
 from pipeline.errors import BudgetReached, DistillError
 from pipeline.lineage import read_lineage
@@ -215,6 +216,15 @@ async def test_the_budget_ends_it_where_one_machine_would_and_a_raised_one_goes_
         await drive(more, run, FakeCluster(2))
         assert len(server.asked) == 100
     assert whole(run, 100)
+
+
+async def test_what_other_runs_have_spent_of_a_budget_that_they_share_is_spent(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
+        shared = SharedBudget(tokens=1000, others_tokens=600)
+        recipe = recipe_for(server, 100, sampling={"max_tokens": 5}).model_copy(update={"budget": shared})
+        with pytest.raises(BudgetReached, match=r"of budget\.tokens 1,000"):
+            await drive(recipe, run, FakeCluster(2))
+        assert 0 < 12 * len(server.asked) <= 400
 
 
 class Deaf(Folder):

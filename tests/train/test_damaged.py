@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from train.preferences import start_of
 from train.publish.export import export_model
 from train.run import train_run
 
@@ -93,6 +94,17 @@ def test_a_damaged_student_is_named_with_its_fix(recipe: Recipe, trained: RunDir
             with pytest.raises(UsageError, match=rf"student/{file}: {left} bytes, empty or cut off.*--again\)"):
                 use(recipe, trained)
         assert not (trained.path / "export").exists()
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_damaged_student_to_start_from_is_named(recipe: Recipe, trained: RunDir) -> None:
+    path = trained.student / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    try:
+        with pytest.raises(UsageError, match=r"student/model\.safetensors: 0 bytes, empty or cut off"):
+            start_of(recipe.model_copy(update={"train": recipe.train.model_copy(update={"method": "dpo"})}), trained)
     finally:
         path.write_bytes(whole)
 
