@@ -2,12 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from evaluate.document import WinRate
 from evaluate.figures.quality import measure_quality, win_rates
@@ -143,18 +143,12 @@ def test_what_was_judged_is_not_asked_again_and_a_new_answer_is(tmp_path: Path) 
     assert second.scores["teacher"] == first.scores["teacher"]
 
 
-def test_pairs_have_what_the_scores_left_of_the_judge_s_budget(tmp_path: Path) -> None:
-    answers = texts(teacher=lambda i: f"bad {i}", student_after=lambda i: f"good {i}")
-    ask(judge_of(better), tmp_path, answers, budget={"tokens": 10_000_000})
-    evaluation = tmp_path / "evaluation"
-    (scored,) = (evaluation / "judge").rglob("lineage.json")
-    (asked,) = (evaluation / "pairs").rglob("recipe.yaml")
-    spent = json.loads(scored.read_bytes())["generate"]["spent"]["tokens"]
-    assert spent > 0
-    assert yaml.safe_load(asked.read_text())["budget"]["tokens"] == 10_000_000 - spent
+def spent_in(folder: Path) -> int:
+    sections = (json.loads(file.read_bytes()) for file in folder.rglob("lineage.json"))
+    return sum(section["generate"]["spent"]["tokens"] for section in sections)
 
 
-def test_scores_of_another_student_have_what_scores_and_pairs_left_of_the_budget(tmp_path: Path) -> None:
+def test_scores_and_pairs_of_all_students_share_the_judge_s_budget(tmp_path: Path) -> None:
     both = json.dumps({"fit": 3, "score": 3, "better": "A"})
     with misbehaving(lambda asked: answer(both, usage=False)) as server:  # each is charged in full
 
@@ -165,9 +159,11 @@ def test_scores_of_another_student_have_what_scores_and_pairs_left_of_the_budget
 
         judge("first", 10_000_000)
         asked = len(server.asked)
-        sections = (json.loads(file.read_bytes()) for file in tmp_path.rglob("lineage.json"))
         with pytest.raises(BudgetReached):
-            judge("second", sum(section["generate"]["spent"]["tokens"] for section in sections))
+            judge("second", spent_in(tmp_path))  # it has scores to ask for
+        shutil.rmtree(tmp_path / "evaluation/pairs")
+        with pytest.raises(BudgetReached):
+            judge("first", spent_in(tmp_path))  # it has pairs to ask about
         assert len(server.asked) == asked == 2 * 8 + 2 * 8
 
 
