@@ -3,6 +3,7 @@
 import errno
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_a_terminal_that_closes_interrupts() -> None:
     main = "def main():\n    print('begun', flush=True)\n    time.sleep(60)"
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.execv(sys.executable, _code(main))
     assert os.read(terminal, 5) == b"begun"
     os.close(terminal)
