@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline.errors import DataError, DistillError
 from pipeline.records import Completion, Dropped, Kept, Reason, read_jsonl
-from pipeline.rundir import RunDir, sync_folder
+from pipeline.rundir import RunDir, sync_path
 
 
 class _Row(Completion, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,7 +70,7 @@ def staged(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[Sequen
                 temporary.replace(path)
             for path in stale:
                 path.unlink(missing_ok=True)
-            sync_folder(paths[0].parent)
+            sync_path(paths[0].parent)
     except OSError as error:
         raise DistillError(
             f"{error.filename or paths[0].parent}: {error.strerror}; no old file was replaced"

@@ -61,7 +61,7 @@ class Account(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class SharedBudget(BudgetConfig):
-    """A recipe's budget as one of several runs has it that share it: what the others have spent counts too."""
+    """A budget that several runs share, as one of them has it: it knows what the others have spent."""
 
     others_tokens: int = 0
     others_cost: int = 0  # pico-dollars
@@ -250,8 +250,7 @@ def spend_under_way(run: RunDir) -> Spend:
 
 def most_of_batch(chunk: Chunk) -> Spend:
     """The most that a batch can cost, at the price that its file was written with."""
-    cost = chunk.price.cost(chunk.prompt_tokens, chunk.completion_tokens) if chunk.price else 0
-    return Spend(chunk.prompt_tokens + chunk.completion_tokens, cost)
+    return Spend.of(chunk.prompt_tokens, chunk.completion_tokens, chunk.price)
 
 
 def spent_by(runs: Iterable[RunDir]) -> Spend:

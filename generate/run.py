@@ -185,7 +185,9 @@ def _opened(
 
 def _has_work(run: Run) -> bool:
     """Whether requests are left to ask, or batches to collect."""
-    return run.counters.left > 0 or bool(run.recipe.generate.mode == "batch" and under_way(run.dir.path / "batches"))
+    if run.recipe.generate.mode == "batch" and under_way(run.dir.path / "batches"):
+        return True
+    return run.counters.left > 0
 
 
 async def _send(run: Run, display: Display, *, signals: bool, send: Sender | None = None) -> Outcome:

@@ -83,8 +83,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         signal.signal(signal.SIGHUP, _hang_up)
     try:
         main()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # an error is told below; Python's own exit code for it would be 120
+        _flush_output()  # an error is told below; Python's own exit code for it would be 120
     except DistillError as error:
         label = "error" if isinstance(error, UsageError) or error.exit_code == 1 else "stopped"
         print(f"{label}: {error}", file=sys.stderr)
@@ -97,8 +96,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
         try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            _flush_output()
         except OSError:  # it was this
             _discard_output(1)
         where = error.filename or "standard output or a file"
@@ -118,6 +116,11 @@ def _hang_up(signum: int, frame: FrameType | None) -> None:
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 _discard_output(descriptor)
     raise KeyboardInterrupt
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it was closed
+        sys.stdout.flush()
 
 
 def _discard_output(descriptor: int) -> None:

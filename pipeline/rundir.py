@@ -136,7 +136,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
@@ -166,7 +166,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield building
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -190,19 +190,20 @@ def writing_weights(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(folder)) from None
 
 
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def sync_files(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is."""
     for path in folder.rglob("*"):
-        sync_folder(path)  # a file is opened and synced in the same way
-    sync_folder(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from pipeline.errors import DistillError, UsageError, first_line
-from pipeline.rundir import sync_folder
+from pipeline.rundir import sync_path
 
 CLOUDS = ("s3", "gs")
 HIDDEN = "."  # begins the name of a file that a folder is still writing
@@ -135,7 +135,7 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary, target
-            sync_folder(target.parent)
+            sync_path(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

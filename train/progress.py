@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.errors import DistillError
-from pipeline.rundir import sync_files
+from pipeline.rundir import sync_tree
 from pipeline.train_config import TrainConfig
 from train.processes import Processes
 
@@ -65,7 +65,7 @@ class Milestones(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            sync_files(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            sync_tree(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

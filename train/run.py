@@ -27,7 +27,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
-from pipeline.rundir import RunDir, sync_files, sync_folder, write_file, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, sync_path, sync_tree, write_file, write_jsonl, writing_weights
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
 from train.checks.data import row_checks, token_checks
@@ -363,7 +363,7 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
-    sync_files(folder)  # an older student and the checkpoints go only when this one is on disk
+    sync_tree(folder)  # an older student and the checkpoints go only when this one is on disk
     work = folder.parent
     further, of_answers = recipe.train.further, learned_from_answers(run.student)
     if of_answers or not further:
@@ -371,7 +371,7 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
     folder.rename(run.student)
-    sync_folder(run.path)
+    sync_path(run.path)
     (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from
     shutil.rmtree(work)
     shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none

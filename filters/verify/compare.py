@@ -114,7 +114,7 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     wanted = str(settings.reference_of(answer)) if settings.reference else None
     part = settings.part_of(answer)
     result = _label(part, settings.labels)
-    if settings.labels and result not in (_label(label, settings.labels) for label in settings.labels):
+    if settings.labels and result not in map(folded, settings.labels):
         return Verified(Reason(rule="choice", found=shown(part), allowed=settings.labels))
     if wanted is not None and result != _label(wanted, settings.labels):
         return Verified(Reason(rule="choice", found=shown(part), allowed=[wanted]), result=result)
@@ -122,9 +122,9 @@ def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
 
 
 def _label(text: str, labels: list[str]) -> str:
-    """The label that a text is as it stands (`.NET`), else the one that it is without the marks around both.
+    """The label that a text says; the text itself, without the marks around it, if it says none.
 
-    If it is none: the text without marks, or as it stands if it has nothing else.
+    First the text as it stands (`.NET` beside `NET`), then without its marks, then without the label's marks, too.
     """
     text, known = folded(text), [folded(label) for label in labels]
     if text in known:

@@ -84,7 +84,7 @@ def same_number(number: float, reference: float, tolerance: float | None) -> boo
     """Whether a number is the reference, give or take a share of it. None: whole numbers exactly, others by 1e-6."""
     if tolerance is None:
         tolerance = 0 if _is_whole(number) and _is_whole(reference) else 1e-6
-    if number == reference or math.isinf(reference):
+    if math.isinf(reference):  # any share of it is infinite
         return number == reference
     return abs(number - reference) <= tolerance * abs(reference)
 

@@ -24,11 +24,6 @@ from tests.servers.misbehaving_server import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
 def data(server: MisbehavingServer, count: int = 10, **more: Any) -> dict[str, Any]:
     return {**recipe_for(server, count).model_dump(mode="json", exclude={"student"}), **more}
 

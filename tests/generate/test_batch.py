@@ -19,16 +19,6 @@ from tests.servers.fake_batch_api import FakeBatches, batch_recipe, expired, fak
 from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply
 
 
-@pytest.fixture(autouse=True)
-def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def whole(run: RunDir, count: int) -> bool:
     ids = [record.id for record in completions(run)]
     return len(ids) == len(set(ids)) == count

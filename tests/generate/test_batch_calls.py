@@ -24,16 +24,6 @@ from tests.servers.fake_batch_api import batch_recipe, expired, fake_batches, li
 from tests.servers.misbehaving_server import completions, failures, recipe_for, reply
 
 
-@pytest.fixture(autouse=True)
-def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def _interrupt_after_first_step(patch: pytest.MonkeyPatch) -> None:
     advance = Batches._advance
     calls = 0

@@ -18,16 +18,6 @@ from tests.servers.misbehaving_server import misbehaving, recipe_for, reply
 LONG = {"template": "x" * 2000 + " {n}", "slots": {"n": [str(number) for number in range(10)]}}
 
 
-@pytest.fixture(autouse=True)
-def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def left_at_work(fake: FakeBatches, recipe: Recipe, run: RunDir, *, retry_failures: bool = False) -> None:
     """A call that ends while its batch is at work."""
     fake.failing_polls = 99

@@ -27,11 +27,6 @@ from tests.servers.misbehaving_server import (
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def start(server: MisbehavingServer | str, run: RunDir, count: int, *flags: str) -> subprocess.Popen[str]:
     """Starts the command on a recipe for the server."""
     recipe = recipe_for(server, count).model_dump(mode="json", exclude={"student"})

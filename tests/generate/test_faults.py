@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -38,11 +37,6 @@ def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.05))
     monkeypatch.setattr("generate.verdict.REFUSED_WAIT", wait_fixed(0.02))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
 
 
 class Window:

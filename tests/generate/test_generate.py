@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -37,11 +36,6 @@ from tests.servers.misbehaving_server import (
 def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
 
 
 def test_every_prompt_is_answered_once_and_all_is_recorded(run: RunDir) -> None:

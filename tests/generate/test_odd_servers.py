@@ -32,11 +32,6 @@ from tests.servers.misbehaving_server import (
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def said(content: Any = "text", finish_reason: Any = "stop", usage: Any = None, **more: Any) -> bytes:
     message = {"role": "assistant", "content": content, **more.pop("message", {})}
     return json.dumps(

@@ -32,11 +32,6 @@ ROOT = Path(__file__).parents[2]
 TWO = {"concurrency": 8, "processes": 2}
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def whole(run: RunDir, count: int) -> bool:
     """Whether every request has one answer, and every line is one."""
     ids = [record.id for record in completions(run)]

@@ -1,7 +1,6 @@
 """Refusals: of one prompt, of every prompt, for money; and what a record says of the request that was sent."""
 
 import json
-from pathlib import Path
 
 import pytest
 from tenacity import wait_fixed
@@ -30,11 +29,6 @@ SLOTS = 8
 def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """No secret leaves the client in a message: the key, headers' variables, a proxy's password, what looks like a key."""
 
-from pathlib import Path
-
 import pytest
 from tenacity import wait_fixed
 
@@ -18,11 +16,6 @@ TENANT, PASSWORD, OTHER_KEY = "tenant-secret-42", "hunter2hunter2", "sk-or-v1-01
 def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
 
 
 def written(run: RunDir) -> str:

@@ -40,11 +40,6 @@ def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
     """Ctrl-C, after a while."""

@@ -34,11 +34,6 @@ from tests.servers.misbehaving_server import (
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
-
-
 def reply_of(side: str) -> Any:
     """Says how many messages it was shown, as that side."""
     return lambda asked: answer(f"{side} {len(asked.body['messages'])} of {asked.body['messages'][-1]['content']}")

@@ -1,0 +1,17 @@
+"""What the tests of `generate` share: a run, and no key in the environment unless a test sets one."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def _keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
