@@ -9,7 +9,7 @@ A row has `messages` (a list of {"role", "content"}) or `prompt` (the user's wor
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import chain, islice, repeat
+from itertools import islice
 from typing import Any, get_args
 
 import msgspec
@@ -40,21 +40,18 @@ class PromptRow(msgspec.Struct, frozen=True):
 
 
 def iter_prompts(recipe: Recipe) -> Iterator[Prompt]:
-    """Streams the prompts of the recipe: `prompts.count` of them, or all of the file.
+    """Streams the prompts of the recipe: `prompts.count` of them, or all of a file that has no more.
 
     A template's prompts come in a random order that `prompts.seed` decides, those of a file in the order of the file.
-    No prompt repeats before each has come once. A repeat has the same id, because it is the same question; the requests
-    made of it differ. Raises RecipeError or DataError at the first error.
+    A template repeats none before each has come once. A repeat has the same id, because it is the same question; the
+    requests made of it differ. Raises RecipeError or DataError at the first error.
     """
     config = recipe.prompts
     if config.template is not None:
         return _from_template(config)
     if config.slots:
         raise RecipeError("prompts.slots is for a template; the rows of prompts.file have their own `slots`")
-    if config.count is None:
-        return _rows(config)
-    again_and_again = (_rows(config) for _ in repeat(None))
-    return islice(chain.from_iterable(again_and_again), config.count)
+    return islice(_rows(config), config.count)
 
 
 def grammar_size(recipe: Recipe) -> int | None:
@@ -127,7 +124,8 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
     for part in get_args(RowPart):
         name = config.columns.get(part, part)
         if name in row:
-            parts[part] = columns.pop(name)
+            parts[part] = row[name]
+            columns.pop(name, None)  # one column may be two parts: an id that is the reference, too
         elif part in config.columns and name is not None:
             raise ValueError(f"no column {name!r}, which prompts.columns names; there are {', '.join(row) or 'none'}")
     if "prompt" not in parts and "messages" not in parts:

@@ -232,14 +232,20 @@ def _batches(run: Run) -> "Batches":
 
 def _findings(run: Run) -> Iterator[str]:
     """What the user should know before the first request goes out."""
-    counters = run.counters
+    counters, prompts = run.counters, run.recipe.prompts
     for journal in (run.completions, run.failures):
         if journal.found.torn_bytes:
             yield f"{journal.path}: cut off a torn last line ({journal.found.torn_bytes} bytes)"
     if repeats := counters.prompts - counters.distinct:
+        fix = "repeated rows get several answers" if prompts.file else "add slot values, or lower prompts.count"
         yield (
             f"warning: {counters.prompts} prompts asked for, but only {counters.distinct} differ: "
-            f"{repeats} ask the same again; add prompts or slot values, or lower prompts.count"
+            f"{repeats} ask the same again; {fix}"
+        )
+    if prompts.count is not None and counters.prompts < prompts.count:
+        yield (
+            f"warning: prompts.count is {prompts.count}, but {prompts.file} has only {counters.prompts} rows: each is "
+            "asked once (prompts.samples asks for several answers)"
         )
     strangers = len(run.completions.found.ids) - counters.resumed
     if strangers:

@@ -193,7 +193,7 @@ class PromptsConfig(Section):
     """What is asked: a template and the values of its slots, or prompts from a file."""
 
     count: int | None = Field(None, ge=1)
-    """How many prompts are asked; null: all of the file. A template needs a number."""
+    """How many prompts are asked, of a file the first ones; null: all of the file. A template needs a number."""
     samples: int = Field(1, ge=1)
     """How many answers are wanted of each prompt, each with its own seed."""
     seed: int = 0

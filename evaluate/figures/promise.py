@@ -53,11 +53,12 @@ def claims(figures: Mapping[Part, Figures], teacher: ModelReport, after: ModelRe
 
 
 def holds(parts: Sequence[Claim]) -> bool | None:
-    """False if any part that was measured does not hold; None if those that were do, but an axis has none."""
-    measured = [claim for claim in parts if claim.verdict != "not measured"]
-    if any(claim.verdict != "yes" for claim in measured):
+    """False if any part is missed; None if none is, but one is not shown, or an axis is not measured."""
+    verdicts = {claim.verdict for claim in parts}
+    if "no" in verdicts:
         return False
-    return True if {claim.axis for claim in measured} == set(AXES) else None
+    shown = {claim.axis for claim in parts if claim.verdict == "yes"}
+    return True if "not shown" not in verdicts and shown == set(AXES) else None
 
 
 def ratio_format(claim: Claim) -> Callable[[float], str]:

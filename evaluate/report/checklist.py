@@ -8,7 +8,7 @@ Ends with 1 if a point fails; with --strict also if one warns or is unknown.
     fail   measured, and not as wanted        unknown   not measured yet, or cannot be known here
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from evaluate.document import Claim, Report, percent, read_report
 from evaluate.figures.promise import AXES
 from evaluate.models import BEFORE, TEACHER
 from evaluate.report.html import publish
+from filters.answer import UNVERIFIED
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.groups import SELECT
 from filters.judge import RULE as JUDGE
@@ -57,7 +58,7 @@ class Filtered:
     rows: int
     kept: int
     keep_rate: float
-    rules: list[str]  # that were asked, with duplicates and judge
+    rules: int  # that were asked, with duplicates and judge
     pass_rules: float | None = None  # share that no rule dropped, duplicates and judge aside
     failing: Mapping[str, float] = field(default_factory=dict)  # share that a rule would drop, whichever was first
     duplicates: float | None = None  # share that says the same as another; None: not looked for
@@ -102,18 +103,23 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
     if report is None:
         if not section:
             return None
-        rules = [*section["dropped_by_rule"]]
-        return Filtered(rows=section["rows"], kept=section["kept"], keep_rate=section["keep_rate"], rules=rules)
+        counts = {name: section[name] for name in ("rows", "kept", "keep_rate")}
+        return Filtered(**counts, rules=_asked(section["dropped_by_rule"]))
     first = {rule.rule: rule.dropped / report.rows for rule in report.rules}
     return Filtered(
         rows=report.rows,
         kept=report.kept,
         keep_rate=report.useful_share,
-        rules=[*first],
+        rules=_asked(first),
         pass_rules=1 - sum(share for rule, share in first.items() if rule not in (*DEDUP_RULES, JUDGE, SELECT)),
         failing={rule.rule: (rule.alone + rule.together) / report.rows for rule in report.rules},
         duplicates=sum(first.get(rule, 0) for rule in (EXACT, NEAR)) if EXACT in first else None,
     )
+
+
+def _asked(labels: Iterable[str]) -> int:
+    """How many rules these are: those of duplicates are one, and it takes none to select or to fail at a check."""
+    return len({EXACT if label in DEDUP_RULES else label for label in labels} - {SELECT, UNVERIFIED})
 
 
 def checklist(seen: Evidence) -> Checklist:
@@ -230,9 +236,13 @@ def _as_training_found(found: Check) -> Found:
 
 
 def _unfiltered(filters: Filtered) -> Found:
-    rules = len(filters.rules)
-    finding = f"{rules} rules judged {filters.rows:,} answers" if rules else "the filters had no rule"
-    return "pass" if rules else "fail", rules, finding, "a teacher's faults are copied too: name filters.rules"
+    finding = f"{filters.rules} rules judged {filters.rows:,} answers" if filters.rules else "the filters had no rule"
+    return (
+        "pass" if filters.rules else "fail",
+        filters.rules,
+        finding,
+        "a teacher's faults are copied too: name filters.rules",
+    )
 
 
 def _too_large(ratio: float) -> Found:

@@ -36,7 +36,7 @@ MARKS: dict[str, Mark] = {"yes": "pass", "no": "fail", "not shown": "warn", "not
 VERDICTS: dict[bool | None, tuple[str, Mark]] = {
     True: ("the promise holds", "pass"),
     False: ("the promise does not hold", "fail"),
-    None: ("not all of it is measured", "unknown"),
+    None: ("the promise is not shown", "warn"),
 }
 
 

@@ -42,7 +42,7 @@ def filtered(**changes: Any) -> Filtered:
         "rows": 10_000,
         "kept": 6_000,
         "keep_rate": 0.6,
-        "rules": ["script_ratio", "adherence"],
+        "rules": 2,
         "pass_rules": 0.7,
         "failing": {"script_ratio": 0.02, "adherence": 0.2},
         "duplicates": 0.05,
@@ -169,7 +169,7 @@ REPORTS = {
         ("licence chain", {"checks": check("licence", "note")}, "warn", None),
         ("licence chain", {"checks": check("licence", "fail")}, "fail", None),
         ("1 no filter", {"filters": filtered()}, "pass", 2),
-        ("1 no filter", {"filters": filtered(rules=[])}, "fail", 0),
+        ("1 no filter", {"filters": filtered(rules=0)}, "fail", 0),
         ("2 teacher far larger", {"checks": check("size_ratio", "pass", 10)}, "pass", 10),
         ("2 teacher far larger", {"checks": check("size_ratio", "warn", 200)}, "fail", 200),
         ("3 distilling the distilled", {"checks": check("chain", "pass", 0)}, "pass", 0),
@@ -281,6 +281,11 @@ def test_answers_of_which_one_is_selected_do_not_lower_the_keep_rate(run: RunDir
     }
     assert points["keep rate"] == ("pass", 0.9)
     assert points["teacher's ability"] == ("pass", 0.9)
+    assert points["1 no filter"] == ("pass", 4)  # three rules and the duplicates; to select is none
+    report["rules"] = [rule for rule in report["rules"] if rule["rule"] == "select"]
+    run.filter_report.write_text(json.dumps(report))
+    points = {point.name: point for point in check_run(load_recipe(tmp_path / "recipe.yaml"), run, None).all}
+    assert points["1 no filter"].status == "fail"
 
 
 def test_how_it_ends(run: RunDir, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -109,6 +110,17 @@ def test_repeats_are_asked_each_and_told_with_both_counts(run: RunDir, capsys: p
         assert generate(recipe_for(server, prompts=prompts), run, quiet=True).answered == 7
     assert len({record.id for record in completions(run)}) == 7
     assert "7 prompts asked for, but only 2 differ: 5 ask the same again" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_with_fewer_rows_than_the_count_is_asked_once(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    with misbehaving() as server:
+        recipe = recipe_for(server, prompts={"count": 50, "file": tmp_path / "p.jsonl"})
+        assert generate(recipe, run, quiet=True).answered == 2
+    words = " ".join(capsys.readouterr().err.split())
+    assert f"prompts.count is 50, but {tmp_path}/p.jsonl has only 2 rows" in words and "differ" not in words
 
 
 @pytest.mark.parametrize(

@@ -176,11 +176,19 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     assert [message.content for message in second.messages] == ["own", "둘"]  # its own system prompt stays
 
 
-def test_a_files_count_takes_the_first_or_begins_again(tmp_path: Path) -> None:
+def test_one_column_may_be_two_parts(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n')
+    columns = {"prompt": "text", "reference": "label", "id": "label"}
+    (prompt,) = iter_prompts(recipe_with(file=path, columns=columns))
+    assert (prompt.id, prompt.reference, prompt.columns) == ("x", "x", {})
+
+
+def test_a_files_count_takes_the_first_rows_and_no_row_twice(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f'{{"prompt": "{name}"}}\n' for name in "abc"))
     assert texts(recipe_with(file=path, count=2)) == ["a", "b"]
-    assert texts(recipe_with(file=path, count=7)) == list("abcabca")
+    assert texts(recipe_with(file=path, count=7)) == list("abc")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_rows_of_few_prompts_warn(prompts: int, status: str) -> None:
     assert of_rows(rows)["prompts"].finding.startswith(f"{10 - prompts} of 10 rows ask what another row asks")
 
 
+@pytest.mark.parametrize(("samples", "expected"), [(2, ("warn", 0.25)), (4, ("pass", 0.5)), (8, ("pass", 1.0))])
+def test_samples_are_no_repeats_but_a_question_asked_again_is(samples: int, expected: tuple[str, float]) -> None:
+    rows = [kept_row(n, "The only one", "Yes.", sample=n) for n in range(8)]  # its second time, the numbers go on
+    assert finding(of_rows(rows, {"generate": {"prompts": {"samples": samples}}})["prompts"]) == expected
+
+
 @pytest.mark.parametrize(
     ("lineage", "filters", "keep_rate"),
     [
@@ -91,6 +97,20 @@ def test_of_several_answers_of_which_one_stays_the_prompts_are_counted(
     check = of_rows(story_rows(3), lineage)["keep_rate"]
     assert finding(check) == expected
     assert "of the prompts have an answer that was kept" in check.finding
+
+
+def test_one_question_under_several_ids_is_several_prompts() -> None:
+    lineage = filtered(3, rows=3)
+    lineage["filters"] |= {"select": "first", "prompts": 3}
+    lineage["generate"] = {"prompts": {"distinct": 1}}
+    rows = [kept_row(number, "The same?", "Yes.") for number in range(3)]
+    assert finding(of_rows(rows, lineage)["keep_rate"]) == ("pass", 1.0)
+
+
+def test_what_could_not_be_verified_is_no_rule() -> None:
+    lineage = filtered(3, rows=3, rules=0)
+    lineage["filters"]["rules"] = [{"rule": "unverified"}]
+    assert finding(of_rows(story_rows(3), lineage)["filters"]) == ("warn", 0)
 
 
 def test_answers_that_were_cut_off_are_counted() -> None:

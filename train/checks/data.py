@@ -6,6 +6,7 @@ Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from filters.answer import UNVERIFIED
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
 from pipeline.checks import Check, Status
 from pipeline.records import Kept
@@ -27,7 +28,9 @@ LABELS = {  # what all rows must do, and the fix
 def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) -> Iterator[Check]:
     """What can be checked before a model is loaded. `lineage`: the run's."""
     rows, (low, high) = parts.all, ADVISED_ROWS
-    count, distinct = len(rows), len({hash((prompt_text(row), row.sample)) for row in rows})
+    samples = lineage.get("generate", {}).get("prompts", {}).get("samples")
+    asked = (row.sample % samples if samples else row.sample for row in rows)  # a repeated question's numbers go on
+    count, distinct = len(rows), len({hash((_key(row), sample)) for row, sample in zip(rows, asked, strict=True)})
     finding = f"{count:,} rows; {low:,} to {high:,} are advised, {FAIR_START} are a fair start"
     fix = "raise prompts.count" if count < low else "more rows than these seldom teach more"
     yield graded("rows", count, finding, passes=low <= count <= high, otherwise="note", fix=fix)
@@ -93,7 +96,8 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     if not section:
         yield Check(name="filters", status="warn", value=0, finding="no filters were run on these rows", fix=fix)
         return
-    rules = len(section["rules"]) + bool(section.get("dedup")) + bool(section.get("judge"))
+    own = sum(rule["rule"] != UNVERIFIED for rule in section["rules"])
+    rules = own + bool(section.get("dedup")) + bool(section.get("judge"))
     finding = f"{rules} rules judged {section['rows']:,} answers"
     yield graded("filters", rules, finding, passes=rules > 0, otherwise="warn", fix=fix)
 
@@ -101,7 +105,7 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     # Asked by the last call, or by an earlier one that had more prompts: their answers are among the rows.
     prompts = max(generate.get("prompts", {}).get("distinct", 0), section.get("prompts") or 0)
     if section.get("select", "all") != "all" and prompts:  # one answer of several, at most
-        rate, kept = len(set(map(_key, rows))) / prompts, "of the prompts have an answer that was kept"
+        rate, kept = len({row.prompt_id for row in rows}) / prompts, "of the prompts have an answer that was kept"
     finding = f"{rate:.1%} {kept}; {SAFE_KEEP_RATE:.0%} or more is safe"
     fix = "see filter_report.json for what was dropped; fix the prompts, or take a teacher that can do this"
     yield graded("keep_rate", rate, finding, passes=rate >= SAFE_KEEP_RATE, otherwise="warn", fix=fix)
