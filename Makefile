@@ -5,6 +5,8 @@ PYTHON ?= python3
 export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 PY := .venv/bin/python
+# Two files of tests at a time; ARGS="-n 4" for more, "-n 0" for one.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A value as one word of the shell. A `~/` at its beginning, where three quotes stand for a moment, is the home folder.
 quoted = $(subst '''~/,~/','''$(subst ','\'',$(1))')
 IN_RUN := $(if $(RUN),--run $(call quoted,$(RUN)))
@@ -87,10 +89,10 @@ bench-endpoint: $(BASE)  ## the recipe's endpoint at rising concurrency: tokens/
 	@exec $(PY) -m benchmarks.endpoint $(COMMON) $(value ARGS)
 
 test: $(TRAIN) $(SERVE) $(DEV)  ## all tests; the slow ones run a real server and train a real student (about 20 minutes)
-	@$(PY) -m pytest $(value ARGS)
+	@$(PYTEST) $(value ARGS)
 
 test-fast: $(TRAIN) $(DEV)  ## the tests that need no real server or model
-	@$(PY) -m pytest -m "not slow" $(value ARGS)
+	@$(PYTEST) -m "not slow" $(value ARGS)
 
 check: $(TRAIN) $(SERVE) $(DEV)  ## lint, format, types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

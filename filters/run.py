@@ -13,12 +13,12 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
 
-from filters.answer import as_answer
+from filters.answer import UNVERIFIED, as_answer
 from filters.blocks import Block, check_lines
 from filters.duplicates import (
     EXACT,
@@ -157,12 +157,17 @@ def filter_run(
             good, wrong = survivors.samples[survivors.alive], samples[samples["wrong"]]
             sides = (Path(kept.name), good), (Path(dropped.name), wrong)
             write_preferences(pairs, config.preferences, *sides, recipe.prompts)
-        last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
-        described = [*rules.described(), *judge_rules(config.judge), *dedup_rules(dedup), *last]
-        report = make_report(tally, described, _prompts(samples, survivors, Path(dropped.name)))
+        report = make_report(tally, _labels(rules, config, dedup), _prompts(samples, survivors, Path(dropped.name)))
         report_file.write(report.encoded())
         lineage_file.write(encode_lineage(with_section(run, "filters", _lineage(report, rules, config))))
     return report
+
+
+def _labels(rules: RuleSet, config: FiltersConfig, dedup: DedupConfig | None) -> list[dict[str, Any]]:
+    """All that a reason may be under, each with its settings."""
+    unverified = [{"rule": UNVERIFIED}] if rules.verifies else []
+    last = [] if config.select == "all" else [{"rule": SELECT, "select": config.select}]
+    return [*rules.described(), *unverified, *judge_rules(config.judge), *dedup_rules(dedup), *last]
 
 
 def _dedup(config: FiltersConfig, rules: RuleSet) -> DedupConfig | None:

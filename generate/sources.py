@@ -124,6 +124,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             yield from _plain(path, (row for batch in batches for row in batch.to_pylist()))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"prompts.file {path}: not Parquet: {_line(error)}; {ACCEPTED}") from None
+        except ValueError as error:  # of a time with nanoseconds, where there is no pandas
+            raise DataError(f"prompts.file {path}: {_line(error)}") from None
 
 
 def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -174,8 +176,8 @@ def _imported(path: Path, package: str) -> Any:
         return import_module(package)
     except ImportError:
         raise UsageError(
-            f"prompts.file {path}: reading it needs the package {package}; run `make setup` with the `train` extra, or "
-            "give a JSONL or CSV file"
+            f"prompts.file {path}: reading it needs the package {package}, which `make setup` installs; or give "
+            "a JSONL or CSV file"
         ) from None
 
 

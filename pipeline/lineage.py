@@ -45,6 +45,11 @@ def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def rules_asked(filters: Mapping[str, Any]) -> int:
+    """How many rules judged the answers, by the lineage's section `filters`; duplicates and the judge are one each."""
+    return len(filters["rules"]) + bool(filters.get("dedup")) + bool(filters.get("judge"))
+
+
 def record_lineage(run: RunDir, stage: str, section: dict[str, Any]) -> None:
     """Replaces the stage's section."""
     write_lineage(run, with_section(run, stage, section))

@@ -51,7 +51,7 @@ def to_parquet(source: Path) -> Path:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError:
-        raise UsageError("Parquet needs the package pyarrow; run `make setup` with the `train` extra") from None
+        raise UsageError("Parquet needs the package pyarrow, which `make setup` installs") from None
     target, types, rows = source.with_suffix(".parquet"), _types(kind), read_jsonl(source, kind)
     schema = pyarrow.schema([(name, kind_of or pyarrow.string()) for name, kind_of in types.items()])
     with replacing(target) as file, ParquetWriter(file, schema) as writer:

@@ -8,7 +8,7 @@ Ends with 1 if a point fails; with --strict also if one warns or is unknown.
     fail   measured, and not as wanted        unknown   not measured yet, or cannot be known here
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from evaluate.document import Claim, Report, percent, read_report
 from evaluate.figures.promise import AXES
 from evaluate.models import BEFORE, TEACHER
 from evaluate.report.html import publish
-from filters.answer import UNVERIFIED
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.groups import SELECT
 from filters.judge import RULE as JUDGE
@@ -31,7 +30,7 @@ from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, FAIR_S
 from pipeline.checks import COLOURS, Check, Checklist, Status
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError
-from pipeline.lineage import read_lineage
+from pipeline.lineage import read_lineage, rules_asked
 from pipeline.recipe import Recipe
 from pipeline.records import read_json
 from pipeline.rundir import RunDir
@@ -104,22 +103,17 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
         if not section:
             return None
         counts = {name: section[name] for name in ("rows", "kept", "keep_rate")}
-        return Filtered(**counts, rules=_asked(section["dropped_by_rule"]))
+        return Filtered(**counts, rules=rules_asked(section))
     first = {rule.rule: rule.dropped / report.rows for rule in report.rules}
     return Filtered(
         rows=report.rows,
         kept=report.kept,
         keep_rate=report.useful_share,
-        rules=_asked(first),
+        rules=rules_asked(section) if section else 0,
         pass_rules=1 - sum(share for rule, share in first.items() if rule not in (*DEDUP_RULES, JUDGE, SELECT)),
         failing={rule.rule: (rule.alone + rule.together) / report.rows for rule in report.rules},
         duplicates=sum(first.get(rule, 0) for rule in (EXACT, NEAR)) if EXACT in first else None,
     )
-
-
-def _asked(labels: Iterable[str]) -> int:
-    """How many rules these are: those of duplicates are one, and it takes none to select or to fail at a check."""
-    return len({EXACT if label in DEDUP_RULES else label for label in labels} - {SELECT, UNVERIFIED})
 
 
 def checklist(seen: Evidence) -> Checklist:

@@ -81,7 +81,7 @@ def test_every_source_gives_the_same_prompts(tmp_path: Path, name: str, write: C
     assert (second.reference, second.columns) == ('{"n": 2}', {"topic": '"z"', "note": None})
     (decoded, *_) = prompts_of(tmp_path / name, columns={**COLUMNS, "reference": None}, json_columns=["gold"])
     assert (decoded.reference, decoded.columns["gold"]) == (None, 1)
-    assert len(prompts_of(tmp_path / name, columns=COLUMNS, count=5)) == 5
+    assert len(prompts_of(tmp_path / name, columns=COLUMNS, count=1)) == 1
 
 
 def test_by_default_the_columns_are_called_as_the_parts_and_nothing_is_dropped(tmp_path: Path) -> None:

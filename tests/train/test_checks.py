@@ -107,12 +107,6 @@ def test_one_question_under_several_ids_is_several_prompts() -> None:
     assert finding(of_rows(rows, lineage)["keep_rate"]) == ("pass", 1.0)
 
 
-def test_what_could_not_be_verified_is_no_rule() -> None:
-    lineage = filtered(3, rows=3, rules=0)
-    lineage["filters"]["rules"] = [{"rule": "unverified"}]
-    assert finding(of_rows(story_rows(3), lineage)["filters"]) == ("warn", 0)
-
-
 def test_answers_that_were_cut_off_are_counted() -> None:
     rows = [*story_rows(3), kept_row(3, "Hi?", "And th", finish_reason="length")]
     assert finding(of_rows(rows)["cut_off"]) == ("note", 1)

@@ -6,9 +6,9 @@ Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from filters.answer import UNVERIFIED
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
 from pipeline.checks import Check, Status
+from pipeline.lineage import rules_asked
 from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
 from train.checks.run import graded
@@ -96,9 +96,7 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     if not section:
         yield Check(name="filters", status="warn", value=0, finding="no filters were run on these rows", fix=fix)
         return
-    own = sum(rule["rule"] != UNVERIFIED for rule in section["rules"])
-    rules = own + bool(section.get("dedup")) + bool(section.get("judge"))
-    finding = f"{rules} rules judged {section['rows']:,} answers"
+    finding = f"{(rules := rules_asked(section))} rules judged {section['rows']:,} answers"
     yield graded("filters", rules, finding, passes=rules > 0, otherwise="warn", fix=fix)
 
     rate, kept = section["keep_rate"], "of the answers were kept"
