@@ -18,7 +18,7 @@ class EvaluateConfig(Section):
     verify_count: int = Field(300, ge=1)
     """Test prompts that are verified, at most, and as many prompts of `probes_file`."""
     category: str | None = None
-    """A column of the prompts (or a slot); how often the models are right is shown for each of its values, too."""
+    """A column of the prompts, a slot or the reference; right answers are shown for each of its values, too."""
     max_rows: int = Field(200, ge=1)
     """Test rows scored for perplexity, at most."""
     probes: int = Field(64, ge=0)

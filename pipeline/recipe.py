@@ -25,7 +25,7 @@ from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position, value_of
 from pipeline.recipe_errors import explain
 from pipeline.recipe_sources import ENV_PREFIX, Variables, check_variables, read_yaml
-from pipeline.records import Asked, Json, Part, as_text, folded, question_text
+from pipeline.records import Asked, Json, Part, Prompt, as_text, folded, question_text
 from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, PriceConfig, Section, VariableName, checked_urls
 from pipeline.student_config import StudentConfig, is_file_name
@@ -266,6 +266,11 @@ class PromptsConfig(Section):
         if (group := self.group_of(row)) is not None:
             return position(f"group\0{as_text(group)}", self.seed)
         return position(question_text(row.messages[: -2 * self.user.turns] if self.user else row.messages), self.seed)
+
+    def category_of(self, prompt: Prompt, name: str) -> Any:
+        """A prompt's reference if it is called so, else the value of its column or slot; None if there is none."""
+        reference = self.columns.get("reference") or "reference"
+        return prompt.reference if name == reference else value_of(prompt, name)
 
     def group_of(self, row: Asked) -> Any:
         """The value that makes a prompt's group, any JSON; None: it belongs to none."""

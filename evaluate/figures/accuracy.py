@@ -95,13 +95,14 @@ def accuracy_figures(verified: VerifiedAnswers) -> dict[Part, Figures]:
     }
 
 
-def by_category(verified: VerifiedAnswers, column: str) -> dict[str, dict[str, Estimate]]:
-    """Each model's share of right answers, by the value of a column (or slot) of the prompts; unseen ones apart."""
+def by_category(verified: VerifiedAnswers, config: PromptsConfig, name: str) -> dict[str, dict[str, Estimate]]:
+    """Each model's share of right answers, by what the prompts have under this name; unseen ones apart."""
     groups: dict[str, list[Prompt]] = {}
     for part, prompts in verified.prompts.items():
         for prompt in prompts:
-            value = str(prompt.columns.get(column, prompt.slots.get(column, "none")))
-            groups.setdefault(value + ", unseen" * (part == "verified_unseen"), []).append(prompt)
+            value = config.category_of(prompt, name)
+            text = "none" if value is None else as_text(value)
+            groups.setdefault(text + ", unseen" * (part == "verified_unseen"), []).append(prompt)
     return {
         name: {key: share.estimate() for key, share in verified.shares(groups[name]).items()} for name in sorted(groups)
     }

@@ -113,10 +113,10 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
         )
     if any(prompt.reference is not None for prompt in test.values()):
         test = {text: prompt for text, prompt in test.items() if prompt.reference is not None}
-    known = {name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)}
-    if config.category and config.category not in known:
-        there = ", ".join(known) or "none"
-        raise DataError(f"evaluate.category: no test prompt has the column {config.category!r}; there are {there}")
+    category = config.category
+    if category and all(recipe.prompts.category_of(prompt, category) is None for prompt in test.values()):
+        there = ", ".join({name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)})
+        raise DataError(f"evaluate.category: no test prompt has the column {category!r}; there are {there or 'none'}")
     unseen = []
     if config.probes_file:
         unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)

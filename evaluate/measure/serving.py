@@ -109,8 +109,8 @@ def _bursts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], start: int)
     """`speed_requests` requests at once, `speed_repeats` times, each time with other prompts first."""
     wanted, bursts = recipe.evaluate, []
     for number in range(wanted.speed_repeats):
-        questions = _cycle(prompts, start + number * wanted.speed_requests, len(prompts))
-        done = ask_prompts(recipe, folder / f"timed-{number + 1}", questions, wanted.speed_requests)
+        questions = _cycle(prompts, start + number * wanted.speed_requests, wanted.speed_requests)
+        done = ask_prompts(recipe, folder / f"timed-{number + 1}", questions)
         bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s))
     return bursts
 
@@ -141,18 +141,15 @@ def with_server(
     )
 
 
-def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], count: int | None = None) -> Summary:
-    """Sends the prompts through `generate`, over and over until there are `count` of them.
-
-    What the folder has an answer to is not asked again; what failed is.
-    """
+def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> Summary:
+    """Sends the prompts through `generate`. What the folder has an answer to is not asked again; what failed is."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / QUESTIONS, prompts)
-    return generate(_asking(recipe, folder, count), RunDir(folder), quiet=True, retry_failures=True)
+    return generate(_asking(recipe, folder), RunDir(folder), quiet=True, retry_failures=True)
 
 
-def _asking(recipe: Recipe, folder: Path, count: int | None = None) -> Recipe:
-    prompting = PromptsConfig(file=folder / QUESTIONS, count=count)
+def _asking(recipe: Recipe, folder: Path) -> Recipe:
+    prompting = PromptsConfig(file=folder / QUESTIONS)
     return recipe.model_copy(update={"teacher": recipe.teacher.told_nothing(), "prompts": prompting})
 
 

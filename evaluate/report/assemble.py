@@ -197,7 +197,7 @@ def _accuracy(plan: Plan, verified: VerifiedAnswers, figures: Mapping[Part, Figu
         if told in labels
         else None,
         over_teacher={part: value for part, value in ratios.items() if value},
-        categories=by_category(verified, column) if column else {},
+        categories=by_category(verified, plan.recipe.prompts, column) if column else {},
         wrong=verified.wrong(),
         samples=verified_samples(verified, labels),
     )

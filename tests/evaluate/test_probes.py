@@ -179,6 +179,10 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     assert choose_questions(recipe_of(16), run).all == []
     with pytest.raises(DataError, match="no test prompt has the column 'kind'; there are who, things"):
         choose_questions(with_prompts(recipe_of(16, verify=[rule], category="kind"), test=0.5), run)
+    labelled = [msgspec.structs.replace(prompt, reference="billing") for prompt in own]
+    run.prompts.write_bytes(b"".join(map(encode_line, labelled)))
+    by_label = with_prompts(recipe_of(16, verify=[rule], category="label"), test=0.5, columns={"reference": "label"})
+    assert {by_label.prompts.category_of(p, "label") for p in choose_questions(by_label, run).seen} == {"billing"}
 
 
 @pytest.mark.parametrize("change", [{"test": 0.2}, {"seed": 7}])
