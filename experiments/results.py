@@ -42,8 +42,9 @@ COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared 
 }
 FACTS = ("rows", "steps", "keep rate", "USD")
 CAUTION = (
-    "95% bootstrap intervals over prompts, of one training each: what another seed would give is not in them. "
-    "{count} pairs of figures were compared, so one in twenty of those without a difference may show one."
+    "95% intervals over prompts (bootstrap; Wilson's for right answers), of one training each: what another seed would "
+    "give is not in them. {count} pairs of figures were compared, so one in twenty of those without a difference may "
+    "show one."
 )
 
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 HOST = "127.0.0.1"
-POLICY = "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; base-uri 'none'"
+POLICY = (
+    "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src data:; "  # data: the empty icon
+    "connect-src 'self'; base-uri 'none'"
+)
 
 
 def page_app(page: Path, token: str) -> "FastAPI":

@@ -149,6 +149,21 @@ def test_an_error_stays_in_its_column_and_the_model_can_be_asked_again(run: RunD
         assert said(page, "student") == "Fine." and said(page, "teacher", 0) == "Here."
 
 
+def test_the_end_of_a_long_answer_is_seen_unless_one_reads_further_up(run: RunDir, browser_page: Page) -> None:
+    page, left = browser_page, threading.Event()
+    with chatting(run, student=lambda one: endless(left)) as (url, _):
+        page.goto(url)
+        page.wait_for_selector(".model.ready")
+        say(page, "Go on", wait=False)
+        page.wait_for_function("() => document.body.scrollHeight > 1.5 * innerHeight")
+        assert page.evaluate("document.body.scrollHeight - innerHeight - scrollY") < 40
+        page.evaluate("scrollTo(0, 0)")
+        height = page.evaluate("document.body.scrollHeight")
+        page.wait_for_function(f"() => document.body.scrollHeight > {height}")
+        assert page.evaluate("scrollY") == 0
+        page.keyboard.press("Escape")
+
+
 def test_hostile_text_is_text(run: RunDir, browser_page: Page) -> None:
     page = browser_page
     with chatting(run, student=lambda one: streaming(NASTY, reasoning=NASTY)) as (url, _):

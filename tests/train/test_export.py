@@ -576,7 +576,7 @@ def test_model_and_data_set_are_pushed_with_the_key_of_the_environment(
         ("me/tiny", "hf_other", 2, "the Hub refused (401"),
         ("tiny", TOKEN, 2, "--push tiny: give owner and name"),
         ("me/ti ny", TOKEN, 2, "--push me/ti ny: "),
-        ("", TOKEN, 2, "--push : "),
+        ("", TOKEN, 2, "--push: no repository; give one, as in make push REPO=owner/name"),
     ],
 )
 def test_a_push_that_cannot_be_is_one_line(

@@ -204,6 +204,8 @@ def token_for(repo: str) -> SecretStr:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if not repo:
+        raise UsageError("--push: no repository; give one, as in make push REPO=owner/name")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
