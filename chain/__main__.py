@@ -10,6 +10,8 @@ from contextlib import nullcontext
 
 from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
+from evaluate.figures.accuracy import verify_rules
+from filters.run import recipe_rules
 from generate.run import pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed
@@ -20,6 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe, run, options = parse_stage(parser, argv)
     if recipe.student is None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
+    for rules in (recipe_rules, verify_rules):  # a wrong setting is told before the answers are paid for
+        rules(recipe, options.recipe)
     started = time.monotonic()
 
     heading(1, f"generate: {recipe.teacher.model} answers")

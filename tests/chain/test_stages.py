@@ -20,7 +20,7 @@ import yaml
 
 import chain.__main__
 from chain.stages import StageFailed, stage, teacher
-from pipeline.errors import RequestsFailed
+from pipeline.errors import RecipeError, RequestsFailed
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import (
@@ -188,6 +188,16 @@ def test_with_all_answers_there_the_teacher_is_served_for_the_stages_that_may_st
     with pytest.raises(RequestsFailed, match=r"the judge gave no answer about some rows; see .*dropped"):
         chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
     assert served == up
+
+
+@pytest.mark.parametrize("section", ["filters", "evaluate"])
+def test_a_wrong_rule_is_told_before_anything_is_asked(section: str, tmp_path: Path) -> None:
+    wrong = {"filters": {"rules": [{"rule": "length", "min": 9}]}, "evaluate": {"verify": [{"rule": "choice"}]}}
+    with misbehaving() as server:
+        recipe = write_recipe(server, tmp_path, **{section: wrong[section]})
+        with pytest.raises(RecipeError, match=r"(filters\.rules|evaluate\.verify)\[0\]"):
+            chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
+        assert server.asked == []
 
 
 def test_the_teacher_is_served_at_the_host_of_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
