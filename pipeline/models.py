@@ -63,7 +63,8 @@ def resolve_model(reference: str) -> str:
         folder = Path(reference).expanduser()
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is not there"
-            raise UsageError(f"model {reference}: the folder {state}; give a model folder or a Hub id")
+            where = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
+            raise UsageError(f"model {reference}: the folder {state}{where}; give a model folder or a Hub id")
         return str(folder)
     return reference
 

@@ -68,7 +68,10 @@ def test_a_folder_with_a_model_is_itself(tmp_path, monkeypatch):
     ("reference", "says"),
     [
         ("/no/such/model", "model /no/such/model: the folder is not there; give a model folder or a Hub id"),
-        ("./empty", "model ./empty: the folder has no config.json; give a model folder or a Hub id"),
+        (
+            "./empty",
+            "model ./empty: the folder has no config.json (relative to {here}); give a model folder or a Hub id",
+        ),
         ("embedded:nothing", "model embedded:nothing: no such embedded model; there are smollm2-135m"),
     ],
 )
@@ -77,7 +80,7 @@ def test_a_wrong_reference_is_one_line(tmp_path, monkeypatch, reference, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as error:
         resolve_model(reference)
-    assert str(error.value) == says
+    assert str(error.value).startswith(says.format(here=tmp_path))
 
 
 def test_an_embedded_model_is_fetched_once(tiny, tmp_path, wheels, capsys):
