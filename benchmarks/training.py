@@ -25,9 +25,10 @@ from benchmarks.simulator import LENGTHS
 from pipeline.models import resolve_model
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
+from train.arguments import lora_config
 from train.rows import read_rows, to_examples
 from train.setting import Setting
-from train.trainer import Examples, lora_config, prepare
+from train.trainer import Examples, prepare
 
 WORDS = ["Toby", "the", "rabbit", "found", "a", "red", "kite", "by", "old", "oak", "in", "snow", "and", "hid", "it"]
 WORDS_PER_TOKEN = 0.8

@@ -13,6 +13,7 @@ import datasets
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.recipe import Recipe
+from train.arguments import lora_config, training_arguments
 from train.machine import (
     check_machine,
     free_beside,
@@ -25,7 +26,7 @@ from train.machine import (
 from train.preferences import Pairs, to_pair
 from train.setting import Setting
 from train.student import load_tokenizer
-from train.trainer import Prepared, load_start, lora_config, quiet, ready, training_arguments
+from train.trainer import Prepared, load_start, quiet, ready
 
 
 def prepare_dpo(start: Path, pairs: Pairs, recipe: Recipe, setting: Setting) -> Prepared:

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from tests.tiny_student import make_recipe, story_rows, tiny_model
+from train.arguments import training_arguments
 from train.batches import end_to_end, split
 from train.machine import (
     GPU_TOKENS,
@@ -31,7 +32,7 @@ from train.processes import ALONE, Processes
 from train.rows import to_examples
 from train.setting import Setting
 from train.student_trainer import text_loss
-from train.trainer import prepare, training_arguments
+from train.trainer import prepare
 
 GIB = 1 << 30
 # Per token: 2 bytes * (8 * 64 + 4 * 2 * 16 + 5 * 128) + 16 * 64 = 3,584 bytes a layer of all weights.

@@ -1,0 +1,54 @@
+"""What the trainers and PEFT are told, by the recipe: the same for all methods."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from pipeline.train_config import TrainConfig
+from train.machine import autocast
+from train.progress import NEVER
+from train.rates import epochs_of, warmup_steps
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The adapter that the recipe asks for: on every linear layer but the output head (Dettmers et al. 2023)."""
+    size = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    kind = {"use_rslora": config.rslora, "use_dora": config.dora}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size, **kind)
+
+
+def training_arguments(config: TrainConfig, folder: Path, rows: int, *, checkpointing: bool) -> dict[str, Any]:
+    """What the trainers of all methods are told, as SFTConfig and DPOConfig take it."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
+    own_rate = config.learning_rate is None  # as a further method has
+    return {
+        **({} if own_rate else {"learning_rate": config.learning_rate}),
+        "output_dir": str(folder.resolve()),  # the best checkpoint is found again from any folder
+        "num_train_epochs": epochs_of(config),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": warmup_steps(config, rows),
+        "gradient_checkpointing": checkpointing,
+        "neftune_noise_alpha": config.neftune_alpha,
+        "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before
+        "seed": config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": autocast(config.weights) is torch.bfloat16,
+        "fp16": autocast(config.weights) is torch.float16,
+        "save_strategy": "steps",
+        "save_steps": NEVER,  # Milestones decides
+        "eval_strategy": "steps",
+        "eval_steps": NEVER,
+        "save_total_limit": 2,  # the last and the best; with 1 the last would go when training ends
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show NaN as 0
+        "include_num_input_tokens_seen": "non_padding",
+        "ddp_find_unused_parameters": False,  # all that is trained is used
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "report_to": config.report_to or "none",
+    }
