@@ -5,6 +5,7 @@ Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no l
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,26 @@ TokenRow = Mapping[str, Any]  # "input_ids" and "labels": list[int] of one lengt
 
 
 def label_faults(
-    rows: Iterable[TokenRow], *, stops: set[int], decode: Callable[[list[int]], str], every_turn: bool = False
+    rows: Iterable[TokenRow],
+    *,
+    stops: set[int],
+    decode: Callable[[list[int]], str],
+    prompts: Iterable[Sequence[int]] = repeat(()),
 ) -> dict[str, list[str]]:
     """The rows whose labels teach more than their answer, or less: by kind of fault, what is wrong with each.
 
-    `every_turn`: loss falls on earlier turns of the assistant too.
+    `prompts`: what the last answer of each row is asked with, if loss falls on earlier turns of the assistant too.
     """
     faults: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, start=1):
-        if found := label_fault(row, stops=stops, decode=decode, every_turn=every_turn):
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False), start=1):
+        if found := label_fault(row, stops=stops, decode=decode, prompt=prompt):
             kind, reason = found
             faults.setdefault(kind, []).append(f"row {number}: {reason}")
     return faults
 
 
 def label_fault(
-    row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str], every_turn: bool
+    row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str], prompt: Sequence[int] = ()
 ) -> tuple[str, str] | None:
     """The kind of a row's fault (eos, masked or labels) and what is wrong; None if it has none.
 
@@ -44,7 +49,9 @@ def label_fault(
     first, end = learned[0], learned[-1] + 1
     if first == 0:
         return "labels", "loss falls on the prompt too; the chat template renders no prompt before it"
-    if decode(ids[end:]).strip() or (MASKED in labels[first:end] and not every_turn):
+    if prompt and ids[: len(prompt)] == prompt and labels[len(prompt) - 1] != MASKED:
+        return "labels", f"loss falls on the prompt too: on its end, {decode(ids[len(prompt) - 1 : len(prompt)])!r}"
+    if decode(ids[end:]).strip() or (MASKED in labels[first:end] and not prompt):
         return "labels", f"part of the answer carries no loss: {decode(ids[first:])!r}"
     last = max((index for index in learned if labels[index] in stops), default=None)
     if last is None or decode(ids[last + 1 :]).strip():
@@ -65,6 +72,21 @@ def differing_prompts(rows: Iterable[TokenRow], examples: Iterable[Mapping[str, 
 def asked_tokens(messages: Sequence[Any], tools: str | None, tokenizer: Any) -> list[int]:
     """A prompt by the chat template, up to where the answer begins. `tools`: as JSON."""
     return _by_template(messages, tools, tokenizer, add_generation_prompt=True)
+
+
+def answer_header(tokenizer: Any) -> list[int]:
+    """What the chat template adds to a conversation before it is answered, as `<|im_start|>assistant` and a newline."""
+    turns = [{"role": "user", "content": "question"}]
+    return asked_tokens(turns, None, tokenizer)[len(_by_template(turns, None, tokenizer)) :]
+
+
+def without_header(row: TokenRow, header: list[int]) -> dict[str, list[int]]:
+    """The row's labels, without loss on the `header` of an answer: some templates mark its end as the assistant's."""
+    ids, labels, size = row["input_ids"], [*row["labels"]], len(header)
+    for place in range(len(ids) - size + 1):
+        if MASKED in labels[max(place - 1, 0) : place + 1] and ids[place : place + size] == header:
+            labels[place : place + size] = [MASKED] * size
+    return {"labels": labels}
 
 
 def example_length(example: Mapping[str, Any], tokenizer: Any) -> int:

@@ -53,7 +53,15 @@ from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
 from train.student_trainer import StudentTrainer
 from train.teacher import known_files, tokenizer_of
-from train.tokens import differing_prompts, label_faults, prompt_of, row_lengths
+from train.tokens import (
+    answer_header,
+    asked_tokens,
+    differing_prompts,
+    label_faults,
+    prompt_of,
+    row_lengths,
+    without_header,
+)
 from train.told import SharedStart, told_prompts
 from train.top_k import ask_endpoint, read_stored
 
@@ -165,15 +173,27 @@ def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
     with quiet():
         model, tokenizer, dtype = _load(student, config)
         trainer, arguments = _trainer(model, tokenizer, examples, setting)
+        if config.loss_on == "all" and (header := answer_header(tokenizer)):
+            trainer.train_dataset = trainer.train_dataset.map(without_header, fn_kwargs={"header": header})
+            trainer.eval_dataset = trainer.eval_dataset.map(without_header, fn_kwargs={"header": header})
         prepared = ready(trainer, dtype, setting)
-        seen = chain(trainer.train_dataset, trainer.eval_dataset)
-        stops, every_turn = stop_tokens(tokenizer, trainer.model), config.loss_on == "all"
-        faults = label_faults(seen, stops=stops, decode=tokenizer.decode, every_turn=every_turn)
+        faults = _faults(prepared, examples, tokenizer, config)
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
             prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments, setting))
     return replace(prepared, faults=faults, differing=differing)
+
+
+def _faults(prepared: Prepared, examples: Examples, tokenizer: Any, config: TrainConfig) -> dict[str, list[str]]:
+    """What is wrong with the labels of the rows that are not too long."""
+    trainer = prepared.trainer
+    seen, stops = chain(trainer.train_dataset, trainer.eval_dataset), stop_tokens(tokenizer, trainer.model)
+    if config.loss_on == "last":
+        return label_faults(seen, stops=stops, decode=tokenizer.decode)
+    texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
+    prompts = (asked_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
+    return label_faults(seen, stops=stops, decode=tokenizer.decode, prompts=prompts)
 
 
 def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:

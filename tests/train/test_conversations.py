@@ -136,7 +136,7 @@ CONVERSATION = [Message("user", "One?"), Message("assistant", "First."), Message
     [
         (MARKED, "last", "Second.<|im_end|>\n"),
         (MARKED, "all", "First.<|im_end|>Second.<|im_end|>"),
-        (QWEN25, "all", "\nFirst.<|im_end|>\n\nSecond.<|im_end|>\n"),  # TRL has a version of it with marks
+        (QWEN25, "all", "First.<|im_end|>\nSecond.<|im_end|>\n"),  # TRL's version marks the newline before them too
     ],
 )
 def test_loss_falls_on_the_last_turn_or_on_every_turn_of_the_assistant(
@@ -210,3 +210,19 @@ def test_samples_of_a_prompt_are_no_repeated_prompts() -> None:
     parts = Parts(rows[:4], rows[4:8], rows[8:])
     checks = {check.name: check for check in row_checks(parts, {}, make_recipe("x").train)}
     assert (checks["prompts"].status, checks["prompts"].value) == ("pass", 1)
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+def test_a_teacher_that_is_the_student_has_nothing_to_teach(
+    student: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_on: str
+) -> None:
+    """It reads the student's own prompts: the divergence of a model from itself is 0."""
+    monkeypatch.setattr("train.machine.native_bf16", lambda: False)  # both in float32
+    model = student(QWEN25)
+    rows = [kept_row(n, "", "Second.", messages=[Message("user", f"{n}?"), *CONVERSATION[1:]]) for n in range(6)]
+    run, accept = make_run(tmp_path / "run", rows), ["filters", "size_ratio"]
+    train_run(
+        make_recipe(model, model, method="kd", kd={"weights": "full", "alpha": 1}, loss_on=loss_on, accept=accept), run
+    )
+    log = json.loads((run.student / "training_log.json").read_bytes())
+    assert log["loss"][0]["loss"] == pytest.approx(0, abs=1e-6)

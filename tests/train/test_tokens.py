@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.tokens import differing_prompts, label_fault, label_faults
+from train.tokens import differing_prompts, label_fault, label_faults, without_header
 
 STOP = 2
 TEXT = {2: "<end>", 3: "\n", 10: "a", 11: "b", 12: "c"}
@@ -20,7 +20,7 @@ def row(ids: list[int], masked: int) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("ids", [[10, 11, 12, 2], [10, 11, 12, 2, 3], [10, 2, 11, 12, 2]])
 def test_an_answer_that_ends_with_the_stop_token_passes(ids: list[int]) -> None:
-    assert label_fault(row(ids, 2), stops={STOP}, decode=decode, every_turn=False) is None
+    assert label_fault(row(ids, 2), stops={STOP}, decode=decode) is None
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,16 @@ def test_a_row_that_teaches_something_else_is_named(bad: dict[str, list[int]], k
     faults = label_faults([good, bad, good, bad, bad], stops={STOP}, decode=decode)
     assert [kind, *(fault.partition(": ")[0] for fault in faults[kind])] == [*faults, "row 2", "row 4", "row 5"]
     assert all(reason in fault for fault in faults[kind])
+
+
+def test_loss_on_every_turn_spares_the_header_of_an_answer() -> None:
+    """Turns of a user (10), headers (11 12) and an answer: loss falls on its text and its stop token alone."""
+    ids, header = [10, 11, 12, 3, 2, 10, 11, 12, 11, 2], [11, 12]
+    marked = {"input_ids": ids, "labels": [-100, -100, 12, 3, 2, -100, 11, 12, 11, 2]}
+    good = {"input_ids": ids, **without_header(marked, header)}
+    assert good["labels"] == [-100, -100, -100, 3, 2, -100, -100, -100, 11, 2]
+    faults = label_faults([good, marked], stops={STOP}, decode=decode, prompts=[ids[:8]] * 2)
+    assert faults == {"labels": ["row 2: loss falls on the prompt too: on its end, 'c'"]}
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:
