@@ -37,7 +37,7 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama") -> Path:
+def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama", context: int = 512) -> Path:
     """Writes a model folder: hidden size 64, random weights, the tiny tokenizer."""
     import torch
     import transformers
@@ -53,7 +53,7 @@ def tiny_model(folder: Path, *, layers: int = 2, architecture: str = "llama") ->
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         bos_token_id=START,
         eos_token_id=END,
         pad_token_id=END,

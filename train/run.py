@@ -144,13 +144,16 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
     """
     rows = read_parts(recipe, run).train
     try:
-        from train.tokens import example_length
+        from transformers import AutoConfig
 
-        tokenizer = load_tokenizer(initial_student(recipe, run, rows))
+        from train.tokens import context_of, example_length
+
+        tokenizer = load_tokenizer(student := initial_student(recipe, run, rows))
+        longest = min(recipe.train.max_length, context_of(AutoConfig.from_pretrained(student)))
     except ImportError as error:
         raise UsageError(NO_EXTRA.format(error=error)) from None
     examples = to_examples(rows, recipe.student, reasoning_form(recipe.train, tokenizer))
-    return sum(example_length(example, tokenizer) <= recipe.train.max_length for example in examples)
+    return sum(example_length(example, tokenizer) <= longest for example in examples)
 
 
 def _train_first(recipe: Recipe, run: RunDir, processes: Processes, **flags: bool) -> None:

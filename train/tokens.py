@@ -4,6 +4,7 @@ Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no l
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
@@ -21,28 +22,32 @@ def label_faults(
     *,
     stops: set[int],
     decode: Callable[[list[int]], str],
+    known: int,
     prompts: Iterable[Sequence[int]] = repeat(()),
 ) -> dict[str, list[str]]:
     """The rows whose labels teach more than their answer, or less: by kind of fault, what is wrong with each.
 
-    `prompts`: what the last answer of each row is asked with, if loss falls on earlier turns of the assistant too.
+    `known`: how many tokens the model has embeddings of. `prompts`: what the last answer of each row is asked with, if
+    loss falls on earlier turns of the assistant too.
     """
     faults: dict[str, list[str]] = {}
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False), start=1):
-        if found := label_fault(row, stops=stops, decode=decode, prompt=prompt):
+        if found := label_fault(row, stops=stops, decode=decode, known=known, prompt=prompt):
             kind, reason = found
             faults.setdefault(kind, []).append(f"row {number}: {reason}")
     return faults
 
 
 def label_fault(
-    row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str], prompt: Sequence[int] = ()
+    row: TokenRow, *, stops: set[int], decode: Callable[[list[int]], str], known: int, prompt: Sequence[int] = ()
 ) -> tuple[str, str] | None:
-    """The kind of a row's fault (eos, masked or labels) and what is wrong; None if it has none.
+    """The kind of a row's fault (vocabulary, eos, masked or labels) and what is wrong; None if it has none.
 
     Loss must fall on the whole answer with its EOS, and on nothing else. After the EOS a template may add blanks.
     """
     ids, labels = row["input_ids"], row["labels"]
+    if (highest := max(ids)) >= known:
+        return "vocabulary", f"token {decode([highest])!r} has the id {highest}, the model knows {known:,} tokens"
     learned = [index for index, label in enumerate(labels) if label != MASKED]
     if not learned:
         return "masked", "no token carries loss; the chat template leaves the answer out"
@@ -109,6 +114,19 @@ def prompt_of(row: TokenRow) -> list[int]:
     """The tokens before the first that carries loss."""
     first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
     return list(row["input_ids"][:first])
+
+
+def context_of(config: Any) -> int:
+    """Tokens that a model reads at once, by its configuration; sys.maxsize if that names no limit.
+
+    Scaled rotary embeddings reach further than `max_position_embeddings` says, unless that counts the scaling.
+    """
+    shape = config.get_text_config()
+    limit: int = getattr(shape, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(shape, "rope_parameters", None) or {}
+    scaled = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]  # one, or one per type of layer
+    original = [(kind.get("original_max_position_embeddings") or limit, kind.get("factor") or 1) for kind in scaled]
+    return max([limit, *(int(length * factor) for length, factor in original)])
 
 
 def row_lengths(rows: Any) -> list[int]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ from train.teacher import known_files, tokenizer_of
 from train.tokens import (
     answer_header,
     asked_tokens,
+    context_of,
     differing_prompts,
     label_faults,
     prompt_of,
@@ -80,6 +82,7 @@ class Prepared:
     trainer: Any  # a StudentTrainer or TRL's DPOTrainer
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
+    context: int  # tokens that the student reads at once
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
     milestones: Milestones
@@ -115,6 +118,11 @@ class Prepared:
     @property
     def too_long(self) -> int:
         return sum(len(lengths) - len(self.rows[part]) for part, lengths in self.lengths.items())
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest training prompt."""
+        return max(len(prompt_of(row)) for row in self.trainer.train_dataset)
 
     @property
     def saved_step(self) -> int:
@@ -162,8 +170,9 @@ class Prepared:
 def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
     """Loads the student, tokenises the rows by its chat template and looks at what the trainer will use.
 
-    No row is cut, since its EOS would go with the end: rows over `max_length` are left out. train.checks.data decides
-    whether training may start. A student that a further method starts from is loaded as a whole model.
+    No row is cut, since its EOS would go with the end: rows over `max_length`, or over what the student reads at once,
+    are left out. train.checks.data decides whether training may start. A student that a further method starts from is
+    loaded as a whole model.
     Raises RecipeError if the student cannot be loaded or has no chat template, or the recipe asks for what is not
     there; UsageError if there are fewer rows than processes; DistillError if memory is too small.
     """
@@ -186,14 +195,18 @@ def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
 
 
 def _faults(prepared: Prepared, examples: Examples, tokenizer: Any, config: TrainConfig) -> dict[str, list[str]]:
-    """What is wrong with the labels of the rows that are not too long."""
+    """What is wrong with the tokens of the rows that are not too long, or with what they are padded with."""
     trainer = prepared.trainer
+    known, pad = trainer.model.get_input_embeddings().weight.shape[0], trainer.processing_class.pad_token_id
+    if pad >= known:
+        return {"vocabulary": [f"the padding token has the id {pad}, the model knows {known:,} tokens"]}
     seen, stops = chain(trainer.train_dataset, trainer.eval_dataset), stop_tokens(tokenizer, trainer.model)
+    check = partial(label_faults, seen, stops=stops, decode=tokenizer.decode, known=known)
     if config.loss_on == "last":
-        return label_faults(seen, stops=stops, decode=tokenizer.decode)
+        return check()
     texts = (examples[part][index] for part, rows in prepared.rows.items() for index in rows)
     prompts = (asked_tokens(text["prompt"], text["tools"], tokenizer) for text in texts)
-    return label_faults(seen, stops=stops, decode=tokenizer.decode, prompts=prompts)
+    return check(prompts=prompts)
 
 
 def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
@@ -206,7 +219,9 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
     with_callbacks(trainer, milestones, progress)
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     lengths = {part: row_lengths(rows) for part, rows in parts.items()}
-    kept = {part: [i for i, n in enumerate(of) if n <= config.max_length] for part, of in lengths.items()}
+    context = context_of(trainer.model.config)
+    longest = min(config.max_length, context)
+    kept = {part: [i for i, n in enumerate(of) if n <= longest] for part, of in lengths.items()}
     trainer.train_dataset = trainer.train_dataset.select(kept["train"])
     trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
     if 0 < len(kept["train"]) < processes.count:
@@ -214,7 +229,7 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
             f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
             f"{len(kept['train'])} (--num_processes), or generate more prompts"
         )
-    return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
+    return Prepared(trainer, kept, lengths, context, dtype, precision(config.weights), milestones, progress)
 
 
 def _with_teacher(

@@ -1,6 +1,7 @@
 """Checks before training: each finding's number and status, and that a training stops where it should."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_label_faults_fail_with_their_number_and_first_row() -> None:
     faults = {"eos": ["row 4: why", "row 6: why"], "masked": ["row 7: why"]}
     checks = {check.name: check for check in label_checks(faults, 9)}
     assert {name: finding(check) for name, check in checks.items()} == {
-        "eos": ("fail", 2), "masked": ("fail", 1), "labels": ("pass", 0),
+        "vocabulary": ("pass", 0), "eos": ("fail", 2), "masked": ("fail", 1), "labels": ("pass", 0),
     }  # fmt: skip
     assert checks["eos"].finding == "7 of 9 rows end with a stop token; row 4: why"
 
@@ -155,11 +156,12 @@ def test_label_faults_fail_with_their_number_and_first_row() -> None:
 class Figures:
     """What `prepare` gives, as far as the checks look at it."""
 
-    def __init__(self, train: list[int], validation: list[int], limit: int) -> None:
+    def __init__(self, train: list[int], validation: list[int], limit: int, context: int = sys.maxsize) -> None:
         self.lengths = {"train": train, "validation": validation}
         self.rows = {
             part: [index for index, length in enumerate(of) if length <= limit] for part, of in self.lengths.items()
         }
+        self.context, self.longest_prompt = context, 5
         self.faults: dict[str, list[str]] = {}
         self.differing = 0
 
@@ -182,6 +184,22 @@ def test_long_rows_are_a_share_that_the_recipe_decides_on(
     figures: Any = Figures(train, validation, 10)
     checks = {check.name: check for check in token_checks(figures, [row.id for row in rows], config)}
     assert finding(checks["length"]) == pytest.approx(expected)
+    config, figures.context = config.model_copy(update={"max_length": 1024}), 10
+    length = next(token_checks(figures, [row.id for row in rows], config))
+    assert finding(length) == pytest.approx(expected)
+    longest = max(*train, *validation)
+    assert "longer than the 10 tokens that the student reads at once (the longest, r" in length.finding
+    assert f"has {longest} tokens)" in length.finding
+    assert length.status == "pass" or "take a student that reads more" in length.fix
+
+
+@pytest.mark.parametrize(("new", "status", "fix"), [(11, "pass", ""), (12, "fail", "max_new_tokens to 11")])
+def test_a_sample_fits_in_what_the_student_reads_at_once(new: int, status: str, fix: str) -> None:
+    config = TrainConfig.model_validate({"method": "on_policy", "on_policy": {"max_new_tokens": new}})
+    figures: Any = Figures([9], [9], 10, context=16)
+    checks = {check.name: check for check in token_checks(figures, ["a", "b"], config)}
+    assert finding(checks["sample_length"]) == (status, 5 + new)
+    assert fix in checks["sample_length"].fix
 
 
 @pytest.mark.parametrize(
@@ -394,7 +412,7 @@ def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path:
     names = [check["name"] for check in written["checks"]]
     assert names == [
         "rows", "prompts", "parts", "filters", "cut_off", "size_ratio", "templates", "markup", "chain", "licence",
-        "length", "eos", "masked", "labels", "context",
+        "length", "vocabulary", "eos", "masked", "labels", "context",
     ]  # fmt: skip
     assert json.loads((run.student / "lineage.json").read_bytes())["train"]["checks"] == written["checks"]
 

@@ -39,7 +39,7 @@ LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """A tiny student with a chat template of the test's choice."""
-    plain = tiny_model(tmp_path_factory.mktemp("models") / "plain")
+    plain = tiny_model(tmp_path_factory.mktemp("models") / "plain", context=2048)
 
     def build(template: str) -> str:
         folder = tmp_path_factory.mktemp("model") / "student"

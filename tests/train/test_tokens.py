@@ -1,10 +1,13 @@
 """Checks of tokenised rows: what would teach something else than the answer is refused."""
 
+import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
-from train.tokens import differing_prompts, label_fault, label_faults, without_header
+from train.tokens import context_of, differing_prompts, label_fault, label_faults, without_header
 
 STOP = 2
 TEXT = {2: "<end>", 3: "\n", 10: "a", 11: "b", 12: "c"}
@@ -20,12 +23,13 @@ def row(ids: list[int], masked: int) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("ids", [[10, 11, 12, 2], [10, 11, 12, 2, 3], [10, 2, 11, 12, 2]])
 def test_an_answer_that_ends_with_the_stop_token_passes(ids: list[int]) -> None:
-    assert label_fault(row(ids, 2), stops={STOP}, decode=decode) is None
+    assert label_fault(row(ids, 2), stops={STOP}, decode=decode, known=13) is None
 
 
 @pytest.mark.parametrize(
     ("bad", "kind", "reason"),
     [
+        (row([10, 11, 13, 2], 1), "vocabulary", "token '?' has the id 13, the model knows 13 tokens"),
         (row([10, 11, 2], 3), "masked", "no token carries loss"),
         (row([10, 11, 2], 0), "labels", "loss falls on the prompt too"),
         (row([10, 11, 12], 1), "eos", "does not end with a stop token ('<end>'); its end is"),
@@ -35,7 +39,7 @@ def test_an_answer_that_ends_with_the_stop_token_passes(ids: list[int]) -> None:
 )
 def test_a_row_that_teaches_something_else_is_named(bad: dict[str, list[int]], kind: str, reason: str) -> None:
     good = row([10, 11, 2], 1)
-    faults = label_faults([good, bad, good, bad, bad], stops={STOP}, decode=decode)
+    faults = label_faults([good, bad, good, bad, bad], stops={STOP}, decode=decode, known=13)
     assert [kind, *(fault.partition(": ")[0] for fault in faults[kind])] == [*faults, "row 2", "row 4", "row 5"]
     assert all(reason in fault for fault in faults[kind])
 
@@ -46,8 +50,27 @@ def test_loss_on_every_turn_spares_the_header_of_an_answer() -> None:
     marked = {"input_ids": ids, "labels": [-100, -100, 12, 3, 2, -100, 11, 12, 11, 2]}
     good = {"input_ids": ids, **without_header(marked, header)}
     assert good["labels"] == [-100, -100, -100, 3, 2, -100, -100, -100, 11, 2]
-    faults = label_faults([good, marked], stops={STOP}, decode=decode, prompts=[ids[:8]] * 2)
+    faults = label_faults([good, marked], stops={STOP}, decode=decode, known=13, prompts=[ids[:8]] * 2)
     assert faults == {"labels": ["row 2: loss falls on the prompt too: on its end, 'c'"]}
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        (GPT2Config(n_positions=128), 128),
+        (LlamaConfig(max_position_embeddings=512), 512),
+        (LlamaConfig(max_position_embeddings=512, rope_parameters=YARN), 2048),
+        (LlamaConfig(max_position_embeddings=2048, rope_parameters=LLAMA3), 2048),
+        (Gemma3Config(text_config={"max_position_embeddings": 256}), 256),
+        (BloomConfig(), sys.maxsize),  # its attention has no positions
+    ],
+)
+def test_what_a_model_reads_at_once_is_in_its_configuration(config: Any, context: int) -> None:
+    assert context_of(config) == context
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:

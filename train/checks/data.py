@@ -3,6 +3,7 @@
 Pure: reads rows, the run's lineage and the tokens' figures; writes nothing.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 DROPPED_SHARE = 0.1  # of the rows, too long: with more, the student never sees long answers
 LABELS = {  # what all rows must do, and the fix
+    "vocabulary": (
+        "have only tokens that the student knows",
+        "take the tokenizer that belongs to the student, or resize its embeddings (resize_token_embeddings)",
+    ),
     "eos": ("end with a stop token", "fix the student's chat template: the student would never learn to stop"),
     "masked": ("carry loss", "fix the student's chat template: it leaves the answer out"),
     "labels": ("carry loss on the whole answer and on nothing else", "fix the student's chat template"),
@@ -58,6 +63,8 @@ def token_checks(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) 
     """What the tokens show that the trainer will use. `ids`: of the rows of training, then validation."""
     left = {part: len(rows) for part, rows in prepared.rows.items()}
     yield _length(prepared, ids, config)
+    if config.method == "on_policy" and prepared.context < sys.maxsize and left["train"]:
+        yield _sample_length(prepared, config)
     if prepared.faults is None:  # pairs: their prompts and their better answers were looked at when they were rows
         return
     yield from label_checks(prepared.faults, sum(left.values()))
@@ -84,7 +91,7 @@ def _key(row: Kept) -> int:
 
 
 def label_checks(faults: Mapping[str, Sequence[str]], rows: int) -> Iterator[Check]:
-    """EOS in the labels of every row; loss on the whole answer, and on nothing else."""
+    """Known tokens, and EOS in the labels of every row; loss on the whole answer, and on nothing else."""
     for name, (what, fix) in LABELS.items():
         bad = faults.get(name, ())
         finding = "; ".join((f"{rows - len(bad):,} of {rows:,} rows {what}", *bad[:1]))
@@ -112,14 +119,29 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
 def _length(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Check:
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
     longest, row = max(zip(lengths, ids, strict=True), key=lambda pair: pair[0])
-    over = sum(length > config.max_length for length in lengths)
+    limit, longer = f"train.max_length {config.max_length}", f"raise it to {longest}"
+    if prepared.context < config.max_length:
+        limit, longer = (
+            f"the {prepared.context} tokens that the student reads at once",
+            "take a student that reads more",
+        )
+    over = sum(length > min(config.max_length, prepared.context) for length in lengths)
     share = over / len(lengths)
-    finding = f"{over} of {len(lengths)} rows are longer than train.max_length {config.max_length} "
-    finding += f"(the longest, {row}, has {longest} tokens)"
+    finding = f"{over} of {len(lengths)} rows are longer than {limit} (the longest, {row}, has {longest} tokens)"
     status: Status = "note" if share <= DROPPED_SHARE else "warn"
-    fix = f"raise it to {longest}; they are left out now"
+    fix = f"{longer}; they are left out now"
     if config.too_long == "refuse":
-        status, fix = "fail", f"raise it to {longest}, or leave such rows out with train.too_long: drop"
+        status, fix = "fail", f"{longer}, or leave such rows out with train.too_long: drop"
     elif empty := [part for part, rows in prepared.rows.items() if not rows]:
-        status, fix = "fail", f"no {empty[0]} row would be left; raise it"
+        status, fix = "fail", f"no {empty[0]} row would be left; {longer}"
     return graded("length", share, finding, passes=not over, otherwise=status, fix=fix)
+
+
+def _sample_length(prepared: "Prepared", config: TrainConfig) -> Check:
+    """The student reads a prompt and its own answer to it at once."""
+    prompt, answer, context = prepared.longest_prompt, config.on_policy.max_new_tokens, prepared.context
+    finding = f"a sample has up to {prompt + answer} tokens (the longest prompt has {prompt}, "
+    finding += f"train.on_policy.max_new_tokens is {answer}); the student reads {context} at once"
+    fix = f"lower train.on_policy.max_new_tokens to {context - prompt}"
+    passes = prompt + answer <= context
+    return graded("sample_length", prompt + answer, finding, passes=passes, otherwise="fail", fix=fix)
