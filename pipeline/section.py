@@ -13,7 +13,12 @@ class Section(BaseModel):
     """One section: frozen, unknown keys refused. The text under each key is what `--help` and docs/settings.md show."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        serialize_by_alias=True,
     )
 
 

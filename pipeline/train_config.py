@@ -119,7 +119,7 @@ class TrainConfig(Section):
     """Checks whose warning does not stop the training; --force accepts them all."""
     teacher_licence: str | None = Field(None, min_length=1)
     """The teacher's licence by your word, if the table does not know it or is wrong."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of the training."""
 
     @property

@@ -29,6 +29,20 @@ def test_flags_override_the_environment_which_overrides_the_yaml(path: Path, mon
     assert load_recipe(path, ["--sampling.top_p", "0.5"]).sampling.top_p == 0.5
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("train.seed", "-1", "greater than or equal to 0, got '-1'"),
+        ("train.seed", str(1 << 32), "less than 4294967296, got '4294967296'"),
+        ("train.epochs", "inf", "a finite number, got 'inf'"),
+        ("generate.give_up_s", "nan", "a finite number, got 'nan'"),
+    ],
+)
+def test_numbers_that_no_stage_can_use_are_refused(path: Path, key: str, value: str, error: str) -> None:
+    with pytest.raises(RecipeError, match=f"--{key}: {key} should be {error}"):
+        load_recipe(path, [f"--{key}", value])
+
+
 def test_what_is_not_overridden_stays(path: Path) -> None:
     recipe = load_recipe(path, ["--teacher.base_url", "https://example.org/v1/", "--prompts.system", "null"])
     assert recipe.teacher.model == "some/teacher"
