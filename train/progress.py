@@ -94,6 +94,11 @@ class Milestones(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def is_ended(state: TrainerState, patience: int | None) -> bool:
+    """Whether nothing is left to train; the Trainer would take a step more if that was within an epoch."""
+    return state.global_step >= state.max_steps or is_stopped_early(state, patience)
+
+
 def is_stopped_early(state: TrainerState, patience: int | None) -> bool:
     """Whether the last `patience` evaluations were no better than the best before them."""
     losses = _validation_losses(state)

@@ -48,7 +48,7 @@ from train.machine import (
     wants_compiling,
     weights_dtype,
 )
-from train.progress import Milestones, TrainProgress, is_stopped_early
+from train.progress import Milestones, TrainProgress, is_ended
 from train.setting import Setting
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
@@ -99,7 +99,7 @@ class Prepared:
         try:
             with quiet(), self.milestones.interruptible():
                 state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
-                if state and is_stopped_early(state, self.milestones.config.early_stop):
+                if state and is_ended(state, self.milestones.config.early_stop):
                     self.trainer.state = state
                     self.trainer._load_best_model()
                 else:

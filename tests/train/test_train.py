@@ -177,6 +177,7 @@ def test_a_lora_student_loads_in_peft_and_has_all_linear_layers(student: str, tm
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     assert config["r"] == 4
+    assert "--enable-lora --max-lora-rank 8 " in (run.student / "README.md").read_text()  # vLLM takes few ranks
     assert not (run.student / "model.safetensors").exists()
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     base = AutoModelForCausalLM.from_pretrained(student)
@@ -438,6 +439,19 @@ def test_training_ends_when_the_validation_loss_no_longer_falls(
     train_run(make_recipe(student, **settings), killed)
     assert (eval_losses(killed), log_of(killed)["saved_step"]) == (found, best)
     assert cross_entropy_of(killed) == pytest.approx(found[best], rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1.5, 1])
+def test_a_training_that_was_killed_after_its_end_takes_no_further_step(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: float
+) -> None:
+    run, recipe = make_run(tmp_path / "run", story_rows(18)), make_recipe(student, epochs=epochs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.trainer.Prepared.save", _interrupted)
+        train_run(recipe, run)
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)
+    train_run(recipe, run)
+    assert len(log_of(run)["loss"]) == 4 * epochs == log_of(run)["saved_step"]
 
 
 @pytest.mark.parametrize(("free_mib", "setting", "on"), [(1, "auto", True), (8000, "auto", False), (1, False, False)])
