@@ -51,6 +51,11 @@ class GoldTrainer(ScoredOnText, SameEveryEpoch, GOLDTrainer):
         )
         self.eval_dataset = tokenised.eval_dataset
 
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Counts the tokens of this forward pass: TRL's loader gives it the rows of the whole step."""
+        place = (self._step - 1) % self.args.gradient_accumulation_steps
+        super()._track_num_input_tokens(self._buffered_inputs[place])
+
 
 def gold_trainer(
     tokenised: StudentTrainer, examples: Sequence[Example], arguments: dict[str, Any], setting: Setting

@@ -50,7 +50,8 @@ NO_EXTRA = "training needs the `train` extra: {error}; run `make train`, which i
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 AGAIN = " again"  # follows the fingerprint there if --again began the training
-# Settings that change no weight, but for rounding; so does train.micro_batch_size.
+# Settings that change no weight, but for rounding; so does train.micro_batch_size. With method gold that one does
+# change the result (its loss is a mean of each forward pass), but after it ran out of memory it must go on with less.
 SAME_RESULT = {
     "test_rows",
     "checkpoint_steps",
@@ -106,7 +107,7 @@ def train_run(
     except ImportError as error:
         raise UsageError(NO_EXTRA.format(error=error)) from None
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
-    console.print(f"training on {rows['train']} rows; {rows['validation']} validate, {rows['test']} test")
+    console.print(f"training on {prepared.seen} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
         if processes.lead_in_folder:
             write_jsonl(run.test, parts.test)
@@ -119,7 +120,7 @@ def train_run(
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
         _publish(work / "student", log, recipe, run)
-        _print_result(run, rows, log, section)
+        _print_result(run, prepared.seen, log, section)
 
 
 def _learn(prepared: "Prepared", work: Path, console: Console, processes: Processes) -> None:
@@ -129,9 +130,9 @@ def _learn(prepared: "Prepared", work: Path, console: Console, processes: Proces
         prepared.save(work / "student", console, write=processes.lead)
 
 
-def _print_result(run: RunDir, rows: dict[str, int], log: dict[str, Any], section: dict[str, Any]) -> None:
+def _print_result(run: RunDir, rows: str, log: dict[str, Any], section: dict[str, Any]) -> None:
     print(
-        f"{run.student}: trained on {rows['train']} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s, "
+        f"{run.student}: trained on {rows} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s, "
         f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
         f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
     )

@@ -120,6 +120,14 @@ class Prepared:
         return sum(len(lengths) - len(self.rows[part]) for part, lengths in self.lengths.items())
 
     @property
+    def seen(self) -> str:
+        """How many rows an epoch trains on. TRL's trainers for gold and on_policy leave out a step that is not full."""
+        rows, args = len(self.rows["train"]), self.trainer.args
+        full = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        left = rows % full if self.milestones.config.method in ("gold", "on_policy") else 0
+        return f"{rows - left} of {rows}" if left else f"{rows}"
+
+    @property
     def longest_prompt(self) -> int:
         """Tokens of the longest training prompt."""
         return max(len(prompt_of(row)) for row in self.trainer.train_dataset)

@@ -14,7 +14,7 @@ from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import TeacherConfig
-from tests.tiny_student import CHATML, make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
@@ -119,3 +119,19 @@ def test_a_student_learns_from_a_teacher_of_other_tokens(tmp_path: Path) -> None
     assert len(losses) >= 6 and losses[-1] < 0.9 * losses[0]
     assert log["eval"][-1]["loss"] < log["eval"][0]["loss"]
     assert json.loads(run.lineage.read_bytes())["train"]["method"] == "gold"
+
+
+def test_each_row_of_a_full_step_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student, teacher = str(tiny_model(tmp_path / "student")), other_model(tmp_path / "teacher")
+    run = make_run(tmp_path / "run", [kept_row(n, f"Story {n}?", f"End {n}.") for n in range(8)])
+    accept = ["filters", "licence", "templates", "size_ratio"]
+    train_run(
+        make_recipe(student, teacher, method="gold", kd={"weights": "full"}, micro_batch_size=1, accept=accept), run
+    )
+    log = json.loads((run.student / "training_log.json").read_bytes())
+    row = "<|im_start|>user\nStory 0?<|im_end|>\n<|im_start|>assistant\nEnd 0.<|im_end|>"
+    tokens = 4 * len(AutoTokenizer.from_pretrained(student)(row)["input_ids"])
+    assert (len(log["loss"]), log["tokens"]) == (1, tokens)
+    said = capsys.readouterr()
+    assert "training on 4 of 6 rows; 1 validate" in said.err
+    assert f"trained on 4 of 6 rows, {tokens} tokens in " in said.out
