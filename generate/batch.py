@@ -185,7 +185,8 @@ class Batches:
         if chunk.status == FULL and others:
             return  # until one of them has ended
         file = self._folder.file(chunk, "input")
-        batch = await self._api.find(chunk.name)
+        # The file's id is on disk before a batch is created from it: without one there is no batch to look for.
+        batch = await self._api.find(chunk.name, chunk.file_id) if chunk.file_id else None
         if batch is None:
             if chunk.name in self._stale:
                 changed = "its answers came another way, or the recipe or the budget changed"

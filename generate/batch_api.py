@@ -3,6 +3,8 @@
 HTTP only: what a batch means for a run is in generate.batch. Every message from here has its secrets hidden.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +46,19 @@ class BatchApi:
         )
 
     async def upload(self, path: Path) -> str:
-        with path.open("rb") as file:
+        with path.open("rb") as file, self._answers_json("files"):
             return (await self.client.files.create(file=file, purpose="batch")).id
 
-    async def find(self, chunk: str) -> Batch | None:
-        """The batch of a chunk, if one was created whose creation this run never heard of."""
-        try:
+    async def find(self, chunk: str, file_id: str) -> Batch | None:
+        """The batch of a chunk's file, if one was created whose creation this run never heard of.
+
+        A copy of the run has the same key and numbers its chunks alike: the file tells their batches apart.
+        """
+        marks = self._marks(chunk, file_id)
+        with self._answers_json("batches"):
             async for batch in self.client.batches.list(limit=LISTED):
-                marks = batch.metadata or {}
-                ours = (marks.get("distillate_run"), marks.get("part")) == (self._run_key, chunk)
-                if ours and batch.status != "failed":
+                if marks.items() <= (batch.metadata or {}).items() and batch.status != "failed":
                     return batch
-        except AttributeError:  # how the package meets a page in place of JSON
-            raise DistillError(
-                f"{self.url}/batches answers with no JSON; check teacher.base_url (…/v1), or does it have a Batch API?"
-            ) from None
         return None
 
     async def create(self, chunk: str, file_id: str) -> Batch:
@@ -66,8 +66,20 @@ class BatchApi:
             input_file_id=file_id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
-            metadata={"distillate_run": self._run_key, "part": chunk, "file": file_id},
+            metadata=self._marks(chunk, file_id),
         )
+
+    def _marks(self, chunk: str, file_id: str) -> dict[str, str]:
+        return {"distillate_run": self._run_key, "part": chunk, "file": file_id}
+
+    @contextmanager
+    def _answers_json(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except AttributeError:  # how the package meets a page in place of JSON
+            raise DistillError(
+                f"{self.url}/{path} answers with no JSON; check teacher.base_url (…/v1), or does it have a Batch API?"
+            ) from None
 
     async def retrieve(self, batch_id: str) -> Batch:
         return await self.client.batches.retrieve(batch_id)

@@ -193,6 +193,17 @@ def test_a_call_that_is_killed_pays_only_for_answers(
         assert len(fake.batches) == 1
 
 
+def test_copies_of_a_run_do_not_take_each_others_batches(run: RunDir, tmp_path: Path) -> None:
+    """Both mark their batches with the same key, and number their files alike."""
+    with fake_batches() as fake:
+        generate(batch_recipe(fake, 2, teacher=priced(fake)), run, quiet=True)
+        copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "copy")))
+        for folder, count in ((run, 5), (copy, 3)):
+            summary = generate(batch_recipe(fake, count, teacher=priced(fake)), folder, quiet=True)
+            assert (summary.completed, summary.cost_usd) == (count, count * 6)
+    assert len(fake.batches) == 3
+
+
 def test_an_answer_without_usage_costs_as_much_as_it_could(run: RunDir) -> None:
     with fake_batches(outcome=lambda id_, body, batch: line(id_, body=reply("four", usage=False))) as fake:
         recipe = batch_recipe(fake, 1, teacher=priced(fake), sampling={"max_tokens": 5})
@@ -262,7 +273,7 @@ def test_what_vllm_refuses_has_its_reason(run: RunDir, tmp_path: Path) -> None:
 def _written_only(recipe: Recipe, run: RunDir) -> None:
     """A call that is stopped when its files are written, before one of them is sent."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchApi, "find", _stop)
+        patch.setattr(BatchApi, "upload", _stop)
         with pytest.raises(KeyboardInterrupt):
             generate(recipe, run, quiet=True)
 
@@ -319,7 +330,8 @@ def test_answers_that_a_batch_brings_a_second_time_are_paid(run: RunDir) -> None
 
 def test_what_answers_with_a_page_has_no_batches(run: RunDir) -> None:
     class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
@@ -330,6 +342,6 @@ def test_what_answers_with_a_page_has_no_batches(run: RunDir) -> None:
 
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(DistillError, match=r"/v1/batches answers with no JSON; check teacher\.base_url"):
+        with pytest.raises(DistillError, match=r"/v1/files answers with no JSON; check teacher\.base_url"):
             generate(batch_recipe(f"http://127.0.0.1:{server.server_port}/v1", 2), run, quiet=True)
         server.shutdown()
