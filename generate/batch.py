@@ -156,9 +156,11 @@ class Batches:
                 self._run.say(f"{self._url}: {words}; going on")
                 troubles += 1
                 if troubles >= self._config.max_attempts:
+                    created = any(chunk.batch_id for chunk in self._folder.live)
+                    then = "the batches are under way, and the same command goes on with them"
                     raise DistillError(
-                        f"{self._url}: {words}, {troubles} times in a row; the batches are under way, and the same "
-                        "command goes on with them"
+                        f"{self._url}: {words}, {troubles} times in a row; "
+                        + (then if created else "when it answers again, run the same command again")
                     ) from None
             self._run.counters.in_flight = len(self._reserved)
             with suppress(TimeoutError):

@@ -97,6 +97,8 @@ class BatchApi:
     def explain(self, error: openai.APIError) -> str:
         """What an error says. Raises DistillError for one that no waiting heals."""
         said: Any = error.body.get("message") if isinstance(error.body, dict) else None
+        if isinstance(error, openai.APIConnectionError):  # its own message is "Connection error."
+            said = str(error.__cause__ or "")
         words = self.words(str(said or error.message))
         if getattr(error, "code", None) == "insufficient_quota":
             raise DistillError(f"{self.url}: the quota is used up ({words}); top it up") from None

@@ -171,6 +171,23 @@ def test_troubles_of_the_network_are_borne(run: RunDir) -> None:
         assert set(fake.asked.values()) == {1}
 
 
+@pytest.mark.parametrize("created", [False, True])
+def test_batches_are_said_to_be_under_way_if_they_are(
+    run: RunDir, created: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable(*_: object) -> object:
+        async with httpx2.AsyncClient() as client:
+            try:
+                return await client.get("http://127.0.0.1:9")
+            except httpx2.ConnectError as error:
+                raise openai.APIConnectionError(request=error.request) from error
+
+    monkeypatch.setattr(BatchApi, "retrieve" if created else "upload", unreachable)
+    with fake_batches() as fake, pytest.raises(DistillError, match=r"/v1: All connection .* 3 times in a row") as caught:
+        generate(batch_recipe(fake, 2), run, quiet=True)
+    assert ("the batches are under way" in str(caught.value)) == created
+
+
 def test_a_full_account_gets_one_batch_after_the_other(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
     with fake_batches(most_live=1) as fake:
