@@ -17,7 +17,7 @@ import openai
 from openai.types import Batch
 
 from generate.batch_api import BatchApi
-from generate.batch_files import Chunk, Folder, read_output
+from generate.batch_files import COLLECTED, Chunk, Folder, read_output
 from generate.budget import Budget, Reservation, Spend, known_price, most_of_batch, spend_under_way
 from generate.context import Run
 from generate.dialect import Dialect
@@ -32,6 +32,7 @@ from pipeline.records import Usage
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 FULL = "token_limit_exceeded"  # the account has its limit enqueued: create this batch later
+UNKNOWN = "unknown"  # to the account of this call; not in the state
 FIRST_POLL_S = 1.0
 NO_LINE = Fault("no_response", "the batch ended without a line for this request")
 
@@ -171,15 +172,23 @@ class Batches:
         if chunk.batch_id is None:
             await self._submit(chunk)
             return
-        batch = await self._api.retrieve(chunk.batch_id)
-        if batch.status != chunk.status:
-            chunk.status = batch.status
-            self._folder.save()
-        if batch.request_counts and batch.status == "in_progress":
-            counts = batch.request_counts
-            self._run.say(f"batch {batch.id}: {counts.completed} of {counts.total} done, {counts.failed} failed")
-        if batch.status in ENDED:
-            await self._end(chunk, batch)
+        try:
+            batch = await self._api.retrieve(chunk.batch_id)
+            if batch.status != chunk.status:
+                chunk.status = batch.status
+                self._folder.save()
+            if batch.request_counts and batch.status == "in_progress":
+                counts = batch.request_counts
+                self._run.say(f"batch {batch.id}: {counts.completed} of {counts.total} done, {counts.failed} failed")
+            if batch.status in ENDED:
+                await self._end(chunk, batch)
+        except (openai.BadRequestError, openai.NotFoundError) as error:
+            chunk.status = UNKNOWN
+            raise DistillError(
+                f"{self._url} does not know batch {chunk.batch_id} or its files ({self._api.said(error)}); use the key "
+                f"and teacher.base_url that it was made with, or, to ask its requests again, set {COLLECTED} in chunk "
+                f"{chunk.name} of {self._folder.path / 'state.json'}"
+            ) from None
 
     async def _submit(self, chunk: Chunk) -> None:
         """Uploads a chunk and creates its batch, unless an earlier call did, or nothing asks for its answers now."""
@@ -196,12 +205,21 @@ class Batches:
                     chunk, f"{file.name} is not sent: since it was written {changed}; what is left is written anew"
                 )
                 return
+            earlier = chunk.file_id
             if chunk.file_id is None:
                 chunk.file_id = await self._api.upload(file)
                 self._folder.save()
             if self._stopped.is_set():
                 return
-            batch = await self._api.create(chunk.name, chunk.file_id)
+            try:
+                batch = await self._api.create(chunk.name, chunk.file_id)
+            except (openai.BadRequestError, openai.NotFoundError) as error:
+                if earlier is None:
+                    raise
+                chunk.file_id = None  # deleted, or another account's: the next round uploads it again
+                self._folder.save()
+                self._run.say(f"{file.name} is uploaded again: {self._api.said(error)}")
+                return
         chunk.batch_id, chunk.status = batch.id, batch.status
         self._folder.save()
         self._run.say(f"batch {chunk.batch_id} is {chunk.status} ({file.name})")
@@ -336,7 +354,7 @@ class Batches:
 
     def _say_live(self) -> None:
         """Says which batches go on without this call."""
-        ids = [chunk.batch_id for chunk in self._folder.live if chunk.batch_id]
+        ids = [chunk.batch_id for chunk in self._folder.live if chunk.batch_id and chunk.status != UNKNOWN]
         if ids:
             self._run.say(
                 f"{', '.join(ids)} go on at {self._url}; the same command collects them. To cancel one: "

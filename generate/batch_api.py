@@ -94,12 +94,16 @@ class BatchApi:
         except httpx2.HTTPError as error:  # the body was cut: the package has its own errors only before the body
             raise openai.APIConnectionError(message=str(error), request=error.request) from None
 
-    def explain(self, error: openai.APIError) -> str:
-        """What an error says. Raises DistillError for one that no waiting heals."""
+    def said(self, error: openai.APIError) -> str:
+        """What an error says."""
         said: Any = error.body.get("message") if isinstance(error.body, dict) else None
         if isinstance(error, openai.APIConnectionError):  # its own message is "Connection error."
             said = str(error.__cause__ or "")
-        words = self.words(str(said or error.message))
+        return self.words(str(said or error.message))
+
+    def explain(self, error: openai.APIError) -> str:
+        """What an error says. Raises DistillError for one that no waiting heals."""
+        words = self.said(error)
         if getattr(error, "code", None) == "insufficient_quota":
             raise DistillError(f"{self.url}: the quota is used up ({words}); top it up") from None
         status = error.status_code if isinstance(error, openai.APIStatusError) else 500

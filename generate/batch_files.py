@@ -25,6 +25,7 @@ MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
 PATH = b"/v1/chat/completions"
 FIX = "it says which batches are under way: fix it, or move its folder away to ask again"
+COLLECTED = '"collected": true'  # what a user sets in state.json to give a batch up
 
 
 class Chunk(msgspec.Struct, kw_only=True):

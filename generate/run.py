@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 from rich.console import Console
 
-from generate.batch_files import under_way
+from generate.batch_files import COLLECTED, under_way
 from generate.budget import spent_by, spent_in
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
@@ -261,7 +261,8 @@ def _findings(run: Run) -> Iterator[str]:
         names = ", ".join(chunk.batch_id or chunk.name for chunk in live)
         yield (
             f"warning: batches under way: {names}. They count as the most that they can cost, and what they answer may "
-            "be bought a second time now; generate.mode batch collects them"
+            f"be bought a second time now; generate.mode batch collects them ({COLLECTED} in "
+            f"{run.dir.path / 'batches' / 'state.json'} gives one up)"
         )
     if counters.failed_before and not counters.retrying:
         yield (

@@ -183,7 +183,10 @@ def test_batches_are_said_to_be_under_way_if_they_are(
                 raise openai.APIConnectionError(request=error.request) from error
 
     monkeypatch.setattr(BatchApi, "retrieve" if created else "upload", unreachable)
-    with fake_batches() as fake, pytest.raises(DistillError, match=r"/v1: All connection .* 3 times in a row") as caught:
+    with (
+        fake_batches() as fake,
+        pytest.raises(DistillError, match=r"/v1: All connection .* 3 times in a row") as caught,
+    ):
         generate(batch_recipe(fake, 2), run, quiet=True)
     assert ("the batches are under way" in str(caught.value)) == created
 

@@ -18,10 +18,11 @@ from generate.batch import Batches
 from generate.batch_api import BatchApi
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError, UsageError
+from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from tests.servers.fake_batch_api import batch_recipe, expired, fake_batches, line, priced
-from tests.servers.misbehaving_server import completions, failures, recipe_for, reply
+from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply
 
 
 def _interrupt_after_first_step(patch: pytest.MonkeyPatch) -> None:
@@ -136,6 +137,42 @@ def test_a_batch_without_a_price_costs_what_it_does_now(run: RunDir) -> None:
     with fake_batches() as fake:
         _interrupted(batch_recipe(fake, 4, teacher={"model": "stub", "base_url": fake.url}), run)
         assert generate(batch_recipe(fake, 4, teacher=priced(fake)), run, quiet=True).cost_usd == 4 * 6
+
+
+def test_a_file_that_the_account_no_longer_has_is_uploaded_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_batches() as fake:
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchApi, "create", _stop)
+            with pytest.raises(KeyboardInterrupt):
+                generate(batch_recipe(fake, 4), run, quiet=True)
+        fake.files.clear()
+        assert generate(batch_recipe(fake, 4), run, quiet=True).answered == 4
+        assert fake.calls["upload"] == 2
+
+
+@pytest.mark.parametrize("gone", ["batches", "files"])
+@pytest.mark.parametrize("mode", ["batch", "online"])
+def test_a_batch_that_the_account_does_not_know_can_be_given_up(
+    run: RunDir, gone: str, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake_batches() as fake, misbehaving() as server:
+        recipe = batch_recipe(fake, 4)
+        _interrupted(recipe, run)
+        if gone == "batches":
+            fake.batches.clear()
+        else:
+            fake.batches["batch_1"] |= {"status": "completed", "output_file_id": "file-9"}
+        capsys.readouterr()
+        with pytest.raises(DistillError, match="does not know batch batch_1 or its files") as caught:
+            generate(recipe, run, quiet=True)
+        assert "go on at" not in capsys.readouterr().err
+        state = run.path / "batches" / "state.json"
+        assert f'set "collected": true in chunk 001 of {state}' in str(caught.value)
+        state.write_text(state.read_text().replace('"collected": false', '"collected": true'))
+        budget = {"tokens": 10**6}
+        asking = recipe if mode == "batch" else recipe_for(server, 4, budget=budget)
+        assert generate(asking, run, quiet=True).answered == 4
+        assert read_lineage(run)["generate"]["spent"]["tokens"] == 4 * 12
 
 
 def test_online_says_what_batches_are_under_way(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,8 @@ def _app(fake: FakeBatches) -> web.Application:
         if fake.failing_polls:
             fake.failing_polls -= 1
             return _problem(500, "try again")
-        batch = fake.batches[request.match_info["id"]]
+        if (batch := fake.batches.get(request.match_info["id"])) is None:
+            return _problem(404, "No batch found with that id")
         _step(fake, batch)
         return web.json_response(batch)
 
@@ -154,7 +155,8 @@ def _app(fake: FakeBatches) -> web.Application:
         return web.json_response({"object": "list", "data": page, "has_more": more, **ends})
 
     async def content(request: web.Request) -> web.StreamResponse:
-        data = fake.files[request.match_info["id"]]
+        if (data := fake.files.get(request.match_info["id"])) is None:
+            return _problem(404, "No such File object")
         if not fake.cut_downloads:
             return web.Response(body=data)
         fake.cut_downloads -= 1
