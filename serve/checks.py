@@ -15,19 +15,24 @@ from serve.machine import Machine
 
 
 def local_address(base_url: str) -> tuple[str, int]:
-    """The host and port to serve on for a teacher.base_url. Raises UsageError if it is not on this machine."""
+    """The host and port to serve on for a teacher.base_url. Raises UsageError if no server here can answer at it."""
     url = urlsplit(base_url)
-    name = url.hostname or ""
-    host = "127.0.0.1" if name in ("localhost", "0.0.0.0") else name
     if not is_this_machine(base_url):
         raise UsageError(
             f"teacher.base_url {base_url} is not on this machine, so there is nothing to serve; run `make generate`"
         )
     if url.scheme != "http" or url.path != "/v1":
         raise UsageError(
-            f"teacher.base_url {base_url}: a server on this machine answers at http://{url.netloc}/v1; write that"
+            f"teacher.base_url {base_url} is not a server that can be started here (those answer at "
+            f"http://{url.netloc}/v1): start it yourself and run `make generate`, or write that URL"
         )
-    return host, url.port or 80
+    return local_host(base_url), url.port or 80
+
+
+def local_host(base_url: str) -> str:
+    """The host to listen on, of a URL on this machine."""
+    name = urlsplit(base_url).hostname or ""
+    return "127.0.0.1" if name in ("localhost", "0.0.0.0") else name
 
 
 def check_vllm(command: Command, machine: Machine) -> None:

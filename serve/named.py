@@ -7,15 +7,16 @@ before     the student as it was before training, on the port after that
 
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from pipeline.address import is_this_machine
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.students import after_training, before_training
-from serve.checks import local_address
+from serve.checks import local_address, local_host
 
 TEACHER, STUDENT, BEFORE = "teacher", "student", "before"
-HOST, TEACHER_PORT = "127.0.0.1", 8000  # if the teacher answers on another machine
+HOST, TEACHER_PORT = "127.0.0.1", 8000  # if the teacher answers on another machine, or its URL names no port
 
 
 class Address(NamedTuple):
@@ -29,14 +30,16 @@ class Address(NamedTuple):
 def address_of(recipe: Recipe, name: str) -> Address:
     """Where the model of that name is served; another model takes the teacher's address.
 
-    Raises UsageError if the teacher is asked for and is not on this machine.
+    A student needs no teacher that can be started here: it may be a gateway at any path. Raises UsageError for the
+    teacher's address if no server can be started there.
     """
     further = {STUDENT: 1, BEFORE: 2}.get(name, 0)
     if not further:
         return Address(recipe.teacher.model if name == TEACHER else name, *local_address(recipe.teacher.url))
     teacher = recipe.teacher.url
-    host, port = local_address(teacher) if is_this_machine(teacher) else (HOST, TEACHER_PORT)
-    return Address(name, host, port + further)
+    if not is_this_machine(teacher):
+        return Address(name, HOST, TEACHER_PORT + further)
+    return Address(name, local_host(teacher), (urlsplit(teacher).port or TEACHER_PORT) + further)
 
 
 def reference_of(recipe: Recipe, run: RunDir, name: str) -> str:

@@ -46,6 +46,18 @@ def test_each_name_has_its_place() -> None:
         address_of(away, "teacher")
 
 
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("http://localhost:3000/api", 3000), ("https://localhost:3000/v1", 3000), ("https://localhost/v1", 8000)],
+)
+def test_a_student_is_served_beside_a_gateway_on_this_machine(url: str, port: int) -> None:
+    recipe = recipe_at(url)
+    assert address_of(recipe, "student") == Address("student", "127.0.0.1", port + 1)
+    assert address_of(recipe, "before") == Address("before", "127.0.0.1", port + 2)
+    with pytest.raises(UsageError, match=f"{url} is not a server that can be started here"):
+        address_of(recipe, "teacher")
+
+
 def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, run = model(tmp_path / "base"), RunDir(tmp_path / "run")
     recipe = recipe_at("http://localhost:8000/v1", str(base))

@@ -261,8 +261,8 @@ def test_local_addresses(url, address):
     [
         ("https://api.openai.com/v1", "is not on this machine, so there is nothing to serve"),
         ("http://192.0.2.1:8000/v1", "is not on this machine"),
-        ("https://127.0.0.1:8000/v1", "answers at http://127.0.0.1:8000/v1"),
-        ("http://127.0.0.1:8000/api", "answers at http://127.0.0.1:8000/v1"),
+        ("https://127.0.0.1:8000/v1", "not a server that can be started here.*http://127.0.0.1:8000/v1"),
+        ("http://127.0.0.1:8000/api", "not a server that can be started here.*http://127.0.0.1:8000/v1"),
     ],
 )
 def test_addresses_that_cannot_be_served(url, says):
