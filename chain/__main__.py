@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     with teacher(recipe, run) if teaches(recipe) else nullcontext():
         stage("train", run, options.recipe, options.flags)
     heading(4, "evaluate: what the student became")
-    stage("evaluate", run, options.recipe, options.flags)
+    evaluated = stage("evaluate", run, options.recipe, options.flags)
 
     print("", *last_words(options.recipe, run, options.flags), sep="\n", flush=True)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         raise RequestsFailed(f"some requests failed for good; see {run.failures}")
     if judged == REQUESTS_FAILED:
         raise RequestsFailed(f"the judge gave no answer about some rows; see {run.dropped}")
+    if evaluated == REQUESTS_FAILED:
+        raise RequestsFailed(f"the judge gave no verdict on some answers; see {run.report_html}")
 
 
 def heading(number: int, text: str) -> None:

@@ -168,7 +168,7 @@ class WinRate(msgspec.Struct, frozen=True, kw_only=True):
     against: str  # key
     part: Part
     pairs: int  # judged in both orders
-    unjudged: int  # a verdict could not be read
+    unjudged: int  # a verdict is missing
     wins: int
     losses: int
     ties: int

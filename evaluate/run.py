@@ -48,7 +48,7 @@ from filters.answer import as_answer
 from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
 from pipeline.chat import told_in_words
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError, RequestsFailed, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
@@ -241,17 +241,29 @@ def _judge(
         return None, "", None
     entry = Entry(plan.run.path / FOLDER / "judged.json", judged_fingerprint(judge, answers))
     judged = entry.read(JudgeResult)
-    if judged or not measure:
-        return judged, "", None
+    if not measure or (judged and not judged.failed and not plan.force):
+        return judged, _incomplete(judged), None
     if is_loopback(judge.url) and not is_port_open(judge.url):
         why = f"The judge was not asked: nothing answers at {judge.url}; start {judge.model} there, and evaluate again."
         say(f"warning: {why}")
-        return None, why, None
+        return judged, why, None
     say(f"judge {judge.model}: {sum(map(len, answers.values()))} answers and their pairs")
     try:
-        return entry.write(judge_answers(judge, plan.run, answers)), "", None
+        judged = entry.write(judge_answers(judge, plan.run, answers))
     except DistillError as error:
-        return None, f"The judge's scores and win rates are not complete: {error}", error
+        return judged, f"The judge's scores and win rates are not complete: {error}", error
+    why = _incomplete(judged)
+    return judged, why, RequestsFailed(why) if why else None
+
+
+def _incomplete(judged: JudgeResult | None) -> str:
+    """What failed where the judge was asked; empty if nothing did."""
+    if judged is None or not judged.failed:
+        return ""
+    return (
+        f"The judge's scores and win rates are not complete: {judged.failed:,} of the requests to {judged.model} "
+        "failed for good; evaluate again, and they are made again"
+    )
 
 
 def _record(run: RunDir, report: Report) -> None:

@@ -84,7 +84,7 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     """Scores every answer, and compares the trained student's with the teacher's and the untrained student's.
 
     An empty answer is not asked about: it scores 1, and loses to any other. Raises what `generate` raises; verdicts
-    that were given by then are kept, and the next call continues.
+    that were given by then are kept, and the next call continues. Requests that failed for good are counted.
     """
     spoken = [row for rows in answers.values() for row in rows.values() if said(row)]
     folder = RunDir(run.path / FOLDER / "judge")
@@ -102,7 +102,7 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         if prompt in answers.get(other, {})
     ]
     ordered = [pair for _, student, other in pairs for pair in ((student, other), (other, student))]
-    choices = _choose(judge, compared, ordered, verdicts_folder(folder))
+    choices, failed = _choose(judge, compared, ordered, verdicts_folder(folder))
     verdicts = [
         PairVerdict(
             against=against,
@@ -112,12 +112,14 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         )
         for against, student, other in pairs
     ]
-    return JudgeResult(model=judge.model, is_teacher=judge.is_teacher, scores=scores, pairs=verdicts)
+    failed += sum(one.error is not None for one in judgements.values())
+    return JudgeResult(model=judge.model, is_teacher=judge.is_teacher, scores=scores, pairs=verdicts, failed=failed)
 
 
-def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scored: Path) -> dict[str, str]:
-    """The choices by the pair's id: A, B or tie. A pair is asked about again if the judge's reply names no choice.
+def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scored: Path) -> tuple[dict[str, str], int]:
+    """The choices by the pair's id: A, B or tie; and how many requests failed for good.
 
+    A pair is asked about again if the judge's reply names no choice.
     Equal answers tie, and an empty one loses, without a question. The budget is what the runs in `scored` have left.
     """
     choices: dict[str, str] = {}
@@ -131,8 +133,8 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scored: Path) -> 
             questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
     version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
     prompts = [Prompt(id=id_, messages=asking) for id_, asking in questions.items()]
-    found, _ = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, beside=scored)
-    return choices | found
+    found, unread = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, beside=scored)
+    return choices | found, sum(why is not None for why in unread.values())
 
 
 def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Message]:

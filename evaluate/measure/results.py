@@ -119,7 +119,7 @@ class PairVerdict(msgspec.Struct, frozen=True, kw_only=True):
 
     against: str
     prompt_id: str
-    student_first: str | None  # A: the student; B: the other; tie; None: no verdict could be read
+    student_first: str | None  # A: the student; B: the other; tie; None: no verdict
     student_second: str | None  # A: the other; B: the student
 
 
@@ -129,8 +129,9 @@ class JudgeResult(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     model: str  # as the recipe names it
     is_teacher: bool
-    scores: dict[str, dict[str, int]]  # model → prompt id → 1 to 5; those that could be read
+    scores: dict[str, dict[str, int]]  # model → prompt id → 1 to 5; those there are
     pairs: list[PairVerdict]
+    failed: int = 0  # requests without a reply: the next evaluation makes them again
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -354,7 +354,7 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
         yield f"Judge: {probes.judge}{itself}. A win is a win in both orders; anything else is a tie."
         if probes.judged < probes.answered:
             told = f"{probes.judged} of {probes.answered} prompts"
-            yield f"The judge's means are over the {told} for which its scores of every model could be read."
+            yield f"The judge's means are over the {told} for which it scored every model."
 
 
 def _few_notes(figures: Mapping[Part, Figures]) -> Iterator[str]:

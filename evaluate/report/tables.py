@@ -195,7 +195,7 @@ def _told(win: WinRate, report: Report) -> tuple[str, str]:
     counts = f"{win.wins} won, {win.ties} tied, {win.losses} lost; in {win.flipped} the order alone decided"
     if win.first_chosen is not None:
         counts += f"; the answer shown first was chosen in {percent(win.first_chosen)}"
-    counts += f"; verdicts that could not be read: {win.unjudged}" if win.unjudged else ""
+    counts += f"; pairs without both verdicts: {win.unjudged}" if win.unjudged else ""
     return f"{label_of(report, win.model)} against {label_of(report, win.against)}{rate}", counts
 
 

@@ -162,7 +162,7 @@ def test_prompts_that_some_model_lacks_an_answer_or_a_score_for_are_told() -> No
     whole, notes = (list(_probe_notes(recipe, Results({}, {}, {}, {}, {}, {}), own)) for own in (probes, few))
     assert [note for note in notes if note not in whole] == [
         "The probes' figures are over the 60 of 64 that every model answered.",
-        "The judge's means are over the 32 of 60 prompts for which its scores of every model could be read.",
+        "The judge's means are over the 32 of 60 prompts for which it scored every model.",
     ]
 
 

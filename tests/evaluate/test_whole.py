@@ -20,7 +20,7 @@ from evaluate.measure.serving import answer_probes, answer_questions
 from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
-from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.errors import DistillError, RecipeError, RequestsFailed, UsageError
 from pipeline.recipe import Recipe, RuleConfig
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
@@ -260,6 +260,38 @@ def test_a_judge_that_fails_leaves_the_report_and_is_told(run: RunDir, tmp_path:
         with pytest.raises(DistillError, match="401"):
             evaluate_run(recipe_of(tmp_path, evaluate={"judge": judge}), run, PATH)
     assert "win rates are not complete" in run.report.read_text(encoding="utf-8")
+
+
+def test_a_judge_s_requests_that_failed_are_counted_and_made_again(run: RunDir, tmp_path: Path) -> None:
+    refused = {"score", "pair"}  # of the two prompts about a lion
+
+    def script(asked: Any) -> Any:
+        kind = "pair" if "<answer_A>" in asked.text else "score"
+        if "a lion" in asked.text and kind in refused:
+            return error(400, "no")
+        return answer('{"better": "A"}' if kind == "pair" else '{"fit": 4, "score": 4}')
+
+    def asked_by(**options: Any) -> int:
+        before = len(server.asked)
+        evaluate_run(recipe, run, PATH, **options)
+        return len(server.asked) - before
+
+    with misbehaving(script) as server:
+        judge = {"model": "judge", "base_url": server.url, "rubric": {"fit": "for a child"}, "attempts": 1}
+        recipe = recipe_of(tmp_path, evaluate={"judge": judge})
+        with pytest.raises(RequestsFailed, match=r"14 of the requests to judge failed .*evaluate again"):
+            asked_by()
+        refused.remove("score")
+        with pytest.raises(RequestsFailed, match="8 of the requests"):
+            asked_by()
+        report = evaluate_run(recipe, run, PATH, report_only=True)  # shows what is there, and what is missing
+        assert figure(report, "teacher", "judge") == 4 and any(
+            "complete: 8 of the requests" in note for note in report.notes
+        )
+        refused.remove("pair")
+        assert asked_by() == 8 and "of the requests" not in run.report.read_text(encoding="utf-8")
+        shutil.rmtree(run.path / "evaluation/pairs")
+        assert asked_by() == 0 and asked_by(force=True) == 28
 
 
 def test_other_models_are_folders_runs_or_students(run: RunDir, tmp_path: Path) -> None:
