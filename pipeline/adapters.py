@@ -64,9 +64,10 @@ def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
 
 
 def _is_made_of(merged: Path, made_of: dict[str, str]) -> bool:
-    """Whether the merged folder is there, with a model, and is made of these."""
+    """Whether the merged folder is there, with a whole model, and is made of these."""
     marker = merged / MERGED_FROM
-    return (merged / "config.json").is_file() and marker.is_file() and json.loads(marker.read_bytes()) == made_of
+    there = (merged / "config.json").is_file() and marker.is_file() and torn_file(merged) is None
+    return there and json.loads(marker.read_bytes()) == made_of
 
 
 def digest_files(folder: Path) -> str:

@@ -157,13 +157,15 @@ def waiting_lock(path: Path) -> Iterator[None]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is.
 
-    Only one process at a time may do so: the caller holds the run, or a `waiting_lock`.
+    What is in it is on disk before it has its name. Only one process at a time may do so: the caller holds the run, or
+    a `waiting_lock`.
     """
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
         yield building
+        sync_tree(building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
         sync_path(folder.parent)

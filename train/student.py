@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeline.adapters import torn_file
 from pipeline.chat import asked_of_student
 from pipeline.errors import RecipeError, first_line
 from pipeline.models import explained, resolve_model
@@ -35,7 +36,8 @@ def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> s
             f"set train.kd.weights: full, got {recipe.train.weights!r}"
         )
     origin, mark = _origin(recipe, rows), run.student_init / BUILT  # it appears with the folder, by rename
-    if not (mark.is_file() and origin.items() <= json.loads(mark.read_bytes()).items()):
+    whole = mark.is_file() and torn_file(run.student_init) is None
+    if not (whole and origin.items() <= json.loads(mark.read_bytes()).items()):
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -5,10 +5,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline import adapters
-from pipeline.adapters import MERGED_FROM, whole_model
+from pipeline.adapters import MERGED_FROM, torn_file, whole_model
 
 FILES = ["config.json", MERGED_FROM, "model.safetensors"]
 
@@ -28,9 +30,9 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     def merge(base: str | Path, adapter: Path, target: Path) -> None:
         begun.append(target)
-        (target / "config.json").touch()
+        (target / "config.json").write_text("{}")
         time.sleep(0.5)
-        (target / "model.safetensors").touch()
+        save_file({"w": np.zeros(2)}, target / "model.safetensors")
 
     monkeypatch.setattr(adapters, "merge_adapter", merge)
     return begun
@@ -55,3 +57,13 @@ def test_a_merged_folder_without_a_model_is_made_again(adapter: Path, tmp_path: 
     (merged / "config.json").unlink()
     assert whole_model(adapter, "base", merged) == merged and len(merges) == 2
     assert names(merged) == FILES and json.loads((merged / MERGED_FROM).read_bytes()) == made_of
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_merged_folder_with_an_empty_file_is_made_again(
+    name: str, adapter: Path, tmp_path: Path, merges: list[Path]
+) -> None:
+    merged = whole_model(adapter, "base", tmp_path / "merged")
+    (merged / name).write_bytes(b"")  # a power cut
+    assert whole_model(adapter, "base", merged) == merged and len(merges) == 2
+    assert torn_file(merged) is None

@@ -14,7 +14,7 @@ from pipeline.errors import DataError, DistillError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, write_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing, writing_weights
+from pipeline.rundir import RunDir, replacing, replacing_folder, writing_weights
 
 
 def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
@@ -101,6 +101,24 @@ def test_a_new_name_is_on_disk_before_the_block_ends(tmp_path: Path, monkeypatch
     with replacing(tmp_path / "kept.jsonl") as file:
         file.write(b"new")
     assert steps == ["sync file", "rename", "sync folder"]
+
+
+def test_what_is_in_a_new_folder_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced, sync = tmp_path / "merged", list[str](), os.fsync
+
+    def note_sync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        synced.append(f"{path.relative_to(tmp_path)} {'named' if folder.exists() else 'unnamed'}")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    with replacing_folder(folder) as building:
+        (building / "data").mkdir()
+        (building / "data" / "weights").write_bytes(b"new")
+    inside = [f"merged.tmp{part} unnamed" for part in ("", "/data", "/data/weights")]
+    assert sorted(synced) == [". named", *inside]
 
 
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:

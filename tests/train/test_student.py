@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.adapters import torn_file
 from pipeline.errors import RecipeError, UsageError
 from pipeline.rundir import RunDir
+from pipeline.student_config import BUILT
 from tests.tiny_student import make_recipe, tiny_model
 from train.student import initial_student, layers_kept
 
@@ -59,6 +61,11 @@ def test_a_pruned_student_is_built_once_and_again_when_asked_for_another(tmp_pat
     first = weights.stat().st_ino
     initial_student(make_recipe("prune:2", teacher), run)
     assert weights.stat().st_ino == first
+    (run.student_init / BUILT).write_bytes(b"")  # a power cut
+    initial_student(make_recipe("prune:2", teacher), run)
+    weights.write_bytes(b"")
+    initial_student(make_recipe("prune:2", teacher), run)
+    assert torn_file(run.student_init) is None
     initial_student(make_recipe("prune:3", teacher), run)
     assert AutoModelForCausalLM.from_pretrained(run.student_init).config.num_hidden_layers == 3
 
