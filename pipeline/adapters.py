@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UsageError
 from pipeline.models import explained
-from pipeline.rundir import replacing_folder, waiting_lock, writing_weights
+from pipeline.rundir import replacing_folder, waiting_lock
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
@@ -42,8 +42,7 @@ def merge_adapter(base: str | Path, adapter: Path, target: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, dtype = load_merged(base, adapter)
-    with writing_weights(target):
-        model.to(dtype).save_pretrained(target)
+    model.to(dtype).save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
 
 

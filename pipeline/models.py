@@ -177,7 +177,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Dequantises a GGUF file into an ordinary bfloat16 model folder with its tokenizer and chat template."""
     try:
         import torch
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         from transformers.utils import logging
     except ImportError as error:
@@ -191,8 +190,5 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-        try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # the disk is full
-            raise OSError(str(error)) from None
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -22,7 +22,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors
+_OS_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)")  # safetensors; shutil.copytree
 _TORN_ARCHIVE = re.compile(r"inline_container.*unexpected pos|PytorchStreamWriter failed", re.DOTALL)
 
 
@@ -164,7 +164,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        yield building
+        with writing_weights(folder):
+            yield building
         sync_tree(building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
@@ -175,14 +176,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_weights(folder: Path) -> Iterator[None]:
-    """Raises OSError where a library cannot write into the folder; safetensors and PyTorch have errors of their own."""
+    """Raises OSError where a library cannot write into the folder; some have errors of their own for it."""
     try:
         yield
-    except OSError as error:
-        if error.errno is not None:  # that of a full disk names no file
-            error.filename = error.filename or str(folder)
+    except DistillError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(folder)  # that of a full disk names no file
+            raise
         if found := _OS_ERROR.search(str(error)):
             number = int(found[1])
         elif _TORN_ARCHIVE.search(str(error)):  # PyTorch does not say why; nearly always the disk is full

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, DistillError, UsageError
+from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, write_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
@@ -193,27 +193,46 @@ def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path: Path) -> None:
 
 
 LIMITED = """
-import resource, signal, sys
+import resource, shutil, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from pipeline.rundir import writing_weights
+from pipeline.rundir import replacing_folder, writing_weights
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-tensors, folder = {"a": torch.zeros(1 << 20)}, Path(sys.argv[1])
+tensors, folder, whole = {"a": torch.zeros(1 << 20)}, Path(sys.argv[1]), Path(sys.argv[2])
 for save in (save_file, torch.save):
     try:
         with writing_weights(folder):
             save(tensors, str(folder / "weights"))
     except OSError as error:
         print(error.filename, error.errno)
+try:
+    with replacing_folder(folder / "new") as building:
+        shutil.copytree(whole, building, dirs_exist_ok=True)
+except OSError as error:
+    print(error.filename, error.errno)
 """
 
 
 def test_weights_that_do_not_fit_are_an_error_of_the_disk(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk: the libraries raise the same, but for the number."""
-    said = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == [str(tmp_path), str(errno.EFBIG), str(tmp_path), str(errno.ENOSPC)]
-    with pytest.raises(ValueError, match="other"), writing_weights(tmp_path):
-        raise ValueError("other")
+    folder, whole = tmp_path / "small", tmp_path / "whole"
+    folder.mkdir()
+    whole.mkdir()
+    for name in "ab":
+        (whole / name).write_bytes(bytes(2 << 20))
+    command = [sys.executable, "-c", LIMITED, str(folder), str(whole)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split() for line in said.stdout.splitlines()] == [
+        [str(folder), str(errno.EFBIG)],
+        [str(folder), str(errno.ENOSPC)],
+        [str(folder / "new"), str(errno.EFBIG)],
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError("other"), RecipeError("cannot load this model: (os error 2)")])
+def test_other_errors_are_not_those_of_the_disk(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error), match=r"other|load"), writing_weights(tmp_path):
+        raise error
