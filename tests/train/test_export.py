@@ -450,6 +450,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], dict[str, Any]] = {}
         self.url = ""
+        self.fails = 0  # with this status, where there is one
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 28, middlewares=[self._authorised])
@@ -466,6 +467,8 @@ class FakeHub:
     async def _authorised(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return web.json_response({"error": "Invalid username or password."}, status=401)
+        if self.fails:
+            return web.json_response({"error": "Not now."}, status=self.fails)
         answer: web.StreamResponse = await handler(request)
         return answer
 
@@ -588,6 +591,23 @@ def test_a_push_that_cannot_be_is_one_line(
     assert reason in done.stderr and done.stderr.count("\n") == 1
     assert "hf_" not in done.stderr.replace("HF_", "")
     assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (403, 2, "the Hub refused (403: Not now.); may the key in HF_TOKEN write there?"),
+        (413, 2, "the Hub refused (413: Not now.)"),
+        (500, 1, "the Hub failed (500: Not now.); try again later"),
+    ],
+)
+def test_only_a_push_that_the_key_may_not_do_names_the_key(
+    trained: tuple[Recipe, RunDir], hub: FakeHub, status: int, code: int, reason: str
+) -> None:
+    hub.fails = status
+    done = export(trained, "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+    assert reason in done.stderr and ("HF_TOKEN" in done.stderr) == (status == 403)
 
 
 def test_a_push_replaces_another_model_and_leaves_what_was_put_there_by_hand(

@@ -221,7 +221,7 @@ def token_for(repo: str) -> SecretStr:
 def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool = False) -> str:
     """Uploads a folder's files to a model or dataset repository, in place of another export's; returns its address.
 
-    Raises UsageError if the Hub refuses, DistillError if it cannot be reached.
+    Raises UsageError if the Hub refuses, DistillError if it fails or cannot be reached.
     """
     import httpx2  # what huggingface_hub speaks HTTP with, whose errors it lets through
     from huggingface_hub import HfApi
@@ -238,9 +238,12 @@ def push(folder: Path, repo: str, *, kind: str, token: SecretStr, public: bool =
             repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message, delete_patterns=stale
         )
     except HfHubHTTPError as error:
-        reason = first_line(error.server_message or error)
-        refused = f"--push {repo}: the Hub refused ({error.response.status_code}: {reason})"
-        raise UsageError(f"{refused}; may the key in {TOKEN_VARIABLE} write there?") from None
+        status, reason = error.response.status_code, first_line(error.server_message or error)
+        if status >= 500:
+            failed = f"--push {repo}: the Hub failed ({status}: {reason})"
+            raise DistillError(f"{failed}; try again later, {folder} is whole") from None
+        hint = f"; may the key in {TOKEN_VARIABLE} write there?" if status in (401, 403) else ""
+        raise UsageError(f"--push {repo}: the Hub refused ({status}: {reason}){hint}") from None
     except (httpx2.HTTPError, OSError) as error:
         reason = first_line(error)
         raise DistillError(f"--push {repo}: the Hub cannot be reached ({reason}); {folder} is whole") from None
