@@ -83,7 +83,9 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     rows = _rows(plan, scores, unseen)
     probes = _probe_set(plan, results, quality)
     move = "or move it away to go without"
-    training = read_json(run.student / "training_log.json", TrainingLog, f"train again, {move} the loss curve")
+    training = read_json(
+        run.student / "training_log.json", TrainingLog, f"train again (--again), {move} the loss curve"
+    )
     stages = ("generate", "filters", "train", "evaluate")
     return Report(
         schema=SCHEMA,

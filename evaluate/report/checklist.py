@@ -83,7 +83,7 @@ def check_run(recipe: Recipe, run: RunDir, report: Report | None) -> Checklist:
     lineage = read_lineage(run)
     generated = lineage.get("generate") or {}
     prompts = generated.get("prompts") or {}
-    trained = read_json(run.checks, TrainChecks, "train again")
+    trained = read_json(run.checks, TrainChecks, "train again (--again)")
     filtered = run.kept.is_file() and run.dropped.is_file()
     seen = Evidence(
         recipe=recipe,

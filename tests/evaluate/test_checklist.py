@@ -21,7 +21,7 @@ from evaluate.document import (
 from evaluate.report.checklist import Evidence, Filtered, check_run, checklist, main
 from filters.review.agreement import Agreement, Result, Share
 from pipeline.checks import Check
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DataError, DistillError, UsageError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir, write_json
 from tests.evaluate.made_report import make_report
@@ -248,6 +248,12 @@ def run(tmp_path: Path) -> RunDir:
 def test_a_report_of_another_version_is_not_read(run: RunDir) -> None:
     write_json(run.report, msgspec.structs.replace(measured(ratio=BETTER), schema=SCHEMA - 1))
     assert read_report(run) is None
+
+
+def test_an_emptied_file_of_training_names_the_flag_that_makes_it_again(run: RunDir, tmp_path: Path) -> None:
+    run.checks.write_bytes(b"")
+    with pytest.raises(DataError, match=r"checks\.json: .*; train again \(--again\)"):
+        main([str(tmp_path / "recipe.yaml"), "--run", str(run.path)])
 
 
 def test_the_files_of_a_run_are_read(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
