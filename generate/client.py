@@ -71,7 +71,7 @@ class Client:
         """
         self.url = url
         self.key = f"{teacher.api_key_env} {'holds a key that it refuses' if teacher.api_key() else 'is not set'}"
-        self._on_headers, self._words = on_headers, words_of(teacher)
+        self._on_headers, self._words, self._section = on_headers, words_of(teacher), teacher.section
         self._chat = URL(f"{url}/chat/completions").update_query(teacher.query)
         self._models = URL(f"{url}/models").update_query(teacher.query)
         self._metrics = URL(f"{url.removesuffix('/v1')}/metrics")
@@ -116,8 +116,8 @@ class Client:
         except (ValueError, KeyError, TypeError):  # an error, or no JSON
             names = []
         if not names:
-            return "; it lists no models: check teacher.base_url"
-        return f"; it lists {self._words(', '.join(map(str, names)))}: set teacher.model to one of them"
+            return f"; it lists no models: check {self._section}.base_url"
+        return f"; it lists {self._words(', '.join(map(str, names)))}: set {self._section}.model to one of them"
 
     async def metrics(self) -> str:
         """What the server says at `/metrics`; empty if it says nothing."""
@@ -168,7 +168,7 @@ def read_exception(error: BaseException, timeout_s: float, words: Callable[[str]
 def check_teacher(teacher: TeacherConfig) -> None:
     """Raises RecipeError if a URL carries what belongs elsewhere, or a header cannot be sent."""
     for url in teacher.urls:
-        check_url(url, "teacher.base_url")
+        check_url(url, f"{teacher.section}.base_url")
     for name, value in headers_of(teacher).items():
         if not (name + value).isprintable():
             where = teacher.api_key_env if name == teacher.api_key_header else f"teacher.headers.{name}"
@@ -205,8 +205,10 @@ def _filled(name: str, value: str) -> str:
 
 def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
     if is_private(url):
-        fix = "start the teacher with `make serve` and the same RECIPE, or set teacher.base_url to one that runs"
+        own = "the teacher with `make serve` and the same RECIPE"
+        start = own if teacher.section == "teacher" else f"{teacher.model} there"
+        fix = f"start {start}, or set {teacher.section}.base_url to one that runs"
     else:
         key = "" if teacher.api_key() else f"; {teacher.api_key_env}, which holds its key, is not set either"
-        fix = f"check teacher.base_url, the network and the proxy{key}"
+        fix = f"check {teacher.section}.base_url, the network and the proxy{key}"
     return DistillError(f"no endpoint at {url} ({why}); {fix}")

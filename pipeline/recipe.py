@@ -89,6 +89,7 @@ class TeacherConfig(Section):
     """A system prompt for the teacher only; a prompt's own follows it. What every model is told: `prompts.system`."""
     examples: list[Example] = Field([])
     """For the teacher only, before the prompt: a list of `{prompt: …, answer: …}`, or a JSONL file of them."""
+    _section: str = "teacher"
 
     @field_validator("examples", mode="before")
     @classmethod
@@ -106,6 +107,11 @@ class TeacherConfig(Section):
     def _http_url(cls, given: str | list[str]) -> str | list[str]:
         entries = checked_urls(given)
         return entries[0] if len(entries) == 1 else entries
+
+    @property
+    def section(self) -> str:
+        """Where the recipe names this model, for messages."""
+        return self._section
 
     @property
     def url_weights(self) -> dict[str, float]:
@@ -138,7 +144,9 @@ class TeacherConfig(Section):
         other = self.told_nothing() if url == self.base_url else TeacherConfig(model=model, base_url=url)
         price = named.price or (other.price if model == self.model else None)
         key = named.api_key_env or other.api_key_env
-        return other.model_copy(update={"model": model, "api_key_env": key, "price": price})
+        other = other.model_copy(update={"model": model, "api_key_env": key, "price": price})
+        other._section = "prompts.user" if isinstance(named, UserConfig) else "judge"
+        return other
 
     def key_header(self) -> dict[str, str]:
         """The header with the key, as it is sent; none without a key."""

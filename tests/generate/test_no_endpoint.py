@@ -1,9 +1,16 @@
 """What is said when nothing answers: a server of one's own is started, a remote one needs its address and its key."""
 
+from pathlib import Path
+
 import pytest
 
 from generate.client import no_endpoint
-from pipeline.recipe import TeacherConfig
+from generate.run import generate
+from pipeline.errors import DistillError
+from pipeline.recipe import JudgeConfig, TeacherConfig
+from pipeline.rundir import RunDir
+from pipeline.user_config import UserConfig
+from tests.servers.misbehaving_server import error, misbehaving, recipe_for
 
 WHY = "Name or service not known"
 
@@ -18,6 +25,25 @@ def test_a_remote_host_is_not_started_here_and_a_missing_key_is_named(
     assert said.startswith(f"no endpoint at https://api.openai.com/v1 ({WHY}); check teacher.base_url")
     assert "make serve" not in said
     assert ("MY_KEY" in said) == named
+
+
+@pytest.mark.parametrize(
+    ("named", "section"),
+    [(JudgeConfig, "judge"), (UserConfig, "prompts.user")],
+)
+def test_who_else_is_asked_is_named_by_its_own_keys(
+    named: type[JudgeConfig | UserConfig], section: str, tmp_path: Path
+) -> None:
+    teacher = TeacherConfig(model="m", base_url="http://gpu-box:8000/v1")
+    other = teacher.another(named(model="big", base_url="http://gpu-box:9000/v1"))
+    assert f"start big there, or set {section}.base_url" in str(no_endpoint(other, other.url, WHY))
+    away = teacher.another(named(model="big", base_url="https://api.openai.com/v1"))
+    assert f"check {section}.base_url" in str(no_endpoint(away, away.url, WHY))
+    with misbehaving(lambda asked: error(404, "no model big"), models=["small"]) as server:
+        other = teacher.another(named(model="big", base_url=server.url))
+        recipe = recipe_for(server).model_copy(update={"teacher": other})
+        with pytest.raises(DistillError, match=rf"it lists small: set {section}\.model to one of them"):
+            generate(recipe, RunDir(tmp_path), quiet=True)
 
 
 def test_a_server_of_ones_own_is_started() -> None:
