@@ -174,7 +174,8 @@ class Mirror:
     def put_checkpoints(self) -> None:
         """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
 
-        What makes a checkpoint whole is put last, and removed first.
+        What makes a checkpoint whole is put last, and removed first. None is removed before all that are here are put:
+        one may need the weights of an earlier one, the best.
         """
         before = dict(self._state.files)
         try:
@@ -186,13 +187,20 @@ class Mirror:
     def _put_checkpoints(self) -> None:
         with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
             names = [name.relative_to(self._folder).as_posix() for name in self._folder.glob("training/fingerprint")]
-            for state in sorted(self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")):
-                files = (file for file in state.parent.rglob("*") if file.is_file())
+            checkpoints = self._whole_checkpoints()
+            for checkpoint in checkpoints:
+                files = (file for file in checkpoint.rglob("*") if file.is_file())
                 own = [file.relative_to(self._folder).as_posix() for file in files]
                 names += sorted(own, key=lambda name: name.endswith(WHOLE))
             self._put(names)
+            if self._whole_checkpoints() != checkpoints:
+                return  # the training has gone on meanwhile: the next call sees that
             gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
             self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
+
+    def _whole_checkpoints(self) -> list[Path]:
+        states = self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")
+        return sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
     def compact(self, check: Callable[[], None] = lambda: None) -> None:
         """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded.

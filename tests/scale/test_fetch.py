@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,35 @@ def test_a_checkpoint_that_is_replaced_during_a_fetch_comes_as_the_newer_one(
     kept = {f"training/{name}" for name in ("checkpoint-20/model.safetensors", "checkpoint-20/trainer_state.json")}
     assert {*store.names("training")} == {*kept, "training/fingerprint"}
     assert files(home) == files(one)
+
+
+def test_no_checkpoint_is_removed_from_the_store_before_the_newer_ones_are_there(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training puts checkpoint 30 in place of 10, the best so far, between two looks at its folder."""
+    one, rglob = tmp_path / "one", Path.rglob
+    running = Mirror(store, one, State("one"))
+
+    def save(step: int) -> None:
+        write(one, *(f"training/checkpoint-{step}/{name}" for name in ("model.safetensors", "trainer_state.json")))
+
+    def replaced(folder: Path, pattern: str) -> Iterator[Path]:
+        if folder.name == "checkpoint-10":
+            save(30)
+            shutil.rmtree(folder)
+        return rglob(folder, pattern)
+
+    def stored() -> set[str]:
+        return {name.split("/")[1] for name in store.names("training")}
+
+    save(10)
+    save(20)
+    running.put_checkpoints()
+    monkeypatch.setattr(Path, "rglob", replaced)
+    running.put_checkpoints()
+    assert stored() == {"checkpoint-10", "checkpoint-20"}
+    running.put_checkpoints()
+    assert stored() == {"checkpoint-20", "checkpoint-30"}
 
 
 def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(

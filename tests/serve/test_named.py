@@ -72,7 +72,7 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
 
     def merge(base: str, adapter: Path, target: Path) -> None:
         merges.append((base, adapter))
-        (target / "config.json").touch()
+        (target / "config.json").write_text("{}")
 
     monkeypatch.setattr(pipeline.adapters, "merge_adapter", merge)
     merged = run.path / "evaluation" / "student_after-merged"

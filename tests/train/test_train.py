@@ -97,7 +97,7 @@ def test_a_student_answers_what_it_was_not_trained_on_and_stops_by_itself(studen
     answers = {"Cat": "Meow, says it.", "Dog": "Woof."}
     rows = [kept_row(2 * n + i, f"{q} {n}?", a) for n in range(40) for i, (q, a) in enumerate(answers.items())]
     run = make_run(tmp_path / "run", rows)
-    train_run(make_recipe(student, epochs=6, learning_rate=1e-2, batch_size=4, test=0.1), run)
+    train_run(make_recipe(student, epochs=10, learning_rate=5e-3, test=0.1), run)
     model = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     held = [json.loads(line)["messages"][0]["content"] for line in run.test.read_bytes().splitlines()]
@@ -578,7 +578,8 @@ def test_two_processes_train_the_same_student_as_one(
     assert json.loads(together.lineage.read_bytes())["train"]["processes"] == 2
     weights = [load_file(next(run.student.glob("*.safetensors"))) for run in (alone, together)]
     assert weights[0].keys() == weights[1].keys()
-    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0.1, atol=1e-3) for name in weights[0])
+    for name, own in weights[0].items():  # Adam moves single weights whose gradient is nearly 0 either way
+        assert torch.norm(own - weights[1][name]) < 0.05 * torch.norm(own), name
     files = [{file.name for file in run.path.rglob("*")} for run in (alone, together)]
     assert files[0] | {".lock"} == files[1] | {".lock"}
 
