@@ -256,7 +256,7 @@ def judge_recipe(
     asking = recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": recipe.teacher.another(config),
+            "teacher": recipe.teacher.another(config, "judge"),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,

@@ -186,8 +186,8 @@ class Batches:
             chunk.status = UNKNOWN
             raise DistillError(
                 f"{self._url} does not know batch {chunk.batch_id} or its files ({self._api.said(error)}); use the key "
-                f"and teacher.base_url that it was made with, or, to ask its requests again, set {COLLECTED} in chunk "
-                f"{chunk.name} of {self._folder.path / 'state.json'}"
+                f"and {self._run.recipe.teacher.section}.base_url that it was made with, or, to ask its requests "
+                f"again, set {COLLECTED} in chunk {chunk.name} of {self._folder.path / 'state.json'}"
             ) from None
 
     async def _submit(self, chunk: Chunk) -> None:

@@ -34,6 +34,7 @@ class BatchApi:
             404: "; does it have a Batch API? generate.mode online needs none",
         }
         own = ("Content-Type", "Authorization")  # which the package sets
+        self._section = teacher.section
         self.client = openai.AsyncOpenAI(
             api_key=key.get_secret_value() if key else "none",
             base_url=teacher.url,
@@ -78,7 +79,8 @@ class BatchApi:
             yield
         except AttributeError:  # how the package meets a page in place of JSON
             raise DistillError(
-                f"{self.url}/{path} answers with no JSON; check teacher.base_url (…/v1), or does it have a Batch API?"
+                f"{self.url}/{path} answers with no JSON; check {self._section}.base_url (…/v1), or does it have a "
+                "Batch API?"
             ) from None
 
     async def retrieve(self, batch_id: str) -> Batch:

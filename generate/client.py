@@ -179,12 +179,12 @@ def check_url(url: str, key: str) -> None:
     """Raises RecipeError if a URL of the recipe key carries what belongs elsewhere."""
     parts = urlsplit(url)
     if "@" in parts.netloc:
-        raise RecipeError(f"{key} holds a user or password; put the key where teacher.api_key_env says")
-    if parts.query or parts.fragment:
         raise RecipeError(
-            f"{key} {url} holds a query or fragment, and the path goes on behind it; put `name: value` into "
-            "teacher.query"
+            f"{key} holds a user or password; put the key where {key.rpartition('.')[0]}.api_key_env says"
         )
+    if parts.query or parts.fragment:
+        fix = "put `name: value` into teacher.query" if key.startswith("teacher.") else "leave it out"
+        raise RecipeError(f"{key} {url} holds a query or fragment, and the path goes on behind it; {fix}")
     if parts.path.endswith("/chat/completions"):
         raise RecipeError(f"{key} {url} is too long: leave /chat/completions out, the client adds it")
 

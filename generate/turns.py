@@ -87,7 +87,7 @@ def described(user: UserConfig, run: RunDir) -> dict[str, Any]:
 def _as_user(recipe: Recipe, user: UserConfig) -> Recipe:
     return recipe.model_copy(
         update={
-            "teacher": recipe.teacher.another(user),
+            "teacher": recipe.teacher.another(user, "prompts.user"),
             "sampling": recipe.sampling.model_copy(
                 update={"max_tokens": user.max_tokens, "logprobs": None, "extra": {}}
             ),

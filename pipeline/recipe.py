@@ -138,14 +138,14 @@ class TeacherConfig(Section):
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
         return self.model_copy(update={"system": None, "examples": []})
 
-    def another(self, named: JudgeConfig | UserConfig) -> "TeacherConfig":
-        """Another model, told nothing: at this URL with this key and headers, at a URL of its own with none of them."""
+    def another(self, named: JudgeConfig | UserConfig, section: str) -> "TeacherConfig":
+        """The model of that section, told nothing; at a URL of its own without this one's key and headers."""
         model, url = named.model or self.model, named.base_url or self.base_url
         other = self.told_nothing() if url == self.base_url else TeacherConfig(model=model, base_url=url)
         price = named.price or (other.price if model == self.model else None)
         key = named.api_key_env or other.api_key_env
         other = other.model_copy(update={"model": model, "api_key_env": key, "price": price})
-        other._section = "prompts.user" if isinstance(named, UserConfig) else "judge"
+        other._section = section
         return other
 
     def key_header(self) -> dict[str, str]:
@@ -278,7 +278,7 @@ class PromptsConfig(Section):
     def category_of(self, prompt: Prompt, name: str) -> Any:
         """A prompt's reference if it is called so, else the value of its column or slot; None if there is none."""
         reference = self.columns.get("reference") or "reference"
-        return prompt.reference if name == reference else value_of(prompt, name)
+        return prompt.reference if name == reference and prompt.reference is not None else value_of(prompt, name)
 
     def group_of(self, row: Asked) -> Any:
         """The value that makes a prompt's group, any JSON; None: it belongs to none."""

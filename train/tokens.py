@@ -119,7 +119,8 @@ def prompt_of(row: TokenRow) -> list[int]:
 def context_of(config: Any) -> int:
     """Tokens that a model reads at once, by its configuration; sys.maxsize if that names no limit.
 
-    Scaled rotary embeddings reach further than `max_position_embeddings` says, unless that counts the scaling.
+    With scaled rotary embeddings it may be more than `max_position_embeddings`, which in some models does not count the
+    scaling.
     """
     shape = config.get_text_config()
     limit: int = getattr(shape, "max_position_embeddings", None) or sys.maxsize

@@ -82,7 +82,6 @@ class Prepared:
     trainer: Any  # a StudentTrainer or TRL's DPOTrainer
     rows: dict[str, list[int]]  # indices into Examples: rows that are not too long
     lengths: dict[str, list[int]]  # tokens of every row, the too long ones too
-    context: int  # tokens that the student reads at once
     dtype: torch.dtype  # the student's own, as it was stored
     precision: str  # that of the training, for the lineage
     milestones: Milestones
@@ -126,6 +125,11 @@ class Prepared:
         full = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         left = rows % full if self.milestones.config.method in ("gold", "on_policy") else 0
         return f"{rows - left} of {rows}" if left else f"{rows}"
+
+    @property
+    def context(self) -> int:
+        """Tokens that the student reads at once."""
+        return context_of(self.trainer.model.config)
 
     @property
     def longest_prompt(self) -> int:
@@ -207,7 +211,8 @@ def _faults(prepared: Prepared, examples: Examples, tokenizer: Any, config: Trai
     trainer = prepared.trainer
     known, pad = trainer.model.get_input_embeddings().weight.shape[0], trainer.processing_class.pad_token_id
     if pad >= known:
-        return {"vocabulary": [f"the padding token has the id {pad}, the model knows {known:,} tokens"]}
+        every = sum(map(len, prepared.rows.values()))
+        return {"vocabulary": [f"the padding token has the id {pad}, the model knows {known:,} tokens"] * every}
     seen, stops = chain(trainer.train_dataset, trainer.eval_dataset), stop_tokens(tokenizer, trainer.model)
     check = partial(label_faults, seen, stops=stops, decode=tokenizer.decode, known=known)
     if config.loss_on == "last":
@@ -227,8 +232,7 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
     with_callbacks(trainer, milestones, progress)
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     lengths = {part: row_lengths(rows) for part, rows in parts.items()}
-    context = context_of(trainer.model.config)
-    longest = min(config.max_length, context)
+    longest = min(config.max_length, context_of(trainer.model.config))
     kept = {part: [i for i, n in enumerate(of) if n <= longest] for part, of in lengths.items()}
     trainer.train_dataset = trainer.train_dataset.select(kept["train"])
     trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
@@ -237,7 +241,7 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
             f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
             f"{len(kept['train'])} (--num_processes), or generate more prompts"
         )
-    return Prepared(trainer, kept, lengths, context, dtype, precision(config.weights), milestones, progress)
+    return Prepared(trainer, kept, lengths, dtype, precision(config.weights), milestones, progress)
 
 
 def _with_teacher(

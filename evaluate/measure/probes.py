@@ -116,7 +116,9 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
     category = config.category
     if category and all(recipe.prompts.category_of(prompt, category) is None for prompt in test.values()):
         there = ", ".join({name: None for prompt in test.values() for name in (*prompt.columns, *prompt.slots)})
-        raise DataError(f"evaluate.category: no test prompt has the column {category!r}; there are {there or 'none'}")
+        raise DataError(
+            f"evaluate.category: no test prompt has a value under {category!r}; there are {there or 'none'}"
+        )
     unseen = []
     if config.probes_file:
         unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)

@@ -177,7 +177,7 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     assert {p.id for p in more.seen} == {id_ for id_, part in parts.items() if part == "test"} and more.unseen == []
     assert {p.id for p in chosen.seen} < {p.id for p in more.seen} < set(parts)
     assert choose_questions(recipe_of(16), run).all == []
-    with pytest.raises(DataError, match="no test prompt has the column 'kind'; there are who, things"):
+    with pytest.raises(DataError, match="no test prompt has a value under 'kind'; there are who, things"):
         choose_questions(with_prompts(recipe_of(16, verify=[rule], category="kind"), test=0.5), run)
     labelled = [msgspec.structs.replace(prompt, reference="billing") for prompt in own]
     run.prompts.write_bytes(b"".join(map(encode_line, labelled)))

@@ -35,12 +35,12 @@ def test_who_else_is_asked_is_named_by_its_own_keys(
     named: type[JudgeConfig | UserConfig], section: str, tmp_path: Path
 ) -> None:
     teacher = TeacherConfig(model="m", base_url="http://gpu-box:8000/v1")
-    other = teacher.another(named(model="big", base_url="http://gpu-box:9000/v1"))
+    other = teacher.another(named(model="big", base_url="http://gpu-box:9000/v1"), section)
     assert f"start big there, or set {section}.base_url" in str(no_endpoint(other, other.url, WHY))
-    away = teacher.another(named(model="big", base_url="https://api.openai.com/v1"))
+    away = teacher.another(named(model="big", base_url="https://api.openai.com/v1"), section)
     assert f"check {section}.base_url" in str(no_endpoint(away, away.url, WHY))
     with misbehaving(lambda asked: error(404, "no model big"), models=["small"]) as server:
-        other = teacher.another(named(model="big", base_url=server.url))
+        other = teacher.another(named(model="big", base_url=server.url), section)
         recipe = recipe_for(server).model_copy(update={"teacher": other})
         with pytest.raises(DistillError, match=rf"it lists small: set {section}\.model to one of them"):
             generate(recipe, RunDir(tmp_path), quiet=True)

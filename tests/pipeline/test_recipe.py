@@ -151,7 +151,7 @@ def test_the_user_and_the_judge_have_urls_as_the_teacher_has(path: Path) -> None
     recipe = load_recipe(path, [*flags, "--filters.judge.base_url", "https://a/v1/, https://b/v1 2"])
     assert recipe.prompts.user is not None and recipe.prompts.user.base_url == recipe.teacher.base_url
     assert recipe.filters.judge is not None
-    assert recipe.teacher.another(recipe.filters.judge).url_weights == {"https://a/v1": 1, "https://b/v1": 2}
+    assert recipe.teacher.another(recipe.filters.judge, "judge").url_weights == {"https://a/v1": 1, "https://b/v1": 2}
 
 
 @pytest.mark.parametrize(("name", "value"), [("DISTILL_SAMPLING__TOP_P", "9"), ("DISTILL_SAMPLING", '{"top_p": 9}')])

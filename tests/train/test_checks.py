@@ -60,7 +60,14 @@ def test_rows_of_few_prompts_warn(prompts: int, status: str) -> None:
 @pytest.mark.parametrize(("samples", "expected"), [(2, ("warn", 0.25)), (4, ("pass", 0.5)), (8, ("pass", 1.0))])
 def test_samples_are_no_repeats_but_a_question_asked_again_is(samples: int, expected: tuple[str, float]) -> None:
     rows = [kept_row(n, "The only one", "Yes.", sample=n) for n in range(8)]  # its second time, the numbers go on
-    assert finding(of_rows(rows, {"generate": {"prompts": {"samples": samples}}})["prompts"]) == expected
+    prompts = {"samples": samples, "asked": 8 // samples, "distinct": 1}
+    assert finding(of_rows(rows, {"generate": {"prompts": prompts}})["prompts"]) == expected
+
+
+def test_samples_of_an_earlier_call_that_had_more_are_no_repeats() -> None:
+    rows = [kept_row(n, f"Question {n // 8}", "Yes.", sample=n % 8) for n in range(80)]
+    prompts = {"samples": 2, "asked": 10, "distinct": 10}
+    assert finding(of_rows(rows, {"generate": {"prompts": prompts}})["prompts"]) == ("pass", 1.0)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ LABELS = {  # what all rows must do, and the fix
 def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) -> Iterator[Check]:
     """What can be checked before a model is loaded. `lineage`: the run's."""
     rows, (low, high) = parts.all, ADVISED_ROWS
-    samples = lineage.get("generate", {}).get("prompts", {}).get("samples")
+    prompts = lineage.get("generate", {}).get("prompts", {})
+    samples = prompts.get("samples") if prompts.get("asked", 0) > prompts.get("distinct", 0) else None
     asked = (row.sample % samples if samples else row.sample for row in rows)  # a repeated question's numbers go on
     count, distinct = len(rows), len({hash((_key(row), sample)) for row, sample in zip(rows, asked, strict=True)})
     finding = f"{count:,} rows; {low:,} to {high:,} are advised, {FAIR_START} are a fair start"
@@ -119,12 +120,10 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
 def _length(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Check:
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
     longest, row = max(zip(lengths, ids, strict=True), key=lambda pair: pair[0])
-    limit, longer = f"train.max_length {config.max_length}", f"raise it to {longest}"
+    limit, longer = f"train.max_length {config.max_length}", f"raise it to {min(longest, prepared.context)}"
     if prepared.context < config.max_length:
-        limit, longer = (
-            f"the {prepared.context} tokens that the student reads at once",
-            "take a student that reads more",
-        )
+        limit = f"the {prepared.context} tokens that the student reads at once"
+        longer = "take a student that reads more"
     over = sum(length > min(config.max_length, prepared.context) for length in lengths)
     share = over / len(lengths)
     finding = f"{over} of {len(lengths)} rows are longer than {limit} (the longest, {row}, has {longest} tokens)"
