@@ -88,7 +88,7 @@ bench: $(TRAIN) $(SERVE)  ## throughput of generation on this machine, against i
 bench-endpoint: $(BASE)  ## the recipe's endpoint at rising concurrency: tokens/s, time to first token, latency
 	@exec $(PY) -m benchmarks.endpoint $(COMMON) $(value ARGS)
 
-test: $(TRAIN) $(SERVE) $(DEV)  ## all tests; the slow ones run a real server and train a real student (about 20 minutes)
+test: $(TRAIN) $(SERVE) $(DEV)  ## all tests; the slow ones run a real server and train a real student (about half an hour on two cores)
 	@$(PYTEST) $(value ARGS)
 
 test-fast: $(TRAIN) $(DEV)  ## the tests that need no real server or model
