@@ -50,8 +50,8 @@ NO_EXTRA = "training needs the `train` extra: {error}; run `make train`, which i
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 AGAIN = " again"  # follows the fingerprint there if --again began the training
-# Settings that change no weight, but for rounding; so does train.micro_batch_size. With method gold that one does
-# change the result (its loss is a mean of each forward pass), but after it ran out of memory it must go on with less.
+# Settings that change no weight, but for rounding. train.micro_batch_size is treated so, too: with gold it changes
+# weights a little (the loss is a mean of each pass), but a training that ran out of memory must go on with less.
 SAME_RESULT = {
     "test_rows",
     "checkpoint_steps",

@@ -120,11 +120,13 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
 def _length(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Check:
     lengths = [*prepared.lengths["train"], *prepared.lengths["validation"]]
     longest, row = max(zip(lengths, ids, strict=True), key=lambda pair: pair[0])
-    limit, longer = f"train.max_length {config.max_length}", f"raise it to {min(longest, prepared.context)}"
-    if prepared.context < config.max_length:
-        limit = f"the {prepared.context} tokens that the student reads at once"
+    context = prepared.context
+    limit, longer = f"train.max_length {config.max_length}", f"raise it to {min(longest, context)}"
+    if context < config.max_length:
+        limit = f"the {context} tokens that the student reads at once"
         longer = "take a student that reads more"
-    over = sum(length > min(config.max_length, prepared.context) for length in lengths)
+    most = min(config.max_length, context)
+    over = sum(length > most for length in lengths)
     share = over / len(lengths)
     finding = f"{over} of {len(lengths)} rows are longer than {limit} (the longest, {row}, has {longest} tokens)"
     status: Status = "note" if share <= DROPPED_SHARE else "warn"
