@@ -1,8 +1,8 @@
 """`python -m pipeline.parquet RUN_OR_FILE`: the records of a run as Parquet, one file beside each JSONL file.
 
-Reads prompts, completions, failures, kept and dropped rows, and writes `<name>.parquet` in place of an older one. Text,
-numbers, `messages` and `tool_calls` have columns of their own types. Every other field, such as `reference`, `columns`,
-`slots` and `scores`, is JSON text in a column, which `prompts.json_columns` reads back.
+Reads prompts, completions, failures, kept and dropped rows and preferences, and writes `<name>.parquet` in place of an
+older one. Text, numbers, messages and `tool_calls` have columns of their own types. Every other field, such as
+`reference`, `columns`, `slots` and `scores`, is JSON text in a column, which `prompts.json_columns` reads back.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import msgspec
 
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
-from pipeline.records import Completion, Dropped, Failure, Kept, Message, Part, Prompt, read_jsonl
+from pipeline.records import Completion, Dropped, Failure, Kept, Message, Part, Preference, Prompt, read_jsonl
 from pipeline.rundir import replacing
 
 RECORDS: Mapping[str, type[msgspec.Struct]] = {
@@ -26,6 +26,7 @@ RECORDS: Mapping[str, type[msgspec.Struct]] = {
     "dropped.jsonl": Dropped,
     "validation.jsonl": Kept,
     "test.jsonl": Kept,
+    "preferences.jsonl": Preference,
 }
 ROWS_AT_ONCE = 5000  # held in memory, and in a row group
 

@@ -12,7 +12,7 @@ from pipeline import parquet
 from pipeline.errors import DataError, UsageError
 from pipeline.parquet import main, to_parquet
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Dropped, Failure, Kept, Message, Prompt, Reason
+from pipeline.records import Completion, Dropped, Failure, Kept, Message, Preference, Prompt, Reason
 from pipeline.rundir import RunDir, write_jsonl
 from tests.completion_fields import completion_fields
 
@@ -44,10 +44,12 @@ def test_every_field_of_every_kind_of_record_is_there(tmp_path: Path, capsys: py
     write_jsonl(run.dropped, [Dropped(**answer, rule="length", detail=[Reason(rule="length", value=3)])])
     write_jsonl(run.failures, [Failure(**asked, error="timeout", status=None, message="m", attempts=3)])
     write_jsonl(run.prompts, [Prompt(id="p", messages=TURNS, part="test")])
+    better, worse = ([Message("assistant", text)] for text in ("yes", "no"))
+    write_jsonl(run.preferences, [Preference(id="a:b", prompt=TURNS[:1], chosen=better, rejected=worse)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["parquet", str(tmp_path)])
         main()
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(capsys.readouterr().out.splitlines()) == 6
     for path, kind in (
         (run.completions, Completion),
         (run.kept, Kept),
@@ -64,6 +66,8 @@ def test_every_field_of_every_kind_of_record_is_there(tmp_path: Path, capsys: py
     assert (json.loads(row["columns"]), plain["reference"], plain["tool_calls"]) == (FIELDS["columns"], None, [])
     assert json.loads(rows_of(run.kept.with_suffix(".parquet"))[0]["scores"]) == {"judge": 4.5}
     assert rows_of(run.prompts.with_suffix(".parquet"))[0]["part"] == "test"
+    (pair,) = rows_of(run.preferences.with_suffix(".parquet"))
+    assert [pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")] == ["q", "yes", "no"]
 
 
 def test_exported_prompts_are_the_same_prompts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
