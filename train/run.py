@@ -8,7 +8,7 @@ is saved: after a kill, the same command continues from the last one.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
@@ -93,6 +93,8 @@ def train_run(
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
     if not again and _is_trained(run, work, fingerprint):
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
+        if processes.lead_in_folder:
+            write_jsonl(run.test, parts.test)  # there may be none, or those of a training that was cut short
         for left in (work, rows_folder(work)):  # by a kill right after the student was saved
             shutil.rmtree(left, ignore_errors=True)
         return
@@ -110,7 +112,6 @@ def train_run(
     console.print(f"training on {prepared.seen} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
         if processes.lead_in_folder:
-            write_jsonl(run.test, parts.test)
             _open_work(work, fingerprint, again=again, console=console)
     _learn(prepared, work, console, processes)
     if processes.lead:
@@ -119,7 +120,7 @@ def train_run(
         section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long, "built": built_from(run, recipe)}
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
-        _publish(work / "student", log, recipe, run)
+        _publish(work / "student", log, recipe, run, parts.test)
         _print_result(run, prepared.seen, log, section)
 
 
@@ -316,8 +317,7 @@ def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
     Raises UsageError if its files are damaged.
     """
     check_whole(run.student)
-    same = run.test.is_file() and trained_section(run.student).get("fingerprint") == fingerprint
-    return same and _begun(work) != fingerprint + AGAIN
+    return trained_section(run.student).get("fingerprint") == fingerprint and _begun(work) != fingerprint + AGAIN
 
 
 def _begun(work: Path) -> str:
@@ -362,8 +362,11 @@ def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -
             write_file(folder / "trainer_state.json", json.dumps(state).encode())
 
 
-def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> None:
-    """The whole student folder appears at once, by rename; then the checkpoints beside it have no more use."""
+def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir, test: Iterable[Kept]) -> None:
+    """The whole student folder appears at once, by rename, and its `test` rows with it.
+
+    Then the checkpoints beside it have no more use.
+    """
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
     shutil.copyfile(run.lineage, folder / run.lineage.name)
     (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
@@ -374,6 +377,7 @@ def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir) -> 
         shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
+    write_jsonl(run.test, test)  # not before: the older student was tested on others
     folder.rename(run.student)
     sync_path(run.path)
     (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from

@@ -329,6 +329,23 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(
     assert losses(run) == losses(fresh)
 
 
+def test_the_test_rows_stay_those_of_the_student_that_is_there(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that is stopped sets other rows apart; the student before it learned from some of them."""
+    run = make_run(tmp_path / "run", story_rows(10))
+    train_run(make_recipe(student, test=0.2), run)
+    tested = run.test.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.trainer.Prepared.save", _interrupted)
+        train_run(make_recipe(student, test=0.5), run)
+    assert run.test.read_bytes() == tested
+    run.test.write_bytes(tested[:-9])  # a cut-off copy
+    monkeypatch.setattr("train.trainer.StudentTrainer.training_step", _interrupted)  # no step may be taken
+    train_run(make_recipe(student, test=0.2), run)
+    assert run.test.read_bytes() == tested
+
+
 def _interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
