@@ -48,10 +48,10 @@ def asked_of_student(messages: Sequence[Message], student: StudentConfig | None)
     return [*system, *_parted(messages)[1]]
 
 
-def system_of_student(recipe: Recipe) -> str:
-    """The system prompt of a student's every prompt; empty if it has none."""
+def system_of_student(recipe: Recipe) -> str | None:
+    """The system prompt of a student's every prompt; empty: none at all, None: what a prompt itself brings."""
     own = recipe.student.system if recipe.student else None
-    return (recipe.prompts.system or "") if own is None else own
+    return recipe.prompts.system if own is None else own
 
 
 def _parted(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

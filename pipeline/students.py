@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters import ADAPTER, check_whole, torn_file, whole_model
+from pipeline.chat import system_of_student
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
 from pipeline.models import model_folder
@@ -26,10 +27,11 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
         raise UsageError(f"{run.student}: no student yet; run train first (python -m train RECIPE --run {run.path})")
     check_whole(run.student)
     trained = trained_section(run.student)
-    for name, wanted in (("student", student.model), ("teacher", recipe.teacher.model)):
+    of_recipe = {"student": student.model, "teacher": recipe.teacher.model, "system": system_of_student(recipe)}
+    for name, wanted in of_recipe.items():
         if (found := trained.get(name, wanted)) != wanted:
             raise UsageError(
-                f"{run.student}: trained with {name} {found}, but the recipe says {wanted}; train again, or give the "
+                f"{run.student}: trained with {name} {found!r}, but the recipe says {wanted!r}; train again, or give the "
                 "recipe it was trained with"
             )
     return student

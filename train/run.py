@@ -20,7 +20,7 @@ import msgspec
 from rich.console import Console
 
 from pipeline.adapters import check_whole, torn_file
-from pipeline.chat import told_to_teacher
+from pipeline.chat import system_of_student, told_to_teacher
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
@@ -287,6 +287,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "student": recipe.student.model,
+        "system": system_of_student(recipe),
         "teacher": recipe.teacher.model,
         "initialised_from": _origin(recipe),
         "parts": recipe.prompts.parted_by,

@@ -242,7 +242,11 @@ def test_a_teacher_elsewhere_is_scored_if_its_folder_is_here_however_it_is_writt
         (lambda run: run.filter_report.write_text("[]"), "filter_report.json: "),
         (
             lambda run: (run.student / "lineage.json").write_text('{"train": {"teacher": "another"}}'),
-            "trained with teacher another",
+            "trained with teacher 'another', but the recipe says",
+        ),
+        (
+            lambda run: (run.student / "lineage.json").write_text('{"train": {"system": "Be a pirate."}}'),
+            "trained with system 'Be a pirate.', but the recipe says None; train again",
         ),
         (
             lambda run: (run.student / "lineage.json").write_text('{"train": {"parts": {"seed": 9, "test": 0.5}}}'),

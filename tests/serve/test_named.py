@@ -87,7 +87,7 @@ def test_a_student_of_another_recipe_is_refused(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     model(run.student)
     (run.student / "lineage.json").write_text(json.dumps({"train": {"student": "other"}}))
-    with pytest.raises(UsageError, match="trained with student other, but the recipe says base"):
+    with pytest.raises(UsageError, match="trained with student 'other', but the recipe says 'base'"):
         reference_of(recipe_at("http://localhost:8000/v1"), run, "student")
 
 
