@@ -317,7 +317,7 @@ def _save(run: Run) -> None:
         run.dir,
         "generate",
         {
-            "teacher": {"asked": recipe.teacher.model, "served": sorted(answers.models)},
+            "teacher": {"asked": recipe.teacher.model, **_earlier(run), "served": sorted(answers.models)},
             "endpoints": recipe.teacher.urls,
             "sampling": recipe.sampling.fields(),
             "prompts": {
@@ -349,6 +349,15 @@ def _save(run: Run) -> None:
             "versions": versions("openai", "aiohttp", "uvloop", "msgspec", "tenacity"),
         },
     )
+
+
+def _earlier(run: Run) -> dict[str, list[str]]:
+    """The other teachers that gave answers which the run still holds, from before the recipe named this one."""
+    before = read_lineage(run.dir).get("generate", {})
+    teacher = before.get("teacher", {})
+    known = {*teacher.get("earlier", ()), *([teacher["asked"]] if before.get("completed") else [])}
+    others = sorted(known - {run.recipe.teacher.model}) if run.completions.found.ids else []
+    return {"earlier": others} if others else {}
 
 
 def _answers(run: Run) -> Contents:

@@ -31,8 +31,8 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
     for name, wanted in of_recipe.items():
         if (found := trained.get(name, wanted)) != wanted:
             raise UsageError(
-                f"{run.student}: trained with {name} {found!r}, but the recipe says {wanted!r}; train again, or give the "
-                "recipe it was trained with"
+                f"{run.student}: trained with {name} {found!r}, but the recipe says {wanted!r}; train again, or "
+                "give the recipe it was trained with"
             )
     return student
 

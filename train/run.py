@@ -191,8 +191,9 @@ def _on_rows(
         student = str(start) if start else initial_student(recipe, run, parts.train)
     tokenizer = load_tokenizer(student)
     if start is None:
-        checks += row_checks(parts, read_lineage(run), config)
-        checks += pair_checks(recipe, student, tokenizer, parts.all, allow_chain=allow_chain)
+        lineage = read_lineage(run)
+        checks += row_checks(parts, lineage, config)
+        checks += pair_checks(recipe, student, tokenizer, parts.all, lineage, allow_chain=allow_chain)
         decide(checks)
     shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}

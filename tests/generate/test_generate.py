@@ -12,6 +12,7 @@ from tenacity import wait_fixed
 
 from generate.reply import retry_after, shortened
 from generate.run import generate, pending
+from pipeline.recipe import Recipe
 from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
@@ -62,6 +63,23 @@ def test_every_prompt_is_answered_once_and_all_is_recorded(run: RunDir) -> None:
     assert lineage["teacher"] == {"asked": "stub", "served": ["stub-2026"]}
     assert (lineage["completed"], lineage["prompts"]["grammar"], lineage["completion_tokens"]) == (200, 200, 1000)
     assert run.recipe.exists()
+
+
+def test_a_run_remembers_every_teacher_whose_answers_it_holds(run: RunDir) -> None:
+    def teacher_of(recipe: Recipe) -> dict[str, object]:
+        generate(recipe, run, quiet=True)
+        found: dict[str, object] = json.loads(run.lineage.read_text())["generate"]["teacher"]
+        return found
+
+    with misbehaving() as server:
+        first = recipe_for(server)
+        second = recipe_for(server, teacher={"model": "other", "base_url": server.url})
+        assert teacher_of(first) == {"asked": "stub", "served": ["stub-2026"]}
+        assert teacher_of(second) == {"asked": "other", "earlier": ["stub"], "served": ["stub-2026"]}
+        assert teacher_of(second)["earlier"] == ["stub"]
+        assert teacher_of(first)["earlier"] == ["other"]
+        run.completions.unlink()  # begun anew
+        assert "earlier" not in teacher_of(second)
 
 
 def test_nothing_is_asked_twice(run: RunDir) -> None:

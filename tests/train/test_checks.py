@@ -408,6 +408,15 @@ def test_a_chain_is_refused_without_allow_chain(student: str, tmp_path: Path) ->
     assert [check["status"] for check in checks if check["name"] == "chain"] == ["note"]
 
 
+def test_the_licence_is_the_strictest_of_all_teachers_that_answered(student: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    answered = {"generate": {"teacher": {"asked": "Qwen/Qwen2.5-7B-Instruct", "earlier": ["gpt-4.1"]}}}
+    run.lineage.write_text(json.dumps(answered))
+    with pytest.raises(UsageError, match=r"licence: gpt-4\.1, OpenAI Services Agreement.*train\.accept: \[.*licence"):
+        train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", accept=["filters", "size_ratio"]), run)
+    assert not run.student.exists()
+
+
 def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", story_rows(6))
     with pytest.raises(UsageError, match=r"check filters: no filters .*--force, or train\.accept: \[filters\]$"):

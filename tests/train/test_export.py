@@ -122,6 +122,18 @@ def test_a_known_pair_has_its_licence_and_an_unknown_one_has_other(trained: tupl
     assert (card["base_model"], card["license"]) == ("Qwen/Qwen2.5-0.5B-Instruct", "apache-2.0")
 
 
+def test_cards_name_every_teacher_of_the_answers_and_follow_the_strictest_terms(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    lineage = json.loads(run.lineage.read_bytes())
+    lineage["train"] |= {"initialised_from": "Qwen/Qwen2.5-0.5B-Instruct"}
+    lineage["generate"]["teacher"] |= {"earlier": ["gpt-4.1"]}
+    for text in (model_card(recipe, lineage), dataset_card(recipe, lineage, {"train": 8, "validation": 1, "test": 1})):
+        card = ModelCard(text)
+        assert (card.data.to_dict()["license"], card.data.to_dict()["license_name"]) == ("other", "see-licence-chain")
+        assert "Qwen/Qwen2.5-7B-Instruct and gpt-4.1" in card.text
+        assert "| teacher | gpt-4.1 | [OpenAI" in card.text
+
+
 def test_an_adapter_is_exported_as_it_is_and_no_path_goes_with_it(trained: tuple[Recipe, RunDir]) -> None:
     recipe, run = trained
     folder = export_model(recipe, run)
@@ -425,6 +437,7 @@ def test_an_export_names_no_endpoint_and_no_folder_that_is_gone(trained: tuple[R
     lineage["filters"]["rules"][1]["words"] = ["/srv/banned"]
     lineage["train"]["hyperparameters"]["test_rows"] = "/srv/acme/clients.jsonl"
     system = recipe.prompts.model_copy(update={"system": "/srv/acme is what you are asked about."})
+    lineage["train"]["system"] = system.system
     try:
         saved.write_text(json.dumps(lineage))
         folder = export_model(recipe.model_copy(update={"prompts": system}), run, merged=merged)

@@ -4,6 +4,7 @@ Writes nothing. The table knows makers and families by the model's name, and lic
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from pipeline.checks import Check, Status
 from pipeline.models import EMBEDDED, PREFIX
 
 TABLE = Path(__file__).with_name("licences.yaml")
+STRICTNESS = ("allowed", "conditions", None, "restricted", "forbidden")  # None: terms that are not known
 STATUSES: dict[str, Status] = {"allowed": "pass", "conditions": "note", "restricted": "warn", "forbidden": "fail"}
 
 
@@ -87,6 +89,11 @@ def terms_of(reference: str, card_licence: str | None = None, stated: str | None
     return _by_licence(card_licence) if card_licence else None
 
 
+def strictest(teachers: Mapping[str, Terms | None]) -> str:
+    """The model, of several that taught with their terms, whose terms ask the most; the first of equals."""
+    return max(teachers, key=lambda model: STRICTNESS.index(terms.verdict if (terms := teachers[model]) else None))
+
+
 def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
     """Whether the teacher's terms let a student learn from its answers, and what they ask of it.
 
@@ -100,7 +107,7 @@ def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:
     verdict = terms.verdict
     if verdict == "forbidden" and terms.student and re.match(terms.student, name):
         verdict = "conditions"
-    finding = f"{terms.name}: {terms.asks} ({terms.source}, read {licence_table().read}; not legal advice)"
+    finding = f"{teacher}, {terms.name}: {terms.asks} ({terms.source}, read {licence_table().read}; not legal advice)"
     fixes = {"allowed": "", "conditions": "keep to it"}
     fix = fixes.get(verdict, "take another teacher, or state what you agreed on: train.teacher_licence")
     return Check(name="licence", status=STATUSES[verdict], finding=finding, fix=fix)

@@ -6,7 +6,7 @@ Reads what is known of both models (train.teacher); writes nothing.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.checks import Check, Status
 from pipeline.conversation import template_turns
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message
-from train.checks.licences import licence_check, terms_of
+from train.checks.licences import Terms, licence_check, strictest, terms_of
 from train.checks.run import graded
 from train.lazy import Lazy
 from train.rows import prompt_text
@@ -33,9 +33,18 @@ MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what fram
 
 
 def pair_checks(
-    recipe: Recipe, student: str, tokenizer: Any, rows: Sequence[Kept], *, allow_chain: bool
+    recipe: Recipe,
+    student: str,
+    tokenizer: Any,
+    rows: Sequence[Kept],
+    lineage: Mapping[str, Any],
+    *,
+    allow_chain: bool,
 ) -> Iterator[Check]:
-    """All of them. `student`: the folder or Hub id of the student before training, whose `tokenizer` it is."""
+    """All of them. `student`: the folder or Hub id of the student before training, whose `tokenizer` it is.
+
+    `lineage`: the run's, which names every teacher that gave its answers.
+    """
     assert recipe.student is not None
     teacher = recipe.teacher.model
     files = known_files(teacher)
@@ -48,7 +57,15 @@ def pair_checks(
     if any(row.tools or row.tool_calls for row in rows):
         yield tools_check(tokenizer)
     yield chain_check(teacher, files, card, allowed=allow_chain)
-    yield licence_check(teacher, terms_of(teacher, card.licence, recipe.train.teacher_licence), recipe.student.model)
+    terms = teachers_terms(recipe, lineage)
+    yield licence_check(asks_most := strictest(terms), terms[asks_most], recipe.student.model)
+
+
+def teachers_terms(recipe: Recipe, lineage: Mapping[str, Any]) -> dict[str, Terms | None]:
+    """The terms of the recipe's teacher, and of those before it whose answers the run holds."""
+    teachers = [recipe.teacher.model, *lineage.get("generate", {}).get("teacher", {}).get("earlier", [])]
+    stated = recipe.train.teacher_licence
+    return {name: terms_of(name, read_card(known_files(name)).licence, stated) for name in teachers}
 
 
 def size_check(teacher: int | None, student: int | None) -> Check:

@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.chat import system_of_student
 from pipeline.models import is_path
 from pipeline.recipe import Recipe, slot_values
-from train.checks.licences import LicenceChain, licence_table, model_name, on_the_hub, terms_of
-from train.checks.pair import OUR_TAG, told_only
+from train.checks.licences import LicenceChain, Terms, licence_table, model_name, on_the_hub, strictest, terms_of
+from train.checks.pair import OUR_TAG, teachers_terms, told_only
 from train.teacher import known_files, read_card
 
 CARD = "README.md"
@@ -30,7 +30,7 @@ TEXT = {"dtype": "string"}  # as `datasets` writes a column's type into a card
 COLUMN_TYPES = {"prompt": {"list": "json"}, "completion": {"list": "json"}}
 # Keys of the lineage. Where a model answered, by what key, and how a program is started:
 NOT_PUBLIC = {"endpoints", "by_endpoint", "nodes", "base_url", "api_key_env", "command"}
-MODELS = {"student", "teacher", "initialised_from", "asked", "served", "model"}
+MODELS = {"student", "teacher", "initialised_from", "asked", "earlier", "served", "model"}
 FILES = {"test_rows", "start", "against", "contamination", "file", "files", "database", "schema"}
 FINDINGS = {"finding", "fix", "wanted"}  # words that may name a model or a file
 AS_THEY_ARE = {"schema", "rubric", "sampling"}  # mappings whose keys are the user's own
@@ -52,11 +52,11 @@ def model_card(
 
     `data`: the data set's repository, if it has one.
     """
-    origin = lineage["train"]["initialised_from"]
+    origin, teachers = lineage["train"]["initialised_from"], teachers_terms(recipe, lineage)
     lineage = without_places(lineage, recipe)
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
-    chain, base = _chain(recipe, origin), published(origin) if origin else None
+    chain, base = _chain(teachers, origin), published(origin) if origin else None
     scores = _scores(lineage)
     tags = [*TAGS, *(["lora"] if adapter else []), *(["gguf"] if gguf else [])]
     metadata = ModelCardData(
@@ -78,7 +78,7 @@ def model_card(
     )
     values = {"repo": repo, "train": train, "adapter": adapter, "gguf": gguf, "base": base}
     example = {"messages": json.dumps(_example(recipe), ensure_ascii=False), "scores": scores}
-    return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, **values, **example})
+    return _card("model.md.j2", metadata, recipe, lineage, {"chain": chain, "teachers": teachers, **values, **example})
 
 
 def _scores(lineage: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -116,7 +116,8 @@ def dataset_card(
 
     `columns`: those to declare, because what tools are called with has no shape that all parts share.
     """
-    chain = _chain(recipe, None)
+    teachers = teachers_terms(recipe, lineage)
+    chain = _chain(teachers, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
     features = [{"name": name, **COLUMN_TYPES.get(name, TEXT)} for name in columns]
     metadata = DatasetCardData(
@@ -128,7 +129,7 @@ def dataset_card(
         configs=[{"config_name": "default", "data_files": files}],
         dataset_info={"features": features} if features else None,
     )
-    values = {"chain": chain, "repo": repo, "rows": rows, "base": None}
+    values = {"chain": chain, "teachers": teachers, "repo": repo, "rows": rows, "base": None}
     return _card("dataset.md.j2", metadata, recipe, without_places(lineage, recipe), values)
 
 
@@ -209,11 +210,10 @@ def _last_part(path: str) -> str:
     return name if name not in ("", "..") else Path(path).resolve().name or path
 
 
-def _chain(recipe: Recipe, origin: str | None) -> LicenceChain:
+def _chain(teachers: Mapping[str, Terms | None], origin: str | None) -> LicenceChain:
     """`origin`: the model that the student was before training; None for a data set, and a new one."""
-    teacher = recipe.teacher.model
-    terms = terms_of(teacher, read_card(known_files(teacher)).licence, recipe.train.teacher_licence)
-    return LicenceChain(terms, terms_of(origin, read_card(known_files(origin)).licence) if origin else None, not origin)
+    base = terms_of(origin, read_card(known_files(origin)).licence) if origin else None
+    return LicenceChain(teachers[strictest(teachers)], base, not origin)
 
 
 def _card(
@@ -228,13 +228,14 @@ def _card(
         autoescape=False,  # Markdown, not HTML
     )
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    environment.filters["published"] = published
     environment.filters["number"] = "{:,}".format
     sections = [section for section in lineage.values() if isinstance(section, dict)]
     versions = {name: version for section in sections for name, version in section.get("versions", {}).items()}
     text = environment.get_template(template).render(
         recipe=recipe,
         lineage=lineage,
-        teacher=published(recipe.teacher.model),
+        teacher=" and ".join(map(published, values["teachers"])),
         read=licence_table().read,
         told=told_only(recipe),
         versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
