@@ -65,7 +65,7 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     of `evaluate.probes_file`.
     """
     config = recipe.evaluate
-    asked = Asked(chain(read_jsonl(run.prompts, Prompt) if run.prompts.is_file() else (), test_rows))
+    asked = Asked(chain(_asked_in(run), test_rows))
     unseen = list(islice(_unseen(recipe, asked), config.unseen_probes)) if config.unseen else []
     if not config.probes:
         return ProbePrompts("slots", [], unseen)
@@ -121,8 +121,16 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
         )
     unseen = []
     if config.probes_file:
-        unseen = _from_file(recipe, Asked(read_jsonl(run.prompts, Prompt)), config.verify_count)
+        unseen = _from_file(recipe, Asked(_asked_in(run)), config.verify_count)
     return ProbePrompts("test", _sample(list(test.values()), config.verify_count, config.seed), unseen)
+
+
+def _asked_in(run: RunDir) -> Iterator[Prompt | Kept]:
+    """The prompts of the run, and those of kept rows: of an earlier recipe there may be more than it asks now."""
+    if run.prompts.is_file():
+        yield from read_jsonl(run.prompts, Prompt)
+    if run.kept.is_file():
+        yield from read_jsonl(run.kept, Kept)
 
 
 def _test_prompts(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> list[Prompt]:

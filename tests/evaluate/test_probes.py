@@ -72,6 +72,15 @@ def test_the_values_in_another_order_or_template_are_no_new_combination(tmp_path
     assert choose_probes(recipe_of(probes=8), run, rows_of([left])).source == "test"
 
 
+def test_after_prompts_count_falls_no_probe_is_what_the_student_learned(tmp_path: Path) -> None:
+    """prompts.jsonl has fewer then, kept.jsonl still has all."""
+    run = run_of(tmp_path, recipe_of(6))
+    kept = list(iter_prompts(recipe_of(12)))
+    run.kept.write_bytes(b"".join(map(encode_line, rows_of(kept))))
+    probed = {combination(probe) for probe in choose_probes(recipe_of(6, probes=6), run, []).seen}
+    assert len(probed) == 6 and not probed & {combination(prompt) for prompt in kept}
+
+
 def test_where_every_combination_was_asked_the_test_prompts_are_the_probes(tmp_path: Path) -> None:
     recipe = recipe_of(COMBINATIONS, probes=3)
     run = run_of(tmp_path, recipe)
