@@ -24,7 +24,15 @@ def main(argv: list[str] | None = None) -> None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
     for rules in (recipe_rules, verify_rules):  # a wrong setting is told before the answers are paid for
         rules(recipe, options.recipe)
-    started = time.monotonic()
+    started, before = time.monotonic(), options.recipe.read_bytes()
+
+    def heading(number: int, text: str) -> None:
+        print(f"\n── {number}/4 {text}", flush=True)
+        if options.recipe.read_bytes() != before:
+            print(
+                f"note: {options.recipe} has changed since this command began; the stage follows it as it is now",
+                flush=True,
+            )
 
     heading(1, f"generate: {recipe.teacher.model} answers")
     # A server takes a minute to start: only where there may be something to ask it.
@@ -47,10 +55,6 @@ def main(argv: list[str] | None = None) -> None:
         raise RequestsFailed(f"the judge gave no answer about some rows; see {run.dropped}")
     if evaluated == REQUESTS_FAILED:
         raise RequestsFailed(f"the judge gave no verdict on some answers; see {run.report_html}")
-
-
-def heading(number: int, text: str) -> None:
-    print(f"\n── {number}/4 {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from chain.stages import stage
 from evaluate.run import say
 from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.results import as_markdown, compare, write_results
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, option) is None:
             raise UsageError(f"{options.kind} needs {wanted}")
     folder = run.path / "experiments" / options.kind
-    setup = Setup(recipe, options.recipe, options.flags, run, folder, options)
+    setup = Setup(recipe, options.recipe, options.flags, run, folder, options, options.recipe.read_bytes())
 
     say(f"{options.kind}: {experiment.question}")
     design = experiment.prepare(setup)
@@ -61,15 +60,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def finish(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
     """Trains and evaluates an arm, unless just that was done before."""
-    flags = [*setup.flags, *arm.flags]
     state, mark = fingerprint(setup, arm), arm.run.path / FINISHED
     if mark.is_file() and mark.read_text() == state and arm.run.report.is_file():
         say(f"{arm.run.path}: finished")
         return
-    arm.run.save_recipe(load_recipe(setup.path, flags))
-    stage("train", arm.run, setup.path, flags)
+    arm.run.save_recipe(load_recipe(setup.path, [*setup.flags, *arm.flags]))
+    setup.stage("train", arm.run, *arm.flags)
     share_measurements(arm, arms)
-    stage("evaluate", arm.run, setup.path, [*flags, *(["--no-speed"] if setup.options.no_speed else [])])
+    setup.stage("evaluate", arm.run, *arm.flags, *(["--no-speed"] if setup.options.no_speed else []))
     write_file(mark, state.encode())
 
 

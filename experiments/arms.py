@@ -34,6 +34,7 @@ from pipeline.records import Dropped, Json, Kept, Message, Prompt, asked_fields,
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import rows_to_train
+from train.teacher import followed_files
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ class Setup:
     base: RunDir  # the run that the experiment is about
     folder: Path  # of the experiment
     options: Namespace
+    text: bytes  # of the recipe, when the experiment began
+
+    def stage(self, name: str, run: RunDir, *flags: str) -> None:
+        """Runs a stage with the user's flags and further ones.
+
+        Raises UsageError if the recipe's file has changed since the experiment began, StageFailed if the stage failed.
+        """
+        if self.path.read_bytes() != self.text:
+            raise UsageError(
+                f"{self.path}: changed since the experiment began, so its arms would differ in more than they should; "
+                "the same command goes on, and does again what the change touches"
+            )
+        stage(name, run, self.path, [*self.flags, *flags])
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ def _keep_rate(setup: Setup) -> Design:
     base = _answered(setup, setup.base)
     test = part_rows(read_rows(base), setup.recipe.prompts).test
     pool = _pool(setup, base, test)
-    stage("filters", pool, setup.path, [*setup.flags, "--sweep", ",".join(map(str, shares))])
+    setup.stage("filters", pool, "--sweep", ",".join(map(str, shares)))
     kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
     flags = ["--train.too_long", "drop", *_accepting(setup, "keep_rate", "filters", "length")]
     arms = [_arm(setup, name, share, test, flags) for name, share in kept.items()]
@@ -153,6 +167,8 @@ def _other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
             f"--b-url {options.b_url}: teacher.headers and teacher.query are the first teacher's, and would be sent "
             "there, too; take them out of the recipe"
         )
+    if options.b_model == first.model and options.b_url in (None, first.url):
+        raise UsageError(f"--b-model {options.b_model}: this is the recipe's own teacher; name another one")
     flags = ["--teacher.model", options.b_model, "--teacher.price", options.b_price or "null"]
     if options.b_url:
         flags += ["--teacher.base_url", options.b_url, "--teacher.urls_file", "null"]
@@ -163,7 +179,9 @@ def _other_teacher(first: TeacherConfig, options: Namespace) -> list[str]:
 
 def _human(setup: Setup) -> Design:
     """As many rows that people wrote as rows of the teacher; scored on both."""
-    base, path, config = _answered(setup, setup.base), setup.options.human, setup.recipe.prompts
+    path, config = setup.options.human, setup.recipe.prompts
+    read_human(path, config)  # a faulty file is told before the teacher is paid
+    base = _answered(setup, setup.base)
     asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
     sources = {"teacher": read_rows(base), "human": read_human(path, config, asked)}
     test = part_rows([*sources["teacher"], *sources["human"]], config).test
@@ -191,11 +209,15 @@ def _human(setup: Setup) -> Design:
 
 def _soft(setup: Setup) -> Design:
     """The same rows, learned by the teacher's text, by its distribution, and then on the student's own samples."""
-    base = _answered(setup, setup.base)
-    test = part_rows(read_rows(base), setup.recipe.prompts).test
     hard = setup.recipe.train.weights
     methods: dict[str, list[str]] = {hard: ["--train.method", hard]}
     methods |= {soft: ["--train.method", soft, "--train.kd.weights", hard] for soft in ("kd", "on_policy")}
+    for flags in methods.values():  # what cannot be trained is told before the first arm
+        load_recipe(setup.path, [*setup.flags, *flags])
+    if setup.recipe.train.kd.teacher == "local":
+        followed_files(setup.recipe.teacher.model)
+    base = _answered(setup, setup.base)
+    test = part_rows(read_rows(base), setup.recipe.prompts).test
     arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]
     return Design(arms, {"": test}, "the same rows and trained weights in every arm; on_policy adds its own steps")
 
@@ -225,14 +247,13 @@ def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> Run
     filtered = run.kept.is_file() and run.dropped.is_file()
     if filtered and not anew:
         return run
-    given = [*setup.flags, *flags]
-    recipe = load_recipe(setup.path, given)
+    recipe = load_recipe(setup.path, [*setup.flags, *flags])
     left, stale = pending(recipe, run), not (filtered and _filtered_so(recipe, setup.path, run))
     with teacher(recipe, run) if left or (stale and judges(recipe)) else nullcontext():
         if left:
-            stage("generate", run, setup.path, given)
+            setup.stage("generate", run, *flags)
         if left or stale:
-            stage("filters", run, setup.path, given)
+            setup.stage("filters", run, *flags)
     return run
 
 

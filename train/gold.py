@@ -22,8 +22,9 @@ from pipeline.models import resolve_model
 from train.machine import free_beside, micro_rows, micro_tokens
 from train.on_policy import SameEveryEpoch
 from train.setting import Setting
-from train.soft import FIX, load_model
+from train.soft import load_model
 from train.student_trainer import ScoredOnText, StudentTrainer
+from train.teacher import FIX
 
 Example = dict[str, Any]  # train.rows.to_examples, and `told`: what the teacher is asked
 

@@ -17,8 +17,9 @@ from pipeline.recipe import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.machine import free_beside, micro_rows, micro_tokens
 from train.setting import Setting
-from train.soft import FIX, load_teacher
+from train.soft import load_teacher
 from train.student_trainer import ScoredOnText, StudentTrainer
+from train.teacher import FIX
 from train.tokens import prompt_of
 from train.told import SharedStart, Told, before_samples
 from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client

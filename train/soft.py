@@ -20,12 +20,10 @@ from pipeline.models import explained, resolve_model
 from pipeline.train_config import KdConfig
 from train.machine import GIB, free_memory, half_dtype
 from train.student_trainer import Loss, StudentTrainer, completion_logits
-from train.teacher import known_files, parameters_of
+from train.teacher import FIX, followed_files, known_files, parameters_of
 from train.tokens import Batch, key_of
 from train.told import SharedStart, Told, of_teacher
 from train.top_k import TopK
-
-FIX = "use train.method: lora or full, which learn from its text"
 
 
 def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Console) -> Any:
@@ -48,12 +46,7 @@ def load_model(reference: str, console: Console) -> Any:
 
     Raises RecipeError where only an API knows the teacher; DistillError where memory is too small for it.
     """
-    known = known_files(reference)
-    if known is None:
-        raise RecipeError(
-            f"soft distillation needs the teacher's weights, and {reference} has none here; {FIX}, or its distribution "
-            "from elsewhere: train.kd.teacher: served or stored"
-        )
+    known = followed_files(reference)
     with explained(f"teacher.model: cannot load {reference} ({FIX})"):
         folder = resolve_model(reference)
         dtype = half_dtype() or torch.float32

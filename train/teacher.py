@@ -16,6 +16,7 @@ from train.student import load_tokenizer
 
 SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
 HUB_TIMEOUT_S = 10
+FIX = "use train.method: lora or full, which learn from its text"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ def known_files(reference: str) -> Path | None:
         return Path(snapshot_download(reference, allow_patterns=SMALL_FILES, etag_timeout=HUB_TIMEOUT_S))
     except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError):
         return None  # not on the Hub, or no network: an API's model
+
+
+def followed_files(reference: str) -> Path:
+    """What is known of a teacher whose weights a soft method follows. Raises RecipeError where only an API knows it."""
+    known = known_files(reference)
+    if known is None:
+        raise RecipeError(
+            f"soft distillation needs the teacher's weights, and {reference} has none here; {FIX}, or its distribution "
+            "from elsewhere: train.kd.teacher: served or stored"
+        )
+    return known
 
 
 def read_card(folder: Path | None) -> Card:

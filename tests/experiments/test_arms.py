@@ -36,7 +36,7 @@ def test_people_are_taught_nothing_that_is_tested(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [{"prompt": f"Question {n}", "completion": f"{n}."} for n in range(200)]
     lines += [{"prompt": f"Other {n}", "completion": f"{n}.", "topic": n % 40} for n in range(80)]
     human.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    setup = Setup(recipe, path, [], run, tmp_path / "experiment", Namespace(human=human))
+    setup = Setup(recipe, path, [], run, tmp_path / "experiment", Namespace(human=human), path.read_bytes())
     for arm in EXPERIMENTS["human"].prepare(setup).arms:
         own = load_recipe(path, arm.flags)
         parts = read_parts(own, arm.run)
@@ -52,7 +52,9 @@ def test_an_arm_has_the_pairs_and_the_logprobs_of_its_rows(tmp_path: Path) -> No
     run.dropped.write_bytes(b"")
     run.preferences.write_text("pairs")
     run.logprobs.write_text("logprobs")
-    setup = Setup(load_recipe(path), path, [], run, tmp_path / "experiment", Namespace(seeds=2, no_speed=True))
+    setup = Setup(
+        load_recipe(path), path, [], run, tmp_path / "experiment", Namespace(seeds=2, no_speed=True), path.read_bytes()
+    )
     arm = EXPERIMENTS["seeds"].prepare(setup).arms[0]
     assert (arm.run.preferences.read_text(), arm.run.logprobs.read_text()) == ("pairs", "logprobs")
     before = fingerprint(setup, arm)

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import evaluate.run
-import experiments.__main__ as experiments_main
 import experiments.arms
 import filters.__main__
 from evaluate.document import MEASURES, Estimate, read_report
@@ -115,7 +114,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             evaluate_run(recipe, run, path, speed=False)
         return 0
 
-    monkeypatch.setattr(experiments_main, "stage", stage)
+    monkeypatch.setattr(experiments.arms, "stage", stage)
     monkeypatch.setattr(experiments.arms, "stage", stage)
     return done
 
@@ -185,7 +184,7 @@ def test_what_is_finished_is_not_done_again(
 ) -> None:
     """Stopped in the second arm, it goes on there; other settings are another training; one measures for all."""
     flags = ["--shares", "50,60", "--match", "epochs"]
-    running, measuring = experiments_main.stage, evaluate.run.measure_perplexity
+    running, measuring = experiments.arms.stage, evaluate.run.measure_perplexity
     measured: list[str] = []
 
     def measure(subject: Any, *rest: Any, **options: Any) -> Any:
@@ -199,10 +198,10 @@ def test_what_is_finished_is_not_done_again(
             raise KeyboardInterrupt
         return running(name, arm, *rest)
 
-    monkeypatch.setattr(experiments_main, "stage", stopped)
+    monkeypatch.setattr(experiments.arms, "stage", stopped)
     with pytest.raises(KeyboardInterrupt):
         experiment("keep-rate", recipe, run, *flags)
-    monkeypatch.setattr(experiments_main, "stage", running)
+    monkeypatch.setattr(experiments.arms, "stage", running)
     stages.clear()
     folder = experiment("keep-rate", recipe, run, *flags)
     assert stages == ["filters pool", "train keep-60", "evaluate keep-60"]
@@ -235,7 +234,9 @@ def test_another_teacher_has_its_own_run_and_its_price(
     for more, done in (([], grown[1::2]), ([], []), (["--prompts.count", "26"], grown)):
         stages.clear()
         flags = ["--filters.rules", lax, *more]
-        EXPERIMENTS["teachers"].prepare(Setup(load_recipe(recipe, flags), recipe, flags, run, folder, options))
+        EXPERIMENTS["teachers"].prepare(
+            Setup(load_recipe(recipe, flags), recipe, flags, run, folder, options, recipe.read_bytes())
+        )
         assert stages == done
         assert all("Too short." in {row.text for row in kept(folder / name)} for name in "ab")
     with pytest.raises(UsageError, match="b: it holds the answers of other, not of third; remove this folder"):
@@ -300,6 +301,38 @@ def test_seeds_are_trained_on_the_same_rows_and_their_spread_is_said(recipe: Pat
     )
     with pytest.raises(UsageError, match="--seeds 1: give at least 2, so that there is a spread"):
         experiment("seeds", recipe, run, "--seeds", "1")
+
+
+def test_a_recipe_that_changes_meanwhile_ends_the_experiment(
+    recipe: Path, run: RunDir, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arms would differ by more than the seed."""
+    running = experiments.arms.stage
+
+    def editing(name: str, arm: RunDir, *rest: Any) -> int:
+        if name == "evaluate":
+            recipe.write_text(recipe.read_text().replace("epochs: 1", "epochs: 2"))
+        return running(name, arm, *rest)
+
+    monkeypatch.setattr(experiments.arms, "stage", editing)
+    with pytest.raises(
+        UsageError, match=r"recipe\.yaml: changed since the experiment began, .*the same command goes on"
+    ):
+        experiment("seeds", recipe, run, "--seeds", "2")
+    assert [name for name in stages if name.startswith("train")] == ["train seed-0"]
+
+
+def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stages: list[str], tmp_path: Path) -> None:
+    empty = RunDir(tmp_path / "empty")
+    for name, flags, message in (
+        ("soft", ["--teacher.model", "gpt-4.1"], r"needs the teacher's weights, and gpt-4\.1 has none here"),
+        ("soft", ["--train.kd.teacher", "stored"], "kd.teacher stored is not for method on_policy"),
+        ("human", ["--human", str(tmp_path / "missing.jsonl")], "no such file"),
+        ("teachers", ["--teacher.model", "m", "--b-model", "m"], "--b-model m: this is the recipe's own teacher"),
+    ):
+        with pytest.raises((RecipeError, UsageError), match=message):
+            experiment(name, recipe, empty, *flags)
+    assert not stages
 
 
 def test_without_a_student_there_is_nothing_to_compare(recipe: Path, run: RunDir) -> None:
@@ -376,7 +409,7 @@ def test_arms_are_compared_by_right_answers_where_these_are_verified(recipe: Pat
         answers = [answer_row(name, p, p.id[1:] if n < right else "no") for n, p in enumerate(prompts)]
         (run.path / "evaluation" / "verify-student_after.json").write_bytes(encode_line(ProbeResult(answers=answers)))
         arms.append(Arm(name, run, []))
-    setup = Setup(made, recipe, [], arms[0].run, tmp_path, Namespace())
+    setup = Setup(made, recipe, [], arms[0].run, tmp_path, Namespace(), recipe.read_bytes())
     (column,) = _columns(setup, Design(arms, {"": []}), {})
     assert column.title == "right answers" and {name: one.value for name, one in column.arms.items()} == {
         "one": 0.75,
@@ -393,7 +426,7 @@ def test_a_source_without_a_test_row_has_no_column(recipe: Path, tmp_path: Path)
         path = run.path / "evaluation" / "perplexity-student_after.json"
         Entry(path, "").write(PerplexityResult(dtype="float32", device="cpu", scores=scores))
         arms.append(Arm(name, run, []))
-    setup = Setup(load_recipe(recipe), recipe, [], arms[0].run, tmp_path, Namespace())
+    setup = Setup(load_recipe(recipe), recipe, [], arms[0].run, tmp_path, Namespace(), recipe.read_bytes())
     columns = _columns(setup, Design(arms, {"teacher": rows, "human": []}), {})
     assert [column.title for column in columns] == ["perplexity", "bits per character", "bits per character of teacher"]
     facts = {arm.name: ["–"] * 4 for arm in arms}

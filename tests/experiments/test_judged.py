@@ -42,5 +42,5 @@ def test_the_teacher_is_served_where_it_is_asked(
     monkeypatch.setattr("experiments.arms.pending", lambda *_: left)
     monkeypatch.setattr("experiments.arms.stage", lambda name, *_: done.append(name + ", served" * bool(served)))
     run = RunDir(tmp_path / "run")
-    _answered(Setup(load_recipe(path), path, [], run, run.path / "experiments", Namespace()), run)
+    _answered(Setup(load_recipe(path), path, [], run, run.path / "experiments", Namespace(), path.read_bytes()), run)
     assert done == asked

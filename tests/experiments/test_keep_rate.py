@@ -52,7 +52,9 @@ def run(tmp_path: Path) -> RunDir:
 def test_rows_that_are_too_long_count_for_no_step(recipe: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.arms.pending", lambda *given: 0)
     options = Namespace(shares="30,90", match="steps", kind="keep-rate")
-    setup = Setup(load_recipe(recipe), recipe, [], run, run.path / "experiments" / "keep-rate", options)
+    setup = Setup(
+        load_recipe(recipe), recipe, [], run, run.path / "experiments" / "keep-rate", options, recipe.read_bytes()
+    )
     design = EXPERIMENTS["keep-rate"].prepare(setup)
     steps, left_out = [], []
     for arm in design.arms:
