@@ -200,6 +200,24 @@ def test_a_judge_that_gave_the_evaluation_no_verdict_ends_the_chain_with_4(
         chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
 
 
+def test_a_recipe_that_is_edited_meanwhile_is_followed_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(f"http://127.0.0.1:{free_port()}/v1", tmp_path)
+
+    def edit(name: str, *_: object) -> int:
+        if name == "train":
+            recipe.write_text(recipe.read_text() + "\n# other settings\n")
+        return 0
+
+    monkeypatch.setattr(chain.__main__, "stage", edit)
+    monkeypatch.setattr(chain.__main__, "pending", lambda *_: 0)
+    monkeypatch.setattr(chain.__main__, "last_words", lambda *_: [])
+    chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
+    *_, before, said = capsys.readouterr().out.split("──")
+    assert "has changed" not in before and f"note: {recipe} has changed since this command began" in said
+
+
 @pytest.mark.parametrize("section", ["filters", "evaluate"])
 def test_a_wrong_rule_is_told_before_anything_is_asked(section: str, tmp_path: Path) -> None:
     wrong = {"filters": {"rules": [{"rule": "length", "min": 9}]}, "evaluate": {"verify": [{"rule": "choice"}]}}
