@@ -95,7 +95,7 @@ def check_whole(student: Path) -> None:
 
 
 def torn_file(folder: Path) -> Path | None:
-    """A JSON file in the folder that is empty, or weights without their beginning or end; None if all are whole."""
+    """A file in the folder that is empty, or JSON or weights without their beginning or end; None if all are whole."""
     return next((path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)), None)
 
 
@@ -104,9 +104,9 @@ def _is_whole(path: Path) -> bool:
     if path.suffix in (".pt", ".pth"):  # of a checkpoint: zip files
         return zipfile.is_zipfile(path)
     if path.suffix == ".json":
-        return size > 0
+        return path.read_bytes().rstrip().endswith((b"}", b"]"))
     if path.suffix != ".safetensors":
-        return True
+        return size > 0 or path.suffix != ".jinja"
     with path.open("rb") as file:  # the length of a JSON header, the header, the tensors
         length = int.from_bytes(file.read(8), "little")
         try:

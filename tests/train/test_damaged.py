@@ -83,7 +83,15 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_of_no_use(
 
 
 @pytest.mark.parametrize(
-    ("file", "left"), [("model.safetensors", 0), ("model.safetensors", 40), ("config.json", 0), ("lineage.json", 0)]
+    ("file", "left"),
+    [
+        ("model.safetensors", 0),
+        ("model.safetensors", 40),
+        ("config.json", 0),
+        ("lineage.json", 0),
+        ("tokenizer_config.json", 40),
+        ("chat_template.jinja", 0),
+    ],
 )
 def test_a_damaged_student_is_named_with_its_fix(recipe: Recipe, trained: RunDir, file: str, left: int) -> None:
     path = trained.student / file
