@@ -18,7 +18,7 @@ from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, UsageError
 from pipeline.recipe import load_recipe
-from pipeline.rundir import write_file
+from pipeline.rundir import RunDir, write_file
 
 SHARED = ("teacher", "student_before")  # models that are measured once for all arms
 FINISHED = "finished"  # in an arm: what its report was made of
@@ -48,12 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     setup = Setup(recipe, options.recipe, options.flags, run, folder, options, options.recipe.read_bytes())
 
     say(f"{options.kind}: {experiment.question}")
-    design = experiment.prepare(setup)
-    for number, arm in enumerate(design.arms, start=1):
-        say(f"\n── {number}/{len(design.arms)} {arm.name}")
-        finish(setup, arm, design.arms)
-    results = compare(setup, design)
-    write_results(results, folder)
+    with RunDir(folder).locked(new=True):
+        design = experiment.prepare(setup)
+        for number, arm in enumerate(design.arms, start=1):
+            say(f"\n── {number}/{len(design.arms)} {arm.name}")
+            finish(setup, arm, design.arms)
+        results = compare(setup, design)
+        write_results(results, folder)
     Console().print(Markdown(as_markdown(results)))
     print(f"\n{folder / 'results.md'}", flush=True)
 

@@ -332,6 +332,11 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
     ):
         with pytest.raises((RecipeError, UsageError), match=message):
             experiment(name, recipe, empty, *flags)
+    with (
+        RunDir(empty.path / "experiments" / "seeds").locked(new=True),
+        pytest.raises(UsageError, match="experiments/seeds: another process"),
+    ):
+        experiment("seeds", recipe, empty)
     assert not stages
 
 
