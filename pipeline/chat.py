@@ -1,9 +1,10 @@
-"""What the teacher is told, what the student is asked, and which tokens end an answer in a model's chat format.
+"""What the teacher is told, what the student is asked, how much a model reads, and which tokens end its answers.
 
 One place, for every stage. Takes a loaded tokenizer and model, imports nothing heavy, reads and writes no file.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.recipe import Recipe, StudentConfig, TeacherConfig
@@ -83,3 +84,17 @@ def end_of_turn(tokenizer: Any, stops: set[int]) -> int:
     ends = stops | unnamed | set(tokenizer.all_special_ids)
     end: int = next((token for token in tail if token in ends), tokenizer.eos_token_id)
     return end
+
+
+def context_of(config: Any) -> int:
+    """Tokens that a model reads at once, by its configuration; sys.maxsize if that names no limit.
+
+    With scaled rotary embeddings it may be more than `max_position_embeddings`, which in some models does not count the
+    scaling.
+    """
+    shape = config.get_text_config()
+    limit: int = getattr(shape, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(shape, "rope_parameters", None) or {}
+    scaled = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]  # one, or one per type of layer
+    original = [(kind.get("original_max_position_embeddings") or limit, kind.get("factor") or 1) for kind in scaled]
+    return max([limit, *(int(length * factor) for length, factor in original)])

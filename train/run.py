@@ -20,7 +20,7 @@ import msgspec
 from rich.console import Console
 
 from pipeline.adapters import check_whole, torn_file
-from pipeline.chat import system_of_student, told_to_teacher
+from pipeline.chat import context_of, system_of_student, told_to_teacher
 from pipeline.checks import Check
 from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
@@ -148,7 +148,7 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
     try:
         from transformers import AutoConfig
 
-        from train.tokens import context_of, example_length
+        from train.tokens import example_length
 
         tokenizer = load_tokenizer(student := initial_student(recipe, run, rows))
         longest = min(recipe.train.max_length, context_of(AutoConfig.from_pretrained(student)))

@@ -4,7 +4,6 @@ Takes rows as TRL tokenised them: `input_ids`, and `labels` with -100 where no l
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
@@ -114,20 +113,6 @@ def prompt_of(row: TokenRow) -> list[int]:
     """The tokens before the first that carries loss."""
     first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
     return list(row["input_ids"][:first])
-
-
-def context_of(config: Any) -> int:
-    """Tokens that a model reads at once, by its configuration; sys.maxsize if that names no limit.
-
-    With scaled rotary embeddings it may be more than `max_position_embeddings`, which in some models does not count the
-    scaling.
-    """
-    shape = config.get_text_config()
-    limit: int = getattr(shape, "max_position_embeddings", None) or sys.maxsize
-    rope = getattr(shape, "rope_parameters", None) or {}
-    scaled = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]  # one, or one per type of layer
-    original = [(kind.get("original_max_position_embeddings") or limit, kind.get("factor") or 1) for kind in scaled]
-    return max([limit, *(int(length * factor) for length, factor in original)])
 
 
 def row_lengths(rows: Any) -> list[int]:

@@ -27,7 +27,7 @@ from trl import SFTConfig, get_training_chat_template
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from pipeline.adapters import ADAPTER, load_merged
-from pipeline.chat import stop_tokens
+from pipeline.chat import context_of, stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.models import explained
 from pipeline.train_config import TrainConfig
@@ -57,7 +57,6 @@ from train.teacher import known_files, tokenizer_of
 from train.tokens import (
     answer_header,
     asked_tokens,
-    context_of,
     differing_prompts,
     label_faults,
     prompt_of,

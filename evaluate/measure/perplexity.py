@@ -14,7 +14,7 @@ from typing import Any
 
 from evaluate.measure.results import PerplexityResult, RowScore
 from evaluate.models import Subject, load
-from pipeline.chat import end_of_turn, stop_tokens
+from pipeline.chat import context_of, end_of_turn, stop_tokens
 from pipeline.conversation import template_turns
 from pipeline.errors import DistillError
 from pipeline.records import Kept, Message, said
@@ -97,7 +97,7 @@ def score_rows(
 
     end = end_of_turn(tokenizer, stop_tokens(tokenizer, model))
     encoded = [encode_row(tokenizer, row, end) for row in rows]
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = context_of(model.config)
     fitting = [index for index in range(len(rows)) if len(encoded[index]) <= context]
     scores: dict[int, RowScore] = {}
     with torch.inference_mode():

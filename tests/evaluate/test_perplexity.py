@@ -146,6 +146,19 @@ def test_a_row_beyond_the_context_is_left_out(tiny: tuple[Any, Any]) -> None:
     assert [score.id for score in score_rows(model, tokenizer, rows)] == ["r1"]
 
 
+def test_scaled_positions_widen_the_context(tmp_path: Path) -> None:
+    """What was trained on is scored: training counts the scaling, too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tiny_model(tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    config.rope_parameters = yarn
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
+    rows = [kept_row(number, "Hi", "a" * length) for number, length in enumerate((60, 600, 2100))]
+    assert [score.id for score in score_rows(model, tiny_tokenizer(), rows)] == ["r0", "r1"]
+
+
 def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

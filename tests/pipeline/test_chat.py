@@ -1,11 +1,13 @@
 """What each model is told, and which token ends an answer: from the template, tokenizer and generation settings."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
-from pipeline.chat import asked_of_student, end_of_turn, stop_tokens, told_in_words, told_to_teacher
+from pipeline.chat import asked_of_student, context_of, end_of_turn, stop_tokens, told_in_words, told_to_teacher
 from pipeline.recipe import Example, StudentConfig, TeacherConfig
 from pipeline.records import Message
 from tests.tiny_student import END, tiny_tokenizer
@@ -109,3 +111,22 @@ def test_what_the_student_is_asked(system: str | None, asked: list[str]) -> None
 def test_what_the_teacher_alone_is_told_in_words(system: str | None, examples: int, words: str) -> None:
     teacher = TeacherConfig(model="m", system=system, examples=[Example(prompt="on", answer="{}")] * examples)
     assert told_in_words(teacher) == words
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        (GPT2Config(n_positions=128), 128),
+        (LlamaConfig(max_position_embeddings=512), 512),
+        (LlamaConfig(max_position_embeddings=512, rope_parameters=YARN), 2048),
+        (LlamaConfig(max_position_embeddings=2048, rope_parameters=LLAMA3), 2048),
+        (Gemma3Config(text_config={"max_position_embeddings": 256}), 256),
+        (BloomConfig(), sys.maxsize),  # its attention has no positions
+    ],
+)
+def test_what_a_model_reads_at_once_is_in_its_configuration(config: Any, context: int) -> None:
+    assert context_of(config) == context

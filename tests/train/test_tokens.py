@@ -1,13 +1,10 @@
 """Checks of tokenised rows: what would teach something else than the answer is refused."""
 
-import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
-from train.tokens import context_of, differing_prompts, label_fault, label_faults, without_header
+from train.tokens import differing_prompts, label_fault, label_faults, without_header
 
 STOP = 2
 TEXT = {2: "<end>", 3: "\n", 10: "a", 11: "b", 12: "c"}
@@ -52,25 +49,6 @@ def test_loss_on_every_turn_spares_the_header_of_an_answer() -> None:
     assert good["labels"] == [-100, -100, -100, 3, 2, -100, -100, -100, 11, 2]
     faults = label_faults([good, marked], stops={STOP}, decode=decode, known=13, prompts=[ids[:8]] * 2)
     assert faults == {"labels": ["row 2: loss falls on the prompt too: on its end, 'c'"]}
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
-LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-
-@pytest.mark.parametrize(
-    ("config", "context"),
-    [
-        (GPT2Config(n_positions=128), 128),
-        (LlamaConfig(max_position_embeddings=512), 512),
-        (LlamaConfig(max_position_embeddings=512, rope_parameters=YARN), 2048),
-        (LlamaConfig(max_position_embeddings=2048, rope_parameters=LLAMA3), 2048),
-        (Gemma3Config(text_config={"max_position_embeddings": 256}), 256),
-        (BloomConfig(), sys.maxsize),  # its attention has no positions
-    ],
-)
-def test_what_a_model_reads_at_once_is_in_its_configuration(config: Any, context: int) -> None:
-    assert context_of(config) == context
 
 
 def test_a_context_unlike_the_one_at_inference_is_counted() -> None:
