@@ -110,7 +110,7 @@ def number_formats(options: argparse.Namespace) -> Iterator[Row]:
         raise Skip("float16 needs a GPU")
     for method in ("full", "lora"):
         yield scored(f"{method} bfloat16", options, method)
-        with patch("train.machine.native_bf16", return_value=False):
+        with patch("pipeline.resources.native_bf16", return_value=False):
             yield scored(f"{method} float16", options, method)
 
 

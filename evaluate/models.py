@@ -25,7 +25,7 @@ from pipeline.errors import DataError, DistillError
 from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
-from pipeline.resources import read_or_empty
+from pipeline.resources import GIB, half_dtype, read_or_empty
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
 from pipeline.students import AFTER as AFTER
@@ -35,7 +35,6 @@ from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
 
 TEACHER, BEFORE = "teacher", "student_before"
-GIB = 1 << 30
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
 
@@ -167,12 +166,13 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     import psutil
     import torch
 
+    half = half_dtype()
     if torch.cuda.is_available():
-        return ("bfloat16" if torch.cuda.is_bf16_supported() else "float16"), "cuda"
+        return str(half).removeprefix("torch."), "cuda"
     weights = [measure_weights(subject.folder) for subject in models if subject.folder is not None]
     largest = max((w.parameters for w in weights if w), default=0)
     fits = largest * FLOAT32_BYTES < psutil.virtual_memory().total * MEMORY_SHARE
-    return ("float32" if fits and not detect().native_bfloat16 else "bfloat16"), "cpu"
+    return ("float32" if fits and half is None else "bfloat16"), "cpu"
 
 
 def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | None]:

@@ -1,6 +1,7 @@
-"""The memory and the cores that a process of this machine may use, and the memory that one has used.
+"""The memory and the cores that a process may use, the memory that one has used, and the machine's number format.
 
-Reads Linux's /proc and /sys, with the limits that a container sets. `root` is `/`; another folder stands for a machine.
+Reads Linux's /proc and /sys, with the limits that a container sets; `root` is `/`, and another folder stands for a
+machine. Of number formats torch says what there is.
 """
 
 import math
@@ -8,6 +9,12 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1 << 30
 
 
 def peak_bytes(pid: int | str = "self") -> int:
@@ -79,6 +86,28 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
             inside = Path(path.strip("/"))
             folders += [(base / controller if controllers else base) / part for part in (inside, *inside.parents)]
     return folders
+
+
+def half_dtype() -> "torch.dtype | None":
+    """The format of 16 bits that this machine computes in without emulating it, if any.
+
+    GPUs before Ampere, such as a T4, have no bfloat16, but float16.
+    """
+    import torch
+
+    if native_bf16():
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else None
+
+
+def native_bf16() -> bool:
+    """Whether this machine computes in bfloat16 without emulating it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def read_or_empty(path: Path) -> str:

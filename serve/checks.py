@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from pipeline.address import is_this_machine
 from pipeline.errors import UsageError
-from serve.command import GIB, Command
+from pipeline.resources import GIB
+from serve.command import Command
 from serve.machine import Machine
 
 

@@ -26,10 +26,10 @@ from typing import Literal
 
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, ServeConfig
+from pipeline.resources import GIB
 from serve.machine import Machine
 from serve.model_facts import DTYPE_BYTES, ModelFacts
 
-GIB = 1 << 30
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start from the CPU wheel
 CPU_CONTEXT = 8192  # tokens
 CPU_BATCH = 2048  # tokens per step, vLLM's own choice; a longer prompt needs more, because it must fit whole

@@ -11,11 +11,10 @@ import torch
 from rich.console import Console
 
 from pipeline.errors import DistillError, RecipeError, UsageError
-from pipeline.resources import free_bytes, peak_bytes
+from pipeline.resources import GIB, free_bytes, half_dtype, peak_bytes
 from pipeline.train_config import TrainConfig, Weights
 from train.processes import Processes
 
-GIB = 1 << 30
 ADAMW_BYTES = 12  # per trained parameter: gradient and two moments, in float32
 AUTOCAST_BYTES = 2  # per parameter: the copy in 16 bits that a forward pass in mixed precision computes with
 LOGITS_BYTES = 1 << 30  # on a CPU, for the logits of one forward pass; on a GPU, for the tiles of the fused head
@@ -49,27 +48,11 @@ def autocast(weights: Weights) -> torch.dtype | None:
 
     For `full` on a CPU, autocast was 17% faster (2 cores with avx512_bf16) but rounds the weights of each step, so
     small updates have no effect: a loss of 1.173 in the comparison of `weights_dtype`, against 0.848.
+
+    In float16 small gradients would be zero, so the loss is scaled up before the backward pass (Micikevicius et al.
+    2018, arXiv 1710.03740).
     """
     return half_dtype() if weights != "full" or torch.cuda.is_available() else None
-
-
-def half_dtype() -> torch.dtype | None:
-    """The format of 16 bits that this machine computes in without emulating it, if any.
-
-    GPUs before Ampere, such as a T4, have no bfloat16. In float16 small gradients would be zero, so the loss is scaled
-    up before the backward pass (Micikevicius et al. 2018, arXiv 1710.03740).
-    """
-    if native_bf16():
-        return torch.bfloat16
-    return torch.float16 if torch.cuda.is_available() else None
-
-
-def native_bf16() -> bool:
-    """Whether this machine computes in bfloat16 without emulating it."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def trained_in_float32(model: Any) -> None:

@@ -27,6 +27,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
+from pipeline.resources import GIB
 from pipeline.rundir import RunDir, sync_path, sync_tree, write_file, write_jsonl, writing_weights
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
@@ -134,7 +135,7 @@ def _learn(prepared: "Prepared", work: Path, console: Console, processes: Proces
 def _print_result(run: RunDir, rows: str, log: dict[str, Any], section: dict[str, Any]) -> None:
     print(
         f"{run.student}: trained on {rows} rows, {log['tokens']:,} tokens in {log['wall_s']:,.0f} s, "
-        f"{log['peak_memory_bytes'] / (1 << 30):.1f} GiB of memory at most; validation loss "
+        f"{log['peak_memory_bytes'] / GIB:.1f} GiB of memory at most; validation loss "
         f"{section['validation_loss']:.4f}, at step {log['saved_step']} of {section['steps']}"
     )
 

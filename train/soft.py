@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DistillError, RecipeError
 from pipeline.models import explained, resolve_model
+from pipeline.resources import GIB, half_dtype
 from pipeline.train_config import KdConfig
-from train.machine import GIB, free_memory, half_dtype
+from train.machine import free_memory
 from train.student_trainer import Loss, StudentTrainer, completion_logits
 from train.teacher import FIX, followed_files, known_files, parameters_of
 from train.tokens import Batch, key_of

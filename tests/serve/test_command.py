@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.recipe import ServeConfig
-from serve.command import GIB, Command, build_command, choose_device, merge_args, ranks, serve_settings
+from pipeline.resources import GIB
+from serve.command import Command, build_command, choose_device, merge_args, ranks, serve_settings
 from serve.machine import Machine
 from serve.model_facts import ModelFacts, model_facts
 from tests.tiny_student import make_recipe

@@ -15,9 +15,10 @@ import pytest
 
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import ServeConfig
+from pipeline.resources import GIB
 from serve import server as server_module
 from serve.checks import check_memory, check_port, check_vllm, local_address
-from serve.command import GIB, Command
+from serve.command import Command
 from serve.machine import Machine
 from serve.server import free_port, serving
 from serve.vllm_log import cause, last_line

@@ -217,7 +217,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_teach(
     student: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_on: str
 ) -> None:
     """It reads the student's own prompts: the divergence of a model from itself is 0."""
-    monkeypatch.setattr("train.machine.native_bf16", lambda: False)  # both in float32
+    monkeypatch.setattr("pipeline.resources.native_bf16", lambda: False)  # both in float32
     model = student(QWEN25)
     rows = [kept_row(n, "", "Second.", messages=[Message("user", f"{n}?"), *CONVERSATION[1:]]) for n in range(6)]
     run, accept = make_run(tmp_path / "run", rows), ["filters", "size_ratio"]

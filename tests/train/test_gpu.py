@@ -8,6 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from evaluate.models import choose_precision
+from pipeline.resources import half_dtype
 from tests.tiny_student import make_recipe, story_rows, tiny_model
 from train.arguments import training_arguments
 from train.batches import end_to_end, split
@@ -18,7 +20,6 @@ from train.machine import (
     flash_attention,
     free_beside,
     free_memory,
-    half_dtype,
     micro_tokens,
     optimizer_bytes,
     peak_memory,
@@ -54,7 +55,9 @@ def model(shape: Any = SHAPE, parameters: int = 1000) -> Any:
 
 def as_card(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     patch.setattr("torch.cuda.is_available", lambda: True)
-    patch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: capability >= (8, 0))
+    patch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
+    )
     patch.setattr("torch.cuda.get_device_capability", lambda: capability)
 
 
@@ -130,6 +133,7 @@ def test_a_card_without_bfloat16_trains_in_float16_with_loss_scaling(
     config = make_recipe("x/y", method=method).train
     assert (weights_dtype(config.weights), autocast(config.weights), precision(config.weights)) == (stored, cast, said)
     assert half_dtype() == cast  # of a teacher, too
+    assert choose_precision([]) == (str(cast).removeprefix("torch."), "cuda")  # of the evaluation, too
     told = training_arguments(config, tmp_path, 8, checkpointing=False)
     assert (told["fp16"], told["bf16"]) == (cast is torch.float16, cast is torch.bfloat16)
     assert optimizer_bytes(model(), config) == (14_000 if method == "full" else 0)
