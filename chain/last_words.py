@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evaluate.document import MEASURES, Part, Report, read_report
+from evaluate.document import MEASURES, Report, Scope, read_report
 from evaluate.figures.promise import ratio_format
 from evaluate.models import AFTER, TEACHER
 from evaluate.report.tables import VERDICTS
 from pipeline.rundir import RunDir
 
-WON: dict[str, tuple[str, str, Part, tuple[str, ...]]] = {  # claim: what is won, in which words, by which figure
+WON: dict[str, tuple[str, str, Scope, tuple[str, ...]]] = {  # claim: what is won, in which words, by which figure
     "quality_accuracy": ("accuracy", "of the teacher's", "verified", ("accuracy",)),
     "quality_bits": ("quality", "of the teacher's", "test", ("bits_per_character",)),
     "quality_probes": ("quality", "of the teacher's", "all", ("passing",)),

@@ -16,7 +16,7 @@ SCHEMA = 4
 
 # What figures are of: the test answers, the served model (speed and memory), the probes (see ProbeSet), and the prompts
 # whose answers are verified (see Accuracy).
-Part = Literal["test", "engine", "all", "seen", "unseen", "verified", "verified_unseen"]
+Scope = Literal["test", "engine", "all", "seen", "unseen", "verified", "verified_unseen"]
 Better = Literal["higher", "lower"]
 
 
@@ -111,12 +111,12 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     reference: str
     missing: str = ""  # why its weights could not be read
-    figures: dict[Part, dict[str, Estimate]] = {}  # by the names in MEASURES
+    figures: dict[Scope, dict[str, Estimate]] = {}  # by the names in MEASURES
     failed_rules: dict[str, float] = {}  # share of its answers to all probes that each rule would drop, by its label
     requests_failed: int | None = None  # in the saturated timing
     served_dtype: str | None = None  # float32, bfloat16, …: what the engine computed in
 
-    def figure(self, part: Part, name: str) -> Estimate | None:
+    def figure(self, part: Scope, name: str) -> Estimate | None:
         """One of its figures; None: not measured."""
         return self.figures.get(part, {}).get(name)
 
@@ -150,7 +150,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """How far the trained student is from another model in one figure: paired, on the same prompts and resamples."""
 
     figure: str  # its name in MEASURES
-    part: Part
+    part: Scope
     model: str  # key: student_after
     against: str  # key: student_before, teacher
     change: Estimate  # the student's figure minus the other's
@@ -166,7 +166,7 @@ class WinRate(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str  # key: student_after
     against: str  # key
-    part: Part
+    part: Scope
     pairs: int  # judged in both orders
     unjudged: int  # a verdict is missing
     wins: int
@@ -232,7 +232,7 @@ class Sample(msgspec.Struct, frozen=True):
 
     prompt: str
     answers: list[ShownAnswer]
-    part: Part = "seen"
+    part: Scope = "seen"
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,9 +242,9 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rules: list[dict[str, Any]]  # with their settings
-    prompts: dict[Part, int]  # that every model has answered: test prompts, and those of `evaluate.probes_file`
+    prompts: dict[Scope, int]  # that every model has answered: test prompts, and those of `evaluate.probes_file`
     told: ModelReport | None = None
-    over_teacher: dict[Part, Estimate] = {}  # the trained student's share of right answers over the teacher's, paired
+    over_teacher: dict[Scope, Estimate] = {}  # the trained student's share of right answers over the teacher's, paired
     categories: dict[str, dict[str, Estimate]] = {}  # category: model: share of right answers
     wrong: dict[str, dict[str, float]] = {}  # model: reason: share of its answers; unseen ones apart
     samples: list[Sample] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Part, Report, read_report
+from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Report, Scope, read_report
 from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
     PROMPTS_TO_DIFFER,
@@ -35,7 +35,7 @@ from pipeline.errors import DataError
 from pipeline.lineage import spent_in_all
 from pipeline.rundir import write_file
 
-COMPARED: dict[Part, tuple[str, ...]] = {  # the figures that arms are compared in
+COMPARED: dict[Scope, tuple[str, ...]] = {  # the figures that arms are compared in
     "verified": ("accuracy",),
     "test": ("perplexity", "bits_per_character"),
     "all": ("passing", "adherence", "loops", "judge"),

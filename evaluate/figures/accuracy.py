@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
-from evaluate.document import Estimate, Part, Sample, ShownAnswer
+from evaluate.document import Estimate, Sample, Scope, ShownAnswer
 from evaluate.figures.quality import groups_of, probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
 from evaluate.measure.pairwise import Answers
@@ -33,7 +33,7 @@ class VerifiedAnswers:
 
     answers: Answers
     reasons: dict[str, dict[str, list[Reason]]]  # the same of the reasons; none: the answer is right
-    prompts: dict[Part, list[Prompt]]  # that every model has answered
+    prompts: dict[Scope, list[Prompt]]  # that every model has answered
     groups: dict[str, Hashable]  # what each prompt belongs to, by its id
 
     def shares(self, prompts: Sequence[Prompt]) -> dict[str, Figure]:
@@ -81,13 +81,13 @@ def verify(
     answers = probe_answers(questions, answered)
     reasons = {key: {id_: rules.reasons(as_answer(row)) for id_, row in rows.items()} for key, rows in answers.items()}
     common = next(iter(answers.values()), {})
-    parts: dict[Part, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}
+    parts: dict[Scope, list[Prompt]] = {"verified": questions.seen, "verified_unseen": questions.unseen}
     asked = {part: [prompt for prompt in prompts if prompt.id in common] for part, prompts in parts.items()}
     groups = groups_of(questions.all, config)
     return VerifiedAnswers(answers, reasons, {part: prompts for part, prompts in asked.items() if prompts}, groups)
 
 
-def accuracy_figures(verified: VerifiedAnswers) -> dict[Part, Figures]:
+def accuracy_figures(verified: VerifiedAnswers) -> dict[Scope, Figures]:
     """The figure `accuracy` of every part and model."""
     return {
         part: {key: {"accuracy": share} for key, share in verified.shares(prompts).items()}

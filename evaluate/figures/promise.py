@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from evaluate.document import Claim, Estimate, ModelReport, Part, exactly
+from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
 from evaluate.figures.statistics import Figures, quotient
 from evaluate.models import AFTER, TEACHER
 
@@ -23,7 +23,9 @@ AXES = ("quality", "speed", "memory")
 LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
 
-def claims(figures: Mapping[Part, Figures], teacher: ModelReport, after: ModelReport, *, verified: bool) -> list[Claim]:
+def claims(
+    figures: Mapping[Scope, Figures], teacher: ModelReport, after: ModelReport, *, verified: bool
+) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
     If answers are `verified`, the share of right ones is the quality, and answers per second are the speed.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from evaluate.document import MEASURES, Better, Difference, Part, WinRate
+from evaluate.document import MEASURES, Better, Difference, Scope, WinRate
 from evaluate.figures.statistics import Figure, Figures, Resamples, distinct, draw, ratio
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
@@ -150,8 +150,8 @@ class Quality:
     """What the probes say. A part without prompts is left out; without answers there are no parts."""
 
     answers: dict[str, dict[str, Assessment]]  # model → prompt id → its answer
-    prompts: dict[Part, list[str]]  # ids that every model has answered, in order
-    figures: dict[Part, Figures]
+    prompts: dict[Scope, list[str]]  # ids that every model has answered, in order
+    figures: dict[Scope, Figures]
     judged: int  # prompts that every model has a score of the judge for
     groups: dict[str, Hashable]  # what each prompt belongs to, by its id
 
@@ -184,7 +184,7 @@ def measure_quality(
         for key, rows in answers.items()
     }
     common = next(iter(answers.values()), {})
-    parts: dict[Part, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
+    parts: dict[Scope, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
     groups = groups_of(prompts.all, recipe.prompts)
     quality = Quality(assessed, {}, {}, sum(id_ in judged for id_ in common), groups)
     for part, asked in parts.items():
@@ -203,7 +203,7 @@ def failed_rules(answers: Collection[Assessment]) -> dict[str, float]:
     return {label: labels[label] / len(answers) for label in sorted(labels)}
 
 
-def differences(figures: Mapping[Part, Figures]) -> list[Difference]:
+def differences(figures: Mapping[Scope, Figures]) -> list[Difference]:
     """The trained student against itself before training, and against its teacher, in every figure that both have."""
     found = []
     for against in (BEFORE, TEACHER):
@@ -216,7 +216,7 @@ def differences(figures: Mapping[Part, Figures]) -> list[Difference]:
 
 
 def difference(
-    figure: str, model: str, against: str, ours: Figure, theirs: Figure, better: Better | None, part: Part
+    figure: str, model: str, against: str, ours: Figure, theirs: Figure, better: Better | None, part: Scope
 ) -> Difference:
     """A change, and whether it is an improvement: None if its interval holds zero, or there are too few prompts."""
     change = ours.minus(theirs)
@@ -238,7 +238,7 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
     return found
 
 
-def _win_rate(against: str, part: Part, pairs: Sequence[PairVerdict], groups: Mapping[str, Hashable]) -> WinRate:
+def _win_rate(against: str, part: Scope, pairs: Sequence[PairVerdict], groups: Mapping[str, Hashable]) -> WinRate:
     judged = [pair for pair in pairs if pair.student_first and pair.student_second]
     both = [(pair.student_first, pair.student_second) for pair in judged]
     wins, losses = both.count(("A", "B")), both.count(("B", "A"))

@@ -21,11 +21,11 @@ from evaluate.document import (
     FilterSummary,
     Headline,
     ModelReport,
-    Part,
     ProbeSet,
     Report,
     Rows,
     Sample,
+    Scope,
     ShownAnswer,
     TrainingLog,
     exactly,
@@ -75,7 +75,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
     answers = probe_answers(plan.probes, results.probed)
     quality = measure_quality(recipe, plan.rules, plan.probes, answers, judged.scores if judged else {})
     groups = groups_of(plan.rows, recipe.prompts)
-    figures: dict[Part, Figures] = {"test": perplexity_figures(scores, groups), **quality.figures}
+    figures: dict[Scope, Figures] = {"test": perplexity_figures(scores, groups), **quality.figures}
     verified = verify(plan.verify, plan.questions, results.verified, recipe.prompts) if results.verified else None
     figures |= accuracy_figures(verified) if verified else {}
     figures["unseen"] = merged(perplexity_figures(unseen, quality.groups), figures.get("unseen", {}))
@@ -154,7 +154,7 @@ def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[
 
 
 def _model_report(
-    subject: Subject, recipe: Recipe, results: Results, figures: Mapping[Part, Figures], quality: Quality
+    subject: Subject, recipe: Recipe, results: Results, figures: Mapping[Scope, Figures], quality: Quality
 ) -> ModelReport:
     key, timed, dtype = subject.key, results.timed.get(subject.key), None
     engine = _speed_figures(timed) if timed else {}
@@ -177,7 +177,7 @@ def _model_report(
     )
 
 
-def _figures_of(key: str, figures: Mapping[Part, Figures]) -> dict[Part, dict[str, Estimate]]:
+def _figures_of(key: str, figures: Mapping[Scope, Figures]) -> dict[Scope, dict[str, Estimate]]:
     return {part: {name: one.estimate() for name, one in of[key].items()} for part, of in figures.items() if key in of}
 
 
@@ -186,7 +186,7 @@ def _by_task(results: Mapping[str, TaskResult]) -> dict[str, dict[str, Estimate]
     return {name: {key: own.scores[name] for key, own in results.items() if name in own.scores} for name in names}
 
 
-def _accuracy(plan: Plan, verified: VerifiedAnswers, figures: Mapping[Part, Figures]) -> Accuracy:
+def _accuracy(plan: Plan, verified: VerifiedAnswers, figures: Mapping[Scope, Figures]) -> Accuracy:
     labels = {subject.key: subject.label for subject in plan.models}
     told, column = f"{BEFORE}_told", plan.recipe.evaluate.category
     if told in verified.answers:
@@ -225,7 +225,7 @@ def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
 
 
 def _headline(
-    recipe: Recipe, models: Sequence[ModelReport], figures: Mapping[Part, Figures], probes: ProbeSet | None
+    recipe: Recipe, models: Sequence[ModelReport], figures: Mapping[Scope, Figures], probes: ProbeSet | None
 ) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
     promised = claims(figures, teacher, after, verified=bool(recipe.evaluate.verify))
@@ -359,7 +359,7 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
             yield f"The judge's means are over the {told} for which it scored every model."
 
 
-def _few_notes(figures: Mapping[Part, Figures]) -> Iterator[str]:
+def _few_notes(figures: Mapping[Scope, Figures]) -> Iterator[str]:
     counts = [one.prompts for models in figures.values() for one in models.get(AFTER, {}).values()]
     if min(counts, default=PROMPTS_TO_DIFFER) < PROMPTS_TO_DIFFER:
         few = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"

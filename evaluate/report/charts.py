@@ -12,8 +12,8 @@ from evaluate.document import (
     Estimate,
     FilterSummary,
     ModelReport,
-    Part,
     Report,
+    Scope,
     TrainingLog,
     exactly,
     number,
@@ -26,7 +26,7 @@ ROOM = 1.15  # left at both ends of the three axes
 LOGARITHMIC = "logarithmic scale"
 
 # Title, hint, which figure, the ratio that is promised.
-AXES: tuple[tuple[str, str, Part, str, float], ...] = (
+AXES: tuple[tuple[str, str, Scope, str, float], ...] = (
     ("Quality", "right answers to test prompts, model's over the teacher's", "verified", "accuracy", QUALITY),
     ("Quality", "bits per character of test answers, teacher's over model's", "test", "bits_per_character", QUALITY),
     ("Speed", "answers per second as each is asked, the model's over the teacher's", "engine", "answers_per_s", TIMES),

@@ -16,8 +16,8 @@ from evaluate.document import (
     SCORES,
     Estimate,
     ModelReport,
-    Part,
     Report,
+    Scope,
     WinRate,
     number,
     percent,
@@ -70,7 +70,7 @@ def verified(report: Report) -> list[Table]:
         return []
     models = [model for model in [*report.models, *filter(None, [found.told])] if "verified" in model.figures]
     labels, keys = [model.label for model in models], [model.key for model in models]
-    figures: list[tuple[str, Part, str]] = [("", "verified", "accuracy"), ("unseen, ", "verified_unseen", "accuracy")]
+    figures: list[tuple[str, Scope, str]] = [("", "verified", "accuracy"), ("unseen, ", "verified_unseen", "accuracy")]
     table = _table(report, models, f"{found.prompts.get('verified', 0)} test prompts", figures)
     names = {"verified": "over the teacher's", "verified_unseen": "unseen, over the teacher's"}
     share = MEASURES["accuracy"].show
@@ -87,7 +87,7 @@ def verified(report: Report) -> list[Table]:
 
 def measured(report: Report) -> list[Table]:
     """Perplexity, speed and memory, and other tasks of every model; a figure that no model has is left out."""
-    scores: list[tuple[str, Part, str]] = [("", "test", name) for name in SCORES]
+    scores: list[tuple[str, Scope, str]] = [("", "test", name) for name in SCORES]
     scores += [("unseen ", "unseen", name) for name in SCORES]
     tables = (
         _table(report, report.models, "test answers", scores),
@@ -126,7 +126,7 @@ def _shares(shares: Sequence[Mapping[str, float]]) -> list[Row]:
 
 
 def _table(
-    report: Report, models: Sequence[ModelReport], title: str, figures: Iterable[tuple[str, Part, str]]
+    report: Report, models: Sequence[ModelReport], title: str, figures: Iterable[tuple[str, Scope, str]]
 ) -> Table:
     """The figures (what stands before its name, part, name) that any of the models has."""
     rows = [
@@ -137,7 +137,7 @@ def _table(
     return Table(title, [model.label for model in models], rows)
 
 
-def _cell(report: Report, model: ModelReport, part: Part, name: str) -> list[Line]:
+def _cell(report: Report, model: ModelReport, part: Scope, name: str) -> list[Line]:
     """A figure, its interval, and in words how it differs significantly from other models'."""
     figure, show = model.figure(part, name), MEASURES[name].show
     if figure is None:

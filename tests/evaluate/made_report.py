@@ -12,12 +12,12 @@ from evaluate.document import (
     Headline,
     LossPoint,
     ModelReport,
-    Part,
     ProbeSet,
     Report,
     Rows,
     RuleDrops,
     Sample,
+    Scope,
     ShownAnswer,
     TrainingLog,
     WinRate,
@@ -78,7 +78,7 @@ def make_report(**changes: object) -> Report:
 
 
 def _model(key: str, reference: str, test: dict[str, Estimate], engine: dict[str, Estimate]) -> ModelReport:
-    figures: dict[Part, dict[str, Estimate]] = {"test": test, "engine": engine}
+    figures: dict[Scope, dict[str, Estimate]] = {"test": test, "engine": engine}
     return ModelReport(key=key, label=key.replace("_", " "), reference=reference, figures=figures)
 
 
@@ -171,7 +171,7 @@ def verified_report(text: str = "", words: str = KOREAN) -> Report:
 def _right(model: ModelReport, share: float) -> ModelReport:
     right = {"accuracy": Estimate(share, share - 0.04, share + 0.04)}
     engine = {**model.figures["engine"], "answers_per_s": Estimate(40 * share, 39 * share, 41 * share)}
-    parts: dict[Part, dict[str, Estimate]] = {"verified": right, "verified_unseen": right, "engine": engine}
+    parts: dict[Scope, dict[str, Estimate]] = {"verified": right, "verified_unseen": right, "engine": engine}
     return msgspec.structs.replace(model, figures={**model.figures, **parts})
 
 

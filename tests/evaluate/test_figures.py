@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from evaluate.document import Claim, Estimate, ModelReport, Part, exactly
+from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
 from evaluate.figures.accuracy import VerifiedAnswers, wilson
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
@@ -268,7 +268,7 @@ def models(**student: Any) -> tuple[ModelReport, ModelReport]:
 def promise(
     bits: tuple[Figure, Figure], passing: tuple[Figure, Figure], prompts: int = 60, **student: Any
 ) -> dict[str, Claim]:
-    parts: dict[Part, Figures] = {
+    parts: dict[Scope, Figures] = {
         part: {"teacher": {name: pair[0]}, "student_after": {name: replace(pair[1], prompts=prompts)}}
         for part, name, pair in (("test", "bits_per_character", bits), ("all", "passing", passing))
     }
@@ -366,7 +366,7 @@ def test_wrong_answers_to_unseen_prompts_stand_apart() -> None:
     unseen = [Prompt(id=f"u{n}", messages=[]) for n in range(2)]
     reasons = {prompt.id: [Reason(rule="sql", what="error")] for prompt in unseen} | {p.id: [] for p in test}
     reasons["t0"] = [Reason(rule="sql", what="result")]
-    parts: dict[Part, list[Prompt]] = {"verified": test, "verified_unseen": unseen}
+    parts: dict[Scope, list[Prompt]] = {"verified": test, "verified_unseen": unseen}
     found = VerifiedAnswers({}, {"student_after": reasons, "teacher": {id_: [] for id_ in reasons}}, parts, {})
     assert found.wrong() == {"student_after": {"sql: result": 0.125, "sql: error, unseen": 1.0}, "teacher": {}}
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import evaluate.measure.results
 import evaluate.run
-from evaluate.document import Estimate, Part, Report, exactly
+from evaluate.document import Estimate, Report, Scope, exactly
 from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, TaskResult, answer_row
 from evaluate.measure.serving import answer_probes, answer_questions
 from evaluate.models import Subject, subjects
@@ -113,7 +113,7 @@ def completion(row: Kept) -> dict[str, Any]:
     return {name: value for name, value in msgspec.structs.asdict(row).items() if name != "scores"}
 
 
-def figure(report: Report, key: str, name: str, part: Part = "all") -> float:
+def figure(report: Report, key: str, name: str, part: Scope = "all") -> float:
     return next(model for model in report.models if model.key == key).figures[part][name].value
 
 

@@ -55,9 +55,8 @@ def model(shape: Any = SHAPE, parameters: int = 1000) -> Any:
 
 def as_card(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     patch.setattr("torch.cuda.is_available", lambda: True)
-    patch.setattr(
-        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
-    )
+    native = capability >= (8, 0)
+    patch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     patch.setattr("torch.cuda.get_device_capability", lambda: capability)
 
 
