@@ -113,8 +113,6 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     missing: str = ""  # why its weights could not be read
     figures: dict[Scope, dict[str, Estimate]] = {}  # by the names in MEASURES
     failed_rules: dict[str, float] = {}  # share of its answers to all probes that each rule would drop, by its label
-    requests_failed: int | None = None  # in the saturated timing
-    served_dtype: str | None = None  # float32, bfloat16, …: what the engine computed in
 
     def figure(self, part: Scope, name: str) -> Estimate | None:
         """One of its figures; None: not measured."""
@@ -189,7 +187,6 @@ class ProbeSet(msgspec.Struct, frozen=True, kw_only=True):
     unseen: int
     answered: int  # of both, by every model: figures are over these, so that they compare
     unseen_values: dict[str, list[str]] = {}
-    adherence_slots: list[str] = []  # whose values an answer must name
     judge: str | None = None  # the model that judged; None: none did
     judge_is_teacher: bool = False
     judged: int = 0  # prompts that every model has a score for: the judge's figures are over these

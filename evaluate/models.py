@@ -175,15 +175,14 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     return ("float32" if fits and half is None else "bfloat16"), "cpu"
 
 
-def engine_facts(folder: Path, config: ServeConfig) -> tuple[str | None, int | None]:
-    """The dtype the engine computes in, and the bytes of KV cache that a token takes in it.
+def kv_bytes_per_token(folder: Path, config: ServeConfig) -> int | None:
+    """The bytes of KV cache that a token takes in the dtype that the engine computes in; None if they are not known.
 
     2 (keys and values) · layers · KV heads · head size · bytes of the dtype, from the model's config.json.
     """
     facts = model_facts(str(folder), ask_hub=False)
-    dtype = loaded_dtype(config, detect()) or facts.dtype
-    values, size = facts.kv_values_per_token, DTYPE_BYTES.get(dtype or "")
-    return dtype, values * size if values and size else None
+    size = DTYPE_BYTES.get(loaded_dtype(config, detect()) or facts.dtype or "")
+    return facts.kv_values_per_token * size if facts.kv_values_per_token and size else None
 
 
 def describe_machine() -> dict[str, str]:

@@ -42,7 +42,6 @@ from evaluate.figures.quality import (
     failed_rules,
     groups_of,
     measure_quality,
-    named_slots,
     perplexity_figures,
     probe_answers,
     win_rates,
@@ -50,7 +49,7 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
-from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, engine_facts
+from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, kv_bytes_per_token
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
 from pipeline.chat import told_in_words
@@ -156,14 +155,14 @@ def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[
 def _model_report(
     subject: Subject, recipe: Recipe, results: Results, figures: Mapping[Scope, Figures], quality: Quality
 ) -> ModelReport:
-    key, timed, dtype = subject.key, results.timed.get(subject.key), None
+    key, timed = subject.key, results.timed.get(subject.key)
     engine = _speed_figures(timed) if timed else {}
     if key in results.verified and (rates := results.verified[key].rates):
         engine["answers_per_s"] = Estimate(median(rates), min(rates), max(rates))
     if subject.folder is not None and (weights := measure_weights(subject.folder)):
         engine |= {"parameters": exactly(weights.parameters), "weights_mib": exactly(weights.size_bytes / MIB)}
-        dtype, kv_bytes = engine_facts(subject.folder, recipe.serve)
-        engine |= {"kv_bytes_per_token": exactly(kv_bytes)} if kv_bytes else {}
+        if kv_bytes := kv_bytes_per_token(subject.folder, recipe.serve):
+            engine["kv_bytes_per_token"] = exactly(kv_bytes)
     answers = [quality.answers[key][id_] for id_ in quality.prompts.get("all", ())] if key in quality.answers else []
     return ModelReport(
         key=key,
@@ -172,8 +171,6 @@ def _model_report(
         missing=subject.missing,
         figures={**_figures_of(key, figures), "engine": engine},
         failed_rules=failed_rules(answers),
-        requests_failed=sum(burst.failed for burst in timed.bursts) if timed else None,
-        served_dtype=dtype,
     )
 
 
@@ -268,7 +265,6 @@ def _probe_set(plan: Plan, results: Results, quality: Quality) -> ProbeSet | Non
         unseen=len(plan.probes.unseen),
         answered=len(quality.prompts["all"]),
         unseen_values=plan.recipe.evaluate.unseen,
-        adherence_slots=named_slots(plan.recipe, plan.rules).slots,
         judge=results.judged.model if results.judged else None,
         judge_is_teacher=results.judged.is_teacher if results.judged else False,
         judged=quality.judged,

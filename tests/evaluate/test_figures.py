@@ -29,7 +29,7 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figure, Figures, distinct, draw, ratio
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult, answer_row
-from evaluate.models import engine_facts
+from evaluate.models import kv_bytes_per_token
 from filters.ruleset import RuleSet, load_rules
 from pipeline.recipe import PromptsConfig, Recipe, ServeConfig
 from pipeline.records import Kept, Message, Prompt, Reason
@@ -246,9 +246,8 @@ def test_kv_bytes_of_smollm2_by_hand(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**sizes, "dtype": "bfloat16"}))
     save_file({"w": np.zeros(1, dtype=np.float32)}, tmp_path / "model.safetensors")
     # Keys and values of 30 layers, 3 heads of 64: 2 · 30 · 3 · 64 = 11,520 numbers.
-    half = engine_facts(tmp_path, ServeConfig(device="cpu", dtype="bfloat16"))
-    assert half == ("bfloat16", 23_040)
-    assert engine_facts(tmp_path, ServeConfig(device="cpu", dtype="float32")) == ("float32", 46_080)
+    assert kv_bytes_per_token(tmp_path, ServeConfig(device="cpu", dtype="bfloat16")) == 23_040
+    assert kv_bytes_per_token(tmp_path, ServeConfig(device="cpu", dtype="float32")) == 46_080
 
 
 def figure(value: float, width: float = 0.0) -> Figure:
