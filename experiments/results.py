@@ -146,7 +146,9 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
         known = {label: estimate for label, model in others.items() if (estimate := model.figure(part, name))}
         if arms:
             columns.append(Column(MEASURES[name].name, MEASURES[name], arms, known))
-    for source, rows in design.sources.items() if len(design.sources) > 1 else ():
+    if len(design.sources) == 1:
+        return columns
+    for source, rows in design.sources.items():
         ids = {row.id for row in rows}
         here = {name: [score for score in own if score.id in ids] for name, own in scores.items()}
         scored_here = perplexity_figures(here, groups)
@@ -221,7 +223,9 @@ def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Differe
         yield f"what {other} cost more than {one} is unknown"
         return
     more = after - before
-    for found in differences if more > 0 else ():
+    if more <= 0:
+        return
+    for found in differences:
         gain = found.change.value * (-1 if found.better == "lower" else 1)
         if found.improved is None:
             yield f"{found.figure}: {more:.2f} USD more made no significant difference"

@@ -63,8 +63,9 @@ def _origin(recipe: Recipe, rows: Sequence[Kept]) -> dict[str, Any]:
     if recipe.student.new is None:
         return origin | {"teacher": recipe.teacher.model}
     digest = hashlib.sha256()
-    for text in _texts(recipe, rows) if recipe.student.tokenizer is None else ():
-        digest.update(text.encode() + b"\0")
+    if recipe.student.tokenizer is None:
+        for text in _texts(recipe, rows):
+            digest.update(text.encode() + b"\0")
     context = max(CONTEXT, recipe.train.max_length)
     return origin | {"seed": recipe.train.seed, "texts": digest.hexdigest(), "context": context}
 

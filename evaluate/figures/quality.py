@@ -233,8 +233,9 @@ def win_rates(judged: JudgeResult | None, quality: Quality) -> list[WinRate]:
     found = []
     for against in OPPONENTS:
         pairs = {pair.prompt_id: pair for pair in (judged.pairs if judged else ()) if pair.against == against}
-        for part, ids in quality.prompts.items() if pairs else ():
-            found.append(_win_rate(against, part, [pairs[id_] for id_ in ids if id_ in pairs], quality.groups))
+        if pairs:
+            for part, ids in quality.prompts.items():
+                found.append(_win_rate(against, part, [pairs[id_] for id_ in ids if id_ in pairs], quality.groups))
     return found
 
 
