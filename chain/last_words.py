@@ -10,9 +10,9 @@ from pathlib import Path
 
 from evaluate.document import MEASURES, Report, Scope, read_report
 from evaluate.figures.promise import ratio_format
-from evaluate.models import AFTER, TEACHER
 from evaluate.report.tables import VERDICTS
 from pipeline.rundir import RunDir
+from pipeline.students import AFTER, TEACHER
 
 WON: dict[str, tuple[str, str, Scope, tuple[str, ...]]] = {  # claim: what is won, in which words, by which figure
     "quality_accuracy": ("accuracy", "of the teacher's", "verified", ("accuracy",)),

@@ -28,13 +28,11 @@ from pipeline.records import Kept, Prompt
 from pipeline.resources import GIB, half_dtype, read_or_empty
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
-from pipeline.students import AFTER as AFTER
-from pipeline.students import before_training, check_parts, check_trained, merged_folder
+from pipeline.students import AFTER, BEFORE, TEACHER, before_training, check_parts, check_trained, merged_folder
 from serve.command import loaded_dtype
 from serve.machine import detect
 from serve.model_facts import DTYPE_BYTES, model_facts
 
-TEACHER, BEFORE = "teacher", "student_before"
 FLOAT32_BYTES = 4
 MEMORY_SHARE = 0.6  # of all memory, that a model's weights may take
 

@@ -40,7 +40,7 @@ from evaluate.measure.serving import (
     speed_prompts,
     with_server,
 )
-from evaluate.models import AFTER, BEFORE, TEACHER, Subject, as_asked, choose_precision, digest_subject, subjects
+from evaluate.models import Subject, as_asked, choose_precision, digest_subject, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
@@ -53,6 +53,7 @@ from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
+from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.server import Server
 
 

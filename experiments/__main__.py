@@ -19,8 +19,9 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, UsageError
 from pipeline.recipe import load_recipe
 from pipeline.rundir import RunDir, write_file
+from pipeline.students import BEFORE, TEACHER
 
-SHARED = ("teacher", "student_before")  # models that are measured once for all arms
+SHARED = (TEACHER, BEFORE)  # models that are measured once for all arms
 FINISHED = "finished"  # in an arm: what its report was made of
 
 

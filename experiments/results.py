@@ -26,7 +26,6 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figure, Figures, merged
 from evaluate.measure.probes import choose_probes, choose_questions
 from evaluate.measure.results import FOLDER, JudgeResult, PerplexityResult, ProbeResult, Result, read_result, read_test
-from evaluate.models import AFTER, BEFORE, TEACHER
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Design, Setup
@@ -34,6 +33,7 @@ from filters.run import recipe_rules
 from pipeline.errors import DataError
 from pipeline.lineage import spent_in_all
 from pipeline.rundir import write_file
+from pipeline.students import AFTER, BEFORE, TEACHER
 
 COMPARED: dict[Scope, tuple[str, ...]] = {  # the figures that arms are compared in
     "verified": ("accuracy",),

@@ -14,7 +14,7 @@ from pipeline.models import model_folder
 from pipeline.recipe import Recipe, StudentConfig
 from pipeline.rundir import RunDir
 
-AFTER = "student_after"  # its name in the evaluation
+TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"  # a run's models, as the evaluation names them
 
 
 def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:

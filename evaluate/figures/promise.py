@@ -14,7 +14,7 @@ import msgspec
 
 from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
 from evaluate.figures.statistics import Figures, quotient
-from evaluate.models import AFTER, TEACHER
+from pipeline.students import AFTER, TEACHER
 
 QUALITY = 0.9  # of the teacher's: the lower end of 90-95%
 TIMES = 3.0  # smaller, faster, and less memory

@@ -23,7 +23,6 @@ from evaluate.figures.statistics import Figure, Figures, Resamples, distinct, dr
 from evaluate.measure.pairwise import OPPONENTS, Answers
 from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import JudgeResult, PairVerdict, PerplexityResult, ProbeResult, RowScore
-from evaluate.models import AFTER, BEFORE, TEACHER
 from filters.answer import Answer, as_answer, nfc
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings, repetition
@@ -32,6 +31,7 @@ from filters.ruleset import RuleSet
 from filters.scripts import character_class
 from pipeline.recipe import PromptsConfig, Recipe
 from pipeline.records import Kept, Prompt, as_text
+from pipeline.students import AFTER, BEFORE, TEACHER
 
 # Over fewer prompts no difference is named. Of pairs of equal models 7% seem to differ over 20 prompts, 10% over 10 and
 # 20% over 4 (simulated).

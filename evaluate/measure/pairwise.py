@@ -12,11 +12,12 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
-from evaluate.models import AFTER, BEFORE, TEACHER, digest
+from evaluate.models import digest
 from filters.judge import FENCE, ask_judge, is_teacher, judge_address, judge_rows, verdicts_folder, version_of
 from pipeline.recipe import JudgeConfig, Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, said
 from pipeline.rundir import RunDir
+from pipeline.students import AFTER, BEFORE, TEACHER
 
 CHOICE = {"better": {"type": "string", "enum": ["A", "B", "tie"]}}
 OPPONENTS = (TEACHER, BEFORE)

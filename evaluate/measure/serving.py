@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
-from evaluate.models import TEACHER, Subject, engine_folder
+from evaluate.models import Subject, engine_folder
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.online import run_loop
@@ -30,6 +30,7 @@ from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
 from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
+from pipeline.students import TEACHER
 from serve.command import serve_settings
 from serve.server import Server, free_port, serving
 

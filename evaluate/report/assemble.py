@@ -49,13 +49,14 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
-from evaluate.models import AFTER, BEFORE, TEACHER, Subject, describe_machine, kv_bytes_per_token
+from evaluate.models import Subject, describe_machine, kv_bytes_per_token
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
 from pipeline.chat import told_in_words
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
+from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.command import KV_TOKENS
 
 MIB = 1 << 20

@@ -19,7 +19,7 @@ from evaluate.document import (
     number,
 )
 from evaluate.figures.promise import QUALITY, TIMES
-from evaluate.models import TEACHER
+from pipeline.students import TEACHER
 
 WIDE = 50  # a scale whose ends are more times apart than this is logarithmic: else one long bar hides the short ones
 ROOM = 1.15  # left at both ends of the three axes

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from evaluate.document import Claim, Report, percent, read_report
 from evaluate.figures.promise import AXES
-from evaluate.models import BEFORE, TEACHER
 from evaluate.report.html import publish
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.groups import SELECT
@@ -34,6 +33,7 @@ from pipeline.lineage import read_lineage, rules_asked
 from pipeline.recipe import Recipe
 from pipeline.records import read_json
 from pipeline.rundir import RunDir
+from pipeline.students import BEFORE, TEACHER
 
 LOWEST, HIGHEST = BALANCED_SIZES
 FEWEST, MOST = ADVISED_ROWS

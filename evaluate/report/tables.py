@@ -23,8 +23,8 @@ from evaluate.document import (
     percent,
 )
 from evaluate.figures.promise import ratio_format
-from evaluate.models import AFTER
 from generate.progress import NodeCounts, clock
+from pipeline.students import AFTER
 
 NOTHING = "–"
 NAME_WIDTH, FIGURE_WIDTH = 28, 13  # characters at most, on the terminal

@@ -15,13 +15,14 @@ from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
 from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
-from evaluate.models import AFTER, BEFORE, TEACHER, digest_subject, engine_folder, load, subjects
+from evaluate.models import digest_subject, engine_folder, load, subjects
 from evaluate.run import evaluate_run, make_plan
 from pipeline.adapters import measure_weights
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
+from pipeline.students import AFTER, BEFORE, TEACHER
 from tests.tiny_student import make_recipe, story_rows, tiny_model
 
 ROWS = 6
