@@ -6,7 +6,6 @@ folder (evaluation/<model>-merged), so that the engine runs it at full speed. Sc
 """
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -18,10 +17,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, digest_files, measure_weights, weight_files, whole_model
+from pipeline.adapters import ADAPTER, base_of, digest_files, measure_weights, weight_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
-from pipeline.errors import DataError, DistillError
+from pipeline.errors import DistillError
 from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.records import Kept, Prompt
@@ -87,13 +86,9 @@ def _other(key: str, reference: str) -> Subject:
     path = Path(reference).expanduser()
     folder = path / "student" if (path / "student").is_dir() else path
     label = f"student of {folder.parent.name}" if folder.name == "student" and folder.is_dir() else path.name
-    config = folder / ADAPTER
-    if not config.is_file():
+    base = base_of(folder)
+    if base is None:
         return Subject(key, label, reference, model_folder(reference if folder == path else str(folder)))
-    try:
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{config}: it names no base model ({error}); train that student again") from None
     made = RunDir(folder.parent).student_init
     if Path(base).name == made.name and made.is_dir():  # the adapter says where it was then
         base = str(made)

@@ -9,12 +9,25 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from pipeline.errors import UsageError
 from pipeline.models import explained
+from pipeline.records import read_json
 from pipeline.rundir import replacing_folder, waiting_lock
 
 ADAPTER = "adapter_config.json"  # in the folder of an adapter, and in no other
 MERGED_FROM = "merged_from.json"  # in a merged folder of a run: the base and adapter that it was made of
+
+
+class _AdapterConfig(msgspec.Struct):
+    base_model_name_or_path: str
+
+
+def base_of(folder: Path) -> str | None:
+    """What the adapter in a folder was trained on; None for a whole model. Raises DataError if it does not say."""
+    config = read_json(folder / ADAPTER, _AdapterConfig, "train that student again")
+    return config.base_model_name_or_path if config else None
 
 
 def load_merged(base: str | Path, adapter: Path | None) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ Reads a model and rows; keeps checkpoints in the folder it is given. train.run d
 Importing this module imports torch, transformers, peft and trl.
 """
 
-import json
 import logging
 import sys
 import warnings
@@ -26,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, get_training_chat_template
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-from pipeline.adapters import ADAPTER, load_merged
+from pipeline.adapters import base_of, load_merged
 from pipeline.chat import context_of, stop_tokens
 from pipeline.errors import DistillError, RecipeError, UsageError
 from pipeline.models import explained
@@ -284,9 +283,8 @@ def load_start(start: Path, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
 
     Raises UsageError if it cannot be loaded.
     """
-    adapter = start / ADAPTER
-    base = json.loads(adapter.read_bytes())["base_model_name_or_path"] if adapter.is_file() else start
-    model, stored = load_merged(base, start if adapter.is_file() else None)
+    base = base_of(start)
+    model, stored = load_merged(base or start, start if base else None)
     return model.requires_grad_(True).to(dtype), stored  # PEFT froze the base
 
 

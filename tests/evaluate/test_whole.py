@@ -310,7 +310,7 @@ def test_other_models_are_folders_runs_or_students(run: RunDir, tmp_path: Path) 
     with pytest.raises(UsageError, match="the folder is not there"):
         subjects(recipe_of(tmp_path, evaluate={"models": ["./nowhere"]}), run)
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(UsageError, match="names no base model"):
+    with pytest.raises(UsageError, match="`base_model_name_or_path`; train that student again"):
         subjects(recipe_of(tmp_path, evaluate={"models": [str(adapter)]}), run)
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluate.models import subjects
 from pipeline.adapters import torn_file
@@ -15,6 +16,7 @@ from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train.preferences import start_of
 from train.publish.export import export_model
 from train.run import train_run
+from train.trainer import load_start
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,11 @@ def test_a_full_disk_is_named_while_the_rows_are_tokenised(
     with pytest.raises(OSError, match="No space left on device") as raised:
         train_run(recipe, run)
     assert raised.value.filename == str(run.path / "training-rows")
+
+
+def test_an_adapter_that_names_no_base_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UsageError, match=r"adapter_config\.json: .*`base_model_name_or_path`; train that student again"
+    ):
+        load_start(tmp_path, torch.float32)
