@@ -5,6 +5,7 @@ and its source.
 """
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -13,6 +14,7 @@ from pipeline.checks import Checklist
 from pipeline.rundir import RunDir
 
 SCHEMA = 4
+Z = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 
 # What figures are of: the test answers, the served model (speed and memory), the probes (see ProbeSet), and the prompts
 # whose answers are verified (see Accuracy).

@@ -15,6 +15,7 @@ from typing import Any
 from evaluate.document import MEASURES, Difference, Estimate, Measure, ModelReport, Report, Scope, read_report
 from evaluate.figures.accuracy import accuracy_figures, verify, verify_rules
 from evaluate.figures.quality import (
+    FEW,
     PROMPTS_TO_DIFFER,
     common_rows,
     difference,
@@ -109,8 +110,7 @@ def _differences(columns: Sequence[Column]) -> Iterator[Difference]:
 def _few(columns: Sequence[Column]) -> Iterator[str]:
     for column in columns:
         if column.prompts < PROMPTS_TO_DIFFER:
-            few = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
-            yield f"{column.title}: over {few} no difference is named"
+            yield f"{column.title}: over {FEW} no difference is named"
 
 
 def _report(arm: Arm) -> Report:

@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 
-from evaluate.document import Estimate, Sample, Scope, ShownAnswer
+from evaluate.document import Estimate, Sample, Scope, ShownAnswer, Z
 from evaluate.figures.quality import groups_of, probe_answers
 from evaluate.figures.statistics import Figure, Figures, draw, ratio
 from evaluate.measure.pairwise import Answers
@@ -24,7 +23,6 @@ from pipeline.recipe import FiltersConfig, PromptsConfig, Recipe
 from pipeline.records import Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side
-Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from pipeline.students import AFTER, BEFORE, TEACHER
 # Over fewer prompts no difference is named. Of pairs of equal models 7% seem to differ over 20 prompts, 10% over 10 and
 # 20% over 4 (simulated).
 PROMPTS_TO_DIFFER = 20
+FEW = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
 
 _UNSPACED = character_class("han", "kana", "thai")
 _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+(?:['’](?:(?![{_UNSPACED}])[^\W_])+)*")

@@ -12,14 +12,13 @@ from typing import Any
 
 import msgspec
 
-from evaluate.document import Estimate
+from evaluate.document import Estimate, Z
 from evaluate.measure.results import TaskResult
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from serve.server import Server
 
 COMMAND = "lm_eval"
-Z = 1.96  # standard errors on each side of a 95% interval
 
 
 def find_command() -> str:

@@ -35,6 +35,7 @@ from evaluate.document import (
 from evaluate.figures.accuracy import VerifiedAnswers, accuracy_figures, by_category, verified_samples, verify
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
+    FEW,
     PROMPTS_TO_DIFFER,
     Quality,
     common_rows,
@@ -359,8 +360,7 @@ def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> I
 def _few_notes(figures: Mapping[Scope, Figures]) -> Iterator[str]:
     counts = [one.prompts for models in figures.values() for one in models.get(AFTER, {}).values()]
     if min(counts, default=PROMPTS_TO_DIFFER) < PROMPTS_TO_DIFFER:
-        few = f"fewer than {PROMPTS_TO_DIFFER} prompts (or groups of them)"
-        yield f"No figure over {few} is called better or worse: its interval is too narrow."
+        yield f"No figure over {FEW} is called better or worse: its interval is too narrow."
 
 
 def _speed_notes(recipe: Recipe, results: Results) -> Iterator[str]:
