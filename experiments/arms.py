@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil, nextafter
@@ -308,6 +308,21 @@ class HumanRow(msgspec.Struct, frozen=True):
     completion: str | None = None
     messages: list[Message] | None = None
 
+    def conversation(self) -> list[Message]:
+        """The question, and the assistant's answer last. Raises ValueError if the row has no such thing."""
+        match self.prompt, self.completion, self.messages:
+            case str(prompt), str(completion), None:
+                turns = [Message("user", prompt), Message("assistant", completion)]
+            case None, None, [*turns]:
+                pass
+            case _:
+                raise ValueError("give either `prompt` and `completion`, or `messages`")
+        if not turns or turns[-1].role != "assistant":
+            raise ValueError("`messages` must end with the assistant's")
+        if not turns[-1].content.strip():
+            raise ValueError("the answer is empty")
+        return turns
+
 
 def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) -> list[Kept]:
     """The rows as kept ones. Raises DataError, which names the row, and UsageError if there is no file.
@@ -317,17 +332,10 @@ def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) 
     if not path.is_file():
         raise UsageError(f"--human {path}: no such file; give a JSONL of rows with prompt and completion, or messages")
     rows, groups = [], {question_text(prompt.messages): config.group_of(prompt) for prompt in asked}
-    for number, (row, columns) in enumerate(_human_rows(path), start=1):
-        given = [value is not None for value in (row.prompt, row.completion, row.messages)]
-        if given not in ([True, True, False], [False, False, True]):
-            raise DataError(f"{path}: row {number}: give either `prompt` and `completion`, or `messages`")
-        pair = [Message("user", row.prompt or ""), Message("assistant", row.completion or "")]
-        *question, answer = row.messages or pair
-        if answer.role != "assistant":
-            raise DataError(f"{path}: row {number}: `messages` must end with the assistant's")
-        if not answer.content.strip():
-            raise DataError(f"{path}: row {number}: the answer is empty")
+    for number, line in enumerate(read_jsonl(path, dict), start=1):
+        columns: Json = {name: value for name, value in line.items() if name not in HumanRow.__struct_fields__}
         try:
+            *question, answer = msgspec.convert(line, HumanRow).conversation()
             turns = [Turn(turn.role, turn.content) for turn in question]
             prompt = make_prompt(PromptRow(messages=turns, columns=columns), config.system)
         except ValueError as error:
@@ -339,13 +347,3 @@ def read_human(path: Path, config: PromptsConfig, asked: Sequence[Prompt] = ()) 
     if not rows:
         raise DataError(f"{path}: no rows in it")
     return rows
-
-
-def _human_rows(path: Path) -> Iterator[tuple[HumanRow, Json]]:
-    """Each line, and its columns."""
-    for number, line in enumerate(read_jsonl(path, dict), start=1):
-        try:
-            row = msgspec.convert(line, HumanRow)
-        except msgspec.ValidationError as error:
-            raise DataError(f"{path}: row {number}: {error}") from None
-        yield row, {name: value for name, value in line.items() if name not in HumanRow.__struct_fields__}

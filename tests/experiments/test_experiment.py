@@ -266,6 +266,8 @@ def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp
     [
         ('{"prompt": "Hi"}', "row 1: give either `prompt` and `completion`, or `messages`"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "row 1: `messages` must end with the assistant's"),
+        ('{"prompt": "Hi", "completion": "Ho", "messages": []}', "row 1: give either"),
+        ('{"messages": []}', "row 1: `messages` must end with the assistant's"),
         ('{"prompt": "Hi", "completion": " "}', "row 1: the answer is empty"),
         ('{"prompt": 1}', r"row 1: Expected `str \| null`, got `int` - at `\$\.prompt`"),
         ("[1]", r"human\.jsonl:1: Expected `object`"),
