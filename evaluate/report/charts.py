@@ -58,6 +58,15 @@ class Panel(NamedTuple):
     goal: float | None = None  # where the promise is
 
 
+class Axis(NamedTuple):
+    """One of the three axes: what each model that has its figure is, times the teacher."""
+
+    title: str
+    hint: str
+    goal: float  # the ratio that is promised
+    ratios: list[tuple[ModelReport, float]]
+
+
 class LossChart(NamedTuple):
     """Points in a 100 × 100 box, y downwards, and the labelled places on the axes."""
 
@@ -100,28 +109,28 @@ def axis_panels(report: Report) -> list[Panel]:
     More is better, and all panels share one logarithmic scale.
     """
     teacher = next((model for model in report.models if model.key == TEACHER), None)
-    found: list[tuple[str, str, float, list[tuple[ModelReport, float]]]] = []
+    found: list[Axis] = []
     for title, hint, part, name, goal in AXES:
         base, ratios = teacher.figure(part, name) if teacher else None, []
         for model in report.models:
             if base and (own := model.figure(part, name)) and base.value and own.value:
                 times = base.value / own.value
                 ratios.append((model, times if MEASURES[name].better == "lower" else 1 / times))
-        if len(ratios) > 1 and title not in [axis[0] for axis in found]:  # the first that was measured
-            found.append((title, hint, goal, ratios))
-    ends = [value for *_, goal, ratios in found for value in (goal, 1.0, *(ratio for _, ratio in ratios))]
+        if len(ratios) > 1 and title not in [axis.title for axis in found]:  # the first that was measured
+            found.append(Axis(title, hint, goal, ratios))
+    ends = [value for axis in found for value in (axis.goal, 1.0, *(ratio for _, ratio in axis.ratios))]
     if not ends:
         return []
     place = scale(min(ends) / ROOM, max(ends) * ROOM, logarithmic=True)
     return [
         Panel(
-            title=title,
-            hint=hint,
-            marks=[mark(m.label, exactly(ratio), place, _kind(m), f"{number(ratio)}×") for m, ratio in ratios],
+            title=axis.title,
+            hint=axis.hint,
+            marks=[mark(m.label, exactly(ratio), place, _kind(m), f"{number(ratio)}×") for m, ratio in axis.ratios],
             one=place(1),
-            goal=place(goal),
+            goal=place(axis.goal),
         )
-        for title, hint, goal, ratios in found
+        for axis in found
     ]
 
 
