@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
             report_only=options.report_only,
             speed=not options.no_speed,
             force=options.force,
+            flags=options.flags,
         )
     console = Console()
     print_report(report, console)

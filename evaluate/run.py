@@ -5,6 +5,7 @@ perplexity of the teacher's answers to unseen values; the judge last. Each resul
 evaluation/ or measured and written there, so a stopped evaluation continues where it was.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -65,11 +66,13 @@ def evaluate_run(
     report_only: bool = False,
     speed: bool = True,
     force: bool = False,
+    flags: Sequence[str] = (),
 ) -> Report:
     """Measures, and writes the report; takes no lock itself. Returns the report, also if it was up to date.
 
-    `report_only` measures nothing, `speed=False` starts no server, `force` measures again what is cached. Raises
-    UsageError if there is no student or no test row, and what the judge raises once the report is written.
+    `flags` are the recipe values given on top of the file, for the commands in the report. `report_only` measures
+    nothing, `speed=False` starts no server, `force` measures again what is cached. Raises UsageError if there is no
+    student or no test row, and what the judge raises once the report is written.
     """
     plan = make_plan(recipe, run, recipe_path, force=force and not report_only)
     for subject in plan.models:
@@ -105,7 +108,7 @@ def evaluate_run(
     if old and current and measure and not problem:
         say(f"{run.report}: the report is up to date (--force measures again)")
         return old
-    report = build_report(plan, results, problem)
+    report = build_report(plan, results, problem, given=shlex.join([str(recipe_path), *flags]))
     report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
     publish(run, report)
     _record(run, report)

