@@ -168,7 +168,7 @@ class TrainConfig(Section):
             )
         if self._teacher != "local" and self.method == "gold":
             raise ValueError(f"kd.teacher {self._teacher} is not for method gold, which needs all logits; use local")
-        if self._teacher != "local" and self.kd.temperature != 1:
+        if self._teacher in ("served", "stored") and self.kd.temperature != 1:
             raise ValueError(f"kd.temperature must be 1 with kd.teacher {self._teacher}: endpoints give top-k of that")
         if self.method == "on_policy" and self.kd.weights == "qlora":
             raise ValueError(
