@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.section import Section
 
@@ -140,16 +140,6 @@ class TrainConfig(Section):
         if self.method == "lora" or self.method == "qlora" or self.method == "full":
             return self.method
         return self.kd.weights
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _renamed(cls, method: object) -> object:
-        if method == "gkd":
-            raise ValueError(
-                "gkd is on_policy now: it starts from a student that learned from answers, and all its answers are the "
-                "student's own; its beta and max_new_tokens are in train.on_policy, and lmbda is no more"
-            )
-        return method
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
