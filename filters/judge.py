@@ -222,8 +222,9 @@ def count_scores(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
 
 
 def judge_address(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
-    """The judge's model, and where it answers."""
-    return config.model or recipe.teacher.model, (config.base_url or recipe.teacher.url).rstrip("/")
+    """The judge's model, and where it answers: the first of its endpoints."""
+    judge = recipe.teacher.another(config, "judge")
+    return judge.model, judge.url
 
 
 def is_teacher(recipe: Recipe, config: JudgeConfig) -> bool:

@@ -12,6 +12,7 @@ import yaml
 from filters.__main__ import main
 from filters.judge import (
     Judgement,
+    judge_address,
     judge_reason,
     judge_rows,
     question,
@@ -205,6 +206,14 @@ def test_another_rubric_or_judge_judges_anew(run: RunDir) -> None:
     config = first.filters.judge
     assert config is not None
     assert {one.version for one in read_judgements(run).values()} == {version_of(first, config)}
+
+
+@pytest.mark.parametrize("url", ["http://h:1/v1", "http://h:1/v1/", "http://h:1/v1 4", "http://h:1/v1,http://b/v1"])
+def test_another_server_of_the_judge_judges_nothing_anew(url: str) -> None:
+    config = JudgeConfig(model="judge", base_url=url, rubric=CONFIG.rubric)
+    recipe = recipe_for("http://h:1/v1")
+    assert judge_address(recipe, config) == ("judge", "http://h:1/v1")
+    assert version_of(recipe, config) == "460f4164"  # a change here buys every verdict again
 
 
 def test_a_judge_that_is_the_teacher_served_elsewhere_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
