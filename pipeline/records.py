@@ -7,7 +7,7 @@ that has its default value is left out of the line.
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -62,18 +62,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sampling: Json
 
 
-class Asked(Protocol):
-    """A prompt, or a record made of it: a request, an answer."""
-
-    @property
-    def messages(self) -> list[Message]: ...
-    @property
-    def slots(self) -> Slots: ...
-    @property
-    def columns(self) -> Json: ...
+Asked = Prompt | Request  # a prompt, or a record made of it: a request, an answer
 
 
-def asked_fields(record: Prompt | Request) -> Json:
+def asked_fields(record: Asked) -> Json:
     """The fields that a prompt and every record made of it have in common, by name."""
     return {name: getattr(record, name) for name in ("messages", "slots", "reference", "columns", "tools")}
 
