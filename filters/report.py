@@ -66,7 +66,7 @@ class FilterReport:
     overlaps: dict[str, int]  # rules that dropped the same answers, joined by " + ": answers
     slots: dict[str, dict[str, SlotCount]]  # slot or column, value; left out: those with nearly a value per answer
     lengths: dict[str, dict[str, int]]  # characters (`150-199`): kept, dropped
-    prompts: PromptCounts | None = None  # None: a report of an earlier version
+    prompts: PromptCounts
     scores: dict[str, dict[str, int]] = field(default_factory=dict)  # `judge` or a criterion, score: answers
     judge_failures: int = 0  # answers without a score because the request for it failed; another call asks again
     bad_lines: int = 0
@@ -77,7 +77,7 @@ class FilterReport:
     def useful_share(self) -> float:
         """The share of the answers that are kept; of the prompts, where one answer to each stays (`select`)."""
         selects = any(rule.rule == SELECT for rule in self.rules)
-        return self.prompts.keep_rate if selects and self.prompts else self.keep_rate
+        return self.prompts.keep_rate if selects else self.keep_rate
 
     def encoded(self) -> bytes:
         """The report as indented JSON."""
@@ -161,7 +161,7 @@ def print_report(report: FilterReport, console: Console) -> None:
         f"keep rate {report.keep_rate:.1%}",
         highlight=False,
     )
-    if report.prompts and report.prompts.answers > 1:
+    if report.prompts.answers > 1:
         _print_prompts(report.prompts, console)
 
 

@@ -296,7 +296,7 @@ def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dic
         "rules": rules.described(),
         **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
-        "prompts": report.prompts.prompts if report.prompts else None,
+        "prompts": report.prompts.prompts,
         "dropped_by_rule": {rule.rule: rule.dropped for rule in report.rules},
         "versions": versions("msgspec", "pydantic", "py3langid", "numpy", "rensa"),
     }

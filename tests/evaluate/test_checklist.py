@@ -237,7 +237,9 @@ def run(tmp_path: Path) -> RunDir:
         {"rule": "near_duplicate", "dropped": 4, "alone": 4, "together": 0, **rule},
     ]
     report = {"rows": 40, "kept": 30, "dropped": 10, "keep_rate": 0.75, "overlaps": {}, "slots": {}, "lengths": {}}
-    made.filter_report.write_text(json.dumps({**report, "rules": rules}))
+    prompts = {"prompts": 10, "kept": 9, "keep_rate": 0.9, "answers": 4, "unsolved": 1, "unsolved_ids": ["p"]}
+    report |= {"rules": rules, "prompts": {**prompts, "pass_at": {"1": 0.9}}}
+    made.filter_report.write_text(json.dumps(report))
     prompts = {"asked": 40, "distinct": 36, "samples": 3}
     asked = {"rules": rules[:3], "dedup": {"near": 0.8}}
     made.lineage.write_text(json.dumps({"generate": {"requests": 120, "prompts": prompts}, "filters": asked}))
@@ -291,8 +293,7 @@ def test_answers_of_which_one_is_selected_do_not_lower_the_keep_rate(run: RunDir
     report["rules"].append(
         {"rule": "select", "dropped": 20, "alone": 20, "together": 0, "settings": {}, "examples": []}
     )
-    prompts = {"prompts": 10, "kept": 9, "keep_rate": 0.9, "answers": 4, "pass_at": {"1": 0.9}}
-    report |= {"keep_rate": 0.25, "kept": 10, "prompts": {**prompts, "unsolved": 1, "unsolved_ids": ["p"]}}
+    report |= {"keep_rate": 0.25, "kept": 10}
     run.filter_report.write_text(json.dumps(report))
     points = {
         point.name: (point.status, point.value)

@@ -17,7 +17,7 @@ from rich.console import Console
 import filters.run
 import filters.stream
 from filters.__main__ import main
-from filters.report import FilterReport, RuleCount, SlotCount, print_report
+from filters.report import FilterReport, PromptCounts, RuleCount, SlotCount, print_report
 from filters.rows import staged
 from filters.tally import Example
 from pipeline.errors import DataError, DistillError, RecipeError
@@ -31,6 +31,7 @@ RULES: list[dict[str, Any]] = [
     {"rule": "finish_reason"},
 ]
 OUTPUTS = ("kept.jsonl", "dropped.jsonl", "filter_report.json")
+ONE_PROMPT = PromptCounts(1, 0, 0.0, 1, {}, 1, [])
 
 
 def completion(number: int, text: str, *, finish_reason: str = "stop", **slots: str | list[str]) -> Completion:
@@ -414,7 +415,7 @@ def test_dry_run_wants_a_filtered_run_and_right_rules(stage: Stage) -> None:
 @pytest.mark.parametrize("reason", ["[/b] and [red]", r"\[/b]", "tail\\", "\x1b[31mred\r\n"])
 def test_what_a_teacher_writes_is_no_markup(reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     rule = RuleCount("mine", {}, 1, 1, 0, [Example("a", reason, "text")])
-    report = FilterReport(1, 0, 1, 0.0, [rule], {}, {}, {})
+    report = FilterReport(1, 0, 1, 0.0, [rule], {}, {}, {}, ONE_PROMPT)
     print_report(report, Console(width=200))
     shown = capsys.readouterr().out
     assert reason.replace("\x1b", " ").split("\r")[0].strip() in shown and "\x1b" not in shown
@@ -423,14 +424,14 @@ def test_what_a_teacher_writes_is_no_markup(reason: str, capsys: pytest.CaptureF
 def test_an_example_shows_what_was_said_and_what_was_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     said, wanted = '{"device":"door","room":"kitchen","state":"low"}', '{"device":"curtain","room":"kitchen"}'
     rule = RuleCount("matches", {}, 1, 1, 0, [Example("a", f"`{said}`, wanted: `{wanted}`", "text")])
-    print_report(FilterReport(1, 0, 1, 0.0, [rule], {}, {}, {}), Console(width=80))
+    print_report(FilterReport(1, 0, 1, 0.0, [rule], {}, {}, {}, ONE_PROMPT), Console(width=80))
     cells = [line.split("│")[5].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert "".join(cells).replace(" ", "") == f"`{said}`,wanted:`{wanted}`"
 
 
 def test_the_name_of_a_column_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     slots = {"price [/kg]": {"1": SlotCount(2, 1, 0.5), "2": SlotCount(2, 2, 1.0)}}
-    print_report(FilterReport(4, 3, 1, 0.75, [], {}, slots, {}), Console(width=200))
+    print_report(FilterReport(4, 3, 1, 0.75, [], {}, slots, {}, ONE_PROMPT), Console(width=200))
     assert "price [/kg]" in capsys.readouterr().out
 
 
