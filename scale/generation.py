@@ -18,6 +18,7 @@ same. After the driver is killed, the same command goes on. Nodes may join and l
 import asyncio
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from time import monotonic
@@ -201,7 +202,8 @@ class Driver:
             self._lead_to(weights, ready, now)
             self._show()
             await self._collector.save()
-            await self._wait(LOOK_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), LOOK_S)
 
     async def _urls_now(self) -> dict[str, float]:
         """The URLs and their weights; those known so far while their file cannot be read."""
@@ -338,14 +340,6 @@ class Driver:
             if message not in self._told:
                 self._told.add(message)
                 self._run.say(message)
-
-    async def _wait(self, seconds: float) -> None:
-        """Waits so long, or until the run is to stop."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            return
 
 
 def items_of(run: Run) -> Iterator[Item]:

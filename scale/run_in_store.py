@@ -86,7 +86,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
         lease = Lease.take(store, state.owner, take_over=take_over)
         mirror = Mirror(store, folder, state)
         print(f"{url}: works in {folder}", file=sys.stderr)
-        with _beating(mirror, lease):
+        with repeated(lambda: lease.beat(mirror.unstored), "signs of life", BEAT_S):  # also while it fetches and puts
             mirror.fetch(keep=state.lease == lease.last)
             if lease.lost:
                 print(f"{url}: {charge_lost(folder, lease.lost)}", file=sys.stderr)
@@ -171,13 +171,6 @@ def is_held(folder: Path) -> bool:
             return False
     except UsageError:
         return True
-
-
-@contextmanager
-def _beating(mirror: Mirror, lease: Lease) -> Iterator[None]:
-    """Says that this process is alive while the block runs, also while it fetches and puts."""
-    with repeated(lambda: lease.beat(mirror.unstored), "signs of life", BEAT_S):
-        yield
 
 
 @contextmanager

@@ -142,8 +142,8 @@ class Mirror:
         self._remove(name for name in self._outdated(names) if _first(name) in STUDENTS)
         self.fetch_files(names)
 
-    def upload(self, *, rest: bool = False, answers_only: bool = False) -> dict[str, int]:
-        """Puts the parts that are to be closed now; with `rest` all rows. Returns how many only this machine had.
+    def upload(self, *, rest: bool = False, answers_only: bool = False) -> None:
+        """Puts the parts that are to be closed now; with `rest` all rows. Sets `unstored`.
 
         `answers_only`: not what the run has spent, for another machine says that now.
         """
@@ -160,7 +160,6 @@ class Mirror:
                 uploader = self._uploaders[kind]
                 rows[kind] = uploader.upload(rest=rest) + uploader.waiting
         self.unstored = rows
-        return rows
 
     def push(self, check: Callable[[], None] = lambda: None) -> None:
         """Puts every other file that has changed, and removes from the store those that are gone.

@@ -79,8 +79,9 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
         folder.mkdir()
     (one / "completions.jsonl").write_bytes(b"".join(map(row, range(13))))
     write_account(one / "spend.json", Account())
-    rows = Mirror(store, one, State("one")).upload()  # two parts; three rows wait
-    Lease.take(store, "one").beat(rows)
+    mirror = Mirror(store, one, State("one"))
+    mirror.upload()  # two parts; three rows wait
+    Lease.take(store, "one").beat(mirror.unstored)
     shutil.rmtree(one)
 
     journal = two / "completions.jsonl"
