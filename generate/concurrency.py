@@ -78,7 +78,7 @@ class Concurrency:
 class ByQueue(Concurrency):
     """Keeps a short queue at the server. `fraction` of its load is this process's."""
 
-    def __init__(self, limit: int = START_QUEUED, fraction: float = 1.0) -> None:
+    def __init__(self, limit: int, fraction: float = 1.0) -> None:
         super().__init__(limit)
         self._fraction = fraction
         self._doubling = True  # until the first queue
@@ -151,7 +151,7 @@ class ByClimbing(Concurrency):
     after the limit last moved: answers come in bursts, and counting them over a moment would measure the burst.
     """
 
-    def __init__(self, limit: int = START) -> None:
+    def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self._best = 0.0  # throughput: tokens per second
         self._base = limit  # the number that brought it

@@ -33,18 +33,17 @@ class Endpoint:
         url: str,
         partition: Partition,
         say: Callable[[str], None],
-        most: int = MOST,
         address: str | None = None,
         weight: float = 1.0,
     ) -> None:
-        """`most` requests are in flight at most, whatever the recipe or the endpoint allows.
+        """`address`: the one of its name's addresses to connect to.
 
-        `address`: the one of its name's addresses to connect to. `weight` multiplies the recipe's limits and the number
-        of requests that `auto` begins with.
+        `weight` multiplies the recipe's limits and the number of requests that `auto` begins with.
         """
         config, now, self.weight = recipe.generate, monotonic(), weight
         requests, tokens = (rate and rate * weight for rate in (config.requests_per_minute, config.tokens_per_minute))
-        self.url, self.most, self._say, self._partition = url, most, say, partition
+        self.url, self._say, self._partition = url, say, partition
+        self.most = MOST  # in flight, whatever the recipe or the endpoint allows; a fleet sets it
         self.name = Target(url, address).name
         self.limits = Limits(requests, tokens, now, 1 / partition.of)
         self._config, self._shows_load = config, False

@@ -73,12 +73,12 @@ def proxy_of(url: str) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
-def is_port_open(url: str, timeout_s: float = 1.0) -> bool:
+def is_port_open(url: str) -> bool:
     """Whether something listens at the URL's host and port. Sends nothing, and needs no key and no proxy."""
     parts = urlsplit(url)
     try:
         address = parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme, 80)
-        with socket.create_connection(address, timeout=timeout_s):
+        with socket.create_connection(address, timeout=1.0):
             return True
     except OSError:
         return False

@@ -54,7 +54,7 @@ class SharedStart:
         return cache
 
 
-def of_teacher(batch: Batch, told: Told, pad: int, start: int = 0) -> Batch:
+def of_teacher(batch: Batch, told: Told, pad: int, start: int) -> Batch:
     """A batch padded on the right (`input_ids`, `labels`, `attention_mask`) with the teacher's prompts.
 
     The first `start` tokens of each row are left out of ids and labels; the mask still has them.
@@ -86,7 +86,7 @@ def before_samples(
     told: Told,
     pad: Callable[..., torch.Tensor],
     pad_id: int,
-    start: int = 0,
+    start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask of prompts padded on the left, before `keep` columns of answers, with the teacher's prompts.
 

@@ -117,7 +117,7 @@ def simulate(
 
     async def main() -> tuple[float, Outcome, Counters]:
         with opened_run(recipe, run_dir, Counters(total=count), say=lambda message: None, show=lambda: None) as run:
-            endpoints = [Endpoint(recipe, url, run.partition, run.say, 99_999) for url in urls]
+            endpoints = [Endpoint(recipe, url, run.partition, run.say) for url in urls]
             outcome = await Loop(run, Fleet(endpoints)).run()
             return clock.time(), outcome, run.counters
 

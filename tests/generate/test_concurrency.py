@@ -124,13 +124,13 @@ def climb(concurrency: ByClimbing, slots: int, answers: int, now: float = 0.0, s
 
 @pytest.mark.parametrize("slots", [16, 100, 150, 900])
 def test_without_a_queue_to_look_at_it_climbs_to_where_throughput_ends(slots: int) -> None:
-    concurrency = ByClimbing()
+    concurrency = ByClimbing(START)
     climb(concurrency, slots, 60_000)
     assert 0.8 * slots <= concurrency.limit <= max(1.4 * slots, 1.6 * START)
 
 
 def test_it_backs_off_once_a_latency_and_goes_on_slowly() -> None:
-    concurrency = ByClimbing()
+    concurrency = ByClimbing(START)
     now = climb(concurrency, 10_000, 2000)
     high = concurrency.limit
     for _ in range(high):
@@ -141,7 +141,7 @@ def test_it_backs_off_once_a_latency_and_goes_on_slowly() -> None:
 
 
 def test_it_never_falls_below_one() -> None:
-    for concurrency in (ByClimbing(), ByQueue()):
+    for concurrency in (ByClimbing(START), ByQueue(START)):
         for moment in range(100):
             concurrency.congested(1000.0 * moment, 1000.0 * moment)
         assert concurrency.limit == 1

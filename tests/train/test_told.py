@@ -41,13 +41,13 @@ def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
         "labels": torch.tensor([[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
     }
-    assert of_teacher(batch, {}, 0) is batch
+    assert of_teacher(batch, {}, 0, 0) is batch
     told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
-    later = of_teacher(batch, told, 0, start=2)
+    later = of_teacher(batch, told, 0, 2)
     assert later["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert later["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, 9, MASKED, MASKED]]
     assert later["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
-    found = of_teacher(batch, {key_of([5]): [1, 2, 5]}, 0)
+    found = of_teacher(batch, {key_of([5]): [1, 2, 5]}, 0, 0)
     assert found["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 5, 9]]
     assert found["labels"].tolist() == [[MASKED, MASKED, 7, 8], [MASKED, MASKED, MASKED, 9]]
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
@@ -55,7 +55,7 @@ def test_a_batch_has_the_teachers_prompts_and_the_same_answers() -> None:
 
 def test_samples_follow_the_teachers_prompts() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
-    ids, mask = before_samples(ids, mask, 2, {key_of([5]): [1, 2, 5]}, pad, 0)
+    ids, mask = before_samples(ids, mask, 2, {key_of([5]): [1, 2, 5]}, pad, 0, 0)
     assert ids.tolist() == [[0, 5, 6, 7, 8], [1, 2, 5, 9, 0]]
     assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
 
@@ -63,7 +63,7 @@ def test_samples_follow_the_teachers_prompts() -> None:
 def test_samples_follow_what_comes_after_the_shared_start() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [0, 5, 9, 0]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
     told = {key_of([5]): [1, 2, 5], key_of([5, 6]): [1, 2, 5, 6]}
-    ids, mask = before_samples(ids, mask, 2, told, pad, 0, start=2)
+    ids, mask = before_samples(ids, mask, 2, told, pad, 0, 2)
     assert ids.tolist() == [[5, 6, 7, 8], [0, 5, 9, 0]]
     assert mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]]
 
@@ -80,7 +80,7 @@ def test_the_teacher_reads_once_what_its_prompts_share(models: tuple[str, str], 
     start = len(trainer.start.ids)
     system = trainer.processing_class("The cat is Tom.")["input_ids"]
     assert start > len(system)
-    told = [of_teacher(batch, trainer.told, 0)["input_ids"].shape[1] for batch in batches]
+    told = [of_teacher(batch, trainer.told, 0, 0)["input_ids"].shape[1] for batch in batches]
     assert read == [start, *(length - start for length in told)]
     assert all(ids[:start] == trainer.start.ids and len(ids) > start for ids in trainer.told.values())
 
