@@ -21,7 +21,7 @@ import msgspec
 
 from filters.diversity import WORDS, Distinct, Diversity, diversity
 from generate.budget import shared_budget
-from generate.jobs import build_jobs
+from generate.context import asked_rows
 from generate.prompts import iter_prompts, prompt_id
 from generate.run import generate
 from pipeline.chat import INSTRUCTIONS
@@ -29,7 +29,7 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.partition import value_of
 from pipeline.recipe import DedupConfig, PromptsConfig, Recipe
-from pipeline.records import Completion, Message, Prompt, question_text, read_jsonl, said
+from pipeline.records import Completion, Message, Prompt, question_text, said
 from pipeline.rundir import RunDir, write_json, write_jsonl
 
 ROUNDS = 2
@@ -204,9 +204,8 @@ def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt])
 
 
 def _answers(asking: Recipe, asked: RunDir) -> dict[str, Completion]:
-    """The answers to a round, by question. Its journal may hold those of other settings."""
-    ids = {job.request.id for job in build_jobs(iter_prompts(asking), asking)}
-    return {answer.prompt_id: answer for answer in read_jsonl(asked.completions, Completion) if answer.id in ids}
+    """The answers to a round, by question."""
+    return {request.prompt_id: answer for request, answer in asked_rows(asking, asked.completions, Completion)}
 
 
 def _new_prompts(

@@ -1,4 +1,4 @@
-"""The `Run`: what every part of one call of `generate` works with.
+"""The `Run`: what every part of one call of `generate` works with, and what a journal has of a recipe.
 
 Opens the journals and the budget; decides nothing.
 """
@@ -6,7 +6,8 @@ Opens the journals and the budget; decides nothing.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from generate.budget import Budget
 from generate.idset import IdSet
@@ -17,8 +18,10 @@ from generate.progress import Counters
 from generate.prompts import iter_prompts
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, TokenLogprobs
+from pipeline.records import Completion, Failure, Request, TokenLogprobs, read_jsonl
 from pipeline.rundir import RunDir
+
+Row = TypeVar("Row", Completion, Failure)
 
 # How a run ends: None when every request was answered or has failed for good, else what the API is to raise.
 # KeyboardInterrupt: the user stopped it. BudgetReached: the next request could cost too much. Others: it cannot go on.
@@ -52,6 +55,17 @@ class Left:
             elif request.id in self._failed_before:
                 counters.failed_before += 1
             yield job
+
+
+def asked_rows(recipe: Recipe, journal: Path, kind: type[Row]) -> Iterator[tuple[Request, Row]]:
+    """The rows of a journal that the recipe asks for, each with its request; none if there is no journal.
+
+    The journal may hold rows of other settings, and may name the prompts as an earlier recipe did.
+    """
+    asked = {job.request.id: job.request for job in build_jobs(iter_prompts(recipe), recipe)}
+    for row in read_jsonl(journal, kind) if journal.exists() else ():
+        if row.id in asked:
+            yield asked[row.id], row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from generate.budget import known_price, shared_budget
+from generate.context import asked_rows
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError
 from pipeline.lineage import read_lineage, spent_in_all
 from pipeline.recipe import PromptsConfig, Recipe
-from pipeline.records import Completion, Message, Prompt, Request, asked_fields, read_jsonl
+from pipeline.records import Completion, Message, Prompt, Request, asked_fields
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.user_config import UserConfig
 
@@ -133,19 +134,13 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _whole(folder: RunDir, recipe: Recipe) -> Iterator[tuple[Request, str]]:
-    """The answers of a pass with which a conversation can go on: what the recipe asks, and the answer's text.
-
-    The journal may hold answers to other requests, and may name the prompts as an earlier recipe did.
-    """
-    asked = {job.request.id: job.request for job in build_jobs(iter_prompts(recipe), recipe)}
+    """The answers of a pass with which a conversation can go on: what the recipe asks, and the answer's text."""
     ended = 0
-    for row in read_jsonl(folder.completions, Completion):
-        if row.id not in asked:
-            continue
+    for request, row in asked_rows(recipe, folder.completions, Completion):
         if row.finish_reason == "length" or row.tool_calls:
             ended += 1
         else:
-            yield asked[row.id], row.text
+            yield request, row.text
     if ended:
         print(f"{folder.path}: {ended} conversations end here: cut off, or with a tool call", file=sys.stderr)
 

@@ -20,10 +20,10 @@ import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.models import Subject, engine_folder
+from generate.context import asked_rows
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.online import run_loop
-from generate.prompts import iter_prompts
 from generate.run import Summary, generate
 from generate.streaming import stream, streaming_session
 from pipeline.errors import DistillError
@@ -155,21 +155,19 @@ def _asking(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _answers_in(folder: Path, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Kept]:
-    """What was answered to the prompts, in their order, once each; the folder may hold answers to other settings, too.
+    """What was answered to the prompts, in their order, once each.
 
     For `generate` an empty answer is a failure; here it is what the model said, with the failure's type in place of
     a finish_reason. Requests that failed for any other reason have none. What a model thought is apart from its text,
     as it is for the teacher's answers (pipeline.reasoning).
     """
     run, asking = RunDir(folder), _asking(recipe, folder)
-    wanted = {job.request.id for job in build_jobs(iter_prompts(asking), asking)}
     found = dict[str, tuple[str, str, str, list[Json]]]()
-    for failure in read_jsonl(run.failures, Failure) if run.failures.exists() else ():
-        if failure.error == "empty_answer" and failure.id in wanted:
-            found[failure.prompt_id] = ("", failure.error, "", [])
-    for row in read_jsonl(run.completions, Completion) if run.completions.exists() else ():
-        if row.id in wanted:
-            found[row.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
+    for request, failure in asked_rows(asking, run.failures, Failure):
+        if failure.error == "empty_answer":
+            found[request.prompt_id] = ("", failure.error, "", [])
+    for request, row in asked_rows(asking, run.completions, Completion):
+        found[request.prompt_id] = (row.text, row.finish_reason, row.reasoning, row.tool_calls)
     by_id, model = {prompt.id: prompt for prompt in prompts}, recipe.teacher.model
     return [answer_row(model, prompt, *found[id_]) for id_, prompt in by_id.items() if id_ in found]
 

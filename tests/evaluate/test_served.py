@@ -250,3 +250,5 @@ def test_a_teacher_elsewhere_is_asked_again_what_failed_and_nothing_twice(tmp_pa
         assert answer_probes(away, tmp_path, PROBES, PROBES) == first and len(heard) == 9 + 4
         more = [*PROBES, Prompt(id="more", messages=[Message("user", "more")])]
         assert answer_probes(away, tmp_path, more, more).answers[:4] == first.answers and len(heard) == 14
+        renamed = [msgspec.structs.replace(prompt, id=f"renamed {prompt.id}") for prompt in PROBES]
+        assert len(answer_probes(away, tmp_path, renamed, renamed).answers) == 4 and len(heard) == 14
