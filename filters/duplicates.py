@@ -76,7 +76,7 @@ def exact_copies(sketches: Sketches, config: DedupConfig, gone: Collection[int])
 
     Rows are numbered from 0; those in `gone` are left out.
     """
-    own, rows = sketches.first[-2], sketches.rows
+    own, rows = sketches.own, sketches.rows
     copies: dict[int, int | None] = {}
     if config.exact:
         order = np.lexsort((rows["id"], sketches.kinds))
@@ -100,7 +100,7 @@ def find_duplicates(
     Rows in `gone` are left out. `scores` are the judge's by row, the higher the better; a row without one counts as 0.
     `search`: Search, or what finds the same rows.
     """
-    own, rows, kinds = sketches.first[-2], sketches.rows, sketches.kinds
+    own, rows, kinds = sketches.own, sketches.rows, sketches.kinds
     evaluated = int(np.count_nonzero(kinds == Kind.EVALUATION))
     better, alive = np.zeros(len(rows), np.float32), np.ones(len(rows), bool)
     better[[own + row for row in scores]] = list(scores.values())

@@ -5,13 +5,14 @@ hashes. Reads and writes nothing.
 """
 
 from math import comb
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from filters.answer import UNVERIFIED, Answer, RuleSettings
 from filters.minhash import Array, digest
+from pipeline.filters_config import Selection
 from pipeline.records import Completion, Reason, folded, said
 
 AGREES, SELECT = "agrees", "select"
@@ -100,9 +101,6 @@ def outvoted(votes: Votes, settings: AgreesSettings) -> dict[int, Reason]:
         value, least = (most / total, settings.min_share) if votes.chosen[row] else (count / total, None)
         gone[row] = Reason(rule=AGREES, value=value, at_least=least, count=count, total=total, n=most)
     return gone
-
-
-Selection = Literal["all", "first", "best", "shortest", "agreed"]
 
 
 def not_selected(samples: Array, alive: Array, how: Selection, scores: Array, votes: Votes | None) -> dict[int, Reason]:

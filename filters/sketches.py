@@ -60,6 +60,11 @@ class Sketches(NamedTuple):
     rows: Array  # of `_row_type`
     kinds: Array  # the Kind of each row
 
+    @property
+    def own(self) -> int:
+        """The number of this run's first row: it is the last source."""
+        return self.first[-2]
+
     def source(self, row: int) -> int:
         return bisect_right(self.first, row) - 1
 

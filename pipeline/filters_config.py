@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.section import BudgetConfig, Endpoints, PriceConfig, Section, VariableName
 
+Selection = Literal["all", "first", "best", "shortest", "agreed"]
 RUBRIC = {
     "fluency": "the language is the request's own, natural and without errors",
     "request": "it does what the request asks, all of it, and nothing else",
@@ -90,7 +91,7 @@ class FiltersConfig(Section):
     """The rules in order, each with its settings; docs/filters.md describes them."""
     dedup: DedupConfig | None = None
     """How duplicates are found; null: they stay."""
-    select: Literal["all", "first", "best", "shortest", "agreed"] = "all"
+    select: Selection = "all"
     """Which of a prompt's kept answers stay: all, or one: the first, the best by its scores, …"""
     preferences: int = Field(0, ge=0)
     """Pairs of a kept and a failed answer, at most, that preferences.jsonl gets for each prompt; 0: no such file."""
