@@ -175,7 +175,9 @@ def judge_rows(
     try:
         judgements, unread = ask_judge(recipe, folder, prompts, properties, read, quiet=quiet, beside=beside)
     except DistillError as error:
-        raise type(error)(f"the judge (filters.judge): {error}; the verdicts so far are in {folder}") from error
+        raise type(error)(
+            f"the judge ({judge_section(recipe, config)}): {error}; the verdicts so far are in {folder}"
+        ) from error
     for id_, why in unread.items():
         judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
@@ -223,8 +225,13 @@ def count_scores(judgement: Judgement, scores: dict[str, Counter[str]]) -> None:
 
 def judge_address(recipe: Recipe, config: JudgeConfig) -> tuple[str, str]:
     """The judge's model, and where it answers: the first of its endpoints."""
-    judge = recipe.teacher.another(config, "judge")
+    judge = recipe.teacher.another(config, judge_section(recipe, config))
     return judge.model, judge.url
+
+
+def judge_section(recipe: Recipe, config: JudgeConfig) -> str:
+    """Where the recipe has this judge, for messages: an evaluation may have one of its own."""
+    return "evaluate.judge" if config is recipe.evaluate.judge else "filters.judge"
 
 
 def is_teacher(recipe: Recipe, config: JudgeConfig) -> bool:
@@ -257,7 +264,7 @@ def judge_recipe(
     asking = recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": recipe.teacher.another(config, "judge"),
+            "teacher": recipe.teacher.another(config, section := judge_section(recipe, config)),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,
@@ -270,7 +277,7 @@ def judge_recipe(
             "budget": shared_budget(config.budget, others),
         }
     )
-    known_price(asking, "the judge's price (filters.judge.price, or evaluate.judge.price)")
+    known_price(asking, f"{section}.price")
     return asking
 
 

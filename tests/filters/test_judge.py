@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import yaml
 
+from evaluate.measure.pairwise import find_judge
 from filters.__main__ import main
 from filters.judge import (
     Judgement,
@@ -24,7 +25,7 @@ from filters.judge import (
 from filters.reasons import describe
 from filters.run import filter_run
 from generate.run import generate
-from pipeline.errors import BudgetReached, DataError, DistillError, RequestsFailed
+from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, RequestsFailed
 from pipeline.lineage import read_lineage
 from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
@@ -179,6 +180,19 @@ def test_the_budget_counts_what_another_version_or_attempt_has_cost(run: RunDir,
         with pytest.raises(BudgetReached):
             judge_rows(judging(server, **change, budget={"tokens": 180 * 12}), run, map(row, range(61)), quiet=True)
     assert len(server.asked) == 180
+
+
+@pytest.mark.parametrize("section", ["filters", "evaluate"])
+def test_a_judge_is_named_by_the_section_that_it_is_in(run: RunDir, section: str) -> None:
+    config = {"model": "judge", "base_url": "http://127.0.0.1:1/v1", "rubric": CONFIG.rubric}
+    judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": config}}))
+    assert judge is not None
+    with pytest.raises(DistillError, match=rf"^the judge \({section}\.judge\): .*set {section}\.judge\.base_url"):
+        judge_rows(judge.recipe, run, [row(1)], quiet=True)
+    judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": {**config, "budget": {"usd": 1}}}}))
+    assert judge is not None
+    with pytest.raises(RecipeError, match=rf"set {section}\.judge\.price: "):
+        judge_rows(judge.recipe, run, [row(1)], quiet=True)
 
 
 def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: RunDir) -> None:
