@@ -7,6 +7,7 @@ own text. The functions import fastapi and uvicorn themselves, because the stage
 
 import secrets
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -58,8 +59,11 @@ def page_app(page: Path, token: str) -> "FastAPI":
 def serve_page(build: Callable[[str], "FastAPI"], *, port: int, before: str, after: str) -> None:
     """Serves what `build` makes of a token until Ctrl-C. Prints the address between `before` and `after`.
 
-    `port` 0 takes any that is free. Raises UsageError if the port is taken, DistillError if a package is missing.
+    `port` 0 takes any that is free. Raises UsageError if the port is taken or nobody would see the address,
+    DistillError if a package is missing.
     """
+    if sys.stdout is None:
+        raise UsageError("standard output is closed, and the page's address is written there: leave it open")
     try:
         import uvicorn
 

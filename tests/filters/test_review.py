@@ -339,6 +339,14 @@ def test_only_its_token_and_its_own_name_open_it(run: RunDir) -> None:
         assert status(url + "verdict", first)[1]["done"] == 1  # another window, or the key pressed twice
 
 
+def test_a_page_whose_address_nobody_would_see_is_not_served(run: RunDir) -> None:
+    command = [sys.executable, "-m", "filters.review", str(run.path.parent / "recipe.yaml"), "--run", str(run.path)]
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
+    done = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed, and the page's address is written there: leave it open\n"
+
+
 def test_a_port_that_is_taken_is_said_in_one_line(run: RunDir) -> None:
     with serving(run) as (url, _):
         port = url.split(":")[2].split("/")[0]
