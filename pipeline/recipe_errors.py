@@ -25,8 +25,11 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     message, value = problem["msg"].removeprefix("Value error, ").removeprefix("Input "), problem["input"]
     secret = names[-1:] == ["api_key_env"]  # a key may be there by mistake
     shown = "" if secret or isinstance(value, dict | BaseModel) else f", got {value!r}"
-    if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith(env_prefix):
-        shown = "; give JSON"  # without the value: it may be a header
+    if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith((env_prefix, "--")):
+        section = _section_at(recipe, names)
+        needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
+        example = ", ".join(f'"{name}": …' for name in needed)
+        shown = f"; give JSON: '{{{example}}}'" if example else "; give JSON"  # without the value: it may be a header
     return f"{where}: {key} {message}{shown}" if key else f"{where}: {message}"
 
 
@@ -41,6 +44,11 @@ def _place(names: list[str], flags: list[str], env_prefix: str) -> str | None:
 
 def _known_keys(section: type[Section] | None, names: list[str]) -> list[str]:
     """The keys of the section at `names`; none if there is no section."""
+    section = _section_at(section, names)
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []
+
+
+def _section_at(section: type[Section] | None, names: list[str]) -> type[Section] | None:
     for name in names:
         section = section_of(section.model_fields[name]) if section and name in section.model_fields else None
-    return [field.alias or name for name, field in section.model_fields.items()] if section else []
+    return section

@@ -125,6 +125,7 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             "{path}: prompts.user.base_url http://a/v1: its weight must be a number above 0, at most 1000, not 'many'",
         ),
         ("filters: {judge: {base_url: localhost}}", [], "{path}: filters.judge.base_url"),
+        ("name: a", ["--teacher.price", "{{input: 1, output: 2}}"], """; give JSON: '{{"input": …, "output": …}}'"""),
         ("prompts: {template: x}", [], "{path}: prompts a template needs `count`"),
         ("prompts: {}", [], "{path}: prompts give either `template`"),
         (
