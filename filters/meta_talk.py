@@ -75,23 +75,6 @@ CLOSINGS = (
 )
 
 
-# Each pattern of the two lists above can match only where one of its list's hints stands; most answers have none.
-# The Latin ones are looked for in lower case, with single spaces, and only in answers that have Latin letters.
-ANYWHERE_HINTS = re.compile("모델|어시스턴트|챗봇|비서|작성|생성|제공|제안|인공지능|사용자|동화를|<\\|")
-ANYWHERE_LATIN_HINTS = (
-    *("as a", "language model", "'m ", "’m ", "i am ", "i was ", "training data", "knowledge cutoff", "system prompt"),
-    *("qwen", "chatgpt", "smollm", "저는 ai", "나는 ai"),
-)
-CLOSING_HINTS = re.compile(
-    "필요|궁금하|원하|요청|언제든|편하게|드릴까요|도움이|마음에|작성|구성|바랍니다|글자|자로|자입니다|\\("
-)
-CLOSING_LATIN_HINTS = (
-    *("i hope ", "let me know ", "feel free", "hesitate", " me to", "is there any", "do you have any", "word count"),
-)
-_LATIN = re.compile("[A-Za-zſıİ]")
-_OTHER_CASES = re.compile("[ſıİ]")  # a pattern takes them for s and i, `lower` does not make them so
-
-
 class MetaTalkSettings(TextSettings):
     # regular expressions of your own, searched for anywhere, case ignored
     patterns: list[Annotated[Pattern, AfterValidator(nfc)]] = Field([])
@@ -115,24 +98,11 @@ class MetaTalkSettings(TextSettings):
 def meta_talk(answer: Answer, settings: MetaTalkSettings) -> Reason | None:
     """Drops an answer that talks about itself, or refuses."""
     text = answer.text
-    latin = _LATIN.search(text) is not None
     if settings.opening and (found := settings.opening.match(text)):
         return Reason(rule="meta_talk", what="opens with", found=found[1])
-    ours = settings.builtin and _hinted(text, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS if latin else ())
-    for pattern in settings.anywhere if ours or not settings.builtin else settings.anywhere[1:]:
+    for pattern in settings.anywhere:
         if found := pattern.search(text):
             return Reason(rule="meta_talk", what="says", found=found[0])
-    if settings.closing and _hinted(text[-CLOSING_CHARS:], CLOSING_HINTS, CLOSING_LATIN_HINTS if latin else ()):
-        found = settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))
-        return Reason(rule="meta_talk", what="closes with", found=found[0]) if found else None
+    if settings.closing and (found := settings.closing.search(text, max(0, len(text) - CLOSING_CHARS))):
+        return Reason(rule="meta_talk", what="closes with", found=found[0])
     return None
-
-
-def _hinted(text: str, hints: re.Pattern[str], latin_hints: tuple[str, ...]) -> bool:
-    """Whether a pattern may match: one of the hints is in the text. Latin ones are given if it has Latin letters."""
-    if hints.search(text):
-        return True
-    if not latin_hints:
-        return False
-    plain = " ".join(text.lower().split())
-    return any(hint in plain for hint in latin_hints) or _OTHER_CASES.search(text) is not None

@@ -1,24 +1,12 @@
 """The rules that read what an answer says: other scripts, endings, loops, meta-talk, what was asked for, language."""
 
-import re
 import sys
 import unicodedata
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from filters.answer import Answer, nfc
-from filters.meta_talk import (
-    ANYWHERE,
-    ANYWHERE_HINTS,
-    ANYWHERE_LATIN_HINTS,
-    CLOSING_HINTS,
-    CLOSING_LATIN_HINTS,
-    CLOSINGS,
-    _hinted,
-)
 from filters.reasons import describe
 from filters.rules import _identifier
 from filters.words import mentions, whole_word
@@ -182,24 +170,6 @@ def test_meta_talk_is_dropped(text: str) -> None:
 )
 def test_a_story_is_not_meta_talk(text: str) -> None:
     assert reason("meta_talk", text) is None
-
-
-@pytest.mark.parametrize(
-    ("pattern", "hints", "latin_hints"),
-    [
-        *((pattern, ANYWHERE_HINTS, ANYWHERE_LATIN_HINTS) for pattern in ANYWHERE),
-        *((pattern, CLOSING_HINTS, CLOSING_LATIN_HINTS) for pattern in CLOSINGS),
-    ],
-)
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_what_a_pattern_finds_has_a_hint(
-    pattern: str, hints: re.Pattern[str], latin_hints: tuple[str, ...], data: st.DataObject
-) -> None:
-    text = nfc(data.draw(st.from_regex(re.compile(pattern, re.IGNORECASE))))
-    found = re.search(pattern, text, re.IGNORECASE)
-    assume(found)
-    assert found is not None and _hinted(found[0], hints, latin_hints)
 
 
 def test_meta_talk_takes_own_patterns() -> None:
