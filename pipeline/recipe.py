@@ -23,7 +23,7 @@ from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig, RuleConfig
 from pipeline.generate_config import GenerateConfig
 from pipeline.partition import position, value_of
-from pipeline.recipe_errors import explain
+from pipeline.recipe_errors import explain, explain_flag
 from pipeline.recipe_sources import ENV_PREFIX, Variables, check_variables, read_yaml
 from pipeline.records import Asked, Json, Part, Prompt, as_text, folded, question_text
 from pipeline.sampling_config import SamplingConfig
@@ -382,7 +382,7 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
         sources = _Sources(_cli_parse_args=flags, _cli_exit_on_error=False, **data)
         return Recipe(**dict(sources))
     except SettingsError as error:
-        raise RecipeError(str(error.__cause__ or error).replace("error parsing CLI: ", "")) from None
+        raise RecipeError(explain_flag(error)) from None
     except ValidationError as error:
         problems = [explain(problem, Recipe, path, flags, ENV_PREFIX) for problem in error.errors()]
         raise RecipeError("\n".join(problems)) from None

@@ -1,10 +1,12 @@
 """One line for each error in a recipe: the file, flag or variable, the key, and the value."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
+from pydantic_settings import SettingsError
 
 from pipeline.section import Section, section_of
 
@@ -31,6 +33,14 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
         example = ", ".join(f'"{name}": …' for name in needed)
         shown = f"; give JSON: '{{{example}}}'" if example else "; give JSON"  # without the value: it may be a header
     return f"{where}: {key} {message}{shown}" if key else f"{where}: {message}"
+
+
+def explain_flag(error: SettingsError) -> str:
+    """A flag that could not be read, as `--key: what is wrong`."""
+    found = re.search(r'field "([\w.]+)"|encountered for ([\w.]+):', str(error))  # in the words of pydantic-settings
+    if found is None:
+        return str(error).removeprefix("error parsing CLI: ")
+    return f"--{found[1] or found[2]}: its value is no JSON; give JSON, in single quotes for the shell"
 
 
 def _place(names: list[str], flags: list[str], env_prefix: str) -> str | None:

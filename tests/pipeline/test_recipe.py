@@ -108,6 +108,12 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
         ("train: {}", ["--train.kd.top_k=x"], "--train.kd.top_k: train.kd.top_k should be a valid integer"),
         ("filters: {}", ["--filters.rules", '[{"min": 3}]'], "--filters.rules: filters.rules[0].rule is missing"),
         ("sampling: {}", ["--sampling.topp", "2"], "unrecognized arguments: --sampling.topp"),
+        ("sampling: {}", ["--budget", "x"], "--budget: its value is no JSON; give JSON, in single quotes"),
+        (
+            "sampling: {}",
+            ["--teacher.headers", "3"],
+            "--teacher.headers: its value is no JSON; give JSON, in single quotes",
+        ),
         ("teacher: {model: m, base_url: localhost}", [], "{path}: teacher.base_url"),
         (
             "teacher: {model: m, base_url: [http://a/v1, http://b/v1 many]}",
