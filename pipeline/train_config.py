@@ -150,6 +150,8 @@ class TrainConfig(Section):
             raise ValueError("reasoning keep is not for method dpo: preferences.jsonl has none; use strip")
         if self.padding_free and self.method not in ("lora", "qlora", "full"):
             raise ValueError(f"padding_free is not for method {self.method}; leave it out")
+        if self.padding_free and self.neftune_alpha:
+            raise ValueError("neftune_alpha would be weaker with padding_free, by the rows of a pass; leave one out")
         if (self.rslora or self.dora) and self.weights == "full":
             raise ValueError("rslora and dora are about adapters, and all weights are trained; leave them out")
         if self._teacher == "stored" and self.method == "on_policy":

@@ -12,8 +12,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
+from pipeline.errors import RecipeError
 from train.batches import StepLoader, StepSampler, end_to_end, micro_batches, split
 from train.tokens import MASKED, Batch
+
+PROBE = 16  # tokens of each of the two rows that show whether a model keeps rows apart
+ROUNDING = 0.01  # of the largest logit: what kernels that sum in another order may change; 16 bits round to 0.004
 
 # Summed over the completion tokens; how many those are; the loss of a router, if any.
 Loss = tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | None]
@@ -56,7 +60,8 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
     """One batch of the loader holds all rows of a step in this process. They pass the student in micro-batches.
 
     `step_rows`: rows per step, over all processes. `micro_tokens`, `micro_rows`: at most so many per forward pass.
-    `padding_free`: the rows of a forward pass lie end to end, which FlashAttention understands.
+    `padding_free`: the rows of a forward pass lie end to end, which FlashAttention understands; the first step raises
+    RecipeError if the model mixes them.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
         super().__init__(**settings)
         self.step_rows, self.collate, self.end_to_end = step_rows, self.data_collator, padding_free
         self.micro: dict[str, Any] = {"tokens": micro_tokens, "rows": micro_rows}
+        self.apart = False  # whether the model was seen to keep rows apart that lie end to end
 
     def get_train_dataloader(self) -> StepLoader:
         rows = self._remove_unused_columns(self.train_dataset, description="training")
@@ -87,6 +93,11 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
         With FSDP they exchange weights and gradients in each pass, so all make the same number of passes: one with
         fewer micro-batches repeats its last, at a loss of zero.
         """
+        if self.end_to_end and not self.apart:
+            model.eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                check_rows_apart(self.model, self.args.device)
+            self.apart = True
         parts = split(self._prepare_inputs(inputs), **self.micro, multiple=self.args.pad_to_multiple_of or 1)
         parts = [end_to_end(part) for part in parts] if self.end_to_end else parts
         passes = [(part, num_items_in_batch) for part in parts]
@@ -115,6 +126,26 @@ class StudentTrainer(ScoredOnText, SFTTrainer):
     def summed_loss(self, model: Any, inputs: Batch) -> Loss:
         """What is minimised, summed over the completion tokens."""
         return text_loss(model, inputs)
+
+
+def check_rows_apart(model: Any, device: torch.device) -> None:
+    """Raises RecipeError if what the model says of a row depends on the row before it in the same pass.
+
+    Attention tells rows by their places. Other layers of hybrid models (convolutions, linear attention, Mamba) do not.
+    Two rows pass in both orders: the shapes are the same, those of a mixture's experts too, so a model that keeps rows
+    apart computes the same numbers.
+    """
+    rows = torch.arange(2 * PROBE, device=device).view(2, PROBE)
+    positions = torch.arange(PROBE, device=device).repeat(2)[None]
+    one, other = (
+        model(input_ids=order.reshape(1, -1), position_ids=positions, use_cache=False).logits[0].float()
+        for order in (rows, rows.flip(0))
+    )
+    if (one - other.roll(PROBE, 0)).abs().max() > ROUNDING * one.abs().max():
+        raise RecipeError(
+            "train.padding_free true: layers of this student that are no attention (convolutions, linear attention, "
+            "Mamba) would read on from one row into the next; leave it out"
+        )
 
 
 def has_fused_head(device: torch.device) -> bool:

@@ -1,11 +1,13 @@
 """Keys that are passed on to PEFT and TRL, rows without padding, and the learning rate if the recipe gives none."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from rich.console import Console
 from torch.nn.functional import cross_entropy
@@ -20,7 +22,7 @@ from train.rates import with_learning_rate
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
-from train.student_trainer import completion_logits
+from train.student_trainer import check_rows_apart, completion_logits
 from train.trainer import prepare
 
 QUIET = Console(quiet=True)
@@ -102,7 +104,9 @@ def test_rows_end_to_end_have_the_losses_of_rows_with_padding(student: str) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_trainer_lays_rows_end_to_end_if_it_is_told(student: str, tmp_path: Path) -> None:
+def test_the_trainer_lays_rows_end_to_end_if_it_is_told(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = {"train": to_examples(story_rows(4)), "validation": to_examples(story_rows(1))}
     prepared = prepare(student, examples, Setting(make_recipe(student).train, tmp_path / "work", QUIET))
     trainer, losses = prepared.trainer, []
@@ -113,6 +117,50 @@ def test_the_trainer_lays_rows_end_to_end_if_it_is_told(student: str, tmp_path: 
         trainer.end_to_end = flat
         losses.append(trainer.training_step(trainer.model, batch, (batch["labels"] != -100).sum()).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    trainer.apart = False  # as before the first step
+    monkeypatch.setattr("train.student_trainer.ROUNDING", -1)  # no model keeps rows apart
+    with pytest.raises(RecipeError, match=r"train\.padding_free true"):
+        trainer.training_step(trainer.model, batch, 1)
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MAMBA = {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "config", "own", "apart"),
+    [
+        ("Llama", "LlamaConfig", {}, True),
+        ("Mistral", "MistralConfig", {"sliding_window": 8}, True),
+        ("Qwen3Moe", "Qwen3MoeConfig", {"head_dim": 16, **EXPERTS}, True),
+        ("Qwen3_5", "Qwen3_5TextConfig", LINEAR, False),
+        ("Bamba", "BambaConfig", MAMBA, False),
+    ],
+)
+def test_a_student_that_mixes_rows_end_to_end_is_refused(
+    name: str, config: str, own: dict[str, Any], apart: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    shape = getattr(transformers, config)(**TINY, num_hidden_layers=2, **own)
+    model = getattr(transformers, f"{name}ForCausalLM")(shape).to(dtype).eval()
+    refused = pytest.raises(
+        RecipeError, match=r"train\.padding_free true: .* read on from one row into the next; leave"
+    )
+    with torch.no_grad(), nullcontext() if apart else refused:
+        check_rows_apart(model, model.device)
 
 
 def test_padding_free_needs_flash_attention() -> None:
@@ -126,6 +174,7 @@ def test_padding_free_needs_flash_attention() -> None:
     ("train", "reason"),
     [
         ({"method": "kd", "padding_free": True}, "padding_free is not for method kd"),
+        ({"padding_free": True, "neftune_alpha": 5}, "neftune_alpha would be weaker with padding_free"),
         ({"method": "full", "dora": True}, "rslora and dora are about adapters, and all weights are trained"),
         ({"method": "full", "neftune_alpha": 0}, "greater than 0"),
     ],
