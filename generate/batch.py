@@ -93,7 +93,7 @@ class Batches:
         Raises UsageError if the file does not exist, DataError if it is no such file.
         """
         if not path.is_file():
-            raise UsageError(f"{path}: no such file; give the output of a batch")
+            raise UsageError(f"{path}: no file of this name; give the output of a batch")
         self._record(read_output(path, self._api.words), str(path))
         for chunk in self._folder.live:
             if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):

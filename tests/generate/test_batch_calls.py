@@ -256,8 +256,10 @@ def test_files_by_hand(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixtur
     ids = [json.loads(text)["custom_id"] for text in written.read_text().splitlines()]
     output.write_text("".join(json.dumps(text) + "\n" for text in [*map(line, ids[:3]), expired(ids[3])]))
     assert generate(recipe, run, quiet=True, collect=output).answered == 3
-    with pytest.raises(UsageError, match=r"nothing\.jsonl: no such file"):
-        generate(recipe, run, quiet=True, collect=tmp_path / "nothing.jsonl")
+    (tmp_path / "folder").mkdir()
+    for wrong in ("nothing.jsonl", "folder"):
+        with pytest.raises(UsageError, match=f"{wrong}: no file of this name; give the output of a batch"):
+            generate(recipe, run, quiet=True, collect=tmp_path / wrong)
     output.write_text("{\n")
     with pytest.raises(UsageError, match=r"out\.jsonl:1: "):
         generate(recipe, run, quiet=True, collect=output)
