@@ -97,7 +97,7 @@ def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kin
     assert {*expected} == {*WORDS}
     assert by_llama_cpp(file, asked, 24) == expected
     written = (folder / "Modelfile").read_text()
-    assert f"FROM ./{file.name}\n" in written and 'SYSTEM """Be brief."""' in written
+    assert f"FROM ./{file.name}\n" in written and 'SYSTEM "Be brief."\n' in written
     assert 'PARAMETER stop "<|im_end|>"' in written and "TEMPLATE" in written
     card = (folder / "README.md").read_text()
     assert f"llama-server --jinja -m {file.name}" in card and "ollama create small -f Modelfile" in card
@@ -185,6 +185,23 @@ def test_a_modelfile_has_the_recipes_stops_as_ollama_reads_them(stop: Any, lines
     assert written.partition('PARAMETER stop "<|im_end|>"\n')[2].partition("PARAMETER top_k")[0] == lines
 
 
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [
+        ('Be "brief".\nAlways.', 'SYSTEM """Be "brief".\nAlways."""\n'),
+        ('def f(x):\n    """Return x."""\n    return x', None),  # Ollama would read `return` as a command
+        ("Bref\u3000!", None),  # Ollama would drop the blank
+    ],
+)
+def test_a_modelfile_has_the_system_prompt_as_ollama_reads_it(system: str, line: str | None) -> None:
+    recipe = make_recipe("student")
+    assert recipe.student is not None
+    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"system": system})})
+    written = modelfile(recipe, "x.gguf", tiny_tokenizer(), [])
+    assert line in written if line else "SYSTEM" not in written
+    assert not_carried_over(recipe) == ([] if line else ["the system prompt"])
+
+
 def test_a_modelfile_has_the_recipes_penalties() -> None:
     recipe = with_extra(presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.1, min_p=0.05, top_k=None)
     written = modelfile(recipe, "x.gguf", tiny_tokenizer(), []).splitlines()
@@ -210,7 +227,7 @@ def test_what_a_modelfile_cannot_say_is_named(
     for step in ("_convert", "_check"):
         monkeypatch.setattr(train.publish.to_gguf, step, lambda *_: None)
     for asked, said in (
-        (recipe, "no parameter for min_tokens, chat_template_kwargs, stop "),
+        (recipe, "Modelfile: it cannot say min_tokens, chat_template_kwargs, stop "),
         (with_extra(top_k=5), ""),
     ):
         write_gguf(asked, tiny_model(tmp_path / "tiny"), tmp_path, name="x", kind="f16")

@@ -83,27 +83,24 @@ def chat_form(tokenizer: Any) -> ChatForm | None:
 
 
 def modelfile(recipe: Recipe, file: str, tokenizer: Any, stops: Sequence[str]) -> str:
-    system = system_of_student(recipe)
-    lines = [f"FROM ./{file}"]
     form = chat_form(tokenizer)
-    template = _without_bos(form, tokenizer).go() if form else ""
-    if template and '"""' not in template:
-        lines.append(f'TEMPLATE """{template}"""')
-    if system:
-        lines.append(f'SYSTEM """{system}"""')
-    quoted = [_quoted(stop) for stop in dict.fromkeys([*stops, *_own_stops(recipe)])]
-    lines += [f"PARAMETER stop {stop}" for stop in quoted if stop is not None]
+    texts = [("TEMPLATE", _without_bos(form, tokenizer).go() if form else ""), ("SYSTEM", system_of_student(recipe))]
+    texts += [("PARAMETER stop", stop) for stop in dict.fromkeys([*stops, *_own_stops(recipe)])]
+    quoted = [(name, _quoted(text)) for name, text in texts if text]
     sampling = recipe.sampling.fields()
     values = NEUTRAL | {OURS[name]: value for name, value in sampling.items() if name in OURS and value is not None}
+    lines = [f"FROM ./{file}"]
+    lines += [f"{name} {text}" for name, text in quoted if text is not None]
     lines += [f"PARAMETER {name} {value}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
 def not_carried_over(recipe: Recipe) -> list[str]:
-    """What of the recipe's sampling a Modelfile cannot say."""
+    """What of the recipe's sampling and system prompt a Modelfile cannot say."""
     sampling = recipe.sampling.fields()
     names = [name for name, value in sampling.items() if name not in {*OURS, *NOT_MISSED} and value is not None]
-    return names + [f"stop {stop!r}" for stop in _own_stops(recipe) if _quoted(stop) is None]
+    names += [f"stop {stop!r}" for stop in _own_stops(recipe) if _quoted(stop) is None]
+    return names + (["the system prompt"] if _quoted(system_of_student(recipe)) is None else [])
 
 
 def _own_stops(recipe: Recipe) -> list[str]:

@@ -52,7 +52,7 @@ def write_gguf(recipe: Recipe, folder: Path, target: Path, *, name: str, kind: s
     stops = tokenizer.convert_ids_to_tokens(sorted(stop_tokens(tokenizer, model)))
     (target / "Modelfile").write_text(modelfile(recipe, file.name, tokenizer, stops), encoding="utf-8")
     if left := not_carried_over(recipe):
-        print(f"Modelfile: Ollama has no parameter for {', '.join(left)} of the recipe's sampling", file=sys.stderr)
+        print(f"Modelfile: it cannot say {', '.join(left)} of the recipe; Ollama answers without it", file=sys.stderr)
     return file.name
 
 
