@@ -10,6 +10,7 @@ import sys
 from benchmarks.http_server import running
 from benchmarks.measure import flags
 from benchmarks.runs import billed, fresh, run_quietly
+from pipeline.cli import run_stage
 from pipeline.errors import BudgetReached
 
 PROMPT_TOKENS, MAX_TOKENS = 40, 200  # per answer, at most
@@ -54,4 +55,4 @@ def once(url: str, options: argparse.Namespace, in_flight: int, seed: int) -> bo
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

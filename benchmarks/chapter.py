@@ -15,6 +15,7 @@ from statistics import median
 from benchmarks.measure import flags
 from benchmarks.runs import recipe_for, run_quietly
 from generate.prompts import iter_prompts
+from pipeline.cli import run_stage
 from pipeline.models import resolve_model
 from pipeline.recipe import Recipe, ServeConfig
 from pipeline.rundir import RunDir
@@ -80,4 +81,4 @@ def ours(recipe: Recipe) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

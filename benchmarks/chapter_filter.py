@@ -22,6 +22,7 @@ from benchmarks.stories import PROMPT, PROMPT_SLOTS, TEMPLATE, Writer, completio
 from filters.answer import as_answer, nfc
 from filters.ruleset import load_rules
 from filters.run import filter_run
+from pipeline.cli import run_stage
 from pipeline.recipe import FiltersConfig, load_recipe
 from pipeline.records import Completion, Slots, encode_line, read_jsonl
 from pipeline.rundir import RunDir
@@ -158,4 +159,4 @@ FAULTS: list[Change] = [  # of the workload
 ]
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

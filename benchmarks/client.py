@@ -12,16 +12,16 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.http_server import MODEL, running
-from benchmarks.measure import Measured, flags, measured, question, show
+from benchmarks.measure import Measured, flags, measured, one_of, question, several, show, whole
 
 
 def main() -> None:
-    options = flags(
-        __doc__, requests=4000, in_flight="64,512", runs=3, delay_ms=50.0, clients="ours,openai,openai+aiohttp,bare"
-    )
+    kinds = {"in_flight": several(whole), "clients": several(one_of(*CLIENTS))}
+    sides = "ours,openai,openai+aiohttp,bare"
+    options = flags(__doc__, kinds, requests=4000, in_flight="64,512", runs=3, delay_ms=50.0, clients=sides)
     with running("benchmarks.stub", "--delay-ms", options.delay_ms) as url:
-        for in_flight in map(int, options.in_flight.split(",")):
-            figures = compare(url, options.clients.split(","), options.requests, in_flight, options.runs)
+        for in_flight in options.in_flight:
+            figures = compare(url, options.clients, options.requests, in_flight, options.runs)
             print(f"{in_flight} in flight, {options.requests} requests, answers after {options.delay_ms:g} ms")
             print(describe(figures, options.requests, in_flight / options.delay_ms * 1000))
 
@@ -138,4 +138,6 @@ CLIENTS: dict[str, Callable[[str, int, int], float]] = {
 
 
 if __name__ == "__main__":
-    main()
+    from pipeline.cli import run_stage  # here: each side's process would hold it, too
+
+    run_stage(main)

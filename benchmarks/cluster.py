@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags, show_records
+from benchmarks.measure import flags, one_of, several, show_records
 from benchmarks.ray_nodes import ROOT, RayNode, ray_cluster
 from benchmarks.runs import billed, recipe_for
 from pipeline.cli import run_stage
@@ -136,6 +136,7 @@ FAULTS: dict[str, Callable[[Call, str, list[RayNode], float], int | None]] = {
 def main() -> None:
     options = flags(
         __doc__,
+        {"storage": one_of("folder", "s3"), "faults": several(one_of(*FAULTS))},
         requests=20_000,
         nodes=3,
         moments=3,
@@ -147,7 +148,7 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     with _storage(options.storage):
-        for name in options.faults.split(","):
+        for name in options.faults:
             started = time.monotonic()
             try:
                 found = broken_run(name, options)

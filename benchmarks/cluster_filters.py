@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarks.chapter_filter import RULES
-from benchmarks.measure import Measured, flags, measured, show
+from benchmarks.measure import Measured, between, flags, measured, show
 from benchmarks.ray_nodes import ray_cluster
 from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.run import filter_run
@@ -33,7 +33,7 @@ FILES = "kept.jsonl", "dropped.jsonl", "filter_report.json"
 
 
 def main() -> None:
-    options = flags(__doc__, rows=1_000_000, nodes=2, near=0.8, seed=0)
+    options = flags(__doc__, {"near": between(0.5, 1)}, rows=1_000_000, nodes=2, near=0.8, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         print(compare(Path(folder), options))
 

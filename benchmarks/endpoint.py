@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from benchmarks.measure import show
+from benchmarks.measure import positive, several, show, whole
 from benchmarks.runs import bodies
 from evaluate.document import exactly, number
 from evaluate.report.charts import dot_panel
@@ -27,7 +27,7 @@ from generate.client import Client, check_teacher, no_endpoint
 from generate.online import run_loop
 from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 
 FOLDER = Path("runs") / "bench"
@@ -46,15 +46,19 @@ class Level(msgspec.Struct):
 
 def main() -> None:
     parser = stage_parser("benchmarks.endpoint", "Measures the recipe's endpoint at rising concurrency.")
-    parser.add_argument("--levels", default="1,4,16,64,256")
-    parser.add_argument("--seconds", type=float, default=20.0, help="each level is measured")
+    parser.add_argument("--levels", type=several(whole), default="1,4,16,64,256")
+    parser.add_argument("--seconds", type=positive, default=20.0, help="each level is measured")
     recipe, _, options = parse_stage(parser)
-    levels = [int(text) for text in options.levels.split(",") if text.strip().isdigit()]
-    if 0 in levels or len(levels) <= options.levels.count(","):
-        raise UsageError(f"--levels must be whole numbers from 1, got {options.levels!r}")
     check_teacher(recipe.teacher)
     found: list[Level] = []
-    run_loop(sweep(recipe, levels, options.seconds, found))
+    try:
+        run_loop(sweep(recipe, options.levels, options.seconds, found))
+    finally:
+        if found:  # also after Ctrl-C: they are paid for
+            write(recipe, found)
+
+
+def write(recipe: Recipe, found: list[Level]) -> None:
     print(describe(found))
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "endpoint.json").write_bytes(msgspec.json.format(msgspec.json.encode(found)))

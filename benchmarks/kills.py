@@ -20,8 +20,9 @@ from math import ceil
 from pathlib import Path
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags
+from benchmarks.measure import between, flags
 from benchmarks.runs import recipe_for
+from pipeline.cli import run_stage
 from pipeline.rundir import RunDir
 
 TAIL_BYTES = 4096  # a power cut takes at most so much of the journal
@@ -29,7 +30,8 @@ FAULTS = ("lost", "duplicated", "missing", "torn")
 
 
 def main() -> None:
-    options = flags(__doc__, kills=500, requests=2000, power_cuts=0.2, processes=1, seed=0, at_once=2)
+    kinds = {"power_cuts": between(0, 1)}
+    options = flags(__doc__, kinds, kills=500, requests=2000, power_cuts=0.2, processes=1, seed=0, at_once=2)
     with (
         running("benchmarks.stub", "--delay-ms", 50, "--jitter-ms", 100) as url,
         ThreadPoolExecutor(options.at_once) as pool,
@@ -132,4 +134,4 @@ def whole_ids(journal: Path) -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -27,6 +27,7 @@ from generate.context import opened_run
 from generate.idset import WIDTH, IdSet
 from generate.journal import read_journal
 from generate.progress import Counters
+from pipeline.cli import run_stage
 from pipeline.records import Completion, encode_line
 from pipeline.rundir import RunDir
 from scale.collect import Collector
@@ -146,4 +147,4 @@ def arithmetic(options: Namespace, found: dict[str, float]) -> list[tuple[str, .
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

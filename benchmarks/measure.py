@@ -8,24 +8,64 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.errors import UsageError
 from pipeline.resources import peak_bytes
 
+WHOLE = "a whole number from 1 on"
+Kind = Callable[[str], Any]  # reads a flag's value
 
-def flags(about: str | None, **defaults: Any) -> argparse.Namespace:
-    """Parses the command line: every keyword is a flag of its default's type. False: a switch; []: many paths."""
+
+def flags(about: str | None, kinds: Mapping[str, Kind] | None = None, /, **defaults: Any) -> argparse.Namespace:
+    """Parses the command line: every keyword is a flag, of the kind that is named for it or of its default's.
+
+    False: a switch; []: many files; a number that is not 0: a number above 0.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
-        kind: dict[str, Any] = {"type": type(default), "help": f"default: {default}"}
+        kind = type(default)
+        usual = {int: whole, float: positive}.get(kind, kind) if default else kind
+        settings: dict[str, Any] = {"help": f"default: {default}", "type": (kinds or {}).get(name, usual)}
         if default is False:
-            kind = {"action": "store_true"}
+            settings = {"action": "store_true"}
         elif default == []:
-            kind = {"nargs": "*", "type": Path}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **kind)
+            settings = {"nargs": "*", "type": existing_file}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **settings)
     return parser.parse_args()
+
+
+def checked(read: Kind, fits: Callable[[Any], bool], wanted: str) -> Kind:
+    def kind(text: str) -> Any:
+        with suppress(ValueError):
+            if fits(value := read(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+
+    return kind
+
+
+def between(low: float, high: float) -> Kind:
+    return checked(float, lambda value: low <= value <= high, f"from {low:g} to {high:g}")
+
+
+def one_of(*names: str) -> Kind:
+    return checked(str, names.__contains__, f"one of {', '.join(names)}")
+
+
+def several(kind: Kind) -> Kind:
+    """With commas between them."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+whole = checked(int, lambda value: value >= 1, WHOLE)
+positive = checked(float, lambda value: 0 < value < inf, "a number above 0")
+existing_file = checked(Path, Path.is_file, "a file that is there")
+auto_or_whole = checked(str, lambda text: text == "auto" or (text.isdecimal() and int(text) > 0), "auto or " + WHOLE)
 
 
 def question(number: int) -> str:
@@ -61,10 +101,10 @@ def steady_seconds(ends: Sequence[float], cut: int) -> float:
     """Seconds in which all answers but the first and the last `cut` ended; `ends` need no order.
 
     No client can keep an engine full while the first requests fill it and the last ones leave it. Both sides of a
-    comparison are cut at the same answers. Raises ValueError if no answer is left.
+    comparison are cut at the same answers. Raises UsageError if no answer is left.
     """
     if not 0 < cut < len(ends) / 2:
-        raise ValueError(f"nothing is left of {len(ends)} answers without the first and the last {cut}")
+        raise UsageError(f"nothing is left of {len(ends)} answers without the first and the last {cut}; ask for more")
     ends = sorted(ends)
     return ends[-1 - cut] - ends[cut - 1]
 

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags, measured
+from benchmarks.measure import flags, measured, several, whole
 from benchmarks.runs import fresh, run_quietly
+from pipeline.cli import run_stage
 
 
 def main() -> None:
-    options = flags(__doc__, requests="10000,1000000", in_flight=256)
+    options = flags(__doc__, {"requests": several(whole)}, requests="10000,1000000", in_flight=256)
     peaks: dict[tuple[int, str], float] = {}
     with running("benchmarks.stub", "--delay-ms", 0, "--completion-tokens", 1) as url:
-        for requests in map(int, options.requests.split(",")):
+        for requests in options.requests:
             with fresh(url, requests, generate={"concurrency": options.in_flight}) as (recipe, run):
                 for state in ("fresh", "resumed"):
                     if state == "resumed":
@@ -20,7 +21,7 @@ def main() -> None:
                     peaks[requests, state] = peak
                     per_s = summary.answered / summary.wall_s
                     print(f"{requests:,} requests, {state}: {peak:.1f} MiB at most, {per_s:.0f} answers/s", flush=True)
-    few, *_, many = sorted({requests for requests, _ in peaks})
+    few, many = min(options.requests), max(options.requests)
     for state in ("fresh", "resumed"):
         print(f"{state}: {peaks[many, state] - peaks[few, state]:+.1f} MiB from {few:,} to {many:,} requests")
 
@@ -32,4 +33,4 @@ def cut_half(journal: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.measure import Measured, flags, measured, show
+from benchmarks.measure import Measured, between, flags, measured, show
 from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.minhash import fold
 from filters.run import filter_run
+from pipeline.cli import run_stage
 from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 
@@ -26,7 +27,7 @@ COPIES = 0.05
 
 
 def main() -> None:
-    options = flags(__doc__, stories=200_000, near=0.8, seed=0)
+    options = flags(__doc__, {"near": between(0.5, 1)}, stories=200_000, near=0.8, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         print(measure(RunDir(Path(folder)), options))
 
@@ -87,4 +88,4 @@ def peak_mib(call: "Future[Measured]") -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.measure import flags, show
+from benchmarks.measure import flags, one_of, show
 from benchmarks.training import made_up_rows
 from evaluate.measure.results import answer_row
+from pipeline.cli import run_stage
 from pipeline.models import resolve_model
 from pipeline.records import Kept, Message, Prompt, encode_line
 from pipeline.resources import peak_bytes
@@ -28,7 +29,8 @@ WAYS: dict[str, list[str]] = {"one": [], "DDP": ["--multi_gpu"], "FSDP": ["--use
 
 
 def main() -> None:
-    options = flags(__doc__, model="embedded:smollm2-135m", rows=48, processes=2, method="full")
+    kinds = {"method": one_of("lora", "full")}
+    options = flags(__doc__, kinds, model="embedded:smollm2-135m", rows=48, processes=2, method="full")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = written_recipe(folder, resolve_model(options.model), options.method)
@@ -90,4 +92,4 @@ def report(logs: dict[str, Any], peaks: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

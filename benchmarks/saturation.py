@@ -16,7 +16,7 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks import offline
-from benchmarks.measure import flags, measured, show, steady_seconds
+from benchmarks.measure import auto_or_whole, flags, measured, one_of, several, show, steady_seconds, whole
 from benchmarks.runs import answer_ends, bodies, recipe_for, run_quietly
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
@@ -39,14 +39,11 @@ class Figures(NamedTuple):
 
 def main() -> None:
     sizes = {"requests": 256, "tokens": "48", "slots": 64, "concurrency": "auto,32,64,128", "runs": 3}
-    options = flags(__doc__, model=MODEL, **sizes, seeds="sent", args="")
+    kinds = {"tokens": several(whole), "concurrency": several(auto_or_whole), "seeds": several(one_of("sent", "none"))}
+    options = flags(__doc__, kinds, model=MODEL, **sizes, seeds="sent", args="")
     if options.requests <= 2 * options.slots:
         raise UsageError(f"--requests must be more than twice --slots ({options.slots}), got {options.requests}")
-    if not all(part.isdigit() and int(part) for part in options.tokens.split(",")):
-        raise UsageError(f"--tokens must be numbers from 1 on, with commas between them, got {options.tokens!r}")
-    if not {*options.seeds.split(",")} <= {"sent", "none"}:
-        raise UsageError(f"--seeds must be sent, none or both with a comma, got {options.seeds!r}")
-    sides = (OFFLINE, *options.concurrency.split(","))
+    sides = (OFFLINE, *options.concurrency)
     config = ServeConfig(kv_cache_gib=1, args=["--max-num-seqs", str(options.slots), *options.args.split()])
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -55,14 +52,13 @@ def main() -> None:
     ):
 
         def recipe(side: str, requests: int, tokens: int, seeds: str) -> Recipe:
-            level = "auto" if side == OFFLINE else side
             sampling = {"max_tokens": tokens, "seed": 0 if seeds == "sent" else None, "extra": {"ignore_eos": True}}
-            teacher, settings = {"model": server.served_name}, {"concurrency": level}
+            teacher, settings = {"model": server.served_name}, {"concurrency": "auto" if side == OFFLINE else side}
             return recipe_for(Path(folder), server.base_url, requests, teacher, sampling=sampling, generate=settings)
 
         engine.submit(offline.load, server.command.argv[3:], server.command.env).result()  # the arguments alone
         try:
-            for tokens, seeds in product(map(int, options.tokens.split(",")), options.seeds.split(",")):
+            for tokens, seeds in product(options.tokens, options.seeds):
                 warm_up = recipe(OFFLINE, options.slots, tokens, seeds)
                 engine.submit(offline.answer, bodies(warm_up)).result()
                 run_quietly(warm_up, RunDir(Path(folder) / f"warm-up-{tokens}-{seeds}"))

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags, measured, show_records, steady_seconds
+from benchmarks.measure import flags, measured, one_of, several, show_records, steady_seconds, whole
 from benchmarks.ray_nodes import ray_cluster
 from benchmarks.runs import answer_ends, bodies, fresh
 from benchmarks.simulator import answer_tokens, ideal_ends
@@ -39,6 +39,7 @@ Sample = tuple[float, dict[str, float]]  # a time, and the CPU seconds of each g
 def main() -> None:
     options = flags(
         __doc__,
+        {"nodes": several(whole), "ways": several(one_of("machine", "cluster"))},
         nodes="1,2,4",
         ways="machine,cluster",
         requests=10_000,  # of each node
@@ -49,8 +50,8 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for _ in range(options.runs):
-        for way in options.ways.split(","):
-            for nodes in map(int, options.nodes.split(",")):
+        for way in options.ways:
+            for nodes in options.nodes:
                 rows.append({"way": way, "nodes": nodes, **once(way, nodes, options)})
                 print(json.dumps(rows[-1]), flush=True)
     print(show_records(rows))

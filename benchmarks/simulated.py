@@ -13,9 +13,10 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from benchmarks.http_server import running
-from benchmarks.measure import flags, measured, show, steady_seconds
+from benchmarks.measure import auto_or_whole, flags, measured, several, show, steady_seconds, whole
 from benchmarks.runs import answer_ends, bodies, fresh, run_quietly
 from benchmarks.simulator import ENGINE, LENGTHS, answer_tokens, ideal_ends
+from pipeline.cli import run_stage
 
 HOLDS = 0.98
 STEPS_MS = (ENGINE["step_ms"], 15.0, 10.0, 7.5, 6.0, 5.0, 4.0, 3.0)  # of a decoding step, for `--bind`
@@ -32,10 +33,12 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    options = flags(__doc__, **ENGINE, requests=20_000, concurrency="auto", processes="1,2", runs=3, bind=False)
+    kinds = {"concurrency": several(auto_or_whole), "processes": several(whole)}
+    sizes = {"requests": 20_000, "concurrency": "auto", "processes": "1,2", "runs": 3}
+    options = flags(__doc__, kinds, **ENGINE, **sizes, bind=False)
     rows: list[tuple[str, ...]] = [(*HEAD, "CPU ms/request")]
-    for processes in map(int, options.processes.split(",")):
-        for level in options.concurrency.split(","):
+    for processes in options.processes:
+        for level in options.concurrency:
             for step_ms in STEPS_MS if options.bind else (options.step_ms,):
                 requests = round(options.requests * STEPS_MS[0] / step_ms) if options.bind else options.requests
                 runs = [once(options, requests, processes, level, step_ms) for _ in range(options.runs)]
@@ -72,4 +75,4 @@ def once(options: argparse.Namespace, requests: int, processes: int, level: str,
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -16,7 +16,8 @@ from benchmarks.measure import flags
 
 
 def main() -> None:
-    options = flags(__doc__, delay_ms=50.0, jitter_ms=0.0, prompt_tokens=40, completion_tokens=100, vary=False)
+    kinds, tokens = {"delay_ms": float}, {"prompt_tokens": 40, "completion_tokens": 100}
+    options = flags(__doc__, kinds, delay_ms=50.0, jitter_ms=0.0, **tokens, vary=False)
     prepared = cache(chat_reply)
     billed = {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}
 

@@ -22,11 +22,12 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import flags, question, show
 from benchmarks.simulator import LENGTHS
+from pipeline.cli import run_stage
+from pipeline.errors import UsageError
 from pipeline.models import resolve_model
-from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig
 from train.arguments import lora_config
-from train.rows import read_rows, to_examples
+from train.rows import read_checked, to_examples
 from train.setting import Setting
 from train.trainer import Examples, prepare
 
@@ -58,11 +59,13 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     options = flags(__doc__, model="embedded:smollm2-135m", kept="", rows=48, validation=8, epochs=1, rounds=1)
-    model = resolve_model(options.model)
     if options.kept:
-        rows = [*to_examples(read_rows(RunDir(Path(options.kept).parent)))]
+        rows = [*to_examples(read_checked(Path(options.kept)))]
     else:
         rows = made_up_rows(options.rows + options.validation)
+    if len(rows) <= options.validation:
+        raise UsageError(f"{options.kept}: {len(rows)} rows; more than --validation {options.validation} are needed")
+    model = resolve_model(options.model)
     random.Random(0).shuffle(rows)
     count = min(options.rows, len(rows) - options.validation)
     examples = {"train": rows[:count], "validation": rows[count : count + options.validation]}
@@ -135,4 +138,4 @@ def report(clocks: dict[str, list[Clock]], losses: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

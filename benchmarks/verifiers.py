@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from benchmarks.measure import Measured, flags, measured, show
 from benchmarks.stories import completion, recipe_of
 from filters.run import filter_run
+from pipeline.cli import run_stage
 from pipeline.records import Completion, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.user_code import load_function
@@ -73,4 +74,4 @@ def bare(completions: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -5,16 +5,31 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks import budget, chapter_filter, kills, limits, runs, scaling, simulated, verifiers
+from benchmarks import (
+    budget,
+    chapter_filter,
+    client,
+    endpoint,
+    kills,
+    limits,
+    near_duplicates,
+    runs,
+    scaling,
+    simulated,
+    training,
+    verifiers,
+)
 from benchmarks.client import body, compare
 from benchmarks.endpoint import chart, level_of, tokens_within
 from benchmarks.http_server import running
@@ -24,9 +39,11 @@ from benchmarks.stories import Writer
 from filters.answer import nfc
 from generate.concurrency import read_load
 from generate.streaming import Streamed
+from pipeline.errors import UsageError
 from pipeline.rundir import RunDir
 from tests.benchmarks.mutations import mutations
 from tests.servers.misbehaving_server import MisbehavingServer, answer, error, misbehaving, recipe_for
+from tests.tiny_student import make_run, story_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +69,7 @@ def test_each_answer_begins_in_the_first_slot_that_falls_free() -> None:
 def test_the_steady_part_leaves_out_both_ends() -> None:
     assert steady_seconds([9.0, 1.0, 5.0, 2.0, 4.0, 30.0], 1) == 8.0  # from the first answer to the last but one
     assert steady_seconds([1.0, 2.0, 4.0, 5.0, 9.0, 30.0], 2) == 3.0
-    with pytest.raises(ValueError, match="nothing is left of 6 answers"):
+    with pytest.raises(UsageError, match="nothing is left of 6 answers"):
         steady_seconds([1.0] * 6, 3)
 
 
@@ -69,8 +86,11 @@ def test_a_call_is_measured_in_a_process_of_its_own() -> None:
         measured(divmod, 1, 0)
 
 
-def test_flags_have_the_type_of_their_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["bench", "--in-flight", "8", "--no-metrics", "--answers", "a", "b"]
+def test_flags_have_the_type_of_their_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.touch()
+    given = ["bench", "--in-flight", "8", "--no-metrics", "--answers", *map(str, files)]
     monkeypatch.setattr(sys, "argv", given)
     options = flags("", in_flight=64, delay_ms=50.0, no_metrics=False, bind=False, answers=[])
     assert vars(options) == {
@@ -78,8 +98,40 @@ def test_flags_have_the_type_of_their_default(monkeypatch: pytest.MonkeyPatch) -
         "delay_ms": 50.0,
         "no_metrics": True,
         "bind": False,
-        "answers": [Path("a"), Path("b")],
+        "answers": files,
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "said"),
+    [
+        (client, "--requests 0", "--requests: must be a whole number from 1 on, got '0'"),
+        (client, "--in-flight 64,x", "--in-flight: must be a whole number from 1 on, got 'x'"),
+        (client, "--clients ours,foo", "--clients: must be one of ours, auto, openai, openai+aiohttp, bare, got 'foo'"),
+        (budget, "--usd nan", "--usd: must be a number above 0, got 'nan'"),
+        (chapter_filter, "--answers /missing.jsonl", "--answers: must be a file that is there, got '/missing.jsonl'"),
+        (endpoint, "recipe.yaml --seconds 0", "--seconds: must be a number above 0, got '0'"),
+        (endpoint, "recipe.yaml --levels 1,,2", "--levels: must be a whole number from 1 on, got ''"),
+        (kills, "--power-cuts 2", "--power-cuts: must be from 0 to 1, got '2'"),
+        (near_duplicates, "--near 2", "--near: must be from 0.5 to 1, got '2'"),
+        (scaling, "--ways nosuch", "--ways: must be one of machine, cluster, got 'nosuch'"),
+        (simulated, "--concurrency auto,0", "--concurrency: must be auto or a whole number from 1 on, got '0'"),
+    ],
+)
+def test_a_wrong_flag_is_named_before_anything_runs(
+    module: Any, given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *given.split()])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {said}")
+
+
+def test_the_file_that_is_named_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, story_rows(3)).kept.rename(tmp_path / "other.jsonl")
+    monkeypatch.setattr(sys, "argv", ["training", "--kept", str(tmp_path / "other.jsonl"), "--validation", "3"])
+    with pytest.raises(UsageError, match=r"other\.jsonl: 3 rows; more than --validation 3 are needed"):
+        training.main()
 
 
 def test_the_other_clients_send_what_ours_sends(tmp_path: Path) -> None:
@@ -197,6 +249,18 @@ def test_an_endpoint_that_refuses_a_level_keeps_what_was_measured(tmp_path: Path
     assert [level["concurrency"] for level in levels] == [1]
 
 
+def test_an_interrupted_sweep_keeps_what_was_measured(tmp_path: Path) -> None:
+    with (
+        misbehaving(lambda asked: answer(delay_s=60 if server.at_once > 1 else 0.05)) as server,
+        subprocess.Popen(**sweep_of(tmp_path, server), stderr=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stderr is not None and process.stderr.readline().startswith("1 in flight: ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    levels = json.loads((tmp_path / "runs" / "bench" / "endpoint.json").read_text())
+    assert [level["concurrency"] for level in levels] == [1]
+
+
 def test_an_endpoint_that_refuses_all_is_one_line(tmp_path: Path) -> None:
     with misbehaving(lambda asked: error(500, "out of order")) as server:
         done = sweep(tmp_path, server)
@@ -205,17 +269,15 @@ def test_an_endpoint_that_refuses_all_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def sweep(folder: Path, server: MisbehavingServer) -> "subprocess.CompletedProcess[str]":
+def sweep_of(folder: Path, server: MisbehavingServer) -> dict[str, Any]:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_for(server, 5).model_dump(mode="json", exclude={"student"})))
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.endpoint", str(path), "--levels", "1,4", "--seconds", "0.3"],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "benchmarks.endpoint", str(path), "--levels", "1,4", "--seconds", "0.3"]
+    return {"args": command, "cwd": folder, "env": {"PYTHONPATH": str(ROOT), "PATH": ""}}
+
+
+def sweep(folder: Path, server: MisbehavingServer) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(**sweep_of(folder, server), capture_output=True, text=True, check=False)
 
 
 def test_an_answer_counts_for_the_time_that_it_came_in() -> None:
