@@ -100,7 +100,7 @@ def not_carried_over(recipe: Recipe) -> list[str]:
     sampling = recipe.sampling.fields()
     names = [name for name, value in sampling.items() if name not in {*OURS, *NOT_MISSED} and value is not None]
     names += [f"stop {stop!r}" for stop in _own_stops(recipe) if _quoted(stop) is None]
-    return names + (["the system prompt"] if _quoted(system_of_student(recipe)) is None else [])
+    return names + (["the system prompt"] if _quoted(system_of_student(recipe) or "") is None else [])
 
 
 def _own_stops(recipe: Recipe) -> list[str]:
