@@ -18,6 +18,7 @@ from pipeline.reasoning import split_reasoning
 from pipeline.records import Json, Usage
 
 MESSAGE_CHARS = 1000  # of a server's words, kept in an error
+BROKEN_OFF = ("error", "abort")  # finish reasons of vLLM, SGLang and gateways: the answer is not whole
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
 
 
@@ -80,6 +81,7 @@ class _Message(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     message: _Message
+    error: Any = None  # OpenRouter
     finish_reason: Any = None
     logprobs: Any = None
 
@@ -111,9 +113,9 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
     reply = _decode(body, words)
     if isinstance(reply, Fault):
         return reply
+    if reply.error:  # a gateway's way of passing on an error of the model behind it
+        return Fault("error_in_answer", words(str(reply.error)), 200)
     if not reply.choices:
-        if reply.error is not None:  # a gateway's way of passing on an error of the model behind it
-            return Fault("error_in_answer", words(str(reply.error)), 200)
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choices, usage, model = reply.choices[:most], _usage(reply.usage), _text(reply.model)
     said = [_said_by(choice.message) for choice in choices]
@@ -134,6 +136,8 @@ def _read(
     """The answer of a choice, or why it is none."""
     reasoning, text, calls = said
     reason = _text(choice.finish_reason) or "unknown"
+    if choice.error or reason in BROKEN_OFF:
+        return Fault("error_in_answer", words(str(choice.error or f"finish_reason {reason}")), 200, usage=usage)
     if reason == "content_filter":
         return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
     if not text.strip() and not calls:
@@ -211,6 +215,8 @@ def _usage(said: Any) -> Usage:
     except msgspec.ValidationError:
         return Usage()
     details, completion_tokens = usage.completion_tokens_details, usage.completion_tokens
+    if usage.prompt_tokens == 0:
+        return Usage()  # no prompt has no tokens: a gateway that does not count
     if completion_tokens is not None and usage.prompt_tokens is not None and usage.total_tokens is not None:
         # Some (xAI, gateways to Gemini) bill reasoning as completion and count it in the total alone.
         completion_tokens = max(completion_tokens, usage.total_tokens - usage.prompt_tokens)

@@ -278,7 +278,7 @@ def test_a_proxy_is_not_asked_for_a_server_on_this_machine(run: RunDir, monkeypa
 def test_plain_progress_goes_to_stderr(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("generate.progress.PLAIN_INTERVAL_S", 0.3)
+    monkeypatch.setattr("generate.progress.PLAIN_INTERVAL_S", 0.1)
     with misbehaving(lambda asked: answer(delay_s=0.5)) as server:
         summary = generate(recipe_for(server, 60), run)
         told = capsys.readouterr()

@@ -51,6 +51,7 @@ def answer_in(body: bytes) -> Answer:
         ({"prompt_tokens": 7.0, "completion_tokens": "5"}, (7, 5)),
         ({"prompt_tokens": -7, "completion_tokens": 5}, (None, None)),
         ({"prompt_tokens": 10**30, "completion_tokens": 5}, (None, None)),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (None, None)),
         ([], (None, None)),
         ("7", (None, None)),
     ],
@@ -399,6 +400,30 @@ def test_limits_that_move_are_told_once_each_and_nonsense_never() -> None:
     assert told == ["allows 500 requests per minute", "allows 1,000 requests per minute", None, None, None, None]
     for nonsense in ("0.001", "1e308", "-3", "nan", "100, 100;w=60"):
         assert Limits(None, None, 0.0).learn({"x-ratelimit-limit-requests": nonsense}, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        said("First, unplug the ket", "error"),
+        said("First, unplug the ket", "abort"),
+        said("First, unplug the ket", error={"code": 502, "message": "upstream died"}),
+        json.dumps({"choices": [{"message": {"content": "First"}, "error": {"message": "upstream died"}}]}).encode(),
+        said("", "error"),
+    ],
+    ids=["error", "abort", "beside the choice", "in the choice", "empty"],
+)
+def test_an_answer_that_the_server_broke_off_is_asked_again(run: RunDir, body: bytes) -> None:
+    asked = list[str]()  # the first attempt of each is broken off
+
+    def once(request: Asked) -> Behaviour:
+        asked.append(request.text)
+        return raw(body) if asked.count(request.text) == 1 else answer()
+
+    with misbehaving(once) as server:
+        summary = generate(recipe_for(server, 2), run, quiet=True)
+    assert (summary.answered, summary.failed, len(asked)) == (2, 0, 4)
+    assert not any("unplug" in row.text for row in completions(run))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ LAST = {"attempts": CONFIG.max_attempts}
 ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     "an answer": ([said()], {}),
     "`finish_reason: length`": ([said(finish_reason="length")], {}),
-    "no `usage`, or one that is no count (negative, not a number)": (
+    "no `usage`, or one that is no count (negative, not a number, a prompt of 0 tokens)": (
         [said(usage=None), said(usage={"prompt_tokens": -1}), said(usage="7"), said(usage={"prompt_tokens": "x"})],
         {},
     ),
@@ -107,7 +107,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         [read_answer(body) for body in (b"<html>", b"data: {}\n\n", b'{"choices": [{"mess', b"")],
         {},
     ),
-    "an error object with status 200 (gateways)": ([read_answer(b'{"error": {"code": 502}}')], {}),
+    "an error object with status 200, in a choice too, or a finish reason `error` or `abort` (gateways)": (
+        [read_answer(b'{"error": {"code": 502}}')],
+        {},
+    ),
     "the eighth failure in a row, of different requests": ([error(500)], {"failing": FAILURES_IN_ROW}),
     "a failure while the endpoint is down": ([error(500)], {**LAST, "failing": FAILURES_IN_ROW, "down": True}),
     "a failure when all endpoints have been down for `give_up_s` (600 s)": (
