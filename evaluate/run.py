@@ -90,6 +90,9 @@ def evaluate_run(
     probed = measured("probes")
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
+    if unanswered := _unanswered(plan, served):
+        problem = f"{unanswered} {problem}".strip()
+        error = error or (RequestsFailed(unanswered.removesuffix(".")) if measure else None)
     told = {f"{key}_told": result for key, result in measured("verify-told").items()}
     results = Results(
         scored=scored,
@@ -209,7 +212,7 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]
     if not (plan.force and measure):
         cached = {name: one.entry.read(one.kind) for name, one in wanted.items()}
         found = {name: result for name, result in cached.items() if result}
-    missing = {name: one for name, one in wanted.items() if measure and name not in found}
+    missing = {name: one for name, one in wanted.items() if measure and (name not in found or _failed(found[name]))}
     if not missing:
         return found
     what, url = " and ".join(one.what for one in missing.values()), plan.recipe.teacher.url
@@ -227,6 +230,18 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]
                 rates = found[name].rates
                 say(f"{subject.label}: {min(rates):.1f} to {max(rates):.1f} tokens/s")
     return found
+
+
+def _failed(result: Any) -> int:
+    """Requests without an answer, which the next call makes again."""
+    return result.failed if isinstance(result, ProbeResult) else 0
+
+
+def _unanswered(plan: Plan, served: dict[str, dict[str, Any]]) -> str:
+    """Which models left how many requests without an answer; empty if none did."""
+    lost = {subject.label: sum(map(_failed, served[subject.key].values())) for subject in plan.models}
+    told = ", ".join(f"{count:,} to {label}" for label, count in lost.items() if count)
+    return f"Some requests failed for good ({told}): evaluate again, and they are made again." if told else ""
 
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:

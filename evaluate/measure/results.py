@@ -106,6 +106,7 @@ class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
 
     fingerprint: str = ""
     answers: list[Kept]
+    failed: int = 0  # requests that failed for good
     bursts: list[Burst] = []  # answers that were timed, where that was asked for
 
     @property

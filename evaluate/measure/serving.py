@@ -66,7 +66,7 @@ def answer_probes(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], asked
     answers = _answers_in(folder, recipe, prompts)
     if not answers:
         raise DistillError(f"{recipe.teacher.model}: no probe was answered; see {folder}")
-    return ProbeResult(answers=answers)
+    return ProbeResult(answers=answers, failed=len(prompts) - len(answers))
 
 
 def answer_questions(

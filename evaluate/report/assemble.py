@@ -339,6 +339,8 @@ def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]
         f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
         f"{recipe.sampling.max_tokens} tokens. {intervals}; differences and ratios are paired."
     )
+    if count + unseen < (wanted := len(plan.questions.all)):
+        yield f"Right answers are over the {count + unseen} of {wanted} prompts that every model answered."
     if told := told_in_words(recipe.teacher):
         yield f"The teacher alone is told {told}; a student is not, unless its column says told."
     if TEACHER not in verified.answers:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import evaluate.measure.results
 import evaluate.run
-from evaluate.document import Estimate, Report, Scope, exactly
+from evaluate.document import Estimate, Report, Scope, exactly, read_report
 from evaluate.measure.results import Burst, Lone, ProbeResult, SpeedResult, TaskResult, answer_row
 from evaluate.measure.serving import answer_probes, answer_questions
 from evaluate.models import Subject, subjects
@@ -25,7 +25,7 @@ from pipeline.recipe import Recipe, RuleConfig
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port
-from tests.servers.misbehaving_server import answer, error, misbehaving
+from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving
 from tests.tiny_student import kept_row, story_rows, tiny_model
 
 PATH = Path("recipe.yaml")
@@ -415,6 +415,37 @@ def test_a_teacher_elsewhere_is_verified_where_it_is_and_told_once(
     assert figure(report, "teacher", "accuracy", "verified") == 1 / 40
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["quality_accuracy"].value and claims["speed"].value is None  # it was not timed: it runs elsewhere
+
+
+def test_questions_that_a_model_never_answered_are_counted_and_asked_again(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out in silence they would make the teacher better than it is: the hard ones fail first."""
+    monkeypatch.setattr("evaluate.models.is_loopback", lambda url: False)
+    refused, healed = set[str](), list[bool]()
+
+    def too_hard(asked: Asked) -> Behaviour:
+        if not healed and (len(refused) < 3 or asked.text in refused):
+            refused.add(asked.text)
+            return error(400, "maximum context length exceeded")
+        return answer("7")
+
+    with misbehaving(too_hard) as server:
+        recipe = verified(
+            tmp_path, run, teacher={"model": "gpt", "base_url": server.url}, evaluate={"ask_teacher": True}
+        )
+        for _ in range(2):
+            with pytest.raises(
+                RequestsFailed, match=r"failed for good \(3 to teacher\): evaluate again, and they are made"
+            ):
+                evaluate_run(recipe, run, tmp_path / "recipe.yaml")
+        report = read_report(run)
+        assert report and "Right answers are over the 37 of 40 prompts that every model answered." in report.notes
+        healed.append(True)
+        server.asked.clear()
+        whole = evaluate_run(recipe, run, tmp_path / "recipe.yaml")
+        assert {asked.text for asked in server.asked} == refused
+    assert not any("failed for good" in note or "37 of 40" in note for note in whole.notes)
 
 
 def test_other_tasks_are_asked_of_every_model_once(
