@@ -91,8 +91,7 @@ def evaluate_run(
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
     if unanswered := _unanswered(plan, served):
-        problem = f"{unanswered} {problem}".strip()
-        error = error or (RequestsFailed(unanswered.removesuffix(".")) if measure else None)
+        problem, error = f"{unanswered} {problem}".strip(), error or RequestsFailed(unanswered.removesuffix("."))
     told = {f"{key}_told": result for key, result in measured("verify-told").items()}
     results = Results(
         scored=scored,
@@ -113,9 +112,10 @@ def evaluate_run(
         return old
     report = build_report(plan, results, problem, given=shlex.join([str(recipe_path), *flags]))
     report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
+    _tell_gone(old if report_only else None, report)
     publish(run, report)
     _record(run, report)
-    if error:
+    if error and measure:
         raise error
     return report
 
@@ -230,6 +230,22 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]
                 rates = found[name].rates
                 say(f"{subject.label}: {min(rates):.1f} to {max(rates):.1f} tokens/s")
     return found
+
+
+def _tell_gone(old: Report | None, new: Report) -> None:
+    """Says which models of the old report have figures there that the new one lacks."""
+
+    def measured(one: Report) -> dict[str, set[tuple[str, str]]]:
+        return {
+            model.label: {(part, name) for part, own in model.figures.items() for name in own} for model in one.models
+        }
+
+    before, now = measured(old) if old else {}, measured(new)
+    if gone := ", ".join(label for label, names in before.items() if names - now.get(label, set())):
+        say(
+            f"warning: what was measured of {gone} is of other weights, rows or settings, or its file is gone, and "
+            "leaves the report; evaluate measures it again"
+        )
 
 
 def _failed(result: Any) -> int:

@@ -115,7 +115,12 @@ class Run:
         for completion in completions:
             self.counters.answered += 1
             self.counters.settled_again += completion.id in self.failures.found.ids
-            self.counters.models.add(completion.model)
+            if (known := self.counters.models) and completion.model not in known:
+                self.say(
+                    f"warning: {completion.endpoint} names its model {completion.model}; answers before are of "
+                    f"{', '.join(sorted(known))}. If that is another model, another --run keeps them apart"
+                )
+            known.add(completion.model)
             self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
             self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
             self.counters.completion_tokens += completion.usage.completion_tokens or 0

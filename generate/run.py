@@ -127,6 +127,10 @@ async def agenerate(
 
 def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> tuple[Recipe, RunDir]:
     if not isinstance(recipe, Recipe):
+        if not isinstance(recipe, str | Path):
+            raise UsageError(
+                f"recipe: a Recipe or its path is needed, got {type(recipe).__name__}; Recipe(**keys) makes one"
+            )
         recipe = load_recipe(Path(recipe))
     if isinstance(run, RunDir):
         return recipe, run

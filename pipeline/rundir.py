@@ -99,6 +99,11 @@ class RunDir:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
+                if holder == str(os.getpid()):
+                    raise UsageError(
+                        f"{self.path}: another call in this process works on this run, or a process that it started; "
+                        "wait for it, or choose another directory"
+                    ) from None
                 raise UsageError(
                     f"{self.path}: another process (pid {holder}) works on this run; wait for it, stop it, "
                     "or choose another directory with --run"

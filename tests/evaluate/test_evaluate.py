@@ -206,7 +206,9 @@ def test_a_report_says_with_what_it_was_made_and_what_changed_since_the_training
     assert any("were filtered again after the student was trained" in note for note in again.notes)
 
 
-def test_report_only_measures_nothing(run: RunDir, recipe: Recipe, loaded: list[str]) -> None:
+def test_report_only_measures_nothing(
+    run: RunDir, recipe: Recipe, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match="nothing measured yet"):
         evaluate_run(recipe, run, PATH, report_only=True)
     evaluate_run(recipe, run, PATH, speed=False)
@@ -214,8 +216,10 @@ def test_report_only_measures_nothing(run: RunDir, recipe: Recipe, loaded: list[
     run.report_html.write_text("old")
     evaluate_run(recipe, run, PATH, report_only=True, force=True)
     assert loaded == [] and run.report_html.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "leaves the report" not in capsys.readouterr().err
     shift_weights(run.student)
     assert perplexity_in(evaluate_run(recipe, run, PATH, report_only=True), AFTER) is None
+    assert "warning: what was measured of student after is of other weights" in capsys.readouterr().err
 
 
 def test_a_row_too_long_for_one_model_counts_for_none(run: RunDir, recipe: Recipe) -> None:

@@ -336,7 +336,7 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
             experiment(name, recipe, empty, *flags)
     with (
         RunDir(empty.path / "experiments" / "seeds").locked(new=True),
-        pytest.raises(UsageError, match="experiments/seeds: another process"),
+        pytest.raises(UsageError, match="experiments/seeds: another call in this process"),
     ):
         experiment("seeds", recipe, empty)
     assert not stages

@@ -12,6 +12,7 @@ from tenacity import wait_fixed
 
 from generate.reply import retry_after, shortened
 from generate.run import generate, pending
+from pipeline.errors import UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
@@ -63,6 +64,19 @@ def test_every_prompt_is_answered_once_and_all_is_recorded(run: RunDir) -> None:
     assert lineage["teacher"] == {"asked": "stub", "served": ["stub-2026"]}
     assert (lineage["completed"], lineage["prompts"]["grammar"], lineage["completion_tokens"]) == (200, 200, 1000)
     assert run.recipe.exists()
+
+
+def test_a_server_that_changes_its_model_is_told_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    names = iter(["big", "big", "tiny", "tiny"])
+    with misbehaving(lambda asked: raw(json.dumps(reply("fine") | {"model": next(names)}).encode())) as server:
+        generate(recipe_for(server, 4, generate={"concurrency": 1}), run)
+    told = [line for line in capsys.readouterr().err.splitlines() if "names its model" in line]
+    assert len(told) == 1 and "names its model tiny; answers before are of big" in told[0]
+
+
+def test_what_is_no_recipe_is_named(run: RunDir) -> None:
+    with pytest.raises(UsageError, match="a Recipe or its path is needed, got dict"):
+        generate({"name": "x"}, run)  # type: ignore[arg-type]
 
 
 def test_a_run_remembers_every_teacher_whose_answers_it_holds(run: RunDir) -> None:
