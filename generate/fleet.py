@@ -118,6 +118,10 @@ class Fleet:
         downs = [down for down in since if down is not None]
         return now - max(downs) if downs and len(downs) == len(since) else 0.0
 
+    def others_up(self, endpoint: Endpoint) -> bool:
+        """Whether one of them beside this one is not down."""
+        return any(other.down_since is None for other in self._place if other is not endpoint)
+
     def paused_s(self, now: float) -> float:
         """Seconds until the first of them takes requests again, by its own word."""
         return min((endpoint.limits.paused_s(now) for endpoint in self._place), default=0.0)

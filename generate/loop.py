@@ -198,6 +198,7 @@ class Loop:
             failing=endpoint.failing_with(job.request.id),
             step=endpoint.step(attempt.sent),
             all_down_s=self._fleet.all_down_s(now),
+            others_up=self._fleet.others_up(endpoint),
             refused_alike=self._refused_alike(fault),
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(fault, job),

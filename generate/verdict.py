@@ -42,6 +42,7 @@ class State(NamedTuple):
     failing: int = 1  # different requests in a row that failed at the endpoint, this one included
     step: int = 1  # of the endpoint's backoff; 0: the request was sent before the last step, and belongs to it
     all_down_s: float = 0.0  # how long all endpoints have been down
+    others_up: bool = False  # another endpoint may still answer
     refused_alike: int = 0  # the call's first requests, this one included, if all were refused alike; else 0
     has_time: bool = True  # another attempt fits before the request's deadline
     teaches: bool = False  # the refusal is about a setting that can be sent another way
@@ -100,6 +101,8 @@ def speaks_of_endpoint(fault: Fault) -> bool:
 
 def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verdict:
     """What follows from the fault in answer to `job`, whose attempts and seconds include this attempt."""
+    if state.others_up and fault.error in ("unauthorized", "not_found"):  # one of several that was set up anew, say
+        return Pause(wait_s(PROBE_WAIT, state.step), Retry(step=0, counted=False), down=True)
     if fault.error in ENDS_RUN:
         return EndRun(_why_nobody(fault, state), name_models=fault.error == "not_found")
     if state.teaches:

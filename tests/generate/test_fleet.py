@@ -18,9 +18,18 @@ from generate.online import opened_loop
 from generate.progress import Counters
 from generate.run import generate
 from generate.targets import Target, read_urls
-from pipeline.errors import RecipeError
+from pipeline.errors import DistillError, RecipeError
 from pipeline.rundir import RunDir
-from tests.servers.misbehaving_server import Asked, Behaviour, answer, completions, misbehaving, recipe_for
+from tests.servers.misbehaving_server import (
+    MODEL,
+    Asked,
+    Behaviour,
+    answer,
+    completions,
+    error,
+    misbehaving,
+    recipe_for,
+)
 
 
 class Place:
@@ -278,3 +287,27 @@ async def test_servers_that_are_taken_away_while_they_are_opened_are_not_asked(r
                 await asyncio.sleep(0.01)
             assert [(one.url, one.limit) for one in servers.fleet.endpoints] == [(third.url, 4)]
             following.cancel()
+
+
+@pytest.mark.parametrize("status", [401, 404, 302])
+def test_one_endpoint_that_is_set_up_anew_is_probed_while_the_others_answer(
+    status: int, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends only when all of them answer like that."""
+    monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.01))
+    asked = list[Asked]()
+
+    def anew(request: Asked) -> Behaviour:
+        asked.append(request)
+        return error(status, "not here") if 5 <= len(asked) < 30 else answer(delay_s=0.02)
+
+    with misbehaving(anew) as first, misbehaving(lambda _: answer(delay_s=0.02)) as second:
+        recipe = recipe_for(first, 300, teacher={"model": MODEL, "base_url": [first.url, second.url]})
+        summary = generate(recipe, run, quiet=False)
+        told = capsys.readouterr().err
+    assert (summary.answered, summary.failed) == (300, 0)
+    assert "is down (" in told and "answers again" in told
+    with misbehaving(lambda _: error(status)) as first, misbehaving(lambda _: error(status)) as second:
+        recipe = recipe_for(first, 20, teacher={"model": MODEL, "base_url": [first.url, second.url]})
+        with pytest.raises(DistillError, match=str(status) if status != 302 else "redirects"):
+            generate(recipe, RunDir(run.path / "other"), quiet=True)

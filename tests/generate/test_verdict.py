@@ -129,6 +129,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "401": ([error(401)], {}),
     "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
+    "any of these while another endpoint is up": (
+        [error(401), error(404), error(405), error(308)],
+        {**LAST, "others_up": True},
+    ),
     "an empty answer": (
         [said(""), said(None), said(" \n"), said(None, "tool_calls", message={"tool_calls": []})],
         {"refused_alike": REFUSED_ALIKE},  # a model may end at once, and often
