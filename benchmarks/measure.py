@@ -22,9 +22,9 @@ Kind = Callable[[str], Any]  # reads a flag's value
 
 
 def flags(about: str | None, kinds: Mapping[str, Kind] | None = None, /, **defaults: Any) -> argparse.Namespace:
-    """Parses the command line: every keyword is a flag, of the kind that is named for it or of its default's.
+    """Parses the command line: every keyword is a flag with its default, read as `kinds` says.
 
-    False: a switch; []: many files; a number that is not 0: a number above 0.
+    Without a kind the default decides: False is a switch, [] takes many files, a number but 0 takes numbers above 0.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():

@@ -91,14 +91,13 @@ def evaluate_run(
     unseen = _score(plan, "unseen", _unseen_rows(plan, probed), "answers to unseen values", measure=measure)
     judged, problem, error = _judge(plan, probed, measure=measure)
     if unanswered := _unanswered(plan, served):
-        problem, error = f"{unanswered} {problem}".strip(), error or RequestsFailed(unanswered.removesuffix("."))
-    told = {f"{key}_told": result for key, result in measured("verify-told").items()}
+        problem, error = "; ".join(filter(None, (unanswered, problem))), error or RequestsFailed(unanswered)
     results = Results(
         scored=scored,
         unseen=unseen,
         timed=measured("speed"),
         probed=probed,
-        verified=measured("verify") | told,
+        verified=measured("verify") | {f"{key}_told": own for key, own in measured("verify-told").items()},
         tasks=measured("tasks"),
         judged=judged,
     )
@@ -112,7 +111,8 @@ def evaluate_run(
         return old
     report = build_report(plan, results, problem, given=shlex.join([str(recipe_path), *flags]))
     report = msgspec.structs.replace(report, checklist=check_run(recipe, run, report))
-    _tell_gone(old if report_only else None, report)
+    if report_only and old:
+        _tell_gone(old, report)
     publish(run, report)
     _record(run, report)
     if error and measure:
@@ -232,7 +232,7 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]
     return found
 
 
-def _tell_gone(old: Report | None, new: Report) -> None:
+def _tell_gone(old: Report, new: Report) -> None:
     """Says which models of the old report have figures there that the new one lacks."""
 
     def measured(one: Report) -> dict[str, set[tuple[str, str]]]:
@@ -240,7 +240,7 @@ def _tell_gone(old: Report | None, new: Report) -> None:
             model.label: {(part, name) for part, own in model.figures.items() for name in own} for model in one.models
         }
 
-    before, now = measured(old) if old else {}, measured(new)
+    before, now = measured(old), measured(new)
     if gone := ", ".join(label for label, names in before.items() if names - now.get(label, set())):
         say(
             f"warning: what was measured of {gone} is of other weights, rows or settings, or its file is gone, and "
@@ -257,7 +257,7 @@ def _unanswered(plan: Plan, served: dict[str, dict[str, Any]]) -> str:
     """Which models left how many requests without an answer; empty if none did."""
     lost = {subject.label: sum(map(_failed, served[subject.key].values())) for subject in plan.models}
     told = ", ".join(f"{count:,} to {label}" for label, count in lost.items() if count)
-    return f"Some requests failed for good ({told}): evaluate again, and they are made again." if told else ""
+    return f"Some requests failed for good ({told}): evaluate again, and they are made again" if told else ""
 
 
 def _unseen_rows(plan: Plan, probed: dict[str, ProbeResult]) -> list[Kept]:

@@ -261,10 +261,11 @@ def judge_recipe(
 
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+    section = judge_section(recipe, config)
     asking = recipe.model_copy(
         update={
             "name": f"{recipe.name}-judge",
-            "teacher": recipe.teacher.another(config, section := judge_section(recipe, config)),
+            "teacher": recipe.teacher.another(config, section),
             "prompts": PromptsConfig(file=questions),
             "sampling": SamplingConfig(
                 temperature=0.0 if attempt == 1 else 0.7,

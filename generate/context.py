@@ -62,8 +62,10 @@ def asked_rows(recipe: Recipe, journal: Path, kind: type[Row]) -> Iterator[tuple
 
     The journal may hold rows of other settings, and may name the prompts as an earlier recipe did.
     """
+    if not journal.exists():
+        return
     asked = {job.request.id: job.request for job in build_jobs(iter_prompts(recipe), recipe)}
-    for row in read_jsonl(journal, kind) if journal.exists() else ():
+    for row in read_jsonl(journal, kind):
         if row.id in asked:
             yield asked[row.id], row
 
@@ -108,19 +110,19 @@ class Run:
         Beside each its logprobs, as the server gave them: they are written first, so that no answer stands without
         them. Raises DistillError if the recipe wants them and there are none.
         """
-        completions = [completion for completion, _ in answers]
+        completions, models = [completion for completion, _ in answers], self.counters.models
         if self.logprobs is not None:
             self.logprobs.append(*(self._packed(*answer) for answer in answers))
         self.completions.append(*completions)
         for completion in completions:
             self.counters.answered += 1
             self.counters.settled_again += completion.id in self.failures.found.ids
-            if (known := self.counters.models) and completion.model not in known:
+            if models and completion.model not in models:
                 self.say(
                     f"warning: {completion.endpoint} names its model {completion.model}; answers before are of "
-                    f"{', '.join(sorted(known))}. If that is another model, another --run keeps them apart"
+                    f"{', '.join(sorted(models))}. If that is another model, another --run keeps them apart"
                 )
-            known.add(completion.model)
+            models.add(completion.model)
             self.counters.prompt_tokens += completion.usage.prompt_tokens or 0
             self.counters.reasoning_tokens += completion.usage.reasoning_tokens or 0
             self.counters.completion_tokens += completion.usage.completion_tokens or 0

@@ -113,7 +113,9 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
     reply = _decode(body, words)
     if isinstance(reply, Fault):
         return reply
-    if reply.error:  # a gateway's way of passing on an error of the model behind it
+    if reply.error or (
+        not reply.choices and reply.error is not None
+    ):  # a gateway's way of passing on an error of the model behind it
         return Fault("error_in_answer", words(str(reply.error)), 200)
     if not reply.choices:
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)

@@ -356,7 +356,7 @@ def _save(run: Run) -> None:
 
 
 def _earlier(run: Run) -> dict[str, list[str]]:
-    """The other teachers that gave answers which the run still holds, from before the recipe named this one."""
+    """The teachers that the recipe named before this one, and whose answers the run still holds."""
     before = read_lineage(run.dir).get("generate", {})
     teacher = before.get("teacher", {})
     known = {*teacher.get("earlier", ()), *([teacher["asked"]] if before.get("completed") else [])}

@@ -25,7 +25,8 @@ REFUSED_ALIKE = 20  # different requests, the first of a call, all refused alike
 PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of an endpoint that is down
 REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # seconds of pause after a 429 without Retry-After
 
-ENDS_RUN = frozenset({"unauthorized", "insufficient_quota", "not_found"})
+OF_ONE_ENDPOINT = frozenset({"unauthorized", "not_found"})  # it may have been set up anew; another one still answers
+ENDS_RUN = OF_ONE_ENDPOINT | {"insufficient_quota"}
 FINAL = frozenset(  # sending the request again would bring the same, and may cost the same
     {"bad_request", "forbidden", "content_filter", "refusal", "empty_answer", "no_choices", "wrong_shape", "too_large"}
 )
@@ -101,7 +102,7 @@ def speaks_of_endpoint(fault: Fault) -> bool:
 
 def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verdict:
     """What follows from the fault in answer to `job`, whose attempts and seconds include this attempt."""
-    if state.others_up and fault.error in ("unauthorized", "not_found"):  # one of several that was set up anew, say
+    if state.others_up and fault.error in OF_ONE_ENDPOINT:
         return Pause(wait_s(PROBE_WAIT, state.step), Retry(step=0, counted=False), down=True)
     if fault.error in ENDS_RUN:
         return EndRun(_why_nobody(fault, state), name_models=fault.error == "not_found")

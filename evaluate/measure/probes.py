@@ -126,7 +126,7 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
 
 
 def _asked_in(run: RunDir) -> Iterator[Prompt | Kept]:
-    """The prompts of the run, and those of kept rows: of an earlier recipe there may be more than it asks now."""
+    """The prompts of the run, and those of its kept rows: an earlier recipe may have asked more."""
     if run.prompts.is_file():
         yield from read_jsonl(run.prompts, Prompt)
     if run.kept.is_file():

@@ -302,8 +302,8 @@ def _notes(
     """What a reader must know to read the figures right; `scores` are of the rows that every model was scored on."""
     yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
     yield from filter(None, [plan.probes.note, problem])
-    if _filtered(plan.run) != _filtered(RunDir(plan.run.student)):
-        yield "The answers were filtered again after the student was trained: what was dropped is of the later filters."
+    if _filtering(plan.run) != _filtering(RunDir(plan.run.student)):
+        yield "The answers were filtered again after the student was trained: the drops shown are not of its rows."
     if results.scored:
         kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
         yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
@@ -318,9 +318,9 @@ def _notes(
         )
 
 
-def _filtered(run: RunDir) -> list[Any]:
-    """What the filters did, by a lineage."""
-    section = read_lineage(run).get("filters", {})
+def _filtering(folder: RunDir) -> list[Any]:
+    """The rules and counts of the filters, by the lineage in a run's or a student's folder."""
+    section = read_lineage(folder).get("filters", {})
     return [section.get(name) for name in ("rules", "rows", "kept")]
 
 

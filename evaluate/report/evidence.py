@@ -71,7 +71,7 @@ def gather(recipe: Recipe, run: RunDir, report: Report | None) -> Evidence:
 
 
 def _checks(run: RunDir) -> list[Check]:
-    """The checks of the student's training, or of one that left no student; checks.json is of the last call."""
+    """The checks of the student that is there; without one those of the last training, from checks.json."""
     if found := trained_section(run.student).get("checks"):
         return msgspec.convert(found, list[Check])
     trained = read_json(run.checks, TrainChecks, "train again (--again)")

@@ -432,6 +432,7 @@ def test_an_answer_that_the_server_broke_off_is_asked_again(run: RunDir, body: b
         (json.dumps({"odd": "값"}).encode("utf-16"), "no_choices"),
         (b'{"odd": "\xed\xa0\xbd"}', "no_choices"),  # half a surrogate pair, not escaped
         (b'{"error": "\xed\xa0\xbd"}', "error_in_answer"),
+        (b'{"error": {}}', "error_in_answer"),
         (json.dumps([1]).encode("utf-32"), "wrong_shape"),
         (b'["\xed\xa0\xbd"]', "wrong_shape"),
     ],

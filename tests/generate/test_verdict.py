@@ -129,7 +129,7 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "401": ([error(401)], {}),
     "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
-    "any of these while another endpoint is up": (
+    "401, 404, 405 or a redirect while another endpoint is up": (
         [error(401), error(404), error(405), error(308)],
         {**LAST, "others_up": True},
     ),

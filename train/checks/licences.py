@@ -91,7 +91,12 @@ def terms_of(reference: str, card_licence: str | None = None, stated: str | None
 
 def strictest(teachers: Mapping[str, Terms | None]) -> str:
     """The model, of several that taught with their terms, whose terms ask the most; the first of equals."""
-    return max(teachers, key=lambda model: STRICTNESS.index(terms.verdict if (terms := teachers[model]) else None))
+
+    def strictness(model: str) -> int:
+        terms = teachers[model]
+        return STRICTNESS.index(terms.verdict if terms else None)
+
+    return max(teachers, key=strictness)
 
 
 def licence_check(teacher: str, terms: Terms | None, student: str) -> Check:

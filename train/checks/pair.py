@@ -57,15 +57,20 @@ def pair_checks(
     if any(row.tools or row.tool_calls for row in rows):
         yield tools_check(tokenizer)
     yield chain_check(teacher, files, card, allowed=allow_chain)
-    terms = teachers_terms(recipe, lineage)
-    yield licence_check(asks_most := strictest(terms), terms[asks_most], recipe.student.model)
+    terms = teachers_terms(recipe, lineage, card)
+    decisive = strictest(terms)
+    yield licence_check(decisive, terms[decisive], recipe.student.model)
 
 
-def teachers_terms(recipe: Recipe, lineage: Mapping[str, Any]) -> dict[str, Terms | None]:
-    """The terms of the recipe's teacher, and of those before it whose answers the run holds."""
-    teachers = [recipe.teacher.model, *lineage.get("generate", {}).get("teacher", {}).get("earlier", [])]
-    stated = recipe.train.teacher_licence
-    return {name: terms_of(name, read_card(known_files(name)).licence, stated) for name in teachers}
+def teachers_terms(recipe: Recipe, lineage: Mapping[str, Any], card: Card | None = None) -> dict[str, Terms | None]:
+    """The terms of the recipe's teacher, and of those before it whose answers the run holds.
+
+    `card`: the card of the recipe's teacher, where it is read already.
+    """
+    earlier = lineage.get("generate", {}).get("teacher", {}).get("earlier", [])
+    cards = {recipe.teacher.model: card or read_card(known_files(recipe.teacher.model))}
+    cards |= {name: read_card(known_files(name)) for name in earlier}
+    return {name: terms_of(name, own.licence, recipe.train.teacher_licence) for name, own in cards.items()}
 
 
 def size_check(teacher: int | None, student: int | None) -> Check:
