@@ -163,11 +163,11 @@ async def test_what_workers_count_by_server_is_shown_and_in_the_lineage(run: Run
 
         async def look(driver: Driver) -> None:
             await until(driver, 40)
-            cluster.kill(next(iter(cluster.actors.values())))
+            name, actor = next(iter(cluster.actors.items()))
+            cluster.kill(actor)
             while len(cluster.actors) < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            lost = next(iter(cluster.actors))
-            seen.append(driver._run.counters.gathered[lost])
+            seen.append(driver._run.counters.gathered[name])
             await until(driver, 150)
             metrics = {one.name: one.samples for one in _Collector(driver._run.counters, lambda: None).collect()}
             seen.append(metrics)
@@ -182,7 +182,11 @@ async def test_what_workers_count_by_server_is_shown_and_in_the_lineage(run: Run
     limits = {one.labels["endpoint"]: one.value for one in metrics["distillate_in_flight_limit"]}
     assert limits == dict.fromkeys(asked, 4)
     counted = {url: one.answered for url, one in summary.endpoints.items()}
-    assert all(asked[url] - 8 <= counted[url] <= asked[url] for url in asked)  # but those of the last half-beat
+    killed = next(iter(cluster.actors.values())).worker._counters.endpoints
+    (of_killed,) = killed  # each had one server
+    unreported = {of_killed: killed[of_killed].answered - lost[of_killed]["answered"] + 4}  # and what it had in flight
+    for url, number in asked.items():
+        assert counted[url] <= number <= counted[url] + unreported.get(url, 0) + 1  # and what was busy
     assert sum(one.retries.get("server_error", 0) for one in summary.endpoints.values()) == 1
     lines = read_lineage(run)["generate"]["last_call"]["by_endpoint"]
     assert lines == {url: {"answered": number, "completion_tokens": 5 * number} for url, number in counted.items()}
