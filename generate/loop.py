@@ -9,6 +9,7 @@ journals of its run, and nothing else.
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from math import inf
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from generate.verdict import (
 from pipeline.errors import AllRefused, DistillError
 from pipeline.records import Failure, Usage
 
-GRACE_S = 5.0  # how long requests in flight may still end when the run is to stop
+GRACE_S = 5.0  # how long requests in flight may still end when the user stops the run, or their server is down
 SYNC_INTERVAL_S = 1.0  # at most this much is lost in a power cut
 SHOW_INTERVAL_S = 0.25
 LONGEST_WAIT_S = 3600.0  # then the scheduler looks again, whatever it waits for
@@ -73,7 +74,7 @@ class Loop:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
-        self._at_once = False  # without a grace for what is in flight
+        self._waits_until = inf  # time.monotonic; once the run is to end, for what is in flight
         # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
         self._held_back: list[list[Failure]] | None = []
 
@@ -97,9 +98,13 @@ class Loop:
 
         True for the first call.
         """
-        first = self._ended_by is None
-        self._end(KeyboardInterrupt(), at_once=not first)
+        first = self._waits_until == inf
+        self._end(KeyboardInterrupt(), grace_s=GRACE_S if first else 0.0)
         return first
+
+    def close(self) -> None:
+        """Ends the run: nothing new, and all that is in flight is awaited."""
+        self._end(KeyboardInterrupt())
 
     def look_again(self) -> None:
         """Jobs have arrived, or an endpoint's limits or the budget have moved."""
@@ -110,10 +115,10 @@ class Loop:
         """Requests that may be in flight now."""
         return sum(endpoint.limit for endpoint in self._fleet.endpoints)
 
-    def _end(self, why: BaseException, *, at_once: bool = False) -> None:
-        """The run is to end; the first reason stands."""
+    def _end(self, why: BaseException, *, grace_s: float = inf) -> None:
+        """The run is to end, for the first reason given, and waits so long for what is in flight."""
         self._ended_by = self._ended_by or why
-        self._at_once = self._at_once or at_once
+        self._waits_until = min(self._waits_until, monotonic() + grace_s)
         self._changed.set()
 
     async def _send_all(self) -> None:
@@ -208,7 +213,7 @@ class Loop:
         await self._carry_out(verdict, attempt, fault, now)
 
     async def _carry_out(self, verdict: Verdict, attempt: Attempt, fault: Fault, now: float) -> None:
-        job, endpoint = attempt.job, attempt.endpoint
+        job, endpoint, counters = attempt.job, attempt.endpoint, self._run.counters
         match verdict:
             case Pause():
                 endpoint.pause(verdict, fault, attempt.sent, now)
@@ -232,7 +237,10 @@ class Loop:
                     self._run.record_failures(*failures)
             case EndRun():
                 if not self._ended_by:  # of many at once the first is told
-                    self._end(DistillError(verdict.message))
+                    # Answers in flight are paid for; those of a server that is down may never come.
+                    self._end(DistillError(verdict.message), grace_s=GRACE_S if endpoint.down_since else inf)
+                    if counters.in_flight:
+                        self._run.say(f"nothing new goes out; waiting for {counters.in_flight} requests in flight")
                     if verdict.name_models:
                         self._ended_by = DistillError(verdict.message + await endpoint.client.describe_models())
 
@@ -284,7 +292,7 @@ class Loop:
         """A task is over: there may be room. One that broke (a full disk) ends the run at once."""
         self._in_flight.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._end(error, at_once=True)
+            self._end(error, grace_s=0.0)
         self._changed.set()
 
     async def _change(self, within_s: float | None) -> None:
@@ -295,9 +303,8 @@ class Loop:
         self._changed.clear()
 
     async def _drain(self) -> None:
-        """Waits for what is in flight: for GRACE_S at most, and not at all once the run is to end at once."""
-        deadline = monotonic() + GRACE_S
-        while self._in_flight and not self._at_once and (left_s := deadline - monotonic()) > 0:
+        """Waits for what is in flight."""
+        while self._in_flight and (left_s := self._waits_until - monotonic()) > 0:
             await self._change(left_s)
 
     async def _sync_journals(self) -> None:

@@ -6,9 +6,10 @@ their sum, and stops them. When parts of the budget are spent, or all requests o
 sends what is left: the run ends as it would end in one process.
 
 A child reads its pickled work from stdin and writes JSON lines to stdout: `["counters", {…}]` four times per second,
-`["say", message]`, or `[class of an error, its message]`. SIGUSR1 stops it as Ctrl-C stops a run; SIGTERM, which a
-system may send to all processes, is for the parent. The end of stdin, when its parent has died, stops it at once. It
-inherits the run's lock, which stays held until the last child is gone.
+`["say", message]`, or `[class of an error, its message]`. SIGUSR1 stops it as Ctrl-C stops a run; after SIGUSR2, when
+another child cannot go on, it waits for all that it has in flight; SIGTERM, which a system may send to all processes,
+is for the parent. The end of stdin, when its parent has died, stops it at once. It inherits the run's lock, which
+stays held until the last child is gone.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
 LINE_BYTES = 1 << 20
-STOP = signal.SIGUSR1
+STOP, END = signal.SIGUSR1, signal.SIGUSR2
 
 
 async def send_from_workers(run: Run, *, signals: bool) -> Outcome:
@@ -107,7 +108,7 @@ class _Workers:
             else:
                 self._failed.append(getattr(errors, kind, DistillError)(said))
                 if not self._only_of_parts():
-                    self.signal(STOP)
+                    self.signal(END)
         return await child.wait()
 
 
@@ -168,7 +169,8 @@ def _send_partition(recipe: Recipe, folder: RunDir, partition: Partition, retry_
         try:
             outcome = run_loop(_send(run))
         finally:
-            signal.signal(STOP, signal.SIG_IGN)  # it has ended: a stop must not cost the last counts
+            for number in (STOP, END):
+                signal.signal(number, signal.SIG_IGN)  # it has ended: a stop must not cost the last counts
             run.budget.save()
             run.show()
         if outcome and not isinstance(outcome, KeyboardInterrupt):
@@ -186,6 +188,7 @@ async def _send(run: Run) -> Outcome:
 
         events.add_reader(sys.stdin, parent_gone)
         events.add_signal_handler(STOP, loop.interrupt)
+        events.add_signal_handler(END, loop.close)
         return await loop.run()
 
 

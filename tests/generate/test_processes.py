@@ -1,5 +1,6 @@
 """`generate.processes`: one run over several processes, and what is left when any of them dies."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,14 +12,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from aiohttp import web
 
+from generate.jobs import Partition, build_jobs
 from generate.journal import Journal
+from generate.prompts import iter_prompts
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError
 from pipeline.records import Completion, read_jsonl
 from pipeline.rundir import RunDir
 from tests.generate.test_cli import finish, start, until_answered
 from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
     MisbehavingServer,
     answer,
     completions,
@@ -164,6 +170,32 @@ def test_a_second_interrupt_stops_all_at_once(run: RunDir, tmp_path: Path, monke
     assert not completions(run)
 
 
+def test_when_one_cannot_go_on_what_the_others_have_in_flight_is_waited_for(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import generate.loop\ngenerate.loop.GRACE_S = 0.0\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")  # in the run's own processes
+
+    of_first = list[str]()  # process; it cannot go on as soon as all have something in flight
+
+    def script(asked: Asked) -> Behaviour:
+        return refused if asked.text in of_first else answer(delay_s=3)
+
+    async def refused(request: web.Request, asked: Asked) -> web.StreamResponse:
+        while len(server.asked) < 8:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return await error(402)(request, asked)
+
+    with misbehaving(script) as server:
+        recipe = recipe_for(server, 400)
+        jobs = build_jobs(iter_prompts(recipe), recipe, Partition(0, 2))
+        of_first += [job.request.messages[-1].content for job in jobs]
+        code, _, err = finish(started(server, run))
+        assert len(server.asked) == 8
+    assert (code, "the quota is used up" in err) == (1, True)
+    assert len(completions(run)) == 4
+
+
 def until_asked(server: MisbehavingServer, count: int) -> None:
     """Waits until so many requests are in flight at the server."""
     deadline = time.monotonic() + 30
@@ -195,6 +227,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from generate.journal import Journal
+from generate.prompts import iter_prompts
 from pipeline.records import Completion
 import msgspec
 lines = [line for line in Path(sys.argv[2]).read_bytes().splitlines()]

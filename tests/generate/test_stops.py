@@ -159,13 +159,24 @@ def test_what_no_request_can_survive_stops_the_run_at_once(run: RunDir, bad: Beh
     assert not failures(run)
 
 
-def test_answers_in_flight_are_kept_when_the_run_is_stopped(run: RunDir) -> None:
-    def script(asked: Asked) -> Behaviour:
-        return error(401) if asked.text == "say 3" else answer(delay_s=0.3)
+def test_paid_answers_in_flight_are_waited_for_when_the_quota_ends(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("generate.loop.GRACE_S", 0.0)
+    with misbehaving(lambda asked: error(402) if asked.text == "say 3" else answer(delay_s=0.5)) as server:
+        with pytest.raises(DistillError, match="the quota is used up"):
+            generate(recipe_for(server, 8), run, quiet=True)
+        assert len(completions(run)) == 7
+    assert "nothing new goes out; waiting for 7 requests in flight" in capsys.readouterr().err
 
-    with misbehaving(script) as server, pytest.raises(DistillError):
-        generate(recipe_for(server, 8), run, quiet=True)
-    assert len(completions(run)) == 7
+
+@pytest.mark.timeout(60, method="thread")  # if it breaks it never ends
+def test_an_interrupt_ends_that_wait(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generate.loop.GRACE_S", 0.2)
+    with misbehaving(lambda asked: error(402) if asked.text == "say 3" else answer(delay_s=1000)) as server:
+        config = {"concurrency": 8, "request_timeout_s": 2000}
+        with interrupted_after(1), pytest.raises(DistillError, match="the quota is used up"):
+            generate(recipe_for(server, 8, generate=config), run, quiet=True)
 
 
 def test_nothing_at_the_url(run: RunDir) -> None:
