@@ -15,7 +15,7 @@ from generate.streaming import Heard, Refused, events, streaming_session
 from pipeline.address import is_loopback, is_private
 from pipeline.errors import DistillError
 from pipeline.reasoning import split_reasoning
-from pipeline.records import Json, Message, Prompt
+from pipeline.records import Message, Prompt, Usage
 
 LOOK_S = 0.25  # between two looks at a server that starts
 SEEDS = 1 << 31
@@ -99,13 +99,13 @@ def _job(model: Model, conversation: Sequence[Message]) -> Job:
     return next(build_jobs([Prompt(id="chat", messages=model.asked(conversation))], recipe))
 
 
-def _cost(model: Model, usage: Json) -> str:
+def _cost(model: Model, usage: Usage) -> str:
     """What the answer cost, in words."""
     teacher = model.recipe.teacher
     price = price_of(teacher)
     if price is None:
         return "own server" if is_private(teacher.url) else "price not known"
-    if not usage:
+    if usage.prompt_tokens is None or usage.completion_tokens is None:
         return "tokens not counted"
-    usd = price.cost(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0) / PICO
+    usd = price.cost(usage.prompt_tokens, usage.completion_tokens) / PICO
     return f"{usd:.6f} USD"

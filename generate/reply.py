@@ -119,7 +119,7 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
         return Fault("error_in_answer", words(str(reply.error)), 200)
     if not reply.choices:
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
-    choices, usage, model = reply.choices[:most], _usage(reply.usage), _text(reply.model)
+    choices, usage, model = reply.choices[:most], read_usage(reply.usage), _text(reply.model)
     said = [_said_by(choice.message) for choice in choices]
     usages = [usage] if len(choices) == 1 else _divided(usage, said)
     outcomes = [_read(*one, model, words) for one in zip(choices, said, usages, strict=True)]
@@ -210,7 +210,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _usage(said: Any) -> Usage:
+def read_usage(said: Any) -> Usage:
     """The tokens that the server counted; unknown where it says nothing, or what is no count."""
     try:
         usage = msgspec.convert(said or {}, _Usage, strict=False)
@@ -260,15 +260,17 @@ def _shares(total: int, weights: Sequence[int]) -> list[int]:
 def _said_by(message: _Message) -> _Parts:
     """What the model thought, wherever the server put it, and what it answered."""
     parts = [part for part in message.content if isinstance(part, dict)] if isinstance(message.content, list) else []
-    thoughts = [_joined(part.get("thinking")) for part in parts if part.get("type") == "thinking"]  # Mistral's models
-    content = message.content if isinstance(message.content, str) else _joined(parts)
+    thoughts = [
+        joined_text(part.get("thinking")) for part in parts if part.get("type") == "thinking"
+    ]  # Mistral's models
+    content = message.content if isinstance(message.content, str) else joined_text(parts)
     tagged, text = split_reasoning(content)
     said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
     calls = [call.json(number) for number, call in enumerate(message.tool_calls or (), start=1)]
     return _Parts(next((one.strip() for one in said if one and one.strip()), ""), text, calls)
 
 
-def _joined(content: Any) -> str:
+def joined_text(content: Any) -> str:
     """The text of a content of parts, or of a plain one."""
     if not isinstance(content, list):
         return _text(content) or ""

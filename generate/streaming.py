@@ -13,11 +13,11 @@ import aiohttp
 
 from generate.client import headers_of, words_of
 from generate.endpoint import TIMEOUT_WORKING_S
-from generate.reply import Fault, read_choices, read_error
+from generate.reply import Fault, joined_text, read_choices, read_error, read_usage
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
-from pipeline.records import Json
+from pipeline.records import Json, Usage
 
 SAID = ("content", "reasoning", "reasoning_content", "tool_calls")  # where a piece of what the model says may be
 
@@ -86,11 +86,12 @@ class Heard:
 
     def __init__(self) -> None:
         self.text, self.thought, self.pieces, self.first = "", "", 0, 0.0
-        self.finish_reason, self.usage = "unknown", Json()
+        self.finish_reason, self.usage = "unknown", Usage()
 
     def add(self, event: Json) -> str:
         """Takes an event in, and returns the text that it adds."""
-        self.usage = event.get("usage") or self.usage
+        if event.get("usage"):
+            self.usage = read_usage(event["usage"])
         choice = event["choices"][0] if event.get("choices") else {}
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         piece = choice.get("delta") or choice.get("message") or {}
@@ -98,14 +99,14 @@ class Heard:
             self.first = self.first or time.perf_counter()
             self.pieces += 1
         self.thought += str(piece.get("reasoning") or piece.get("reasoning_content") or "")
-        text = str(piece.get("content") or "")
+        text = joined_text(piece.get("content"))
         self.text += text
         return text
 
     @property
     def tokens(self) -> int:
         """As the server counts them, else the pieces that came; thoughts are tokens, too."""
-        return int(self.usage.get("completion_tokens") or self.pieces)
+        return self.usage.completion_tokens or self.pieces
 
 
 async def stream(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> Streamed:

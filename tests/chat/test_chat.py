@@ -84,10 +84,19 @@ def test_each_asking_has_a_seed_of_its_own() -> None:
 
 
 def test_a_server_that_does_not_stream_or_count_is_heard_too() -> None:
-    answers = iter([whole_answer("All at once."), streaming("a", "b", usage=False)])
+    answers = iter([whole_answer("All at once."), streaming("a", "b", usage=None)])
     with misbehaving(lambda asked: next(answers)) as server:
         assert hear(model_at(server.url), "hello")[0] == ["All at once."]
         assert hear(model_at(server.url), "hello")[1].tokens == 2
+
+
+def test_a_usage_that_is_no_count_and_a_text_of_parts_lose_no_answer() -> None:
+    price = {"teacher": {"model": "m", "price": {"input": 1.0, "output": 2.0}}}
+    parts = [{"type": "text", "text": "of "}, {"type": "text", "text": "parts"}]
+    with misbehaving(lambda asked: streaming(parts, usage={"completion_tokens": "many"})) as server:
+        price["teacher"]["base_url"] = server.url
+        pieces, last = hear(model_at(server.url, **price), "hello")
+    assert (pieces, last.text, last.tokens, last.cost) == (["of parts"], "of parts", 1, "tokens not counted")
 
 
 def test_a_refused_setting_is_left_out_and_other_refusals_are_said() -> None:

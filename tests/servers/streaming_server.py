@@ -8,8 +8,12 @@ from aiohttp import web
 
 from tests.servers.misbehaving_server import Asked, Behaviour
 
+COUNTED = {"prompt_tokens": 1000, "completion_tokens": 7}
 
-def streaming(*pieces: str, every_s: float = 0, reasoning: str = "", error: str = "", usage: bool = True) -> Behaviour:
+
+def streaming(
+    *pieces: object, every_s: float = 0, reasoning: str = "", error: str = "", usage: object = COUNTED
+) -> Behaviour:
     """Streams the pieces as vLLM does; after them, an `error` in place of the end."""
 
     async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
@@ -28,7 +32,7 @@ def streaming(*pieces: str, every_s: float = 0, reasoning: str = "", error: str 
             return response
         await send({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         if usage:
-            await send({"choices": [], "usage": {"prompt_tokens": 1000, "completion_tokens": 7}})
+            await send({"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
         return response
 
