@@ -260,9 +260,7 @@ def _shares(total: int, weights: Sequence[int]) -> list[int]:
 def _said_by(message: _Message) -> _Parts:
     """What the model thought, wherever the server put it, and what it answered."""
     parts = [part for part in message.content if isinstance(part, dict)] if isinstance(message.content, list) else []
-    thoughts = [
-        joined_text(part.get("thinking")) for part in parts if part.get("type") == "thinking"
-    ]  # Mistral's models
+    thoughts = [joined_text(part.get("thinking")) for part in parts if part.get("type") == "thinking"]  # Mistral
     content = message.content if isinstance(message.content, str) else joined_text(parts)
     tagged, text = split_reasoning(content)
     said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
