@@ -15,7 +15,8 @@ from benchmarks.measure import question
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
-from generate.run import Summary, generate
+from generate.run import generate
+from generate.summary import Summary
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, read_jsonl
 from pipeline.rundir import RunDir

@@ -25,7 +25,8 @@ from benchmarks.measure import flags, measured, one_of, several, show_records, s
 from benchmarks.ray_nodes import ray_cluster
 from benchmarks.runs import answer_ends, bodies, fresh
 from benchmarks.simulator import answer_tokens, ideal_ends
-from generate.run import Summary, generate
+from generate.run import generate
+from generate.summary import Summary
 from pipeline.cli import run_stage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir

@@ -13,7 +13,8 @@ from pathlib import Path
 from generate import dry_run
 from generate.progress import clock, requests_of
 from generate.prompts import iter_prompts
-from generate.run import Sender, Summary, generate
+from generate.run import Sender, generate
+from generate.summary import Summary
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError

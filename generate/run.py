@@ -7,31 +7,26 @@ generate.online, generate.workers or generate.batch; files that survive a kill a
 
 import asyncio
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import msgspec
 from rich.console import Console
 
 from generate.batch_files import COLLECTED, under_way
-from generate.budget import spent_by, spent_in
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
-from generate.journal import Contents, read_journal
+from generate.journal import read_journal
 from generate.metrics import served
 from generate.online import on_signals, run_loop, send_from_here
-from generate.prices import PICO, price_of
-from generate.progress import Counters, Display, EndpointCounts, requests_of
-from generate.prompts import grammar_size
-from generate.turns import described, passes, turn_folders
+from generate.progress import Counters, Display, requests_of
+from generate.summary import Summary, save, spent_of_run, sum_of_passes, summary_of
+from generate.turns import passes
 from generate.workers import send_from_workers
 from pipeline.errors import UsageError
-from pipeline.lineage import read_lineage, record_lineage, versions
+from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
 from pipeline.rundir import RunDir, replacing
@@ -44,24 +39,6 @@ class Sender(Protocol):
     """Sends all that a run has left, and says how that ended."""
 
     async def __call__(self, run: Run, *, signals: bool) -> Outcome: ...
-
-
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run has now, and what this call did. Tokens are as the server counted them, 0 where it did not."""
-
-    prompts: int
-    requests: int  # prompts × prompts.samples
-    completed: int  # in all
-    failed: int  # for good, in all, and not answered since; asked again only with `retry_failures`
-    resumed: int  # answered by an earlier call
-    answered: int  # by this call
-    prompt_tokens: int  # of this call
-    completion_tokens: int  # of this call
-    reasoning_tokens: int = 0  # of them
-    wall_s: float  # of this call
-    errors: dict[str, int]  # this call's failures by type
-    cost_usd: float | None = None  # of all calls; None where the teacher's price is not known
-    endpoints: dict[str, EndpointCounts] = {}  # what each has done in this call; of several passes, in the last one
 
 
 def generate(
@@ -99,8 +76,8 @@ def generate(
                         call.say(f"{path}")
                 elif outcome := run_loop(_send(call, display, signals=True, send=send)):
                     raise outcome
-            done.append(_summary(call))
-    return _whole(done, run)
+            done.append(summary_of(call))
+    return sum_of_passes(done, run)
 
 
 async def agenerate(
@@ -121,8 +98,8 @@ async def agenerate(
             with _opened(asking, folder, recipe, quiet=quiet, retry_failures=retry_failures) as (call, display):
                 if _has_work(call) and (outcome := await _send(call, display, signals=False)):
                     raise outcome
-            done.append(_summary(call))
-    return _whole(done, run)
+            done.append(summary_of(call))
+    return sum_of_passes(done, run)
 
 
 def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> tuple[Recipe, RunDir]:
@@ -182,9 +159,9 @@ def _opened(
             yield run, display
         except BaseException:
             with suppress(OSError):  # the disk may be what ended the run: that is the error to tell
-                _save(run)
+                save(run)
             raise
-        _save(run)
+        save(run)
 
 
 def _has_work(run: Run) -> bool:
@@ -200,7 +177,7 @@ async def _send(run: Run, display: Display, *, signals: bool, send: Sender | Non
         outcome = await _send_batches(run, signals=signals)
     else:
         send = send or (send_from_workers if config.processes > 1 else send_from_here)
-        with served(config, run.counters, lambda: _spent(run)["usd"]), display:
+        with served(config, run.counters, lambda: spent_of_run(run)["usd"]), display:
             outcome = await send(run, signals=signals)
     if isinstance(outcome, KeyboardInterrupt):
         left = "still to come" if config.mode == "batch" else "still to ask"
@@ -273,110 +250,3 @@ def _findings(run: Run) -> Iterator[str]:
             f"{counters.failed_before} requests failed for good earlier and are left alone; --retry-failures asks them "
             "again"
         )
-
-
-def _summary(run: Run) -> Summary:
-    counters = run.counters
-    return Summary(
-        prompts=counters.prompts,
-        requests=counters.total,
-        completed=counters.resumed + counters.answered,
-        failed=counters.without_answer,
-        resumed=counters.resumed,
-        answered=counters.answered,
-        prompt_tokens=counters.prompt_tokens,
-        completion_tokens=counters.completion_tokens,
-        reasoning_tokens=counters.reasoning_tokens,
-        wall_s=round(counters.seconds, 3),
-        errors=dict(counters.errors),
-        cost_usd=_spent(run)["usd"],
-        endpoints=counters.by_endpoint(),
-    )
-
-
-def _whole(passes: list[Summary], run: RunDir) -> Summary:
-    """The summary of a run of several passes: the last one, with what the others cost, and the requests they lost."""
-    *earlier, last = passes
-    lost = sum(one.failed for one in earlier)
-    unknown = any(one.cost_usd is None for one in passes)
-    return msgspec.structs.replace(
-        last,
-        requests=last.requests + lost,
-        failed=last.failed + lost,
-        prompt_tokens=sum(one.prompt_tokens for one in passes),
-        completion_tokens=sum(one.completion_tokens for one in passes),
-        reasoning_tokens=sum(one.reasoning_tokens for one in passes),
-        wall_s=round(sum(one.wall_s for one in passes), 3),
-        errors=dict(sum((Counter(one.errors) for one in passes), Counter())),
-        cost_usd=None if unknown else (last.cost_usd or 0) + spent_by(turn_folders(run)).cost / PICO,
-    )
-
-
-def _save(run: Run) -> None:
-    """Saves what was spent, and the run so far in lineage.json."""
-    run.budget.save()
-    recipe, counters, now, answers = run.recipe, run.counters, datetime.now(UTC), _answers(run)
-    nodes = msgspec.to_builtins(counters.nodes) or read_lineage(run.dir).get("generate", {}).get("nodes")
-    record_lineage(
-        run.dir,
-        "generate",
-        {
-            "teacher": {"asked": recipe.teacher.model, **_earlier(run), "served": sorted(answers.models)},
-            "endpoints": recipe.teacher.urls,
-            "sampling": recipe.sampling.fields(),
-            "prompts": {
-                "asked": counters.prompts,
-                "distinct": counters.distinct,
-                "samples": recipe.prompts.samples,
-                "grammar": grammar_size(recipe),
-            },
-            "requests": counters.total,
-            "completed": counters.resumed + counters.answered,
-            "failed": counters.without_answer,
-            "prompt_tokens": answers.prompt_tokens,
-            "completion_tokens": answers.completion_tokens,
-            "reasoning_tokens": answers.reasoning_tokens,
-            "spent": _spent(run),
-            **({"user": described(recipe.prompts.user, run.dir)} if recipe.prompts.user else {}),
-            **({"nodes": nodes} if nodes else {}),
-            "last_call": {
-                "started": (now - timedelta(seconds=counters.seconds)).isoformat(timespec="seconds"),
-                "ended": now.isoformat(timespec="seconds"),
-                "answered": counters.answered,
-                "failed": counters.failed,
-                "wall_s": round(counters.seconds, 3),
-                "by_endpoint": {
-                    name: {"answered": counts.answered, "completion_tokens": counts.completion_tokens}
-                    for name, counts in counters.by_endpoint().items()
-                },
-            },
-            "versions": versions("openai", "aiohttp", "uvloop", "msgspec", "tenacity"),
-        },
-    )
-
-
-def _earlier(run: Run) -> dict[str, list[str]]:
-    """The teachers that the recipe named before this one, and whose answers the run still holds."""
-    before = read_lineage(run.dir).get("generate", {})
-    teacher = before.get("teacher", {})
-    known = {*teacher.get("earlier", ()), *([teacher["asked"]] if before.get("completed") else [])}
-    others = sorted(known - {run.recipe.teacher.model}) if run.completions.found.ids else []
-    return {"earlier": others} if others else {}
-
-
-def _answers(run: Run) -> Contents:
-    """What completions.jsonl holds now, without its ids: what it held, and this call's answers."""
-    found, counters = run.completions.found, run.counters
-    return Contents(
-        models=found.models + Counter(counters.models),
-        prompt_tokens=found.prompt_tokens + counters.prompt_tokens,
-        completion_tokens=found.completion_tokens + counters.completion_tokens,
-        reasoning_tokens=found.reasoning_tokens + counters.reasoning_tokens,
-    )
-
-
-def _spent(run: Run) -> dict[str, Any]:
-    """Tokens and USD of all calls, with what failed attempts may have cost; USD is None while no price is known."""
-    spent = spent_in(run.dir, _answers(run))
-    price = price_of(run.recipe.teacher, run.recipe.generate.mode)
-    return {"tokens": spent.tokens, "usd": spent.cost / PICO if price or spent.cost else None}

@@ -24,8 +24,9 @@ from generate.context import asked_rows
 from generate.dialect import Dialect
 from generate.jobs import build_jobs
 from generate.online import run_loop
-from generate.run import Summary, generate
+from generate.run import generate
 from generate.streaming import stream, streaming_session
+from generate.summary import Summary
 from pipeline.errors import DistillError
 from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
 from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl

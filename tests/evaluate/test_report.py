@@ -24,9 +24,9 @@ from evaluate.document import (
     number,
 )
 from evaluate.measure.results import Results
-from evaluate.report.assemble import _probe_notes
 from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
+from evaluate.report.notes import of_probes
 from evaluate.report.tables import VERDICTS, nodes, print_report, probes, promise, wins
 from pipeline.recipe import Recipe
 from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report, verified_report
@@ -159,7 +159,7 @@ def test_prompts_that_some_model_lacks_an_answer_or_a_score_for_are_told() -> No
     recipe = Recipe(name="t", teacher={"model": "m"}, prompts={"template": "{a}", "slots": {"a": ["x"]}, "count": 1})
     probes = ProbeSet(source="test", seen=64, unseen=0, answered=64, judge="j", judged=64)
     few = msgspec.structs.replace(probes, answered=60, judged=32)
-    whole, notes = (list(_probe_notes(recipe, Results({}, {}, {}, {}, {}, {}), own)) for own in (probes, few))
+    whole, notes = (list(of_probes(recipe, Results({}, {}, {}, {}, {}, {}), own)) for own in (probes, few))
     assert [note for note in notes if note not in whole] == [
         "The probes' figures are over the 60 of 64 that every model answered.",
         "The judge's means are over the 32 of 60 prompts for which it scored every model.",

@@ -9,7 +9,7 @@ import pytest
 from filters.evolve import evolve
 from filters.judge import judge_rows
 from generate.context import Run
-from generate.run import _save as save
+from generate.summary import save
 from pipeline.errors import BudgetReached
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Message
@@ -36,7 +36,7 @@ def dies_in_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             raise KeyboardInterrupt
         save(call)
 
-    monkeypatch.setattr("generate.run._save", killed)
+    monkeypatch.setattr("generate.run.save", killed)
     return monkeypatch
 
 

@@ -12,8 +12,8 @@ import yaml
 
 from generate.__main__ import main
 from generate.context import Run
-from generate.run import _save as save
 from generate.run import agenerate, generate, pending
+from generate.summary import save
 from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
@@ -196,7 +196,7 @@ def test_a_pass_that_was_killed_before_its_lineage_counts_in_the_budget(
 
     with misbehaving(reply_of("teacher")) as teacher, misbehaving(reply_of("user")) as user:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("generate.run._save", killed)
+            patch.setattr("generate.run.save", killed)
             generate(limited(40), run, quiet=True)
         assert (len(teacher.asked), len(user.asked)) == (40, 40)
         with pytest.raises(BudgetReached):

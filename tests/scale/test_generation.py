@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from generate.budget import SharedBudget
-from generate.run import Summary, _opened, _summary
+from generate.run import _opened
+from generate.summary import Summary, summary_of
 from pipeline.errors import BudgetReached, DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
@@ -103,7 +104,7 @@ async def drive(
             await task
         if outcome:
             raise outcome
-    return _summary(call)
+    return summary_of(call)
 
 
 def whole(run: RunDir, count: int) -> bool:

@@ -1,0 +1,124 @@
+"""What a reader must know to read the figures right, in sentences: on what, how, and how far they can be trusted."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from evaluate.document import ProbeSet, Rows, Scope
+from evaluate.figures.accuracy import VerifiedAnswers
+from evaluate.figures.quality import FEW, PROMPTS_TO_DIFFER
+from evaluate.figures.statistics import Figures
+from evaluate.measure.results import Plan, Results, RowScore
+from pipeline.chat import told_in_words
+from pipeline.lineage import read_lineage
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from pipeline.students import AFTER, TEACHER
+from serve.command import KV_TOKENS
+
+SOURCES = {
+    "slots": "new combinations of the recipe's slot values, which no prompt of the run had",
+    "file": "the prompts of evaluate.probes_file",
+    "test": "test prompts, whether the filters kept the teacher's answers or not",
+}
+
+
+def of_rows(
+    plan: Plan, results: Results, problem: str, rows: Rows, scores: Mapping[str, Sequence[RowScore]]
+) -> Iterator[str]:
+    """Of perplexity and its rows; `scores` are of those that every model was scored on."""
+    yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
+    yield from filter(None, [plan.probes.note, problem])
+    if _filtering(plan.run) != _filtering(RunDir(plan.run.student)):
+        yield "The answers were filtered again after the student was trained: the drops shown are not of its rows."
+    if results.scored:
+        kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
+        yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
+        if TEACHER in scores:
+            yield "These answers are the teacher's own, which favours the teacher."
+        if len({tuple(score.tokens for score in own) for own in scores.values()}) > 1:
+            yield "The models' tokenizers differ: compare teacher and student by bits per character."
+    if rows.teacher_answers:
+        yield (
+            f"The filters kept {rows.teacher_kept:,} of the teacher's {rows.teacher_answers:,} answers to the test "
+            f"prompts ({rows.teacher_kept / rows.teacher_answers:.1%}). Perplexity is of the kept ones only."
+        )
+
+
+def _filtering(folder: RunDir) -> list[Any]:
+    """The rules and counts of the filters, by the lineage in a run's or a student's folder."""
+    section = read_lineage(folder).get("filters", {})
+    return [section.get(name) for name in ("rules", "rows", "kept")]
+
+
+def of_right_answers(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]:
+    """Of the right answers: what was asked, how, and how far they can be trusted."""
+    if not verified:
+        yield from ["The answers were not verified: no model was served."] * bool(plan.verify.rules)
+        return
+    recipe, rules = plan.recipe, ", ".join(rule.label for rule in plan.verify.rules)
+    count, unseen = (len(verified.prompts.get(part, [])) for part in ("verified", "verified_unseen"))
+    groups = len({verified.groups[prompt.id] for prompt in verified.prompts.get("verified", [])})
+    asked = f"{count} test prompts" + (f" of {groups} groups" if groups < count else "")
+    asked += f" and {unseen} of evaluate.probes_file" if unseen else ""
+    intervals = "The bootstrap draws whole groups" if groups < count else "Shares have Wilson's interval"
+    yield (
+        f"Right answers, by {rules}: {asked}, set apart before anything was filtered; temperature 0, at most "
+        f"{recipe.sampling.max_tokens} tokens. {intervals}; differences and ratios are paired."
+    )
+    if count + unseen < (wanted := len(plan.questions.all)):
+        yield f"Right answers are over the {count + unseen} of {wanted} prompts that every model answered."
+    if told := told_in_words(recipe.teacher):
+        yield f"The teacher alone is told {told}; a student is not, unless its column says told."
+    if TEACHER not in verified.answers:
+        yield "The teacher was not asked: its weights are not here (see evaluate.ask_teacher)."
+
+
+def of_probes(recipe: Recipe, results: Results, probes: ProbeSet | None) -> Iterator[str]:
+    """Of the prompts that every model answered, and their judge."""
+    if probes is None:
+        yield "Probes were not answered."
+        return
+    what = [f"{probes.seen} prompts, {SOURCES[probes.source]}"] if probes.seen else []
+    if probes.unseen:
+        values = ", ".join(value for values in probes.unseen_values.values() for value in values)
+        what.append(f"{probes.unseen} with values never seen ({values})")
+    yield f"Probes: {'; and '.join(what)}. Each model answered once, with the recipe's sampling."
+    if probes.answered < (asked := probes.seen + probes.unseen):
+        yield f"The probes' figures are over the {probes.answered} of {asked} that every model answered."
+    if not recipe.filters.rules:
+        yield "The recipe has no rules, so no share passes them."
+    if TEACHER not in results.probed:
+        yield "The teacher did not answer the probes: its weights are not here (see evaluate.ask_teacher)."
+    if probes.judge is None:
+        yield "No judge: scores and win rates were not measured."
+    else:
+        itself = ", which is the teacher and favours its own answers" if probes.judge_is_teacher else ""
+        yield f"Judge: {probes.judge}{itself}. A win is a win in both orders; anything else is a tie."
+        if probes.judged < probes.answered:
+            told = f"{probes.judged} of {probes.answered} prompts"
+            yield f"The judge's means are over the {told} for which it scored every model."
+
+
+def of_few_prompts(figures: Mapping[Scope, Figures]) -> Iterator[str]:
+    """Of differences that too few prompts stand behind."""
+    counts = [one.prompts for models in figures.values() for one in models.get(AFTER, {}).values()]
+    if min(counts, default=PROMPTS_TO_DIFFER) < PROMPTS_TO_DIFFER:
+        yield f"No figure over {FEW} is called better or worse: its interval is too narrow."
+
+
+def of_speed(recipe: Recipe, results: Results) -> Iterator[str]:
+    """Of speed and peak memory."""
+    if not results.timed:
+        yield "Speed and peak memory were not measured."
+        return
+    kv, wanted = recipe.serve.kv_cache_gib, recipe.evaluate
+    pool = f"a KV cache of {kv:g} GiB each" if kv else f"a KV cache for up to {KV_TOKENS:,} tokens each"
+    yield (
+        f"Speed: vLLM with the same settings on this machine, at most {wanted.speed_max_tokens} tokens per answer. "
+        f"Saturated: {wanted.speed_concurrency} requests in flight, the median of {wanted.speed_repeats} timings of "
+        f"{wanted.speed_requests} requests. Alone: {wanted.speed_alone} requests, one after the other."
+    )
+    if all(result.device == "cpu" for result in results.timed.values()):
+        yield f"Peak memory is the whole server's: weights, vLLM itself, {pool}."
+    else:
+        yield "Peak memory is not given: on a GPU vLLM takes the share it is told to. Compare the weights."
