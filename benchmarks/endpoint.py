@@ -76,8 +76,8 @@ async def sweep(recipe: Recipe, levels: list[int], seconds: float, found: list[L
         for concurrency in levels:
             try:
                 found.append(await measure(session, recipe, requests, concurrency, seconds))
-            except (DistillError, aiohttp.ClientError, TimeoutError) as error:
-                why = f"{concurrency} in flight: {str(error) or type(error).__name__}"
+            except DistillError as error:
+                why = f"{concurrency} in flight: {error}"
                 if not found:
                     raise DistillError(why) from None
                 print(f"{why}; the levels measured before are kept", file=sys.stderr)

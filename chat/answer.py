@@ -45,7 +45,7 @@ async def answer(model: Model, conversation: Sequence[Message], turn: asyncio.Lo
     """Asks a model, and yields its answer piece by piece; the last piece is an Answered.
 
     Waits for its server. Models on this machine are asked one after the other (`turn`), so that none slows another
-    down. Raises Refused, or what aiohttp raises. Close the generator to stop the answer.
+    down. Raises DistillError (Refused) where none comes, or not all of it. Close the generator to stop the answer.
     """
     while model.state == "starting":  # noqa: ASYNC110  # another thread sets it
         await asyncio.sleep(LOOK_S)

@@ -11,7 +11,6 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
 
-import aiohttp
 import msgspec
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
@@ -87,10 +86,10 @@ async def _lines(model: Model, conversation: Sequence[Message], turn: asyncio.Lo
                     yield _line({"whole": piece.text, "reasoning": piece.reasoning, "figures": piece.figures})
                 else:
                     yield _line({"text": piece})
-    except (DistillError, aiohttp.ClientError, OSError, ValueError) as error:
+    except DistillError as error:
         ended = model.server is not None and model.server.wait(0) is not None
         said = model.server.failure("while it was asked") if ended and model.server else error
-        yield _line({"error": str(said) or type(said).__name__})
+        yield _line({"error": str(said)})
 
 
 def _line(event: Json) -> str:

@@ -6,7 +6,6 @@ import re
 import time
 from contextlib import aclosing
 
-import aiohttp
 from rich.console import Console
 
 from chat.answer import LOOK_S, Answered, answer
@@ -66,6 +65,6 @@ def _ask(model: Model, conversation: list[Message], console: Console) -> str:
         return asyncio.run(show())
     except KeyboardInterrupt:
         console.print("\nstopped", style="dim")
-    except (DistillError, aiohttp.ClientError, OSError, ValueError) as error:
-        console.print(f"\nerror: {CONTROL.sub('', str(error)) or type(error).__name__}", style="red")
+    except DistillError as error:
+        console.print(f"\nerror: {CONTROL.sub('', str(error))}", style="red")
     return "".join(said)

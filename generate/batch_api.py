@@ -3,6 +3,7 @@
 HTTP only: what a batch means for a run is in generate.batch. Every message from here has its secrets hidden.
 """
 
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from openai.types import Batch
 
 from generate.client import headers_of, words_of
 from generate.endpoint import TIMEOUT_S
-from pipeline.address import is_loopback
+from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.rundir import replacing
@@ -40,8 +41,9 @@ class BatchApi:
             base_url=teacher.url,
             default_headers={name: value for name, value in headers_of(teacher).items() if name not in own},
             default_query=dict(teacher.query),
-            # The proxy of the environment is never for a server on this machine.
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(teacher.url)),
+            http_client=openai.DefaultAsyncHttpxClient(  # proxy and certificates as in generate.client
+                proxy=proxy_of(teacher.url), verify=ssl.create_default_context(), trust_env=False
+            ),
             max_retries=0,  # a request that may have arrived is not sent again without looking
             timeout=recipe.generate.request_timeout_s or TIMEOUT_S,
         )

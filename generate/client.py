@@ -71,7 +71,8 @@ class Client:
         """
         self.url = url
         self.key = f"{teacher.api_key_env} {'holds a key that it refuses' if teacher.api_key() else 'is not set'}"
-        self._on_headers, self._words, self._section = on_headers, words_of(teacher), teacher.section
+        self._on_headers, self._words = on_headers, words_of(teacher)
+        self._section, self._model = teacher.section, teacher.model
         self._chat = URL(f"{url}/chat/completions").update_query(teacher.query)
         self._models = URL(f"{url}/models").update_query(teacher.query)
         self._metrics = URL(f"{url.removesuffix('/v1')}/metrics")
@@ -117,7 +118,10 @@ class Client:
             names = []
         if not names:
             return f"; it lists no models: check {self._section}.base_url"
-        return f"; it lists {self._words(', '.join(map(str, names)))}: set {self._section}.model to one of them"
+        listed = f"; it lists {self._words(', '.join(map(str, names)))}"
+        if self._model in names:
+            return f"{listed}: check {self._section}.base_url"
+        return f"{listed}: set {self._section}.model to one of them"
 
     async def metrics(self) -> str:
         """What the server says at `/metrics`; empty if it says nothing."""
@@ -157,6 +161,8 @@ def read_exception(error: BaseException, timeout_s: float, words: Callable[[str]
         said = words(error.os_error.strerror or str(error.os_error))
         through = "the proxy of the environment: " if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
         return Fault("unreachable", through + said)
+    if isinstance(error, aiohttp.ClientHttpProxyError):  # nothing went on to the endpoint
+        return Fault("unreachable", f"the proxy of the environment answers {error.status}: {words(error.message)}")
     message = words(str(error)) or type(error).__name__
     if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
         return Fault("unreachable", message)
@@ -211,4 +217,6 @@ def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
     else:
         key = "" if teacher.api_key() else f"; {teacher.api_key_env}, which holds its key, is not set either"
         fix = f"check {teacher.section}.base_url, the network and the proxy{key}"
+    if "certificate" in why.lower():
+        fix = "name the file with its authority's certificate in SSL_CERT_FILE"
     return DistillError(f"no endpoint at {url} ({why}); {fix}")

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import accumulate, pairwise
 from time import time
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
 from pipeline.conversation import ToolCall
 from pipeline.reasoning import split_reasoning
 from pipeline.records import Json, Usage
+
+Shape = TypeVar("Shape")
 
 MESSAGE_CHARS = 1000  # of a server's words, kept in an error
 BROKEN_OFF = ("error", "abort")  # finish reasons of vLLM, SGLang and gateways: the answer is not whole
@@ -110,7 +112,7 @@ def read_answer(body: bytes, words: Callable[[str], str] = shortened) -> Answer 
 
 def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int = 1) -> Choices | Fault:
     """The choices in a reply of success, the first `most` of them, or why there are none."""
-    reply = _decode(body, words)
+    reply = decode(_decoder, body, words)
     if isinstance(reply, Fault):
         return reply
     if reply.error or (
@@ -155,6 +157,8 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
     message = words(said.message) or "no words"
     if status < 400:
         return Fault("not_found", words(f"it redirects to {headers.get('location', 'nowhere')}"), status)
+    if status == 407:
+        return Fault("unreachable", f"the proxy of the environment answers 407: {message}", status)
     if status == 402 or (status == 429 and (said.code in QUOTA_CODES or said.type in QUOTA_CODES)):
         return Fault("insufficient_quota", message, status)
     if status == 429:
@@ -166,20 +170,27 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
     return Fault(kind, message, status, parameter=said.param)
 
 
-def retry_after(headers: Mapping[str, str], now: float | None = None) -> float:
-    """Seconds to wait as the server asks: `retry-after-ms`, or `Retry-After` in seconds or as a date; else 0."""
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds to wait as the server asks: `retry-after-ms`, or `Retry-After` in seconds or as a date; else 0.
+
+    A date is held against the server's own clock (`Date`): this machine's may be wrong.
+    """
     try:
         if "retry-after-ms" in headers:
             seconds = float(headers["retry-after-ms"]) / 1000
         else:
             seconds = float(headers.get("retry-after", 0))
     except ValueError:
-        try:
-            moment = parsedate_to_datetime(headers.get("retry-after", ""))
-        except (ValueError, OverflowError):
-            return 0
-        seconds = moment.timestamp() - (time() if now is None else now)
+        moment = _moment(headers.get("retry-after", ""))
+        seconds = moment - (_moment(headers.get("date", "")) or time()) if moment else 0
     return seconds if 0 < seconds < float("inf") else 0
+
+
+def _moment(date: str) -> float | None:
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 class _Said(NamedTuple):
@@ -259,11 +270,8 @@ def _shares(total: int, weights: Sequence[int]) -> list[int]:
 
 def _said_by(message: _Message) -> _Parts:
     """What the model thought, wherever the server put it, and what it answered."""
-    parts = [part for part in message.content if isinstance(part, dict)] if isinstance(message.content, list) else []
-    thoughts = [joined_text(part.get("thinking")) for part in parts if part.get("type") == "thinking"]  # Mistral
-    content = message.content if isinstance(message.content, str) else joined_text(parts)
-    tagged, text = split_reasoning(content)
-    said = (_text(message.reasoning), _text(message.reasoning_content), "".join(thoughts), tagged)
+    tagged, text = split_reasoning(joined_text(message.content))
+    said = (_text(message.reasoning), _text(message.reasoning_content), thinking_text(message.content), tagged)
     calls = [call.json(number) for number, call in enumerate(message.tool_calls or (), start=1)]
     return _Parts(next((one.strip() for one in said if one and one.strip()), ""), text, calls)
 
@@ -272,8 +280,17 @@ def joined_text(content: Any) -> str:
     """The text of a content of parts, or of a plain one."""
     if not isinstance(content, list):
         return _text(content) or ""
-    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    return "".join(_text(part.get("text")) or "" for part in parts)
+    return "".join(_text(part.get("text")) or "" for part in _parts(content, "text"))
+
+
+def thinking_text(content: Any) -> str:
+    """What the model thought, from a content of parts (Mistral's models)."""
+    return "".join(joined_text(part.get("thinking")) for part in _parts(content, "thinking"))
+
+
+def _parts(content: Any, kind: str) -> list[Json]:
+    parts = content if isinstance(content, list) else []
+    return [part for part in parts if isinstance(part, dict) and part.get("type") == kind]
 
 
 def _why_empty(finish_reason: str, reasoning: str, usage: Usage) -> str:
@@ -285,9 +302,10 @@ def _why_empty(finish_reason: str, reasoning: str, usage: Usage) -> str:
     return why
 
 
-def _decode(body: bytes, words: Callable[[str], str]) -> _Reply | Fault:
+def decode(decoder: msgspec.json.Decoder[Shape], body: bytes, words: Callable[[str], str]) -> Shape | Fault:
+    """The JSON of a reply or of an event of it, or why it is none."""
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except (ValueError, RecursionError):
         pass  # Python's own reader takes more: UTF-16, NaN, and half a surrogate pair ("\ud83d")
     said = words(body.decode(errors="replace")) or "nothing at all"
@@ -295,7 +313,7 @@ def _decode(body: bytes, words: Callable[[str], str]) -> _Reply | Fault:
         text = json.dumps(json.loads(body), ensure_ascii=False)
         # UTF-8 cannot write half a surrogate pair: it becomes U+FFFD.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return msgspec.convert(json.loads(text), _Reply)
+        return msgspec.convert(json.loads(text), decoder.type)
     except (msgspec.ValidationError, RecursionError) as error:
         return Fault("wrong_shape", f"not a chat completion: {error}: {said}", 200)
     except ValueError:

@@ -6,27 +6,57 @@ waits for a first token when thousands of answers are in flight. No retries: wha
 
 import json
 import time
-from collections.abc import AsyncGenerator
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
 
-from generate.client import headers_of, words_of
+from generate.client import headers_of, read_exception, words_of
 from generate.endpoint import TIMEOUT_WORKING_S
-from generate.reply import Fault, joined_text, read_choices, read_error, read_usage
+from generate.reply import BROKEN_OFF, Fault, decode, joined_text, read_choices, read_error, read_usage, thinking_text
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
-from pipeline.records import Json, Usage
+from pipeline.records import Usage
 
-SAID = ("content", "reasoning", "reasoning_content", "tool_calls")  # where a piece of what the model says may be
+
+class _Piece(msgspec.Struct):
+    """A piece of what the model says, or all of it."""
+
+    content: str | list[Any] | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Piece | None = None
+    message: _Piece | None = None  # of an answer that came whole
+    finish_reason: Any = None
+    error: Any = None
+
+
+class Event(msgspec.Struct):
+    """What comes of an answer at once, as chat completions have it."""
+
+    choices: list[_Choice] | None = None
+    usage: Any = None
+    error: Any = None
+
+    @property
+    def choice(self) -> _Choice:
+        return self.choices[0] if self.choices else _Choice()
+
+
+_decoder = msgspec.json.Decoder(Event)
 
 
 class Refused(DistillError):
-    """An endpoint gives no answer; the fault says why."""
+    """An endpoint gives no answer, or breaks one off; the fault says why."""
 
     def __init__(self, url: str, fault: Fault) -> None:
-        super().__init__(f"{url} answers {fault.status}: {fault.message}")
+        super().__init__(f"{url}{f' answers {fault.status}' if fault.status else ''}: {fault.message}")
         self.fault = fault
 
 
@@ -52,33 +82,50 @@ def streaming_session(teacher: TeacherConfig, timeout_s: float | None) -> aiohtt
     )
 
 
-async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> AsyncGenerator[Json]:
+async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request: bytes) -> AsyncGenerator[Event]:
     """Sends the body of a chat request, and yields the events of its answer as they come; a whole answer is one event.
 
-    Raises Refused where the endpoint refuses, or breaks off with an error; DistillError for several choices (`n`).
+    Raises Refused where no answer comes, or it is broken off; DistillError for several choices (`n`).
     """
     url, words, asked = f"{teacher.url}/chat/completions", words_of(teacher), json.loads(request)
     if asked.get("n", 1) > 1:
         raise DistillError(f"a streamed request asks for one answer, this one for n={asked['n']}: leave out `n`")
     body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
-    async with session.post(url, json=body, params=teacher.query) as response:
-        if response.status != 200:
-            raise Refused(url, read_error(response.status, await response.read(), response.headers, words))
-        if response.content_type in ("application/json", "text/html"):  # it does not stream, or is no endpoint
-            whole = await response.read()
-            if isinstance(reply := read_choices(whole, words), Fault):
-                raise Refused(url, reply)
-            yield json.loads(whole)
-            return
-        async for line in response.content:
-            if line.startswith((b"data: {", b"data:{")):
-                try:
-                    event: Json = json.loads(line[5:])
-                except ValueError as error:
-                    raise Refused(url, Fault("not_json", f"an event is not JSON: {error}", 200)) from None
-                if event.get("error"):
-                    raise Refused(url, Fault("error_in_answer", words(str(event["error"])), 200))
-                yield event
+    try:
+        async with session.post(url, json=body, params=teacher.query) as response:
+            if response.status != 200:
+                raise Refused(url, read_error(response.status, await response.read(), response.headers, words))
+            if response.content_type in ("application/json", "text/html"):  # it does not stream, or is no endpoint
+                whole = await response.read()
+                if isinstance(reply := read_choices(whole, words), Fault):
+                    raise Refused(url, reply)
+                yield _event(url, whole, words)
+                return
+            ended = False
+            async for line in response.content:
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if data.startswith(b"{"):
+                    event = _event(url, data, words)
+                    ended |= event.choice.finish_reason is not None
+                    yield event
+                ended |= data == b"[DONE]"
+            if not ended:
+                raise Refused(url, Fault("connection_lost", "the answer was cut off"))
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # ValueError: a line without an end
+        raise Refused(url, read_exception(error, session.timeout.total or 0, words)) from None
+
+
+def _event(url: str, data: bytes, words: Callable[[str], str]) -> Event:
+    """Reads one event. Raises Refused if it is none, or says that the answer is broken off."""
+    event = decode(_decoder, data, words)
+    if isinstance(event, Fault):
+        raise Refused(url, event)
+    reason, broken = event.choice.finish_reason, event.error or event.choice.error
+    if broken or reason in BROKEN_OFF:
+        raise Refused(url, Fault("error_in_answer", words(str(broken or f"finish_reason {reason}")), 200))
+    if reason == "content_filter":
+        raise Refused(url, Fault("content_filter", "the provider's content filter cut the answer", 200))
+    return event
 
 
 class Heard:
@@ -88,18 +135,19 @@ class Heard:
         self.text, self.thought, self.pieces, self.first = "", "", 0, 0.0
         self.finish_reason, self.usage = "unknown", Usage()
 
-    def add(self, event: Json) -> str:
+    def add(self, event: Event) -> str:
         """Takes an event in, and returns the text that it adds."""
-        if event.get("usage"):
-            self.usage = read_usage(event["usage"])
-        choice = event["choices"][0] if event.get("choices") else {}
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        piece = choice.get("delta") or choice.get("message") or {}
-        if any(piece.get(name) for name in SAID):
+        choice = event.choice
+        piece = choice.delta or choice.message or _Piece()
+        if event.usage:
+            self.usage = read_usage(event.usage)
+        self.finish_reason = str(choice.finish_reason or self.finish_reason)
+        thought = str(piece.reasoning or piece.reasoning_content or "") or thinking_text(piece.content)
+        text = joined_text(piece.content)
+        if text or thought or piece.tool_calls:
             self.first = self.first or time.perf_counter()
             self.pieces += 1
-        self.thought += str(piece.get("reasoning") or piece.get("reasoning_content") or "")
-        text = joined_text(piece.get("content"))
+        self.thought += thought
         self.text += text
         return text
 

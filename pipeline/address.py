@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from pipeline.errors import UsageError
+
 if TYPE_CHECKING:
     from pipeline.recipe import TeacherConfig
 
@@ -65,12 +67,26 @@ def is_private(url: str) -> bool:
 
 
 def proxy_of(url: str) -> str | None:
-    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY, …); none for a server on this machine."""
+    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY, …); none for a server on this machine.
+
+    Raises UsageError for one that does not speak HTTP.
+    """
     parts = urlsplit(url)
-    if is_loopback(url) or proxy_bypass(parts.hostname or ""):
-        return None
     proxy = getproxies().get(parts.scheme)
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+    if not proxy or is_loopback(url) or proxy_bypass(parts.hostname or ""):
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        speaks_http = urlsplit(proxy).scheme in ("http", "https") and urlsplit(proxy).port != 0
+    except ValueError:  # its port is no number
+        speaks_http = False
+    if not speaks_http:
+        name = f"{parts.scheme.upper()}_PROXY"
+        shown = _USERINFO.sub(HIDDEN, proxy)
+        raise UsageError(
+            f"{name}: {shown} is no HTTP proxy; set it to http://HOST:PORT, or {parts.hostname} in NO_PROXY"
+        )
+    return proxy
 
 
 def is_port_open(url: str) -> bool:

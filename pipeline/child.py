@@ -1,9 +1,14 @@
-"""Another command of this project as a child process, in whose place the parent takes Ctrl-C."""
+"""Another command of this project as a child process: its parent takes Ctrl-C in its place, and never dies alone."""
 
+import ctypes
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
+PARENT = "DISTILLATE_PARENT"  # the variable that tells the child who started it
+PR_SET_PDEATHSIG = 1
 MOST_INTERRUPTS = 3  # the first asks the child to stop, the second to stop at once, the third kills it
 
 
@@ -14,7 +19,8 @@ def run_child(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
     terminal reaches it once, through this process, and it keeps its time to end in order. It is told by SIGTERM, which
     every stage takes as Ctrl-C: what a script has put in the background ignores SIGINT, and so do its children.
     """
-    process = subprocess.Popen(command, process_group=0, pass_fds=pass_fds)
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    process = subprocess.Popen(command, process_group=0, pass_fds=pass_fds, env=environment)
     interrupts = 0
     while process.returncode is None:
         try:
@@ -22,6 +28,22 @@ def run_child(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
         except KeyboardInterrupt:
             interrupts += 1
             process.send_signal(signal.SIGTERM if interrupts < MOST_INTERRUPTS else signal.SIGKILL)
-    if interrupts or process.returncode == 130:
+    if interrupts or process.returncode in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     return process.returncode
+
+
+def end_with_parent() -> None:
+    """Has the kernel send SIGTERM when the command that started this one is gone, killed by SIGKILL too (on Linux).
+
+    Nobody would stop it otherwise: it would go on spending. Raises KeyboardInterrupt if that one is gone already.
+    """
+    parent = int(os.environ.pop(PARENT, "0"))
+    if not parent:
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    try:
+        os.kill(parent, 0)
+    except ProcessLookupError:
+        raise KeyboardInterrupt from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from pipeline.child import end_with_parent
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
@@ -82,6 +83,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _hang_up)
     try:
+        end_with_parent()
         main()
         _flush_output()  # an error is told below; Python's own exit code for it would be 120
     except DistillError as error:

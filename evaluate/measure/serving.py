@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import aiohttp
 import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
@@ -187,8 +186,5 @@ def _time_alone(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Lone]:
                 said = await stream(session, recipe.teacher, dialect.body(job))
                 found.append(Lone(said.first - said.begin, said.end - said.begin, said.tokens))
 
-    try:
-        run_loop(one_by_one())
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise DistillError(f"{recipe.teacher.url}: {str(error) or type(error).__name__}") from None
+    run_loop(one_by_one())
     return found

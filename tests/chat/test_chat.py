@@ -97,6 +97,17 @@ def test_a_usage_that_is_no_count_and_a_text_of_parts_lose_no_answer() -> None:
         price["teacher"]["base_url"] = server.url
         pieces, last = hear(model_at(server.url, **price), "hello")
     assert (pieces, last.text, last.tokens, last.cost) == (["of parts"], "of parts", 1, "tokens not counted")
+    thought = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    with misbehaving(lambda asked: streaming(thought, parts)) as server:
+        last = hear(model_at(server.url), "hello")[1]
+    assert (last.reasoning, last.text) == ("hm", "of parts")
+
+
+def test_half_a_surrogate_pair_is_replaced_and_the_talk_goes_on() -> None:
+    with misbehaving(lambda asked: streaming("\ud83d")) as server:
+        text = hear(model_at(server.url), "hello")[1].text
+        assert text == "\ufffd"
+        hear(model_at(server.url), "hello", text, "and now?")
 
 
 def test_a_refused_setting_is_left_out_and_other_refusals_are_said() -> None:
@@ -176,12 +187,21 @@ def test_several_servers_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
         assert beside_others(ServeConfig(device="gpu", args=own), 3).args == own
 
 
+def event(**choice: Any) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0, **choice}]}).encode() + b"\n\n"
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "says"),
     [
         (b'{"error": {"message": "model crashed"}}', "application/json", "model crashed"),
         (b"<html>Sign in</html>", "text/html", "no JSON"),
-        (b'data: {"choices": [{"delta"\n\n', "text/event-stream", "an event is not JSON"),
+        (event(delta={"content": "half"}), "text/event-stream", "the answer was cut off"),
+        (event(finish_reason="content_filter"), "text/event-stream", "content filter"),
+        (event(finish_reason="abort"), "text/event-stream", "finish_reason abort"),
+        (event(error={"message": "out of memory"}), "text/event-stream", "out of memory"),
+        (b'data: {"choices": [null]}\n\n', "text/event-stream", "not a chat completion"),
+        (b'data: {"choices": [{"delta"\n\n', "text/event-stream", "no JSON, or cut short"),
     ],
 )
 def test_what_is_no_answer_is_not_taken_for_an_empty_one(body: bytes, kind: str, says: str) -> None:

@@ -324,7 +324,7 @@ def test_plain_progress_goes_to_stderr(
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float) -> None:
-    assert retry_after(httpx2.Headers(headers), now=1767225600.0) == seconds
+    assert retry_after(httpx2.Headers({"date": "Thu, 01 Jan 2026 00:00:00 GMT", **headers})) == seconds
 
 
 def test_a_long_message_is_shortened_and_says_so() -> None:

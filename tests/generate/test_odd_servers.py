@@ -16,7 +16,8 @@ from generate.reply import Answer, Fault, read_answer, read_error
 from generate.run import generate
 from generate.streaming import stream, streaming_session
 from pipeline.address import proxy_of
-from pipeline.errors import DistillError, RecipeError
+from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.lineage import read_lineage
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
@@ -289,6 +290,25 @@ def test_the_environment_s_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert proxy_of("http://api.example/v1") == "http://proxy:3128"
     for url in ("https://inside.example/v1", "http://localhost:1/v1", "http://[::1]:1/v1", "http://0.0.0.0:1/v1"):
         assert proxy_of(url) is None
+    for proxy in ("socks5://me:pw@proxy:1080", "http://me:pw@proxy:port"):
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        with pytest.raises(UsageError, match=r"HTTPS_PROXY: \w+://\[secret\]@proxy:\w+ is no HTTP proxy"):
+            proxy_of("https://api.example/v1")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_what_a_proxy_turned_away_is_not_charged(run: RunDir, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr("pipeline.address.is_loopback", lambda url: False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    turned_away = b"HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n\r\n"
+    with raw_server(turned_away) as proxy:
+        monkeypatch.setenv(f"{scheme}_proxy", proxy.removesuffix("/v1"))
+        recipe = recipe_for(f"{scheme}://teacher.example/v1", 20, generate={"give_up_s": 0.3}, budget={"tokens": 9999})
+        with pytest.raises(DistillError, match="the proxy of the environment answers 407"):
+            generate(recipe, run, quiet=True)
+    assert not failures(run)
+    assert read_lineage(run).get("generate", {}).get("spent", {"tokens": 0})["tokens"] == 0
 
 
 def test_requests_go_through_the_proxy_and_a_dead_one_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,3 +38,15 @@ def test_one_sigterm_ends_a_stage_and_what_started_it(ignores_sigint: bool) -> N
     said = process.communicate(timeout=20)[1]  # ends with the last process that can write to it
     assert process.returncode == 130
     assert said.splitlines() == 2 * ["interrupted: run the same command again to go on"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no kernel tells it")
+def test_a_stage_ends_in_order_when_what_started_it_is_killed() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "at work\n"
+    process.kill()
+    said = process.communicate(timeout=20)[1]  # ends with the last process that can write to it
+    assert said == "interrupted: run the same command again to go on\n"
