@@ -9,7 +9,7 @@ Ends with 1 if a point fails; with --strict also if one warns or is unknown.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from evaluate.document import Claim, Report, percent, read_report
 from evaluate.figures.promise import AXES
-from evaluate.report.evidence import Evidence, Filtered, gather
+from evaluate.report.evidence import Evidence, gather
 from evaluate.report.html import publish
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, FAIR_START, REVIEWED_ROWS, SAFE_KEEP_RATE
 from pipeline.checks import COLOURS, Check, Checklist, Status
@@ -49,16 +49,16 @@ def checklist(seen: Evidence) -> Checklist:
     """Compares the evidence with what is wanted; pure."""
 
     def check(point: Point) -> Check:
-        own = point.source.get(seen)
-        found = None if own is None else point.look(own)
-        status, value, finding, fix = found or ("unknown", None, point.source.missing, point.source.fix)
+        status, value, finding, fix = point.look(seen) or ("unknown", None, *point.missing)
         fix = "" if status == "pass" else fix
         return Check(name=point.name, wanted=point.wanted, status=status, value=value, finding=finding, fix=fix)
 
     return Checklist(points=[check(point) for point in POINTS], failures=[check(point) for point in FAILURES])
 
 
-def _size(ratio: float) -> Found:
+def _size(seen: Evidence) -> Found | None:
+    if (ratio := _size_ratio(seen)) is None:
+        return None
     status: Status = "pass" if LOWEST <= ratio <= HIGHEST else "warn" if 1 <= ratio < LOWEST else "fail"
     fix = "take a smaller student: it saves more" if ratio < LOWEST else "take a model of a size between"
     return status, ratio, f"{ratio:.1f} times", fix
@@ -87,14 +87,18 @@ def _ability(seen: Evidence) -> Found | None:
     return "pass" if value >= ABLE else "fail", value, finding, fix
 
 
-def _rows(filters: Filtered) -> Found:
+def _rows(seen: Evidence) -> Found | None:
+    if (filters := seen.filters) is None:
+        return None
     kept = filters.kept
     status: Status = "fail" if kept < FAIR_START else "pass" if FEWEST <= kept <= MOST else "warn"
     fix = "raise prompts.count" if kept < FEWEST else "more rows than these seldom teach more"
     return status, kept, f"{kept:,} of {filters.rows:,} answers", fix
 
 
-def _keep_rate(filters: Filtered) -> Found:
+def _keep_rate(seen: Evidence) -> Found | None:
+    if (filters := seen.filters) is None:
+        return None
     rate = filters.keep_rate
     fix = "see which rules drop what in filter_report.json; fix the prompts, or take another teacher"
     return "pass" if rate >= SAFE_KEEP_RATE else "fail", rate, f"{rate:.1%}", fix
@@ -115,8 +119,10 @@ def _review(seen: Evidence) -> Found | None:
     return "pass" if done >= enough else "warn", done, finding, REVIEW
 
 
-def _student(report: Report) -> Found | None:
+def _student(seen: Evidence) -> Found | None:
     """Right answers, else perplexity and probes of the student: better than before training, with intervals."""
+    if (report := seen.report) is None:
+        return None
     fix = "look at the loss curve and the samples: more rows, more epochs or another learning rate"
     for d in report.differences:
         if (d.against, d.part, d.figure) == (BEFORE, "verified", "accuracy"):
@@ -138,8 +144,10 @@ def _student(report: Report) -> Found | None:
     return "pass" if ratio.high < 1 and better and not worse else "warn", ratio.value, finding, fix
 
 
-def _axes(report: Report) -> Found:
+def _axes(seen: Evidence) -> Found | None:
     """Teacher against student: each part of the promise, by its axis."""
+    if (report := seen.report) is None:
+        return None
     claims = [claim for claim in report.headline.claims if claim.value]
     missing = [axis for axis in AXES if not any(claim.axis == axis for claim in claims)]
     finding = "; ".join(map(_told, claims)) or "nothing is measured"
@@ -153,12 +161,20 @@ def _axes(report: Report) -> Found:
     return "warn" if undecided else "pass", len(claims), finding, fix
 
 
-def _as_training_found(found: Check) -> Found:
+def _licence(seen: Evidence) -> Found | None:
+    return _as_training_found(seen.checks.get("licence"))
+
+
+def _as_training_found(found: Check | None) -> Found | None:
     """A point that the checks before training have answered; their advice is a warning here."""
+    if found is None:
+        return None
     return "warn" if found.status == "note" else found.status, found.value, found.finding, found.fix
 
 
-def _unfiltered(filters: Filtered) -> Found:
+def _unfiltered(seen: Evidence) -> Found | None:
+    if (filters := seen.filters) is None:
+        return None
     finding = f"{filters.rules} rules judged {filters.rows:,} answers" if filters.rules else "the filters had no rule"
     return (
         "pass" if filters.rules else "fail",
@@ -168,19 +184,23 @@ def _unfiltered(filters: Filtered) -> Found:
     )
 
 
-def _too_large(ratio: float) -> Found:
+def _too_large(seen: Evidence) -> Found | None:
+    if (ratio := _size_ratio(seen)) is None:
+        return None
     fix = "take a teacher of a size between, or a larger student"
     return "pass" if ratio <= HIGHEST else "fail", ratio, f"{ratio:.1f} times", fix
 
 
-def _chain(found: Check) -> Found:
-    if found.status == "note" and found.value is None:
+def _chain(seen: Evidence) -> Found | None:
+    found = seen.checks.get("chain")
+    if found and found.status == "note" and found.value is None:
         return "unknown", None, found.finding, found.fix
     return _as_training_found(found)
 
 
-def _domain_shift(filters: Filtered) -> Found | None:
-    found = {rule: 1 - share for rule, share in filters.failing.items() if _plain(rule) in SCRIPT_RULES}
+def _domain_shift(seen: Evidence) -> Found | None:
+    failing = seen.filters.failing if seen.filters else {}
+    found = {rule: 1 - share for rule, share in failing.items() if _plain(rule) in SCRIPT_RULES}
     if not found:
         return None
     worst = min(found.values())
@@ -203,8 +223,10 @@ def _same_prompts(seen: Evidence) -> Found | None:
     return "warn" if twins > SAFE_DUPLICATES else "pass", share, finding, fix
 
 
-def _beats_teacher(report: Report) -> Found | None:
+def _beats_teacher(seen: Evidence) -> Found | None:
     """A student is bounded by its teacher: a quality over 100% is a reason to look twice, not to rejoice."""
+    if (report := seen.report) is None:
+        return None
     claims = {}
     for claim in (c for c in report.headline.claims if c.axis == "quality"):
         if own := claim.value:  # right answers are counted: there, what chance may explain is no reason
@@ -238,55 +260,39 @@ def _told(claim: Claim) -> str:
     return f"{claim.name.replace('_', ' ')} {claim.value.told('{:.2f}'.format) if claim.value else ''}"
 
 
-class Source(NamedTuple):
-    """What a point is made from, and what to say and do if the run does not have it yet."""
-
-    get: Callable[[Evidence], Any]
-    missing: str
-    fix: str
-
-
 class Point(NamedTuple):
     name: str
     wanted: str
-    source: Source
-    look: Callable[[Any], Found | None]  # at what the source gives; None: not measured yet
+    look: Callable[[Evidence], Found | None]  # None: the run does not have it yet
+    missing: tuple[str, str]  # then: what to say, and what to do
 
 
-FILTERS = Source(lambda seen: seen.filters, "the answers are not filtered", "run the filters")
-SIZE = Source(_size_ratio, "the sizes are not known", "train: it counts both models' parameters")
-LICENCE = Source(lambda seen: seen.checks.get("licence"), "not checked yet", "train: its checks come first")
-CHAIN = Source(lambda seen: seen.checks.get("chain"), LICENCE.missing, LICENCE.fix)
-ABILITY = Source(lambda seen: seen, FILTERS.missing, FILTERS.fix)
-REVIEWS = Source(lambda seen: seen, "no answer is reviewed", REVIEW)
-STUDENT = Source(lambda seen: seen.report, "the student is not evaluated", "evaluate")
-COMPARED = Source(lambda seen: seen.report, "quality is not compared with the teacher's", "evaluate")
-PROMISE = Source(lambda seen: seen.report, "nothing is measured", "evaluate teacher and student")
-SCRIPTS = Source(
-    FILTERS.get, "no rule looks at it", "name a rule script_ratio or language in filters.rules, and filter"
-)
-PROMPTS = Source(lambda seen: seen, "nothing is generated", "generate")
+UNFILTERED = "the answers are not filtered", "run the filters"
+UNSIZED = "the sizes are not known", "train: it counts both models' parameters"
+UNCHECKED = "not checked yet", "train: its checks come first"
+UNCOMPARED = "quality is not compared with the teacher's", "evaluate"
+UNSEEN = "no rule looks at it", "name a rule script_ratio or language in filters.rules, and filter"
 
 ABLE_WANTED = f"{percent(ABLE)} of its answers pass the rules, and name what was asked for"
 AXES_WANTED = "measured against the teacher: 90% of its quality, 3 times smaller and faster"
 SCRIPT_WANTED = f"{percent(IN_LANGUAGE[1])} of the answers in the wanted script or language"
 POINTS = (
-    Point("size ratio", f"a teacher {LOWEST} to {HIGHEST} times larger", SIZE, _size),
-    Point("teacher's ability", ABLE_WANTED, ABILITY, _ability),
-    Point("rows", f"{FEWEST:,} to {MOST:,} kept rows; {FAIR_START} are a fair start", FILTERS, _rows),
-    Point("keep rate", f"{percent(SAFE_KEEP_RATE)} or more kept", FILTERS, _keep_rate),
-    Point("human review", f"{REVIEWED_ROWS} answers reviewed by a person", REVIEWS, _review),
-    Point("student's quality", "better than before training", STUDENT, _student),
-    Point("three axes", AXES_WANTED, PROMISE, _axes),
-    Point("licence chain", "the teacher's terms allow it, and what they ask is done", LICENCE, _as_training_found),
+    Point("size ratio", f"a teacher {LOWEST} to {HIGHEST} times larger", _size, UNSIZED),
+    Point("teacher's ability", ABLE_WANTED, _ability, UNFILTERED),
+    Point("rows", f"{FEWEST:,} to {MOST:,} kept rows; {FAIR_START} are a fair start", _rows, UNFILTERED),
+    Point("keep rate", f"{percent(SAFE_KEEP_RATE)} or more kept", _keep_rate, UNFILTERED),
+    Point("human review", f"{REVIEWED_ROWS} answers reviewed by a person", _review, ("no answer is reviewed", REVIEW)),
+    Point("student's quality", "better than before training", _student, ("the student is not evaluated", "evaluate")),
+    Point("three axes", AXES_WANTED, _axes, ("nothing is measured", "evaluate teacher and student")),
+    Point("licence chain", "the teacher's terms allow it, and what they ask is done", _licence, UNCHECKED),
 )
 FAILURES = (
-    Point("1 no filter", "the answers went through rules", FILTERS, _unfiltered),
-    Point("2 teacher far larger", f"at most {HIGHEST} times the student", SIZE, _too_large),
-    Point("3 distilling the distilled", "a teacher that was not itself distilled", CHAIN, _chain),
-    Point("4 domain shift", SCRIPT_WANTED, SCRIPTS, _domain_shift),
-    Point("5 same prompts", "different prompts and answers", PROMPTS, _same_prompts),
-    Point("6 student beats teacher", "no claim of more than the teacher's quality", COMPARED, _beats_teacher),
+    Point("1 no filter", "the answers went through rules", _unfiltered, UNFILTERED),
+    Point("2 teacher far larger", f"at most {HIGHEST} times the student", _too_large, UNSIZED),
+    Point("3 distilling the distilled", "a teacher that was not itself distilled", _chain, UNCHECKED),
+    Point("4 domain shift", SCRIPT_WANTED, _domain_shift, UNSEEN),
+    Point("5 same prompts", "different prompts and answers", _same_prompts, ("nothing is generated", "generate")),
+    Point("6 student beats teacher", "no claim of more than the teacher's quality", _beats_teacher, UNCOMPARED),
 )
 
 
