@@ -29,14 +29,23 @@ def kept_line(line: bytes, scores: dict[str, Any]) -> bytes:
     return line.rstrip()[:-1] + b',"scores":' + _encode(scores) + b"}\n"
 
 
-def completion_part(line: bytes) -> bytes:
-    """The completion's line in a line that `kept_line` made."""
-    return line[: line.rindex(b',"scores":{')] + b"}"  # with the bracket: a rule may be called `scores`, too
-
-
 def dropped_line(line: bytes, reasons: list[Reason]) -> bytes:
     """A line of dropped.jsonl: the completion's line as it stands, the first rule and every reason at the end."""
     return line.rstrip()[:-1] + b"," + _encode({"rule": reasons[0].rule, "detail": reasons})[1:] + b"\n"
+
+
+def as_kept(row: Completion, scores: dict[str, Any]) -> Kept:
+    """The answer with these scores, whatever it was."""
+    return Kept(**_completion(row), scores=scores)
+
+
+def as_dropped(row: Completion, reason: Reason) -> Dropped:
+    """The answer, dropped for this reason alone."""
+    return Dropped(**_completion(row), rule=reason.rule, detail=[reason])
+
+
+def _completion(row: Completion) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in Completion.__struct_fields__}
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:

@@ -35,7 +35,7 @@ from filters.judge import Judgement, count_scores, judge_reason, judge_rows, jud
 from filters.minhash import Array
 from filters.preferences import write_preferences
 from filters.report import FilterReport, PromptCounts, make_report
-from filters.rows import completion_part, decode_kept, dropped_line, kept_line, staged
+from filters.rows import as_dropped, as_kept, decode_kept, staged
 from filters.ruleset import RuleSet, load_rules
 from filters.sketches import Kind, Source, joined, sketch_file
 from filters.stream import in_blocks
@@ -43,7 +43,7 @@ from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
 from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
 from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
-from pipeline.records import Kept, Reason
+from pipeline.records import Kept, Reason, encode_line
 from pipeline.rundir import RunDir
 
 UNSOLVED_IDS = 100  # named in the report
@@ -233,14 +233,16 @@ def _write(survivors: Survivors, kept: BinaryIO, dropped: BinaryIO, tally: Tally
     """Writes each survivor where it belongs, and moves the counts of those that are gone."""
     with survivors.path.open("rb") as file:
         for number, line in enumerate(file):
-            if number in survivors.gone:
-                row, reason = decode_kept(line), survivors.gone[number]
+            if reason := survivors.gone.get(number):
+                row = decode_kept(line)
                 tally.move_to_dropped(row.id, as_answer(row), reason)
-                dropped.write(dropped_line(completion_part(line), [reason]))
+                dropped.write(encode_line(as_dropped(row, reason)))
                 continue
             survivors.samples["start"][number] = kept.tell()
-            more = survivors.scores(number)
-            kept.write(kept_line(completion_part(line), decode_kept(line).scores | more) if more else line)
+            if more := survivors.scores(number):
+                row = decode_kept(line)
+                line = encode_line(as_kept(row, row.scores | more))
+            kept.write(line)
 
 
 def _prompts(samples: Array, survivors: Survivors, dropped: Path) -> PromptCounts:

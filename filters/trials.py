@@ -25,7 +25,7 @@ from filters.judge import Judgement, read_judgements
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings
 from filters.report import one_line
-from filters.rows import filtered_rows
+from filters.rows import as_dropped, as_kept, filtered_rows
 from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSettings
 from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
@@ -170,18 +170,17 @@ def _write(
     by_rules, scores = 0, []
     with replacing(target.kept) as kept, replacing(target.dropped) as dropped:
         for row in filtered_rows(run):
-            fields = {name: getattr(row, name) for name in Completion.__struct_fields__}
             rank = order.get(row.id, total)
             if rank < count:
                 own = _scores(row, judged)
-                kept.write(encode_line(Kept(**fields, scores=own)))
+                kept.write(encode_line(as_kept(row, own)))
                 by_rules += isinstance(row, Dropped)
                 scores += [own[JUDGE]] if JUDGE in own else []
             elif isinstance(row, Dropped):
                 dropped.write(encode_line(row))
             else:
                 why = Reason(rule=RANKED_OUT, value=rank + 1, total=total, at_most=percent / 100)
-                dropped.write(encode_line(Dropped(**fields, rule=RANKED_OUT, detail=[why])))
+                dropped.write(encode_line(as_dropped(row, why)))
     lineage = {key: value for key, value in read_lineage(run).items() if key in ("name", "generate", "filters")}
     lineage["filters"] = {
         **lineage.get("filters", {}),

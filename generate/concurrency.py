@@ -50,7 +50,7 @@ class Load(NamedTuple):
 
 
 class Concurrency:
-    """How many requests may be in flight: as many as the recipe says. Those that find the number override a method."""
+    """How many requests may be in flight: as many as the recipe says. The classes below find the number themselves."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -1,6 +1,6 @@
-"""The `Run`: what every part of one call of `generate` works with, and what a journal has of a recipe.
+"""The `Run`: what every part of one call of `generate` works with, and what a recipe has left to ask (`Left`).
 
-Opens the journals and the budget; decides nothing.
+Opens the journals and the budget.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,7 +2,7 @@
 
 Joins its client (generate.client), its limits (generate.limits) and its concurrency (generate.concurrency), and is the
 circuit breaker: an endpoint that only fails gets nothing but one probe now and then, until it answers again. What a
-reply means is generate.verdict's; which request goes to which endpoint is generate.loop's.
+reply means is generate.verdict's; which request goes to which endpoint is generate.fleet's.
 """
 
 import asyncio

@@ -115,9 +115,8 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
     reply = decode(_decoder, body, words)
     if isinstance(reply, Fault):
         return reply
-    if reply.error or (
-        not reply.choices and reply.error is not None
-    ):  # a gateway's way of passing on an error of the model behind it
+    # A gateway passes on an error of the model behind it; without choices an empty one is an error, too.
+    if reply.error or (reply.error is not None and not reply.choices):
         return Fault("error_in_answer", words(str(reply.error)), 200)
     if not reply.choices:
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)

@@ -1,4 +1,4 @@
-"""What follows from an attempt without an answer: one pure function, `decide`; nothing decides it elsewhere.
+"""What follows from an attempt without an answer: one pure function, `decide`.
 
 docs/generation.md has the same table in words; a test holds each of its rows against `decide`.
 

@@ -1,9 +1,9 @@
 """`generate.processes: N`: one run over N processes of this machine, for when one core cannot keep the server full.
 
-Each process sends every N-th request, with its part of the limits and of the budget, by the same loop as a whole run
-(generate.online), and appends to the same journals (they are made for it). The first process starts the others, shows
-their sum, and stops them. When parts of the budget are spent, or all requests of a part are forbidden, one more process
-sends what is left: the run ends as it would end in one process.
+Each process sends the requests of every N-th prompt, with its part of the limits and of the budget, by the same loop
+as a whole run (generate.online), and appends to the same journals (they are made for it). The first process starts
+the others, shows their sum, and stops them. When parts of the budget are spent, or all requests of a part are
+forbidden, one more process sends what is left: the run ends as it would end in one process.
 
 A child reads its pickled work from stdin and writes JSON lines to stdout: `["counters", {…}]` four times per second,
 `["say", message]`, or `[class of an error, its message]`. SIGUSR1 stops it as Ctrl-C stops a run; after SIGUSR2, when
