@@ -33,7 +33,7 @@ from pipeline.rundir import RunDir
 from scale.collect import Collector
 from scale.generation import BEAT_S, items_of
 from scale.parts import ROWS, SECONDS, part_name
-from scale.request_leases import Item, Leases, State
+from scale.request_leases import Item, Leases, LeaseState
 from scale.storage import Folder
 
 MOST = Spend(700, 700)
@@ -60,7 +60,7 @@ def cpu_s(call: Callable[[], Any]) -> float:
 def lease_table(workers: int, beats: int) -> dict[str, float]:
     """Each worker has an endpoint of its own, and says at each heartbeat that it has room for one more request."""
     items = (Item(str(number), b"", MOST) for number in count())
-    leases = Leases(items, State(), IdSet(), tokens=10**15, lease_s=30)
+    leases = Leases(items, LeaseState(), IdSet(), tokens=10**15, lease_s=30)
     weights = {f"http://node-{number}": 1.0 for number in range(workers)}
 
     def beat(now: float) -> None:

@@ -102,9 +102,9 @@ def _warn_untested(recipe: Recipe) -> None:
 
 def _refuse_store(run: RunDir, what: str, fix: str) -> None:
     """Raises RecipeError if the run is in object storage: logprobs and batches would be lost with its machine."""
-    from scale.sync import State  # here: as above
+    from scale.sync import StoreState  # here: as above
 
-    if url := State.read(run.path).url:
+    if url := StoreState.read(run.path).url:
         raise RecipeError(
             f"{what}, but a run in object storage ({url}) would lose that with its machine: use a folder for --run "
             f"(make fetch brings the run into one), or {fix}"

@@ -12,18 +12,17 @@ from typing import Any
 
 import msgspec
 
-from generate.budget import Account as SpendFile
-from generate.budget import Spend, known_price, spent_so_far, write_account
+from generate.budget import Account, Spend, known_price, spent_so_far, write_account
 from generate.context import Run
 from generate.idset import IdSet
 from pipeline.errors import DataError
 from pipeline.records import Completion, Failure
 from scale.parts import part_name, part_names, read_part
-from scale.request_leases import Claim, Leases, State
+from scale.request_leases import Claim, Leases, LeaseState
 from scale.storage import Store
 from scale.worker import account_name
 
-STATE = "leases.json"
+LEASES_FILE = "leases.json"
 SPEND_FILE = "spend-cluster.json"
 
 
@@ -35,8 +34,8 @@ class Collector:
     def __init__(self, run: Run, store: Store) -> None:
         self._run, self._store, self._price = run, store, known_price(run.recipe)
         self._counts = self._price is not None or run.recipe.budget.tokens is not None
-        before: State | None = _decoded(store.get(STATE), State, f"{store.url}/{STATE}")
-        self.state = before or State()
+        before: LeaseState | None = _decoded(store.get(LEASES_FILE), LeaseState, f"{store.url}/{LEASES_FILE}")
+        self.state = before or LeaseState()
         self._unsaved = _answers_since(run.completions.path, before.journal_bytes) if before else IdSet()
         self._counted = IdSet()  # of these, each once: a part may be there twice
         self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended writers
@@ -46,7 +45,7 @@ class Collector:
     def spent_before(self) -> Spend:
         """What is spent of the budget beside what the state charges: by the run, and by those that share its budget."""
         if self._counts:
-            write_account(self._run.dir.path / SPEND_FILE, SpendFile(self.state.unsaid))
+            write_account(self._run.dir.path / SPEND_FILE, Account(self.state.unsaid))
         spent = spent_so_far(self._run.recipe.budget, self._run.dir, self._run.completions.found)
         return spent - self.state.charged
 
@@ -136,9 +135,9 @@ class Collector:
     def _write(self, state: bytes, unsaid: Spend, read: list[str]) -> None:
         for journal in (self._run.completions, self._run.failures):
             journal.sync()
-        self._store.put(STATE, state)
+        self._store.put(LEASES_FILE, state)
         if self._counts:
-            write_account(self._run.dir.path / SPEND_FILE, SpendFile(unsaid))
+            write_account(self._run.dir.path / SPEND_FILE, Account(unsaid))
         for part in read:
             self._store.delete(part)
 

@@ -12,7 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.rundir import RunDir
 from scale.parts import compact
 from scale.storage import open_store
-from scale.sync import JOURNALS, STATE, Mirror, State
+from scale.sync import JOURNALS, STATE_FILE, Mirror, StoreState
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,10 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     if not store.names():
         raise UsageError(f"{options.url}: there is nothing")
     folder = options.folder or Path("runs") / options.url.rstrip("/").rpartition("/")[2]
-    if folder.exists() and any(folder.iterdir()) and not (folder / STATE).exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / STATE_FILE).exists():
         raise UsageError(f"{folder}: holds another run; name an empty folder after the URL")
     with RunDir(folder).locked(new=True):
-        state = State.read(folder)
+        state = StoreState.read(folder)
         if state.source not in ("", store.url):
             raise UsageError(f"{folder}: was fetched from {state.source}; name another folder after the URL")
         state.source = store.url

@@ -7,7 +7,7 @@ where nobody else's came first, its late failures do not.
 Money. A lease reserves the most that each of its requests can cost. A writer says in its account, which it writes with
 its parts, what it has spent and what it may still spend (its claim); only an account that has been read gives money
 back. So whatever a silent writer does, it spends no more than it is charged, and the budget holds. What a lost writer
-was charged stays charged: it may have spent that. `State` is all of it that must outlive the driver, and is saved
+was charged stays charged: it may have spent that. `LeaseState` is all of it that must outlive the driver, and is saved
 before a lease goes out.
 
 Limits. An endpoint that n writers ask gives each 1/n of what it allows. A new writer gets its part when the others have
@@ -42,7 +42,7 @@ class Claim(msgspec.Struct, frozen=True):
     granted: Spend = Spend()  # of all leases that it knew of then
 
 
-class Account(msgspec.Struct):
+class WriterAccount(msgspec.Struct):
     """A writer's money, as the driver knows it."""
 
     granted: Spend = Spend()  # over all its leases
@@ -56,10 +56,10 @@ class Account(msgspec.Struct):
         return self.claim.most + self.granted - self.claim.granted
 
 
-class State(msgspec.Struct):
+class LeaseState(msgspec.Struct):
     """What outlives the driver."""
 
-    accounts: dict[str, Account] = {}  # of the writers that have not ended in order
+    accounts: dict[str, WriterAccount] = {}  # of the writers that have not ended in order
     rest: Spend = Spend()  # not in the journal: of those that have, and of answers that were dropped as repeated
     journal_bytes: int = 0  # the size of completions.jsonl whose answers it counts
     nodes: dict[str, NodeCounts] = {}  # what each has done
@@ -90,7 +90,7 @@ class Leases:
     def __init__(
         self,
         items: Iterator[Item],
-        state: State,
+        state: LeaseState,
         finished: IdSet,
         *,
         tokens: int | None = None,
@@ -116,7 +116,7 @@ class Leases:
     def join(self, name: str, urls: list[str], now: float) -> None:
         """A writer begins, on these endpoints; it counts as heard at `now`, which may be later than now."""
         self.writers[name] = Writer(urls, now)
-        self.state.accounts[name] = Account()
+        self.state.accounts[name] = WriterAccount()
 
     def heard(self, name: str, shares: dict[str, int], now: float) -> None:
         """A live writer has said something; it uses these shares, and none that it had before."""
@@ -144,7 +144,7 @@ class Leases:
 
     def close(self, name: str) -> None:
         """A writer has ended in order, and all that it wrote was read: what it claims is what it has spent."""
-        account = self.state.accounts.pop(name, Account())
+        account = self.state.accounts.pop(name, WriterAccount())
         self.state.rest += account.charged - account.rows
 
     def lease(self, name: str, most: int) -> list[Item]:

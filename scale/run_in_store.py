@@ -26,7 +26,7 @@ from pipeline.records import Completion
 from pipeline.rundir import RunDir
 from scale.run_lease import BEAT_S, Lease, TakenOver
 from scale.storage import cloud_endpoint, open_store
-from scale.sync import Mirror, State
+from scale.sync import Mirror, StoreState
 from serve.named import BEFORE, STUDENT
 
 WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they write nothing of the run but a log, and read its student at most
@@ -65,7 +65,7 @@ def fetch_student(url: str, folder: Path) -> None:
     if is_held(folder):
         return  # by a command that has fetched it
     with _held(folder):
-        state, leases = State.read(folder), store.names("lease")
+        state, leases = StoreState.read(folder), store.names("lease")
         if not leases or state.lease != leases[-1]:
             Mirror(store, folder, state).fetch_student()
             state.save(folder)
@@ -80,7 +80,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
     """
     store = open_store(url)
     with _held(folder) as handle:
-        state = State.read(folder)
+        state = StoreState.read(folder)
         state.url = store.url
         state.save(folder)
         lease = Lease.take(store, state.owner, take_over=take_over)

@@ -28,7 +28,7 @@ from scale.storage import Store, open_store
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
 # The folders of a run that have journals: itself, and what it asks beside its prompts (turns, new prompts, the judge).
 FOLDERS = ("", "turns/*/", "evolve/*/", "judge/*/*/", "evaluation/judge/judge/*/*/", "evaluation/pairs/*/*/")
-STATE = ".stored.json"
+STATE_FILE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
 RAY = "training-ray"  # where Ray Train keeps its books, in a local folder
 NOT_FILES = ("lease", "parts", CLUSTER, "training-rows", RAY)  # no files of the run are in these folders
@@ -43,7 +43,7 @@ STUDENTS = ("student-init", "student")  # what `serve` reads of a run
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
 
-class State(msgspec.Struct):
+class StoreState(msgspec.Struct):
     """What a local folder knows of its store."""
 
     owner: str  # names this folder in leases and parts
@@ -53,16 +53,16 @@ class State(msgspec.Struct):
     files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
 
     @classmethod
-    def read(cls, folder: Path) -> "State":
+    def read(cls, folder: Path) -> "StoreState":
         """A new folder gets an owner's name."""
         try:
-            return msgspec.json.decode((folder / STATE).read_bytes(), type=cls)
+            return msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=cls)
         except FileNotFoundError:
             return cls(uuid4().hex[:12])
 
     def save(self, folder: Path) -> None:
         """Replaces the file."""
-        write_file(folder / STATE, msgspec.json.encode(self))
+        write_file(folder / STATE_FILE, msgspec.json.encode(self))
 
 
 def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
@@ -71,7 +71,7 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
     `asked`: a folder or URL, else it is below the run's own address. `folder`: the run's, or that of a pass of it.
     Raises UsageError if the run has another place; as open_store.
     """
-    record, home = run.path / CLUSTER_FILE, State.read(run.path).url
+    record, home = run.path / CLUSTER_FILE, StoreState.read(run.path).url
     place = f"{home}/{CLUSTER}" if home else CLUSTER
     if asked:
         place = asked.rstrip("/") if "://" in asked else str(Path(asked).absolute())
@@ -91,7 +91,7 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
 class Mirror:
     """A run's folder, which this process alone changes or has changed, and its store."""
 
-    def __init__(self, store: Store, folder: Path, state: State) -> None:
+    def __init__(self, store: Store, folder: Path, state: StoreState) -> None:
         self._store, self._folder, self._state = store, folder, state
         self._stored: dict[str, IdSet] = {}  # by kind: the rows that the store has
         self._read: set[str] = set()  # parts whose rows are in the local journals

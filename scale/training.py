@@ -28,7 +28,7 @@ from scale.generation import variables_of
 from scale.run_in_store import is_held, repeated
 from scale.run_lease import check_lease
 from scale.storage import open_store
-from scale.sync import RAY, TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, State, names_in
+from scale.sync import RAY, TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, StoreState, names_in
 from train.preferences import learned_from_answers
 from train.processes import OWN_FOLDER, launched
 from train.rows import read_parts
@@ -55,7 +55,7 @@ def train_on_cluster(address: str, training: Training) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"--cluster {address}: train on a machine of the cluster, with host:port or auto")
     training.run.check_there()
-    if url := State.read(training.run.path).url:
+    if url := StoreState.read(training.run.path).url:
         training = training._replace(store=url)
         _check_stored(training)
         training = training._replace(lease=open_store(url).names("lease")[-1])
@@ -105,7 +105,7 @@ def _make_student(training: Training) -> None:
     recipe, run = training.recipe, training.run
     if recipe.student and recipe.student.built and not recipe.train.further:
         initial_student(recipe, run, read_parts(recipe, run).train)
-        Mirror(open_store(training.store), run.path, State.read(run.path)).push()
+        Mirror(open_store(training.store), run.path, StoreState.read(run.path)).push()
 
 
 def _fit(cluster: Cluster, training: Training) -> str | None:
@@ -168,7 +168,7 @@ def _fetched(training: Training, files: list[str]) -> Iterator[RunDir]:
     os.environ[OWN_FOLDER] = "true"
     processes, folder = launched(), _folder_of_node(training)
     store = open_store(training.store)
-    mirror = Mirror(store, folder, State("node"))
+    mirror = Mirror(store, folder, StoreState("node"))
 
     def put(what: Callable[[], None]) -> None:
         check_lease(store, training.lease)  # a node may outlive the machine that had the lease

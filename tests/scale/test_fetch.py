@@ -12,7 +12,7 @@ from pipeline.records import Completion, encode_line
 from scale.fetch import main as fetch
 from scale.run_in_store import run_in_store
 from scale.storage import Store
-from scale.sync import Mirror, State
+from scale.sync import Mirror, StoreState
 from tests.completion_fields import completion_fields
 
 
@@ -58,7 +58,7 @@ def test_parts_that_are_compacted_during_a_fetch_come_with_all_their_rows(
     if earlier:
         store.put("completions.jsonl", b"".join(rows[:earlier]))
     write(tmp_path / "one", "recipe.yaml")
-    running = Mirror(store, tmp_path / "one", State("one"))
+    running = Mirror(store, tmp_path / "one", StoreState("one"))
     running.fetch()
     with (tmp_path / "one" / "completions.jsonl").open("ab") as journal:
         journal.writelines(rows[earlier:])
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_is_replaced_during_a_fetch_comes_as_the_newer_one(
 ) -> None:
     """The training goes on before the fetch has any of the old checkpoint, or when it has a part of it."""
     one = tmp_path / "one"
-    running = Mirror(store, one, State("one"))
+    running = Mirror(store, one, StoreState("one"))
     write(one, "kept.jsonl", "lineage.json", "training/fingerprint", "validation.jsonl", "completions.jsonl")
     running.upload(rest=True)
     running.push()
@@ -99,7 +99,7 @@ def test_no_checkpoint_is_removed_from_the_store_before_the_newer_ones_are_there
 ) -> None:
     """The training puts checkpoint 30 in place of 10, the best so far, between two looks at its folder."""
     one, rglob = tmp_path / "one", Path.rglob
-    running = Mirror(store, one, State("one"))
+    running = Mirror(store, one, StoreState("one"))
 
     def save(step: int) -> None:
         write(one, *(f"training/checkpoint-{step}/{name}" for name in ("model.safetensors", "trainer_state.json")))

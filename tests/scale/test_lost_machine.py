@@ -19,7 +19,7 @@ from scale.run_in_store import cache_folder, run_in_store
 from scale.run_in_store import main as run_main
 from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, open_store
-from scale.sync import Mirror, State
+from scale.sync import Mirror, StoreState
 from tests.completion_fields import completion_fields
 
 # Writes checkpoints, and goes on when the store, a folder here, has them.
@@ -79,7 +79,7 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
         folder.mkdir()
     (one / "completions.jsonl").write_bytes(b"".join(map(row, range(13))))
     write_account(one / "spend.json", Account())
-    mirror = Mirror(store, one, State("one"))
+    mirror = Mirror(store, one, StoreState("one"))
     mirror.upload()  # two parts; three rows wait
     Lease.take(store, "one").beat(mirror.unstored)
     shutil.rmtree(one)
@@ -154,7 +154,7 @@ def lost_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, F
     folder, store = tmp_path / "one", Folder(tmp_path / "store")
     folder.mkdir()
     lease = Lease.take(store, "one")
-    State("one", url=store.url, lease=lease.name).save(folder)
+    StoreState("one", url=store.url, lease=lease.name).save(folder)
     Lease.take(store, "two", take_over=True).release()
     return folder, store
 
@@ -274,7 +274,7 @@ def test_a_student_is_fetched_before_it_is_served(
     assert serve("--model=before") == {"adapter": "new"}
 
     folder = cache_folder(url)
-    state = State.read(folder)
+    state = StoreState.read(folder)
     state.lease = Lease.take(store, state.owner).name
     state.save(folder)
     (folder / "student" / "adapter").write_text("not in the store yet")
@@ -310,5 +310,5 @@ def test_what_makes_a_student_whole_is_put_last(tmp_path: Path) -> None:
     for name in ("lineage.json", "student/lineage.json", "student/model.safetensors", "test.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    Mirror(Recording(tmp_path), folder, State("one")).push()
+    Mirror(Recording(tmp_path), folder, StoreState("one")).push()
     assert put == ["student/model.safetensors", "test.jsonl", "lineage.json", "student/lineage.json"]

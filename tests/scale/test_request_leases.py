@@ -6,7 +6,7 @@ import msgspec
 
 from generate.budget import Spend
 from generate.idset import IdSet
-from scale.request_leases import Claim, Item, Leases, State
+from scale.request_leases import Claim, Item, Leases, LeaseState
 
 MOST = Spend(100, 1000)
 
@@ -15,9 +15,9 @@ def items(count: int) -> Iterator[Item]:
     return (Item(str(number), b"{}", MOST) for number in range(count))
 
 
-def table(count: int = 10, *, tokens: int | None = None, state: State | None = None, before: int = 0) -> Leases:
+def table(count: int = 10, *, tokens: int | None = None, state: LeaseState | None = None, before: int = 0) -> Leases:
     """A table for requests of at most 100 tokens; a lease runs out after 10 s."""
-    return Leases(items(count), state or State(), IdSet(), tokens=tokens, before=Spend(before), lease_s=10)
+    return Leases(items(count), state or LeaseState(), IdSet(), tokens=tokens, before=Spend(before), lease_s=10)
 
 
 def ids(leased: list[Item]) -> list[str]:
@@ -107,7 +107,7 @@ def test_the_next_driver_knows_all_charges_and_an_ended_writer_costs_what_it_spe
     leases.claimed("a", Claim(Spend(50), Spend(400)))
     leases.leave("a", lost=False)
     leases.close("a")
-    state = msgspec.json.decode(msgspec.json.encode(leases.state), type=State)
+    state = msgspec.json.decode(msgspec.json.encode(leases.state), type=LeaseState)
     assert (list(state.accounts), state.unsaid.tokens) == (["b"], 40 + 400)
     # The journal has the 10 of the first answer, and the spend file says the rest.
     again = table(10, tokens=2000, state=state, before=10 + state.unsaid.tokens - state.charged.tokens)
@@ -118,7 +118,7 @@ def test_an_answer_that_a_killed_driver_had_recorded_is_counted_once() -> None:
     leases = table(10, tokens=2000)
     leases.join("a", ["u"], 0)
     leases.lease("a", 4)
-    state = msgspec.json.decode(msgspec.json.encode(leases.state), type=State)
+    state = msgspec.json.decode(msgspec.json.encode(leases.state), type=LeaseState)
     # The driver reads an answer of 10 into the journal, and is killed: the next one finds it there.
     again = table(10, tokens=2000, state=state, before=10)
     again._finished.add("0")

@@ -21,7 +21,7 @@ from scale import run_in_store, training
 from scale.cluster import Cluster
 from scale.run_lease import TakenOver
 from scale.storage import open_store
-from scale.sync import State, names_in
+from scale.sync import StoreState, names_in
 from scale.training import MOST_LOSSES, Training, _train_here, reason_of, train_on_cluster
 from tests.tiny_student import make_recipe
 from train.processes import OWN_FOLDER, launched
@@ -118,7 +118,7 @@ def test_wrong_usage_is_refused(told: Training) -> None:
 
 
 def test_what_a_run_in_a_store_cannot_do_is_refused(told: Training) -> None:
-    State("one", url="s3://bucket/t").save(told.run.path)
+    StoreState("one", url="s3://bucket/t").save(told.run.path)
     with pytest.raises(UsageError, match="a run in a store; train on a cluster with --run s3://bucket/t"):
         train_on_cluster("auto", told)
     with run_in_store._held(told.run.path):
@@ -141,7 +141,7 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
     monkeypatch.setattr("train.processes.Processes.lead_first", lambda _: nullcontext())
     monkeypatch.setattr(training, "_check_stored", lambda _: None)
     monkeypatch.setattr(training, "_folder_of_node", lambda _: folder)
-    State("one", url=store.url).save(told.run.path)
+    StoreState("one", url=store.url).save(told.run.path)
 
     def learn(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
         attempts.append(1)
