@@ -25,7 +25,7 @@ from pipeline.rundir import RunDir
 from scale.storage import Store, open_store
 from tests.servers import misbehaving_server
 from tests.servers.object_storage import object_storage
-from tests.servers.serve_process import empty_model, processes_with, server_at, stand_in, wait_until
+from tests.servers.serve_process import command_of, empty_model, processes_with, server_at, stand_in, wait_until
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 
 pytestmark = [
@@ -114,7 +114,7 @@ def published(tmp_path: Path, count: int) -> set[str]:
 
 def vllm(variables: dict[str, str]) -> list[psutil.Process]:
     """The servers, their guards and their engines."""
-    return [one for one in processes_with(variables) if "vllm" in " ".join(one.cmdline()).lower()]
+    return [one for one in processes_with(variables) if "vllm" in command_of(one).lower()]
 
 
 @pytest.mark.timeout(1800)

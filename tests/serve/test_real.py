@@ -16,7 +16,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.models import resolve_model
 from pipeline.recipe import ServeConfig
 from serve.server import Server, free_port, serving
-from tests.servers.serve_process import read_until, start, wait_until
+from tests.servers.serve_process import command_of, read_until, start, wait_until
 
 EMBEDDED = "embedded:smollm2-135m"
 MIB = 1 << 20
@@ -72,7 +72,7 @@ def test_interrupted_in_its_process_group_it_leaves_nothing(tmp_path):
     process = start(tmp_path, EMBEDDED)
     said = read_until(process, "Ctrl-C")
     processes = tree(process)
-    assert any("EngineCore" in " ".join(child.cmdline()) for child in processes)
+    assert any("EngineCore" in command_of(child) for child in processes)
     os.killpg(process.pid, signal.SIGINT)
     _, rest = process.communicate(timeout=120)
     assert process.returncode == 130, said + rest
@@ -81,7 +81,7 @@ def test_interrupted_in_its_process_group_it_leaves_nothing(tmp_path):
 
 def test_killed_outright_while_its_engine_loads_it_leaves_nothing(tmp_path):
     process = start(tmp_path, EMBEDDED)
-    wait_until(lambda: any("EngineCore" in " ".join(child.cmdline()) for child in tree(process)))
+    wait_until(lambda: any("EngineCore" in command_of(child) for child in tree(process)))
     processes = tree(process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)

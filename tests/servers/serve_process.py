@@ -94,9 +94,17 @@ def processes_with(variables: dict[str, str]) -> list[psutil.Process]:
     return found
 
 
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty if it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def server_at(processes: list[psutil.Process], url: str) -> psutil.Process:
     """The server itself, not its guard."""
     flag = f"--port {url.removesuffix('/v1').rpartition(':')[2]}"
-    lines = {process: " ".join(process.cmdline()) for process in processes}
+    lines = {process: command_of(process) for process in processes}
     (found,) = [process for process, line in lines.items() if flag in line and "guard.py" not in line]
     return found
