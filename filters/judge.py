@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,7 +113,7 @@ def ask_judge(
     Returns the verdicts by the prompts' ids; for those without one, why the last request failed (None: it was
     answered). `prompts` is iterated once; `properties` are those of `judge_recipe`. `folder` is that of a version: all
     versions share the budget, and so do those in the folder `beside`. A request that failed for good in an earlier call
-    is made again. Raises what `generate` raises; the next call goes on.
+    is made again, unless a later attempt has brought the verdict. Raises what `generate` raises; the next call goes on.
     """
     from generate.run import generate  # the client is slow to import, and most calls ask no judge
 
@@ -121,21 +121,26 @@ def ask_judge(
     assert config is not None
     folder.mkdir(parents=True, exist_ok=True)
     verdicts: dict[str, Verdict] = {}
-    for attempt in range(1, config.attempts + 1):
-        asked = RunDir(folder / str(attempt))
-        questions = folder / f"{attempt}.questions.jsonl"
-        write_jsonl(questions, prompts)
-        open_ids = dict.fromkeys(prompt.id for prompt in read_jsonl(questions, Prompt))  # a set in the prompts' order
-        if not open_ids:
-            return verdicts, {}
-        others = {path for versions in filter(None, (folder.parent, beside)) for path in versions.glob("*/*/")}
-        asking = judge_recipe(recipe, config, questions, attempt, properties, map(RunDir, others - {asked.path}))
-        generate(asking, asked, quiet=quiet, retry_failures=True)
-        for answer in read_jsonl(asked.completions, Completion) if asked.completions.exists() else ():
+    everything = folder / "questions.jsonl"
+    write_jsonl(everything, prompts)
+    open_ids = dict.fromkeys(prompt.id for prompt in read_jsonl(everything, Prompt))  # a set in the prompts' order
+    attempts = {number: RunDir(folder / str(number)) for number in range(1, config.attempts + 1)}
+    settled = {one.prompt_id for number, asked in attempts.items() for one in _answers(asked) if read(one, number)}
+    for attempt, asked in attempts.items():
+        answered = {one.prompt_id for one in _answers(asked)}
+        wanted = {id_ for id_ in open_ids if id_ in answered or id_ not in settled}
+        if wanted:
+            questions = folder / f"{attempt}.questions.jsonl"
+            write_jsonl(questions, (prompt for prompt in read_jsonl(everything, Prompt) if prompt.id in wanted))
+            others = {path for versions in filter(None, (folder.parent, beside)) for path in versions.glob("*/*/")}
+            asking = judge_recipe(recipe, config, questions, attempt, properties, map(RunDir, others - {asked.path}))
+            generate(asking, asked, quiet=quiet, retry_failures=True)
+        for answer in _answers(asked):
             if answer.prompt_id in open_ids and (verdict := read(answer, attempt)):
                 verdicts[answer.prompt_id] = verdict
                 del open_ids[answer.prompt_id]
-        prompts = (prompt for prompt in read_jsonl(questions, Prompt) if prompt.id not in verdicts)
+    if not open_ids:
+        return verdicts, {}
     errors = _errors(asked, open_ids)
     return verdicts, {id_: errors.get(id_) for id_ in open_ids}
 
@@ -175,15 +180,27 @@ def judge_rows(
     try:
         judgements, unread = ask_judge(recipe, folder, prompts, properties, read, quiet=quiet, beside=beside)
     except DistillError as error:
-        raise type(error)(
-            f"the judge ({judge_section(recipe, config)}): {error}; the verdicts so far are in {folder}"
-        ) from error
+        section = judge_section(recipe, config)
+        fix = f"; {section}.schema: false asks without response_format" if "response_format" in str(error) else ""
+        raise type(error)(f"the judge ({section}): {error}{fix}; the verdicts so far are in {folder}") from error
     for id_, why in unread.items():
         judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
-    if same := undiscerning(judgements.values()):
-        print(f"warning: {same}", file=sys.stderr)
+    for wrong in filter(None, (unreadable(judgements.values()), undiscerning(judgements.values()))):
+        print(f"warning: {wrong}", file=sys.stderr)
     return judgements
+
+
+def unreadable(judgements: Iterable[Judgement]) -> str | None:
+    """What is wrong with a judge most of whose replies hold no verdict, or None."""
+    replies = [one for one in judgements if one.error is None]
+    lost = sum(one.score is None for one in replies)
+    if 2 * lost <= len(replies):
+        return None
+    return (
+        f"no verdict could be read in the judge's replies about {lost} of {len(replies)} answers: take a more able "
+        "judge, or one whose server keeps to `response_format` (filters.judge.schema)"
+    )
 
 
 def undiscerning(judgements: Iterable[Judgement]) -> str | None:
@@ -282,9 +299,13 @@ def judge_recipe(
     return asking
 
 
+def _answers(asked: RunDir) -> Iterator[Completion]:
+    return read_jsonl(asked.completions, Completion) if asked.completions.exists() else iter(())
+
+
 def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:
     """Why requests of an attempt failed, by row, of the rows wanted; those that were answered are not among them."""
-    answered = {row.prompt_id for row in read_jsonl(asked.completions, Completion)}
+    answered = {row.prompt_id for row in _answers(asked)}
     return {
         row.prompt_id: f"{row.error}{f' {row.status}' if row.status else ''}: {row.message}"
         for row in read_jsonl(asked.failures, Failure)

@@ -134,6 +134,39 @@ def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir)
     assert unread is not None and describe(unread) == "no verdict could be read, in 3 attempts"
 
 
+def test_what_a_later_attempt_has_judged_is_not_asked_again(run: RunDir) -> None:
+    broken = True
+
+    def script(asked: Asked) -> Behaviour:
+        first = asked.body["temperature"] == 0
+        if "story 1" in asked.text and broken and first:
+            return error(400, "no")
+        return answer(verdict(5 if broken else 1))
+
+    with misbehaving(script) as server:
+        recipe = judging(server, attempts=2)
+        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        broken, asked = False, len(server.asked)
+        assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
+        assert judge_rows(recipe, run, [row(1)], quiet=True) == {"row1": found["row1"]}
+        assert (len(server.asked), found["row1"].score, found["row1"].attempts) == (asked, 5, 2)
+
+
+def test_what_helps_where_response_format_is_refused_is_told(run: RunDir) -> None:
+    refusal = error(400, "response_format of type json_schema is not supported", "unsupported")
+    with (
+        misbehaving(lambda asked: refusal) as server,
+        pytest.raises(DistillError, match=r"filters\.judge\.schema: false"),
+    ):
+        judge_rows(judging(server), run, map(row, range(30)), quiet=True)
+
+
+def test_a_judge_that_gives_no_verdicts_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with misbehaving(lambda asked: answer("4" if "story 1" not in asked.text else verdict(4))) as server:
+        judge_rows(judging(server, attempts=1), run, map(row, range(3)), quiet=True)
+    assert "no verdict could be read in the judge's replies about 2 of 3 answers" in capsys.readouterr().err
+
+
 def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> None:
     well = False
 
