@@ -24,7 +24,7 @@ from evaluate.document import exactly, number
 from evaluate.report.charts import dot_panel
 from evaluate.report.html import draw_svg
 from generate.client import Client, check_teacher, no_endpoint
-from generate.online import run_loop
+from generate.event_loop import run_loop
 from generate.streaming import Streamed, stream, streaming_session
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError

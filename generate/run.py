@@ -18,9 +18,10 @@ from rich.console import Console
 from generate.batch_files import COLLECTED, under_way
 from generate.client import check_teacher
 from generate.context import Left, Outcome, Run, opened_run
+from generate.event_loop import on_signals, run_loop
 from generate.journal import read_journal
 from generate.metrics import served
-from generate.online import on_signals, run_loop, send_from_here
+from generate.online import send_from_here
 from generate.progress import Counters, Display, requests_of
 from generate.summary import Summary, save, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes

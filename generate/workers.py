@@ -1,7 +1,7 @@
 """`generate.processes: N`: one run over N processes of this machine, for when one core cannot keep the server full.
 
 Each process sends the requests of every N-th prompt, with its part of the limits and of the budget, by the same loop
-as a whole run (generate.online), and appends to the same journals (they are made for it). The first process starts
+as a whole run (generate.loop), and appends to the same journals (they are made for it). The first process starts
 the others, shows their sum, and stops them. When parts of the budget are spent, or all requests of a part are
 forbidden, one more process sends what is left: the run ends as it would end in one process.
 
@@ -23,9 +23,10 @@ from typing import Any
 import msgspec
 
 from generate.context import Outcome, Run, opened_run
+from generate.event_loop import on_signals, run_loop
 from generate.jobs import WHOLE, Partition
-from generate.online import on_signals, opened_loop, run_loop
 from generate.progress import Counters
+from generate.servers import opened_loop
 from pipeline import errors
 from pipeline.errors import AllRefused, BudgetReached, DistillError
 from pipeline.recipe import Recipe

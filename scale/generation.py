@@ -30,9 +30,10 @@ import msgspec
 from generate.budget import known_price, most_of, spent_of
 from generate.context import Outcome, Run
 from generate.dialect import Dialect
-from generate.online import describe_change, on_signals
+from generate.event_loop import on_signals
 from generate.prices import PICO
 from generate.run import Sender
+from generate.servers import describe_change
 from generate.targets import urls_now
 from pipeline import errors
 from pipeline.address import VARIABLE

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
-from generate.online import on_signals, run_loop
+from generate.event_loop import on_signals, run_loop
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import ServeConfig
 from pipeline.rundir import replacing

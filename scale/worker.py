@@ -26,9 +26,9 @@ from generate.idset import IdSet
 from generate.jobs import Job
 from generate.journal import Journal
 from generate.loop import Loop
-from generate.online import Servers, opened_loop
 from generate.progress import Counters
 from generate.schedule import Feed
+from generate.servers import Servers, opened_loop
 from pipeline.chat import told_to_teacher
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe

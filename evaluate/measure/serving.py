@@ -21,8 +21,8 @@ from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResu
 from evaluate.models import Subject, engine_folder
 from generate.context import asked_rows
 from generate.dialect import Dialect
+from generate.event_loop import run_loop
 from generate.jobs import build_jobs
-from generate.online import run_loop
 from generate.run import generate
 from generate.streaming import stream, streaming_session
 from generate.summary import Summary

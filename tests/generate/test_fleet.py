@@ -14,9 +14,9 @@ from generate.context import opened_run
 from generate.endpoint import Endpoint
 from generate.fleet import FEW, Fleet
 from generate.jobs import Partition
-from generate.online import opened_loop
 from generate.progress import Counters
 from generate.run import generate
+from generate.servers import opened_loop
 from generate.targets import Target, read_urls
 from pipeline.errors import DistillError, RecipeError
 from pipeline.rundir import RunDir
@@ -111,7 +111,7 @@ def test_of_many_each_gets_its_share_of_the_requests_by_its_limit_and_of_the_con
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    monkeypatch.setattr("generate.online.FOLLOW_S", 0.05)
+    monkeypatch.setattr("generate.servers.FOLLOW_S", 0.05)
     monkeypatch.setattr("generate.loop.BACKOFF", wait_fixed(0.01))
     monkeypatch.setattr("generate.verdict.PROBE_WAIT", wait_fixed(0.05))
     return RunDir(tmp_path / "run")

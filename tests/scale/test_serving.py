@@ -56,7 +56,7 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         monkeypatch.setenv(name, value)
     for name in ("LOOK_S", "FIRST_WAIT_S"):
         monkeypatch.setattr(serving, name, 0.1)
-    monkeypatch.setattr("generate.online.FOLLOW_S", 0.2)
+    monkeypatch.setattr("generate.servers.FOLLOW_S", 0.2)
     yield lambda: processes_with(variables)
     assert processes_with(variables) == []
 
