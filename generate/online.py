@@ -1,4 +1,4 @@
-"""Sends what is left of a run from this process, and obeys Ctrl-C and SIGTERM. generate.workers has several processes."""
+"""Sends what is left of a run from this process, and obeys Ctrl-C and SIGTERM; for several: generate.workers."""
 
 import asyncio
 
