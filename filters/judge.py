@@ -115,7 +115,8 @@ def ask_judge(
     versions share the budget, and so do those in the folder `beside`. A request that failed for good in an earlier call
     is made again, unless a later attempt has brought the verdict. Raises what `generate` raises; the next call goes on.
     """
-    from generate.run import generate  # the client is slow to import, and most calls ask no judge
+    from generate.journal import Journal  # the client is slow to import, and most calls ask no judge
+    from generate.run import generate
 
     config = recipe.filters.judge
     assert config is not None
@@ -125,6 +126,10 @@ def ask_judge(
     write_jsonl(everything, prompts)
     open_ids = dict.fromkeys(prompt.id for prompt in read_jsonl(everything, Prompt))  # a set in the prompts' order
     attempts = {number: RunDir(folder / str(number)) for number in range(1, config.attempts + 1)}
+    for asked in attempts.values():
+        if asked.completions.exists():
+            with Journal(asked.completions, Completion):
+                pass  # cuts off the torn line that a killed call leaves
     settled = {one.prompt_id for number, asked in attempts.items() for one in _answers(asked) if read(one, number)}
     for attempt, asked in attempts.items():
         answered = {one.prompt_id for one in _answers(asked)}

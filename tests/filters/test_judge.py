@@ -149,6 +149,10 @@ def test_what_a_later_attempt_has_judged_is_not_asked_again(run: RunDir) -> None
         broken, asked = False, len(server.asked)
         assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
         assert judge_rows(recipe, run, [row(1)], quiet=True) == {"row1": found["row1"]}
+        (second,) = (run.path / "judge").glob("*/2/completions.jsonl")
+        with second.open("ab") as file:
+            file.write(b'{"id": "torn')  # as a kill leaves it
+        assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
         assert (len(server.asked), found["row1"].score, found["row1"].attempts) == (asked, 5, 2)
 
 
