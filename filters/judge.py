@@ -117,6 +117,7 @@ def ask_judge(
     """
     from generate.journal import Journal  # the client is slow to import, and most calls ask no judge
     from generate.run import generate
+    from generate.verdict import FINAL
 
     config = recipe.filters.judge
     assert config is not None
@@ -131,9 +132,13 @@ def ask_judge(
             with Journal(asked.completions, Completion):
                 pass  # cuts off the torn line that a killed call leaves
     settled = {one.prompt_id for number, asked in attempts.items() for one in _answers(asked) if read(one, number)}
+    failed: dict[str, Failure] = {}  # why the last request brought no reply
     for attempt, asked in attempts.items():
         answered = {one.prompt_id for one in _answers(asked)}
-        wanted = {id_ for id_ in open_ids if id_ in answered or id_ not in settled}
+        hopeless = {
+            id_ for id_, failure in failed.items() if failure.error in FINAL
+        }  # it would only cost the same again
+        wanted = {id_ for id_ in open_ids if id_ in answered or id_ not in settled | hopeless}
         if wanted:
             questions = folder / f"{attempt}.questions.jsonl"
             write_jsonl(questions, (prompt for prompt in read_jsonl(everything, Prompt) if prompt.id in wanted))
@@ -144,10 +149,8 @@ def ask_judge(
             if answer.prompt_id in open_ids and (verdict := read(answer, attempt)):
                 verdicts[answer.prompt_id] = verdict
                 del open_ids[answer.prompt_id]
-    if not open_ids:
-        return verdicts, {}
-    errors = _errors(asked, open_ids)
-    return verdicts, {id_: errors.get(id_) for id_ in open_ids}
+        failed = {id_: failure for id_, failure in failed.items() if id_ not in wanted} | _failed(asked, wanted)
+    return verdicts, {id_: _why(failed.get(id_)) for id_ in open_ids}
 
 
 def judge_rows(
@@ -308,14 +311,17 @@ def _answers(asked: RunDir) -> Iterator[Completion]:
     return read_jsonl(asked.completions, Completion) if asked.completions.exists() else iter(())
 
 
-def _errors(asked: RunDir, wanted: Container[str]) -> dict[str, str]:
-    """Why requests of an attempt failed, by row, of the rows wanted; those that were answered are not among them."""
+def _failed(asked: RunDir, wanted: Container[str]) -> dict[str, Failure]:
+    """The requests of an attempt without a reply, of those wanted, by their prompts' ids."""
     answered = {row.prompt_id for row in _answers(asked)}
-    return {
-        row.prompt_id: f"{row.error}{f' {row.status}' if row.status else ''}: {row.message}"
-        for row in read_jsonl(asked.failures, Failure)
-        if row.prompt_id in wanted and row.prompt_id not in answered
-    }
+    failures = read_jsonl(asked.failures, Failure) if asked.failures.exists() else ()
+    return {row.prompt_id: row for row in failures if row.prompt_id in wanted and row.prompt_id not in answered}
+
+
+def _why(failure: Failure | None) -> str | None:
+    if failure is None:
+        return None
+    return f"{failure.error}{f' {failure.status}' if failure.status else ''}: {failure.message}"
 
 
 def read_judgements(run: RunDir) -> dict[str, Judgement]:
