@@ -135,9 +135,8 @@ def ask_judge(
     failed: dict[str, Failure] = {}  # why the last request brought no reply
     for attempt, asked in attempts.items():
         answered = {one.prompt_id for one in _answers(asked)}
-        hopeless = {
-            id_ for id_, failure in failed.items() if failure.error in FINAL
-        }  # it would only cost the same again
+        # What was refused, or answered with nothing, would only cost the same again.
+        hopeless = {id_ for id_, failure in failed.items() if failure.error in FINAL}
         wanted = {id_ for id_ in open_ids if id_ in answered or id_ not in settled | hopeless}
         if wanted:
             questions = folder / f"{attempt}.questions.jsonl"
