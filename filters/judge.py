@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ Verdict = TypeVar("Verdict")
 RULE = "judge"
 TEMPLATE = 1  # of the question below: another one is another version
 SCORES = [1, 2, 3, 4, 5]
+WRITTEN = {text: score for score in SCORES for text in (f"{score}", f"{score}.0")}  # as judges write one: 4, "4", 4.0
 UNREADABLE, FAILED = "unreadable", "failed"  # why an answer has no score: no verdict in the reply, or no reply
 ENOUGH = 20  # verdicts, to say that a judge does not tell its criteria apart
 FENCE = re.compile(r"^```(?:json)?\s*|\s*```$")
@@ -90,12 +91,11 @@ def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
         verdict = json.loads(FENCE.sub("", text.strip()))
     except (ValueError, RecursionError):
         return None
-    names = (*config.rubric, "score")
-    if not isinstance(verdict, dict) or any(
-        type(verdict.get(name)) is not int or verdict[name] not in SCORES for name in names
-    ):
+    if not isinstance(verdict, dict):
         return None
-    return {name: verdict[name] for name in names}
+    scores = {name: WRITTEN.get(str(verdict.get(name))) for name in (*config.rubric, "score")}
+    read = {name: score for name, score in scores.items() if score is not None}
+    return read if len(read) == len(scores) else None
 
 
 def ask_judge(
@@ -112,44 +112,87 @@ def ask_judge(
 
     Returns the verdicts by the prompts' ids; for those without one, why the last request failed (None: it was
     answered). `prompts` is iterated once; `properties` are those of `judge_recipe`. `folder` is that of a version: all
-    versions share the budget, and so do those in the folder `beside`. A request that failed for good in an earlier call
-    is made again, unless a later attempt has brought the verdict. Raises what `generate` raises; the next call goes on.
+    versions share the budget, and so do those in the folder `beside`. A verdict is a question's, whoever asks it: what
+    any attempt has a verdict on is not asked again. A request that failed for good in an earlier call is. Raises what
+    `generate` raises; the next call goes on.
     """
-    from generate.journal import Journal  # the client is slow to import, and most calls ask no judge
+    from generate.prompts import prompt_id  # the client is slow to import, and most calls ask no judge
     from generate.run import generate
     from generate.verdict import FINAL
 
     config = recipe.filters.judge
     assert config is not None
     folder.mkdir(parents=True, exist_ok=True)
+    runs = {attempt: RunDir(folder / str(attempt), internal=True) for attempt in range(1, config.attempts + 1)}
+    verdicts: dict[str, Verdict] = {}  # by question
+    for attempt, asked in runs.items():
+        verdicts = _verdicts(asked, attempt, read) | verdicts
+    questions: dict[str, str] = {}  # by the prompt's id
+    unread: dict[str, Failure | None] = {}  # by question: how its last request failed
+
+    def new() -> Iterator[Prompt]:
+        for prompt in prompts:
+            question = questions[prompt.id] = prompt_id(prompt.messages)
+            if question not in verdicts and question not in unread:
+                unread[question] = None
+                yield prompt
+
+    write_jsonl(folder / "questions.jsonl", new())
+    left, section = set(unread), judge_section(recipe, config)
+    for attempt, asked in runs.items():
+        if not left:
+            break
+        file = folder / f"{attempt}.questions.jsonl"
+        write_jsonl(file, (one for one in read_jsonl(folder / "questions.jsonl", Prompt) if questions[one.id] in left))
+        others = {path for versions in filter(None, (folder.parent, beside)) for path in versions.glob("*/*/")}
+        asking = judge_recipe(recipe, config, file, attempt, properties, map(RunDir, others - {asked.path}))
+        generate(asking, asked, quiet=quiet, retry_failures=True)
+        verdicts = _verdicts(asked, attempt, read) | verdicts
+        failed = _failures(asked)
+        unread |= {question: failed.get(question) for question in left}
+        left -= verdicts.keys() | {question for question, failure in failed.items() if failure.error in FINAL}
+    return (
+        {id_: verdicts[question] for id_, question in questions.items() if question in verdicts},
+        {id_: _why(unread[question], section) for id_, question in questions.items() if question not in verdicts},
+    )
+
+
+def _verdicts(asked: RunDir, attempt: int, read: Callable[[Completion, int], Verdict | None]) -> dict[str, Verdict]:
+    """The verdicts that an attempt has, by question."""
+    from generate.journal import Journal  # here: as in ask_judge
+    from generate.prompts import prompt_id
+
     verdicts: dict[str, Verdict] = {}
-    everything = folder / "questions.jsonl"
-    write_jsonl(everything, prompts)
-    open_ids = dict.fromkeys(prompt.id for prompt in read_jsonl(everything, Prompt))  # a set in the prompts' order
-    attempts = {number: RunDir(folder / str(number)) for number in range(1, config.attempts + 1)}
-    for asked in attempts.values():
-        if asked.completions.exists():
-            with Journal(asked.completions, Completion):
-                pass  # cuts off the torn line that a killed call leaves
-    settled = {one.prompt_id for number, asked in attempts.items() for one in _answers(asked) if read(one, number)}
-    failed: dict[str, Failure] = {}  # why the last request brought no reply
-    for attempt, asked in attempts.items():
-        answered = {one.prompt_id for one in _answers(asked)}
-        # What was refused, or answered with nothing, would only cost the same again.
-        hopeless = {id_ for id_, failure in failed.items() if failure.error in FINAL}
-        wanted = {id_ for id_ in open_ids if id_ in answered or id_ not in settled | hopeless}
-        if wanted:
-            questions = folder / f"{attempt}.questions.jsonl"
-            write_jsonl(questions, (prompt for prompt in read_jsonl(everything, Prompt) if prompt.id in wanted))
-            others = {path for versions in filter(None, (folder.parent, beside)) for path in versions.glob("*/*/")}
-            asking = judge_recipe(recipe, config, questions, attempt, properties, map(RunDir, others - {asked.path}))
-            generate(asking, asked, quiet=quiet, retry_failures=True)
-        for answer in _answers(asked):
-            if answer.prompt_id in open_ids and (verdict := read(answer, attempt)):
-                verdicts[answer.prompt_id] = verdict
-                del open_ids[answer.prompt_id]
-        failed = {id_: failure for id_, failure in failed.items() if id_ not in wanted} | _failed(asked, wanted)
-    return verdicts, {id_: _why(failed.get(id_)) for id_ in open_ids}
+    if asked.completions.exists():
+        with Journal(asked.completions, Completion):  # cuts off the torn line that a killed call leaves
+            pass
+        for answer in read_jsonl(asked.completions, Completion):
+            if verdict := read(answer, attempt):
+                verdicts.setdefault(prompt_id(answer.messages), verdict)
+    return verdicts
+
+
+def _failures(asked: RunDir) -> dict[str, Failure]:
+    """The requests of an attempt that have failed for good and were not answered since, by question."""
+    from generate.prompts import prompt_id  # here: as in ask_judge
+
+    failed = {prompt_id(row.messages): row for row in read_jsonl(asked.failures, Failure)}
+    for answer in read_jsonl(asked.completions, Completion) if failed else ():
+        failed.pop(prompt_id(answer.messages), None)
+    return failed
+
+
+def _why(failure: Failure | None, section: str) -> str | None:
+    if failure is None:
+        return None
+    status = f" {failure.status}" if failure.status else ""
+    return _in_users_keys(f"{failure.error}{status}: {failure.message}", section)
+
+
+def _in_users_keys(words: str, section: str) -> str:
+    """What `generate` or a server says of the judge's own run, with the keys that the user's recipe has for it."""
+    fix = f"; {section}.schema: false leaves response_format out" if "response_format" in words else ""
+    return words.replace("sampling.max_tokens", f"{section}.max_tokens") + fix
 
 
 def judge_rows(
@@ -162,7 +205,7 @@ def judge_rows(
     """
     config = recipe.filters.judge
     assert config is not None
-    version = version_of(recipe, config)
+    version, section = version_of(recipe, config), judge_section(recipe, config)
     if is_teacher(recipe, config):
         print("warning: the judge is the teacher itself: it likes its own answers too well", file=sys.stderr)
     folder = verdicts_folder(run) / version
@@ -187,27 +230,22 @@ def judge_rows(
     try:
         judgements, unread = ask_judge(recipe, folder, prompts, properties, read, quiet=quiet, beside=beside)
     except DistillError as error:
-        section = judge_section(recipe, config)
-        fix = f"; {section}.schema: false asks without response_format" if "response_format" in str(error) else ""
-        raise type(error)(f"the judge ({section}): {error}{fix}; the verdicts so far are in {folder}") from error
+        words = _in_users_keys(str(error), section)
+        raise type(error)(f"the judge ({section}): {words}; the verdicts so far are in {folder}") from error
+    judgements = {id_: msgspec.structs.replace(one, id=id_) for id_, one in judgements.items()}
     for id_, why in unread.items():
         judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)
     write_jsonl(run.judgements, judgements.values())
-    for wrong in filter(None, (unreadable(judgements.values()), undiscerning(judgements.values()))):
-        print(f"warning: {wrong}", file=sys.stderr)
+    unreadable = sum(one.score is None and one.error is None for one in judgements.values())
+    if unreadable > len(judgements) / 2:
+        print(
+            f"warning: no verdict could be read for {unreadable} of {len(judgements)} answers (the judge's replies: "
+            f"{folder}/*/completions.jsonl): take a more able judge, or raise {section}.max_tokens if they are cut off",
+            file=sys.stderr,
+        )
+    if same := undiscerning(judgements.values()):
+        print(f"warning: {same}", file=sys.stderr)
     return judgements
-
-
-def unreadable(judgements: Iterable[Judgement]) -> str | None:
-    """What is wrong with a judge most of whose replies hold no verdict, or None."""
-    replies = [one for one in judgements if one.error is None]
-    lost = sum(one.score is None for one in replies)
-    if 2 * lost <= len(replies):
-        return None
-    return (
-        f"no verdict could be read in the judge's replies about {lost} of {len(replies)} answers: take a more able "
-        "judge, or one whose server keeps to `response_format` (filters.judge.schema)"
-    )
 
 
 def undiscerning(judgements: Iterable[Judgement]) -> str | None:
@@ -304,23 +342,6 @@ def judge_recipe(
     )
     known_price(asking, f"{section}.price")
     return asking
-
-
-def _answers(asked: RunDir) -> Iterator[Completion]:
-    return read_jsonl(asked.completions, Completion) if asked.completions.exists() else iter(())
-
-
-def _failed(asked: RunDir, wanted: Container[str]) -> dict[str, Failure]:
-    """The requests of an attempt without a reply, of those wanted, by their prompts' ids."""
-    answered = {row.prompt_id for row in _answers(asked)}
-    failures = read_jsonl(asked.failures, Failure) if asked.failures.exists() else ()
-    return {row.prompt_id: row for row in failures if row.prompt_id in wanted and row.prompt_id not in answered}
-
-
-def _why(failure: Failure | None) -> str | None:
-    if failure is None:
-        return None
-    return f"{failure.error}{f' {failure.status}' if failure.status else ''}: {failure.message}"
 
 
 def read_judgements(run: RunDir) -> dict[str, Judgement]:

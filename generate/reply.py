@@ -297,7 +297,7 @@ def _why_empty(finish_reason: str, reasoning: str, usage: Usage) -> str:
     thought = f", {usage.reasoning_tokens} reasoning tokens" if usage.reasoning_tokens else ""
     why = f"the answer has no text (finish_reason {finish_reason}{thought})"
     if finish_reason == "length" and (thought or reasoning):
-        return f"{why}: it was cut off while the model was thinking; raise its max_tokens"
+        return f"{why}: it was cut off while the model was thinking; raise sampling.max_tokens"
     return why
 
 

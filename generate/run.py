@@ -230,7 +230,7 @@ def _findings(run: Run) -> Iterator[str]:
             "asked once (prompts.samples asks for several answers)"
         )
     strangers = len(run.completions.found.ids) - counters.resumed
-    if strangers:
+    if strangers and not run.dir.internal:
         yield (
             f"warning: {run.completions.path} also holds {strangers} answers that this recipe does not ask for (other "
             "prompts, sampling, model or endpoint); later stages read them too. Another --run keeps them apart"

@@ -71,7 +71,7 @@ def passes(recipe: Recipe, run: RunDir) -> Iterator[tuple[Recipe, RunDir]]:
 def pass_folders(run: RunDir, user: UserConfig) -> list[RunDir]:
     """The passes of a run, in order; the last is the run itself."""
     sides = [f"{number}-{side}" for number in range(1, user.turns + 1) for side in ("teacher", "user")]
-    return [*(RunDir(run.path / "turns" / side) for side in sides), run]
+    return [*(RunDir(run.path / "turns" / side, internal=True) for side in sides), run]
 
 
 def turn_folders(run: RunDir) -> list[RunDir]:

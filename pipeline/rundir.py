@@ -41,6 +41,7 @@ class RunDir:
     """Where the files of one run are, and who writes them."""
 
     path: Path
+    internal: bool = False  # one stage's own, inside another run: nothing else reads its answers
     recipe = File("recipe.yaml")  # as resolved; `generate`
     lineage = File("lineage.json")  # every stage
     prompts = File("prompts.jsonl")  # `generate`

@@ -146,7 +146,7 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> Summ
     """Sends the prompts through `generate`. What the folder has an answer to is not asked again; what failed is."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / QUESTIONS, prompts)
-    return generate(_asking(recipe, folder), RunDir(folder), quiet=True, retry_failures=True)
+    return generate(_asking(recipe, folder), RunDir(folder, internal=True), quiet=True, retry_failures=True)
 
 
 def _asking(recipe: Recipe, folder: Path) -> Recipe:

@@ -119,7 +119,7 @@ def test_a_choice_that_cannot_be_read_is_asked_again_and_then_none(tmp_path: Pat
 def test_an_empty_answer_loses_without_a_question(tmp_path: Path) -> None:
     answers = texts(teacher=lambda i: "same" if i else "", student_after=lambda i: "same" if i < 7 else "")
     result, asked = ask(judge_of(lambda first, second: "A"), tmp_path, answers)
-    assert asked == 14  # the scores of what was said; no pair has a question in it
+    assert asked == 8  # the score of each text that was said to a prompt; no pair has a question in it
     assert result.scores["teacher"]["p0"] == 1 and result.scores["student_after"]["p7"] == 1
     win = rates(result, answers)["teacher"]
     assert (win.wins, win.ties, win.losses) == (1, 6, 1)

@@ -65,9 +65,11 @@ def run(tmp_path: Path) -> RunDir:
         ('{"fluency": 5, "fit": 1, "score": 2, "reason": "short"}', {"fluency": 5, "fit": 1, "score": 2}),
         ('{"fluency": 5, "score": 2}', None),
         ('{"fluency": 5, "fit": 6, "score": 2}', None),
-        ('{"fluency": 5, "fit": 1.0, "score": 2}', None),
+        ('{"fluency": 5, "fit": 1.0, "score": "2"}', {"fluency": 5, "fit": 1, "score": 2}),
+        ('{"fluency": 5, "fit": 1.5, "score": 2}', None),
         ('{"fluency": 5, "fit": true, "score": 2}', None),
-        ('{"fluency": 5, "fit": "4", "score": 2}', None),
+        ('{"fluency": 5, "fit": "four", "score": 2}', None),
+        ('{"fluency": 5, "fit": [4], "score": 2}', None),
         ("I would give it a 4.", None),
         ("[4, 4, 4]", None),
         ("[" * 100_000, None),
@@ -134,43 +136,6 @@ def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir)
     assert unread is not None and describe(unread) == "no verdict could be read, in 3 attempts"
 
 
-def test_what_a_later_attempt_has_judged_is_not_asked_again(run: RunDir) -> None:
-    broken = True
-
-    def script(asked: Asked) -> Behaviour:
-        first = asked.body["temperature"] == 0
-        if "story 1" in asked.text and broken and first:
-            return error(503, "busy")
-        return answer(verdict(5 if broken else 1))
-
-    with misbehaving(script) as server:
-        recipe = judging(server, attempts=2)
-        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
-        broken, asked = False, len(server.asked)
-        assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
-        assert judge_rows(recipe, run, [row(1)], quiet=True) == {"row1": found["row1"]}
-        (second,) = (run.path / "judge").glob("*/2/completions.jsonl")
-        with second.open("ab") as file:
-            file.write(b'{"id": "torn')  # as a kill leaves it
-        assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
-        assert (len(server.asked), found["row1"].score, found["row1"].attempts) == (asked, 5, 2)
-
-
-def test_what_helps_where_response_format_is_refused_is_told(run: RunDir) -> None:
-    refusal = error(400, "response_format of type json_schema is not supported", "unsupported")
-    with (
-        misbehaving(lambda asked: refusal) as server,
-        pytest.raises(DistillError, match=r"filters\.judge\.schema: false"),
-    ):
-        judge_rows(judging(server), run, map(row, range(30)), quiet=True)
-
-
-def test_a_judge_that_gives_no_verdicts_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with misbehaving(lambda asked: answer("4" if "story 1" not in asked.text else verdict(4))) as server:
-        judge_rows(judging(server, attempts=1), run, map(row, range(3)), quiet=True)
-    assert "no verdict could be read in the judge's replies about 2 of 3 answers" in capsys.readouterr().err
-
-
 def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> None:
     well = False
 
@@ -186,7 +151,52 @@ def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> N
         assert failed is not None and describe(failed) == "not judged: bad_request 400: no"
         well = True
         assert judge_rows(recipe, run, map(row, range(3)), quiet=True)["row1"].score == 5
-    assert len(server.asked) == 3 + 1  # the second attempt would have cost the same again
+    assert len(server.asked) == 3 + 1  # another attempt of the same call would bring the same
+
+
+def test_a_row_with_a_verdict_is_left_alone(run: RunDir) -> None:
+    """Its request failed in the first attempt, and the second brought the verdict: no later call asks again."""
+
+    def script(asked: Asked) -> Behaviour:
+        overloaded = "story 1" in asked.text and asked.body["temperature"] == 0
+        return error(503, "overloaded") if overloaded and first else answer(verdict(1 if overloaded else 5))
+
+    with misbehaving(script) as server:
+        first, recipe = True, judging(server)
+        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        assert (found["row1"].score, found["row1"].attempts) == (5, 2)
+        first, asked = False, len(server.asked)
+        assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
+        assert len(server.asked) == asked
+
+
+def test_a_verdict_is_of_the_question_not_of_the_row(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(verdict(5 if "better" in asked.text else 2))) as server:
+        recipe = judging(server)
+        copy = msgspec.structs.replace(row(1), id="copy")
+        found = judge_rows(recipe, run, [row(1), copy], quiet=True)
+        assert {id_: (one.id, one.score) for id_, one in found.items()} == {"row1": ("row1", 2), "copy": ("copy", 2)}
+        assert len(server.asked) == 1
+        assert judge_rows(recipe, run, [row(1, "A better story.")], quiet=True)["row1"].score == 5
+        assert len(server.asked) == 2
+
+
+def test_rows_that_are_not_asked_about_are_no_strangers(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rule drops them now, or they are judged: no later stage reads the judge's own runs."""
+    with misbehaving(lambda asked: answer(verdict(4))) as server:
+        judge_rows(judging(server), run, map(row, range(4)))
+        judge_rows(judging(server), run, map(row, range(2, 6)))
+    assert "does not ask for" not in capsys.readouterr().err
+
+
+def test_a_torn_last_verdict_is_asked_for_again(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(verdict(4))) as server:
+        judge_rows(judging(server), run, map(row, range(3)), quiet=True)
+        (file,) = run.path.glob("judge/*/1/completions.jsonl")
+        file.write_bytes(file.read_bytes()[:-30])
+        (file.parent / "failures.jsonl").write_bytes(b'{"id": "cut')
+        assert len(judge_rows(judging(server), run, map(row, range(3)), quiet=True)) == 3
+        assert len(server.asked) == 4
 
 
 def test_the_budget_is_of_all_attempts_together(run: RunDir) -> None:
@@ -230,6 +240,23 @@ def test_a_judge_is_named_by_the_section_that_it_is_in(run: RunDir, section: str
     assert judge is not None
     with pytest.raises(RecipeError, match=rf"set {section}\.judge\.price: "):
         judge_rows(judge.recipe, run, [row(1)], quiet=True)
+
+
+@pytest.mark.parametrize("section", ["filters", "evaluate"])
+def test_a_fix_is_named_by_the_judges_own_key(run: RunDir, section: str) -> None:
+    def asked_of(count: int, reply: Behaviour) -> dict[str, Judgement]:
+        with misbehaving(lambda asked: reply) as server:
+            config = {"model": "judge", "base_url": server.url, "rubric": CONFIG.rubric}
+            judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": config}}))
+            assert judge is not None
+            return judge_rows(judge.recipe, run, map(row, range(count)), quiet=True)
+
+    thinking = answer("<think>Let me see", finish_reason="length")
+    assert (asked_of(1, thinking)["row0"].error or "").endswith(f"thinking; raise {section}.judge.max_tokens")
+    refused, fix = error(400, "no response_format here"), f"; {section}.judge.schema: false leaves response_format out"
+    assert (asked_of(1, refused)["row0"].error or "").endswith(fix)
+    with pytest.raises(DistillError, match=f"refuses every request: .*{re.escape(fix)}; the verdicts so far"):
+        asked_of(30, refused)
 
 
 def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: RunDir) -> None:
@@ -312,6 +339,20 @@ def test_a_judge_that_tells_no_criteria_apart_is_told() -> None:
     assert undiscerning(judged(alike)) is None  # too few to tell
     one = [Judgement(id=str(n), score=5, criteria={"fit": 5}, version="v", attempts=1) for n in range(30)]
     assert undiscerning(one) is None  # a single criterion is the score
+
+
+@pytest.mark.parametrize(("unread", "told"), [(2, False), (3, True)])
+def test_a_judge_whose_replies_cannot_be_read_is_told(
+    run: RunDir, capsys: pytest.CaptureFixture[str], unread: int, told: bool
+) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return answer("I like it!" if any(f"story {n}" in asked.text for n in range(unread)) else verdict(4))
+
+    with misbehaving(script) as server:
+        judge_rows(judging(server), run, map(row, range(4)), quiet=True)
+    said = capsys.readouterr().err
+    assert (f"no verdict could be read for {unread} of 4 answers" in said) == told
+    assert ("raise filters.judge.max_tokens" in said) == told
 
 
 def test_a_wrong_file_is_one_line(run: RunDir) -> None:

@@ -156,7 +156,7 @@ def test_an_answer_cut_off_in_its_reasoning_is_empty(content: str | None) -> Non
     assert found.error == "empty_answer"
     assert found.message == (
         "the answer has no text (finish_reason length, 500 reasoning tokens): it was cut off while the model was "
-        "thinking; raise its max_tokens"
+        "thinking; raise sampling.max_tokens"
     )
 
 
