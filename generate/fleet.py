@@ -9,8 +9,7 @@ without room is not looked at again until a reply, its queue or the time may hav
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 from generate.endpoint import Endpoint
 
@@ -27,9 +26,7 @@ class Fleet:
         self._place: dict[Endpoint, int | None] = {}  # of each endpoint in its list of `_open`; None: left aside
         self._due: dict[Endpoint, float] = {}  # of those without room, when they have some, if the time brings it
         self._first_due = float("inf")  # or earlier
-        self._tasks: asyncio.TaskGroup | None = None  # while they are watched
-        self._watching: dict[Endpoint, asyncio.Task[None]] = {}
-        self._changed: Callable[[], None] = lambda: None
+        self.changed = asyncio.Event()  # an endpoint has come, or has more room
         for endpoint in endpoints:
             self.add(endpoint)
 
@@ -42,9 +39,7 @@ class Fleet:
         """Requests may go there from now on."""
         self._place[endpoint] = None
         self._divide()
-        self.reopen(endpoint)
-        self._watch(endpoint)
-        self._changed()
+        self.has_more(endpoint)
 
     def remove(self, endpoint: Endpoint) -> None:
         """Nothing new goes there; what is in flight may end."""
@@ -52,8 +47,6 @@ class Fleet:
         self._due.pop(endpoint, None)
         del self._place[endpoint]
         self._divide()
-        if task := self._watching.pop(endpoint, None):
-            task.cancel()
 
     def pick(self, tokens: int, now: float, choices: int = 1) -> tuple[Endpoint | None, float | None]:
         """An endpoint with room for a request of so many tokens and choices; else the seconds until one may have it.
@@ -99,6 +92,11 @@ class Fleet:
             self._place[endpoint] = len(group)
             group.append(endpoint)
 
+    def has_more(self, endpoint: Endpoint) -> None:
+        """The endpoint may have room, without a reply: whoever waits for room is to look again."""
+        self.reopen(endpoint)
+        self.changed.set()
+
     def _leave_aside(self, endpoint: Endpoint) -> None:
         place = self._place[endpoint]
         if place is not None:
@@ -125,22 +123,6 @@ class Fleet:
     def paused_s(self, now: float) -> float:
         """Seconds until the first of them takes requests again, by its own word."""
         return min((endpoint.limits.paused_s(now) for endpoint in self._place), default=0.0)
-
-    async def watch(self, changed: Callable[[], None]) -> None:
-        """Follows the queues of all endpoints; calls `changed` when one may have more room. Ends when cancelled."""
-        self._changed = changed
-        async with asyncio.TaskGroup() as self._tasks:
-            for endpoint in self._place:
-                self._watch(endpoint)
-            await asyncio.Event().wait()
-
-    def _watch(self, endpoint: Endpoint) -> None:
-        if self._tasks:
-            self._watching[endpoint] = self._tasks.create_task(endpoint.watch(partial(self._has_more, endpoint)))
-
-    def _has_more(self, endpoint: Endpoint) -> None:
-        self.reopen(endpoint)
-        self._changed()
 
     def _divide(self) -> None:
         if self._most:

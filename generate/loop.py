@@ -72,7 +72,7 @@ class Loop:
         self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()  # a request has ended, a limit has moved, or the run is to end
+        self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
         self._waits_until = inf  # time.monotonic; once the run is to end, for what is in flight
         # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
@@ -80,8 +80,7 @@ class Loop:
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
-        own = self._sync_journals(), self._show_progress(), self._fleet.watch(self._changed.set)
-        beside = [self._start(work) for work in (*own, *(begin() for begin in self._beside))]
+        beside = [self._start(begin()) for begin in (self._sync_journals, self._show_progress, *self._beside)]
         try:
             await self._send_all()
             await self._drain()

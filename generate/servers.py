@@ -1,9 +1,13 @@
-"""The servers that a process sends to: opens their endpoints, and keeps the fleet to those that the recipe leads to."""
+"""Opens the endpoints of a run; follows their queues and the list of servers while requests go out.
+
+Which servers there are is generate.targets's to find; which one a request goes to is generate.fleet's.
+"""
 
 import asyncio
 import resource
 from collections.abc import AsyncIterator, Iterator, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 from generate.client import no_endpoint
 from generate.context import Run
@@ -36,7 +40,7 @@ async def opened_loop(run: Run, jobs: Iterator[Job] | None = None) -> "AsyncIter
         silent = await servers.change(targets)
         if all(silent):
             raise no_endpoint(teacher, targets[0].name, silent[0] or "")
-        yield Loop(run, servers.fleet, servers.follow, jobs=jobs), servers
+        yield Loop(run, servers.fleet, servers.watch, servers.follow, jobs=jobs), servers
 
 
 class Servers:
@@ -47,6 +51,8 @@ class Servers:
         self.fleet, self._run, self._stack = fleet, run, stack
         self._endpoints: dict[Target, Endpoint] = {}
         self._leaving: list[Endpoint] = []  # with requests in flight
+        self._tasks: asyncio.TaskGroup | None = None  # while `watch` runs
+        self._watching: dict[Endpoint, asyncio.Task[None]] = {}
         self._teacher = run.recipe.teacher  # where `follow` looks
         self._of: dict[str, int] = {}  # how many processes ask each URL, if `lead_to` has said it
         self._led = asyncio.Event()  # set by `lead_to`, if the URLs are others, until `follow` looks at them
@@ -90,14 +96,28 @@ class Servers:
             if endpoint.url in self._of:
                 endpoint.share(self._of[endpoint.url])
             self.fleet.add(endpoint)
+            self._watch(endpoint)
         return silent
 
     def _remove(self, target: Target) -> None:
         """Nothing new goes there; what is in flight may end."""
         endpoint = self._endpoints.pop(target)
         self.fleet.remove(endpoint)
+        if task := self._watching.pop(endpoint, None):
+            task.cancel()
         endpoint.counts.limit, endpoint.counts.in_flight, endpoint.counts.up = 0, 0, False
         self._leaving.append(endpoint)
+
+    async def watch(self) -> None:
+        """Follows the queues of the endpoints. Ends when cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            for endpoint in self._endpoints.values():
+                self._watch(endpoint)
+            await asyncio.Event().wait()
+
+    def _watch(self, endpoint: Endpoint) -> None:
+        if self._tasks:
+            self._watching[endpoint] = self._tasks.create_task(endpoint.watch(partial(self.fleet.has_more, endpoint)))
 
     async def follow(self) -> None:
         """Looks again every FOLLOW_S seconds where the servers are; what cannot be read changes nothing."""
