@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,9 +112,9 @@ def ask_judge(
 
     Returns the verdicts by the prompts' ids; for those without one, why the last request failed (None: it was
     answered). `prompts` is iterated once; `properties` are those of `judge_recipe`. `folder` is that of a version: all
-    versions share the budget, and so do those in the folder `beside`. A verdict is a question's, whoever asks it: what
-    any attempt has a verdict on is not asked again. A request that failed for good in an earlier call is. Raises what
-    `generate` raises; the next call goes on.
+    versions share the budget, and so do those in the folder `beside`. A question that has a verdict, from whichever
+    attempt, is not asked again; a request that failed for good in an earlier call is made again. Raises what `generate`
+    raises; the next call goes on.
     """
     from generate.prompts import prompt_id  # the client is slow to import, and most calls ask no judge
     from generate.run import generate
@@ -124,9 +124,7 @@ def ask_judge(
     assert config is not None
     folder.mkdir(parents=True, exist_ok=True)
     runs = {attempt: RunDir(folder / str(attempt), internal=True) for attempt in range(1, config.attempts + 1)}
-    verdicts: dict[str, Verdict] = {}  # by question
-    for attempt, asked in runs.items():
-        verdicts = _verdicts(asked, attempt, read) | verdicts
+    verdicts = _earlier_verdicts(runs, read)  # by question
     questions: dict[str, str] = {}  # by the prompt's id
     unread: dict[str, Failure | None] = {}  # by question: how its last request failed
 
@@ -157,18 +155,29 @@ def ask_judge(
     )
 
 
-def _verdicts(asked: RunDir, attempt: int, read: Callable[[Completion, int], Verdict | None]) -> dict[str, Verdict]:
-    """The verdicts that an attempt has, by question."""
+def _earlier_verdicts(
+    runs: Mapping[int, RunDir], read: Callable[[Completion, int], Verdict | None]
+) -> dict[str, Verdict]:
+    """The verdicts that earlier calls have brought, by question; of several attempts, the first one's."""
     from generate.journal import Journal  # here: as in ask_judge
-    from generate.prompts import prompt_id
 
     verdicts: dict[str, Verdict] = {}
-    if asked.completions.exists():
-        with Journal(asked.completions, Completion):  # cuts off the torn line that a killed call leaves
-            pass
-        for answer in read_jsonl(asked.completions, Completion):
-            if verdict := read(answer, attempt):
-                verdicts.setdefault(prompt_id(answer.messages), verdict)
+    for attempt, asked in runs.items():
+        if asked.completions.exists():
+            with Journal(asked.completions, Completion):
+                pass  # opening it cuts off the torn line that a killed call leaves
+            verdicts = _verdicts(asked, attempt, read) | verdicts
+    return verdicts
+
+
+def _verdicts(asked: RunDir, attempt: int, read: Callable[[Completion, int], Verdict | None]) -> dict[str, Verdict]:
+    """The verdicts that an attempt has, by question."""
+    from generate.prompts import prompt_id  # here: as in ask_judge
+
+    verdicts: dict[str, Verdict] = {}
+    for answer in read_jsonl(asked.completions, Completion):
+        if verdict := read(answer, attempt):
+            verdicts.setdefault(prompt_id(answer.messages), verdict)
     return verdicts
 
 

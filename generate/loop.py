@@ -74,7 +74,7 @@ class Loop:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
-        self._waits_until = inf  # time.monotonic; once the run is to end, for what is in flight
+        self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
         # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
         self._held_back: list[list[Failure]] | None = []
 

@@ -139,15 +139,22 @@ def _read(
     """The answer of a choice, or why it is none."""
     reasoning, text, calls = said
     reason = _text(choice.finish_reason) or "unknown"
-    if choice.error or reason in BROKEN_OFF:
-        return Fault("error_in_answer", words(str(choice.error or f"finish_reason {reason}")), 200, usage=usage)
-    if reason == "content_filter":
-        return Fault("content_filter", "the provider's content filter cut the answer", 200, usage=usage)
+    if broken := broken_off(reason, choice.error, words):
+        return broken._replace(usage=usage)
     if not text.strip() and not calls:
         if choice.message.refusal:
             return Fault("refusal", f"the model refuses: {words(choice.message.refusal)}", 200, usage=usage)
         return Fault("empty_answer", _why_empty(reason, reasoning, usage), 200, usage=usage)
     return Answer(text, reason, model, usage, reasoning, calls, choice.logprobs)
+
+
+def broken_off(reason: Any, error: Any, words: Callable[[str], str]) -> Fault | None:
+    """Why an answer is not whole, by its finish reason and the error that came with it; None if it may be."""
+    if error or reason in BROKEN_OFF:
+        return Fault("error_in_answer", words(str(error or f"finish_reason {reason}")), 200)
+    if reason == "content_filter":
+        return Fault("content_filter", "the provider's content filter cut the answer", 200)
+    return None
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Callable[[str], str] = shortened) -> Fault:

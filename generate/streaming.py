@@ -14,7 +14,7 @@ import msgspec
 
 from generate.client import headers_of, read_exception, words_of
 from generate.endpoint import TIMEOUT_WORKING_S
-from generate.reply import BROKEN_OFF, Fault, decode, joined_text, read_choices, read_error, read_usage, thinking_text
+from generate.reply import Fault, broken_off, decode, joined_text, read_choices, read_error, read_usage, thinking_text
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError
 from pipeline.recipe import TeacherConfig
@@ -116,15 +116,12 @@ async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request
 
 
 def _event(url: str, data: bytes, words: Callable[[str], str]) -> Event:
-    """Reads one event. Raises Refused if it is none, or says that the answer is broken off."""
+    """Reads one event. Raises Refused if it cannot be read, or says that the answer is broken off."""
     event = decode(_decoder, data, words)
     if isinstance(event, Fault):
         raise Refused(url, event)
-    reason, broken = event.choice.finish_reason, event.error or event.choice.error
-    if broken or reason in BROKEN_OFF:
-        raise Refused(url, Fault("error_in_answer", words(str(broken or f"finish_reason {reason}")), 200))
-    if reason == "content_filter":
-        raise Refused(url, Fault("content_filter", "the provider's content filter cut the answer", 200))
+    if fault := broken_off(event.choice.finish_reason, event.error or event.choice.error, words):
+        raise Refused(url, fault)
     return event
 
 

@@ -78,7 +78,7 @@ def proxy_of(url: str) -> str | None:
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
         speaks_http = urlsplit(proxy).scheme in ("http", "https") and urlsplit(proxy).port != 0
-    except ValueError:  # its port is no number
+    except ValueError:  # `port` raises it where it is no number
         speaks_http = False
     if not speaks_http:
         name = f"{parts.scheme.upper()}_PROXY"

@@ -308,7 +308,7 @@ def test_what_a_proxy_turned_away_is_not_charged(run: RunDir, monkeypatch: pytes
         with pytest.raises(DistillError, match="the proxy of the environment answers 407"):
             generate(recipe, run, quiet=True)
     assert not failures(run)
-    assert read_lineage(run).get("generate", {}).get("spent", {"tokens": 0})["tokens"] == 0
+    assert read_lineage(run)["generate"]["spent"]["tokens"] == 0
 
 
 def test_requests_go_through_the_proxy_and_a_dead_one_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
