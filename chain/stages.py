@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filters.judge import judge_address
 from pipeline.address import is_loopback, is_port_open
 from pipeline.child import run_child
 from pipeline.errors import DistillError, RequestsFailed
@@ -46,7 +45,7 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
 def judges(recipe: Recipe) -> bool:
     """Whether the filters ask the teacher's server for verdicts."""
     judge = recipe.filters.judge
-    return judge is not None and judge_address(recipe, judge)[1] == recipe.teacher.url
+    return judge is not None and recipe.teacher.another(judge, "filters.judge").url == recipe.teacher.url
 
 
 def teaches(recipe: Recipe) -> bool:

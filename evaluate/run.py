@@ -271,18 +271,19 @@ def _judge(
     plan: Plan, probed: dict[str, ProbeResult], *, measure: bool
 ) -> tuple[JudgeResult | None, str, DistillError | None]:
     """What the judge says; else why it says nothing, with the error if there was one."""
-    judge, answers = find_judge(plan.recipe), probe_answers(plan.probes, probed)
+    judge, answers = find_judge(plan.recipe, plan.run), probe_answers(plan.probes, probed)
     if judge is None or not any(answers.values()):
         return None, "", None
     entry = Entry(plan.run.path / FOLDER / "judged.json", judged_fingerprint(judge, answers))
     judged = entry.read(JudgeResult)
     if not measure or (judged and not judged.failed and not plan.force):
         return judged, _incomplete(judged), None
-    if is_loopback(judge.url) and not is_port_open(judge.url):
-        why = f"The judge was not asked: nothing answers at {judge.url}; start {judge.model} there, and evaluate again."
+    name, url = judge.endpoint.model, judge.endpoint.url
+    if is_loopback(url) and not is_port_open(url):
+        why = f"The judge was not asked: nothing answers at {url}; start {name} there, and evaluate again."
         say(f"warning: {why}")
         return judged, why, None
-    say(f"judge {judge.model}: {sum(map(len, answers.values()))} answers and their pairs")
+    say(f"judge {name}: {sum(map(len, answers.values()))} answers and their pairs")
     try:
         judged = entry.write(judge_answers(judge, plan.run, answers))
     except DistillError as error:

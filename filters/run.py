@@ -31,7 +31,7 @@ from filters.duplicates import (
 )
 from filters.fresh import fresh_values
 from filters.groups import AGREES, SAMPLE, SELECT, count_votes, hash_of, not_selected, outvoted, solved
-from filters.judge import Judgement, count_scores, judge_reason, judge_rows, judge_rules, read_judgements
+from filters.judgements import Judgement, count_scores, judge_reason, judge_rules, read_judgements
 from filters.minhash import Array
 from filters.preferences import write_preferences
 from filters.report import FilterReport, PromptCounts, make_report
@@ -206,13 +206,15 @@ def _ask_judge(
     recipe: Recipe, run: RunDir, survivors: Survivors, copies: Mapping[int, int | None], tally: Tally
 ) -> None:
     """Asks about the survivors that are still there. A copy has the verdict of the row it is a copy of."""
-    assert recipe.filters.judge is not None
+    from filters.judge import Judge, judge_rows  # here: the client is slow to import, and most calls ask no judge
+
+    judge = Judge.of_filters(recipe, run)
     left_out = {*copies, *survivors.gone}
-    by_id = judge_rows(recipe, run, (row for _, row in survivors.rows(left_out)))
+    by_id = judge_rows(judge, run, (row for _, row in survivors.rows(left_out)))
     for number, row in survivors.rows(left_out):
         survivors.verdicts[number] = verdict = by_id[row.id]
         count_scores(verdict, tally.scores)
-        if reason := judge_reason(verdict, recipe.filters.judge):
+        if reason := judge_reason(verdict, judge.config):
             survivors.gone[number] = reason
     for copy, original in copies.items():
         if original is not None:

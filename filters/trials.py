@@ -20,8 +20,8 @@ from rich.table import Table
 from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import DEDUP_RULES
 from filters.groups import AGREES, SELECT
-from filters.judge import RULE as JUDGE
-from filters.judge import Judgement, read_judgements
+from filters.judgements import RULE as JUDGE
+from filters.judgements import Judgement, read_judgements
 from filters.reasons import describe
 from filters.repetition import RepetitionSettings
 from filters.report import one_line

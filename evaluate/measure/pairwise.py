@@ -7,13 +7,13 @@ the judge's own runs in evaluation/judge/ and evaluation/pairs/, so that no verd
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
 from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
 from evaluate.models import digest
-from filters.judge import FENCE, ask_judge, is_teacher, judge_address, judge_rows, verdicts_folder, version_of
+from filters.judge import FENCE, Judge, judge_rows, verdicts_folder
 from pipeline.recipe import JudgeConfig, Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, said
 from pipeline.rundir import RunDir
@@ -53,32 +53,32 @@ class Choice(msgspec.Struct):
     better: Literal["A", "B", "tie"]
 
 
-class Judge(NamedTuple):
-    """The judge of a recipe's evaluation."""
-
-    recipe: Recipe  # with the judge in its filters
-    config: JudgeConfig
-    model: str
-    url: str
-
-    @property
-    def is_teacher(self) -> bool:
-        return is_teacher(self.recipe, self.config)
-
-
-def find_judge(recipe: Recipe) -> Judge | None:
+def find_judge(recipe: Recipe, run: RunDir) -> Judge | None:
     """`evaluate.judge`, else `filters.judge`; None if the recipe has neither."""
-    config = recipe.evaluate.judge or recipe.filters.judge
+    section, config = "evaluate.judge", recipe.evaluate.judge
+    if config is None:
+        section, config = "filters.judge", recipe.filters.judge
     if config is None:
         return None
-    own = recipe.model_copy(update={"filters": recipe.filters.model_copy(update={"judge": config})})
-    return Judge(own, config, *judge_address(own, config))
+    return Judge(
+        recipe, config, recipe.teacher.another(config, section), (verdicts_folder(_scored(run)), _compared(run))
+    )
+
+
+def _scored(run: RunDir) -> RunDir:
+    """Where each answer by itself is judged."""
+    return RunDir(run.path / FOLDER / "judge")
+
+
+def _compared(run: RunDir) -> Path:
+    """Where the pairs are judged."""
+    return run.path / FOLDER / "pairs"
 
 
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:
     """Changes with the judge, its rubric, the questions, and any answer."""
     rows = [row.id for key in sorted(answers) for row in answers[key].values()]
-    return digest(version_of(judge.recipe, judge.config), QUESTION, *rows)
+    return digest(judge.version, QUESTION, *rows)
 
 
 def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
@@ -88,10 +88,9 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
     that were given by then are kept, and the next call continues. Requests that failed for good are counted.
     """
     spoken = [row for rows in answers.values() for row in rows.values() if said(row)]
-    folder = RunDir(run.path / FOLDER / "judge")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    compared = run.path / FOLDER / "pairs"
-    judgements = judge_rows(judge.recipe, folder, spoken, quiet=True, beside=compared)
+    scored = _scored(run)
+    scored.path.mkdir(parents=True, exist_ok=True)
+    judgements = judge_rows(judge, scored, spoken, quiet=True)
     scores: dict[str, dict[str, int]] = {}
     for key, rows in answers.items():
         found = {id_: judgements[row.id].score if said(row) else 1 for id_, row in rows.items()}
@@ -103,7 +102,7 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         if prompt in answers.get(other, {})
     ]
     ordered = [pair for _, student, other in pairs for pair in ((student, other), (other, student))]
-    choices, failed = _choose(judge, compared, ordered, verdicts_folder(folder))
+    choices, failed = _choose(judge, _compared(run), ordered)
     verdicts = [
         PairVerdict(
             against=against,
@@ -114,14 +113,16 @@ def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:
         for against, student, other in pairs
     ]
     failed += sum(one.error is not None for one in judgements.values())
-    return JudgeResult(model=judge.model, is_teacher=judge.is_teacher, scores=scores, pairs=verdicts, failed=failed)
+    return JudgeResult(
+        model=judge.endpoint.model, is_teacher=judge.is_teacher, scores=scores, pairs=verdicts, failed=failed
+    )
 
 
-def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scored: Path) -> tuple[dict[str, str], int]:
+def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair]) -> tuple[dict[str, str], int]:
     """The choices by the pair's id: A, B or tie; and how many requests failed for good.
 
     A pair is asked about again if the judge's reply names no choice.
-    Equal answers tie, and an empty one loses, without a question. The budget is what the runs in `scored` have left.
+    Equal answers tie, and an empty one loses, without a question.
     """
     choices: dict[str, str] = {}
     questions: dict[str, list[Message]] = {}
@@ -132,9 +133,9 @@ def _choose(judge: Judge, folder: Path, pairs: Sequence[Pair], scored: Path) -> 
             choices[_pair_id(first, second)] = "A" if said(first) else "B"
         else:
             questions[_pair_id(first, second)] = pair_question(first, second, judge.config)
-    version = digest(version_of(judge.recipe, judge.config), QUESTION)[:8]
+    version = digest(judge.version, QUESTION)[:8]
     prompts = [Prompt(id=id_, messages=asking) for id_, asking in questions.items()]
-    found, unread = ask_judge(judge.recipe, folder / version, prompts, CHOICE, read_choice, beside=scored)
+    found, unread = judge.ask(folder / version, prompts, CHOICE, read_choice)
     return choices | found, sum(why is not None for why in unread.values())
 
 

@@ -12,7 +12,7 @@ import msgspec
 from evaluate.document import Report
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.groups import SELECT
-from filters.judge import RULE as JUDGE
+from filters.judgements import RULE as JUDGE
 from filters.report import FilterReport
 from filters.review.agreement import Result, agreement
 from pipeline.checks import Check

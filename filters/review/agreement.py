@@ -15,8 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from filters.judge import RULE as JUDGE
-from filters.judge import SCORES, read_judgements
+from filters.judgements import RULE as JUDGE
+from filters.judgements import SCORES, read_judgements
 from filters.review.session import load_sample, read_reviews
 from filters.rows import filtered_rows
 from pipeline.recipe import Recipe

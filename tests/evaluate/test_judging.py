@@ -55,8 +55,8 @@ def rates(result: JudgeResult, answers: dict[str, dict[str, Kept]]) -> dict[str,
 
 def ask(script: Any, path: Path, answers: dict[str, dict[str, Kept]], **judge: Any) -> tuple[JudgeResult, int]:
     with misbehaving(script) as server:
-        found = find_judge(judging(server.url, **judge))
-        assert found and found.model == "judge" and not found.is_teacher
+        found = find_judge(judging(server.url, **judge), RunDir(path))
+        assert found and found.endpoint.model == "judge" and not found.is_teacher
         return judge_answers(found, RunDir(path), answers), len(server.asked)
 
 
@@ -129,14 +129,14 @@ def test_what_was_judged_is_not_asked_again_and_a_new_answer_is(tmp_path: Path) 
     answers = texts(teacher=lambda i: f"t{i}", student_after=lambda i: f"a{i}")
     other = texts(teacher=lambda i: f"t{i}", student_after=lambda i: "new" if i == 0 else f"a{i}")
     with misbehaving(judge_of(better)) as server:
-        judge = find_judge(judging(server.url))
+        judge = find_judge(judging(server.url), RunDir(tmp_path))
         assert judge
         first = judge_answers(judge, RunDir(tmp_path), answers)
         asked = len(server.asked)
         assert judge_answers(judge, RunDir(tmp_path), answers) == first and len(server.asked) == asked
         second = judge_answers(judge, RunDir(tmp_path), other)
         assert len(server.asked) == asked + 3  # one score, one pair in both orders
-        stricter = find_judge(judging(server.url, rubric={"fit": "for a grown-up"}))
+        stricter = find_judge(judging(server.url, rubric={"fit": "for a grown-up"}), RunDir(tmp_path))
         assert stricter
         prints = {judged_fingerprint(judge, answers), judged_fingerprint(judge, other)}
         assert len({*prints, judged_fingerprint(stricter, answers)}) == 3
@@ -153,7 +153,7 @@ def test_scores_and_pairs_of_all_students_share_the_judge_s_budget(tmp_path: Pat
     with misbehaving(lambda asked: answer(both, usage=False)) as server:  # each is charged in full
 
         def judge(student: str, tokens: int) -> None:
-            found = find_judge(judging(server.url, budget={"tokens": tokens}))
+            found = find_judge(judging(server.url, budget={"tokens": tokens}), RunDir(tmp_path))
             assert found
             judge_answers(found, RunDir(tmp_path), texts(teacher=str, student_after=lambda i: f"{student} {i}"))
 
@@ -168,12 +168,12 @@ def test_scores_and_pairs_of_all_students_share_the_judge_s_budget(tmp_path: Pat
 
 
 def test_the_judge_is_the_evaluation_s_else_the_filters(tmp_path: Path) -> None:
-    assert find_judge(recipe_for("http://127.0.0.1:1/v1")) is None
-    own = find_judge(recipe_for("http://127.0.0.1:1/v1", filters={"judge": {}}))
-    assert own and own.is_teacher and own.url == "http://127.0.0.1:1/v1"
+    assert find_judge(recipe_for("http://127.0.0.1:1/v1"), RunDir(tmp_path)) is None
+    own = find_judge(recipe_for("http://127.0.0.1:1/v1", filters={"judge": {}}), RunDir(tmp_path))
+    assert own and own.is_teacher and own.endpoint.url == "http://127.0.0.1:1/v1"
     both = recipe_for("http://127.0.0.1:1/v1", filters={"judge": {}}, evaluate={"judge": {"model": "other"}})
-    found = find_judge(both)
-    assert found and found.model == "other" and not found.is_teacher
+    found = find_judge(both, RunDir(tmp_path))
+    assert found and found.endpoint.model == "other" and not found.is_teacher
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,8 @@ import yaml
 
 from evaluate.measure.pairwise import find_judge
 from filters.__main__ import main
-from filters.judge import (
-    Judgement,
-    judge_address,
-    judge_reason,
-    judge_rows,
-    question,
-    read_judgements,
-    read_verdict,
-    undiscerning,
-    version_of,
-)
+from filters.judge import Judge, judge_rows, question, read_verdict
+from filters.judgements import Judgement, judge_reason, read_judgements, undiscerning
 from filters.reasons import describe
 from filters.run import filter_run
 from generate.run import generate
@@ -48,6 +40,10 @@ def judging(server: Any, **judge: Any) -> Recipe:
 
 def verdict(score: int, fluency: int = 4, fit: int = 4) -> str:
     return json.dumps({"fluency": fluency, "fit": fit, "score": score})
+
+
+def judged(recipe: Recipe, run: RunDir, rows: Iterable[Completion], *, quiet: bool = True) -> dict[str, Judgement]:
+    return judge_rows(Judge.of_filters(recipe, run), run, rows, quiet=quiet)
 
 
 @pytest.fixture
@@ -92,8 +88,8 @@ def test_every_row_is_judged_once_with_a_schema(run: RunDir) -> None:
 
     with misbehaving(script) as server:
         recipe = judging(server)
-        found = judge_rows(recipe, run, map(row, range(6)), quiet=True)
-        again = judge_rows(recipe, run, map(row, range(8)), quiet=True)  # two are new
+        found = judged(recipe, run, map(row, range(6)))
+        again = judged(recipe, run, map(row, range(8)))  # two are new
         assert len(server.asked) == 8
     assert {id_: judgement.score for id_, judgement in found.items()} == {
         f"row{n}": 2 if n == 3 else 4 for n in range(6)
@@ -121,7 +117,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_again_and_then_none(run: RunDir)
 
     with misbehaving(script) as server:
         recipe = judging(server)
-        found = judge_rows(recipe, run, map(row, range(4)), quiet=True)
+        found = judged(recipe, run, map(row, range(4)))
         seeds = [asked.body["seed"] for asked in server.asked if "story 1" in asked.text]
     assert {id_: (one.score, one.attempts) for id_, one in found.items()} == {
         "row0": (5, 1),
@@ -144,13 +140,13 @@ def test_a_request_that_failed_is_no_verdict_and_is_made_again(run: RunDir) -> N
 
     with misbehaving(script) as server:
         recipe = judging(server, attempts=2)
-        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        found = judged(recipe, run, map(row, range(3)))
         config = recipe.filters.judge
         assert config is not None and found["row1"].score is None
         failed = judge_reason(found["row1"], config)
         assert failed is not None and describe(failed) == "not judged: bad_request 400: no"
         well = True
-        assert judge_rows(recipe, run, map(row, range(3)), quiet=True)["row1"].score == 5
+        assert judged(recipe, run, map(row, range(3)))["row1"].score == 5
     assert len(server.asked) == 3 + 1  # another attempt of the same call would bring the same
 
 
@@ -163,10 +159,10 @@ def test_a_row_with_a_verdict_is_left_alone(run: RunDir) -> None:
 
     with misbehaving(script) as server:
         first, recipe = True, judging(server)
-        found = judge_rows(recipe, run, map(row, range(3)), quiet=True)
+        found = judged(recipe, run, map(row, range(3)))
         assert (found["row1"].score, found["row1"].attempts) == (5, 2)
         first, asked = False, len(server.asked)
-        assert judge_rows(recipe, run, map(row, range(3)), quiet=True) == found
+        assert judged(recipe, run, map(row, range(3))) == found
         assert len(server.asked) == asked
 
 
@@ -174,72 +170,74 @@ def test_a_verdict_is_of_the_question_not_of_the_row(run: RunDir) -> None:
     with misbehaving(lambda asked: answer(verdict(5 if "better" in asked.text else 2))) as server:
         recipe = judging(server)
         copy = msgspec.structs.replace(row(1), id="copy")
-        found = judge_rows(recipe, run, [row(1), copy], quiet=True)
+        found = judged(recipe, run, [row(1), copy])
         assert {id_: (one.id, one.score) for id_, one in found.items()} == {"row1": ("row1", 2), "copy": ("copy", 2)}
         assert len(server.asked) == 1
-        assert judge_rows(recipe, run, [row(1, "A better story.")], quiet=True)["row1"].score == 5
+        assert judged(recipe, run, [row(1, "A better story.")])["row1"].score == 5
         assert len(server.asked) == 2
 
 
 def test_rows_that_are_not_asked_about_are_no_strangers(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     """A rule drops them now, or they are judged: no later stage reads the judge's own runs."""
     with misbehaving(lambda asked: answer(verdict(4))) as server:
-        judge_rows(judging(server), run, map(row, range(4)))
-        judge_rows(judging(server), run, map(row, range(2, 6)))
+        judged(judging(server), run, map(row, range(4)))
+        judged(judging(server), run, map(row, range(2, 6)))
     assert "does not ask for" not in capsys.readouterr().err
 
 
 def test_a_torn_last_verdict_is_asked_for_again(run: RunDir) -> None:
     with misbehaving(lambda asked: answer(verdict(4))) as server:
-        judge_rows(judging(server), run, map(row, range(3)), quiet=True)
+        judged(judging(server), run, map(row, range(3)))
         (file,) = run.path.glob("judge/*/1/completions.jsonl")
         file.write_bytes(file.read_bytes()[:-30])
         (file.parent / "failures.jsonl").write_bytes(b'{"id": "cut')
-        assert len(judge_rows(judging(server), run, map(row, range(3)), quiet=True)) == 3
+        assert len(judged(judging(server), run, map(row, range(3)))) == 3
         assert len(server.asked) == 4
 
 
 def test_the_budget_is_of_all_attempts_together(run: RunDir) -> None:
     """No verdict can be read, so four rows are asked about three times; there is money for about half of that."""
     with misbehaving(lambda asked: answer("?")) as server:
-        judge_rows(judging(server), run, map(row, range(4)), quiet=True)
+        judged(judging(server), run, map(row, range(4)))
         assert len(server.asked) == 12
         (version,) = (run.path / "judge").iterdir()
         runs = [RunDir(version / str(attempt)) for attempt in (1, 2, 3)]
         spent = sum(read_lineage(attempt)["generate"]["spent"]["tokens"] for attempt in runs)
         with pytest.raises(BudgetReached) as stopped:
-            judge_rows(judging(server, seed=1, budget={"tokens": 1}), run, map(row, range(4)), quiet=True)
+            judged(judging(server, seed=1, budget={"tokens": 1}), run, map(row, range(4)))
         said = re.search(r"can cost up to ([\d,]+) tokens", str(stopped.value))
         assert said is not None
         most = int(said[1].replace(",", ""))
         recipe = judging(server, seed=2, budget={"tokens": spent + most + 5 * spent // 12})
         for _ in range(2):  # again, it is still spent
             with pytest.raises(BudgetReached, match=r"the judge \(filters\.judge\): .*the verdicts so far are in"):
-                judge_rows(recipe, run, map(row, range(4)), quiet=True)
+                judged(recipe, run, map(row, range(4)))
     assert 16 < len(server.asked) <= 18
 
 
 @pytest.mark.parametrize("change", [{"rubric": {"other": "thing"}}, {"attempts": 1}], ids=["rubric", "fewer attempts"])
 def test_the_budget_counts_what_another_version_or_attempt_has_cost(run: RunDir, change: dict[str, Any]) -> None:
     with misbehaving(lambda asked: answer("?")) as server:
-        judge_rows(judging(server), run, map(row, range(60)), quiet=True)
+        judged(judging(server), run, map(row, range(60)))
         assert len(server.asked) == 180
         with pytest.raises(BudgetReached):
-            judge_rows(judging(server, **change, budget={"tokens": 180 * 12}), run, map(row, range(61)), quiet=True)
+            judged(judging(server, **change, budget={"tokens": 180 * 12}), run, map(row, range(61)))
     assert len(server.asked) == 180
 
 
 @pytest.mark.parametrize("section", ["filters", "evaluate"])
 def test_a_judge_is_named_by_the_section_that_it_is_in(run: RunDir, section: str) -> None:
     config = {"model": "judge", "base_url": "http://127.0.0.1:1/v1", "rubric": CONFIG.rubric}
-    judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": config}}))
+    judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": config}}), run)
     assert judge is not None
     with pytest.raises(DistillError, match=rf"^the judge \({section}\.judge\): .*set {section}\.judge\.base_url"):
-        judge_rows(judge.recipe, run, [row(1)], quiet=True)
-    judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": {**config, "budget": {"usd": 1}}}}))
+        judge_rows(judge, run, [row(1)], quiet=True)
+    judge = find_judge(
+        recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": {**config, "budget": {"usd": 1}}}}), run
+    )
     assert judge is not None
     with pytest.raises(RecipeError, match=rf"set {section}\.judge\.price: "):
-        judge_rows(judge.recipe, run, [row(1)], quiet=True)
+        judge_rows(judge, run, [row(1)], quiet=True)
 
 
 @pytest.mark.parametrize("section", ["filters", "evaluate"])
@@ -247,9 +245,9 @@ def test_a_fix_is_named_by_the_judges_own_key(run: RunDir, section: str) -> None
     def asked_of(count: int, reply: Behaviour) -> dict[str, Judgement]:
         with misbehaving(lambda asked: reply) as server:
             config = {"model": "judge", "base_url": server.url, "rubric": CONFIG.rubric}
-            judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": config}}))
+            judge = find_judge(recipe_for("http://127.0.0.1:1/v1", **{section: {"judge": config}}), run)
             assert judge is not None
-            return judge_rows(judge.recipe, run, map(row, range(count)), quiet=True)
+            return judge_rows(judge, run, map(row, range(count)), quiet=True)
 
     thinking = answer("<think>Let me see", finish_reason="length")
     assert (asked_of(1, thinking)["row0"].error or "").endswith(f"thinking; raise {section}.judge.max_tokens")
@@ -269,9 +267,9 @@ def test_a_judge_that_is_gone_half_way_is_named_and_asked_about_the_rest(run: Ru
         recipe = judging(server)
         recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"concurrency": 1})})
         with pytest.raises(DistillError, match=r"the judge \(filters\.judge\): .* answers 401 .*verdicts so far"):
-            judge_rows(recipe, run, map(row, range(9)), quiet=True)
+            judged(recipe, run, map(row, range(9)))
         well, asked = True, len(server.asked)
-        assert len(judge_rows(recipe, run, map(row, range(9)), quiet=True)) == 9
+        assert len(judged(recipe, run, map(row, range(9)))) == 9
     assert len(server.asked) == asked + 5
 
 
@@ -279,27 +277,26 @@ def test_another_rubric_or_judge_judges_anew(run: RunDir) -> None:
     with misbehaving(lambda asked: answer(json.dumps({"fluency": 3, "fit": 3, "other": 3, "score": 3}))) as server:
         first = judging(server)
         for recipe in (first, judging(server, rubric={"other": "thing"}), judging(server, model="judge2"), first):
-            judge_rows(recipe, run, map(row, range(3)), quiet=True)
+            judged(recipe, run, map(row, range(3)))
         assert len(server.asked) == 9
-    config = first.filters.judge
-    assert config is not None
-    assert {one.version for one in read_judgements(run).values()} == {version_of(first, config)}
+    assert {one.version for one in read_judgements(run).values()} == {Judge.of_filters(first, run).version}
 
 
 @pytest.mark.parametrize("url", ["http://h:1/v1", "http://h:1/v1/", "http://h:1/v1 4", "http://h:1/v1,http://b/v1"])
 def test_another_server_of_the_judge_judges_nothing_anew(url: str) -> None:
     config = JudgeConfig(model="judge", base_url=url, rubric=CONFIG.rubric)
     recipe = recipe_for("http://h:1/v1")
-    assert judge_address(recipe, config) == ("judge", "http://h:1/v1")
-    assert version_of(recipe, config) == "460f4164"  # a change here buys every verdict again
+    judge = Judge(recipe, config, recipe.teacher.another(config, "filters.judge"), ())
+    assert (judge.endpoint.model, judge.endpoint.url) == ("judge", "http://h:1/v1")
+    assert judge.version == "460f4164"  # a change here buys every verdict again
 
 
 def test_a_judge_that_is_the_teacher_served_elsewhere_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with misbehaving(lambda asked: answer(verdict(5))) as server:
         recipe = judging(server)
-        judge_rows(recipe, run, map(row, range(1)), quiet=True)
+        judged(recipe, run, map(row, range(1)))
         assert "the judge is the teacher" not in capsys.readouterr().err
-        judge_rows(judging(server, model=recipe.teacher.model), run, map(row, range(1)), quiet=True)
+        judged(judging(server, model=recipe.teacher.model), run, map(row, range(1)))
     assert "the judge is the teacher itself" in capsys.readouterr().err
 
 
@@ -312,7 +309,7 @@ def test_another_model_at_the_teachers_url_is_asked_with_the_teachers_key(
     with misbehaving(lambda asked: answer(verdict(5))) as server:
         teacher = {"model": "stub", "base_url": server.url, **access}
         judge = {"model": "judge", "rubric": CONFIG.rubric}
-        judge_rows(recipe_for(server, teacher=teacher, filters={"judge": judge}), run, map(row, range(1)), quiet=True)
+        judged(recipe_for(server, teacher=teacher, filters={"judge": judge}), run, map(row, range(1)))
     (asked,) = server.asked
     assert (asked.body["model"], asked.headers["Authorization"]) == ("judge", "Bearer router")
     assert asked.headers["X-Team"] == "t"
@@ -321,7 +318,7 @@ def test_another_model_at_the_teachers_url_is_asked_with_the_teachers_key(
 def test_a_judge_that_is_the_teacher_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with misbehaving(lambda asked: answer(verdict(5))) as server:
         recipe = recipe_for(server, filters={"judge": {"rubric": CONFIG.rubric, "schema": False}})
-        judge_rows(recipe, run, map(row, range(2)), quiet=True)
+        judged(recipe, run, map(row, range(2)))
         assert "response_format" not in server.asked[0].body
     assert "the judge is the teacher itself" in capsys.readouterr().err
 
@@ -349,7 +346,7 @@ def test_a_judge_whose_replies_cannot_be_read_is_told(
         return answer("I like it!" if any(f"story {n}" in asked.text for n in range(unread)) else verdict(4))
 
     with misbehaving(script) as server:
-        judge_rows(judging(server), run, map(row, range(4)), quiet=True)
+        judged(judging(server), run, map(row, range(4)))
     said = capsys.readouterr().err
     assert (f"no verdict could be read for {unread} of 4 answers" in said) == told
     assert ("raise filters.judge.max_tokens" in said) == told

@@ -18,7 +18,7 @@ import filters.run
 import filters.stream
 from filters.__main__ import main
 from filters.groups import SAMPLE, count_votes, pass_at, solved
-from filters.judge import Judgement
+from filters.judgements import Judgement
 from filters.reasons import describe
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import load_recipe
@@ -221,7 +221,7 @@ def test_the_judge_says_which_is_best_by_the_mean_of_its_scores(stage: Stage, mo
             for row in rows
         }
 
-    monkeypatch.setattr(filters.run, "judge_rows", judged)
+    monkeypatch.setattr("filters.judge.judge_rows", judged)
     stage.filter(answers("a", "4", "so 4", "thus 4"), RIGHT, select="best", judge={"model": "j"})
     assert stage.kept() == {"a2": {"right": 1 / 6, "judge": 4, "fluency": 5}}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from filters.evolve import evolve
-from filters.judge import judge_rows
+from filters.judge import Judge, judge_rows
 from generate.context import Run
 from generate.summary import save
 from pipeline.errors import BudgetReached
@@ -49,11 +49,11 @@ def test_of_the_judge(run: RunDir, dies_in_two: pytest.MonkeyPatch) -> None:
         judge = {"base_url": server.url, "rubric": {"fit": "fits"}, "attempts": 2, "max_tokens": 50}
         recipe = recipe_for(server, filters={"judge": {**judge, "budget": {"tokens": 7000}}})
         with pytest.raises(KeyboardInterrupt):
-            judge_rows(recipe, run, map(row, range(200)), quiet=True)
+            judge_rows(Judge.of_filters(recipe, run), run, map(row, range(200)), quiet=True)
         assert len(server.asked) == 400
         dies_in_two.undo()
         with pytest.raises(BudgetReached):
-            judge_rows(recipe, run, map(row, range(600)), quiet=True)
+            judge_rows(Judge.of_filters(recipe, run), run, map(row, range(600)), quiet=True)
     assert len(server.asked) * TOKENS <= 7000
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from filters.__main__ import main
 from filters.answer import Answer
-from filters.judge import Judgement
+from filters.judgements import Judgement
 from filters.reasons import describe
 from filters.ruleset import load_rules
 from filters.trials import Subset, margin, parse_shares, print_sweep, stricter
