@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 from openai.types import Batch
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from generate.batch_api import BatchApi
 from generate.batch_files import COLLECTED, Chunk, Folder, read_output
@@ -33,7 +34,7 @@ from pipeline.records import Usage
 ENDED = ("completed", "failed", "expired", "cancelled")
 FULL = "token_limit_exceeded"  # the account has its limit enqueued: create this batch later
 UNKNOWN = "unknown"  # to the account of this call; not in the state
-FIRST_POLL_S = 1.0
+FIRST_POLL_S, POLL_GROWTH = 1.0, 1.5
 NO_LINE = Fault("no_response", "the batch ended without a line for this request")
 
 
@@ -58,6 +59,7 @@ class Batches:
         self._reserved: dict[str, Reservation] = {}
         self._held: dict[str, Reservation] = {}  # by chunk: of the batches that earlier calls created
         self._stopped = asyncio.Event()
+        self._poll_s = FIRST_POLL_S
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
         self._most: int | None = None  # requests per file, if the account takes no larger ones
         self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are
@@ -144,29 +146,50 @@ class Batches:
 
     async def _follow(self) -> None:
         """Submits, polls and collects until no chunk is live."""
-        poll_s = min(FIRST_POLL_S, self._config.batch_poll_s)
-        troubles = 0
+        self._poll_s = min(FIRST_POLL_S, self._config.batch_poll_s)
+        persist = AsyncRetrying(
+            retry=retry_if_exception_type(openai.APIError),
+            wait=self._next_poll_s,
+            stop=stop_after_attempt(self._config.max_attempts),
+            before_sleep=lambda state: self._run.say(f"{self._trouble(state)}; going on"),
+            retry_error_callback=self._give_in,
+            sleep=self._pause,
+        )
         while self._folder.live and not self._stopped.is_set():
-            try:
-                for chunk in self._folder.live:
-                    if not self._stopped.is_set():
-                        await self._advance(chunk)
-                troubles = 0
-            except openai.APIError as error:
-                words = self._api.explain(error)
-                self._run.say(f"{self._url}: {words}; going on")
-                troubles += 1
-                if troubles >= self._config.max_attempts:
-                    created = any(chunk.batch_id for chunk in self._folder.live)
-                    then = "the batches are under way, and the same command goes on with them"
-                    raise DistillError(
-                        f"{self._url}: {words}, {troubles} times in a row; "
-                        + (then if created else "when it answers again, run the same command again")
-                    ) from None
+            await persist(self._advance_all)
             self._run.counters.in_flight = len(self._reserved)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), poll_s if self._folder.live else 0)
-            poll_s = min(poll_s * 1.5, self._config.batch_poll_s)
+            if self._folder.live:
+                await self._pause(self._next_poll_s())
+
+    async def _advance_all(self) -> None:
+        for chunk in self._folder.live:
+            if not self._stopped.is_set():
+                await self._advance(chunk)
+
+    def _next_poll_s(self, _: RetryCallState | None = None) -> float:
+        """Seconds until the provider is asked again: more each time."""
+        now, self._poll_s = self._poll_s, min(self._poll_s * POLL_GROWTH, self._config.batch_poll_s)
+        return now
+
+    async def _pause(self, pause_s: float) -> None:
+        """Waits, but not when the call is to end."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), pause_s)
+
+    def _trouble(self, state: RetryCallState) -> str:
+        """What the attempt's error says. Raises DistillError for one that no waiting heals."""
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, openai.APIError)
+        return f"{self._url}: {self._api.explain(error)}"
+
+    def _give_in(self, state: RetryCallState) -> None:
+        """Raises DistillError: the provider failed at every attempt."""
+        created = any(chunk.batch_id for chunk in self._folder.live)
+        then = "the batches are under way, and the same command goes on with them"
+        raise DistillError(
+            f"{self._trouble(state)}, {state.attempt_number} times in a row; "
+            + (then if created else "when it answers again, run the same command again")
+        )
 
     async def _advance(self, chunk: Chunk) -> None:
         if chunk.batch_id is None:
