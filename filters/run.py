@@ -287,9 +287,10 @@ def check_keep_rate(
             "drop what, fix the prompts or the rules, or go on with --allow-low-keep"
         )
     if rate < config.warn_keep_rate:
+        most = max((rule for rule in report.rules if rule.rule != SELECT), key=lambda rule: rule.dropped)
         print(
-            f"warning: {what} {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate): "
-            "is this teacher good enough at this task?",
+            f"warning: {what} {rate:.1%} is under {config.warn_keep_rate:.0%} (filters.warn_keep_rate); {most.rule} "
+            f"drops most, {most.dropped:,} answers: is it right, and is this teacher good enough at this task?",
             file=sys.stderr,
         )
 

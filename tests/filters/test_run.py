@@ -113,7 +113,7 @@ def test_every_answer_is_kept_or_dropped_with_all_reasons(stage: Stage) -> None:
     done = stage.command()
     assert done.returncode == 0, done.stderr
     assert "5 answers in, 2 kept, 3 dropped: keep rate 40.0%" in done.stdout
-    assert "warning: keep rate 40.0% is under 50% (filters.warn_keep_rate)" in done.stderr
+    assert "warning: keep rate 40.0% is under 50% (filters.warn_keep_rate); length drops most, 2 answers" in done.stderr
     kept, dropped = list(read_jsonl(stage.run.kept, Kept)), list(read_jsonl(stage.run.dropped, Dropped))
     assert [row.id for row in kept] == ["id0000", "id0004"]
     assert [row.id for row in dropped] == ["id0001", "id0002", "id0003"]
