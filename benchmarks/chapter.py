@@ -17,8 +17,9 @@ from benchmarks.runs import recipe_for, run_quietly
 from generate.prompts import iter_prompts
 from pipeline.cli import run_stage
 from pipeline.models import resolve_model
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from serve.server import free_port, serving
 
 MODEL = "embedded:smollm2-135m"

@@ -23,7 +23,8 @@ from filters.answer import as_answer, nfc
 from filters.ruleset import load_rules
 from filters.run import filter_run
 from pipeline.cli import run_stage
-from pipeline.recipe import FiltersConfig, load_recipe
+from pipeline.filters_config import FiltersConfig
+from pipeline.recipe import load_recipe
 from pipeline.records import Completion, Slots, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 

@@ -274,7 +274,7 @@ def prepared(method: str, options: argparse.Namespace, model: str = "", **change
     import torch
     from rich.console import Console
 
-    from pipeline.recipe import TeacherConfig
+    from pipeline.teacher_config import TeacherConfig
     from pipeline.train_config import TrainConfig
     from train.progress import Milestones
     from train.setting import Setting

@@ -20,8 +20,9 @@ from benchmarks.measure import auto_or_whole, flags, measured, one_of, several, 
 from benchmarks.runs import answer_ends, bodies, recipe_for, run_quietly
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from serve.server import free_port, serving
 
 MODEL = "embedded:smollm2-135m"

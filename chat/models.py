@@ -11,10 +11,12 @@ from generate.targets import urls_now
 from pipeline.address import is_loopback, is_port_open
 from pipeline.chat import asked_of_student, told_in_words
 from pipeline.errors import DistillError
-from pipeline.recipe import Recipe, ServeConfig, TeacherConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Message
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from pipeline.students import check_trained
+from pipeline.teacher_config import TeacherConfig
 from serve.command import choose_device, merge_args, serve_settings
 from serve.machine import detect
 from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of

@@ -22,10 +22,11 @@ from pipeline.address import is_loopback
 from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DistillError
 from pipeline.models import PREFIX, is_path, model_folder
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.resources import GIB, half_dtype, read_or_empty
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from pipeline.student_config import BUILT
 from pipeline.students import AFTER, BEFORE, TEACHER, before_training, check_parts, check_trained, merged_folder
 from serve.command import loaded_dtype

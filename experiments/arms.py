@@ -29,9 +29,11 @@ from generate.run import pending
 from pipeline.conversation import Turn
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
-from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig, load_recipe
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Dropped, Json, Kept, Message, Prompt, asked_fields, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
+from pipeline.teacher_config import TeacherConfig
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import rows_to_train
 from train.teacher import followed_files

@@ -15,7 +15,7 @@ from filters.ruleset import RuleSet
 from filters.sketches import Text, question_of, sketch
 from filters.stream import LONGEST_LINE, Line
 from filters.tally import Tally
-from pipeline.recipe import DedupConfig
+from pipeline.filters_config import DedupConfig
 from pipeline.records import Completion, said
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from filters.minhash import Array, agreement, jaccard, least_agreement
 from filters.sketches import Kind, Reader, Sketches, Source, thresholds
 from pipeline.errors import RecipeError
-from pipeline.recipe import DedupConfig
+from pipeline.filters_config import DedupConfig
 from pipeline.records import Reason
 from pipeline.rundir import RunDir
 

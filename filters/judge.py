@@ -24,9 +24,13 @@ from generate.prompts import prompt_id
 from generate.run import generate
 from generate.verdict import FINAL
 from pipeline.errors import DistillError
-from pipeline.recipe import JudgeConfig, PromptsConfig, Recipe, SamplingConfig, TeacherConfig
+from pipeline.filters_config import JudgeConfig
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Message, Prompt, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
+from pipeline.sampling_config import SamplingConfig
+from pipeline.teacher_config import TeacherConfig
 
 Verdict = TypeVar("Verdict")
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import DistillError
-from pipeline.recipe import JudgeConfig
+from pipeline.filters_config import JudgeConfig
 from pipeline.records import Reason, read_jsonl
 from pipeline.rundir import RunDir
 

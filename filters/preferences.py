@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from filters.minhash import Array
-from pipeline.recipe import PromptsConfig
+from pipeline.prompts_config import PromptsConfig
 from pipeline.records import Completion, Message, Preference, encode_line
 
 

@@ -18,7 +18,7 @@ from filters.answer import UNVERIFIED, Answer, RuleSettings, TextSettings, Verif
 from filters.groups import AGREES, AgreesSettings, Checked
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
-from pipeline.recipe import FiltersConfig, RuleConfig
+from pipeline.filters_config import FiltersConfig, RuleConfig
 from pipeline.records import Reason
 from pipeline.user_code import load_function
 

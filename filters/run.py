@@ -41,8 +41,9 @@ from filters.sketches import Kind, Source, joined, sketch_file
 from filters.stream import in_blocks
 from filters.tally import Tally
 from pipeline.errors import DataError, DistillError
+from pipeline.filters_config import DedupConfig, FiltersConfig
 from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
-from pipeline.recipe import DedupConfig, FiltersConfig, Recipe
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Reason, encode_line
 from pipeline.rundir import RunDir
 

@@ -20,7 +20,7 @@ from filters.minhash import GLIMPSE, Array, band_keys, digest, fold, glimpses, n
 from filters.stream import read_lines
 from pipeline.chat import INSTRUCTIONS
 from pipeline.errors import DataError
-from pipeline.recipe import DedupConfig
+from pipeline.filters_config import DedupConfig
 from pipeline.records import Json, Message, said
 
 BATCH = 4096  # rows of another file whose texts are held at once

@@ -25,9 +25,10 @@ from generate.journal import Contents, read_journal
 from generate.prices import PICO, Price, price_of
 from generate.tokens import bound
 from pipeline.errors import BudgetReached, RecipeError
-from pipeline.recipe import BudgetConfig, Recipe
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Usage, read_json
 from pipeline.rundir import RunDir, write_json
+from pipeline.section import BudgetConfig
 
 AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
 

@@ -24,7 +24,7 @@ from generate.reply import Choices, Fault, read_choices, read_error, shortened
 from pipeline.address import VARIABLE, Redactor, is_private, proxy_of
 from pipeline.errors import DistillError, RecipeError
 from pipeline.lineage import versions
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0

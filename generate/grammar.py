@@ -13,7 +13,7 @@ from string import Formatter
 from typing import Any
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import ChooseSlot, PromptsConfig, slot_values
+from pipeline.prompts_config import ChooseSlot, PromptsConfig, slot_values
 from pipeline.records import Slots
 
 ROUNDS = 3  # of the shuffle; each computes two hashes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from generate.progress import Counters
 from pipeline.errors import DistillError, RecipeError
-from pipeline.recipe import GenerateConfig
+from pipeline.generate_config import GenerateConfig
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

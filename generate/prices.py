@@ -11,7 +11,7 @@ import re
 from typing import Literal, NamedTuple
 
 from pipeline.address import is_private
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 
 PICO = 10**12  # pico-dollars in a dollar: a price per token is a whole number of them
 PRICED_TOKENS = 100_000  # of a prompt; a longer one can cost more than the table says

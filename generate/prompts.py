@@ -20,7 +20,8 @@ from generate.sources import TOO_DEEP, read_rows
 from pipeline.chat import INSTRUCTIONS
 from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import PromptsConfig, Recipe, RowPart
+from pipeline.prompts_config import PromptsConfig, RowPart
+from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, Prompt, Slots, as_text, question_text
 
 ID_BYTES = 8

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import DataError, RecipeError, UsageError
-from pipeline.recipe import HUB, PromptsConfig
+from pipeline.prompts_config import HUB, PromptsConfig
 from pipeline.records import Json
 from pipeline.user_code import load_function
 

@@ -17,8 +17,8 @@ from generate.endpoint import TIMEOUT_WORKING_S
 from generate.reply import Fault, broken_off, decode, joined_text, read_choices, read_error, read_usage, thinking_text
 from pipeline.address import proxy_of
 from pipeline.errors import DistillError
-from pipeline.recipe import TeacherConfig
 from pipeline.records import Usage
+from pipeline.teacher_config import TeacherConfig
 
 
 class _Piece(msgspec.Struct):

@@ -18,7 +18,7 @@ from pydantic import AnyHttpUrl, TypeAdapter, ValidationError
 from generate.client import check_url
 from pipeline.address import DEFAULT_PORTS, is_loopback, proxy_of, weighted_urls
 from pipeline.errors import RecipeError
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 
 URLS_KEY = "teacher.urls_file"
 

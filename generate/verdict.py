@@ -17,7 +17,7 @@ from tenacity import wait_exponential
 from generate.jobs import Job
 from generate.reply import Fault
 from generate.schedule import wait_s
-from pipeline.recipe import GenerateConfig
+from pipeline.generate_config import GenerateConfig
 from pipeline.records import Failure
 
 FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down

@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.recipe import TeacherConfig
+    from pipeline.teacher_config import TeacherConfig
 
 HIDDEN = "[secret]"
 SHORTEST_SECRET = 6  # characters; a shorter one cannot be replaced without destroying ordinary text

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.recipe import Recipe, StudentConfig, TeacherConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Message
+from pipeline.student_config import StudentConfig
+from pipeline.teacher_config import TeacherConfig
 
 INSTRUCTIONS = ("system", "developer")  # the roles of a first message that instructs
 

@@ -15,7 +15,9 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.recipe import FILES, ChooseSlot, Recipe, RuleConfig
+from pipeline.filters_config import RuleConfig
+from pipeline.prompts_config import ChooseSlot
+from pipeline.recipe import FILES, Recipe
 from pipeline.section import Section, section_of
 
 NAMES = {

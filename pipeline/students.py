@@ -11,8 +11,9 @@ from pipeline.chat import system_of_student
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage
 from pipeline.models import model_folder
-from pipeline.recipe import Recipe, StudentConfig
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.student_config import StudentConfig
 
 TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"  # a run's models, as the evaluation names them
 

@@ -26,7 +26,7 @@ from filters.run import Machine
 from filters.sketches import Reader, Source
 from filters.stream import LONGEST_LINE, SLOW_BLOCK, SMALLEST_BLOCK, Work, read_lines
 from pipeline.errors import DistillError, first_line
-from pipeline.recipe import DedupConfig
+from pipeline.filters_config import DedupConfig
 from scale.cluster import Cluster
 from scale.near import PairSearch, candidates, entries_of, first_rows, merged, similarities
 

@@ -38,8 +38,8 @@ from generate.targets import urls_now
 from pipeline import errors
 from pipeline.address import VARIABLE
 from pipeline.errors import BudgetReached, DistillError, RecipeError
-from pipeline.recipe import TeacherConfig
 from pipeline.rundir import RunDir
+from pipeline.teacher_config import TeacherConfig
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
 from scale.nodes import NodeTable

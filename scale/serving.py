@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from generate.event_loop import on_signals, run_loop
 from pipeline.errors import DistillError, UsageError
-from pipeline.recipe import ServeConfig
 from pipeline.rundir import replacing
+from pipeline.serve_config import ServeConfig
 from scale.cluster import Cluster, Lost, Node
 from serve.command import ranks
 from serve.server import STOP_S, free_port, is_ready, serving, url_of

@@ -17,8 +17,9 @@ from rich.markup import escape
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from serve.command import Command, build_command, merge_args, port_number, serve_settings
 from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
 

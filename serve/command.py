@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UsageError
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.resources import GIB
+from pipeline.serve_config import ServeConfig
 from serve.machine import Machine
 from serve.model_facts import DTYPE_BYTES, ModelFacts
 

@@ -24,8 +24,8 @@ import psutil
 
 from pipeline.errors import DistillError, UsageError
 from pipeline.models import resolve_model
-from pipeline.recipe import ServeConfig
 from pipeline.resources import peak_bytes
+from pipeline.serve_config import ServeConfig
 from serve.checks import check_memory, check_port, check_vllm
 from serve.command import Command, build_command
 from serve.machine import detect

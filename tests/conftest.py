@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.recipe import ServeConfig
+from pipeline.serve_config import ServeConfig
 from serve.server import Server, free_port, serving
 
 EMBEDDED = "embedded:smollm2-135m"

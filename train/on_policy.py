@@ -13,7 +13,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler, pad
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.machine import free_beside, micro_rows, micro_tokens
 from train.setting import Setting

@@ -13,9 +13,11 @@ from typing import Any, Literal
 from pipeline.chat import asked_of_student
 from pipeline.conversation import ROLES, template_turns
 from pipeline.errors import DataError
-from pipeline.recipe import PromptsConfig, Recipe, StudentConfig
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Json, Kept, Message, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.student_config import StudentConfig
 from pipeline.train_config import TrainConfig
 from train.lazy import Lazy, joined, stored_records
 

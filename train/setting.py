@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 from train.processes import ALONE, Processes
 

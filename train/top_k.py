@@ -21,8 +21,8 @@ from rich.progress import track
 from generate.journal import Journal
 from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, RecipeError, first_line
-from pipeline.recipe import TeacherConfig
 from pipeline.records import TokenLogprobs, read_jsonl
+from pipeline.teacher_config import TeacherConfig
 from train.setting import Setting
 from train.tokens import MASKED, TokenRow, key_of, prompt_of
 from train.told import Told

@@ -19,7 +19,9 @@ from filters.answer import as_answer
 from filters.reasons import describe
 from filters.ruleset import RuleSet, load_rules
 from pipeline.errors import RecipeError
-from pipeline.recipe import FiltersConfig, PromptsConfig, Recipe
+from pipeline.filters_config import FiltersConfig
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Prompt, Reason, as_text, said
 
 SAMPLES = 20  # prompts whose answers are shown side by side

@@ -29,7 +29,8 @@ from filters.repetition import RepetitionSettings, repetition
 from filters.rules import AdherenceSettings, adherence
 from filters.ruleset import RuleSet
 from filters.scripts import character_class
-from pipeline.recipe import PromptsConfig, Recipe
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt, as_text
 from pipeline.students import AFTER, BEFORE, TEACHER
 

@@ -14,7 +14,8 @@ import msgspec
 from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
 from evaluate.models import digest
 from filters.judge import FENCE, Judge, judge_rows, verdicts_folder
-from pipeline.recipe import JudgeConfig, Recipe
+from pipeline.filters_config import JudgeConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, said
 from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE, TEACHER

@@ -19,7 +19,8 @@ from typing import Literal
 from generate.grammar import Grammar, shuffled
 from generate.prompts import PromptRow, iter_prompts, make_prompt
 from pipeline.errors import DataError, UsageError
-from pipeline.recipe import ChooseSlot, PromptsConfig, Recipe
+from pipeline.prompts_config import ChooseSlot, PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt, Slots, asked_fields, question_text, read_jsonl
 from pipeline.rundir import RunDir
 

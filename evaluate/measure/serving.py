@@ -27,10 +27,14 @@ from generate.run import generate
 from generate.streaming import stream, streaming_session
 from generate.summary import Summary
 from pipeline.errors import DistillError
-from pipeline.recipe import BudgetConfig, GenerateConfig, PromptsConfig, Recipe, TeacherConfig
+from pipeline.generate_config import GenerateConfig
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_jsonl
+from pipeline.section import BudgetConfig
 from pipeline.students import TEACHER
+from pipeline.teacher_config import TeacherConfig
 from serve.command import serve_settings
 from serve.server import Server, free_port, serving
 

@@ -18,9 +18,10 @@ from chat.conversation import questions_to_try
 from chat.models import Model, beside_others, choose_models, starting
 from generate.streaming import Refused
 from pipeline.errors import DistillError, RecipeError, UsageError
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, raw, recipe_for
 from tests.servers.misbehaving_server import answer as whole_answer

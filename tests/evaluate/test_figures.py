@@ -31,8 +31,10 @@ from evaluate.measure.probes import ProbePrompts
 from evaluate.measure.results import ProbeResult, answer_row
 from evaluate.models import kv_bytes_per_token
 from filters.ruleset import RuleSet, load_rules
-from pipeline.recipe import PromptsConfig, Recipe, ServeConfig
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Prompt, Reason
+from pipeline.serve_config import ServeConfig
 from tests.completion_fields import completion_fields
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 100}]

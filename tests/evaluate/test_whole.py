@@ -21,7 +21,8 @@ from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
 from pipeline.errors import DistillError, RecipeError, RequestsFailed, UsageError
-from pipeline.recipe import Recipe, RuleConfig
+from pipeline.filters_config import RuleConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from serve.server import free_port

@@ -28,7 +28,8 @@ from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import record_lineage
-from pipeline.recipe import PromptsConfig, Recipe, load_recipe
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields

@@ -15,9 +15,11 @@ from filters.diversity import Distinct, diversity
 from filters.evolve import HARDER, NEW, WAYS, describe, evolve, question, read_prompt
 from generate.prompts import iter_prompts
 from pipeline.errors import BudgetReached, UsageError
-from pipeline.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Prompt, read_jsonl
 from pipeline.rundir import RunDir
+from pipeline.teacher_config import TeacherConfig
 from tests.completion_fields import completion_fields
 from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, misbehaving, recipe_for
 

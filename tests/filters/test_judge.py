@@ -18,8 +18,9 @@ from filters.reasons import describe
 from filters.run import filter_run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, RequestsFailed
+from pipeline.filters_config import DedupConfig, FiltersConfig, JudgeConfig
 from pipeline.lineage import read_lineage
-from pipeline.recipe import DedupConfig, FiltersConfig, JudgeConfig, Recipe
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields

@@ -17,7 +17,8 @@ from filters.rules import RULES
 from filters.ruleset import RuleSet, load_rules
 from filters.scripts import SCRIPTS, count_script
 from pipeline.errors import DistillError, RecipeError
-from pipeline.recipe import FiltersConfig, load_recipe
+from pipeline.filters_config import FiltersConfig
+from pipeline.recipe import load_recipe
 from pipeline.records import Completion, Message, Reason, Slots, Usage
 
 INSTRUCTION = "3~5세 어린이용 한국어 동화 한 편. 등장: 토끼 토토. 키워드: 당근, 비. 200~400자."

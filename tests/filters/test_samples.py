@@ -281,7 +281,10 @@ def test_where_one_answer_stays_the_keep_rate_is_that_of_prompts(
     stage.filter(rows, RIGHT, select="first", min_keep_rate=0.9)  # 2 of 6 answers, but all prompts
     assert capsys.readouterr().err == ""
     stage.filter([*rows, *answers("c", "5")], RIGHT, select="first", warn_keep_rate=0.7)
-    assert "warning: keep rate by prompt 66.7% is under 70% (filters.warn_keep_rate); right drops" in capsys.readouterr().err
+    assert (
+        "warning: keep rate by prompt 66.7% is under 70% (filters.warn_keep_rate); right drops"
+        in capsys.readouterr().err
+    )
 
 
 def test_keep_rates_are_told_by_column(stage: Stage) -> None:

@@ -14,7 +14,7 @@ from filters.reasons import describe
 from filters.ruleset import load_rules
 from filters.trials import Subset, margin, parse_shares, print_sweep, stricter
 from pipeline.errors import DataError, UsageError
-from pipeline.recipe import FiltersConfig
+from pipeline.filters_config import FiltersConfig
 from pipeline.records import Dropped, Kept, Reason, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields

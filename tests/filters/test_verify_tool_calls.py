@@ -10,7 +10,7 @@ from filters.answer import Answer
 from filters.reasons import describe
 from filters.ruleset import load_rules
 from filters.verify.schema import ToolCallsSettings, tool_calls
-from pipeline.recipe import FiltersConfig
+from pipeline.filters_config import FiltersConfig
 from pipeline.records import Json
 
 WEATHER: Json = {

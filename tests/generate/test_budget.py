@@ -16,9 +16,11 @@ from generate.run import generate
 from generate.tokens import TEMPLATE_TOKENS, counter
 from pipeline.errors import BudgetReached, DataError
 from pipeline.lineage import read_lineage
-from pipeline.recipe import BudgetConfig, Recipe, TeacherConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
+from pipeline.section import BudgetConfig
+from pipeline.teacher_config import TeacherConfig
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, misbehaving, recipe_for
 
 PRICE = Price(input=2, output=10)  # pico-dollars a token

@@ -3,7 +3,7 @@
 import pytest
 
 from generate.prices import PICO, PRICES, Price, price_of, source_of
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 
 HOSTED = "https://api.example.com/v1"
 

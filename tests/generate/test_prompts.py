@@ -15,7 +15,8 @@ from generate.grammar import Grammar, combination, shuffled
 from generate.prompts import grammar_size, iter_prompts
 from generate.run import generate
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import PromptsConfig, Recipe, load_recipe
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import completions, misbehaving, recipe_for

@@ -21,9 +21,10 @@ from generate.run import generate
 from generate.streaming import stream, streaming_session
 from generate.tokens import TEMPLATE_TOKENS, bound
 from pipeline.errors import BudgetReached, DistillError, RecipeError
-from pipeline.recipe import BudgetConfig, Recipe
+from pipeline.recipe import Recipe
 from pipeline.records import Message, Usage
 from pipeline.rundir import RunDir
+from pipeline.section import BudgetConfig
 from tests.generate.test_requests import PROMPT, recipe_with
 from tests.servers.misbehaving_server import (
     Asked,

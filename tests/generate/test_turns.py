@@ -17,7 +17,8 @@ from generate.summary import save
 from generate.turns import OPENING, SYSTEM, as_the_user_sees, pass_folders, passes
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
-from pipeline.recipe import PromptsConfig, Recipe
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.user_config import UserConfig

@@ -12,7 +12,7 @@ from generate.dialect import Dialect
 from generate.jobs import Job
 from generate.reply import Answer, Fault, read_answer, read_error
 from generate.verdict import FAILURES_IN_ROW, REFUSED_ALIKE, EndRun, Fail, Pause, Retry, State, decide
-from pipeline.recipe import GenerateConfig
+from pipeline.generate_config import GenerateConfig
 from pipeline.records import Message, Request
 
 CONFIG = GenerateConfig()

@@ -13,7 +13,7 @@ from pipeline.address import (
     is_this_machine,
     proxy_of,
 )
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 
 PROXY = "http://user:pa%40ss-word@proxy.example:3128"
 

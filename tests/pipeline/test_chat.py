@@ -8,8 +8,9 @@ import pytest
 from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
 from pipeline.chat import asked_of_student, context_of, end_of_turn, stop_tokens, told_in_words, told_to_teacher
-from pipeline.recipe import Example, StudentConfig, TeacherConfig
 from pipeline.records import Message
+from pipeline.student_config import StudentConfig
+from pipeline.teacher_config import Example, TeacherConfig
 from tests.tiny_student import END, tiny_tokenizer
 
 

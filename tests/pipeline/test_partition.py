@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import PromptsConfig, load_recipe
+from pipeline.prompts_config import PromptsConfig
+from pipeline.recipe import load_recipe
 from pipeline.records import Json, Message, Prompt, Slots
 
 PROMPTS = PromptsConfig(template="x", count=1, validation=0.05, test=0.1)

@@ -10,7 +10,7 @@ import pytest
 from filters.duplicates import Search, Searcher, find_duplicates
 from filters.minhash import Array, least_agreement
 from filters.sketches import Kind, Reader, Sketches, Source, joined, sketch_file
-from pipeline.recipe import DedupConfig
+from pipeline.filters_config import DedupConfig
 from pipeline.records import Completion, Message, encode_line
 from scale.near import PAIR, PairSearch, candidates, entries_of, first_rows, merged, similarities
 from tests.completion_fields import completion_fields

@@ -11,8 +11,8 @@ import pytest
 
 from generate import agenerate
 from pipeline.errors import DistillError, UsageError
-from pipeline.recipe import ServeConfig
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from scale import serving
 from scale.cluster import Node
 from scale.serving import TRIES, Model, NodeServer, Supervisor, places_on

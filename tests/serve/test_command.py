@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.recipe import ServeConfig
 from pipeline.resources import GIB
+from pipeline.serve_config import ServeConfig
 from serve.command import Command, build_command, choose_device, merge_args, ranks, serve_settings
 from serve.machine import Machine
 from serve.model_facts import ModelFacts, model_facts

@@ -16,8 +16,9 @@ import evaluate.measure.serving
 import pipeline.adapters
 from evaluate.models import Subject
 from pipeline.errors import RecipeError, UsageError
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from serve.__main__ import main, next_command
 from serve.named import Address, address_of, reference_of
 from tests.tiny_student import make_recipe, tiny_model

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import DistillError, UsageError
 from pipeline.models import resolve_model
-from pipeline.recipe import ServeConfig
+from pipeline.serve_config import ServeConfig
 from serve.server import Server, free_port, serving
 from tests.servers.serve_process import command_of, read_until, start, wait_until
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from pipeline.errors import DistillError, UsageError
-from pipeline.recipe import ServeConfig
 from pipeline.resources import GIB
+from pipeline.serve_config import ServeConfig
 from serve import server as server_module
 from serve.checks import check_memory, check_port, check_vllm, local_address
 from serve.command import Command

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from pipeline.checks import Check
 from pipeline.errors import DataError, UsageError
 from pipeline.models import resolve_model
-from pipeline.recipe import PromptsConfig
+from pipeline.prompts_config import PromptsConfig
 from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
 from pipeline.train_config import TrainConfig

@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage
-from pipeline.recipe import Recipe, ServeConfig
+from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, encode_line
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from serve.server import free_port, serving
 from tests.tiny_student import END, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.publish.cards import dataset_card, languages, model_card, published, without_places

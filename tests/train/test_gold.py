@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.rows import to_examples
 from train.run import train_run

@@ -13,8 +13,8 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import TeacherConfig
 from pipeline.students import trained_section
+from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model

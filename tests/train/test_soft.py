@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train.progress import TrainProgress
 from train.rows import to_examples

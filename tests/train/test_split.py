@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.recipe import PromptsConfig
+from pipeline.prompts_config import PromptsConfig
 from pipeline.records import Kept
 from tests.tiny_student import ONE, kept_row, make_recipe, make_run
 from train.rows import Parts, part_rows, read_parts

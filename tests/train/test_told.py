@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import pad
 
-from pipeline.recipe import TeacherConfig
+from pipeline.teacher_config import TeacherConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
 from train import top_k

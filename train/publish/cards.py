@@ -17,7 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.chat import system_of_student
 from pipeline.models import is_path
-from pipeline.recipe import Recipe, slot_values
+from pipeline.prompts_config import slot_values
+from pipeline.recipe import Recipe
 from train.checks.licences import LicenceChain, Terms, licence_table, model_name, on_the_hub, strictest, terms_of
 from train.checks.pair import OUR_TAG, teachers_terms, told_only
 from train.teacher import known_files, read_card
