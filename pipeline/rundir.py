@@ -36,6 +36,9 @@ class File:
         return run.path / self._name
 
 
+SERVED = "served-"  # begins the folders of an evaluation that begin anew, with their journals, when it is stopped
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Where the files of one run are, and who writes them."""

@@ -6,7 +6,8 @@
     cluster/…                                where driver and workers meet (scale.generation): no part of the folder
     spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
 
-A kind is a journal's name: `completions`, `failures`, and those of the folders in a run that have journals (FOLDERS).
+A kind is a journal's name, with its folder: `completions`, `failures`, `turns/1/completions`, … Whatever a run asks has
+its journals in a folder of it: turns, new prompts, the judge, an experiment's other teacher.
 """
 
 import sys
@@ -21,13 +22,11 @@ from generate.idset import IdSet
 from generate.journal import Journal
 from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, Failure
-from pipeline.rundir import RunDir, write_file
+from pipeline.rundir import SERVED, RunDir, write_file
 from scale.parts import Uploader, compact, part_names, read_parts, row_key
 from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
-# The folders of a run that have journals: itself, and what it asks beside its prompts (turns, new prompts, the judge).
-FOLDERS = ("", "turns/*/", "evolve/*/", "judge/*/*/", "evaluation/judge/judge/*/*/", "evaluation/pairs/*/*/")
 STATE_FILE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
 RAY = "training-ray"  # where Ray Train keeps its books, in a local folder
@@ -291,8 +290,10 @@ class Mirror:
             del self._state.files[name]
 
     def _matching(self, name: str) -> list[str]:
-        paths = (path for folder in FOLDERS for path in self._folder.glob(folder + name))
-        return [path.relative_to(self._folder).as_posix() for path in paths]
+        """The files of this name, in whichever folder; not those that begin anew, and no links to another's."""
+        found = (path for path in self._folder.rglob(name) if not path.is_symlink())
+        names = (path.relative_to(self._folder).as_posix() for path in found)
+        return [name for name in names if _first(name) not in NOT_FILES and f"/{SERVED}" not in name]
 
     def _files(self) -> Iterator[str]:
         """The files of the run; not those that are still being written, or are this folder's own."""

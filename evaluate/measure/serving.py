@@ -31,7 +31,7 @@ from pipeline.generate_config import GenerateConfig
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Json, Kept, Prompt, asked_fields, read_jsonl
-from pipeline.rundir import RunDir, write_jsonl
+from pipeline.rundir import SERVED, RunDir, write_jsonl
 from pipeline.section import BudgetConfig
 from pipeline.students import TEACHER
 from pipeline.teacher_config import TeacherConfig
@@ -47,7 +47,7 @@ QUESTIONS = "questions.jsonl"  # in a folder: what is asked
 @contextmanager
 def serve_subject(recipe: Recipe, run: RunDir, subject: Subject) -> Iterator[tuple[Server, Path]]:
     """A server of the model, and the empty folder for its files. Raises DistillError if it does not start, or exits."""
-    folder = run.path / FOLDER / f"served-{subject.key}"
+    folder = run.path / FOLDER / f"{SERVED}{subject.key}"
     shutil.rmtree(folder, ignore_errors=True)  # a stopped timing starts again
     folder.mkdir(parents=True)
     model, log = str(engine_folder(subject, run)), folder / "server.log"

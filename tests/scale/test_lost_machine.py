@@ -68,6 +68,26 @@ def row(number: int) -> bytes:
     return encode_line(Completion(**completion_fields(f"id{number:02}", "ok", usage=usage)))
 
 
+@pytest.mark.parametrize(
+    "asking", ["experiments/teachers/b", "evaluation/asked-teacher/probes", "turns/1", "judge/v/1"]
+)
+def test_what_any_part_of_a_run_has_asked_is_in_the_store_as_it_comes(tmp_path: Path, asking: str) -> None:
+    store, one, two = open_store((tmp_path / "store").as_uri()), tmp_path / "one", tmp_path / "two"
+    pool, timed = one / "experiments/pool", one / "evaluation/served-teacher/probes"
+    for folder in (one / asking, pool, timed, one / "cluster/w", two):
+        folder.mkdir(parents=True)
+    for folder in (one, one / asking, one / "cluster/w", timed):
+        (folder / "completions.jsonl").write_bytes(b"".join(map(row, range(3))))
+        write_account(folder / "spend.json", Account(Spend(12, 5)))
+    (pool / "completions.jsonl").symlink_to(one / "completions.jsonl")
+    Mirror(store, one, StoreState("one")).upload(rest=True)
+    Mirror(store, two, StoreState("two")).fetch()
+    assert {path.relative_to(two).as_posix() for path in two.rglob("*.json*")} == {
+        *("completions.jsonl", "spend.json", f"{asking}/completions.jsonl", f"{asking}/spend.json")
+    }
+    assert len(read_journal(two / asking / "completions.jsonl", Completion).ids) == 3
+
+
 def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
