@@ -19,7 +19,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from generate.batch_api import BatchApi
 from generate.batch_files import COLLECTED, Chunk, Folder, read_output
-from generate.budget import Budget, Reservation, Spend, known_price, most_of_batch, spend_under_way
+from generate.budget import Budget, Reservation, known_price, most_of_batch, spend_under_way
 from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
@@ -372,8 +372,7 @@ class Batches:
         if usage.prompt_tokens is None or usage.completion_tokens is None:
             usage = Usage(prompt_tokens=reservation.prompt_tokens, completion_tokens=reservation.max_tokens)
         self._limit.settle(reservation, usage, billed=True)
-        unreserved = reservation._replace(most=Spend())  # run.budget has reserved nothing
-        self._run.budget.settle(unreserved, usage, billed=True, journaled=journaled)
+        self._run.budget.charge(reservation, usage, journaled)
 
     def _say_live(self) -> None:
         """Says which batches go on without this call."""

@@ -99,7 +99,6 @@ class Budget:
         self._account = account or Account()
         self._tokens = None if config.tokens is None else max(config.tokens - spent.tokens, 0) // partition.of
         self._cost = None if config.usd is None else max(round(config.usd * PICO) - spent.cost, 0) // partition.of
-        self._counts = price is not None or config.tokens is not None or file is not None
         self._margins = 0, 0  # tokens that a prompt has had beyond the bound, and an answer beyond max_tokens
         self._refused = Spend()  # what the last request that did not fit could have cost
         self._used, self._reserved = Spend(), Spend()  # of this call: settled, and in flight
@@ -124,8 +123,6 @@ class Budget:
 
     def reserve(self, body_bytes: int, max_tokens: int, answers: int = 1) -> Reservation | None:
         """Takes the most that a request for so many answers can cost; None if that could pass the budget."""
-        if not self._counts:  # no limit, and no file: nobody will ask
-            return Reservation()
         prompt_tokens = bound(body_bytes)
         most = Spend.of(prompt_tokens + self._margins[0], answers * (max_tokens + self._margins[1]), self._price)
         total = self._used + self._reserved + most
@@ -149,8 +146,6 @@ class Budget:
 
         `journaled` is what completions.jsonl holds of this usage: the parts of the answers.
         """
-        if not self._counts and reservation.price is None:
-            return
         self._reserved -= reservation.most
         if not billed:
             return
@@ -167,6 +162,10 @@ class Budget:
         self._used += used
         said = (Spend.of(part.prompt_tokens or 0, part.completion_tokens or 0, self._price) for part in journaled)
         self._unsaid += used - sum(said, Spend())
+
+    def charge(self, request: Reservation, usage: Usage, journaled: Sequence[Usage] = ()) -> None:
+        """Counts what a request has cost that nothing was reserved for here."""
+        self.settle(request._replace(most=Spend()), usage, billed=True, journaled=journaled)
 
     def limit_to(self, most: Spend) -> None:
         """This call may spend so much in all: what a lease of a larger budget allows (scale.request_leases)."""

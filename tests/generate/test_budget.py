@@ -103,14 +103,6 @@ def test_failed_attempts_of_a_call_without_a_budget_count_once_there_is_one(tmp_
     assert read_lineage(run)["generate"]["spent"]["tokens"] == 120
 
 
-def test_without_budget_price_and_file_nothing_is_counted() -> None:
-    budget = Budget(BudgetConfig(), None, Spend())
-    reservation = budget.reserve(10**9, 10**9)
-    assert reservation is not None
-    budget.settle(reservation, usage(5, 5), billed=True, journaled=[usage(5, 5)])
-    assert budget.spent == Spend()
-
-
 REQUEST = st.tuples(
     st.integers(0, 300), st.integers(1, 200), st.floats(0, 1), st.sampled_from(["said", "lost", "free"])
 )
