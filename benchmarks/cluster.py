@@ -33,7 +33,7 @@ FROZEN = 1.5  # leases that a node is frozen
 LOST_ROWS = 20  # that a node has at least when it is lost before its first part
 TOKENS = 140  # of the stub's answers
 WAIT_S = 900.0
-GENERATE = "import scale.generation as g, runpy; g.cluster_sender.__kwdefaults__['lease_s'] = {lease_s}; " + (
+GENERATE = "import scale.generation, runpy; scale.generation.LEASE_S = {lease_s}; " + (
     "runpy.run_module('generate', run_name='__main__', alter_sys=True)"
 )
 IN_STORE = "import sys; from pathlib import Path; from scale.run_in_store import run_in_store; " + (

@@ -54,7 +54,7 @@ LOOK_S = 1.0  # between two looks at the nodes, the leases, and what lost worker
 ASIDE_S = 30.0  # how long a node on which no worker can work is left alone
 
 
-def cluster_sender(address: str, whole: RunDir, store_url: str | None = None, *, lease_s: float = LEASE_S) -> Sender:
+def cluster_sender(address: str, whole: RunDir, store_url: str | None = None) -> Sender:
     """What sends the requests of a run, or of its passes, from the cluster at `address`: auto, host:port, or ray://….
 
     `store_url`: where driver and workers meet, as scale.sync.meeting_store.
@@ -69,7 +69,7 @@ def cluster_sender(address: str, whole: RunDir, store_url: str | None = None, *,
         cluster = await asyncio.to_thread(Cluster, address, namespace)
         try:
             store = meeting_store(whole, store_url, run.dir.path)
-            driver = Driver(run, cluster, store, lease_s)
+            driver = Driver(run, cluster, store, LEASE_S)
             with on_signals(driver.interrupt if signals else None):
                 return await driver.send()
         finally:
