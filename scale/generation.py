@@ -19,7 +19,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from time import monotonic
 from typing import Any, Literal
@@ -84,10 +84,10 @@ class _Member:
 
     node: Node
     actor: Any
+    task: asyncio.Task[None]  # which follows it
     report: Report | None = None  # the last
     collected: int = 0  # uploads that have been read
     idle_since: int | None = None  # the uploads that it had when it became idle
-    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
 
     @property
     def settled(self) -> bool:
@@ -133,8 +133,7 @@ class Driver:
             return outcome
         finally:
             for member in self._members.values():
-                if member.task:
-                    member.task.cancel()
+                member.task.cancel()
                 self._cluster.kill(member.actor)
             ended.set()
             await writing
@@ -182,7 +181,7 @@ class Driver:
         leases = self._leases
         while True:
             for member in self._members.values():
-                if member.task and member.task.done() and (error := member.task.exception()):
+                if member.task.done() and (error := member.task.exception()):
                     return error  # the store is away, or a disk is full
             if self._stopping.is_set():
                 return KeyboardInterrupt()
@@ -226,12 +225,12 @@ class Driver:
             actor = self._cluster.start(node, name, self._run.recipe, at, self._store.url, variables, self._lease_s)
             self._leases.join(name, own, now + START_S)
             self._table.joined(name, node.address, own)
-            self._members[name] = member = _Member(node, actor)
-            member.task = asyncio.create_task(self._follow(name, member))
+            self._members[name] = _Member(node, actor, asyncio.create_task(self._follow(name)))
         self._leases.lead_to(weights)
 
-    async def _follow(self, name: str, member: _Member) -> None:
+    async def _follow(self, name: str) -> None:
         """Gives a worker its orders and reads what it uploads, until it ends or is lost."""
+        member = self._members[name]
         try:
             while True:
                 orders = self._orders(name, member)
@@ -293,7 +292,7 @@ class Driver:
         await self._collector.collect(name)
         if name not in self._members:  # two have noticed
             return
-        if member.task and member.task is not asyncio.current_task():
+        if member.task is not asyncio.current_task():
             member.task.cancel()
         self._run.say(f"warning: the worker {name} is lost ({why})")
         if member.report is None:  # it never said a word: so it has nothing, and should not begin later
@@ -314,7 +313,7 @@ class Driver:
     async def _until_ended(self) -> None:
         """The workers have been told to stop: waits for what they have in flight, and reads it."""
         while self._members and self._interrupts < 2:
-            tasks = [member.task for member in self._members.values() if member.task]
+            tasks = [member.task for member in self._members.values()]
             await asyncio.wait(tasks, timeout=LOOK_S)
             for name in self._leases.silent(monotonic()):
                 await self._lose(name, "it is silent")
