@@ -35,7 +35,8 @@ class NodeWorker(Worker):
     """A Worker as an actor: its process ends when its driver is silent."""
 
     async def live(self) -> None:
-        await self.work(lambda: os._exit(0))  # ray.actor.exit_actor works in a call only
+        await self.work()
+        os._exit(0)  # ray.actor.exit_actor works in a call only
 
 
 class Cluster:

@@ -108,8 +108,8 @@ class Worker:
         self._budget = Budget(recipe.budget, known_price(recipe), Spend())  # at the run's price, whatever the URLs
         self._ready, self._ended = asyncio.Event(), ("", "")
 
-    async def work(self, on_silence: Callable[[], object]) -> None:
-        """Works until it is told to end, and calls `on_silence` when the driver has not spoken for `lease_s`."""
+    async def work(self) -> None:
+        """Works until it is told to end, and returns when the driver has not spoken for `lease_s`."""
         try:
             with tempfile.TemporaryDirectory(prefix="distillate-") as folder:
                 outcome = await self._send(RunDir(Path(folder)))
@@ -121,7 +121,6 @@ class Worker:
         self._ready.set()
         while not self._is_orphan():  # noqa: ASYNC110, it waits for what does not happen
             await asyncio.sleep(LOOK_S)
-        on_silence()
 
     async def beat(self, orders: Orders) -> Report:
         """Takes orders, and reports."""

@@ -36,8 +36,7 @@ class FakeActor:
         self.beat = self.worker.beat
         self.thawed = asyncio.Event()
         self.thawed.set()
-        self.silenced = asyncio.Event()
-        self.work = asyncio.create_task(self.worker.work(self.silenced.set))
+        self.work = asyncio.create_task(self.worker.work())
 
 
 class FakeCluster:
@@ -189,7 +188,7 @@ async def test_a_frozen_node_loses_its_lease_and_what_it_writes_late_is_dropped_
         await until(driver, 40)
         first = next(iter(cluster.actors.values()))
         first.thawed.clear()
-        await first.silenced.wait()  # it noticed by itself, and has uploaded what it had
+        await first.work  # it noticed by itself, and has uploaded what it had
 
     budget = {"tokens": 300 * 150}
     with misbehaving(lambda asked: answer(delay_s=0.05)) as server:
