@@ -31,7 +31,7 @@ from pipeline.cli import run_stage
 from pipeline.records import Completion, encode_line
 from pipeline.rundir import RunDir
 from scale.collect import Collector
-from scale.generation import BEAT_S, items_of
+from scale.generation import BEAT_S
 from scale.parts import ROWS, SECONDS, part_name
 from scale.request_leases import Item, Leases, LeaseState
 from scale.storage import Folder
@@ -92,8 +92,7 @@ def driver(rows: int) -> dict[str, float]:
         run.path.mkdir()
         size = sum(store.put_new(part, data) * len(data) for part, data in parts(rows))
         with opened_run(recipe, run, Counters(), say=print, show=lambda: None) as opened:
-            collector = Collector(opened, store)
-            collector.leases = Leases(items_of(opened), collector.state, IdSet(), lease_s=30)
+            collector = Collector(opened, store, lease_s=30)
             collector.leases.join("w", [], 0.0)
             leased_s = cpu_s(lambda: collector.leases.lease("w", rows))
             read_s = cpu_s(lambda: asyncio.run(collector.collect("w")))

@@ -6,19 +6,21 @@ removed when its rows are in the journals, on disk, and the state that counts th
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from generate.budget import Account, Spend, known_price, spent_so_far, write_account
+from generate.budget import Account, Spend, known_price, most_of, spent_so_far, write_account
 from generate.context import Run
+from generate.dialect import Dialect
 from generate.idset import IdSet
+from generate.prices import PICO, Price
 from pipeline.errors import DataError
 from pipeline.records import Completion, Failure
 from scale.parts import part_name, part_names, read_part
-from scale.request_leases import Claim, Leases, LeaseState
+from scale.request_leases import Claim, Item, Leases, LeaseState
 from scale.storage import Store
 from scale.worker import account_name
 
@@ -27,11 +29,9 @@ SPEND_FILE = "spend-cluster.json"
 
 
 class Collector:
-    """One call's. `leases` is set once it is made of what `state` and `spent_before` say."""
+    """What one call has leased, read and saved."""
 
-    leases: Leases
-
-    def __init__(self, run: Run, store: Store) -> None:
+    def __init__(self, run: Run, store: Store, lease_s: float) -> None:
         self._run, self._store, self._price = run, store, known_price(run.recipe)
         self._counts = self._price is not None or run.recipe.budget.tokens is not None
         before: LeaseState | None = _decoded(store.get(LEASES_FILE), LeaseState, f"{store.url}/{LEASES_FILE}")
@@ -41,8 +41,18 @@ class Collector:
         self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended writers
         self._collecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
+        budget = run.recipe.budget
+        self.leases = Leases(
+            _items_of(run, self._price),
+            self.state,
+            run.left.answered,
+            tokens=budget.tokens,
+            cost=None if budget.usd is None else round(budget.usd * PICO),
+            before=self._spent_before(),
+            lease_s=lease_s,
+        )
 
-    def spent_before(self) -> Spend:
+    def _spent_before(self) -> Spend:
         """What is spent of the budget beside what the state charges: by the run, and by those that share its budget."""
         if self._counts:
             write_account(self._run.dir.path / SPEND_FILE, Account(self.state.unsaid))
@@ -140,6 +150,14 @@ class Collector:
             write_account(self._run.dir.path / SPEND_FILE, Account(unsaid))
         for part in read:
             self._store.delete(part)
+
+
+def _items_of(run: Run, price: Price | None) -> Iterator[Item]:
+    """What is to be leased: all that the run has left."""
+    dialect = Dialect()
+    for job in run.jobs():
+        most = most_of(len(dialect.body(job)), int(job.request.sampling["max_tokens"]), price)
+        yield Item(job.request.id, msgspec.json.encode(job.request), most)
 
 
 def _answers_since(journal: Path, start: int) -> IdSet:

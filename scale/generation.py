@@ -17,7 +17,6 @@ same. After the driver is killed, the same command goes on. Nodes may join and l
 
 import asyncio
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,11 +24,8 @@ from time import monotonic
 from typing import Any, Literal
 from uuid import uuid4
 
-import msgspec
-
-from generate.budget import known_price, most_of, spent_of
+from generate.budget import spent_of
 from generate.context import Outcome, Run
-from generate.dialect import Dialect
 from generate.event_loop import on_signals
 from generate.prices import PICO
 from generate.run import Sender
@@ -43,7 +39,7 @@ from pipeline.teacher_config import TeacherConfig
 from scale.cluster import Cluster, Lost, Node
 from scale.collect import Collector
 from scale.nodes import NodeTable
-from scale.request_leases import Item, Leases
+from scale.request_leases import Item
 from scale.storage import Store
 from scale.sync import meeting_store
 from scale.worker import START_S, Orders, Report
@@ -101,16 +97,8 @@ class Driver:
     def __init__(self, run: Run, cluster: Cluster, store: Store, lease_s: float) -> None:
         self._run, self._cluster, self._store, self._lease_s = run, cluster, store, lease_s
         self._weights = urls_now(run.recipe.teacher)  # of the URLs that the writers have
-        self._collector, budget = Collector(run, store), run.recipe.budget
-        self._leases = self._collector.leases = Leases(
-            items_of(run),
-            self._collector.state,
-            run.left.answered,
-            tokens=budget.tokens,
-            cost=None if budget.usd is None else round(budget.usd * PICO),
-            before=self._collector.spent_before(),
-            lease_s=lease_s,
-        )
+        self._collector = Collector(run, store, lease_s)
+        self._leases = self._collector.leases
         self._table = NodeTable(self._leases, run.counters, store)
         self._members: dict[str, _Member] = {}
         self._silent = set(self._collector.state.accounts)  # lost, or another driver's: they may still upload
@@ -340,14 +328,6 @@ class Driver:
             if message not in self._told:
                 self._told.add(message)
                 self._run.say(message)
-
-
-def items_of(run: Run) -> Iterator[Item]:
-    """What is to be leased: all that the run has left."""
-    dialect, price = Dialect(), known_price(run.recipe)
-    for job in run.jobs():
-        most = most_of(len(dialect.body(job)), int(job.request.sampling["max_tokens"]), price)
-        yield Item(job.request.id, msgspec.json.encode(job.request), most)
 
 
 def variables_of(teacher: TeacherConfig) -> dict[str, str]:
