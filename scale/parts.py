@@ -50,7 +50,7 @@ def part_name(kind: str, owner: str, number: int) -> str:
     return f"parts/{kind}/{owner}-{number:06}.jsonl.gz"
 
 
-def part_names(store: Store, kind: str = "completions") -> list[str]:
+def part_names(store: Store, kind: str) -> list[str]:
     """The parts that are in the store, sorted: those of one owner in the order in which it wrote them."""
     return store.names(f"parts/{kind}")
 
@@ -64,12 +64,8 @@ def read_part(store: Store, name: str) -> list[bytes]:
         raise DataError(f"{store.url}/{name}: not a part: {error}") from None
 
 
-def read_parts(
-    store: Store, kind: str = "completions", *, known: IdSet | None = None, names: list[str] | None = None
-) -> Iterator[bytes]:
-    """Streams the lines of the parts (all, or those named) whose key is not in `known`, and adds their keys to it."""
-    known = IdSet() if known is None else known
-    names = part_names(store, kind) if names is None else names
+def read_new_rows(store: Store, kind: str, names: list[str], known: IdSet) -> Iterator[bytes]:
+    """Streams the lines of these parts whose key is not in `known`, and adds their keys to it."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(names), READERS):
             for lines in pool.map(lambda name: read_part(store, name), names[start : start + READERS]):
@@ -79,9 +75,7 @@ def read_parts(
 class Uploader:
     """Puts what is appended to a journal, as parts of one owner."""
 
-    def __init__(
-        self, store: Store, owner: str, journal: Path, kind: str = "completions", *, known: IdSet | None = None
-    ) -> None:
+    def __init__(self, store: Store, owner: str, journal: Path, kind: str, *, known: IdSet | None = None) -> None:
         """Lines whose key is in `known` are in the store already. The owner must be this writer's alone."""
         self._store, self._journal, self._kind, self._owner = store, journal, kind, owner
         self._known = IdSet() if known is None else known

@@ -23,7 +23,7 @@ from generate.journal import Journal
 from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, Failure
 from pipeline.rundir import SERVED, RunDir, write_file
-from scale.parts import Uploader, compact, part_names, read_parts, row_key
+from scale.parts import Uploader, compact, part_names, read_new_rows, row_key
 from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
@@ -270,7 +270,7 @@ class Mirror:
                 with compacted.open("rb") as file:
                     yield from (line for line in filter(bytes.strip, file) if stored.add(row_key(line, kind)))
                 compacted.unlink()
-            yield from read_parts(self._store, kind, known=stored, names=parts)
+            yield from read_new_rows(self._store, kind, parts, stored)
             if {*parts} <= {*part_names(self._store, kind)}:
                 break
         self._read.update(parts)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from generate.idset import IdSet
 from pipeline.errors import DataError, DistillError
 from scale import parts
-from scale.parts import Uploader, compact, part_name, part_names, read_part, read_parts
+from scale.parts import Uploader, compact, part_name, part_names, read_new_rows, read_part
 from scale.storage import Folder, Store, open_store
+
+KIND = "completions"
 
 
 @pytest.fixture
@@ -22,6 +25,11 @@ def store(tmp_path: Path) -> Store:
 
 def line(number: int, created: str = "2026-01-01") -> bytes:
     return json.dumps({"id": f"id{number:04}", "created": created, "text": "ok"}).encode() + b"\n"
+
+
+def rows(store: Store) -> list[bytes]:
+    """The rows of all parts, each once."""
+    return list(read_new_rows(store, KIND, part_names(store, KIND), IdSet()))
 
 
 def append(journal: Path, *lines: bytes) -> None:
@@ -40,26 +48,26 @@ def test_of_many_that_put_one_name_one_succeeds(store: Store) -> None:
 
 def test_a_part_closes_at_its_rows_or_its_time(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "completions.jsonl"
-    uploader = Uploader(store, "me", journal)
+    uploader = Uploader(store, "me", journal, KIND)
     assert uploader.upload() == 0
     append(journal, *map(line, range(2500)), b'{"id": "torn')
     assert uploader.upload() == 2000
     assert uploader.upload() == 0
     monkeypatch.setattr(parts, "SECONDS", 0.0)
     assert uploader.upload() == 500
-    assert part_names(store) == [f"parts/completions/me-{number:06}.jsonl.gz" for number in range(3)]
-    assert list(read_parts(store)) == [line(number) for number in range(2500)]
+    assert part_names(store, KIND) == [f"parts/completions/me-{number:06}.jsonl.gz" for number in range(3)]
+    assert rows(store) == [line(number) for number in range(2500)]
 
 
 def test_repeated_ids_are_read_once_and_known_ones_never(store: Store, tmp_path: Path) -> None:
     for owner in ("one", "two"):
         append(tmp_path / owner, *map(line, range(10)))
-        assert Uploader(store, owner, tmp_path / owner).upload(rest=True) == 10
-    assert len(list(read_parts(store))) == 10
-    again = Uploader(store, "one", tmp_path / "one")  # its process was killed: it does not know what it put
+        assert Uploader(store, owner, tmp_path / owner, KIND).upload(rest=True) == 10
+    assert len(rows(store)) == 10
+    again = Uploader(store, "one", tmp_path / "one", KIND)  # its process was killed: it does not know what it put
     again.upload(rest=True)
-    assert len(part_names(store)) == 3
-    assert len(list(read_parts(store))) == 10
+    assert len(part_names(store, KIND)) == 3
+    assert len(rows(store)) == 10
 
 
 def test_a_part_whose_put_was_not_heard_of_stays_as_it_is(store: Store, tmp_path: Path) -> None:
@@ -77,15 +85,15 @@ def test_a_part_whose_put_was_not_heard_of_stays_as_it_is(store: Store, tmp_path
                 raise DistillError("no reply")
 
     journal = tmp_path / "completions.jsonl"
-    uploader = Uploader(Deaf(tmp_path / "store"), "me", journal)
+    uploader = Uploader(Deaf(tmp_path / "store"), "me", journal, KIND)
     append(journal, *map(line, range(10)))
     with pytest.raises(DistillError):
         uploader.upload(rest=True)
-    (first,) = part_names(store)
+    (first,) = part_names(store, KIND)
     append(journal, *map(line, range(10, 15)))
     assert uploader.upload(rest=True) == 15
     assert read_part(store, first) == list(map(line, range(10)))
-    assert list(read_parts(store)) == list(map(line, range(15)))
+    assert rows(store) == list(map(line, range(15)))
 
 
 def test_a_put_that_is_refused_though_nothing_is_there_leaves_no_gap(store: Store, tmp_path: Path) -> None:
@@ -95,13 +103,13 @@ def test_a_put_that_is_refused_though_nothing_is_there_leaves_no_gap(store: Stor
         refused = 0
 
         def put_new(self, name: str, data: bytes) -> bool:
-            if part_names(self) and not self.refused:  # the second part
+            if part_names(self, KIND) and not self.refused:  # the second part
                 self.refused += 1
                 return False
             return super().put_new(name, data)
 
     busy, journal = Busy(tmp_path / "store"), tmp_path / "completions.jsonl"
-    uploader = Uploader(busy, "me", journal)
+    uploader = Uploader(busy, "me", journal, KIND)
     for number in range(3):
         append(journal, line(number))
         if number == 1:
@@ -110,8 +118,8 @@ def test_a_put_that_is_refused_though_nothing_is_there_leaves_no_gap(store: Stor
         else:
             uploader.upload(rest=True)
     assert busy.refused == 1
-    assert part_names(store) == [part_name("completions", "me", number) for number in range(2)]
-    assert list(read_parts(store)) == list(map(line, range(3)))
+    assert part_names(store, KIND) == [part_name(KIND, "me", number) for number in range(2)]
+    assert rows(store) == list(map(line, range(3)))
 
 
 WHOLE = gzip.compress(b"".join(map(line, range(50))))
@@ -127,9 +135,9 @@ WHOLE = gzip.compress(b"".join(map(line, range(50))))
     ids=["damaged", "no JSON", "no id"],
 )
 def test_a_damaged_part_is_one_clear_error(store: Store, data: bytes, words: str) -> None:
-    store.put(part_name("completions", "me", 0), data)
+    store.put(part_name(KIND, "me", 0), data)
     with pytest.raises(DataError, match=words) as caught:
-        list(read_parts(store))
+        rows(store)
     assert "\n" not in str(caught.value)
 
 

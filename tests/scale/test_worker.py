@@ -6,10 +6,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from generate.idset import IdSet
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
 from scale import worker
-from scale.parts import read_parts
+from scale.parts import part_names, read_new_rows
 from scale.request_leases import Item
 from scale.storage import Folder
 from scale.worker import Orders, Worker
@@ -33,4 +34,6 @@ async def test_a_worker_whose_lease_has_expired_asks_no_more_and_uploads_what_it
         async with asyncio.timeout(60):
             await working
         assert 0 < len(server.asked) < REQUESTS
-        assert len(list(read_parts(Folder(tmp_path)))) == len(server.asked)
+        store = Folder(tmp_path)
+        names = part_names(store, "completions")
+        assert len(list(read_new_rows(store, "completions", names, IdSet()))) == len(server.asked)
