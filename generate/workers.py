@@ -27,8 +27,7 @@ from generate.event_loop import on_signals, run_loop
 from generate.jobs import WHOLE, Partition
 from generate.progress import Counters
 from generate.servers import opened_loop
-from pipeline import errors
-from pipeline.errors import AllRefused, BudgetReached, DistillError
+from pipeline.errors import AllRefused, BudgetReached, DistillError, by_name
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 
@@ -107,7 +106,7 @@ class _Workers:
             elif kind == "say":
                 self._run.say(said)
             else:
-                self._failed.append(getattr(errors, kind, DistillError)(said))
+                self._failed.append(by_name(kind, said))
                 if not self._only_of_parts():
                     self.signal(END)
         return await child.wait()

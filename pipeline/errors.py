@@ -12,11 +12,17 @@ An interrupt (Ctrl-C, SIGTERM, a closed terminal) ends with 130, resumable. A me
 the fix.
 """
 
+from typing import Any
+
 
 class DistillError(Exception):
     """The stage failed: what, with which value, and how to fix it."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with its message and attributes, whatever the constructor of its class takes."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class UsageError(DistillError):
@@ -47,6 +53,14 @@ class RequestsFailed(DistillError):
     """The run is finished, but some requests failed for good (they are in failures.jsonl)."""
 
     exit_code = 4
+
+
+KINDS = (DistillError, UsageError, RecipeError, DataError, AllRefused, BudgetReached, RequestsFailed)
+
+
+def by_name(kind: str, message: str) -> DistillError:
+    """The error that another process told by the name of its class; a DistillError if that is none of KINDS."""
+    return {one.__name__: one for one in KINDS}.get(kind, DistillError)(message)
 
 
 def first_line(error: BaseException | str) -> str:

@@ -31,7 +31,6 @@ from generate.prices import PICO
 from generate.run import Sender
 from generate.servers import describe_change
 from generate.targets import urls_now
-from pipeline import errors
 from pipeline.address import VARIABLE
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
@@ -157,7 +156,7 @@ class Driver:
             async with asyncio.timeout(self._lease_s):
                 ended = False
                 while not ended:
-                    ended = bool((await self._cluster.call(actor.beat, Orders(stop=True))).ended[0])
+                    ended = (await self._cluster.call(actor.beat, Orders(stop=True))).ended
                     await asyncio.sleep(BEAT_S)
             self._cluster.kill(actor)
         except (Lost, TimeoutError):
@@ -228,15 +227,15 @@ class Driver:
                 self._leases.heard(name, orders.shares, monotonic())
                 self._table.heard(name, report.counters, idle=report.idle)
                 self._tell(report.said)
-                if report.ended[0] or report.uploads > member.collected:
+                if report.ended or report.uploads > member.collected:
                     await self._collector.collect(name)
                 member.report, member.collected = report, report.uploads
                 if not report.idle:
                     member.idle_since = None
                 elif member.idle_since is None:
                     member.idle_since = report.uploads
-                if report.ended[0]:
-                    return await self._ended(name, member, *report.ended)
+                if report.ended:
+                    return self._ended(name, member, report.error)
                 await asyncio.sleep(BEAT_S)
         except Lost as error:
             await self._lose(name, str(error))
@@ -262,15 +261,14 @@ class Driver:
             stop=self._stopping.is_set(),
         )
 
-    async def _ended(self, name: str, member: _Member, kind: str, message: str) -> None:
+    def _ended(self, name: str, member: _Member, error: DistillError | None) -> None:
         """A worker has ended by itself, and all that it wrote was read."""
-        well = kind in ("done", BudgetReached.__name__)
-        self._leave(name, "done" if well else "broken")
+        broken = None if isinstance(error, BudgetReached) else error
+        self._leave(name, "broken" if broken else "done")
         self._collector.close(name)
         self._cluster.kill(member.actor)
-        if not well:
-            broke = DistillError(f"a worker broke with {kind}: {message}")
-            self._put_aside(member.node, getattr(errors, kind)(message) if hasattr(errors, kind) else broke)
+        if broken:
+            self._put_aside(member.node, broken)
 
     async def _lose(self, name: str, why: str) -> None:
         """A worker is gone, or as good as gone: what it had not uploaded is leased to others."""

@@ -61,7 +61,8 @@ class Report(msgspec.Struct, frozen=True):
     idle: bool  # nothing is queued, in flight, or waiting for a retry
     uploads: int  # accounts that it has written
     said: list[str]
-    ended: tuple[str, str]  # ("", ""): it works; ("done", ""); else the class of an error, and its message
+    ended: bool  # it asks nothing more, and has uploaded what it had
+    error: DistillError | None  # which ended it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,8 @@ class Worker:
         self._loop: Loop | None = None  # once it is open
         self._servers: Servers | None = None
         self._budget = Budget(recipe.budget, known_price(recipe), Spend())  # at the run's price, whatever the URLs
-        self._ready, self._ended = asyncio.Event(), ("", "")
+        self._ready, self._ended = asyncio.Event(), False
+        self._error: DistillError | None = None  # which has ended it
 
     async def work(self) -> None:
         """Works until it is told to end, and returns when the driver has not spoken for `lease_s`."""
@@ -115,9 +117,11 @@ class Worker:
                 outcome = await self._send(RunDir(Path(folder)))
             if outcome and not isinstance(outcome, KeyboardInterrupt):
                 raise outcome
-            self._ended = "done", ""
+        except DistillError as error:
+            self._error = error
         except Exception as error:  # whatever it is, the driver is told
-            self._ended = type(error).__name__, str(error)
+            self._error = DistillError(f"a worker broke with {type(error).__name__}: {error}")
+        self._ended = True
         self._ready.set()
         while not self._is_orphan():  # noqa: ASYNC110, it waits for what does not happen
             await asyncio.sleep(LOOK_S)
@@ -126,7 +130,7 @@ class Worker:
         """Takes orders, and reports."""
         await self._ready.wait()
         self._heard = monotonic()
-        if self._loop and self._servers and not self._ended[0]:
+        if self._loop and self._servers and not self._ended:
             self._obey(orders, self._loop, self._servers)
         counters, queued = self._counters, len(self._feed)
         done = counters.answered + counters.failed
@@ -140,6 +144,7 @@ class Worker:
             uploads=self._uploads,
             said=said,
             ended=self._ended,
+            error=self._error,
         )
 
     def _obey(self, orders: Orders, loop: Loop, servers: Servers) -> None:
