@@ -17,15 +17,15 @@ from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.prices import PICO, Price
-from pipeline.errors import DataError
 from pipeline.records import Completion, Failure
 from scale.parts import part_name, part_names, read_part
 from scale.request_leases import Claim, Item, Leases, LeaseState
-from scale.storage import Store
+from scale.storage import Store, read_record
 from scale.worker import account_name
 
 LEASES_FILE = "leases.json"
 SPEND_FILE = "spend-cluster.json"
+NEEDED = "without it the budget cannot be kept"
 
 
 class Collector:
@@ -34,7 +34,7 @@ class Collector:
     def __init__(self, run: Run, store: Store, lease_s: float) -> None:
         self._run, self._store, self._price = run, store, known_price(run.recipe)
         self._counts = self._price is not None or run.recipe.budget.tokens is not None
-        before: LeaseState | None = _decoded(store.get(LEASES_FILE), LeaseState, f"{store.url}/{LEASES_FILE}")
+        before = read_record(store, LEASES_FILE, LeaseState, NEEDED)
         self.state = before or LeaseState()
         self._unsaved = _answers_since(run.completions.path, before.journal_bytes) if before else IdSet()
         self._counted = IdSet()  # of these, each once: a part may be there twice
@@ -86,7 +86,7 @@ class Collector:
         if account is None:  # it was leased nothing
             return
         async with self._collecting[name]:
-            claim = _decoded(await asyncio.to_thread(self._store.get, account_name(name)), Claim, name)
+            claim = await asyncio.to_thread(read_record, self._store, account_name(name), Claim, NEEDED)
             kinds: list[tuple[str, Any, Callable[[str, Any], None]]] = [
                 ("completions", Completion, self._take_answer),
                 ("failures", Failure, self._take_failure),
@@ -175,10 +175,3 @@ def _answers_since(journal: Path, start: int) -> IdSet:
 def _key(answer: Completion) -> str:
     """Tells an answer from others to the same request."""
     return f"{answer.id} {answer.created} {answer.latency_s}"
-
-
-def _decoded(data: bytes | None, kind: type[Any], name: str) -> Any:
-    try:
-        return None if data is None else msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{name}: {error}; without it the budget cannot be kept") from None

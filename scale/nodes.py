@@ -25,7 +25,7 @@ from pipeline.cli import run_stage
 from pipeline.errors import DataError, DistillError, UsageError
 from pipeline.recipe import load_recipe
 from scale.request_leases import Leases
-from scale.storage import Store, open_store
+from scale.storage import Store, open_store, read_record
 from scale.sync import CLUSTER, CLUSTER_FILE
 
 SCHEMA = 1
@@ -141,7 +141,7 @@ def read_nodes(run: str) -> Nodes:
         place = record.decode() if record else CLUSTER
         store = open_store(place if "://" in place or place.startswith("/") else f"{run.rstrip('/')}/{place}")
         names = [name for name in store.names() if PurePosixPath(name).name == FILE]  # each pass has a folder
-    found = [_decoded(store.get(name) or b"", f"{store.url}/{name}") for name in names]
+    found = [nodes for name in names if (nodes := _read(store, name))]
     if not found:
         raise UsageError(
             f"{run}: no run on a cluster has written anything here; give its folder or URL, or what its "
@@ -150,13 +150,12 @@ def read_nodes(run: str) -> Nodes:
     return max(found, key=lambda nodes: nodes.written)
 
 
-def _decoded(data: bytes, name: str) -> Nodes:
-    try:
-        nodes = msgspec.json.decode(data, type=Nodes)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{name}: {error}") from None
-    if nodes.schema != SCHEMA:
-        raise DataError(f"{name}: of version {nodes.schema}, this program reads {SCHEMA}; use the driver's version")
+def _read(store: Store, name: str) -> Nodes | None:
+    nodes = read_record(store, name, Nodes, "a driver that runs replaces it")
+    if nodes and nodes.schema != SCHEMA:
+        raise DataError(
+            f"{store.url}/{name}: of version {nodes.schema}, this program reads {SCHEMA}; use the driver's version"
+        )
     return nodes
 
 

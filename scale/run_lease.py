@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from pipeline.errors import DistillError, UsageError
-from scale.storage import Store
+from scale.storage import Store, read_record
 
 BEAT_S = 5.0
 STALE_S = 60.0  # without a beat: the holder is gone, or does not reach the store
@@ -48,8 +48,7 @@ class Lease:
     def take(cls, store: Store, owner: str, *, take_over: bool = False) -> "Lease":
         """Takes the run. Raises UsageError if another machine has it; one without a beat gives way to `take_over`."""
         names = store.names("lease")
-        content = store.get(names[-1]) if names else None
-        before = msgspec.json.decode(content, type=Holder) if content else None
+        before = read_record(store, names[-1], Holder, "remove it, if no machine works on this run") if names else None
         name, lost = f"lease/{len(names) + 1:06}.json", dict(before.lost) if before else {}
         if before and before.owner != owner and not before.released:
             _check_stale(store.url, before, take_over=take_over)
@@ -60,6 +59,7 @@ class Lease:
         if not store.put_new(name, msgspec.json.encode(holder)):
             raise UsageError(f"{store.url}: another machine has just begun to work on this run")
         if store.put_new(name, b""):
+            store.delete(name)
             raise DistillError(f"{store.url}: this storage ignores `If-None-Match`, and cannot keep two writers apart")
         return cls(store, name, holder, names[-1] if names else "")
 

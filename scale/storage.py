@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from pipeline.errors import DistillError, UsageError, first_line
+import msgspec
+
+from pipeline.errors import DataError, DistillError, UsageError, first_line
 from pipeline.rundir import sync_path
+
+Value = TypeVar("Value")
 
 CLOUDS = ("s3", "gs")
 HIDDEN = "."  # begins the name of a file that a folder is still writing
@@ -76,6 +80,15 @@ def open_store(url: str | Path) -> Store:
         store = Folder(Path(url))
     store.names("lease")  # small; says now what would go wrong later
     return store
+
+
+def read_record(store: Store, name: str, kind: type[Value], fix: str) -> Value | None:
+    """The value of a JSON object; None if there is none of this name. Raises DataError, with the fix, if no `kind`."""
+    data = store.get(name)
+    try:
+        return None if data is None else msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{store.url}/{name}: {error}; {fix}") from None
 
 
 class Folder:

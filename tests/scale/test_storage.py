@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import DataError, DistillError, UsageError
 from scale import run_lease
 from scale.run_lease import Lease, TakenOver
 from scale.storage import Folder, Store, open_store
@@ -121,3 +121,15 @@ def test_storage_that_ignores_the_condition_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DistillError, match="ignores `If-None-Match`"):
         Lease.take(Careless(tmp_path), "a")
+    assert Careless(tmp_path).names() == []
+
+
+@pytest.mark.parametrize("data", [b"", b'{"owner": "a"}', b'{"owner": "\xff"}', b"\xff"])
+def test_a_damaged_lease_is_one_clear_error(tmp_path: Path, data: bytes) -> None:
+    store = Folder(tmp_path)
+    store.put("lease/000001.json", data)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/lease/000001\.json: .*; remove it, if no machine") as caught:
+        Lease.take(store, "a")
+    assert "\n" not in str(caught.value)
+    store.delete("lease/000001.json")
+    Lease.take(store, "a")
