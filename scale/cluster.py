@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.address import VARIABLE
 from pipeline.errors import DistillError, UsageError, first_line
+from pipeline.teacher_config import TeacherConfig
 from scale.worker import Worker
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +115,14 @@ class Cluster:
     def close(self) -> None:
         """Leaves the cluster."""
         self._ray.shutdown()
+
+
+def variables_of(teacher: TeacherConfig) -> dict[str, str]:
+    """The variables of this environment that a worker needs: the key, what the headers name, and a cloud's."""
+    names = {teacher.api_key_env, *(name for value in teacher.headers.values() for name in VARIABLE.findall(value))}
+    return {name: value for name, value in os.environ.items() if name in names or name.startswith("AWS_")}
+
+
+def server_variables() -> dict[str, str]:
+    """The variables of this environment that servers need: the keys of the Hub and of vLLM, and vLLM's settings."""
+    return {name: value for name, value in os.environ.items() if name == "HF_TOKEN" or name.startswith("VLLM_")}

@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("url", help="s3://bucket/path, gs://bucket/path or file:///folder")
     parser.add_argument("folder", type=Path, nargs="?", help="where to (default: runs/<last part of the URL>)")
     options = parser.parse_args(argv)
+    if not options.url:
+        raise UsageError("no URL of a run is given; give it: make fetch RUN=s3://bucket/path")
     store = open_store(options.url)
     if not store.names():
         raise UsageError(f"{options.url}: there is nothing")

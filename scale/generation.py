@@ -16,7 +16,6 @@ same. After the driver is killed, the same command goes on. Nodes may join and l
 """
 
 import asyncio
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -31,11 +30,9 @@ from generate.prices import PICO
 from generate.run import Sender
 from generate.servers import describe_change
 from generate.targets import urls_now
-from pipeline.address import VARIABLE
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
-from pipeline.teacher_config import TeacherConfig
-from scale.cluster import Cluster, Lost, Node
+from scale.cluster import Cluster, Lost, Node, variables_of
 from scale.collect import Collector
 from scale.nodes import NodeTable
 from scale.request_leases import Item
@@ -326,9 +323,3 @@ class Driver:
             if message not in self._told:
                 self._told.add(message)
                 self._run.say(message)
-
-
-def variables_of(teacher: TeacherConfig) -> dict[str, str]:
-    """The variables of this environment that a worker needs: the key, what the headers name, and a cloud's."""
-    names = {teacher.api_key_env, *(name for value in teacher.headers.values() for name in VARIABLE.findall(value))}
-    return {name: value for name, value in os.environ.items() if name in names or name.startswith("AWS_")}

@@ -6,14 +6,9 @@ lost when.
 """
 
 import argparse
-import fcntl
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from threading import Event, Thread, main_thread
 
 import msgspec
 
@@ -21,17 +16,16 @@ from generate.budget import Spend, read_account, write_account
 from generate.journal import read_journal
 from pipeline.child import run_child
 from pipeline.cli import INTERRUPTED, run_stage
-from pipeline.errors import DistillError, RequestsFailed, UsageError
+from pipeline.errors import DistillError, RequestsFailed
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
-from scale.run_lease import BEAT_S, Lease, TakenOver
+from scale.run_lease import BEAT_S, Lease, TakenOver, held, is_held, repeated
 from scale.storage import cloud_endpoint, open_store
 from scale.sync import Mirror, StoreState
 from serve.named import BEFORE, STUDENT
 
 WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they write nothing of the run but a log, and read its student at most
 CACHE = Path("runs") / "stored"
-TICK_S = 1.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +58,7 @@ def fetch_student(url: str, folder: Path) -> None:
     store = open_store(url)
     if is_held(folder):
         return  # by a command that has fetched it
-    with _held(folder):
+    with held(folder):
         state, leases = StoreState.read(folder), store.names("lease")
         if not leases or state.lease != leases[-1]:
             Mirror(store, folder, state).fetch_student()
@@ -79,7 +73,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
     done is in the folder then, and the same command goes on.
     """
     store = open_store(url)
-    with _held(folder) as handle:
+    with held(folder) as handle:
         state = StoreState.read(folder)
         state.url = store.url
         state.save(folder)
@@ -149,57 +143,6 @@ def _put_back(mirror: Mirror, lease: Lease, folder: Path, *, whole: bool) -> Non
         if whole:
             mirror.compact(lease.check)
         mirror.push(lease.check)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[int]:
-    """Holds the local folder for this process and its child. Raises UsageError if another process has it."""
-    with (folder / ".stored.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder}: another command on this machine works on this run; wait for it or stop it"
-            ) from None
-        yield file.fileno()
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process runs a command on this folder of a run in a store."""
-    try:
-        with _held(folder):
-            return False
-    except UsageError:
-        return True
-
-
-@contextmanager
-def repeated(put: Callable[[], object], what: str, every: float | None = None) -> Iterator[None]:
-    """Puts something every second (TICK_S) while the block runs, in a thread; a store that is away is said once."""
-    ended = Event()
-
-    def repeat() -> None:
-        said = False
-        while not ended.wait(every or TICK_S):
-            try:
-                put()
-                said = False
-            except TakenOver as error:
-                print(f"stopping: {error}", file=sys.stderr)
-                signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)  # which run_stage takes as Ctrl-C
-                return
-            except (DistillError, OSError) as error:
-                if not said:
-                    print(f"warning: {error}; {what} wait on this machine", file=sys.stderr)
-                said = True
-
-    thread = Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 if __name__ == "__main__":

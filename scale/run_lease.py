@@ -1,12 +1,18 @@
 """One machine at a time works on a run in a store: `lease/000001.json`, `000002.json`, …; the last one counts.
 
 A lease is never changed by another than its holder and never removed, so of two machines that take the next number one
-gets it. The holder says every BEAT_S that it is alive.
+gets it. The holder says every BEAT_S that it is alive. On its machine one command at a time has the run's folder.
 """
 
+import fcntl
 import os
+import signal
 import socket
-from threading import Lock
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock, Thread, main_thread
 from time import time
 from typing import Any
 
@@ -17,6 +23,7 @@ from pipeline.errors import DistillError, UsageError
 from scale.storage import Store, read_record
 
 BEAT_S = 5.0
+TICK_S = 1.0  # between two calls of what `repeated` repeats
 STALE_S = 60.0  # without a beat: the holder is gone, or does not reach the store
 
 
@@ -111,3 +118,54 @@ def _check_stale(url: str, holder: Holder, *, take_over: bool) -> None:
             f"{who}, but its last sign is {age / 60:.0f} minutes old. If it is gone for good, run the same "
             "command with --take-over: answers that it had not put into the store are asked again"
         )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """Holds the local folder for this process and its child. Raises UsageError if another process has it."""
+    with (folder / ".stored.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder}: another command on this machine works on this run; wait for it or stop it"
+            ) from None
+        yield file.fileno()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process runs a command on this folder of a run in a store."""
+    try:
+        with held(folder):
+            return False
+    except UsageError:
+        return True
+
+
+@contextmanager
+def repeated(put: Callable[[], object], what: str, every: float | None = None) -> Iterator[None]:
+    """Puts something every TICK_S while the block runs, in a thread; a store that is away is said once."""
+    ended = Event()
+
+    def repeat() -> None:
+        said = False
+        while not ended.wait(every or TICK_S):
+            try:
+                put()
+                said = False
+            except TakenOver as error:
+                print(f"stopping: {error}", file=sys.stderr)
+                signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)  # which run_stage takes as Ctrl-C
+                return
+            except (DistillError, OSError) as error:
+                if not said:
+                    print(f"warning: {error}; {what} wait on this machine", file=sys.stderr)
+                said = True
+
+    thread = Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -18,7 +18,7 @@ from generate.event_loop import on_signals, run_loop
 from pipeline.errors import DistillError, UsageError
 from pipeline.rundir import replacing
 from pipeline.serve_config import ServeConfig
-from scale.cluster import Cluster, Lost, Node
+from scale.cluster import Cluster, Lost, Node, server_variables
 from serve.command import ranks
 from serve.server import STOP_S, free_port, is_ready, serving, url_of
 
@@ -220,8 +220,3 @@ def places_on(nodes: list[Node], config: ServeConfig) -> set[Place]:
             "--tensor-parallel-size, or name them: ray start --num-gpus"
         )
     return places
-
-
-def server_variables() -> dict[str, str]:
-    """The variables of this environment that servers need: the keys of the Hub and of vLLM, and vLLM's settings."""
-    return {name: value for name, value in os.environ.items() if name == "HF_TOKEN" or name.startswith("VLLM_")}

@@ -63,7 +63,7 @@ def open_store(url: str | Path) -> Store:
     """
     parts = urlsplit(str(url))
     if url == "":
-        raise UsageError("no URL of a run is given; give it: make fetch RUN=s3://bucket/path")
+        raise UsageError("no URL of a run is given")
     if parts.scheme in CLOUDS:
         if not parts.netloc or not parts.path.strip("/"):
             raise UsageError(f"{url}: a bucket and a path are needed: {parts.scheme}://bucket/path")

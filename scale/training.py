@@ -23,10 +23,8 @@ from pipeline.cli import GO_ON, INTERRUPTED
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from scale.cluster import Cluster
-from scale.generation import variables_of
-from scale.run_in_store import is_held, repeated
-from scale.run_lease import check_lease
+from scale.cluster import Cluster, variables_of
+from scale.run_lease import check_lease, is_held, repeated
 from scale.storage import open_store
 from scale.sync import RAY, TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, StoreState, names_in
 from train.preferences import learned_from_answers

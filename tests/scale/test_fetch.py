@@ -149,6 +149,6 @@ def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
 ) -> None:
     write(tmp_path, "runs/stories/recipe.yaml")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="no URL of a run is given"):
+    with pytest.raises(UsageError, match="no URL of a run is given; give it: make fetch RUN=s3://bucket/path"):
         fetch([""])
     assert list(files(tmp_path)) == ["runs/stories/recipe.yaml"]

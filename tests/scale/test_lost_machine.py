@@ -135,7 +135,7 @@ def test_a_blank_line_in_a_journal_is_no_row(tmp_path: Path) -> None:
 def test_a_store_has_the_last_whole_checkpoint_while_a_training_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("scale.run_in_store.TICK_S", 0.1)
+    monkeypatch.setattr("scale.run_lease.TICK_S", 0.1)
     folder, store = tmp_path / "one", tmp_path / "store"
     folder.mkdir()
     assert run_in_store([sys.executable, "-c", LEARN, str(folder), str(store)], store.as_uri(), folder) == 0
@@ -242,7 +242,7 @@ def test_a_machine_that_was_taken_over_puts_answers_only(tmp_path: Path, monkeyp
         (folder / "new").rename(folder / "completions.jsonl")
         (folder / "spend.json").write_text('{{"unsaid": {{}}}}')
     """
-    monkeypatch.setattr("scale.run_in_store.TICK_S", 1000.0)
+    monkeypatch.setattr("scale.run_lease.TICK_S", 1000.0)
     with pytest.raises(TakenOver):
         run_in_store([sys.executable, "-c", code], store.url, folder)
     assert (len(store.names("parts")), store.get("spend.json")) == (1, b"{}")

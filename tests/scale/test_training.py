@@ -17,7 +17,7 @@ import pytest
 from pipeline.errors import DistillError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from scale import run_in_store, training
+from scale import run_lease, training
 from scale.cluster import Cluster
 from scale.run_lease import TakenOver
 from scale.storage import open_store
@@ -121,7 +121,7 @@ def test_what_a_run_in_a_store_cannot_do_is_refused(told: Training) -> None:
     StoreState("one", url="s3://bucket/t").save(told.run.path)
     with pytest.raises(UsageError, match="a run in a store; train on a cluster with --run s3://bucket/t"):
         train_on_cluster("auto", told)
-    with run_in_store._held(told.run.path):
+    with run_lease.held(told.run.path):
         with pytest.raises(UsageError, match="prune:1: it is made first, and adapters would name the folder of a node"):
             train_on_cluster("auto", told._replace(recipe=make_recipe("prune:1", method="lora")))
         with pytest.raises(UsageError, match=r"none: train it by the same command with --train\.method full first"):
@@ -137,7 +137,7 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
         store.put(name, name.encode())
     for name, value in ((OWN_FOLDER, "false"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(run_in_store, "TICK_S", 0.05)
+    monkeypatch.setattr(run_lease, "TICK_S", 0.05)
     monkeypatch.setattr("train.processes.Processes.lead_first", lambda _: nullcontext())
     monkeypatch.setattr(training, "_check_stored", lambda _: None)
     monkeypatch.setattr(training, "_folder_of_node", lambda _: folder)
@@ -179,7 +179,7 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
     assert store.names() == ["completions.jsonl", "kept.jsonl", "lease/000001.json", "lineage.json", "student/new"]
     assert not folder.parent.exists()
     before = store.names()
-    monkeypatch.setattr(run_in_store, "TICK_S", 1000.0)
+    monkeypatch.setattr(run_lease, "TICK_S", 1000.0)
     with pytest.raises(TakenOver, match="another machine has taken this run over"):
         train_on_cluster("auto", told)
     assert store.names() == sorted([*before, "lease/000002.json"])
