@@ -1,6 +1,6 @@
 """`python -m benchmarks.limits`: what one driver of a cluster can do, and what a large fleet asks of it.
 
-The driver's own code is run here without a network: the table of leases with `--workers` writers and a clock that this
+The driver's own code is run here without a network: the table of leases with `--workers` of them and a clock that this
 script moves, the reading of their parts into a journal, the set of answered ids. From that it computes where a fleet of
 `--gpus`, each of which makes `--tokens-per-s`, passes what one driver can do in a run of `--answers`.
 Times are CPU seconds of one core. docs/scale_limits.md explains the table.
@@ -65,7 +65,7 @@ def lease_table(workers: int, beats: int) -> dict[str, float]:
 
     def beat(now: float) -> None:
         leases.silent(now)
-        for name in leases.writers:
+        for name in leases.workers:
             shares = leases.shares(name) or {}
             leases.offer(name, shares)
             leases.lease(name, 1)

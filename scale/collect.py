@@ -38,7 +38,7 @@ class Collector:
         self.state = before or LeaseState()
         self._unsaved = _answers_since(run.completions.path, before.journal_bytes) if before else IdSet()
         self._counted = IdSet()  # of these, each once: a part may be there twice
-        self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended writers
+        self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended workers
         self._collecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
         budget = run.recipe.budget
@@ -60,18 +60,18 @@ class Collector:
         return spent - self.state.charged
 
     def drop_leftovers(self) -> None:
-        """Removes, with the next `save`, what is left of writers that the state does not charge.
+        """Removes, with the next `save`, what is left of workers that the state does not charge.
 
         No lease goes out before the state is saved: so they have ended, and all that they uploaded was read.
         """
         for name in [*part_names(self._store, "completions"), *part_names(self._store, "failures")]:
-            writer = name.rpartition("/")[2].rpartition("-")[0]
-            if writer not in self.state.accounts:
-                self._read += [name, account_name(writer)]
+            worker = name.rpartition("/")[2].rpartition("-")[0]
+            if worker not in self.state.accounts:
+                self._read += [name, account_name(worker)]
                 self.changed()
 
     def close(self, name: str) -> None:
-        """A writer has ended in order, and all that it uploaded was read."""
+        """A worker has ended in order, and all that it uploaded was read."""
         self.leases.close(name)
         self._read.append(account_name(name))
         self.changed()
@@ -81,7 +81,7 @@ class Collector:
         self._changes += 1
 
     async def collect(self, name: str) -> None:
-        """Reads what a writer has uploaded since the last time: its parts into the journals, then its account."""
+        """Reads what a worker has uploaded since the last time: its parts into the journals, then its account."""
         account = self.state.accounts.get(name)
         if account is None:  # it was leased nothing
             return

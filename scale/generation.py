@@ -34,7 +34,7 @@ from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
 from scale.cluster import Cluster, Lost, Node, variables_of
 from scale.collect import Collector
-from scale.nodes import NodeTable
+from scale.nodes import WorkerTable
 from scale.request_leases import Item
 from scale.storage import Store
 from scale.sync import meeting_store
@@ -71,7 +71,7 @@ def cluster_sender(address: str, whole: RunDir, store_url: str | None = None) ->
 
 
 @dataclass
-class _Member:
+class _Followed:
     """A worker as the driver knows it."""
 
     node: Node
@@ -92,11 +92,11 @@ class Driver:
 
     def __init__(self, run: Run, cluster: Cluster, store: Store, lease_s: float) -> None:
         self._run, self._cluster, self._store, self._lease_s = run, cluster, store, lease_s
-        self._weights = urls_now(run.recipe.teacher)  # of the URLs that the writers have
+        self._weights = urls_now(run.recipe.teacher)  # of the URLs that the workers have
         self._collector = Collector(run, store, lease_s)
         self._leases = self._collector.leases
-        self._table = NodeTable(self._leases, run.counters, store)
-        self._members: dict[str, _Member] = {}
+        self._table = WorkerTable(self._leases, run.counters, store)
+        self._workers: dict[str, _Followed] = {}
         self._silent = set(self._collector.state.accounts)  # lost, or another driver's: they may still upload
         self._aside: dict[str, float] = {}  # nodes where no worker could work, until when
         self._errors: list[DistillError] = []
@@ -116,9 +116,9 @@ class Driver:
             await self._collector.save()
             return outcome
         finally:
-            for member in self._members.values():
-                member.task.cancel()
-                self._cluster.kill(member.actor)
+            for worker in self._workers.values():
+                worker.task.cancel()
+                self._cluster.kill(worker.actor)
             ended.set()
             await writing
             self._run.counters.nodes = self._collector.state.nodes
@@ -164,8 +164,8 @@ class Driver:
         """Keeps a worker on every node until the run is done, or cannot go on."""
         leases = self._leases
         while True:
-            for member in self._members.values():
-                if member.task.done() and (error := member.task.exception()):
+            for worker in self._workers.values():
+                if worker.task.done() and (error := worker.task.exception()):
                     return error  # the store is away, or a disk is full
             if self._stopping.is_set():
                 return KeyboardInterrupt()
@@ -175,13 +175,13 @@ class Driver:
                 await self._collector.collect(name)
             if not leases.leased and not leases.any_left():
                 return None
-            if leases.refused and not leases.leased and all(member.settled for member in self._members.values()):
+            if leases.refused and not leases.leased and all(worker.settled for worker in self._workers.values()):
                 return self._reached(leases.refused)
             weights, nodes = await self._urls_now(), await asyncio.to_thread(self._cluster.nodes)
             now = monotonic()
-            free = {node.id for node in nodes} - {member.node.id for member in self._members.values()}
+            free = {node.id for node in nodes} - {worker.node.id for worker in self._workers.values()}
             ready = [node for node in nodes if node.id in free and self._aside.get(node.id, 0.0) <= now]
-            if not ready and not self._members and self._errors:
+            if not ready and not self._workers and self._errors:
                 return self._errors[0]
             self._lead_to(weights, ready, now)
             self._show()
@@ -209,46 +209,46 @@ class Driver:
             actor = self._cluster.start(node, name, self._run.recipe, at, self._store.url, variables, self._lease_s)
             self._leases.join(name, own, now + START_S)
             self._table.joined(name, node.address, own)
-            self._members[name] = _Member(node, actor, asyncio.create_task(self._follow(name)))
+            self._workers[name] = _Followed(node, actor, asyncio.create_task(self._follow(name)))
         self._leases.lead_to(weights)
 
     async def _follow(self, name: str) -> None:
         """Gives a worker its orders and reads what it uploads, until it ends or is lost."""
-        member = self._members[name]
+        worker = self._workers[name]
         try:
             while True:
-                orders = self._orders(name, member)
+                orders = self._orders(name, worker)
                 if orders.items:
                     await self._collector.save()
-                report: Report = await self._cluster.call(member.actor.beat, orders)
+                report: Report = await self._cluster.call(worker.actor.beat, orders)
                 self._leases.heard(name, orders.shares, monotonic())
                 self._table.heard(name, report.counters, idle=report.idle)
                 self._tell(report.said)
-                if report.ended or report.uploads > member.collected:
+                if report.ended or report.uploads > worker.collected:
                     await self._collector.collect(name)
-                member.report, member.collected = report, report.uploads
+                worker.report, worker.collected = report, report.uploads
                 if not report.idle:
-                    member.idle_since = None
-                elif member.idle_since is None:
-                    member.idle_since = report.uploads
+                    worker.idle_since = None
+                elif worker.idle_since is None:
+                    worker.idle_since = report.uploads
                 if report.ended:
-                    return self._ended(name, member, report.error)
+                    return self._ended(name, worker, report.error)
                 await asyncio.sleep(BEAT_S)
         except Lost as error:
             await self._lose(name, str(error))
 
-    def _orders(self, name: str, member: _Member) -> Orders:
+    def _orders(self, name: str, worker: _Followed) -> Orders:
         """What a worker is to do next."""
         leases, items = self._leases, list[Item]()
-        shares, report = leases.shares(name), member.report
+        shares, report = leases.shares(name), worker.report
         leases.offer(name, shares)
         if shares and report and not self._stopping.is_set():
             items = leases.lease(name, report.room)
             self._collector.changed()
         if items:
-            member.idle_since = None
+            worker.idle_since = None
         at_end = not items and (leases.refused is not None or not leases.any_left())
-        refused_all = at_end and member.settled and bool(leases.writers[name].items)  # the client holds them back
+        refused_all = at_end and worker.settled and bool(leases.workers[name].items)  # the client holds them back
         return Orders(
             items=items,
             shares=shares,
@@ -258,33 +258,33 @@ class Driver:
             stop=self._stopping.is_set(),
         )
 
-    def _ended(self, name: str, member: _Member, error: DistillError | None) -> None:
+    def _ended(self, name: str, worker: _Followed, error: DistillError | None) -> None:
         """A worker has ended by itself, and all that it wrote was read."""
         broken = None if isinstance(error, BudgetReached) else error
         self._leave(name, "broken" if broken else "done")
         self._collector.close(name)
-        self._cluster.kill(member.actor)
+        self._cluster.kill(worker.actor)
         if broken:
-            self._put_aside(member.node, broken)
+            self._put_aside(worker.node, broken)
 
     async def _lose(self, name: str, why: str) -> None:
         """A worker is gone, or as good as gone: what it had not uploaded is leased to others."""
-        if not (member := self._members.get(name)):
+        if not (worker := self._workers.get(name)):
             return
         self._silent.add(name)
         await self._collector.collect(name)
-        if name not in self._members:  # two have noticed
+        if name not in self._workers:  # two have noticed
             return
-        if member.task is not asyncio.current_task():
-            member.task.cancel()
+        if worker.task is not asyncio.current_task():
+            worker.task.cancel()
         self._run.say(f"warning: the worker {name} is lost ({why})")
-        if member.report is None:  # it never said a word: so it has nothing, and should not begin later
-            self._cluster.kill(member.actor)
-            self._put_aside(member.node, DistillError(f"no worker starts on {member.node.address}: {why}"))
+        if worker.report is None:  # it never said a word: so it has nothing, and should not begin later
+            self._cluster.kill(worker.actor)
+            self._put_aside(worker.node, DistillError(f"no worker starts on {worker.node.address}: {why}"))
         self._leave(name, "lost")
 
     def _leave(self, name: str, how: Literal["done", "broken", "lost"]) -> None:
-        self._members.pop(name, None)
+        self._workers.pop(name, None)
         self._leases.leave(name, lost=how == "lost")
         self._table.left(name, how)
 
@@ -295,8 +295,8 @@ class Driver:
 
     async def _until_ended(self) -> None:
         """The workers have been told to stop: waits for what they have in flight, and reads it."""
-        while self._members and self._interrupts < 2:
-            tasks = [member.task for member in self._members.values()]
+        while self._workers and self._interrupts < 2:
+            tasks = [worker.task for worker in self._workers.values()]
             await asyncio.wait(tasks, timeout=LOOK_S)
             for name in self._leases.silent(monotonic()):
                 await self._lose(name, "it is silent")
@@ -312,7 +312,7 @@ class Driver:
 
     def _show(self) -> None:
         """The progress line: what was read, and what all workers have in flight."""
-        reports = [member.report for member in self._members.values() if member.report]
+        reports = [worker.report for worker in self._workers.values() if worker.report]
         for name in ("in_flight", "waiting"):
             setattr(self._run.counters, name, sum(report.counters[name] for report in reports))
         self._run.show()

@@ -72,7 +72,7 @@ class Nodes(msgspec.Struct):
     workers: dict[str, WorkerRow]
 
 
-class NodeTable:
+class WorkerTable:
     """The driver's side. What outlives the call is counted in the state of the leases (`NodeCounts`)."""
 
     def __init__(self, leases: Leases, counters: Counters, store: Store) -> None:
@@ -122,8 +122,8 @@ class NodeTable:
 
     async def _write(self, *, ended: bool) -> None:
         """Where the store is away, the run goes on, and the next file serves."""
-        for name, writer in self._leases.writers.items():
-            self._rows[name].leased, self._rows[name].urls = len(writer.items), writer.urls
+        for name, worker in self._leases.workers.items():
+            self._rows[name].leased, self._rows[name].urls = len(worker.items), worker.urls
         nodes = Nodes(SCHEMA, time.time(), ended, self._counters.done, self._counters.total, self._rows)
         with suppress(DistillError):
             await asyncio.to_thread(self._store.put, FILE, msgspec.json.encode(nodes))

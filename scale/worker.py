@@ -46,7 +46,7 @@ class Orders(msgspec.Struct, frozen=True):
     """What the driver says at each heartbeat."""
 
     items: list[Item] = []
-    shares: dict[str, int] = {}  # the URLs to ask, and how many writers ask each
+    shares: dict[str, int] = {}  # the URLs to ask, and how many workers ask each
     weights: dict[str, float] = {}  # of these URLs
     flush: bool = False  # upload what there is, however little
     close: bool = False  # nothing will follow: end when all is asked
@@ -244,6 +244,6 @@ class Worker:
             self._uploads += 1
 
 
-def account_name(writer: str) -> str:
-    """Where a writer's account is in the store."""
-    return f"accounts/{writer}.json"
+def account_name(worker: str) -> str:
+    """Where a worker's account is in the store."""
+    return f"accounts/{worker}.json"

@@ -278,7 +278,7 @@ async def kill(driver: Driver, cluster: FakeCluster, directing: "asyncio.Task[An
         accounts[name].granted != actor.worker._granted for name, actor in actors.items()
     ):
         await asyncio.sleep(0.001)
-    for task in (directing, *(member.task for member in driver._members.values())):
+    for task in (directing, *(one.task for one in driver._workers.values())):
         assert task
         task.cancel()
 
@@ -294,7 +294,7 @@ async def until_read(driver: Driver, times: int, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(driver._collector, "_take_answer", count)
     while max(read.values(), default=0) < times:
-        for name in driver._members:
+        for name in driver._workers:
             await driver._collector.collect(name)
         await asyncio.sleep(0.01)
 

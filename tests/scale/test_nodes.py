@@ -16,7 +16,7 @@ from pipeline.lineage import read_lineage
 from pipeline.rundir import RunDir
 from scale import nodes
 from scale.generation import Driver
-from scale.nodes import SCHEMA, Nodes, NodeTable, WorkerRow, describe, main, read_nodes
+from scale.nodes import SCHEMA, Nodes, WorkerRow, WorkerTable, describe, main, read_nodes
 from scale.storage import Folder
 from tests.scale.test_generation import FakeCluster, drive, until
 from tests.scale.test_generation import _quick as _quick
@@ -105,7 +105,7 @@ def test_speed_is_that_of_the_last_half_minute_and_idle_time_is_not_active(monke
     leases, now = table(), 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     leases.join("10.0.0.1-ab", ["u"], 0)
-    shown = NodeTable(leases, Counters(), Folder(Path("unused")))
+    shown = WorkerTable(leases, Counters(), Folder(Path("unused")))
     shown.joined("10.0.0.1-ab", "10.0.0.1", ["u"])
     for second in range(100):  # 2 answers a second, and 4 from the 60th on; then it has nothing to do
         now = 1000.0 + second
@@ -119,7 +119,7 @@ def test_speed_is_that_of_the_last_half_minute_and_idle_time_is_not_active(monke
 
 
 def test_of_many_workers_that_are_gone_the_last_are_shown() -> None:
-    shown = NodeTable(table(), Counters(), Folder(Path("unused")))
+    shown = WorkerTable(table(), Counters(), Folder(Path("unused")))
     for number in range(50):
         shown.joined(f"n-{number}", "n", ["u"])
         if number:

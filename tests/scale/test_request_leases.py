@@ -24,7 +24,7 @@ def ids(leased: list[Item]) -> list[str]:
     return [item.id for item in leased]
 
 
-def test_each_request_is_leased_once_and_again_when_its_writer_is_silent() -> None:
+def test_each_request_is_leased_once_and_again_when_its_worker_is_silent() -> None:
     leases = table(6)
     leases.join("a", ["u"], 0)
     leases.join("b", ["u"], 0)
@@ -69,7 +69,7 @@ def test_leases_stop_where_the_budget_could_be_passed_and_go_on_when_an_account_
     assert len(leases.lease("a", 9)) == 4
     assert leases.refused and leases.refused.id == "4"
     leases.answered("a", "0", Spend(10))
-    assert leases.lease("a", 9) == []  # an answer alone gives nothing back: its writer may have spent more
+    assert leases.lease("a", 9) == []  # an answer alone gives nothing back: its worker may have spent more
     leases.claimed("a", Claim(Spend(10 + 300), Spend(400)))
     assert ids(leases.lease("a", 9)) == ["4"]  # 100 + 310, and 100 for this one
     leases.claimed("a", Claim(Spend(20 + 200), Spend(400)))
@@ -87,7 +87,7 @@ def test_an_account_written_before_a_lease_does_not_give_that_lease_back() -> No
     assert leases.spent == Spend(60 + 200, 600 + 2000)
 
 
-def test_what_a_lost_writer_was_charged_stays_charged_until_its_account_comes() -> None:
+def test_what_a_lost_worker_was_charged_stays_charged_until_its_account_comes() -> None:
     leases = table(10, tokens=1000)
     leases.join("a", ["u"], 0)
     leases.lease("a", 6)
@@ -98,7 +98,7 @@ def test_what_a_lost_writer_was_charged_stays_charged_until_its_account_comes() 
     assert len(leases.lease("b", 9)) == 5
 
 
-def test_the_next_driver_knows_all_charges_and_an_ended_writer_costs_what_it_spent() -> None:
+def test_the_next_driver_knows_all_charges_and_an_ended_worker_costs_what_it_spent() -> None:
     leases = table(10, tokens=2000)
     for name in "ab":
         leases.join(name, ["u"], 0)
@@ -150,11 +150,11 @@ def test_shares_of_a_limit_never_add_up_to_more_than_the_whole() -> None:
     assert leases.shares("b") == {"u": 1}
 
 
-def test_urls_are_dealt_so_that_each_has_a_writer() -> None:
+def test_urls_are_dealt_so_that_each_has_a_worker() -> None:
     leases, weights = table(), dict.fromkeys(["1", "2", "3", "4", "5"], 1.0)
     for number in range(2):
         leases.join(f"w{number}", leases.deal(weights, 2 - number), 0)
-    assert [writer.urls for writer in leases.writers.values()] == [["1", "3", "5"], ["2", "4"]]
+    assert [worker.urls for worker in leases.workers.values()] == [["1", "3", "5"], ["2", "4"]]
     assert leases.deal(weights, 1) == ["1"]
     assert leases.deal({**weights, "4": 2.0}, 1) == ["4"]
     leases.leave("w1", lost=True)
@@ -162,12 +162,12 @@ def test_urls_are_dealt_so_that_each_has_a_writer() -> None:
 
 
 def led(leases: Leases, *urls: str) -> list[list[str]]:
-    """The writers' URLs once these are all there are."""
+    """The workers' URLs once these are all there are."""
     leases.lead_to(dict.fromkeys(urls, 1.0))
-    return [writer.urls for writer in leases.writers.values()]
+    return [worker.urls for worker in leases.workers.values()]
 
 
-def test_urls_that_come_and_go_keep_a_writer_each_and_every_writer_one() -> None:
+def test_urls_that_come_and_go_keep_a_worker_each_and_every_worker_one() -> None:
     leases = table()
     leases.lead_to({"1": 1.0})  # nobody is there yet
     for name in "abc":
@@ -180,14 +180,14 @@ def test_urls_that_come_and_go_keep_a_writer_each_and_every_writer_one() -> None
     assert led(leases, "2", "3", "4") == [["2", "3"], ["4"]]
 
 
-def test_a_url_that_moves_is_asked_by_its_new_writer_once_the_old_one_has_heard() -> None:
+def test_a_url_that_moves_is_asked_by_its_new_worker_once_the_old_one_has_heard() -> None:
     leases = table()
     leases.join("a", ["u"], 0)
     leases.join("b", ["v"], 0)
     for name, url in (("a", "u"), ("b", "v")):
         leases.offer(name, {url: 1})
         leases.heard(name, {url: 1}, 1)
-    leases.writers["a"].urls, leases.writers["b"].urls = ["v"], ["u"]
+    leases.workers["a"].urls, leases.workers["b"].urls = ["v"], ["u"]
     for name in "ab":
         assert leases.shares(name) == {}
         leases.offer(name, {})
