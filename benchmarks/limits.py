@@ -66,10 +66,10 @@ def lease_table(workers: int, beats: int) -> dict[str, float]:
     def beat(now: float) -> None:
         leases.silent(now)
         for name in leases.workers:
-            shares = leases.shares(name) or {}
-            leases.offer(name, shares)
+            askers = leases.askers(name)
+            leases.offer(name, askers)
             leases.lease(name, 1)
-            leases.heard(name, shares, now)
+            leases.heard(name, askers, now)
 
     began = time.process_time()
     for number in range(workers):

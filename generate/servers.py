@@ -54,17 +54,17 @@ class Servers:
         self._tasks: asyncio.TaskGroup | None = None  # while `watch` runs
         self._watching: dict[Endpoint, asyncio.Task[None]] = {}
         self._teacher = run.recipe.teacher  # where `follow` looks
-        self._of: dict[str, int] = {}  # how many processes ask each URL, if `lead_to` has said it
+        self._askers: dict[str, int] = {}  # how many processes ask each URL, if `lead_to` has said it
         self._led = asyncio.Event()  # set by `lead_to`, if the URLs are others, until `follow` looks at them
 
-    def lead_to(self, weights: dict[str, float], of: dict[str, int]) -> None:
-        """From now on these URLs are asked, and no other. `of`: how many processes ask each; this one has its part."""
-        self._of = of
+    def lead_to(self, weights: dict[str, float], askers: dict[str, int]) -> None:
+        """From now on these URLs are asked, and no other, each by so many processes; this one has its part."""
+        self._askers = askers
         for target, endpoint in [*self._endpoints.items()]:
-            if target.url not in of:
+            if target.url not in askers:
                 self._remove(target)
             else:
-                endpoint.share(of[target.url])
+                endpoint.share(askers[target.url])
                 self.fleet.reopen(endpoint)
         teacher = self._teacher.only_at(weights)
         if teacher != self._teacher:
@@ -93,8 +93,8 @@ class Servers:
         self._endpoints.update(zip(new, endpoints, strict=True))
         for endpoint in endpoints:
             endpoint.counts = self._run.counters.endpoints.setdefault(endpoint.name, endpoint.counts)
-            if endpoint.url in self._of:
-                endpoint.share(self._of[endpoint.url])
+            if endpoint.url in self._askers:
+                endpoint.share(self._askers[endpoint.url])
             self.fleet.add(endpoint)
             self._watch(endpoint)
         return silent

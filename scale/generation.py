@@ -221,7 +221,7 @@ class Driver:
                 if orders.items:
                     await self._collector.save()
                 report: Report = await self._cluster.call(worker.actor.beat, orders)
-                self._leases.heard(name, orders.shares, monotonic())
+                self._leases.heard(name, orders.askers, monotonic())
                 self._table.heard(name, report.counters, idle=report.idle)
                 self._tell(report.said)
                 if report.ended or report.uploads > worker.collected:
@@ -240,9 +240,9 @@ class Driver:
     def _orders(self, name: str, worker: _Followed) -> Orders:
         """What a worker is to do next."""
         leases, items = self._leases, list[Item]()
-        shares, report = leases.shares(name), worker.report
-        leases.offer(name, shares)
-        if shares and report and not self._stopping.is_set():
+        askers, report = leases.askers(name), worker.report
+        leases.offer(name, askers)
+        if askers and report and not self._stopping.is_set():
             items = leases.lease(name, report.room)
             self._collector.changed()
         if items:
@@ -251,8 +251,8 @@ class Driver:
         refused_all = at_end and worker.settled and bool(leases.workers[name].items)  # the client holds them back
         return Orders(
             items=items,
-            shares=shares,
-            weights={url: self._weights[url] for url in shares},
+            askers=askers,
+            weights={url: self._weights[url] for url in askers},
             flush=at_end and report is not None and (report.idle or leases.refused is not None),
             close=refused_all,
             stop=self._stopping.is_set(),

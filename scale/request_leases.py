@@ -81,7 +81,7 @@ class LiveWorker:
     urls: list[str]
     heard: float
     items: dict[str, Item] = field(default_factory=dict)  # leased, and not finished as far as was read
-    shares: dict[str, int] = field(default_factory=dict)  # 1/n of each URL's limits: the largest it may be using
+    askers: dict[str, int] = field(default_factory=dict)  # by URL: the fewest it may go by, so the largest 1/n
 
 
 class Leases:
@@ -118,10 +118,10 @@ class Leases:
         self.workers[name] = LiveWorker(urls, now)
         self.state.accounts[name] = WorkerAccount()
 
-    def heard(self, name: str, shares: dict[str, int], now: float) -> None:
-        """A live worker has said something; it uses these shares, and none that it had before."""
+    def heard(self, name: str, askers: dict[str, int], now: float) -> None:
+        """A live worker has said something; it goes by these numbers of askers, and by none that it was told before."""
         if worker := self.workers.get(name):
-            worker.heard, worker.shares = now, dict(shares)
+            worker.heard, worker.askers = now, dict(askers)
 
     def silent(self, now: float) -> list[str]:
         """The workers whose leases have run out. While the driver itself slept, nobody was silent."""
@@ -202,21 +202,24 @@ class Leases:
         """What a worker's node has done. A worker's name is its node's, a hyphen, and a random end."""
         return self.state.nodes.setdefault(name.rpartition("-")[0], NodeCounts())
 
-    def shares(self, name: str) -> dict[str, int]:
-        """A worker's share of each of its URLs, as 1/n. A URL of which the others still hold too much is left out."""
-        shares, workers = {}, self.workers
-        for url in workers[name].urls:
-            others = [one for key, one in workers.items() if key != name and (url in one.urls or url in one.shares)]
-            of = 1 + sum(url in one.urls for one in others)
-            taken = sum(Fraction(1, one.shares[url]) for one in others if url in one.shares)
-            if taken + Fraction(1, of) <= 1:
-                shares[url] = of
-        return shares
+    def askers(self, name: str) -> dict[str, int]:
+        """How many workers ask each of a worker's URLs: of n each has 1/n of the limits.
 
-    def offer(self, name: str, shares: dict[str, int]) -> None:
-        """A worker is told its shares. Until it is heard, it may use these or those before: the larger is counted."""
-        before = self.workers[name].shares
-        self.workers[name].shares = before | {url: min(of, before.get(url, of)) for url, of in shares.items()}
+        A URL of which the others still hold too much is left out.
+        """
+        askers, workers = {}, self.workers
+        for url in workers[name].urls:
+            others = [one for key, one in workers.items() if key != name and (url in one.urls or url in one.askers)]
+            count = 1 + sum(url in one.urls for one in others)
+            taken = sum(Fraction(1, one.askers[url]) for one in others if url in one.askers)
+            if taken + Fraction(1, count) <= 1:
+                askers[url] = count
+        return askers
+
+    def offer(self, name: str, askers: dict[str, int]) -> None:
+        """A worker is told of the askers. Until it is heard, it may go by the number before: the smaller one counts."""
+        before = self.workers[name].askers
+        self.workers[name].askers = before | {url: min(n, before.get(url, n)) for url, n in askers.items()}
 
     def deal(self, weights: dict[str, float], newcomers: int) -> list[str]:
         """The URLs of a new worker, one of so many that come now: those without a worker, else the least asked one.

@@ -46,7 +46,7 @@ class Orders(msgspec.Struct, frozen=True):
     """What the driver says at each heartbeat."""
 
     items: list[Item] = []
-    shares: dict[str, int] = {}  # the URLs to ask, and how many workers ask each
+    askers: dict[str, int] = {}  # the URLs to ask, and how many workers ask each
     weights: dict[str, float] = {}  # of these URLs
     flush: bool = False  # upload what there is, however little
     close: bool = False  # nothing will follow: end when all is asked
@@ -158,7 +158,7 @@ class Worker:
         self._budget.limit_to(self._limit)
         self._flush |= orders.flush
         if not orders.stop:
-            servers.lead_to(orders.weights, orders.shares)
+            servers.lead_to(orders.weights, orders.askers)
         if orders.close:
             self._feed.close()
         if orders.stop:

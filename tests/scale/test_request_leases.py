@@ -133,21 +133,21 @@ def test_an_answer_that_a_killed_driver_had_recorded_is_counted_once() -> None:
 def test_shares_of_a_limit_never_add_up_to_more_than_the_whole() -> None:
     leases = table()
     leases.join("a", ["u", "v"], 0)
-    shares = leases.shares("a")
-    assert shares == {"u": 1, "v": 1}
-    leases.offer("a", shares)
-    leases.heard("a", shares, 1)
+    askers = leases.askers("a")
+    assert askers == {"u": 1, "v": 1}
+    leases.offer("a", askers)
+    leases.heard("a", askers, 1)
     leases.join("b", ["u"], 1)
-    assert leases.shares("b") == {}  # the other still has the whole
-    halves = leases.shares("a")
+    assert leases.askers("b") == {}  # the other still has the whole
+    halves = leases.askers("a")
     assert halves == {"u": 2, "v": 1}
     leases.offer("a", halves)
-    assert leases.shares("b") == {}  # it may not have heard yet
+    assert leases.askers("b") == {}  # it may not have heard yet
     leases.heard("a", halves, 2)
-    assert leases.shares("b") == {"u": 2}
+    assert leases.askers("b") == {"u": 2}
     leases.offer("b", {"u": 2})
     leases.leave("a", lost=True)
-    assert leases.shares("b") == {"u": 1}
+    assert leases.askers("b") == {"u": 1}
 
 
 def test_urls_are_dealt_so_that_each_has_a_worker() -> None:
@@ -189,11 +189,11 @@ def test_a_url_that_moves_is_asked_by_its_new_worker_once_the_old_one_has_heard(
         leases.heard(name, {url: 1}, 1)
     leases.workers["a"].urls, leases.workers["b"].urls = ["v"], ["u"]
     for name in "ab":
-        assert leases.shares(name) == {}
+        assert leases.askers(name) == {}
         leases.offer(name, {})
-    assert leases.shares("a") == {}  # the other may not have heard yet
+    assert leases.askers("a") == {}  # the other may not have heard yet
     leases.heard("b", {}, 2)
-    assert leases.shares("a") == {"v": 1}
-    assert leases.shares("b") == {}
+    assert leases.askers("a") == {"v": 1}
+    assert leases.askers("b") == {}
     leases.heard("a", {}, 2)
-    assert leases.shares("b") == {"u": 1}
+    assert leases.askers("b") == {"u": 1}

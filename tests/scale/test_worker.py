@@ -30,7 +30,7 @@ async def test_a_worker_whose_lease_has_expired_asks_no_more_and_uploads_what_it
         ]
         alone = Worker("w", recipe, {server.url: 1.0}, str(tmp_path), {}, 1.0)
         working = asyncio.create_task(alone.work())
-        await alone.beat(Orders(items=items, shares={server.url: 1}, weights={server.url: 1.0}))
+        await alone.beat(Orders(items=items, askers={server.url: 1}, weights={server.url: 1.0}))
         async with asyncio.timeout(60):
             await working
         assert 0 < len(server.asked) < REQUESTS
