@@ -11,7 +11,8 @@ from pipeline.child import run_child
 from pipeline.errors import DistillError, RequestsFailed
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from serve.named import TEACHER, address_of
+from pipeline.students import TEACHER
+from serve.named import address_of
 from serve.server import serving
 
 REQUESTS_FAILED = RequestsFailed.exit_code

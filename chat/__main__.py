@@ -3,23 +3,24 @@
 import argparse
 import sys
 
-from chat.models import LABELS, choose_models, starting
+from chat.models import choose_models, starting
 from chat.terminal import talk
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import UsageError
 from pipeline.local_page import serve_page
-from serve.named import STUDENT
+from pipeline.students import AFTER
+from serve.named import KEYS, NAMES
 
 
 def main(argv: list[str] | None = None) -> None:
     one_answer = ["--prompts.samples", "1"]  # to a question: several would not be possible at temperature 0
     recipe, run, options = parse_stage(_parser(), [*(sys.argv[1:] if argv is None else argv), *one_answer])
-    names = options.only or ([STUDENT] if options.terminal else list(LABELS))
-    if unknown := [name for name in names if name not in LABELS]:
-        raise UsageError(f"--only {','.join(names)}: no model {unknown[0]!r}; there are {', '.join(LABELS)}")
+    names = options.only or ([NAMES[AFTER]] if options.terminal else list(KEYS))
+    if unknown := [name for name in names if name not in KEYS]:
+        raise UsageError(f"--only {','.join(names)}: no model {unknown[0]!r}; there are {', '.join(KEYS)}")
     if options.terminal and len(names) > 1:
         raise UsageError(f"--terminal is for one model, not {len(names)}; name it with --only")
-    models = choose_models(recipe, run, names)
+    models = choose_models(recipe, run, [KEYS[name] for name in names])
     run.path.mkdir(parents=True, exist_ok=True)  # for the logs of servers
     with starting(models, run):
         if options.terminal:
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         type=lambda text: text.split(","),
         metavar="NAMES",
-        help=f"of {', '.join(LABELS)}: those, with commas between them (default: all; in a terminal the student)",
+        help=f"of {', '.join(KEYS)}: those, with commas between them (default: all; in a terminal the student)",
     )
     parser.add_argument("--terminal", action="store_true", help="no page: one model, in this terminal")
     parser.add_argument("--port", type=int, default=0, help="of the page; 0: any that is free")

@@ -15,14 +15,14 @@ from pipeline.recipe import Recipe
 from pipeline.records import Message
 from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
-from pipeline.students import check_trained
+from pipeline.students import AFTER, BEFORE, TEACHER, check_trained
 from pipeline.teacher_config import TeacherConfig
 from serve.command import choose_device, merge_args, serve_settings
 from serve.machine import detect
-from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
+from serve.named import NAMES, address_of, reference_of
 from serve.server import Server, free_port, served_models, serving, url_of
 
-LABELS = {TEACHER: "teacher", BEFORE: "student before", STUDENT: "student after"}  # in the order of the columns
+LABELS = {TEACHER: "teacher", BEFORE: "student before", AFTER: "student after"}  # in the order of the columns
 CACHE_GIB = 1.0  # KV cache of a server on a CPU: for one conversation, so that three servers fit
 GPU_SHARE = 0.9  # of a GPU's memory, for all servers together: vLLM's own
 
@@ -31,7 +31,7 @@ GPU_SHARE = 0.9  # of a GPU's memory, for all servers together: vLLM's own
 class Model:
     """One model that is asked. Its address becomes known when its server is ready."""
 
-    name: str
+    key: str
     label: str
     recipe: Recipe  # with this model in the teacher's place
     state: Literal["starting", "ready", "failed"] = "starting"
@@ -39,14 +39,19 @@ class Model:
     server: Server | None = None  # if it was started here
     dialect: Dialect = field(default_factory=Dialect)
 
+    @property
+    def name(self) -> str:
+        """As users name it, and as its own server does."""
+        return NAMES[self.key]
+
     def asked(self, conversation: Sequence[Message]) -> list[Message]:
         """The conversation as this model is asked; what only the teacher is told is in its recipe."""
-        return list(conversation) if self.name == TEACHER else asked_of_student(conversation, self.recipe.student)
+        return list(conversation) if self.key == TEACHER else asked_of_student(conversation, self.recipe.student)
 
     @property
     def told(self) -> str:
         """How it is asked, in words."""
-        if self.name != TEACHER:
+        if self.key != TEACHER:
             system = self.recipe.student.system if self.recipe.student else None
             return "told its own system prompt" if system else "asked the question alone"
         told = told_in_words(self.recipe.teacher)
@@ -55,25 +60,25 @@ class Model:
     def at(self, base_url: str) -> None:
         """Marks the model as ready: it answers there, under its own name."""
         served = TeacherConfig(model=self.name, base_url=base_url, api_key_env="VLLM_API_KEY")
-        if self.name == TEACHER:
+        if self.key == TEACHER:
             served = self.recipe.teacher.only_at({base_url: 1.0})
         self.recipe = self.recipe.model_copy(update={"teacher": served})
         self.state, self.said = "ready", ""
 
 
-def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Model]:
-    """The models of these names. Those whose server runs already are ready.
+def choose_models(recipe: Recipe, run: RunDir, keys: Sequence[str]) -> list[Model]:
+    """The models of these keys. Those whose server runs already are ready.
 
     Raises UsageError if a student is asked for that is not trained yet, RecipeError if `teacher.urls_file` has no URLs.
     """
-    if STUDENT in names:
+    if AFTER in keys:
         check_trained(recipe, run)
-    models = [Model(name, LABELS[name], recipe) for name in LABELS if name in names]
+    models = [Model(key, LABELS[key], recipe) for key in LABELS if key in keys]
     for model in models:
-        if model.name == TEACHER:
+        if model.key == TEACHER:
             found = next((url for url in urls_now(recipe.teacher) if not is_loopback(url) or is_port_open(url)), None)
         else:
-            _, host, port = address_of(recipe, model.name)
+            _, host, port = address_of(recipe, model.key)
             url = url_of(host, port)
             found = url if is_port_open(url) and _serves(url, model, run) else None
         if found:
@@ -84,7 +89,7 @@ def choose_models(recipe: Recipe, run: RunDir, names: Sequence[str]) -> list[Mod
 def _serves(url: str, model: Model, run: RunDir) -> bool:
     """Whether the server at the URL has this very model: vLLM names the folder that it has loaded."""
     served = served_models(url)
-    return model.name in served and served[model.name] in (None, reference_of(model.recipe, run, model.name))
+    return model.name in served and served[model.name] in (None, reference_of(model.recipe, run, model.key))
 
 
 @contextmanager
@@ -122,12 +127,12 @@ def _start(model: Model, run: RunDir, count: int, servers: ExitStack, stopping: 
     if stopping.is_set():
         return
     recipe = model.recipe
-    served_name = recipe.teacher.model if model.name == TEACHER else model.name
+    served_name = recipe.teacher.model if model.key == TEACHER else model.name
     log = run.path / f"chat-{model.name}.log"
     try:
         model.said = "preparing its weights"
-        reference = reference_of(recipe, run, model.name)
-        config = beside_others(serve_settings(recipe, teacher=model.name == TEACHER), count)
+        reference = reference_of(recipe, run, model.key)
+        config = beside_others(serve_settings(recipe, teacher=model.key == TEACHER), count)
         server = serving(reference, port=free_port(), config=config, log=log, served_name=served_name, waiting=waiting)
         model.server = servers.enter_context(server)
         model.at(model.server.base_url)

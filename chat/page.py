@@ -24,7 +24,7 @@ from pipeline.local_page import page_app
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message
 from pipeline.rundir import RunDir
-from serve.named import TEACHER
+from pipeline.students import TEACHER
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -56,7 +56,7 @@ def chat_page(recipe: Recipe, run: RunDir, models: Sequence[Model], token: str) 
     async def state() -> dict[str, Any]:
         shown = [
             {name: getattr(model, name) for name in ("name", "label", "told", "state", "said")}
-            | {"model": recipe.teacher.model if model.name == TEACHER else student}
+            | {"model": recipe.teacher.model if model.key == TEACHER else student}
             for model in models
         ]
         return {

@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.student_config import StudentConfig
 
-TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"  # a run's models, as the evaluation names them
+TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"  # the keys of a run's models
 
 
 def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:

@@ -19,10 +19,11 @@ from pipeline.cli import INTERRUPTED, run_stage
 from pipeline.errors import DistillError, RequestsFailed
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
+from pipeline.students import AFTER, BEFORE
 from scale.run_lease import BEAT_S, Lease, TakenOver, held, is_held, repeated
 from scale.storage import cloud_endpoint, open_store
 from scale.sync import Mirror, StoreState
-from serve.named import BEFORE, STUDENT
+from serve.named import KEYS
 
 WITHOUT_RUN = ("serve", "benchmarks.endpoint")  # they write nothing of the run but a log, and read its student at most
 CACHE = Path("runs") / "stored"
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     command = [sys.executable, "-m", options.stage, *arguments, "--run", str(folder)]
     if options.stage in WITHOUT_RUN:
         flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-        flags.add_argument("--model")
-        if flags.parse_known_args(arguments)[0].model in (STUDENT, BEFORE):
+        flags.add_argument("--model", type=KEYS.get)
+        if flags.parse_known_args(arguments)[0].model in (AFTER, BEFORE):
             fetch_student(options.run, folder)
         sys.exit(run_child(command))
     by_nodes = options.stage == "train" and any(flag.split("=")[0] == "--cluster" for flag in arguments)

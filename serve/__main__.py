@@ -20,8 +20,9 @@ from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
+from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.command import Command, build_command, merge_args, port_number, serve_settings
-from serve.named import BEFORE, STUDENT, TEACHER, address_of, reference_of
+from serve.named import KEYS, NAMES, address_of, reference_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
 def _on_cluster(recipe: Recipe, run: RunDir, options: argparse.Namespace) -> NoReturn:
     """Serves the teacher on a cluster. Ends by KeyboardInterrupt, or raises DistillError."""
     if options.model != TEACHER:
-        raise UsageError(f"--cluster serves the teacher, not --model {options.model}; name it by --teacher.model")
+        name = NAMES.get(options.model, options.model)
+        raise UsageError(f"--cluster serves the teacher, not --model {name}; name it by --teacher.model")
     try:
         from scale.serving import Model, serve_on_cluster
     except ImportError as error:
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
+        type=lambda name: KEYS.get(name, name),
         default=TEACHER,
         help="teacher (default), student (as the run trained it), before (the student before training), "
         "or any model: a Hub id, a folder, embedded:<name>",
@@ -148,7 +151,7 @@ def _with_args(config: ServeConfig, text: str) -> ServeConfig:
 
 def next_command(recipe: Recipe, options: argparse.Namespace, base_url: str, name: str) -> str:
     """The command that uses this server. It names only what differs from the recipe."""
-    if options.model in (STUDENT, BEFORE):
+    if options.model in (AFTER, BEFORE):
         return _make("chat", options, options.flags)
     # Make has variables of its own for these two.
     parser = argparse.ArgumentParser(allow_abbrev=False)

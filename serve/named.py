@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 from pipeline.address import is_this_machine
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from pipeline.students import after_training, before_training
+from pipeline.students import AFTER, BEFORE, TEACHER, after_training, before_training
 from serve.checks import local_address, local_host
 
-TEACHER, STUDENT, BEFORE = "teacher", "student", "before"
+KEYS = {"teacher": TEACHER, "before": BEFORE, "student": AFTER}  # by what users and clients call them
+NAMES = {key: name for name, key in KEYS.items()}
 HOST, TEACHER_PORT = "127.0.0.1", 8000  # if the teacher answers on another machine, or its URL names no port
 
 
@@ -27,27 +28,27 @@ class Address(NamedTuple):
     port: int
 
 
-def address_of(recipe: Recipe, name: str) -> Address:
-    """Where the model of that name is served; another model takes the teacher's address.
+def address_of(recipe: Recipe, key: str) -> Address:
+    """Where the model of that key is served; another model takes the teacher's address.
 
     A student needs no teacher that can be started here: it may be a gateway at any path. Raises UsageError for the
     teacher's address if no server can be started there.
     """
-    further = {STUDENT: 1, BEFORE: 2}.get(name, 0)
+    further = {AFTER: 1, BEFORE: 2}.get(key, 0)
     if not further:
-        return Address(recipe.teacher.model if name == TEACHER else name, *local_address(recipe.teacher.url))
-    teacher = recipe.teacher.url
+        return Address(recipe.teacher.model if key == TEACHER else key, *local_address(recipe.teacher.url))
+    name, teacher = NAMES[key], recipe.teacher.url
     if not is_this_machine(teacher):
         return Address(name, HOST, TEACHER_PORT + further)
     return Address(name, local_host(teacher), (urlsplit(teacher).port or TEACHER_PORT) + further)
 
 
-def reference_of(recipe: Recipe, run: RunDir, name: str) -> str:
-    """What is loaded for a name: a folder or a model reference. An adapter is merged for it, once.
+def reference_of(recipe: Recipe, run: RunDir, key: str) -> str:
+    """What is loaded for a key: a folder or a model reference. An adapter is merged for it, once.
 
     Raises UsageError if there is no student yet.
     """
-    folders = {STUDENT: after_training, BEFORE: before_training}
-    if name in folders:
-        return str(Path(folders[name](recipe, run)).resolve())
-    return recipe.teacher.model if name == TEACHER else name
+    folders = {AFTER: after_training, BEFORE: before_training}
+    if key in folders:
+        return str(Path(folders[key](recipe, run)).resolve())
+    return recipe.teacher.model if key == TEACHER else key

@@ -22,6 +22,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
+from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, raw, recipe_for
 from tests.servers.misbehaving_server import answer as whole_answer
@@ -30,12 +31,12 @@ from tests.servers.streaming_server import endless, streaming
 TOLD: dict[str, Any] = {"system": "You turn words into JSON.", "examples": [{"prompt": "on", "answer": "{}"}]}
 
 
-def model_at(url: str, name: str = "teacher", **sections: Any) -> Model:
+def model_at(url: str, key: str = TEACHER, **sections: Any) -> Model:
     recipe = recipe_for(url, student={"model": "s", "system": "Be brief."}, **sections)
-    if name == "teacher":
+    if key == TEACHER:
         given = recipe.model_dump()
         recipe = Recipe.model_validate({**given, "teacher": given["teacher"] | TOLD})
-    model = Model(name, name, recipe)
+    model = Model(key, key, recipe)
     model.at(url)
     return model
 
@@ -56,7 +57,7 @@ def hear(model: Model, *said: str) -> tuple[list[str], Answered]:
 def test_each_is_asked_as_it_must_be_asked() -> None:
     with misbehaving(lambda asked: streaming("fine")) as server:
         hear(model_at(server.url), "hello")
-        hear(model_at(server.url, "student"), "hello", "hi", "and now?")
+        hear(model_at(server.url, AFTER), "hello", "hi", "and now?")
     teacher, student = (asked.body for asked in server.asked)
     assert [turn["content"] for turn in teacher["messages"]] == [TOLD["system"], "on", "{}", "hello"]
     assert [turn["content"] for turn in student["messages"]] == ["Be brief.", "hello", "hi", "and now?"]
@@ -69,7 +70,7 @@ def test_an_answer_comes_in_pieces_and_ends_with_its_figures() -> None:
     with misbehaving(lambda asked: streaming("<think>so", "</think>", "Yes.", every_s=0.02)) as server:
         price["teacher"]["base_url"] = server.url
         pieces, last = hear(model_at(server.url, **price), "why?")
-        _, free = hear(model_at(server.url, "student"), "why?")
+        _, free = hear(model_at(server.url, AFTER), "why?")
     assert pieces == ["<think>so", "</think>", "Yes."]
     assert (last.text, last.reasoning, last.finish_reason, last.tokens) == ("Yes.", "so", "stop", 7)
     assert 0 < last.first_token_s < 7 / last.tokens_per_s
@@ -144,14 +145,14 @@ def test_what_runs_already_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "config.json").write_text("{}")
     with misbehaving() as teacher, misbehaving(models=["before"]) as before:
         recipe = recipe_for(teacher, student={"model": str(folder)})
-        address = chat.models.address_of(recipe, "before")._replace(port=int(before.url.split(":")[2].split("/")[0]))
+        address = chat.models.address_of(recipe, BEFORE)._replace(port=int(before.url.split(":")[2].split("/")[0]))
         monkeypatch.setattr(chat.models, "address_of", lambda *_: address)
-        models = choose_models(recipe, run, ["before", "teacher"])
+        models = choose_models(recipe, run, [BEFORE, TEACHER])
         assert [(model.name, model.state) for model in models] == [("teacher", "ready"), ("before", "ready")]
         assert models[1].recipe.teacher.url == before.url and models[1].recipe.teacher.model == "before"
-    assert [model.state for model in choose_models(recipe, run, ["teacher"])] == ["starting"]
+    assert [model.state for model in choose_models(recipe, run, [TEACHER])] == ["starting"]
     away = recipe_for("https://api.example/v1")
-    assert [model.state for model in choose_models(away, run, ["teacher"])] == ["ready"]
+    assert [model.state for model in choose_models(away, run, [TEACHER])] == ["ready"]
 
 
 def test_a_teacher_whose_servers_come_and_go_is_asked_where_it_is_now(tmp_path: Path) -> None:
@@ -160,22 +161,22 @@ def test_a_teacher_whose_servers_come_and_go_is_asked_where_it_is_now(tmp_path: 
     with misbehaving(lambda asked: streaming("fine")) as server:
         urls.write_text(f"{gone}\n{server.url} 4\n")
         recipe = recipe_for(gone, teacher={"model": "stub", "urls_file": str(urls)})
-        [model] = choose_models(recipe, RunDir(tmp_path), ["teacher"])
+        [model] = choose_models(recipe, RunDir(tmp_path), [TEACHER])
         assert (model.state, model.recipe.teacher.url) == ("ready", server.url)
         assert hear(model, "hello")[0] == ["fine"]
     urls.unlink()
     with pytest.raises(RecipeError, match=r"teacher.urls_file .*urls.txt: No such file"):
-        choose_models(recipe, RunDir(tmp_path), ["teacher"])
+        choose_models(recipe, RunDir(tmp_path), [TEACHER])
 
 
 def test_a_student_that_is_not_trained_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no student yet; run train first"):
-        choose_models(recipe_for("http://127.0.0.1:1/v1", student={"model": "s"}), RunDir(tmp_path), ["student"])
+        choose_models(recipe_for("http://127.0.0.1:1/v1", student={"model": "s"}), RunDir(tmp_path), [AFTER])
 
 
 def test_a_server_that_cannot_start_is_said_by_its_model(tmp_path: Path) -> None:
     recipe = recipe_for("http://127.0.0.1:1/v1", student={"model": str(tmp_path / "gone")})
-    models = choose_models(recipe, RunDir(tmp_path), ["before"])
+    models = choose_models(recipe, RunDir(tmp_path), [BEFORE])
     with chat.models.starting(models, RunDir(tmp_path)), pytest.raises(DistillError, match="is not there"):
         hear(models[0], "hello")
 
@@ -241,7 +242,7 @@ def test_whatever_a_server_fails_with_is_said(tmp_path: Path, monkeypatch: pytes
         raise RuntimeError("incomplete metadata")
 
     monkeypatch.setattr(chat.models, "reference_of", damaged)
-    model = Model("student", "student after", recipe_for("http://127.0.0.1:1/v1"))
+    model = Model(AFTER, "student after", recipe_for("http://127.0.0.1:1/v1"))
     with starting([model], RunDir(tmp_path)):
         until = time.monotonic() + 10
         while model.state == "starting" and time.monotonic() < until:

@@ -18,6 +18,7 @@ from chat.models import LABELS, Model
 from chat.page import chat_page
 from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
+from serve.named import KEYS
 from tests.servers.misbehaving_server import Asked, Behaviour, Script, error, misbehaving, recipe_for
 from tests.servers.streaming_server import endless, streaming
 
@@ -48,7 +49,7 @@ def chatting(run: RunDir, **scripts: Script) -> Iterator[tuple[str, dict[str, An
             recipe = recipe_for(server, student={"model": "small"})
             tested = recipe.prompts.model_copy(update={"test": 0.99, "validation": 0.001})
             recipe = recipe.model_copy(update={"prompts": tested})
-            models.append(Model(name, LABELS[name], recipe))
+            models.append(Model(KEYS[name], LABELS[KEYS[name]], recipe))
             models[-1].at(server.url)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # connections wait for the server
         app = chat_page(models[0].recipe, run, models, TOKEN)

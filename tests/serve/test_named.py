@@ -19,6 +19,7 @@ from pipeline.errors import RecipeError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
+from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.__main__ import main, next_command
 from serve.named import Address, address_of, reference_of
 from tests.tiny_student import make_recipe, tiny_model
@@ -39,10 +40,10 @@ def model(folder: Path) -> Path:
 def test_each_name_has_its_place() -> None:
     here, away = recipe_at("http://localhost:8100/v1"), recipe_at("https://api.example/v1")
     assert address_of(here, "teacher") == Address("teacher", "127.0.0.1", 8100)
-    assert address_of(here, "student") == Address("student", "127.0.0.1", 8101)
-    assert address_of(here, "before") == Address("before", "127.0.0.1", 8102)
+    assert address_of(here, AFTER) == Address("student", "127.0.0.1", 8101)
+    assert address_of(here, BEFORE) == Address("before", "127.0.0.1", 8102)
     assert address_of(here, "me/other") == Address("me/other", "127.0.0.1", 8100)
-    assert address_of(away, "student").port == 8001  # a student is served here, wherever its teacher is
+    assert address_of(away, AFTER).port == 8001  # a student is served here, wherever its teacher is
     with pytest.raises(UsageError, match="not on this machine"):
         address_of(away, "teacher")
 
@@ -53,8 +54,8 @@ def test_each_name_has_its_place() -> None:
 )
 def test_a_student_is_served_beside_a_gateway_on_this_machine(url: str, port: int) -> None:
     recipe = recipe_at(url)
-    assert address_of(recipe, "student") == Address("student", "127.0.0.1", port + 1)
-    assert address_of(recipe, "before") == Address("before", "127.0.0.1", port + 2)
+    assert address_of(recipe, AFTER) == Address("student", "127.0.0.1", port + 1)
+    assert address_of(recipe, BEFORE) == Address("before", "127.0.0.1", port + 2)
     with pytest.raises(UsageError, match=f"{url} is not a server that can be started here"):
         address_of(recipe, "teacher")
 
@@ -63,10 +64,10 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
     base, run = model(tmp_path / "base"), RunDir(tmp_path / "run")
     recipe = recipe_at("http://localhost:8000/v1", str(base))
     with pytest.raises(UsageError, match="no student yet; run train first"):
-        reference_of(recipe, run, "student")
-    assert reference_of(recipe, run, "before") == str(base)
+        reference_of(recipe, run, AFTER)
+    assert reference_of(recipe, run, BEFORE) == str(base)
     whole = model(run.student)
-    assert reference_of(recipe, run, "student") == str(whole)
+    assert reference_of(recipe, run, AFTER) == str(whole)
 
     (whole / "adapter_config.json").write_text("{}")
     merges = []
@@ -77,10 +78,10 @@ def test_a_student_is_its_folder_and_an_adapter_is_merged_once(tmp_path: Path, m
 
     monkeypatch.setattr(pipeline.adapters, "merge_adapter", merge)
     merged = run.path / "evaluation" / "student_after-merged"
-    assert reference_of(recipe, run, "student") == reference_of(recipe, run, "student") == str(merged)
+    assert reference_of(recipe, run, AFTER) == reference_of(recipe, run, AFTER) == str(merged)
     assert merges == [(base, whole)]
     save_file({"weight": np.ones(250, np.float32)}, whole / "model.safetensors")  # trained again
-    reference_of(recipe, run, "student")
+    reference_of(recipe, run, AFTER)
     assert len(merges) == 2
 
 
@@ -89,7 +90,7 @@ def test_a_student_of_another_recipe_is_refused(tmp_path: Path) -> None:
     model(run.student)
     (run.student / "lineage.json").write_text(json.dumps({"train": {"student": "other"}}))
     with pytest.raises(UsageError, match="trained with student 'other', but the recipe says 'base'"):
-        reference_of(recipe_at("http://localhost:8000/v1"), run, "student")
+        reference_of(recipe_at("http://localhost:8000/v1"), run, AFTER)
 
 
 def test_the_command_serves_it_as_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,9 +127,9 @@ def test_a_student_gets_no_flags_of_the_teacher_but_those_of_the_call(
     assert given["--max-num-seqs"] == "3" and given["--revision"] == "x"
 
 
-@pytest.mark.parametrize(("name", "template"), [("teacher", True), ("student", False)])
+@pytest.mark.parametrize(("key", "template"), [(TEACHER, True), (AFTER, False)])
 def test_a_page_and_the_evaluation_give_a_student_no_flags_of_the_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, template: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, template: bool
 ) -> None:
     args = ["--chat-template", "t", "--max-num-seqs", "3"]
     recipe = recipe_at("http://localhost:8000/v1").model_copy(update={"serve": ServeConfig(device="cpu", args=args)})
@@ -141,9 +142,8 @@ def test_a_page_and_the_evaluation_give_a_student_no_flags_of_the_teacher(
 
     monkeypatch.setattr(chat.models, "serving", serving)
     monkeypatch.setattr(evaluate.measure.serving, "serving", serving)
-    chat.models._start(chat.models.Model(name, name, recipe), run, 1, ExitStack(), threading.Event())
-    key = {"student": "student_after"}.get(name, name)
-    with evaluate.measure.serving.serve_subject(recipe, run, Subject(key, name, name, run.student)):
+    chat.models._start(chat.models.Model(key, key, recipe), run, 1, ExitStack(), threading.Event())
+    with evaluate.measure.serving.serve_subject(recipe, run, Subject(key, key, key, run.student)):
         assert given == [args if template else args[2:]] * 2
 
 
@@ -173,7 +173,7 @@ def test_the_next_command_asks_this_very_server_for_this_very_run(
     options = argparse.Namespace(**{"recipe": "r.yaml", "run": None, "flags": [], "model": "teacher", **given})
     said = next_command(recipe_at("http://localhost:8100/v1"), options, url, name)
     assert shlex.split(said) == ["make", "generate", "RECIPE=r.yaml", *command]
-    options.model = "student"
+    options.model = AFTER
     assert shlex.split(next_command(recipe_at(url), options, url, "student"))[:3] == ["make", "chat", "RECIPE=r.yaml"]
 
 
@@ -188,9 +188,9 @@ def test_a_damaged_adapter_is_one_clear_error(tmp_path: Path) -> None:
     whole, recipe = weights.read_bytes(), recipe_at("http://localhost:8000/v1", str(base))
     weights.write_bytes(whole[:1000])
     with pytest.raises(UsageError, match=f"{weights}: 1,000 bytes, empty or cut off"):
-        reference_of(recipe, run, "student")
+        reference_of(recipe, run, AFTER)
     weights.write_bytes(whole)
     (run.student / "adapter_config.json").write_text('{"peft_type": "NONE"}')
     with pytest.raises(RecipeError, match=f"{run.student}: cannot load this adapter: "):
-        reference_of(recipe, run, "student")
+        reference_of(recipe, run, AFTER)
     assert [path.name for path in (run.path / "evaluation").iterdir()] == [".student_after-merged.lock"]

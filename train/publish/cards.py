@@ -19,6 +19,7 @@ from pipeline.chat import system_of_student
 from pipeline.models import is_path
 from pipeline.prompts_config import slot_values
 from pipeline.recipe import Recipe
+from pipeline.students import AFTER
 from train.checks.licences import LicenceChain, Terms, licence_table, model_name, on_the_hub, strictest, terms_of
 from train.checks.pair import OUR_TAG, teachers_terms, told_only
 from train.teacher import known_files, read_card
@@ -71,9 +72,9 @@ def model_card(
         datasets=[data] if data else None,
         tags=tags,
         eval_results=[
-            EvalResult("text-generation", "distillate", TESTED_ON, metric, value["student_after"])
+            EvalResult("text-generation", "distillate", TESTED_ON, metric, value[AFTER])
             for metric, value in scores.items()
-            if "student_after" in value
+            if AFTER in value
         ]
         or None,
     )
