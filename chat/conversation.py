@@ -5,7 +5,7 @@ from itertools import islice
 
 import msgspec
 
-from pipeline.chat import INSTRUCTIONS
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, Prompt, as_text, read_jsonl
 from pipeline.rundir import RunDir

@@ -9,8 +9,8 @@ from typing import Literal
 from generate.dialect import Dialect
 from generate.targets import urls_now
 from pipeline.address import is_loopback, is_port_open
-from pipeline.chat import asked_of_student, told_in_words
 from pipeline.errors import DistillError
+from pipeline.instructions import asked_of_student, told_in_words
 from pipeline.recipe import Recipe
 from pipeline.records import Message
 from pipeline.rundir import RunDir

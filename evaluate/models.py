@@ -19,8 +19,8 @@ import msgspec
 
 from pipeline.adapters import ADAPTER, base_of, digest_files, measure_weights, weight_files, whole_model
 from pipeline.address import is_loopback
-from pipeline.chat import asked_of_student, told_to_teacher
 from pipeline.errors import DistillError
+from pipeline.instructions import asked_of_student, told_to_teacher
 from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt

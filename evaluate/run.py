@@ -48,8 +48,8 @@ from evaluate.report.html import publish
 from filters.answer import as_answer
 from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
-from pipeline.chat import told_in_words
 from pipeline.errors import DistillError, RequestsFailed, UsageError
+from pipeline.instructions import told_in_words
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt

@@ -26,7 +26,6 @@ from filters.run import recipe_rules
 from filters.trials import parse_shares
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
-from pipeline.conversation import Turn
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.prompts_config import PromptsConfig
@@ -34,6 +33,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Dropped, Json, Kept, Message, Prompt, asked_fields, encode_line, question_text, read_jsonl
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from pipeline.teacher_config import TeacherConfig
+from pipeline.turns_and_tools import Turn
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import rows_to_train
 from train.teacher import followed_files

@@ -24,10 +24,10 @@ from generate.budget import shared_budget
 from generate.context import asked_rows
 from generate.prompts import iter_prompts, prompt_id
 from generate.run import generate
-from pipeline.chat import INSTRUCTIONS
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.filters_config import DedupConfig
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.partition import value_of
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe

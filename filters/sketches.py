@@ -18,9 +18,9 @@ import numpy as np
 
 from filters.minhash import GLIMPSE, Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
 from filters.stream import read_lines
-from pipeline.chat import INSTRUCTIONS
 from pipeline.errors import DataError
 from pipeline.filters_config import DedupConfig
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.records import Json, Message, said
 
 BATCH = 4096  # rows of another file whose texts are held at once

@@ -17,7 +17,7 @@ import msgspec
 
 from generate.jobs import Job
 from generate.reply import Fault
-from pipeline.chat import INSTRUCTIONS
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.records import Message
 from pipeline.sampling_config import TOKEN_IDS
 

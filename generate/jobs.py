@@ -18,7 +18,7 @@ import msgspec
 from generate.idset import IdSet
 from generate.prompts import ID_BYTES, prompt_id
 from generate.reply import Answer, Choices, Fault
-from pipeline.chat import told_to_teacher
+from pipeline.instructions import told_to_teacher
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Message, Prompt, Request, asked_fields
 

@@ -17,12 +17,12 @@ import msgspec
 from generate.grammar import Grammar
 from generate.idset import IdSet
 from generate.sources import TOO_DEEP, read_rows
-from pipeline.chat import INSTRUCTIONS
-from pipeline.conversation import Turn, conversation, read_tools
 from pipeline.errors import DataError, RecipeError
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.prompts_config import PromptsConfig, RowPart
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Message, Prompt, Slots, as_text, question_text
+from pipeline.turns_and_tools import Turn, conversation, read_tools
 
 ID_BYTES = 8
 _encoder = msgspec.json.Encoder()

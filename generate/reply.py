@@ -13,9 +13,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from pipeline.conversation import ToolCall
 from pipeline.reasoning import split_reasoning
 from pipeline.records import Json, Usage
+from pipeline.turns_and_tools import ToolCall
 
 Shape = TypeVar("Shape")
 

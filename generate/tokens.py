@@ -16,10 +16,10 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.conversation import template_turns
 from pipeline.errors import UsageError
 from pipeline.models import local_folder
 from pipeline.records import Json, Message
+from pipeline.turns_and_tools import template_turns
 
 TEMPLATE_TOKENS = 64  # that a chat template may add: roles, turns, and its own system prompt
 

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.conversation import read_tools
 from pipeline.partition import position, value_of
 from pipeline.records import Asked, Json, Part, Prompt, as_text, question_text
 from pipeline.section import Section
+from pipeline.turns_and_tools import read_tools
 from pipeline.user_config import UserConfig
 
 HUB = "hub:"  # begins a `prompts.file` that is a data set of the Hub

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters import ADAPTER, check_whole, torn_file, whole_model
-from pipeline.chat import system_of_student
 from pipeline.errors import UsageError
+from pipeline.instructions import system_of_student
 from pipeline.lineage import read_lineage
 from pipeline.models import model_folder
 from pipeline.recipe import Recipe

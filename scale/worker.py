@@ -29,8 +29,8 @@ from generate.loop import Loop
 from generate.progress import Counters
 from generate.schedule import Feed
 from generate.servers import Servers, opened_loop
-from pipeline.chat import told_to_teacher
 from pipeline.errors import DistillError
+from pipeline.instructions import told_to_teacher
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Failure, Request
 from pipeline.rundir import RunDir

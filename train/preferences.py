@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 
 from pipeline.adapters import check_whole
-from pipeline.chat import asked_of_student
 from pipeline.checks import Check
-from pipeline.conversation import template_turns
 from pipeline.errors import DataError, UsageError
+from pipeline.instructions import asked_of_student
 from pipeline.recipe import Recipe
 from pipeline.records import Part, Preference, Prompt, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
+from pipeline.turns_and_tools import template_turns
 from train.rows import Parts, prompt_text, tools_text
 
 Pairs = dict[str, list[Preference]]  # train and validation

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.chat import asked_of_student
-from pipeline.conversation import ROLES, template_turns
 from pipeline.errors import DataError
+from pipeline.instructions import asked_of_student
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Json, Kept, Message, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.student_config import StudentConfig
 from pipeline.train_config import TrainConfig
+from pipeline.turns_and_tools import ROLES, template_turns
 from train.lazy import Lazy, joined, stored_records
 
 Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning

@@ -20,10 +20,9 @@ import msgspec
 from rich.console import Console
 
 from pipeline.adapters import check_whole, torn_file
-from pipeline.chat import context_of, system_of_student, told_to_teacher
 from pipeline.checks import Check
-from pipeline.conversation import template_turns
 from pipeline.errors import RecipeError, UsageError
+from pipeline.instructions import context_of, system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
@@ -31,6 +30,7 @@ from pipeline.resources import GIB
 from pipeline.rundir import RunDir, sync_path, sync_tree, write_file, write_jsonl, writing_weights
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
+from pipeline.turns_and_tools import template_turns
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle

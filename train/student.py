@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.adapters import torn_file
-from pipeline.chat import asked_of_student
 from pipeline.errors import RecipeError, first_line
+from pipeline.instructions import asked_of_student
 from pipeline.models import explained, resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept

@@ -14,10 +14,10 @@ from typing import Any
 
 from evaluate.measure.results import PerplexityResult, RowScore
 from evaluate.models import Subject, load
-from pipeline.chat import context_of, end_of_turn, stop_tokens
-from pipeline.conversation import template_turns
 from pipeline.errors import DistillError
+from pipeline.instructions import context_of, end_of_turn, stop_tokens
 from pipeline.records import Kept, Message, said
+from pipeline.turns_and_tools import template_turns
 
 SEED = 0  # of the choice of rows
 LOGITS_BYTES = 512 << 20  # logits of one batch, at 4 bytes a value

@@ -8,7 +8,7 @@ from evaluate.figures.accuracy import VerifiedAnswers
 from evaluate.figures.quality import FEW, PROMPTS_TO_DIFFER
 from evaluate.figures.statistics import Figures
 from evaluate.measure.results import Plan, Results, RowScore
-from pipeline.chat import told_in_words
+from pipeline.instructions import told_in_words
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir

@@ -16,8 +16,8 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from filters.rows import filtered_rows
-from pipeline.chat import INSTRUCTIONS
 from pipeline.errors import DataError, UsageError
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.records import Completion, Dropped, Slots, encode_line, read_json, said
 from pipeline.rundir import RunDir, write_jsonl
 

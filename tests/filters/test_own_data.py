@@ -9,7 +9,7 @@ import yaml
 
 from filters.run import filter_run
 from generate.run import generate
-from pipeline.chat import asked_of_student
+from pipeline.instructions import asked_of_student
 from pipeline.recipe import load_recipe
 from pipeline.records import Dropped, Kept, read_jsonl
 from pipeline.rundir import RunDir

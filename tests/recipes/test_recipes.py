@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 from filters.run import filter_run
 from generate.jobs import Job, build_jobs
 from generate.prompts import iter_prompts
-from pipeline.chat import asked_of_student
+from pipeline.instructions import asked_of_student
 from pipeline.reasoning import split_reasoning
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Prompt, encode_line, read_jsonl

@@ -14,11 +14,11 @@ import msgspec
 
 from pipeline.adapters import MERGED_FROM
 from pipeline.advice import BALANCED_SIZES
-from pipeline.chat import asked_of_student, told_in_words
 from pipeline.checks import Check, Status
-from pipeline.conversation import template_turns
+from pipeline.instructions import asked_of_student, told_in_words
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message
+from pipeline.turns_and_tools import template_turns
 from train.checks.licences import Terms, licence_check, strictest, terms_of
 from train.checks.run import graded
 from train.lazy import Lazy

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.chat import system_of_student
+from pipeline.instructions import system_of_student
 from pipeline.models import is_path
 from pipeline.prompts_config import slot_values
 from pipeline.recipe import Recipe

@@ -8,7 +8,7 @@ express so is left to Ollama, which knows the usual ones by the template in the 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipeline.chat import system_of_student
+from pipeline.instructions import system_of_student
 from pipeline.recipe import Recipe
 from pipeline.sampling_config import LOGPROBS
 

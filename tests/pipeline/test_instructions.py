@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
-from pipeline.chat import asked_of_student, context_of, end_of_turn, stop_tokens, told_in_words, told_to_teacher
+from pipeline.instructions import asked_of_student, context_of, end_of_turn, stop_tokens, told_in_words, told_to_teacher
 from pipeline.records import Message
 from pipeline.student_config import StudentConfig
 from pipeline.teacher_config import Example, TeacherConfig

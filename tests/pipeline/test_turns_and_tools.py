@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline.conversation import Turn, conversation, read_tools, template_turns
 from pipeline.records import Message, question_text, said
+from pipeline.turns_and_tools import Turn, conversation, read_tools, template_turns
 
 CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bonn"}'}}
 OTHER = {"id": "b", "type": "function", "function": {"name": "now", "arguments": "{}"}}
