@@ -22,8 +22,9 @@ from rich.console import Console
 from pipeline.adapters import check_whole, torn_file
 from pipeline.checks import Check
 from pipeline.errors import RecipeError, UsageError
-from pipeline.instructions import context_of, system_of_student, told_to_teacher
+from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, record_lineage, versions
+from pipeline.loaded_model import context_of
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept
 from pipeline.resources import GIB

@@ -27,7 +27,7 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from pipeline.adapters import base_of, load_merged
 from pipeline.errors import DistillError, RecipeError, UsageError
-from pipeline.instructions import context_of, stop_tokens
+from pipeline.loaded_model import context_of, stop_tokens
 from pipeline.models import explained
 from pipeline.train_config import TrainConfig
 from train.arguments import lora_config, training_arguments

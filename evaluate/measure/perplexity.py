@@ -15,7 +15,7 @@ from typing import Any
 from evaluate.measure.results import PerplexityResult, RowScore
 from evaluate.models import Subject, load
 from pipeline.errors import DistillError
-from pipeline.instructions import context_of, end_of_turn, stop_tokens
+from pipeline.loaded_model import context_of, end_of_turn, stop_tokens
 from pipeline.records import Kept, Message, said
 from pipeline.turns_and_tools import template_turns
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.adapters import measure_weights
 from pipeline.errors import DistillError, UsageError
-from pipeline.instructions import stop_tokens
+from pipeline.loaded_model import stop_tokens
 from pipeline.models import cache_folder, check_sha256, fetch_wheel
 from pipeline.recipe import Recipe
 from train.publish.ollama import modelfile, not_carried_over
