@@ -1,7 +1,7 @@
 """The memory and the cores that a process may use, the memory that one has used, and the machine's number format.
 
 Reads Linux's /proc and /sys, with the limits that a container sets; `root` is `/`, and another folder stands for a
-machine. Of number formats torch says what there is.
+machine. What a GPU computes in, torch says.
 """
 
 import math
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1 << 30
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of CPUs: x86, x86 with AMX, Arm
 
 
 def peak_bytes(pid: int | str = "self") -> int:
@@ -106,8 +107,14 @@ def native_bf16() -> bool:
 
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return cpu_multiplies_bf16(Path("/"))
+
+
+def cpu_multiplies_bf16(root: Path) -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware; otherwise bfloat16 is emulated and slow."""
+    cpuinfo = read_or_empty(root / "proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)  # of the first CPU, on x86 and on Arm
+    return bool(flags and NATIVE_BF16 & set(flags[1].split()))
 
 
 def read_or_empty(path: Path) -> str:

@@ -185,7 +185,7 @@ def loaded_dtype(config: ServeConfig, machine: Machine) -> str | None:
         return config.dtype
     if choose_device(config, machine) == "gpu":
         return None
-    return "bfloat16" if machine.native_bfloat16 else "float32"
+    return "bfloat16" if machine.native_bf16 else "float32"
 
 
 def ranks(config: ServeConfig, kinds: Sequence[str] = RANKS) -> int:

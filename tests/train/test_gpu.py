@@ -110,6 +110,15 @@ def test_models_that_wait_to_be_moved_are_not_free_memory(monkeypatch: pytest.Mo
     assert free_beside(model(), shards=4) == 100_000 - 1000
 
 
+@pytest.mark.parametrize(("flag", "stored"), [("bf16", torch.bfloat16), ("asimd", torch.float32)])
+def test_a_base_on_an_arm_cpu_is_in_bfloat16_if_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, flag: str, stored: torch.dtype
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pipeline.resources.read_or_empty", lambda path: f"Features\t: fp {flag}\n")
+    assert weights_dtype("lora") is stored
+
+
 @pytest.mark.parametrize(
     ("capability", "method", "stored", "cast", "said"),
     [
