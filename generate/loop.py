@@ -170,9 +170,9 @@ class Loop:
         """Sends one request, and does what follows from its reply."""
         job, endpoint, counters, budget = attempt.job, attempt.endpoint, self._run.counters, self._run.budget
         job.attempts += 1
-        reply: Choices | Fault | None = None
+        timeout_s, reply = endpoint.timeout_s(job.spent_s), None
         try:
-            reply = await endpoint.client.complete(job.body, endpoint.timeout_s(job.spent_s), job.choices)
+            reply = await endpoint.client.complete(job.body, timeout_s, job.choices)
         finally:
             counters.in_flight -= job.choices
             endpoint.ended(job.choices, attempt.sent)
@@ -180,7 +180,7 @@ class Loop:
             if reply is None:  # abandoned: the server may have worked on it all the same
                 budget.settle(attempt.reservation, None, billed=True)
         now = monotonic()
-        job.spent_s += now - attempt.sent
+        job.spent_s += min(now - attempt.sent, timeout_s)  # more where this process or machine was paused
         parts = outcomes(job, reply)
         journaled = self._record_answers(attempt, parts, now)
         for part, outcome in parts:

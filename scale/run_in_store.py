@@ -7,6 +7,7 @@ lost when.
 
 import argparse
 import sys
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -79,7 +80,12 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
         state.url = store.url
         state.save(folder)
         lease = Lease.take(store, state.owner, take_over=take_over)
-        mirror = Mirror(store, folder, state)
+        mirror = Mirror(store, folder, state, lease.check)
+
+        def put_checkpoints() -> None:
+            with suppress(TakenOver):  # the signs of life meet it too, and stop this
+                mirror.put_checkpoints()
+
         print(f"{url}: works in {folder}", file=sys.stderr)
         with repeated(lambda: lease.beat(mirror.unstored), "signs of life", BEAT_S):  # also while it fetches and puts
             mirror.fetch(keep=state.lease == lease.last)
@@ -88,11 +94,11 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
                 mirror.upload()
                 lease.counted()
             if by_nodes:
-                mirror.push(lease.check)  # what an earlier call could not
+                mirror.push()  # what an earlier call could not
             state.lease = "" if by_nodes else lease.name  # until it is fetched, what is here may be older
             state.save(folder)
             try:
-                with repeated(mirror.upload, "the answers"), repeated(mirror.put_checkpoints, "the checkpoints"):
+                with repeated(mirror.upload, "the answers"), repeated(put_checkpoints, "the checkpoints"):
                     code = run_child(command, pass_fds=[handle])
             except KeyboardInterrupt:
                 code = INTERRUPTED
@@ -134,16 +140,12 @@ def charge_lost(folder: Path, unstored: dict[str, int]) -> str:
 
 
 def _put_back(mirror: Mirror, lease: Lease, folder: Path, *, whole: bool) -> None:
-    try:
-        lease.check()
-    except TakenOver:
-        mirror.upload(rest=True, answers_only=True)
-        raise
-    mirror.upload(rest=True)
+    mirror.upload(rest=True)  # the answers, whoever has the run
+    lease.check()
     with RunDir(folder).locked():
         if whole:
-            mirror.compact(lease.check)
-        mirror.push(lease.check)
+            mirror.compact()
+        mirror.push()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, Failure
 from pipeline.rundir import SERVED, RunDir, write_file
 from scale.parts import Uploader, compact, part_names, read_new_rows, row_key
+from scale.run_lease import TakenOver
 from scale.storage import Store, open_store
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
@@ -90,8 +91,11 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
 class Mirror:
     """A run's folder, which this process alone changes or has changed, and its store."""
 
-    def __init__(self, store: Store, folder: Path, state: StoreState) -> None:
-        self._store, self._folder, self._state = store, folder, state
+    def __init__(self, store: Store, folder: Path, state: StoreState, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called before each change of the store but new answers. It raises TakenOver if another machine
+        has the run: its files are the newer ones.
+        """
+        self._store, self._folder, self._state, self._check = store, folder, state, check
         self._stored: dict[str, IdSet] = {}  # by kind: the rows that the store has
         self._read: set[str] = set()  # parts whose rows are in the local journals
         self._uploaders: dict[str, Uploader] = {}
@@ -141,13 +145,14 @@ class Mirror:
         self._remove(name for name in self._outdated(names) if _first(name) in STUDENTS)
         self.fetch_files(names)
 
-    def upload(self, *, rest: bool = False, answers_only: bool = False) -> None:
+    def upload(self, *, rest: bool = False) -> None:
         """Puts the parts that are to be closed now; with `rest` all rows. Sets `unstored`.
 
-        `answers_only`: not what the run has spent, for another machine says that now.
+        And what the run has spent, unless another machine has the run, and says that.
         """
-        for name in () if answers_only else (CLUSTER_FILE, "spend*.json"):
-            self._put(self._matching(name))  # first: what was in flight then may be in the parts
+        with suppress(TakenOver):
+            for name in (CLUSTER_FILE, "spend*.json"):
+                self._put(self._matching(name))  # first: what was in flight then may be in the parts
         rows = {}
         for name in JOURNALS:
             for journal in self._matching(name):
@@ -160,14 +165,14 @@ class Mirror:
                 rows[kind] = uploader.upload(rest=rest) + uploader.waiting
         self.unstored = rows
 
-    def push(self, check: Callable[[], None] = lambda: None) -> None:
+    def push(self) -> None:
         """Puts every other file that has changed, and removes from the store those that are gone.
 
-        What makes a student whole is put last. `check` is called before each change of the store, and may stop it.
+        What makes a student whole is put last.
         """
         here = sorted(filter(_is_file, self._files()), key=lambda name: name.endswith("lineage.json"))
-        self._put(here, check)
-        self._delete(self._state.files.keys() - set(here), check)
+        self._put(here)
+        self._delete(self._state.files.keys() - set(here))
 
     def put_checkpoints(self) -> None:
         """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
@@ -200,21 +205,18 @@ class Mirror:
         states = self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")
         return sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
-    def compact(self, check: Callable[[], None] = lambda: None) -> None:
-        """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded.
-
-        `check`: as in push.
-        """
+    def compact(self) -> None:
+        """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
         for kind in self._uploaders:
             own = f"parts/{kind}/{self._state.owner}-"
             parts = [name for name in part_names(self._store, kind) if name in self._read or name.startswith(own)]
             if parts:
                 journal = self._folder / f"{kind}.jsonl"
                 compact(journal)
-                check()
+                self._check()
                 self._store.put(f"{kind}.jsonl", journal)
             for name in parts:
-                check()
+                self._check()
                 self._store.delete(name)
 
     def _is_removed(self, name: str) -> bool:
@@ -275,17 +277,17 @@ class Mirror:
                 break
         self._read.update(parts)
 
-    def _put(self, names: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
+    def _put(self, names: Iterable[str]) -> None:
         for name in names:
             stamp = _stamp(self._folder / name)
             if self._state.files.get(name) != stamp:
-                check()
+                self._check()
                 self._store.put(name, self._folder / name)
                 self._state.files[name] = stamp
 
-    def _delete(self, names: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
+    def _delete(self, names: Iterable[str]) -> None:
         for name in names:
-            check()
+            self._check()
             self._store.delete(name)
             del self._state.files[name]
 

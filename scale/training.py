@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -166,12 +166,8 @@ def _fetched(training: Training, files: list[str]) -> Iterator[RunDir]:
     os.environ[OWN_FOLDER] = "true"
     processes, folder = launched(), _folder_of_node(training)
     store = open_store(training.store)
-    mirror = Mirror(store, folder, StoreState("node"))
-
-    def put(what: Callable[[], None]) -> None:
-        check_lease(store, training.lease)  # a node may outlive the machine that had the lease
-        what()
-
+    # A node may outlive the machine that had the lease.
+    mirror = Mirror(store, folder, StoreState("node"), partial(check_lease, store, training.lease))
     with processes.lead_first():
         if processes.lead_in_folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -179,14 +175,14 @@ def _fetched(training: Training, files: list[str]) -> Iterator[RunDir]:
             mirror.fetch_files(files)
     try:
         if processes.lead:
-            with repeated(partial(put, mirror.put_checkpoints), "the checkpoints"):
+            with repeated(mirror.put_checkpoints, "the checkpoints"):
                 yield RunDir(folder)
         else:
             yield RunDir(folder)
         with processes.lead_first():
             pass  # nobody reads in a folder of a node any more
         if processes.lead:
-            put(mirror.push)
+            mirror.push()
     finally:
         if processes.lead_in_folder:
             shutil.rmtree(folder.parent, ignore_errors=True)

@@ -13,6 +13,7 @@ from tenacity import wait_fixed
 
 from generate.endpoint import Endpoint
 from generate.jobs import WHOLE, Partition
+from generate.progress import EndpointCounts
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
@@ -109,6 +110,21 @@ def test_one_request_stuck_for_ever_ends_as_a_failure_and_holds_nobody_up(run: R
     assert (summary.answered, summary.failed) == (99, 1)
     (failure,) = failures(run)
     assert (failure.error, failure.slots, failure.attempts) == ("timeout", {"n": "3"}, 3)  # 1.0 + 1.0 + the 0.6 left
+
+
+def test_a_pause_of_this_process_costs_a_request_one_attempt(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, pauses = Endpoint.count, iter([3.0])
+
+    def count_late(endpoint: Endpoint) -> EndpointCounts:
+        time.sleep(next(pauses, 0.0))
+        return counted(endpoint)
+
+    monkeypatch.setattr(Endpoint, "count", count_late)
+    config = {"concurrency": 4, "request_timeout_s": 1.0, "deadline_s": 2.6}
+    with misbehaving(lambda asked: answer(delay_s=0.5)) as server:
+        summary = generate(recipe_for(server, 12, generate=config), run, quiet=True)
+    assert (summary.answered, summary.failed) == (12, 0)
+    assert 12 < len(server.asked) <= 16  # those in flight were asked again
 
 
 @pytest.mark.parametrize(

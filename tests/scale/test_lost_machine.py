@@ -15,6 +15,7 @@ from pipeline.records import Completion, Usage, encode_line
 from scale import run_lease
 from scale.collect import _answers_since
 from scale.fetch import main as fetch
+from scale.parts import part_name
 from scale.run_in_store import cache_folder, run_in_store
 from scale.run_in_store import main as run_main
 from scale.run_lease import Lease, TakenOver
@@ -116,6 +117,35 @@ def test_rows_that_were_not_stored_are_left_to_ask_and_counted(
     assert journal.read_bytes() == store.get("completions.jsonl") == b"".join(map(row, range(13)))
     assert len(read_journal(journal, Completion).ids) == 13
     assert (store.names("parts"), store.get("spend.json")) == ([], (two / "spend.json").read_bytes())
+
+
+def test_a_machine_that_comes_back_puts_its_answers_and_leaves_the_files_of_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lease, "STALE_S", 0.0)
+    store, one, two = open_store((tmp_path / "store").as_uri()), tmp_path / "one", tmp_path / "two"
+    mirrors = []
+    for folder, step in ((one, 2), (two, 4)):
+        lease = Lease.take(store, folder.name, take_over=True)
+        mirrors.append(Mirror(store, folder, StoreState(folder.name), lease.check))
+        checkpoint = folder / f"training/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for file in (folder / "training/fingerprint", checkpoint / "trainer_state.json", folder / "kept.jsonl"):
+            file.write_text(folder.name)
+        write_account(folder / "spend.json", Account(Spend(step)))
+    two_s = {name: (two / name).read_bytes() for name in ("spend.json", "training/fingerprint", "kept.jsonl")}
+    paused, holder = mirrors
+    holder.upload(rest=True)
+    holder.put_checkpoints()
+    holder.push()
+    (one / "completions.jsonl").write_bytes(row(1))
+    paused.upload(rest=True)
+    for change in (paused.put_checkpoints, paused.push, paused.compact):
+        with pytest.raises(TakenOver):
+            change()
+    assert {name: store.get(name) for name in two_s} == two_s
+    assert store.names("training") == ["training/checkpoint-4/trainer_state.json", "training/fingerprint"]
+    assert store.names("parts") == [part_name("completions", "one", 0)]
 
 
 def test_a_blank_line_in_a_journal_is_no_row(tmp_path: Path) -> None:
