@@ -14,16 +14,27 @@ from evaluate.figures.accuracy import verify_rules
 from filters.run import recipe_rules
 from generate.run import pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import RecipeError, RequestsFailed
+from pipeline.errors import RecipeError, RequestsFailed, UsageError
+from pipeline.recipe import Recipe
+from train.checks.licences import licence_check, terms_of
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = stage_parser("chain", "Runs all stages of a recipe; run again, it goes on where it was.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="checks the whole recipe; what would be asked, and its cost"
+    )
     recipe, run, options = parse_stage(parser, argv)
     if recipe.student is None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
     for rules in (recipe_rules, verify_rules):  # a wrong setting is told before the answers are paid for
         rules(recipe, options.recipe)
+    asks = pending(recipe, run)
+    if asks:
+        check_terms(recipe)
+    if options.dry_run:
+        stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
+        return
     started, before = time.monotonic(), options.recipe.read_bytes()
 
     def heading(number: int, text: str) -> None:
@@ -36,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     heading(1, f"generate: {recipe.teacher.model} answers")
     # A server takes a minute to start: only where there may be something to ask it.
-    with teacher(recipe, run) if pending(recipe, run) or judges(recipe) else nullcontext():
+    with teacher(recipe, run) if asks or judges(recipe) else nullcontext():
         code = stage("generate", run, options.recipe, options.flags)
         heading(2, "filters: what is worth learning from")
         judged = stage("filters", run, options.recipe, options.flags)
@@ -55,6 +66,16 @@ def main(argv: list[str] | None = None) -> None:
         raise RequestsFailed(f"the judge gave no answer about some rows; see {run.dropped}")
     if evaluated == REQUESTS_FAILED:
         raise RequestsFailed(f"the judge gave no verdict on some answers; see {run.report_html}")
+
+
+def check_terms(recipe: Recipe) -> None:
+    """Raises UsageError where the teacher's terms would stop the training, when its answers are paid for."""
+    assert recipe.student is not None
+    stated, accepted = terms_of(recipe.teacher.model, stated=recipe.train.teacher_licence), recipe.train.accept
+    check = licence_check(recipe.teacher.model, stated, recipe.student.model)
+    if check.status == "fail" or (check.status == "warn" and check.name not in accepted):
+        accept = f", or, if you may learn from it as it is: train.accept: [{check.name}]" * (check.status == "warn")
+        raise UsageError(f"check {check.name}: {check.finding}; {check.fix}{accept}; nothing was asked")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import yaml
 
 import chain.__main__
 from chain.stages import StageFailed, stage, teacher
-from pipeline.errors import RecipeError, RequestsFailed
+from pipeline.errors import RecipeError, RequestsFailed, UsageError
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import (
@@ -226,6 +226,25 @@ def test_a_wrong_rule_is_told_before_anything_is_asked(section: str, tmp_path: P
         with pytest.raises(RecipeError, match=r"(filters\.rules|evaluate\.verify)\[0\]"):
             chain.__main__.main([str(recipe), "--run", str(tmp_path / "run")])
         assert server.asked == []
+
+
+def test_terms_that_stop_a_training_are_told_before_anything_is_asked(tmp_path: Path) -> None:
+    with misbehaving() as server:
+        recipe = write_recipe(server, tmp_path)
+        command = [str(recipe), "--run", str(tmp_path / "run"), "--teacher.model", "gpt-4.1-mini", "--dry-run"]
+        with pytest.raises(
+            UsageError, match=r"check licence: .*OpenAI.* train\.accept: \[licence\]; nothing was asked"
+        ):
+            chain.__main__.main(command)
+        chain.__main__.main([*command, "--train.accept", "licence"])
+        assert server.asked == []
+
+
+def test_a_dry_run_of_the_chain_is_that_of_generate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with misbehaving() as server:
+        recipe = write_recipe(server, tmp_path)
+        chain.__main__.main([str(recipe), "--run", str(tmp_path / "run"), "--dry-run"])
+        assert server.asked == [] and f"{3 * IN_FLIGHT} to ask" in capfd.readouterr().out
 
 
 def test_the_teacher_is_served_at_the_host_of_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
