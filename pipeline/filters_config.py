@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.section import BudgetConfig, Endpoints, PriceConfig, Section, VariableName
+from pipeline.section import BudgetConfig, OtherModelConfig, Section
 
 Selection = Literal["all", "first", "best", "shortest", "agreed"]
 RUBRIC = {
@@ -49,17 +49,9 @@ class DedupConfig(Section):
         return self
 
 
-class JudgeConfig(Section):
+class JudgeConfig(OtherModelConfig):
     """A model that scores each answer from 1 to 5 against a rubric."""
 
-    model: str | None = Field(None, min_length=1)
-    """The judge, as its endpoint names it; null: the teacher judges itself, and is told so."""
-    base_url: Endpoints | None = None
-    """Where the judge answers; null: at the teacher's URL, with the teacher's key, headers and query."""
-    api_key_env: VariableName | None = Field(None, min_length=1)
-    """The environment variable that holds its key; null: the teacher's at the teacher's URL, else OPENAI_API_KEY."""
-    price: PriceConfig | None = None
-    """The judge's price, if the table does not know it or is wrong."""
     budget: BudgetConfig = BudgetConfig()
     """What judging may spend, apart from the budget of the run."""
     rubric: dict[str, str] = Field(RUBRIC, min_length=1)

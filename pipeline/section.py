@@ -62,6 +62,19 @@ class PriceConfig(Section):
     """USD per million completion tokens."""
 
 
+class OtherModelConfig(Section):
+    """A model beside the teacher."""
+
+    model: str | None = Field(None, min_length=1)
+    """The model, as its endpoint names it; null: the teacher itself."""
+    base_url: Endpoints | None = None
+    """Where it answers; null: at the teacher's URL, with the teacher's key, headers and query."""
+    api_key_env: VariableName | None = Field(None, min_length=1)
+    """The environment variable that holds its key; null: the teacher's at the teacher's URL, else OPENAI_API_KEY."""
+    price: PriceConfig | None = None
+    """Its price, if the table does not know it or is wrong."""
+
+
 class BudgetConfig(Section):
     """What a run may spend at most, over all calls. A request in flight counts as the most that it can cost."""
 

@@ -9,9 +9,7 @@ import msgspec
 from pydantic import Field, SecretStr, field_validator
 
 from pipeline.address import weighted_urls
-from pipeline.filters_config import JudgeConfig
-from pipeline.section import PriceConfig, Section, VariableName, checked_urls
-from pipeline.user_config import UserConfig
+from pipeline.section import OtherModelConfig, PriceConfig, Section, VariableName, checked_urls
 
 
 class Example(Section):
@@ -95,7 +93,7 @@ class TeacherConfig(Section):
         """The same teacher without `system` and `examples`, for prompts that hold all that it is told."""
         return self.model_copy(update={"system": None, "examples": []})
 
-    def another(self, named: JudgeConfig | UserConfig, section: str) -> "TeacherConfig":
+    def another(self, named: OtherModelConfig, section: str) -> "TeacherConfig":
         """The model of that section, told nothing; at a URL of its own without this one's key and headers."""
         model, url = named.model or self.model, named.base_url or self.base_url
         other = self.told_nothing() if url == self.base_url else TeacherConfig(model=model, base_url=url)
