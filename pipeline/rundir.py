@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,7 +44,7 @@ class RunDir:
     """Where the files of one run are, and who writes them."""
 
     path: Path
-    internal: bool = False  # one stage's own, inside another run: nothing else reads its answers
+    internal: bool = field(default=False, compare=False)  # in another run, of one stage that alone reads its answers
     recipe = File("recipe.yaml")  # as resolved; `generate`
     lineage = File("lineage.json")  # every stage
     prompts = File("prompts.jsonl")  # `generate`

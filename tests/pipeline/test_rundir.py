@@ -236,3 +236,7 @@ def test_weights_that_do_not_fit_are_an_error_of_the_disk(tmp_path: Path) -> Non
 def test_other_errors_are_not_those_of_the_disk(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error), match=r"other|load"), writing_weights(tmp_path):
         raise error
+
+
+def test_the_runs_of_one_folder_are_equal() -> None:
+    assert RunDir(Path("run"), internal=True) == RunDir(Path("run")) != RunDir(Path("other"))
