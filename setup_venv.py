@@ -79,7 +79,7 @@ def install(group):
     index = []
     if group in ("train", "serve-cpu") and not has_gpu():
         index = install_cpu_torch()
-    extras = "[{}]".format(",".join(wanted["extras"])) if wanted["extras"] else ""
+    extras = "[{}]".format(",".join(wanted["extras"]))
     code, output = pip("install", "-c", "constraints.txt", "-e", "." + extras, *index)
     if code:
         fail(explain(output))

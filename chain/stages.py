@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.address import is_loopback, is_port_open
-from pipeline.child import run_child
+from pipeline.child import run_child, shell_code
 from pipeline.errors import DistillError, RequestsFailed
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -24,7 +24,7 @@ class StageFailed(DistillError):
     def __init__(self, name: str, code: int) -> None:
         how = f"ended with {code}; fix it" if code > 0 else f"was ended by {signal.Signals(-code).name}; see why"
         super().__init__(f"`python -m {name}` {how}, and run the same command again")
-        self.exit_code = code if code > 0 else 128 - code  # as a shell says it
+        self.exit_code = shell_code(code)
 
 
 @contextmanager

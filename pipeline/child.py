@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 
+from pipeline.errors import INTERRUPTED
+
 PARENT = "DISTILLATE_PARENT"  # the variable that tells the child who started it
 PR_SET_PDEATHSIG = 1
 MOST_INTERRUPTS = 3  # the first asks the child to stop, the second to stop at once, the third kills it
@@ -28,9 +30,14 @@ def run_child(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
         except KeyboardInterrupt:
             interrupts += 1
             process.send_signal(signal.SIGTERM if interrupts < MOST_INTERRUPTS else signal.SIGKILL)
-    if interrupts or process.returncode in (130, -signal.SIGINT):
+    if interrupts or process.returncode in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     return process.returncode
+
+
+def shell_code(code: int) -> int:
+    """An exit code as a shell says it: 128 + n after signal n."""
+    return code if code >= 0 else 128 - code
 
 
 def end_with_parent() -> None:

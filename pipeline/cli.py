@@ -17,12 +17,12 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.child import end_with_parent
-from pipeline.errors import DistillError, UsageError
+from pipeline.errors import INTERRUPTED, DistillError, UsageError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rundir import RunDir
 from pipeline.settings_page import help_text
 
-INTERRUPTED, GO_ON = 130, "interrupted: run the same command again to go on"
+GO_ON = "interrupted: run the same command again to go on"
 
 
 def stage_parser(stage: str, description: str, *, kinds: Iterable[str] = ()) -> argparse.ArgumentParser:

@@ -14,6 +14,8 @@ the fix.
 
 from typing import Any
 
+INTERRUPTED = 130
+
 
 class DistillError(Exception):
     """The stage failed: what, with which value, and how to fix it."""

@@ -15,9 +15,9 @@ import msgspec
 
 from generate.budget import Spend, read_account, write_account
 from generate.journal import read_journal
-from pipeline.child import run_child
-from pipeline.cli import INTERRUPTED, run_stage
-from pipeline.errors import DistillError, RequestsFailed
+from pipeline.child import run_child, shell_code
+from pipeline.cli import run_stage
+from pipeline.errors import INTERRUPTED, DistillError, RequestsFailed
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         flags.add_argument("--model", type=KEYS.get)
         if flags.parse_known_args(arguments)[0].model in (AFTER, BEFORE):
             fetch_student(options.run, folder)
-        sys.exit(run_child(command))
+        sys.exit(shell_code(run_child(command)))
     by_nodes = options.stage == "train" and any(flag.split("=")[0] == "--cluster" for flag in arguments)
     sys.exit(run_in_store(command, options.run, folder, take_over=options.take_over, by_nodes=by_nodes))
 
@@ -116,7 +116,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
             finally:
                 state.save(folder)
         lease.release()
-    return code if code >= 0 else 128 - code
+    return shell_code(code)
 
 
 def charge_lost(folder: Path, unstored: dict[str, int]) -> str:

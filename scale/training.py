@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.cli import GO_ON, INTERRUPTED
-from pipeline.errors import DistillError, UsageError, first_line
+from pipeline.cli import GO_ON
+from pipeline.errors import INTERRUPTED, DistillError, UsageError, first_line
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from scale.cluster import Cluster, variables_of

@@ -6,8 +6,8 @@ Trains it on kept.jsonl, in this process, in those of a launcher, or in those of
 import sys
 from contextlib import nullcontext
 
-from pipeline.cli import INTERRUPTED, parse_stage, run_stage, stage_parser
-from pipeline.errors import DistillError
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import INTERRUPTED, DistillError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
 from train.processes import launched

@@ -331,6 +331,13 @@ def test_a_student_is_fetched_before_it_is_served(
     assert serve("--model", "student") == {"adapter": "not in the store yet"}
 
 
+def test_a_killed_server_ends_with_the_code_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scale.run_in_store.run_child", lambda command: -9)
+    with pytest.raises(SystemExit, match="137"):
+        run_main(["serve", "recipe.yaml", "--run", (tmp_path / "store").as_uri()])
+
+
 def test_a_fetched_copy_is_of_one_run_and_has_what_the_run_has(tmp_path: Path) -> None:
     one, other = Folder(tmp_path / "a" / "t"), Folder(tmp_path / "b" / "t")
     for name in ("completions.jsonl", "student/adapter_config.json", "preferences.jsonl"):
