@@ -9,9 +9,7 @@ machine's cores: a cluster can win nothing here, and the difference is what it c
 import argparse
 import random
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.chapter_filter import RULES
-from benchmarks.measure import Measured, between, flags, measured, show
+from benchmarks.measure import between, flags, measured, show
 from benchmarks.ray_nodes import ray_cluster
 from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.run import filter_run
@@ -56,11 +54,10 @@ def compare(folder: Path, options: argparse.Namespace) -> str:
 
 def figures(side: str, rows: int, filters: Callable[..., None], *arguments: object) -> tuple[str, ...]:
     """A side's line of the table."""
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(measured, filters, *arguments)
-        peaks = ", ".join(f"{kind} {mib:,.0f}" for kind, mib in sorted(peak_mib(call).items()))
-    seconds = call.result().seconds
-    return side, f"{seconds:.1f}", f"{rows / seconds:,.0f}", peaks
+    peaks = dict[str, float]()
+    seconds = measured(filters, *arguments, sample=lambda: raise_peaks(peaks)).seconds
+    shown = ", ".join(f"{kind} {mib:,.0f}" for kind, mib in sorted(peaks.items()))
+    return side, f"{seconds:.1f}", f"{rows / seconds:,.0f}", shown
 
 
 def write(path: Path, options: argparse.Namespace) -> None:
@@ -90,16 +87,13 @@ def on_a_cluster(run: RunDir, near: float, address: str) -> None:
         filter_run(recipe_of(settings(near)), run, Path("recipe.yaml"), machine=machine)
 
 
-def peak_mib(call: "Future[Measured]") -> dict[str, float]:
-    """The most that one process of each kind held by itself until the call ended."""
-    peaks: dict[str, float] = defaultdict(float)
-    while wait([call], 0.2).not_done:
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it has ended
-                name = "tasks" if "ray::" in " ".join(child.cmdline()[:1]) else child.name()
-                kind = name if name in ("tasks", "raylet", "gcs_server") else "filters"
-                peaks[kind] = max(peaks[kind], child.memory_full_info().uss / 2**20)
-    return peaks
+def raise_peaks(peaks: dict[str, float]) -> None:
+    """Raises each kind's peak to what one process of it holds by itself now."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            name = "tasks" if "ray::" in " ".join(child.cmdline()[:1]) else child.name()
+            kind = name if name in ("tasks", "raylet", "gcs_server") else "filters"
+            peaks[kind] = max(peaks.get(kind, 0), child.memory_full_info().uss / 2**20)
 
 
 if __name__ == "__main__":

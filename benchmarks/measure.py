@@ -7,7 +7,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import suppress
 from math import inf
 from multiprocessing import get_context
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import UsageError
 from pipeline.resources import peak_bytes
 
+SAMPLE_S = 0.2
 WHOLE = "a whole number from 1 on"
 Kind = Callable[[str], Any]  # reads a flag's value
 
@@ -82,13 +83,17 @@ class Measured(NamedTuple):
     peak_mib: float  # resident memory of its own process
 
 
-def measured(function: Callable[..., Any], *arguments: Any) -> Measured:
+def measured(function: Callable[..., Any], *arguments: Any, sample: Callable[[], object] | None = None) -> Measured:
     """Calls a module's function in a new Python process, and measures the call there. What it raises is raised here.
 
-    The arguments and the value are pickled. What the function's module imports at the top is not measured.
+    The arguments and the value are pickled. What the function's module imports at the top is not measured. `sample` is
+    called here meanwhile, every 0.2 s.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, function, arguments).result()
+        call = pool.submit(_measure, function, arguments)
+        while sample and wait([call], SAMPLE_S).not_done:
+            sample()
+        return call.result()
 
 
 def _measure(function: Callable[..., Any], arguments: Sequence[Any]) -> Measured:

@@ -8,13 +8,12 @@ right if it is at least as similar as the threshold to the row it was dropped fo
 import argparse
 import json
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from benchmarks.measure import Measured, between, flags, measured, show
+from benchmarks.measure import between, flags, measured, show
 from benchmarks.stories import PROMPT, Writer, completion, recipe_of
 from filters.minhash import fold
 from filters.run import filter_run
@@ -41,12 +40,11 @@ def measure(run: RunDir, options: argparse.Namespace) -> str:
     copies = {number: story.copy_of for number, story in enumerate(stories) if story.copy_of is not None}
     alike = {copy: original for copy, original in copies.items() if exact(texts, copy, original) >= options.near}
     print(f"{len(texts):,} stories, {len(copies):,} copies, {len(alike):,} of them {options.near} similar or more")
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(measured, filter_duplicates, run, options.near)
-        peak = peak_mib(call)
-    seconds, quality = call.result().seconds, judge(run, texts, alike, options.near)
+    held = [0.0]
+    call = measured(filter_duplicates, run, options.near, sample=lambda: held.append(held_mib()))
+    seconds, quality = call.seconds, judge(run, texts, alike, options.near)
     head = ("", "dropped", "precision", "recall", "seconds", "rows/s", "peak MiB")
-    return show([head, ("filters", *quality, f"{seconds:.1f}", f"{len(texts) / seconds:,.0f}", f"{peak:,.0f}")])
+    return show([head, ("filters", *quality, f"{seconds:.1f}", f"{len(texts) / seconds:,.0f}", f"{max(held):,.0f}")])
 
 
 def filter_duplicates(run: RunDir, near: float) -> None:
@@ -72,19 +70,13 @@ def judge(run: RunDir, texts: list[str], alike: dict[int, int], near: float) -> 
     return f"{len(dropped):,}", f"{right / max(1, len(dropped)):.4f}", f"{found / max(1, len(alike)):.4f}"
 
 
-def peak_mib(call: "Future[Measured]") -> float:
-    """The most memory that this process's children held together until the call ended, in samples of 0.2 s.
-
-    Shared pages count once.
-    """
-    peak = 0
-    while wait([call], 0.2).not_done:
-        held = 0
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it has ended
-                held += child.memory_full_info().pss
-        peak = max(peak, held)
-    return peak / 2**20
+def held_mib() -> float:
+    """The memory that this process's children hold together. Shared pages count once."""
+    held = 0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            held += child.memory_full_info().pss
+    return held / 2**20
 
 
 if __name__ == "__main__":
