@@ -18,7 +18,7 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     """One pydantic problem of a recipe as `where: key: what is wrong, got value`."""
     names = [str(part) for part in problem["loc"]]
     key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
-    where = _place(names, flags, env_prefix) or str(path)
+    where = _flag_or_variable(names, flags, env_prefix) or str(path)
     if problem["type"] == "extra_forbidden":
         known = ", ".join(_known_keys(recipe, names[:-1]))
         return f"{where}: {key}: no such key" + (f"; there are {known}" if known else "")
@@ -43,7 +43,7 @@ def explain_flag(error: SettingsError) -> str:
     return f"--{found[1] or found[2]}: its value is no JSON; give JSON, in single quotes for the shell"
 
 
-def _place(names: list[str], flags: list[str], env_prefix: str) -> str | None:
+def _flag_or_variable(names: list[str], flags: list[str], env_prefix: str) -> str | None:
     """The flag or, failing that, the variable that gave the value at `names` or what it is a part of, if one did."""
     upper, given = {name.upper() for name in os.environ}, {flag.split("=")[0] for flag in flags}
     parts = [names[:count] for count in range(len(names), 0, -1)]
