@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,16 +66,12 @@ class PartReader:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = iter(paths)
-        self.file: IO[bytes] | None = None
+        self.file: IO[bytes] = BytesIO()
 
     def read(self, size: int) -> bytes:
-        while not (data := self.file.read(size) if self.file else b""):
-            if self.file:
-                self.file.close()
-            path = next(self.paths, None)
-            self.file = path.open("rb") if path else None
-            if self.file is None:
-                break
+        while not (data := self.file.read(size)) and (path := next(self.paths, None)):
+            self.file.close()
+            self.file = path.open("rb")
         return data
 
 
