@@ -76,14 +76,13 @@ def install(group):
     if not already_there(wanted["imports"]) and free_gib < wanted["gib"]:
         fail("{} GiB of disk are needed for `{}`, {:.1f} are free".format(wanted["gib"], group, free_gib))
     say("setting up `{}` in .venv (once; details in .venv/setup.log)".format(group))
-    index = []
-    if group in ("train", "serve-cpu") and not has_gpu():
-        index = install_cpu_torch()
+    for_cpu = group in ("train", "serve-cpu") and not has_gpu()
+    index = install_cpu_torch() if for_cpu else []
     extras = "[{}]".format(",".join(wanted["extras"]))
     code, output = pip("install", "-c", "constraints.txt", "-e", "." + extras, *index)
     if code:
         fail(explain(output))
-    if group in ("train", "serve-cpu") and not has_gpu():
+    if for_cpu:
         pip("uninstall", "-y", *UNWANTED)
     check_imports(wanted["imports"])
 
