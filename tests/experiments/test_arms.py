@@ -11,8 +11,9 @@ import pytest
 from experiments.__main__ import fingerprint
 from experiments.arms import EXPERIMENTS, Setup, _other_teacher
 from pipeline.errors import UsageError
-from pipeline.recipe import PriceConfig, load_recipe
+from pipeline.recipe import load_recipe
 from pipeline.records import Prompt, encode_line
+from pipeline.section import PriceConfig
 from tests.tiny_student import kept_row, make_run, story_rows
 from train.rows import read_parts
 
