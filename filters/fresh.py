@@ -22,7 +22,7 @@ from pipeline.records import Completion, Prompt, encode_line
 MARKS = b'"reference":', b'"columns":'  # a line without them has neither
 
 _decode = msgspec.json.Decoder(Prompt).decode
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder(order="deterministic").encode  # columns may have been put in another order
 
 
 class FreshValues:
@@ -45,19 +45,26 @@ class FreshValues:
                 starts.append(start)
                 lengths.append(len(line))
             start += len(line)
-        order = np.argsort(np.frombuffer(keys, np.uint64))
+        order = np.lexsort((np.frombuffer(values, np.uint64), np.frombuffer(keys, np.uint64)))
         self._keys, self._values = np.frombuffer(keys, np.uint64)[order], np.frombuffer(values, np.uint64)[order]
         self._starts, self._lengths = np.frombuffer(starts, np.int64)[order], np.frombuffer(lengths, np.int32)[order]
 
     def joined(self, row: Completion, line: bytes) -> tuple[Completion, bytes]:
-        """A row and its line, with the values that its prompt has now. A row of another question stays as it is."""
+        """A row and its line, with the values that its prompt has now: the last's, where it stands there several times.
+
+        A row whose values are those of one of its prompts stays as it is, and so does a row of another question.
+        """
         key = np.uint64(_hash([row.prompt_id, row.messages]))
-        at = int(np.searchsorted(self._keys, key))
-        if at == len(self._keys) or self._keys[at] != key or self._values[at] == _hash([row.reference, row.columns]):
+        first = int(np.searchsorted(self._keys, key))
+        if first == len(self._keys) or self._keys[first] != key:
             return row, line
-        prompt = _decode(self._line(int(self._starts[at]), int(self._lengths[at])))
-        if (prompt.reference, prompt.columns) == (row.reference, row.columns):
+        end = int(np.searchsorted(self._keys, key, side="right"))
+        value = np.uint64(_hash([row.reference, row.columns]))
+        at = first + int(np.searchsorted(self._values[first:end], value))
+        if at < end and self._values[at] == value:
             return row, line
+        last = first + int(np.argmax(self._starts[first:end]))
+        prompt = _decode(self._line(int(self._starts[last]), int(self._lengths[last])))
         row = msgspec.structs.replace(row, reference=prompt.reference, columns=prompt.columns)
         return row, encode_line(row)
 

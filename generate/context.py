@@ -15,10 +15,10 @@ from generate.jobs import WHOLE, Job, Partition, build_jobs, shared
 from generate.journal import Journal
 from generate.logprobs import pack
 from generate.progress import Counters
-from generate.prompts import iter_prompts
+from generate.prompts import iter_prompts, prompt_id
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Request, TokenLogprobs, read_jsonl
+from pipeline.records import Completion, Failure, Request, TokenLogprobs, as_text, read_jsonl
 from pipeline.rundir import RunDir
 
 Row = TypeVar("Row", Completion, Failure)
@@ -45,11 +45,16 @@ class Left:
     def survey(self, recipe: Recipe, counters: Counters) -> Iterator[Job]:
         """Yields every job, asked or not, and counts them. So all prompts are checked before any is asked."""
         counters.retrying = self.retry_failures
+        pairs, ambiguous = IdSet(), IdSet()  # a question and its reference; questions with several references
         for job in build_jobs(iter_prompts(recipe), recipe):
             request = job.request
             counters.total += 1
             counters.prompts += request.sample % recipe.prompts.samples == 0
             counters.distinct += request.sample == 0
+            if recipe.prompts.file and request.sample % recipe.prompts.samples == 0:
+                question = prompt_id(request.messages, request.tools)
+                if pairs.add(f"{question} {as_text(request.reference)}") and request.sample and ambiguous.add(question):
+                    counters.ambiguous += 1
             if request.id in self.answered:
                 counters.resumed += 1
             elif request.id in self._failed_before:

@@ -68,6 +68,7 @@ class Counters:
     total: int = 0  # requests of the run
     prompts: int = 0  # that they are made of; each asks for `prompts.samples` answers
     distinct: int = 0  # of the prompts: the others ask a question again
+    ambiguous: int = 0  # questions that have several different references
     resumed: int = 0  # answered by an earlier call
     failed_before: int = 0  # failed in an earlier call, and had no answer when this one began
     retrying: bool = False  # whether those are asked again

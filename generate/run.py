@@ -224,6 +224,11 @@ def _findings(run: Run) -> Iterator[str]:
             f"warning: {counters.prompts} prompts asked for, but only {counters.distinct} differ: "
             f"{repeats} ask the same again; {fix}"
         )
+    if counters.ambiguous:
+        yield (
+            f"warning: {prompts.file}: {counters.ambiguous} questions have several different references; each answer "
+            "is held against that of its own row, and evaluate.verify takes the last: give one question one reference"
+        )
     if prompts.count is not None and counters.prompts < prompts.count:
         yield (
             f"warning: prompts.count is {prompts.count}, but {prompts.file} has only {counters.prompts} rows: each is "

@@ -144,6 +144,18 @@ def test_repeats_are_asked_each_and_told_with_both_counts(run: RunDir, capsys: p
     assert "7 prompts asked for, but only 2 differ: 5 ask the same again" in " ".join(capsys.readouterr().err.split())
 
 
+def test_questions_with_several_references_are_counted(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [("x", 1), ("x", 2), ("x", 3), ("y", 1), ("y", 1), ("z", 1), ("z", None), ("u", 1)]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "reference": value}) + "\n" for text, value in pairs))
+    with misbehaving() as server:
+        generate(recipe_for(server, prompts={"file": str(path), "samples": 2}), run, quiet=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 questions have several different references" in said and said.count("different references") == 1
+
+
 def test_a_file_with_fewer_rows_than_the_count_is_asked_once(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
