@@ -42,7 +42,7 @@ UNKNOWN = tuple(  # wordings that call a parameter unknown, with its name in the
         r"NAME (?:is|was) (?:not (?:currently )?(?:supported|permitted|allowed|accepted)|deprecated|unsupported)",
         r"NAME does not (?:support|accept)\b",
         r"does not (?:support|accept|allow)(?: the)?(?: parameter| field)? NAME(?=$|[.,;])",
-        r"\w+[`'\"]? and NAME cannot both\b",
+        r"\w[`'\"]? and NAME cannot both\b",
         r"NAME [`'\"]?(?:system|developer)[`'\"]? is not supported",
         r"(?:system|developer) NAME (?:is )?not supported",
     )
@@ -147,8 +147,7 @@ def _refuses_choices(fault: Fault, job: Job) -> bool:
     """Whether the teacher refuses several choices (llama.cpp with a 500), or gave one where several were asked for."""
     if not job.others or fault.error not in ("bad_request", "server_error", "missing_choice"):
         return False
-    quoted = any(ONE_CHOICE.search(message.content) for message in job.told)
-    return fault.parameter == "n" or (not quoted and ONE_CHOICE.search(fault.message) is not None)
+    return fault.parameter == "n" or _own_words(ONE_CHOICE, fault, job.told) is not None
 
 
 def _refused(fault: Fault, messages: list[Message]) -> str | None:
@@ -156,8 +155,12 @@ def _refused(fault: Fault, messages: list[Message]) -> str | None:
     if fault.parameter is not None:
         return fault.parameter.rsplit(".", 1)[-1] if REFUSING.search(fault.message) else None
     for wording in UNKNOWN:
-        if any(wording.search(message.content) for message in messages):
-            continue  # the error may quote the prompt
-        if match := wording.search(fault.message):
+        if match := _own_words(wording, fault, messages):
             return match["name"].lower().rsplit(".", 1)[-1]
     return None
+
+
+def _own_words(wording: re.Pattern[str], fault: Fault, messages: list[Message]) -> re.Match[str] | None:
+    """Where an error says it in words of its own: it may quote the prompt, which is long, and so looked at last."""
+    match = wording.search(fault.message)
+    return None if match and any(wording.search(message.content) for message in messages) else match

@@ -160,6 +160,13 @@ def test_words_that_call_this_very_parameter_unknown_do(message: str) -> None:
     assert "temperature" not in dialect.sent(SAMPLING)
 
 
+@pytest.mark.parametrize("message", ["the prompt is too long", "`temperature` and `top_p` cannot both be specified."])
+def test_a_prompt_that_is_one_long_word_is_searched_in_no_time(message: str) -> None:
+    """It took a quarter of an hour per MiB, in which no other request was sent."""
+    asked = job([Message(role="user", content="ACGT" * (1 << 18))])
+    assert learn(Dialect(), message, None, asked) == ("cannot both" in message)
+
+
 MANY = [replace(job().request, id=name) for name in "jk"]
 
 
