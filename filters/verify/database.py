@@ -34,7 +34,7 @@ _LIMITS = {
 }
 _TYPES = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}  # the order of values
 _TOKENS = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^]]*]|--[^\n]*|/\*.*?\*/|[()]|\border\s+by\b", re.I | re.DOTALL)
-_EXPLAIN = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*explain\b", re.I | re.DOTALL)
+_EXPLAIN = re.compile(r"(?:\s|--[^\n]*+|/\*(?>.*?\*/))*+explain\b", re.I | re.DOTALL)
 
 Rows = Sequence[tuple[Any, ...]]
 

@@ -70,6 +70,7 @@ def run(tmp_path: Path) -> RunDir:
         ("I would give it a 4.", None),
         ("[4, 4, 4]", None),
         ("[" * 100_000, None),
+        ('{"fluency": 5,' + " " * (1 << 20) + '"fit": 1, "score": 2}', {"fluency": 5, "fit": 1, "score": 2}),
         ("", None),
     ],
 )
