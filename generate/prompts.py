@@ -83,17 +83,11 @@ def _rows(config: PromptsConfig) -> Iterator[Prompt]:
     """
     ids, prompts, questions, grouped = IdSet(), IdSet(), IdSet(), IdSet()
     where = None
-    for where, row in read_rows(config):
-        try:
-            prompt = make_prompt(_prompt_row(row, config), config.system, config.tools)
-        except (ValueError, msgspec.ValidationError) as error:
-            raise DataError(f"{where}: {error}") from None
-        except RecursionError:
-            raise DataError(f"{where}: {TOO_DEEP}") from None
+    for where, prompt in _prompts_of_rows(config):
         if prompt.id != (question := prompt_id(prompt.messages, prompt.tools)):
             new_id, new_prompt = ids.add(prompt.id), prompts.add(f"{prompt.id} {question}")
             if new_prompt and not new_id:
-                first = next(at for at, other in read_rows(config) if _prompt_row(other, config).id == prompt.id)
+                first = next(at for at, other in _prompts_of_rows(config) if other.id == prompt.id)
                 raise DataError(f"{where}: id {prompt.id!r} is that of {first}, which is another prompt")
         if config.group is not None:
             group, asked = _group(where, prompt, config), question_text(prompt.messages)
@@ -106,6 +100,17 @@ def _rows(config: PromptsConfig) -> Iterator[Prompt]:
         yield prompt
     if where is None:
         raise DataError(f"{config.file}: no prompts in it")
+
+
+def _prompts_of_rows(config: PromptsConfig) -> Iterator[tuple[str, Prompt]]:
+    """The prompt of each row, and where it stands. Raises DataError at the first that is wrong."""
+    for where, row in read_rows(config):
+        try:
+            yield where, make_prompt(_prompt_row(row, config), config.system, config.tools)
+        except (ValueError, msgspec.ValidationError) as error:
+            raise DataError(f"{where}: {error}") from None
+        except RecursionError:
+            raise DataError(f"{where}: {TOO_DEEP}") from None
 
 
 def _group(where: str, prompt: Prompt, config: PromptsConfig) -> str:

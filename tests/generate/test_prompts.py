@@ -302,14 +302,17 @@ def test_a_conversation_with_tools_is_asked_and_recorded_whole(tmp_path: Path) -
     assert "tools" not in row.sampling
 
 
-def test_two_rows_with_one_id_and_different_prompts_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "again"), [("y", "y"), (7, 7), (7, "7")])
+def test_two_rows_with_one_id_and_different_prompts_are_named(
+    first: str | int, again: str | int, tmp_path: Path
+) -> None:
     path = tmp_path / "p.jsonl"
-    rows = [("x", "a"), ("y", "b"), ("x", "a"), ("y", "c")]  # the third is the first again, which is no error
+    rows = [("x", "a"), (first, "b"), ("x", "a"), (again, "c")]  # the third is the first again, which is no error
     path.write_text("".join(json.dumps({"id": id_, "prompt": text}) + "\n" for id_, text in rows))
     assert texts(recipe_with(file=path, count=3)) == ["a", "b", "a"]
     with pytest.raises(DataError) as caught:
         list(iter_prompts(recipe_with(file=path)))
-    assert str(caught.value) == f"{path}:4: id 'y' is that of {path}:2, which is another prompt"
+    assert str(caught.value) == f"{path}:4: id '{first}' is that of {path}:2, which is another prompt"
     assert len(list(iter_prompts(recipe_with(file=path, count=3)))) == 3
 
 
