@@ -13,10 +13,10 @@ from filters.minhash import Array
 from filters.rows import decode_completion, dropped_line, kept_line
 from filters.ruleset import RuleSet
 from filters.sketches import Text, question_of, sketch
-from filters.stream import LONGEST_LINE, Line
+from filters.stream import Line
 from filters.tally import Tally
 from pipeline.filters_config import DedupConfig
-from pipeline.records import Completion, said
+from pipeline.records import LONGEST_LINE, Completion, said
 
 
 class Block(NamedTuple):

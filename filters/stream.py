@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import DistillError
+from pipeline.records import LONGEST_LINE
 
 BLOCK = 1 << 21  # bytes
-LONGEST_LINE = 1 << 24  # bytes; a longer line is no answer
 SLOW_BLOCK, SMALLEST_BLOCK = 1 << 17, 1 << 12  # bytes of a block whose rules run programs or queries
 AHEAD = 4  # blocks a process that may wait for one that takes longer
 PARALLEL_FROM = 1 << 22  # bytes; for a smaller file other processes are not worth their start

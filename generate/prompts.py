@@ -21,7 +21,7 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.instructions import INSTRUCTIONS
 from pipeline.prompts_config import PromptsConfig, RowPart
 from pipeline.recipe import Recipe
-from pipeline.records import Json, Message, Prompt, Slots, as_text, question_text
+from pipeline.records import LONGEST_LINE, LONGEST_PROMPT, Json, Message, Prompt, Slots, as_text, question_text
 from pipeline.turns_and_tools import Turn, conversation, read_tools
 
 ID_BYTES = 8
@@ -186,7 +186,7 @@ def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | N
     if system is not None and messages[0].role not in INSTRUCTIONS:
         messages = [Message(role="system", content=system), *messages]
     try:
-        return Prompt(
+        prompt = Prompt(
             id=prompt_id(messages, own) if row.id in (None, "") else str(row.id),
             messages=messages,
             slots=row.slots or {},
@@ -194,5 +194,12 @@ def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | N
             columns=row.columns,
             tools=own,
         )
+        size = len(_encoder.encode(prompt))
     except UnicodeEncodeError:
         raise ValueError("the text holds half of a surrogate pair, which UTF-8 cannot write") from None
+    if size > LONGEST_PROMPT:
+        raise ValueError(
+            f"the row has {size / (1 << 20):.1f} MiB, at most {LONGEST_PROMPT >> 20} are taken, as the filters read no "
+            f"line over {LONGEST_LINE >> 20} MiB; shorten it, or leave columns out"
+        )
+    return prompt

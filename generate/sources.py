@@ -8,6 +8,7 @@ text with all their digits, bytes Base64 text, and numbers that are not finite t
 """
 
 import csv
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
@@ -30,6 +31,7 @@ ACCEPTED = (
     "saved by `datasets`, hub:<owner>/<name>, and a .py file with a function rows()"
 )
 TOO_DEEP = "a value is nested too deeply; make it flatter, or text"
+HALF_PAIR = "half of a surrogate pair, which UTF-8 cannot write; remove it"
 
 Row = tuple[str, Json]  # where it stands, for messages, and its values by column
 
@@ -78,7 +80,19 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             except RecursionError:
                 raise DataError(f"{path}:{number}: {TOO_DEEP}") from None
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}:{number}: {error}; {ACCEPTED}") from None
+                why = HALF_PAIR if _has_half_pair(line) else f"{error}; {ACCEPTED}"
+                raise DataError(f"{path}:{number}: {why}") from None
+
+
+def _has_half_pair(line: bytes) -> bool:
+    """Whether a line is JSON but for half of a surrogate pair: msgspec calls it truncated, or malformed."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -219,9 +233,7 @@ def _json_value(where: str, name: str, value: Any) -> Any:
         plain = _finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_from_pandas))
         msgspec.json.encode([name, plain])
     except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: column {name!r}: half of a surrogate pair, which UTF-8 cannot write; remove it"
-        ) from None
+        raise DataError(f"{where}: column {name!r}: {HALF_PAIR}") from None
     except RecursionError:
         raise DataError(f"{where}: column {name!r}: {TOO_DEEP}") from None
     except TypeError as error:

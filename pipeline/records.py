@@ -13,6 +13,9 @@ import msgspec
 
 from pipeline.errors import DataError
 
+LONGEST_LINE = 1 << 24  # bytes of a record; filters take no longer line
+LONGEST_PROMPT = LONGEST_LINE - (1 << 20)  # bytes of a prompt with all that its row has: the rest is for the answer
+
 Part = Literal["train", "validation", "test"]
 Slots = dict[str, str | list[str]]
 Json = dict[str, Any]  # a JSON object

@@ -24,9 +24,10 @@ from filters.duplicates import Search, Searcher
 from filters.minhash import GLIMPSE, Array, least_agreement
 from filters.run import Machine
 from filters.sketches import Reader, Source
-from filters.stream import LONGEST_LINE, SLOW_BLOCK, SMALLEST_BLOCK, Work, read_lines
+from filters.stream import SLOW_BLOCK, SMALLEST_BLOCK, Work, read_lines
 from pipeline.errors import DistillError, first_line
 from pipeline.filters_config import DedupConfig
+from pipeline.records import LONGEST_LINE
 from scale.cluster import Cluster
 from scale.near import PairSearch, candidates, entries_of, first_rows, merged, similarities
 

@@ -208,7 +208,14 @@ def test_a_files_count_takes_the_first_rows_and_no_row_twice(tmp_path: Path) -> 
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}', "result of a call"),
         ('{"prompt": "a", "tools": [{"name": "f"}]}', "tools must be a list of"),
         ('{"prompt": "a", "slots": {"n": 1}}', "$.slots"),
-        ('{"prompt": "\\ud83d"}', "truncated"),
+        ('{"prompt": "\\ud83d"}', "half of a surrogate pair, which UTF-8 cannot write; remove it"),
+        ('{"prompt": "a \\udc00 b"}', "half of a surrogate pair"),
+        ('{"prompt": "\\ud83d', "truncated"),
+        pytest.param(
+            '{"prompt": "a", "image": "%s"}' % ("x" * (16 << 20)),
+            "the row has 16.0 MiB, at most 15 are taken",
+            id="a row over 16 MiB",
+        ),
         pytest.param(
             '{"prompt": "a", "reference": %s}' % ("[" * 100_000 + "]" * 100_000),
             "nested too deeply",
