@@ -31,7 +31,11 @@ class StageFailed(DistillError):
 def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
     """The recipe's endpoint, up: others' servers, or what listens there already, else the teacher is served here."""
     url = recipe.teacher.url
-    if recipe.teacher.urls_file or not is_loopback(url) or is_port_open(url):
+    if recipe.teacher.urls_file or not is_loopback(url):
+        yield
+        return
+    if is_port_open(url):
+        print(f"using what answers at {url}; if it ends before this does, run the same command again", flush=True)
         yield
         return
     _, host, port = address_of(recipe, TEACHER)

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from filters.verify.sandbox import die_with_parent
 from pipeline.errors import DistillError
 from pipeline.records import LONGEST_LINE
 
@@ -117,7 +118,8 @@ def _received(connection: Connection) -> Any:
 
 
 def _worker(path: Path, work: Work[Result], connection: Connection, parents: list[Connection]) -> None:
-    """Sends the result of each block that it is given. Ends by itself when its parent is gone."""
+    """Sends the result of each block that it is given. Ends with its parent, and the run's lock with both."""
+    die_with_parent()
     for one in parents:  # the other ends: only the parent may hold them open
         one.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us

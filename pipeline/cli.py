@@ -101,7 +101,7 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
             _flush_output()
         except OSError:  # it was this
             _discard_output(1)
-        where = error.filename or "standard output or a file"
+        where = error.filename2 or error.filename or "standard output or a file"  # of a copy, its target
         print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

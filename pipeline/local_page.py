@@ -6,11 +6,13 @@ own text. The functions import fastapi and uvicorn themselves, because the stage
 """
 
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DistillError, UsageError
@@ -79,6 +81,32 @@ def serve_page(build: Callable[[str], "FastAPI"], *, port: int, before: str, aft
             reason = getattr(error, "strerror", error)
             raise UsageError(f"--port {port}: {reason}; name another, or none for any that is free") from None
         print(f"{before}\nhttp://{HOST}:{listener.getsockname()[1]}/{token}/  ({after})", flush=True)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-        with suppress(KeyboardInterrupt):  # uvicorn closes, then passes the signal on
-            uvicorn.Server(config).run(sockets=[listener])
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
+        server = uvicorn.Server(config)
+        with _ending(server.handle_exit):
+            server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # it would pass them on, and again
+            server.run(sockets=[listener])
+
+
+@contextmanager
+def _ending(close: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a hangup close the server, unless they are ignored (nohup).
+
+    The exceptions of their usual handlers might be raised in a request, and end that in place of the server.
+    """
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and callable(before := usual[signal.SIGHUP]):
+            with suppress(KeyboardInterrupt):
+                before(number, frame)  # it turns the output off
+        close(number, frame)
+
+    taken = {number: before for number, before in usual.items() if callable(before)}
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -169,18 +169,23 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     What is in it is on disk before it has its name. Only one process at a time may do so: the caller holds the run, or
     a `waiting_lock`.
     """
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
+    building, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    for left in (building, old):
+        shutil.rmtree(left, ignore_errors=True)
     building.mkdir(parents=True)
     try:
         with writing_weights(folder):
             yield building
         sync_tree(building)
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            folder.rename(old)
         building.rename(folder)
         sync_path(folder.parent)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        for left in (building, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -194,6 +194,8 @@ def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None)
         if waiting:
             waiting(server.startup_s, last_line(tail(server.log)))
     server.startup_s = time.monotonic() - start
+    if server.wait(POLL_S) is not None:  # another's server has the port, and answers in its place
+        raise server.failure("before it was ready")
 
 
 def is_ready(base_url: str, served_name: str) -> bool:

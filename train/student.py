@@ -150,7 +150,7 @@ def _pruned(teacher: str, given: str) -> tuple[Any, Any, dict[str, Any]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(
             f"student.model {PRUNE}{k} needs the teacher's weights, and {teacher} has none here ({first_line(error)}); "
             "name a student model, or a teacher that is a folder or on the Hub"

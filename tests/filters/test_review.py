@@ -229,10 +229,10 @@ def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
 
 
 @contextmanager
-def serving(run: RunDir, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(run: RunDir, *flags: str, errors: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The real command; yields its address."""
     command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(run.path), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
     assert process.stdout
     try:
         for line in process.stdout:
@@ -293,6 +293,17 @@ def test_twenty_are_reviewed_over_a_kill(run: RunDir, browser_page: Page) -> Non
     assert len(reviews) == 20
     expected = Counter(reject=5, accept=4, skip=1) + Counter(accept=10)
     assert Counter(review.verdict for review in reviews.values()) == expected
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGHUP]], ids=["Ctrl-C twice", "hangup"])
+def test_however_it_is_ended_it_says_no_traceback(run: RunDir, signals: list[signal.Signals]) -> None:
+    for _ in range(4):
+        with serving(run, errors=subprocess.PIPE) as (url, process):
+            urllib.request.urlopen(f"{url}state").read()
+            for number in signals:
+                process.send_signal(number)
+            _, said = process.communicate(timeout=20)
+            assert (process.returncode, said) == (0, "")
 
 
 def test_texts_are_text_and_the_page_speaks_korean(run: RunDir, browser_page: Page) -> None:

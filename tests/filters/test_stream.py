@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from filters import stream
@@ -88,6 +90,26 @@ def test_a_run_whose_worker_is_killed_keeps_its_old_files(tmp_path: Path, monkey
     with pytest.raises(DistillError, match="a filter process was killed"):
         stage.filter()
     assert stage.files() == old
+
+
+def test_a_worker_in_the_midst_of_a_block_ends_with_a_parent_that_is_killed(path: Path) -> None:
+    def work(_: Iterator[Line]) -> None:
+        (path.parent / str(os.getpid())).touch()
+        time.sleep(60)
+
+    parent = os.fork()
+    if parent == 0:
+        list(in_blocks(path, work))
+        os._exit(0)
+    end = time.monotonic() + 20
+    while len(workers := [int(file.name) for file in path.parent.iterdir() if file.name.isdecimal()]) < 2:
+        assert time.monotonic() < end, "no workers"
+        time.sleep(0.05)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    while any(map(psutil.pid_exists, workers)):
+        assert time.monotonic() < end, "a worker is left"
+        time.sleep(0.05)
 
 
 def test_no_worker_outlives_the_caller(path: Path) -> None:

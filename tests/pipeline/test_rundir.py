@@ -121,6 +121,43 @@ def test_what_is_in_a_new_folder_is_on_disk_before_it_has_its_name(
     assert sorted(synced) == [". named", *inside]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.rundir import replacing_folder
+
+calls = []
+
+def dies_at(real):
+    def call(*args, **named):
+        calls.append(real)
+        if len(calls) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **named)
+    return call
+
+with replacing_folder(Path(sys.argv[1])) as building:
+    for name in "abc":
+        (building / name).write_text("new")
+    os.unlink, os.rename = dies_at(os.unlink), dies_at(os.rename)
+"""
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_a_folder_whose_replacement_is_killed_is_whole_the_old_or_the_new_one(tmp_path: Path, call: int) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(call)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(RuntimeError), replacing_folder(folder):
+        raise RuntimeError
+    found = {path.name: path.read_text() for path in folder.iterdir()}
+    assert found in (dict.fromkeys("abc", "old"), dict.fromkeys("abc", "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("old")

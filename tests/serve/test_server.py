@@ -128,6 +128,14 @@ def test_a_server_that_dies_is_one_line_with_the_cause_and_the_log(stub, model, 
     assert processes() == []
 
 
+def test_a_server_whose_port_another_one_has_taken_meanwhile_is_not_ready(stub, model, monkeypatch):
+    processes = stub("die")
+    monkeypatch.setattr(server_module, "is_ready", lambda *_: server_module.time.sleep(5) or True)  # the other one is
+    with pytest.raises(DistillError, match="before it was ready"), serving(model, port=free_port(), config=SETTINGS):
+        pytest.fail("it cannot be ready")
+    assert processes() == []
+
+
 @pytest.mark.parametrize("mode", ["silent", "other"])
 def test_a_server_that_never_serves_the_model_is_ended(stub, model, mode, tmp_path):
     processes = stub(mode)

