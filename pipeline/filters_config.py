@@ -1,7 +1,7 @@
 """The recipe's `filters` section: which answers are worth learning from."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,6 +22,13 @@ class RuleConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     rule: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, given: Any) -> Any:
+        if not isinstance(given, dict | RuleConfig):
+            raise ValueError("takes the rule's name and its settings, as in `{rule: length, min_chars: 10}`")
+        return given
 
 
 class DedupConfig(Section):

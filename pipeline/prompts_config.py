@@ -1,9 +1,9 @@
 """The recipe's `prompts` section, and which part (training, validation or test) a prompt is for."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.partition import position, value_of
 from pipeline.records import Asked, Json, Part, Prompt, as_text, question_text
@@ -30,6 +30,20 @@ class ChooseSlot(Section):
         return self
 
 
+def _kind_of_slot(given: Any) -> str | None:
+    return "<list>" if isinstance(given, list | tuple) else "<choice>" if isinstance(given, dict | ChooseSlot) else None
+
+
+Slot = Annotated[
+    Annotated[list[str], Tag("<list>")] | Annotated[ChooseSlot, Tag("<choice>")],
+    Discriminator(
+        _kind_of_slot,
+        custom_error_type="slot",
+        custom_error_message="takes a list of values, or `{choose: k, from: […]}`",
+    ),
+]
+
+
 def slot_values(slot: list[str] | ChooseSlot) -> list[str]:
     """What a slot may be filled with."""
     return slot.from_ if isinstance(slot, ChooseSlot) else slot
@@ -48,8 +62,8 @@ class PromptsConfig(Section):
     """A system prompt for every prompt that has none of its own: for the teacher and the student."""
     template: str | None = None
     """The prompt's text: `{slot}` is replaced, `{{` and `}}` are braces."""
-    slots: dict[str, list[str] | ChooseSlot] = Field({})
-    """The values of each slot: a list, or `{choose: k, from: […]}`."""
+    slots: dict[str, Slot] = Field({})
+    """The values of each slot: a list, or `{choose: k, from: […]}`. Numbers (007) and `yes` are texts, as written."""
     reference: Any = None
     """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace."""
     tools: list[dict[str, Any]] = Field([])

@@ -2,6 +2,7 @@
 
 import os
 import re
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: list[str], env_prefix: str) -> str:
     """One pydantic problem of a recipe as `where: key: what is wrong, got value`."""
-    names = [str(part) for part in problem["loc"]]
+    names = [str(part) for part in problem["loc"] if not str(part).startswith("<")]  # those are the tags of a union
     key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
     where = _flag_or_variable(names, flags, env_prefix) or str(path)
     if problem["type"] == "extra_forbidden":
@@ -25,8 +26,14 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     if problem["type"] == "missing":
         return f"{where}: {key} is missing"
     message, value = problem["msg"].removeprefix("Value error, ").removeprefix("Input "), problem["input"]
+    if problem["type"] in ("model_type", "dict_type"):
+        known = ", ".join(_known_keys(recipe, names))
+        message = f"takes keys ({known})" if known else "takes a mapping, `{key: value}`"
     secret = names[-1:] == ["api_key_env"]  # a key may be there by mistake
     shown = "" if secret or isinstance(value, dict | BaseModel) else f", got {value!r}"
+    if problem["type"] == "string_type" and isinstance(value, bool | int | float | date) and not secret:
+        shown += " (as YAML reads yes, no, on and off)" if isinstance(value, bool) else ""
+        shown += "; put it in quotes"
     if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith((env_prefix, "--")):
         section = _section_at(recipe, names)
         needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []

@@ -12,6 +12,7 @@ from pipeline.errors import RecipeError
 from pipeline.section import Section
 
 ENV_PREFIX = "DISTILL_"
+TEXTS = (("prompts", "slots"), ("evaluate", "unseen"))  # mappings to lists of texts
 
 
 class Variables(EnvSettingsSource):
@@ -40,7 +41,18 @@ def check_variables(recipe: type[Section]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice. PyYAML itself keeps the last one and says nothing."""
+    """Refuses a key that is given twice, which PyYAML takes in silence, and leaves values of slots as they are written.
+
+    PyYAML makes 7 of 007, 750 of 12:30, and True of yes.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        recipe = super().get_single_node()
+        for section, key in TEXTS:
+            for slot in (slot for inner in _at(recipe, section) for slots in _at(inner, key) for slot in _at(slots)):
+                for values in (slot, *_at(slot, "from")):
+                    _keep_as_written(values)
+        return recipe
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -53,6 +65,19 @@ class _Loader(yaml.SafeLoader):
                 raise RecipeError(f"{self.name}:{line}: {key.value} is given twice (see line {first[name]}); keep one")
             first[name] = line
         return node
+
+
+def _at(node: yaml.Node | None, key: str | None = None) -> list[yaml.Node]:
+    """What a mapping has at a key, or at any; nothing if it is no mapping."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return [value for name, value in pairs if key in (None, name.value)]
+
+
+def _keep_as_written(values: yaml.Node) -> None:
+    """Makes the items of a list texts."""
+    for item in values.value if isinstance(values, yaml.SequenceNode) else []:
+        if isinstance(item, yaml.ScalarNode) and item.tag != "tag:yaml.org,2002:null":
+            item.tag = "tag:yaml.org,2002:str"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RecipeError
+from pipeline.prompts_config import slot_values
 from pipeline.recipe import Recipe, load_recipe
 
 GOOD = """
@@ -140,6 +141,39 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             "choose is 3, but `from` has only 2 different values",
         ),
         ("name: a/b", [], "{path}: name"),
+        (
+            "prompts: {count: 1, template: x, slots: {a: kids}}",
+            [],
+            "{path}: prompts.slots.a takes a list of values, or `{{choose: k, from: […]}}`, got 'kids'",
+        ),
+        (
+            "prompts: {count: 1, template: x, slots: {a: [b, ~]}}",
+            [],
+            "{path}: prompts.slots.a[1] should be a valid string",
+        ),
+        (
+            "prompts: {count: 1, template: x, slots: {a: {choose: 1, from: b}}}",
+            [],
+            "{path}: prompts.slots.a.from should be a valid list, got 'b'",
+        ),
+        (
+            "sampling: {}",
+            ["--prompts.slots", '{"a": [7]}'],
+            "--prompts.slots: prompts.slots.a[0] should be a valid string, got 7; put it in quotes",
+        ),
+        (
+            "prompts: {count: 1, template: x, system: no}",
+            [],
+            "{path}: prompts.system should be a valid string, got False (as YAML reads yes, no, on and off); put it in",
+        ),
+        (
+            "filters: {rules: [choice]}",
+            [],
+            "{path}: filters.rules[0] takes the rule's name and its settings, as in `{{rule: length, "
+            "min_chars: 10}}`, got 'choice'",
+        ),
+        ("budget: 5", [], "{path}: budget takes keys (usd, tokens), got 5"),
+        ("teacher: {model: m, headers: 3}", [], "{path}: teacher.headers takes a mapping, `{{key: value}}`"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: list[str], said: str) -> None:
@@ -149,6 +183,21 @@ def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: l
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, flags)
     assert said.format(path=path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_of_slots_are_texts_as_they_are_written(path: Path) -> None:
+    written = ["7", "007", "1.0", "1_000", "12:30", "0x10", "2024-01-01", "yes", "No", "true", "a b"]
+    values = f"[{', '.join(written)}, 'quoted']"
+    slots = f"{{a: {values}, b: {{choose: 2, from: {values}}}}}"
+    path.write_text(
+        f"name: t\nteacher: {{model: m}}\nprompts: {{count: 3, template: '{{a}}{{b}}', slots: {slots}}}\n"
+        "evaluate: {unseen: {a: [8, off]}}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.prompts.slots["a"] == [*written, "quoted"]
+    assert slot_values(recipe.prompts.slots["b"]) == [*written, "quoted"]
+    assert recipe.evaluate.unseen == {"a": ["8", "off"]}
 
 
 def test_the_user_and_the_judge_have_urls_as_the_teacher_has(path: Path) -> None:
@@ -187,7 +236,7 @@ def test_a_list_in_a_variable_is_json(path: Path, monkeypatch: pytest.MonkeyPatc
     for name, value in (("SERVE__ARGS", "--a b"), ("TEACHER__HEADERS", "X-Key: b"), ("SAMPLING", '{"seed": b')):
         monkeypatch.setenv(f"DISTILL_{name}", value)
         key = name.lower().replace("__", ".")
-        with pytest.raises(RecipeError, match=rf"DISTILL_{name}: {key} should be .*; give JSON$") as caught:
+        with pytest.raises(RecipeError, match=rf"DISTILL_{name}: {key} (should be|takes) .*; give JSON$") as caught:
             load_recipe(path)
         assert value not in str(caught.value)
         monkeypatch.delenv(f"DISTILL_{name}")
