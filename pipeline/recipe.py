@@ -18,7 +18,7 @@ from pipeline.evaluate_config import EvaluateConfig
 from pipeline.filters_config import FiltersConfig
 from pipeline.generate_config import GenerateConfig
 from pipeline.prompts_config import HUB, PromptsConfig, slot_values
-from pipeline.recipe_errors import explain, explain_flag
+from pipeline.recipe_errors import explain_all, explain_flag
 from pipeline.recipe_sources import ENV_PREFIX, Variables, check_variables, read_yaml
 from pipeline.records import folded
 from pipeline.sampling_config import SamplingConfig
@@ -134,8 +134,7 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
     except SettingsError as error:
         raise RecipeError(explain_flag(error)) from None
     except ValidationError as error:
-        problems = [explain(problem, Recipe, path, flags, ENV_PREFIX) for problem in error.errors()]
-        raise RecipeError("\n".join(problems)) from None
+        raise RecipeError("\n".join(explain_all(error.errors(), Recipe, path, flags, ENV_PREFIX))) from None
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_settings import SettingsError
@@ -15,9 +17,50 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: list[str], env_prefix: str) -> str:
-    """One pydantic problem of a recipe as `where: key: what is wrong, got value`."""
-    names = [str(part) for part in problem["loc"] if not str(part).startswith("<")]  # those are the tags of a union
+def explain_all(
+    problems: list["ErrorDetails"], recipe: type[Section], path: Path, flags: list[str], env_prefix: str
+) -> list[str]:
+    """All pydantic problems of a recipe, a line each. Of a key that takes one of several types it has one for each."""
+    found: dict[tuple[str, ...], ErrorDetails] = {}
+    for problem in problems:
+        names = tuple(_keys(problem["loc"], recipe))
+        if first := found.get(names):
+            first["msg"] += f", or {problem['msg'].removeprefix('Input ')}"
+        found.setdefault(names, problem)
+    return [_explain(problem, names, recipe, path, flags, env_prefix) for names, problem in found.items()]
+
+
+def _keys(place: Iterable[int | str], recipe: type[Section]) -> Iterator[str]:
+    """The keys to a value, without the type that pydantic names after a key that takes one of several."""
+    section: type[Section] | None = recipe
+    several = False
+    for part in map(str, place):
+        if several or part.startswith("<"):  # a tag
+            several = False
+            continue
+        yield part
+        field = section.model_fields.get(part) if section else None
+        several, section = field is not None and _types(field.annotation) > 1, field and section_of(field)
+
+
+def _types(annotation: Any) -> int:
+    """How many types it names, without None."""
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return sum(_types(member) for member in get_args(annotation) if member is not NoneType)
+    return 1
+
+
+def _explain(
+    problem: "ErrorDetails",
+    names: Sequence[str],
+    recipe: type[Section],
+    path: Path,
+    flags: list[str],
+    env_prefix: str,
+) -> str:
+    """One problem as `where: key: what is wrong, got value`."""
     key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
     where = _flag_or_variable(names, flags, env_prefix) or str(path)
     if problem["type"] == "extra_forbidden":
@@ -29,7 +72,7 @@ def explain(problem: "ErrorDetails", recipe: type[Section], path: Path, flags: l
     if problem["type"] in ("model_type", "dict_type"):
         known = ", ".join(_known_keys(recipe, names))
         message = f"takes keys ({known})" if known else "takes a mapping, `{key: value}`"
-    secret = names[-1:] == ["api_key_env"]  # a key may be there by mistake
+    secret = [*names[-1:]] == ["api_key_env"]  # a key may be there by mistake
     shown = "" if secret or isinstance(value, dict | BaseModel) else f", got {value!r}"
     if problem["type"] == "string_type" and isinstance(value, bool | int | float | date) and not secret:
         shown += " (as YAML reads yes, no, on and off)" if isinstance(value, bool) else ""
@@ -50,7 +93,7 @@ def explain_flag(error: SettingsError) -> str:
     return f"--{found[1] or found[2]}: its value is no JSON; give JSON, in single quotes for the shell"
 
 
-def _flag_or_variable(names: list[str], flags: list[str], env_prefix: str) -> str | None:
+def _flag_or_variable(names: Sequence[str], flags: list[str], env_prefix: str) -> str | None:
     """The flag or, failing that, the variable that gave the value at `names` or what it is a part of, if one did."""
     upper, given = {name.upper() for name in os.environ}, {flag.split("=")[0] for flag in flags}
     parts = [names[:count] for count in range(len(names), 0, -1)]
@@ -59,13 +102,13 @@ def _flag_or_variable(names: list[str], flags: list[str], env_prefix: str) -> st
     return found[0] if found else None
 
 
-def _known_keys(section: type[Section] | None, names: list[str]) -> list[str]:
+def _known_keys(section: type[Section] | None, names: Sequence[str]) -> list[str]:
     """The keys of the section at `names`; none if there is no section."""
     section = _section_at(section, names)
     return [field.alias or name for name, field in section.model_fields.items()] if section else []
 
 
-def _section_at(section: type[Section] | None, names: list[str]) -> type[Section] | None:
+def _section_at(section: type[Section] | None, names: Sequence[str]) -> type[Section] | None:
     for name in names:
         section = section_of(section.model_fields[name]) if section and name in section.model_fields else None
     return section

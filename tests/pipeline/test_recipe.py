@@ -173,6 +173,17 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             "min_chars: 10}}`, got 'choice'",
         ),
         ("budget: 5", [], "{path}: budget takes keys (usd, tokens), got 5"),
+        (
+            "generate: {concurrency: x}",
+            [],
+            "{path}: generate.concurrency should be 'auto', or should be a valid integer, unable to parse",
+        ),
+        (
+            "teacher: {model: m, base_url: 5}",
+            [],
+            "{path}: teacher.base_url should be a valid string, or should be a valid list, got 5; put it in quotes",
+        ),
+        ("sampling: {}", ["--train.compile", "x"], "--train.compile: train.compile should be 'auto', or should be a"),
         ("teacher: {model: m, headers: 3}", [], "{path}: teacher.headers takes a mapping, `{{key: value}}`"),
     ],
 )
