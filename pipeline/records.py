@@ -219,5 +219,5 @@ def read_json(path: Path, kind: type[Value], fix: str) -> Value | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}; {fix}") from None

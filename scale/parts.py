@@ -40,7 +40,7 @@ def row_key(line: bytes, kind: str) -> str:
     """
     try:
         row = _decoder.decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"no row of {kind}: {error}: {line[:80]!r}") from None
     return f"{row.id} {row.created}" if kind.endswith("failures") else row.id
 

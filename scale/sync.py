@@ -21,7 +21,7 @@ import msgspec
 from generate.idset import IdSet
 from generate.journal import Journal
 from pipeline.errors import DistillError, UsageError
-from pipeline.records import Completion, Failure
+from pipeline.records import Completion, Failure, read_json
 from pipeline.rundir import SERVED, RunDir, write_file
 from scale.parts import Uploader, compact, part_names, read_new_rows, row_key
 from scale.run_lease import TakenOver
@@ -54,11 +54,9 @@ class StoreState(msgspec.Struct):
 
     @classmethod
     def read(cls, folder: Path) -> "StoreState":
-        """A new folder gets an owner's name."""
-        try:
-            return msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=cls)
-        except FileNotFoundError:
-            return cls(uuid4().hex[:12])
+        """A new folder gets an owner's name. Raises DataError."""
+        fix = "move it away, and run the same command with --take-over"
+        return read_json(folder / STATE_FILE, cls, fix) or cls(uuid4().hex[:12])
 
     def save(self, folder: Path) -> None:
         """Replaces the file."""

@@ -10,7 +10,7 @@ import pytest
 
 from generate.budget import Account, Spend, read_account, write_account
 from generate.journal import read_journal
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.records import Completion, Usage, encode_line
 from scale import run_lease
 from scale.collect import _answers_since
@@ -146,6 +146,13 @@ def test_a_machine_that_comes_back_puts_its_answers_and_leaves_the_files_of_the_
     assert {name: store.get(name) for name in two_s} == two_s
     assert store.names("training") == ["training/checkpoint-4/trainer_state.json", "training/fingerprint"]
     assert store.names("parts") == [part_name("completions", "one", 0)]
+
+
+@pytest.mark.parametrize("damaged", [b"{", b'{"owner": "\xff"}'], ids=["cut off", "no UTF-8"])
+def test_a_damaged_state_of_a_folder_is_one_clear_line(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / ".stored.json").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"\.stored\.json: .*; move it away, and run the same command with --take-over"):
+        StoreState.read(tmp_path)
 
 
 def test_a_blank_line_in_a_journal_is_no_row(tmp_path: Path) -> None:
