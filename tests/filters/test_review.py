@@ -232,7 +232,14 @@ def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
 def serving(run: RunDir, *flags: str, errors: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The real command; yields its address."""
     command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(run.path), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored
+    )
     assert process.stdout
     try:
         for line in process.stdout:
