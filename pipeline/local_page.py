@@ -33,7 +33,7 @@ def page_app(page: Path, token: str) -> "FastAPI":
     In the page, `{nonce}` is where the nonce of a style or a script goes.
     """
     from fastapi import Depends, FastAPI, HTTPException, Request
-    from fastapi.responses import HTMLResponse
+    from fastapi.responses import HTMLResponse, PlainTextResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     text = page.read_text(encoding="utf-8")
@@ -44,6 +44,13 @@ def page_app(page: Path, token: str) -> "FastAPI":
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(known)])
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+
+    @app.exception_handler(OSError)
+    async def tell(_: Request, error: OSError) -> PlainTextResponse:
+        """A full disk is one line here, too; the page shows that something is wrong."""
+        said = f"{error.filename or 'a file'}: {error.strerror or error}"
+        print(f"error: {said}", file=sys.stderr)
+        return PlainTextResponse(said, status_code=507)
 
     @app.get("/{token}/")
     async def show() -> HTMLResponse:

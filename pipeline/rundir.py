@@ -170,10 +170,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     a `waiting_lock`.
     """
     building, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        old.rename(folder)
-    for left in (building, old):
-        shutil.rmtree(left, ignore_errors=True)
+
+    def clear() -> None:
+        if old.exists() and not folder.exists():  # stopped between the two renames below
+            old.rename(folder)
+        for left in (building, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+    clear()
     building.mkdir(parents=True)
     try:
         with writing_weights(folder):
@@ -184,8 +188,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         building.rename(folder)
         sync_path(folder.parent)
     finally:
-        for left in (building, old):
-            shutil.rmtree(left, ignore_errors=True)
+        clear()
 
 
 @contextmanager

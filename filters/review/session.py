@@ -5,6 +5,7 @@ holds all that the page shows, and how many answers each stratum had, so that fi
 A verdict is on disk (fsync) before `record` returns. The file is append-only: to undo is to add a line.
 """
 
+import errno
 import fcntl
 import os
 import random
@@ -111,7 +112,7 @@ class Session(AbstractContextManager["Session"]):
             sample = draw(run, size, seed)
             write_jsonl(run.review_sample, [sample])
         self.sample = sample
-        self._file: BinaryIO = run.reviews.open("a+b")
+        self._file: BinaryIO = run.reviews.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -145,13 +146,21 @@ class Session(AbstractContextManager["Session"]):
     def undo(self) -> None:
         """Takes back the last verdict, if there is one: its answer is the current one again."""
         if self.verdicts:
-            last, _ = self.verdicts.popitem()
+            last = next(reversed(self.verdicts))
             self._write(Review(id=last, verdict="undo"))
+            del self.verdicts[last]
 
     def _write(self, review: Review) -> Review:
-        self._file.write(encode_line(review))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Raises OSError where it is not on disk: nothing of it stays in the file."""
+        line, end = encode_line(review), self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(end)
+            error.filename = self._file.name
+            raise
         return review
 
 

@@ -141,6 +141,41 @@ def test_a_verdict_is_on_disk_at_once_and_a_review_goes_on_where_it_was(run: Run
     assert len(run.reviews.read_text().splitlines()) == 5
 
 
+def test_a_full_disk_takes_no_verdict_and_loses_none(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Session(run, size=20, seed=0) as session:
+        session.record("accept")
+        first, second = [item.id for item in session.sample.items][:2]
+        before = run.reviews.read_bytes()
+        monkeypatch.setattr("os.fsync", full)
+        for write in (lambda: session.record("reject"), session.undo):
+            with pytest.raises(OSError, match="No space") as caught:
+                write()
+            assert caught.value.filename == str(run.reviews) and run.reviews.read_bytes() == before
+            assert [*session.verdicts] == [first] and session.current and session.current.id == second
+        monkeypatch.undo()
+        session.record("skip")
+    assert [*read_reviews(run)] == [first, second]
+
+
+def test_the_page_says_that_the_disk_is_full(run: RunDir, browser_page: Page) -> None:
+    with Session(run, size=5, seed=0):
+        pass  # it draws the sample
+    full = "def full(_): raise OSError(28, 'No space left on device')"
+    script = f"import os, runpy\n{full}\nos.fsync = full\nrunpy.run_module('filters.review', run_name='__main__')"
+    with serving(run, errors=subprocess.PIPE, script=script) as (url, process):
+        browser_page.goto(url)
+        browser_page.wait_for_selector("#text[data-id]")
+        browser_page.keyboard.press("4")
+        browser_page.wait_for_selector("#problem:not([hidden])")
+        assert browser_page.inner_text("#problem") == f"{run.reviews}: No space left on device"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    assert said.splitlines()[0] == f"error: {run.reviews}: No space left on device" and "Traceback" not in said
+
+
 def test_two_do_not_review_a_run_at_once(run: RunDir) -> None:
     with Session(run, size=5, seed=0) as session:
         session.record("accept")
@@ -229,9 +264,12 @@ def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
 
 
 @contextmanager
-def serving(run: RunDir, *flags: str, errors: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(
+    run: RunDir, *flags: str, errors: int | None = None, script: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The real command; yields its address."""
-    command = [sys.executable, "-m", "filters.review", str(recipe_path(run)), "--run", str(run.path), *flags]
+    start = ["-c", script] if script else ["-m", "filters.review"]
+    command = [sys.executable, *start, str(recipe_path(run)), "--run", str(run.path), *flags]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -158,6 +158,24 @@ def test_a_folder_whose_replacement_is_killed_is_whole_the_old_or_the_new_one(tm
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "model", Path.rename
+    folder.mkdir()
+    (folder / "a").write_text("old")
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name == "model.tmp":
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as building:
+        (building / "a").write_text("new")
+    assert (folder / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("old")
