@@ -25,6 +25,11 @@ from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError,
         (RequestsFailed("2 of 9 requests failed"), 4, "stopped: 2 of 9 requests failed\n"),
         (KeyboardInterrupt(), 130, "interrupted: run the same command again to go on\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), 1, "error: runs/x: No space left on device\n"),
+        (  # of a copy, whose source is named first
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/y", None, "runs/x"),
+            1,
+            "error: runs/x: No space left on device\n",
+        ),
     ],
 )
 def test_each_end_has_its_code_and_its_line(

@@ -53,6 +53,15 @@ def test_a_pruned_student_has_the_teachers_layers_and_answers(tmp_path: Path, ar
     assert student.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
 
 
+def test_a_pruned_teacher_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
+    teacher, run = tiny_model(tmp_path / "teacher", layers=4), RunDir(tmp_path / "run")
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(RecipeError, match=r"student\.model prune:2 needs .* \(.*tokenizer") as caught:
+        initial_student(make_recipe("prune:2", str(teacher)), run)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_pruned_student_is_built_once_and_again_when_asked_for_another(tmp_path: Path) -> None:
     teacher = str(tiny_model(tmp_path / "teacher", layers=4))
     run = RunDir(tmp_path / "run")
