@@ -22,7 +22,7 @@ from train.checks.licences import licence_check, terms_of
 def main(argv: list[str] | None = None) -> None:
     parser = stage_parser("chain", "Runs all stages of a recipe; run again, it goes on where it was.")
     parser.add_argument(
-        "--dry-run", action="store_true", help="checks the whole recipe; what would be asked, and its cost"
+        "--dry-run", action="store_true", help="check the recipe; what would be asked, and its cost; sends nothing"
     )
     recipe, run, options = parse_stage(parser, argv)
     if recipe.student is None:
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_terms(recipe: Recipe) -> None:
-    """Raises UsageError where the teacher's terms would stop the training, when its answers are paid for."""
+    """Raises UsageError where the teacher's terms would stop the training: before its answers are paid for."""
     assert recipe.student is not None
-    stated, accepted = terms_of(recipe.teacher.model, stated=recipe.train.teacher_licence), recipe.train.accept
-    check = licence_check(recipe.teacher.model, stated, recipe.student.model)
+    terms, accepted = terms_of(recipe.teacher.model, stated=recipe.train.teacher_licence), recipe.train.accept
+    check = licence_check(recipe.teacher.model, terms, recipe.student.model)
     if check.status == "fail" or (check.status == "warn" and check.name not in accepted):
         accept = f", or, if you may learn from it as it is: train.accept: [{check.name}]" * (check.status == "warn")
         raise UsageError(f"check {check.name}: {check.finding}; {check.fix}{accept}; nothing was asked")

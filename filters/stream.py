@@ -118,7 +118,7 @@ def _received(connection: Connection) -> Any:
 
 
 def _worker(path: Path, work: Work[Result], connection: Connection, parents: list[Connection]) -> None:
-    """Sends the result of each block that it is given. Ends with its parent, and the run's lock with both."""
+    """Sends the result of each block that it is given. Ends with its parent: it would hold the run's lock."""
     die_with_parent()
     for one in parents:  # the other ends: only the parent may hold them open
         one.close()

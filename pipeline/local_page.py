@@ -91,7 +91,8 @@ def serve_page(build: Callable[[str], "FastAPI"], *, port: int, before: str, aft
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
         server = uvicorn.Server(config)
         with _ending(server.handle_exit):
-            server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # it would pass them on, and again
+            # uvicorn's own would raise the signals again when it has closed.
+            server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]
             server.run(sockets=[listener])
 
 

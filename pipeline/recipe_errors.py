@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def explain_all(
     problems: list["ErrorDetails"], recipe: type[Section], path: Path, flags: list[str], env_prefix: str
 ) -> list[str]:
-    """All pydantic problems of a recipe, a line each. Of a key that takes one of several types it has one for each."""
+    """A line for each value of a recipe that is wrong.
+
+    Where a key takes one of several types, pydantic has a problem for each of them: they are one line here.
+    """
     found: dict[tuple[str, ...], ErrorDetails] = {}
     for problem in problems:
         names = tuple(_keys(problem["loc"], recipe))
@@ -31,11 +34,11 @@ def explain_all(
 
 
 def _keys(place: Iterable[int | str], recipe: type[Section]) -> Iterator[str]:
-    """The keys to a value, without the type that pydantic names after a key that takes one of several."""
+    """The keys to a value, without the types that pydantic puts between them."""
     section: type[Section] | None = recipe
     several = False
     for part in map(str, place):
-        if several or part.startswith("<"):  # a tag
+        if several or part.startswith("<"):  # a type, or the kind of a slot (prompts_config)
             several = False
             continue
         yield part

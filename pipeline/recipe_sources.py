@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         recipe = super().get_single_node()
         for section, key in TEXTS:
-            for slot in (slot for inner in _at(recipe, section) for slots in _at(inner, key) for slot in _at(slots)):
+            for slot in _at(recipe, section, key, None):
                 for values in (slot, *_at(slot, "from")):
                     _keep_as_written(values)
         return recipe
@@ -67,10 +67,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _at(node: yaml.Node | None, key: str | None = None) -> list[yaml.Node]:
-    """What a mapping has at a key, or at any; nothing if it is no mapping."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return [value for name, value in pairs if key in (None, name.value)]
+def _at(node: yaml.Node | None, *path: str | None) -> list[yaml.Node]:
+    """What nested mappings have at a path of keys; None in it stands for every key."""
+    found = [node]
+    for key in path:
+        pairs = (pair for one in found if isinstance(one, yaml.MappingNode) for pair in one.value)
+        found = [value for name, value in pairs if key in (None, name.value)]
+    return [one for one in found if one is not None]
 
 
 def _keep_as_written(values: yaml.Node) -> None:

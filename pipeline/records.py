@@ -216,8 +216,15 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
 def read_json(path: Path, kind: type[Value], fix: str) -> Value | None:
     """The value of a JSON file; None if there is no file. Raises DataError, with the fix, if it is no `kind`."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
+    return decode_json(data, kind, path, fix)
+
+
+def decode_json(data: bytes, kind: type[Value], where: Path | str, fix: str) -> Value:
+    """A value out of its JSON. Raises DataError `where: reason; fix`."""
+    try:
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}; {fix}") from None
+        raise DataError(f"{where}: {error}; {fix}") from None

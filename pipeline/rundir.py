@@ -36,7 +36,7 @@ class File:
         return run.path / self._name
 
 
-SERVED = "served-"  # begins the folders of an evaluation that begin anew, with their journals, when it is stopped
+SERVED = "served-"  # begins the names of an evaluation's folders that it empties, journals too, when it starts again
 
 
 @dataclass(frozen=True)

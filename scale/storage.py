@@ -16,9 +16,8 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-import msgspec
-
-from pipeline.errors import DataError, DistillError, UsageError, first_line
+from pipeline.errors import DistillError, UsageError, first_line
+from pipeline.records import decode_json
 from pipeline.rundir import sync_path
 
 Value = TypeVar("Value")
@@ -85,10 +84,7 @@ def open_store(url: str | Path) -> Store:
 def read_record(store: Store, name: str, kind: type[Value], fix: str) -> Value | None:
     """The value of a JSON object; None if there is none of this name. Raises DataError, with the fix, if no `kind`."""
     data = store.get(name)
-    try:
-        return None if data is None else msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{store.url}/{name}: {error}; {fix}") from None
+    return None if data is None else decode_json(data, kind, f"{store.url}/{name}", fix)
 
 
 class Folder:
