@@ -8,8 +8,8 @@ forbidden, one more process sends what is left: the run ends as it would end in 
 A child reads its pickled work from stdin and writes JSON lines to stdout: `["counters", {…}]` four times per second,
 `["say", message]`, or `[class of an error, its message]`. SIGUSR1 stops it as Ctrl-C stops a run; after SIGUSR2, when
 another child cannot go on, it waits for all that it has in flight; SIGTERM, which a system may send to all processes,
-is for the parent. The end of stdin, when its parent has died, stops it at once. It inherits the run's lock, which
-stays held until the last child is gone.
+is for the parent. The end of stdin stops it at once: its parent has died, or was interrupted again. It inherits the
+run's lock, which stays held until the last child is gone.
 """
 
 import asyncio
@@ -72,10 +72,14 @@ class _Workers:
 
     def interrupt(self) -> None:
         """Stops the children in order; a second call stops them at once."""
-        self.signal(STOP)
-        if not self._interrupted:
-            self._run.say_stopping()
+        if self._interrupted:
+            for child in self._children:
+                assert child.stdin
+                child.stdin.close()  # not STOP again: of two signals at once a busy child sees one
+            return
         self._interrupted = True
+        self.signal(STOP)
+        self._run.say_stopping()
 
     def signal(self, number: signal.Signals) -> None:
         for child in self._children:
@@ -181,12 +185,12 @@ async def _send(run: Run) -> Outcome:
     events = asyncio.get_running_loop()
     async with opened_loop(run) as (loop, _):
 
-        def parent_gone() -> None:
+        def stop_at_once() -> None:
             events.remove_reader(sys.stdin)
             loop.interrupt()
             loop.interrupt()
 
-        events.add_reader(sys.stdin, parent_gone)
+        events.add_reader(sys.stdin, stop_at_once)
         events.add_signal_handler(STOP, loop.interrupt)
         events.add_signal_handler(END, loop.close)
         return await loop.run()

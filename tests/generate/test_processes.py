@@ -162,10 +162,16 @@ def test_a_second_interrupt_stops_all_at_once(run: RunDir, tmp_path: Path, monke
     with slow(60.0) as server:  # type: ignore[attr-defined]
         process = started(server, run, "--generate.request_timeout_s", "90")
         until_asked(server, 8)
+        family = children(process)
+        for child in family:
+            child.suspend()  # as if too busy to see the first before the second comes
         process.send_signal(signal.SIGINT)
         assert process.stderr
         assert any("stopping: a moment" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        for child in family:
+            child.resume()
         assert finish(process)[0] == 130
     assert not completions(run)
 

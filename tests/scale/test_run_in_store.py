@@ -172,10 +172,12 @@ def test_a_training_goes_on_on_another_machine(tmp_path: Path, url: str) -> None
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(recipe)
     process = start(tmp_path / "one", "-m", "train", "recipe.yaml", "--force", "--run", url)
+    wait_until(lambda: [*tmp_path.glob("one/runs/stored/*/stories/training/*/trainer_state.json")])
+    training = int((stored_run(tmp_path / "one") / ".lock").read_text())
+    os.kill(training, signal.SIGSTOP)  # else it may end, or replace each checkpoint, before one is put
     wait_until(lambda: [name for name in store.names("training") if name.endswith("trainer_state.json")])
     os.killpg(process.pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        os.kill(int((stored_run(tmp_path / "one") / ".lock").read_text()), signal.SIGKILL)
+    os.kill(training, signal.SIGKILL)
     process.communicate()
     shutil.rmtree(tmp_path / "one")
     again = f"{STALE}from scale.run_in_store import *; run_stage(main)"
