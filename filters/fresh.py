@@ -1,7 +1,8 @@
-"""The newest reference and columns of each prompt, for answers bought before these were added, changed or removed.
+"""The newest id, slots, reference and columns of each question, for answers bought before these were changed.
 
-Reads prompts.jsonl, if it or completions.jsonl has any. Keeps 28 bytes per prompt, and reads a prompt's line again only
-where an answer has other values.
+Reads prompts.jsonl, if its prompts are of a file, or it or completions.jsonl has a reference or columns: the id and
+the slots of a template's prompt are of its text. Keeps 36 bytes per prompt, and reads a prompt's line again only where
+an answer has other values.
 """
 
 import mmap
@@ -17,9 +18,12 @@ import msgspec
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.prompts_config import PromptsConfig
 from pipeline.records import Completion, Prompt, encode_line
+from pipeline.rundir import RunDir
 
 MARKS = b'"reference":', b'"columns":'  # a line without them has neither
+VALUES = ("slots", "reference", "columns")
 
 _decode = msgspec.json.Decoder(Prompt).decode
 _encode = msgspec.json.Encoder(order="deterministic").encode  # columns may have been put in another order
@@ -33,39 +37,41 @@ class FreshValues:
         start = 0
         self._file: BinaryIO | None = file
         self._content = np.empty(0, np.uint8)  # of the file, where it is not open
-        keys, values, starts, lengths = array("Q"), array("Q"), array("q"), array("i")
+        keys, ids, values, starts, lengths = array("Q"), array("Q"), array("Q"), array("q"), array("i")
         for number, line in enumerate(file, start=1):
             if not line.isspace():
                 try:
                     prompt = _decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise DataError(f"{file.name}:{number}: {error}; `python -m generate` writes it again") from None
-                keys.append(_hash([prompt.id, prompt.messages]))
-                values.append(_hash([prompt.reference, prompt.columns]))
+                keys.append(_hash([prompt.messages, prompt.tools]))
+                ids.append(_hash(prompt.id))
+                values.append(_hash([prompt.id, *(getattr(prompt, name) for name in VALUES)]))
                 starts.append(start)
                 lengths.append(len(line))
             start += len(line)
         order = np.lexsort((np.frombuffer(values, np.uint64), np.frombuffer(keys, np.uint64)))
-        self._keys, self._values = np.frombuffer(keys, np.uint64)[order], np.frombuffer(values, np.uint64)[order]
+        self._keys, self._ids, self._values = (np.frombuffer(one, np.uint64)[order] for one in (keys, ids, values))
         self._starts, self._lengths = np.frombuffer(starts, np.int64)[order], np.frombuffer(lengths, np.int32)[order]
 
     def joined(self, row: Completion, line: bytes) -> tuple[Completion, bytes]:
-        """A row and its line, with the values that its prompt has now: the last's, where it stands there several times.
+        """A row and its line, with the values that its prompt has now. Where the question stands there several times,
+        those of the last with the row's id, else of the last.
 
         A row whose values are those of one of its prompts stays as it is, and so does a row of another question.
         """
-        key = np.uint64(_hash([row.prompt_id, row.messages]))
-        first = int(np.searchsorted(self._keys, key))
-        if first == len(self._keys) or self._keys[first] != key:
+        key = np.uint64(_hash([row.messages, row.tools]))
+        first, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
+        if first == end:
             return row, line
-        end = int(np.searchsorted(self._keys, key, side="right"))
-        value = np.uint64(_hash([row.reference, row.columns]))
+        value = np.uint64(_hash([row.prompt_id, *(getattr(row, name) for name in VALUES)]))
         at = first + int(np.searchsorted(self._values[first:end], value))
         if at < end and self._values[at] == value:
             return row, line
-        last = first + int(np.argmax(self._starts[first:end]))
+        same_id = self._ids[first:end] == np.uint64(_hash(row.prompt_id))
+        last = first + int(np.lexsort((self._starts[first:end], same_id))[-1])
         prompt = _decode(self._line(int(self._starts[last]), int(self._lengths[last])))
-        row = msgspec.structs.replace(row, reference=prompt.reference, columns=prompt.columns)
+        row = msgspec.structs.replace(row, prompt_id=prompt.id, **{name: getattr(prompt, name) for name in VALUES})
         return row, encode_line(row)
 
     def _line(self, start: int, length: int) -> bytes:
@@ -80,10 +86,10 @@ class FreshValues:
 
 
 @contextmanager
-def fresh_values(prompts: Path, completions: Path) -> Iterator[FreshValues | None]:
-    """The index of a prompts.jsonl; None if there is no such file, or neither file has a reference or columns."""
-    if prompts.exists() and (_has_values(prompts) or _has_values(completions)):
-        with prompts.open("rb") as file:
+def fresh_values(run: RunDir, config: PromptsConfig) -> Iterator[FreshValues | None]:
+    """The index of a run's prompts.jsonl; None if there is no such file, or nothing in it can have changed."""
+    if run.prompts.exists() and (config.file or _has_values(run.prompts) or _has_values(run.completions)):
+        with run.prompts.open("rb") as file:
             yield FreshValues(file)
     else:
         yield None

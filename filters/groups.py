@@ -1,28 +1,32 @@
 """The answers to one prompt side by side: what they agree on, which of them stay, and how often one of them is right.
 
-Works on one array with a row for each answer of the run, some 40 bytes, in the order of the file: texts and results are
+Works on one array with a row for each answer of the run, some 50 bytes, in the order of the file: texts and results are
 hashes. Reads and writes nothing.
 """
 
+from datetime import datetime
 from math import comb
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from pydantic import Field
 
 from filters.answer import UNVERIFIED, Answer, RuleSettings
 from filters.minhash import Array, digest
 from pipeline.filters_config import Selection
-from pipeline.records import Completion, Reason, folded, said
+from pipeline.records import Completion, Message, Reason, folded, said
 
 AGREES, SELECT = "agrees", "select"
+_encode = msgspec.json.Encoder().encode
 SAMPLE = np.dtype(
     [
-        ("prompt", np.uint64),  # a hash of the prompt's id
+        ("prompt", np.uint64),  # its hash
         ("sample", np.int32),  # the answer's number among those to the prompt
         ("passed", bool),  # every rule
         ("wrong", bool),  # a rule drops it; not only because it could not be checked
         ("start", np.int64),  # of its line, in the file it is written to first
+        ("created", np.float64),  # seconds since 1970
         ("result", np.uint64),  # a hash of what the verifier made of it, or of its text
         ("score", np.float32),  # the mean of the verifiers'; -inf: none gives one
         ("chars", np.int32),
@@ -52,20 +56,38 @@ def sample_of(row: Completion, checked: Checked, start: int, *, results: bool) -
     if results:
         result = hash_of(folded(said(row)) if checked.result is None else checked.result)
     return (
-        hash_of(row.prompt_id),
+        hash_of_prompt(row.prompt_id, row.messages),
         row.sample,
         not checked.reasons,
         any(reason.rule != UNVERIFIED for reason in checked.reasons),
         start,
+        _seconds(row.created),
         result,
         sum(scores) / len(scores) if scores else -np.inf,
         len(said(row)),
     )
 
 
+def _seconds(created: str) -> float:
+    """0 for what is no time: rows may be of another program."""
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
 def hash_of(text: str) -> int:
     """What stands for a text in SAMPLE."""
     return int.from_bytes(digest(text), "little")
+
+
+def hash_of_prompt(prompt_id: str, messages: list[Message]) -> int:
+    """What stands for a prompt in SAMPLE: its id, and its messages up to the first of the user.
+
+    An id of the user's may have named another prompt before. What follows in a conversation differs by sample.
+    """
+    end = next((number for number, message in enumerate(messages, start=1) if message.role == "user"), None)
+    return hash_of(prompt_id + _encode(messages[:end]).decode())
 
 
 class Votes(NamedTuple):
@@ -84,7 +106,7 @@ def count_votes(samples: Array) -> Votes:
     keys = rows["prompt"] * np.uint64(0x9E3779B97F4A7C15) ^ rows["result"]
     _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
     count = counts[group]
-    order = np.lexsort((rows["sample"], -count, rows["prompt"]))
+    order = np.lexsort((-rows["created"], rows["sample"], -count, rows["prompt"]))
     _, first, of_prompt = np.unique(rows["prompt"][order], return_index=True, return_inverse=True)
     best = np.empty(len(rows), np.int64)  # for each row, the first row of the result that is chosen
     best[order] = order[first][of_prompt]
@@ -106,13 +128,14 @@ def outvoted(votes: Votes, settings: AgreesSettings) -> dict[int, Reason]:
 def not_selected(samples: Array, alive: Array, how: Selection, scores: Array, votes: Votes | None) -> dict[int, Reason]:
     """All but one answer to each prompt, of those that are `alive`, and why. All arrays are of answers that passed.
 
-    `scores`: higher is better. `votes` are needed for `agreed`. Of equals, the lowest sample number stays.
+    `scores`: higher is better. `votes` are needed for `agreed`. Of equals the lowest sample number stays; of two with
+    one number, the newest: the recipe asks otherwise now, or a failed request was made again.
     """
     if how == "all":
         return {}
     ranks = {"first": samples["sample"], "best": -scores, "shortest": samples["chars"]}
     rank = -votes.same if votes and how == "agreed" else ranks[how]
-    order = np.lexsort((samples["sample"], rank, samples["prompt"]))
+    order = np.lexsort((-samples["created"], samples["sample"], rank, samples["prompt"]))
     order = order[alive[order]]
     _, first, of_prompt = np.unique(samples["prompt"][order], return_index=True, return_inverse=True)
     stays = samples["sample"][order[first][of_prompt]]

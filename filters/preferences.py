@@ -27,6 +27,8 @@ def write_preferences(
                 chosen, rejected = _row(kept_file, chosen_at), _row(wrong_file, rejected_at)
                 if prompts.part_of(chosen) == "test":
                     break
+                if chosen.messages != rejected.messages:  # conversations that go on otherwise
+                    continue
                 file.write(
                     encode_line(
                         Preference(

@@ -30,7 +30,7 @@ from filters.duplicates import (
     find_duplicates,
 )
 from filters.fresh import fresh_values
-from filters.groups import AGREES, SAMPLE, SELECT, count_votes, hash_of, not_selected, outvoted, solved
+from filters.groups import AGREES, SAMPLE, SELECT, count_votes, hash_of_prompt, not_selected, outvoted, solved
 from filters.judgements import Judgement, count_scores, judge_reason, judge_rules, read_judgements
 from filters.minhash import Array
 from filters.preferences import write_preferences
@@ -44,7 +44,7 @@ from pipeline.errors import DataError, DistillError
 from pipeline.filters_config import DedupConfig, FiltersConfig
 from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
 from pipeline.recipe import Recipe
-from pipeline.records import Kept, Reason, encode_line
+from pipeline.records import Kept, Message, Reason, encode_line
 from pipeline.rundir import RunDir
 
 UNSOLVED_IDS = 100  # named in the report
@@ -124,7 +124,7 @@ def filter_run(
         staging = staged([run.kept, run.dropped, run.filter_report, run.lineage, *wanted], stale)
         kept, dropped, report_file, lineage_file, *preferences = stack.enter_context(staging)
         stack.callback(path.unlink, missing_ok=True)
-        fresh = stack.enter_context(fresh_values(run.prompts, run.completions))
+        fresh = stack.enter_context(fresh_values(run, recipe.prompts))
         compared = rules.agrees is not None or config.select == "agreed"
         later = bool(rules.agrees or dedup or config.judge or config.select != "all")  # a stage follows the rules
         work = partial(check_lines, rules=rules, dedup=dedup, fresh=fresh, results=compared)
@@ -258,19 +258,20 @@ def _prompts(samples: Array, survivors: Survivors, dropped: Path) -> PromptCount
         for line in file:
             if not wanted or len(ids) == UNSOLVED_IDS:
                 break
-            prompt_id = _decode_prompt_id(line).prompt_id
-            if (found := hash_of(prompt_id)) in wanted:
+            row = _decode_asked(line)
+            if (found := hash_of_prompt(row.prompt_id, row.messages)) in wanted:
                 wanted.remove(found)
-                ids.append(prompt_id)
+                ids.append(row.prompt_id)
     counts = len(prompts), kept, kept / len(prompts), int(answers.max())
     return PromptCounts(*counts, pass_at, len(unsolved), ids)
 
 
-class _PromptId(msgspec.Struct):
+class _Asked(msgspec.Struct):
     prompt_id: str
+    messages: list[Message]
 
 
-_decode_prompt_id = msgspec.json.Decoder(_PromptId).decode
+_decode_asked = msgspec.json.Decoder(_Asked).decode
 
 
 def check_keep_rate(

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 import filters.fresh
 import filters.stream
@@ -33,26 +34,53 @@ def filtered(stage: Stage) -> dict[str, Kept | Dropped]:
     return {row.prompt_id: row for row in rows}
 
 
-def test_newer_values_are_joined_by_prompt_and_other_lines_stay_as_they_are(stage: Stage) -> None:
-    stage.completions()
+def test_newer_values_are_joined_by_question_and_other_lines_stay_as_they_are(stage: Stage) -> None:
+    asked = [[Message("user", f"{number}번 이야기를 써 주세요.")] for number in range(5)]
+    rows = [msgspec.structs.replace(row, messages=asked[number]) for number, row in enumerate(ROWS)]
+    stage.completions(b"".join(map(encode_line, rows)))
     stage.filter()
     old = stage.run.kept.read_bytes().splitlines(), stage.run.dropped.read_bytes().splitlines()
     prompts(
         stage,
-        Prompt(id="p4", messages=QUESTION, reference={"n": [1]}, columns={"topic": "x"}),
-        Prompt(id="p1", messages=QUESTION, reference="토끼"),
+        Prompt(id="p4", messages=asked[4], slots=rows[4].slots, reference={"n": [1]}, columns={"topic": "x"}),
+        Prompt(id="of the user's own", messages=asked[1], slots={"who": "곰"}, reference="토끼"),
         Prompt(id="p2", messages=[Message("user", "another question under the same id")], reference="no"),
-        Prompt(id="p3", messages=QUESTION),
-        Prompt(id="never answered", messages=QUESTION, reference=5),
+        Prompt(id="p3", messages=asked[3], slots=rows[3].slots),
+        Prompt(id="never answered", messages=[Message("user", "?")], reference=5),
     )
     stage.filter()
-    rows = filtered(stage)
-    assert (rows["p4"].reference, rows["p4"].columns) == ({"n": [1]}, {"topic": "x"})
-    assert rows["p1"].reference == "토끼"
-    assert [rows[f"p{number}"].reference for number in (0, 2, 3)] == [None] * 3
+    filtered_rows = filtered(stage)
+    assert (filtered_rows["p4"].reference, filtered_rows["p4"].columns) == ({"n": [1]}, {"topic": "x"})
+    assert "p1" not in filtered_rows
+    named = filtered_rows["of the user's own"]
+    assert (named.slots, named.reference, named.text) == ({"who": "곰"}, "토끼", rows[1].text)
+    assert [filtered_rows[f"p{number}"].reference for number in (0, 2, 3)] == [None] * 3
     new = stage.run.kept.read_bytes().splitlines(), stage.run.dropped.read_bytes().splitlines()
     assert [a == b for a, b in zip(old[0], new[0], strict=True)] == [True, False]  # of p0 and p4
     assert [a == b for a, b in zip(old[1], new[1], strict=True)] == [False, True, True]  # of p1, p2 and p3
+
+
+def test_of_a_question_that_stands_there_several_times_an_answer_gets_the_row_with_its_id(stage: Stage) -> None:
+    rows = [msgspec.structs.replace(completion(n, f"{n}"), reference="old") for n in (1, 2, 3)]
+    stage.rules([{"rule": "length", "min_chars": 1}], dedup=None)
+    stage.completions(b"".join(map(encode_line, rows)))
+    new = [Prompt(id=f"p{n}", messages=QUESTION, reference=f"of p{n}") for n in (2, 1, 0)]
+    prompts(stage, *new)
+    stage.filter()
+    kept = read_jsonl(stage.run.kept, Kept)
+    assert [(row.prompt_id, row.reference) for row in kept] == [("p1", "of p1"), ("p2", "of p2"), ("p0", "of p0")]
+
+
+def test_ids_that_are_given_later_are_joined_where_prompts_have_nothing_else(stage: Stage, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    recipe = yaml.safe_load(stage.recipe.read_text(encoding="utf-8"))
+    path.write_text('{"prompt": "say 1"}\n')
+    recipe |= {"prompts": {"file": str(path)}, "filters": {"rules": [{"rule": "length", "min_chars": 1}]}}
+    stage.recipe.write_text(yaml.safe_dump(recipe))
+    stage.completions(encode_line(msgspec.structs.replace(ROWS[0], messages=QUESTION)))
+    prompts(stage, Prompt(id="mine", messages=QUESTION))
+    stage.filter()
+    assert [*filtered(stage)] == ["mine"]
 
 
 def test_the_rules_see_the_newest_values(stage: Stage) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import yaml
@@ -195,6 +196,36 @@ def test_one_of_a_prompts_answers_stays(stage: Stage, select: str, kept: list[st
         rules = json.loads(stage.run.filter_report.read_bytes())["rules"]
         assert {key: rules[-1][key] for key in ("rule", "dropped")} == {"rule": "select", "dropped": 3}
         assert json.loads(stage.run.lineage.read_bytes())["filters"]["prompts"] == 2
+
+
+def test_of_two_answers_with_one_number_the_newest_stays(stage: Stage) -> None:
+    old, new = answers("a", "4", "is 4"), answers("a", "it is 4", "now it is 4", created="2026-01-02T00:00:00Z")
+    strange = answers("b", "4", created="yesterday")
+    new = [msgspec.structs.replace(row, id=f"new {row.id}") for row in new]
+    stage.filter([*new, *old, *strange], RIGHT, select="first")
+    assert [*stage.kept()] == ["new a0", "b0"]
+    stage.filter(
+        [*new, *old], {"rule": "length", "min_chars": 1}, {"rule": "agrees", "min_share": 0.1}, select="agreed"
+    )
+    assert [*stage.kept()] == ["new a0"]
+
+
+def test_answers_to_another_question_that_had_the_id_before_are_another_prompts(stage: Stage) -> None:
+    """Ids that number the rows of a file move when a row is put in."""
+    italy, spain = [Message("user", "capital of Italy?")], [Message("user", "capital of Spain?")]
+    turns = [[*spain, Message("assistant", text), Message("user", f"{text}?")] for text in ("Madrid", "Sevilla")]
+    old = [msgspec.structs.replace(row, id=f"old {row.id}", messages=italy) for row in answers("0", "4", "4")]
+    new = [msgspec.structs.replace(row, messages=turn) for row, turn in zip(answers("0", "4", "5"), turns, strict=True)]
+    stage.filter([*old, *new], RIGHT, select="first", preferences=2)
+    assert [*stage.kept()] == ["old 00", "00"]
+    assert (stage.prompts()["prompts"], stage.prompts()["kept"]) == (2, 2)
+    pairs = [json.loads(line)["id"] for line in (stage.run.path / "preferences.jsonl").read_bytes().splitlines()]
+    assert pairs == []  # of two conversations that go on otherwise
+    stage.filter([*old, *(msgspec.structs.replace(row, messages=spain) for row in new)], RIGHT, preferences=2)
+    pairs = [json.loads(line)["id"] for line in (stage.run.path / "preferences.jsonl").read_bytes().splitlines()]
+    assert pairs == ["00:01"]
+    stage.filter([*old, msgspec.structs.replace(new[1], messages=spain)], RIGHT)
+    assert stage.prompts()["unsolved_ids"] == ["0"]
 
 
 def test_what_is_gone_is_not_selected_and_counts_for_no_prompt(stage: Stage) -> None:
