@@ -16,7 +16,7 @@ import msgspec
 
 from generate.grammar import Grammar
 from generate.idset import IdSet
-from generate.sources import TOO_DEEP, read_rows
+from generate.sources import TOO_DEEP, read_rows, without_nulls
 from pipeline.errors import DataError, RecipeError
 from pipeline.instructions import INSTRUCTIONS
 from pipeline.prompts_config import PromptsConfig, RowPart
@@ -147,21 +147,12 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
         if both := inner.keys() & columns.keys():
             raise ValueError(f"{', '.join(sorted(both))} stands both in `columns` and beside it; rename one")
         columns |= inner
-    return msgspec.convert(
-        {**_without_nulls(parts), "reference": parts.get("reference"), "columns": columns}, PromptRow
-    )
+    return msgspec.convert({**without_nulls(parts), "reference": parts.get("reference"), "columns": columns}, PromptRow)
 
 
 def _says_more(turn: Any) -> bool:
     """Whether a turn has keys that a Message has no room for."""
     return isinstance(turn, dict) and any(turn[key] is not None for key in turn.keys() - set(Message.__struct_fields__))
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without nulls in its objects: Arrow gives each object all keys that any row has."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def make_prompt(row: PromptRow, system: str | None = None, tools: list[Json] | None = None) -> Prompt:

@@ -135,7 +135,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             opened = parquet.ParquetFile(file)
             _check_names(str(path), opened.schema_arrow.names)
             batches = opened.iter_batches(batch_size=ROWS_AT_ONCE)
-            yield from _plain(path, (row for batch in batches for row in batch.to_pylist()))
+            yield from _of_arrow(path, (row for batch in batches for row in batch.to_pylist()))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"prompts.file {path}: not Parquet: {_line(error)}; {ACCEPTED}") from None
         except ValueError as error:  # of a time with nanoseconds, where there is no pandas
@@ -148,7 +148,7 @@ def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
         loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"prompts.file {path}: not a folder that `datasets` saved: {_line(error)}") from None
-    return _plain(path, _one_split(path, loaded, split))
+    return _of_arrow(path, _one_split(path, loaded, split))
 
 
 def _hub_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -161,7 +161,7 @@ def _hub_rows(path: Path, split: str | None) -> Iterator[Row]:
         return _one_split(path, datasets.load_dataset(repository, subset, streaming=True), split)
 
     advice = "check the name, the subset and the network, or give a file or folder"
-    return _plain(path, _guarded(path, rows, advice))
+    return _of_arrow(path, _guarded(path, rows, advice))
 
 
 def _python_rows(path: Path) -> Iterator[Row]:
@@ -217,6 +217,19 @@ def _guarded(path: Path, rows: Callable[[], Iterable[Json]], advice: str) -> Ite
         raise
     except Exception as error:
         raise DataError(f"prompts.file {path}: {type(error).__name__}: {_line(error)}; {advice}") from error
+
+
+def _of_arrow(path: Path, rows: Iterable[Json]) -> Iterator[Row]:
+    """The rows without what Arrow adds: it gives each object within a value all keys that any row has there."""
+    for where, row in _plain(path, rows):
+        yield where, {name: without_nulls(value) for name, value in row.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys of its objects that are null."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(path: Path, rows: Iterable[Json]) -> Iterator[Row]:

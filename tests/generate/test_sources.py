@@ -169,6 +169,24 @@ def test_conversations_and_tools_of_arrow_have_no_nulls_of_other_rows(tmp_path: 
     assert (second.messages[0].tool_calls, second.columns) == ([call], {})
 
 
+@pytest.mark.parametrize("kind", ["parquet", "folder", "jsonl"])
+def test_only_of_arrow_an_object_loses_its_nulls(tmp_path: Path, kind: str) -> None:
+    """Arrow gives each object all keys that any row has: a right {"a": 1} would not match {"a": 1, "b": null}."""
+    import datasets
+
+    references: list[Any] = [{"a": 1, "deep": [{"x": [1, None]}]}, {"b": 2, "deep": [{"y": None}, None]}, None]
+    rows = [{"prompt": str(number), "reference": value} for number, value in enumerate(references)]
+    path = tmp_path / f"p.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert [prompt.reference for prompt in prompts_of(path)] == references
+        return
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(str(path)) if kind == "parquet" else table.save_to_disk(str(path))
+    arrows: list[Any] = [references[0], {"b": 2, "deep": [{}, None]}, None]
+    assert [prompt.reference for prompt in prompts_of(path)] == arrows
+
+
 def test_splits_are_named_in_the_recipe(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     train, test = (datasets.Dataset.from_dict({"prompt": [name]}) for name in ("one", "two"))
