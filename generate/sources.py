@@ -196,17 +196,30 @@ def _imported(path: Path, package: str) -> Any:
 
 
 def _one_split(path: Path, loaded: Any, split: str | None) -> Iterable[Json]:
-    """The rows of the split that is wanted; of the only one where none is named."""
+    """The rows of the split that is wanted; of the only one where none is named. A class is its name, not its number."""
     if not isinstance(loaded, dict):
         if split is not None:
             raise DataError(f"prompts.file {path}: has no splits; remove prompts.split, which is {split!r}")
-        rows: Iterable[Json] = loaded
-        return rows
+        return _with_class_names(loaded)
     name = next(iter(loaded)) if split is None and len(loaded) == 1 else split
     if name not in loaded:
         raise DataError(f"prompts.file {path}: holds the splits {', '.join(loaded)}; set prompts.split, got {split!r}")
-    chosen: Iterable[Json] = loaded[name]
-    return chosen
+    return _with_class_names(loaded[name])
+
+
+def _with_class_names(rows: Any) -> Iterator[Json]:
+    features = rows.features or {}  # None of a stream whose types nobody wrote down: it has no classes
+    for row in rows:
+        yield {name: _class_name(value, features.get(name)) for name, value in row.items()}
+
+
+def _class_name(value: Any, feature: Any) -> Any:
+    """The name of a ClassLabel's number, also in a list of them; null where there is none. Any other value stays."""
+    if isinstance(value, list):
+        return [_class_name(inner, getattr(feature, "feature", None)) for inner in value]
+    if value is None or not hasattr(feature, "int2str"):
+        return value
+    return feature.names[value] if value >= 0 else None
 
 
 def _guarded(path: Path, rows: Callable[[], Iterable[Json]], advice: str) -> Iterator[Json]:

@@ -187,6 +187,26 @@ def test_only_of_arrow_an_object_loses_its_nulls(tmp_path: Path, kind: str) -> N
     assert [prompt.reference for prompt in prompts_of(path)] == arrows
 
 
+@pytest.mark.parametrize("kind", ["folder", "hub", "stream"])
+def test_a_class_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The rule `choice` names labels, which no number is."""
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["neg", "pos"])
+    features = {"prompt": datasets.Value("string"), "reference": label, "tags": datasets.Sequence(label)}
+    columns = {"prompt": list("abcd"), "reference": [1, 0, None, -1], "tags": [[0, 1], [], None, [-1]]}
+    saved = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    saved.save_to_disk(str(tmp_path / "rows"))
+    loaded = saved.to_iterable_dataset() if kind == "stream" else saved
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, streaming: {"train": loaded})
+    found = prompts_of(tmp_path / "rows" if kind == "folder" else "hub:some/reviews")
+    assert [prompt.reference for prompt in found] == ["pos", "neg", None, None]
+    assert [prompt.columns["tags"] for prompt in found] == [["neg", "pos"], [], None, [None]]
+    untyped = saved.to_iterable_dataset().map(lambda row: row)  # features: None
+    assert untyped.features is None
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, streaming: {"train": untyped})
+    assert len(prompts_of("hub:some/reviews")) == 4
+
+
 def test_splits_are_named_in_the_recipe(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     train, test = (datasets.Dataset.from_dict({"prompt": [name]}) for name in ("one", "two"))
