@@ -4,7 +4,8 @@ Reads what `prompts.file` names, and writes nothing. Every reader streams a row 
 user's own names, and can be read again from the start. What a row means is in generate.prompts.
 
 JSON has no dates, decimals or bytes. Of Parquet, `datasets` and Python, dates and times become ISO 8601 text, decimals
-text with all their digits, bytes Base64 text, and numbers that are not finite the text `nan`, `inf` or `-inf`.
+text with all their digits, bytes Base64 text, infinite numbers the text `inf` or `-inf`, and NaN (of pandas, a missing
+cell) null.
 """
 
 import csv
@@ -196,7 +197,7 @@ def _imported(path: Path, package: str) -> Any:
 
 
 def _one_split(path: Path, loaded: Any, split: str | None) -> Iterable[Json]:
-    """The rows of the split that is wanted; of the only one where none is named. A class is its name, not its number."""
+    """The rows of the split that is wanted; of the only one where none is named. A class is its name."""
     if not isinstance(loaded, dict):
         if split is not None:
             raise DataError(f"prompts.file {path}: has no splits; remove prompts.split, which is {split!r}")
@@ -268,7 +269,9 @@ def _json_value(where: str, name: str, value: Any) -> Any:
 
 
 def _from_pandas(value: Any) -> Any:
-    """Times with nanoseconds, which Arrow gives as pandas' own, and values of numpy."""
+    """Times with nanoseconds, which Arrow gives as pandas' own, missing cells, and values of numpy."""
+    if type(value).__name__ in ("NaTType", "NAType"):
+        return None
     if hasattr(value, "isoformat"):
         return value.isoformat()
     if hasattr(value, "tolist"):
@@ -277,12 +280,14 @@ def _from_pandas(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """A value whose numbers JSON has; the others as text."""
+    """A value whose numbers JSON has: NaN is null, infinite ones are text."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
 def _line(error: Exception) -> str:

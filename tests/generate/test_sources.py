@@ -134,7 +134,7 @@ def test_values_that_json_does_not_have_become_text(tmp_path: Path) -> None:
         "moment": "2026-03-01T12:30:00.250000Z",
         "price": "12345678901234567890.10",
         "blob": "AP8=",
-        "missing": "nan",
+        "missing": None,
         "far": ["inf"],
         "deep": {"when": ["2026-03-01T12:30:00.250000Z"], "n": 2**63 - 1},
     }
@@ -147,6 +147,12 @@ def test_values_that_json_does_not_have_become_text(tmp_path: Path) -> None:
     )
     (prompt,) = prompts_of(tmp_path / "np.py")
     assert prompt.columns == {"x": 3, "y": [0, 1], "z": {"1": [2]}}
+    (tmp_path / "pd.py").write_text(
+        "import pandas as pd\n\n"
+        "def rows():\n    yield {'prompt': 'a', 'x': pd.NA, 'y': pd.NaT, 'z': [float('nan'), float('-inf')]}\n"
+    )
+    (prompt,) = prompts_of(tmp_path / "pd.py")
+    assert prompt.columns == {"x": None, "y": None, "z": [None, "-inf"]}
     (prompt,) = prompts_of(tmp_path / "ns.parquet")
     assert prompt.columns == {"at": "1970-01-01T00:00:00.000000001", "took": "P0DT0H0M0.000000001S"}
 
@@ -286,6 +292,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ),
         ("p.py", f"{ROW}'id': '\\ud83d'}}\n", {}, "p.py: row 0: column 'id': half of a surrogate pair"),
         ("p.py", f"{ROW}'n': ['\\ud83d']}}\n", {}, "p.py: row 0: column 'n': half of a surrogate pair"),
+        ("p.py", "def rows():\n    yield {'prompt': float('nan')}\n", {}, "p.py: row 0: the prompt is empty"),
         ("p.parquet", b"PAR1\x15\x04", {}, "p.parquet: not Parquet"),
         ("p.py", "def rows():\n    yield {'prompt': 'a'}\n    1/0\n", {}, "p.py: ZeroDivisionError: division by zero"),
         ("p.py", "def rows():\n    yield 'a'\n", {}, "p.py: row 0: a row is a dict, got str"),
