@@ -107,7 +107,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         try:
             first = next(texts, "")
             reader = csv.reader(chain([first], texts), delimiter=max(",;\t", key=first.count), strict=True)
-            names = next(reader, [])
+            names = [name.strip() for name in next(reader, [])]
             _check_names(f"{path}:1", names)
             while True:
                 number = reader.line_num + 1

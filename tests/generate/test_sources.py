@@ -255,6 +255,12 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
         prompts_of("hub:some/questions")
 
 
+def test_the_names_of_csv_may_have_blanks_around_them(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt, reference ,\tid\na, b,c\n")
+    (prompt,) = prompts_of(tmp_path / "p.csv")
+    assert (prompt.messages[0].content, prompt.reference, prompt.id, prompt.columns) == ("a", " b", "c", {})
+
+
 def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
     """Arrow's rows would have the later one only."""
     import pyarrow
@@ -273,6 +279,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ("p.csv", 'prompt,id\nok,1\n"no end,2\n', {}, "p.csv:3: unexpected end of data"),
         ("p.csv", 'prompt,id\n"two\nlines",1\n,2\n', {}, "p.csv:4: the prompt is empty"),
         ("p.csv", "prompt,prompt\na,b\n", {}, "p.csv:1: each column needs a name of its own"),
+        ("p.csv", "prompt, prompt\na,b\n", {}, "p.csv:1: each column needs a name of its own"),
         ("p.csv", "prompt,\na,b\n", {}, "p.csv:1: each column needs a name of its own"),
         ("p.csv", b"prompt\ncaf\xe9\n", {}, "p.csv:2: 'utf-8' codec can't decode"),
         ("p.csv", "", {}, "p.csv: no prompts in it"),
