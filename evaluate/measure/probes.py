@@ -16,8 +16,10 @@ from hashlib import blake2b
 from itertools import chain, islice
 from typing import Literal
 
+import msgspec
+
 from generate.grammar import Grammar, shuffled
-from generate.prompts import PromptRow, iter_prompts, make_prompt
+from generate.prompts import PromptRow, iter_prompts, make_prompt, prompt_id
 from pipeline.errors import DataError, UsageError
 from pipeline.prompts_config import ChooseSlot, PromptsConfig
 from pipeline.recipe import Recipe
@@ -181,6 +183,7 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
 
 
 def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
+    """Prompts of `evaluate.probes_file`, with ids made of their questions: the run may have the file's own ids, too."""
     config = recipe.evaluate
     same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
     wanted = PromptsConfig(file=config.probes_file, **same)
@@ -192,7 +195,8 @@ def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
             f"{config.probes_file}: {len(known)} of its {len(prompts)} prompts are prompts of this run, the first "
             f"{first!r}; take them out, or the models are asked what the student was trained on"
         )
-    return _sample(prompts, count, config.seed)
+    own = [msgspec.structs.replace(prompt, id=prompt_id(prompt.messages, prompt.tools)) for prompt in prompts]
+    return _sample(own, count, config.seed)
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

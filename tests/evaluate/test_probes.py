@@ -194,6 +194,19 @@ def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: P
     assert {by_label.prompts.category_of(p, "label") for p in choose_questions(by_label, run).seen} == {"billing"}
 
 
+def test_ids_of_a_file_of_probes_may_be_those_of_the_run(tmp_path: Path) -> None:
+    """Row numbers, say: with two prompts of one id, neither could be asked."""
+    for name, words in (("rows", "asked"), ("probes", "unseen")):
+        lines = [f'{{"id": {number}, "prompt": "{words} {number}"}}\n' for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    evaluate = {"verify": [{"rule": "length", "min_chars": 1}], "probes_file": str(tmp_path / "probes.jsonl")}
+    prompts = {"file": tmp_path / "rows.jsonl", "test": 0.5}
+    recipe = Recipe(name="t", teacher={"model": "m"}, prompts=prompts, evaluate=evaluate)
+    questions = choose_questions(recipe, run_of(tmp_path, recipe))
+    assert questions.seen and len(questions.unseen) == 20
+    assert len({prompt.id for prompt in questions.all}) == len(questions.all)
+
+
 @pytest.mark.parametrize("change", [{"test": 0.2}, {"seed": 7}])
 def test_prompts_whose_parts_have_changed_since_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     """Training parts the rows by the recipe, so what the file calls a test prompt may have been trained on."""
