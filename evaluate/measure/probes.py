@@ -87,19 +87,20 @@ def choose_probes(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept]) -> Pro
     )
 
 
-def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
+def choose_questions(recipe: Recipe, run: RunDir, test_rows: Sequence[Kept] = ()) -> ProbePrompts:
     """What `evaluate.verify` is asked of: the run's test prompts, and those of `evaluate.probes_file` as unseen.
 
     The test prompts were set apart before anything was filtered, so those are among them whose answers were dropped.
     Where some have a reference, those without (the teacher wrote them, say) are left out: nothing can tell whether an
     answer to them is right. Raises DataError if there is none, if prompts are in another part than when they were made
-    (the student may have been trained on them), if none has the column `evaluate.category`, or if the run has asked a
-    prompt of the file.
+    or the student was trained (it may have been trained on them), if none has the column `evaluate.category`, or if the
+    run has asked a prompt of the file.
     """
     config = recipe.evaluate
     if not config.verify:
         return ProbePrompts("test", [])
     test = dict[str, Prompt]()
+    tested = set() if recipe.train.test_rows else {question_text(row.messages) for row in test_rows}
     for prompt in read_jsonl(run.prompts, Prompt):
         part = recipe.prompts.part_of(prompt)  # as train does
         if prompt.part not in (None, part):
@@ -107,8 +108,14 @@ def choose_questions(recipe: Recipe, run: RunDir) -> ProbePrompts:
                 f"{run.prompts}: the parts of the prompts have changed since generate (prompts.test, validation, seed "
                 "or group); run generate again, which asks for nothing that is there, and train again"
             )
+        text = question_text(prompt.messages)
         if part == "test":
-            test[question_text(prompt.messages)] = prompt
+            test[text] = prompt
+        elif text in tested:
+            raise DataError(
+                f"{run.prompts}: values of {recipe.prompts.group!r} (prompts.group) have changed since training, and "
+                f"with them the parts: {prompt.messages[-1].content[:60]!r} was a test prompt; train again"
+            )
     if not test:
         raise DataError(
             f"{run.prompts}: no test prompts for evaluate.verify; raise prompts.test or prompts.count, or "

@@ -219,6 +219,22 @@ def test_prompts_whose_parts_have_changed_since_are_refused(tmp_path: Path, chan
         choose_questions(with_prompts(recipe, **change), run)
 
 
+def test_after_the_groups_of_trained_rows_have_changed_nothing_is_verified(tmp_path: Path) -> None:
+    """What is a test prompt by the new values may have been trained on."""
+    recipe = with_prompts(recipe_of(COMBINATIONS, verify=[{"rule": "matches"}]), test=0.4, group="customer")
+    run, made = RunDir(tmp_path), list(iter_prompts(recipe))
+    of_customer = [msgspec.structs.replace(p, columns={"customer": number}) for number, p in enumerate(made)]
+    run.prompts.write_bytes(b"".join(map(encode_line, of_customer)))
+    tested = rows_of([p for p in of_customer if recipe.prompts.part_of(p) == "test"])
+    assert len(choose_questions(recipe, run, tested).seen) == len(tested) > 3
+    corrected = [msgspec.structs.replace(p, columns={"customer": f"c{number}"}) for number, p in enumerate(made)]
+    run.prompts.write_bytes(b"".join(map(encode_line, corrected)))
+    with pytest.raises(DataError, match=r"values of 'customer' \(prompts\.group\) have changed since training"):
+        choose_questions(recipe, run, tested)
+    by_file = recipe.train.model_copy(update={"test_rows": Path("mine.jsonl")})
+    assert choose_questions(recipe.model_copy(update={"train": by_file}), run, tested).seen
+
+
 def test_a_prompt_without_a_reference_is_not_verified_where_others_have_one(tmp_path: Path) -> None:
     recipe = with_prompts(recipe_of(16, verify=[{"rule": "length", "min_chars": 1, "max_chars": 9}]), test=1.0)
     run = run_of(tmp_path, recipe)
