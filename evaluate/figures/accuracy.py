@@ -129,4 +129,4 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share of `count` (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and at 1."""
     middle, spread = share + Z * Z / (2 * count), Z * (share * (1 - share) / count + Z * Z / (4 * count**2)) ** 0.5
     low, high = ((middle + sign * spread) / (1 + Z * Z / count) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return low if share else 0.0, high if share < 1 else 1.0

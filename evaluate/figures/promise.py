@@ -3,7 +3,8 @@
 Pure arithmetic. Each part is a ratio, and holds only if its whole interval is at least what is promised. A figure over
 fewer than 60 prompts (or groups of them) shows no quality: the bootstrap's interval of a share near 1 is too narrow
 there. With 29 of 30 right it begins at 90%, which 18% of the students that are right in just 90% reach; from 60 prompts
-on, 3 to 7% of them are told yes. Source of the promise: docs/evaluation.md.
+on, 3 to 7% of them are told yes. Over fewer than PROMPTS_TO_DIFFER no quality is missed either. Source of the promise:
+docs/evaluation.md.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from evaluate.document import Claim, Estimate, ModelReport, Scope, exactly
+from evaluate.figures.quality import PROMPTS_TO_DIFFER
 from evaluate.figures.statistics import Figures, quotient
 from pipeline.students import AFTER, TEACHER
 
@@ -82,7 +84,7 @@ def _claim(
     if value is None or not math.isfinite(value.low):
         return claim
     reached = value.low >= claim.promised
-    chance = prompts < ENOUGH if reached else claim.promised <= value.high
+    chance = prompts < ENOUGH if reached else claim.promised <= value.high or prompts < PROMPTS_TO_DIFFER
     verdict = "not shown" if chance else "yes" if reached else "no"
     return msgspec.structs.replace(claim, value=value, verdict=verdict)
 

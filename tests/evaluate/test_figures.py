@@ -312,8 +312,10 @@ def test_few_prompts_show_no_quality() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(1.0), figure(1.0)), prompts=59)
     assert found["quality_probes"].value == Estimate(1.0, 1.0, 1.0) and found["quality_probes"].verdict == "not shown"
     assert holds(list(found.values())) is None
-    missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=59)
+    missed = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=20)
     assert missed["quality_bits"].verdict == "no" and holds(list(missed.values())) is False
+    one = promise((figure(0.5), figure(0.9)), (figure(1.0), figure(1.0)), prompts=19)  # nor is it missed
+    assert one["quality_bits"].verdict == "not shown" and holds(list(one.values())) is None
 
 
 @pytest.mark.parametrize(("prompts", "wrong", "verdict"), [(30, 1, "not shown"), (50, 2, "not shown"), (64, 2, "yes")])
@@ -360,6 +362,7 @@ def test_wilson_s_interval_by_hand() -> None:
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4) and wilson(1.0, 20)[1] == 1
+    assert wilson(0.0, 135)[0] == 0
 
 
 def test_wrong_answers_to_unseen_prompts_stand_apart() -> None:
