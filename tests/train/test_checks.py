@@ -45,6 +45,20 @@ def finding(check: Check) -> tuple[str, float | None]:
     return check.status, check.value
 
 
+@pytest.mark.parametrize(
+    ("completed", "bad_lines", "status"),
+    [(0, 0, "pass"), (99, 0, "pass"), (100, 0, "pass"), (101, 0, "warn"), (101, 1, "pass"), (1600, 0, "warn")],
+)
+def test_answers_that_came_after_the_filters_warn(completed: int, bad_lines: int, status: str) -> None:
+    lineage = filtered(80)
+    lineage["filters"]["bad_lines"] = bad_lines
+    lineage["generate"] = {"completed": completed}
+    check = of_rows(story_rows(3), lineage)["filters"]
+    assert check.status == status
+    behind = f"1 rules judged 100 answers, and the run has {completed:,}", "run `python -m filters` again"
+    assert (check.finding, check.fix) == (behind if status == "warn" else ("1 rules judged 100 answers", ""))
+
+
 @pytest.mark.parametrize(("count", "status"), [(4999, "note"), (5000, "pass"), (50000, "pass"), (50001, "note")])
 def test_the_number_of_rows_is_advice(count: int, status: str) -> None:
     assert finding(of_rows([kept_row(0, "Hi?", "Yes.")] * count)["rows"]) == (status, count)

@@ -104,8 +104,11 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     if not section:
         yield Check(name="filters", status="warn", value=0, finding="no filters were run on these rows", fix=fix)
         return
-    finding = f"{(rules := rules_asked(section))} rules judged {section['rows']:,} answers"
-    yield graded("filters", rules, finding, passes=rules > 0, otherwise="warn", fix=fix)
+    rules, judged, answers = rules_asked(section), section["rows"], generate.get("completed", 0)
+    finding = f"{rules} rules judged {judged:,} answers"
+    if behind := answers > judged + section.get("bad_lines", 0):
+        finding, fix = f"{finding}, and the run has {answers:,}", "run `python -m filters` again"
+    yield graded("filters", rules, finding, passes=rules > 0 and not behind, otherwise="warn", fix=fix)
 
     rate, kept = section["keep_rate"], "of the answers were kept"
     # Asked by the last call, or by an earlier one that had more prompts: their answers are among the rows.
