@@ -17,7 +17,7 @@ from rich.table import Table
 
 from filters.judgements import RULE as JUDGE
 from filters.judgements import SCORES, read_judgements
-from filters.review.session import load_sample, read_reviews
+from filters.review.session import SAMPLE_FILES, load_sample, read_reviews
 from filters.rows import filtered_rows
 from pipeline.recipe import Recipe
 from pipeline.records import Dropped
@@ -65,6 +65,7 @@ class Result(NamedTuple):
     agreements: list[Agreement]
     scores: Counter[tuple[int, int]]  # (person's, judge's)
     unseen: dict[str, int]  # strata of which no answer is reviewed yet, and their answers: the figures leave them out
+    later: int = 0  # answers that came after the sample was drawn: the figures leave them out
 
 
 def agreement(recipe: Recipe, run: RunDir) -> Result | None:
@@ -73,7 +74,11 @@ def agreement(recipe: Recipe, run: RunDir) -> Result | None:
     verdicts = {id_: review for id_, review in reviews.items() if review.verdict != "skip"}
     if sample is None or not verdicts:
         return None
-    rules = {row.id: row.rule if isinstance(row, Dropped) else "" for row in filtered_rows(run) if row.id in verdicts}
+    rules, answers = dict[str, str](), 0
+    for row in filtered_rows(run):
+        answers += 1
+        if row.id in verdicts:
+            rules[row.id] = row.rule if isinstance(row, Dropped) else ""
     judged = {id_: verdict.score for id_, verdict in read_judgements(run).items() if verdict.score and id_ in rules}
     strata = {item.id: item.stratum for item in sample.items if item.id in rules}
     deciders = {"filters": {id_: not rule for id_, rule in rules.items()}}
@@ -87,7 +92,8 @@ def agreement(recipe: Recipe, run: RunDir) -> Result | None:
         found.append(Agreement(name, len(cases), *precision_and_recall(cases, sample.population)))
     pairs = Counter((score, judged[id_]) for id_ in strata if id_ in judged and (score := verdicts[id_].score))
     unseen = {stratum: answers for stratum, answers in sample.population.items() if stratum not in strata.values()}
-    return Result(len(verdicts), len(reviews) - len(verdicts), len(verdicts) - len(rules), found, pairs, unseen)
+    skipped, gone, later = len(reviews) - len(verdicts), len(verdicts) - len(rules), answers - sample.drawn_from
+    return Result(len(verdicts), skipped, gone, found, pairs, unseen, max(later, 0))
 
 
 def precision_and_recall(cases: Sequence[Case], population: dict[str, int]) -> tuple[Share | None, Share | None]:
@@ -135,6 +141,9 @@ def print_agreement(result: Result | None, console: Console) -> None:
     if result.unseen:
         named = ", ".join(f"{stratum} ({answers:,})" for stratum, answers in result.unseen.items())
         console.print(f"the figures leave out what no answer is reviewed of yet: {named}", highlight=False)
+    if result.later:
+        came = f"the figures leave out {result.later:,} answers that came after the sample was drawn; for another one"
+        console.print(f"{came} move {SAMPLE_FILES} away", highlight=False)
     if result.scores:
         table = Table("person \\ judge", *map(str, SCORES), title="scores")
         for one in SCORES:

@@ -23,6 +23,7 @@ from pipeline.records import Completion, Dropped, Slots, encode_line, read_json,
 from pipeline.rundir import RunDir, write_jsonl
 
 KEPT = "kept"  # the stratum of the answers that were kept; the others are named by their rule
+SAMPLE_FILES = "review_sample.json and reviews.jsonl"  # without them the next review draws its sample anew
 ACCEPTED_FROM = 3  # a score from here on accepts
 
 
@@ -43,6 +44,15 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     population: dict[str, int]  # answers by stratum, in the whole run
     items: list[Item]
+
+    @property
+    def drawn_from(self) -> int:
+        """How many answers the run had."""
+        return sum(self.population.values())
+
+    def is_as_asked(self, size: int | None, seed: int | None) -> bool:
+        """Whether it is a sample of this size and seed; None: of any."""
+        return (size is None or min(size, self.drawn_from) == len(self.items)) and seed in (None, self.seed)
 
 
 def draw(run: RunDir, size: int, seed: int) -> Sample:

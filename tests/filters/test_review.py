@@ -21,6 +21,7 @@ import yaml
 from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 
+from filters.review.__main__ import main
 from filters.review.agreement import Case, agreement, precision_and_recall, print_agreement, weighted_kappa
 from filters.review.session import KEPT, Session, draw, read_reviews
 from pipeline.errors import DataError, UsageError
@@ -237,6 +238,48 @@ def test_what_no_answer_is_reviewed_of_is_named(run: RunDir) -> None:
     console = Console(record=True, width=100)
     print_agreement(found, console)
     assert "leave out what no answer is reviewed of yet: length (30)" in console.export_text()
+
+
+def test_answers_that_came_after_the_sample_are_counted_apart(run: RunDir) -> None:
+    with Session(run, size=93, seed=0) as session:
+        session.record("accept")
+    recipe, console = load_recipe(recipe_path(run)), Console(record=True, width=200)
+    before = agreement(recipe, run)
+    assert before and before.later == 0
+    with run.dropped.open("ab") as file:
+        file.writelines(encode_line(Dropped(**fields(f"m{n}", "x"), rule="new", detail=[])) for n in range(1200))
+    after = agreement(recipe, run)
+    assert after == before._replace(later=1200)
+    print_agreement(after, console)
+    said = (
+        "the figures leave out 1,200 answers that came after the sample was drawn; for another one move review_sample"
+    )
+    assert said in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "goes_on"),
+    [
+        ([], False),
+        (["--sample", "20"], False),
+        (["--sample", "20", "--seed", "3"], False),
+        (["--sample", "30"], True),
+        (["--seed", "0"], True),
+    ],
+)
+def test_a_sample_that_is_there_stays_and_another_one_that_was_asked_for_is_told(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], goes_on: bool
+) -> None:
+    monkeypatch.setattr("filters.review.__main__.serve_page", lambda *_, before, **__: print(before))
+    command = [str(recipe_path(run)), "--run", str(run.path)]
+    main([*command, "--sample", "20", "--seed", "3"])
+    main([*command, *flags])
+    said = "this review goes on with the sample of 20 answers with seed 3; for another one move review_sample.json and"
+    assert (said in capsys.readouterr().out) == goes_on
+
+
+def test_all_answers_of_a_run_are_as_many_as_were_asked_for(run: RunDir) -> None:
+    assert draw(run, 100, seed=0).is_as_asked(100, None) and not draw(run, 100, seed=0).is_as_asked(92, None)
 
 
 def test_agreement_is_with_what_the_filters_say_now(run: RunDir) -> None:
