@@ -15,8 +15,11 @@ from filters.run import recipe_rules
 from generate.run import pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
+from pipeline.lineage import read_lineage, taught_by
 from pipeline.recipe import Recipe
-from train.checks.licences import licence_check, terms_of
+from pipeline.rundir import RunDir
+from train.checks.licences import licence_check, strictest, terms_of
+from train.checks.pair import teacher_check
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     for rules in (recipe_rules, verify_rules):  # a wrong setting is told before the answers are paid for
         rules(recipe, options.recipe)
     asks = pending(recipe, run)
-    if asks:
-        check_terms(recipe)
+    check_teachers(recipe, run, asks=bool(asks))
     if options.dry_run:
         stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
         return
@@ -68,12 +70,20 @@ def main(argv: list[str] | None = None) -> None:
         raise RequestsFailed(f"the judge gave no verdict on some answers; see {run.report_html}")
 
 
-def check_terms(recipe: Recipe) -> None:
-    """Raises UsageError where the teacher's terms would stop the training: before its answers are paid for."""
+def check_teachers(recipe: Recipe, run: RunDir, *, asks: bool) -> None:
+    """Raises UsageError where a teacher, or its terms, would stop the training: before further answers are paid for."""
     assert recipe.student is not None
-    terms, accepted = terms_of(recipe.teacher.model, stated=recipe.train.teacher_licence), recipe.train.accept
-    check = licence_check(recipe.teacher.model, terms, recipe.student.model)
-    if check.status == "fail" or (check.status == "warn" and check.name not in accepted):
+    teacher, stated = recipe.teacher.model, recipe.train.teacher_licence
+    taught = taught_by(recipe, read_lineage(run) if run.completions.exists() else {})
+    if asks:
+        terms = {name: terms_of(name, stated=stated) for name in dict.fromkeys([teacher, *taught])}
+        decisive = strictest(terms)
+        check = licence_check(decisive, terms[decisive], recipe.student.model)
+    elif teacher not in taught:
+        check = teacher_check(teacher, taught)
+    else:
+        return
+    if check.status == "fail" or (check.status == "warn" and check.name not in recipe.train.accept):
         accept = f", or, if you may learn from it as it is: train.accept: [{check.name}]" * (check.status == "warn")
         raise UsageError(f"check {check.name}: {check.finding}; {check.fix}{accept}; nothing was asked")
 

@@ -21,6 +21,7 @@ from pipeline.adapters import ADAPTER, base_of, digest_files, measure_weights, w
 from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
+from pipeline.lineage import read_lineage, taught_by
 from pipeline.models import PREFIX, is_path, model_folder
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
@@ -106,6 +107,14 @@ def _teacher(recipe: Recipe) -> Subject:
         except DistillError as error:
             missing = str(error)
     return Subject(TEACHER, "teacher", reference, folder, missing=missing)
+
+
+def warn_of_teacher(recipe: Recipe, run: RunDir) -> str:
+    """That another model than the recipe's teacher taught the student; empty if that teacher did."""
+    taught = taught_by(recipe, read_lineage(RunDir(run.student)))
+    if recipe.teacher.model in taught:
+        return ""
+    return f"{' and '.join(taught)} taught the student, but the teacher here is the recipe's, {recipe.teacher.model}"
 
 
 def digest_subject(subject: Subject) -> str:

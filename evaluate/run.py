@@ -41,7 +41,7 @@ from evaluate.measure.serving import (
     speed_prompts,
     with_server,
 )
-from evaluate.models import Subject, as_asked, choose_precision, digest_subject, subjects
+from evaluate.models import Subject, as_asked, choose_precision, digest_subject, subjects, warn_of_teacher
 from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
@@ -75,9 +75,7 @@ def evaluate_run(
     student or no test row, and what the judge raises once the report is written.
     """
     plan = make_plan(recipe, run, recipe_path, force=force and not report_only)
-    for subject in plan.models:
-        if subject.missing:
-            say(f"{subject.label}: not available: {subject.missing}")
+    _tell_models(plan)
     measure = not report_only
     if recipe.evaluate.lm_eval and measure and speed:
         find_command()
@@ -143,6 +141,14 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
         weights={subject.key: digest_subject(subject) for subject in models},
         force=force,
     )
+
+
+def _tell_models(plan: Plan) -> None:
+    if other := warn_of_teacher(plan.recipe, plan.run):
+        say(f"warning: {other}")
+    for subject in plan.models:
+        if subject.missing:
+            say(f"{subject.label}: not available: {subject.missing}")
 
 
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:

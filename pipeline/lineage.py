@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir, write_file
 
 
@@ -33,6 +34,18 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{run.lineage}: {error}; move it away to start a new one") from None
     return lineage
+
+
+def answered_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:
+    """The models whose answers a run holds, the last one asked first; the recipe's teacher if none is named."""
+    teacher = lineage.get("generate", {}).get("teacher", {})
+    return [teacher.get("asked", recipe.teacher.model), *teacher.get("earlier", [])]
+
+
+def taught_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:
+    """The models that a student learns from: those that answered, and the recipe's teacher if its tokens are scored."""
+    followed = recipe.train.soft and recipe.train.kd.teacher != "stored"
+    return list(dict.fromkeys([*answered_by(recipe, lineage), *([recipe.teacher.model] if followed else [])]))
 
 
 def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

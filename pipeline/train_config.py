@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from pipeline.section import Section
 
 Warns = Literal[
-    "prompts", "keep_rate", "filters", "reasoning", "size_ratio", "templates", "chain", "licence", "length", "context"
-]
+    "prompts", "keep_rate", "filters", "reasoning", "teacher", "size_ratio", "templates", "chain", "licence", "length",
+    "context",
+]  # fmt: skip
 Weights = Literal["lora", "qlora", "full"]
 FURTHER = ("on_policy", "dpo")  # methods that start from a student that another method has trained
 

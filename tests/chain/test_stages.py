@@ -21,6 +21,7 @@ import yaml
 import chain.__main__
 from chain.stages import StageFailed, stage, teacher
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
+from pipeline.lineage import record_lineage
 from pipeline.rundir import RunDir
 from serve.server import free_port
 from tests.servers.misbehaving_server import (
@@ -238,6 +239,33 @@ def test_terms_that_stop_a_training_are_told_before_anything_is_asked(tmp_path: 
             chain.__main__.main(command)
         chain.__main__.main([*command, "--train.accept", "licence"])
         assert server.asked == []
+
+
+def test_the_chain_stops_where_another_teacher_gave_the_answers_before_it_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = write_recipe(f"http://127.0.0.1:{free_port()}/v1", tmp_path), RunDir(tmp_path / "run")
+    command, stages = [str(recipe), "--run", str(run.path)], list[str]()
+
+    def note(name: str, *_: object) -> int:
+        stages.append(name)
+        return 0
+
+    run.path.mkdir()
+    record_lineage(run, "generate", {"teacher": {"asked": "gpt-4.1"}})
+    run.completions.touch()
+    monkeypatch.setattr(chain.__main__, "stage", note)
+    monkeypatch.setattr(chain.__main__, "last_words", lambda *_: [])
+    monkeypatch.setattr(chain.__main__, "pending", lambda *_: 0)
+    with pytest.raises(UsageError, match=r"check teacher: gpt-4\.1 gave the answers, not .*; nothing was asked"):
+        chain.__main__.main(command)
+    monkeypatch.setattr(chain.__main__, "pending", lambda *_: 1)
+    with pytest.raises(UsageError, match=r"check licence: gpt-4\.1, OpenAI"):  # the answers that there are
+        chain.__main__.main(command)
+    assert stages == []
+    run.completions.unlink()
+    chain.__main__.main([*command, "--dry-run"])
+    assert stages == ["generate"]
 
 
 def test_a_dry_run_of_the_chain_is_that_of_generate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

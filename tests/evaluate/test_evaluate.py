@@ -206,6 +206,18 @@ def test_a_report_says_with_what_it_was_made_and_what_changed_since_the_training
     assert any("were filtered again after the student was trained" in note for note in again.notes)
 
 
+def test_a_student_of_another_teacher_than_the_recipes_is_told(
+    run: RunDir, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_lineage(RunDir(run.student), "generate", {"teacher": {"asked": recipe.teacher.model}})
+    report = evaluate_run(recipe, run, PATH, speed=False)
+    assert "taught the student" not in capsys.readouterr().err and "taught the student" not in str(report.notes)
+    record_lineage(RunDir(run.student), "generate", {"teacher": {"asked": "gpt-4.1", "earlier": ["gpt-4o"]}})
+    told = f"gpt-4.1 and gpt-4o taught the student, but the teacher here is the recipe's, {recipe.teacher.model}"
+    report = evaluate_run(recipe, run, PATH, speed=False, force=True)
+    assert f"warning: {told}\n" in capsys.readouterr().err and told in report.notes
+
+
 def test_report_only_measures_nothing(
     run: RunDir, recipe: Recipe, loaded: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from pipeline.checks import Check
 from pipeline.errors import DataError, UsageError
+from pipeline.lineage import taught_by
 from pipeline.models import resolve_model
 from pipeline.prompts_config import PromptsConfig
 from pipeline.records import Kept, Message, encode_line
@@ -429,6 +430,34 @@ def test_the_licence_is_the_strictest_of_all_teachers_that_answered(student: str
     with pytest.raises(UsageError, match=r"licence: gpt-4\.1, OpenAI Services Agreement.*train\.accept: \[.*licence"):
         train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", accept=["filters", "size_ratio"]), run)
     assert not run.student.exists()
+
+
+def test_a_teacher_that_answered_in_the_place_of_the_recipes_is_told_and_its_terms_hold(
+    student: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", story_rows(6))
+    run.lineage.write_text(json.dumps({"generate": {"teacher": {"asked": "gpt-4.1", "served": ["gpt-4.1-2025"]}}}))
+    kind = {"method": "lora", "accept": ["filters", "size_ratio"]}
+    told = r"check teacher: gpt-4\.1 gave the answers, not .*Qwen/Qwen2\.5-7B-Instruct; .*TEACHER_MODEL=gpt-4\.1"
+    with pytest.raises(UsageError, match=told):
+        train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", **kind), run)
+    kind["accept"] = [*kind["accept"], "teacher"]
+    with pytest.raises(UsageError, match=r"check licence: gpt-4\.1, OpenAI Services Agreement"):
+        train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", **kind), run)
+    own = run.lineage.read_text().replace("gpt-4.1", str(make_run(tmp_path / "first", story_rows(6)).student))
+    run.lineage.write_text(own)
+    (tmp_path / "first" / "student").mkdir()
+    (tmp_path / "first" / "student" / "lineage.json").write_text(json.dumps({"train": {"teacher": "big"}}))
+    with pytest.raises(DataError, match=r"check chain: the teacher .*first/student is itself a distilled student"):
+        train_run(make_recipe(student, "Qwen/Qwen2.5-7B-Instruct", **kind), run)
+
+
+def test_a_teacher_that_is_followed_need_not_have_answered(student: str) -> None:
+    answered = {"generate": {"teacher": {"asked": "gpt-4.1", "earlier": ["gpt-4o"]}}}
+    ways = [{"method": "lora"}, {"method": "kd"}, {"method": "kd", "kd": {"teacher": "stored"}}]
+    taught = [taught_by(make_recipe(student, "big", **way), answered) for way in ways]
+    assert taught == [["gpt-4.1", "gpt-4o"], ["gpt-4.1", "gpt-4o", "big"], ["gpt-4.1", "gpt-4o"]]
+    assert taught_by(make_recipe(student, "big"), {}) == ["big"]
 
 
 def test_a_warning_stops_unless_it_is_accepted_or_forced(student: str, tmp_path: Path) -> None:

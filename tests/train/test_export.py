@@ -135,6 +135,16 @@ def test_cards_name_every_teacher_of_the_answers_and_follow_the_strictest_terms(
         assert "| teacher | gpt-4.1 | [OpenAI" in card.text
 
 
+def test_cards_name_the_teacher_that_answered_not_the_recipes(trained: tuple[Recipe, RunDir]) -> None:
+    recipe, run = trained
+    lineage = json.loads(run.lineage.read_bytes())
+    lineage["generate"]["teacher"] = {"asked": "gpt-4.1", "served": ["gpt-4.1-2025-04-14"]}
+    for text in (model_card(recipe, lineage), dataset_card(recipe, lineage, {"train": 8, "validation": 1, "test": 1})):
+        assert "| teacher | gpt-4.1 (the server named it gpt-4.1-2025-04-14) |" in text
+        assert "| teacher | gpt-4.1 | [OpenAI" in text and "| teacher | Qwen" not in text
+        assert ModelCard(text).data.to_dict()["license"] == "other"
+
+
 def test_an_adapter_is_exported_as_it_is_and_no_path_goes_with_it(trained: tuple[Recipe, RunDir]) -> None:
     recipe, run = trained
     folder = export_model(recipe, run)

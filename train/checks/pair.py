@@ -16,6 +16,7 @@ from pipeline.adapters import MERGED_FROM
 from pipeline.advice import BALANCED_SIZES
 from pipeline.checks import Check, Status
 from pipeline.instructions import asked_of_student, told_in_words
+from pipeline.lineage import taught_by
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message
 from pipeline.turns_and_tools import template_turns
@@ -27,6 +28,7 @@ from train.teacher import Card, known_files, parameters_of, read_card, tokenizer
 
 OUR_TAG = "distillate"  # on every card that this tool writes
 OTHERS_TAGS = {"distillation", "distilled", "knowledge-distillation"}
+SEVERITY = ("pass", "note", "warn", "fail")
 MAX_PROMPTS = 200  # distinct prompts rendered; a template that differs does so on the first ones
 ROLES = r"\b(?:system|developer|user|human|assistant|model)\b"
 MARKS = re.compile(rf"\[/?[A-Z_]+\]|<+/?[\w|▁-]+>+|{ROLES}|[#:]")  # what frames the turns of a chat
@@ -46,31 +48,36 @@ def pair_checks(
     `lineage`: the run's, which names every teacher that gave its answers.
     """
     assert recipe.student is not None
-    teacher = recipe.teacher.model
-    files = known_files(teacher)
-    card = read_card(files)
+    teacher, taught = recipe.teacher.model, taught_by(recipe, lineage)
+    known = {name: known_files(name) for name in {teacher, *taught}}
+    files = known[teacher]
     told = recipe.student
     asked = Lazy(rows, lambda row: msgspec.structs.replace(row, messages=asked_of_student(row.messages, told)))
+    if teacher not in taught:
+        yield teacher_check(teacher, taught)
     yield size_check(parameters_of(files, teacher), parameters_of(known_files(student), student))
     yield template_check(tokenizer, tokenizer_of(files), asked, told=told_only(recipe))
     yield markup_check(tokenizer, asked)
     if any(row.tools or row.tool_calls for row in rows):
         yield tools_check(tokenizer)
-    yield chain_check(teacher, files, card, allowed=allow_chain)
-    terms = teachers_terms(recipe, lineage, card)
+    chains = [chain_check(name, known[name], read_card(known[name]), allowed=allow_chain) for name in taught]
+    yield max(chains, key=lambda check: SEVERITY.index(check.status))
+    terms = teachers_terms(recipe, {name: known[name] for name in taught})
     decisive = strictest(terms)
     yield licence_check(decisive, terms[decisive], recipe.student.model)
 
 
-def teachers_terms(recipe: Recipe, lineage: Mapping[str, Any], card: Card | None = None) -> dict[str, Terms | None]:
-    """The terms of the recipe's teacher, and of those before it whose answers the run holds.
+def teachers_terms(recipe: Recipe, known: Mapping[str, Path | None]) -> dict[str, Terms | None]:
+    """The terms of models, by their names and what is known of them (train.teacher.known_files)."""
+    stated = recipe.train.teacher_licence
+    return {name: terms_of(name, read_card(folder).licence, stated) for name, folder in known.items()}
 
-    `card`: the card of the recipe's teacher, where it is read already.
-    """
-    earlier = lineage.get("generate", {}).get("teacher", {}).get("earlier", [])
-    cards = {recipe.teacher.model: card or read_card(known_files(recipe.teacher.model))}
-    cards |= {name: read_card(known_files(name)) for name in earlier}
-    return {name: terms_of(name, own.licence, recipe.train.teacher_licence) for name, own in cards.items()}
+
+def teacher_check(teacher: str, answered: Sequence[str]) -> Check:
+    """Warns that the recipe's teacher gave none of the answers: it is what an evaluation would compare with."""
+    finding = f"{' and '.join(answered)} gave the answers, not the recipe's teacher, {teacher}"
+    fix = f"name it in the recipe, or in every stage as in generate: TEACHER_URL=… TEACHER_MODEL={answered[0]}"
+    return Check(name="teacher", status="warn", finding=finding, fix=fix)
 
 
 def size_check(teacher: int | None, student: int | None) -> Check:

@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.instructions import system_of_student
+from pipeline.lineage import answered_by, taught_by
 from pipeline.models import is_path
 from pipeline.prompts_config import slot_values
 from pipeline.recipe import Recipe
@@ -54,7 +55,7 @@ def model_card(
 
     `data`: the data set's repository, if it has one.
     """
-    origin, teachers = lineage["train"]["initialised_from"], teachers_terms(recipe, lineage)
+    origin, teachers = lineage["train"]["initialised_from"], _terms(recipe, taught_by(recipe, lineage))
     lineage = without_places(lineage, recipe)
     train = lineage["train"]
     adapter = train["weights"] != "full" if adapter is None else adapter
@@ -118,7 +119,7 @@ def dataset_card(
 
     `columns`: those to declare, because what tools are called with has no shape that all parts share.
     """
-    teachers = teachers_terms(recipe, lineage)
+    teachers = _terms(recipe, answered_by(recipe, lineage))
     chain = _chain(teachers, None)
     files = [{"split": part, "path": f"data/{part}.jsonl"} for part in rows]
     features = [{"name": name, **COLUMN_TYPES.get(name, TEXT)} for name in columns]
@@ -210,6 +211,10 @@ def _last_part(path: str) -> str:
     """The name of a file or folder, there or not."""
     name = (PureWindowsPath if "\\" in path else PurePath)(path).name
     return name if name not in ("", "..") else Path(path).resolve().name or path
+
+
+def _terms(recipe: Recipe, teachers: Collection[str]) -> dict[str, Terms | None]:
+    return teachers_terms(recipe, {name: known_files(name) for name in teachers})
 
 
 def _chain(teachers: Mapping[str, Terms | None], origin: str | None) -> LicenceChain:
