@@ -2,7 +2,7 @@
 
 Makes the rows of its arms (experiments.arms), trains and evaluates each with the stages that `chain` runs, and
 compares them (experiments.results). Everything is under experiments/NAME/ in the run directory: a run directory
-for each arm, results.md, results.svg. An arm that is finished is not done again.
+for each arm, results.md, results.svg. An arm that is trained is not trained again; `evaluate` measures what it lacks.
 """
 
 import hashlib
@@ -12,17 +12,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from evaluate.measure.results import FOLDER
 from evaluate.run import say
 from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
-from pipeline.errors import RecipeError, UsageError
+from pipeline.errors import RecipeError, RequestsFailed, UsageError
 from pipeline.recipe import load_recipe
 from pipeline.rundir import RunDir, write_file
 from pipeline.students import BEFORE, TEACHER
 
 SHARED = (TEACHER, BEFORE)  # models that are measured once for all arms
-FINISHED = "finished"  # in an arm: what its report was made of
+TRAINED = "trained"  # in an arm: what its student was made of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,37 +47,41 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, option) is None:
             raise UsageError(f"{options.kind} needs {wanted}")
     folder = run.path / "experiments" / options.kind
+    no_speed = ["--no-speed"] if options.no_speed else []
     setup = Setup(recipe, options.recipe, options.flags, run, folder, options, options.recipe.read_bytes())
 
     say(f"{options.kind}: {experiment.question}")
     with RunDir(folder).locked(new=True):
         design = experiment.prepare(setup)
+        failed = False
         for number, arm in enumerate(design.arms, start=1):
             say(f"\n── {number}/{len(design.arms)} {arm.name}")
-            finish(setup, arm, design.arms)
+            train(setup, arm)
+            share_measurements(arm, design.arms)
+            failed |= setup.stage("evaluate", arm.run, *arm.flags, *no_speed) != 0
         results = compare(setup, design)
         write_results(results, folder)
     Console().print(Markdown(as_markdown(results)))
     print(f"\n{folder / 'results.md'}", flush=True)
+    if failed:
+        raise RequestsFailed("some requests of the evaluations failed for good; the same command makes them again")
 
 
-def finish(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
-    """Trains and evaluates an arm, unless just that was done before."""
-    state, mark = fingerprint(setup, arm), arm.run.path / FINISHED
-    if mark.is_file() and mark.read_text() == state and arm.run.report.is_file():
-        say(f"{arm.run.path}: finished")
+def train(setup: Setup, arm: Arm) -> None:
+    """Trains an arm, unless just that was done before."""
+    state, mark = fingerprint(setup, arm), arm.run.path / TRAINED
+    if mark.is_file() and mark.read_text() == state:
+        say(f"{arm.run.student}: is trained")
         return
     arm.run.save_recipe(load_recipe(setup.path, [*setup.flags, *arm.flags]))
     setup.stage("train", arm.run, *arm.flags)
-    share_measurements(arm, arms)
-    setup.stage("evaluate", arm.run, *arm.flags, *(["--no-speed"] if setup.options.no_speed else []))
     write_file(mark, state.encode())
 
 
 def fingerprint(setup: Setup, arm: Arm) -> str:
-    """Changes with all that an arm's report depends on: recipe, rows, test rows, whether servers are started."""
+    """Changes with all that an arm's training depends on: recipe, rows, test rows."""
     recipe = load_recipe(setup.path, [*setup.flags, *arm.flags])
-    digest = hashlib.sha256(f"{recipe.model_dump_json()}{setup.options.no_speed}".encode())
+    digest = hashlib.sha256(recipe.model_dump_json(exclude={"evaluate"}).encode())
     for path in (arm.run.kept, setup.folder / "test.jsonl", arm.run.preferences):
         if path.is_file():
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -84,13 +89,16 @@ def fingerprint(setup: Setup, arm: Arm) -> str:
 
 
 def share_measurements(arm: Arm, arms: list[Arm]) -> None:
-    """Copies what other arms measured of the models that all share; each file says what it was measured on."""
-    target = arm.run.path / "evaluation"
+    """Copies what other arms measured of the models that all share; each file says what it was measured on.
+
+    Those before this one have just been evaluated, so what they have is newer than what is here.
+    """
+    target = arm.run.path / FOLDER
     target.mkdir(exist_ok=True)
-    for other in arms:
+    for number, other in enumerate(arms):
         for key in SHARED:
-            for path in (other.run.path / "evaluation").glob(f"*-{key}.json"):
-                if not (target / path.name).exists():
+            for path in (other.run.path / FOLDER).glob(f"*-{key}.json"):
+                if number < arms.index(arm) or not (target / path.name).exists():
                     shutil.copyfile(path, target / path.name)
 
 

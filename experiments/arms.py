@@ -20,6 +20,7 @@ import msgspec
 
 from chain.stages import judges, stage, teacher
 from evaluate.measure.results import answer_row
+from evaluate.run import say
 from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
 from filters.run import recipe_rules
@@ -51,8 +52,8 @@ class Setup:
     options: Namespace
     text: bytes  # of the recipe, when the experiment began
 
-    def stage(self, name: str, run: RunDir, *flags: str) -> None:
-        """Runs a stage with the user's flags and further ones.
+    def stage(self, name: str, run: RunDir, *flags: str) -> int:
+        """Runs a stage with the user's flags and further ones. Returns 0, or 4 where some requests failed for good.
 
         Raises UsageError if the recipe's file has changed since the experiment began, StageFailed if the stage failed.
         """
@@ -61,7 +62,7 @@ class Setup:
                 f"{self.path}: changed since the experiment began, so its arms would differ in more than they should; "
                 "the same command goes on, and does again what the change touches"
             )
-        stage(name, run, self.path, [*self.flags, *flags])
+        return stage(name, run, self.path, [*self.flags, *flags])
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,15 @@ EXPERIMENTS = {
 def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> RunDir:
     """The run, with answers and filtered; what it lacks is done now. `anew`: what the recipe has changed, too."""
     filtered = run.kept.is_file() and run.dropped.is_file()
-    if filtered and not anew:
-        return run
+    if filtered and not run.completions.is_file():
+        return run  # its rows are of the user's own
     recipe = load_recipe(setup.path, [*setup.flags, *flags])
     left, stale = pending(recipe, run), not (filtered and _filtered_so(recipe, setup.path, run))
+    if filtered and not anew:
+        if left or stale:
+            why = f"{left:,} requests of this recipe are not answered" if left else "it was filtered by other rules"
+            say(f"warning: {run.path}: {why}; the arms learn from the rows there are, or generate and filter first")
+        return run
     with teacher(recipe, run) if left or (stale and judges(recipe)) else nullcontext():
         if left:
             setup.stage("generate", run, *flags)
@@ -263,8 +269,10 @@ def _filtered_so(recipe: Recipe, path: Path, run: RunDir) -> bool:
     """Whether all answers of a filtered run were filtered as the recipe says now."""
     said = read_lineage(run).get("filters", {})
     config = recipe.filters.model_dump(mode="json", include={"dedup", "judge", "select"})
-    wanted = {"rules": recipe_rules(recipe, path).described(), **config}
-    newer = run.completions.stat().st_mtime_ns > run.kept.stat().st_mtime_ns
+    rules = recipe_rules(recipe, path)
+    wanted = {"rules": rules.described(), **config}
+    read = (run.completions, *rules.files(path.parent))
+    newer = any(file.stat().st_mtime_ns > run.kept.stat().st_mtime_ns for file in read)
     return not newer and wanted == {name: said.get(name) for name in wanted}
 
 

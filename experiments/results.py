@@ -80,7 +80,7 @@ class Comparison:
 def compare(setup: Setup, design: Design) -> Comparison:
     """Puts the arms side by side. Raises DataError if an arm has no report."""
     reports = {arm.name: _report(arm) for arm in design.arms}
-    columns = _columns(setup, design, _other_models(reports))
+    columns = _columns(setup, design, reports)
     differences = list(_differences(columns))
     spent = {name: _spent(report.lineage.get("generate") or {}) for name, report in reports.items()}
     kind, remarks = setup.options.kind, list(_few(columns))
@@ -116,7 +116,7 @@ def _few(columns: Sequence[Column]) -> Iterator[str]:
 def _report(arm: Arm) -> Report:
     report = read_report(arm.run)
     if report is None:
-        raise DataError(f"{arm.run.report}: no report of this version; remove {arm.run.path / 'finished'}, run again")
+        raise DataError(f"{arm.run.report}: no report of this version; run the same command again")
     return report
 
 
@@ -132,17 +132,20 @@ def _other_models(reports: Mapping[str, Report]) -> dict[str, ModelReport]:
     return found
 
 
-def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) -> list[Column]:
-    """Perplexity and the figures of the probes; bits per character also for the test rows of each source."""
+def _columns(setup: Setup, design: Design, reports: Mapping[str, Report]) -> list[Column]:
+    """Perplexity and the figures of the probes; bits per character also for the test rows of each source.
+
+    An arm's figure is shown if its report has it: what is cached may be of an earlier student.
+    """
     scored = _cached(design.arms, f"perplexity-{AFTER}", PerplexityResult)
     scores = common_rows(scored)
     tested = (row for rows in design.sources.values() for row in rows)
     groups = groups_of(tested, setup.recipe.prompts)
     figures = merged(perplexity_figures(scores, groups), _probe_figures(setup, design.arms))
     figures = merged(figures, _accuracy_figures(setup, design.arms))
-    columns = []
+    columns, others = [], _other_models(reports)
     for part, name in ((part, name) for part, names in COMPARED.items() for name in names):
-        arms = {arm: own[name] for arm, own in figures.items() if name in own}
+        arms = {arm: own[name] for arm, own in figures.items() if name in own and _shows(reports[arm], part, name)}
         known = {label: estimate for label, model in others.items() if (estimate := model.figure(part, name))}
         if arms:
             columns.append(Column(MEASURES[name].name, MEASURES[name], arms, known))
@@ -157,6 +160,10 @@ def _columns(setup: Setup, design: Design, others: Mapping[str, ModelReport]) ->
         if arms:
             columns.append(Column(f"{measure.name} of {source}", measure, arms, {}))
     return columns
+
+
+def _shows(report: Report, part: Scope, name: str) -> bool:
+    return any(model.key == AFTER and model.figure(part, name) for model in report.models)
 
 
 def _probe_figures(setup: Setup, arms: Sequence[Arm]) -> Figures:

@@ -5,6 +5,7 @@ Reads the recipe's `filters.rules` and the Python files they name. Every rule ru
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,12 @@ class RuleSet:
     def described(self) -> list[dict[str, Any]]:
         """Every rule, with its settings."""
         return [rule.described() for rule in self.rules]
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files that the rules' settings name: a function, a database, a schema. `folder`: the recipe's."""
+        values = [value for rule in self.rules for value in rule.settings.model_dump().values()]
+        named = [folder / value for value in values if isinstance(value, str | Path)]
+        return [path for path in named if os.path.isfile(path)]  # noqa: PTH113 (any text)
 
     def check(self, answer: Answer) -> Checked:
         """What the rules say of an answer, all of them."""

@@ -4,11 +4,9 @@ Reads student/training_log.json, filter_report.json, kept.jsonl, dropped.jsonl a
 """
 
 import hashlib
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -122,16 +120,9 @@ def report_fingerprint(plan: Plan, results: Results) -> str:
     decided_by: Any = {"filters": {"rules", "judge"}, "evaluate": True, "prompts": {"group"}}
     digest.update(recipe.model_dump_json(include=decided_by).encode())
     shown = (run.student / "training_log.json", run.filter_report, run.checks, run.reviews)
-    for path in (*shown, *_rule_files(plan)):
+    for path in (*shown, *plan.rules.files(plan.folder), *plan.verify.files(plan.folder)):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()
-
-
-def _rule_files(plan: Plan) -> list[Path]:
-    """The files that the rules' settings name: a function, a database, a schema."""
-    rules = (*plan.rules.rules, *plan.verify.rules)
-    values = [value for rule in rules for value in rule.settings.model_dump().values() if isinstance(value, str | Path)]
-    return [path for path in (plan.folder / value for value in values) if os.path.isfile(path)]  # noqa: PTH113 (any text)
 
 
 def _rows(plan: Plan, scores: Mapping[str, Sequence[RowScore]], unseen: Mapping[str, Sequence[RowScore]]) -> Rows:

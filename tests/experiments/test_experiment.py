@@ -1,6 +1,7 @@
 """Experiments on tiny models: the real stages, in this process; no server, so speed and probes are saved by hand."""
 
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -26,13 +27,14 @@ from experiments.arms import EXPERIMENTS, Arm, Design, Setup, matched_epochs, re
 from experiments.results import Column, Comparison, _columns, conclusions, rows_of, write_results
 from generate.jobs import build_jobs
 from generate.prompts import iter_prompts
-from pipeline.errors import DataError, RecipeError, UsageError
+from pipeline.errors import DataError, RecipeError, RequestsFailed, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Dropped, Kept, Message, Prompt, encode_line, read_jsonl
 from pipeline.rundir import RunDir
 from tests.completion_fields import completion_fields
+from tests.evaluate.made_report import make_report, verified_report
 from tests.tiny_student import tiny_model
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import train_run
@@ -205,14 +207,75 @@ def test_what_is_finished_is_not_done_again(
     monkeypatch.setattr(experiments.arms, "stage", running)
     stages.clear()
     folder = experiment("keep-rate", recipe, run, *flags)
-    assert stages == ["filters pool", "train keep-60", "evaluate keep-60"]
+    assert stages == ["filters pool", "evaluate keep-50", "train keep-60", "evaluate keep-60"]
     assert (folder / "keep-60" / "evaluation" / "perplexity-teacher.json").is_file()
     assert measured == ["teacher", "student_before", "student_after", "student_after"]
     stages.clear()
     experiment("keep-rate", recipe, run, *flags)
-    assert stages == ["filters pool"]
+    assert stages == ["filters pool", "evaluate keep-50", "evaluate keep-60"]
+    measured.clear()
+    experiment("keep-rate", recipe, run, *flags, "--evaluate.max_rows", "2")
+    assert not any(name.startswith("train") for name in stages)
+    assert measured == ["teacher", "student_before", "student_after", "student_after"]
     experiment("keep-rate", recipe, run, *flags, "--train.learning_rate", "0.01")
     assert "train keep-50" in stages
+
+
+def test_an_evaluation_that_is_not_complete_goes_on_and_nothing_is_trained_twice(
+    recipe: Path, run: RunDir, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = experiments.arms.stage
+
+    def failing(name: str, arm: RunDir, *rest: Any) -> int:
+        return running(name, arm, *rest) or (4 if (name, arm.path.name) == ("evaluate", "seed-0") else 0)
+
+    monkeypatch.setattr(experiments.arms, "stage", failing)
+    for trained in (["train seed-0", "train seed-1"], []):
+        stages.clear()
+        with pytest.raises(RequestsFailed, match="the same command makes them again"):
+            experiment("seeds", recipe, run, "--seeds", "2")
+        assert [name for name in stages if name.startswith("train")] == trained
+        assert [name for name in stages if name.startswith("evaluate")] == ["evaluate seed-0", "evaluate seed-1"]
+    assert (run.path / "experiments/seeds/results.md").is_file()
+
+
+def test_what_an_earlier_student_answered_is_not_shown(recipe: Path, run: RunDir) -> None:
+    """`--no-speed` asks the new one nothing, so its report has no right answers."""
+    flags = ["--seeds", "2", "--evaluate.verify", '[{"rule": "length", "min_chars": 1}]']
+    folder = experiment("seeds", recipe, run, *flags)
+    for name in ("seed-0", "seed-1"):
+        arm = RunDir(folder / name)
+        answers = ProbeResult(answers=[answer_row("m", prompt, "yes") for prompt in read_jsonl(arm.prompts, Prompt)])
+        (arm.path / "evaluation" / "verify-student_after.json").write_bytes(encode_line(answers))
+    experiment("seeds", recipe, run, *flags)
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert "| perplexity |" in text and "| right answers |" not in text
+
+
+def test_rows_of_an_earlier_recipe_are_told(
+    recipe: Path, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*flags: str) -> str:
+        setup = Setup(load_recipe(recipe, flags), recipe, [*flags], run, tmp, Namespace(seeds=2), recipe.read_bytes())
+        EXPERIMENTS["seeds"].prepare(setup)
+        return capsys.readouterr().err
+
+    tmp = run.path / "experiments" / "seeds"
+    tmp.mkdir(parents=True)
+    assert "warning" not in told()
+    others = "it was filtered by other rules; the arms learn from the rows there are"
+    assert others in told("--filters.rules", "[]")
+    assert "12 requests of this recipe are not answered" in told("--prompts.count", "36")
+    mine = recipe.with_name("mine.py")
+    mine.write_text("def good(answer):\n    return None\n")
+    rules = ["--filters.rules", '[{"rule": "function", "file": "mine.py", "name": "good"}]']
+    filters.__main__.main([str(recipe), "--run", str(run.path), *rules])
+    assert "warning" not in told(*rules)
+    later = run.kept.stat().st_mtime_ns + 10**9
+    os.utime(mine, ns=(later, later))
+    assert "it was filtered by other rules" in told(*rules)
+    run.completions.unlink()
+    assert "warning" not in told()  # rows of the user's own
 
 
 def test_another_teacher_has_its_own_run_and_its_price(
@@ -418,7 +481,7 @@ def test_arms_are_compared_by_right_answers_where_these_are_verified(recipe: Pat
         (run.path / "evaluation" / "verify-student_after.json").write_bytes(encode_line(ProbeResult(answers=answers)))
         arms.append(Arm(name, run, []))
     setup = Setup(made, recipe, [], arms[0].run, tmp_path, Namespace(), recipe.read_bytes())
-    (column,) = _columns(setup, Design(arms, {"": []}), {})
+    (column,) = _columns(setup, Design(arms, {"": []}), {arm.name: verified_report() for arm in arms})
     assert column.title == "right answers" and {name: one.value for name, one in column.arms.items()} == {
         "one": 0.75,
         "four": 0.95,
@@ -435,7 +498,7 @@ def test_a_source_without_a_test_row_has_no_column(recipe: Path, tmp_path: Path)
         Entry(path, "").write(PerplexityResult(dtype="float32", device="cpu", scores=scores))
         arms.append(Arm(name, run, []))
     setup = Setup(load_recipe(recipe), recipe, [], arms[0].run, tmp_path, Namespace(), recipe.read_bytes())
-    columns = _columns(setup, Design(arms, {"teacher": rows, "human": []}), {})
+    columns = _columns(setup, Design(arms, {"teacher": rows, "human": []}), {arm.name: make_report() for arm in arms})
     assert [column.title for column in columns] == ["perplexity", "bits per character", "bits per character of teacher"]
     facts = {arm.name: ["–"] * 4 for arm in arms}
     write_results(Comparison("human", "?", "", facts, columns, [], []), tmp_path)
