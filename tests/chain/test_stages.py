@@ -29,6 +29,7 @@ from tests.servers.misbehaving_server import (
     answer,
     completions,
     error,
+    held_until,
     misbehaving,
     one_bad,
     recipe_for,
@@ -41,7 +42,7 @@ IN_FLIGHT = 64
 def write_recipe(server: MisbehavingServer | str, folder: Path, **sections: Any) -> Path:
     recipe = recipe_for(server, 3 * IN_FLIGHT, **sections).model_dump(mode="json")
     recipe["student"] = {"model": "prune:2"}
-    recipe["generate"]["concurrency"] = IN_FLIGHT
+    recipe["generate"] |= {"concurrency": IN_FLIGHT, "request_timeout_s": 100}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -91,12 +92,14 @@ def start_chain(server: MisbehavingServer, run: RunDir) -> "tuple[subprocess.Pop
 
 def test_ctrl_c_in_a_terminal_leaves_generate_its_grace(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    with misbehaving(lambda asked: answer(delay_s=2)) as server:
+    stopping = threading.Event()
+    with misbehaving(lambda asked: held_until(stopping)) as server:
         process, terminal, said = start_chain(server, run)
         os.write(terminal, b"\x03")
+        wait_until(lambda: b"stopping: a moment for" in b"".join(said), said)
+        stopping.set()
         assert process.wait(60) == 130, b"".join(said).decode()
     assert len(completions(run)) == len(server.asked) == IN_FLIGHT
-    assert b"stopping: a moment for" in b"".join(said)
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.servers.misbehaving_server import (
     completions,
     error,
     failures,
+    held_until,
     misbehaving,
     one_bad,
     recipe_for,
@@ -95,11 +97,13 @@ def test_a_store_for_a_cluster_without_a_cluster_is_refused(run: RunDir) -> None
 
 
 def test_a_second_process_is_refused(run: RunDir) -> None:
-    with misbehaving(lambda asked: answer(delay_s=0.4)) as server:
-        first = start(server, run, 100)
+    refused = threading.Event()
+    with misbehaving(lambda asked: answer() if len(server.asked) == 1 else held_until(refused)) as server:
+        first = start(server, run, 100, "--generate.request_timeout_s", "100")
         until_answered(run, 1)
         code, _, err = finish(start(server, run, 100))
         assert (code, "another process" in err) == (2, True)
+        refused.set()
         assert finish(first)[0] == 0
         assert len(server.asked) == 100
 

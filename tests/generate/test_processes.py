@@ -185,18 +185,21 @@ def test_when_one_cannot_go_on_what_the_others_have_in_flight_is_waited_for(
     of_first = list[str]()  # process; it cannot go on as soon as all have something in flight
 
     def script(asked: Asked) -> Behaviour:
-        return refused if asked.text in of_first else answer(delay_s=3)
+        return with_all_in_flight(error(402) if asked.text in of_first else answer(delay_s=3))
 
-    async def refused(request: web.Request, asked: Asked) -> web.StreamResponse:
-        while len(server.asked) < 8:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        return await error(402)(request, asked)
+    def with_all_in_flight(then: Behaviour) -> Behaviour:
+        async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+            while len(server.asked) < 8:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            return await then(request, asked)
+
+        return behave
 
     with misbehaving(script) as server:
         recipe = recipe_for(server, 400)
         jobs = build_jobs(iter_prompts(recipe), recipe, Partition(0, 2))
         of_first += [job.request.messages[-1].content for job in jobs]
-        code, _, err = finish(started(server, run))
+        code, _, err = finish(started(server, run, "--generate.request_timeout_s", "100"))
         assert len(server.asked) == 8
     assert (code, "the quota is used up" in err) == (1, True)
     assert len(completions(run)) == 4

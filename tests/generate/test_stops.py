@@ -6,15 +6,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tenacity import wait_fixed
 
 import pipeline.cli
 from generate.endpoint import Endpoint
+from generate.loop import Loop
 from generate.run import generate, pending
 from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError
 from pipeline.lineage import read_lineage
@@ -41,23 +43,47 @@ def _quick_and_keyless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """Ctrl-C, after a while."""
-    alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-    alarm.start()
+def interrupted_when(holds: Callable[[], object], after_s: float = 0.0) -> Iterator[None]:
+    """Ctrl-C, once this holds, and so long after."""
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while not holds():
+            if over.wait(0.01):
+                return
+        if not over.wait(after_s):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     try:
         yield
     finally:
-        alarm.cancel()
+        over.set()
+        thread.join()
+
+
+def calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each call of a method of the loop that has returned."""
+    calls, method = list[str](), getattr(Loop, name)
+
+    def recorded(*args: Any, **options: Any) -> None:
+        method(*args, **options)
+        calls.append(name)
+
+    monkeypatch.setattr(Loop, name, recorded)
+    return calls
 
 
 @pytest.mark.timeout(60, method="thread")  # if it breaks it never ends
 def test_a_second_interrupt_stops_now(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a grace and an answer that outlast the test's time, only the second interrupt can end it."""
     monkeypatch.setattr("generate.loop.GRACE_S", 1000)
+    interrupts = calls_of("interrupt", monkeypatch)
     with misbehaving(lambda asked: answer(delay_s=0 if asked.text == "say 3" else 1000)) as server:
         config = {"concurrency": 8, "request_timeout_s": 2000}
-        with interrupted_after(1), interrupted_after(2), pytest.raises(KeyboardInterrupt):
+        at_work = lambda: server.at_once == 8 and run.completions.exists() and completions(run)  # noqa: E731
+        with interrupted_when(at_work), interrupted_when(lambda: interrupts), pytest.raises(KeyboardInterrupt):
             generate(recipe_for(server, generate=config), run, quiet=True)
     assert len(completions(run)) == 1
 
@@ -99,7 +125,7 @@ def test_waiting_requests_do_not_pile_up_without_bound(run: RunDir) -> None:
 
     with misbehaving(script) as server:
         recipe = recipe_for(server, 500, generate={"concurrency": 4})
-        with interrupted_after(1.5), pytest.raises(KeyboardInterrupt):
+        with interrupted_when(lambda: len(asked_first) >= 4, after_s=1.5), pytest.raises(KeyboardInterrupt):
             generate(recipe, run, quiet=True)
     assert 4 <= len(asked_first) <= 4 * 5
 
@@ -173,9 +199,10 @@ def test_paid_answers_in_flight_are_waited_for_when_the_quota_ends(
 @pytest.mark.timeout(60, method="thread")  # if it breaks it never ends
 def test_an_interrupt_ends_that_wait(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("generate.loop.GRACE_S", 0.2)
+    ends = calls_of("_end", monkeypatch)
     with misbehaving(lambda asked: error(402) if asked.text == "say 3" else answer(delay_s=1000)) as server:
         config = {"concurrency": 8, "request_timeout_s": 2000}
-        with interrupted_after(1), pytest.raises(DistillError, match="the quota is used up"):
+        with interrupted_when(lambda: ends), pytest.raises(DistillError, match="the quota is used up"):
             generate(recipe_for(server, 8, generate=config), run, quiet=True)
 
 

@@ -73,6 +73,17 @@ def answer(text: str | None = None, delay_s: float = 0, **kwargs: Any) -> Behavi
     return behave
 
 
+def held_until(told: threading.Event) -> Behaviour:
+    """A good answer, once the test says so."""
+
+    async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
+        while not told.is_set():  # noqa: ASYNC110, another thread's
+            await asyncio.sleep(0.01)
+        return await answer()(request, asked)
+
+    return behave
+
+
 def choices(*given: dict[str, Any]) -> Behaviour:
     """These very choices, whatever was asked for."""
     return raw(json.dumps(chat_completion(list(given))).encode())
