@@ -258,6 +258,14 @@ def test_an_adapter_is_only_exported_merged_if_its_base_does_not_stop_where_it_d
         assert merged.generation_config.eos_token_id == END
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_a_student_that_another_recipe_trained_is_not_exported(trained: tuple[Recipe, RunDir], merged: bool) -> None:
+    recipe, run = trained
+    other = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": "gpt-4.1"})})
+    with pytest.raises(UsageError, match=r"trained with teacher 'Qwen/Qwen2\.5-7B-Instruct', but the recipe says"):
+        export_model(other, run, merged=merged)
+
+
 def test_there_is_nothing_to_export_before_training(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no student yet; run train first"):
         export_model(make_recipe("student"), make_run(tmp_path, story_rows(3)))

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 from pydantic import SecretStr
 
-from pipeline.adapters import ADAPTER, MERGED_FROM, check_whole
+from pipeline.adapters import ADAPTER, MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
@@ -32,7 +32,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
 from pipeline.student_config import PRUNE
-from pipeline.students import after_training, check_parts
+from pipeline.students import after_training, check_parts, check_trained
 from train.publish.cards import CARD, dataset_card, model_card, published, without_places
 from train.publish.to_gguf import TYPES, check_type, write_gguf
 from train.rows import read_parts, reasoning_form, to_examples
@@ -84,9 +84,9 @@ def export_model(
     """Writes export/adapter, export/merged or export/model, and returns the folder.
 
     `repo` and `data`: the Hub repositories of the model and of its data set, for the card. Raises UsageError if there
-    is no student, or its adapter's base is one that nobody else has, or that never stops.
+    is no student of the recipe, or its adapter's base is one that nobody else has, or that never stops.
     """
-    lineage = _student_lineage(run)
+    lineage = _student_lineage(recipe, run)
     student: str = lineage["train"]["student"]
     adapter = (run.student / ADAPTER).is_file()
     name = "merged" if merged and adapter else "adapter" if adapter else "model"
@@ -112,7 +112,7 @@ def export_gguf(recipe: Recipe, run: RunDir, kind: str, *, repo: str | None = No
 
     Returns the folder. Raises UsageError if there is no student, DistillError if it cannot be converted.
     """
-    lineage = _student_lineage(run)
+    lineage = _student_lineage(recipe, run)
     folder = run.path / "export" / "gguf"
     with replacing_folder(folder) as building:
         file = write_gguf(recipe, after_training(recipe, run), building, name=lineage["name"], kind=kind)
@@ -163,9 +163,12 @@ def _dataset_rows(rows: Sequence[Kept], recipe: Recipe, run: RunDir) -> Iterator
         }
 
 
-def _student_lineage(run: RunDir) -> dict[str, Any]:
-    """The lineage that the student was saved with, with its scores if this very student was evaluated since."""
-    check_whole(run.student)
+def _student_lineage(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+    """The lineage that the student was saved with, with its scores if this very student was evaluated since.
+
+    Raises UsageError if there is no student, or another recipe trained it: the card would tell of that recipe.
+    """
+    check_trained(recipe, run)
     lineage = read_lineage(RunDir(run.student))
     if "train" not in lineage:
         raise UsageError(f"{run.student}: no student yet; run train first")
