@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.adapters import ADAPTER, base_of, digest_files, measure_weights, weight_files, whole_model
+from pipeline.adapters import ADAPTER, base_of, digest_files, measure_weights, stamp_files, whole_model
 from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
@@ -118,7 +118,9 @@ def warn_of_teacher(recipe: Recipe, run: RunDir) -> str:
 
 
 def digest_subject(subject: Subject) -> str:
-    """What identifies the weights: names and sizes for the (unchanging) teacher and base, else contents."""
+    """What identifies the weights: their contents; of the teacher and a base names and sizes, in a folder of the user's
+    with times of change.
+    """
     if subject.folder is None:
         return digest(subject.reference, subject.missing)
     trained = subject.adapter or (None if subject.key in (TEACHER, BEFORE) else subject.folder)
@@ -126,7 +128,7 @@ def digest_subject(subject: Subject) -> str:
     if (subject.folder / BUILT).is_file():
         parts.append((subject.folder / BUILT).read_text())
     if trained != subject.folder:
-        parts += [f"{file.name} {file.stat().st_size}" for file in weight_files(subject.folder)]
+        parts += stamp_files(subject.folder, times=is_path(subject.reference))
     return digest(*parts)
 
 

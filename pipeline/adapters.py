@@ -63,7 +63,7 @@ def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
     """The folder itself; for an adapter the folder `merged`, its base with the adapter added, made once, by rename."""
     if not (folder / ADAPTER).is_file():
         return folder
-    made_of = {"base": str(base), "adapter": digest_files(folder)}
+    made_of = {"base": str(base), "base_files": stamp_files(Path(base)), "adapter": digest_files(folder)}
     if _is_made_of(merged, made_of):
         return merged
     # Two processes at once: the second waits and finds the folder. The lock is hidden, so it is not synced to a store.
@@ -75,7 +75,7 @@ def whole_model(folder: Path, base: str | Path, merged: Path) -> Path:
     return merged
 
 
-def _is_made_of(merged: Path, made_of: dict[str, str]) -> bool:
+def _is_made_of(merged: Path, made_of: dict[str, Any]) -> bool:
     """Whether the merged folder is there, with a whole model, and is made of these."""
     marker = merged / MERGED_FROM
     there = (merged / "config.json").is_file() and marker.is_file() and torn_file(merged) is None
@@ -90,6 +90,12 @@ def digest_files(folder: Path) -> str:
         with path.open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
+
+
+def stamp_files(folder: Path, *, times: bool = True) -> list[str]:
+    """Names, sizes and times of change of what digest_files reads: other weights are told without reading them."""
+    stats = [(path.name, path.stat()) for path in weight_files(folder)]
+    return [f"{name} {stat.st_size}" + f" {stat.st_mtime_ns}" * times for name, stat in stats]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -177,6 +177,17 @@ def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe
     assert second.models[0].figures["engine"]["tokens_per_s"].value == 10
 
 
+def test_a_local_teacher_and_base_with_other_weights_are_scored_anew(
+    run: RunDir, recipe: Recipe, loaded: list[str]
+) -> None:
+    first = evaluate_run(recipe, run, PATH, speed=False)
+    for model, key in ((recipe.teacher.model, TEACHER), (recipe.student and recipe.student.model, BEFORE)):
+        loaded.clear()
+        shift_weights(Path(str(model)))  # the same names and sizes, other values
+        second = evaluate_run(recipe, run, PATH, speed=False)
+        assert loaded == [key] and perplexity_in(second, key) != perplexity_in(first, key)
+
+
 def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
     save_speeds(recipe, run)
     evaluate_run(recipe, run, PATH, speed=False)

@@ -59,6 +59,16 @@ def test_a_merged_folder_without_a_model_is_made_again(adapter: Path, tmp_path: 
     assert names(merged) == FILES and json.loads((merged / MERGED_FROM).read_bytes()) == made_of
 
 
+def test_a_base_with_other_weights_is_merged_again(adapter: Path, tmp_path: Path, merges: list[Path]) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    for value in (0, 1):
+        save_file({"w": np.full(2, value)}, base / "model.safetensors")  # of one size
+        for _ in range(2):
+            whole_model(adapter, base, merged)
+    assert len(merges) == 2
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_merged_folder_with_an_empty_file_is_made_again(
     name: str, adapter: Path, tmp_path: Path, merges: list[Path]
