@@ -225,7 +225,8 @@ def test_a_student_of_another_teacher_than_the_recipes_is_told(
     assert "taught the student" not in capsys.readouterr().err and "taught the student" not in str(report.notes)
     record_lineage(RunDir(run.student), "generate", {"teacher": {"asked": "gpt-4.1", "earlier": ["gpt-4o"]}})
     told = f"gpt-4.1 and gpt-4o taught the student, but the teacher here is the recipe's, {recipe.teacher.model}"
-    report = evaluate_run(recipe, run, PATH, speed=False, force=True)
+    run.checks.write_text('{"checks": []}')  # one of the files that a report is made of
+    report = evaluate_run(recipe, run, PATH, speed=False)
     assert f"warning: {told}\n" in capsys.readouterr().err and told in report.notes
 
 
