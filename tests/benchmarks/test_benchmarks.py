@@ -230,7 +230,7 @@ def test_both_sides_of_the_verifier_benchmark_keep_the_right_answers(tmp_path: P
 
 
 def test_an_endpoint_is_swept(tmp_path: Path) -> None:
-    with misbehaving(lambda asked: answer(delay_s=0.01)) as server:  # it does not stream: a whole answer at once
+    with misbehaving(lambda asked: answer(delay_s=0.1)) as server:  # it does not stream: a whole answer at once
         done = sweep(tmp_path, server)
     assert done.returncode == 0, done.stderr
     assert "in flight is enough" in done.stdout

@@ -321,17 +321,17 @@ def test_an_endpoint_that_comes_back_gets_work_again(run: RunDir) -> None:
 
 
 def test_auto_follows_the_queue_that_a_server_shows(run: RunDir) -> None:
-    slots = asyncio.Semaphore(300)
+    slots = asyncio.Semaphore(100)  # 500 answers a second, which a busy machine can ask for, too
 
     async def behave(request: web.Request, asked: Asked) -> web.StreamResponse:
         async with slots:
             await asyncio.sleep(0.2)
         return web.json_response(reply("yes"))
 
-    with misbehaving(lambda asked: behave, metrics=lambda now: (min(now, 300), max(0, now - 300))) as server:
-        summary = generate(recipe_for(server, 4000, generate={"concurrency": "auto"}), run, quiet=True)
-    assert summary.answered == 4000
-    assert 300 < server.most_at_once <= 1200  # it looked for the end of it, and found it
+    with misbehaving(lambda asked: behave, metrics=lambda now: (min(now, 100), max(0, now - 100))) as server:
+        summary = generate(recipe_for(server, 1500, generate={"concurrency": "auto"}), run, quiet=True)
+    assert summary.answered == 1500
+    assert 100 < server.most_at_once <= 400  # it looked for the end of it, and found it
 
 
 def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None:

@@ -312,7 +312,8 @@ def test_plain_progress_goes_to_stderr(
     assert summary.answered == 60
     assert told.out == ""
     lines = [line for line in told.err.splitlines() if "/60 · " in line]
-    assert re.match(r"0/60 · no answer yet after 0:\d\d · 8 in flight", lines[0])
+    first = next(line for line in lines if "8 in flight" in line)  # a slow machine may tell of fewer before
+    assert re.match(r"0/60 · no answer yet after 0:\d\d · 8 in flight", first)
     line = next(line for line in lines if not line.startswith("0/") and "8 in flight" in line)
     for part in ("tok/s", "0 failed", "left"):
         assert part in line
