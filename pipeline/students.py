@@ -33,7 +33,7 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
         if (found := trained.get(name, wanted)) != wanted:
             raise UsageError(
                 f"{run.student}: trained with {name} {found!r}, but the recipe says {wanted!r}; train again, or "
-                "give the recipe it was trained with"
+                "give the recipe and flags it was trained with"
             )
     return student
 

@@ -76,7 +76,7 @@ def teachers_terms(recipe: Recipe, known: Mapping[str, Path | None]) -> dict[str
 def teacher_check(teacher: str, answered: Sequence[str]) -> Check:
     """Warns that the recipe's teacher gave none of the answers: it is what an evaluation would compare with."""
     finding = f"{' and '.join(answered)} gave the answers, not the recipe's teacher, {teacher}"
-    fix = f"name it in the recipe, or in every stage as in generate: TEACHER_URL=… TEACHER_MODEL={answered[0]}"
+    fix = f"name it in the recipe, or give it to every stage as to generate: TEACHER_URL=… TEACHER_MODEL={answered[0]}"
     return Check(name="teacher", status="warn", finding=finding, fix=fix)
 
 
