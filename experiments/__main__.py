@@ -18,7 +18,6 @@ from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
-from pipeline.recipe import load_recipe
 from pipeline.rundir import RunDir, write_file
 from pipeline.students import BEFORE, TEACHER
 
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         for number, arm in enumerate(design.arms, start=1):
             say(f"\n── {number}/{len(design.arms)} {arm.name}")
             train(setup, arm)
-            share_measurements(arm, design.arms)
+            share_measurements(setup, arm, design.arms)
             failed |= setup.stage("evaluate", arm.run, *arm.flags, *no_speed) != 0
         results = compare(setup, design)
         write_results(results, folder)
@@ -73,33 +72,33 @@ def train(setup: Setup, arm: Arm) -> None:
     if mark.is_file() and mark.read_text() == state:
         say(f"{arm.run.student}: is trained")
         return
-    arm.run.save_recipe(load_recipe(setup.path, [*setup.flags, *arm.flags]))
+    arm.run.save_recipe(setup.recipe_of(arm))
     setup.stage("train", arm.run, *arm.flags)
     write_file(mark, state.encode())
 
 
 def fingerprint(setup: Setup, arm: Arm) -> str:
     """Changes with all that an arm's training depends on: recipe, rows, test rows."""
-    recipe = load_recipe(setup.path, [*setup.flags, *arm.flags])
-    digest = hashlib.sha256(recipe.model_dump_json(exclude={"evaluate"}).encode())
+    digest = hashlib.sha256(setup.recipe_of(arm).model_dump_json(exclude={"evaluate"}).encode())
     for path in (arm.run.kept, setup.folder / "test.jsonl", arm.run.preferences):
         if path.is_file():
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def share_measurements(arm: Arm, arms: list[Arm]) -> None:
-    """Copies what other arms measured of the models that all share; each file says what it was measured on.
+def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
+    """Copies what other arms measured of the models that all share, where it is newer than what is here.
 
-    Those before this one have just been evaluated, so what they have is newer than what is here.
+    Each file says what it was measured on. An arm of another teacher keeps its own.
     """
     target = arm.run.path / FOLDER
     target.mkdir(exist_ok=True)
-    for number, other in enumerate(arms):
-        for key in SHARED:
+    for other in arms:
+        for key in SHARED if setup.recipe_of(other).teacher == setup.recipe_of(arm).teacher else (BEFORE,):
             for path in (other.run.path / FOLDER).glob(f"*-{key}.json"):
-                if number < arms.index(arm) or not (target / path.name).exists():
-                    shutil.copyfile(path, target / path.name)
+                own = target / path.name
+                if not own.exists() or own.stat().st_mtime_ns < path.stat().st_mtime_ns:
+                    shutil.copy2(path, own)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class Setup:
             )
         return stage(name, run, self.path, [*self.flags, *flags])
 
+    def recipe_of(self, arm: "Arm") -> Recipe:
+        """The recipe with the arm's values."""
+        return load_recipe(self.path, [*self.flags, *arm.flags])
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -113,7 +117,7 @@ def _keep_rate(setup: Setup) -> Design:
 
 def _rows_to_train(setup: Setup, arm: Arm) -> int:
     """The rows that make an arm's steps. Where there are none, its training says so."""
-    return max(1, rows_to_train(load_recipe(setup.path, [*setup.flags, *arm.flags]), arm.run))
+    return max(1, rows_to_train(setup.recipe_of(arm), arm.run))
 
 
 def matched_epochs(rows: Mapping[str, int], batch_size: int, epochs: float) -> dict[str, float]:

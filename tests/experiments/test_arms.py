@@ -1,6 +1,7 @@
 """What the arms of an experiment are given: rows that nothing is tested by, what goes with them, another teacher."""
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from experiments.__main__ import fingerprint
-from experiments.arms import EXPERIMENTS, Setup, _other_teacher
+from experiments.__main__ import fingerprint, share_measurements
+from experiments.arms import EXPERIMENTS, Arm, Setup, _other_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
 from pipeline.records import Prompt, encode_line
+from pipeline.rundir import RunDir
 from pipeline.section import PriceConfig
 from tests.tiny_student import kept_row, make_run, story_rows
 from train.rows import read_parts
@@ -93,3 +95,27 @@ def test_the_other_teacher_has_its_own_price_and_at_its_url_nothing_of_the_first
     headers = recipe.teacher.model_copy(update={"headers": {"x-org": "a"}})
     with pytest.raises(UsageError, match=r"--b-url https://b: teacher\.headers and teacher\.query are"):
         _other_teacher(headers, Namespace(**{**given, "b_url": "https://b"}))
+
+
+def test_arms_share_the_newest_measurements_but_not_another_teachers(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"name": "x", "teacher": {"model": "t"}, "prompts": {"template": "Hi", "count": 1}}))
+    setup = Setup(load_recipe(path), path, [], RunDir(tmp_path), tmp_path, Namespace(), path.read_bytes())
+    flags: dict[str, list[str]] = {"one": [], "two": ["--train.seed", "2"], "other": ["--teacher.model", "o"]}
+    arms = [Arm(name, RunDir(tmp_path / name), own) for name, own in flags.items()]
+    for age, arm in enumerate(arms):
+        (arm.run.path / "evaluation").mkdir(parents=True)
+        for key in ("teacher", "student_before", "student_after"):
+            file = arm.run.path / "evaluation" / f"probes-{key}.json"
+            file.write_text(arm.name)
+            os.utime(file, (1000 - age, 1000 - age))  # the first arm's are the newest
+    for arm in arms:
+        share_measurements(setup, arm, arms)
+    found = {
+        arm.name: [
+            (arm.run.path / f"evaluation/probes-{key}.json").read_text()
+            for key in ("teacher", "student_before", "student_after")
+        ]
+        for arm in arms
+    }
+    assert found == {"one": ["one"] * 3, "two": ["one", "one", "two"], "other": ["other", "one", "other"]}

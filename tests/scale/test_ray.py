@@ -154,7 +154,7 @@ def assert_same_losses(*runs: RunDir) -> None:
 @pytest.mark.timeout(1800)
 def test_nodes_that_share_no_folder_train_a_run_in_a_store(tmp_path: Path) -> None:
     """One does not see the driver's folder. A process is killed when the store has a checkpoint."""
-    recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=30)
+    recipe = make_recipe(str(tiny_model(tmp_path / "student")), epochs=100, learning_rate=2e-4)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     (driver := tmp_path / "driver").mkdir()
     alone, temporary = make_run(tmp_path / "alone", story_rows(21)), Path(tempfile.gettempdir())
