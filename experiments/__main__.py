@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(setup: Setup, arm: Arm) -> None:
     """Trains an arm, unless just that was done before."""
     state, mark = fingerprint(setup, arm), arm.run.path / TRAINED
-    if mark.is_file() and mark.read_text() == state:
+    if mark.is_file() and mark.read_text() == state and arm.run.student.is_dir():
         say(f"{arm.run.student}: is trained")
         return
     arm.run.save_recipe(setup.recipe_of(arm))
