@@ -109,7 +109,7 @@ def _teacher(recipe: Recipe) -> Subject:
     return Subject(TEACHER, "teacher", reference, folder, missing=missing)
 
 
-def warn_of_teacher(recipe: Recipe, run: RunDir) -> str:
+def other_teacher(recipe: Recipe, run: RunDir) -> str:
     """That another model than the recipe's teacher taught the student; empty if that teacher did."""
     taught = taught_by(recipe, read_lineage(RunDir(run.student)))
     if recipe.teacher.model in taught:
@@ -118,8 +118,8 @@ def warn_of_teacher(recipe: Recipe, run: RunDir) -> str:
 
 
 def digest_subject(subject: Subject) -> str:
-    """What identifies the weights: their contents; of the teacher and a base names and sizes, in a folder of the user's
-    with times of change.
+    """What identifies the weights: of a student the contents; of the teacher and a base the files' names and sizes, and
+    in a folder of the user's own also the times of change.
     """
     if subject.folder is None:
         return digest(subject.reference, subject.missing)

@@ -41,7 +41,7 @@ from evaluate.measure.serving import (
     speed_prompts,
     with_server,
 )
-from evaluate.models import Subject, as_asked, choose_precision, digest_subject, subjects, warn_of_teacher
+from evaluate.models import Subject, as_asked, choose_precision, digest_subject, other_teacher, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
@@ -144,8 +144,8 @@ def make_plan(recipe: Recipe, run: RunDir, recipe_path: Path, *, force: bool = F
 
 
 def _tell_models(plan: Plan) -> None:
-    if other := warn_of_teacher(plan.recipe, plan.run):
-        say(f"warning: {other}")
+    if taught := other_teacher(plan.recipe, plan.run):
+        say(f"warning: {taught}")
     for subject in plan.models:
         if subject.missing:
             say(f"{subject.label}: not available: {subject.missing}")

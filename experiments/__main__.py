@@ -91,10 +91,10 @@ def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
 
     Each file says what it was measured on. An arm of another teacher keeps its own.
     """
-    target = arm.run.path / FOLDER
+    target, teacher = arm.run.path / FOLDER, setup.recipe_of(arm).teacher
     target.mkdir(exist_ok=True)
     for other in arms:
-        for key in SHARED if setup.recipe_of(other).teacher == setup.recipe_of(arm).teacher else (BEFORE,):
+        for key in SHARED if setup.recipe_of(other).teacher == teacher else (BEFORE,):
             for path in (other.run.path / FOLDER).glob(f"*-{key}.json"):
                 own = target / path.name
                 if not own.exists() or own.stat().st_mtime_ns < path.stat().st_mtime_ns:

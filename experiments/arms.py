@@ -259,7 +259,7 @@ def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> Run
     if filtered and not anew:
         if left or stale:
             why = f"{left:,} requests of this recipe are not answered" if left else "it was filtered by other rules"
-            say(f"warning: {run.path}: {why}; the arms learn from the rows there are, or generate and filter first")
+            say(f"warning: {run.path}: {why}; the arms learn from the rows there are (else generate and filter first)")
         return run
     with teacher(recipe, run) if left or (stale and judges(recipe)) else nullcontext():
         if left:

@@ -23,7 +23,6 @@ from pipeline.records import Completion, Prompt, encode_line
 from pipeline.rundir import RunDir
 
 MARKS = b'"reference":', b'"columns":'  # a line without them has neither
-VALUES = ("slots", "reference", "columns")
 
 _decode = msgspec.json.Decoder(Prompt).decode
 _encode = msgspec.json.Encoder(order="deterministic").encode  # columns may have been put in another order
@@ -46,7 +45,7 @@ class FreshValues:
                     raise DataError(f"{file.name}:{number}: {error}; `python -m generate` writes it again") from None
                 keys.append(_hash([prompt.messages, prompt.tools]))
                 ids.append(_hash(prompt.id))
-                values.append(_hash([prompt.id, *(getattr(prompt, name) for name in VALUES)]))
+                values.append(_hash_of_values(prompt.id, prompt))
                 starts.append(start)
                 lengths.append(len(line))
             start += len(line)
@@ -64,14 +63,15 @@ class FreshValues:
         first, end = (int(np.searchsorted(self._keys, key, side)) for side in ("left", "right"))
         if first == end:
             return row, line
-        value = np.uint64(_hash([row.prompt_id, *(getattr(row, name) for name in VALUES)]))
+        value = np.uint64(_hash_of_values(row.prompt_id, row))
         at = first + int(np.searchsorted(self._values[first:end], value))
         if at < end and self._values[at] == value:
             return row, line
         same_id = self._ids[first:end] == np.uint64(_hash(row.prompt_id))
         last = first + int(np.lexsort((self._starts[first:end], same_id))[-1])
         prompt = _decode(self._line(int(self._starts[last]), int(self._lengths[last])))
-        row = msgspec.structs.replace(row, prompt_id=prompt.id, **{name: getattr(prompt, name) for name in VALUES})
+        own = {"slots": prompt.slots, "reference": prompt.reference, "columns": prompt.columns}
+        row = msgspec.structs.replace(row, prompt_id=prompt.id, **own)
         return row, encode_line(row)
 
     def _line(self, start: int, length: int) -> bytes:
@@ -100,6 +100,10 @@ def _has_values(path: Path) -> bool:
         return False  # it cannot be mapped
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return any(data.find(mark) >= 0 for mark in MARKS)
+
+
+def _hash_of_values(prompt_id: str, one: Prompt | Completion) -> int:
+    return _hash([prompt_id, one.slots, one.reference, one.columns])
 
 
 def _hash(value: object) -> int:

@@ -21,7 +21,7 @@ AGREES, SELECT = "agrees", "select"
 _encode = msgspec.json.Encoder().encode
 SAMPLE = np.dtype(
     [
-        ("prompt", np.uint64),  # its hash
+        ("prompt", np.uint64),  # hash_of_prompt
         ("sample", np.int32),  # the answer's number among those to the prompt
         ("passed", bool),  # every rule
         ("wrong", bool),  # a rule drops it; not only because it could not be checked
@@ -129,7 +129,7 @@ def not_selected(samples: Array, alive: Array, how: Selection, scores: Array, vo
     """All but one answer to each prompt, of those that are `alive`, and why. All arrays are of answers that passed.
 
     `scores`: higher is better. `votes` are needed for `agreed`. Of equals the lowest sample number stays; of two with
-    one number, the newest: the recipe asks otherwise now, or a failed request was made again.
+    one number, the newest: the recipe asks otherwise now.
     """
     if how == "all":
         return {}

@@ -8,7 +8,7 @@ from evaluate.figures.accuracy import VerifiedAnswers
 from evaluate.figures.quality import FEW, PROMPTS_TO_DIFFER
 from evaluate.figures.statistics import Figures
 from evaluate.measure.results import Plan, Results, RowScore
-from evaluate.models import warn_of_teacher
+from evaluate.models import other_teacher
 from pipeline.instructions import told_in_words
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
@@ -28,7 +28,7 @@ def of_rows(
 ) -> Iterator[str]:
     """Of perplexity and its rows; `scores` are of those that every model was scored on."""
     yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
-    yield from filter(None, [warn_of_teacher(plan.recipe, plan.run), plan.probes.note, problem])
+    yield from filter(None, [other_teacher(plan.recipe, plan.run), plan.probes.note, problem])
     if _filtering(plan.run) != _filtering(RunDir(plan.run.student)):
         yield "The answers were filtered again after the student was trained: the drops shown are not of its rows."
     if results.scored:
