@@ -1,7 +1,9 @@
 """What several test files share: a real vLLM server of the embedded model, and small recipes and model folders."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from subprocess import CalledProcessError
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[Any]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A command that failed shows what it printed; the error alone names its exit status."""
+    report = yield
+    if call.excinfo and isinstance(error := call.excinfo.value, CalledProcessError):
+        for name, text in (("stdout", error.stdout), ("stderr", error.stderr)):
+            text = text.decode() if isinstance(text, bytes) else text
+            report.sections += [(f"{name} of the command", text)] if text else []
+    return report
 
 
 @pytest.fixture(scope="session")
