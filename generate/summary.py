@@ -82,7 +82,7 @@ def save(run: Run) -> None:
         run.dir,
         "generate",
         {
-            "teacher": {"asked": recipe.teacher.model, **_earlier(run), "served": sorted(answers.models)},
+            "teacher": {**_teachers(run), "served": sorted(answers.models)},
             "endpoints": recipe.teacher.urls,
             "sampling": recipe.sampling.fields(),
             "prompts": {
@@ -116,13 +116,16 @@ def save(run: Run) -> None:
     )
 
 
-def _earlier(run: Run) -> dict[str, list[str]]:
-    """The teachers that the recipe named before this one, and whose answers the run still holds."""
-    before = read_lineage(run.dir).get("generate", {})
-    teacher = before.get("teacher", {})
-    known = {*teacher.get("earlier", ()), *([teacher["asked"]] if before.get("completed") else [])}
-    others = sorted(known - {run.recipe.teacher.model}) if run.completions.found.ids else []
-    return {"earlier": others} if others else {}
+def _teachers(run: Run) -> dict[str, Any]:
+    """The recipe's teacher, and the `earlier` ones whose answers the run still holds: they alone, if it gave none."""
+    before = read_lineage(run.dir).get("generate", {}).get("teacher", {})
+    held = before.get("served") and run.completions.found.ids
+    names = [before["asked"], *before.get("earlier", ())] if held else []
+    if run.counters.resumed + run.counters.answered or not names:
+        model = run.recipe.teacher.model
+        names = [model, *sorted({*names} - {model})]
+    asked, *earlier = names
+    return {"asked": asked, **({"earlier": earlier} if earlier else {})}
 
 
 def _answers(run: Run) -> Contents:

@@ -96,6 +96,20 @@ def test_a_run_remembers_every_teacher_whose_answers_it_holds(run: RunDir) -> No
         assert "earlier" not in teacher_of(second)
 
 
+def test_a_teacher_that_gave_no_answer_is_none_of_the_run(run: RunDir) -> None:
+    def teacher_of(model: str, behaviour: Behaviour) -> object:
+        with misbehaving(lambda asked: behaviour) as server:
+            generate(recipe_for(server, 2, teacher={"model": model, "base_url": server.url}), run, quiet=True)
+        return json.loads(run.lineage.read_text())["generate"]["teacher"]
+
+    failing = error(400, "no")
+    assert teacher_of("mistyped", failing) == {"asked": "mistyped", "served": []}
+    assert teacher_of("stub", answer("fine")) == {"asked": "stub", "served": ["stub-2026"]}
+    assert teacher_of("dear", failing) == {"asked": "stub", "served": ["stub-2026"]}
+    assert teacher_of("other", answer("fine")) == {"asked": "other", "earlier": ["stub"], "served": ["stub-2026"]}
+    assert teacher_of("dear", failing) == {"asked": "other", "earlier": ["stub"], "served": ["stub-2026"]}
+
+
 def test_nothing_is_asked_twice(run: RunDir) -> None:
     with misbehaving() as server:
         recipe = recipe_for(server)
