@@ -201,26 +201,32 @@ def _one_split(path: Path, loaded: Any, split: str | None) -> Iterable[Json]:
     if not isinstance(loaded, dict):
         if split is not None:
             raise DataError(f"prompts.file {path}: has no splits; remove prompts.split, which is {split!r}")
-        return _with_class_names(loaded)
+        return _without_media(loaded)
     name = next(iter(loaded)) if split is None and len(loaded) == 1 else split
     if name not in loaded:
         raise DataError(f"prompts.file {path}: holds the splits {', '.join(loaded)}; set prompts.split, got {split!r}")
-    return _with_class_names(loaded[name])
+    return _without_media(loaded[name])
 
 
-def _with_class_names(rows: Any) -> Iterator[Json]:
-    features = rows.features or {}  # None of a stream whose types nobody wrote down: it has no classes
-    for row in rows:
-        yield {name: _class_name(value, features.get(name)) for name, value in row.items()}
+def _without_media(rows: Any) -> Iterator[Json]:
+    """The rows without columns of images, sound or video, which are never decoded. A class is its name."""
+    features = rows.features or {}  # None of a stream whose types nobody wrote down
+    others = [name for name, feature in features.items() if not _innermost(feature, "decode_example")]
+    classes = {name: feature for name, feature in features.items() if _innermost(feature, "int2str")}
+    for row in rows.select_columns(others) if len(others) < len(features) else rows:
+        yield row | {name: _class_name(row[name], feature) for name, feature in classes.items()}
+
+
+def _innermost(feature: Any, method: str) -> bool:
+    """Whether a feature of `datasets`, or what lists of it hold, has a method."""
+    return hasattr(feature, method) or (hasattr(feature, "feature") and _innermost(feature.feature, method))
 
 
 def _class_name(value: Any, feature: Any) -> Any:
-    """The name of a ClassLabel's number, also in a list of them; null where there is none. Any other value stays."""
+    """The name of a ClassLabel's number, also in a list of them; null where there is none."""
     if isinstance(value, list):
-        return [_class_name(inner, getattr(feature, "feature", None)) for inner in value]
-    if value is None or not hasattr(feature, "int2str"):
-        return value
-    return feature.names[value] if value >= 0 else None
+        return [_class_name(inner, feature.feature) for inner in value]
+    return None if value is None or value < 0 else feature.names[value]
 
 
 def _guarded(path: Path, rows: Callable[[], Iterable[Json]], advice: str) -> Iterator[Json]:

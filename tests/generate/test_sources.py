@@ -213,6 +213,21 @@ def test_a_class_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     assert len(prompts_of("hub:some/reviews")) == 4
 
 
+@pytest.mark.parametrize("kind", ["folder", "hub", "stream"])
+def test_columns_of_images_and_sound_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """No stage reads them. They are not decoded either: these are no images."""
+    datasets = pytest.importorskip("datasets")
+    image, features = {"bytes": b"none", "path": None}, {"prompt": datasets.Value("string"), "image": datasets.Image()}
+    features |= {"pages": datasets.Sequence(datasets.Image()), "sound": datasets.Audio(), "n": datasets.Value("int64")}
+    columns = {"prompt": ["a"], "image": [image], "pages": [[image]], "sound": [None], "n": [3]}
+    saved = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    saved.save_to_disk(str(tmp_path / "rows"))
+    loaded = saved.to_iterable_dataset() if kind == "stream" else saved
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, streaming: {"train": loaded})
+    (prompt,) = prompts_of(tmp_path / "rows" if kind == "folder" else "hub:some/pictures")
+    assert prompt.columns == {"n": 3}
+
+
 def test_splits_are_named_in_the_recipe(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     train, test = (datasets.Dataset.from_dict({"prompt": [name]}) for name in ("one", "two"))
