@@ -2,10 +2,9 @@
 
 Makes the rows of its arms (experiments.arms), trains and evaluates each with the stages that `chain` runs, and
 compares them (experiments.results). Everything is under experiments/NAME/ in the run directory: a run directory
-for each arm, results.md, results.svg. An arm that is trained is not trained again; `evaluate` measures what it lacks.
+for each arm, results.md, results.svg. `train` returns at once if an arm is trained; `evaluate` measures what it lacks.
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.results import as_markdown, compare, write_results
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
-from pipeline.rundir import RunDir, write_file
+from pipeline.rundir import RunDir
 from pipeline.students import BEFORE, TEACHER
 
 SHARED = (TEACHER, BEFORE)  # models that are measured once for all arms
-TRAINED = "trained"  # in an arm: what its student was made of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         failed = False
         for number, arm in enumerate(design.arms, start=1):
             say(f"\n── {number}/{len(design.arms)} {arm.name}")
-            train(setup, arm)
+            arm.run.save_recipe(setup.recipe_of(arm))
+            setup.stage("train", arm.run, *arm.flags)
             share_measurements(setup, arm, design.arms)
             failed |= setup.stage("evaluate", arm.run, *arm.flags, *no_speed) != 0
         results = compare(setup, design)
@@ -64,26 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{folder / 'results.md'}", flush=True)
     if failed:
         raise RequestsFailed("some requests of the evaluations failed for good; the same command makes them again")
-
-
-def train(setup: Setup, arm: Arm) -> None:
-    """Trains an arm, unless just that was done before."""
-    state, mark = fingerprint(setup, arm), arm.run.path / TRAINED
-    if mark.is_file() and mark.read_text() == state and arm.run.student.is_dir():
-        say(f"{arm.run.student}: is trained")
-        return
-    arm.run.save_recipe(setup.recipe_of(arm))
-    setup.stage("train", arm.run, *arm.flags)
-    write_file(mark, state.encode())
-
-
-def fingerprint(setup: Setup, arm: Arm) -> str:
-    """Changes with all that an arm's training depends on: recipe, rows, test rows."""
-    digest = hashlib.sha256(setup.recipe_of(arm).model_dump_json(exclude={"evaluate"}).encode())
-    for path in (arm.run.kept, setup.folder / "test.jsonl", arm.run.preferences):
-        if path.is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:

@@ -97,13 +97,19 @@ def answer(run: RunDir, recipe: Recipe, *, usd: float | None = None) -> None:
     record_lineage(run, "generate", {**made, "spent": spent})
 
 
+def trained_at(run: RunDir) -> int | None:
+    path = run.student / "lineage.json"
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages that an experiment runs, as `stage run`; they are the real ones but for `generate`."""
+    """The stages that do something, as `stage run`; they are the real ones but for `generate`."""
     done: list[str] = []
 
     def stage(name: str, run: RunDir, path: Path, flags: Sequence[str]) -> int:
-        done.append(f"{name} {run.path.name}")
+        if name != "train":
+            done.append(f"{name} {run.path.name}")
         own = [flag for flag in flags if flag != "--no-speed"]
         if name == "filters":
             filters.__main__.main([str(path), "--run", str(run.path), *own])
@@ -112,7 +118,9 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if name == "generate":
             answer(run, recipe, usd=USD.get(recipe.teacher.model))
         elif name == "train":
+            before = trained_at(run)
             train_run(recipe, run)
+            done.extend([f"train {run.path.name}"] if trained_at(run) != before else [])
         else:
             evaluate_run(recipe, run, path, speed=False)
         return 0
@@ -217,8 +225,13 @@ def test_what_is_finished_is_not_done_again(
     experiment("keep-rate", recipe, run, *flags, "--evaluate.max_rows", "2")
     assert not any(name.startswith("train") for name in stages)
     assert measured == ["teacher", "student_before", "student_after", "student_after"]
-    experiment("keep-rate", recipe, run, *flags, "--train.learning_rate", "0.01")
-    assert "train keep-50" in stages
+    learning = ["--train.learning_rate", "0.01"]
+    running("train", RunDir(folder / "keep-50"), recipe, learning)  # by hand
+    stages.clear()
+    experiment("keep-rate", recipe, run, *flags)
+    assert [name for name in stages if name.startswith("train")] == ["train keep-50"]
+    experiment("keep-rate", recipe, run, *flags, *learning)
+    assert "train keep-60" in stages
 
 
 def test_an_evaluation_that_is_not_complete_goes_on_and_nothing_is_trained_twice(
