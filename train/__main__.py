@@ -28,6 +28,7 @@ def main() -> None:
         return train_on_cluster(options.cluster, Training(recipe, run, flags))
     try:
         train_launched(recipe, run, flags)
+        launched().leave()
     except (DistillError, KeyboardInterrupt) as error:
         if launched().lead:
             raise

@@ -59,13 +59,17 @@ class Processes:
 
     def lead_first(self) -> AbstractContextManager[None]:
         """The others enter the block when the leading process, or that of each folder, has left it."""
-        import torch
-        from accelerate import PartialState
-
-        state: Any = PartialState(cpu=not torch.cuda.is_available())
+        state = _state()
         own = self.local_rank is not None
         first: AbstractContextManager[None] = state.local_main_process_first() if own else state.main_process_first()
         return first
+
+    def leave(self) -> None:
+        """Waits for all, then closes what they exchange by: one that ends early must not cut another off."""
+        if self.count > 1:
+            state = _state()
+            state.wait_for_everyone()
+            state.destroy_process_group()
 
     def shard_on_cpu(self) -> None:
         """Accelerate shards on GPUs; on a CPU it would train by DDP without a word. After this it shards there too."""
@@ -105,6 +109,14 @@ def launched() -> Processes:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     local_rank = int(os.environ["LOCAL_RANK"]) if _is_set(OWN_FOLDER) else None
     return Processes(rank, count, sharded=count > 1 and _is_set("ACCELERATE_USE_FSDP"), local_rank=local_rank)
+
+
+def _state() -> Any:
+    """What Accelerate knows of these processes; the first call connects them."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _is_set(name: str) -> bool:

@@ -1,5 +1,8 @@
 """What a launcher may be told, and what is refused with one line; the trainings themselves are in test_train.py."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +84,28 @@ def test_trained_weights_are_shared_if_folders_are_not(monkeypatch: pytest.Monke
     assert shared == []
     Processes(0, 2, local_rank=0).share_weights(model)
     assert [weights.data_ptr() for weights in shared] == [weights.data_ptr() for weights in model[1].parameters()]
+
+
+LEAVING = """
+import sys, time
+from pathlib import Path
+import torch
+from train.processes import launched
+
+with launched().lead_first():
+    pass
+if not launched().lead:
+    time.sleep(1)
+    Path(sys.argv[1]).touch()
+launched().leave()
+assert Path(sys.argv[1]).exists() and not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_process_ends_before_the_others(tmp_path: Path) -> None:
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, "--main_process_port", "0", str(tmp_path / "leaving.py"), str(tmp_path / "late")]
+    subprocess.run(command, check=True, capture_output=True)
