@@ -21,7 +21,7 @@ from filters.stream import read_lines
 from pipeline.errors import DataError
 from pipeline.filters_config import DedupConfig
 from pipeline.instructions import INSTRUCTIONS
-from pipeline.records import Json, Message, said
+from pipeline.records import BOM, Json, Message, said
 
 BATCH = 4096  # rows of another file whose texts are held at once
 READ_AGAIN = 4096  # rows whose n-grams are held at once: about 3 KB each
@@ -152,7 +152,7 @@ def _text(line: bytes | None, start: int, kind: Kind) -> Text:
     """A row of a source of that kind. Raises msgspec.DecodeError."""
     if line is None:
         raise msgspec.ValidationError("a line too long for a row")
-    row = _decode(line)
+    row = _decode(line.removeprefix(BOM))
     if kind is Kind.OTHER_RUN and row.text is None:
         raise msgspec.ValidationError("no `text`: not a row of kept.jsonl")
     if not row.messages and not row.prompt:

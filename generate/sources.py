@@ -21,10 +21,9 @@ import msgspec
 
 from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.prompts_config import HUB, PromptsConfig
-from pipeline.records import Json
+from pipeline.records import BOM, Json
 from pipeline.user_code import load_function
 
-BOM = b"\xef\xbb\xbf"
 LONGEST_CELL = 16 << 20  # characters of a CSV cell: a longer one is a quote that nobody closed
 ROWS_AT_ONCE = 256  # of Parquet
 ACCEPTED = (

@@ -65,7 +65,7 @@ def read_urls(path: Path) -> dict[str, float]:
     Empty lines and lines that begin with `#` are skipped. Raises RecipeError.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecipeError(f"{URLS_KEY} {path}: {reason}; it needs one URL per line") from None

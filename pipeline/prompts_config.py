@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.partition import position, value_of
-from pipeline.records import Asked, Json, Part, Prompt, as_text, question_text
+from pipeline.records import BOM, Asked, Json, Part, Prompt, as_text, question_text
 from pipeline.section import Section
 from pipeline.turns_and_tools import read_tools
 from pipeline.user_config import UserConfig
@@ -91,7 +91,7 @@ class PromptsConfig(Section):
     @classmethod
     def _read_tools(cls, given: Any) -> list[Json]:
         try:
-            return read_tools(Path(given).read_bytes() if isinstance(given, str | Path) else given)
+            return read_tools(Path(given).read_bytes().removeprefix(BOM) if isinstance(given, str | Path) else given)
         except OSError as error:
             raise ValueError(f"{error.strerror}: give a list, or a JSON file of one") from None
 

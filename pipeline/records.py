@@ -13,6 +13,7 @@ import msgspec
 
 from pipeline.errors import DataError
 
+BOM = b"\xef\xbb\xbf"  # byte order mark: Notepad and Excel begin a file with it
 LONGEST_LINE = 1 << 24  # bytes of a record; filters take no longer line
 LONGEST_PROMPT = LONGEST_LINE - (1 << 20)  # bytes of a prompt with all that its row has: the rest is for the answer
 
@@ -194,7 +195,7 @@ def encode_line(record: msgspec.Struct) -> bytes:
 
 
 def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """Streams the records of a JSONL file. Blank lines are ignored.
+    """Streams the records of a JSONL file. Blank lines and a byte order mark are ignored.
 
     Raises DataError `path:line: reason` at the first line that is not a `kind`, or if the file does not exist.
     """
@@ -205,6 +206,7 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
         raise DataError(f"{path}: no such file; run the stage that writes it first") from None
     with file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(BOM)
             if not line.strip():
                 continue
             try:

@@ -48,7 +48,7 @@ class StudentConfig(Section):
         if given is None or not is_file_name(given):
             return given
         try:
-            return Path(given).read_text(encoding="utf-8")
+            return Path(given).read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ValueError(f"{error.strerror}: give {CHATML}, or a file with a Jinja template") from None
 

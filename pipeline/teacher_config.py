@@ -9,6 +9,7 @@ import msgspec
 from pydantic import Field, SecretStr, field_validator
 
 from pipeline.address import weighted_urls
+from pipeline.records import BOM
 from pipeline.section import OtherModelConfig, PriceConfig, Section, VariableName, checked_urls
 
 
@@ -52,7 +53,7 @@ class TeacherConfig(Section):
         if not isinstance(given, str | Path):
             return given
         try:
-            return msgspec.json.Decoder().decode_lines(Path(given).read_bytes())
+            return msgspec.json.Decoder().decode_lines(Path(given).read_bytes().removeprefix(BOM))
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{reason}: give a list or a JSONL file of {{prompt, answer}}") from None

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import msgspec
 
+from pipeline.records import BOM
 from train.processes import launched
 
 BATCH = 100  # rows that are in memory at once
@@ -56,7 +57,7 @@ def stored_records(path: Path, kind: type[Record]) -> Lazy[Record]:
     starts, place = array("Q"), 0
     with path.open("rb") as file:
         for line in file:
-            if line.strip():
+            if line.removeprefix(BOM).strip():
                 starts.append(place)
             place += len(line)
         mapped = mmap(file.fileno(), 0, access=ACCESS_READ) if starts else None
@@ -65,7 +66,7 @@ def stored_records(path: Path, kind: type[Record]) -> Lazy[Record]:
     def read(start: int) -> Record:
         assert mapped is not None
         end = mapped.find(b"\n", start)
-        return decoder.decode(mapped[start : end if end >= 0 else len(mapped)])
+        return decoder.decode(mapped[start : end if end >= 0 else len(mapped)].removeprefix(BOM))
 
     return Lazy(starts, read)
 

@@ -13,7 +13,7 @@ from filters.answer import Answer, RuleSettings, Verified
 from filters.verify.compare import PatternSettings
 from filters.verify.extract import beside_recipe, canonical, parse_json, shown
 from filters.verify.worker import call
-from pipeline.records import Json, Reason
+from pipeline.records import BOM, Json, Reason
 
 VALIDATION = "filters.verify.validation"
 
@@ -29,7 +29,7 @@ class JsonSchemaSettings(PatternSettings):
         if isinstance(schema, str):
             path = beside_recipe(schema, info)
             try:
-                schema = msgspec.json.decode(path.read_bytes())
+                schema = msgspec.json.decode(path.read_bytes().removeprefix(BOM))
             except msgspec.DecodeError as error:
                 raise ValueError(f"schema: {path}: {error}") from None
         from filters.verify.validation import check_schema  # here: jsonschema is slow to import

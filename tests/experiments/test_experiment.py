@@ -320,6 +320,12 @@ def test_another_teacher_has_its_own_run_and_its_price(
         experiment("teachers", recipe, run, "--b-model", "third")
 
 
+def test_rows_of_people_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "human.jsonl"
+    file.write_text('{"prompt": "Hi", "completion": "Ho"}\n', encoding="utf-8-sig")
+    assert [row.text for row in read_human(file, PromptsConfig(template="x", count=1))] == ["Ho"]
+
+
 def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"Tell {n}.", "completion": f"A person wrote this, {n}."} for n in range(9)

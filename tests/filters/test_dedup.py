@@ -287,7 +287,8 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
     stage.run.validation.write_bytes(validation)
     prompts.write_text(
         '{"prompt": "여우 이야기"}\n{"messages": [{"role": "user", "content": "늑대 이야기"}]}\n'
-        '{"id": 7, "prompt": "양 이야기"}\n'
+        '{"id": 7, "prompt": "양 이야기"}\n',
+        encoding="utf-8-sig",  # with a byte order mark
     )
     rows = [
         completion("a", story(10), "곰 이야기!"),

@@ -152,7 +152,7 @@ def test_formats_are_checked(name: str, right: str, wrong: str) -> None:
 
 
 def test_a_schema_may_lie_beside_the_recipe(tmp_path: Any) -> None:
-    (tmp_path / "ticket.json").write_text('{"type": "integer"}')
+    (tmp_path / "ticket.json").write_text('{"type": "integer"}', encoding="utf-8-sig")  # with a byte order mark
     said = verify("json_schema", " 1.0 ", settings_of("json_schema", tmp_path, schema="ticket.json"))
     assert said == (None, None, "1")
     for schema, problem in (

@@ -262,7 +262,7 @@ def test_a_weight_that_is_none_is_named_with_its_server(weight: str, tmp_path: P
 
 def test_a_server_has_one_weight(tmp_path: Path) -> None:
     urls = tmp_path / "servers.txt"
-    urls.write_text("http://10.0.0.1/v1 2\nhttp://10.0.0.1/v1/ 2\n")
+    urls.write_text("http://10.0.0.1/v1 2\nhttp://10.0.0.1/v1/ 2\n", encoding="utf-8-sig")  # a byte order mark
     assert read_urls(urls) == {"http://10.0.0.1/v1": 2.0}
     urls.write_text("http://10.0.0.1/v1 2\nhttp://10.0.0.1/v1\n")
     with pytest.raises(RecipeError, match="has two weights, 2 and 1"):

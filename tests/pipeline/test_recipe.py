@@ -312,8 +312,20 @@ def test_every_recipe_that_ships_is_valid(recipe: Path) -> None:
     assert load_recipe(recipe).name == recipe.stem
 
 
+def test_tools_and_a_chat_template_may_begin_with_a_byte_order_mark(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"type": "function", "function": {"name": "f"}}]', encoding="utf-8-sig")
+    (tmp_path / "chat.jinja").write_text("{{ messages }}", encoding="utf-8-sig")
+    path.write_text(
+        GOOD.replace("count: 3", "tools: tools.json, count: 3") + "student: {model: s, chat_template: chat.jinja}"
+    )
+    recipe = load_recipe(path)
+    assert recipe.prompts.tools[0]["function"] == {"name": "f"}
+    assert recipe.student is not None and recipe.student.chat_template == "{{ messages }}"
+
+
 def test_examples_for_the_teacher_come_from_the_recipe_or_a_file_beside_it(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "shown.jsonl").write_text('{"prompt": "p", "answer": "a"}\n\n{"prompt": "q", "answer": "b"}\n')
+    lines = '{"prompt": "p", "answer": "a"}\n\n{"prompt": "q", "answer": "b"}\n'
+    (tmp_path / "shown.jsonl").write_text(lines, encoding="utf-8-sig")  # with a byte order mark
     path.write_text(GOOD.replace("{model: some/teacher}", "{model: some/teacher, examples: shown.jsonl}"))
     teacher = load_recipe(path).teacher
     assert [(shown.prompt, shown.answer) for shown in teacher.examples] == [("p", "a"), ("q", "b")]

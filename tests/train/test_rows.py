@@ -27,6 +27,12 @@ def test_a_row_becomes_prompt_and_completion_with_the_teachers_messages() -> Non
     ]
 
 
+def test_rows_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    run = make_run(tmp_path, story_rows(2))
+    run.kept.write_bytes(b"\xef\xbb\xbf" + run.kept.read_bytes())
+    assert [*read_rows(run)] == story_rows(2)
+
+
 def test_a_missing_file_names_itself(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"kept\.jsonl: no such file; run the stage"):
         read_rows(RunDir(tmp_path))
