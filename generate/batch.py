@@ -109,7 +109,9 @@ class Batches:
         chunks = self._folder.write(takewhile(self._reserve, left), self._price, self._most)
         if chunks:
             requests = sum(chunk.requests for chunk in chunks)
-            self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}")
+            over = self._run.counters.left - requests
+            short = f"; the budget does not cover the other {over}, which are left out" if over else ""
+            self._run.say(f"{requests} requests in {len(chunks)} batch file(s) in {self._folder.path}{short}")
         elif self._run.counters.left:
             raise self._limit.reached()
         return bool(chunks)

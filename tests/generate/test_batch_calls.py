@@ -195,6 +195,17 @@ def test_a_budget_holds_back_what_it_does_not_cover(run: RunDir) -> None:
         assert len(completions(run)) == len(fake.asked)
 
 
+def test_requests_that_the_budget_leaves_out_of_the_files_are_counted(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for("http://127.0.0.1:9/v1", 100, budget={"tokens": 3000}, sampling={"max_tokens": 5})
+    generate(recipe, run, quiet=True, write_batches=True)
+    written = len(_ids(run.path / "batches/001.input.jsonl"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{written} requests in 1 batch file(s)" in said
+    assert 0 < written < 100 and f"the budget does not cover the other {100 - written}, which are left out" in said
+
+
 def test_half_the_price(run: RunDir) -> None:
     with fake_batches() as fake:
         teacher = {"model": "stub", "base_url": fake.url, "price": {"input": 1_000_000, "output": 1_000_000}}
