@@ -18,7 +18,7 @@ from openai.types import Batch
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from generate.batch_api import BatchApi
-from generate.batch_files import COLLECTED, Chunk, Folder, read_output
+from generate.batch_files import COLLECTED, NO_OUTCOME, Chunk, Folder, read_output
 from generate.budget import Budget, Reservation, known_price, most_of_batch, spend_under_way
 from generate.context import Run
 from generate.dialect import Dialect
@@ -28,7 +28,7 @@ from generate.prices import Price
 from generate.reply import Answer, Fault
 from generate.tokens import bound
 from generate.verdict import heals
-from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.records import Usage
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -92,11 +92,14 @@ class Batches:
     def collect(self, path: Path) -> None:
         """Collects an output file that came another way, as `vllm run-batch` writes it.
 
-        Raises UsageError if the file does not exist, DataError if it is no such file.
+        Raises UsageError if the file does not exist, DataError if it is no such file, as the input of a batch is not.
         """
         if not path.is_file():
             raise UsageError(f"{path}: no file of this name; give the output of a batch")
-        self._record(read_output(path, self._api.words), str(path))
+        outcomes = read_output(path, self._api.words)
+        if all(outcome == NO_OUTCOME for outcome in outcomes.values()):
+            raise DataError(f"{path}: no line has a `response` or an `error`; give the output of a batch")
+        self._record(outcomes, str(path))
         for chunk in self._folder.live:
             if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True

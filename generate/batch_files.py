@@ -25,6 +25,7 @@ MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
 PATH = b"/v1/chat/completions"
 FIX = "it says which batches are under way: fix it, or move its folder away to ask again"
+NO_OUTCOME = Fault("no_response", "the batch ended without an answer")  # of a line without `response` and `error`
 COLLECTED = '"collected": true'  # what a user sets in state.json to give a batch up
 
 
@@ -154,6 +155,6 @@ def _outcome(output: _Output, words: Callable[[str], str]) -> Answer | Fault:
         error = {"message": error}
     code, message = error.get("code"), error.get("message")
     if response is None or code or message:
-        return Fault(words(str(code or "no_response")), words(str(message or "the batch ended without an answer")))
+        return Fault(words(str(code or NO_OUTCOME.error)), words(str(message or NO_OUTCOME.message)))
     status, body = response.status_code, bytes(response.body)
     return read_answer(body, words) if status == 200 else read_error(status, body, {}, words)

@@ -17,7 +17,7 @@ from generate import batch_files
 from generate.batch import Batches
 from generate.batch_api import BatchApi
 from generate.run import generate
-from pipeline.errors import BudgetReached, DistillError, UsageError
+from pipeline.errors import BudgetReached, DataError, DistillError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -271,6 +271,10 @@ def test_files_by_hand(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixtur
     for wrong in ("nothing.jsonl", "folder"):
         with pytest.raises(UsageError, match=f"{wrong}: no file of this name; give the output of a batch"):
             generate(recipe, run, quiet=True, collect=tmp_path / wrong)
+    output.write_text("")
+    for wrong in (written, output):
+        with pytest.raises(DataError, match=rf"{wrong.name}: no line has a `response` or an `error`; give the output"):
+            generate(recipe, run, quiet=True, collect=wrong)
     output.write_text("{\n")
     with pytest.raises(UsageError, match=r"out\.jsonl:1: "):
         generate(recipe, run, quiet=True, collect=output)
