@@ -90,7 +90,7 @@ class Batches:
         return [self._folder.file(chunk, "input") for chunk in self._folder.live if chunk.batch_id is None]
 
     def collect(self, path: Path) -> None:
-        """Collects an output file that came another way, as `vllm run-batch` writes it.
+        """Collects an output file that came another way, as `vllm run-batch` writes it, or one of `batches/` again.
 
         Raises UsageError if the file does not exist, DataError if it is no such file, as the input of a batch is not.
         """
@@ -99,7 +99,11 @@ class Batches:
         outcomes = read_output(path, self._api.words)
         if all(outcome == NO_OUTCOME for outcome in outcomes.values()):
             raise DataError(f"{path}: no line has a `response` or an `error`; give the output of a batch")
+        usages = {id_: outcome.usage for id_, outcome in outcomes.items() if isinstance(outcome, Answer)}
         self._record(outcomes, str(path))
+        if self._folder.is_recorded(path):  # all of it was charged then, and the journal says it once more now
+            again = [usage for id_, usage in usages.items() if id_ in self._done]
+            self._run.budget.charge(Reservation(), Usage(prompt_tokens=0, completion_tokens=0), again)
         for chunk in self._folder.live:
             if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True

@@ -79,6 +79,11 @@ class Folder:
         """A chunk's `input`, `output` or `error` file."""
         return self.path / f"{chunk.name}.{kind}.jsonl"
 
+    def is_recorded(self, output: Path) -> bool:
+        """Whether it is the output of a batch that this run has downloaded, and has recorded to the end."""
+        recorded = (chunk for chunk in self.state.chunks if chunk.collecting and chunk.collected)
+        return output.resolve() in {self.file(chunk, "output").resolve() for chunk in recorded}
+
     def sent(self, chunk: Chunk) -> dict[str, dict[str, Any]]:
         """The sampling values that each request of a chunk went out with, by its id."""
         others = ("model", "messages", "tools")

@@ -115,6 +115,17 @@ def test_a_batch_is_collected_though_nothing_is_left_to_ask(run: RunDir) -> None
         assert generate(few, run, quiet=True).cost_usd == (3 + 5) * 6
 
 
+def test_answers_that_nothing_asked_for_are_brought_back_without_a_second_charge(run: RunDir) -> None:
+    with fake_batches() as fake:
+        few, many = (batch_recipe(fake, count, teacher=priced(fake)) for count in (3, 10))
+        left_at_work(fake, many, run)
+        assert generate(few, run, quiet=True).cost_usd == 10 * 6
+        for answered in (7, 0):
+            summary = generate(many, run, quiet=True, collect=run.path / "batches/001.output.jsonl")
+            assert (summary.answered, summary.completed, summary.cost_usd) == (answered, 10, 10 * 6)
+        assert generate(many, run, quiet=True).cost_usd == 10 * 6 and tokens_spent(run) == 10 * 12
+
+
 def test_answers_to_a_retry_are_kept_by_the_plain_command(run: RunDir) -> None:
     broken = True
 
