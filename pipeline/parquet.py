@@ -37,6 +37,8 @@ def main() -> None:
     )
     parser.add_argument("path", type=Path, help=f"a run's folder, or one of its files: {', '.join(RECORDS)}")
     path = parser.parse_args().path
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; give the folder of a run, or one of its files")
     found = [path / name for name in RECORDS if (path / name).exists()] if path.is_dir() else [path]
     if not found:
         raise UsageError(f"{path}: no files of records in it; give the folder of a run that has asked its teacher")

@@ -89,9 +89,13 @@ def test_exported_prompts_are_the_same_prompts_again(tmp_path: Path, monkeypatch
 def test_what_is_no_file_of_records_is_refused_and_a_bad_line_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a file of records"):
         to_parquet(tmp_path / "lineage.json")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="no files of records in it"):
-        patch.setattr("sys.argv", ["parquet", str(tmp_path)])
-        main()
+    for path, said in (
+        (tmp_path, "no files of records in it"),
+        (tmp_path / "typo", "typo: no such file or folder; give"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match=said):
+            patch.setattr("sys.argv", ["parquet", str(path)])
+            main()
     run = RunDir(tmp_path)
     write_jsonl(run.prompts, [Prompt(id="p", messages=TURNS)])
     old = to_parquet(run.prompts).read_bytes()
