@@ -25,13 +25,25 @@ from filters.duplicates import DEDUP_RULES
 from filters.rows import filtered_rows
 from filters.run import recipe_rules
 from filters.trials import parse_shares
+from generate.journal import read_journal
 from generate.prompts import PromptRow, make_prompt
 from generate.run import pending
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.records import Dropped, Json, Kept, Message, Prompt, asked_fields, encode_line, question_text, read_jsonl
+from pipeline.records import (
+    Completion,
+    Dropped,
+    Json,
+    Kept,
+    Message,
+    Prompt,
+    asked_fields,
+    encode_line,
+    question_text,
+    read_jsonl,
+)
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from pipeline.teacher_config import TeacherConfig
 from pipeline.turns_and_tools import Turn
@@ -258,7 +270,8 @@ def _answered(setup: Setup, run: RunDir, *flags: str, anew: bool = False) -> Run
     left, stale = pending(recipe, run), not (filtered and _filtered_so(recipe, setup.path, run))
     if filtered and not anew:
         if left or stale:
-            why = f"{left:,} requests of this recipe are not answered" if left else "it was filtered by other rules"
+            changed = "its answers or the rules have changed since it was filtered"
+            why = f"{left:,} requests of this recipe are not answered" if left else changed
             say(f"warning: {run.path}: {why}; the arms learn from the rows there are (else generate and filter first)")
         return run
     with teacher(recipe, run) if left or (stale and judges(recipe)) else nullcontext():
@@ -275,9 +288,9 @@ def _filtered_so(recipe: Recipe, path: Path, run: RunDir) -> bool:
     config = recipe.filters.model_dump(mode="json", include={"dedup", "judge", "select"})
     rules = recipe_rules(recipe, path)
     wanted = {"rules": rules.described(), **config}
-    read = (run.completions, *rules.files(path.parent))
-    newer = any(file.stat().st_mtime_ns > run.kept.stat().st_mtime_ns for file in read)
-    return not newer and wanted == {name: said.get(name) for name in wanted}
+    newer = any(file.stat().st_mtime_ns > run.kept.stat().st_mtime_ns for file in rules.files(path.parent))
+    answers = read_journal(run.completions, Completion).models.total()
+    return not newer and {**wanted, "rows": answers} == {name: said.get(name) for name in (*wanted, "rows")}
 
 
 def _by_source(sources: Mapping[str, Sequence[Kept]], test: Sequence[Kept]) -> dict[str, list[Kept]]:
