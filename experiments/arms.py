@@ -164,7 +164,7 @@ def _teachers(setup: Setup) -> Design:
     flags = _other_teacher(setup.recipe.teacher, setup.options)
     other, wanted = RunDir(setup.folder / "b"), setup.options.b_model
     asked = read_lineage(other).get("generate", {}).get("teacher", {}).get("asked", wanted)
-    if asked != wanted:
+    if asked != wanted and other.completions.is_file() and other.completions.stat().st_size:
         raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
     _answered(setup, other, *flags, anew=True)  # both: a run of an earlier recipe would have other prompts and rules
     base = _answered(setup, setup.base, anew=True)

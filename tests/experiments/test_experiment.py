@@ -324,6 +324,10 @@ def test_another_teacher_has_its_own_run_and_its_price(
         assert all("Too short." in {row.text for row in kept(folder / name)} for name in "ab")
     with pytest.raises(UsageError, match="b: it holds the answers of other, not of third; remove this folder"):
         experiment("teachers", recipe, run, "--b-model", "third")
+    RunDir(folder / "b").completions.write_bytes(b"")  # as where every request has failed
+    options.b_model = "third"
+    setup = Setup(load_recipe(recipe, flags), recipe, flags, run, folder, options, recipe.read_bytes())
+    assert "b is third" in EXPERIMENTS["teachers"].prepare(setup).note
 
 
 def test_rows_of_people_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
