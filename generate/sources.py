@@ -129,26 +129,26 @@ def _check_names(where: str, names: list[str]) -> None:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    pyarrow, parquet = _imported(path, "pyarrow"), _imported(path, "pyarrow.parquet")
-    with _opened(path) as file:
-        try:
+    parquet = _imported(path, "pyarrow.parquet")
+
+    def rows() -> Iterator[Json]:
+        with _opened(path) as file:
             opened = parquet.ParquetFile(file)
             _check_names(str(path), opened.schema_arrow.names)
-            batches = opened.iter_batches(batch_size=ROWS_AT_ONCE)
-            yield from _of_arrow(path, (row for batch in batches for row in batch.to_pylist()))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"prompts.file {path}: not Parquet: {_line(error)}; {ACCEPTED}") from None
-        except ValueError as error:  # of a time with nanoseconds, where there is no pandas
-            raise DataError(f"prompts.file {path}: {_line(error)}") from None
+            for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+
+    return _of_arrow(path, _guarded(path, rows, "write it as Parquet again, without columns that cannot be read"))
 
 
 def _folder_rows(path: Path, split: str | None) -> Iterator[Row]:
     datasets = _imported(path, "datasets")
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"prompts.file {path}: not a folder that `datasets` saved: {_line(error)}") from None
-    return _of_arrow(path, _one_split(path, loaded, split))
+
+    def rows() -> Iterable[Json]:
+        return _one_split(path, datasets.load_from_disk(str(path)), split)
+
+    advice = "give a folder that `datasets` saved (save_to_disk), without columns that cannot be read"
+    return _of_arrow(path, _guarded(path, rows, advice))
 
 
 def _hub_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -190,8 +190,8 @@ def _imported(path: Path, package: str) -> Any:
         return import_module(package)
     except ImportError:
         raise UsageError(
-            f"prompts.file {path}: reading it needs the package {package}, which `make setup` installs; or give "
-            "a JSONL or CSV file"
+            f"prompts.file {path}: reading it needs the package {package.partition('.')[0]}, which `make setup` "
+            "installs; or give a JSONL or CSV file"
         ) from None
 
 

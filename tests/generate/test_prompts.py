@@ -406,7 +406,7 @@ def test_a_datasets_folder_that_cannot_serve(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="rows: row 2: the prompt is empty"):
         list(iter_prompts(recipe_with(file=tmp_path / "rows")))
     (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match="not a folder that `datasets` saved"):
+    with pytest.raises(DataError, match=r"other: .*; give a folder that `datasets` saved"):
         list(iter_prompts(recipe_with(file=tmp_path / "other")))
 
 

@@ -276,6 +276,37 @@ def test_the_names_of_csv_may_have_blanks_around_them(tmp_path: Path) -> None:
     assert (prompt.messages[0].content, prompt.reference, prompt.id, prompt.columns) == ("a", " b", "c", {})
 
 
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_rows_that_cannot_be_read_are_one_line(tmp_path: Path, kind: str) -> None:
+    """A picture that is none, within an object, and years that Python does not have."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / kind
+    if kind == "folder":
+        features = {"prompt": datasets.Value("string"), "of": {"picture": datasets.Image()}}
+        columns = {"prompt": ["a"], "of": [{"picture": {"bytes": b"none", "path": None}}]}
+        datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(str(path))
+    else:
+        path = path.with_suffix(".parquet")
+        far = pyarrow.array([2**60], pyarrow.timestamp("us"))
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "at": far}), path)
+    with pytest.raises(DataError, match=r"prompts\.file .*Error: .*, without columns that cannot be read$") as caught:
+        prompts_of(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_folder_is_one_line(tmp_path: Path) -> None:
+    write_folder(tmp_path / "rows")
+    (file,) = (tmp_path / "rows").glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    content[8:200] = b"\xff" * 192
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"prompts\.file .*rows: .*; give a folder that `datasets` saved"):
+        prompts_of(tmp_path / "rows")
+
+
 def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
     """Arrow's rows would have the later one only."""
     import pyarrow
@@ -315,7 +346,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ("p.py", f"{ROW}'id': '\\ud83d'}}\n", {}, "p.py: row 0: column 'id': half of a surrogate pair"),
         ("p.py", f"{ROW}'n': ['\\ud83d']}}\n", {}, "p.py: row 0: column 'n': half of a surrogate pair"),
         ("p.py", "def rows():\n    yield {'prompt': float('nan')}\n", {}, "p.py: row 0: the prompt is empty"),
-        ("p.parquet", b"PAR1\x15\x04", {}, "p.parquet: not Parquet"),
+        ("p.parquet", b"PAR1\x15\x04", {}, "p.parquet: ArrowInvalid: Parquet file size is 6"),
         ("p.py", "def rows():\n    yield {'prompt': 'a'}\n    1/0\n", {}, "p.py: ZeroDivisionError: division by zero"),
         ("p.py", "def rows():\n    yield 'a'\n", {}, "p.py: row 0: a row is a dict, got str"),
         (
