@@ -13,7 +13,7 @@ from pathlib import Path
 from generate import dry_run
 from generate.progress import clock, requests_of
 from generate.prompts import iter_prompts
-from generate.run import Sender, generate
+from generate.run import Sender, check_stored, generate
 from generate.summary import Summary
 from generate.turns import passes
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -53,6 +53,7 @@ def main() -> None:
     if recipe.evaluate.verify:
         _warn_untested(recipe)
     if options.dry_run:
+        check_stored(recipe, run)
         first, folder = next(passes(recipe, run))
         for line in dry_run.describe(first, dry_run.dry_run(first, folder, retry_failures=options.retry_failures)):
             print(line)

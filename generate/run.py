@@ -26,7 +26,7 @@ from generate.progress import Counters, Display, requests_of
 from generate.summary import Summary, save, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes
 from generate.workers import send_from_workers
-from pipeline.errors import UsageError
+from pipeline.errors import RecipeError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
@@ -62,6 +62,8 @@ def generate(
     KeyboardInterrupt after Ctrl-C. Failed requests raise nothing: `Summary.failed`.
     """
     recipe, run = _resolved(recipe, run)
+    if collect is None:
+        check_stored(recipe, run)
     if recipe.prompts.user and (write_batches or collect):
         raise UsageError("batch files are of one pass, prompts.user has several: use generate.mode batch")
     done = []
@@ -93,6 +95,7 @@ async def agenerate(
     A cancelled call abandons the requests in flight; what was answered is kept.
     """
     recipe, run = _resolved(recipe, run)
+    check_stored(recipe, run)
     done = []
     with run.locked(new=True):
         for asking, folder in passes(recipe, run):
@@ -131,6 +134,16 @@ def pending(recipe: Recipe, run: RunDir) -> int:
         if counters.left:
             return counters.left
     return 0
+
+
+def check_stored(recipe: Recipe, run: RunDir) -> None:
+    """Raises RecipeError if answers are left to ask whose logprobs the training needs, and they would not be stored."""
+    needed = recipe.train.method == "kd" and recipe.train.kd.teacher == "stored" and not run.internal
+    if needed and recipe.sampling.logprobs is None and pending(recipe, run):
+        raise RecipeError(
+            "train.kd.teacher is stored, but sampling.logprobs is null, so nothing would be stored of the answers: set "
+            "it, as in sampling.logprobs: 20, or use train.kd.teacher: local or served; nothing was asked"
+        )
 
 
 @contextmanager

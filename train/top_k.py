@@ -47,11 +47,12 @@ def read_stored(path: Path, ids: Sequence[str], rows: Sequence[TokenRow], tokeni
     are another tokenizer's.
     """
     wanted = set(ids)
-    stored = {line.id: line for line in read_jsonl(path, TokenLogprobs) if line.id in wanted}
+    lines = read_jsonl(path, TokenLogprobs) if path.exists() else ()
+    stored = {line.id: line for line in lines if line.id in wanted}
     if missing := [id_ for id_ in ids if id_ not in stored]:
         raise DataError(
-            f"{path}: nothing is stored of {len(missing)} of {len(ids)} answers (the first: {missing[0]}); generate "
-            "them with sampling.logprobs, or use train.kd.teacher: local or served"
+            f"{path}: nothing is stored of {len(missing)} of {len(ids)} answers (the first: {missing[0]}); use "
+            "train.kd.teacher: local or served, or ask for them anew with sampling.logprobs"
         )
     names = {} if not any(line.names for line in stored.values()) else token_names(tokenizer)
     known: TopK = {}

@@ -12,7 +12,7 @@ from generate.journal import read_journal
 from generate.logprobs import pack
 from generate.prompts import iter_prompts
 from generate.run import generate
-from pipeline.errors import DistillError
+from pipeline.errors import DistillError, RecipeError
 from pipeline.records import Completion, TokenLogprobs, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
@@ -133,3 +133,15 @@ def test_logprobs_are_part_of_what_identifies_an_answer_only_if_asked_for() -> N
     ids = [next(iter(build_jobs(iter_prompts(recipe), recipe))).request.id for recipe in (plain, asking)]
     assert ids[0] != ids[1]
     assert "logprobs" not in plain.sampling.fields()
+
+
+def test_answers_to_be_followed_by_their_logprobs_are_not_asked_for_without(tmp_path: Path) -> None:
+    run, followed = RunDir(tmp_path / "run"), {"method": "kd", "kd": {"teacher": "stored"}}
+    with misbehaving(lambda asked: answered(BY_ID)) as server:
+        recipe = recipe_for(server, 3, train=followed)
+        with pytest.raises(RecipeError, match=r"set it, as in sampling.logprobs: 20.*nothing was asked"):
+            generate(recipe, run, quiet=True)
+        assert not server.asked
+        generate(recipe_for(server, 3, train={**followed, "method": "lora"}), run, quiet=True)
+        assert generate(recipe, run, quiet=True).resumed == 3  # nothing is left to ask
+        assert generate(recipe_for(server, 3, train=followed, sampling=ASKED), run, quiet=True).completed == 3
