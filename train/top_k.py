@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from generate.client import headers_of
 from generate.journal import Journal
+from generate.targets import urls_now
 from pipeline.address import is_loopback
 from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.records import TokenLogprobs, read_jsonl
@@ -125,7 +127,7 @@ def ask_endpoint(setting: Setting, rows: Sequence[TokenRow], tokenizer: Any, tol
     with Journal(file, TokenLogprobs) as journal:
         left = [(id_, row) for id_, row in zip(ids, rows, strict=True) if id_ not in journal.found.ids]
         earlier = f"; {len(rows) - len(left)} earlier" if len(left) < len(rows) else ""
-        setting.console.print(f"{teacher.url}: {teacher.model} is asked about {len(left)} answers{earlier}")
+        setting.console.print(f"{client.base_url}: {teacher.model} is asked about {len(left)} answers{earlier}")
         for first in track(range(0, len(left), AT_ONCE), "asking the teacher", console=setting.console):
             journal.append(*_said(client, left[first : first + AT_ONCE], top))
     wanted = set(ids)
@@ -161,19 +163,22 @@ def _said(client: Any, rows: Sequence[tuple[str, TokenRow]], top: int) -> list[T
 
 
 def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
-    """TRL's client of a vLLM server, for a teacher that may want a key and has prompts of its own.
+    """TRL's client of the first of the teacher's endpoints, which may want a key, with the teacher's own prompts.
 
-    As TRL makes it, it sends no key, and wants vLLM installed on this machine.
+    As TRL makes it, it sends no key, and wants vLLM installed on this machine. Raises RecipeError as `urls_now`.
     """
     import requests
     from trl.generation.vllm_client import VLLMClient
 
+    url = next(iter(urls_now(teacher)))
+
     class Client(VLLMClient):
         def __init__(self) -> None:
-            self.base_url, self.model = teacher.url.removesuffix("/v1"), teacher.model
+            self.base_url, self.model = url.removesuffix("/v1"), teacher.model
             self.session = requests.Session()
-            self.session.trust_env = not is_loopback(teacher.url)
-            self.session.headers.update(teacher.key_header())
+            self.session.trust_env = not is_loopback(url)
+            self.session.headers.update(headers_of(teacher))
+            self.session.params = teacher.query
 
         def get_sequence_logprobs(self, sequences: Any, prompt_lengths: Any, **more: Any) -> Any:
             own = [list(ids[:length]) for ids, length in zip(sequences, prompt_lengths, strict=True)]

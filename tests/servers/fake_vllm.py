@@ -16,6 +16,8 @@ class Scoring:
     url: str
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
+    teams: set[str | None] = field(default_factory=set)  # of the header X-Team
+    queries: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -43,8 +45,11 @@ def scoring(folder: str, *, most: int = 20) -> Iterator[Scoring]:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.asked.append(request)
             server.keys.add(self.headers.get("Authorization"))
+            server.teams.add(self.headers.get("X-Team"))
+            path, _, query = self.path.partition("?")
+            server.queries.add(query)
             status, body = 200, {}
-            if self.path == "/tokenize":
+            if path == "/tokenize":
                 body = {"tokens": tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]}
             elif request["prompt_logprobs"] > most:
                 status, body = 400, {"error": {"message": f"requested more than {most} logprobs"}}

@@ -161,14 +161,19 @@ def test_a_served_teacher_is_asked_once_and_teaches_the_same(
 ) -> None:
     rows = story_rows(12)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("TEAM", "ours")
     kd = {"weights": "full", "alpha": 1.0, "top_k": 20}
     served, stored = (make_run(tmp_path / name, rows) for name in ("served", "stored"))
     own = {"method": "kd", "learning_rate": 1e-2, "epochs": 2}
     with scoring(models[1]) as server:
         recipe = make_recipe(*models, kd={**kd, "teacher": "served"}, **own)
-        teacher = recipe.teacher.model_copy(update={"base_url": server.url})
+        urls = tmp_path / "urls"
+        urls.write_text(f"# its servers\n{server.url} 4\nhttp://127.0.0.1:9/v1\n")
+        given = {"urls_file": urls, "headers": {"X-Team": "${TEAM}"}, "query": {"version": "1"}}
+        teacher = recipe.teacher.model_copy(update={"base_url": "http://the-fleet/v1", **given})
         train_run(recipe.model_copy(update={"teacher": teacher}), served)
         assert server.keys == {"Bearer secret"}
+        assert server.teams == {"ours"} and server.queries == {"version=1"}
         scored = [ids for request in server.asked if "prompt_logprobs" in request for ids in request["prompt"]]
         assert len(scored) == 10  # the training rows, once, for two epochs
     store(stored, rows, models[1], 20)
