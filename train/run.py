@@ -26,7 +26,7 @@ from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.loaded_model import context_of
 from pipeline.recipe import Recipe
-from pipeline.records import Json, Kept
+from pipeline.records import Kept
 from pipeline.resources import GIB
 from pipeline.rundir import RunDir, sync_path, sync_tree, write_file, write_jsonl, writing_weights
 from pipeline.students import trained_section
@@ -199,8 +199,8 @@ def _on_rows(
         decide(checks)
     shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))
     examples = {"train": shape(parts.train), "validation": shape(parts.validation)}
-    if config.soft:  # the teacher has prompts of its own
-        examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | {"id": row.id, "told": _told(row, recipe)})
+    if config.soft:
+        examples["train"] = Lazy(parts.train, lambda row: shape([row])[0] | _of_teacher(row, recipe))
     with writing_weights(rows_folder(setting.folder)):  # the tokens
         prepared = prepare(student, examples, setting)
     ids = (row.id for row in joined(parts.train, parts.validation))
@@ -211,12 +211,13 @@ def _on_rows(
     return prepared, checks
 
 
-def _told(row: Kept, recipe: Recipe) -> list[Json]:
-    """What the teacher is told before the first turn that the student learns."""
+def _of_teacher(row: Kept, recipe: Recipe) -> dict[str, Any]:
+    """What the teacher is `told` before the first turn that the student learns, and facts of its answer."""
     before = row.messages
     if recipe.train.loss_on == "all":
         before = [*takewhile(lambda turn: turn.role != "assistant", before)]
-    return template_turns(told_to_teacher(before, recipe.teacher))
+    told = template_turns(told_to_teacher(before, recipe.teacher))
+    return {"id": row.id, "told": told, "stripped": bool(row.reasoning) and recipe.train.reasoning == "strip"}
 
 
 def _on_pairs(

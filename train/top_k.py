@@ -42,12 +42,15 @@ def answer_of(row: TokenRow) -> list[int]:
     return [label for label in row["labels"] if label != MASKED]
 
 
-def read_stored(path: Path, ids: Sequence[str], rows: Sequence[TokenRow], tokenizer: Any, console: Console) -> TopK:
-    """What was stored of the answers with these ids; `rows` are their tokens, in the same order.
+def read_stored(
+    path: Path, shown: Sequence[dict[str, Any]], rows: Sequence[TokenRow], tokenizer: Any, console: Console
+) -> TopK:
+    """What was stored of the answers; `shown` has their ids, and whether their reasoning is `stripped`.
 
-    Says how many of the tokens it is. Raises DataError if an answer has none stored, RecipeError if the stored tokens
-    are another tokenizer's.
+    `rows` are their tokens, in the same order. Says how many of the tokens it is. Raises DataError if an answer has
+    none stored, RecipeError if the stored tokens are another tokenizer's, or those of the reasoning.
     """
+    ids = [row["id"] for row in shown]
     wanted = set(ids)
     lines = read_jsonl(path, TokenLogprobs) if path.exists() else ()
     stored = {line.id: line for line in lines if line.id in wanted}
@@ -65,9 +68,11 @@ def read_stored(path: Path, ids: Sequence[str], rows: Sequence[TokenRow], tokeni
         known[key_of(row["input_ids"])] = likeliest, logprobs
         covered, total = covered + told, total + len(answer)
     if covered < LEAST * total:
+        why = f"its tokenizer is not the student's; {OTHERS}"
+        if any(row["stripped"] for row in shown):
+            why = "they begin with its reasoning; use train.reasoning: keep, or train.kd.teacher: local or served"
         raise RecipeError(
-            f"{path}: the teacher's tokens are those of {covered / total:.0%} of the answers' tokens: its tokenizer is "
-            f"not the student's; {OTHERS}"
+            f"{path}: the teacher's tokens are those of {covered / total:.0%} of the answers' tokens: {why}"
         )
     console.print(f"{path}: the teacher's word on {covered / total:.1%} of the answers' tokens; text alone on the rest")
     return known

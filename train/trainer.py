@@ -262,7 +262,7 @@ def _with_teacher(
         return with_callbacks(drawing, prepared.milestones, prepared.progress)
     if stored:
         assert setting.logprobs is not None
-        trainer.known = read_stored(setting.logprobs, [row["id"] for row in shown], rows, tokenizer, setting.console)
+        trainer.known = read_stored(setting.logprobs, shown, rows, tokenizer, setting.console)
     elif config.kd.teacher == "served":
         trainer.known = ask_endpoint(setting, rows, tokenizer, told)
     else:

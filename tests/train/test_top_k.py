@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generate.logprobs import pack
@@ -134,15 +135,16 @@ def test_answers_without_stored_logprobs_are_refused(models: tuple[str, str], tm
 def test_stored_tokens_of_another_tokenizer_are_refused(models: tuple[str, str], tmp_path: Path) -> None:
     rows = story_rows(12)
     run = make_run(tmp_path / "run", rows)
-    store(
-        run,
-        [
-            Kept(**{name: getattr(row, name) for name in row.__struct_fields__} | {"text": row.text[::-1]})
-            for row in rows
-        ],
-        models[1],
-    )
+    store(run, [replace(row, text=row.text[::-1]) for row in rows], models[1])
     with pytest.raises(RecipeError, match=r"its tokenizer is not the student's; use train.method: gold"):
+        train_run(make_recipe(*models, method="kd", kd={"teacher": "stored"}), run)
+
+
+def test_stored_tokens_of_reasoning_that_is_stripped_are_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    rows = story_rows(12)
+    run = make_run(tmp_path / "run", [replace(row, reasoning="Let me think. ") for row in rows])
+    store(run, [replace(row, text=f"Let me think. {row.text}") for row in rows], models[1])
+    with pytest.raises(RecipeError, match=r"those of 0% .* begin with its reasoning; use train.reasoning: keep, or"):
         train_run(make_recipe(*models, method="kd", kd={"teacher": "stored"}), run)
 
 
