@@ -12,12 +12,13 @@ from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
 from filters.run import recipe_rules
-from generate.run import pending
+from generate.run import check_stored, pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
 from pipeline.lineage import read_lineage, taught_by
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from train.checks.before import check_trainable
 from train.checks.licences import licence_check, strictest, terms_of
 from train.checks.pair import teacher_check
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         rules(recipe, options.recipe)
     asks = pending(recipe, run)
     check_teachers(recipe, run, asks=bool(asks))
+    if asks:
+        check_stored(recipe, run)
+        check_trainable(recipe, run)
     if options.dry_run:
         stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
         return

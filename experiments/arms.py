@@ -47,9 +47,9 @@ from pipeline.records import (
 from pipeline.rundir import RunDir, replacing, write_jsonl
 from pipeline.teacher_config import TeacherConfig
 from pipeline.turns_and_tools import Turn
+from train.checks.before import check_followed
 from train.rows import part_rows, prompt_text, read_rows
 from train.run import rows_to_train
-from train.teacher import followed_files
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,7 @@ def _soft(setup: Setup) -> Design:
     methods: dict[str, list[str]] = {hard: ["--train.method", hard]}
     methods |= {soft: ["--train.method", soft, "--train.kd.weights", hard] for soft in ("kd", "on_policy")}
     for flags in methods.values():  # what cannot be trained is told before the first arm
-        load_recipe(setup.path, [*setup.flags, *flags])
-    if setup.recipe.train.kd.teacher == "local":
-        followed_files(setup.recipe.teacher.model)
+        check_followed(load_recipe(setup.path, [*setup.flags, *flags]))
     base = _answered(setup, setup.base)
     test = part_rows(read_rows(base), setup.recipe.prompts).test
     arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]

@@ -8,7 +8,7 @@ is saved: after a kill, the same command continues from the last one.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from pipeline.adapters import check_whole, torn_file
 from pipeline.checks import Check
-from pipeline.errors import RecipeError, UsageError
+from pipeline.errors import RecipeError
 from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, record_lineage, versions
 from pipeline.loaded_model import context_of
@@ -32,6 +32,7 @@ from pipeline.rundir import RunDir, sync_path, sync_tree, write_file, write_json
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
+from train.checks.before import check_on_policy, extra_needed
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 TRAINING_LOG = "training_log.json"
-NO_EXTRA = "training needs the `train` extra: {error}; run `make train`, which installs it"
 MARGIN = "eval_rewards/margins"  # TRL's name
 FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
 AGAIN = " again"  # follows the fingerprint there if --again began the training
@@ -89,7 +89,7 @@ def train_run(
     parts = read_parts(recipe, run)
     check_start(recipe, run)
     if recipe.train.method == "on_policy" and recipe.train.start is None:
-        _train_first(recipe, run, processes, force=force, allow_chain=allow_chain)
+        _train_first(recipe, run, parts.train, processes, force=force, allow_chain=allow_chain)
     start = start_of(recipe, run) if recipe.train.further else None
     pairs = read_pairs(recipe, run, parts) if recipe.train.method == "dpo" else None
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
@@ -103,13 +103,11 @@ def train_run(
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
     setting = Setting(recipe.train, work, console, processes, recipe.teacher, logprobs)
-    try:
+    with extra_needed():
         if start and pairs is not None:
             prepared, checks = _on_pairs(start, pairs, recipe, setting, decide)
         else:
             prepared, checks = _on_rows(parts, start, recipe, run, setting, decide, allow_chain=allow_chain)
-    except ImportError as error:
-        raise UsageError(NO_EXTRA.format(error=error)) from None
     rows = {part: len(own) for part, own in prepared.rows.items()} | {"test": len(parts.test)}
     console.print(f"training on {prepared.seen} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
@@ -147,25 +145,21 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
     A student that is made first is made now. Raises RecipeError, UsageError or DataError as train_run does.
     """
     rows = read_parts(recipe, run).train
-    try:
+    with extra_needed():
         from transformers import AutoConfig
 
         from train.tokens import example_length
 
         tokenizer = load_tokenizer(student := initial_student(recipe, run, rows))
         longest = min(recipe.train.max_length, context_of(AutoConfig.from_pretrained(student)))
-    except ImportError as error:
-        raise UsageError(NO_EXTRA.format(error=error)) from None
     examples = to_examples(rows, recipe.student, reasoning_form(recipe.train, tokenizer))
     return sum(example_length(example, tokenizer) <= longest for example in examples)
 
 
-def _train_first(recipe: Recipe, run: RunDir, processes: Processes, **flags: bool) -> None:
+def _train_first(recipe: Recipe, run: RunDir, rows: Sequence[Kept], processes: Processes, **flags: bool) -> None:
     """If no student of the run has learned from answers yet, one learns from them, by the weights of train.kd."""
-    from train.machine import check_machine
-
-    check_machine(recipe.train, processes)  # before a training that would be of no use
     if not any(map(learned_from_answers, (run.student, run.student_sft))):
+        check_on_policy(recipe, run, rows, processes)
         config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
         train_run(recipe.model_copy(update={"train": config}), run, **flags, processes=processes)
         with processes.lead_first():

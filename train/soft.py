@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from pipeline.errors import DistillError, RecipeError
+from pipeline.errors import DistillError
 from pipeline.models import explained, resolve_model
 from pipeline.resources import GIB, half_dtype
 from pipeline.train_config import KdConfig
 from train.machine import free_memory
 from train.student_trainer import Loss, StudentTrainer, completion_logits
-from train.teacher import FIX, followed_files, known_files, parameters_of
+from train.teacher import FIX, check_same_tokens, followed_files, parameters_of
 from train.tokens import Batch, key_of
 from train.told import SharedStart, Told, of_teacher
 from train.top_k import TopK
@@ -30,15 +30,9 @@ from train.top_k import TopK
 def load_teacher(reference: str, student: Any, texts: Iterable[str], console: Console) -> Any:
     """Loads a teacher of the student's tokenizer. As load_model; `student`: the student's tokenizer.
 
-    Raises RecipeError, too, if the teacher's tokens are not the student's, by its vocabulary or in one of `texts`.
+    Raises RecipeError, too, if the teacher's tokens are not the student's.
     """
-    known = known_files(reference)
-    if known is not None:
-        other = "or, with the teacher beside the student, gold"
-        with explained(f"teacher.model: cannot load {reference} ({FIX})"):
-            difference = differing_tokens(AutoTokenizer.from_pretrained(known), student, texts)
-        if difference:
-            raise RecipeError(f"soft distillation needs one tokenizer, and {reference} {difference}; {FIX}, {other}")
+    check_same_tokens(reference, student, texts)
     return load_model(reference, console)
 
 
@@ -57,18 +51,6 @@ def load_model(reference: str, console: Console) -> Any:
             raise DistillError(f"{memory}, {free / GIB:.1f} GiB are free; {FIX}")
         console.print(memory)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-
-
-def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
-    """How the teacher's tokenizer differs from the student's; empty if both make the same ids of everything."""
-    own, other = student.get_vocab(), teacher.get_vocab()
-    if own != other:
-        differing = len({*own.items()} ^ {*other.items()})
-        return f"has another vocabulary than the student ({differing:,} tokens or ids are not shared)"
-    for text in texts:
-        if student(text)["input_ids"] != teacher(text)["input_ids"]:
-            return f"splits text into other tokens than the student: {text[:40]!r}"
-    return ""
 
 
 class SoftTrainer(StudentTrainer):

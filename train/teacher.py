@@ -4,6 +4,7 @@ Reads a folder, the Hub's cache, or the Hub (small files only). A model behind a
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import RecipeError
-from pipeline.models import local_folder
+from pipeline.models import explained, local_folder, resolve_model
 from train.student import load_tokenizer
 
 SMALL_FILES = ["*config.json", "chat_template*", "README.md", "vocab.json", "merges.txt", "tokenizer*", "*tokens*.json"]
@@ -43,13 +44,42 @@ def known_files(reference: str) -> Path | None:
 
 def followed_files(reference: str) -> Path:
     """What is known of a teacher whose weights a soft method follows. Raises RecipeError where only an API knows it."""
-    known = known_files(reference)
+    known = known_files(resolve_model(reference))
     if known is None:
         raise RecipeError(
             f"soft distillation needs the teacher's weights, and {reference} has none here; {FIX}, or its distribution "
             "from elsewhere: train.kd.teacher: served or stored"
         )
     return known
+
+
+def check_same_tokens(reference: str, student: Any, texts: Iterable[str] = ()) -> None:
+    """Raises RecipeError if a teacher's tokens are not the student's, by its vocabulary or in one of `texts`.
+
+    `student`: the student's tokenizer. As followed_files, too.
+    """
+    from transformers import AutoTokenizer
+
+    known = followed_files(reference)
+    with explained(f"teacher.model: cannot load {reference} ({FIX})"):
+        difference = differing_tokens(AutoTokenizer.from_pretrained(known), student, texts)
+    if difference:
+        raise RecipeError(
+            f"soft distillation needs one tokenizer, and {reference} {difference}; {FIX}, or, with the teacher beside "
+            "the student, gold"
+        )
+
+
+def differing_tokens(teacher: Any, student: Any, texts: Iterable[str]) -> str:
+    """How the teacher's tokenizer differs from the student's; empty if both make the same ids of everything."""
+    own, other = student.get_vocab(), teacher.get_vocab()
+    if own != other:
+        differing = len({*own.items()} ^ {*other.items()})
+        return f"has another vocabulary than the student ({differing:,} tokens or ids are not shared)"
+    for text in texts:
+        if student(text)["input_ids"] != teacher(text)["input_ids"]:
+            return f"splits text into other tokens than the student: {text[:40]!r}"
+    return ""
 
 
 def read_card(folder: Path | None) -> Card:

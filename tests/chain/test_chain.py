@@ -11,12 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from chain.__main__ import main
 from pipeline.errors import RecipeError, UsageError
 from pipeline.records import Completion, Dropped, Kept, read_jsonl
 from pipeline.rundir import RunDir
 from serve.server import free_port
+from tests.tiny_student import tiny_model
 
 PROMPTS = 24
 
@@ -138,3 +140,31 @@ def test_a_recipe_without_a_student_is_refused_before_anything_starts(recipe: Pa
 def test_a_missing_teacher_folder_stops_the_chain_with_one_line(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the folder is not there"):
         main([str(recipe), "--run", str(tmp_path / "run"), "--teacher.model", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"method": "kd", "teacher": "gpt-4.1"}, "needs the teacher's weights, and gpt-4.1 has none here"),
+        ({"method": "gold", "teacher": "gpt-4.1"}, "needs the teacher's weights"),
+        ({"method": "kd", "kd.teacher": "stored"}, "sampling.logprobs is null"),
+        ({"method": "on_policy", "teacher": "OTHER"}, "has another vocabulary than the student"),
+        ({"method": "on_policy", "start": "nowhere"}, "nowhere: no student to start from"),
+        ({"method": "dpo"}, "no student to start from"),
+        ({"method": "qlora"}, "qlora needs a GPU"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_anything_is_asked(
+    recipe: Path, tmp_path: Path, given: dict[str, str], word: str, dry: list[str]
+) -> None:
+    student, other = tiny_model(tmp_path / "student"), tiny_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["cat sat"])
+    tokenizer.save_pretrained(other)
+    flags = ["--student.model", str(student), "--train.accept", "[licence]"]
+    flags += ["--teacher.model", given.get("teacher", str(student)).replace("OTHER", str(other))]
+    flags += [f"--train.{name}={value}" for name, value in given.items() if name != "teacher"]
+    with pytest.raises((RecipeError, UsageError), match=word):
+        main([str(recipe), "--run", str(tmp_path / "run"), *flags, *dry])
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
-from pipeline.errors import RecipeError
+from pipeline.errors import DistillError, RecipeError
 from pipeline.students import trained_section
 from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
@@ -194,6 +194,17 @@ def test_what_cannot_be_is_refused(models: tuple[str, str], tmp_path: Path) -> N
     run = make_run(tmp_path / "run", story_rows(6))
     with pytest.raises(RecipeError, match="rollouts vllm needs a GPU"):
         train_run(make_recipe(*models, method="on_policy", on_policy={"rollouts": "vllm"}), run)
+    other = tiny_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["cat sat"])
+    tokenizer.save_pretrained(other)
+    for teacher, word in (("gpt-4.1", "needs the teacher's weights"), (str(other), "has another vocabulary")):
+        with pytest.raises(RecipeError, match=word):
+            train_run(make_recipe(models[0], teacher, method="on_policy"), run, force=True)
+    served = make_recipe(*models, method="on_policy", kd={"teacher": "served"})
+    nowhere = served.teacher.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+    with pytest.raises(DistillError, match="cannot be reached"):
+        train_run(served.model_copy(update={"teacher": nowhere}), run)
     assert not run.student.exists()
     trainer = trainer_of(models, tmp_path / "one", on_policy=SMALL)
     assert all(

@@ -18,8 +18,8 @@ from train.progress import TrainProgress
 from train.rows import to_examples
 from train.run import train_run
 from train.setting import Setting
-from train.soft import differing_tokens
 from train.student_trainer import completion_logits
+from train.teacher import differing_tokens
 from train.tokens import MASKED
 from train.trainer import Prepared, prepare
 

@@ -1,0 +1,77 @@
+"""What would stop a training, told before the work that it needs: the teacher's answers, or a first student.
+
+Looks at settings, small files and this machine; a served teacher is asked once. No model is loaded.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pipeline.errors import UsageError
+from pipeline.recipe import Recipe
+from pipeline.records import Kept
+from pipeline.rundir import RunDir
+from train.preferences import check_start, start_of
+from train.processes import ALONE, Processes
+from train.student import initial_student, load_tokenizer
+from train.teacher import check_same_tokens, followed_files, known_files, tokenizer_of
+
+
+@contextmanager
+def extra_needed() -> Iterator[None]:
+    """Raises UsageError where a package of the `train` extra is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(f"training needs the `train` extra: {error}; run `make train`, which installs it") from None
+
+
+@extra_needed()
+def check_trainable(recipe: Recipe, run: RunDir) -> None:
+    """Raises RecipeError or UsageError if a training would lack its teacher, the student it starts from, or a GPU."""
+    config = recipe.train
+    check_start(recipe, run)
+    if config.further and (config.start or config.method == "dpo"):  # otherwise a first student is trained then
+        start_of(recipe, run)
+    check_followed(recipe)
+    if config.weights == "qlora":
+        from train.machine import check_machine  # here: torch takes time and memory
+
+        check_machine(config, ALONE)
+
+
+@extra_needed()
+def check_followed(recipe: Recipe) -> None:
+    """Raises RecipeError if a soft method could not follow a teacher beside the student: no weights, or other tokens.
+
+    The tokens of a student that training makes first may not be known yet: they are not compared.
+    """
+    config, student = recipe.train, recipe.student
+    if not (config.soft and config.kd.teacher == "local"):
+        return
+    assert student is not None
+    followed_files(recipe.teacher.model)
+    reference = (config.further and config.start) or (student.tokenizer if student.built else student.model)
+    tokenizer = tokenizer_of(known_files(str(reference))) if reference else None
+    if tokenizer is not None and config.method != "gold":
+        check_same_tokens(recipe.teacher.model, tokenizer)
+
+
+@extra_needed()
+def check_on_policy(recipe: Recipe, run: RunDir, rows: Sequence[Kept], processes: Processes) -> None:
+    """Raises RecipeError or DistillError if on_policy could not follow its teacher after a first student's training.
+
+    `rows`: what that student will be trained on.
+    """
+    from train.machine import check_machine
+    from train.top_k import COMPARED_ROWS, check_tokens, endpoint_client
+    from train.trainer import quiet
+
+    check_machine(recipe.train, processes)
+    with processes.lead_first():
+        tokenizer = load_tokenizer(initial_student(recipe, run, rows))
+    texts = [row.text for row in rows[:COMPARED_ROWS]]
+    if recipe.train.kd.teacher == "local":
+        check_same_tokens(recipe.teacher.model, tokenizer, texts)
+    else:
+        with quiet():
+            check_tokens(endpoint_client(recipe.teacher, {}), [tokenizer(texts[0])], tokenizer)
