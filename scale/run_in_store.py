@@ -21,7 +21,7 @@ from pipeline.errors import INTERRUPTED, DistillError, RequestsFailed
 from pipeline.records import Completion
 from pipeline.rundir import RunDir
 from pipeline.students import AFTER, BEFORE
-from scale.run_lease import BEAT_S, Lease, TakenOver, held, is_held, repeated
+from scale.run_lease import BEAT_S, Lease, TakenOver, held, is_held, is_last, repeated
 from scale.storage import cloud_endpoint, open_store
 from scale.sync import Mirror, StoreState
 from serve.named import KEYS
@@ -61,8 +61,8 @@ def fetch_student(url: str, folder: Path) -> None:
     if is_held(folder):
         return  # by a command that has fetched it
     with held(folder):
-        state, leases = StoreState.read(folder), store.names("lease")
-        if not leases or state.lease != leases[-1]:
+        state = StoreState.read(folder)
+        if not is_last(store, state.owner, state.lease):
             Mirror(store, folder, state).fetch_student()
             state.save(folder)
 
@@ -88,7 +88,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
 
         print(f"{url}: works in {folder}", file=sys.stderr)
         with repeated(lambda: lease.beat(mirror.unstored), "signs of life", BEAT_S):  # also while it fetches and puts
-            mirror.fetch(keep=state.lease == lease.last)
+            mirror.fetch(keep=is_last(store, state.owner, state.lease))
             if lease.lost:
                 print(f"{url}: {charge_lost(folder, lease.lost)}", file=sys.stderr)
                 mirror.upload()

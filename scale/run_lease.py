@@ -46,16 +46,15 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 class Lease:
     """This process's lease on a run. A thread may beat while another releases it."""
 
-    def __init__(self, store: Store, name: str, holder: Holder, last: str) -> None:
-        """`last` is the lease before this one."""
+    def __init__(self, store: Store, name: str, holder: Holder) -> None:
         self._store, self._holder = store, holder
-        self.name, self.last, self._changing = name, last, Lock()
+        self.name, self._changing = name, Lock()
 
     @classmethod
     def take(cls, store: Store, owner: str, *, take_over: bool = False) -> "Lease":
         """Takes the run. Raises UsageError if another machine has it; one without a beat gives way to `take_over`."""
         names = store.names("lease")
-        before = read_record(store, names[-1], Holder, "remove it, if no machine works on this run") if names else None
+        before = _read_holder(store, names[-1]) if names else None
         name, lost = f"lease/{len(names) + 1:06}.json", dict(before.lost) if before else {}
         if before and before.owner != owner and not before.released:
             _check_stale(store.url, before, take_over=take_over)
@@ -68,7 +67,7 @@ class Lease:
         if store.put_new(name, b""):
             store.delete(name)
             raise DistillError(f"{store.url}: this storage ignores `If-None-Match`, and cannot keep two writers apart")
-        return cls(store, name, holder, names[-1] if names else "")
+        return cls(store, name, holder)
 
     @property
     def lost(self) -> dict[str, int]:
@@ -106,6 +105,22 @@ def check_lease(store: Store, name: str) -> None:
         raise DistillError(f"{store.url}: the run has been removed from there")
     if leases[-1] != name:
         raise TakenOver(f"{store.url}: another machine has taken this run over; its answers are safe there")
+
+
+def is_last(store: Store, owner: str, lease: str) -> bool:
+    """Whether a folder that has had this lease is the last that has had the run: nothing in the store is newer.
+
+    Its later leases are of commands that were stopped before they had fetched all.
+    """
+    names = store.names("lease")
+    if lease not in names:
+        return False
+    holders = (_read_holder(store, name) for name in names[names.index(lease) :])
+    return all(holder is not None and holder.owner == owner for holder in holders)
+
+
+def _read_holder(store: Store, name: str) -> Holder | None:
+    return read_record(store, name, Holder, "remove it, if no machine works on this run")
 
 
 def _check_stale(url: str, holder: Holder, *, take_over: bool) -> None:

@@ -3,14 +3,15 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, encode_line
 from scale.fetch import main as fetch
-from scale.run_in_store import run_in_store
+from scale.run_in_store import fetch_student, run_in_store
 from scale.storage import Store
 from scale.sync import Mirror, StoreState
 from tests.completion_fields import completion_fields
@@ -37,14 +38,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, store: Store, call: str, name: str, happens: Callable[[], None]) -> None:
-    """Before a store is first asked, by this call, for an object whose name begins so."""
-    asked, happened = getattr(type(store), call), list[str]()
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, store: Store, call: str, name: str, happens: Callable[[], None], skipped: int = 0
+) -> None:
+    """Before a store is first asked, by this call, for an object whose name begins so; with `skipped` a later time."""
+    asked, calls = getattr(type(store), call), list[str]()
 
     def ask(self: Store, wanted: str, *given: Path) -> object:
-        if wanted.startswith(name) and not happened:
-            happened.append(wanted)
-            happens()
+        if wanted.startswith(name):
+            calls.append(wanted)
+            if len(calls) == skipped + 1:
+                happens()
         return asked(self, wanted, *given)
 
     monkeypatch.setattr(type(store), call, ask)
@@ -142,6 +146,41 @@ def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(
     assert capfd.readouterr().out.split() == sorted([*answers, "kept.jsonl"])  # what the stage sees
     assert [name for name in store.names() if not name.startswith("lease/")] == sorted([*answers, "kept.jsonl"])
     assert [store.get(name) for name in answers] == [row(1), row(1)]
+
+
+@pytest.mark.parametrize("by_nodes", [False, True], ids=["here", "by nodes"])
+@pytest.mark.parametrize("stopped", ["put_new lease", "download"], ids=["as it begins", "while it fetches"])
+def test_what_only_this_machine_has_outlives_a_command_that_is_stopped_before_its_stage(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str, by_nodes: bool
+) -> None:
+    """Unless nodes have trained meanwhile: then the store's files are the newer ones."""
+    home, student, (call, _, name) = tmp_path / "home", "student/model", stopped.partition(" ")
+    write(home, student, "kept.jsonl")
+
+    def away(*given: object) -> None:
+        raise DistillError("the store is away")
+
+    def run(code: str = "pass", *, stop: str = "", begins: str = "", by_nodes: bool = False) -> None:
+        with monkeypatch.context() as patch, suppress(DistillError):
+            if stop:
+                meanwhile(patch, store, stop, begins, away, skipped=stop == "put_new")
+            assert run_in_store([sys.executable, "-c", code], store.url, home, by_nodes=by_nodes) in (0, 3)
+
+    run()
+    begun = f"from pathlib import Path; (Path({str(home)!r}) / {student!r}).write_text('newer')"
+    run(begun, stop="put", begins=student)
+    (home / "kept.jsonl").unlink()  # so there is something to fetch
+    run(stop=call, begins=name, by_nodes=by_nodes)
+    fetch_student(store.url, home)
+    assert (store.get(student), (home / student).read_bytes()) == (student.encode(), b"newer")
+    run()
+    assert (store.get(student), (home / student).read_bytes()) == (b"newer", b"newer")
+
+    run("raise SystemExit(3)", by_nodes=True)
+    store.put(student, b"of the nodes")
+    run(stop=call, begins=name)
+    run()
+    assert (store.get(student), (home / student).read_bytes()) == (b"of the nodes", b"of the nodes")
 
 
 def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
