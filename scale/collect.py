@@ -20,7 +20,7 @@ from generate.prices import PICO, Price
 from pipeline.records import Completion, Failure
 from scale.parts import part_name, part_names, read_part
 from scale.request_leases import Claim, Item, Leases, LeaseState
-from scale.storage import Store, read_record
+from scale.storage import Store, read_record, retried
 from scale.worker import account_name
 
 LEASES_FILE = "leases.json"
@@ -145,11 +145,11 @@ class Collector:
     def _write(self, state: bytes, unsaid: Spend, read: list[str]) -> None:
         for journal in (self._run.completions, self._run.failures):
             journal.sync()
-        self._store.put(LEASES_FILE, state)
+        retried(self._store.put, LEASES_FILE, state)
         if self._counts:
             write_account(self._run.dir.path / SPEND_FILE, Account(unsaid))
         for part in read:
-            self._store.delete(part)
+            retried(self._store.delete, part)
 
 
 def _items_of(run: Run, price: Price | None) -> Iterator[Item]:

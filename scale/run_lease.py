@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from pipeline.errors import DistillError, UsageError
-from scale.storage import Store, read_record
+from scale.storage import Store, read_record, retried
 
 BEAT_S = 5.0
 TICK_S = 1.0  # between two calls of what `repeated` repeats
@@ -95,7 +95,7 @@ class Lease:
     def _put(self, **changes: Any) -> None:
         with self._changing:
             self._holder = replace(self._holder, **changes)
-            self._store.put(self.name, msgspec.json.encode(self._holder))
+            retried(self._store.put, self.name, msgspec.json.encode(self._holder))
 
 
 def check_lease(store: Store, name: str) -> None:

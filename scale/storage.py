@@ -8,11 +8,12 @@ package obstore), and take endpoint and credentials from their usual environment
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from time import sleep
+from typing import Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
@@ -24,6 +25,12 @@ Value = TypeVar("Value")
 
 CLOUDS = ("s3", "gs")
 HIDDEN = "."  # begins the name of a file that a folder is still writing
+LARGE = 5 * 1024 * 1024  # bytes of a file that goes up in more than one request
+WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)  # after an attempt to change an object
+
+
+class TryAgain(DistillError):
+    """The store was away, or had an error of its own: the same change may succeed a moment later."""
 
 
 def cloud_endpoint() -> str:
@@ -32,7 +39,10 @@ def cloud_endpoint() -> str:
 
 
 class Store(Protocol):
-    """Every method raises DistillError when the store cannot be reached or refuses."""
+    """Every method raises DistillError when the store cannot be reached or refuses.
+
+    `put` and `delete` try once (but large files, which go up in many requests) and raise TryAgain: see `retried`.
+    """
 
     url: str
 
@@ -79,6 +89,21 @@ def open_store(url: str | Path) -> Store:
         store = Folder(Path(url))
     store.names("lease")  # small; says now what would go wrong later
     return store
+
+
+def retried(change: Callable[..., None], *given: str | bytes | Path, check: Callable[[], None] = lambda: None) -> None:
+    """Calls `put` or `delete` of a store, again after passing errors.
+
+    `check` is called before each attempt, and may raise: a machine that slept in the last one may have lost the run.
+    """
+    for wait in WAITS_S:
+        check()
+        try:
+            return change(*given)
+        except TryAgain:
+            sleep(wait)
+    check()
+    return change(*given)
 
 
 def read_record(store: Store, name: str, kind: type[Value], fix: str) -> Value | None:
@@ -168,10 +193,13 @@ class Bucket:
         if endpoint and not re.match("https?://", endpoint):
             raise UsageError(f"AWS_ENDPOINT_URL is {endpoint}; begin it with http:// or https://")
         try:
-            self._store: Any = store.from_url(
-                url,
-                client_options={"allow_http": endpoint.startswith("http://")},
-                retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
+            self._store, self._once = (
+                store.from_url(
+                    url,
+                    client_options={"allow_http": endpoint.startswith("http://")},
+                    retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=60)},
+                )
+                for retries in (5, 0)
             )
         except (exceptions.BaseError, ValueError) as error:
             raise UsageError(f"{url}: no URL of a bucket and a path: {first_line(str(error))}") from None
@@ -186,7 +214,11 @@ class Bucket:
 
     def put(self, name: str, data: bytes | Path) -> None:
         with self._explained(name):
-            self._store.put(name, data)
+            if isinstance(data, Path) and data.stat().st_size > LARGE:
+                self._store.put(name, data)
+                return
+        with self._explained(name, TryAgain):
+            self._once.put(name, data)
 
     def get(self, name: str) -> bytes | None:
         with self._explained(name):
@@ -211,15 +243,16 @@ class Bucket:
             return sorted(item["path"] for chunk in self._store.list(folder or None) for item in chunk)
 
     def delete(self, name: str) -> None:
-        with self._explained(name), suppress(FileNotFoundError):
-            self._store.delete(name)
+        with self._explained(name, TryAgain), suppress(FileNotFoundError):
+            self._once.delete(name)
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explained(self, name: str, fault: type[DistillError] = DistillError) -> Iterator[None]:
         try:
             yield
         except (self._errors.BaseError, OSError) as error:
-            raise DistillError(f"{self.url}/{name}: {_cause(str(error))}") from None
+            kind = fault if isinstance(error, self._errors.GenericError) else DistillError
+            raise kind(f"{self.url}/{name}: {_cause(str(error))}") from None
 
 
 def _cause(message: str) -> str:

@@ -25,7 +25,7 @@ from pipeline.records import Completion, Failure, read_json
 from pipeline.rundir import SERVED, RunDir, write_file
 from scale.parts import Uploader, compact, part_names, read_new_rows, row_key
 from scale.run_lease import TakenOver
-from scale.storage import Store, open_store
+from scale.storage import Store, open_store, retried
 
 JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
 STATE_FILE = ".stored.json"
@@ -211,11 +211,9 @@ class Mirror:
             if parts:
                 journal = self._folder / f"{kind}.jsonl"
                 compact(journal)
-                self._check()
-                self._store.put(f"{kind}.jsonl", journal)
+                retried(self._store.put, f"{kind}.jsonl", journal, check=self._check)
             for name in parts:
-                self._check()
-                self._store.delete(name)
+                retried(self._store.delete, name, check=self._check)
 
     def _is_removed(self, name: str) -> bool:
         """Whether the user has removed a file of the store, to begin anew what it belongs to."""
@@ -279,14 +277,12 @@ class Mirror:
         for name in names:
             stamp = _stamp(self._folder / name)
             if self._state.files.get(name) != stamp:
-                self._check()
-                self._store.put(name, self._folder / name)
+                retried(self._store.put, name, self._folder / name, check=self._check)
                 self._state.files[name] = stamp
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
-            self._check()
-            self._store.delete(name)
+            retried(self._store.delete, name, check=self._check)
             del self._state.files[name]
 
     def _matching(self, name: str) -> list[str]:

@@ -1,15 +1,19 @@
 """Stores and leases: the same promises in a folder and in S3 (moto), and one clear error for what is wrong."""
 
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socket import SHUT_RDWR
+from typing import Any
 
 import pytest
+from moto.server import DomainDispatcherApplication
 
 from pipeline.errors import DataError, DistillError, UsageError
 from scale import run_lease
 from scale.run_lease import Lease, TakenOver
-from scale.storage import Folder, Store, open_store
+from scale.storage import Folder, Store, open_store, retried
 from tests.servers.object_storage import post
 
 
@@ -42,6 +46,42 @@ def test_of_two_that_put_one_name_one_succeeds(store: Store) -> None:
             won = list(pool.map(lambda data, name=name: store.put_new(name, data), [b"0", b"1"]))
             assert won.count(True) == 1
             assert store.get(name) == b"%d" % won.index(True)
+
+
+@pytest.mark.parametrize("broken", [b"500 Internal Server Error", b"503 Slow Down", None], ids=["500", "503", "reset"])
+@pytest.mark.parametrize(("change", "given"), [("put", [b"2"]), ("delete", [])])
+def test_a_change_is_tried_again_only_while_this_machine_has_the_run(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, given: list[bytes], broken: bytes | None
+) -> None:
+    """Between two attempts a machine may have slept for hours."""
+    store, asked, checks = open_store(f"s3://bucket/{tmp_path.name}"), list[str](), list[int]()
+    store.put("a", b"1")
+    answers, lost = DomainDispatcherApplication.__call__, 2
+
+    def failing(self: Any, environ: dict[str, Any], start: Callable[..., object]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "GET":
+            return answers(self, environ, start)
+        asked.append(environ["REQUEST_METHOD"])
+        if len(asked) > 2:
+            return answers(self, environ, start)
+        if broken is None:
+            environ["werkzeug.socket"].shutdown(SHUT_RDWR)
+        start((broken or b"500 Broken").decode(), [])
+        return [b""]
+
+    def check() -> None:
+        checks.append(len(asked))
+        if len(asked) == lost:
+            raise TakenOver("by another machine")
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", failing)
+    with pytest.raises(TakenOver):
+        retried(getattr(store, change), "a", *given, check=check)
+    assert (store.get("a"), checks) == (b"1", [0, 1, 2])
+    asked.clear()
+    lost = 9
+    retried(getattr(store, change), "a", *given, check=check)
+    assert (store.get("a"), checks[3:]) == (given[0] if given else None, [0, 1, 2])
 
 
 @pytest.mark.parametrize(
