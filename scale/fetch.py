@@ -1,6 +1,7 @@
 """`python -m scale.fetch URL [FOLDER]`: brings a run home from its store, with all answers that are there.
 
-Takes no lease: a run that is still worked on comes as it is now. Run again, it brings what is new.
+Takes no lease: a run that is still worked on comes as it is now. Run again, it brings what is new, and leaves files
+that were changed here as they are.
 """
 
 import argparse
@@ -33,10 +34,17 @@ def main(argv: list[str] | None = None) -> None:
         if state.source not in ("", store.url):
             raise UsageError(f"{folder}: was fetched from {state.source}; name another folder after the URL")
         state.source = store.url
-        state.save(folder)
+        mirror = Mirror(store, folder, state)
+        if left := mirror.leave_changed():
+            print(
+                f"{folder}: was changed here, so it stays as it is: {', '.join(left)}; to have what {store.url} has, "
+                "remove it and fetch again",
+                file=sys.stderr,
+            )
         try:
-            Mirror(store, folder, state).fetch()
+            mirror.fetch()
         finally:
+            state.left = None
             state.save(folder)  # with the names of the store's files: the next call removes those that are gone there
         for journal in (path for name in JOURNALS for path in folder.rglob(name)):
             compact(journal)

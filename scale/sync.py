@@ -51,6 +51,7 @@ class StoreState(msgspec.Struct):
     source: str = ""  # the store that a copy was fetched from
     lease: str = ""  # the last under which it had all that the store had
     files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
+    left: list[str] | None = None  # what a fetch that has not ended leaves as it is here (Mirror.leave_changed)
 
     @classmethod
     def read(cls, folder: Path) -> "StoreState":
@@ -124,6 +125,21 @@ class Mirror:
             self.fetch_files(filter(_is_file, {*now} - {*names}))
         for kind in sorted(kinds):
             self._merge(kind)
+
+    def leave_changed(self) -> list[str]:
+        """From now on no file that was changed or made here is replaced or removed. Returns what the store has of them.
+
+        If a file of a training was, all files of one stay: none is of two. If the last fetch was cut off, its choice
+        holds: it has not recorded which files it has brought.
+        """
+        if self._state.left is None:
+            here = filter(_is_file, self._files())
+            changed = {name for name in here if self._state.files.get(name) != _stamp(self._folder / name)}
+            trained = {name for name in changed if _first(name) in TRAIN_WRITES}
+            self._state.left = sorted((changed - trained).union(TRAIN_WRITES if trained else ()))
+            self._state.save(self._folder)
+        stored = {part for name in self._store.names() for part in (name, _first(name))}
+        return [name for name in self._state.left if name in stored]
 
     def fetch_files(self, names: Iterable[str]) -> None:
         """Brings these files as the store has them. Raises DistillError if one is gone."""
@@ -220,7 +236,9 @@ class Mirror:
         return _first(name) in REMOVABLE and name in self._state.files and not (self._folder / name).exists()
 
     def _download(self, name: str) -> bool:
-        """Brings a file; False if it is gone."""
+        """Brings a file, unless it is to stay as it is here; False if it is gone."""
+        if self._is_left(name):
+            return True
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = path.with_name(path.name + ".tmp")
@@ -240,7 +258,11 @@ class Mirror:
         """What the store had and has no longer, and what is here beside a training that it has: none is of two."""
         stored = {_first(name) for name in names} & set(TRAIN_WRITES)
         beside = {name for name in self._files() if _first(name) in stored}
-        return (self._state.files.keys() | beside) - set(names)
+        return {name for name in (self._state.files.keys() | beside) - set(names) if not self._is_left(name)}
+
+    def _is_left(self, name: str) -> bool:
+        left = self._state.left or ()
+        return name in left or _first(name) in left
 
     def _merge(self, kind: str) -> None:
         """Appends the store's rows to the local journal, except those that it has."""

@@ -1,6 +1,7 @@
 """What a fetch brings while the run goes on elsewhere, and what it leaves away: in a folder and in S3 (moto)."""
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.records import Completion, encode_line
 from scale.fetch import main as fetch
 from scale.run_in_store import fetch_student, run_in_store
-from scale.storage import Store
+from scale.storage import Folder, Store
 from scale.sync import Mirror, StoreState
 from tests.completion_fields import completion_fields
 
@@ -181,6 +182,88 @@ def test_what_only_this_machine_has_outlives_a_command_that_is_stopped_before_it
     run(stop=call, begins=name)
     run()
     assert (store.get(student), (home / student).read_bytes()) == (b"of the nodes", b"of the nodes")
+
+
+@pytest.mark.parametrize(
+    ("changed", "left"),
+    [
+        ([], []),
+        (["spend.json", "reviews.jsonl", "judge/verdicts.json"], ["judge/verdicts.json", "spend.json"]),
+        (["gone.json"], []),  # the store has it no longer
+        (["student/adapter"], ["lineage.json", "student"]),
+        (["lineage.json"], ["lineage.json", "student"]),
+        (["student/made here"], ["lineage.json", "student"]),
+    ],
+    ids=["nothing", "files", "a removed file", "a student", "a lineage", "beside a student"],
+)
+def test_what_was_changed_in_a_copy_stays_and_is_named(
+    store: Store, home: Path, capsys: pytest.CaptureFixture[str], changed: list[str], left: list[str]
+) -> None:
+    names = {
+        "judge/verdicts.json",
+        "kept.jsonl",
+        "lineage.json",
+        "spend.json",
+        "student/adapter",
+        "student/lineage.json",
+    }
+    for name in {*names, "gone.json"}:
+        store.put(name, b"old")
+    store.put("completions.jsonl", row(2) + row(1))
+    fetch([store.url, str(home)])
+    for name in changed:
+        (home / name).write_bytes(b"changed here")
+    with (home / "completions.jsonl").open("ab") as journal:
+        journal.write(row(3))
+    for name in names:
+        store.put(name, b"new")
+    for name in ("gone.json", "student/lineage.json"):
+        store.delete(name)
+    capsys.readouterr()
+    for _ in range(2):
+        fetch([store.url, str(home)])
+        said = (
+            f"{home}: was changed here, so it stays as it is: {', '.join(left)}; to have what {store.url} has, remove"
+        )
+        err = capsys.readouterr().err
+        assert err.startswith(said) if left else not err
+    stored, found = dict.fromkeys(names - {"student/lineage.json"}, b"new"), files(home)
+    assert found.pop("completions.jsonl") == row(1) + row(2) + row(3)
+    kept = dict.fromkeys(["lineage.json", "student/adapter", "student/lineage.json"] * ("student" in left), b"old")
+    assert found == stored | kept | dict.fromkeys(changed, b"changed here")
+    for name in left:
+        shutil.rmtree(home / name) if name == "student" else (home / name).unlink()
+    fetch([store.url, str(home)])
+    assert not capsys.readouterr().err
+    assert stored.items() <= files(home).items()
+
+
+def test_what_a_killed_fetch_has_brought_is_not_taken_for_the_users(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Folder(tmp_path / "store")
+    for name in (names := ["kept.jsonl", "reviews.jsonl", "student/a", "student/b"]):
+        store.put(name, b"first")
+    fetch([store.url, str(home)])
+    (home / "reviews.jsonl").write_bytes(b"changed here")
+    for name in names:
+        store.put(name, b"second")
+    killed = """if True:
+        import os, sys
+        from scale.fetch import main
+        from scale.storage import Folder
+        real = Folder.download
+        Folder.download = lambda *given: os._exit(9) if given[1] == "student/b" else real(*given)
+        main(sys.argv[1:])
+    """
+    process = subprocess.run([sys.executable, "-c", killed, store.url, str(home)], check=False)
+    assert (process.returncode, files(home)["student/a"], files(home)["student/b"]) == (9, b"second", b"first")
+    for name in names:
+        store.put(name, b"third")
+    capsys.readouterr()
+    fetch([store.url, str(home)])
+    assert "stays as it is: reviews.jsonl; to have" in capsys.readouterr().err
+    assert files(home) == dict.fromkeys(names, b"third") | {"reviews.jsonl": b"changed here"}
 
 
 def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
