@@ -39,6 +39,7 @@ TRAIN_WRITES = (  # files and folders
 )
 # What the user may remove here, to begin it anew: the next command removes it from the store.
 REMOVABLE = ("training", "review_sample.json", "reviews.jsonl", "judgements.jsonl")
+UNKNOWN = (-1, 0)  # of a file that was put just before this machine stopped
 STUDENTS = ("student-init", "student")  # what `serve` reads of a run
 CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
 
@@ -52,6 +53,7 @@ class StoreState(msgspec.Struct):
     lease: str = ""  # the last under which it had all that the store had
     files: dict[str, tuple[int, int]] = {}  # what the store has of it: size and time of change
     left: list[str] | None = None  # what a fetch that has not ended leaves as it is here (Mirror.leave_changed)
+    pushed: bool = True  # no command has begun since the store got all that had changed here
 
     @classmethod
     def read(cls, folder: Path) -> "StoreState":
@@ -103,11 +105,11 @@ class Mirror:
     def fetch(self, *, keep: bool = False) -> None:
         """Brings what the store has: rows that the journals lack, and files.
 
-        `keep`: local files are the newer ones, and what a user may remove was removed if it was here and is gone.
+        `keep`: local files are the newer ones, and what was removed here, by a stage or by the user, stays removed.
         """
         kinds, names, whole = set(), self._store.names(), True
         removed = {name for name in names if keep and self._is_removed(name)}
-        for what in sorted({_first(name) for name in removed}):
+        for what in sorted({first if (first := _first(name)) in REMOVABLE else name for name in removed}):
             print(f"{what}: was removed here, so it is removed from {self._store.url} too", file=sys.stderr)
         if not keep:
             self._remove(self._outdated(names))
@@ -117,7 +119,9 @@ class Mirror:
                 kinds.add(str(path.relative_to("parts").parent))
             elif path.name in JOURNALS:
                 kinds.add(str(path.with_suffix("")))
-            elif _is_file(name) and name not in removed and not (keep and (self._folder / name).exists()):
+            elif _is_file(name) and keep and (self._folder / name).exists():
+                self._state.files.setdefault(name, UNKNOWN)
+            elif _is_file(name) and name not in removed:
                 whole &= self._download(name)
         if not whole and not keep:  # a training elsewhere has put a checkpoint in place of another
             now = self._store.names()
@@ -125,6 +129,7 @@ class Mirror:
             self.fetch_files(filter(_is_file, {*now} - {*names}))
         for kind in sorted(kinds):
             self._merge(kind)
+        self._state.pushed = False
 
     def leave_changed(self) -> list[str]:
         """From now on no file that was changed or made here is replaced or removed. Returns what the store has of them.
@@ -187,6 +192,7 @@ class Mirror:
         here = sorted(filter(_is_file, self._files()), key=lambda name: name.endswith("lineage.json"))
         self._put(here)
         self._delete(self._state.files.keys() - set(here))
+        self._state.pushed = True
 
     def put_checkpoints(self) -> None:
         """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
@@ -232,8 +238,15 @@ class Mirror:
                 retried(self._store.delete, name, check=self._check)
 
     def _is_removed(self, name: str) -> bool:
-        """Whether the user has removed a file of the store, to begin anew what it belongs to."""
-        return _first(name) in REMOVABLE and name in self._state.files and not (self._folder / name).exists()
+        """Whether a file of the store was removed here: by the user, to begin anew what it belongs to, or by a stage.
+
+        A stage if a command has begun since the last push. Not with its whole folder, which a user may have removed to
+        have room.
+        """
+        path = self._folder / name
+        if name not in self._state.files or path.exists():
+            return False
+        return _first(name) in REMOVABLE or (not self._state.pushed and path.parent.exists())
 
     def _download(self, name: str) -> bool:
         """Brings a file, unless it is to stay as it is here; False if it is gone."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.errors import DistillError, UsageError
@@ -264,6 +265,40 @@ def test_what_a_killed_fetch_has_brought_is_not_taken_for_the_users(
     fetch([store.url, str(home)])
     assert "stays as it is: reviews.jsonl; to have" in capsys.readouterr().err
     assert files(home) == dict.fromkeys(names, b"third") | {"reviews.jsonl": b"changed here"}
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["store away", "killed before its state was saved"])
+def test_what_a_stage_has_removed_stays_removed_after_a_push_that_failed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """An adapter, and a whole model that is trained in its place; preferences that new filters do not want."""
+    one, put, mark = tmp_path / "one", type(store).put, "student/lineage.json"
+
+    def work(code: str) -> int:
+        code = f"import os; from pathlib import Path; os.chdir({str(one)!r})\n{code}"
+        return run_in_store([sys.executable, "-c", code], store.url, one)
+
+    def away(self: Store, name: str, data: bytes | Path) -> None:
+        if name == mark:
+            raise DistillError("the store is away")
+        put(self, name, data)
+
+    old, new = ("preferences.jsonl", "student/adapter_model.safetensors"), ("student/model.safetensors",)
+    write(one, *old, mark, "kept.jsonl")
+    assert work("pass") == 0
+    state = (one / ".stored.json").read_bytes()
+    monkeypatch.setattr(type(store), "put", away)
+    with pytest.raises(DistillError, match="the store is away"):
+        work(f"[os.remove(name) for name in {old}]; [Path(name).touch() for name in {(*new, mark)}]")
+    monkeypatch.undo()
+    if killed:
+        changed = msgspec.json.decode(state) | {"pushed": False, "lease": store.names("lease")[-1]}
+        (one / ".stored.json").write_bytes(msgspec.json.encode(changed))
+    assert work("pass") == 0
+    assert {*files(one)} == {name for name in store.names() if "lease/" not in name} == {"kept.jsonl", mark, *new}
+    shutil.rmtree(one / "student")  # to have room
+    assert work("pass") == 0
+    assert {mark, *new} <= {*files(one)}
 
 
 def test_a_fetch_without_a_url_says_so_where_there_are_other_runs(
