@@ -84,7 +84,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
 
         def put_checkpoints() -> None:
             with suppress(TakenOver):  # the signs of life meet it too, and stop this
-                mirror.put_checkpoints()
+                mirror.put_training()
 
         print(f"{url}: works in {folder}", file=sys.stderr)
         with repeated(lambda: lease.beat(mirror.unstored), "signs of life", BEAT_S):  # also while it fetches and puts

@@ -41,7 +41,8 @@ TRAIN_WRITES = (  # files and folders
 REMOVABLE = ("training", "review_sample.json", "reviews.jsonl", "judgements.jsonl")
 UNKNOWN = (-1, 0)  # of a file that was put just before this machine stopped
 STUDENTS = ("student-init", "student")  # what `serve` reads of a run
-CHECKPOINT, WHOLE = "training/checkpoint-", "trainer_state.json"  # begins their names; is written last in each
+WHOLE = "trainer_state.json"  # is written last in each checkpoint
+STUDENTS_WHOLE = ("student/lineage.json", "student-sft/lineage.json")
 
 
 class StoreState(msgspec.Struct):
@@ -185,45 +186,71 @@ class Mirror:
         self.unstored = rows
 
     def push(self) -> None:
-        """Puts every other file that has changed, and removes from the store those that are gone.
-
-        What makes a student whole is put last.
-        """
-        here = sorted(filter(_is_file, self._files()), key=lambda name: name.endswith("lineage.json"))
-        self._put(here)
-        self._delete(self._state.files.keys() - set(here))
+        """Puts every other file that has changed, and removes from the store those that are gone."""
+        self._put_files(_is_file)
         self._state.pushed = True
 
-    def put_checkpoints(self) -> None:
-        """Puts the whole checkpoints of a training that goes on here; then removes those that it has removed.
+    def put_training(self) -> None:
+        """Puts what a training here, or of an experiment's arm, writes as it goes on: its checkpoints, its student.
 
-        What makes a checkpoint whole is put last, and removed first. None is removed before all that are here are put:
-        one may need the weights of an earlier one, the best.
+        No checkpoint is removed before all that are here are put (one may need the weights of an earlier one, the
+        best), and none before the student that the training ends with.
         """
         before = dict(self._state.files)
         try:
-            self._put_checkpoints()
+            for folder in (self._folder, *self._folder.glob("experiments/*/*")):
+                with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
+                    self._put_training("" if folder == self._folder else f"{self._name(folder)}/")
         finally:
             if self._state.files != before:
                 self._state.save(self._folder)
 
-    def _put_checkpoints(self) -> None:
-        with suppress(FileNotFoundError):  # it was removed just now: the next call sees that
-            names = [name.relative_to(self._folder).as_posix() for name in self._folder.glob("training/fingerprint")]
-            checkpoints = self._whole_checkpoints()
-            for checkpoint in checkpoints:
-                files = (file for file in checkpoint.rglob("*") if file.is_file())
-                own = [file.relative_to(self._folder).as_posix() for file in files]
-                names += sorted(own, key=lambda name: name.endswith(WHOLE))
-            self._put(names)
-            if self._whole_checkpoints() != checkpoints:
-                return  # the training has gone on meanwhile: the next call sees that
-            gone = {name for name in list(self._state.files) if name.startswith(CHECKPOINT)} - set(names)
-            self._delete(sorted(gone, key=lambda name: not name.endswith(WHOLE)))
+    def _put_training(self, run: str) -> None:
+        """`run` begins the names of what belongs to it."""
+        work, wanted = f"{run}training/", {*TRAIN_READS, *TRAIN_WRITES} - {"training"}
+        goes_on = (self._folder / work).exists()  # until its student is there
+        student = f"{run}student/lineage.json"
+        if (self._folder / student).exists() and self._has_changed(student):
+            self._put_files(lambda name: name.startswith(run) and _first(name.removeprefix(run)) in wanted)
+        stored = {name for name in list(self._state.files) if name.startswith(work)}
+        if not goes_on:
+            self._delete(stored)
+            return
+        checkpoints, fingerprint = self._whole_checkpoints(work), f"{work}fingerprint"
+        files = (map(self._name, filter(Path.is_file, folder.rglob("*"))) for folder in checkpoints)
+        names = [name for own in files for name in _marks_last(own)]
+        if not names or not (self._folder / fingerprint).exists():  # it has begun, or ended, just now
+            return
+        if self._has_changed(fingerprint):
+            self._delete(stored)  # they are another training's
+        self._put([fingerprint, *names])
+        if self._whole_checkpoints(work) == checkpoints:  # else the training has gone on: the next call sees that
+            self._delete(stored.intersection(self._state.files) - {fingerprint, *names})
 
-    def _whole_checkpoints(self) -> list[Path]:
-        states = self._folder.glob(f"{CHECKPOINT}*/{WHOLE}")
+    def _whole_checkpoints(self, work: str) -> list[Path]:
+        states = self._folder.glob(f"{work}checkpoint-*/{WHOLE}")
         return sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+    def _put_files(self, belongs: Callable[[str], bool]) -> None:
+        """Puts these files if they have changed, and removes from the store those that are gone.
+
+        An older student is removed first, and what makes one whole is put last, so that nobody finds one of two.
+        """
+        marks = {}
+        for name in filter(belongs, self._files()):
+            if name.endswith(STUDENTS_WHOLE) and self._has_changed(name):
+                marks[name] = _stamp(self._folder / name), (self._folder / name).read_bytes()
+        students = tuple(name.removesuffix("lineage.json") for name in marks)
+        stored = [name for name in list(self._state.files) if name.startswith(students)]
+        self._delete(filter(self._has_changed, stored))
+        here = [*filter(belongs, self._files())]
+        self._put(name for name in _marks_last(here) if name not in marks)
+        for name, (stamp, data) in marks.items():
+            if _stamp(self._folder / name) != stamp:
+                raise FileNotFoundError(name)  # a training that goes on has put another in its place
+            retried(self._store.put, name, data, check=self._check)
+            self._state.files[name] = stamp
+        self._delete({*filter(belongs, list(self._state.files))} - {*here})
 
     def compact(self) -> None:
         """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
@@ -315,16 +342,23 @@ class Mirror:
                 retried(self._store.put, name, self._folder / name, check=self._check)
                 self._state.files[name] = stamp
 
+    def _has_changed(self, name: str) -> bool:
+        """Whether a file is not here as the store has it."""
+        path = self._folder / name
+        return not path.exists() or self._state.files.get(name) != _stamp(path)
+
     def _delete(self, names: Iterable[str]) -> None:
-        for name in names:
+        for name in reversed(_marks_last(names)):
             retried(self._store.delete, name, check=self._check)
             del self._state.files[name]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
 
     def _matching(self, name: str) -> list[str]:
         """The files of this name, in whichever folder; not those that begin anew, and no links to another's."""
         found = (path for path in self._folder.rglob(name) if not path.is_symlink())
-        names = (path.relative_to(self._folder).as_posix() for path in found)
-        return [name for name in names if _first(name) not in NOT_FILES and f"/{SERVED}" not in name]
+        return [name for name in map(self._name, found) if _first(name) not in NOT_FILES and f"/{SERVED}" not in name]
 
     def _files(self) -> Iterator[str]:
         """The files of the run; not those that are still being written, or are this folder's own."""
@@ -342,6 +376,11 @@ def names_in(store: Store, folders: Collection[str]) -> list[str]:
 def _is_file(name: str) -> bool:
     """Whether a name in the store, or below the folder, is one of the run's files, and no journal."""
     return _first(name) not in NOT_FILES and PurePosixPath(name).name not in JOURNALS
+
+
+def _marks_last(names: Iterable[str]) -> list[str]:
+    """What makes a checkpoint or a student whole is put last, and removed first."""
+    return sorted(names, key=lambda name: name.endswith((WHOLE, "lineage.json")))
 
 
 def _first(name: str) -> str:

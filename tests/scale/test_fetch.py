@@ -90,7 +90,7 @@ def test_a_checkpoint_that_is_replaced_during_a_fetch_comes_as_the_newer_one(
     def save(step: int) -> None:
         shutil.rmtree(one / f"training/checkpoint-{step - 10}", ignore_errors=True)
         write(one, *(f"training/checkpoint-{step}/{name}" for name in ("model.safetensors", "trainer_state.json")))
-        running.put_checkpoints()
+        running.put_training()
 
     save(10)
     meanwhile(monkeypatch, store, "download", moment, lambda: save(20))
@@ -117,16 +117,102 @@ def test_no_checkpoint_is_removed_from_the_store_before_the_newer_ones_are_there
         return rglob(folder, pattern)
 
     def stored() -> set[str]:
-        return {name.split("/")[1] for name in store.names("training")}
+        return {name.split("/")[1] for name in store.names("training") if name.endswith("trainer_state.json")}
 
+    write(one, "training/fingerprint")
     save(10)
     save(20)
-    running.put_checkpoints()
+    running.put_training()
     monkeypatch.setattr(Path, "rglob", replaced)
-    running.put_checkpoints()
+    running.put_training()
     assert stored() == {"checkpoint-10", "checkpoint-20"}
-    running.put_checkpoints()
+    running.put_training()
     assert stored() == {"checkpoint-20", "checkpoint-30"}
+
+
+CHECKPOINT = ("model.safetensors", "trainer_state.json")
+
+
+@pytest.mark.parametrize("run", ["", "experiments/seeds/seed-0/"], ids=["run", "arm"])
+def test_the_last_checkpoint_leaves_the_store_when_the_student_is_there(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    """And nothing of the older student is beside the new one."""
+    one, put, seen = tmp_path / "one", type(store).put, list[set[str]]()
+    student, work = one / run / "student", one / run / "training"
+    running = Mirror(store, one, StoreState("one"))
+    write(one, *(f"{run}{name}" for name in ("kept.jsonl", "student/adapter_config.json", "student/lineage.json")))
+    running.push()
+    write(work, "fingerprint", *(f"checkpoint-2/{name}" for name in CHECKPOINT))
+    running.put_training()
+
+    def watched(self: Store, name: str, data: bytes | Path) -> None:
+        put(self, name, data)
+        seen.append({name.removeprefix(run) for name in store.names() if "student/" in name or "training/" in name})
+
+    shutil.rmtree(student)
+    write(one, *(f"{run}student/{name}" for name in ("model.safetensors", "lineage.json")))
+    work.rename(one / "gone")
+    monkeypatch.setattr(type(store), "put", watched)
+    running.put_training()
+    checkpoint = {"training/fingerprint", *(f"training/checkpoint-2/{name}" for name in CHECKPOINT)}
+    model = {"student/model.safetensors"}
+    assert seen == [checkpoint | model, checkpoint | model | {"student/lineage.json"}]
+    assert {name for name in store.names() if "student/" in name or "training/" in name} == {
+        f"{run}student/{name}" for name in ("model.safetensors", "lineage.json")
+    }
+
+
+def test_checkpoints_of_another_training_are_never_mixed_with_older_ones(store: Store, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    running, work = Mirror(store, one, StoreState("one")), one / "training"
+    write(work, "fingerprint", *(f"checkpoint-2/{name}" for name in CHECKPOINT))
+    running.put_training()
+    older = store.names()
+    shutil.rmtree(work)
+    write(work, "fingerprint", "checkpoint-2/model.safetensors")  # begun anew, with other settings
+    (work / "fingerprint").write_text("another")
+    running.put_training()
+    assert store.names() == older
+    assert store.get("training/fingerprint") == b"fingerprint"
+    write(work, "checkpoint-4/adapter.safetensors", "checkpoint-4/trainer_state.json")
+    running.put_training()
+    assert store.names("training") == [
+        *("training/checkpoint-4/adapter.safetensors", "training/checkpoint-4/trainer_state.json"),
+        "training/fingerprint",
+    ]
+    assert store.get("training/fingerprint") == b"another"
+
+
+@pytest.mark.parametrize("ends", ["ended", "replaced"])
+def test_a_training_that_goes_on_meanwhile_leaves_nothing_torn_in_the_store(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """It ends while its checkpoints are looked through; the next one replaces its student while that is put."""
+    one = tmp_path / "one"
+    running, work = Mirror(store, one, StoreState("one")), one / "training"
+    write(work, "fingerprint", *(f"checkpoint-2/{name}" for name in CHECKPOINT))
+    running.put_training()
+    checkpoint = store.names("training")
+    if ends == "ended":
+        (work / "fingerprint").unlink()
+        (work / "checkpoint-2/model.safetensors").unlink()
+        running.put_training()
+        assert store.names("training") == checkpoint
+        return
+    shutil.rmtree(work)
+    write(one, "student/a", "student/lineage.json")
+
+    def replace() -> None:
+        (one / "student").rename(one / "student-sft")
+        write(one, "student/a", "student/b", "student/lineage.json")
+
+    meanwhile(monkeypatch, store, "put", "student/a", replace)
+    running.put_training()
+    assert store.names() == sorted([*checkpoint, "student/a"])
+    running.put_training()
+    of_both = ("student-sft/a", "student-sft/lineage.json", "student/a", "student/b", "student/lineage.json")
+    assert store.names() == sorted(of_both)
 
 
 def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(

@@ -136,11 +136,11 @@ def test_a_machine_that_comes_back_puts_its_answers_and_leaves_the_files_of_the_
     two_s = {name: (two / name).read_bytes() for name in ("spend.json", "training/fingerprint", "kept.jsonl")}
     paused, holder = mirrors
     holder.upload(rest=True)
-    holder.put_checkpoints()
+    holder.put_training()
     holder.push()
     (one / "completions.jsonl").write_bytes(row(1))
     paused.upload(rest=True)
-    for change in (paused.put_checkpoints, paused.push, paused.compact):
+    for change in (paused.put_training, paused.push, paused.compact):
         with pytest.raises(TakenOver):
             change()
     assert {name: store.get(name) for name in two_s} == two_s
