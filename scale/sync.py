@@ -112,6 +112,7 @@ class Mirror:
         removed = {name for name in names if keep and self._is_removed(name)}
         for what in sorted({first if (first := _first(name)) in REMOVABLE else name for name in removed}):
             print(f"{what}: was removed here, so it is removed from {self._store.url} too", file=sys.stderr)
+        students = self._students(names)
         if not keep:
             self._remove(self._outdated(names))
         for name in names:
@@ -124,10 +125,11 @@ class Mirror:
                 self._state.files.setdefault(name, UNKNOWN)
             elif _is_file(name) and name not in removed:
                 whole &= self._download(name)
-        if not whole and not keep:  # a training elsewhere has put a checkpoint in place of another
+        replaced = self._students(names) != students
+        if not keep and (replaced or not whole):  # a training elsewhere has put a student, or a checkpoint, for another
             now = self._store.names()
             self._remove(self._outdated(now))
-            self.fetch_files(filter(_is_file, {*now} - {*names}))
+            self.fetch_files(filter(_is_file, now if replaced else {*now} - {*names}))
         for kind in sorted(kinds):
             self._merge(kind)
         self._state.pushed = False
@@ -162,8 +164,11 @@ class Mirror:
     def fetch_student(self) -> None:
         """Brings the student, and what it was made from, in place of older ones."""
         names = names_in(self._store, STUDENTS)
+        students = self._students(names)
         self._remove(name for name in self._outdated(names) if _first(name) in STUDENTS)
         self.fetch_files(names)
+        if self._students(names) != students:
+            raise DistillError(f"{self._store.url}/student: was replaced just now; run the same command again")
 
     def upload(self, *, rest: bool = False) -> None:
         """Puts the parts that are to be closed now; with `rest` all rows. Sets `unstored`.
@@ -263,6 +268,10 @@ class Mirror:
                 retried(self._store.put, f"{kind}.jsonl", journal, check=self._check)
             for name in parts:
                 retried(self._store.delete, name, check=self._check)
+
+    def _students(self, names: Iterable[str]) -> set[tuple[str, bytes | None]]:
+        """What makes the students whole that the store has now."""
+        return {(name, self._store.get(name)) for name in names if name.endswith(STUDENTS_WHOLE)}
 
     def _is_removed(self, name: str) -> bool:
         """Whether a file of the store was removed here: by the user, to begin anew what it belongs to, or by a stage.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -213,6 +214,32 @@ def test_a_training_that_goes_on_meanwhile_leaves_nothing_torn_in_the_store(
     running.put_training()
     of_both = ("student-sft/a", "student-sft/lineage.json", "student/a", "student/b", "student/lineage.json")
     assert store.names() == sorted(of_both)
+
+
+@pytest.mark.parametrize("more", [(), ("student/model-2",)], ids=["same names", "more files"])
+def test_a_student_that_is_replaced_while_it_is_fetched_is_never_of_two(
+    store: Store, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    one = tmp_path / "one"
+    running, number = Mirror(store, one, StoreState("one")), count()
+    names = ("student/adapter", "student/lineage.json", "lineage.json")
+    write(one, *names)
+    running.push()
+
+    def train() -> None:
+        shutil.rmtree(one / "student")
+        write(one, *names, *more)
+        for name in names:
+            (one / name).write_text(f"new {next(number)}")
+        running.push()
+
+    with monkeypatch.context() as patch:
+        meanwhile(patch, store, "download", "student/lineage.json", train)
+        fetch([store.url, str(home)])
+    assert files(home) == files(one)
+    meanwhile(monkeypatch, store, "download", "student/lineage.json", train)
+    with pytest.raises(DistillError, match="student: was replaced just now; run the same command again"):
+        Mirror(store, tmp_path / "served", StoreState("served")).fetch_student()
 
 
 def test_what_the_user_may_remove_stays_removed_and_all_else_comes_back(
