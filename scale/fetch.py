@@ -11,9 +11,10 @@ from pathlib import Path
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
 from pipeline.rundir import RunDir
+from scale.journals import JOURNALS
 from scale.parts import compact
 from scale.storage import open_store
-from scale.sync import JOURNALS, STATE_FILE, Mirror, StoreState
+from scale.sync import STATE_FILE, Mirror, StoreState
 
 
 def main(argv: list[str] | None = None) -> None:

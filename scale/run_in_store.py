@@ -82,7 +82,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
         lease = Lease.take(store, state.owner, take_over=take_over)
         mirror = Mirror(store, folder, state, lease.check)
 
-        def put_checkpoints() -> None:
+        def put_training() -> None:
             with suppress(TakenOver):  # the signs of life meet it too, and stop this
                 mirror.put_training()
 
@@ -98,7 +98,7 @@ def run_in_store(command: list[str], url: str, folder: Path, *, take_over: bool 
             state.lease = "" if by_nodes else lease.name  # until it is fetched, what is here may be older
             state.save(folder)
             try:
-                with repeated(mirror.upload, "the answers"), repeated(put_checkpoints, "the checkpoints"):
+                with repeated(mirror.upload, "the answers"), repeated(put_training, "checkpoints and student"):
                     code = run_child(command, pass_fds=[handle])
             except KeyboardInterrupt:
                 code = INTERRUPTED

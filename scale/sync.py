@@ -1,13 +1,9 @@
 """A run's local folder and the same run in a store: fetched at the start, followed, put back at the end.
 
-    lease/…                                  who works on it (scale.run_lease)
-    parts/<kind>/…                           answers and failures as they come (scale.parts), until they are compacted
-    completions.jsonl, failures.jsonl        the journals, compacted
-    cluster/…                                where driver and workers meet (scale.generation): no part of the folder
-    spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
-
-A kind is a journal's name, with its folder: `completions`, `failures`, `turns/1/completions`, … Whatever a run asks has
-its journals in a folder of it: turns, new prompts, the judge, an experiment's other teacher.
+lease/…                                  who works on it (scale.run_lease)
+parts/…, completions.jsonl, …            answers and failures (scale.journals)
+cluster/…                                where driver and workers meet (scale.generation): no part of the folder
+spend.json, recipe.yaml, kept.jsonl, …   every other file of the run directory, under its own name
 """
 
 import sys
@@ -18,16 +14,13 @@ from uuid import uuid4
 
 import msgspec
 
-from generate.idset import IdSet
-from generate.journal import Journal
 from pipeline.errors import DistillError, UsageError
-from pipeline.records import Completion, Failure, read_json
+from pipeline.records import read_json
 from pipeline.rundir import SERVED, RunDir, write_file
-from scale.parts import Uploader, compact, part_names, read_new_rows, row_key
+from scale.journals import JOURNALS, StoredJournals
 from scale.run_lease import TakenOver
 from scale.storage import Store, open_store, retried
 
-JOURNALS: dict[str, type[Completion] | type[Failure]] = {"completions.jsonl": Completion, "failures.jsonl": Failure}
 STATE_FILE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
 RAY = "training-ray"  # where Ray Train keeps its books, in a local folder
@@ -98,9 +91,7 @@ class Mirror:
         has the run: its files are the newer ones.
         """
         self._store, self._folder, self._state, self._check = store, folder, state, check
-        self._stored: dict[str, IdSet] = {}  # by kind: the rows that the store has
-        self._read: set[str] = set()  # parts whose rows are in the local journals
-        self._uploaders: dict[str, Uploader] = {}
+        self._journals = StoredJournals(store, folder, state.owner)
         self.unstored: dict[str, int] = {}  # by kind: rows that only this machine had at the last upload
 
     def fetch(self, *, keep: bool = False) -> None:
@@ -131,7 +122,7 @@ class Mirror:
             self._remove(self._outdated(now))
             self.fetch_files(filter(_is_file, now if replaced else {*now} - {*names}))
         for kind in sorted(kinds):
-            self._merge(kind)
+            self._journals.merge(kind)
         self._state.pushed = False
 
     def leave_changed(self) -> list[str]:
@@ -178,17 +169,12 @@ class Mirror:
         with suppress(TakenOver):
             for name in (CLUSTER_FILE, "spend*.json"):
                 self._put(self._matching(name))  # first: what was in flight then may be in the parts
-        rows = {}
-        for name in JOURNALS:
-            for journal in self._matching(name):
-                kind = str(PurePosixPath(journal).with_suffix(""))
-                if kind not in self._uploaders:
-                    known = self._stored.setdefault(kind, IdSet())
-                    path = self._folder / journal
-                    self._uploaders[kind] = Uploader(self._store, self._state.owner, path, kind, known=known)
-                uploader = self._uploaders[kind]
-                rows[kind] = uploader.upload(rest=rest) + uploader.waiting
-        self.unstored = rows
+        here = (journal for name in JOURNALS for journal in self._matching(name))
+        self.unstored = self._journals.upload(here, rest=rest)
+
+    def compact(self) -> None:
+        """Puts each journal whole, in place of the parts that are in it. Everything is uploaded."""
+        self._journals.compact(self._check)
 
     def push(self) -> None:
         """Puts every other file that has changed, and removes from the store those that are gone."""
@@ -257,18 +243,6 @@ class Mirror:
             self._state.files[name] = stamp
         self._delete({*filter(belongs, list(self._state.files))} - {*here})
 
-    def compact(self) -> None:
-        """Sorts the journals and puts each whole, in place of the parts that are in it. Everything is uploaded."""
-        for kind in self._uploaders:
-            own = f"parts/{kind}/{self._state.owner}-"
-            parts = [name for name in part_names(self._store, kind) if name in self._read or name.startswith(own)]
-            if parts:
-                journal = self._folder / f"{kind}.jsonl"
-                compact(journal)
-                retried(self._store.put, f"{kind}.jsonl", journal, check=self._check)
-            for name in parts:
-                retried(self._store.delete, name, check=self._check)
-
     def _students(self, names: Iterable[str]) -> set[tuple[str, bytes | None]]:
         """What makes the students whole that the store has now."""
         return {(name, self._store.get(name)) for name in names if name.endswith(STUDENTS_WHOLE)}
@@ -312,37 +286,6 @@ class Mirror:
     def _is_left(self, name: str) -> bool:
         left = self._state.left or ()
         return name in left or _first(name) in left
-
-    def _merge(self, kind: str) -> None:
-        """Appends the store's rows to the local journal, except those that it has."""
-        journal, stored, local = self._folder / f"{kind}.jsonl", self._stored.setdefault(kind, IdSet()), IdSet()
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        with Journal(journal, JOURNALS[journal.name]):
-            pass  # opening it has cut off a torn end
-        with journal.open("rb") as file:
-            for line in filter(bytes.strip, file):  # a blank line is no row
-                local.add(row_key(line, kind))
-        with journal.open("ab") as file:
-            for line in self._rows(kind, stored):
-                if local.add(row_key(line, kind)):
-                    file.write(line)
-
-    def _rows(self, kind: str, stored: IdSet) -> Iterator[bytes]:
-        """The store's rows, each once: the compacted ones, then those of the parts.
-
-        A part is removed when its rows are compacted: if one has gone meanwhile, all is read once more.
-        """
-        compacted = self._folder / f".{kind.replace('/', '-')}.stored"
-        while True:
-            parts = part_names(self._store, kind)
-            if self._store.download(f"{kind}.jsonl", compacted):
-                with compacted.open("rb") as file:
-                    yield from (line for line in filter(bytes.strip, file) if stored.add(row_key(line, kind)))
-                compacted.unlink()
-            yield from read_new_rows(self._store, kind, parts, stored)
-            if {*parts} <= {*part_names(self._store, kind)}:
-                break
-        self._read.update(parts)
 
     def _put(self, names: Iterable[str]) -> None:
         for name in names:

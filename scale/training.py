@@ -175,7 +175,7 @@ def _fetched(training: Training, files: list[str]) -> Iterator[RunDir]:
             mirror.fetch_files(files)
     try:
         if processes.lead:
-            with repeated(mirror.put_training, "the checkpoints"):
+            with repeated(mirror.put_training, "checkpoints and student"):
                 yield RunDir(folder)
         else:
             yield RunDir(folder)

@@ -270,7 +270,7 @@ def test_what_only_this_machine_has_outlives_a_command_that_is_stopped_before_it
 ) -> None:
     """Unless nodes have trained meanwhile: then the store's files are the newer ones."""
     home, student, (call, _, name) = tmp_path / "home", "student/model", stopped.partition(" ")
-    write(home, student, "kept.jsonl")
+    write(home, student, "report/report.json")
 
     def away(*given: object) -> None:
         raise DistillError("the store is away")
@@ -284,7 +284,7 @@ def test_what_only_this_machine_has_outlives_a_command_that_is_stopped_before_it
     run()
     begun = f"from pathlib import Path; (Path({str(home)!r}) / {student!r}).write_text('newer')"
     run(begun, stop="put", begins=student)
-    (home / "kept.jsonl").unlink()  # so there is something to fetch
+    shutil.rmtree(home / "report")  # so there is something to fetch
     run(stop=call, begins=name, by_nodes=by_nodes)
     fetch_student(store.url, home)
     assert (store.get(student), (home / student).read_bytes()) == (student.encode(), b"newer")
