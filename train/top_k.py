@@ -21,7 +21,7 @@ from rich.progress import track
 from generate.client import headers_of
 from generate.journal import Journal
 from generate.targets import urls_now
-from pipeline.address import is_loopback
+from pipeline.address import Redactor, is_loopback
 from pipeline.errors import DataError, DistillError, RecipeError, first_line
 from pipeline.records import TokenLogprobs, read_jsonl
 from pipeline.teacher_config import TeacherConfig
@@ -150,7 +150,7 @@ def _asked_id(row: TokenRow, teacher: TeacherConfig, top: int, told: Told) -> st
 def _said(client: Any, rows: Sequence[tuple[str, TokenRow]], top: int) -> list[TokenLogprobs]:
     """What the endpoint says of the answers of a few rows, each with its id."""
     sequences, starts = [list(row["input_ids"]) for _, row in rows], [len(prompt_of(row)) for _, row in rows]
-    said = asked(client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
+    said = asked(client, client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
     lines = []
     for (id_, row), start, ids, logprobs in zip(rows, starts, said["logprob_token_ids"], said["logprobs"], strict=True):
         learned = [place - start for place, label in enumerate(row["labels"]) if label != MASKED]
@@ -180,8 +180,10 @@ def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
     class Client(VLLMClient):
         def __init__(self) -> None:
             self.base_url, self.model = url.removesuffix("/v1"), teacher.model
+            self.words = Redactor.of(teacher)
             self.session = requests.Session()
             self.session.trust_env = not is_loopback(url)
+            self.session.auth = lambda request: request  # without it a .netrc would take the place of the key
             self.session.headers.update(headers_of(teacher))
             self.session.params = teacher.query
 
@@ -199,7 +201,7 @@ def check_tokens(client: Any, rows: Sequence[TokenRow], tokenizer: Any) -> None:
     for row in rows:
         text = tokenizer.decode(row["input_ids"])
         request = {"model": client.model, "prompt": text, "add_special_tokens": False}
-        theirs = asked(client._post, f"{client.base_url}/tokenize", json=request)["tokens"]
+        theirs = asked(client, client._post, f"{client.base_url}/tokenize", json=request)["tokens"]
         if theirs != tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise RecipeError(
                 f"teacher.model {client.model}: its endpoint splits text into other tokens than the student: "
@@ -207,18 +209,20 @@ def check_tokens(client: Any, rows: Sequence[TokenRow], tokenizer: Any) -> None:
             )
 
 
-def asked(ask: Any, *given: Any, **more: Any) -> Any:
-    """What a call of TRL's client returns. Raises DistillError in place of what it raises."""
+def asked(client: Any, ask: Any, *given: Any, **more: Any) -> Any:
+    """What a call of an endpoint's client returns. Raises DistillError, without secrets, in place of what it raises."""
     import requests
 
     try:
         return ask(*given, **more)
     except requests.RequestException as error:
-        raise DistillError(f"train.kd.teacher: served: the endpoint cannot be reached: {first_line(error)}") from None
+        why = client.words(first_line(error))
+        raise DistillError(f"train.kd.teacher: served: the endpoint cannot be reached: {why}") from None
     except Exception as error:  # TRL's client raises nothing more exact
         if type(error) is not Exception and not isinstance(error, KeyError | TypeError | ValueError):
             raise
+        why = client.words(first_line(error))
         raise DistillError(
-            f"train.kd.teacher: served: the endpoint refuses ({first_line(error)}); it must be vLLM's, and allow "
-            "train.kd.top_k logprobs (--max-logprobs)"
+            f"train.kd.teacher: served: the endpoint refuses ({why}); it must be vLLM's, and allow train.kd.top_k "
+            "logprobs (--max-logprobs)"
         ) from None

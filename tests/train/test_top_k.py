@@ -18,7 +18,7 @@ from tests.servers.fake_vllm import scoring
 from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
 from train.run import train_run
 from train.soft import top_k_divergence
-from train.top_k import token_names
+from train.top_k import asked, endpoint_client, token_names
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +204,22 @@ def test_an_endpoint_with_other_tokens_or_fewer_logprobs_is_refused(models: tupl
         train_at(server.url)
     with pytest.raises(DistillError, match="cannot be reached"):
         train_at("http://127.0.0.1:9/v1")
+
+
+def test_an_endpoint_gets_the_key_and_no_message_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import requests
+
+    (tmp_path / "netrc").write_text("machine the-teacher login someone password else")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "the-secret")
+    teacher = make_recipe("student").teacher.model_copy(update={"base_url": "http://the-teacher/v1"})
+    client = endpoint_client(teacher, {})
+    request = client.session.prepare_request(requests.Request("POST", client.base_url))
+    assert request.headers["Authorization"] == "Bearer the-secret"
+
+    def raised(error: Exception) -> None:
+        raise error
+
+    for error in (ValueError("the key the-secret"), requests.ConnectionError("the key the-secret")):
+        with pytest.raises(DistillError, match=r"the endpoint .*the key \[secret\]"):
+            asked(client, raised, error)
