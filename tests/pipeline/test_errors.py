@@ -12,10 +12,11 @@ from generate.reply import Fault
 from generate.streaming import Refused
 from pipeline.errors import KINDS, DistillError, by_name
 from scale.run_lease import TakenOver
+from scale.storage import TryAgain
 
 ROOT = Path(__file__).parents[2]
 ERRORS = [
-    *(kind("what: value; fix") for kind in (*KINDS, LowKeepRate, TakenOver)),
+    *(kind("what: value; fix") for kind in (*KINDS, LowKeepRate, TakenOver, TryAgain)),
     *(StageFailed("train", code) for code in (4, -9)),
     Refused("http://a/v1", Fault("busy", "come later", 503)),
 ]

@@ -19,7 +19,7 @@ from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_mod
 from train.checks.data import row_checks
 from train.publish.export import export_dataset
 from train.rows import Parts, reasoning_form, to_examples
-from train.run import _told, train_run
+from train.run import _of_teacher, train_run
 from train.setting import Setting
 from train.tokens import MASKED
 from train.trainer import prepare
@@ -151,7 +151,8 @@ def test_the_teacher_is_told_what_comes_before_the_first_turn_with_loss(loss_on:
     """What comes after it, it reads as the student does."""
     recipe = make_recipe("student", method="kd", loss_on=loss_on)
     teacher = recipe.teacher.model_copy(update={"system": "Be kind."})
-    own = _told(kept_row(1, "", "Second.", messages=CONVERSATION), recipe.model_copy(update={"teacher": teacher}))
+    row = kept_row(1, "", "Second.", messages=CONVERSATION)
+    own = _of_teacher(row, recipe.model_copy(update={"teacher": teacher}))["told"]
     turns = [{"role": turn.role, "content": turn.content} for turn in CONVERSATION]
     assert [{name: turn[name] for name in ("role", "content")} for turn in own] == [
         {"role": "system", "content": "Be kind."},
