@@ -8,7 +8,8 @@ on, or another one on the same answers, asks about no answer again. Tokens are c
 tokens are not the student's are found, and refused if they are many.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _asked_id(row: TokenRow, teacher: TeacherConfig, top: int, told: Told) -> st
 def _said(client: Any, rows: Sequence[tuple[str, TokenRow]], top: int) -> list[TokenLogprobs]:
     """What the endpoint says of the answers of a few rows, each with its id."""
     sequences, starts = [list(row["input_ids"]) for _, row in rows], [len(prompt_of(row)) for _, row in rows]
-    said = asked(client, client.get_sequence_logprobs, sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
+    said = client.get_sequence_logprobs(sequences, starts, top_logprobs=top, chunk_size=AT_ONCE)
     lines = []
     for (id_, row), start, ids, logprobs in zip(rows, starts, said["logprob_token_ids"], said["logprobs"], strict=True):
         learned = [place - start for place, label in enumerate(row["labels"]) if label != MASKED]
@@ -175,12 +176,11 @@ def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
     import requests
     from trl.generation.vllm_client import VLLMClient
 
-    url = next(iter(urls_now(teacher)))
+    url, words = next(iter(urls_now(teacher))), Redactor.of(teacher)
 
     class Client(VLLMClient):
         def __init__(self) -> None:
             self.base_url, self.model = url.removesuffix("/v1"), teacher.model
-            self.words = Redactor.of(teacher)
             self.session = requests.Session()
             self.session.trust_env = not is_loopback(url)
             self.session.auth = lambda request: request  # without it a .netrc would take the place of the key
@@ -191,7 +191,14 @@ def endpoint_client(teacher: TeacherConfig, told: Told) -> Any:
             own = [list(ids[:length]) for ids, length in zip(sequences, prompt_lengths, strict=True)]
             prompts = [told.get(key_of(prompt), prompt) for prompt in own]
             whole = [new + list(ids[len(old) :]) for new, old, ids in zip(prompts, own, sequences, strict=True)]
-            return super().get_sequence_logprobs(whole, [len(prompt) for prompt in prompts], **more)
+            with _explained(words):
+                return super().get_sequence_logprobs(whole, [len(prompt) for prompt in prompts], **more)
+
+        def tokens_of(self, text: str) -> list[int]:
+            request = {"model": self.model, "prompt": text, "add_special_tokens": False}
+            with _explained(words):
+                ids: list[int] = self._post(f"{self.base_url}/tokenize", json=request)["tokens"]
+                return ids
 
     return Client()
 
@@ -200,28 +207,27 @@ def check_tokens(client: Any, rows: Sequence[TokenRow], tokenizer: Any) -> None:
     """Raises RecipeError if the endpoint makes other tokens of the rows' text than the student does."""
     for row in rows:
         text = tokenizer.decode(row["input_ids"])
-        request = {"model": client.model, "prompt": text, "add_special_tokens": False}
-        theirs = asked(client, client._post, f"{client.base_url}/tokenize", json=request)["tokens"]
-        if theirs != tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if client.tokens_of(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise RecipeError(
                 f"teacher.model {client.model}: its endpoint splits text into other tokens than the student: "
                 f"{text[:40]!r}; {OTHERS}"
             )
 
 
-def asked(client: Any, ask: Any, *given: Any, **more: Any) -> Any:
-    """What a call of an endpoint's client returns. Raises DistillError, without secrets, in place of what it raises."""
+@contextmanager
+def _explained(words: Redactor) -> Iterator[None]:
+    """Raises DistillError, without secrets, in place of what TRL's client raises."""
     import requests
 
     try:
-        return ask(*given, **more)
+        yield
     except requests.RequestException as error:
-        why = client.words(first_line(error))
+        why = words(first_line(error))
         raise DistillError(f"train.kd.teacher: served: the endpoint cannot be reached: {why}") from None
     except Exception as error:  # TRL's client raises nothing more exact
         if type(error) is not Exception and not isinstance(error, KeyError | TypeError | ValueError):
             raise
-        why = client.words(first_line(error))
+        why = words(first_line(error))
         raise DistillError(
             f"train.kd.teacher: served: the endpoint refuses ({why}); it must be vLLM's, and allow train.kd.top_k "
             "logprobs (--max-logprobs)"

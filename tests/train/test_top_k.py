@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ from tests.servers.fake_vllm import scoring
 from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
 from train.run import train_run
 from train.soft import top_k_divergence
-from train.top_k import asked, endpoint_client, token_names
+from train.top_k import endpoint_client, token_names
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +207,10 @@ def test_an_endpoint_with_other_tokens_or_fewer_logprobs_is_refused(models: tupl
         train_at("http://127.0.0.1:9/v1")
 
 
-def test_an_endpoint_gets_the_key_and_no_message_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import requests
-
+@pytest.mark.parametrize("error", [Exception, ValueError, requests.ConnectionError])
+def test_an_endpoint_gets_the_key_and_no_message_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     (tmp_path / "netrc").write_text("machine the-teacher login someone password else")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "the-secret")
@@ -217,9 +219,11 @@ def test_an_endpoint_gets_the_key_and_no_message_shows_it(tmp_path: Path, monkey
     request = client.session.prepare_request(requests.Request("POST", client.base_url))
     assert request.headers["Authorization"] == "Bearer the-secret"
 
-    def raised(error: Exception) -> None:
-        raise error
+    def refused(*_: Any, **request: Any) -> None:
+        raise error("the key the-secret")
 
-    for error in (ValueError("the key the-secret"), requests.ConnectionError("the key the-secret")):
-        with pytest.raises(DistillError, match=r"the endpoint .*the key \[secret\]"):
-            asked(client, raised, error)
+    monkeypatch.setattr(client, "_post", refused)
+    with pytest.raises(DistillError, match=r"the endpoint .*the key \[secret\]"):
+        client.tokens_of("text")
+    with pytest.raises(DistillError, match=r"the endpoint .*the key \[secret\]"):
+        client.get_sequence_logprobs([[1, 2]], [1])
