@@ -101,7 +101,7 @@ class Batches:
             raise DataError(f"{path}: no line has a `response` or an `error`; give the output of a batch")
         usages = {id_: outcome.usage for id_, outcome in outcomes.items() if isinstance(outcome, Answer)}
         self._record(outcomes, str(path))
-        if self._folder.is_recorded(path):  # all of it was charged then, and the journal says it once more now
+        if self._folder.is_recorded(path):  # charged then, and not again, though the journal has it only now
             again = [usage for id_, usage in usages.items() if id_ in self._done]
             self._run.budget.charge(Reservation(), Usage(prompt_tokens=0, completion_tokens=0), again)
         for chunk in self._folder.live:

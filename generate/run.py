@@ -137,7 +137,7 @@ def pending(recipe: Recipe, run: RunDir) -> int:
 
 
 def check_stored(recipe: Recipe, run: RunDir) -> None:
-    """Raises RecipeError if answers are left to ask whose logprobs the training needs, and they would not be stored."""
+    """Raises RecipeError if the training needs logprobs of answers still to be asked, and none would be stored."""
     needed = recipe.train.method == "kd" and recipe.train.kd.teacher == "stored" and not run.internal
     if needed and recipe.sampling.logprobs is None and pending(recipe, run):
         raise RecipeError(

@@ -43,7 +43,10 @@ class StoredJournals:
                     file.write(line)
 
     def upload(self, journals: Iterable[str], *, rest: bool) -> dict[str, int]:
-        """Puts the parts that are to be closed now; with `rest` all rows. By kind, the rows that the store lacked."""
+        """Puts the parts that are to be closed now; with `rest` all rows.
+
+        Returns how many rows the store lacked, by kind.
+        """
         rows = {}
         for journal in journals:
             kind = str(PurePosixPath(journal).with_suffix(""))

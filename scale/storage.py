@@ -247,11 +247,12 @@ class Bucket:
             self._once.delete(name)
 
     @contextmanager
-    def _explained(self, name: str, fault: type[DistillError] = DistillError) -> Iterator[None]:
+    def _explained(self, name: str, passing: type[DistillError] = DistillError) -> Iterator[None]:
+        """`passing`: what is raised for an error that may pass."""
         try:
             yield
         except (self._errors.BaseError, OSError) as error:
-            kind = fault if isinstance(error, self._errors.GenericError) else DistillError
+            kind = passing if isinstance(error, self._errors.GenericError) else DistillError
             raise kind(f"{self.url}/{name}: {_cause(str(error))}") from None
 
 

@@ -32,7 +32,7 @@ TRAIN_WRITES = (  # files and folders
 )
 # What the user may remove here, to begin it anew: the next command removes it from the store.
 REMOVABLE = ("training", "review_sample.json", "reviews.jsonl", "judgements.jsonl")
-UNKNOWN = (-1, 0)  # of a file that was put just before this machine stopped
+UNKNOWN = (-1, 0)  # stamp of a file that the store has, but of which the folder's state says nothing
 STUDENTS = ("student-init", "student")  # what `serve` reads of a run
 WHOLE = "trainer_state.json"  # is written last in each checkpoint
 STUDENTS_WHOLE = ("student/lineage.json", "student-sft/lineage.json")
@@ -250,8 +250,8 @@ class Mirror:
     def _is_removed(self, name: str) -> bool:
         """Whether a file of the store was removed here: by the user, to begin anew what it belongs to, or by a stage.
 
-        A stage if a command has begun since the last push. Not with its whole folder, which a user may have removed to
-        have room.
+        By a stage: if a command has begun since the last push, and the file's folder is still here. A folder that is
+        gone as a whole may have been removed to have room.
         """
         path = self._folder / name
         if name not in self._state.files or path.exists():

@@ -65,7 +65,7 @@ class Processes:
         return first
 
     def leave(self) -> None:
-        """Waits for all, then closes what they exchange by: one that ends early must not cut another off."""
+        """Waits for the others, then closes the connection to them: without it a process could crash as it ends."""
         if self.count > 1:
             state = _state()
             state.wait_for_everyone()
