@@ -21,7 +21,7 @@ def system_of(recipe: Recipe) -> list[Message]:
 
 def questions_to_try(recipe: Recipe, run: RunDir) -> list[Json]:
     """Test prompts of one question, which no training saw: text, instructions, and the right answer if it is known."""
-    if not run.prompts.is_file() or other_parts(recipe, run) is not None:
+    if not run.prompts.is_file() or other_parts(recipe, run.student) is not None:
         return []
     return list(islice(_questions(recipe, run), QUESTIONS))
 

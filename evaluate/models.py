@@ -59,7 +59,7 @@ def subjects(recipe: Recipe, run: RunDir) -> list[Subject]:
     Raises UsageError if there is no student yet, its files are damaged, or another model is missing.
     """
     reference = check_trained(recipe, run).model
-    check_parts(recipe, run, "what it would be tested on")
+    check_parts(recipe, run.student, "what it would be tested on")
     before = before_training(recipe, run)
     after = (before, run.student) if (run.student / ADAPTER).is_file() else (run.student, None)
     return [

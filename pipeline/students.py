@@ -38,21 +38,21 @@ def check_trained(recipe: Recipe, run: RunDir) -> StudentConfig:
     return student
 
 
-def check_parts(recipe: Recipe, run: RunDir, known: str) -> None:
-    """Raises UsageError if the student was trained with other parts: then it may know `known`, which tests it."""
-    if (parts := other_parts(recipe, run)) is not None:
+def check_parts(recipe: Recipe, student: Path, known: str) -> None:
+    """Raises UsageError if a student was trained with other parts: then it may know `known`, which tests it."""
+    if (parts := other_parts(recipe, student)) is not None:
         raise UsageError(
-            f"{run.student}: trained when the prompts were parted otherwise ({parts}), so it may know {known}; train "
+            f"{student}: trained when the prompts were parted otherwise ({parts}), so it may know {known}; train "
             "again, or give the recipe it was trained with"
         )
 
 
-def other_parts(recipe: Recipe, run: RunDir) -> str | None:
-    """How the prompts were parted when the student was trained; None if as they are now.
+def other_parts(recipe: Recipe, student: Path) -> str | None:
+    """How the prompts were parted when a student of the run was trained; None if as they are now.
 
     If otherwise, it may have been trained on what is a test prompt now.
     """
-    trained = trained_section(run.student).get("parts", recipe.prompts.parted_by)
+    trained = trained_section(student).get("parts", recipe.prompts.parted_by)
     if trained == recipe.prompts.parted_by:
         return None
     return ", ".join(f"{name} {value}" for name, value in trained.items())

@@ -27,9 +27,9 @@ from scale.cluster import Cluster, variables_of
 from scale.run_lease import check_lease, is_held, repeated
 from scale.storage import open_store
 from scale.sync import RAY, TRAIN_READS, TRAIN_WRITES, WHOLE, Mirror, StoreState, names_in
-from train.preferences import learned_from_answers
 from train.processes import OWN_FOLDER, launched
 from train.rows import read_parts
+from train.run import first_training
 from train.student import initial_student
 
 MOST_LOSSES = 3  # in a row, without a new checkpoint between them
@@ -90,11 +90,10 @@ def _check_stored(training: Training) -> None:
             f"student.model {recipe.student.model}: it is made first, and adapters would name the folder of a node; "
             "train all its weights, or fetch the run into a folder that all nodes see"
         )
-    needs_first = recipe.train.method == "on_policy" and recipe.train.start is None
-    if needs_first and not any(map(learned_from_answers, (run.student, run.student_sft))):
+    if first := first_training(recipe, run):
         raise UsageError(
-            f"train.method on_policy starts from a student that has learned from answers, and {url} has none: "
-            f"train it by the same command with --train.method {recipe.train.kd.weights} first"
+            f"train.method on_policy starts from a student that has learned from answers, and {url} has none of these "
+            f"rows and settings: train it by the same command with --train.method {first.train.method} first"
         )
 
 

@@ -15,7 +15,7 @@ from pipeline.instructions import asked_of_student
 from pipeline.recipe import Recipe
 from pipeline.records import Part, Preference, Prompt, question_text, read_jsonl
 from pipeline.rundir import RunDir
-from pipeline.students import trained_section
+from pipeline.students import check_parts, trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
 from train.rows import Parts, prompt_text, tools_text
@@ -27,7 +27,7 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
     """The folder of the student to start from: `train.start`, or the run's last one that learned from answers.
 
     That is the student, or student-sft if the student itself came of a further method. Raises UsageError if there is
-    none.
+    none, or if it may have learned the answers that are to test the new one.
     """
     if recipe.train.start is not None:
         folder = recipe.train.start
@@ -39,6 +39,8 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
             f"{folder}: no student to start from; train.method {recipe.train.method} follows another method: train "
             "with that one first, or name a student's folder in train.start"
         )
+    if recipe.train.start is None:
+        check_parts(recipe, folder, "what the new student would be tested on")
     return folder
 
 

@@ -8,7 +8,7 @@ is saved: after a kill, the same command continues from the last one.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
-from pipeline.adapters import check_whole, torn_file
+from pipeline.adapters import check_whole
 from pipeline.checks import Check
 from pipeline.errors import RecipeError
 from pipeline.instructions import system_of_student, told_to_teacher
-from pipeline.lineage import read_lineage, record_lineage, versions
+from pipeline.lineage import read_lineage, versions, with_section, write_lineage
 from pipeline.loaded_model import context_of
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.resources import GIB
-from pipeline.rundir import RunDir, sync_path, sync_tree, write_file, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, sync_path, sync_tree, write_jsonl, writing_weights
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
+from train.checkpoints import AGAIN, FINGERPRINT, belongs_to, open_work
 from train.checks.before import check_on_policy, extra_needed
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 TRAINING_LOG = "training_log.json"
 MARGIN = "eval_rewards/margins"  # TRL's name
-FINGERPRINT = "fingerprint"  # in training/: which training its checkpoints belong to
-AGAIN = " again"  # follows the fingerprint there if --again began the training
 # Settings that change no weight, but for rounding. train.micro_batch_size is treated so, too: with gold it changes
 # weights a little (the loss is a mean of each pass), but a training that ran out of memory must go on with less.
 SAME_RESULT = {
@@ -88,8 +87,12 @@ def train_run(
     recipe, rate = with_learning_rate(recipe)
     parts = read_parts(recipe, run)
     check_start(recipe, run)
-    if recipe.train.method == "on_policy" and recipe.train.start is None:
-        _train_first(recipe, run, parts.train, processes, force=force, allow_chain=allow_chain)
+    if first := first_training(recipe, run):
+        check_on_policy(recipe, run, parts.train, processes)
+        console.print(f"first a student learns from these answers ({first.train.method}): on_policy starts from it")
+        train_run(first, run, force=force, allow_chain=allow_chain, processes=processes)
+        with processes.lead_first():
+            pass  # the others wait until the leading process has published that student
     start = start_of(recipe, run) if recipe.train.further else None
     pairs = read_pairs(recipe, run, parts) if recipe.train.method == "dpo" else None
     fingerprint, work = training_fingerprint(recipe, run, start), run.path / "training"
@@ -97,6 +100,8 @@ def train_run(
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         if processes.lead_in_folder:
             write_jsonl(run.test, parts.test)  # there may be none, or those of a training that was cut short
+            if read_lineage(run).get("train") != (made := trained_section(run.student)):  # a kill, or a full disk
+                write_lineage(run, _with_training(run, made))
         for left in (work, rows_folder(work)):  # by a kill right after the student was saved
             shutil.rmtree(left, ignore_errors=True)
         return
@@ -112,15 +117,14 @@ def train_run(
     console.print(f"training on {prepared.seen} rows; {rows['validation']} validate, {rows['test']} test")
     with processes.lead_first():
         if processes.lead_in_folder:
-            _open_work(work, fingerprint, again=again, console=console)
+            open_work(work, fingerprint, again=again, console=console)
     _learn(prepared, work, console, processes)
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
         section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long, "built": built_from(run, recipe)}
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
-        record_lineage(run, "train", {**section, "checks": msgspec.to_builtins(checks)})
-        _publish(work / "student", log, recipe, run, parts.test)
+        _publish(work / "student", log, {**section, "checks": msgspec.to_builtins(checks)}, recipe, run, parts.test)
         _print_result(run, prepared.seen, log, section)
 
 
@@ -156,14 +160,18 @@ def rows_to_train(recipe: Recipe, run: RunDir) -> int:
     return sum(example_length(example, tokenizer) <= longest for example in examples)
 
 
-def _train_first(recipe: Recipe, run: RunDir, rows: Sequence[Kept], processes: Processes, **flags: bool) -> None:
-    """If no student of the run has learned from answers yet, one learns from them, by the weights of train.kd."""
-    if not any(map(learned_from_answers, (run.student, run.student_sft))):
-        check_on_policy(recipe, run, rows, processes)
-        config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
-        train_run(recipe.model_copy(update={"train": config}), run, **flags, processes=processes)
-        with processes.lead_first():
-            pass  # the others wait until the leading process has published that student
+def first_training(recipe: Recipe, run: RunDir) -> Recipe | None:
+    """The training of the student on answers that on_policy starts from, by train.kd.weights; None if it is there.
+
+    It is not there if the rows or the settings have changed since. A student of another method is taken as it is.
+    """
+    if recipe.train.method != "on_policy" or recipe.train.start is not None:
+        return None
+    config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
+    first, _ = with_learning_rate(recipe.model_copy(update={"train": config}))
+    made = trained_section(next(filter(learned_from_answers, (run.student, run.student_sft)), run.student_sft))
+    current = made and (made["method"] != config.method or made["fingerprint"] == training_fingerprint(first, run))
+    return None if current else first
 
 
 def _on_rows(
@@ -316,69 +324,36 @@ def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
     Raises UsageError if its files are damaged.
     """
     check_whole(run.student)
-    return trained_section(run.student).get("fingerprint") == fingerprint and _begun(work) != fingerprint + AGAIN
+    return trained_section(run.student).get("fingerprint") == fingerprint and belongs_to(work) != fingerprint + AGAIN
 
 
-def _begun(work: Path) -> str:
-    """The fingerprint of the training that left checkpoints, with AGAIN if --again began it; empty if none did."""
-    mark = work / FINGERPRINT
-    return mark.read_text() if mark.is_file() else ""
+def _with_training(run: RunDir, section: dict[str, Any]) -> dict[str, Any]:
+    """The run's lineage with this training, and without scores: they are of the student before it."""
+    return {stage: own for stage, own in with_section(run, "train", section).items() if stage != "evaluate"}
 
 
-def _step(checkpoint: Path) -> int:
-    step = checkpoint.name.partition("-")[2]
-    return int(step) if step.isdecimal() else 0  # a folder of the user's own is no whole checkpoint
+def _publish(
+    folder: Path, log: dict[str, Any], section: dict[str, Any], recipe: Recipe, run: RunDir, test: Iterable[Kept]
+) -> None:
+    """The whole student folder appears at once, by rename, and its `test` rows and its lineage with it.
 
-
-def _open_work(work: Path, fingerprint: str, *, again: bool, console: Console) -> None:
-    """Prepares the folder of checkpoints: only whole ones of this very training stay.
-
-    With `again` these are the ones of a training that began with it.
+    Then the checkpoints beside it have no more use. `section`: of the lineage.
     """
-    begun = _begun(work)
-    if begun != fingerprint + AGAIN and (again or begun != fingerprint):
-        if work.is_dir():
-            if not again and any(work.iterdir()):
-                console.print(f"{work}: checkpoints of other rows or settings, removed")
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
-        (work / FINGERPRINT).write_text(fingerprint + (AGAIN if again else ""))
-    for folder in sorted(work.glob("checkpoint-*"), key=_step):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_bytes())  # written last: it closes a checkpoint
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(folder)  # cut off while it was written
-            continue
-        best = state.get("best_model_checkpoint")
-        torn = torn_file(folder)
-        if torn or (best and not (work / Path(best).name).is_dir()):  # the best one is of an earlier step
-            why = f"{torn.name} is empty or cut off, as after a power cut" if torn else "it needs one that is gone"
-            console.print(f"{folder}: {why}; this checkpoint is removed")
-            shutil.rmtree(folder)
-            continue
-        if best and Path(best).parent != work.resolve():  # it was written on another machine
-            state["best_model_checkpoint"] = str(work.resolve() / Path(best).name)
-            write_file(folder / "trainer_state.json", json.dumps(state).encode())
-
-
-def _publish(folder: Path, log: dict[str, Any], recipe: Recipe, run: RunDir, test: Iterable[Kept]) -> None:
-    """The whole student folder appears at once, by rename, and its `test` rows with it.
-
-    Then the checkpoints beside it have no more use.
-    """
+    work, lineage = folder.parent, _with_training(run, section)
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
-    shutil.copyfile(run.lineage, folder / run.lineage.name)
-    (folder / CARD).write_text(model_card(recipe, read_lineage(run)), encoding="utf-8")
+    write_lineage(RunDir(folder), lineage)
+    (folder / CARD).write_text(model_card(recipe, lineage), encoding="utf-8")
+    write_jsonl(work / run.test.name, test)
     sync_tree(folder)  # an older student and the checkpoints go only when this one is on disk
-    work = folder.parent
     further, of_answers = recipe.train.further, learned_from_answers(run.student)
     if of_answers or not further:
         shutil.rmtree(run.student_sft, ignore_errors=True)  # of an earlier student
     if run.student.exists():
         run.student.rename(run.student_sft if of_answers and further else work / "old-student")
-    write_jsonl(run.test, test)  # not before: the older student was tested on others
+    (work / run.test.name).rename(run.test)  # not before: the older student was tested on others
     folder.rename(run.student)
     sync_path(run.path)
+    write_lineage(run, lineage)
     (work / FINGERPRINT).unlink()  # first: what a kill leaves of the folder is not gone on from
     shutil.rmtree(work)
     shutil.rmtree(rows_folder(work), ignore_errors=True)  # preferences have none

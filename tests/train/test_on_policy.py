@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
-from pipeline.errors import DistillError, RecipeError
+from pipeline.errors import DistillError, RecipeError, UsageError
+from pipeline.records import encode_line
 from pipeline.students import trained_section
 from pipeline.teacher_config import TeacherConfig
 from pipeline.train_config import TrainConfig
 from tests.servers.fake_vllm import scoring
 from tests.tiny_student import END, make_recipe, make_run, story_rows, tiny_model
 from train.on_policy import EpochSampler
-from train.rows import to_examples
+from train.rows import read_parts, to_examples
 from train.run import train_run
 from train.setting import Setting
 from train.tokens import MASKED
@@ -118,8 +119,44 @@ def test_it_starts_from_a_student_that_learned_from_answers(models: tuple[str, s
     made = (run.student / "model.safetensors").stat().st_mtime_ns
     train_run(recipe, run)
     assert (run.student / "model.safetensors").stat().st_mtime_ns == made  # up to date
-    train_run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 5})}), run)
-    assert trained_section(run.student)["start"] == first  # not the student of the first on-policy training
+    longer = recipe.train.on_policy.model_copy(update={"epochs": 1})
+    train_run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"on_policy": longer})}), run)
+    then = trained_section(run.student)
+    assert then["steps"] == 4 and then["start"] == first  # not the student of the first on-policy training
+
+
+def test_the_student_that_it_starts_from_is_of_the_same_rows_and_settings(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", story_rows(20))
+    recipe = make_recipe(*models, method="on_policy", on_policy={**SMALL, "beta": 0})
+    train_run(recipe, run)
+    run.kept.write_bytes(b"".join(map(encode_line, story_rows(30))))
+    other = recipe.train.model_copy(update={"learning_rate": 5e-3})
+    train_run(changed := recipe.model_copy(update={"train": other}), run)
+    then = trained_section(run.student)
+    assert then["start"]["rows"] == then["rows"] == len(read_parts(changed, run).train)
+    assert then["start"]["hyperparameters"]["learning_rate"] == 5e-3
+
+    by_hand = other.model_copy(update={"method": "full"})  # not kd.weights: it is taken as it is
+    train_run(recipe.model_copy(update={"train": by_hand}), run)
+    own = trained_section(run.student)
+    train_run(changed, run)
+    assert trained_section(run.student)["start"] == own
+
+
+def test_it_does_not_start_from_a_student_that_may_know_the_test_answers(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", story_rows(20))
+    recipe = make_recipe(*models, method="full")
+    train_run(recipe, run)
+    prompts = recipe.prompts.model_copy(update={"seed": 7})
+    train = recipe.train.model_copy(update={"method": "on_policy"})
+    with pytest.raises(
+        UsageError, match=r"student: trained when the prompts were parted otherwise \(.*\), so it may know"
+    ):
+        train_run(recipe.model_copy(update={"prompts": prompts, "train": train}), run)
 
 
 def test_a_served_teacher_needs_no_weights_here(models: tuple[str, str], tmp_path: Path) -> None:

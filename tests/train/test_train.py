@@ -26,11 +26,12 @@ from pipeline.records import encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
 from tests.tiny_student import END, START, kept_row, make_recipe, make_run, story_rows, tiny_model
+from train.checkpoints import open_work
 from train.machine import activation_bytes
 from train.processes import Processes
 from train.progress import TrainProgress
 from train.rows import to_examples
-from train.run import _open_work, train_run, training_fingerprint
+from train.run import train_run, training_fingerprint
 from train.setting import Setting
 from train.student_trainer import StudentTrainer
 from train.trainer import prepare
@@ -374,7 +375,7 @@ def test_the_best_checkpoint_is_found_in_another_folder(tmp_path: Path) -> None:
     best.parent.mkdir()
     best.write_text("{}")
     state.write_text('{"best_model_checkpoint": "/elsewhere/training/checkpoint-1", "loss": NaN}')
-    _open_work(tmp_path / "training", "mine", again=False, console=Console(quiet=True))
+    open_work(tmp_path / "training", "mine", again=False, console=Console(quiet=True))
     assert json.loads(state.read_bytes())["best_model_checkpoint"] == str(tmp_path / "training/checkpoint-1")
 
 

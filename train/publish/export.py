@@ -126,7 +126,7 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
 
     Raises DataError if there are none, or one is faulty; UsageError if the student was trained on other parts.
     """
-    check_parts(recipe, run, "the test rows of this data set")
+    check_parts(recipe, run.student, "the test rows of this data set")
     parts = read_parts(recipe, run)
     rows_of = {"train": parts.train, "validation": parts.validation, "test": parts.test}
     sections = {name: section for name, section in read_lineage(run).items() if name in ("generate", "filters")}
