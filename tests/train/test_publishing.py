@@ -1,0 +1,83 @@
+"""A student takes the place of another: what is left if that fails, and what the run's lineage then tells."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train.run
+from pipeline.lineage import read_lineage, record_lineage
+from pipeline.recipe import Recipe
+from pipeline.rundir import RunDir
+from pipeline.students import trained_section
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from train.run import train_run
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("student") / "model"))
+
+
+@pytest.fixture
+def run(student: str, tmp_path: Path) -> RunDir:
+    """A run with an evaluated student."""
+    run = make_run(tmp_path / "run", story_rows(12))
+    train_run(make_recipe(student, epochs=1), run)
+    record_lineage(run, "evaluate", {"perplexity": {"student_after": 7.0}})
+    return run
+
+
+def other(student: str) -> Recipe:
+    return make_recipe(student, epochs=1, learning_rate=2e-3, test=0.4)
+
+
+def published(run: RunDir) -> dict[str, bytes]:
+    """The student, and what tells of it."""
+    paths = [run.lineage, run.test, *(path for path in run.student.rglob("*") if path.is_file())]
+    return {str(path): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("step", ["model_card", "write_jsonl", "sync_tree"])
+def test_a_full_disk_at_the_last_step_leaves_the_older_student_and_its_lineage(
+    student: str, run: RunDir, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = published(run), getattr(train.run, step)
+
+    def full(*given: Any) -> Any:
+        if step == "write_jsonl" and given[0].name != "test.jsonl":
+            return real(*given)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run, step, full)
+        with pytest.raises(OSError, match="No space left"):
+            train_run(other(student), run)
+    assert published(run) == before and "evaluate" in read_lineage(run)
+    train_run(other(student), run)
+    section = read_lineage(run)["train"]
+    assert section == trained_section(run.student) and section["hyperparameters"]["learning_rate"] == 2e-3
+
+
+def test_a_new_student_has_no_scores_of_the_one_before_it(student: str, run: RunDir) -> None:
+    train_run(other(student), run)
+    assert "evaluate" not in read_lineage(run) and "evaluate" not in read_lineage(RunDir(run.student))
+
+
+def test_the_same_command_mends_a_lineage_that_tells_of_the_student_before(
+    student: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run, "sync_path", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(other(student), run)
+    assert read_lineage(run)["train"] != trained_section(run.student)
+    made = (run.student / "model.safetensors").stat().st_ino
+    train_run(other(student), run)  # up to date
+    assert read_lineage(run) == json.loads((run.student / "lineage.json").read_bytes())
+    assert (run.student / "model.safetensors").stat().st_ino == made
