@@ -99,11 +99,7 @@ def train_run(
     if not again and _is_trained(run, work, fingerprint):
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         if processes.lead_in_folder:
-            write_jsonl(run.test, parts.test)  # there may be none, or those of a training that was cut short
-            if read_lineage(run).get("train") != (made := trained_section(run.student)):  # a kill, or a full disk
-                write_lineage(run, _with_training(run, made))
-        for left in (work, rows_folder(work)):  # by a kill right after the student was saved
-            shutil.rmtree(left, ignore_errors=True)
+            _complete(run, work, parts.test)
         return
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
@@ -330,6 +326,15 @@ def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
 def _with_training(run: RunDir, section: dict[str, Any]) -> dict[str, Any]:
     """The run's lineage with this training, and without scores: they are of the student before it."""
     return {stage: own for stage, own in with_section(run, "train", section).items() if stage != "evaluate"}
+
+
+def _complete(run: RunDir, work: Path, test: Iterable[Kept]) -> None:
+    """Does what a kill, or a full disk, right after the student was saved has left undone."""
+    write_jsonl(run.test, test)
+    if read_lineage(run).get("train") != (section := trained_section(run.student)):
+        write_lineage(run, _with_training(run, section))
+    for left in (work, rows_folder(work)):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _publish(
