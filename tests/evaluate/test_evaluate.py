@@ -205,16 +205,27 @@ def test_other_rows_are_scored_anew(run: RunDir, recipe: Recipe, loaded: list[st
 
 
 def test_a_report_says_with_what_it_was_made_and_what_changed_since_the_training(run: RunDir, recipe: Recipe) -> None:
+    generated = {"sampling": {"temperature": 0.3}, "completed": 9}
     filtered = {"rules": [], "rows": 9, "kept": 6, "keep_rate": 2 / 3, "dropped_by_rule": {}}
-    record_lineage(RunDir(run.student), "filters", filtered)
+    record_lineage(run, "generate", generated)
     record_lineage(run, "filters", filtered)
     report = evaluate_run(recipe, run, Path("my recipe.yaml"), speed=False, flags=["--train.epochs", "3"])
     assert report.commands[-1] == f"python -m evaluate 'my recipe.yaml' --train.epochs 3 --run {run.path}"
-    assert not any("filtered again" in note for note in report.notes)
-    record_lineage(run, "filters", filtered | {"kept": 2})
-    run.checks.write_text('{"checks": []}')  # one of the files that a report is made of
-    again = evaluate_run(recipe, run, PATH, speed=False)
-    assert any("were filtered again after the student was trained" in note for note in again.notes)
+    assert report.lineage["filters"] == filtered  # the student has no lineage of its own
+    shutil.copyfile(run.lineage, run.student / "lineage.json")  # as training does
+    assert evaluate_run(recipe, run, PATH, speed=False).notes == report.notes
+    record_lineage(run, "generate", generated | {"last_call": {"answered": 0}})
+    assert not any("again after the student was trained" in note for note in report.notes)
+    for stage, section, done in (
+        ("generate", generated | {"sampling": {"temperature": 1.3}}, "generated"),
+        ("filters", filtered | {"kept": 2}, "generated and filtered"),
+    ):
+        record_lineage(run, stage, section)
+        again = evaluate_run(recipe, run, PATH, speed=False)
+        assert any(f"were {done} again after the student was trained" in note for note in again.notes)
+        assert (again.lineage["generate"], again.lineage["filters"]) == (generated, filtered)
+        assert "evaluate" not in again.lineage
+    assert evaluate_run(recipe, run, PATH, speed=False).created == again.created  # up to date
 
 
 def test_a_student_of_another_teacher_than_the_recipes_is_told(
