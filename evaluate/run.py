@@ -50,7 +50,7 @@ from filters.run import recipe_rules
 from pipeline.address import is_loopback, is_port_open
 from pipeline.errors import DistillError, RequestsFailed, UsageError
 from pipeline.instructions import told_in_words
-from pipeline.lineage import record_lineage
+from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.rundir import RunDir
@@ -105,6 +105,8 @@ def evaluate_run(
     old = read_report(run)
     current = old and old.fingerprint == report_fingerprint(plan, results) and run.report_html.is_file()
     if old and current and measure and not problem:
+        if read_lineage(run).get("evaluate", {}).get("fingerprint") != old.fingerprint:
+            _record(run, old)  # the call that wrote the report was killed, or a training has removed the section
         say(f"{run.report}: the report is up to date (--force measures again)")
         return old
     report = build_report(plan, results, problem, given=shlex.join([str(recipe_path), *flags]))

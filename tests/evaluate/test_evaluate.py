@@ -142,6 +142,9 @@ def test_nothing_changed_so_nothing_is_measured(
     loaded.clear()
     assert evaluate_run(recipe, run, PATH, speed=False) == first
     assert loaded == [] and "the report is up to date" in capsys.readouterr().err
+    recorded = run.lineage.read_bytes()
+    run.lineage.write_text(json.dumps({"name": "run"}))  # as if it had been killed right after it wrote the report
+    assert evaluate_run(recipe, run, PATH, speed=False) == first and run.lineage.read_bytes() == recorded
     evaluate_run(recipe, run, PATH, speed=False, force=True)
     assert loaded == ["teacher", "student_before", "student_after"]
 
