@@ -22,6 +22,7 @@ from evaluate.measure.pairwise import find_judge, judge_answers, judged_fingerpr
 from evaluate.measure.perplexity import choose_rows, measure_perplexity
 from evaluate.measure.probes import choose_probes, choose_questions
 from evaluate.measure.results import (
+    ASKED_TEACHER,
     FOLDER,
     Entry,
     JudgeResult,
@@ -226,7 +227,7 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]
     what, url = " and ".join(one.what for one in missing.values()), plan.recipe.teacher.url
     if subject.folder is None:
         say(f"{subject.label}: {what}, asked at {url}")
-        folder = plan.run.path / FOLDER / "asked-teacher"
+        folder = plan.run.path / FOLDER / ASKED_TEACHER
         return found | {name: one.entry.write(one.measure(None, folder)) for name, one in missing.items()}
     if "speed" in missing and is_loopback(url) and is_port_open(url):
         say(f"warning: something answers at {url}; stop it, or it takes its share of the speed")

@@ -5,13 +5,14 @@ compares them (experiments.results). Everything is under experiments/NAME/ in th
 for each arm, results.md, results.svg. `train` returns at once if an arm is trained; `evaluate` measures what it lacks.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from evaluate.measure.results import FOLDER
+from evaluate.measure.results import ASKED_TEACHER, COMPARED, FOLDER, SCORED
 from evaluate.run import say
 from experiments.arms import EXPERIMENTS, Arm, Setup
 from experiments.results import as_markdown, compare, write_results
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             arm.run.save_recipe(setup.recipe_of(arm))
             setup.stage("train", arm.run, *arm.flags)
             share_measurements(setup, arm, design.arms)
+            share_answers(setup, arm)
             failed |= setup.stage("evaluate", arm.run, *arm.flags, *no_speed) != 0
         results = compare(setup, design)
         write_results(results, folder)
@@ -78,6 +80,22 @@ def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
                 own = target / path.name
                 if not own.exists() or own.stat().st_mtime_ns < path.stat().st_mtime_ns:
                     shutil.copy2(path, own)
+
+
+def share_answers(setup: Setup, arm: Arm) -> None:
+    """Links the folders of what is asked elsewhere to those of the experiment, so that nothing is paid for in two arms.
+
+    Answers and verdicts are found by what was asked, so no arm takes another's. An arm of another teacher asks that one
+    in a folder of its own; an arm of an earlier experiment keeps the folders that it has.
+    """
+    target = arm.run.path / FOLDER
+    target.mkdir(exist_ok=True)
+    own_teacher = setup.recipe_of(arm).teacher == setup.recipe.teacher
+    for name in (SCORED, COMPARED, *([ASKED_TEACHER] if own_teacher else [])):
+        shared = setup.folder / "asked" / name
+        shared.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(target / name):
+            (target / name).symlink_to(os.path.relpath(shared, target))
 
 
 if __name__ == "__main__":

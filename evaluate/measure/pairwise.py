@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from evaluate.measure.results import FOLDER, JudgeResult, PairVerdict
+from evaluate.measure.results import COMPARED, FOLDER, SCORED, JudgeResult, PairVerdict
 from evaluate.models import digest
 from filters.judge import FENCE, Judge, judge_rows, verdicts_folder
 from pipeline.filters_config import JudgeConfig
@@ -68,12 +68,12 @@ def find_judge(recipe: Recipe, run: RunDir) -> Judge | None:
 
 def _scored(run: RunDir) -> RunDir:
     """Where each answer by itself is judged."""
-    return RunDir(run.path / FOLDER / "judge")
+    return RunDir(run.path / FOLDER / SCORED)
 
 
 def _compared(run: RunDir) -> Path:
     """Where the pairs are judged."""
-    return run.path / FOLDER / "pairs"
+    return run.path / FOLDER / COMPARED
 
 
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:

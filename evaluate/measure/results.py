@@ -30,6 +30,7 @@ from pipeline.records import Json, Kept, Prompt, Usage, asked_fields, read_jsonl
 from pipeline.rundir import RunDir, write_file
 
 FOLDER = "evaluation"
+ASKED_TEACHER, SCORED, COMPARED = "asked-teacher", "judge", "pairs"  # folders in it, of what may be paid for
 SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
     "speed": {
         "evaluate": {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"},
