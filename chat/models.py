@@ -1,5 +1,6 @@
 """The models that are asked, and the servers that they need: one that runs already is used, another is started."""
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from pipeline.students import AFTER, BEFORE, TEACHER, check_trained
 from pipeline.teacher_config import TeacherConfig
 from serve.command import choose_device, merge_args, serve_settings
 from serve.machine import detect
-from serve.named import NAMES, address_of, reference_of
+from serve.named import NAMES, address_of, name_of_files, reference_of
 from serve.server import Server, free_port, served_models, serving, url_of
 
 LABELS = {TEACHER: "teacher", BEFORE: "student before", AFTER: "student after"}  # in the order of the columns
@@ -87,9 +88,16 @@ def choose_models(recipe: Recipe, run: RunDir, keys: Sequence[str]) -> list[Mode
 
 
 def _serves(url: str, model: Model, run: RunDir) -> bool:
-    """Whether the server at the URL has this very model: vLLM names the folder that it has loaded."""
+    """Whether the server at the URL has loaded this very model, as its second name says. Tells of another student."""
     served = served_models(url)
-    return model.name in served and served[model.name] in (None, reference_of(model.recipe, run, model.key))
+    if model.name not in served:
+        return False
+    folder = reference_of(model.recipe, run, model.key)
+    found = name_of_files(model.name, folder) in served
+    if not found:
+        why = f"its {model.name!r} is not {folder} as it is now, so another server is started"
+        print(f"warning: {url}: {why}; end the old one to free its memory", file=sys.stderr)
+    return found
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
 from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.command import Command, build_command, merge_args, port_number, serve_settings
-from serve.named import KEYS, NAMES, address_of, reference_of
+from serve.named import KEYS, NAMES, address_of, reference_of, under_both_names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     teacher = options.model in (TEACHER, recipe.teacher.model)
     config = _with_args(serve_settings(recipe, teacher=teacher), options.args)
     model = reference_of(recipe, run, options.model)
+    if options.model in (BEFORE, AFTER):
+        config = under_both_names(config, name, model)
     if options.print:
         print(command_to_show(model, name, host, port, config).shell())
         return

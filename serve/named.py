@@ -5,15 +5,19 @@ student    the run's trained student, on the next port
 before     the student as it was before training, on the port after that
 """
 
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from pipeline.adapters import stamp_files
 from pipeline.address import is_this_machine
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
+from pipeline.serve_config import ServeConfig
 from pipeline.students import AFTER, BEFORE, TEACHER, after_training, before_training
 from serve.checks import local_address, local_host
+from serve.command import merge_args
 
 KEYS = {"teacher": TEACHER, "before": BEFORE, "student": AFTER}  # by what users and clients call them
 NAMES = {key: name for name, key in KEYS.items()}
@@ -52,3 +56,15 @@ def reference_of(recipe: Recipe, run: RunDir, key: str) -> str:
     if key in folders:
         return str(Path(folders[key](recipe, run)).resolve())
     return recipe.teacher.model if key == TEACHER else key
+
+
+def name_of_files(name: str, folder: str) -> str:
+    """The second name of a student's server. It differs once other files are in the folder, as after a training."""
+    stamps = "\n".join([folder, *stamp_files(Path(folder))])
+    return f"{name}-{blake2b(stamps.encode(), digest_size=4).hexdigest()}"
+
+
+def under_both_names(config: ServeConfig, name: str, folder: str) -> ServeConfig:
+    """The settings of a student's server, with both of its names. The user's own flags win."""
+    names = ["--served-model-name", name, name_of_files(name, folder)]
+    return config.model_copy(update={"args": merge_args(names, config.args)})

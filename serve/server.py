@@ -204,12 +204,12 @@ def is_ready(base_url: str, served_name: str) -> bool:
     return well and served_name in served_models(base_url)
 
 
-def served_models(base_url: str) -> dict[str, str | None]:
-    """The models that the server at a URL names, each with the folder that vLLM has loaded; none if it does not say."""
+def served_models(base_url: str) -> set[str]:
+    """The models that the server at a URL names; none if it does not say."""
     try:
-        return {model["id"]: model.get("root") for model in json.loads(_read(f"{base_url}/models") or b"")["data"]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return {model["id"] for model in json.loads(_read(f"{base_url}/models") or b"")["data"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 def _read(url: str) -> bytes | None:

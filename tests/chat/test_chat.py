@@ -23,6 +23,7 @@ from pipeline.records import Message, Prompt, encode_line
 from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
 from pipeline.students import AFTER, BEFORE, TEACHER
+from serve.named import name_of_files
 from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, error, misbehaving, raw, recipe_for
 from tests.servers.misbehaving_server import answer as whole_answer
@@ -139,17 +140,24 @@ def test_an_answer_that_nobody_waits_for_is_stopped_at_the_server() -> None:
         assert left.wait(30)
 
 
-def test_what_runs_already_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_already_is_used_but_for_an_earlier_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, folder = RunDir(tmp_path), tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    with misbehaving() as teacher, misbehaving(models=["before"]) as before:
+    served = ["before", name_of_files("before", str(folder))]
+    with misbehaving() as teacher, misbehaving(models=served) as before:
         recipe = recipe_for(teacher, student={"model": str(folder)})
         address = chat.models.address_of(recipe, BEFORE)._replace(port=int(before.url.split(":")[2].split("/")[0]))
         monkeypatch.setattr(chat.models, "address_of", lambda *_: address)
         models = choose_models(recipe, run, [BEFORE, TEACHER])
         assert [(model.name, model.state) for model in models] == [("teacher", "ready"), ("before", "ready")]
         assert models[1].recipe.teacher.url == before.url and models[1].recipe.teacher.model == "before"
+        assert capsys.readouterr().err == ""
+        (folder / "config.json").write_text('{"trained": "again"}')
+        assert [model.state for model in choose_models(recipe, run, [BEFORE])] == ["starting"]
+        assert f"warning: {before.url}: its 'before' is not {folder} as it is now" in capsys.readouterr().err
     assert [model.state for model in choose_models(recipe, run, [TEACHER])] == ["starting"]
     away = recipe_for("https://api.example/v1")
     assert [model.state for model in choose_models(away, run, [TEACHER])] == ["ready"]

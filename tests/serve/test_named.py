@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.rundir import RunDir
 from pipeline.serve_config import ServeConfig
 from pipeline.students import AFTER, BEFORE, TEACHER
 from serve.__main__ import main, next_command
-from serve.named import Address, address_of, reference_of
+from serve.named import Address, address_of, name_of_files, reference_of
 from tests.tiny_student import make_recipe, tiny_model
 
 
@@ -103,7 +104,11 @@ def test_the_command_serves_it_as_student(tmp_path: Path, capsys: pytest.Capture
     )
     main([str(path), "--run", str(run.path), "--model", "student", "--print"])
     shown = capsys.readouterr().out
-    assert f"--model {run.student}" in shown and "--served-model-name student" in shown and "--port 8001" in shown
+    names = f"--served-model-name student {name_of_files('student', str(run.student))}"
+    assert f"--model {run.student}" in shown and names in shown and "--port 8001" in shown
+    shutil.rmtree(run.student)
+    model(run.student)  # trained again
+    assert name_of_files("student", str(run.student)) not in names
 
 
 @pytest.mark.parametrize(
