@@ -5,6 +5,7 @@ student    the run's trained student, on the next port
 before     the student as it was before training, on the port after that
 """
 
+import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def reference_of(recipe: Recipe, run: RunDir, key: str) -> str:
 def name_of_files(name: str, folder: str) -> str:
     """The second name of a student's server. It differs once other files are in the folder, as after a training."""
     stamps = "\n".join([folder, *stamp_files(Path(folder))])
-    return f"{name}-{blake2b(stamps.encode(), digest_size=4).hexdigest()}"
+    return f"{name}-{blake2b(os.fsencode(stamps), digest_size=4).hexdigest()}"
 
 
 def under_both_names(config: ServeConfig, name: str, folder: str) -> ServeConfig:
