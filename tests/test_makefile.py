@@ -1,6 +1,7 @@
 """What the Makefile gives to Python: each variable as one word, ARGS as the words of the shell."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,12 +28,15 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def make(clone: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in os.environ.items() if name not in OF_MAKE}  # `make test` runs this
+    return subprocess.run(["make", *command], cwd=clone, capture_output=True, text=True, env=own | variables)
+
+
 def given(clone: Path, *command: str, **variables: str) -> list[str]:
     """The arguments that Python got, without `-m <module>`."""
-    own = {name: value for name, value in os.environ.items() if name not in OF_MAKE}  # `make test` runs this
-    done = subprocess.run(
-        ["make", *command], cwd=clone, capture_output=True, text=True, check=True, env=own | variables
-    )
+    done = make(clone, *command, **variables)
+    done.check_returncode()
     return done.stdout.splitlines()[2:]
 
 
@@ -65,3 +69,27 @@ def test_args_are_the_words_of_the_shell_and_a_variable_in_them_stays(clone: Pat
     command, variables = ([], {"ARGS": args}) if from_environment else ([f"ARGS={args}"], {})
     assert given(clone, "generate", "RECIPE=r", *command, TEAM_KEY="secret", **variables) == ["r", *words]
     assert given(clone, "serve", "RECIPE=r", *command, TEAM_KEY="secret", **variables) == ["r", f"--args={args}"]
+
+
+@pytest.mark.parametrize("name", ["ARG", "RECIPES", "recipe"])
+def test_a_misspelt_variable_is_named_and_nothing_is_run(clone: Path, name: str) -> None:
+    done = make(clone, "generate", f"{name}=--budget.usd 1")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert f"{name}: no such variable; there are RECIPE RUN ARGS " in line
+
+
+def test_variables_of_make_itself_and_of_the_environment_may_be_set(clone: Path) -> None:
+    assert given(clone, "generate", "RECIPE=r", "SHELL=/bin/sh", "MAKEFLAGS=-s", ARG="of others") == ["r"]
+
+
+def test_all_variables_that_are_read_or_documented_may_be_set() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (stated,) = re.findall(r"^VARIABLES := (.*)", makefile, re.MULTILINE)
+    read = set(re.findall(r"\$\((?:value )?([A-Z_]+)\)", makefile))
+    made = set(re.findall(r"^([A-Z_]+) :=", makefile, re.MULTILINE)) | {"MAKEFILE_LIST"}
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.yaml")]
+    commands = [command for page in pages for command in re.findall(r"\bmake [a-z][^`\n]*", page.read_text())]
+    documented = {name for command in commands for name in re.findall(r" ([A-Z_]+)=", command)}
+    assert len(documented) > 10 and documented <= set(stated.split())
+    assert (read - made) | {"TORCH_INDEX_URL"} == set(stated.split())
