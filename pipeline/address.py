@@ -33,6 +33,13 @@ _KEY = re.compile(
 )
 
 
+def is_in_store(place: str) -> bool:
+    """Whether a run's place is a store's URL, and no folder. Raises UsageError for a URL that lacks its two slashes."""
+    if "://" not in place and (scheme := re.match("(?:s3|gs|file):", place)):
+        raise UsageError(f"{place}: a store's URL begins with {scheme[0]}//, as s3://bucket/path or file:///folder does")
+    return "://" in place
+
+
 def is_loopback(url: str) -> bool:
     """Whether the URL names this machine by a loopback address or as `localhost`."""
     host = urlsplit(url).hostname or ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from pipeline.address import is_in_store
 from pipeline.child import end_with_parent
 from pipeline.errors import INTERRUPTED, DistillError, UsageError
 from pipeline.recipe import Recipe, load_recipe
@@ -51,11 +52,11 @@ def parse_stage(
 ) -> tuple[Recipe, RunDir, argparse.Namespace]:
     """Parses the command line; a flag that the parser does not know must be a recipe key.
 
-    Raises RecipeError on a wrong recipe or an unknown flag, UsageError if --run names a file. With the URL of a
-    store it does not return.
+    Raises RecipeError on a wrong recipe or an unknown flag, UsageError if --run names a file, or is a store's URL
+    without its two slashes. With the URL of a store it does not return.
     """
     options, flags = parser.parse_known_args(argv)
-    if "://" in (options.run or ""):
+    if is_in_store(options.run or ""):
         _run_in_store(parser.prog, sys.argv[1:] if argv is None else argv)
     options.flags = flags  # the recipe values, as given
     recipe = load_recipe(options.recipe, flags)

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import msgspec
 
+from pipeline.address import is_in_store
 from pipeline.errors import DistillError, UsageError
 from pipeline.records import read_json
 from pipeline.rundir import SERVED, RunDir, write_file
@@ -69,7 +70,7 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
     record, home = run.path / CLUSTER_FILE, StoreState.read(run.path).url
     place = f"{home}/{CLUSTER}" if home else CLUSTER
     if asked:
-        place = asked.rstrip("/") if "://" in asked else str(Path(asked).absolute())
+        place = asked.rstrip("/") if is_in_store(asked) else str(Path(asked).absolute())
     known = record.read_text() if record.exists() else place
     found, wanted = (one if "://" in one else str(run.path.absolute() / one) for one in (known, place))
     if asked and found != wanted:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import run_stage
-from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, RequestsFailed
+from pipeline.cli import parse_stage, run_stage, stage_parser
+from pipeline.errors import BudgetReached, DataError, DistillError, RecipeError, RequestsFailed, UsageError
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,9 @@ def test_a_terminal_that_closes_interrupts() -> None:
     assert os.read(terminal, 5) == b"begun"
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+
+
+@pytest.mark.parametrize("run", ["s3:/bucket/path", "gs:bucket", "file:/folder"])
+def test_a_url_of_a_store_without_its_slashes_is_no_folder(run: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{run}: a store's URL begins with {run.split(':')[0]}://, as"):
+        parse_stage(stage_parser("generate", ""), ["recipes/demo.yaml", "--run", run])
