@@ -191,11 +191,7 @@ def _unseen(recipe: Recipe, asked: Asked) -> Iterator[Prompt]:
 
 def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
     """Prompts of `evaluate.probes_file`, with ids made of their questions: the run may have the file's own ids, too."""
-    config = recipe.evaluate
-    same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
-    wanted = PromptsConfig(file=config.probes_file, **same)
-    rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
-    prompts = list({question_text(prompt.messages): prompt for prompt in rows}.values())
+    config, prompts = recipe.evaluate, read_probes(recipe)
     if known := [prompt for prompt in prompts if asked.has(prompt)]:
         first = " ".join(known[0].messages[-1].content.split())[:60]
         raise DataError(
@@ -204,6 +200,17 @@ def _from_file(recipe: Recipe, asked: Asked, count: int) -> list[Prompt]:
         )
     own = [msgspec.structs.replace(prompt, id=prompt_id(prompt.messages, prompt.tools)) for prompt in prompts]
     return _sample(own, count, config.seed)
+
+
+def read_probes(recipe: Recipe) -> list[Prompt]:
+    """The different prompts of `evaluate.probes_file`. Raises DataError if it cannot be read, or a row is wrong."""
+    same = recipe.prompts.model_dump(include={"system", "columns", "json_columns", "tools"})
+    wanted = PromptsConfig(file=recipe.evaluate.probes_file, **same)
+    rows = iter_prompts(recipe.model_copy(update={"prompts": wanted}))
+    try:
+        return list({question_text(prompt.messages): prompt for prompt in rows}.values())
+    except DataError as error:
+        raise DataError(str(error).replace("prompts.file", "evaluate.probes_file")) from None
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

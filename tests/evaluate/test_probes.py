@@ -166,6 +166,9 @@ def test_probes_come_from_a_file_and_none_of_them_was_asked(tmp_path: Path) -> N
         file.write(f'{{"prompt": "{words.upper()}"}}\n')
     with pytest.raises(DataError, match="1 of its 4 prompts are prompts of this run"):
         choose_probes(recipe, run, [])
+    path.unlink()
+    with pytest.raises(DataError, match=r"^evaluate\.probes_file .*/probes\.jsonl: No such file"):
+        choose_probes(recipe, run, [])
 
 
 def test_what_is_verified_are_all_test_prompts_and_those_of_the_file(tmp_path: Path) -> None:
