@@ -7,10 +7,13 @@ command goes on after an interrupt.
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
+from evaluate.measure.probes import read_probes
+from filters.duplicates import dedup_sources
 from filters.run import recipe_rules
 from generate.run import check_stored, pending
 from pipeline.cli import parse_stage, run_stage, stage_parser
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if asks:
         check_stored(recipe, run)
         check_trainable(recipe, run)
+        check_files(recipe, run, options.recipe)
     if options.dry_run:
         stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
         return
@@ -72,6 +76,14 @@ def main(argv: list[str] | None = None) -> None:
         raise RequestsFailed(f"the judge gave no answer about some rows; see {run.dropped}")
     if evaluated == REQUESTS_FAILED:
         raise RequestsFailed(f"the judge gave no verdict on some answers; see {run.report_html}")
+
+
+def check_files(recipe: Recipe, run: RunDir, recipe_path: Path) -> None:
+    """Raises RecipeError or DataError if a file that the filters or the evaluation read cannot be read."""
+    if recipe.filters.dedup:
+        dedup_sources(recipe.filters.dedup, run, recipe_path)
+    if recipe.evaluate.probes_file:
+        read_probes(recipe)
 
 
 def check_teachers(recipe: Recipe, run: RunDir, *, asks: bool) -> None:

@@ -36,7 +36,9 @@ _KEY = re.compile(
 def is_in_store(place: str) -> bool:
     """Whether a run's place is a store's URL, and no folder. Raises UsageError for a URL that lacks its two slashes."""
     if "://" not in place and (scheme := re.match("(?:s3|gs|file):", place)):
-        raise UsageError(f"{place}: a store's URL begins with {scheme[0]}//, as s3://bucket/path or file:///folder does")
+        raise UsageError(
+            f"{place}: a store's URL begins with {scheme[0]}//, as s3://bucket/path or file:///folder does"
+        )
     return "://" in place
 
 

@@ -68,12 +68,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _new_weights_are_trained(self) -> "Recipe":
         afterwards = self.train.method == "dpo" or self.train.start is not None  # it has learned then
-        if self.student and self.student.new and self.train.weights != "full" and not afterwards:
+        if self.student is None or self.train.weights == "full" or afterwards:
+            return self
+        why = None
+        if self.student.new:
+            why = "has random weights, which adapters would leave as they are"
+        elif self.student.pruned and self.train.soft:
+            why = "has lost layers, which adapters cannot make up for"
+        if why:
             key = "train.kd.weights" if self.train.soft else "train.method"
-            raise ValueError(
-                f"student.model {self.student.model} has random weights, which adapters would leave as they are; "
-                f"set {key}: full, got {self.train.weights!r}"
-            )
+            raise ValueError(f"student.model {self.student.model} {why}; set {key}: full, got {self.train.weights!r}")
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,12 @@ class StudentConfig(Section):
         return round(float(found[1]) * SIZES[found[2]]) if found else None
 
     @property
+    def pruned(self) -> int | None:
+        """Of `prune:<k>`, the number of layers; None for any other student."""
+        found = re.fullmatch(rf"{PRUNE}(\d+)", self.model)
+        return int(found[1]) if found else None
+
+    @property
     def made(self) -> bool:
         """Whether the student is cut out of the teacher, or new."""
         return self.model.startswith((PRUNE, NEW))
@@ -53,7 +59,9 @@ class StudentConfig(Section):
             raise ValueError(f"{error.strerror}: give {CHATML}, or a file with a Jinja template") from None
 
     @model_validator(mode="after")
-    def _new_has_a_size(self) -> "StudentConfig":
+    def _made_has_a_size(self) -> "StudentConfig":
+        if self.model.startswith(PRUNE) and not self.pruned:
+            raise ValueError(f"model {self.model}: give a number of layers, at least 1, as in prune:8")
         if self.model.startswith(NEW) and not SIZES["m"] <= (self.new or 0) <= 2 * SIZES["b"]:
             raise ValueError(f"model {self.model}: give a size from 1m to 2b, as in new:30m")
         if self.tokenizer is not None and self.new is None:

@@ -70,11 +70,19 @@ def read_parts(recipe: Recipe, run: RunDir) -> Parts:
 
     Raises DataError as read_rows and part_rows do, and where a row lacks the column that `prompts.group` names.
     """
-    path, group, rows = recipe.train.test_rows, recipe.prompts.group, read_rows(run)
+    group, rows = recipe.prompts.group, read_rows(run)
     lacking = (row.id for row in rows if group not in row.columns and group not in row.slots)
     if group is not None and (id_ := next(lacking, None)):
         raise DataError(f"{run.kept}: row {id_} has no column {group!r}, which prompts.group names; filter again")
-    return part_rows(rows, recipe.prompts, None if path is None else read_checked(path))
+    return part_rows(rows, recipe.prompts, read_test_rows(recipe.train))
+
+
+def read_test_rows(config: TrainConfig) -> Sequence[Kept] | None:
+    """The rows that `train.test_rows` gives in place of the run's own. Raises DataError as read_checked does."""
+    path = config.test_rows
+    if path is not None and not path.is_file():
+        raise DataError(f"train.test_rows {path}: no such file; give the test.jsonl of a run")
+    return None if path is None else read_checked(path)
 
 
 def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:

@@ -6,6 +6,7 @@ Reads the recipe's `student` and `teacher.model`; a student that is made first i
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.adapters import torn_file
@@ -23,18 +24,11 @@ def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> s
     """A folder or a Hub id of the student before training; one that has to be made is made first, once.
 
     `rows`: what it will be trained on, for the tokenizer of a new student. Raises RecipeError if `prune:<k>` asks for
-    more layers than there are, if adapters would have to fix a student that layers were cut out of, or if a new
-    student's vocabulary is too large for it.
+    more layers than there are, or if a new student's vocabulary is too large for it.
     """
     assert recipe.student is not None
-    reference = recipe.student.model
     if not recipe.student.built:
-        return resolve_model(reference)
-    if reference.startswith(PRUNE) and recipe.train.soft and recipe.train.weights != "full":
-        raise RecipeError(
-            f"student.model {reference}: layers were cut out of it, which adapters cannot fix; "
-            f"set train.kd.weights: full, got {recipe.train.weights!r}"
-        )
+        return resolve_model(recipe.student.model)
     origin, mark = _origin(recipe, rows), run.student_init / BUILT  # it appears with the folder, by rename
     whole = mark.is_file() and torn_file(run.student_init) is None
     if not (whole and origin.items() <= json.loads(mark.read_bytes()).items()):
@@ -90,8 +84,8 @@ def _built(recipe: Recipe, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, An
             tokenizer = train_tokenizer(_texts(recipe, rows), vocabulary_of(student.new))
         if template is None and not tokenizer.chat_template:
             template = CHATML
-    elif student.model.startswith(PRUNE):
-        model, tokenizer, facts = _pruned(recipe.teacher.model, student.model.removeprefix(PRUNE))
+    elif student.pruned:
+        model, tokenizer, facts = _pruned(recipe.teacher.model, student.pruned)
     else:
         model, tokenizer, facts = _loaded(student.model), _tokenizer(resolve_model(student.model)), {}
     if template is not None:
@@ -140,27 +134,37 @@ def _tokenizer(student: str) -> Any:
         return AutoTokenizer.from_pretrained(student)
 
 
-def _pruned(teacher: str, given: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The teacher with `given` of its layers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def check_layers(k: int, total: int, teacher: str) -> None:
+    """Raises RecipeError if a student of k layers cannot be cut out of a teacher of `total`."""
+    if k >= total:
+        raise RecipeError(f"student.model {PRUNE}{k}: {teacher} has {total} layers; choose 1 to {total - 1}")
 
-    if not given.isdecimal() or int(given) < 1:
-        raise RecipeError(f"student.model {PRUNE}{given}: give a number of layers, at least 1, as in prune:8")
-    k, source = int(given), resolve_model(teacher)
+
+@contextmanager
+def teacher_to_prune(k: int, teacher: str) -> Iterator[None]:
+    """Raises RecipeError where a teacher cannot be read that k layers are taken of."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        yield
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"student.model {PRUNE}{k} needs the teacher's weights, and {teacher} has none here ({first_line(error)}); "
             "name a student model, or a teacher that is a folder or on the Hub"
         ) from None
+
+
+def _pruned(teacher: str, k: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The teacher with k of its layers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve_model(teacher)
+    with teacher_to_prune(k, teacher):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     layers = getattr(model.base_model, "layers", None)
     total = model.config.num_hidden_layers
     if layers is None or len(layers) != total:
         raise RecipeError(f"student.model {PRUNE}{k}: cannot tell the layers of {type(model).__name__}; name a student")
-    if k >= total:
-        raise RecipeError(f"student.model {PRUNE}{k}: {teacher} has {total} layers; choose 1 to {total - 1}")
+    check_layers(k, total, teacher)
     chosen = layers_kept(total, k)
     model.base_model.layers = type(layers)([layers[index] for index in chosen])
     model.config.num_hidden_layers = k

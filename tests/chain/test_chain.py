@@ -168,3 +168,36 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
     with pytest.raises((RecipeError, UsageError), match=word):
         main([str(recipe), "--run", str(tmp_path / "run"), *flags, *dry])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--student.model", "/no/such/model"], "model /no/such/model: the folder is not there"),
+        (["--student.model", "embedded:none"], "model embedded:none: no such embedded model"),
+        (["--student.model", "prune:4"], "has 4 layers; choose 1 to 3"),
+        (
+            ["--student.model", "prune:4", "--teacher.model", "org/api"],
+            "prune:4 needs the teacher's weights, and org/api",
+        ),
+        (
+            ["--student.model", "new:30m", "--student.tokenizer", "./none", "--train.method", "full"],
+            "model ./none: the",
+        ),
+        (["--student.model", "BARE"], "has no chat template"),
+        (["--train.test_rows", "none.jsonl"], "train.test_rows none.jsonl: no such file"),
+        (["--evaluate.probes_file", "none.jsonl"], "evaluate.probes_file none.jsonl: No such file"),
+        (["--filters.dedup.against", "[none]"], r"filters\.dedup\.against\[0\]: none/kept\.jsonl: no such file"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_told_before_anything_is_asked(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], word: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    teacher, bare = tiny_model(tmp_path / "teacher", layers=4), tiny_model(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    run = tmp_path / "run"
+    given = ["--teacher.model", str(teacher), *(flag.replace("BARE", str(bare)) for flag in flags)]
+    with pytest.raises((RecipeError, UsageError), match=word):
+        main([str(recipe), "--run", str(run), "--train.accept", "[licence]", *given, "--dry-run"])
+    assert not run.exists()

@@ -5,14 +5,17 @@ Looks at settings, small files and this machine; a served teacher is asked once.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.models import embedded_folder, resolve_model
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir
 from train.preferences import check_start, start_of
 from train.processes import ALONE, Processes
-from train.student import initial_student, load_tokenizer
+from train.rows import read_test_rows
+from train.student import check_layers, initial_student, load_tokenizer, teacher_to_prune
 from train.teacher import check_same_tokens, followed_files, known_files, tokenizer_of
 
 
@@ -27,16 +30,40 @@ def extra_needed() -> Iterator[None]:
 
 @extra_needed()
 def check_trainable(recipe: Recipe, run: RunDir) -> None:
-    """Raises RecipeError or UsageError if a training would lack its teacher, the student it starts from, or a GPU."""
+    """Raises UsageError if a training would lack its teacher, its student, its test rows or a GPU."""
     config = recipe.train
     check_start(recipe, run)
     if config.further and (config.start or config.method == "dpo"):  # otherwise a first student is trained then
         start_of(recipe, run)
+    else:
+        check_student(recipe)
+    read_test_rows(config)
     check_followed(recipe)
     if config.weights == "qlora":
         from train.machine import check_machine  # here: torch takes time and memory
 
         check_machine(config, ALONE)
+
+
+def check_student(recipe: Recipe) -> None:
+    """Raises RecipeError or UsageError if the student, or the model that it is made of, is not on this machine.
+
+    A Hub id is only looked up if layers are taken of it, and an embedded model is not fetched.
+    """
+    student = recipe.student
+    assert student is not None
+    source = student.tokenizer if student.new else recipe.teacher.model if student.pruned else student.model
+    if source is None or ((embedded := embedded_folder(source)) and not embedded.is_dir()):
+        return
+    resolved = resolve_model(source)
+    if student.pruned:
+        from transformers import AutoConfig
+
+        with teacher_to_prune(student.pruned, source):
+            config = AutoConfig.from_pretrained(resolved)
+        check_layers(student.pruned, config.get_text_config().num_hidden_layers, source)
+    elif not student.built and Path(resolved).is_dir():
+        load_tokenizer(resolved)
 
 
 @extra_needed()
