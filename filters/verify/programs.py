@@ -3,6 +3,7 @@
 What that is worth, and how to put a container before it: docs/verifiers.md.
 """
 
+import ast
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -50,13 +52,40 @@ class PythonSettings(ReferenceSettings):
         return self
 
     def tests_of(self, answer: Answer) -> list[str]:
-        """The tests of a row, one text or several. Raises Unverified if there are none."""
+        """The tests of a row, one text or several. Raises Unverified if there are none, or if they check nothing."""
         found = self.reference_of(answer) if self.tests is None else answer.columns.get(self.tests)
         tests = found if isinstance(found, list) else [found]
         texts = [test for test in tests if isinstance(test, str) and test.strip()]
         if not tests or len(texts) < len(tests):
             raise Unverified(f"tests must be a text or a list of texts, the row has {str(found)[:80]!r}")
+        if not any(map(_checks, texts)):
+            raise Unverified(
+                f"the tests assert and call nothing, so any program would pass them: {texts[0].strip()[:80]!r}; "
+                "add lines such as `assert add(1, 2) == 3`, or `check(add)` where they define `check`"
+            )
         return texts
+
+
+def _checks(test: str) -> bool:
+    """Whether a test asserts, raises or calls anything when it is run, not only in functions that nothing calls."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes in its texts
+            todo: list[ast.AST] = [ast.parse(test)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True  # running it tells what is wrong
+    while todo:
+        match todo.pop():
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                pass
+            case ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+                pass  # tests are part of the module `answer`, never `__main__`
+            case ast.Assert() | ast.Raise():
+                return True
+            case ast.Expr(value=value) if not isinstance(value, (ast.Constant, ast.Name, ast.Attribute)):
+                return True
+            case node:
+                todo += ast.iter_child_nodes(node)
+    return False
 
 
 @cache

@@ -19,6 +19,7 @@ from tests.filters.verifying import outcome, settings_of, verify
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+CHECK = "def check(candidate): assert candidate(1, 2) == 3"
 SECRET = "sk-do-not-tell"
 TAG = f"# of test process {os.getpid()}"
 FORKS = """
@@ -50,7 +51,7 @@ def settings() -> RuleSettings:
     return settings_of("python", seconds=3)
 
 
-def said(text: str, settings: RuleSettings, tests: Any = "pass") -> str:
+def said(text: str, settings: RuleSettings, tests: Any = "assert True") -> str:
     """The outcome and the words of the reason."""
     verified = verify("python", text, settings, tests)
     return f"{outcome(verified)}: {verified.reason.found or verified.reason.note}" if verified.reason else "passes"
@@ -68,9 +69,20 @@ def isolated() -> bool:
         ("def add(a, b): return a", "assert add(1, 2) == 3", "python error", 0.0),
         ("def add(a, b) return a", "assert add(1, 2) == 3", "python error", 0.0),
         ("import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1", "assert A().x == 1", "passes", 1.0),
-        ("if __name__ == '__main__': input()", "pass", "passes", 1.0),
+        ("if __name__ == '__main__': input()", "assert True", "passes", 1.0),
         ("import sys; sys.exit(0)", "assert False", "python error", 0.0),
         ("import os; os._exit(0)", "assert False", "python ended", None),
+        # a bare comparison is a test, a call fails if it returns False, and what nothing calls checks nothing
+        (ADD, ["add(1, 2) == 3", "# none\nadd(1, 2) == 4 or add(1, 2) == 5"], "python error", 0.5),
+        (ADD, "for a in (1, 2):\n    add(a, a) == 2", "python error", 0.0),
+        ("def is_even(n): return n % 2 == 0", ["is_even(4)", "is_even(5)", "not is_even(5)"], "python error", 2 / 3),
+        (ADD, [f"{CHECK}\ncheck(add)", f"{CHECK}\ncheck(int)"], "python error", 0.5),
+        (ADD, ["import math", CHECK, "check(add)"], "passes", 1.0),
+        (ADD, "try:\n    add('a', 1)\nexcept TypeError:\n    pass\nelse:\n    raise ValueError", "passes", 1.0),
+        (ADD, CHECK, "unverified python", None),
+        (ADD, [f"'Tests.'\nimport math\nMETADATA = {{'author': 'me'}}\n{CHECK}"], "unverified python", None),
+        (ADD, f"class Tests:\n    {CHECK}\nif __name__ == '__main__':\n    check(add)", "unverified python", None),
+        (ADD, "# nothing", "unverified python", None),
         (ADD, None, "unverified python", None),
         (ADD, [], "unverified python", None),
         (ADD, {"tests": "pass"}, "unverified python", None),
@@ -94,6 +106,7 @@ def test_programs(settings: RuleSettings, text: str, tests: Any, expected: str, 
         ("def add(a, b) return a", "assert add(1, 2) == 3", "SyntaxError: "),
         ("1 / 0", "assert False", "ZeroDivisionError: division by zero"),
         (ADD, "assert add(1, 2) ==", "SyntaxError: "),
+        (ADD, "x = 1\nadd(x, 2) == 4", "add(x, 2) == 4: AssertionError"),
     ],
 )
 def test_the_line_of_the_test_that_failed_is_told(settings: RuleSettings, text: str, tests: Any, words: str) -> None:

@@ -46,7 +46,7 @@ def test_the_stage_goes_on_whatever_an_answer_does(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with RunDir(tmp_path / "run").completions.open("wb") as file:
         for name, text in texts.items():
-            fields = completion_fields(name, text, prompt_id=name, reference="SELECT 3", columns={"tests": "pass"})
+            fields = completion_fields(name, text, prompt_id=name, reference="SELECT 3", columns={"tests": "assert 1"})
             file.write(encode_line(Completion(**fields)))
     kept, reasons = filtered(tmp_path, RULES[:1])
     assert kept == {"good"} and reasons.keys() == HOSTILE.keys()
