@@ -16,6 +16,8 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
+_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # between groups of digits
+_SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # the same in a value by itself; 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
 _DOLLARS = re.compile(r"(?<!\\)\$")
 _END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
@@ -50,7 +52,7 @@ def _value(text: str) -> str:
     for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(start) and text.endswith(end):
             text = text[2:-2].strip()
-    return _plain_numbers(text)
+    return _plain_numbers(_SPACE.sub("", text))
 
 
 def _without_words(value: str) -> str:
@@ -60,7 +62,8 @@ def _without_words(value: str) -> str:
 
 
 def _plain_numbers(text: str) -> str:
-    """`1.5e3` as 1500 and `1 1/2` as 3/2: math-verify reads the one as 1.5 and the other as 1."""
+    r"""`1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: math-verify reads them as 1.5, 1 and 10 times 500."""
+    text = _THIN_SPACE.sub("", text)
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
 
