@@ -16,7 +16,10 @@ from filters.verify.guard import Unreadable, Unverified
 _FENCE = re.compile(
     r"^[ \t]*(`{3,}|~{3,}(?=\w))[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*\1|\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
 )
-_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-+]|(?<![\w.$])[-+]\\?[$€£¥₩₹])?"  # -5, -$5, but no sign in 3-5, $3-$5 and $3$-$5$
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])"
+)
 _MINUS = str.maketrans("−–－", "---")
 _SHOWN = 100  # characters of an answer that a reason quotes
 
@@ -70,10 +73,11 @@ def fenced_block(text: str, *languages: str) -> str:
 def last_number(text: str) -> float | None:
     """The last number of a text, `1,234.5` read as one; None if there is none or it is too large.
 
-    A sign follows no letter or digit: the last number of `10-20` is 20. A number of digits only is an int.
+    A sign follows no letter or digit: the last number of `10-20` is 20; that of `-$5` is -5. A number of digits only
+    is an int.
     """
     found = [match[0] for match in _NUMBER.finditer(text.translate(_MINUS)) if match[0]]
-    digits = found[-1].replace(",", "") if found else "nan"
+    digits = re.sub(r"[^\d.eE+-]", "", found[-1]) if found else "nan"
     number = float(digits)
     if not math.isfinite(number):
         return None
