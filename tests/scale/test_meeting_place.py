@@ -93,5 +93,5 @@ def test_each_pass_has_a_place_of_its_own_and_a_run_may_be_moved(tmp_path: Path)
         assert meeting_store(run, asked, run.path).url == str(tmp_path / "moved/cluster")
     with pytest.raises(UsageError, match=r"--cluster-store s3://bucket/x: this run has /.*/moved/cluster, which"):
         meeting_store(run, "s3://bucket/x", run.path)
-    with pytest.raises(UsageError, match="^s3:/bucket/x: a store's URL begins with s3://"):
+    with pytest.raises(UsageError, match=r"^s3:/bucket/x: a store's URL begins with s3://"):
         meeting_store(run, "s3:/bucket/x", run.path)
