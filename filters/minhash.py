@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rensa import RMinHash
 
 from filters.answer import nfc
+from pipeline.records import folded
 
 Array = NDArray[Any]
 PERMUTATIONS = 120  # values of a signature: 120 has many divisors
@@ -30,6 +31,8 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SELECTORS = {chr(code) for code in range(0xFE00, 0xFE10)}  # they choose how an emoji is drawn, and count as marks
 _PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
 _PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
+_MARKS = ".,;:?…。，、；：？"
+_END_OF_WORD = re.compile(rf"(?<=[^\s{_MARKS}])[{_MARKS}]+(?!\S)")
 
 
 @cache
@@ -48,9 +51,14 @@ def fold(text: str) -> str:
     return " ".join("".join(map(_fold_char, nfc(lower))).split())
 
 
-def digest(folded: str) -> bytes:
+def fold_prompt(text: str) -> str:
+    """The text in NFC, without case, spacing and marks after a word. Signs stay: `12 + 7` asks other than `12 - 7`."""
+    return folded(_END_OF_WORD.sub("", text))
+
+
+def digest(text: str) -> bytes:
     """8 bytes that stand for a folded text: two of 5 million different texts share one once in a million times."""
-    return blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def ngram_hashes(text: str, n: int) -> Array:

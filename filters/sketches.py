@@ -16,7 +16,18 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 import numpy as np
 
-from filters.minhash import GLIMPSE, Array, band_keys, digest, fold, glimpses, ngrams, shape_for, signatures
+from filters.minhash import (
+    GLIMPSE,
+    Array,
+    band_keys,
+    digest,
+    fold,
+    fold_prompt,
+    glimpses,
+    ngrams,
+    shape_for,
+    signatures,
+)
 from filters.stream import read_lines
 from pipeline.errors import DataError
 from pipeline.filters_config import DedupConfig
@@ -92,9 +103,14 @@ def thresholds(config: DedupConfig) -> dict[str, float | None]:
     return {"answer": config.near, **(prompts if config.prompts or config.contamination else {})}
 
 
-def _compared(text: Text, name: str, config: DedupConfig) -> str:
-    """A text as it is compared: by itself, or an answer with its prompt."""
-    return fold(f"{text.prompt}\n{text.answer}" if name == "answer" and config.of == "row" else getattr(text, name))
+def _compared(text: Text, name: str, config: DedupConfig, prompt_fold: Callable[[str], str] = fold) -> str:
+    """A text whose n-grams are compared: by itself, or an answer with its prompt. With `prompt_fold` of fold_prompt it
+    is the one that equal rows have in common.
+    """
+    if name == "prompt":
+        return prompt_fold(text.prompt)
+    answer = fold(text.answer)
+    return f"{prompt_fold(text.prompt)} {answer}".strip() if config.of == "row" else answer
 
 
 def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
@@ -103,10 +119,11 @@ def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
     rows["id"] = [text.id.encode() for text in texts]
     rows["start"] = [text.start for text in texts]
     for name, threshold in thresholds(config).items():
-        folded, view = [_compared(text, name, config) for text in texts], rows[name]
-        view["digest"] = np.frombuffer(b"".join(map(digest, folded)), dtype=np.uint64)
+        view, same = rows[name], [_compared(text, name, config, fold_prompt) for text in texts]
+        view["digest"] = np.frombuffer(b"".join(map(digest, same)), dtype=np.uint64)
         if threshold is not None:
-            values = signatures(folded, config.ngram)
+            alone = name == "answer" and config.of != "row"  # no prompt is in it
+            values = signatures(same if alone else [_compared(text, name, config) for text in texts], config.ngram)
             view["bands"], view["glimpse"] = band_keys(values, shape_for(threshold)), glimpses(values)
     return rows
 

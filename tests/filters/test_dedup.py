@@ -20,7 +20,7 @@ import filters.run
 import filters.sketches
 import filters.stream
 from filters.__main__ import main
-from filters.minhash import GLIMPSE, agreement, band_keys, fold, jaccard, ngrams, shape_for, signatures
+from filters.minhash import GLIMPSE, agreement, band_keys, fold, fold_prompt, jaccard, ngrams, shape_for, signatures
 from filters.reasons import describe
 from pipeline.errors import DataError, RecipeError
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
@@ -114,6 +114,26 @@ def test_texts_that_fold_to_the_same(one: str, other: str) -> None:
 )
 def test_texts_that_do_not(one: str, other: str) -> None:
     assert fold(one) != fold(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is 12 + 7?", " what is  12 + 7", True),
+        ("Then, who came?", "then who came…", True),
+        ("u\u0308ber (alles).", "\u00fcber (alles)", True),
+        ("What is 12 + 7?", "What is 12 - 7?", False),
+        ("What is -5?", "What is 5?", False),
+        ("What is 1.5?", "What is 1 5?", False),
+        ("What is 5!?", "What is 5?", False),
+        ("50%", "50", False),
+        ("Write it in C++.", "Write it in C#.", False),
+        ("👍", "👎", False),
+        ("What does ? match", "What does . match", False),
+    ],
+)
+def test_prompts_that_are_the_same(one: str, other: str, same: bool) -> None:
+    assert (fold_prompt(one) == fold_prompt(other)) == same
 
 
 @given(st.text(st.sampled_from("가힣각Aaß1²_ .\t\n“…—~\u0301\u1100\u1161\u00adİ漢й½"), max_size=12))
@@ -291,7 +311,7 @@ def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_pa
         encoding="utf-8-sig",  # with a byte order mark
     )
     rows = [
-        completion("a", story(10), "곰 이야기!"),
+        completion("a", story(10), "곰  이야기."),
         completion("b", edited(answer, 3)),
         completion("c", story(11), "여우  이야기"),
         completion("d", story(12), "늑대 이야기"),
@@ -332,6 +352,21 @@ def test_answers_to_prompts_that_are_alike(stage: Stage) -> None:
         "b": like("similar_prompt", "a", what="prompt"),
         "c": like("similar_prompt", "a", similarity(prompt, near), what="prompt"),
     }
+
+
+def test_signs_make_another_prompt(stage: Stage, tmp_path: Path) -> None:
+    evaluated = tmp_path / "evaluated.jsonl"
+    evaluated.write_text('{"prompt": "What is 12 / 7?"}\n{"prompt": "What is 9 - 9?"}\n')
+    rows = [completion(sign, "It is 0.", f"What is 9 {sign} 9") for sign in "+-*"]
+    rows += [completion("again", "It is 0.", "what is 9 + 9?"), completion("12", "It is 84.", "What is 12 * 7?")]
+    stage.filter(rows, of="row", near=None, contamination=[str(evaluated)])
+    assert stage.kept() == ["+", "*", "12"]
+    assert {row: reason.rule for row, reason in stage.dropped().items()} == {
+        "-": "contamination",
+        "again": "exact_duplicate",
+    }
+    stage.filter(rows, exact=False, near=None, prompts=1)
+    assert stage.kept() == ["+", "-", "*", "12"]
 
 
 def test_the_report_counts_duplicates_as_dropped(stage: Stage) -> None:
