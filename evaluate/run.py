@@ -163,7 +163,8 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
         result = None if plan.force else entry.read(PerplexityResult)
         if result is None and measure:
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
-            result = entry.write(measure_perplexity(subject, asked, dtype=plan.dtype, device=plan.device))
+            scores = measure_perplexity(subject, asked, plan.recipe.train, dtype=plan.dtype, device=plan.device)
+            result = entry.write(scores)
         if result:
             found[subject.key] = result
     return found

@@ -1,10 +1,18 @@
-"""What a model thought before it answered, told apart from the answer. Pure: reads and writes nothing.
+"""What a model thought before it answered: told apart from the answer, and given to a chat template with it. Pure.
 
 Models that reason (DeepSeek-R1, Qwen3, QwQ) write `<think>…</think>` before the answer, and a server without a parser
-for it passes that on as text. `generate`, the judge and the evaluation read all models by this one function.
+for it passes that on as text. `generate`, the judge and the evaluation read all models by `split_reasoning`; training
+and perplexity put the answers into templates by `answer_turn`.
 """
 
+from typing import Any, Literal
+
+from pipeline.records import Completion, Json, Message
+from pipeline.train_config import TrainConfig
+from pipeline.turns_and_tools import template_turns
+
 OPEN, CLOSE = "<think>", "</think>"
+Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -19,3 +27,25 @@ def split_reasoning(text: str) -> tuple[str, str]:
     if not opened and (not closed or OPEN in thought):
         return "", text
     return thought.strip(), answer.lstrip()
+
+
+def answer_turn(row: Completion, reasoning: Reasoning | None) -> Json:
+    """The answer as chat templates read it; `reasoning`: where they find what was thought (`reasoning_form`)."""
+    turn = template_turns([Message(role="assistant", content=row.text, tool_calls=row.tool_calls)])[0]
+    if reasoning == "reasoning_content":
+        turn["reasoning_content"] = row.reasoning
+    elif reasoning == "content" and row.reasoning:
+        turn["content"] = f"{OPEN}\n{row.reasoning}\n{CLOSE}\n\n{row.text}"
+    return turn
+
+
+def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
+    """Where a model's template has an answer's reasoning: a field of its own, as Qwen3's, or the text's beginning.
+
+    None if the recipe strips it.
+    """
+    if config.reasoning == "strip":
+        return None
+    answer = {"role": "assistant", "content": "answer", "reasoning_content": "thought"}
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, answer], tokenize=False)
+    return "reasoning_content" if "thought" in text else "content"

@@ -8,20 +8,18 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.instructions import asked_of_student
 from pipeline.prompts_config import PromptsConfig
+from pipeline.reasoning import Reasoning, answer_turn
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Json, Kept, Message, Part, question_text, read_jsonl
+from pipeline.records import Completion, Json, Kept, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.student_config import StudentConfig
-from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import ROLES, template_turns
 from train.lazy import Lazy, joined, stored_records
-
-Reasoning = Literal["reasoning_content", "content"]  # the field of an answer's turn that has the reasoning
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def to_examples(
     def example(row: Kept) -> dict[str, Any]:
         return {
             "prompt": template_turns(asked_of_student(row.messages, student)),
-            "completion": [_answer_turn(row, reasoning)],
+            "completion": [answer_turn(row, reasoning)],
             "tools": tools_text(row.tools),
         }
 
@@ -150,27 +148,6 @@ def to_examples(
 def tools_text(tools: list[Json]) -> str | None:
     """Tools as TRL takes them too: as JSON text, which needs no common shape; None if there are none."""
     return json.dumps(tools, ensure_ascii=False) if tools else None
-
-
-def _answer_turn(row: Completion, reasoning: Reasoning | None) -> dict[str, Any]:
-    turn = template_turns([Message(role="assistant", content=row.text, tool_calls=row.tool_calls)])[0]
-    if reasoning == "reasoning_content":
-        turn["reasoning_content"] = row.reasoning
-    elif reasoning == "content" and row.reasoning:
-        turn["content"] = f"<think>\n{row.reasoning}\n</think>\n\n{row.text}"
-    return turn
-
-
-def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
-    """Where the student's template has an answer's reasoning: a field of its own, as Qwen3's, or the text's beginning.
-
-    None if the recipe strips it.
-    """
-    if config.reasoning == "strip":
-        return None
-    answer = {"role": "assistant", "content": "answer", "reasoning_content": "thought"}
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, answer], tokenize=False)
-    return "reasoning_content" if "thought" in text else "content"
 
 
 def _fault(row: Kept) -> str | None:

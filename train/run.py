@@ -25,6 +25,7 @@ from pipeline.errors import RecipeError
 from pipeline.instructions import system_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, versions, with_section, write_lineage
 from pipeline.loaded_model import context_of
+from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.resources import GIB
@@ -42,7 +43,7 @@ from train.preferences import Pairs, check_start, checks_of, learned_from_answer
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
-from train.rows import Parts, read_parts, reasoning_form, to_examples
+from train.rows import Parts, read_parts, to_examples
 from train.setting import Setting
 from train.student import built_from, initial_student, load_tokenizer
 

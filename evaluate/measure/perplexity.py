@@ -2,8 +2,9 @@
 
 Reads rows and a model; writes nothing. `evaluate.figures.quality` computes perplexity and bits per character.
 
-A row is the prompt in that model's own chat template, then the answer's tokens, then the token that ends a turn. Loss
-counts on the answer and on its end only.
+A row is the conversation with its answer in that model's own chat template, as training has it. Loss counts on the
+answer and on the token that ends it only: what a template writes before any answer, as Qwen3's does an empty thought,
+is context. So is an answer's reasoning where the student learned it: every model is given it.
 """
 
 import math
@@ -12,11 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from evaluate.measure.results import PerplexityResult, RowScore
 from evaluate.models import Subject, load
 from pipeline.errors import DistillError
 from pipeline.loaded_model import context_of, end_of_turn, stop_tokens
-from pipeline.records import Kept, Message, said
+from pipeline.reasoning import Reasoning, answer_turn, reasoning_form
+from pipeline.records import Kept, said
+from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import template_turns
 
 SEED = 0  # of the choice of rows
@@ -28,7 +33,7 @@ CHUNK = 256  # positions whose logits are held in float32 at once
 class Encoded:
     """Token ids of one row."""
 
-    prompt: list[int]
+    prompt: list[int]  # all that stands before the answer
     completion: list[int]
 
     def __len__(self) -> int:
@@ -42,24 +47,36 @@ def choose_rows(rows: Sequence[Kept], limit: int) -> list[Kept]:
     return sorted(chosen, key=lambda row: row.id)
 
 
-def encode_row(tokenizer: Any, row: Kept, end: int) -> Encoded:
+def encode_row(tokenizer: Any, row: Kept, end: int, reasoning: Reasoning | None = None) -> Encoded:
     """The row's token ids; an answer that was cut off (`finish_reason` is not stop) has no end to predict.
 
-    Tool calls are in the form of the model's template; one that has no form for them sees the text alone.
+    What stands before the answer is what other answers share with it. Tool calls are in the form of the model's
+    template; one that has no form for them sees the text alone.
     """
-    asked, chat = template_turns(row.messages), {"tools": row.tools or None, "return_dict": False}
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **chat)
-    if row.tool_calls:
-        answer = template_turns([Message("assistant", row.text, row.tool_calls)])
-        whole = tokenizer.apply_chat_template([*asked, *answer], **chat)
-        completion = whole[len(prompt) :]
-        return Encoded(prompt, completion[: completion.index(end) + 1] if end in completion else completion)
-    completion = tokenizer.encode(row.text, add_special_tokens=False)
-    return Encoded(prompt, [*completion, end] if row.finish_reason == "stop" or not completion else completion)
+    asked = template_turns(row.messages)
+
+    def tokens(answer: Kept) -> list[int]:
+        turns = [*asked, answer_turn(answer, reasoning)]
+        ids: list[int] = tokenizer.apply_chat_template(turns, tools=row.tools or None, return_dict=False)
+        return ids
+
+    whole, others = tokens(row), [tokens(msgspec.structs.replace(row, text=text, tool_calls=[])) for text in "0a"]
+    places = zip(whole, *others, strict=False)
+    begin = next((place for place, ids in enumerate(places) if len({*ids}) > 1), len(whole))
+    completion = whole[begin:]
+    if end in completion:
+        completion = completion[: completion.index(end)]
+    cut_off = completion and row.finish_reason != "stop" and not row.tool_calls
+    return Encoded(whole[:begin], completion if cut_off else [*completion, end])
 
 
-def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, device: str) -> PerplexityResult:
-    """Loads the model and scores the rows. Raises DistillError if no row fits its context, or a loss is not finite."""
+def measure_perplexity(
+    subject: Subject, rows: Sequence[Kept], config: TrainConfig, *, dtype: str, device: str
+) -> PerplexityResult:
+    """Loads the model and scores the rows, with their reasoning if the student was trained on it.
+
+    Raises DistillError if no row fits its context, or a loss is not finite.
+    """
     import torch
     import transformers
     from rich.console import Console
@@ -71,7 +88,8 @@ def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, de
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(subject.label, total=len(rows))
-        scores = score_rows(model, tokenizer, rows, progress=lambda done: bar.advance(task, done))
+        form = reasoning_form(config, tokenizer)
+        scores = score_rows(model, tokenizer, rows, form, progress=lambda done: bar.advance(task, done))
     del model
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -87,7 +105,12 @@ def measure_perplexity(subject: Subject, rows: Sequence[Kept], *, dtype: str, de
 
 
 def score_rows(
-    model: Any, tokenizer: Any, rows: Sequence[Kept], *, progress: Callable[[int], None] | None = None
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Kept],
+    reasoning: Reasoning | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
 ) -> list[RowScore]:
     """Scores every row that fits the model's context; `progress` is told how many rows each batch had.
 
@@ -96,7 +119,7 @@ def score_rows(
     import torch
 
     end = end_of_turn(tokenizer, stop_tokens(tokenizer, model))
-    encoded = [encode_row(tokenizer, row, end) for row in rows]
+    encoded = [encode_row(tokenizer, row, end, reasoning) for row in rows]
     context = context_of(model.config)
     fitting = [index for index in range(len(rows)) if len(encoded[index]) <= context]
     scores: dict[int, RowScore] = {}

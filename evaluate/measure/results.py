@@ -31,7 +31,9 @@ from pipeline.rundir import RunDir, write_file
 
 FOLDER = "evaluation"
 ASKED_TEACHER, SCORED, COMPARED = "asked-teacher", "judge", "pairs"  # folders in it, of what may be paid for
-SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a served measurement depends on
+SETTINGS: dict[str, dict[str, set[str] | bool]] = {  # of the recipe, that a measurement depends on
+    "perplexity": {"train": {"reasoning"}},
+    "unseen": {"train": {"reasoning"}},
     "speed": {
         "evaluate": {"speed_requests", "speed_concurrency", "speed_max_tokens", "speed_repeats", "speed_alone"},
         "sampling": True,
@@ -201,12 +203,14 @@ class Plan:
 
     def entry(self, name: str, subject: Subject, inputs: Sequence[Kept | Prompt]) -> Entry:
         """The cache of a measurement (a name above) of a model. `inputs` are as that model is asked them."""
-        answers = [[one.text, one.finish_reason] if isinstance(one, Kept) else [] for one in inputs]
+        answers = [[one.reasoning, one.text, one.finish_reason] if isinstance(one, Kept) else [] for one in inputs]
         asked = [[one.id, one.messages, *([one.tools] if one.tools else [])] for one in inputs]
         what = [msgspec.json.encode([*one, *own]) for one, own in zip(asked, answers, strict=True)]
         kind = name.removesuffix("-told")
-        settings = self.recipe.model_dump_json(include=SETTINGS[kind]) if kind in SETTINGS else self.dtype
-        fingerprint = digest(self.weights[subject.key], b"\n".join(what).decode(), settings)
+        settings = [self.recipe.model_dump_json(include=SETTINGS[kind])]
+        if kind in ("perplexity", "unseen"):
+            settings.append(self.dtype)
+        fingerprint = digest(self.weights[subject.key], b"\n".join(what).decode(), *settings)
         return Entry(self.run.path / FOLDER / f"{name}-{subject.key}.json", fingerprint)
 
 

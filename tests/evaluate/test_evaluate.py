@@ -191,6 +191,16 @@ def test_a_local_teacher_and_base_with_other_weights_are_scored_anew(
         assert loaded == [key] and perplexity_in(second, key) != perplexity_in(first, key)
 
 
+def test_rows_are_scored_again_for_a_student_that_learns_reasoning_and_no_model_is_asked_again(
+    run: RunDir, recipe: Recipe
+) -> None:
+    plan = make_plan(recipe, run, PATH)
+    train = recipe.train.model_copy(update={"reasoning": "keep"})
+    kept = replace(plan, recipe=recipe.model_copy(update={"train": train}))
+    for name, inputs, same in (("perplexity", plan.rows, False), ("probes", plan.timing, True)):
+        assert (plan.entry(name, plan.models[2], inputs) == kept.entry(name, plan.models[2], inputs)) is same
+
+
 def test_what_is_measured_again_is_reported_again(run: RunDir, recipe: Recipe) -> None:
     save_speeds(recipe, run)
     evaluate_run(recipe, run, PATH, speed=False)

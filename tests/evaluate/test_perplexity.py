@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 
 import evaluate.measure.perplexity as scoring
 from evaluate.figures.quality import perplexity_figures
@@ -13,8 +14,16 @@ from evaluate.measure.perplexity import choose_rows, encode_row, score_rows
 from evaluate.measure.results import RowScore
 from evaluate.models import Subject
 from pipeline.errors import DistillError
+from pipeline.reasoning import reasoning_form
 from pipeline.records import Message
-from tests.tiny_student import END, kept_row, story_rows, tiny_model, tiny_tokenizer
+from pipeline.train_config import TrainConfig
+from tests.tiny_student import CHATML, END, kept_row, make_recipe, story_rows, tiny_model, tiny_tokenizer
+from train.rows import to_examples
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # as the makers of well-known models publish them
+QWEN3 = (TEMPLATES / "qwen3.jinja").read_text()
+LLAMA3 = (TEMPLATES / "llama3.jinja").read_text().replace("<|eot_id|>", "<|im_end|>")
+THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
 
 
 def perplexity(scores: list[RowScore]) -> float:
@@ -112,6 +121,30 @@ def test_tool_calls_are_scored_in_the_form_of_the_template() -> None:
     assert tokenizer.decode(row.prompt).endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize(
+    ("template", "reasoning", "answer", "before"),
+    [
+        (QWEN3, "strip", "Four.", "assistant\n<think>\n\n</think>\n\n"),
+        (QWEN3, "keep", "Four.", f"assistant\n{THOUGHT}"),
+        (CHATML, "keep", "Four.", f"assistant\n{THOUGHT}"),
+        (LLAMA3, "strip", "\n\nFour.\n", "\n\n"),  # it trims answers
+        (CHATML, "strip", "0a", "assistant\n"),
+    ],
+    ids=["empty thought", "thought", "thought in the text", "trimmed", "plain"],
+)
+def test_an_answer_is_scored_as_training_has_it(template: str, reasoning: str, answer: str, before: str) -> None:
+    """What the template writes before any answer, and what was thought, is context."""
+    tokenizer, row = tiny_tokenizer(), kept_row(0, "Two and two?", answer, reasoning="Two and two.")
+    tokenizer.chat_template = template
+    form = reasoning_form(make_recipe("x", reasoning=reasoning).train, tokenizer)
+    (example,) = to_examples([row], None, form)
+    taught = tokenizer.apply_chat_template([*example["prompt"], *example["completion"]], return_dict=False)
+    encoded = encode_row(tokenizer, row, END, form)
+    assert [*encoded.prompt, *encoded.completion] == taught[: len(encoded)]
+    assert tokenizer.decode(encoded.completion) == f"{answer.strip()}<|im_end|>"
+    assert tokenizer.decode(encoded.prompt).endswith(before)
+
+
 def test_the_prompt_ends_where_the_answer_begins_and_keeps_the_system_message() -> None:
     tokenizer = tiny_tokenizer()
     row = kept_row(0, "Hi", "abc", messages=[Message("system", "Be kind."), Message("user", "Hi")])
@@ -169,7 +202,7 @@ def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     subject = Subject("student_after", "student after", "student", folder)
     with pytest.raises(DistillError, match="student after: the loss of 3 of 3 answers is NaN or infinite") as raised:
-        scoring.measure_perplexity(subject, story_rows(3), dtype="float32", device="cpu")
+        scoring.measure_perplexity(subject, story_rows(3), TrainConfig(), dtype="float32", device="cpu")
     assert "lower train.learning_rate" in str(raised.value)
 
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from pipeline.errors import DataError, RecipeError
+from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model
 from train.checks.data import row_checks
 from train.publish.export import export_dataset
-from train.rows import Parts, reasoning_form, to_examples
+from train.rows import Parts, to_examples
 from train.run import _of_teacher, train_run
 from train.setting import Setting
 from train.tokens import MASKED

@@ -28,6 +28,7 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
 from pipeline.models import explained, resolve_model
+from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.rundir import RunDir, replacing_folder
@@ -35,7 +36,7 @@ from pipeline.student_config import PRUNE
 from pipeline.students import after_training, check_parts, check_trained
 from train.publish.cards import CARD, dataset_card, model_card, published, without_places
 from train.publish.to_gguf import TYPES, check_type, write_gguf
-from train.rows import read_parts, reasoning_form, to_examples
+from train.rows import read_parts, to_examples
 from train.student import load_tokenizer
 
 TOKEN_VARIABLE = "HF_TOKEN"
