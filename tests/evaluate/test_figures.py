@@ -328,6 +328,14 @@ def test_one_wrong_answer_of_thirty_does_not_show_nine_tenths(prompts: int, wron
     assert claim.value and claim.value.low >= 0.9 and claim.verdict == verdict
 
 
+@pytest.mark.parametrize("rate", [10.0, 35.0])
+def test_one_timing_shows_no_speed_and_misses_none(rate: float) -> None:
+    teacher, after = models(tokens_per_s=exactly(rate))
+    teacher.figures["engine"]["tokens_per_s"] = exactly(10.0)
+    claim = next(claim for claim in claims({}, teacher, after, verified=False) if claim.axis == "speed")
+    assert claim.value == exactly(rate / 10) and claim.verdict == "not shown"
+
+
 def test_an_axis_without_a_figure_leaves_the_promise_open() -> None:
     found = promise((figure(0.5), figure(0.5)), (figure(0.9), figure(0.9)), tokens_per_s=None)
     assert found["speed"].verdict == "not measured" and holds(list(found.values())) is None

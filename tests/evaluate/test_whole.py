@@ -140,7 +140,8 @@ def test_every_model_is_served_once_and_compared(
     assert any("over fewer than 20 prompts" in note for note in report.notes)
     assert ("student_before", "perplexity", "test") in gains and ("teacher", "perplexity", "unseen") in gains
     claims = {claim.name: claim for claim in report.headline.claims}
-    assert claims["speed"].value and claims["speed"].value.value == 3 and claims["speed"].verdict == "yes"
+    assert claims["speed"].value and claims["speed"].value.value == 3
+    assert claims["speed"].verdict == "not shown"  # of one timing
     teacher, student = (model.figure("engine", "weights_mib") for model in (report.models[0], after))
     assert teacher and student and 2 < teacher.value / student.value < 3  # stored in bytes of one dtype
     assert claims["memory"].value == exactly(teacher.value / student.value) and claims["memory"].verdict == "no"
