@@ -213,3 +213,9 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / GIB:.0f} GiB",
         "python": platform.python_version(),
     } | ({"gpu": ", ".join(gpus)} if gpus else {})
+
+
+def name_machine() -> str:
+    """What decides how fast a model runs here: `AMD EPYC 7B13, 8 cores`, and the GPUs if there are any."""
+    about = describe_machine()
+    return ", ".join(filter(None, [about["cpu"], f"{about['cores']} cores", about.get("gpu")]))

@@ -26,11 +26,17 @@ LEAST_SCORE = 1  # a judge's: what an answer without any worth gets
 
 
 def claims(
-    figures: Mapping[Scope, Figures], teacher: ModelReport, after: ModelReport, *, verified: bool
+    figures: Mapping[Scope, Figures],
+    teacher: ModelReport,
+    after: ModelReport,
+    *,
+    verified: bool,
+    machines: Sequence[str] = (),
 ) -> list[Claim]:
     """All parts of the promise, in order; those that were not measured have no value.
 
-    If answers are `verified`, the share of right ones is the quality, and answers per second are the speed.
+    If answers are `verified`, the share of right ones is the quality, and answers per second are the speed. There is no
+    speed if it was timed on several `machines`.
     """
     test, probes, right = (figures.get(part, {}) for part in ("test", "all", "verified"))
     size, weights = (_times(teacher, after, name) for name in ("parameters", "weights_mib"))
@@ -48,7 +54,7 @@ def claims(
             _quality("quality_judge", judged, probes, "judge", AFTER, TEACHER, less=LEAST_SCORE),
         ]
         rate, unit = "tokens_per_s", "tokens/s saturated"
-    speed = _speed(teacher, after, rate)
+    speed = _speed(teacher, after, rate) if len(machines) < 2 else None
     timed = ENOUGH if speed and speed.low < speed.high else 0  # one timing does not say how far another would differ
     return [
         *quality,

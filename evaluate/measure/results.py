@@ -28,6 +28,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.records import Json, Kept, Prompt, Usage, asked_fields, read_jsonl, said
 from pipeline.rundir import RunDir, write_file
+from pipeline.students import AFTER, TEACHER
 
 FOLDER = "evaluation"
 ASKED_TEACHER, SCORED, COMPARED = "asked-teacher", "judge", "pairs"  # folders in it, of what may be paid for
@@ -75,6 +76,7 @@ class Burst(msgspec.Struct, frozen=True):
     failed: int
     completion_tokens: int
     wall_s: float  # from the first request to the last answer
+    machine: str = ""  # evaluate.models.name_machine; empty: an earlier version did not say
 
 
 class Lone(msgspec.Struct, frozen=True):
@@ -159,6 +161,14 @@ class Results:
     verified: dict[str, ProbeResult]
     tasks: dict[str, TaskResult]
     judged: JudgeResult | None = None
+
+    def machines(self, *, verified: bool) -> list[str]:
+        """Where teacher and trained student were timed, in answers per second if they are `verified`, else in tokens.
+
+        Speeds of different machines are never compared.
+        """
+        own = self.verified if verified else self.timed
+        return sorted({burst.machine for key in (TEACHER, AFTER) if key in own for burst in own[key].bursts})
 
 
 @dataclass(frozen=True)

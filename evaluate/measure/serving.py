@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
-from evaluate.models import Subject, engine_folder
+from evaluate.models import Subject, engine_folder, name_machine
 from generate.context import asked_rows
 from generate.dialect import Dialect
 from generate.event_loop import run_loop
@@ -116,7 +116,7 @@ def _bursts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], start: int)
     for number in range(wanted.speed_repeats):
         questions = _cycle(prompts, start + number * wanted.speed_requests, wanted.speed_requests)
         done = ask_prompts(recipe, folder / f"timed-{number + 1}", questions)
-        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s))
+        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s, name_machine()))
     return bursts
 
 

@@ -87,7 +87,7 @@ def build_report(plan: Plan, results: Results, problem: str = "", *, given: str)
         recipe=recipe.name,
         fingerprint=report_fingerprint(plan, results),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        headline=_headline(recipe, models, figures, probes),
+        headline=_headline(recipe, models, figures, probes, results.machines(verified=bool(recipe.evaluate.verify))),
         models=models,
         rows=rows,
         samples=_samples(plan, answers, quality),
@@ -213,10 +213,14 @@ def _speed_figures(timed: SpeedResult) -> dict[str, Estimate]:
 
 
 def _headline(
-    recipe: Recipe, models: Sequence[ModelReport], figures: Mapping[Scope, Figures], probes: ProbeSet | None
+    recipe: Recipe,
+    models: Sequence[ModelReport],
+    figures: Mapping[Scope, Figures],
+    probes: ProbeSet | None,
+    machines: Sequence[str],
 ) -> Headline:
     before, after, teacher = (next(m for m in models if m.key == key) for key in (BEFORE, AFTER, TEACHER))
-    promised = claims(figures, teacher, after, verified=bool(recipe.evaluate.verify))
+    promised = claims(figures, teacher, after, verified=bool(recipe.evaluate.verify), machines=machines)
     ratios = {claim.name: claim.value.value for claim in promised if claim.value}
     perplexities = [model.figure("test", "perplexity") for model in (before, after, teacher)]
     passing = [model.figure("all", "passing") for model in (before, after, teacher)]

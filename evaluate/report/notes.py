@@ -119,13 +119,20 @@ def of_few_prompts(figures: Mapping[Scope, Figures]) -> Iterator[str]:
 
 def of_speed(recipe: Recipe, results: Results) -> Iterator[str]:
     """Of speed and peak memory."""
+    machines = results.machines(verified=bool(recipe.evaluate.verify))
+    if len(machines) > 1:
+        where = "; ".join(machine or "one that is not recorded" for machine in machines)
+        yield (
+            f"Teacher and student were timed on different machines ({where}), so their speeds are not compared; "
+            f"remove evaluation/{'verify' if recipe.evaluate.verify else 'speed'}-*.json and evaluate on one machine."
+        )
     if not results.timed:
         yield "Speed and peak memory were not measured."
         return
     kv, wanted = recipe.serve.kv_cache_gib, recipe.evaluate
     pool = f"a KV cache of {kv:g} GiB each" if kv else f"a KV cache for up to {KV_TOKENS:,} tokens each"
     yield (
-        f"Speed: vLLM with the same settings on this machine, at most {wanted.speed_max_tokens} tokens per answer. "
+        f"Speed: vLLM with the same settings, at most {wanted.speed_max_tokens} tokens per answer. "
         f"Saturated: {wanted.speed_concurrency} requests in flight, the median of {wanted.speed_repeats} timings of "
         f"{wanted.speed_requests} requests. Alone: {wanted.speed_alone} requests, one after the other."
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -189,6 +190,18 @@ def test_a_local_teacher_and_base_with_other_weights_are_scored_anew(
         shift_weights(Path(str(model)))  # the same names and sizes, other values
         second = evaluate_run(recipe, run, PATH, speed=False)
         assert loaded == [key] and perplexity_in(second, key) != perplexity_in(first, key)
+
+
+def test_timings_of_different_machines_are_not_compared(run: RunDir, recipe: Recipe) -> None:
+    """The student was trained again, and timed on a machine with a GPU; the teacher's timing is older."""
+    save_speeds(recipe, run)
+    after, timed = subjects(recipe, run)[2], speed_result(120, 4.0)
+    elsewhere = [msgspec.structs.replace(burst, machine="A CPU, 8 cores, A GPU") for burst in timed.bursts]
+    speed_of(after, recipe, run).write(msgspec.structs.replace(timed, bursts=elsewhere))
+    report = evaluate_run(recipe, run, PATH, report_only=True)
+    (claim,) = (claim for claim in report.headline.claims if claim.axis == "speed")
+    assert claim.value is None and claim.verdict == "not measured" and "times as fast" not in report.headline.text
+    assert any("different machines (one that is not recorded; A CPU, 8 cores, A GPU)" in note for note in report.notes)
 
 
 def test_rows_are_scored_again_for_a_student_that_learns_reasoning_and_no_model_is_asked_again(

@@ -23,7 +23,7 @@ from evaluate.measure.serving import (
     speed_prompts,
     with_server,
 )
-from evaluate.models import Subject
+from evaluate.models import Subject, name_machine
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, encode_line
@@ -140,6 +140,7 @@ def test_one_server_gives_speed_and_probes(tmp_path: Path, recipe: Recipe, start
     assert {asked.text for asked in timed} == {*tested, "other 3", "other 4", "other 5"}
     assert len(timed) == 3 + 2 * 7 and server.most_at_once <= 8
     assert [(burst.requests, burst.failed, burst.completion_tokens) for burst in speed.bursts] == [(7, 0, 35)] * 2
+    assert {burst.machine for burst in speed.bursts} == {name_machine()}
     assert all(lone.tokens == 5 and 0.02 <= lone.first_token_s < lone.wall_s for lone in speed.alone)
     assert (speed.peak_rss_bytes, speed.dtype) == (5 << 30, "float32")
     # The probes are asked with the recipe's own limit.
