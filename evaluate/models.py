@@ -22,7 +22,7 @@ from pipeline.address import is_loopback
 from pipeline.errors import DistillError
 from pipeline.instructions import asked_of_student, told_to_teacher
 from pipeline.lineage import read_lineage, taught_by
-from pipeline.models import PREFIX, is_path, model_folder
+from pipeline.models import PREFIX, explained, is_path, model_folder
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Prompt
 from pipeline.resources import GIB, half_dtype, read_or_empty
@@ -147,20 +147,24 @@ def digest(*parts: str) -> str:
 
 
 def load(subject: Subject, *, dtype: str, device: str) -> tuple[Any, Any]:
-    """The model (eval mode, on the device) and its tokenizer; an adapter is laid over its base, not merged."""
+    """The model (eval mode, on the device) and its tokenizer; an adapter is laid over its base, not merged.
+
+    Raises RecipeError if it cannot be loaded, as a quantised one without the package that reads it.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if subject.folder is None:
         raise DistillError(subject.missing)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a row (train.machine)
-    model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=getattr(torch, dtype))
-    if subject.adapter is not None:
-        from peft import PeftModel
+    with explained(f"cannot load {subject.folder}"):
+        model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=getattr(torch, dtype))
+        if subject.adapter is not None:
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, subject.adapter)
-    tokenizer = AutoTokenizer.from_pretrained(subject.adapter or subject.folder)
-    return model.to(device).eval(), tokenizer
+            model = PeftModel.from_pretrained(model, subject.adapter)
+        tokenizer = AutoTokenizer.from_pretrained(subject.adapter or subject.folder)
+        return model.to(device).eval(), tokenizer
 
 
 def engine_folder(subject: Subject, run: RunDir) -> Path:
@@ -184,7 +188,7 @@ def choose_precision(models: Sequence[Subject]) -> tuple[str, str]:
     if torch.cuda.is_available():
         return str(half).removeprefix("torch."), "cuda"
     weights = [measure_weights(subject.folder) for subject in models if subject.folder is not None]
-    largest = max((w.parameters for w in weights if w), default=0)
+    largest = max((w.parameters or 0 for w in weights if w), default=0)
     fits = largest * FLOAT32_BYTES < psutil.virtual_memory().total * MEMORY_SHARE
     return ("float32" if fits and half is None else "bfloat16"), "cpu"
 

@@ -48,8 +48,9 @@ from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
 from filters.answer import as_answer
 from filters.run import recipe_rules
+from pipeline.adapters import is_quantised
 from pipeline.address import is_loopback, is_port_open
-from pipeline.errors import DistillError, RequestsFailed, UsageError
+from pipeline.errors import DistillError, RecipeError, RequestsFailed, UsageError
 from pipeline.instructions import told_in_words
 from pipeline.lineage import read_lineage, record_lineage
 from pipeline.recipe import Recipe
@@ -157,14 +158,21 @@ def _tell_models(plan: Plan) -> None:
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:
     """How every model scores the rows."""
     found = {}
-    for subject in (model for model in plan.models if rows and model.folder):
+    for subject in plan.models if rows else ():
+        if subject.folder is None:
+            continue
         asked = as_asked(plan.recipe, subject, rows)
         entry = plan.entry(name, subject, asked)
         result = None if plan.force else entry.read(PerplexityResult)
         if result is None and measure:
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
-            scores = measure_perplexity(subject, asked, plan.recipe.train, dtype=plan.dtype, device=plan.device)
-            result = entry.write(scores)
+            try:
+                scores = measure_perplexity(subject, asked, plan.recipe.train, dtype=plan.dtype, device=plan.device)
+                result = entry.write(scores)
+            except RecipeError as error:
+                if not is_quantised(subject.folder):
+                    raise
+                say(f"warning: {subject.label}: perplexity not available: {error}")
         if result:
             found[subject.key] = result
     return found

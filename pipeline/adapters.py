@@ -137,14 +137,36 @@ def _is_whole(path: Path) -> bool:
 
 
 class Weights(NamedTuple):
-    """A model's size, as its safetensors files hold it: tied weights are stored, and counted, once."""
+    """A model's size; tied weights are stored, and counted, once."""
 
-    parameters: int
-    size_bytes: int
+    parameters: int | None  # None: quantised, and its architecture is not known here
+    size_bytes: int  # as its safetensors files hold it
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether a model's weights are stored packed, as AWQ's and GPTQ's are."""
+    config = folder / "config.json"
+    return config.is_file() and bool(json.loads(config.read_bytes()).get("quantization_config"))
+
+
+def count_parameters(folder: Path) -> int | None:
+    """A model's parameters by its configuration, tied ones once; None if its architecture is not known here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # shapes only: no memory, no weights
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError):
+        return None
+    return int(model.num_parameters())
 
 
 def measure_weights(folder: Path) -> Weights | None:
-    """A model's size, from the headers of its safetensors files; None if one of them is missing."""
+    """A model's size, from the headers of its safetensors files; None if one of them is missing.
+
+    A quantised model packs several parameters into one number, so its configuration counts them.
+    """
     from huggingface_hub import get_local_safetensors_metadata
     from huggingface_hub.errors import NotASafetensorsRepoError
 
@@ -154,4 +176,5 @@ def measure_weights(folder: Path) -> Weights | None:
         return None
     tensors = [tensor for file in weights.files_metadata.values() for tensor in file.tensors.values()]
     size_bytes = sum(end - start for start, end in (tensor.data_offsets for tensor in tensors))
-    return Weights(sum(weights.parameter_count.values()), size_bytes)
+    stored = sum(weights.parameter_count.values())
+    return Weights(count_parameters(folder) if is_quantised(folder) else stored, size_bytes)

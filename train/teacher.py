@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.adapters import count_parameters
 from pipeline.errors import RecipeError
 from pipeline.models import explained, local_folder, resolve_model
 from train.student import load_tokenizer
@@ -107,15 +108,7 @@ def tokenizer_of(folder: Path | None) -> Any | None:
 
 def parameters_of(folder: Path | None, reference: str) -> int | None:
     """Number of parameters, tied ones once: from the configuration, or else from the size in the name (`70B`)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if folder is not None and (folder / "config.json").is_file():
-        try:
-            with torch.device("meta"):  # shapes only: no memory, no weights
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-            return int(model.num_parameters())
-        except (OSError, ValueError, KeyError):
-            pass  # an architecture that this version does not know: its name may still say
+    if folder is not None and (folder / "config.json").is_file() and (counted := count_parameters(folder)):
+        return counted
     named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", Path(reference).name.lower())
     return round(float(named[1]) * (1e9 if named[2] == "b" else 1e6)) if named else None

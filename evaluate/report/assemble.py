@@ -151,7 +151,9 @@ def _model_report(
     if key in results.verified and (rates := results.verified[key].rates):
         engine["answers_per_s"] = Estimate(median(rates), min(rates), max(rates))
     if subject.folder is not None and (weights := measure_weights(subject.folder)):
-        engine |= {"parameters": exactly(weights.parameters), "weights_mib": exactly(weights.size_bytes / MIB)}
+        engine["weights_mib"] = exactly(weights.size_bytes / MIB)
+        if weights.parameters:
+            engine["parameters"] = exactly(weights.parameters)
         if kv_bytes := kv_bytes_per_token(subject.folder, recipe.serve):
             engine["kv_bytes_per_token"] = exactly(kv_bytes)
     answers = [quality.answers[key][id_] for id_ in quality.prompts.get("all", ())] if key in quality.answers else []

@@ -36,6 +36,9 @@ def of_rows(
     if results.scored:
         kinds = ", ".join(sorted({f"{result.dtype} on {result.device}" for result in results.scored.values()}))
         yield f"Perplexity: the teacher's test answers, teacher-forced ({kinds}); 95% bootstrap intervals over prompts."
+        for model in plan.models:
+            if model.folder and model.key not in results.scored:
+                yield f"{model.label}: perplexity was not measured."
         if TEACHER in scores:
             yield "These answers are the teacher's own, which favours the teacher."
         if len({tuple(score.tokens for score in own) for own in scores.values()}) > 1:

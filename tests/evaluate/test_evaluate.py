@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -387,6 +388,34 @@ def test_weights_are_counted_as_transformers_counts_them(tmp_path: Path) -> None
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert measure_weights(tmp_path / "shards") == weights
     assert measure_weights(tmp_path) is None
+
+
+def quantise(folder: Path) -> None:
+    """As a model in AWQ says of itself; to read it takes a package that is not here."""
+    config = json.loads((folder / "config.json").read_bytes())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_parameters_of_packed_weights_are_those_of_the_configuration(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    folder = tiny_model(tmp_path / "model")
+    whole = measure_weights(folder)
+    quantise(folder)
+    save_file({"packed": np.zeros(3, np.int32)}, folder / "model.safetensors")
+    assert whole and measure_weights(folder) == (whole.parameters, 12)
+
+
+def test_a_quantised_teacher_that_cannot_be_read_here_has_no_perplexity_and_all_else(
+    run: RunDir, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantise(tmp_path / "teacher")
+    report = evaluate_run(recipe, run, PATH, speed=False)
+    assert perplexity_in(report, TEACHER) is None and perplexity_in(report, AFTER)
+    assert report.models[0].figure("engine", "parameters") and "teacher: perplexity was not measured." in report.notes
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: teacher"))
+    assert "perplexity not available: cannot load" in line and "AWQ" in line
 
 
 def make_adapter(base: Path, folder: Path, seed: int) -> None:
