@@ -96,8 +96,9 @@ def measured(report: Report) -> list[Table]:
     references = [model.reference for model in report.models]
     found = [table._replace(references=references) for table in tables if table.rows]
     models = [model for model in report.models if any(model.key in own for own in report.tasks.values())]
+    nothing = [Line(NOTHING)]
     rows = [
-        Row(name, [_lines(own[model.key], number) if model.key in own else [Line(NOTHING)] for model in models])
+        Row(name, [_lines(own[m.key], number, counted=True) if m.key in own else nothing for m in models])
         for name, own in report.tasks.items()
     ]
     return found + ([Table("other tasks, by lm-eval", [model.label for model in models], rows)] if rows else [])
@@ -151,7 +152,7 @@ def _cell(report: Report, model: ModelReport, part: Scope, name: str) -> list[Li
 
 
 def _lines(figure: Estimate, show: Callable[[float], str], *, counted: bool = False) -> list[Line]:
-    """A figure and its interval. An interval without width is left out of a figure that was counted."""
+    """A figure and its interval. One without width is left out of a figure that was counted, or came alone."""
     told = not counted or figure.low < figure.high
     return [Line(show(figure.value)), *([Line(figure.interval(show))] if told else [])]
 

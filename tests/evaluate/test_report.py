@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
 from evaluate.document import (
+    Estimate,
     FilterSummary,
     LossPoint,
     ModelReport,
@@ -27,7 +28,7 @@ from evaluate.measure.results import Results
 from evaluate.report.charts import LossChart, axis_panels, drop_bars, loss_chart
 from evaluate.report.html import lang_of, render_html
 from evaluate.report.notes import of_probes
-from evaluate.report.tables import VERDICTS, nodes, print_report, probes, promise, wins
+from evaluate.report.tables import VERDICTS, measured, nodes, print_report, probes, promise, wins
 from pipeline.recipe import Recipe
 from tests.evaluate.made_report import ATTACK, KOREAN, full_report, make_report, verified_report
 
@@ -130,6 +131,13 @@ def test_right_answers_come_first_and_stand_by_model_category_and_reason() -> No
 
 HEADINGS = ["The promise", "Three axes", "Answers to new prompts", "Win rate", "side by side"]
 HEADINGS += ["Loss in training", "Dropped by", "Checklist", "What it cost", "lineage.json"]
+
+
+def test_a_figure_of_lm_eval_without_a_standard_error_has_no_interval() -> None:
+    found = {"ifeval prompt": Estimate(0.42, 0.38, 0.46), "ifeval inst": Estimate(0.53, 0.53, 0.53)}
+    report = make_report(tasks={name: {"teacher": own} for name, own in found.items()})
+    (table,) = (table for table in measured(report) if table.title.startswith("other tasks"))
+    assert [[line.text for line in row.cells[0]] for row in table.rows] == [["0.42", "0.38–0.46"], ["0.53"]]
 
 
 def test_what_was_not_measured_leaves_no_empty_section() -> None:
