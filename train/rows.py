@@ -18,6 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Completion, Json, Kept, Part, question_text, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.student_config import StudentConfig
+from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import ROLES, template_turns
 from train.lazy import Lazy, joined, stored_records
 
