@@ -169,6 +169,8 @@ def _opened(
         for message in _findings(run):
             run.say(message)
         counters.started = monotonic()
+        if counters.left:
+            save(run, asking=True)
         try:
             yield run, display
         except BaseException:

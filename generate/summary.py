@@ -73,8 +73,11 @@ def sum_of_passes(passes: list[Summary], run: RunDir) -> Summary:
     )
 
 
-def save(run: Run) -> None:
-    """Saves what was spent, and the run so far in lineage.json."""
+def save(run: Run, *, asking: bool = False) -> None:
+    """Saves what was spent, and the run so far in lineage.json.
+
+    `asking`: the call begins. If it is killed, lineage.json tells whom it has asked, and what the run held before.
+    """
     run.budget.save()
     recipe, counters, now, answers = run.recipe, run.counters, datetime.now(UTC), _answers(run)
     nodes = msgspec.to_builtins(counters.nodes) or read_lineage(run.dir).get("generate", {}).get("nodes")
@@ -82,7 +85,7 @@ def save(run: Run) -> None:
         run.dir,
         "generate",
         {
-            "teacher": {**_teachers(run), "served": sorted(answers.models)},
+            "teacher": {**_teachers(run), "served": sorted(answers.models), **(_asking(run) if asking else {})},
             "endpoints": recipe.teacher.urls,
             "sampling": recipe.sampling.fields(),
             "prompts": {
@@ -118,14 +121,19 @@ def save(run: Run) -> None:
 
 def _teachers(run: Run) -> dict[str, Any]:
     """The recipe's teacher, and the `earlier` ones whose answers the run still holds: they alone, if it gave none."""
-    before = read_lineage(run.dir).get("generate", {}).get("teacher", {})
-    held = before.get("served") and run.completions.found.ids
-    names = [before["asked"], *before.get("earlier", ())] if held else []
+    before, held = read_lineage(run.dir).get("generate", {}).get("teacher", {}), len(run.completions.found.ids)
+    names = [before["asked"], *before.get("earlier", ())] if held and before.get("served") else []
+    if (killed := before.get("asking")) and killed["answers"] < held:  # a call that could not save what it has done
+        names.insert(0, killed["model"])
     if run.counters.resumed + run.counters.answered or not names:
         model = run.recipe.teacher.model
         names = [model, *sorted({*names} - {model})]
-    asked, *earlier = names
+    asked, *earlier = dict.fromkeys(names)
     return {"asked": asked, **({"earlier": earlier} if earlier else {})}
+
+
+def _asking(run: Run) -> dict[str, Any]:
+    return {"asking": {"model": run.recipe.teacher.model, "answers": len(run.completions.found.ids)}}
 
 
 def _answers(run: Run) -> Contents:

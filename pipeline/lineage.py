@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from typing import Any
 
 from pipeline.errors import DataError
@@ -37,9 +38,14 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
 
 
 def answered_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:
-    """The models whose answers a run holds, the last one asked first; the recipe's teacher if none is named."""
+    """The models whose answers a run holds, the last one asked first; the recipe's teacher if none is named.
+
+    One that a killed call has asked is one of them, unless the filters have read no more answers than it began with.
+    """
     teacher = lineage.get("generate", {}).get("teacher", {})
-    return [teacher.get("asked", recipe.teacher.model), *teacher.get("earlier", [])]
+    names = [teacher.get("asked", recipe.teacher.model), *teacher.get("earlier", [])]
+    killed, read = teacher.get("asking"), lineage.get("filters", {}).get("rows", inf)
+    return list(dict.fromkeys([killed["model"], *names])) if killed and killed["answers"] < read else names
 
 
 def taught_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:

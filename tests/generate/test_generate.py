@@ -12,7 +12,9 @@ from tenacity import wait_fixed
 
 from generate.reply import retry_after, shortened
 from generate.run import generate, pending
+from generate.summary import save
 from pipeline.errors import UsageError
+from pipeline.lineage import answered_by
 from pipeline.recipe import Recipe
 from pipeline.records import Prompt, read_jsonl
 from pipeline.rundir import RunDir
@@ -108,6 +110,35 @@ def test_a_teacher_that_gave_no_answer_is_none_of_the_run(run: RunDir) -> None:
     assert teacher_of("dear", failing) == {"asked": "stub", "served": ["stub-2026"]}
     assert teacher_of("other", answer("fine")) == {"asked": "other", "earlier": ["stub"], "served": ["stub-2026"]}
     assert teacher_of("dear", failing) == {"asked": "other", "earlier": ["stub"], "served": ["stub-2026"]}
+
+
+def test_a_teacher_whose_call_was_killed_is_one_of_the_run_if_it_answered(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def teachers_of(model: str, behaviour: Behaviour, *, killed: bool) -> tuple[object, list[str]]:
+        with misbehaving(lambda asked: behaviour) as server, monkeypatch.context() as patch:
+            if killed:  # nothing is saved when it ends
+                patch.setattr("generate.run.save", lambda run, asking=False: save(run, asking=True) if asking else None)
+            recipe = recipe_for(server, 2, teacher={"model": model, "base_url": server.url})
+            generate(recipe, run, quiet=True)
+        lineage = json.loads(run.lineage.read_text())
+        return lineage["generate"]["teacher"], answered_by(recipe, lineage)
+
+    fine, failing, served = answer("fine"), error(400, "no"), {"served": ["stub-2026"]}
+    of_stub = {"asked": "stub", "served": [], "asking": {"model": "stub", "answers": 0}}
+    assert teachers_of("stub", fine, killed=True) == (of_stub, ["stub"])
+    of_dear = {"asked": "stub", **served, "asking": {"model": "dear", "answers": 2}}
+    assert teachers_of("dear", failing, killed=True) == (
+        of_dear,
+        ["dear", "stub"],
+    )  # nothing says yet that it gave none
+    filtered = {"generate": {"teacher": of_dear}, "filters": {"rows": 2}}
+    assert answered_by(recipe_for("http://127.0.0.1:1/v1"), filtered) == ["stub"]
+    then = {"asked": "other", "earlier": ["stub"], **served}
+    assert teachers_of("other", fine, killed=False) == (then, ["other", "stub"])
+    assert teachers_of("third", fine, killed=True)[1] == ["third", "other", "stub"]
+    then = {"asked": "third", "earlier": ["other", "stub"], **served}
+    assert teachers_of("mistyped", failing, killed=False) == (then, ["third", "other", "stub"])
 
 
 def test_nothing_is_asked_twice(run: RunDir) -> None:
