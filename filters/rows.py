@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from os.path import samestat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,15 +50,21 @@ def _completion(row: Completion) -> dict[str, Any]:
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
-    """Every answer of a filtered run. Raises DataError if it is not filtered, or at a bad line."""
-    for path in (run.kept, run.dropped):
+    """Every answer of a filtered run. Raises DataError if it is not filtered, at a bad line, or if other filters end
+    meanwhile: a part of the rows would be theirs.
+    """
+    paths = (run.kept, run.dropped)
+    for path in paths:
         if not path.exists():
             raise DataError(f"{path}: no such file; run the filters first")
+    before = [path.stat() for path in paths]
     try:
         yield from read_jsonl(run.kept, Kept)
         yield from read_jsonl(run.dropped, Dropped)
     except DataError as error:
         raise DataError(f"{error}; run the filters again") from None
+    if not all(map(samestat, before, (path.stat() for path in paths))):
+        raise DataError(f"{run.path}: was filtered just now, while its answers were read; run the same command again")
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def model_folder(reference: str) -> Path:
 
     try:
         folder = Path(snapshot_download(resolved, allow_patterns=MODEL_FILES, ignore_patterns=["consolidated*"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no such repository, not a repository's name
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:  # no network, repository or HOME
         raise DistillError(f"model {reference} could not be fetched: {first_line(error)}") from None
     if not (folder / "config.json").is_file():
         raise DistillError(f"model {reference} has no config.json on the Hub: not a transformers model")

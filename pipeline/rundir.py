@@ -36,6 +36,7 @@ class File:
         return run.path / self._name
 
 
+LOCK = ".lock"  # the file that says which process has the run
 SERVED = "served-"  # begins the names of an evaluation's folders that it empties, journals too, when it starts again
 
 
@@ -97,7 +98,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         else:
             self.check_there()
-        with (self.path / ".lock").open("a+") as file:
+        with (self.path / LOCK).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

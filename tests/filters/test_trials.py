@@ -11,12 +11,13 @@ from filters.__main__ import main
 from filters.answer import Answer
 from filters.judgements import Judgement
 from filters.reasons import describe
+from filters.rows import filtered_rows
 from filters.ruleset import load_rules
 from filters.trials import Subset, margin, parse_shares, print_sweep, stricter
 from pipeline.errors import DataError, UsageError
 from pipeline.filters_config import FiltersConfig
 from pipeline.records import Dropped, Kept, Reason, encode_line, read_jsonl
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, write_file
 from tests.completion_fields import completion_fields
 
 RULES = [{"rule": "length", "min_chars": 10, "max_chars": 110}, {"rule": "repeated_word", "word": "b", "max_count": 5}]
@@ -126,6 +127,16 @@ def test_a_run_that_is_not_filtered_is_not_ranked(recipe: Path) -> None:
     run.dropped.unlink()
     with pytest.raises(DataError, match="run the filters first"):
         main([str(recipe), "--run", str(run.path), "--sweep", "30"])
+
+
+def test_rows_of_two_filterings_are_never_taken_for_one(recipe: Path) -> None:
+    run = RunDir(recipe.with_name("run"))
+    rows = filtered_rows(run)
+    next(rows)
+    for path in (run.kept, run.dropped):  # other filters end now
+        write_file(path, b"")
+    with pytest.raises(DataError, match="run: was filtered just now, while its answers were read; run the same"):
+        list(rows)
 
 
 def test_a_dry_run_leaves_what_the_judge_dropped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """What a fetch brings while the run goes on elsewhere, and what it leaves away: in a folder and in S3 (moto)."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -350,6 +351,21 @@ def test_what_was_changed_in_a_copy_stays_and_is_named(
     fetch([store.url, str(home)])
     assert not capsys.readouterr().err
     assert stored.items() <= files(home).items()
+
+
+def test_a_fetch_that_could_bring_nothing_goes_on(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Folder(tmp_path / "store")
+    store.put("kept.jsonl", b"all")
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreState, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            fetch([store.url, str(home)])
+    fetch([store.url, str(home)])
+    assert files(home) == {"kept.jsonl": b"all"}
 
 
 def test_what_a_killed_fetch_has_brought_is_not_taken_for_the_users(
