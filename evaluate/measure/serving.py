@@ -11,6 +11,7 @@ where the model ends them, so their lengths differ: the figure is tokens per sec
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -115,9 +116,18 @@ def _bursts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt], start: int)
     wanted, bursts = recipe.evaluate, []
     for number in range(wanted.speed_repeats):
         questions = _cycle(prompts, start + number * wanted.speed_requests, wanted.speed_requests)
-        done = ask_prompts(recipe, folder / f"timed-{number + 1}", questions)
-        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, done.wall_s, name_machine()))
+        own = folder / f"timed-{number + 1}"
+        done = ask_prompts(recipe, own, questions)
+        seconds = _seconds_of(list(read_jsonl(RunDir(own).completions, Completion))) or done.wall_s
+        bursts.append(Burst(done.requests, done.failed, done.completion_tokens, seconds, name_machine()))
     return bursts
+
+
+def _seconds_of(answers: Sequence[Completion]) -> float:
+    """From the first request to the last answer, without the client's own start and end; 0 without an answer."""
+    ends = [datetime.fromisoformat(answer.created).timestamp() for answer in answers]
+    starts = [end - answer.latency_s for end, answer in zip(ends, answers, strict=True)]
+    return max(ends, default=0.0) - min(starts, default=0.0)
 
 
 def speed_prompts(recipe: Recipe, run: RunDir, rows: Sequence[Kept]) -> list[Prompt]:

@@ -24,6 +24,7 @@ from evaluate.measure.serving import (
     with_server,
 )
 from evaluate.models import Subject, name_machine
+from generate.run import generate
 from pipeline.errors import DistillError
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Prompt, encode_line
@@ -213,8 +214,12 @@ def test_a_server_that_died_says_why(tmp_path: Path, recipe: Recipe, started: Ca
 
 
 def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
-    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]]
+    tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def slow_to_start(*given: Any, **options: Any) -> Any:
+        return msgspec.structs.replace(generate(*given, **options), wall_s=99.0)
+
+    monkeypatch.setattr(evaluate.measure.serving, "generate", slow_to_start)
     told = [msgspec.structs.replace(p, messages=[Message("system", "Add."), *p.messages]) for p in PROBES]
     with misbehaving(lambda asked: answer(delay_s=0.01)) as server:
         started(server)
@@ -222,6 +227,8 @@ def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
         with serve_subject(recipe, RunDir(tmp_path), subject) as (at, folder):
             found = answer_questions(with_server(recipe, at), folder, PROBES, told, told[:3])
     assert [(burst.requests, burst.failed) for burst in found.bursts] == [(7, 0)] * 2 and min(found.rates) > 0
+    # Two at a time, each after 10 ms; what the client does before the first and after the last is no part of it.
+    assert all(0.03 < burst.wall_s < 99 for burst in found.bursts)
     assert [row.prompt_id for row in found.answers] == [p.id for p in PROBES]
     assert found.answers[0].messages == PROBES[0].messages  # what is judged is the bare question
     assert {asked.body["temperature"] for asked in server.asked} == {0}
