@@ -74,6 +74,11 @@ def read_pairs(recipe: Recipe, run: RunDir, parts: Parts) -> Pairs:
     `parts`: of the kept rows. If no pair is of a validation prompt, the training question (or group) of the lowest hash
     moves there. Raises DataError if the file is missing or a part is empty.
     """
+    if not run.preferences.is_file():
+        raise DataError(
+            f"{run.preferences}: no such file; train.method dpo learns from its pairs: set filters.preferences, which "
+            f"is {recipe.filters.preferences}, to 1 or more, and run the filters again"
+        )
     prompts, known = recipe.prompts, dict[int, tuple[Part, float]]()  # by the hash of a question: part and position
     for part in ("train", "validation", "test"):
         known |= {hash(prompt_text(row)): (part, prompts.position_of(row)) for row in getattr(parts, part)}

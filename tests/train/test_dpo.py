@@ -188,7 +188,9 @@ def test_what_is_missing_or_does_not_fit_is_named(student: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=r"student-sft: no student to start from; train.method dpo follows another"):
         train_run(dpo, run)
     train_run(recipe(student, method="full"), run)
-    with pytest.raises(DataError, match=r"preferences\.jsonl: no such file"):
+    with pytest.raises(
+        DataError, match=r"preferences\.jsonl: no such file; .* set filters.preferences, which is 0, to 1"
+    ):
         train_run(dpo, run)
     run.preferences.write_bytes(b"")
     with pytest.raises(DataError, match="no pair is left to train on: sample more answers"):
