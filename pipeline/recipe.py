@@ -19,7 +19,7 @@ from pipeline.filters_config import FiltersConfig
 from pipeline.generate_config import GenerateConfig
 from pipeline.prompts_config import HUB, PromptsConfig, slot_values
 from pipeline.recipe_errors import explain_all, explain_flag
-from pipeline.recipe_sources import ENV_PREFIX, Variables, check_variables, read_yaml
+from pipeline.recipe_sources import ENV_PREFIX, Variables, Yaml, check_variables, read_yaml
 from pipeline.records import folded
 from pipeline.sampling_config import SamplingConfig
 from pipeline.section import BudgetConfig, Section
@@ -120,7 +120,7 @@ class _Sources(Recipe, BaseSettings):
     @classmethod
     def settings_customise_sources(cls, *_: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags come first by themselves; then the environment; the YAML is passed to the constructor."""
-        return Variables(cls), sources["init_settings"]
+        return Variables(cls), Yaml(cls, sources["init_settings"].init_kwargs)
 
 
 def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:

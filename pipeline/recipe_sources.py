@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings import EnvSettingsSource
+from pydantic_settings import EnvSettingsSource, InitSettingsSource
 
 from pipeline.errors import RecipeError
-from pipeline.section import Section
+from pipeline.section import Section, section_of
 
 ENV_PREFIX = "DISTILL_"
 TEXTS = (("prompts", "slots"), ("evaluate", "unseen"))  # mappings to lists of texts
@@ -23,6 +24,33 @@ class Variables(EnvSettingsSource):
             return super().decode_complex_value(field_name, field, value)
         except ValueError:
             return value
+
+    def __call__(self) -> dict[str, Any]:
+        return without_replaced(super().__call__(), self.current_state, self.settings_cls)
+
+
+class Yaml(InitSettingsSource):
+    """What the recipe's file says."""
+
+    def __call__(self) -> dict[str, Any]:
+        return without_replaced(super().__call__(), self.current_state, self.settings_cls)
+
+
+def without_replaced(values: dict[str, Any], given: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """A source's values without the mappings that a source before it gave: sections are joined, a mapping is one value.
+
+    pydantic-settings would join both key by key, and nobody could take a key out.
+    """
+    kept = {}
+    for name, value in values.items():
+        other = given.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            inner = section_of(section.model_fields[name]) if name in section.model_fields else None
+            if inner is None:
+                continue
+            value = without_replaced(value, other, inner)
+        kept[name] = value
+    return kept
 
 
 def check_variables(recipe: type[Section]) -> None:

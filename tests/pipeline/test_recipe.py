@@ -1,6 +1,7 @@
 """Recipes: what overrides what, and what a wrong one says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -195,6 +196,27 @@ def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: l
         load_recipe(path, flags)
     assert said.format(path=path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "extra"),
+    [
+        ([], {}, {"top_k": 5, "stop": ["END"]}),
+        (["--sampling.extra", "{}"], {}, {}),
+        (["--sampling.extra", '{"top_k": 7}'], {"SAMPLING__EXTRA": '{"min_p": 1}'}, {"top_k": 7}),
+        ([], {"SAMPLING__EXTRA": "{}"}, {}),
+        ([], {"SAMPLING": '{"extra": {"min_p": 1}}'}, {"min_p": 1}),
+        (["--sampling.max_tokens", "9"], {"SAMPLING__TOP_P": "0.5"}, {"top_k": 5, "stop": ["END"]}),
+    ],
+)
+def test_a_mapping_is_replaced_as_one_value_and_the_rest_of_its_section_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], variables: dict[str, str], extra: dict[str, Any]
+) -> None:
+    path.write_text(GOOD.replace("{top_p: 0.7}", "{temperature: 0.3, extra: {top_k: 5, stop: [END]}}"))
+    for name, value in variables.items():
+        monkeypatch.setenv(f"DISTILL_{name}", value)
+    sampling = load_recipe(path, flags).sampling
+    assert (sampling.extra, sampling.temperature) == (extra, 0.3)
 
 
 def test_values_of_slots_are_texts_as_they_are_written(path: Path) -> None:
