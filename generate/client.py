@@ -219,4 +219,6 @@ def no_endpoint(teacher: TeacherConfig, url: str, why: str) -> DistillError:
         fix = f"check {teacher.section}.base_url, the network and the proxy{key}"
     if "certificate" in why.lower():
         fix = "name the file with its authority's certificate in SSL_CERT_FILE"
+    elif "WRONG_VERSION_NUMBER" in why:  # what answers is no TLS
+        fix = f"begin {teacher.section}.base_url with http://"
     return DistillError(f"no endpoint at {url} ({why}); {fix}")

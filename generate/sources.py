@@ -119,8 +119,10 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     )
                 if cells:
                     yield f"{path}:{number}", {name: cell or None for name, cell in zip(names, cells, strict=True)}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{number}: {error}; save it as CSV in UTF-8, with quotes in pairs") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: {error}; save it as CSV UTF-8") from None
+        except csv.Error as error:
+            raise DataError(f"{path}:{number}: {error}; save it as CSV with quotes in pairs") from None
 
 
 def _check_names(where: str, names: list[str]) -> None:

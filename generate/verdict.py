@@ -11,6 +11,7 @@ docs/generation.md has the same table in words; a test holds each of its rows ag
 
 from dataclasses import dataclass
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from tenacity import wait_exponential
 
@@ -169,4 +170,6 @@ def _why_nobody(fault: Fault, state: State) -> str:
     if fault.error == "insufficient_quota":
         return f"{state.url}: the quota is used up ({fault.message}); top it up and run the same command again"
     said = f"{state.url} answers {fault.status} ({fault.message})"
+    if fault.error == "not_found" and "/v" not in urlsplit(state.url).path:
+        return f"{said}; should the URL end in /v1?"
     return f"{said}: {state.key}" if fault.error == "unauthorized" else said

@@ -7,10 +7,11 @@ under each key is the only description of it: `--help` and docs/settings.md show
 `teacher.api_key_env` names the variable that holds the key, and the key is read from there as a SecretStr.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from pipeline.errors import RecipeError
@@ -43,7 +44,7 @@ FILES = (
 class Recipe(Section):
     """One run, as declared. Built in Python it is what it is given: only `load_recipe` reads variables and flags."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str
     """Names the run: its directory is `runs/<name>` unless --run says another."""
     teacher: TeacherConfig
     student: StudentConfig | None = None
@@ -55,6 +56,13 @@ class Recipe(Section):
     filters: FiltersConfig = FiltersConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+            raise ValueError("names a folder: letters, digits, -, _, and dots between them, as in my_tickets")
+        return name
 
     @model_validator(mode="after")
     def _one_system_prompt(self) -> "Recipe":

@@ -50,3 +50,9 @@ def test_who_else_is_asked_is_named_by_its_own_keys(
 def test_a_server_of_ones_own_is_started() -> None:
     teacher = TeacherConfig(model="m", base_url="http://gpu-box:8000/v1")
     assert "start the teacher with `make serve`" in str(no_endpoint(teacher, teacher.url, WHY))
+
+
+def test_an_address_that_is_nearly_right_is_told() -> None:
+    teacher = TeacherConfig(model="m", base_url="https://gpu-box:8000/v1")
+    why = "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1016)"
+    assert str(no_endpoint(teacher, teacher.url, why)).endswith("; begin teacher.base_url with http://")

@@ -327,7 +327,12 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ("p.csv", "prompt,prompt\na,b\n", {}, "p.csv:1: each column needs a name of its own"),
         ("p.csv", "prompt, prompt\na,b\n", {}, "p.csv:1: each column needs a name of its own"),
         ("p.csv", "prompt,\na,b\n", {}, "p.csv:1: each column needs a name of its own"),
-        ("p.csv", b"prompt\ncaf\xe9\n", {}, "p.csv:2: 'utf-8' codec can't decode"),
+        (
+            "p.csv",
+            b"prompt\ncaf\xe9\n",
+            {},
+            "0xe9 in position 3: invalid continuation byte; save it as CSV UTF-8",
+        ),
         ("p.csv", "", {}, "p.csv: no prompts in it"),
         ("p.csv", "question,gold\na,b\n", {}, "p.csv:2: give either `messages` or `prompt`, or name its column"),
         ("p.csv", "question,gold\na,b\n", {"columns": {"prompt": "qestion"}}, "p.csv:2: no column 'qestion', which"),

@@ -206,3 +206,10 @@ def test_the_end_of_a_run_names_what_to_fix() -> None:
         verdict = decide(fault, asked(), state, CONFIG)
         assert isinstance(verdict, EndRun)
         assert words in verdict.message
+
+
+@pytest.mark.parametrize(("url", "doubted"), [("http://e:8000", True), ("http://e/v1", False), ("http://e/v4", False)])
+def test_a_url_without_its_version_that_answers_404_is_asked_about(url: str, doubted: bool) -> None:
+    verdict = decide(error(404, "Not Found"), asked(), State(url), CONFIG)
+    assert isinstance(verdict, EndRun)
+    assert verdict.message.endswith("; should the URL end in /v1?") == doubted

@@ -141,7 +141,8 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             [],
             "choose is 3, but `from` has only 2 different values",
         ),
-        ("name: a/b", [], "{path}: name"),
+        ("name: my tickets", [], "{path}: name names a folder: letters, digits, -, _, and dots between them"),
+        ("name: ..", [], "{path}: name names a folder: "),
         (
             "prompts: {count: 1, template: x, slots: {a: kids}}",
             [],
