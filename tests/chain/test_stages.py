@@ -41,7 +41,7 @@ IN_FLIGHT = 64
 
 def write_recipe(server: MisbehavingServer | str, folder: Path, **sections: Any) -> Path:
     recipe = recipe_for(server, 3 * IN_FLIGHT, **sections).model_dump(mode="json")
-    recipe["student"] = {"model": "prune:2"}
+    recipe["student"] = {"model": "org/student"}
     recipe["generate"] |= {"concurrency": IN_FLIGHT, "request_timeout_s": 100}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -60,7 +60,10 @@ def check_student(recipe: Recipe) -> None:
         from transformers import AutoConfig
 
         with teacher_to_prune(student.pruned, source):
-            config = AutoConfig.from_pretrained(resolved)
+            try:
+                config = AutoConfig.from_pretrained(resolved, local_files_only=True)
+            except OSError:  # it is to be fetched
+                config = AutoConfig.from_pretrained(resolved)
         check_layers(student.pruned, config.get_text_config().num_hidden_layers, source)
     elif not student.built and Path(resolved).is_dir():
         load_tokenizer(resolved)
