@@ -103,14 +103,16 @@ def thresholds(config: DedupConfig) -> dict[str, float | None]:
     return {"answer": config.near, **(prompts if config.prompts or config.contamination else {})}
 
 
-def _compared(text: Text, name: str, config: DedupConfig, prompt_fold: Callable[[str], str] = fold) -> str:
-    """A text whose n-grams are compared: by itself, or an answer with its prompt. With `prompt_fold` of fold_prompt it
-    is the one that equal rows have in common.
-    """
+def _same(text: Text, name: str, config: DedupConfig) -> str:
+    """What rows that are the same have in common: a prompt, an answer, or in a `row` both."""
     if name == "prompt":
-        return prompt_fold(text.prompt)
-    answer = fold(text.answer)
-    return f"{prompt_fold(text.prompt)} {answer}".strip() if config.of == "row" else answer
+        return fold_prompt(text.prompt)
+    return f"{fold_prompt(text.prompt)}\n{fold(text.answer)}" if config.of == "row" else fold(text.answer)
+
+
+def _compared(text: Text, name: str, config: DedupConfig) -> str:
+    """The text whose n-grams are compared, in which signs do not count."""
+    return fold(f"{text.prompt}\n{text.answer}" if name == "answer" and config.of == "row" else getattr(text, name))
 
 
 def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
@@ -119,11 +121,11 @@ def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
     rows["id"] = [text.id.encode() for text in texts]
     rows["start"] = [text.start for text in texts]
     for name, threshold in thresholds(config).items():
-        view, same = rows[name], [_compared(text, name, config, fold_prompt) for text in texts]
+        view, same = rows[name], [_same(text, name, config) for text in texts]
         view["digest"] = np.frombuffer(b"".join(map(digest, same)), dtype=np.uint64)
         if threshold is not None:
-            alone = name == "answer" and config.of != "row"  # no prompt is in it
-            values = signatures(same if alone else [_compared(text, name, config) for text in texts], config.ngram)
+            both = name == "answer" and config.of != "row"  # an answer by itself is folded in one way
+            values = signatures(same if both else [_compared(text, name, config) for text in texts], config.ngram)
             view["bands"], view["glimpse"] = band_keys(values, shape_for(threshold)), glimpses(values)
     return rows
 

@@ -167,7 +167,7 @@ def first_training(recipe: Recipe, run: RunDir) -> Recipe | None:
     config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
     first, _ = with_learning_rate(recipe.model_copy(update={"train": config}))
     made = trained_section(next(filter(learned_from_answers, (run.student, run.student_sft)), run.student_sft))
-    current = made and (made["method"] != config.method or made["fingerprint"] == training_fingerprint(first, run))
+    current = made and (made["method"] != config.method or made.get("fingerprint") == training_fingerprint(first, run))
     return None if current else first
 
 
