@@ -29,12 +29,12 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def dies_in_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The run in the folder 2 is killed when all is answered, and before its lineage tells of that."""
+    """The run in the folder 2 is killed when all is answered, and before its lineage is written."""
 
-    def killed(call: Run, *, asking: bool = False) -> None:
-        if call.dir.path.name == "2" and not asking:
+    def killed(call: Run) -> None:
+        if call.dir.path.name == "2":
             raise KeyboardInterrupt
-        save(call, asking=asking)
+        save(call)
 
     monkeypatch.setattr("generate.run.save", killed)
     return monkeypatch

@@ -186,10 +186,10 @@ def test_a_budget_is_for_all_passes_and_nothing_is_asked_twice(run: RunDir) -> N
 def test_a_pass_that_was_killed_before_its_lineage_counts_in_the_budget(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(call: Run, *, asking: bool = False) -> None:
-        if call.dir.path.name == "1-user" and not asking:
+    def killed(call: Run) -> None:
+        if call.dir.path.name == "1-user":
             raise KeyboardInterrupt
-        save(call, asking=asking)
+        save(call)
 
     def limited(count: int) -> Recipe:
         sections = {"sampling": {"max_tokens": 20}, "generate": {"concurrency": 1}, "budget": {"tokens": 2000}}
