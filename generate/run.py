@@ -23,7 +23,7 @@ from generate.journal import read_journal
 from generate.metrics import served
 from generate.online import send_from_here
 from generate.progress import Counters, Display, requests_of
-from generate.summary import Summary, save, spent_of_run, sum_of_passes, summary_of
+from generate.summary import Summary, save, save_asked, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes
 from generate.workers import send_from_workers
 from pipeline.errors import RecipeError, UsageError
@@ -170,7 +170,7 @@ def _opened(
             run.say(message)
         counters.started = monotonic()
         if counters.left:
-            save(run, asking=True)
+            save_asked(run)
         try:
             yield run, display
         except BaseException:

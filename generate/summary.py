@@ -73,11 +73,16 @@ def sum_of_passes(passes: list[Summary], run: RunDir) -> Summary:
     )
 
 
-def save(run: Run, *, asking: bool = False) -> None:
-    """Saves what was spent, and the run so far in lineage.json.
+def save_asked(run: Run) -> None:
+    """Saves whom a call asks that begins: if it is killed, lineage.json tells that, and what the run held before."""
+    before = read_lineage(run.dir).get("generate", {})
+    asking = {"model": run.recipe.teacher.model, "answers": len(run.completions.found.ids)}
+    teacher = {**_teachers(run), "served": sorted(_answers(run).models), "asking": asking}
+    record_lineage(run.dir, "generate", {**before, "teacher": teacher})
 
-    `asking`: the call begins. If it is killed, lineage.json tells whom it has asked, and what the run held before.
-    """
+
+def save(run: Run) -> None:
+    """Saves what was spent, and the run so far in lineage.json."""
     run.budget.save()
     recipe, counters, now, answers = run.recipe, run.counters, datetime.now(UTC), _answers(run)
     nodes = msgspec.to_builtins(counters.nodes) or read_lineage(run.dir).get("generate", {}).get("nodes")
@@ -85,7 +90,7 @@ def save(run: Run, *, asking: bool = False) -> None:
         run.dir,
         "generate",
         {
-            "teacher": {**_teachers(run), "served": sorted(answers.models), **(_asking(run) if asking else {})},
+            "teacher": {**_teachers(run), "served": sorted(answers.models)},
             "endpoints": recipe.teacher.urls,
             "sampling": recipe.sampling.fields(),
             "prompts": {
@@ -130,10 +135,6 @@ def _teachers(run: Run) -> dict[str, Any]:
         names = [model, *sorted({*names} - {model})]
     asked, *earlier = dict.fromkeys(names)
     return {"asked": asked, **({"earlier": earlier} if earlier else {})}
-
-
-def _asking(run: Run) -> dict[str, Any]:
-    return {"asking": {"model": run.recipe.teacher.model, "answers": len(run.completions.found.ids)}}
 
 
 def _answers(run: Run) -> Contents:
