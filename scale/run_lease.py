@@ -124,13 +124,14 @@ def _read_holder(store: Store, name: str) -> Holder | None:
 
 
 def _check_stale(url: str, holder: Holder, *, take_over: bool) -> None:
-    age = max(time() - holder.seen, 0)
+    age = time() - holder.seen  # below 0 where the clock of the holder's machine is ahead
     who = f"{url}: {holder.host} (process {holder.pid}) works on this run"
-    if age < STALE_S:
-        raise UsageError(f"{who}, its last sign is {age:.0f} s old; wait for it, or stop it there")
+    if abs(age) < STALE_S:
+        raise UsageError(f"{who}, its last sign is {max(age, 0):.0f} s old; wait for it, or stop it there")
     if not take_over:
+        when = f"{age / 60:.0f} minutes old" if age > 0 else f"{-age / 60:.0f} minutes ahead of the clock here"
         raise UsageError(
-            f"{who}, but its last sign is {age / 60:.0f} minutes old. If it is gone for good, run the same "
+            f"{who}, but its last sign is {when}. If it is gone for good, run the same "
             "command with --take-over: answers that it had not put into the store are asked again"
         )
 

@@ -1,6 +1,7 @@
 """Stores and leases: the same promises in a folder and in S3 (moto), and one clear error for what is wrong."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,6 +143,17 @@ def test_a_lease_is_one_machines_until_it_is_released_or_stale(store: Store, mon
     third.counted()
     third.release()
     assert Lease.take(store, "a").lost == {}
+
+
+def test_a_lease_from_a_clock_that_is_ahead_is_stale_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as ahead:
+        ahead.setattr(run_lease, "time", lambda: time.time() + 9 * 3600)
+        first = Lease.take(store, "a")
+    with pytest.raises(UsageError, match=r"last sign is 540 minutes ahead of the clock here.*with --take-over"):
+        Lease.take(store, "b")
+    Lease.take(store, "b", take_over=True)
+    with pytest.raises(TakenOver):
+        first.check()
 
 
 def test_a_run_that_was_removed_from_its_store_is_one_clear_error(store: Store) -> None:
