@@ -7,7 +7,7 @@ export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 # What a command may set. A misspelt name would be ignored, and a budget in it.
 VARIABLES := RECIPE RUN ARGS TEACHER_URL TEACHER_MODEL MODEL CLUSTER EXP REPO TO WHEELHOUSE PART EXCLUDE MODELS PYTHON TORCH_INDEX_URL
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
-$(foreach v,$(filter-out $(VARIABLES) SHELL MAKE% DISTILL_%,$(given)),$(error $v: no such variable; there are $(VARIABLES); one of the environment stands before `make`))
+$(foreach v,$(filter-out $(VARIABLES) SHELL MAKE% DISTILL_%,$(given)),$(error $v: no such variable; there are $(VARIABLES); to set one of the environment, write it before `make`))
 
 PY := .venv/bin/python
 # Two files of tests at a time; ARGS="-n 4" for more, "-n 0" for one.

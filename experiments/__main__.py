@@ -83,10 +83,10 @@ def share_measurements(setup: Setup, arm: Arm, arms: list[Arm]) -> None:
 
 
 def share_answers(setup: Setup, arm: Arm) -> None:
-    """Links the folders of what is asked elsewhere to those of the experiment, so that nothing is paid for in two arms.
+    """Lets all arms keep what a judge, and a teacher elsewhere, have answered in one folder: nothing is paid for twice.
 
-    Answers and verdicts are found by what was asked, so no arm takes another's. An arm of another teacher asks that one
-    in a folder of its own; an arm of an earlier experiment keeps the folders that it has.
+    Answers and verdicts are found by what was asked, so no arm takes another's. An arm with another teacher keeps that
+    teacher's answers in its own folder. Folders that an arm has already stay as they are.
     """
     target = arm.run.path / FOLDER
     target.mkdir(exist_ok=True)

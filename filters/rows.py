@@ -50,8 +50,9 @@ def _completion(row: Completion) -> dict[str, Any]:
 
 
 def filtered_rows(run: RunDir) -> Iterator[Kept | Dropped]:
-    """Every answer of a filtered run. Raises DataError if it is not filtered, at a bad line, or if other filters end
-    meanwhile: a part of the rows would be theirs.
+    """Every answer of a filtered run.
+
+    Raises DataError if it is not filtered, at a bad line, or at the end if the run was filtered again meanwhile.
     """
     paths = (run.kept, run.dropped)
     for path in paths:

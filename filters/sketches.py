@@ -124,8 +124,8 @@ def sketch(texts: Sequence[Text], config: DedupConfig) -> Array:
         view, same = rows[name], [_same(text, name, config) for text in texts]
         view["digest"] = np.frombuffer(b"".join(map(digest, same)), dtype=np.uint64)
         if threshold is not None:
-            both = name == "answer" and config.of != "row"  # an answer by itself is folded in one way
-            values = signatures(same if both else [_compared(text, name, config) for text in texts], config.ngram)
+            alone = name == "answer" and config.of != "row"  # without a prompt both texts are the same
+            values = signatures(same if alone else [_compared(text, name, config) for text in texts], config.ngram)
             view["bands"], view["glimpse"] = band_keys(values, shape_for(threshold)), glimpses(values)
     return rows
 

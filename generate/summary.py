@@ -74,7 +74,7 @@ def sum_of_passes(passes: list[Summary], run: RunDir) -> Summary:
 
 
 def save_asked(run: Run) -> None:
-    """Saves whom a call asks that begins: if it is killed, lineage.json tells that, and what the run held before."""
+    """Saves which model this call is about to ask, and how many answers there are now: a killed call saves no more."""
     before = read_lineage(run.dir).get("generate", {})
     asking = {"model": run.recipe.teacher.model, "answers": len(run.completions.found.ids)}
     teacher = {**_teachers(run), "served": sorted(_answers(run).models), "asking": asking}

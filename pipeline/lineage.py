@@ -40,7 +40,7 @@ def read_lineage(run: RunDir) -> dict[str, Any]:
 def answered_by(recipe: Recipe, lineage: Mapping[str, Any]) -> list[str]:
     """The models whose answers a run holds, the last one asked first; the recipe's teacher if none is named.
 
-    One that a killed call has asked is one of them, unless the filters have read no more answers than it began with.
+    A model that a killed call asked is one of them, unless the filters read no more answers than there were before it.
     """
     teacher = lineage.get("generate", {}).get("teacher", {})
     names = [teacher.get("asked", recipe.teacher.model), *teacher.get("earlier", [])]

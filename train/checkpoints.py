@@ -13,7 +13,7 @@ FINGERPRINT = "fingerprint"  # in the folder: which training its checkpoints bel
 AGAIN = " again"  # follows the fingerprint there if --again began the training
 
 
-def belongs_to(work: Path) -> str:
+def training_in(work: Path) -> str:
     """The fingerprint of the training that left checkpoints, with AGAIN if --again began it; empty if none did."""
     mark = work / FINGERPRINT
     return mark.read_text() if mark.is_file() else ""
@@ -29,7 +29,7 @@ def open_work(work: Path, fingerprint: str, *, again: bool, console: Console) ->
 
     With `again` these are the ones of a training that began with it.
     """
-    begun = belongs_to(work)
+    begun = training_in(work)
     if begun != fingerprint + AGAIN and (again or begun != fingerprint):
         if work.is_dir():
             if not again and any(work.iterdir()):

@@ -27,12 +27,9 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
     """The folder of the student to start from: `train.start`, or the run's last one that learned from answers.
 
     That is the student, or student-sft if the student itself came of a further method. Raises UsageError if there is
-    none, or if it may have learned the answers that are to test the new one.
+    none, or if prompts that it learned may be test prompts now.
     """
-    if recipe.train.start is not None:
-        folder = recipe.train.start
-    else:
-        folder = run.student if learned_from_answers(run.student) else run.student_sft
+    folder = recipe.train.start or learned(run)
     if not trained_section(folder):
         check_whole(folder if folder.is_dir() else run.student)
         raise UsageError(
@@ -42,6 +39,11 @@ def start_of(recipe: Recipe, run: RunDir) -> Path:
     if recipe.train.start is None:
         check_parts(recipe, folder, "what the new student would be tested on")
     return folder
+
+
+def learned(run: RunDir) -> Path:
+    """The folder of the run's last student that learned from answers; there may be none in it."""
+    return run.student if learned_from_answers(run.student) else run.student_sft
 
 
 def check_start(recipe: Recipe, run: RunDir) -> None:

@@ -33,13 +33,13 @@ from pipeline.rundir import RunDir, sync_path, sync_tree, write_jsonl, writing_w
 from pipeline.students import trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
-from train.checkpoints import AGAIN, FINGERPRINT, belongs_to, open_work
+from train.checkpoints import AGAIN, FINGERPRINT, open_work, training_in
 from train.checks.before import check_on_policy, extra_needed
 from train.checks.data import row_checks, token_checks
 from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.lazy import Lazy, joined, rows_folder
-from train.preferences import Pairs, check_start, checks_of, learned_from_answers, read_pairs, start_of
+from train.preferences import Pairs, check_start, checks_of, learned, learned_from_answers, read_pairs, start_of
 from train.processes import ALONE, Processes
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
@@ -166,7 +166,7 @@ def first_training(recipe: Recipe, run: RunDir) -> Recipe | None:
         return None
     config = recipe.train.model_copy(update={"method": recipe.train.kd.weights})
     first, _ = with_learning_rate(recipe.model_copy(update={"train": config}))
-    made = trained_section(next(filter(learned_from_answers, (run.student, run.student_sft)), run.student_sft))
+    made = trained_section(learned(run))
     current = made and (made["method"] != config.method or made.get("fingerprint") == training_fingerprint(first, run))
     return None if current else first
 
@@ -321,16 +321,16 @@ def _is_trained(run: RunDir, work: Path, fingerprint: str) -> bool:
     Raises UsageError if its files are damaged.
     """
     check_whole(run.student)
-    return trained_section(run.student).get("fingerprint") == fingerprint and belongs_to(work) != fingerprint + AGAIN
+    return trained_section(run.student).get("fingerprint") == fingerprint and training_in(work) != fingerprint + AGAIN
 
 
 def _with_training(run: RunDir, section: dict[str, Any]) -> dict[str, Any]:
-    """The run's lineage with this training, and without scores: they are of the student before it."""
+    """The run's lineage with this training, and without the scores of the student before it."""
     return {stage: own for stage, own in with_section(run, "train", section).items() if stage != "evaluate"}
 
 
 def _complete(run: RunDir, work: Path, test: Iterable[Kept]) -> None:
-    """Does what a kill, or a full disk, right after the student was saved has left undone."""
+    """Does what is left to do after the student was saved: a kill or a full disk may have come between."""
     write_jsonl(run.test, test)
     if read_lineage(run).get("train") != (section := trained_section(run.student)):
         write_lineage(run, _with_training(run, section))
@@ -343,7 +343,7 @@ def _publish(
 ) -> None:
     """The whole student folder appears at once, by rename, and its `test` rows and its lineage with it.
 
-    Then the checkpoints beside it have no more use. `section`: of the lineage.
+    Then the checkpoints beside it have no more use. `section`: `train` of the lineage.
     """
     work, lineage = folder.parent, _with_training(run, section)
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")

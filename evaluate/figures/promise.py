@@ -55,11 +55,11 @@ def claims(
         ]
         rate, unit = "tokens_per_s", "tokens/s saturated"
     speed = _speed(teacher, after, rate) if len(machines) < 2 else None
-    timed = ENOUGH if speed and speed.low < speed.high else 0  # one timing does not say how far another would differ
+    once = speed is not None and speed.low == speed.high  # one timing does not say how far another would differ
     return [
         *quality,
         _claim("size", "memory", "parameters, teacher's over student's", size),
-        _claim("speed", "speed", f"{unit}, student's over teacher's", speed, timed),
+        _claim("speed", "speed", f"{unit}, student's over teacher's", speed, once=once),
         _claim("memory", "memory", "weights, teacher's over student's", weights),
     ]
 
@@ -86,14 +86,20 @@ def _quality(name: str, text: str, figures: Figures, figure: str, above: str, be
 
 
 def _claim(
-    name: str, axis: Literal["quality", "speed", "memory"], text: str, value: Estimate | None, prompts: float = ENOUGH
+    name: str,
+    axis: Literal["quality", "speed", "memory"],
+    text: str,
+    value: Estimate | None,
+    prompts: float = ENOUGH,
+    *,
+    once: bool = False,
 ) -> Claim:
     claim = Claim(name=name, axis=axis, text=text, promised=QUALITY if axis == "quality" else TIMES)
     if value is None or not math.isfinite(value.low):
         return claim
     reached = value.low >= claim.promised
     chance = prompts < ENOUGH if reached else claim.promised <= value.high or prompts < PROMPTS_TO_DIFFER
-    verdict = "not shown" if chance else "yes" if reached else "no"
+    verdict = "not shown" if chance or once else "yes" if reached else "no"
     return msgspec.structs.replace(claim, value=value, verdict=verdict)
 
 

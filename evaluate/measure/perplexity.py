@@ -60,6 +60,7 @@ def encode_row(tokenizer: Any, row: Kept, end: int, reasoning: Reasoning | None 
         ids: list[int] = tokenizer.apply_chat_template(turns, tools=row.tools or None, return_dict=False)
         return ids
 
+    # Two other answers that begin with different tokens.
     whole, others = tokens(row), [tokens(msgspec.structs.replace(row, text=text, tool_calls=[])) for text in "0a"]
     places = zip(whole, *others, strict=False)
     begin = next((place for place, ids in enumerate(places) if len({*ids}) > 1), len(whole))

@@ -127,10 +127,8 @@ def test_a_teacher_whose_call_was_killed_is_one_of_the_run_if_it_answered(
     of_stub = {"asked": "stub", "served": [], "asking": {"model": "stub", "answers": 0}}
     assert teachers_of("stub", fine, killed=True) == (of_stub, ["stub"])
     of_dear = {"asked": "stub", **served, "asking": {"model": "dear", "answers": 2}}
-    assert teachers_of("dear", failing, killed=True) == (
-        of_dear,
-        ["dear", "stub"],
-    )  # nothing says yet that it gave none
+    # Nothing says yet that this one gave no answer.
+    assert teachers_of("dear", failing, killed=True) == (of_dear, ["dear", "stub"])
     filtered = {"generate": {"teacher": of_dear}, "filters": {"rows": 2}}
     assert answered_by(recipe_for("http://127.0.0.1:1/v1"), filtered) == ["stub"]
     then = {"asked": "other", "earlier": ["stub"], **served}

@@ -46,9 +46,9 @@ def check_trainable(recipe: Recipe, run: RunDir) -> None:
 
 
 def check_student(recipe: Recipe) -> None:
-    """Raises RecipeError or UsageError if the student, or the model that it is made of, is not on this machine.
+    """Raises UsageError if the student, or the model that it is made of, is a folder that cannot be read.
 
-    A Hub id is only looked up if layers are taken of it, and an embedded model is not fetched.
+    A model on the Hub is looked up only if layers are taken of it, and an embedded model is not fetched.
     """
     student = recipe.student
     assert student is not None
@@ -60,10 +60,7 @@ def check_student(recipe: Recipe) -> None:
         from transformers import AutoConfig
 
         with teacher_to_prune(student.pruned, source):
-            try:
-                config = AutoConfig.from_pretrained(resolved, local_files_only=True)
-            except OSError:  # it is to be fetched
-                config = AutoConfig.from_pretrained(resolved)
+            config = AutoConfig.from_pretrained(known_files(source) or resolved)
         check_layers(student.pruned, config.get_text_config().num_hidden_layers, source)
     elif not student.built and Path(resolved).is_dir():
         load_tokenizer(resolved)
