@@ -42,10 +42,17 @@ def answer_turn(row: Completion, reasoning: Reasoning | None) -> Json:
 def reasoning_form(config: TrainConfig, tokenizer: Any) -> Reasoning | None:
     """Where a model's template has an answer's reasoning: a field of its own, as Qwen3's, or the text's beginning.
 
-    None if the recipe strips it.
+    None if the recipe strips it, or the template drops it, as DeepSeek-R1's.
     """
     if config.reasoning == "strip":
         return None
-    answer = {"role": "assistant", "content": "answer", "reasoning_content": "thought"}
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, answer], tokenize=False)
-    return "reasoning_content" if "thought" in text else "content"
+    answers: dict[Reasoning, Json] = {
+        "reasoning_content": {"role": "assistant", "content": "answer", "reasoning_content": "thought"},
+        "content": {"role": "assistant", "content": f"{OPEN}\nthought\n{CLOSE}\n\nanswer"},
+    }
+    for form, answer in answers.items():
+        if "thought" in tokenizer.apply_chat_template(
+            [{"role": "user", "content": "question"}, answer], tokenize=False
+        ):
+            return form
+    return None

@@ -18,6 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model
 from train.checks.data import row_checks
+from train.checks.pair import thoughts_check
 from train.publish.export import export_dataset
 from train.rows import Parts, to_examples
 from train.run import _of_teacher, train_run
@@ -34,6 +35,8 @@ MARKED = (
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As DeepSeek-R1's: what stands before the last closing tag is not rendered.
+DROPPING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
 LAMP = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -119,6 +122,13 @@ def test_reasoning_is_left_out_unless_the_recipe_keeps_it(student: Callable[[str
     assert forms == ["content", "reasoning_content"]
     exported = to_examples(rows, None, forms[1])[0]["completion"]
     assert exported == [{"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}]
+
+
+def test_a_template_that_drops_the_reasoning_stops_a_training_that_keeps_it(student: Callable[[str], str]) -> None:
+    keep = make_recipe("x", reasoning="keep").train
+    found = [thoughts_check(AutoTokenizer.from_pretrained(student(one)), keep) for one in (CHATML, QWEN3, DROPPING)]
+    assert [check.status for check in found] == ["pass", "pass", "fail"]
+    assert "student.chat_template" in found[2].fix
 
 
 @pytest.mark.parametrize(("thoughts", "status"), [(0, "warn"), (2, "note"), (3, "pass")])

@@ -17,8 +17,10 @@ from pipeline.advice import BALANCED_SIZES
 from pipeline.checks import Check, Status
 from pipeline.instructions import asked_of_student, told_in_words
 from pipeline.lineage import taught_by
+from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message
+from pipeline.train_config import TrainConfig
 from pipeline.turns_and_tools import template_turns
 from train.checks.licences import Terms, licence_check, strictest, terms_of
 from train.checks.run import graded
@@ -60,6 +62,8 @@ def pair_checks(
     yield markup_check(tokenizer, asked)
     if any(row.tools or row.tool_calls for row in rows):
         yield tools_check(tokenizer)
+    if recipe.train.reasoning == "keep":
+        yield thoughts_check(tokenizer, recipe.train)
     chains = [chain_check(name, known[name], read_card(known[name]), allowed=allow_chain) for name in taught]
     yield max(chains, key=lambda check: SEVERITY.index(check.status))
     terms = teachers_terms(recipe, {name: known[name] for name in taught})
@@ -164,6 +168,14 @@ def tools_check(student: Any) -> Check:
     finding = f"the student's chat template {'renders' if able else 'does not render'} tool calls and their results"
     fix = "choose a student whose template does, as Qwen2.5's"
     return graded("tools", float(able), finding, passes=able, otherwise="fail", fix=fix)
+
+
+def thoughts_check(student: Any, config: TrainConfig) -> Check:
+    """With a template that drops what was thought, the student would learn the answers alone, against the recipe."""
+    able = reasoning_form(config, student) is not None
+    finding = f"the student's chat template {'renders' if able else 'drops'} the reasoning before an answer"
+    fix = "name a template that renders it in student.chat_template, as chatml, or set train.reasoning: strip"
+    return graded("thoughts", float(able), finding, passes=able, otherwise="fail", fix=fix)
 
 
 def chain_check(reference: str, folder: Path | None, card: Card, *, allowed: bool = False) -> Check:
