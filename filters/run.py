@@ -301,6 +301,7 @@ def _lineage(report: FilterReport, rules: RuleSet, config: FiltersConfig) -> dic
     counts = {name: getattr(report, name) for name in ("rows", "kept", "dropped", "keep_rate", "bad_lines")}
     return {
         "rules": rules.described(),
+        "rules_digest": config.rules_digest,
         **config.model_dump(mode="json", include={"dedup", "judge", "select"}),
         **counts,
         "prompts": report.prompts.prompts,

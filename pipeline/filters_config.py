@@ -1,5 +1,7 @@
 """The recipe's `filters` section: which answers are worth learning from."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,3 +102,9 @@ class FiltersConfig(Section):
     """Warn if a smaller share of the answers is kept."""
     min_keep_rate: float | None = Field(None, ge=0, le=1)
     """End with exit code 1 if a smaller share of the answers is kept; null: never."""
+
+    @property
+    def rules_digest(self) -> str:
+        """Tells the rules of the recipe from those it had before."""
+        rules = self.model_dump(mode="json")["rules"]
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]

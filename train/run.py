@@ -193,7 +193,7 @@ def _on_rows(
     tokenizer = load_tokenizer(student)
     if start is None:
         lineage = read_lineage(run)
-        checks += row_checks(parts, lineage, config)
+        checks += row_checks(parts, lineage, recipe)
         checks += pair_checks(recipe, student, tokenizer, parts.all, lineage, allow_chain=allow_chain)
         decide(checks)
     shape = partial(to_examples, student=recipe.student, reasoning=reasoning_form(config, tokenizer))

@@ -35,7 +35,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def of_rows(rows: list[Kept], lineage: dict[str, Any] | None = None) -> dict[str, Check]:
     parts = Parts(train=rows, validation=[], test=[])
-    return {check.name: check for check in row_checks(parts, lineage or {}, TrainConfig())}
+    return {check.name: check for check in row_checks(parts, lineage or {}, make_recipe("x"))}
 
 
 def filtered(kept: int, rows: int = 100, rules: int = 1) -> dict[str, Any]:
@@ -58,6 +58,21 @@ def test_answers_that_came_after_the_filters_warn(completed: int, bad_lines: int
     assert check.status == status
     behind = f"1 rules judged 100 answers, and the run has {completed:,}", "run `python -m filters` again"
     assert (check.finding, check.fix) == (behind if status == "warn" else ("1 rules judged 100 answers", ""))
+
+
+@pytest.mark.parametrize("edited", ["rules", "dedup", "select"])
+def test_filters_that_were_edited_since_they_ran_warn(edited: str) -> None:
+    recipe = make_recipe("x")
+    before = recipe.filters.model_validate({"rules": [{"rule": "length", "min_chars": 5}], "dedup": {}})
+    changes = {"rules": [{"rule": "length", "min_chars": 6}], "dedup": None, "select": "first"}
+    now = before.model_validate(before.model_dump() | {edited: changes[edited]})
+    lineage = filtered(80)
+    lineage["filters"] |= {"rules_digest": before.rules_digest}
+    lineage["filters"] |= before.model_dump(mode="json", include={"dedup", "select"})
+    for filters, status in ((before, "pass"), (now, "warn")):
+        given = recipe.model_copy(update={"filters": filters})
+        found = {check.name: check for check in row_checks(Parts(story_rows(3), [], []), lineage, given)}["filters"]
+        assert (found.status, f"filters.{edited}" in found.finding) == (status, status == "warn")
 
 
 @pytest.mark.parametrize(("count", "status"), [(4999, "note"), (5000, "pass"), (50000, "pass"), (50001, "note")])

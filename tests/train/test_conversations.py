@@ -134,8 +134,8 @@ def test_a_template_that_drops_the_reasoning_stops_a_training_that_keeps_it(stud
 @pytest.mark.parametrize(("thoughts", "status"), [(0, "warn"), (2, "note"), (3, "pass")])
 def test_reasoning_that_is_not_there_is_said(thoughts: int, status: str) -> None:
     rows = [kept_row(n, f"{n}?", "Four.", reasoning="Hm." if n < thoughts else "") for n in range(3)]
-    config = make_recipe("x", reasoning="keep").train
-    checks = {check.name: check for check in row_checks(Parts(rows[:1], rows[1:2], rows[2:]), {}, config)}
+    recipe = make_recipe("x", reasoning="keep")
+    checks = {check.name: check for check in row_checks(Parts(rows[:1], rows[1:2], rows[2:]), {}, recipe)}
     assert (checks["reasoning"].status, checks["reasoning"].value) == (status, thoughts)
 
 
@@ -220,7 +220,7 @@ def test_a_template_without_tools_is_refused(student: Callable[[str], str], tmp_
 def test_samples_of_a_prompt_are_no_repeated_prompts() -> None:
     rows = [kept_row(n, f"{n // 4}?", f"Yes {n}.", sample=n % 4) for n in range(12)]
     parts = Parts(rows[:4], rows[4:8], rows[8:])
-    checks = {check.name: check for check in row_checks(parts, {}, make_recipe("x").train)}
+    checks = {check.name: check for check in row_checks(parts, {}, make_recipe("x"))}
     assert (checks["prompts"].status, checks["prompts"].value) == ("pass", 1)
 
 

@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         parts = read_parts(recipe, run)
-        assert len([*row_checks(parts, {}, recipe.train)]) > 3
+        assert len([*row_checks(parts, {}, recipe)]) > 3
         assert markup_check(tokenizer, parts.all).status == "pass"
         stored = stored_rows(to_examples(parts.train), tmp_path / "work", "train")
         peak = tracemalloc.get_traced_memory()[1]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import ADVISED_ROWS, DISTINCT_SHARE, FAIR_START, SAFE_KEEP_RATE
 from pipeline.checks import Check, Status
+from pipeline.filters_config import FiltersConfig
 from pipeline.lineage import rules_asked
+from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.train_config import TrainConfig
 from train.checks.run import graded
@@ -30,7 +32,7 @@ LABELS = {  # what all rows must do, and the fix
 }
 
 
-def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) -> Iterator[Check]:
+def row_checks(parts: Parts, lineage: Mapping[str, Any], recipe: Recipe) -> Iterator[Check]:
     """What can be checked before a model is loaded. `lineage`: the run's."""
     rows, (low, high) = parts.all, ADVISED_ROWS
     prompts = lineage.get("generate", {}).get("prompts", {})
@@ -46,9 +48,9 @@ def row_checks(parts: Parts, lineage: Mapping[str, Any], config: TrainConfig) ->
     fix = "the same prompts give the same answers: add slots or values to the template"
     yield graded("prompts", share, finding, passes=share >= DISTINCT_SHARE, otherwise="warn", fix=fix)
     yield parts_check(parts)
-    yield from _filters(lineage.get("filters"), lineage.get("generate", {}), rows)
+    yield from _filters(lineage.get("filters"), lineage.get("generate", {}), recipe.filters, rows)
 
-    if config.reasoning == "keep":
+    if recipe.train.reasoning == "keep":
         thoughts = sum(bool(row.reasoning) for row in rows)
         finding, fix = f"{thoughts:,} of {count:,} answers have reasoning", "the student learns the others without any"
         status: Status = "note" if thoughts else "warn"
@@ -99,7 +101,9 @@ def label_checks(faults: Mapping[str, Sequence[str]], rows: int) -> Iterator[Che
         yield graded(name, len(bad), finding, passes=not bad, otherwise="fail", fix=fix)
 
 
-def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], rows: Sequence[Kept]) -> Iterator[Check]:
+def _filters(
+    section: Mapping[str, Any] | None, generate: Mapping[str, Any], config: FiltersConfig, rows: Sequence[Kept]
+) -> Iterator[Check]:
     fix = "a teacher's faults are copied too: name filters.rules and run the filters"
     if not section:
         yield Check(name="filters", status="warn", value=0, finding="no filters were run on these rows", fix=fix)
@@ -108,7 +112,11 @@ def _filters(section: Mapping[str, Any] | None, generate: Mapping[str, Any], row
     finding = f"{rules} rules judged {judged:,} answers"
     if behind := answers > judged + section.get("bad_lines", 0):
         finding, fix = f"{finding}, and the run has {answers:,}", "run `python -m filters` again"
-    yield graded("filters", rules, finding, passes=rules > 0 and not behind, otherwise="warn", fix=fix)
+    now = {"rules_digest": config.rules_digest, **config.model_dump(mode="json", include={"dedup", "select"})}
+    if edited := [name for name in now if name in section and section[name] != now[name]]:
+        finding = f"{finding}; filters.{edited[0].removesuffix('_digest')} is another one in the recipe now"
+        fix = "run `python -m filters` again, or give this stage the flags that it was given"
+    yield graded("filters", rules, finding, passes=rules > 0 and not behind and not edited, otherwise="warn", fix=fix)
 
     rate, kept = section["keep_rate"], "of the answers were kept"
     # Asked by the last call, or by an earlier one that had more prompts: their answers are among the rows.
