@@ -28,8 +28,7 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
 from pipeline.filters_config import DedupConfig
 from pipeline.instructions import INSTRUCTIONS
-from pipeline.partition import value_of
-from pipeline.prompts_config import PromptsConfig
+from pipeline.prompts_config import PromptsConfig, value_of
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Message, Prompt, question_text, said
 from pipeline.rundir import RunDir, write_json, write_jsonl

@@ -218,11 +218,6 @@ def spent_of(budget: BudgetConfig, spent: Spend) -> str:
     return " and ".join(parts)
 
 
-def most_of(body_bytes: int, max_tokens: int, price: Price | None) -> Spend:
-    """The most that one attempt of a request can cost, as far as is known before any answer."""
-    return Spend.of(bound(body_bytes), max_tokens, price)
-
-
 def spent_so_far(budget: BudgetConfig, run: RunDir, found: Contents) -> Spend:
     """What is spent of a budget: by all calls of the run, and by the runs that share it.
 

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 from pydantic import AnyHttpUrl, TypeAdapter, ValidationError
 
 from generate.client import check_url
-from pipeline.address import DEFAULT_PORTS, is_loopback, proxy_of, weighted_urls
+from pipeline.address import DEFAULT_PORTS, is_loopback, proxy_of
 from pipeline.errors import RecipeError
+from pipeline.section import weighted_urls
 from pipeline.teacher_config import TeacherConfig
 
 URLS_KEY = "teacher.urls_file"

@@ -23,7 +23,6 @@ HIDDEN = "[secret]"
 SHORTEST_SECRET = 6  # characters; a shorter one cannot be replaced without destroying ordinary text
 VARIABLE = re.compile(r"\$\{(\w+)\}")  # in a header's value: the value of that environment variable
 DEFAULT_PORTS = {"http": 80, "https": 443}
-MOST_WEIGHT = 1000  # more is no weight: a port that was written after a space
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@ in a URL
 _KEY = re.compile(
     r"\b(?:sk|pk|rk)[-_][\w*-]{8,}"  # OpenAI, Anthropic, OpenRouter, Stripe's gateways
@@ -107,23 +106,6 @@ def is_port_open(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def weighted_urls(entries: Iterable[str]) -> dict[str, float]:
-    """URLs and their weights: `URL`, or `URL WEIGHT` with a number above 0; 1 without. Raises ValueError."""
-    weights: dict[str, float] = {}
-    for entry in entries:
-        url, *given = entry.split(None, 1) or [""]
-        url, weight = url.rstrip("/"), given[0].strip() if given else "1"
-        try:
-            number = float(weight)
-        except ValueError:
-            number = 0.0
-        if not 0 < number <= MOST_WEIGHT:
-            raise ValueError(f"{url}: its weight must be a number above 0, at most {MOST_WEIGHT}, not {weight!r}")
-        if weights.setdefault(url, number) != number:
-            raise ValueError(f"{url} has two weights, {weights[url]:g} and {number:g}; keep one")
-    return weights
 
 
 class Redactor:

@@ -1,11 +1,17 @@
-"""The recipe's `prompts` section, and which part (training, validation or test) a prompt is for."""
+"""The recipe's `prompts` section, and which part (training, validation or test) a prompt is for.
 
+A hash decides the part: of `prompts.seed` and the normalised conversation, or what the prompt shares with others of its
+group (`prompts.group`). The other prompts, their order and the filters have no part in it. So the part is known when
+prompts are made and stays when a run grows. Every stage, and every run with the same seed and shares, agrees on it. The
+same question in other spacing or case is in the same part.
+"""
+
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from pipeline.partition import position, value_of
 from pipeline.records import BOM, Asked, Json, Part, Prompt, as_text, question_text
 from pipeline.section import Section
 from pipeline.turns_and_tools import read_tools
@@ -122,7 +128,7 @@ class PromptsConfig(Section):
         return "test" if where < self.test else "validation" if where < self.test + self.validation else "train"
 
     def position_of(self, row: Asked) -> float:
-        """Where a prompt stands (pipeline.partition): with its group, or as it began if `user` has continued it."""
+        """Where a prompt stands among all, in [0, 1): with its group, or as it began if `user` has continued it."""
         if (group := self.group_of(row)) is not None:
             return position(f"group\0{as_text(group)}", self.seed)
         return position(question_text(row.messages[: -2 * self.user.turns] if self.user else row.messages), self.seed)
@@ -140,3 +146,16 @@ class PromptsConfig(Section):
     def parted_by(self) -> Json:
         """All that decides which part a prompt is in, as a student's lineage holds it."""
         return self.model_dump(mode="json", include={"seed", "validation", "test", "group"}, exclude_none=True)
+
+
+def position(text: str, seed: int) -> float:
+    """A number in [0, 1), as good as random, that is the same for the same text and seed."""
+    return int.from_bytes(blake2b(f"{seed}\0{text}".encode(), digest_size=6).digest()) / (1 << 48)
+
+
+def value_of(row: Asked, name: str) -> Any:
+    """The value of a column or a slot, None if there is neither. The order of a slot's chosen values says nothing."""
+    if name in row.columns:
+        return row.columns[name]
+    value = row.slots.get(name)
+    return sorted(value) if isinstance(value, list) else value

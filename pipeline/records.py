@@ -40,7 +40,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reference: Any = None  # what a right answer is held against: any JSON; None: nothing is known
     columns: Json = {}  # the row's further columns, as the user wrote them
     tools: list[Json] = []  # the functions that the teacher may call, in the OpenAI format
-    part: Part | None = None  # what it is for in its run (pipeline.partition); None: it belongs to no run
+    part: Part | None = None  # what it is for in its run (pipeline.prompts_config); None: it belongs to no run
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):

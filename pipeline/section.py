@@ -1,12 +1,13 @@
 """What all sections of a recipe share, and the small sections that several of them hold."""
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, get_args
 
 from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from pipeline.address import weighted_urls
+MOST_WEIGHT = 1000  # more is no weight: a port that was written after a space
 
 
 class Section(BaseModel):
@@ -39,6 +40,23 @@ def checked_urls(given: str | list[str]) -> list[str]:
     for url in weights:
         TypeAdapter(AnyHttpUrl).validate_python(url)
     return [url if weight == 1 else f"{url} {weight:g}" for url, weight in weights.items()]
+
+
+def weighted_urls(entries: Iterable[str]) -> dict[str, float]:
+    """URLs and their weights: `URL`, or `URL WEIGHT` with a number above 0; 1 without. Raises ValueError."""
+    weights: dict[str, float] = {}
+    for entry in entries:
+        url, *given = entry.split(None, 1) or [""]
+        url, weight = url.rstrip("/"), given[0].strip() if given else "1"
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= MOST_WEIGHT:
+            raise ValueError(f"{url}: its weight must be a number above 0, at most {MOST_WEIGHT}, not {weight!r}")
+        if weights.setdefault(url, number) != number:
+            raise ValueError(f"{url} has two weights, {weights[url]:g} and {number:g}; keep one")
+    return weights
 
 
 Endpoints = Annotated[str, AfterValidator(lambda given: ",".join(checked_urls(given)))]  # with commas between them

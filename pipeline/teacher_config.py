@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 from pydantic import Field, SecretStr, field_validator
 
-from pipeline.address import weighted_urls
 from pipeline.records import BOM
-from pipeline.section import OtherModelConfig, PriceConfig, Section, VariableName, checked_urls
+from pipeline.section import OtherModelConfig, PriceConfig, Section, VariableName, checked_urls, weighted_urls
 
 
 class Example(Section):

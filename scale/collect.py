@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 
-from generate.budget import Account, Spend, known_price, most_of, spent_so_far, write_account
+from generate.budget import Account, Spend, known_price, spent_so_far, write_account
 from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.prices import PICO, Price
+from generate.tokens import bound
 from pipeline.records import Completion, Failure
 from scale.parts import part_name, part_names, read_part
 from scale.request_leases import Claim, Item, Leases, LeaseState
@@ -156,7 +157,7 @@ def _items_of(run: Run, price: Price | None) -> Iterator[Item]:
     """What is to be leased: all that the run has left."""
     dialect = Dialect()
     for job in run.jobs():
-        most = most_of(len(dialect.body(job)), int(job.request.sampling["max_tokens"]), price)
+        most = Spend.of(bound(len(dialect.body(job))), int(job.request.sampling["max_tokens"]), price)  # of an attempt
         yield Item(job.request.id, msgspec.json.encode(job.request), most)
 
 

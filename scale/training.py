@@ -146,7 +146,7 @@ def reason_of(failures: dict[int, Exception]) -> str:
 
 def _train_here(training: Training, files: list[str], variables: dict[str, str]) -> None:
     """One process, in which Ray Train has set what a launcher sets. `files` of a store are what a node fetches."""
-    from train.__main__ import train_launched
+    from train.run import train_launched
 
     os.environ.update(variables)
     if not training.store:

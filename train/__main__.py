@@ -4,14 +4,11 @@ Trains it on kept.jsonl, in this process, in those of a launcher, or in those of
 """
 
 import sys
-from contextlib import nullcontext
 
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import INTERRUPTED, DistillError
-from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir
 from train.processes import launched
-from train.run import train_run
+from train.run import train_launched
 
 
 def main() -> None:
@@ -33,13 +30,6 @@ def main() -> None:
         if launched().lead:
             raise
         sys.exit(error.exit_code if isinstance(error, DistillError) else INTERRUPTED)  # the leading process says why
-
-
-def train_launched(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
-    """Trains, as one of the processes that the launcher has started. The first holds the run's lock."""
-    processes = launched()
-    with run.locked() if processes.lead else nullcontext():
-        train_run(recipe, run, **flags, processes=processes)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def read_test_rows(config: TrainConfig) -> Sequence[Kept] | None:
 
 
 def part_rows(rows: Sequence[Kept], prompts: PromptsConfig, test_rows: Sequence[Kept] | None = None) -> Parts:
-    """The rows by the part of their prompt (pipeline.partition).
+    """The rows by the part of their prompt (pipeline.prompts_config).
 
     `test_rows` take the place of the run's own test rows; rows that ask one of their questions, or are of one of their
     groups, are left out. If a part has no row, as in a small run, the training question (or group) of the lowest hash

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
@@ -40,7 +41,7 @@ from train.checks.pair import pair_checks
 from train.checks.run import settle
 from train.lazy import Lazy, joined, rows_folder
 from train.preferences import Pairs, check_start, checks_of, learned, learned_from_answers, read_pairs, start_of
-from train.processes import ALONE, Processes
+from train.processes import ALONE, Processes, launched
 from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
 from train.rows import Parts, read_parts, to_examples
@@ -123,6 +124,13 @@ def train_run(
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         _publish(work / "student", log, {**section, "checks": msgspec.to_builtins(checks)}, recipe, run, parts.test)
         _print_result(run, prepared.seen, log, section)
+
+
+def train_launched(recipe: Recipe, run: RunDir, flags: dict[str, bool]) -> None:
+    """Trains, as one of the processes that the launcher has started. The first holds the run's lock."""
+    processes = launched()
+    with run.locked() if processes.lead else nullcontext():
+        train_run(recipe, run, **flags, processes=processes)
 
 
 def _learn(prepared: "Prepared", work: Path, console: Console, processes: Processes) -> None:

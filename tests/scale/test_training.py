@@ -174,7 +174,7 @@ def test_a_node_works_in_a_folder_of_its_own_and_goes_on_from_the_store(
             return str(error)
         return None
 
-    monkeypatch.setattr("train.__main__.train_launched", learn)
+    monkeypatch.setattr("train.run.train_launched", learn)
     monkeypatch.setattr(training, "_fit", fit)
     train_on_cluster("auto", told)
     assert "lost'; going on from the last checkpoint" in capsys.readouterr().err
