@@ -12,6 +12,8 @@ from typing import Any
 import math_verify
 import sympy
 
+from filters.verify.extract import plain
+
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
@@ -19,6 +21,13 @@ _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\
 _THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # between groups of digits
 _SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # the same in a value by itself; 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
+_EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
+_QUOTES = str.maketrans("", "", '`"“”„‟«»‹›‘‚')  # not ’, which is also a prime
+_STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
+    r"(?>.*answer)(?: is)?[:=]?\s*(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d)"
+    r" ?[^\s\d.]*(?:\.\s|\n)",
+    re.IGNORECASE | re.DOTALL,
+)
 _DOLLARS = re.compile(r"(?<!\\)\$")
 _END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
 _NO_UNITS = (  # words that make another value of the number before them
@@ -39,7 +48,7 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     value.
     """
     gold = _read(f"${_value(reference)}$")
-    found = _read(f"${_without_words(_value(exact))}$" if exact else _plain_numbers(text))
+    found = _read(f"${_without_words(_value(exact))}$" if exact else _until_stated(_plain(text)))
     if not gold:
         raise ValueError(f"the reference cannot be read: {reference[:80]}")
     same = math_verify.verify(gold, found, timeout_seconds=None) and _are_close(gold[0], found[0])
@@ -52,7 +61,7 @@ def _value(text: str) -> str:
     for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(start) and text.endswith(end):
             text = text[2:-2].strip()
-    return _plain_numbers(_SPACE.sub("", text))
+    return _plain(_SPACE.sub("", text))
 
 
 def _without_words(value: str) -> str:
@@ -61,8 +70,18 @@ def _without_words(value: str) -> str:
     return then_words[1] if then_words else value
 
 
-def _plain_numbers(text: str) -> str:
-    r"""`1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: math-verify reads them as 1.5, 1 and 10 times 500."""
+def _until_stated(text: str) -> str:
+    """A text without what follows its stated answer: math-verify would take a value from there."""
+    stated = _STATED.match(text)
+    return stated[0] if stated else text
+
+
+def _plain(text: str) -> str:
+    r"""A text without Markdown's emphasis and quotes, and with numbers as math-verify reads them.
+
+    That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
+    """
+    text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
     text = _THIN_SPACE.sub("", text)
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)

@@ -20,7 +20,8 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+]|(?<![\w.$])[-+]\\?[$€£¥₩₹])?"  # -5, -$5, but no sign in 3-5, $3-$5 and $3$-$5$
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])"
 )
-_MINUS = str.maketrans("−–－", "---")
+INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff"  # and without a width
+_PLAIN = str.maketrans("−–－", "---", INVISIBLE)
 _SHOWN = 100  # characters of an answer that a reason quotes
 
 
@@ -70,13 +71,18 @@ def fenced_block(text: str, *languages: str) -> str:
     return text.strip()
 
 
+def plain(text: str) -> str:
+    """The text with every minus as `-`, and without characters that cannot be seen."""
+    return text.translate(_PLAIN)
+
+
 def last_number(text: str) -> float | None:
     """The last number of a text, `1,234.5` read as one; None if there is none or it is too large.
 
     A sign follows no letter or digit: the last number of `10-20` is 20; that of `-$5` is -5. A number of digits only
     is an int.
     """
-    found = [match[0] for match in _NUMBER.finditer(text.translate(_MINUS)) if match[0]]
+    found = [match[0] for match in _NUMBER.finditer(plain(text)) if match[0]]
     digits = re.sub(r"[^\d.eE+-]", "", found[-1]) if found else "nan"
     number = float(digits)
     if not math.isfinite(number):

@@ -278,6 +278,37 @@ def test_math_reads_what_a_pattern_finds(text: str, right: str, wrong: str) -> N
     assert outcome(verify("math", f"So the answer is {text}", settings, wrong)) == "math"
 
 
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("The answer is **5**. I checked it 3 times.", "5"),
+        ("**The answer is 5.** I checked it 3 times.", "5"),
+        ("**Answer: 5**\n\n**Check:** \\(x = 3\\)", "5"),
+        ("**Final Answer:** ***5***\n\nWe used 3 steps.", "5"),
+        ("Answer:\n\n5\n\nCheck: 2 + 1 = 3", "5"),
+        ("The answer is *5*. I checked it 3 times.", "5"),
+        ("The answer is `5`. I checked it 3 times.", "5"),
+        ("The answer is “5”. I checked it 3 times.", "5"),
+        ("The answer is \\(5\\). I checked it 3 times.", "5"),
+        ("The answer is $\\frac{1}{2}$. I checked it 3 times.", "1/2"),
+        ("The answer is $5. She had $3 before.", "5"),
+        ("The answer is 5 apples. 2 + 1 = 3 are left.", "5"),
+        ("Answer: 5 apples were bought, 2 left. 5 - 2 = 3", "3"),  # a computation that begins with a number
+        ("The answer is $1$ and $2$. I checked it 3 times.", "\\{1, 2\\}"),
+        ("The answer is 3*4. I checked it 3 times.", "12"),
+        ("2 * 3 * 4 = 24", "24"),
+        ("The answer is 2**3.", "8"),
+        ("The answer is −5. I checked it 3 times.", "-5"),
+        ("3 − 8 = −5", "-5"),
+        ("\\boxed{–5}", "-5"),
+        ("\\boxed{\u200b5}", "5"),
+        ("It is \u20665\u2069.", "5"),
+    ],
+)
+def test_math_reads_what_an_answer_states(text: str, right: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+
+
 def test_what_a_verifier_takes_out_of_an_answer() -> None:
     assert fenced_block("a\n```\nx\n```\n```sql\ny\n```", "sql") == "y"
     assert fenced_block("```python\nx = 1\n") == "x = 1"
