@@ -18,8 +18,7 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
-_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # between groups of digits
-_SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # the same in a value by itself; 1 500/600 is mixed
+_SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # in a value by itself, in which 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
 _QUOTES = str.maketrans("", "", '`"“”„‟«»‹›‘‚')  # not ’, which is also a prime
@@ -82,7 +81,6 @@ def _plain(text: str) -> str:
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
-    text = _THIN_SPACE.sub("", text)
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
 

@@ -18,10 +18,13 @@ _FENCE = re.compile(
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+]|(?<![\w.$])[-+]\\?[$€£¥₩₹])?"  # -5, -$5, but no sign in 3-5, $3-$5 and $3$-$5$
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?![\d])"
+    r"(?:(?P<comma>(?<!\d,)(?:"  # a decimal comma, and groups of digits with dots: none in 1,2,3 and 1,234
+    r"[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})|(?![1-9]\d{0,2},\d{3}(?!\d))\d+,\d+)(?![,.]?\d))"
+    r"|(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d))(?:[eE][-+]?\d+)?(?!\d)"
 )
 INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff"  # and without a width
 _PLAIN = str.maketrans("−–－", "---", INVISIBLE)
+_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:;! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # between groups of digits
 _SHOWN = 100  # characters of an answer that a reason quotes
 
 
@@ -72,18 +75,22 @@ def fenced_block(text: str, *languages: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text with every minus as `-`, and without characters that cannot be seen."""
-    return text.translate(_PLAIN)
+    """The text with every minus as `-`, without characters that cannot be seen and spaces between groups of digits."""
+    return _THIN_SPACE.sub("", text.translate(_PLAIN))
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, `1,234.5` read as one; None if there is none or it is too large.
+    """The last number of a text, `1,234.5` and `1.234,5` read as one; None if there is none or it is too large.
 
     A sign follows no letter or digit: the last number of `10-20` is 20; that of `-$5` is -5. A number of digits only
     is an int.
     """
-    found = [match[0] for match in _NUMBER.finditer(plain(text)) if match[0]]
-    digits = re.sub(r"[^\d.eE+-]", "", found[-1]) if found else "nan"
+    found = [match for match in _NUMBER.finditer(plain(text).replace("{,}", ",")) if match[0]]
+    if not found:
+        return None
+    said = found[-1][0]
+    said = said.replace(".", "").replace(",", ".") if found[-1]["comma"] else said
+    digits = re.sub(r"[^\d.eE+-]", "", said)
     number = float(digits)
     if not math.isfinite(number):
         return None

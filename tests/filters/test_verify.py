@@ -51,6 +51,20 @@ DEEP = "[" * 10_000 + "]" * 10_000
         ({"as": "number"}, "3-$5", 5, "passes", "5"),
         ({"as": "number"}, "$3$–$5$", 5, "passes", "5"),
         ({"as": "number"}, "- $5", 5, "passes", "5"),  # an item of a list
+        # a decimal comma
+        ({"as": "number"}, "Das macht 17,50 €.", "12,50", "matches", "17.5"),
+        ({"as": "number"}, "Das macht 12,50 €.", 12.5, "passes", "12.5"),
+        ({"as": "number"}, "-0,125", "-0.125", "passes", "-0.125"),
+        ({"as": "number"}, "1.234,56 €", 1234.56, "passes", "1234.56"),
+        ({"as": "number"}, "1.234.567", 1234567, "passes", "1234567"),
+        ({"as": "number"}, "2{,}5", "2,5", "passes", "2.5"),
+        ({"as": "number"}, "1{,}234", 1234, "passes", "1234"),
+        ({"as": "number"}, "12\\,500 or 13\u202f500", 13500, "passes", "13500"),
+        ({"as": "number"}, "1,234", 1.234, "matches", "1234"),  # it may be either
+        ({"as": "number"}, "1,2,3", 3, "passes", "3"),  # a list
+        ({"as": "number"}, "0.5,25", 25, "passes", "25"),
+        ({"as": "number"}, "(3,4)", 4, "matches", "3.4"),
+        ({"as": "number"}, "(3, 4)", 4, "passes", "4"),
         ({"as": "number"}, "none", 10, "matches number", None),
         ({"as": "number", "tolerance": 0.01}, "3.14", 3.1416, "passes", "3.14"),
         ({"as": "json"}, '```json\n{"b": 1.0, "a": [2]}\n```', {"a": [2], "b": 1}, "passes", '{"a":[2],"b":1}'),
@@ -324,7 +338,8 @@ def test_what_a_verifier_takes_out_of_an_answer() -> None:
     assert boxed("\\boxed{1") is None
     assert [last_number(text) for text in ("-1.5e3", "3 of 1,234", "v2.", "1e999", "")] == [-1500, 1234, 2, None, None]
     started = time.monotonic()
-    last_number("1," * 500_000)
+    for part in ("1,", "1.234", "1.234,", "1,234."):
+        last_number(part * 200_000)
     fenced_block("```" * 300_000)
     boxed("\\boxed{" + "{" * 1_000_000)
     assert time.monotonic() - started < 60  # none of them is quadratic
