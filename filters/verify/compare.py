@@ -7,12 +7,22 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from filters.answer import Answer, Pattern, RuleSettings, Verified, nfc
-from filters.verify.extract import ReferenceSettings, all_shown, canonical, last_number, parse_json, same_number, shown
+from filters.verify.extract import (
+    INVISIBLE,
+    ReferenceSettings,
+    all_shown,
+    canonical,
+    last_number,
+    parse_json,
+    same_number,
+    shown,
+)
 from filters.verify.guard import Unreadable, Unverified
 from filters.verify.worker import call
 from pipeline.records import Reason, folded
 
-_AROUND = " \t\n\"'`*_.,;:!()[]“”‘’«»「」『』。！？"  # what a model puts around a label, and ends it with
+# what a model puts around a label, and ends it with
+_AROUND = " \t\n\"'`*_.,;:!()[]“”„‘’‚«»‹›「」『』【】《》〈〉（）［］。、，．：；！？…" + INVISIBLE
 
 
 class PatternSettings(RuleSettings):

@@ -96,6 +96,19 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
     [
         ({"labels": ["billing", "other"]}, "**Billing**.", None, "passes", "billing"),
         ({"labels": ["billing", "other"]}, "“Billing”。", None, "passes", "billing"),
+        *(
+            ({"labels": ["billing", "other"]}, text, None, "passes", "billing")
+            for text in (
+                "„Billing“",
+                "‚Billing‘",
+                "›Billing‹",
+                "【Billing】",
+                "（Billing）",
+                "Billing：",
+                "\ufeffBilling\u200b",
+            )
+        ),
+        ({"labels": ["\u200bbilling", "other"], "reference": True}, "Billing", "billing", "passes", "\u200bbilling"),
         ({"labels": ["billing", "other"]}, "It is billing", None, "choice", None),
         ({"labels": ["billing", "other"], "pattern": "is (\\w+)"}, "It is billing", None, "passes", "billing"),
         ({"reference": True}, "Billing", "billing", "passes", "billing"),
