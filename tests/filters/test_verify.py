@@ -157,6 +157,10 @@ TICKET = {
         ({"type": "string", "pattern": "^(a+)+$"}, f'"{NEVER_ENDS}!"', "unverified json_schema"),
         ({"uniqueItems": True}, "[" + ",".join(f'{{"a":{i}}}' for i in range(30_000)) + "]", "unverified json_schema"),
         ({"$ref": "#"}, "1", "unverified json_schema"),
+        ({"items": {"multipleOf": 0.01}}, "[19.99, 4.35, 1, 1e300, 123456789012345678901234567890]", "passes"),
+        ({"multipleOf": 0.01}, "19.995", "json_schema $"),
+        ({"multipleOf": 3}, "10", "json_schema $"),
+        ({"multipleOf": 0.01}, '"no number"', "passes"),
         ({"type": "integer"}, "12345678901234567890123", "passes"),
         ({"type": "integer", "format": "int32"}, "5", "passes"),  # JSON Schema does not define it
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "1", "unverified json_schema"),
