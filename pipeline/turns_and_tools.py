@@ -6,6 +6,7 @@ of Parquet holds tools as JSON. Inside the project there is one form.
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import count
 from typing import Any, Literal
 
@@ -102,12 +103,32 @@ class _Tool(msgspec.Struct):
 
 
 def read_tools(given: Any) -> list[Json]:
-    """Tools from a list or its JSON. Raises ValueError if they are not in the OpenAI form, or share a name."""
+    """Tools from a list or its JSON.
+
+    Raises ValueError if they are not in the OpenAI form, share a name, or have parameters that are no JSON Schema.
+    """
     try:
         tools = msgspec.json.decode(given) if isinstance(given, str | bytes) else given
-        names = [tool.function.name for tool in msgspec.convert(tools, list[_Tool])]
+        functions = [tool.function for tool in msgspec.convert(tools, list[_Tool])]
+        for function in functions:
+            if function.parameters:
+                _check_parameters(function.name, msgspec.json.encode(function.parameters))
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ValueError(f"must be a list of {A_TOOL}: {error}") from None
+    names = [function.name for function in functions]
     if len(set(names)) < len(names):
         raise ValueError(f"must have different names, not {', '.join(names)}")
     return list(tools)
+
+
+@lru_cache(1000)  # rows have the same tools
+def _check_parameters(name: str, parameters: bytes) -> None:
+    from pipeline.json_schema import check_schema  # here: jsonschema is slow to import
+
+    try:
+        check_schema(msgspec.json.decode(parameters))
+    except ValueError as error:
+        raise ValueError(
+            f"must have a JSON Schema as `parameters` (types: string, number, integer, boolean, object, array, null); "
+            f"`{name}`: {error}"
+        ) from None

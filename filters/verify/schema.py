@@ -32,9 +32,12 @@ class JsonSchemaSettings(PatternSettings):
                 schema = msgspec.json.decode(path.read_bytes().removeprefix(BOM))
             except msgspec.DecodeError as error:
                 raise ValueError(f"schema: {path}: {error}") from None
-        from filters.verify.validation import check_schema  # here: jsonschema is slow to import
+        from pipeline.json_schema import check_schema  # here: jsonschema is slow to import
 
-        check_schema(schema)
+        try:
+            check_schema(schema)
+        except ValueError as error:
+            raise ValueError(f"schema: {error}") from None
         self._schema = msgspec.json.encode(schema).decode()
         return self
 

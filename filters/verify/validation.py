@@ -12,14 +12,6 @@ from jsonschema.validators import extend, validator_for
 from jsonschema_specifications import REGISTRY
 
 
-def check_schema(schema: Any) -> None:
-    """Raises ValueError if it is not a JSON Schema."""
-    try:
-        validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"schema: {error.message} (at {error.json_path})") from None
-
-
 def first_error(schema: str, value: str) -> tuple[str, str] | None:
     """Where a JSON text breaks its schema and how; None if it does not. In the worker."""
     error = jsonschema.exceptions.best_match(_validator(schema).iter_errors(json.loads(value)))

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline.records import Message, question_text, said
+from pipeline.records import Json, Message, question_text, said
 from pipeline.turns_and_tools import Turn, conversation, read_tools, template_turns
 
 CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bonn"}'}}
@@ -93,6 +93,10 @@ def test_tools_are_a_list_or_its_json() -> None:
     assert read_tools([]) == []
 
 
+def wrong_type(name: str) -> Json:
+    return {"type": "function", "function": {"name": "now", "parameters": {"type": name}}}
+
+
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
@@ -102,6 +106,8 @@ def test_tools_are_a_list_or_its_json() -> None:
         ({"type": "function"}, "Expected `array`, got `object`"),
         ("tools", "malformed"),
         ("[" * 100_000, "must be a list of"),
+        ([wrong_type("str")], "must have a JSON Schema as `parameters` (types: string, number"),
+        ([wrong_type("OBJECT")], "; `now`: 'OBJECT' is not valid under any of the given schemas (at $.type)"),
         ([TOOL, TOOL], "must have different names, not weather, weather"),
     ],
 )
