@@ -1,10 +1,11 @@
 """The verifiers `matches` and `choice`: the answer, or a part of it, against the reference or a list of labels."""
 
 import re
+from datetime import date
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from filters.answer import Answer, Pattern, RuleSettings, Verified, nfc
 from filters.verify.extract import (
@@ -108,8 +109,17 @@ def _text_or_json(reference: str) -> Any:
         return reference
 
 
+def _text(given: Any) -> Any:
+    if isinstance(given, bool | int | float | date):
+        as_yaml = " (as YAML reads yes, no, on and off)" if isinstance(given, bool) else ""
+        raise ValueError(f"should be a text{as_yaml}; put it in quotes")
+    return given
+
+
 class ChoiceSettings(PatternSettings, ReferenceSettings):
-    labels: list[str] = Field([], description="the answers that there are; none: any")
+    labels: list[Annotated[str, BeforeValidator(_text)]] = Field(
+        [], description="the answers that there are; none: any"
+    )
     reference: bool = Field(False, description="the answer must be the row's label")
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from datetime import date
 from typing import Any
 
 import pytest
@@ -132,6 +133,12 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
 def test_choice(settings: dict[str, Any], text: str, reference: Any, expected: str, result: str | None) -> None:
     said = verify("choice", text, settings_of("choice", **settings), reference)
     assert (outcome(said), said.result) == (expected, result)
+
+
+@pytest.mark.parametrize("label", [True, 1, 0.5, date(2026, 1, 2)])
+def test_a_label_that_yaml_reads_as_no_text_needs_quotes(label: Any) -> None:
+    with pytest.raises(ValidationError, match=r"should be a text.*; put it in quotes"):
+        settings_of("choice", labels=["a", label])
 
 
 TICKET = {
