@@ -21,7 +21,7 @@ import yaml
 from aiohttp import web
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.errors import UsageError
 from pipeline.lineage import read_lineage, record_lineage
@@ -63,6 +63,7 @@ FILTERS: dict[str, Any] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
     """A LoRA student of a teacher at some endpoint, in a run that was generated and filtered."""
     student = str(tiny_model(tmp_path_factory.mktemp("models") / "Tiny-Chat"))
+    GenerationConfig(eos_token_id=[END], do_sample=True, top_k=20, repetition_penalty=1.1).save_pretrained(student)
     recipe = make_recipe(
         student, "Qwen/Qwen2.5-7B-Instruct", method="lora", accept=["size_ratio"], learning_rate=1e-2, seed=3
     )
@@ -182,6 +183,19 @@ def test_a_merged_model_says_what_the_adapter_over_its_base_says(trained: tuple[
     assert not (folder / "adapter_config.json").exists()
     data = ModelCard.load(folder / "README.md").data.to_dict()
     assert (data["base_model_relation"], data["library_name"]) == ("finetune", "transformers")
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_an_export_decodes_as_the_evaluation_did(trained: tuple[Recipe, RunDir], merged: bool) -> None:
+    """Whose servers take no sampling and no penalty from the base's generation_config.json."""
+    recipe, run = trained
+    folder = export_model(recipe, run, merged=merged)
+    if merged:
+        settings = json.loads((folder / "generation_config.json").read_bytes())
+        assert settings.pop("eos_token_id") == [END] and settings.keys() == {"transformers_version"}
+    card = (folder / "README.md").read_text()
+    assert "do_sample=False, repetition_penalty=1.0)" in card
+    assert re.search(r"^vllm serve \S+ --generation-config vllm\b", card, re.MULTILINE)
 
 
 def test_scores_are_those_of_this_student_or_none(trained: tuple[Recipe, RunDir]) -> None:

