@@ -27,7 +27,6 @@ from pipeline.adapters import ADAPTER, MERGED_FROM
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.lineage import read_lineage
-from pipeline.models import explained, resolve_model
 from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
@@ -87,7 +86,7 @@ def export_model(
     """Writes export/adapter, export/merged or export/model, and returns the folder.
 
     `repo` and `data`: the Hub repositories of the model and of its data set, for the card. Raises UsageError if there
-    is no student of the recipe, or its adapter's base is one that nobody else has, or that never stops.
+    is no student of the recipe, or it is an adapter whose base, or the base's chat template, nobody else has.
     """
     lineage = _student_lineage(recipe, run)
     student: str = lineage["train"]["student"]
@@ -96,7 +95,10 @@ def export_model(
     if name == "adapter" and student.startswith(PRUNE):
         raise UsageError(f"{run.student}: an adapter over a pruned base, which nobody else has; export with --merged")
     if name == "adapter" and (lineage["train"].get("built") or {}).get("chat_template"):
-        _check_end(run, lineage["train"]["initialised_from"])
+        raise UsageError(
+            f"{run.student}: an adapter with student.chat_template, in place of which servers take the base's; "
+            "export with --merged"
+        )
     folder = run.path / "export" / name
     with replacing_folder(folder) as building:
         source = after_training(recipe, run) if name == "merged" else run.student
@@ -181,23 +183,6 @@ def _student_lineage(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     if "evaluate" in now and now.get("train", {}).get("fingerprint") == lineage["train"]["fingerprint"]:
         lineage["evaluate"] = now["evaluate"]
     return lineage
-
-
-def _check_end(run: RunDir, base: str) -> None:
-    """Raises UsageError if the base, as others have it, does not stop at the token that ends the student's answers."""
-    from transformers import AutoConfig, GenerationConfig
-
-    folder, tokenizer = resolve_model(base), load_tokenizer(str(run.student))
-    with explained(f"student.model: cannot load {base}"):
-        try:
-            stops = GenerationConfig.from_pretrained(folder).eos_token_id
-        except OSError:  # a model without such a file stops where its config says
-            stops = AutoConfig.from_pretrained(folder).eos_token_id
-    if tokenizer.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
-        raise UsageError(
-            f"{run.student}: the adapter's base does not end its answers with {tokenizer.eos_token}, which "
-            "student.chat_template ends them with; export with --merged"
-        )
 
 
 def _drop_sampling(path: Path) -> None:
