@@ -10,7 +10,7 @@ from typing import Literal
 from generate.dialect import Dialect
 from generate.targets import urls_now
 from pipeline.address import is_loopback, is_port_open
-from pipeline.errors import DistillError
+from pipeline.errors import DistillError, UsageError
 from pipeline.instructions import asked_of_student, told_in_words
 from pipeline.recipe import Recipe
 from pipeline.records import Message
@@ -88,8 +88,12 @@ def choose_models(recipe: Recipe, run: RunDir, keys: Sequence[str]) -> list[Mode
 
 
 def _serves(url: str, model: Model, run: RunDir) -> bool:
-    """Whether the server at the URL has loaded this very model, as its second name says. Tells of another student."""
-    served = served_models(url)
+    """Whether the server at the URL has loaded this very model, as its second name says. Tells of another."""
+    try:
+        served = served_models(url)
+    except UsageError as error:
+        print(f"warning: {error}; another one is started now", file=sys.stderr)
+        return False
     if model.name not in served:
         return False
     folder = reference_of(model.recipe, run, model.key)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
@@ -199,13 +200,13 @@ def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None)
 
 
 def is_ready(base_url: str, served_name: str) -> bool:
-    """Whether a server answers at the URL, and serves the model."""
+    """Whether a server answers at the URL, and serves the model. Raises UsageError if it refuses our key."""
     well = _read(f"{base_url.removesuffix('/v1')}/health") is not None
     return well and served_name in served_models(base_url)
 
 
 def served_models(base_url: str) -> set[str]:
-    """The models that the server at a URL names; none if it does not say."""
+    """The models that the server at a URL names; none if it does not say. Raises UsageError if it refuses our key."""
     try:
         return {model["id"] for model in json.loads(_read(f"{base_url}/models") or b"")["data"]}
     except (ValueError, KeyError, TypeError):
@@ -213,12 +214,17 @@ def served_models(base_url: str) -> set[str]:
 
 
 def _read(url: str) -> bytes | None:
-    """What a server of ours answers; None if it does not. Never asks a proxy."""
+    """What a server of ours answers; None if it does not. Raises UsageError if it refuses our key. Asks no proxy."""
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with build_opener(ProxyHandler({})).open(Request(url, headers=headers), timeout=ANSWER_S) as answer:
             body: bytes = answer.read()
+    except HTTPError as refused:
+        if refused.code in (401, 403):
+            fix = "set VLLM_API_KEY to the key that the server was started with"
+            raise UsageError(f"{url}: answers {refused.code}; {fix}") from None
+        return None
     except (OSError, HTTPException):
         return None
     return body

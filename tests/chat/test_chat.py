@@ -163,6 +163,24 @@ def test_what_runs_already_is_used_but_for_an_earlier_student(
     assert [model.state for model in choose_models(away, run, [TEACHER])] == ["ready"]
 
 
+def test_a_server_that_wants_another_key_is_told_before_a_second_one_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with misbehaving(models=["before", name_of_files("before", str(tmp_path))], key="right") as server:
+        recipe = recipe_for(server, student={"model": str(tmp_path)})
+        address = chat.models.address_of(recipe, BEFORE)._replace(port=int(server.url.split(":")[2].split("/")[0]))
+        monkeypatch.setattr(chat.models, "address_of", lambda *_: address)
+        for key, state, said in (
+            ("wrong", "starting", f"warning: {server.url}/models: answers 401; set VLLM_API_KEY "),
+            ("right", "ready", ""),
+        ):
+            monkeypatch.setenv("VLLM_API_KEY", key)
+            assert [model.state for model in choose_models(recipe, RunDir(tmp_path), [BEFORE])] == [state]
+            heard = capsys.readouterr().err
+            assert heard.startswith(said) and heard.count("\n") == bool(said)
+
+
 def test_a_teacher_whose_servers_come_and_go_is_asked_where_it_is_now(tmp_path: Path) -> None:
     urls = tmp_path / "urls.txt"
     gone = f"http://127.0.0.1:{free_port()}/v1"

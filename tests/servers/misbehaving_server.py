@@ -170,11 +170,12 @@ def misbehaving(
     engines: int = 1,
     host: str = "127.0.0.1",
     port: int = 0,
+    key: str | None = None,
 ) -> Iterator[MisbehavingServer]:
     """Serves by the script (good answers without one) until the block ends.
 
     `metrics` makes running and waiting of the requests that it has at once, as vLLM's /metrics says them, of each of
-    its `engines`.
+    its `engines`. `key`: what it wants to tell its models.
     """
     server = MisbehavingServer("")
     ready, loop = threading.Event(), asyncio.new_event_loop()
@@ -201,6 +202,8 @@ def misbehaving(
             server.at_once -= 1
 
     async def listing(request: web.Request) -> web.Response:
+        if key is not None and request.headers.get("Authorization") != f"Bearer {key}":
+            raise web.HTTPUnauthorized
         return web.json_response({"data": [{"id": name} for name in (models or [MODEL])]})
 
     async def load(request: web.Request) -> web.Response:
