@@ -1,10 +1,12 @@
 """Export: folders that transformers, PEFT, datasets and vLLM load, their cards, and the push to the Hub."""
 
+import ast
 import asyncio
 import base64
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -263,7 +265,9 @@ def test_an_adapter_with_a_chat_template_of_its_own_is_only_exported_merged(tmp_
     assert not (run.path / "export").exists()
     folder = export_model(recipe, run, merged=True)
     assert AutoModelForCausalLM.from_pretrained(folder).config.eos_token_id == END
-    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(run.student).chat_template
+    assert (
+        AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(run.student).chat_template
+    )
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
@@ -277,6 +281,33 @@ def test_a_student_that_another_recipe_trained_is_not_exported(trained: tuple[Re
 def test_there_is_nothing_to_export_before_training(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no student yet; run train first"):
         export_model(make_recipe("student"), make_run(tmp_path, story_rows(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "ollama"),
+    [
+        ('Ed\'s "run" $(x) 한글', "Edsrunx"),
+        ("$(touch here)", "touchhere"),
+        ("이야기", "student"),
+        ("-demo.1", "demo.1"),
+    ],
+)
+def test_the_commands_of_a_card_say_any_name(trained: tuple[Recipe, RunDir], name: str, ollama: str) -> None:
+    recipe, run = trained
+    lineage = json.loads(RunDir(run.student).lineage.read_bytes()) | {"name": name}
+    lineage["train"] |= {"initialised_from": f"/models/{name}"}
+
+    def commands(card: str, language: str) -> list[str]:
+        found: list[str] = re.findall(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
+        return found
+
+    card = model_card(recipe, lineage)
+    assert shlex.split(*commands(card, "sh"))[:3] == ["vllm", "serve", name]
+    assert name in {
+        node.value for node in ast.walk(ast.parse(*commands(card, "python"))) if isinstance(node, ast.Constant)
+    }
+    words = shlex.split(*commands(model_card(recipe, lineage, adapter=False, gguf=f"{name}-f16.gguf"), "sh"))
+    assert words[2] == words[8] == ollama and words[-1] == f"{name}-f16.gguf"
 
 
 def test_the_data_set_loads_whatever_tools_are_called_with(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ left out.
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -236,6 +238,9 @@ def _card(
     )
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
     environment.filters["published"] = published
+    environment.filters["quoted"] = shlex.quote  # for a shell
+    environment.filters["ollama"] = lambda name: re.sub(r"[^A-Za-z0-9._-]", "", name).strip("-.") or "student"
+    environment.filters["python"] = partial(json.dumps, ensure_ascii=False)
     environment.filters["number"] = "{:,}".format
     sections = [section for section in lineage.values() if isinstance(section, dict)]
     versions = {name: version for section in sections for name, version in section.get("versions", {}).items()}
