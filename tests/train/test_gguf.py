@@ -130,15 +130,23 @@ def test_what_cannot_be_converted_is_one_line(taught: tuple[Recipe, RunDir], tmp
     assert not (run.path / "export" / "gguf").exists() and not (run.student / ADAPTER).exists()
 
 
-def test_what_ended_the_converter_is_told_and_not_its_progress(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = (
-        "Traceback (most recent call last):\n  in write\nOSError: [Errno 28] No space left\nWriting:   0%|    | 0/215k"
-    )
+@pytest.mark.parametrize(
+    ("last", "error", "says"),
+    [
+        ("KeyError: 'x'", DistillError, r"converter .* failed: KeyError: 'x'$"),
+        ("OSError: [Errno 28] No space left", OSError, r"No space left on device: '.*/export/gguf'$"),
+        ("OSError: 8192 requested and 6464 written", OSError, r"No space left on device: '.*/export/gguf'$"),
+    ],
+)
+def test_what_ended_the_converter_is_told_and_not_its_progress(
+    taught: tuple[Recipe, RunDir], monkeypatch: pytest.MonkeyPatch, last: str, error: type[Exception], says: str
+) -> None:
+    said = f"Traceback (most recent call last):\n  in write\n{last}\nWriting:   0%|    | 0/215k"
     ended = SimpleNamespace(returncode=1, stderr=said)
     monkeypatch.setattr("train.publish.to_gguf.subprocess.run", lambda *_, **__: ended)
-    monkeypatch.setattr("train.publish.to_gguf._converter", lambda: tmp_path)
-    with pytest.raises(DistillError, match=r"converter .* failed: OSError: \[Errno 28\] No space left$"):
-        train.publish.to_gguf._convert(tmp_path, tmp_path / "file", "f16")
+    monkeypatch.setattr("train.publish.to_gguf._converter", lambda: "wheel")
+    with pytest.raises(error, match=says):
+        export_gguf(*taught, "f16")
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULTING, TAGGED])

