@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--only {','.join(names)}: no model {unknown[0]!r}; there are {', '.join(KEYS)}")
     if options.terminal and len(names) > 1:
         raise UsageError(f"--terminal is for one model, not {len(names)}; name it with --only")
+    if options.terminal and sys.stdin is None:
+        raise UsageError("--terminal: standard input is closed; run it in a terminal, or give it a file of questions")
     models = choose_models(recipe, run, [KEYS[name] for name in names])
     run.path.mkdir(parents=True, exist_ok=True)  # for the logs of servers
     with starting(models, run):

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import io
 import re
+import sys
 import time
 from contextlib import aclosing
 
@@ -20,6 +22,8 @@ CLEAR = "/clear"
 
 def talk(model: Model) -> None:
     """Talks until the input ends. Ctrl-C stops an answer. Raises DistillError if the model's server does not start."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not of its encoding must not end the talk
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # earlier questions with the arrow keys

@@ -305,6 +305,21 @@ def test_a_conversation_in_the_terminal(
     assert asked == [["hi"], [*first, "how?"], [*first, "and?"], ["last"]]  # what was not answered is not repeated
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_do_not_end_a_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    typed = io.BytesIO("hi\n안".encode()[:-1] + b"\nlast\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8", errors=errors))
+    with misbehaving(lambda asked: streaming("Hello.")) as server:
+        main([recipe_file(tmp_path, server.url), "--run", str(tmp_path / "run"), "--terminal", "--only", "teacher"])
+        assert [one.body["messages"][-1]["content"] for one in server.asked] == ["hi", "\ufffd", "last"]
+
+
+def test_a_closed_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="--terminal: standard input is closed"):
+        main([recipe_file(tmp_path), "--run", str(tmp_path / "run"), "--terminal", "--only", "teacher"])
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
