@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from pipeline.serve_config import ServeConfig
 from serve.server import free_port, serving
 from tests.tiny_student import END, kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.publish.cards import dataset_card, languages, model_card, published, without_places
-from train.publish.export import export_dataset, export_model
+from train.publish.export import export_dataset, export_gguf, export_model
 from train.rows import part_rows
 from train.run import train_run
 
@@ -276,6 +278,16 @@ def test_a_student_that_another_recipe_trained_is_not_exported(trained: tuple[Re
     other = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": "gpt-4.1"})})
     with pytest.raises(UsageError, match=r"trained with teacher 'Qwen/Qwen2\.5-7B-Instruct', but the recipe says"):
         export_model(other, run, merged=merged)
+
+
+def test_a_student_without_its_tokenizer_is_not_exported(trained: tuple[Recipe, RunDir], tmp_path: Path) -> None:
+    recipe, run = trained
+    shutil.copytree(run.student, tmp_path / "student")
+    (tmp_path / "student" / "tokenizer.json").unlink()
+    for export_student in (export_model, partial(export_gguf, kind="f16")):
+        with pytest.raises(UsageError, match=f"cannot load the tokenizer of {tmp_path}/student: "):
+            export_student(recipe, RunDir(tmp_path))
+    assert not (tmp_path / "export").exists()
 
 
 def test_there_is_nothing_to_export_before_training(tmp_path: Path) -> None:
