@@ -3,6 +3,7 @@
 Reads the recipe and the run's student/ and student-init/. Writes an adapter's student once more, merged into its base.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.lineage import read_lineage
 from pipeline.models import model_folder
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from pipeline.student_config import StudentConfig
+from pipeline.student_config import BUILT, StudentConfig
 
 TEACHER, BEFORE, AFTER = "teacher", "student_before", "student_after"  # the keys of a run's models
 
@@ -74,15 +75,31 @@ def named_student(recipe: Recipe) -> StudentConfig:
 
 
 def before_training(recipe: Recipe, run: RunDir) -> Path:
-    """The student as it was before training. Raises DistillError if it is not there."""
+    """The student as it was before training.
+
+    Raises UsageError if it is not there, or is no longer what the run's student was trained from: an adapter over
+    another model than it learned on answers wrongly, and nothing else would tell.
+    """
     student = named_student(recipe)
-    if not student.built:
-        return model_folder(student.model)
-    if not (run.student_init / "config.json").is_file():
-        raise UsageError(
-            f"{run.student_init}: student {student.model} as it was before training is not there; run train"
-        )
-    return run.student_init
+    folder = run.student_init if student.built else model_folder(student.model)
+    if student.built and not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: student {student.model} as it was before training is not there; run train")
+    trained = trained_section(run.student)
+    if (origin := trained.get("built") or trained.get("base")) and origin != origin_of(student, run):
+        raise UsageError(f"{folder}: is no longer the model that {run.student} was trained from; run train")
+    return folder
+
+
+def origin_of(student: StudentConfig, run: RunDir) -> dict[str, Any] | None:
+    """What tells a student before training from others in its folder: how it was made, or its own training.
+
+    None of a model that neither this run nor another one has made.
+    """
+    if student.built:
+        mark = run.student_init / BUILT
+        return dict(json.loads(mark.read_bytes())) if mark.is_file() else None
+    fingerprint = trained_section(Path(student.model)).get("fingerprint")
+    return {"fingerprint": fingerprint} if fingerprint else None
 
 
 def after_training(recipe: Recipe, run: RunDir) -> Path:

@@ -31,7 +31,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.resources import GIB
 from pipeline.rundir import RunDir, sync_path, sync_tree, write_jsonl, writing_weights
-from pipeline.students import trained_section
+from pipeline.students import origin_of, trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
 from train.checkpoints import AGAIN, FINGERPRINT, open_work, training_in
@@ -46,7 +46,7 @@ from train.publish.cards import CARD, model_card
 from train.rates import with_learning_rate
 from train.rows import Parts, read_parts, to_examples
 from train.setting import Setting
-from train.student import built_from, initial_student, load_tokenizer
+from train.student import initial_student, load_tokenizer
 
 if TYPE_CHECKING:
     from train.trainer import Prepared
@@ -82,7 +82,8 @@ def train_run(
     train together one writes and prints.
     Raises RecipeError, DataError or DistillError, each with the fix; nothing is trained on faulty rows.
     """
-    if recipe.student is None:
+    student = recipe.student
+    if student is None:
         raise RecipeError("the recipe has no `student` section; name the model that learns: student: {model: …}")
     processes.check(recipe.train)
     console = Console(stderr=True, soft_wrap=True, markup=False, quiet=not processes.lead)
@@ -101,7 +102,7 @@ def train_run(
     if not again and _is_trained(run, work, fingerprint):
         console.print(f"{run.student}: the student is up to date (--again trains it again)")
         if processes.lead_in_folder:
-            _complete(run, work, parts.test)
+            _complete(recipe, run, work, parts)
         return
     decide = partial(settle, run=run, console=console, accepted=recipe.train.accept, force=force, write=processes.lead)
     logprobs = run.logprobs if recipe.train.kd.teacher == "stored" else run.teacher_logprobs
@@ -120,7 +121,8 @@ def train_run(
     if processes.lead:
         log = training_log(prepared, recipe, rows) | {"learning_rate_default": rate}
         section = _lineage_section(recipe, log) | {"precision": prepared.precision, "processes": processes.count}
-        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long, "built": built_from(run, recipe)}
+        section |= {"fingerprint": fingerprint, "too_long_dropped": prepared.too_long}
+        section["built" if student.built else "base"] = origin_of(student, run)
         section |= {"weights": "full", "start": trained_section(start)} if start else {}  # a whole model is saved
         _publish(work / "student", log, {**section, "checks": msgspec.to_builtins(checks)}, recipe, run, parts.test)
         _print_result(run, prepared.seen, log, section)
@@ -255,6 +257,8 @@ def training_fingerprint(recipe: Recipe, run: RunDir, start: Path | None = None)
     }
     if config.soft and config.kd.teacher != "stored":
         settings |= recipe.teacher.model_dump(mode="json", include={"system", "examples"}, exclude_defaults=True)
+    if recipe.student and not recipe.student.built and (base := origin_of(recipe.student, run)):
+        settings["base"] = base
     if start:
         settings["start"] = trained_section(start).get("fingerprint")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -337,9 +341,14 @@ def _with_training(run: RunDir, section: dict[str, Any]) -> dict[str, Any]:
     return {stage: own for stage, own in with_section(run, "train", section).items() if stage != "evaluate"}
 
 
-def _complete(run: RunDir, work: Path, test: Iterable[Kept]) -> None:
-    """Does what is left to do after the student was saved: a kill or a full disk may have come between."""
-    write_jsonl(run.test, test)
+def _complete(recipe: Recipe, run: RunDir, work: Path, parts: Parts) -> None:
+    """Does what is left to do after the student was saved: a kill or a full disk may have come between.
+
+    A training that came to nothing may have replaced what the student was made from: that is made again.
+    """
+    if recipe.student and recipe.student.built:
+        initial_student(recipe, run, parts.train)
+    write_jsonl(run.test, parts.test)
     if read_lineage(run).get("train") != (section := trained_section(run.student)):
         write_lineage(run, _with_training(run, section))
     for left in (work, rows_folder(work)):

@@ -43,13 +43,6 @@ def initial_student(recipe: Recipe, run: RunDir, rows: Sequence[Kept] = ()) -> s
     return str(run.student_init.resolve())  # absolute: an adapter's base is found from any folder
 
 
-def built_from(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
-    """What the student was made from, if it was made first."""
-    mark = run.student_init / BUILT
-    made = recipe.student is not None and recipe.student.built and mark.is_file()
-    return dict(json.loads(mark.read_bytes())) if made else None
-
-
 def _origin(recipe: Recipe, rows: Sequence[Kept]) -> dict[str, Any]:
     """All that determines a student that is made first."""
     assert recipe.student is not None

@@ -11,7 +11,9 @@ from pipeline.adapters import torn_file
 from pipeline.errors import RecipeError, UsageError
 from pipeline.rundir import RunDir
 from pipeline.student_config import BUILT
-from tests.tiny_student import make_recipe, tiny_model
+from pipeline.students import after_training, before_training
+from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from train.run import train_run
 from train.student import initial_student, layers_kept
 
 
@@ -78,6 +80,34 @@ def test_a_pruned_student_is_built_once_and_again_when_asked_for_another(tmp_pat
     assert torn_file(run.student_init) is None
     initial_student(make_recipe("prune:3", teacher), run)
     assert AutoModelForCausalLM.from_pretrained(run.student_init).config.num_hidden_layers == 3
+
+
+def test_a_base_that_another_training_has_replaced_is_refused_until_train_has_put_it_back(tmp_path: Path) -> None:
+    teacher = str(tiny_model(tmp_path / "teacher", layers=4))
+    run = make_run(tmp_path / "run", story_rows(6))
+    recipe, other = (make_recipe(f"prune:{k}", teacher, method="lora") for k in (2, 1))
+    train_run(recipe, run)
+    weights = (before_training(recipe, run) / "model.safetensors").read_bytes()
+    initial_student(other, run)  # of a training that a check then refuses
+    with pytest.raises(UsageError, match=r"student-init: is no longer the model that .*student was trained from"):
+        after_training(recipe, run)
+    created = run.student.stat().st_ino
+    train_run(recipe, run)
+    assert (run.student.stat().st_ino, (run.student_init / "model.safetensors").read_bytes()) == (created, weights)
+    assert after_training(recipe, run).is_dir()
+
+
+def test_a_base_that_was_trained_again_since_is_refused_and_trained_on_anew(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "base", story_rows(6))
+    train_run(make_recipe(str(tiny_model(tmp_path / "model"))), base)
+    run, recipe = make_run(tmp_path / "run", story_rows(6)), make_recipe(str(base.student), method="lora")
+    train_run(recipe, run)
+    train_run(make_recipe(str(tmp_path / "model"), epochs=2), base)
+    with pytest.raises(UsageError, match=r"base/student: is no longer the model that .*run/student was trained from"):
+        before_training(recipe, run)
+    created = run.student.stat().st_ino
+    train_run(recipe, run)
+    assert run.student.stat().st_ino != created and before_training(recipe, run) == base.student
 
 
 @pytest.mark.parametrize(
