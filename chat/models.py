@@ -88,7 +88,10 @@ def choose_models(recipe: Recipe, run: RunDir, keys: Sequence[str]) -> list[Mode
 
 
 def _serves(url: str, model: Model, run: RunDir) -> bool:
-    """Whether the server at the URL has loaded this very model, as its second name says. Tells of another."""
+    """Whether the server at the URL has loaded this very model, as its second name says.
+
+    Tells of another student, and of a key that is refused.
+    """
     try:
         served = served_models(url)
     except UsageError as error:
