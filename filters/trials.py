@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
-from filters.duplicates import DEDUP_RULES
+from filters.duplicates import CONTAMINATED, DEDUP_RULES
 from filters.groups import AGREES, SELECT
 from filters.judgements import RULE as JUDGE
 from filters.judgements import Judgement, read_judgements
@@ -117,12 +117,12 @@ def sweep(run: RunDir, rules: RuleSet, shares: Sequence[int]) -> list[Subset]:
     """Writes the shares. Raises DataError if the run is not filtered, or at a bad line.
 
     Fewer rules against an answer come first, then the judge's score, then the distance to the rules' thresholds.
-    Duplicates come last, and an answer without text is in no share.
+    Duplicates come last. An answer without text, and one that `contamination` dropped, is in no share.
     """
     thresholds, total, ranks, judged = stricter(rules), 0, list[Rank](), read_judgements(run)
     for row in filtered_rows(run):
         total += 1
-        if said(row).strip():
+        if said(row).strip() and not (isinstance(row, Dropped) and row.rule == CONTAMINATED):
             ranks.append(_rank(row, thresholds, _scores(row, judged).get(JUDGE, 0.0)))
     if not ranks:
         raise DataError(f"{run.kept}: no answers to rank; run `python -m generate` and the filters first")

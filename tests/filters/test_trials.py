@@ -103,6 +103,17 @@ def test_the_best_of_a_run_become_runs(recipe: Path, capsys: pytest.CaptureFixtu
     assert len(list(read_jsonl(run.kept, Kept))) == 5  # the run itself is as it was
 
 
+def test_what_an_evaluation_asks_is_in_no_share(recipe: Path) -> None:
+    run = RunDir(recipe.with_name("run"))
+    why = [Reason(rule="contamination", what="prompt", of="test")]
+    with run.dropped.open("ab") as file:
+        file.write(encode_line(Dropped(**completion_fields("asked", "a" * 60), rule="contamination", detail=why)))
+    main([str(recipe), "--run", str(run.path), "--sweep", "100"])
+    share = RunDir(run.path / "sweep" / "100")
+    assert "twice" in names(share) and "asked" not in names(share)
+    assert {row.id: row.detail for row in read_jsonl(share.dropped, Dropped)}["asked"] == why
+
+
 def test_a_margin_is_the_share_of_stricter_thresholds_that_still_pass() -> None:
     """20, 40, 60 and 80% stricter: 20 to 100, 30 to 90, 40 to 80, 50 to 70 characters; 4, 3, 2 and 1 times."""
     rules = load_rules(FiltersConfig.model_validate({"rules": RULES}), Path("recipe.yaml"))
