@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, run, options = parse_stage(parser, argv)
     console = Console()
     if options.dry_run:
-        print_dry_run(dry_run(run, recipe_rules(recipe, options.recipe)), console)
+        print_dry_run(dry_run(recipe, run, recipe_rules(recipe, options.recipe)), console)
         return
     if options.sweep is not None:
         shares = parse_shares(options.sweep)

@@ -1,11 +1,13 @@
 """What other settings would do to a run that is filtered already: `--dry-run` and `--sweep 30,50,80`.
 
-`--dry-run` judges its rows by the recipe's rules as they are now. It reads kept.jsonl and dropped.jsonl, writes nothing
-and takes no lock. `--sweep` ranks every answer and writes the best 30, 50 and 80% as runs of their own, to train on and
-compare: `sweep/<share>/` with kept.jsonl, dropped.jsonl and lineage.json. It keeps some hundred bytes per answer.
+`--dry-run` judges its rows by the recipe's rules as they are now, with the values that their prompts have now. It reads
+kept.jsonl, dropped.jsonl, prompts.jsonl and completions.jsonl, writes nothing and takes no lock. `--sweep` ranks every
+answer and writes the best 30, 50 and 80% as runs of their own, to train on and compare: `sweep/<share>/` with
+kept.jsonl, dropped.jsonl and lineage.json. It keeps some hundred bytes per answer.
 """
 
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from filters.answer import Answer, RuleSettings, as_answer
 from filters.duplicates import CONTAMINATED, DEDUP_RULES
+from filters.fresh import fresh_values
 from filters.groups import AGREES, SELECT
 from filters.judgements import RULE as JUDGE
 from filters.judgements import Judgement, read_judgements
@@ -30,6 +33,7 @@ from filters.rules import LengthSettings, RepeatedWordSettings, ScriptRatioSetti
 from filters.ruleset import ActiveRule, RuleSet
 from pipeline.errors import DataError, UsageError
 from pipeline.lineage import read_lineage, write_lineage
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Dropped, Kept, Reason, encode_line, said
 from pipeline.rundir import RunDir, replacing
 
@@ -37,6 +41,10 @@ SHOWN = 10  # rows of each side
 SHOWN_CHARS = 200
 STEPS = (0.2, 0.4, 0.6, 0.8)  # how much stricter the thresholds are when a rule is asked again
 RANKED_OUT = "sweep"  # the rule of a row that passed all others and is not in the share
+
+DUPLICATES = "duplicates"
+# What follows the rules, and is not asked again: by the rule of a row that it dropped, its name.
+LATER = {AGREES: AGREES, **dict.fromkeys(DEDUP_RULES, DUPLICATES), JUDGE: JUDGE, SELECT: SELECT}
 
 Flip = tuple[Completion, Sequence[Reason]]
 Rank = tuple[int, float, float, float, str]
@@ -47,7 +55,9 @@ Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 class DryRun:
     """What would change: how many rows to each side, and the first of them with the reasons that drop them."""
 
+    not_asked: set[str]  # of LATER: those that the recipe has, or had when the run was filtered
     rows: int = 0
+    new_rows: int = 0  # answers that came since, which are in no other count
     kept_before: int = 0
     count: Counter[bool] = field(default_factory=Counter)  # by whether it would be kept
     first: dict[bool, list[Flip]] = field(default_factory=lambda: {True: [], False: []})
@@ -67,18 +77,27 @@ class Subset:
     mean_score: float | None  # the judge's
 
 
-def dry_run(run: RunDir, rules: RuleSet) -> DryRun:
+def dry_run(recipe: Recipe, run: RunDir, rules: RuleSet) -> DryRun:
     """Judges a filtered run's rows again. Raises DataError if it is not filtered yet, or at a bad line."""
-    result = DryRun()
-    for row in filtered_rows(run):
-        result.rows += 1
-        reasons = rules.reasons(as_answer(row))
-        if isinstance(row, Kept):
-            result.kept_before += 1
-            if reasons:
-                result.add(row, reasons, kept=False)
-        elif not reasons and row.rule not in (*DEDUP_RULES, JUDGE, AGREES, SELECT):  # none of them is asked again
-            result.add(row, row.detail, kept=True)
+    config = recipe.filters
+    wanted = {AGREES: rules.agrees, DUPLICATES: config.dedup, JUDGE: config.judge, SELECT: config.select != "all"}
+    result = DryRun({name for name, setting in wanted.items() if setting})
+    with fresh_values(run, recipe.prompts) as fresh:
+        for row in filtered_rows(run):
+            result.rows += 1
+            reasons = rules.reasons(as_answer(fresh.joined(row, b"")[0] if fresh else row))
+            if isinstance(row, Kept):
+                result.kept_before += 1
+                if reasons:
+                    result.add(row, reasons, kept=False)
+            elif row.rule in LATER:
+                result.not_asked.add(LATER[row.rule])
+            elif not reasons:
+                result.add(row, row.detail, kept=True)
+    if run.completions.exists():  # a share of --sweep has none
+        with run.completions.open("rb") as file:
+            lines = sum(not line.isspace() for line in file)
+        result.new_rows = max(0, lines - result.rows - read_lineage(run).get("filters", {}).get("bad_lines", 0))
     return result
 
 
@@ -95,6 +114,14 @@ def print_dry_run(result: DryRun, console: Console) -> None:
         f"({after / rows:.1%}). Nothing was written.",
         highlight=False,
     )
+    left_out = []
+    if result.not_asked:
+        names = ", ".join(name for name in dict.fromkeys(LATER.values()) if name in result.not_asked)
+        left_out.append(f"{names} (they come after the rules; what they dropped stays dropped)")
+    if result.new_rows:
+        left_out.append(f"{result.new_rows:,} answers that came since the run was filtered")
+    if left_out:
+        print(f"notice: not in these figures: {' and '.join(left_out)}; the filters themselves tell", file=sys.stderr)
 
 
 def _cell(flip: Flip | None, when: str) -> str:

@@ -180,3 +180,14 @@ def test_a_column_that_is_added_later_buys_nothing_twice(stage: Stage, tmp_path:
     assert len(kept) == 12
     assert all(row.reference == int(row.messages[0].content.removeprefix("say ")) for row in kept)
     assert {row.columns.get("topic") for row in kept if row.reference != 5} == {"x"}
+
+
+def test_a_dry_run_holds_answers_against_the_newest_reference(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [msgspec.structs.replace(completion(n, f"{n}"), reference=9) for n in (1, 2)]
+    stage.rules([{"rule": "matches", "as": "number"}])
+    stage.completions(b"".join(map(encode_line, rows)))
+    stage.filter()
+    prompts(stage, *(Prompt(id=f"p{n}", messages=QUESTION, reference=n) for n in (1, 2)))
+    capsys.readouterr()
+    stage.filter("--dry-run")
+    assert "0 kept (0.0%), with these rules 2 (100.0%)" in capsys.readouterr().out

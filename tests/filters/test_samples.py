@@ -427,3 +427,25 @@ def test_a_killed_run_leaves_the_old_files_and_the_next_one_writes_all(stage: St
     stage.filter(rows, RIGHT, preferences=1)
     assert [*stage.kept()] == ["a0"] and len(list(read_jsonl(stage.run.dropped, Dropped))) == 2
     assert not list(stage.run.path.glob("*.tmp"))
+
+
+def test_a_dry_run_names_what_it_does_not_ask_and_leaves_out(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = answers("a", "4", "4", "5")
+
+    def notice(*rules: dict[str, Any], **settings: Any) -> str:
+        stage.filter(rows, *rules, **settings)
+        capsys.readouterr()
+        with stage.run.completions.open("ab") as file:
+            file.writelines(map(encode_line, answers("b", *"4" * len(rules))))
+        main([str(stage.recipe), "--run", str(stage.run.path), "--dry-run"])
+        return capsys.readouterr().err
+
+    assert notice() == ""
+    assert "in these figures: select (they come after" in notice(select="first")
+    said = notice({"rule": "length"}, {"rule": "agrees"}, dedup={}, select="first")
+    assert "agrees, duplicates, select (they" in said and "and 2 answers that came since the run was filtered" in said
+    assert said.count("\n") == 1
+    data = yaml.safe_load(stage.recipe.read_text())
+    stage.recipe.write_text(yaml.safe_dump(data | {"filters": {}}))
+    main([str(stage.recipe), "--run", str(stage.run.path), "--dry-run"])
+    assert "in these figures: agrees, duplicates (they" in capsys.readouterr().err  # each dropped one then
