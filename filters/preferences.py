@@ -3,6 +3,7 @@ them. Reads the new kept.jsonl and dropped.jsonl again, at the lines of the pair
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from filters.minhash import Array
 from pipeline.prompts_config import PromptsConfig
-from pipeline.records import Completion, Message, Preference, encode_line
+from pipeline.records import Completion, Message, Preference, encode_line, said
 
 
 def write_preferences(
@@ -23,12 +24,10 @@ def write_preferences(
     """
     with kept[0].open("rb") as kept_file, wrong[0].open("rb") as wrong_file:
         for pairs in _pairs(kept[1], wrong[1]):
-            for chosen_at, rejected_at in pairs[:most]:
-                chosen, rejected = _row(kept_file, chosen_at), _row(wrong_file, rejected_at)
+            rows = ((_row(kept_file, chosen_at), _row(wrong_file, rejected_at)) for chosen_at, rejected_at in pairs)
+            for chosen, rejected in islice(filter(_comparable, rows), most):
                 if prompts.part_of(chosen) == "test":
                     break
-                if chosen.messages != rejected.messages:  # conversations that go on otherwise
-                    continue
                 file.write(
                     encode_line(
                         Preference(
@@ -48,6 +47,12 @@ def _pairs(kept: Array, wrong: Array) -> Iterator[list[tuple[int, int]]]:
     for prompt in np.intersect1d(kept["prompt"], wrong["prompt"]):
         good, bad = (_starts(rows, prompt) for rows in (kept, wrong))
         yield [(good[n % len(good)], bad[n % len(bad)]) for n in range(max(len(good), len(bad)))]
+
+
+def _comparable(pair: tuple[Completion, Completion]) -> bool:
+    """Not conversations that go on otherwise, nor the same text twice: a rule of the reasoning may drop one of them."""
+    chosen, rejected = pair
+    return chosen.messages == rejected.messages and said(chosen) != said(rejected)
 
 
 def _starts(rows: Array, prompt: np.uint64) -> list[int]:

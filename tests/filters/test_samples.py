@@ -429,6 +429,17 @@ def test_a_killed_run_leaves_the_old_files_and_the_next_one_writes_all(stage: St
     assert not list(stage.run.path.glob("*.tmp"))
 
 
+def test_two_answers_that_say_the_same_are_no_pair(stage: Stage) -> None:
+    """A rule of the reasoning drops one of two answers with one text: the pair with another one is taken instead."""
+    rows = [
+        msgspec.structs.replace(row, reasoning="so I count to four" if row.id[1] == "2" else "ok")
+        for row in [*answers("a", "4", "5", "4"), *answers("b", "4", "4", "4")]
+    ]
+    stage.filter(rows, {"rule": "length", "of": "reasoning", "min_chars": 5}, preferences=1)
+    pairs = [json.loads(line)["id"] for line in stage.run.preferences.read_bytes().splitlines()]
+    assert pairs == ["a2:a1"]
+
+
 def test_a_dry_run_names_what_it_does_not_ask_and_leaves_out(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     rows = answers("a", "4", "4", "5")
 
