@@ -14,7 +14,21 @@ from filters.answer import Answer, Pattern, TextSettings, nfc
 from pipeline.records import Reason
 
 CLOSING_CHARS = 200  # how much of the end is searched for a closing remark
-BEFORE = r"[\s*#_>-]*(?:안녕하세요[^\n.!?]{0,20}[!,.]\s*)?"  # Markdown, and a greeting
+# Markdown, emoji, what nobody sees; a quote if the whole answer is in it (else somebody in a story speaks); a greeting
+BEFORE = (
+    r"(?:_|[^\w\"“”„«»「」『』'‘’])*(?:[\"“„«「『](?=[^\"“”»」』]*[\"“”»」』]?\s*\Z))?"
+    r"(?:안녕하세요[^\n.!?]{0,20}[!,.]\s*)?"
+)
+# A refusal says that the speaker cannot help or answer. Who cannot find an order number asks for it.
+SORRY = (
+    r"(?:i(?: am|['’]m) (?:\w+ )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|sorry|unfortunately)"
+    r"(?:[^\n.!?]{0,60} but|[,.!])? "
+)
+NOT_ABLE = r"i(?: can(?:not| not|['’]t)|(?: won['’]t| will not)(?: be able to)?|(?: am|['’]m) (?:unable|not able) to)"
+HELP = (
+    r"(?:assist|help(?! but)|provide|create|write|generate|fulfil|comply|answer|discuss|share|engage|continue"
+    r"|do (?:that|this|so)\b)"
+)
 
 OPENINGS = (
     # English: consent, announcement, refusal, apology
@@ -24,9 +38,9 @@ OPENINGS = (
     r"(?:below|the following) is (?:a|an|the|your)\b",
     r"i(?:'d| would|’d) be (?:happy|glad|delighted) to\b",
     r"i(?:'m|’m| am) (?:really |very )?sorry,? but (?:i|as)\b",
-    r"(?:sorry|unfortunately),? (?:but )?i (?:can|could|am|do)(?:not|n't|n’t)?\b",
+    rf"(?:{SORRY})?{NOT_ABLE} {HELP}",
+    rf"{SORRY}i do(?: not|n['’]t) have access",
     r"i apologi[sz]e\b",
-    r"i (?:can(?:not|'t|’t)|am unable to|won't|won’t) (?:assist|help|provide|create|write|generate|fulfil|comply)",
     r"as (?:you (?:asked|requested)|requested)\b",
     # Korean
     r"물론(?:입니다|이죠|이지요|이에요|이예요|요)?\s*[!,.~]",
