@@ -2,8 +2,10 @@
 
 Thresholds are Gopher's (Rae et al. 2021, arXiv:2112.11446, table A1), computed as datatrove's GopherRepetitionFilter
 does: a repeat is a later occurrence, shares are of the characters without spaces. Gopher's lines are sentences here, as
-an answer is often a single line. The repeated span of three sentences is C4's (Raffel et al. 2020, arXiv:1910.10683).
-An n-gram is of words; a run longer than 24 characters without a space (Chinese, Japanese, 하하하…) counts by character.
+an answer is often a single line; a paragraph ends at an empty line. The repeated span of three sentences is C4's
+(Raffel et al. 2020, arXiv:1910.10683). An n-gram is of words; a run longer than 24 characters without a space (Chinese,
+Japanese, 하하하…) counts by character, and if most of a text is such runs, four characters count as a word. The most
+frequent n-gram comes three times or more: in two sentences a name may well come twice.
 """
 
 import re
@@ -18,16 +20,20 @@ from filters.answer import Answer, TextSettings
 from pipeline.records import Reason
 
 LONGEST_WORD = 24  # characters
+CHARS_PER_WORD = 4  # where no spaces show the words; measured on support replies and news in Japanese, Thai and Chinese
+TOP_COUNT = 3  # so often a top n-gram comes at least
 SHORTEST_SENTENCE = 10  # characters; shorter ones (와! 안녕!) may well come back
 OTHER_MARKS = "!?…。！？\n"  # that end a sentence, as a full stop does
-_PARAGRAPHS = re.compile(r"\n\s*")
+_PARAGRAPHS = re.compile(r"\n\s*\n")
 Part = TypeVar("Part", bound=Hashable)
 
 
 class RepetitionSettings(TextSettings):
     """Highest shares of the text, 0 to 1, that still pass; null (or an empty table) turns a measure off."""
 
-    top_ngrams: dict[int, float] = Field({2: 0.20, 3: 0.18, 4: 0.16})  # the most frequent n-gram, if it comes twice
+    top_ngrams: dict[int, float] = Field(
+        {2: 0.20, 3: 0.18, 4: 0.16}
+    )  # the most frequent n-gram, if it comes three times
     # all that come again
     duplicate_ngrams: dict[int, float] = Field({5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10})
     duplicate_sentences: float | None = Field(0.30, ge=0, le=1)  # of the number of sentences
@@ -51,18 +57,23 @@ def repetition(answer: Answer, settings: RepetitionSettings) -> Reason | None:
 
 
 def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
-    units = text.split()
-    if max(map(len, units), default=0) > LONGEST_WORD:
+    units, per_word = text.split(), 1
+    if unspaced := sum(len(unit) for unit in units if len(unit) > LONGEST_WORD):
+        per_word = CHARS_PER_WORD if 2 * unspaced > sum(map(len, units)) else 1
         units = [unit for word in units for unit in (word if len(word) > LONGEST_WORD else [word])]
+    top_ngrams, duplicate_ngrams = (
+        {n * per_word: share for n, share in table.items()}
+        for table in (settings.top_ngrams, settings.duplicate_ngrams)
+    )
     lengths = list(map(len, units))
     keys: Iterable[tuple[int, Hashable]] = enumerate(units)
-    for n in range(1, max((*settings.top_ngrams, *settings.duplicate_ngrams), default=0) + 1):
+    for n in range(1, max((*top_ngrams, *duplicate_ngrams), default=0) + 1):
         again = _same(keys)
         if not again:
             break  # if no n-gram comes twice, no longer one does
-        if n in settings.top_ngrams and (reason := _top_ngram(again, n, settings.top_ngrams[n], units, lengths)):
+        if n in top_ngrams and (reason := _top_ngram(again, n, top_ngrams[n], units, lengths)):
             return reason
-        limit = settings.duplicate_ngrams.get(n, 1.0)
+        limit = duplicate_ngrams.get(n, 1.0)
         if (share := _chars_again(again, n, lengths) / sum(lengths) if limit < 1 else 0) > limit:
             return Reason(rule="repetition", what="duplicate_ngrams", n=n, value=share, at_most=limit)
         # A longer n-gram that comes twice is two of these, a word apart: few places are left.
@@ -73,7 +84,7 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
 def _top_ngram(again: dict[int, int], n: int, limit: float, units: list[str], lengths: list[int]) -> Reason | None:
     counts, total = Counter(again.values()), sum(lengths)
     count = max(counts.values())
-    if count * n * max(lengths) / total <= limit:
+    if count < TOP_COUNT or count * n * max(lengths) / total <= limit:
         return None  # even for the longest words
     chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
     share = min(1.0, chars * count / total)
@@ -99,7 +110,7 @@ def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
     for mark in OTHER_MARKS:
         marked = marked.replace(mark, ".")
     sentences = [part for found in marked.split(".") if len(part := found.strip()) >= SHORTEST_SENTENCE]
-    paragraphs = [part for part in _PARAGRAPHS.split(text.strip()) if part] if "\n" in text else []
+    paragraphs = [part for part in map(str.strip, _PARAGRAPHS.split(text)) if part] if "\n" in text else []
     if len(set(sentences)) == len(sentences) and len(set(paragraphs)) == len(paragraphs):
         return None
     for name, parts, limit, char_limit in (

@@ -156,10 +156,11 @@ def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | 
 
 
 class EndingSettings(TextSettings):
-    marks: str = Field(".!?…。！？", min_length=1)  # characters that may end the last sentence
+    marks: str = Field(".!?…。！？｡؟।", min_length=1)  # characters that may end the last sentence
 
 
-_AFTER_THE_END = {"So", "Sk", "Cf", "Mn", "Zs", "Cc", "Pe", "Pf"}  # emoji, their modifiers, spaces, closing brackets
+# Emoji, their modifiers, spaces, closing brackets, quotes of both kinds: „…“ and »…« end with an opening one.
+_AFTER_THE_END = {"So", "Sk", "Cf", "Mn", "Zs", "Cc", "Pe", "Pf", "Pi"}
 
 
 def ending(answer: Answer, settings: EndingSettings) -> Reason | None:

@@ -42,6 +42,13 @@ def test_foreign_script(text: str, settings: dict[str, Any], leaked: str | None)
         ("잘 잤어요. 🐰✨\n", False),
         ("**끝.**", False),
         ("おしまい。", False),
+        ("Er sagte: „Wir kümmern uns darum.“", False),
+        ("Sie schrieb: »Alles erledigt.«", False),
+        ("Die Meldung lautet: ‚Fehler 5.‘", False),
+        ("هل هذا صحيح؟", False),
+        ("यह सही है।", False),
+        ("ありがとうございます｡", False),
+        ("Er sagte: „Wir“", True),
         ("그리고 토토는", True),
         ("그리고 토토는,", True),
         ("The fox ran to the", True),
@@ -67,6 +74,8 @@ def test_ending_takes_other_marks() -> None:
         (STORY + "\n\n" + STORY, "repeat"),
         ("하" * 300, "of the text"),
         ("从前有一只兔子住在森林里面很快乐" * 20, "of the text"),
+        ("大谷選手は今日も本塁打を放った、" * 6, "of the text"),
+        ("ขอบคุณที่ติดต่อเรา" * 8, "of the text"),
         ("Finn ran and ran and ran and ran and ran and ran and ran and ran and ran and ran home.", "of the text"),
         ("와! 와! 와! " + STORY, None),
         ("", None),
@@ -75,6 +84,22 @@ def test_ending_takes_other_marks() -> None:
 def test_repetition(text: str, dropped: str | None) -> None:
     said = reason("repetition", text)
     assert said is None if dropped is None else said is not None and dropped in said, said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The eggs:\n\n$$\n4 \\times 6 = 24\n$$\n\nWithout those eaten:\n\n$$\n24 - 3 = \\boxed{21}\n$$",
+        '{\n "user": {\n  "name": "Kim"\n },\n "parcel": {\n  "weight_kg": 2\n },\n "price": {\n  "eur": 5\n }\n}',
+        "订单如下，请您查收并确认：\n- 商品：台灯\n- 数量：1\n- 商品：灯泡\n- 数量：1",
+        "大谷選手が今季四十号本塁打を放ち、チームは三連勝した。大谷選手は二打点を挙げた。",
+        "パスワードをお忘れの場合は、ログイン画面の「パスワードを忘れた方」からパスワードを再設定してください。",
+        "ประเทศไทยมีเจ็ดสิบเจ็ดจังหวัด กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย",
+        "Too little sleep weakens the memory. Sleeping seven to eight hours a day improves the memory.",
+    ],
+)
+def test_short_lines_that_come_again_are_no_loop(text: str) -> None:
+    assert reason("repetition", text) is None
 
 
 @pytest.mark.parametrize(("value", "said"), [(0.2034, "20.3%"), (0.25, "25%")])
