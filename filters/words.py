@@ -19,7 +19,9 @@ _COPULA = "이|입니|인데"
 _COPULA_AFTER_VOWEL = f"{_COPULA}|였|예|라고|라는|라면|란"  # not after 달: 달라고 asks for something
 _SEVERAL = f"(?:{'|'.join(sorted(_PARTICLES.split(), key=len, reverse=True))}){{0,3}}"
 _AFTER_ENGLISH = "(?:s|es|'s|’s|s'|s’|ed|d|ing|y)?"
-_UNSPACED = re.compile(f"[{character_class('han', 'kana', 'thai')}]")
+_WITHOUT_SPACES = character_class("han", "kana", "thai")
+_UNSPACED = re.compile(f"[{_WITHOUT_SPACES}]")
+_SPACED = rf"[^\W{_WITHOUT_SPACES}]"  # a letter or digit that a word may go on with: not の after iPhone
 _HANGUL = re.compile("[가-힣]")
 _ARTICLES = {"a", "an", "the"}
 
@@ -28,6 +30,7 @@ _ARTICLES = {"a", "an", "the"}
 def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -> re.Pattern[str]:
     """Finds `word` as a word of its own: `비` in `비가 와요`, not in `나비` or `비밀`; `AI` in `AI가`, not in `PAIN`.
 
+    What is written without spaces may stand beside it: `AI` in `私はAIです`.
     `endings` also allows English plurals and endings (carrots, rained). A word of a script that is written without
     spaces is found anywhere.
     """
@@ -36,12 +39,12 @@ def whole_word(word: str, *, ignore_case: bool = False, endings: bool = False) -
     if _UNSPACED.search(word):
         return re.compile(core, flags)
     # What comes before is looked at last: a regex that begins with fixed text is searched many times as fast.
-    alone = core + (rf"(?<!\w{core})" if re.match(r"\w", word) else "")
+    alone = core + (rf"(?<!{_SPACED}{core})" if re.match(r"\w", word) else "")
     if not re.search(r"\w$", word):
         return re.compile(alone, flags)
     english = _AFTER_ENGLISH if endings and not _HANGUL.match(word[-1]) else ""
     copula = _COPULA if _ends_in_consonant(word) else _COPULA_AFTER_VOWEL
-    return re.compile(f"{alone}{english}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!\\w)", flags)
+    return re.compile(f"{alone}{english}(?:{_SEVERAL}|(?:{copula})[가-힣]{{0,5}})(?!{_SPACED})", flags)
 
 
 def _ends_in_consonant(word: str) -> bool:

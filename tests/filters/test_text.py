@@ -269,6 +269,12 @@ def test_meta_talk_takes_own_patterns() -> None:
         ("Finn the fox", "Finn was a clever FOX.", True),
         ("Finn the fox", "Finn was a clever duck.", False),
         ("月", "明月光", True),
+        ("iPhone", "新型iPhoneの電池", True),
+        ("3", "りんごを3個", True),
+        ("3", "りんごを13個", False),
+        ("AI", "私はAIです", True),
+        ("AI", "ผมเป็นAIครับ", True),
+        ("AI", "OPENAIの社員", False),
     ],
 )
 def test_adherence_finds_a_value(value: str, text: str, there: bool) -> None:
