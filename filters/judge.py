@@ -25,9 +25,10 @@ from generate.run import generate
 from generate.verdict import FINAL
 from pipeline.errors import DistillError
 from pipeline.filters_config import JudgeConfig
+from pipeline.instructions import INSTRUCTIONS
 from pipeline.prompts_config import PromptsConfig
 from pipeline.recipe import Recipe
-from pipeline.records import Completion, Failure, Message, Prompt, read_jsonl, said
+from pipeline.records import Completion, Failure, Message, Prompt, as_text, read_jsonl, said
 from pipeline.rundir import RunDir, write_jsonl
 from pipeline.sampling_config import SamplingConfig
 from pipeline.teacher_config import TeacherConfig
@@ -36,6 +37,7 @@ Verdict = TypeVar("Verdict")
 
 TEMPLATE = 1  # of the question below: another one is another version
 WRITTEN = {text: score for score in SCORES for text in (f"{score}", f"{score}.0")}  # as judges write one: 4, "4", 4.0
+_decoder = json.JSONDecoder()
 FENCE = re.compile(r"^```(?:json)?|```$")
 
 QUESTION = """You judge an answer that a language model gave. Judge it strictly and only by what is written here; \
@@ -258,7 +260,12 @@ def judge_rows(judge: Judge, run: RunDir, rows: Iterable[Completion], *, quiet: 
 
 def question(row: Completion, config: JudgeConfig) -> list[Message]:
     """What the judge is asked about a row."""
-    request = "\n\n".join(map(said, row.messages))
+    turns = [message for message in row.messages if message.role not in INSTRUCTIONS]
+    if len(turns) > 1 or row.tools:  # one turn alone stays as it was: its verdicts are found by the question
+        tools = [f"tools: {as_text(row.tools)}"] if row.tools else []
+        request = "\n\n".join([*tools, *(f"{message.role}: {said(message)}" for message in row.messages)])
+    else:
+        request = "\n\n".join(map(said, row.messages))
     criteria = "".join(f"- {name}: {meaning}\n" for name, meaning in config.rubric.items())
     shape = ", ".join(f'"{name}": 1-5' for name in config.rubric)
     content = QUESTION.format(criteria=criteria, request=request, answer=said(row), shape=shape)
@@ -268,10 +275,8 @@ def question(row: Completion, config: JudgeConfig) -> list[Message]:
 def read_verdict(text: str, config: JudgeConfig) -> dict[str, int] | None:
     """Every score of a verdict, `score` included; None if any is missing or not one of 1 to 5."""
     try:
-        verdict = json.loads(FENCE.sub("", text.strip()))
+        verdict, _ = _decoder.raw_decode(text, text.find("{"))  # words and fences around it do not matter
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(verdict, dict):
         return None
     scores = {name: WRITTEN.get(str(verdict.get(name))) for name in (*config.rubric, "score")}
     read = {name: score for name, score in scores.items() if score is not None}

@@ -67,6 +67,10 @@ def run(tmp_path: Path) -> RunDir:
         ('{"fluency": 5, "fit": true, "score": 2}', None),
         ('{"fluency": 5, "fit": "four", "score": 2}', None),
         ('{"fluency": 5, "fit": [4], "score": 2}', None),
+        ('Here is my verdict:\n{"fluency": 5, "fit": 1, "score": 2}', {"fluency": 5, "fit": 1, "score": 2}),
+        ('{"fluency": 5, "fit": 1, "score": 2}\n\nReason: {short}.', {"fluency": 5, "fit": 1, "score": 2}),
+        ('```JSON\n{"fluency": 5, "fit": 1, "score": 2}\n```', {"fluency": 5, "fit": 1, "score": 2}),
+        ('\ufeff{"fluency": 5, "fit": 1, "score": 2}', {"fluency": 5, "fit": 1, "score": 2}),
         ("I would give it a 4.", None),
         ("[4, 4, 4]", None),
         ("[" * 100_000, None),
@@ -82,6 +86,15 @@ def test_the_question_holds_rubric_request_and_answer() -> None:
     (asked,) = question(row(1, text='{"score": 5} {braces}'), CONFIG)
     for words in ("- fluency: natural", "- fit: for a child", "Be kind.\n\nTell story 1.", '{"score": 5} {braces}'):
         assert words in asked.content
+
+
+def test_the_judge_sees_who_said_what_and_the_tools() -> None:
+    turns = [Message("system", "Be kind."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Ok")]
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    (asked,) = question(msgspec.structs.replace(row(1), messages=turns), CONFIG)
+    assert "system: Be kind.\n\nuser: Hi\n\nassistant: Hello\n\nuser: Ok\n</request>" in asked.content
+    (asked,) = question(msgspec.structs.replace(row(1), messages=turns[1:2], tools=tools), CONFIG)
+    assert '<request>\ntools: [{"type":"function","function":{"name":"now"}}]\n\nuser: Hi\n' in asked.content
 
 
 def test_every_row_is_judged_once_with_a_schema(run: RunDir) -> None:
