@@ -32,7 +32,7 @@ _SELECTORS = {chr(code) for code in range(0xFE00, 0xFE10)}  # they choose how an
 _PLAIN = re.compile("[\x00-\x7f가-힣“”‘’…·—–]*")
 _PLAIN_WORDS = re.compile("[0-9a-z가-힣]+")
 _MARKS = ".,;:?…。，、；：？"
-_END_OF_WORD = re.compile(rf"(?<=[^\s{_MARKS}])[{_MARKS}]+(?!\S)")
+_END_OF_WORD = re.compile(rf"(?<=[^\s{_MARKS}])(?:[{_MARKS}]+|\s+[?？]+)(?!\S)")
 
 
 @cache
@@ -53,7 +53,8 @@ def fold(text: str) -> str:
 
 def fold_prompt(text: str) -> str:
     """The text in NFC, without case, spacing and marks after a word. Signs stay: `12 + 7` asks other than `12 - 7`."""
-    return folded(_END_OF_WORD.sub("", text))
+    seen = "".join(filter(_fold_char, text))  # without joiners and byte order marks
+    return folded(_END_OF_WORD.sub("", seen))
 
 
 def digest(text: str) -> bytes:
