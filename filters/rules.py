@@ -26,6 +26,7 @@ from filters.verify.programs import PythonSettings, python
 from filters.verify.schema import JsonSchemaSettings, ToolCallsSettings, json_schema, tool_calls
 from filters.verify.sql import SqlSettings, sql
 from filters.words import mentions, whole_word
+from pipeline.errors import RecipeError
 from pipeline.records import Reason
 
 
@@ -180,10 +181,16 @@ class AdherenceSettings(RuleSettings):
 
 
 def adherence(answer: Answer, settings: AdherenceSettings) -> Reason | None:
-    """Drops an answer that does not name the values asked for (see filters.words.mentions for how they are found)."""
+    """Drops an answer that does not name the values asked for (see filters.words.mentions for how they are found).
+
+    Raises RecipeError if a slot is a column: no answer could pass.
+    """
     missing: dict[str, list[str]] = {}
     for slot in settings.slots:
         asked = answer.slots.get(slot)
+        if asked is None and slot in answer.columns:
+            fix = f'put it into each row\'s `slots`: {{"slots": {{"{slot}": …}}}}'
+            raise RecipeError(f"filters.rules: adherence: `{slot}` is a column of the prompts and no slot; {fix}")
         if asked is None:
             return Reason(rule="adherence", what=slot)
         for value in map(nfc, (asked,) if isinstance(asked, str) else asked):

@@ -299,6 +299,14 @@ def test_adherence_names_all_that_is_missing() -> None:
     assert describe(reason) == "the prompt has no slot `character`"
 
 
+def test_a_column_is_no_slot() -> None:
+    answer = Answer("A lamp.", INSTRUCTION, "stop", {}, columns={"topic": "lamp"})
+    with pytest.raises(
+        RecipeError, match="adherence: `topic` is a column of the prompts and no slot; put it into each"
+    ):
+        rule_set({"rule": "adherence", "slots": ["topic"]}).reasons(answer)
+
+
 def test_adherence_takes_other_names() -> None:
     assert _adherence("달", "보름달이 떴어요") is not None
     assert _adherence("달", "보름달이 떴어요", aliases={"달": ["보름달"]}) is None
