@@ -31,9 +31,8 @@ Part = TypeVar("Part", bound=Hashable)
 class RepetitionSettings(TextSettings):
     """Highest shares of the text, 0 to 1, that still pass; null (or an empty table) turns a measure off."""
 
-    top_ngrams: dict[int, float] = Field(
-        {2: 0.20, 3: 0.18, 4: 0.16}
-    )  # the most frequent n-gram, if it comes three times
+    # the most frequent n-gram, if it comes three times
+    top_ngrams: dict[int, float] = Field({2: 0.20, 3: 0.18, 4: 0.16})
     # all that come again
     duplicate_ngrams: dict[int, float] = Field({5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10})
     duplicate_sentences: float | None = Field(0.30, ge=0, le=1)  # of the number of sentences

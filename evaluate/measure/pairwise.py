@@ -13,7 +13,7 @@ import msgspec
 
 from evaluate.measure.results import COMPARED, FOLDER, SCORED, JudgeResult, PairVerdict
 from evaluate.models import digest
-from filters.judge import FENCE, Judge, judge_rows, verdicts_folder
+from filters.judge import Judge, first_object, judge_rows, verdicts_folder
 from pipeline.filters_config import JudgeConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Kept, Message, Prompt, said
@@ -154,8 +154,8 @@ def pair_question(first: Kept, second: Kept, config: JudgeConfig) -> list[Messag
 def read_choice(reply: Completion, _attempt: int = 1) -> str | None:
     """A, B or tie; None if the reply is anything else."""
     try:
-        return msgspec.json.decode(FENCE.sub("", reply.text.strip()), type=Choice).better
-    except (msgspec.DecodeError, RecursionError):
+        return msgspec.convert(first_object(reply.text), Choice).better
+    except msgspec.ValidationError:
         return None
 
 

@@ -181,6 +181,7 @@ def test_the_judge_is_the_evaluation_s_else_the_filters(tmp_path: Path) -> None:
     [
         ('{"better": "A"}', "A"),
         ('```json\n{"better": "tie"}\n```', "tie"),
+        ('Here it is:\n{"better": "B"}\nThe first one rambles.', "B"),
         ('{"better": "C"}', None),
         ('{"better": ["A"]}', None),
         ("A", None),
