@@ -1,8 +1,8 @@
 """`python -m evaluate.report.checklist RECIPE [--run DIR]`: eight points of a good run, six common failures.
 
 Reads filter_report.json, checks.json, lineage.json, a person's review and report.json. Works on a run at any stage:
-what was not measured yet is unknown. If there is a report, its section `checklist` and report.html are written again.
-Ends with 1 if a point fails; with --strict also if one warns or is unknown.
+what was not measured yet is unknown. If there is a report of the student that is there, its section `checklist` and
+report.html are written again. Ends with 1 if a point fails; with --strict also if one warns or is unknown.
 
     pass   measured, and as wanted            warn      advice, or met in part
     fail   measured, and not as wanted        unknown   not measured yet, or cannot be known here
@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.document import Claim, Report, percent, read_report
+from evaluate.document import Claim, Report, percent
 from evaluate.figures.promise import AXES
-from evaluate.report.evidence import Evidence, gather
+from evaluate.report.evidence import Evidence, gather, report_of_student
 from evaluate.report.html import publish
 from pipeline.advice import ADVISED_ROWS, BALANCED_SIZES, DISTINCT_SHARE, FAIR_START, REVIEWED_ROWS, SAFE_KEEP_RATE
 from pipeline.checks import COLOURS, Check, Checklist, Status
@@ -315,12 +315,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--strict", action="store_true", help="end with 1 if a point warns or is unknown, too")
     recipe, run, options = parse_stage(parser, argv)
     run.check_there()
-    report = read_report(run)
+    report = report_of_student(run)
     found = check_run(recipe, run, report)
     print_checklist(found, Console())
     if report is not None and report.checklist != found:
         with run.locked():
-            publish(run, msgspec.structs.replace(read_report(run) or report, checklist=found))
+            if report := report_of_student(run):  # perhaps another one by now
+                publish(run, msgspec.structs.replace(report, checklist=check_run(recipe, run, report)))
     stopping = ("fail", "warn", "unknown") if options.strict else ("fail",)
     bad = [point.name for point in found.all if point.status in stopping]
     if bad:

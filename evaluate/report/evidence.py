@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from evaluate.document import Report
+from evaluate.document import Report, read_report
+from evaluate.models import student_lineage
 from filters.duplicates import DEDUP_RULES, EXACT, NEAR
 from filters.groups import SELECT
 from filters.judgements import RULE as JUDGE
@@ -52,6 +53,12 @@ class Evidence:
     checks: Mapping[str, Check] = field(default_factory=dict)  # of training, by name
     review: Result | None = None
     report: Report | None = None
+
+
+def report_of_student(run: RunDir) -> Report | None:
+    """The run's report, if it is of the student that is there; None: that one is not evaluated yet."""
+    report = read_report(run)
+    return report if report and report.lineage.get("train") == student_lineage(run).get("train") else None
 
 
 def gather(recipe: Recipe, run: RunDir, report: Report | None) -> Evidence:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import yaml
 
+import evaluate.report.checklist
 from evaluate.document import (
     SCHEMA,
     Claim,
@@ -286,6 +287,37 @@ def test_the_files_of_a_run_are_read(run: RunDir, tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "→ raise prompts.count" in out and out.endswith("8 pass, 2 warn, 1 fail, 3 unknown\n")
     assert "4 domain shift" in run.report_html.read_text(encoding="utf-8")
+
+
+def test_the_report_of_the_student_before_says_nothing_of_a_new_one(run: RunDir, tmp_path: Path) -> None:
+    write_json(run.report, msgspec.structs.replace(measured(ratio=BETTER), lineage={"train": {"created": "1"}}))
+    old, arguments = run.report.read_bytes(), [str(tmp_path / "recipe.yaml"), "--run", str(run.path), "--strict"]
+    run.student.mkdir()
+    RunDir(run.student).lineage.write_text(json.dumps({"train": {"created": "2"}}))
+    with pytest.raises(DistillError, match="three axes"):
+        main(arguments)
+    assert run.report.read_bytes() == old
+    RunDir(run.student).lineage.write_text(json.dumps({"train": {"created": "1"}}))
+    with pytest.raises(DistillError) as caught:
+        main(arguments)
+    assert "three axes" not in str(caught.value) and run.report.read_bytes() != old
+
+
+def test_what_is_written_is_found_in_the_report_that_is_there_then(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(run.report, measured(ratio=BETTER))
+
+    def evaluated_meanwhile(*_: object) -> None:
+        write_json(run.report, measured(ratio=Estimate(1.2, 1.1, 1.3)))
+
+    monkeypatch.setattr(evaluate.report.checklist, "print_checklist", evaluated_meanwhile)
+    with pytest.raises(DistillError):
+        main([str(tmp_path / "recipe.yaml"), "--run", str(run.path)])
+    report = read_report(run)
+    assert report
+    (found,) = [point for point in report.checklist.points if point.name == "student's quality"]
+    assert (found.status, found.value) == ("fail", 1.2)
 
 
 def test_answers_of_which_one_is_selected_do_not_lower_the_keep_rate(run: RunDir, tmp_path: Path) -> None:
