@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -133,12 +134,18 @@ def digest_subject(subject: Subject) -> str:
     if subject.folder is None:
         return digest(subject.reference, subject.missing)
     trained = subject.adapter or (None if subject.key in (TEACHER, BEFORE) else subject.folder)
-    parts = [subject.reference] + ([digest_files(trained)] if trained else [])
+    parts = [subject.reference] + ([_digest_folder(trained, *stamp_files(trained))] if trained else [])
     if (subject.folder / BUILT).is_file():
         parts.append((subject.folder / BUILT).read_text())
     if trained != subject.folder:
         parts += stamp_files(subject.folder, times=is_path(subject.reference))
     return digest(*parts)
+
+
+@lru_cache
+def _digest_folder(folder: Path, *_stamps: str) -> str:
+    """digest_files; what has the same stamps is not read again."""
+    return digest_files(folder)
 
 
 def digest(*parts: str) -> str:

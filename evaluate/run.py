@@ -29,6 +29,7 @@ from evaluate.measure.results import (
     PerplexityResult,
     Plan,
     ProbeResult,
+    Result,
     Results,
     SpeedResult,
     TaskResult,
@@ -168,7 +169,7 @@ def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: b
             say(f"{subject.label}: perplexity of {len(rows)} {what} ({plan.dtype} on {plan.device})")
             try:
                 scores = measure_perplexity(subject, asked, plan.recipe.train, dtype=plan.dtype, device=plan.device)
-                result = entry.write(scores)
+                result = _cache(plan, subject, entry, scores)
             except RecipeError as error:
                 if not is_quantised(subject.folder):
                     raise
@@ -243,11 +244,21 @@ def _serve_one(plan: Plan, subject: Subject, *, measure: bool) -> dict[str, Any]
     say(f"{subject.label}: starting vLLM, about a minute, for {what}")
     with serve_subject(plan.recipe, plan.run, subject) as (server, folder):
         for name, one in missing.items():
-            found[name] = one.entry.write(one.measure(server, folder))
+            found[name] = _cache(plan, subject, one.entry, one.measure(server, folder))
             if name == "speed":
                 rates = found[name].rates
                 say(f"{subject.label}: {min(rates):.1f} to {max(rates):.1f} tokens/s")
     return found
+
+
+def _cache(plan: Plan, subject: Subject, entry: Entry, result: Result) -> Result:
+    """Writes what was measured of a model. Raises DistillError if its weights are others than the plan names."""
+    if digest_subject(subject) != plan.weights[subject.key]:
+        raise DistillError(
+            f"{subject.label}: {subject.adapter or subject.folder} changed while it was measured; "
+            "run the same command again"
+        )
+    return entry.write(result)
 
 
 def _tell_gone(old: Report, new: Report) -> None:

@@ -16,11 +16,11 @@ from evaluate.__main__ import main
 from evaluate.document import Estimate, Report, exactly
 from evaluate.figures.quality import perplexity_figures
 from evaluate.measure.perplexity import score_rows
-from evaluate.measure.results import Burst, Entry, Lone, RowScore, SpeedResult, read_test
+from evaluate.measure.results import FOLDER, Burst, Entry, Lone, RowScore, SpeedResult, read_test
 from evaluate.models import digest_subject, engine_folder, load, subjects
 from evaluate.run import evaluate_run, make_plan
 from pipeline.adapters import measure_weights
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, DistillError, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.recipe import Recipe
 from pipeline.records import encode_line
@@ -180,6 +180,25 @@ def test_a_new_student_is_scored_anew_and_the_others_are_not(run: RunDir, recipe
     assert perplexity_in(second, AFTER) != perplexity_in(first, AFTER)
     assert second.models[2].figure("engine", "tokens_per_s") is None  # the old student's speed is not this one's
     assert second.models[0].figures["engine"]["tokens_per_s"].value == 10
+
+
+def test_what_is_measured_of_weights_that_changed_meanwhile_is_not_kept_as_that_of_the_old_ones(
+    run: RunDir, recipe: Recipe, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = evaluate.measure.perplexity.load
+
+    def trained_first(subject: Any, **options: Any) -> Any:
+        if subject.key == AFTER:
+            shift_weights(run.student)
+        return counting(subject, **options)
+
+    monkeypatch.setattr(evaluate.measure.perplexity, "load", trained_first)
+    with pytest.raises(DistillError, match=r"^student after: .*student changed while it was measured; run the same"):
+        evaluate_run(recipe, run, PATH, speed=False)
+    assert not (run.path / FOLDER / f"perplexity-{AFTER}.json").exists()
+    monkeypatch.setattr(evaluate.measure.perplexity, "load", counting)
+    evaluate_run(recipe, run, PATH, speed=False)
+    assert loaded == ["teacher", "student_before", "student_after", "student_after"]
 
 
 def test_a_local_teacher_and_base_with_other_weights_are_scored_anew(
