@@ -6,7 +6,7 @@ command goes on after an interrupt.
 """
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from chain.last_words import last_words
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
 def check_files(recipe: Recipe, run: RunDir, recipe_path: Path) -> None:
     """Raises RecipeError or DataError if a file that the filters or the evaluation read cannot be read."""
     if recipe.filters.dedup:
-        dedup_sources(recipe.filters.dedup, run, recipe_path)
+        with ExitStack() as stack:
+            dedup_sources(recipe.filters.dedup, run, recipe_path, stack)
     if recipe.evaluate.probes_file:
         read_probes(recipe)
 

@@ -47,8 +47,11 @@ def dedup_rules(config: DedupConfig | None) -> list[dict[str, Any]]:
     return [{"rule": rule, **settings} for rule, settings in at_work.items() if settings is not None]
 
 
-def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[Source]:
-    """The files that answers are compared with. Raises RecipeError if one is not there, or is this run's own."""
+def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path, stack: ExitStack) -> list[Source]:
+    """The files that answers are compared with, open until the stack ends.
+
+    Raises RecipeError if one is not there, or is this run's own.
+    """
     sources = []
     wanted = [(Kind.EVALUATION, "contamination", *one) for one in enumerate(config.contamination)]
     wanted += [(Kind.OTHER_RUN, "against", *one) for one in enumerate(config.against)]
@@ -66,7 +69,7 @@ def dedup_sources(config: DedupConfig, run: RunDir, recipe_path: Path) -> list[S
                 stage = "filters" if kind is Kind.OTHER_RUN else "train"
                 fix = f"name a run's folder, and run `{stage}` there first" if file != path else "name a file or a run"
                 raise RecipeError(f"{where}: {file}: no such file; {fix}")
-            sources.append(Source(file, kind, str(path)))
+            sources.append(Source(stack.enter_context(file.open("rb")), kind, str(path)))
     return sources
 
 
@@ -108,20 +111,19 @@ def find_duplicates(
     order = np.lexsort((rows["id"], -better, kinds))
     found: dict[int, Reason] = {}
     same = {"answer": config.exact, "prompt": config.prompts is not None}  # whether they may be like one of this run
-    with ExitStack() as stack:
-        reader = Reader(sketches, config, stack)
-        searches = [
-            search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
-            for what, threshold in thresholds(config).items()
-        ]
-        for row in order[alive[order]].tolist():
-            matches = [match for one in searches if row >= own and (match := one.match(row))]
-            if matches:
-                match = next((match for match in matches if match.of < evaluated), matches[0])
-                found[row - own] = _reason(match, evaluated, sketches, reader)
-            else:
-                for one in searches:
-                    one.add(row)
+    reader = Reader(sketches, config)
+    searches = [
+        search(what, rows[what], alive, len(rows) if same[what] else evaluated, threshold, reader)
+        for what, threshold in thresholds(config).items()
+    ]
+    for row in order[alive[order]].tolist():
+        matches = [match for one in searches if row >= own and (match := one.match(row))]
+        if matches:
+            match = next((match for match in matches if match.of < evaluated), matches[0])
+            found[row - own] = _reason(match, evaluated, sketches, reader)
+        else:
+            for one in searches:
+                one.add(row)
     return found
 
 

@@ -114,13 +114,13 @@ def filter_run(
     """
     rules, config, machine = recipe_rules(recipe, recipe_path), recipe.filters, machine or Machine()
     dedup = _dedup(config, rules)
-    sources = dedup_sources(dedup, run, recipe_path) if dedup else []
     if not run.completions.exists():
         raise DataError(f"{run.completions}: no such file; run `python -m generate` first")
     read_lineage(run)  # it is added to at the end: if it cannot be read, say so before anything is replaced
     wanted, stale = ([run.preferences], []) if config.preferences else ([], [run.preferences])
     path = run.path / "survivors.jsonl.tmp"
     with ExitStack() as stack:
+        sources = dedup_sources(dedup, run, recipe_path, stack) if dedup else []
         staging = staged([run.kept, run.dropped, run.filter_report, run.lineage, *wanted], stale)
         kept, dropped, report_file, lineage_file, *preferences = stack.enter_context(staging)
         stack.callback(path.unlink, missing_ok=True)
@@ -142,7 +142,8 @@ def filter_run(
         sketches = None
         if dedup:
             others = [(source, machine.sketch_file(source, dedup)) for source in sources]
-            sketches = joined([*others, (Source(path, Kind.OWN, "this run"), own)], dedup)
+            survived = stack.enter_context(path.open("rb"))
+            sketches = joined([*others, (Source(survived, Kind.OWN, "this run"), own)], dedup)
         if config.judge:
             copies = exact_copies(sketches, dedup, survivors.gone) if dedup and sketches else {}
             _ask_judge(recipe, run, survivors, copies, tally)

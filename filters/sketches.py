@@ -4,13 +4,12 @@ Reads kept.jsonl of other runs and evaluation files; this run's rows are sketche
 nothing. The texts stay on disk: a row that looks like another is read again.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from enum import IntEnum
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import msgspec
@@ -47,9 +46,9 @@ class Kind(IntEnum):
 
 
 class Source(NamedTuple):
-    """A file of rows; `name` is what reports call it."""
+    """A file of rows, and what reports call it. It stays open: what takes its place meanwhile is not read."""
 
-    path: Path
+    file: BinaryIO
     kind: Kind
     name: str
 
@@ -139,19 +138,19 @@ def joined(parts: Sequence[tuple[Source, Sequence[Array]]], config: DedupConfig)
 
 def sketch_file(source: Source, config: DedupConfig) -> list[Array]:
     """Reads another run's or an evaluation's rows. Raises DataError `path:line: reason` at a line that is no row."""
-    with source.path.open("rb") as file:
-        texts = _texts(file, source)
-        return [sketch(batch, config) for batch in iter(lambda: [*islice(texts, BATCH)], [])]
+    texts = _texts(source)
+    return [sketch(batch, config) for batch in iter(lambda: [*islice(texts, BATCH)], [])]
 
 
-def _texts(file: BinaryIO, source: Source) -> Iterator[Text]:
-    for number, (start, line) in enumerate(read_lines(file, 0, source.path.stat().st_size), start=1):
+def _texts(source: Source) -> Iterator[Text]:
+    size = os.fstat(source.file.fileno()).st_size
+    for number, (start, line) in enumerate(read_lines(source.file, 0, size), start=1):
         if line is not None and line.isspace():
             continue
         try:
             yield _text(line, start, source.kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{source.path}:{number}: {error}") from None
+            raise DataError(f"{source.file.name}:{number}: {error}") from None
 
 
 class _Row(msgspec.Struct):
@@ -184,9 +183,8 @@ def _text(line: bytes | None, start: int, kind: Kind) -> Text:
 class Reader:
     """Reads rows again, by number: their ids, and their n-grams to compare."""
 
-    def __init__(self, sketches: Sketches, config: DedupConfig, stack: ExitStack) -> None:
+    def __init__(self, sketches: Sketches, config: DedupConfig) -> None:
         self._sketches = sketches
-        self._files = [stack.enter_context(source.path.open("rb")) for source in sketches.sources]
         self.config = config
 
     def ngrams_of(self, name: str) -> Callable[[int], Array]:
@@ -198,6 +196,6 @@ class Reader:
         return _compared(self.text(number), name, self.config)
 
     def text(self, number: int) -> Text:
-        index, start = self._sketches.source(number), int(self._sketches.rows["start"][number])
-        self._files[index].seek(start)
-        return _text(self._files[index].readline(), start, self._sketches.sources[index].kind)
+        source, start = self._sketches.sources[self._sketches.source(number)], int(self._sketches.rows["start"][number])
+        source.file.seek(start)
+        return _text(source.file.readline(), start, source.kind)

@@ -22,9 +22,10 @@ import filters.stream
 from filters.__main__ import main
 from filters.minhash import GLIMPSE, agreement, band_keys, fold, fold_prompt, jaccard, ngrams, shape_for, signatures
 from filters.reasons import describe
+from filters.sketches import joined
 from pipeline.errors import DataError, RecipeError
 from pipeline.records import Completion, Dropped, Kept, Message, Reason, encode_line, read_jsonl
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, write_jsonl
 from tests.completion_fields import completion_fields
 
 ROOT = Path(__file__).parents[2]
@@ -300,6 +301,24 @@ def test_answers_like_those_of_another_run_are_dropped(stage: Stage) -> None:
     }
     assert describe(stage.dropped()["b"]) == f"the same answer as x in {other}"
     assert [row.id for row in read_jsonl(RunDir(other).kept, Kept)] == ["x", "y"]
+
+
+def test_another_run_that_is_filtered_meanwhile_is_read_as_it_was(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = story(6)
+    stage.filter([completion("x", story(8)), completion("y", first)], run="first")
+    other = stage.run
+
+    def filtered_meanwhile(*arguments: Any) -> Any:
+        write_jsonl(other.kept, list(read_jsonl(other.kept, Kept))[1:])
+        return joined(*arguments)
+
+    monkeypatch.setattr(filters.run, "joined", filtered_meanwhile)
+    row = completion("a", edited(first, 3))
+    stage.filter([row], against=[str(other.path)])
+    similar = similarity(first, row.text)
+    assert stage.dropped() == {"a": like("near_duplicate", "y", similar, source=str(other.path))}
 
 
 def test_nothing_that_an_evaluation_asks_or_expects_is_kept(stage: Stage, tmp_path: Path) -> None:

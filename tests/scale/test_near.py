@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -32,14 +33,14 @@ def texts(count: int, seed: int) -> list[str]:
     return made
 
 
-def written(path: Path, rows: list[str]) -> Path:
+def opened(path: Path, rows: list[str]) -> BinaryIO:
     with path.open("wb") as file:
         for number, text in enumerate(rows):
             words = random.Random(f"{path.stem} {number % 300}").choices(WORDS, k=12)  # no file asks what another asks
             prompt = [Message(role="user", content=" ".join(words))]
             row = Completion(**completion_fields(f"{number * 7919 % 1_000_003:032x}", text, messages=prompt))
             file.write(encode_line(row))
-    return path
+    return path.open("rb")
 
 
 def in_pieces(sketches: Sketches) -> "type[Searcher]":
@@ -77,9 +78,9 @@ def test_the_same_rows_are_dropped_for_the_same_reasons(
 ) -> None:
     config = DedupConfig(near=near, prompts=prompts, of=of, ngram=3)
     made = texts(400, seed=1)
-    held_out = Source(written(tmp_path / "held_out.jsonl", made[5:60] + texts(40, seed=2)), Kind.EVALUATION, "held out")
-    other = Source(written(tmp_path / "other.jsonl", texts(100, seed=3) + made[100:130]), Kind.OTHER_RUN, "other")
-    own = Source(written(tmp_path / "own.jsonl", made), Kind.OWN, "this run")
+    held_out = Source(opened(tmp_path / "held_out.jsonl", made[5:60] + texts(40, seed=2)), Kind.EVALUATION, "held out")
+    other = Source(opened(tmp_path / "other.jsonl", texts(100, seed=3) + made[100:130]), Kind.OTHER_RUN, "other")
+    own = Source(opened(tmp_path / "own.jsonl", made), Kind.OWN, "this run")
     parts = [(source, sketch_file(source, config)) for source in (held_out, other, own)]
     sketches = joined(parts, config)
     rng = random.Random(4)
