@@ -63,6 +63,7 @@ class Setup:
     folder: Path  # of the experiment
     options: Namespace
     text: bytes  # of the recipe, when the experiment began
+    read: dict[Path, int] = field(default_factory=dict)  # when each kept.jsonl that was read had last changed
 
     def stage(self, name: str, run: RunDir, *flags: str) -> int:
         """Runs a stage with the user's flags and further ones. Returns 0, or 4 where some requests failed for good.
@@ -75,6 +76,11 @@ class Setup:
                 "the same command goes on, and does again what the change touches"
             )
         return stage(name, run, self.path, [*self.flags, *flags])
+
+    def rows(self, run: RunDir) -> Sequence[Kept]:
+        """The kept rows of a run that arms are made from."""
+        self.read[run.kept] = run.kept.stat().st_mtime_ns
+        return read_rows(run)
 
     def recipe_of(self, arm: "Arm") -> Recipe:
         """The recipe with the arm's values."""
@@ -112,7 +118,7 @@ def _keep_rate(setup: Setup) -> Design:
     """The best shares of all answers except those to test prompts; answers that the rules drop are ranked, too."""
     shares = parse_shares(setup.options.shares)
     base = _answered(setup, setup.base)
-    test = part_rows(read_rows(base), setup.recipe.prompts).test
+    test = part_rows(setup.rows(base), setup.recipe.prompts).test
     pool = _pool(setup, base, test)
     setup.stage("filters", pool, "--sweep", ",".join(map(str, shares)))
     kept = {f"keep-{share}": RunDir(pool.path / "sweep" / str(share)) for share in shares}
@@ -168,7 +174,7 @@ def _teachers(setup: Setup) -> Design:
         raise UsageError(f"{other.path}: it holds the answers of {asked}, not of {wanted}; remove this folder")
     _answered(setup, other, *flags, anew=True)  # both: a run of an earlier recipe would have other prompts and rules
     base = _answered(setup, setup.base, anew=True)
-    rows = {"A": read_rows(base), "B": read_rows(other)}
+    rows = {"A": setup.rows(base), "B": setup.rows(other)}
     test = part_rows([*rows["A"], *rows["B"]], setup.recipe.prompts).test
     arms = [_arm(setup, "a", base, test, []), _arm(setup, "b", other, test, flags)]
     names = {"A": setup.recipe.teacher.model, "B": setup.options.b_model}
@@ -202,7 +208,7 @@ def _human(setup: Setup) -> Design:
     read_human(path, config)  # a faulty file is told before the teacher is paid
     base = _answered(setup, setup.base)
     asked = list(read_jsonl(base.prompts, Prompt)) if base.prompts.is_file() else []
-    sources = {"teacher": read_rows(base), "human": read_human(path, config, asked)}
+    sources = {"teacher": setup.rows(base), "human": read_human(path, config, asked)}
     test = part_rows([*sources["teacher"], *sources["human"]], config).test
     parts = {name: part_rows(rows, config, test) for name, rows in sources.items()}
     tested = {question_text(prompt.messages) for prompt in asked if config.part_of(prompt) == "test"}
@@ -234,7 +240,7 @@ def _soft(setup: Setup) -> Design:
     for flags in methods.values():  # what cannot be trained is told before the first arm
         check_followed(load_recipe(setup.path, [*setup.flags, *flags]))
     base = _answered(setup, setup.base)
-    test = part_rows(read_rows(base), setup.recipe.prompts).test
+    test = part_rows(setup.rows(base), setup.recipe.prompts).test
     arms = [_arm(setup, name, base, test, flags) for name, flags in methods.items()]
     return Design(arms, {"": test}, "the same rows and trained weights in every arm; on_policy adds its own steps")
 
@@ -244,7 +250,7 @@ def _seeds(setup: Setup) -> Design:
     if setup.options.seeds < 2:
         raise UsageError(f"--seeds {setup.options.seeds}: give at least 2, so that there is a spread")
     base, first = _answered(setup, setup.base), setup.recipe.train.seed
-    test = part_rows(read_rows(base), setup.recipe.prompts).test
+    test = part_rows(setup.rows(base), setup.recipe.prompts).test
     seeds = range(first, first + setup.options.seeds)
     arms = [_arm(setup, f"seed-{seed}", base, test, ["--train.seed", str(seed)]) for seed in seeds]
     return Design(arms, {"": test}, "the same rows and settings in every arm, but for the seed of the training")
@@ -297,7 +303,10 @@ def _by_source(sources: Mapping[str, Sequence[Kept]], test: Sequence[Kept]) -> d
 
 
 def _arm(setup: Setup, name: str, rows: RunDir, test: Sequence[Kept], flags: list[str]) -> Arm:
-    """An arm's run directory, with the rows of another one; the test rows are a file of the experiment."""
+    """An arm's run directory, with the rows of another one; the test rows are a file of the experiment.
+
+    Raises UsageError if those rows are others than the experiment has read.
+    """
     run = RunDir(setup.folder / name)
     run.path.mkdir(parents=True, exist_ok=True)
     shared = setup.folder / "test.jsonl"
@@ -313,6 +322,11 @@ def _arm(setup: Setup, name: str, rows: RunDir, test: Sequence[Kept], flags: lis
         if rows.logprobs.is_file():
             run.logprobs.symlink_to(rows.logprobs.resolve())
         own, given = read_lineage(run), read_lineage(rows)
+        if rows.kept in setup.read and rows.kept.stat().st_mtime_ns != setup.read[rows.kept]:
+            raise UsageError(
+                f"{rows.kept}: filtered again while the arms were made, so they would learn from different rows; "
+                "the same command makes them again"
+            )
         sections: dict[str, Any] = {key: given[key] for key in ("generate", "filters") if key in given}
         write_lineage(run, {"name": run.path.name, **own, **sections})
     return Arm(name, run, [*flags, "--train.test_rows", str(shared)])

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
+import experiments.arms
 from experiments.__main__ import share_measurements
 from experiments.arms import EXPERIMENTS, Arm, Setup, _other_teacher
 from pipeline.errors import UsageError
 from pipeline.recipe import load_recipe
-from pipeline.records import Prompt, encode_line
-from pipeline.rundir import RunDir
+from pipeline.records import Kept, Prompt, encode_line, read_jsonl
+from pipeline.rundir import RunDir, write_jsonl
 from pipeline.section import PriceConfig
 from tests.tiny_student import kept_row, make_run, story_rows
 from train.rows import read_parts
@@ -67,6 +68,27 @@ def test_an_arm_has_the_pairs_and_the_logprobs_of_its_rows(tmp_path: Path) -> No
     run.logprobs.unlink()
     arm = EXPERIMENTS["seeds"].prepare(setup).arms[0]
     assert not arm.run.preferences.exists() and not arm.run.logprobs.exists()
+
+
+def test_arms_are_not_made_of_rows_that_change_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run = tmp_path / "recipe.yaml", make_run(tmp_path / "run", story_rows(20))
+    path.write_text(json.dumps({"name": "x", "teacher": {"model": "t"}, "prompts": {"template": "Hi", "count": 1}}))
+    run.dropped.write_bytes(b"")
+    setup = Setup(
+        load_recipe(path), path, [], run, tmp_path / "experiment", Namespace(seeds=2, no_speed=True), path.read_bytes()
+    )
+
+    def filtered_meanwhile(*_: object) -> None:
+        write_jsonl(run.kept, story_rows(19))
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UsageError, match=r"kept\.jsonl: filtered again while the arms"),
+    ):
+        patched.setattr(experiments.arms, "write_lineage", filtered_meanwhile)  # the end of the first arm
+        EXPERIMENTS["seeds"].prepare(setup)
+    arms = EXPERIMENTS["seeds"].prepare(setup).arms
+    assert [len(list(read_jsonl(arm.run.kept, Kept))) for arm in arms] == [19, 19]
 
 
 @pytest.mark.parametrize(
