@@ -53,7 +53,7 @@ def fold(text: str) -> str:
 
 def fold_prompt(text: str) -> str:
     """The text in NFC, without case, spacing and marks after a word. Signs stay: `12 + 7` asks other than `12 - 7`."""
-    seen = "".join(filter(_fold_char, text))  # without joiners and byte order marks
+    seen = text if _PLAIN.fullmatch(text) else "".join(filter(_fold_char, text))  # without joiners, byte order marks
     return folded(_END_OF_WORD.sub("", seen))
 
 

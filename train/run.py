@@ -304,7 +304,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
         "student": recipe.student.model,
         "system": system_of_student(recipe),
         "teacher": recipe.teacher.model,
-        "initialised_from": _origin(recipe),
+        "initialised_from": _initialised_from(recipe),
         "parts": recipe.prompts.parted_by,
         "hyperparameters": recipe.train.model_dump(mode="json"),
         **{name: log[name] for name in ("method", "weights", "seed", "saved_step", "learning_rate_default")},
@@ -319,7 +319,7 @@ def _lineage_section(recipe: Recipe, log: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _origin(recipe: Recipe) -> str | None:
+def _initialised_from(recipe: Recipe) -> str | None:
     """The model whose weights the student began with; None of a new one."""
     assert recipe.student is not None
     if recipe.student.new:

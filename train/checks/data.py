@@ -114,8 +114,8 @@ def _filters(
         finding, fix = f"{finding}, and the run has {answers:,}", "run `python -m filters` again"
     now = {"rules_digest": config.rules_digest, **config.model_dump(mode="json", include={"dedup", "select"})}
     if edited := [name for name in now if name in section and section[name] != now[name]]:
-        finding = f"{finding}; filters.{edited[0].removesuffix('_digest')} is another one in the recipe now"
-        fix = "run `python -m filters` again, or give this stage the flags that it was given"
+        finding = f"{finding}; since then filters.{edited[0].removesuffix('_digest')} was changed in the recipe"
+        fix = "run `python -m filters` again, or give `train` the flags that `filters` had"
     yield graded("filters", rules, finding, passes=rules > 0 and not behind and not edited, otherwise="warn", fix=fix)
 
     rate, kept = section["keep_rate"], "of the answers were kept"

@@ -42,7 +42,7 @@ TOKEN_VARIABLE = "HF_TOKEN"
 JSON_TEXTS = ("slots", "reference", "columns", "scores")  # columns of the data set that hold JSON as text
 # Written anew, or of no use elsewhere.
 NOT_PASSED_ON = {"lineage.json", "training_log.json", "training_args.bin", MERGED_FROM, CARD}
-# What stays of generation_config.json: no answer that was scored came of the base's own sampling and penalties.
+# What stays of generation_config.json. The base's sampling and penalties had no part in what was scored.
 GENERATION_KEEPS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "transformers_version"}
 # The files of an adapter or a whole model that another one's do not replace, and that would be loaded with them.
 LOADED = re.compile(
