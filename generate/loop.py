@@ -22,6 +22,7 @@ from generate.jobs import Job, completed, failed, outcomes
 from generate.reply import Answer, Choices, Fault
 from generate.schedule import BACKOFF, Schedule, wait_s
 from generate.verdict import (
+    REFUSED_LATER,
     EndRun,
     Fail,
     Pause,
@@ -74,9 +75,10 @@ class Loop:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._changed = fleet.changed  # also set when a request has ended, or the run is to end
         self._ended_by: Outcome = None  # None: it goes on
+        self._answered_at = monotonic()  # the last answer, or the start
         self._waits_until = inf  # time.monotonic: how long a run that is to end waits for what is in flight
-        # The refusals of a call that has had nothing but refusals, all alike; None once it has had something else.
-        self._held_back: list[list[Failure]] | None = []
+        self._held_back: list[list[Failure]] = []  # the last refusals, all alike, with nothing else between
+        self._only_refused = True  # the call has had nothing else at all
 
     async def run(self) -> Outcome:
         """Sends every request and returns how that ended."""
@@ -204,6 +206,7 @@ class Loop:
             all_down_s=self._fleet.all_down_s(now),
             others_up=self._fleet.others_up(endpoint),
             refused_alike=self._refused_alike(fault),
+            quiet_s=now - self._answered_at,
             has_time=endpoint.timeout_s(job.spent_s) > 0,
             teaches=self._dialect.teaches(fault, job),
         )
@@ -229,7 +232,7 @@ class Loop:
                 self._schedule.put_back(job, now)
             case Fail():
                 failures = failed(job, fault, endpoint=endpoint.url, sampling=attempt.sampling)
-                if verdict.held_back and self._held_back is not None:
+                if verdict.held_back:
                     self._held_back.append(failures)
                 else:
                     self._release()
@@ -249,6 +252,7 @@ class Loop:
         if not answers:
             return []
         self._release()
+        self._answered_at = now
         endpoint, latency_s = attempt.endpoint, now - attempt.sent
         records = [
             completed(part, answer, latency_s=latency_s, endpoint=endpoint.url, sampling=attempt.sampling)
@@ -261,23 +265,23 @@ class Loop:
         return [answer.usage for _, answer in answers]
 
     def _refused_alike(self, fault: Fault) -> int:
-        """How many requests were refused as this one was, if the call has had nothing else; this one included."""
-        if self._held_back is None:
+        """How many requests in a row were refused as this one was, this one included; 0: it is this prompt's fault."""
+        if not self._only_refused and fault.error != REFUSED_LATER:
             return 0
         alike = all((one.error, one.status) == (fault.error, fault.status) for one, *_ in self._held_back[:1])
         return len(self._held_back) + 1 if alike else 0
 
     def _release(self) -> None:
-        """The call has had something other than one kind of refusal: the refused requests were at fault themselves."""
-        held_back, self._held_back = self._held_back, None
+        """There was something other than one kind of refusal: the refused requests were at fault themselves."""
+        held_back, self._held_back, self._only_refused = self._held_back, [], False
         if not self._ended_by:  # else they are asked again by the next call
-            for failures in held_back or ():
+            for failures in held_back:
                 self._run.record_failures(*failures)
 
     def _all_sent(self) -> Outcome:
         """The end of a run that has sent everything; with nothing but 403 in answer, ever, it is not finished."""
-        answered_earlier = len(self._run.completions.found.ids) > 0
-        if self._held_back and not answered_earlier and (first := self._held_back[0][0]).error == "forbidden":
+        never_answered = self._only_refused and not self._run.completions.found.ids
+        if self._held_back and never_answered and (first := self._held_back[0][0]).error == "forbidden":
             return AllRefused(refused_by_all(first, first.endpoint, len(self._held_back)))
         self._release()
         return None

@@ -5,6 +5,7 @@ caller gives, which hides secrets (pipeline.address) and shortens.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import accumulate, pairwise
@@ -20,7 +21,11 @@ from pipeline.turns_and_tools import ToolCall
 Shape = TypeVar("Shape")
 
 MESSAGE_CHARS = 1000  # of a server's words, kept in an error
-BROKEN_OFF = ("error", "abort")  # finish reasons of vLLM, SGLang and gateways: the answer is not whole
+# Finish reasons. The answer is not whole: of vLLM, SGLang and gateways, DeepSeek, Zhipu.
+BROKEN_OFF = ("error", "abort", "insufficient_system_resource", "network_error")
+# A filter cut it: OpenAI's, which Gemini gives with a cause behind a colon; Gemini's own, through gateways; Zhipu's.
+FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
+GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
 
 
@@ -49,7 +54,8 @@ class Fault(NamedTuple):
     @property
     def maybe_billed(self) -> bool:
         """Whether the endpoint may have worked on it: an answer of no use, or one that never came whole."""
-        return self.status == 200 or (self.status is None and self.error != "unreachable")
+        never_whole = self.status is None and self.error != "unreachable"
+        return self.status == 200 or self.status in GATEWAY_TIMEOUTS or never_whole
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]  # anything else is no count
@@ -117,7 +123,9 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
         return reply
     # A gateway passes on an error of the model behind it; without choices an empty one is an error, too.
     if reply.error or (reply.error is not None and not reply.choices):
-        return Fault("error_in_answer", words(str(reply.error)), 200)
+        status = 200 if reply.choices else _status_in(reply.error)
+        kind = "rate_limited" if status == 429 else "error_in_answer"
+        return Fault(kind, words(str(reply.error)), status)
     if not reply.choices:
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choices, usage, model = reply.choices[:most], read_usage(reply.usage), _text(reply.model)
@@ -148,11 +156,17 @@ def _read(
     return Answer(text, reason, model, usage, reasoning, calls, choice.logprobs)
 
 
+def _status_in(error: Any) -> int:
+    """The HTTP status that an error in a reply of success says in `code` (OpenRouter); 200 if it says none."""
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 200
+
+
 def broken_off(reason: Any, error: Any, words: Callable[[str], str]) -> Fault | None:
     """Why an answer is not whole, by its finish reason and the error that came with it; None if it may be."""
     if error or reason in BROKEN_OFF:
         return Fault("error_in_answer", words(str(error or f"finish_reason {reason}")), 200)
-    if reason == "content_filter":
+    if str(reason).partition(":")[0].lower() in FILTERED:
         return Fault("content_filter", "the provider's content filter cut the answer", 200)
     return None
 
@@ -168,9 +182,11 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], words: Call
     if status == 402 or (status == 429 and (said.code in QUOTA_CODES or said.type in QUOTA_CODES)):
         return Fault("insufficient_quota", message, status)
     if status == 429:
-        return Fault("rate_limited", message, status, retry_after_s=retry_after(headers))
+        return Fault("rate_limited", message, status, retry_after_s=retry_after(headers) or _retry_delay(body))
     if status == 408 or status >= 500:
         return Fault("server_error", message, status, retry_after_s=retry_after(headers))
+    if status == 400 and b"API_KEY_INVALID" in body:  # Gemini
+        return Fault("unauthorized", message, status)
     named = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "not_found"}
     kind = "content_filter" if said.code == "content_filter" else named.get(status, "bad_request")
     return Fault(kind, message, status, parameter=said.param)
@@ -190,6 +206,12 @@ def retry_after(headers: Mapping[str, str]) -> float:
         moment = _moment(headers.get("retry-after", ""))
         seconds = moment - (_moment(headers.get("date", "")) or time()) if moment else 0
     return seconds if 0 < seconds < float("inf") else 0
+
+
+def _retry_delay(body: bytes) -> float:
+    """Seconds to wait as the body says (google.rpc.RetryInfo), which Gemini sends in place of a header; else 0."""
+    found = re.search(rb'"retryDelay":\s*"(\d+(?:\.\d+)?)s"', body)
+    return float(found[1]) if found else 0.0
 
 
 def _moment(date: str) -> float | None:
@@ -213,6 +235,8 @@ def _said(body: bytes) -> _Said:
         data = json.loads(body)
     except (ValueError, RecursionError):
         return _Said(text)
+    if isinstance(data, list) and data:  # Gemini
+        data = data[0]
     inner = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(inner, dict):
         return _Said(_text(inner) or text)

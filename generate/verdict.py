@@ -10,6 +10,7 @@ docs/generation.md has the same table in words; a test holds each of its rows ag
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -22,8 +23,9 @@ from pipeline.generate_config import GenerateConfig
 from pipeline.records import Failure
 
 FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
-REFUSED_ALIKE = 20  # different requests, the first of a call, all refused alike: then the fault is not theirs
+REFUSED_ALIKE = 20  # different requests in a row, all refused alike: then the fault is not theirs
 PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of an endpoint that is down
+QUIET_S = 120.0  # without any answer, after which a 429 counts against its request; limits are by the minute
 REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # seconds of pause after a 429 without Retry-After
 
 OF_ONE_ENDPOINT = frozenset({"unauthorized", "not_found"})  # it may have been set up anew; another one still answers
@@ -32,6 +34,7 @@ FINAL = frozenset(  # sending the request again would bring the same, and may co
     {"bad_request", "forbidden", "content_filter", "refusal", "empty_answer", "no_choices", "wrong_shape", "too_large"}
 )
 REFUSALS = frozenset({"bad_request", "forbidden", "no_choices", "wrong_shape"})  # of all requests, if not of one
+REFUSED_LATER = "forbidden"  # the one of them that may begin in the middle of a call: a key has reached its limit
 CONGESTED = frozenset({"rate_limited", "timeout"})  # the endpoint has more than it can take
 
 
@@ -45,7 +48,8 @@ class State(NamedTuple):
     step: int = 1  # of the endpoint's backoff; 0: the request was sent before the last step, and belongs to it
     all_down_s: float = 0.0  # how long all endpoints have been down
     others_up: bool = False  # another endpoint may still answer
-    refused_alike: int = 0  # the call's first requests, this one included, if all were refused alike; else 0
+    refused_alike: int = 0  # requests in a row that were refused as this one was, this one included
+    quiet_s: float = inf  # since the call's last answer, or its start
     has_time: bool = True  # another attempt fits before the request's deadline
     teaches: bool = False  # the refusal is about a setting that can be sent another way
 
@@ -129,6 +133,7 @@ def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verd
 def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retry | Fail:
     """Another attempt, unless the request has had all of them, or all of its time."""
     blameless = state.down or fault.error == "unreachable"
+    blameless |= fault.error == "rate_limited" and state.quiet_s < QUIET_S  # others are answered: its turn will come
     after_s = fault.retry_after_s
     if after_s > config.give_up_s:
         if not state.down and fault.error != "rate_limited":
@@ -136,11 +141,7 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
         after_s = 0.0  # it is the endpoint that waits
     if job.attempts - blameless >= config.max_attempts or not (state.has_time or fault.error == "unreachable"):
         return Fail()
-    step = job.attempts
-    if fault.error == "rate_limited":  # the endpoint's own pause grows already
-        # From its second refusal on each waits a random time more. If all came back at once, the same requests would
-        # be refused again and again, and fail for good.
-        step = 0 if fault.retry_after_s and job.attempts == 1 else 1
+    step = 1 if fault.error == "rate_limited" else job.attempts  # the endpoint's own pause grows already
     return Retry(after_s, step, counted=not blameless)
 
 
@@ -150,9 +151,9 @@ def _refused(fault: Fault, state: State) -> Fail | EndRun:
 
 
 def refused_by_all(fault: Fault | Failure, url: str, requests: int) -> str:
-    """Why a run ends whose first requests were all refused alike."""
+    """Why a run ends that had so many requests in a row refused alike."""
     return (
-        f"{url} refuses every request: all of the first {requests} with {fault.error} (status {fault.status}): "
+        f"{url} refuses every request: {requests} in a row with {fault.error} (status {fault.status}): "
         f"{fault.message}. Fix the recipe or the access and run the same command again: none of them counts as failed"
     )
 

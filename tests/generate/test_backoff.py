@@ -9,6 +9,7 @@ import pytest
 
 from generate.concurrency import BACK_OFF, ByClimbing, ByQueue
 from generate.reply import Answer, Fault
+from generate.verdict import QUIET_S
 from pipeline.records import Failure, read_jsonl
 from tests.generate.simulation import GOOD, Model, Server, simulate
 
@@ -165,9 +166,25 @@ def test_an_endpoint_is_chosen_at_the_size_of_the_request(tmp_path: Path, monkey
     assert taken < 1.0
 
 
-def test_answers_still_count_where_some_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that is refused each time fails for good, and nothing else does."""
-    model = Model(lambda number, now: (0.05, Fault("rate_limited", "no", 429, retry_after_s=0.1)))
-    simulate({URL: model}, tmp_path, monkeypatch, 1, generate={"concurrency": 1, "max_attempts": 4})
+def test_a_request_that_is_refused_each_time_fails_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attempts count from two minutes without any answer on: 15 pauses of 10 s, then three more attempts."""
+    model = Model(lambda number, now: (0.0, Fault("rate_limited", "no", 429, retry_after_s=10.0)))
+    taken, _, _ = simulate({URL: model}, tmp_path, monkeypatch, 1, generate={"concurrency": 1, "max_attempts": 4})
     (failure,) = read_jsonl(tmp_path / "run" / "failures.jsonl", Failure)
-    assert (failure.error, failure.attempts, model.asked) == ("rate_limited", 4, 4)
+    assert (failure.error, failure.attempts) == ("rate_limited", 4)
+    assert QUIET_S + 3 * 10.0 <= taken < QUIET_S + 5 * 10.5
+
+
+@pytest.mark.parametrize("concurrency", [64, "auto"])
+def test_a_limit_that_no_header_tells_costs_no_request(seconds: Seconds, concurrency: int | str) -> None:
+    """One request a second, whatever is in flight: each waits for its turn, and none fails."""
+    last = float("-inf")
+
+    def serve(number: int, now: float) -> tuple[float, Answer | Fault]:
+        nonlocal last
+        if now - last < 1.0:
+            return 0.02, REFUSED
+        last = now
+        return 0.02, GOOD
+
+    assert 200 <= seconds(serve, 200, concurrency) < 600

@@ -482,3 +482,35 @@ def test_a_reply_without_end_is_given_up(run: RunDir, status: int, monkeypatch: 
     with misbehaving(lambda asked: bad if asked.text == "say 1" else answer()) as server:
         summary = generate(recipe_for(server, 4), run, quiet=True)
     assert (summary.answered, summary.errors, failures(run)[0].status) == (3, {"too_large": 1}, status)
+
+
+@pytest.mark.parametrize(
+    ("fault", "billed"),
+    [
+        (read_error(504, b"<html>504 Gateway Time-out</html>", {}), True),  # nginx: the server behind it goes on
+        (read_error(524, b"a timeout occurred", {}), True),  # Cloudflare
+        (read_error(502, b"<html>502 Bad Gateway</html>", {}), False),
+        (read_answer(b'{"error": {"code": 429, "message": "slow down"}}'), False),  # OpenRouter
+        (read_answer(b'{"error": {"code": 502, "message": "no provider"}}'), False),
+        (read_answer(b'{"error": {"code": "odd", "message": "no"}}'), True),
+        (read_answer(said("half", error={"code": 502, "message": "upstream died"})), True),
+    ],
+)
+def test_what_may_have_been_worked_on_is_charged(fault: Answer | Fault, billed: bool) -> None:
+    assert isinstance(fault, Fault)
+    assert fault.maybe_billed == billed
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "content_filter: RECITATION", "SAFETY", "sensitive"])
+def test_an_answer_that_a_filter_cut_is_none(reason: str) -> None:
+    fault = read_answer(said("First, unplug the ket", reason))
+    assert isinstance(fault, Fault)
+    assert fault.error == "content_filter"
+
+
+def test_gemini_s_wait_is_in_its_body() -> None:
+    """As google.rpc.RetryInfo; its OpenAI-compatible endpoint sends a list, and no header."""
+    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34.07s"}]
+    said = {"code": 429, "message": "You exceeded your quota", "details": details}
+    fault = read_error(429, json.dumps([{"error": said}], indent=2).encode(), {})
+    assert (fault.error, fault.retry_after_s, fault.message) == ("rate_limited", 34.07, "You exceeded your quota")

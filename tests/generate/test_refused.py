@@ -57,7 +57,7 @@ def test_when_the_first_requests_are_all_refused_alike_the_run_ends_and_they_hav
 ) -> None:
     broken = True
     with misbehaving(lambda asked: bad if broken else answer()) as server:
-        with pytest.raises(DistillError, match=f"refuses every request: all of the first {REFUSED_ALIKE}") as caught:
+        with pytest.raises(DistillError, match=f"refuses every request: {REFUSED_ALIKE} in a row with") as caught:
             generate(recipe_for(server, 300), run, quiet=True)
         assert any(words in str(caught.value) for words in ("no such field", "not for your country", "odd"))
         assert caught.value.exit_code == 1
@@ -88,6 +88,47 @@ def test_refusals_before_the_first_answer_are_their_own(run: RunDir) -> None:
     assert len(failures(run)) == 15
 
 
+def test_a_key_that_reaches_its_limit_in_the_middle_ends_the_run_and_nothing_has_failed(run: RunDir) -> None:
+    """OpenRouter's 403. One prompt that is flagged before, between two answers, has failed all the same."""
+    limit, flagged = 30, list[str]()
+
+    def script(asked: Asked) -> Behaviour:
+        if len(server.asked) == 10:
+            flagged.append(asked.text)
+            return error(403, "flagged")
+        return answer() if len(server.asked) <= limit else error(403, "Key limit exceeded (total limit)")
+
+    words = rf"{REFUSED_ALIKE} in a row with forbidden \(status 403\): Key limit exceeded"
+    with misbehaving(script) as server:
+        recipe = recipe_for(server, 300, generate={"concurrency": 1})
+        with pytest.raises(DistillError, match=words) as caught:
+            generate(recipe, run, quiet=True)
+        assert caught.value.exit_code == 1
+        assert len(server.asked) <= limit + REFUSED_ALIKE
+        assert [failure.messages[-1].content for failure in failures(run)] == flagged
+        limit = 10**6
+        summary = generate(recipe, run, quiet=True)
+    assert (summary.completed, summary.answered) == (299, 270)
+
+
+def test_the_last_refusals_of_a_run_that_had_answers_are_their_own(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return answer() if len(server.asked) <= 25 else error(403, "flagged")
+
+    with misbehaving(script) as server:
+        summary = generate(recipe_for(server, 30, generate={"concurrency": 1}), run, quiet=True)
+    assert (summary.answered, summary.failed, len(failures(run))) == (25, 5, 5)
+
+
+def test_prompts_that_are_too_long_in_a_row_do_not_end_a_run(run: RunDir) -> None:
+    def script(asked: Asked) -> Behaviour:
+        return error(400, "too long") if 10 <= int(asked.text.split()[-1]) < 50 else answer()
+
+    with misbehaving(script) as server:
+        summary = generate(recipe_for(server, 60, generate={"concurrency": 1}), run, quiet=True)
+    assert (summary.answered, summary.failed) == (20, 40)
+
+
 def test_refusals_of_different_kinds_are_their_own(run: RunDir) -> None:
     def script(asked: Asked) -> Behaviour:
         return error(400 if len(server.asked) % 2 else 422, "no")
@@ -112,7 +153,7 @@ def test_one_prompt_that_a_gateway_flags_fails_alone_at_every_resume(run: RunDir
 
 
 def test_a_short_run_that_is_forbidden_altogether_has_no_failures(run: RunDir) -> None:
-    words = r"all of the first 5 with forbidden \(status 403\): not for you"
+    words = r"5 in a row with forbidden \(status 403\): not for you"
     with misbehaving(lambda asked: error(403, "not for you")) as server, pytest.raises(DistillError, match=words):
         generate(recipe_for(server, 5), run, quiet=True)
     assert not failures(run)

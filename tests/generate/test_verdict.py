@@ -11,7 +11,7 @@ from generate.client import read_exception
 from generate.dialect import Dialect
 from generate.jobs import Job
 from generate.reply import Answer, Fault, read_answer, read_error
-from generate.verdict import FAILURES_IN_ROW, REFUSED_ALIKE, EndRun, Fail, Pause, Retry, State, decide
+from generate.verdict import FAILURES_IN_ROW, QUIET_S, REFUSED_ALIKE, EndRun, Fail, Pause, Retry, State, decide
 from pipeline.generate_config import GenerateConfig
 from pipeline.records import Message, Request
 
@@ -48,6 +48,18 @@ def asked(attempts: int = 1) -> Job:
 
 UTF_16 = json.dumps({"choices": [{"message": {"content": "text"}, "finish_reason": "stop"}]}).encode("utf-16")
 CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+NO_KEY_OF_GEMINI = json.dumps(
+    [
+        {
+            "error": {
+                "code": 400,
+                "message": "API key expired. Please renew the API key.",
+                "status": "INVALID_ARGUMENT",
+                "details": [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}],
+            }
+        }
+    ]
+).encode()
 LAST = {"attempts": CONFIG.max_attempts}
 
 # Row of the table → replies that it speaks of, and what else is known then.
@@ -75,7 +87,7 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {**LAST, "failing": FAILURES_IN_ROW},  # they do not count
     ),
     "429 for rate": ([error(429), error(429, retry_after="2"), error(429, Retry_After_Ms="5")], {}),
-    "429 at the last attempt": ([error(429)], LAST),
+    "429 at the last attempt, nothing answered for two minutes": ([error(429)], LAST),
     "402, or 429 with `insufficient_quota`": (
         [error(402, "Insufficient Balance"), error(429, code="insufficient_quota")],
         {},
@@ -107,8 +119,17 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         [read_answer(body) for body in (b"<html>", b"data: {}\n\n", b'{"choices": [{"mess', b"")],
         {},
     ),
-    "an error object with status 200, in a choice too, or a finish reason `error` or `abort` (gateways)": (
-        [read_answer(b'{"error": {"code": 502}}')],
+    "an error object with status 200, in a choice too, or a finish reason `error`, `abort`, "
+    "`insufficient_system_resource` or `network_error` (gateways, DeepSeek, Zhipu)": (
+        [
+            read_answer(b'{"error": {"code": 502}}'),
+            said("half", "insufficient_system_resource"),
+            said("half", "network_error"),
+        ],
+        {},
+    ),
+    "an error object with status 200, no choice and the `code` 429 (OpenRouter)": (
+        [read_answer(b'{"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-min"}}')],
         {},
     ),
     "the eighth failure in a row, of different requests": ([error(500)], {"failing": FAILURES_IN_ROW}),
@@ -123,11 +144,11 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     ),
     "any other 4xx": ([error(400), error(409), error(413), error(422), error(451)], {}),
     "403": ([error(403)], {}),
-    "the 20th request, all refused alike, none answered": (
+    "the 20th request in a row, all refused alike": (
         [error(400), error(403), read_answer(b"{}"), read_answer(b"[]")],
         {"refused_alike": REFUSED_ALIKE},
     ),
-    "401": ([error(401)], {}),
+    "401; 400 with `API_KEY_INVALID` (Gemini)": ([error(401), read_error(400, NO_KEY_OF_GEMINI, {})], {}),
     "404, 405, a redirect": ([error(404), error(405), error(308)], {}),
     "401, 404, 405 or a redirect while another endpoint is up": (
         [error(401), error(404), error(405), error(308)],
@@ -141,7 +162,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     "no `choices`": ([read_answer(b'{"choices": []}'), read_answer(b'{"odd": "\xed\xa0\xbd"}')], {}),
     "JSON of another shape": ([read_answer(b"[]"), said(5), said(message={"tool_calls": [{"id": "1"}]})], {}),
     "a refusal in place of text": ([said(None, message={"refusal": "I cannot."})], {}),
-    "a content filter": ([said("half", "content_filter"), error(400, code="content_filter")], {}),
+    "a content filter; a finish reason of one (`SAFETY`, `RECITATION`, `sensitive`, …)": (
+        [said("half", "content_filter"), error(400, code="content_filter"), said("half", "RECITATION")],
+        {},
+    ),
     "a reply of more than 64 MiB": ([Fault("too_large", "long", 200)], {}),
 }
 
@@ -174,11 +198,13 @@ def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> No
 @pytest.mark.parametrize(
     ("fault", "known", "verdict"),
     [
-        (error(429, **{"retry-after": "4"}), {}, Pause(4.0, Retry(4.0, step=0))),
+        (error(429, **{"retry-after": "4"}), {}, Pause(4.0, Retry(4.0, step=1))),
+        (error(429), {**LAST, "quiet_s": QUIET_S - 1}, Pause(0.25, Retry(0.0, step=1, counted=False))),
+        (error(429), {**LAST, "quiet_s": QUIET_S}, Pause(0.25, Fail())),
         (error(429), {}, Pause(0.25, Retry(0.0, step=1))),
         (error(429), {"step": 3}, Pause(1.0, Retry(0.0, step=1))),
         (error(429), {"step": 0}, Pause(0.0, Retry(0.0, step=1))),  # sent before the last step
-        (error(429, **{"retry-after": "99999"}), {}, Pause(99999.0, Retry(0.0, step=0))),  # the endpoint waits
+        (error(429, **{"retry-after": "99999"}), {}, Pause(99999.0, Retry(0.0, step=1))),  # the endpoint waits
         (error(500), {"attempts": 2}, Retry(0.0, step=2)),
         (error(503, **{"retry-after": "4"}), {}, Retry(4.0, step=1)),
         (error(500), {"failing": 8, "step": 2}, Pause(1.0, Retry(0.0, step=1), down=True)),
@@ -201,7 +227,7 @@ def test_the_end_of_a_run_names_what_to_fix() -> None:
     for fault, words in [
         (error(401, "wrong key"), "http://e/v1 answers 401 (wrong key): MY_KEY is not set"),
         (error(402, "Insufficient Balance"), "the quota is used up (Insufficient Balance); top it up"),
-        (error(400, "no such field"), "all of the first 20 with bad_request (status 400): no such field."),
+        (error(400, "no such field"), "20 in a row with bad_request (status 400): no such field."),
     ]:
         verdict = decide(fault, asked(), state, CONFIG)
         assert isinstance(verdict, EndRun)
