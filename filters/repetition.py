@@ -23,7 +23,7 @@ LONGEST_WORD = 24  # characters
 CHARS_PER_WORD = 4  # where no spaces show the words; measured on support replies and news in Japanese, Thai and Chinese
 TOP_COUNT = 3  # so often a top n-gram comes at least
 SHORTEST_SENTENCE = 10  # characters; shorter ones (와! 안녕!) may well come back
-OTHER_MARKS = "!?…。！？\n"  # that end a sentence, as a full stop does
+_SENTENCES = re.compile(r"[.!?…。！？\n]")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 Part = TypeVar("Part", bound=Hashable)
 
@@ -72,8 +72,8 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
             break  # if no n-gram comes twice, no longer one does
         if n in top_ngrams and (reason := _top_ngram(again, n, top_ngrams[n], units, lengths)):
             return reason
-        limit = duplicate_ngrams.get(n, 1.0)
-        if (share := _chars_again(again, n, lengths) / sum(lengths) if limit < 1 else 0) > limit:
+        limit = duplicate_ngrams.get(n)
+        if limit is not None and (share := _chars_again(again, n, lengths) / sum(lengths)) > limit:
             return Reason(rule="repetition", what="duplicate_ngrams", n=n, value=share, at_most=limit)
         # A longer n-gram that comes twice is two of these, a word apart: few places are left.
         keys = [(place, (again[place], again[place + 1])) for place in again if place + 1 in again]
@@ -81,12 +81,12 @@ def _repeated_ngrams(text: str, settings: RepetitionSettings) -> Reason | None:
 
 
 def _top_ngram(again: dict[int, int], n: int, limit: float, units: list[str], lengths: list[int]) -> Reason | None:
-    counts, total = Counter(again.values()), sum(lengths)
+    counts = Counter(again.values())
     count = max(counts.values())
-    if count < TOP_COUNT or count * n * max(lengths) / total <= limit:
-        return None  # even for the longest words
+    if count < TOP_COUNT:
+        return None
     chars, top = max((sum(lengths[first : first + n]), first) for first in counts if counts[first] == count)
-    share = min(1.0, chars * count / total)
+    share = min(1.0, chars * count / sum(lengths))
     if share <= limit:
         return None
     said = " ".join(units[top : top + n])
@@ -105,11 +105,8 @@ def _same(keys: Iterable[tuple[int, Hashable]]) -> dict[int, int]:
 
 
 def _repeated_parts(text: str, settings: RepetitionSettings) -> Reason | None:
-    marked = text
-    for mark in OTHER_MARKS:
-        marked = marked.replace(mark, ".")
-    sentences = [part for found in marked.split(".") if len(part := found.strip()) >= SHORTEST_SENTENCE]
-    paragraphs = [part for part in map(str.strip, _PARAGRAPHS.split(text)) if part] if "\n" in text else []
+    sentences = [part for part in map(str.strip, _SENTENCES.split(text)) if len(part) >= SHORTEST_SENTENCE]
+    paragraphs = [part for part in map(str.strip, _PARAGRAPHS.split(text)) if part]
     if len(set(sentences)) == len(sentences) and len(set(paragraphs)) == len(paragraphs):
         return None
     for name, parts, limit, char_limit in (
