@@ -147,8 +147,6 @@ class ForeignScriptSettings(TextSettings):
 
 def foreign_script(answer: Answer, settings: ForeignScriptSettings) -> Reason | None:
     """Drops an answer into which characters of other scripts leaked."""
-    if settings.pattern.search(answer.text) is None:
-        return None
     found = settings.pattern.findall(answer.text)
     if len(found) <= settings.max_count:
         return None

@@ -112,8 +112,6 @@ class RuleSet:
         reasons, scores, result = list[Reason](), dict[str, float](), None
         for rule in self.rules:
             said = rule.verify(answer)
-            if said is PASSED:
-                continue
             if said.reason is not None:
                 reasons.append(said.reason)
             if said.score is not None:
