@@ -3,7 +3,6 @@
 Memory stays flat: a process holds the result of one block. What is done with the lines is the caller's.
 """
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -124,7 +123,6 @@ def _worker(path: Path, work: Work[Result], connection: Connection, parents: lis
         one.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.disable()  # rows hold no cycles, and a collection would look at all of a block's
     try:
         with path.open("rb") as file:
             while True:
