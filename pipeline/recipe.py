@@ -146,7 +146,7 @@ def load_recipe(path: Path, flags: list[str] | None = None) -> Recipe:
     except SettingsError as error:
         raise RecipeError(explain_flag(error)) from None
     except ValidationError as error:
-        raise RecipeError("\n".join(explain_all(error.errors(), Recipe, path, flags, ENV_PREFIX))) from None
+        raise RecipeError("\n".join(explain_all(error.errors(), Recipe, path, flags))) from None
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:

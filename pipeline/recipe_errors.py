@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_settings import SettingsError
 
+from pipeline.recipe_sources import ENV_PREFIX
 from pipeline.section import Section, section_of
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def explain_all(
-    problems: list["ErrorDetails"], recipe: type[Section], path: Path, flags: list[str], env_prefix: str
-) -> list[str]:
+def explain_all(problems: list["ErrorDetails"], recipe: type[Section], path: Path, flags: list[str]) -> list[str]:
     """A line for each value of a recipe that is wrong.
 
     Where a key takes one of several types, pydantic has a problem for each of them: they are one line here.
@@ -30,7 +29,7 @@ def explain_all(
         if first := found.get(names):
             first["msg"] += f", or {problem['msg'].removeprefix('Input ')}"
         found.setdefault(names, problem)
-    return [_explain(problem, names, recipe, path, flags, env_prefix) for names, problem in found.items()]
+    return [_explain(problem, names, recipe, path, flags) for names, problem in found.items()]
 
 
 def _keys(place: Iterable[int | str], recipe: type[Section]) -> Iterator[str]:
@@ -43,7 +42,8 @@ def _keys(place: Iterable[int | str], recipe: type[Section]) -> Iterator[str]:
             continue
         yield part
         field = section.model_fields.get(part) if section else None
-        several, section = field is not None and _types(field.annotation) > 1, field and section_of(field)
+        several = field is not None and _types(field.annotation) > 1
+        section = section_of(field) if field else None
 
 
 def _types(annotation: Any) -> int:
@@ -55,17 +55,10 @@ def _types(annotation: Any) -> int:
     return 1
 
 
-def _explain(
-    problem: "ErrorDetails",
-    names: Sequence[str],
-    recipe: type[Section],
-    path: Path,
-    flags: list[str],
-    env_prefix: str,
-) -> str:
+def _explain(problem: "ErrorDetails", names: Sequence[str], recipe: type[Section], path: Path, flags: list[str]) -> str:
     """One problem as `where: key: what is wrong, got value`."""
     key = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in names).lstrip(".")
-    where = _flag_or_variable(names, flags, env_prefix) or str(path)
+    where = _flag_or_variable(names, flags) or str(path)
     if problem["type"] == "extra_forbidden":
         known = ", ".join(_known_keys(recipe, names[:-1]))
         return f"{where}: {key}: no such key" + (f"; there are {known}" if known else "")
@@ -80,7 +73,7 @@ def _explain(
     if problem["type"] == "string_type" and isinstance(value, bool | int | float | date) and not secret:
         shown += " (as YAML reads yes, no, on and off)" if isinstance(value, bool) else ""
         shown += "; put it in quotes"
-    if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith((env_prefix, "--")):
+    if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith((ENV_PREFIX, "--")):
         section = _section_at(recipe, names)
         needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
         example = ", ".join(f'"{name}": …' for name in needed)
@@ -96,12 +89,12 @@ def explain_flag(error: SettingsError) -> str:
     return f"--{found[1] or found[2]}: its value is no JSON; give JSON, in single quotes for the shell"
 
 
-def _flag_or_variable(names: Sequence[str], flags: list[str], env_prefix: str) -> str | None:
+def _flag_or_variable(names: Sequence[str], flags: list[str]) -> str | None:
     """The flag or, failing that, the variable that gave the value at `names` or what it is a part of, if one did."""
     upper, given = {name.upper() for name in os.environ}, {flag.split("=")[0] for flag in flags}
     parts = [names[:count] for count in range(len(names), 0, -1)]
     found = [flag for part in parts if (flag := "--" + ".".join(part)) in given]
-    found += [variable for part in parts if (variable := env_prefix + "__".join(part).upper()) in upper]
+    found += [variable for part in parts if (variable := ENV_PREFIX + "__".join(part).upper()) in upper]
     return found[0] if found else None
 
 
