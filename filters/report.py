@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -78,10 +77,6 @@ class FilterReport:
         """The share of the answers that are kept; of the prompts, where one answer to each stays (`select`)."""
         selects = any(rule.rule == SELECT for rule in self.rules)
         return self.prompts.keep_rate if selects else self.keep_rate
-
-    def encoded(self) -> bytes:
-        """The report as indented JSON."""
-        return msgspec.json.format(msgspec.json.encode(self)) + b"\n"
 
 
 def make_report(tally: Tally, rules: Sequence[dict[str, Any]], prompts: PromptCounts) -> FilterReport:

@@ -45,7 +45,7 @@ from pipeline.filters_config import DedupConfig, FiltersConfig
 from pipeline.lineage import encode_lineage, read_lineage, versions, with_section
 from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, Reason, encode_line
-from pipeline.rundir import RunDir
+from pipeline.rundir import RunDir, encode_json
 
 UNSOLVED_IDS = 100  # named in the report
 
@@ -160,7 +160,7 @@ def filter_run(
             sides = (Path(kept.name), good), (Path(dropped.name), wrong)
             write_preferences(pairs, config.preferences, *sides, recipe.prompts)
         report = make_report(tally, _labels(rules, config, dedup), _prompts(samples, survivors, Path(dropped.name)))
-        report_file.write(report.encoded())
+        report_file.write(encode_json(report))
         lineage_file.write(encode_lineage(with_section(run, "filters", _lineage(report, rules, config))))
     return report
 

@@ -242,4 +242,9 @@ def write_jsonl(path: Path, records: Iterable[msgspec.Struct]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON in place of the old file."""
-    write_file(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+    write_file(path, encode_json(value))
+
+
+def encode_json(value: Any) -> bytes:
+    """A value as the content of a JSON file: indented, for people."""
+    return msgspec.json.format(msgspec.json.encode(value)) + b"\n"
