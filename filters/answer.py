@@ -68,13 +68,13 @@ def as_answer(row: Completion) -> Answer:
     """The answer of a completion, normalised."""
     asked = next((message.content for message in reversed(row.messages) if message.role == "user"), "")
     return Answer(
-        nfc(row.text),
-        nfc(asked),
-        row.finish_reason,
-        row.slots,
-        row.reference,
-        row.columns,
-        row.tools,
-        nfc(row.reasoning),
-        row.tool_calls,
+        text=nfc(row.text),
+        instruction=nfc(asked),
+        finish_reason=row.finish_reason,
+        slots=row.slots,
+        reference=row.reference,
+        columns=row.columns,
+        tools=row.tools,
+        reasoning=nfc(row.reasoning),
+        tool_calls=row.tool_calls,
     )

@@ -47,7 +47,7 @@ DUPLICATES = "duplicates"
 LATER = {AGREES: AGREES, **dict.fromkeys(DEDUP_RULES, DUPLICATES), JUDGE: JUDGE, SELECT: SELECT}
 
 Flip = tuple[Completion, Sequence[Reason]]
-Rank = tuple[int, float, float, float, str]
+Rank = tuple[bool, int, float, float, float, str]
 Thresholds = list[list[ActiveRule]]  # each rule with a threshold, by STEPS
 
 
@@ -167,11 +167,10 @@ def _scores(row: Kept | Dropped, judged: dict[str, Judgement]) -> dict[str, floa
 
 def _rank(row: Kept | Dropped, thresholds: Thresholds, score: float) -> Rank:
     """Less is better. `score` is the judge's, of a row that it dropped too; 0 if it gave none."""
-    against = 0
-    if isinstance(row, Dropped):
-        against = len(row.detail) if row.rule not in DEDUP_RULES else 1_000_000
+    is_duplicate = isinstance(row, Dropped) and row.rule in DEDUP_RULES
+    against = len(row.detail) if isinstance(row, Dropped) else 0
     nearest, mean = margin(as_answer(row), thresholds)
-    return against, -score, -nearest, -mean, row.id
+    return is_duplicate, against, -score, -nearest, -mean, row.id
 
 
 def stricter(rules: RuleSet) -> Thresholds:
