@@ -27,24 +27,13 @@ LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, a
 class Endpoint:
     """Its `client` is open while requests go out, and `watch` runs beside them."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        url: str,
-        partition: Partition,
-        say: Callable[[str], None],
-        address: str | None = None,
-        weight: float = 1.0,
-    ) -> None:
-        """`address`: the one of its name's addresses to connect to.
-
-        `weight` multiplies the recipe's limits and the number of requests that `auto` begins with.
-        """
-        config, now, self.weight = recipe.generate, monotonic(), weight
+    def __init__(self, recipe: Recipe, target: Target, partition: Partition, say: Callable[[str], None]) -> None:
+        """The target's weight multiplies the recipe's limits and the number of requests that `auto` begins with."""
+        config, now, weight = recipe.generate, monotonic(), target.weight
         requests, tokens = (rate and rate * weight for rate in (config.requests_per_minute, config.tokens_per_minute))
-        self.url, self._say, self._partition = url, say, partition
+        self.url, self.name, self.weight = target.url, target.name, weight
+        self._say, self._partition = say, partition
         self.most = MOST  # in flight, whatever the recipe or the endpoint allows; a fleet sets it
-        self.name = Target(url, address).name
         self.limits = Limits(requests, tokens, now, 1 / partition.of)
         self._config, self._shows_load = config, False
         self._concurrency: Concurrency = (
@@ -52,7 +41,7 @@ class Endpoint:
             if config.concurrency == "auto"
             else Concurrency(_part(config.concurrency * weight, partition))
         )
-        self.client = Client(recipe.teacher, url, address=address, on_headers=self._read_headers)
+        self.client = Client(recipe.teacher, target.url, address=target.address, on_headers=self._read_headers)
         self.in_flight, self.counts = 0, EndpointCounts()  # a request for several answers counts as several
         self.down_since: float | None = None
         self._probe_at = 0.0  # when it is down

@@ -77,9 +77,7 @@ class Servers:
             self._remove(target)
         new = [target for target in targets if target not in self._endpoints]
         run = self._run
-        endpoints = [
-            Endpoint(run.recipe, one.url, run.partition, run.say, address=one.address, weight=one.weight) for one in new
-        ]
+        endpoints = [Endpoint(run.recipe, target, run.partition, run.say) for target in new]
         for endpoint in endpoints:
             await self._stack.enter_async_context(endpoint.client)
         silent = await asyncio.gather(*(endpoint.prepare() for endpoint in endpoints))

@@ -17,6 +17,7 @@ from generate.fleet import Fleet
 from generate.loop import Loop
 from generate.progress import Counters
 from generate.reply import Answer, Choices, Fault
+from generate.targets import Target
 from pipeline.records import Usage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import recipe_for
@@ -117,7 +118,7 @@ def simulate(
 
     async def main() -> tuple[float, Outcome, Counters]:
         with opened_run(recipe, run_dir, Counters(total=count), say=lambda message: None, show=lambda: None) as run:
-            endpoints = [Endpoint(recipe, url, run.partition, run.say) for url in urls]
+            endpoints = [Endpoint(recipe, Target(url), run.partition, run.say) for url in urls]
             outcome = await Loop(run, Fleet(endpoints)).run()
             return clock.time(), outcome, run.counters
 

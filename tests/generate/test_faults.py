@@ -15,6 +15,7 @@ from generate.endpoint import Endpoint
 from generate.jobs import WHOLE, Partition
 from generate.progress import EndpointCounts
 from generate.run import generate
+from generate.targets import Target
 from pipeline.errors import BudgetReached, DistillError, RecipeError
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
@@ -145,7 +146,7 @@ def test_an_attempt_without_time_to_be_answered_is_not_made(
 ) -> None:
     async def asked() -> float:
         url = "http://127.0.0.1:1/v1"
-        endpoint = Endpoint(recipe_for(url, generate=config), url, WHOLE, print)
+        endpoint = Endpoint(recipe_for(url, generate=config), Target(url), WHOLE, print)
         async with endpoint.client:
             return endpoint.timeout_s(spent_s)
 
@@ -340,7 +341,7 @@ def test_auto_begins_with_a_batch_for_every_engine_behind_the_endpoint() -> None
     async def begun(partition: Partition, weight: float = 1.0) -> int:
         with misbehaving(metrics=lambda at_once: (0, 0), engines=4) as server:
             recipe = recipe_for(server, generate={"concurrency": "auto"})
-            endpoint = Endpoint(recipe, server.url, partition, print, weight=weight)
+            endpoint = Endpoint(recipe, Target(server.url, weight=weight), partition, print)
             async with endpoint.client:
                 assert await endpoint.prepare() is None
                 return endpoint.limit

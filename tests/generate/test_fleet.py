@@ -227,7 +227,8 @@ def test_requests_follow_the_weights_of_the_servers(concurrency: int | str, run:
 
 async def test_a_weight_multiplies_what_the_recipe_allows_an_endpoint() -> None:
     limits = {"concurrency": 10, "requests_per_minute": 60.0, "tokens_per_minute": 6000.0}
-    half = Endpoint(recipe_for("http://a/v1", generate=limits), "http://a/v1", Partition(0, 2), print, weight=2.5)
+    target = Target("http://a/v1", weight=2.5)
+    half = Endpoint(recipe_for(target.url, generate=limits), target, Partition(0, 2), print)
     assert half.limit == 13  # 25, over two processes
     assert [bucket.per_minute for bucket in half.limits._buckets.values()] == [75.0, 7500.0]
     half.share(5)
