@@ -84,8 +84,6 @@ class Dialect:
         """The sampling values as they are sent now, to be answered so many times."""
         if choices > 1:
             sampling = {**sampling, "n": choices}
-        if not self.version:
-            return sampling
         return {
             self._manner.limit if name == "max_tokens" else name: value
             for name, value in sampling.items()
