@@ -43,7 +43,6 @@ SHOW_INTERVAL_S = 0.25
 LONGEST_WAIT_S = 3600.0  # then the scheduler looks again, whatever it waits for
 STARTS_AT_ONCE = 64  # requests that go out before replies are looked at again
 TOKENS_PER_BYTE = 0.3  # of a prompt, until answers have said better
-MOST_WAITING = 4096  # requests that may wait for a retry before no new ones go out
 
 
 class Attempt(NamedTuple):
@@ -69,7 +68,7 @@ class Loop:
     ) -> None:
         """`beside` goes on while requests go out. `jobs`: what is to be asked; None: all that the run has left."""
         self._run, self._fleet, self._beside, self._config = run, fleet, beside, run.recipe.generate
-        self._schedule = Schedule(run.jobs_to_send() if jobs is None else jobs, MOST_WAITING)
+        self._schedule = Schedule(run.jobs_to_send() if jobs is None else jobs)
         self._dialect = Dialect()
         self._tokens_per_byte = TOKENS_PER_BYTE
         self._in_flight: set[asyncio.Task[None]] = set()

@@ -14,6 +14,7 @@ from tenacity.wait import wait_base
 
 from generate.jobs import Job
 
+MOST_WAITING = 4096  # jobs that may wait for a retry before no new ones go out
 BACKOFF = wait_random_exponential(multiplier=0.5, max=60)  # seconds; full jitter: uniform below 0.5, 1, 2, 4, …
 
 
@@ -48,11 +49,10 @@ class Feed(Iterator[Job]):
 
 
 class Schedule:
-    """New jobs from the iterator, and those that wait for a retry; at most `max_waiting` of the latter."""
+    """New jobs from the iterator, and those that wait for a retry."""
 
-    def __init__(self, jobs: Iterator[Job], max_waiting: int) -> None:
+    def __init__(self, jobs: Iterator[Job]) -> None:
         self._jobs = jobs
-        self._max_waiting = max_waiting
         self._later: list[tuple[float, int, Job]] = []  # a heap: when it is due, a number that breaks ties, the job
         self._numbers = count()
         self._held: deque[Job] = deque()  # drawn already, and given back
@@ -85,4 +85,4 @@ class Schedule:
             return heapq.heappop(self._later)[2]
         if self._held:
             return self._held.popleft()
-        return next(self._jobs, None) if len(self._later) < self._max_waiting else None
+        return next(self._jobs, None) if len(self._later) < MOST_WAITING else None
