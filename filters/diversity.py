@@ -11,7 +11,9 @@ import msgspec
 import numpy as np
 
 from filters.minhash import Array, band_keys, fold, jaccard, ngrams, shape_for, signatures
+from pipeline.filters_config import DedupConfig
 
+NGRAM = DedupConfig().ngram  # characters, as the filters compare answers unless a recipe says otherwise
 COMPARED = 500  # texts, at most, that the figures are taken of: they depend on how many there are
 WORDS = 3  # of an n-gram whose share is told
 
@@ -19,15 +21,15 @@ WORDS = 3  # of an n-gram whose share is told
 class Distinct:
     """Texts none of which is as similar as `threshold` (Jaccard) to one that came before it."""
 
-    def __init__(self, threshold: float, ngram: int) -> None:
-        self._threshold, self._ngram, self._shape = threshold, ngram, shape_for(threshold)
+    def __init__(self, threshold: float) -> None:
+        self._threshold, self._shape = threshold, shape_for(threshold)
         self._grams: list[Array] = []
         self._bands: dict[int, list[int]] = {}
 
     def add(self, text: str, *, always: bool = False) -> bool:
         """Takes the text and returns True, unless it is like an earlier one; `always` takes that too."""
         folded = fold(text)
-        grams, keys = ngrams(folded, self._ngram), band_keys(signatures([folded], self._ngram), self._shape)[0].tolist()
+        grams, keys = ngrams(folded, NGRAM), band_keys(signatures([folded], NGRAM), self._shape)[0].tolist()
         near = {number for key in keys for number in self._bands.get(key, ())}
         if not always and any(jaccard(grams, self._grams[number]) >= self._threshold for number in near):
             return False
@@ -45,14 +47,14 @@ class Diversity(msgspec.Struct, frozen=True, kw_only=True):
     similarity: float | None  # to the nearest other text: the mean, a Jaccard similarity estimated by MinHash
 
 
-def diversity(texts: Sequence[str], compared: int, ngram: int) -> Diversity:
+def diversity(texts: Sequence[str], compared: int) -> Diversity:
     """The figures of `compared` of the texts, drawn at random (always the same): comparable if `compared` is equal."""
     folded = [fold(text) for text in random.Random(0).sample(texts, min(compared, COMPARED, len(texts)))]
     words = [text.split() for text in folded]
     runs = list(chain.from_iterable(zip(*(one[at:] for at in range(WORDS)), strict=False) for one in words))
     similarity = None
     if len(folded) > 1:
-        values = signatures(folded, ngram)
+        values = signatures(folded, NGRAM)
         alike = np.array([(values == own).mean(axis=1) for own in values])
         np.fill_diagonal(alike, 0)
         similarity = round(float(alike.max(axis=1).mean()), 4)

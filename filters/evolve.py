@@ -26,7 +26,6 @@ from generate.prompts import iter_prompts, prompt_id
 from generate.run import generate
 from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import BudgetReached, RequestsFailed, UsageError
-from pipeline.filters_config import DedupConfig
 from pipeline.instructions import INSTRUCTIONS
 from pipeline.prompts_config import PromptsConfig, value_of
 from pipeline.recipe import Recipe
@@ -123,7 +122,7 @@ def evolve(
         raise UsageError(f"--most counts the recipe's own {len(seeds)} prompts, too, and must be over that; got {most}")
     folder = run.path / "evolve"
     folder.mkdir(parents=True, exist_ok=True)
-    prompts, distinct, done = seeds[:], Distinct(near, DedupConfig().ngram), list[Round]()
+    prompts, distinct, done = seeds[:], Distinct(near), list[Round]()
     for seed in seeds:
         distinct.add(said(seed.messages[-1]), always=True)
     known, stopped = set[str](), None  # the questions of all rounds: none is asked twice
@@ -245,10 +244,7 @@ def _of_family(seed: Prompt, group: str, families: dict[str, str]) -> Prompt:
 
 
 def _report(seeds: Sequence[Prompt], prompts: Sequence[Prompt], rounds: list[Round]) -> Report:
-    before, after = (
-        diversity([said(prompt.messages[-1]) for prompt in some], len(seeds), DedupConfig().ngram)
-        for some in (seeds, prompts)
-    )
+    before, after = (diversity([said(prompt.messages[-1]) for prompt in some], len(seeds)) for some in (seeds, prompts))
     return Report(seeds=len(seeds), prompts=len(prompts), rounds=rounds, before=before, after=after)
 
 

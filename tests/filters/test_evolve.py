@@ -270,7 +270,7 @@ def test_killed_at_any_moment_no_prompt_is_bought_twice(tmp_path: Path) -> None:
 
 
 def test_a_near_duplicate_is_found_and_another_text_is_not() -> None:
-    distinct = Distinct(0.7, 3)
+    distinct = Distinct(0.7)
     assert distinct.add("Tell a story about a small rabbit who finds a red balloon.")
     assert not distinct.add("Tell a story about a small rabbit who finds a red  BALLOON!")
     assert not distinct.add("Tell a story about a small rabbit who finds a red balloons.")
@@ -279,10 +279,10 @@ def test_a_near_duplicate_is_found_and_another_text_is_not() -> None:
 
 
 def test_diversity_falls_with_repetition() -> None:
-    alike = diversity([f"Tell a story about a rabbit, number {n}." for n in range(40)], 40, 3)
-    other = diversity([words(str(n)) for n in range(40)], 40, 3)
+    alike = diversity([f"Tell a story about a rabbit, number {n}." for n in range(40)], 40)
+    other = diversity([words(str(n)) for n in range(40)], 40)
     assert alike.distinct and other.distinct and alike.similarity and other.similarity
     assert alike.distinct < 0.5 < other.distinct
     assert other.similarity < 0.5 < alike.similarity
-    assert diversity(["one"], 1, 3).similarity is None
-    assert diversity([words(str(n)) for n in range(40)], 10, 3).texts == 10
+    assert diversity(["one"], 1).similarity is None
+    assert diversity([words(str(n)) for n in range(40)], 10).texts == 10
