@@ -188,15 +188,13 @@ def measure_quality(
     common = next(iter(answers.values()), {})
     parts: dict[Scope, list[Prompt]] = {"all": prompts.all, "seen": prompts.seen, "unseen": prompts.unseen}
     groups = groups_of(prompts.all, recipe.prompts)
-    quality = Quality(assessed, {}, {}, sum(id_ in judged for id_ in common), groups)
+    answered, figures = dict[Scope, list[str]](), dict[Scope, Figures]()
     for part, asked in parts.items():
         if ids := [prompt.id for prompt in asked if prompt.id in common]:
             drawn = draw([groups[id_] for id_ in ids])
-            quality.prompts[part] = ids
-            quality.figures[part] = {
-                key: answer_figures([own[id_] for id_ in ids], drawn) for key, own in assessed.items()
-            }
-    return quality
+            answered[part] = ids
+            figures[part] = {key: answer_figures([own[id_] for id_ in ids], drawn) for key, own in assessed.items()}
+    return Quality(assessed, answered, figures, sum(id_ in judged for id_ in common), groups)
 
 
 def failed_rules(answers: Collection[Assessment]) -> dict[str, float]:

@@ -72,13 +72,13 @@ class Resamples:
         return len(np.unique(self.groups if some is None else self.groups[some]))
 
 
-def draw(groups: Sequence[Hashable], resamples: int = RESAMPLES) -> Resamples:
+def draw(groups: Sequence[Hashable]) -> Resamples:
     """Draws whole groups. `groups`: what each prompt belongs to; itself, where it belongs to no other."""
     numbers: dict[Hashable, int] = {}
     own = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=int)
-    drawn = np.random.default_rng(SEED).integers(0, len(numbers), (resamples, len(numbers)))
-    counts = np.zeros((resamples, len(numbers)))
-    np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
+    drawn = np.random.default_rng(SEED).integers(0, len(numbers), (RESAMPLES, len(numbers)))
+    counts = np.zeros((RESAMPLES, len(numbers)))
+    np.add.at(counts, (np.arange(RESAMPLES)[:, None], drawn), 1)
     return Resamples(counts[:, own], own)
 
 

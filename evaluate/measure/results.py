@@ -213,15 +213,19 @@ class Plan:
 
     def entry(self, name: str, subject: Subject, inputs: Sequence[Kept | Prompt]) -> Entry:
         """The cache of a measurement (a name above) of a model. `inputs` are as that model is asked them."""
-        answers = [[one.reasoning, one.text, one.finish_reason] if isinstance(one, Kept) else [] for one in inputs]
-        asked = [[one.id, one.messages, *([one.tools] if one.tools else [])] for one in inputs]
-        what = [msgspec.json.encode([*one, *own]) for one, own in zip(asked, answers, strict=True)]
         kind = name.removesuffix("-told")
         settings = [self.recipe.model_dump_json(include=SETTINGS[kind])]
         if kind in ("perplexity", "unseen"):
             settings.append(self.dtype)
-        fingerprint = digest(self.weights[subject.key], b"\n".join(what).decode(), *settings)
+        fingerprint = digest(self.weights[subject.key], "\n".join(map(_as_input, inputs)), *settings)
         return Entry(self.run.path / FOLDER / f"{name}-{subject.key}.json", fingerprint)
+
+
+def _as_input(one: Kept | Prompt) -> str:
+    """What a measurement of a row or prompt depends on."""
+    asked = [one.id, one.messages, *([one.tools] if one.tools else [])]
+    answer = [one.reasoning, one.text, one.finish_reason] if isinstance(one, Kept) else []
+    return msgspec.json.encode([*asked, *answer]).decode()
 
 
 def read_result(path: Path, kind: type[Result]) -> Result | None:
