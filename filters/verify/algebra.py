@@ -54,6 +54,11 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     return {"same": bool(same), "result": _normalised(found[0]) if found else None}
 
 
+def warm_up() -> None:
+    """Has the reader of LaTeX made, at its first use: that takes 300 times as long as a later one."""
+    compare("1", "", "1")
+
+
 def _value(text: str) -> str:
     r"""A value without what stands around it (`$`, `**`, `\(…\)`, a full stop), for LaTeX."""
     text = _END.sub("", _DOLLARS.sub("", text).lstrip("*` \n"))

@@ -336,6 +336,13 @@ def test_rows_of_people_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None
     assert [row.text for row in read_human(file, PromptsConfig(template="x", count=1))] == ["Ho"]
 
 
+def test_rows_of_people_have_the_recipe_s_tools_as_the_teacher_s_have(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    (tmp_path / "human.jsonl").write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    (row,) = read_human(tmp_path / "human.jsonl", PromptsConfig(template="x", count=1, tools=[tool]))
+    assert row.tools == [tool]
+
+
 def test_people_write_as_many_rows_as_the_teacher(recipe: Path, run: RunDir, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"Tell {n}.", "completion": f"A person wrote this, {n}."} for n in range(9)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from referencing.exceptions import Unresolvable
 
 from filters.reasons import describe
+from filters.verify import worker
 from filters.verify.extract import boxed, fenced_block, last_number
 from filters.verify.validation import first_error
 from pipeline.records import Reason
@@ -246,6 +247,24 @@ def test_a_pattern_that_never_ends_costs_its_row_only() -> None:
 def test_math(text: str, reference: Any, expected: str, result: str | None) -> None:
     said = verify("math", text, settings_of("math", seconds=2), reference)
     assert (outcome(said), said.result) == (expected, result)
+
+
+def test_a_new_worker_is_warm_before_the_time_of_an_answer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first value that is read takes a busy machine seconds, and each answer that is out of time a new worker."""
+    seen, exchange = list[tuple[Any, float]](), worker.Worker._exchange
+
+    def noted(self: worker.Worker, request: Any, seconds: float) -> Any:
+        seen.append(([*request[1:2]], seconds))
+        return exchange(self, request, seconds)
+
+    settings = settings_of("math")
+    verify("math", "7", settings, reference="7")
+    assert worker._worker
+    worker._worker.close()
+    monkeypatch.setattr(worker.Worker, "_exchange", noted)
+    for _ in range(2):
+        assert outcome(verify("math", "7", settings, reference="7")) == "passes"
+    assert seen == [([], 60), (["warm_up"], 60), (["compare"], 5), (["compare"], 5)]
 
 
 @pytest.mark.parametrize(
