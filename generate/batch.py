@@ -294,9 +294,7 @@ class Batches:
         if batch.status == "failed" and any(error.code == FULL for error in errors):
             self._refused(chunk, batch.id, self._api.words("; ".join(str(error.message) for error in errors[:3])))
             return
-        sent, again = self._folder.sent(chunk), chunk.collecting
-        chunk.collecting = True
-        self._folder.save()
+        sent = self._folder.sent(chunk)
         outcomes: dict[str, Answer | Fault] = {}
         if batch.status != "failed":  # one that failed was never at work
             outcomes |= {id_: NO_LINE for id_ in sent if id_ in self._reserved}
@@ -305,6 +303,8 @@ class Batches:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
+        again, chunk.collecting = chunk.collecting, True
+        self._folder.save()
         self._release(chunk)
         self._record(outcomes, f"batch {batch.id}", sent, chunk.price, again=again)
         for id_ in sent:  # of a batch that failed

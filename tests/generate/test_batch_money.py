@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from generate.batch_api import BatchApi
 from generate.dry_run import dry_run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError
@@ -153,3 +154,30 @@ def test_a_file_by_hand_of_a_retry_is_collected_without_the_flag(run: RunDir, tm
     output.write_text("".join(json.dumps(line(json.loads(text)["custom_id"])) + "\n" for text in written))
     summary = generate(recipe, run, quiet=True, collect=output)
     assert (summary.completed, summary.failed) == (2, 0)
+
+
+def answered_another_way(recipe: Recipe, run: RunDir) -> None:
+    """The answers of another run in the journal, as if they had been asked online."""
+    other = RunDir(run.path / "other")
+    generate(recipe, other, quiet=True)
+    run.completions.write_bytes(other.completions.read_bytes())
+
+
+@pytest.mark.parametrize("end", ["cut", "killed"])
+def test_answers_that_were_bought_twice_are_paid_twice_after_a_download_that_broke(run: RunDir, end: str) -> None:
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake, 4, teacher=priced(fake))
+        left_at_work(fake, recipe, run)
+        answered_another_way(recipe, run)
+        if end == "cut":
+            fake.cut_downloads = 1
+        else:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(BatchApi, "download", killed)
+                generate(recipe, run, quiet=True)
+        found = generate(batch_recipe(fake, 5, teacher=priced(fake)), run, quiet=True)
+    assert (found.completed, found.cost_usd) == (5, (4 + 4 + 1) * 6)
+
+
+async def killed(*_: object) -> None:
+    raise KeyboardInterrupt
