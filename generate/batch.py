@@ -18,7 +18,7 @@ from openai.types import Batch
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from generate.batch_api import BatchApi
-from generate.batch_files import COLLECTED, NO_OUTCOME, Chunk, Folder, read_output
+from generate.batch_files import COLLECTED, ENDED, FULL, NO_LINE, NO_OUTCOME, Chunk, Folder, read_output
 from generate.budget import Budget, Reservation, known_price, most_of_batch, spend_under_way
 from generate.context import Run
 from generate.dialect import Dialect
@@ -27,15 +27,12 @@ from generate.jobs import Job, completed, failed
 from generate.prices import Price
 from generate.reply import Answer, Fault
 from generate.tokens import bound
-from generate.verdict import heals
+from generate.verdict import EndRun, State, decide, heals
 from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.records import Usage
 
-ENDED = ("completed", "failed", "expired", "cancelled")
-FULL = "token_limit_exceeded"  # the account has its limit enqueued: create this batch later
 UNKNOWN = "unknown"  # to the account of this call; not in the state
 FIRST_POLL_S, POLL_GROWTH = 1.0, 1.5
-NO_LINE = Fault("no_response", "the batch ended without a line for this request")
 
 
 class Batches:
@@ -63,6 +60,7 @@ class Batches:
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
         self._most: int | None = None  # requests per file, if the account takes no larger ones
         self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are
+        self._no_more = ""  # why no request can be answered now
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Asks all, or goes on with earlier batches. Returns when all is answered or failed, or `stopped` is set."""
@@ -108,6 +106,8 @@ class Batches:
             if chunk.batch_id is None and all(id_ in self._done for id_ in self._folder.sent(chunk)):
                 chunk.collected = True
         self._folder.save()
+        if self._no_more:
+            raise DistillError(self._no_more)
 
     def _write(self) -> bool:
         """Writes what is still to be asked, and can be paid, as new chunks; False if nothing is left to ask."""
@@ -172,8 +172,10 @@ class Batches:
 
     async def _advance_all(self) -> None:
         for chunk in self._folder.live:
-            if not self._stopped.is_set():
+            if not self._stopped.is_set() and (chunk.batch_id or not self._no_more):
                 await self._advance(chunk)
+        if self._no_more:
+            raise DistillError(self._no_more)
 
     def _next_poll_s(self, _: RetryCallState | None = None) -> float:
         """Seconds until the provider is asked again: more each time."""
@@ -193,12 +195,10 @@ class Batches:
 
     def _give_in(self, state: RetryCallState) -> None:
         """Raises DistillError: the provider failed at every attempt."""
-        created = any(chunk.batch_id for chunk in self._folder.live)
-        then = "the batches are under way, and the same command goes on with them"
-        raise DistillError(
-            f"{self._trouble(state)}, {state.attempt_number} times in a row; "
-            + (then if created else "when it answers again, run the same command again")
-        )
+        then = "when it answers again, run the same command again"
+        if any(chunk.batch_id for chunk in self._folder.live):
+            then = "the batches are under way, and the same command goes on with them"
+        raise DistillError(f"{self._trouble(state)}, {state.attempt_number} times in a row; {then}")
 
     async def _advance(self, chunk: Chunk) -> None:
         if chunk.batch_id is None:
@@ -347,9 +347,15 @@ class Batches:
                 self._charge(most, usage, [])
 
     def _take(self, job: Job, outcome: Answer | Fault, sent: dict[str, dict[str, Any]] | None) -> None:
-        """Records an outcome; one that may heal, or that teaches something, leaves the request to another batch."""
+        """Records an outcome; one that may heal, teaches something or ends the run leaves the request unanswered."""
         id_ = job.request.id
         job.dialect = self._written_in
+        if isinstance(outcome, Fault):
+            verdict = decide(outcome, job, State(self._url, self._api.key), self._config)
+            if isinstance(verdict, EndRun):
+                self._no_more = verdict.message
+                self._settle(id_, outcome)
+                return
         sampling = (sent or {}).get(id_) or self._dialect.sent(job.request.sampling)
         if sent and isinstance(outcome, Fault) and self._dialect.teaches(outcome, job):
             self._settle(id_, outcome)

@@ -30,8 +30,9 @@ class BatchApi:
         """`run_key` marks this run's batches at the provider."""
         teacher, key = recipe.teacher, recipe.teacher.api_key()
         self.url, self._run_key, self.words = teacher.url, run_key, words_of(teacher)
+        self.key = f"{teacher.api_key_env} is not set, or holds a key that it refuses"  # if it refuses the key
         self._fixes = {
-            401: f"; {teacher.api_key_env} is not set, or holds a key that it refuses",
+            401: f"; {self.key}",
             404: "; does it have a Batch API? generate.mode online needs none",
         }
         own = ("Content-Type", "Authorization")  # which the package sets

@@ -25,6 +25,9 @@ MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
 PATH = b"/v1/chat/completions"
 FIX = "it says which batches are under way: fix it, or move its folder away to ask again"
+ENDED = ("completed", "failed", "expired", "cancelled")  # statuses of a batch
+FULL = "token_limit_exceeded"  # of a chunk: the account has its limit enqueued, so its batch is created later
+NO_LINE = Fault("no_response", "the batch ended without a line for this request")
 NO_OUTCOME = Fault("no_response", "the batch ended without an answer")  # of a line without `response` and `error`
 COLLECTED = '"collected": true'  # what a user sets in state.json to give a batch up
 

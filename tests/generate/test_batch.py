@@ -15,7 +15,7 @@ from generate.run import generate
 from pipeline.errors import DistillError, RecipeError
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
-from tests.servers.fake_batch_api import FakeBatches, batch_recipe, expired, fake_batches, line
+from tests.servers.fake_batch_api import FakeBatches, batch_recipe, expired, fake_batches, line, priced
 from tests.servers.misbehaving_server import completions, failures, misbehaving, recipe_for, reply
 
 
@@ -107,6 +107,46 @@ def test_a_line_that_failed_is_a_failure_or_is_asked_again(run: RunDir) -> None:
     assert told["3"][:2] == ("server_error", "broken")
     assert told["4"][0] == "empty_answer"
     assert whole(run, 7)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [
+        (429, "insufficient_quota", r"the quota is used up \(no\); top it up"),
+        (401, "invalid_api_key", r"answers 401 \(no\): \w+ is not set, or holds a key that it refuses"),
+        (404, "model_not_found", r"answers 404 \(no\)"),
+    ],
+)
+def test_lines_that_no_other_batch_heals_end_the_call_and_fail_no_request(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, status: int, code: str, told: str
+) -> None:
+    """Both batches of the call have such lines. All that has ended is kept, so the next call needs one batch."""
+    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
+
+    def outcome(custom_id: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+        if number < 2 and body["messages"][-1]["content"] in ("say 1", "say 6", "say 7"):
+            return line(custom_id, status, {"error": {"message": "no", "code": code}})
+        return line(custom_id)
+
+    with fake_batches(outcome=outcome) as fake:
+        recipe = batch_recipe(fake, 8, teacher=priced(fake))
+        with pytest.raises(DistillError, match=told):
+            generate(recipe, run, quiet=True)
+        assert (len(completions(run)), failures(run), len(fake.batches)) == (5, [], 2)
+        again = generate(recipe, run, quiet=True)
+        assert (again.answered, again.failed, again.cost_usd, len(fake.batches)) == (3, 0, 8 * 6, 3)
+    assert {record.attempts for record in completions(run)} == {1}
+
+
+def test_a_file_by_hand_for_another_model_fails_no_request(run: RunDir, tmp_path: Path) -> None:
+    recipe, output = recipe_for("http://127.0.0.1:9/v1", 2), tmp_path / "out.jsonl"
+    generate(recipe, run, quiet=True, write_batches=True)
+    ids = [json.loads(text)["custom_id"] for text in (run.path / "batches/001.input.jsonl").read_text().splitlines()]
+    unknown = line(ids[1], 404, {"error": {"message": "The model `m` does not exist", "code": 404}})
+    output.write_text("".join(json.dumps(text) + "\n" for text in (line(ids[0]), unknown)))
+    with pytest.raises(DistillError, match="answers 404 "):
+        generate(recipe, run, quiet=True, collect=output)
+    assert (len(completions(run)), failures(run)) == (1, [])
 
 
 def test_a_request_without_a_line_is_asked_up_to_max_attempts(run: RunDir) -> None:
