@@ -59,6 +59,7 @@ class Batches:
         self._poll_s = FIRST_POLL_S
         self._written_in = 0  # the version of the dialect in which this call wrote its chunks
         self._most: int | None = None  # requests per file, if the account takes no larger ones
+        self._ahead: dict[str, set[str]] = {}  # by chunk that the account had no room for: the batches then at work
         self._stale = set[str]()  # chunks of earlier calls that are not to be created as they are
         self._no_more = ""  # why no request can be answered now
 
@@ -224,8 +225,9 @@ class Batches:
 
     async def _submit(self, chunk: Chunk) -> None:
         """Uploads a chunk and creates its batch, unless an earlier call did, or nothing asks for its answers now."""
-        others = [other for other in self._folder.live if other.batch_id and other.status not in ENDED]
-        if chunk.status == FULL and others:
+        own = any(other.batch_id and other.status not in ENDED for other in self._folder.live)
+        ahead = self._ahead.get(chunk.name)
+        if chunk.status == FULL and (own or (ahead and ahead <= await self._api.at_work())):
             return  # until one of them has ended
         file = self._folder.file(chunk, "input")
         # The file's id is on disk before a batch is created from it: without one there is no batch to look for.
@@ -233,9 +235,8 @@ class Batches:
         if batch is None:
             if chunk.name in self._stale:
                 changed = "its answers came another way, or the recipe or the budget changed"
-                self._give_up(
-                    chunk, f"{file.name} is not sent: since it was written {changed}; what is left is written anew"
-                )
+                why = f"{file.name} is not sent: since it was written {changed}; what is left is written anew"
+                self._give_up(chunk, why)
                 return
             earlier = chunk.file_id
             if chunk.file_id is None:
@@ -270,14 +271,16 @@ class Batches:
         if held := self._held.pop(chunk.name, None):
             self._limit.settle(held, None, billed=False)
 
-    def _refused(self, chunk: Chunk, batch_id: str, words: str) -> None:
+    async def _refused(self, chunk: Chunk, batch_id: str, words: str) -> None:
         """The account has its limit of tokens enqueued: with others, this one waits; alone, it is too large.
 
         Raises DistillError where a file of one request is.
         """
         chunk.batch_id, chunk.status = None, FULL
         self._folder.save()
-        if any(other.batch_id and other.status not in ENDED for other in self._folder.live):
+        self._ahead[chunk.name] = await self._api.at_work()  # also those of other runs
+        own = any(other.batch_id and other.status not in ENDED for other in self._folder.live)
+        if own or self._ahead[chunk.name]:
             self._run.say(f"batch {batch_id}: the account's limit is enqueued; it is created again when another ends")
         elif chunk.requests == 1:
             raise DistillError(
@@ -285,19 +288,17 @@ class Batches:
             )
         else:
             self._most = chunk.requests // 2
-            self._give_up(
-                chunk, f"batch {batch_id} is too large for the account ({words}): files of {self._most} requests"
-            )
+            why = f"batch {batch_id} is too large for the account ({words}): files of {self._most} requests"
+            self._give_up(chunk, why)
 
     async def _end(self, chunk: Chunk, batch: Batch) -> None:
         errors = (batch.errors.data if batch.errors else None) or []
         if batch.status == "failed" and any(error.code == FULL for error in errors):
-            self._refused(chunk, batch.id, self._api.words("; ".join(str(error.message) for error in errors[:3])))
+            await self._refused(chunk, batch.id, self._api.words("; ".join(str(error.message) for error in errors[:3])))
             return
         sent = self._folder.sent(chunk)
-        outcomes: dict[str, Answer | Fault] = {}
-        if batch.status != "failed":  # one that failed was never at work
-            outcomes |= {id_: NO_LINE for id_ in sent if id_ in self._reserved}
+        asked = sent.keys() & self._reserved if batch.status != "failed" else ()  # one that failed was never at work
+        outcomes: dict[str, Answer | Fault] = dict.fromkeys(asked, NO_LINE)
         for kind, file_id in (("error", batch.error_file_id), ("output", batch.output_file_id)):
             if file_id:
                 file = self._folder.file(chunk, kind)
@@ -391,8 +392,8 @@ class Batches:
 
     def _say_live(self) -> None:
         """Says which batches go on without this call."""
-        ids = [chunk.batch_id for chunk in self._folder.live if chunk.batch_id and chunk.status != UNKNOWN]
-        if ids:
+        live = [chunk for chunk in self._folder.live if chunk.status not in (UNKNOWN, "failed")]
+        if ids := [chunk.batch_id for chunk in live if chunk.batch_id]:
             self._run.say(
                 f"{', '.join(ids)} go on at {self._url}; the same command collects them. To cancel one: "
                 f"POST {self._url}/batches/<id>/cancel"

@@ -13,6 +13,7 @@ import httpx2
 import openai
 from openai.types import Batch
 
+from generate.batch_files import ENDED
 from generate.client import headers_of, words_of
 from generate.endpoint import TIMEOUT_S
 from pipeline.address import proxy_of
@@ -64,6 +65,11 @@ class BatchApi:
                 if marks.items() <= (batch.metadata or {}).items() and batch.status != "failed":
                     return batch
         return None
+
+    async def at_work(self) -> set[str]:
+        """The ids of the account's batches that have not ended, those of other runs included."""
+        with self._answers_json("batches"):
+            return {batch.id async for batch in self.client.batches.list(limit=LISTED) if batch.status not in ENDED}
 
     async def create(self, chunk: str, file_id: str) -> Batch:
         return await self.client.batches.create(

@@ -231,14 +231,6 @@ def test_batches_are_said_to_be_under_way_if_they_are(
     assert ("the batches are under way" in str(caught.value)) == created
 
 
-def test_a_full_account_gets_one_batch_after_the_other(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_files, "MOST_REQUESTS", 4)
-    with fake_batches(most_live=1) as fake:
-        assert generate(batch_recipe(fake, 12), run, quiet=True).answered == 12
-        assert set(fake.asked.values()) == {1}
-    assert whole(run, 12)
-
-
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours handles it."""
 
@@ -373,18 +365,3 @@ def test_a_wrong_key_is_one_line(run: RunDir) -> None:
 def test_one_endpoint_only(run: RunDir) -> None:
     with pytest.raises(RecipeError, match="takes one endpoint"):
         generate(batch_recipe("http://127.0.0.1:1/v1,http://127.0.0.1:2/v1"), run, quiet=True)
-
-
-def test_a_batch_too_large_for_the_account_becomes_smaller_ones(run: RunDir) -> None:
-    """The account takes files of three requests; alone, a larger one would be refused for ever."""
-    with fake_batches(most_enqueued=3) as fake:
-        assert generate(batch_recipe(fake, 10), run, quiet=True).answered == 10
-        assert set(fake.asked.values()) == {1}
-    assert whole(run, 10)
-
-
-def test_an_account_that_takes_no_batch_at_all_is_told(run: RunDir) -> None:
-    with fake_batches(most_live=0) as fake:
-        with pytest.raises(DistillError, match=r"no batch of one request fits the account's limit"):
-            generate(batch_recipe(fake, 3), run, quiet=True)
-        assert not fake.asked
