@@ -114,20 +114,21 @@ class Session(AbstractContextManager["Session"]):
     def __init__(self, run: RunDir, *, size: int, seed: int) -> None:
         """Continues the review where it was stopped, or draws a sample.
 
-        Raises DataError for a wrong file, and UsageError if another process has the review open: each would show what
-        the other has judged. The run itself is not locked: it may be filtered meanwhile.
+        Raises DataError for a wrong file, and UsageError if there is no run, or another process has the review open:
+        each would show what the other has judged. The run itself is not locked: it may be filtered meanwhile.
         """
-        sample = load_sample(run)
-        if sample is None:
-            sample = draw(run, size, seed)
-            write_jsonl(run.review_sample, [sample])
-        self.sample = sample
+        run.check_there()
         self._file: BinaryIO = run.reviews.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
             raise UsageError(f"{run.reviews}: another review of this run is open; go on there, or end it") from None
+        sample = load_sample(run)
+        if sample is None:
+            sample = draw(run, size, seed)
+            write_jsonl(run.review_sample, [sample])
+        self.sample = sample
         self.verdicts, good = _read(run.reviews)
         if good < run.reviews.stat().st_size:  # a line that a killed process did not end
             self._file.truncate(good)

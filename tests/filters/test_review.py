@@ -23,7 +23,7 @@ from rich.console import Console
 
 from filters.review.__main__ import main
 from filters.review.agreement import Case, agreement, precision_and_recall, print_agreement, weighted_kappa
-from filters.review.session import KEPT, Session, draw, read_reviews
+from filters.review.session import KEPT, Sample, Session, draw, load_sample, read_reviews
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import load_recipe
 from pipeline.records import Dropped, Kept, Message, Reason, encode_line
@@ -185,6 +185,20 @@ def test_two_do_not_review_a_run_at_once(run: RunDir) -> None:
         session.record("reject")
     with Session(run, size=5, seed=0) as session:
         assert session.done == 2
+
+
+def test_a_second_review_that_is_refused_leaves_the_sample_of_the_first(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_beside_another_review(*asked: Any) -> Sample:
+        monkeypatch.undo()
+        with pytest.raises(UsageError, match="another review of this run is open"):
+            Session(run, size=20, seed=7)
+        return draw(*asked)
+
+    monkeypatch.setattr("filters.review.session.draw", draw_beside_another_review)
+    with Session(run, size=5, seed=0) as session:
+        assert load_sample(run) == session.sample == draw(run, 5, seed=0)
 
 
 def test_a_file_system_without_locks_is_not_another_review(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
