@@ -397,6 +397,41 @@ def test_twenty_are_reviewed_over_a_kill(run: RunDir, browser_page: Page) -> Non
     assert Counter(review.verdict for review in reviews.values()) == expected
 
 
+def test_a_key_is_its_letter_and_where_it_types_no_latin_one_its_place(run: RunDir, browser_page: Page) -> None:
+    """Colemak's R, AZERTY's A, the Hangul key of S, Colemak's P, AZERTY's 4."""
+    typed = [("r", "KeyS"), ("A", "KeyQ"), ("ㄴ", "KeyS"), ("p", "KeyR"), ("'", "Digit4")]
+    with serving(run) as (url, _):
+        browser_page.goto(url)
+        browser_page.wait_for_selector("#text[data-id]")
+        for key, place in typed:
+            before = browser_page.inner_text("#count")
+            browser_page.dispatch_event("body", "keydown", {"key": key, "code": place})
+            if key != "p":  # no key of the page, though it is where R is on other layouts
+                browser_page.wait_for_function("old => document.querySelector('#count').textContent !== old", arg=before)
+    assert [review.verdict for review in read_reviews(run).values()] == ["reject", "accept", "skip", "accept"]
+
+
+def test_after_a_click_the_space_bar_judges_nothing(run: RunDir, browser_page: Page) -> None:
+    with serving(run) as (url, _):
+        browser_page.goto(url)
+        browser_page.wait_for_selector("#text[data-id]")
+        browser_page.click("[data-verdict='accept']")
+        browser_page.wait_for_function("document.querySelector('#count').textContent.startsWith('1 ')")
+        browser_page.keyboard.press("Space")
+        press(browser_page, "r")
+    assert [review.verdict for review in read_reviews(run).values()] == ["accept", "reject"]
+
+
+def test_a_long_word_among_the_slots_is_broken(run: RunDir, browser_page: Page) -> None:
+    run.kept.write_bytes(encode_line(Kept(**{**fields("k0", "끝."), "slots": {"url": "x" * 120}})))
+    run.dropped.write_bytes(b"")
+    with serving(run) as (url, _):
+        browser_page.set_viewport_size({"width": 320, "height": 700})
+        browser_page.goto(url)
+        browser_page.wait_for_selector("#text[data-id]")
+        assert browser_page.evaluate("document.documentElement.scrollWidth") == 320
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGHUP]], ids=["Ctrl-C twice", "hangup"])
 def test_however_it_is_ended_it_says_no_traceback(run: RunDir, signals: list[signal.Signals]) -> None:
     for _ in range(4):
