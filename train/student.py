@@ -72,7 +72,7 @@ def _built(recipe: Recipe, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, An
     student, template = recipe.student, recipe.student.chat_template
     if student.new is not None:
         if student.tokenizer is not None:
-            tokenizer = _tokenizer(resolve_model(student.tokenizer))
+            tokenizer = read_tokenizer(resolve_model(student.tokenizer))
         else:
             tokenizer = train_tokenizer(_texts(recipe, rows), vocabulary_of(student.new))
         if template is None and not tokenizer.chat_template:
@@ -80,7 +80,7 @@ def _built(recipe: Recipe, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, An
     elif student.pruned:
         model, tokenizer, facts = _pruned(recipe.teacher.model, student.pruned)
     else:
-        model, tokenizer, facts = _loaded(student.model), _tokenizer(resolve_model(student.model)), {}
+        model, tokenizer, facts = _loaded(student.model), read_tokenizer(resolve_model(student.model)), {}
     if template is not None:
         apply_template(tokenizer, template)
     if student.new is not None:
@@ -94,13 +94,21 @@ def _built(recipe: Recipe, rows: Sequence[Kept]) -> tuple[Any, Any, dict[str, An
 
 def load_tokenizer(student: str) -> Any:
     """The student's tokenizer. Raises RecipeError if it cannot be loaded, or has no chat template."""
-    tokenizer = _tokenizer(student)
+    tokenizer = read_tokenizer(student)
     if not tokenizer.chat_template:
         raise RecipeError(
             f"student.model: {student} has no chat template; name one in student.chat_template, or choose an "
             "instruction-tuned model"
         )
     return tokenizer
+
+
+def read_tokenizer(student: str) -> Any:
+    """A tokenizer, with a chat template or without. Raises RecipeError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    with explained(f"student: cannot load the tokenizer of {student}"):
+        return AutoTokenizer.from_pretrained(student)
 
 
 def layers_kept(total: int, k: int) -> list[int]:
@@ -118,13 +126,6 @@ def _loaded(reference: str) -> Any:
 
     with explained(f"student.model: cannot load {reference}"):
         return AutoModelForCausalLM.from_pretrained(resolve_model(reference), dtype="auto")
-
-
-def _tokenizer(student: str) -> Any:
-    from transformers import AutoTokenizer
-
-    with explained(f"student: cannot load the tokenizer of {student}"):
-        return AutoTokenizer.from_pretrained(student)
 
 
 def check_layers(k: int, total: int, teacher: str) -> None:

@@ -185,6 +185,12 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
             "model ./none: the",
         ),
         (["--student.model", "BARE"], "has no chat template"),
+        (["--student.model", "org/mistyped"], "cannot load the tokenizer of org/mistyped"),
+        (["--student.model", "org/mistyped", "--student.chat_template", "chatml"], "cannot load the tokenizer of org/"),
+        (
+            ["--student.model", "new:30m", "--student.tokenizer", "org/mistyped", "--train.method", "full"],
+            "cannot load the tokenizer of org/mistyped",
+        ),
         (["--train.test_rows", "none.jsonl"], "train.test_rows none.jsonl: no such file"),
         (["--evaluate.probes_file", "none.jsonl"], "evaluate.probes_file none.jsonl: No such file"),
         (["--filters.dedup.against", "[none]"], r"filters\.dedup\.against\[0\]: none/kept\.jsonl: no such file"),
@@ -201,3 +207,17 @@ def test_what_a_later_stage_lacks_is_told_before_anything_is_asked(
     with pytest.raises((RecipeError, UsageError), match=word):
         main([str(recipe), "--run", str(run), "--train.accept", "[licence]", *given, "--dry-run"])
     assert not run.exists()
+
+
+def test_a_student_in_the_hubs_cache_needs_no_network(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, repository = "0" * 40, tmp_path / "hub/models--org--cached"
+    tiny_model(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(repository.parent))
+    main([str(recipe), "--run", str(tmp_path / "run"), "--student.model", "org/cached", "--dry-run"])
+    with pytest.raises(RecipeError, match="cannot load the tokenizer of org/another"):
+        main([str(recipe), "--run", str(tmp_path / "run"), "--student.model", "org/another", "--dry-run"])

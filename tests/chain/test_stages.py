@@ -34,6 +34,7 @@ from tests.servers.misbehaving_server import (
     one_bad,
     recipe_for,
 )
+from tests.tiny_student import tiny_model
 
 ROOT = Path(__file__).parents[2]
 IN_FLIGHT = 64
@@ -41,7 +42,7 @@ IN_FLIGHT = 64
 
 def write_recipe(server: MisbehavingServer | str, folder: Path, **sections: Any) -> Path:
     recipe = recipe_for(server, 3 * IN_FLIGHT, **sections).model_dump(mode="json")
-    recipe["student"] = {"model": "org/student"}
+    recipe["student"] = {"model": str(tiny_model(folder / "student"))}
     recipe["generate"] |= {"concurrency": IN_FLIGHT, "request_timeout_s": 100}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -5,7 +5,6 @@ Looks at settings, small files and this machine; a served teacher is asked once.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.models import embedded_folder, resolve_model
@@ -15,7 +14,7 @@ from pipeline.rundir import RunDir
 from train.preferences import check_start, start_of
 from train.processes import ALONE, Processes
 from train.rows import read_test_rows
-from train.student import check_layers, initial_student, load_tokenizer, teacher_to_prune
+from train.student import check_layers, initial_student, load_tokenizer, read_tokenizer, teacher_to_prune
 from train.teacher import check_same_tokens, followed_files, known_files, tokenizer_of
 
 
@@ -46,9 +45,10 @@ def check_trainable(recipe: Recipe, run: RunDir) -> None:
 
 
 def check_student(recipe: Recipe) -> None:
-    """Raises UsageError if the student, or the model that it is made of, is a folder that cannot be read.
+    """Raises UsageError if the student, or the model that it is made of, cannot be read.
 
-    A model on the Hub is looked up only if layers are taken of it, and an embedded model is not fetched.
+    Of a model on the Hub only the tokenizer is fetched, or the configuration if layers are taken of it; an embedded
+    model is not fetched.
     """
     student = recipe.student
     assert student is not None
@@ -62,7 +62,9 @@ def check_student(recipe: Recipe) -> None:
         with teacher_to_prune(student.pruned, source):
             config = AutoConfig.from_pretrained(known_files(source) or resolved)
         check_layers(student.pruned, config.get_text_config().num_hidden_layers, source)
-    elif not student.built and Path(resolved).is_dir():
+    elif student.built:  # it gets its chat template then
+        read_tokenizer(resolved)
+    else:
         load_tokenizer(resolved)
 
 
