@@ -75,11 +75,16 @@ def check_port(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()  # reuses the address, as vLLM does
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"port {port} is taken by {_listener(port)}; stop it, or choose another with --port"
-            ) from None
+            raise port_taken(port) from None
         reason = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host}:{port} ({reason}); choose another port or address") from None
+
+
+def port_taken(port: int) -> UsageError:
+    """The error that says who listens at a port."""
+    return UsageError(
+        f"port {port} is taken by {_listener(port)}; stop it, or choose another with teacher.base_url or --port"
+    )
 
 
 def _listener(port: int) -> str:

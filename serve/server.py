@@ -27,7 +27,7 @@ from pipeline.errors import DistillError, UsageError
 from pipeline.models import resolve_model
 from pipeline.resources import peak_bytes
 from pipeline.serve_config import ServeConfig
-from serve.checks import check_memory, check_port, check_vllm
+from serve.checks import check_memory, check_port, check_vllm, port_taken
 from serve.command import Command, build_command
 from serve.machine import detect
 from serve.model_facts import model_facts
@@ -64,6 +64,20 @@ class Server:
             tree = psutil.Process(self._guard.pid).children(recursive=True)
             self._peak = max(self._peak, sum(peak_bytes(process.pid) for process in tree))
         return self._peak
+
+    def listens(self) -> bool:
+        """Whether one of the server's processes listens at its port; True where the system does not say."""
+        try:
+            for process in psutil.Process(self._guard.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for open_ in process.net_connections("tcp"):
+                        if open_.status == psutil.CONN_LISTEN and open_.laddr.port == self.command.port:
+                            return True
+        except psutil.NoSuchProcess:
+            return False
+        except (psutil.AccessDenied, OSError):
+            return True
+        return False
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Waits for the server to end by itself. Returns its exit code, or None after `timeout` seconds."""
@@ -195,8 +209,11 @@ def _wait_until_ready(server: Server, timeout_s: float, waiting: Waiting | None)
         if waiting:
             waiting(server.startup_s, last_line(tail(server.log)))
     server.startup_s = time.monotonic() - start
-    if server.wait(POLL_S) is not None:  # another's server has the port, and answers in its place
+    # Another's server may answer in its place: vLLM binds the port at once, and listens once it has loaded the model.
+    if server.wait(POLL_S) is not None:
         raise server.failure("before it was ready")
+    if not server.listens():
+        raise port_taken(server.command.port)
 
 
 def is_ready(base_url: str, served_name: str) -> bool:

@@ -1,13 +1,16 @@
 """Starting, watching and ending a server, with a stand-in for vLLM: every way it can fail is one line, and whatever
 happens no process is left. The real vLLM is in test_serve_real.py."""
 
+import contextlib
 import http.client
 import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -143,6 +146,32 @@ def test_a_server_whose_port_another_one_has_taken_meanwhile_is_not_ready(stub, 
     assert processes() == []
 
 
+def test_a_server_that_listens_in_place_of_ours_while_ours_starts_is_not_ours(stub, model, tmp_path):
+    processes, port = stub("silent"), free_port()
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": model}]}).encode())
+
+    with contextlib.ExitStack() as stack:
+
+        def waiting(seconds: float, line: str) -> None:
+            """Has another server take the port, which ours has found free."""
+            if line == "stub engine started":
+                other = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", port), Other))
+                threading.Thread(target=other.serve_forever, daemon=True).start()
+                stack.callback(other.shutdown)
+
+        with (
+            pytest.raises(UsageError, match=rf"^port {port} is taken by pid {os.getpid()} "),
+            serving(model, port=port, config=SETTINGS, log=tmp_path / "log", waiting=waiting),
+        ):
+            pytest.fail("ours does not listen")
+    assert processes() == []
+
+
 @pytest.mark.parametrize("mode", ["silent", "other"])
 def test_a_server_that_never_serves_the_model_is_ended(stub, model, mode, tmp_path):
     processes = stub(mode)
@@ -179,7 +208,7 @@ def test_a_taken_port_names_who_has_it(stub, model):
         other.listen()
         port = other.getsockname()[1]
         with (
-            pytest.raises(UsageError, match=rf"^port {port} is taken by pid {os.getpid()} .*--port$") as error,
+            pytest.raises(UsageError, match=rf"^port {port} is taken by pid {os.getpid()} .*or --port$") as error,
             serving(model, port=port, config=SETTINGS),
         ):
             pytest.fail("the port is taken")
