@@ -304,15 +304,19 @@ class Batches:
                 file = self._folder.file(chunk, kind)
                 await self._api.download(file_id, file)
                 outcomes |= read_output(file, self._api.words)
-        again, chunk.collecting = chunk.collecting, True
-        self._folder.save()
         self._release(chunk)
-        self._record(outcomes, f"batch {batch.id}", sent, chunk.price, again=again)
-        for id_ in sent:  # of a batch that failed
+        for id_, outcome in outcomes.items():
+            # A call that was killed while it recorded has saved what the journal does not say.
+            if not chunk.collecting or (id_ in self._reserved and _is_counted(outcome)):
+                self._settle(id_, outcome, chunk.price)
+        self._run.budget.save()
+        chunk.collecting = True
+        self._folder.save()
+        self._record(outcomes, f"batch {batch.id}", sent)
+        for id_ in sent:  # of a batch that failed, or charged by a call that was killed
             self._settle(id_, None)
         for journal in self._run.journals:
             journal.sync()
-        self._run.budget.save()
         chunk.collected = True
         self._folder.save()
         self._run.say(f"batch {batch.id} is {batch.status}: {self._run.counters.answered} answered in this call so far")
@@ -321,18 +325,11 @@ class Batches:
             raise DistillError(f"batch {batch.id} failed: {words or 'it does not say why'}")
 
     def _record(
-        self,
-        outcomes: dict[str, Answer | Fault],
-        source: str,
-        sent: dict[str, dict[str, Any]] | None = None,
-        price: Price | None = None,
-        *,
-        again: bool = False,
+        self, outcomes: dict[str, Answer | Fault], source: str, sent: dict[str, dict[str, Any]] | None = None
     ) -> None:
         """Writes outcomes to the journals: each request's first answer, and no more.
 
-        `sent`: the requests of the batch that brought them; None for a file that came another way. `price`: of
-        that batch's tokens. `again`: a call that was killed may have recorded some of them.
+        `sent`: the requests of the batch that brought them; None for a file that came another way.
         """
         for job in self._run.unanswered():
             id_ = job.request.id
@@ -341,11 +338,6 @@ class Batches:
         if outcomes:
             ignored = f"{len(outcomes)} answers that the run has already, or that nothing asks for"
             self._run.say(f"{source}: ignored {ignored}")
-        for id_, outcome in outcomes.items() if sent else ():
-            if not again or id_ not in self._run.completions.found.ids:  # paid as all others, though nobody asks for it
-                usage = outcome.usage or Usage()
-                most = Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0, price=price)
-                self._charge(most, usage, [])
 
     def _take(self, job: Job, outcome: Answer | Fault, sent: dict[str, dict[str, Any]] | None) -> None:
         """Records an outcome; one that may heal, teaches something or ends the run leaves the request unanswered."""
@@ -355,11 +347,9 @@ class Batches:
             verdict = decide(outcome, job, State(self._url, self._api.key), self._config)
             if isinstance(verdict, EndRun):
                 self._no_more = verdict.message
-                self._settle(id_, outcome)
                 return
         sampling = (sent or {}).get(id_) or self._dialect.sent(job.request.sampling)
         if sent and isinstance(outcome, Fault) and self._dialect.teaches(outcome, job):
-            self._settle(id_, outcome)
             self._dialect.learn(outcome, job, self._run.say)
             return
         self._tries[id_] += 1
@@ -371,17 +361,18 @@ class Batches:
         elif not heals(outcome) or job.attempts >= self._config.max_attempts:
             self._run.record_failures(*failed(job, outcome, endpoint=self._url, sampling=sampling))
             self._done.add(id_)
-        self._settle(id_, outcome)
 
-    def _settle(self, id_: str, outcome: Answer | Fault | None) -> None:
-        """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost."""
-        if reservation := self._reserved.pop(id_, None):
-            if isinstance(outcome, Answer):
-                self._charge(reservation, outcome.usage, [outcome.usage])
-            elif outcome and outcome.status == 200:
-                self._charge(reservation, outcome.usage or Usage(), [])
-            else:
-                self._limit.settle(reservation, None, billed=False)
+    def _settle(self, id_: str, outcome: Answer | Fault | None, price: Price | None = None) -> None:
+        """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost.
+
+        One that reserved nothing, as nobody asks for it, costs as much as all others, at this price.
+        """
+        usage, reserved = (outcome and outcome.usage) or Usage(), self._reserved.pop(id_, None)
+        if outcome and (isinstance(outcome, Answer) or outcome.status == 200):
+            most = reserved or Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0, price=price)
+            self._charge(most, usage, [usage] if reserved and isinstance(outcome, Answer) else [])
+        elif reserved:
+            self._limit.settle(reserved, None, billed=False)
 
     def _charge(self, reservation: Reservation, usage: Usage, journaled: list[Usage]) -> None:
         """Counts what a request has cost; the most that it can where the provider did not count."""
@@ -398,3 +389,8 @@ class Batches:
                 f"{', '.join(ids)} go on at {self._url}; the same command collects them. To cancel one: "
                 f"POST {self._url}/batches/<id>/cancel"
             )
+
+
+def _is_counted(outcome: Answer | Fault) -> bool:
+    """Whether the journal says all that an outcome costs."""
+    return isinstance(outcome, Answer) and None not in (outcome.usage.prompt_tokens, outcome.usage.completion_tokens)

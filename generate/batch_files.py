@@ -43,7 +43,7 @@ class Chunk(msgspec.Struct, kw_only=True):
     price: Price | None = None  # when it was written; None: not known, or a file of an older version
     prompt_tokens: int = 0  # the most that its requests can have; 0: a file of an older version
     completion_tokens: int = 0  # likewise
-    collecting: bool = False  # what came of it is being recorded, or a call was killed while it was
+    collecting: bool = False  # it is charged, and is being recorded, or a call was killed while it was
     collected: bool = False  # all that came of it is in the journals
 
 

@@ -1,12 +1,14 @@
 """Batches of earlier calls: what they may cost and have cost counts, and what they answer is kept."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from generate.batch_api import BatchApi
+from generate.context import Run
 from generate.dry_run import dry_run
 from generate.run import generate
 from pipeline.errors import BudgetReached, DistillError
@@ -177,6 +179,36 @@ def test_answers_that_were_bought_twice_are_paid_twice_after_a_download_that_bro
                 generate(recipe, run, quiet=True)
         found = generate(batch_recipe(fake, 5, teacher=priced(fake)), run, quiet=True)
     assert (found.completed, found.cost_usd) == (5, (4 + 4 + 1) * 6)
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_a_call_that_is_killed_while_it_records_a_batch_loses_none_of_its_cost(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usage: bool
+) -> None:
+    """Two of the six requests are answered another way meanwhile, and one has an empty answer. Each costs as ever."""
+
+    def outcome(id_: str, body: dict[str, Any], batch: int) -> dict[str, Any]:
+        return line(id_, body=reply("" if body["messages"][-1]["content"] == "say 5" else "four", usage=usage))
+
+    with fake_batches(outcome=outcome) as fake:
+        few, all_ = (batch_recipe(fake, count, teacher=priced(fake)) for count in (2, 6))
+        left_at_work(fake, all_, run)
+        answered_another_way(few, run)
+        record, copy = Run.record_answers, tmp_path / "copy"
+
+        def copied(self: Run, *answers: Any) -> None:
+            record(self, *answers)
+            if self.counters.answered == 2:
+                shutil.copytree(run.path, copy)  # what a kill at this moment leaves
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "record_answers", copied)
+            whole = generate(all_, run, quiet=True)
+        resumed = generate(all_, RunDir(copy), quiet=True)
+        assert len(fake.batches) == 2
+    assert (whole.completed, resumed.completed) == (5, 5)
+    assert resumed.cost_usd == whole.cost_usd
+    assert not usage or whole.cost_usd == (2 + 6) * 6
 
 
 async def killed(*_: object) -> None:
