@@ -6,6 +6,7 @@ command goes on after an interrupt.
 """
 
 import time
+from argparse import Namespace
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pipeline.cli import parse_stage, run_stage, stage_parser
 from pipeline.errors import RecipeError, RequestsFailed, UsageError
 from pipeline.lineage import read_lineage, taught_by
 from pipeline.recipe import Recipe
-from pipeline.rundir import RunDir
+from pipeline.rundir import CHAIN_LOCK, RunDir
 from train.checks.before import check_trainable
 from train.checks.licences import licence_check, strictest, terms_of
 from train.checks.pair import teacher_check
@@ -45,6 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
         return
+    with run.locked(new=True, name=CHAIN_LOCK):  # before a teacher is started: a second chain is refused at once
+        run_stages(recipe, run, options, asks=bool(asks))
+
+
+def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -> None:
+    """Runs the stages in turn, with the teacher's server up while a stage may ask it.
+
+    Raises StageFailed if one ends the chain, RequestsFailed at the end if requests failed for good.
+    """
+    assert recipe.student is not None
     started, before = time.monotonic(), options.recipe.read_bytes()
 
     def heading(number: int, text: str) -> None:

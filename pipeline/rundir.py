@@ -37,6 +37,7 @@ class File:
 
 
 LOCK = ".lock"  # the file that says which process has the run
+CHAIN_LOCK = ".chain.lock"  # and which chain: it holds the run between its stages, too
 SERVED = "served-"  # begins the names of an evaluation's folders that it empties, journals too, when it starts again
 
 
@@ -86,8 +87,8 @@ class RunDir:
             raise UsageError(f"{self.path}: no such run; give its folder with --run, or generate first")
 
     @contextmanager
-    def locked(self, *, new: bool = False) -> Iterator[None]:
-        """Holds the run for this process. `new` makes the folder if it does not exist.
+    def locked(self, *, new: bool = False, name: str = LOCK) -> Iterator[None]:
+        """Holds the run for this process, by the file `name`. `new` makes the folder if it does not exist.
 
         The kernel drops the lock with the process, so a killed run never leaves a stale one. Raises UsageError if the
         folder does not exist or another process holds it (its pid is named), DistillError if the file system cannot
@@ -98,7 +99,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         else:
             self.check_there()
-        with (self.path / LOCK).open("a+") as file:
+        with (self.path / name).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

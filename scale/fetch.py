@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.cli import run_stage
 from pipeline.errors import UsageError
-from pipeline.rundir import LOCK, RunDir
+from pipeline.rundir import CHAIN_LOCK, LOCK, RunDir
 from scale.journals import JOURNALS
 from scale.parts import compact
 from scale.storage import open_store
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     if not store.names():
         raise UsageError(f"{options.url}: there is nothing")
     folder = options.folder or Path("runs") / options.url.rstrip("/").rpartition("/")[2]
-    other = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
+    other = folder.exists() and any(path.name not in (LOCK, CHAIN_LOCK) for path in folder.iterdir())
     if other and not (folder / STATE_FILE).exists():
         raise UsageError(f"{folder}: holds another run; name an empty folder after the URL")
     with RunDir(folder).locked(new=True):

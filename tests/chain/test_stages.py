@@ -310,3 +310,30 @@ def test_nothing_is_served_when_all_that_is_left_has_failed_for_good(tmp_path: P
     assert "serving " not in done.stdout
     assert f"{3 * IN_FLIGHT} requests, {3 * IN_FLIGHT - 1} answered (0 now" in done.stdout
     assert done.returncode == 1 and "keep rate 0.0% is under" in done.stderr
+
+
+def test_a_second_chain_on_a_run_is_refused_before_it_starts_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stages = RunDir(tmp_path / "run"), list[str]()
+    recipe = write_recipe(f"http://127.0.0.1:{free_port()}/v1", tmp_path)
+    command = [str(recipe), "--run", str(run.path)]
+
+    @contextmanager
+    def serving(model: str, **_: object) -> Iterator[SimpleNamespace]:
+        """The first chain's server starts; its stages have not begun."""
+        second = subprocess.run([sys.executable, "-m", "chain", *command], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 2 and f"another process (pid {os.getpid()}) works on this run" in second.stderr
+        assert "serving" not in second.stdout
+        yield SimpleNamespace(base_url="", startup_s=0.0)
+
+    def note(name: str, *_: object) -> int:
+        stages.append(name)
+        with run.locked():  # the chain's own lock is another one
+            return 0
+
+    monkeypatch.setattr("chain.stages.serving", serving)
+    monkeypatch.setattr(chain.__main__, "stage", note)
+    monkeypatch.setattr(chain.__main__, "last_words", lambda *_: [])
+    chain.__main__.main(command)
+    assert stages == ["generate", "filters", "train", "evaluate"]
