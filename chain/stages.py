@@ -29,7 +29,10 @@ class StageFailed(DistillError):
 
 @contextmanager
 def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
-    """The recipe's endpoint, up: others' servers, or what listens there already, else the teacher is served here."""
+    """The recipe's endpoint, up: others' servers, or what listens there already, else the teacher is served here.
+
+    Raises DistillError with the server's last words if a stage failed and the server has ended.
+    """
     url = recipe.teacher.url
     if recipe.teacher.urls_file or not is_loopback(url):
         yield
@@ -44,7 +47,12 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
     print(f"serving {recipe.teacher.model} (about a minute; log: {log})", flush=True)
     with serving(recipe.teacher.model, host=host, port=port, config=recipe.serve, log=log) as server:
         print(f"ready at {server.base_url} after {server.startup_s:.0f} s", flush=True)
-        yield
+        try:
+            yield
+        except StageFailed as failed:
+            if server.wait(0) is not None:
+                raise server.failure("while it was asked") from failed
+            raise
 
 
 def judges(recipe: Recipe) -> bool:

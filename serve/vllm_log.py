@@ -9,21 +9,24 @@ _PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*|^(?:ERROR|WARNING|INFO|CRITICAL) \d\
 _ERROR = re.compile(r"^(?:[\w.]*\.)?(?:\w*(?:Error|Exception|Exit|Interrupt|Killed))\b(?::\s*(?P<what>.*))?$")
 _USAGE = re.compile(r"^\S+\.py: error: (?P<what>.+)$")
 # What one of vLLM's processes says when another failed.
-_WRAPPERS = re.compile(r"See root cause above|initialization failed due to|failed to start|leaked .* objects")
+_WRAPPERS = re.compile(r"See (?:root cause|stack trace)|initialization failed due to|failed to start|leaked .* objects")
 
 
 def cause(log: str) -> str | None:
-    """The last error in a vLLM log that does not only repeat an earlier one; None if there is no error."""
+    """The last error in a vLLM log: a cause, or else what only repeats one; None if there is no error."""
     lines = [_strip(line) for line in log.splitlines()]
-    found = None
+    found = repeats = None
     for number, line in enumerate(lines):
         match = _USAGE.match(line) or _ERROR.match(line)
-        if not match or _WRAPPERS.search(line):
+        if not match:
+            continue
+        if _WRAPPERS.search(line):
+            repeats = line
             continue
         found = line if match.re is _ERROR else match["what"]
         if re.search(r"validation errors? for \w+$", line) and number + 1 < len(lines):
             found = re.sub(r"\s*\[type=.*", "", lines[number + 1]).removeprefix("Value error, ")
-    return found
+    return found or repeats
 
 
 def last_line(log: str) -> str:

@@ -39,6 +39,7 @@ from pipeline.teacher_config import TeacherConfig
 from serve.command import serve_settings
 from serve.server import Server, free_port, serving
 
+GONE_S = 5.0  # a server of ours that takes no requests for so long has ended: nobody starts it again
 EXIT_S = 5.0  # for a server that stopped answering to exit
 WARM_UP_REQUESTS = 8
 WARM_UP_TOKENS = 8
@@ -83,7 +84,7 @@ def answer_questions(
     bursts: list[Burst] = []
     if timed:
         ask_prompts(greedy, folder / "warm-up", timed[:WARM_UP_REQUESTS])
-        config = GenerateConfig(concurrency=recipe.evaluate.speed_concurrency)
+        config = GenerateConfig(concurrency=recipe.evaluate.speed_concurrency, give_up_s=GONE_S)
         bursts = _bursts(greedy.model_copy(update={"generate": config}), folder, timed, WARM_UP_REQUESTS)
     result = answer_probes(greedy, folder / "answers", prompts, asked)
     return msgspec.structs.replace(result, bursts=bursts)
@@ -150,7 +151,7 @@ def with_server(
         update={
             "teacher": TeacherConfig(model=server.served_name, base_url=server.base_url, api_key_env="VLLM_API_KEY"),
             "sampling": recipe.sampling.model_copy(update=sampling),
-            "generate": GenerateConfig(concurrency=concurrency),
+            "generate": GenerateConfig(concurrency=concurrency, give_up_s=GONE_S),
             "budget": BudgetConfig(),
         }
     )

@@ -20,7 +20,7 @@ import yaml
 
 import chain.__main__
 from chain.stages import StageFailed, stage, teacher
-from pipeline.errors import RecipeError, RequestsFailed, UsageError
+from pipeline.errors import DistillError, RecipeError, RequestsFailed, UsageError
 from pipeline.lineage import record_lineage
 from pipeline.rundir import RunDir
 from serve.server import free_port
@@ -152,6 +152,28 @@ def test_a_stage_that_was_killed_is_told_as_a_shell_tells_it(
     with pytest.raises(StageFailed, match=r"was ended by SIG(KILL|TERM); see why, and run") as caught:
         stage("train", RunDir(tmp_path), tmp_path / "recipe.yaml", [])
     assert caught.value.exit_code == 128 - code
+
+
+@pytest.mark.parametrize(
+    ("ended", "says"), [(1, "vLLM ended while it was asked: no memory"), (None, "`python -m generate`")]
+)
+def test_a_stage_that_failed_as_the_teacher_ended_is_told_with_the_cause(
+    ended: int | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def serving(model: str, **_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(
+            base_url="",
+            startup_s=0.0,
+            wait=lambda seconds: ended,
+            failure=lambda when: DistillError(f"vLLM ended {when}: no memory"),
+        )
+
+    monkeypatch.setattr("chain.stages.serving", serving)
+    monkeypatch.setattr("chain.stages.run_child", lambda command: 1)
+    recipe, run = recipe_for(f"http://127.0.0.1:{free_port()}/v1"), RunDir(tmp_path / "run")
+    with pytest.raises(DistillError, match=says), teacher(recipe, run):
+        stage("generate", run, tmp_path / "recipe.yaml", [])
 
 
 def test_a_teacher_whose_servers_a_file_names_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,34 @@ def test_a_server_that_died_says_why(tmp_path: Path, recipe: Recipe, started: Ca
             measure(recipe, RunDir(tmp_path))
 
 
+@pytest.mark.parametrize("at", [1, 6])  # in the warm-up; in the timing
+def test_a_server_that_dies_while_it_is_asked_is_not_waited_for(
+    at: int, tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = set[float]()
+
+    def noted(asking: Recipe, *given: Any, **options: Any) -> Any:
+        waits.add(asking.generate.give_up_s)
+        return generate(asking, *given, **options)
+
+    def dies(asked: Asked) -> Behaviour:
+        if len(server.asked) == at:
+            server.die()
+        return answer()
+
+    monkeypatch.setattr(evaluate.measure.serving, "generate", noted)
+    monkeypatch.setattr(evaluate.measure.serving, "GONE_S", 0.5)
+    subject = Subject("teacher", "teacher", "reference", tmp_path / "model")
+    with misbehaving(dies) as server:
+        started(server, ended=True)
+        with (
+            pytest.raises(DistillError, match="vLLM ended while the teacher was measured: engine died"),
+            serve_subject(recipe, RunDir(tmp_path), subject) as (ours, folder),
+        ):
+            answer_questions(with_server(recipe, ours), folder, PROBES, PROBES, PROBES)
+    assert waits == {0.5}  # and not the recipe's, which is for a server that somebody may start again
+
+
 def test_questions_are_answered_greedily_and_timed_as_long_as_they_come(
     tmp_path: Path, recipe: Recipe, started: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -326,6 +326,18 @@ def test_addresses_that_cannot_be_served(url, says):
             "max_model_len is too long.",
         ),
         ("Traceback (most recent call last):\nKeyError: 'x'\n\nDuring:\nOSError: no model\n", "OSError: no model"),
+        (
+            "(EngineCore pid=7) ERROR 11-29 21:54:31 [core.py:1512] RuntimeError: Unsupported CPU attention\n"
+            "(APIServer pid=5) ERROR 11-29 21:54:31 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: "
+            "EngineCore encountered an issue. See stack trace (above) for the root cause.\n"
+            "INFO:     Shutting down\n",
+            "RuntimeError: Unsupported CPU attention",
+        ),
+        (
+            "vllm.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.\n"
+            "INFO:     Shutting down\n",
+            "vllm.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
+        ),
     ],
 )  # fmt: skip
 def test_cause(log, reason):
