@@ -9,11 +9,13 @@ import fcntl
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import msgspec
 import yaml
@@ -38,6 +40,7 @@ class File:
 
 LOCK = ".lock"  # the file that says which process has the run
 CHAIN_LOCK = ".chain.lock"  # and which chain: it holds the run between its stages, too
+CHAINED_S = 60.0  # that a stage of a chain waits for one that was started by hand
 SERVED = "served-"  # begins the names of an evaluation's folders that it empties, journals too, when it starts again
 
 
@@ -91,8 +94,8 @@ class RunDir:
         """Holds the run for this process, by the file `name`. `new` makes the folder if it does not exist.
 
         The kernel drops the lock with the process, so a killed run never leaves a stale one. Raises UsageError if the
-        folder does not exist or another process holds it (its pid is named), DistillError if the file system cannot
-        lock.
+        folder does not exist or another process holds it (its pid is named), for a stage of a chain after a minute, and
+        DistillError if the file system cannot lock.
         """
         if new:
             self.check_folder()
@@ -101,7 +104,7 @@ class RunDir:
             self.check_there()
         with (self.path / name).open("a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._take(file)
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
@@ -127,6 +130,28 @@ class RunDir:
                 error.filename = file.name  # the error of a full disk names no file
                 raise
             yield
+
+    def _take(self, file: TextIO) -> None:
+        """Locks the file; a stage of a chain waits for it. Raises BlockingIOError if another process holds it."""
+        deadline, told = time.monotonic() + (CHAINED_S if self._is_chained() else 0.0), False
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+            if not told:
+                said = f"{self.path}: another process works on this run; waiting up to {CHAINED_S:.0f} s for it"
+                print(said, file=sys.stderr, flush=True)
+                told = True
+            time.sleep(0.1)
+
+    def _is_chained(self) -> bool:
+        """Whether the chain that has the run started this process."""
+        try:
+            return (self.path / CHAIN_LOCK).read_text() == str(os.getppid())
+        except OSError:
+            return False
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Writes the recipe as resolved from YAML, environment and flags. It holds no secret."""

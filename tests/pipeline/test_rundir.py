@@ -14,7 +14,7 @@ from pipeline.errors import DataError, DistillError, RecipeError, UsageError
 from pipeline.lineage import read_lineage, record_lineage, write_lineage
 from pipeline.recipe import load_recipe
 from pipeline.records import Message, Prompt, encode_line, read_jsonl
-from pipeline.rundir import RunDir, replacing, replacing_folder, writing_weights
+from pipeline.rundir import CHAIN_LOCK, RunDir, replacing, replacing_folder, writing_weights
 
 
 def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
@@ -31,6 +31,23 @@ def test_a_second_process_on_a_run_is_refused_and_a_killed_one_leaves_no_lock(tm
     holder.wait()
     with run.locked():
         assert (run.path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_stage_of_a_chain_waits_for_one_that_was_started_by_hand(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    code = (
+        "from pathlib import Path; from pipeline.rundir import RunDir\n"
+        f"with RunDir(Path({str(run.path)!r})).locked(): print('locked')"
+    )
+    with run.locked(new=True, name=CHAIN_LOCK):
+        with run.locked():
+            stage = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            assert stage.stderr is not None
+            said = stage.stderr.readline()
+            assert said == f"{run.path}: another process works on this run; waiting up to 60 s for it\n"
+        assert stage.communicate() == ("locked\n", "")
 
 
 def test_a_name_mistyped_makes_no_run(tmp_path: Path) -> None:
