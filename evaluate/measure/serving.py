@@ -20,6 +20,7 @@ import msgspec
 
 from evaluate.measure.results import FOLDER, Burst, Lone, ProbeResult, SpeedResult, answer_row
 from evaluate.models import Subject, engine_folder, name_machine
+from generate.budget import shared_budget
 from generate.context import asked_rows
 from generate.dialect import Dialect
 from generate.event_loop import run_loop
@@ -162,6 +163,13 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> Summ
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / QUESTIONS, prompts)
     return generate(_asking(recipe, folder), RunDir(folder, internal=True), quiet=True, retry_failures=True)
+
+
+def with_rest(recipe: Recipe, folder: Path, name: str) -> Recipe:
+    """The recipe with what its budget leaves after all that the teacher was asked in the folder, but for `name`."""
+    journals = folder.rglob(RunDir(folder).completions.name)
+    others = [RunDir(path.parent) for path in journals if folder / name not in path.parents]
+    return recipe.model_copy(update={"budget": shared_budget(recipe.budget, others)})
 
 
 def _asking(recipe: Recipe, folder: Path) -> Recipe:

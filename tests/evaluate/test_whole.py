@@ -20,11 +20,12 @@ from evaluate.measure.serving import answer_probes, answer_questions
 from evaluate.models import Subject, subjects
 from evaluate.report.tables import print_report
 from evaluate.run import evaluate_run
-from pipeline.errors import DistillError, RecipeError, RequestsFailed, UsageError
+from pipeline.errors import BudgetReached, DistillError, RecipeError, RequestsFailed, UsageError
 from pipeline.filters_config import RuleConfig
 from pipeline.recipe import Recipe
 from pipeline.records import Dropped, Kept, Message, Prompt, encode_line
 from pipeline.rundir import RunDir
+from pipeline.section import BudgetConfig
 from serve.server import free_port
 from tests.servers.misbehaving_server import Asked, Behaviour, answer, error, misbehaving
 from tests.tiny_student import kept_row, story_rows, tiny_model
@@ -417,6 +418,21 @@ def test_a_teacher_elsewhere_is_verified_where_it_is_and_told_once(
     assert figure(report, "teacher", "accuracy", "verified") == 1 / 40
     claims = {claim.name: claim for claim in report.headline.claims}
     assert claims["quality_accuracy"].value and claims["speed"].value is None  # it was not timed: it runs elsewhere
+
+
+def test_the_budget_is_for_all_that_a_teacher_elsewhere_is_asked(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 tokens each: 39 of the 40 questions take 468, beside 60 for 5 probes; the last may take 740, and has 712."""
+    monkeypatch.setattr("evaluate.models.is_loopback", lambda url: False)
+    with misbehaving(lambda asked: answer("7")) as server:
+        away = {"model": "gpt", "base_url": server.url}
+        recipe = verified(tmp_path, run, teacher=away, evaluate={"ask_teacher": True, "probes": 5})
+        small, enough = (recipe.model_copy(update={"budget": BudgetConfig(tokens=most)}) for most in (1240, 1300))
+        with pytest.raises(BudgetReached, match=r"of budget\.tokens 1,240 spent"):
+            evaluate_run(small, run, tmp_path / "recipe.yaml")
+        evaluate_run(enough, run, tmp_path / "recipe.yaml")
+        assert len(server.asked) == 45
 
 
 def test_questions_that_a_model_never_answered_are_counted_and_asked_again(
