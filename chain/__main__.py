@@ -14,6 +14,7 @@ from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
 from evaluate.measure.probes import read_probes
+from evaluate.models import never_asked, weights_elsewhere
 from filters.duplicates import dedup_sources
 from filters.run import recipe_rules
 from generate.run import check_stored, pending
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         check_stored(recipe, run)
         check_trainable(recipe, run)
         check_files(recipe, run, options.recipe)
+    if weights_elsewhere(recipe) and (note := never_asked(recipe)):
+        print(note, flush=True)
     if options.dry_run:
         stage("generate", run, options.recipe, [*options.flags, "--dry-run"])
         return

@@ -102,12 +102,29 @@ def _teacher(recipe: Recipe) -> Subject:
     """The teacher; without a folder if its weights cannot be had here, as those of a paid API."""
     reference, url = recipe.teacher.model, recipe.teacher.url
     folder, missing = None, f"the teacher answers at {urlsplit(url).hostname}; its weights are not on this machine"
-    if is_loopback(url) or reference.startswith(PREFIX) or is_path(reference):
+    if not weights_elsewhere(recipe):
         try:
             folder, missing = model_folder(reference), ""
         except DistillError as error:
             missing = str(error)
     return Subject(TEACHER, "teacher", reference, folder, missing=missing)
+
+
+def weights_elsewhere(recipe: Recipe) -> bool:
+    """Whether the teacher's weights are not looked for on this machine: it answers elsewhere, and is no folder here."""
+    reference = recipe.teacher.model
+    return not (is_loopback(recipe.teacher.url) or reference.startswith(PREFIX) or is_path(reference))
+
+
+def never_asked(recipe: Recipe) -> str:
+    """That the report will lack a teacher whose weights are elsewhere; empty if the recipe lets it answer there."""
+    config = recipe.evaluate
+    if config.ask_teacher or not (config.verify or config.probes):
+        return ""
+    return (
+        "note: the report will have nothing of the teacher, whose weights are not here; evaluate.ask_teacher: true "
+        "asks it the report's prompts where it answers, which may cost money"
+    )
 
 
 def other_teacher(recipe: Recipe, run: RunDir) -> str:

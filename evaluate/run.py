@@ -44,7 +44,7 @@ from evaluate.measure.serving import (
     with_rest,
     with_server,
 )
-from evaluate.models import Subject, as_asked, choose_precision, digest_subject, other_teacher, subjects
+from evaluate.models import Subject, as_asked, choose_precision, digest_subject, never_asked, other_teacher, subjects
 from evaluate.report.assemble import build_report, report_fingerprint
 from evaluate.report.checklist import check_run
 from evaluate.report.html import publish
@@ -155,6 +155,8 @@ def _tell_models(plan: Plan) -> None:
     for subject in plan.models:
         if subject.missing:
             say(f"{subject.label}: not available: {subject.missing}")
+        if subject.missing and subject.key == TEACHER and (note := never_asked(plan.recipe)):
+            say(note)
 
 
 def _score(plan: Plan, name: str, rows: Sequence[Kept], what: str, *, measure: bool) -> dict[str, PerplexityResult]:

@@ -221,3 +221,13 @@ def test_a_student_in_the_hubs_cache_needs_no_network(
     main([str(recipe), "--run", str(tmp_path / "run"), "--student.model", "org/cached", "--dry-run"])
     with pytest.raises(RecipeError, match="cannot load the tokenizer of org/another"):
         main([str(recipe), "--run", str(tmp_path / "run"), "--student.model", "org/another", "--dry-run"])
+
+
+@pytest.mark.parametrize("ask", ["false", "true"])
+def test_a_teacher_that_the_report_would_lack_is_told_at_the_start(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ask: str
+) -> None:
+    flags = ["--student.model", str(tiny_model(tmp_path / "student")), "--train.accept", "[licence]"]
+    flags += ["--teacher.model", "gpt-4.1-mini", "--teacher.base_url", "https://api.openai.com/v1"]
+    main([str(recipe), "--run", str(tmp_path / "run"), *flags, "--evaluate.ask_teacher", ask, "--dry-run"])
+    assert ("whose weights are not here; evaluate.ask_teacher: true" in capsys.readouterr().out) == (ask == "false")

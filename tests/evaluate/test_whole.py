@@ -217,15 +217,22 @@ def test_without_servers_nothing_is_probed(run: RunDir, tmp_path: Path, served: 
 
 
 def test_a_teacher_elsewhere_answers_where_it_is_only_if_asked_to(
-    run: RunDir, tmp_path: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch
+    run: RunDir,
+    tmp_path: Path,
+    served: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("evaluate.models.is_loopback", lambda url: False)
     with misbehaving(lambda asked: answer("The teacher says that all is well.")) as server:
         away = {"model": "gpt", "base_url": server.url}
         silent = evaluate_run(recipe_of(tmp_path, teacher=away), run, PATH)
+        note = "the report will have nothing of the teacher, whose weights are not here; evaluate.ask_teacher: true"
+        assert note in capsys.readouterr().err
         assert server.asked == [] and "all" not in silent.models[0].figures
         assert any("evaluate.ask_teacher" in note for note in silent.notes)
         said = evaluate_run(recipe_of(tmp_path, teacher=away, evaluate={"ask_teacher": True}), run, PATH)
+        assert note not in capsys.readouterr().err
         assert len(server.asked) == 7 and {asked.body["model"] for asked in server.asked} == {"gpt"}
     assert figure(said, "teacher", "passing") == 1 and said.models[0].figure("test", "perplexity") is None
     assert said.models[2].figure("unseen", "perplexity")  # of the teacher's answers, wherever they come from

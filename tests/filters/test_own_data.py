@@ -38,6 +38,7 @@ def test_the_recipe_of_the_page_takes_a_csv_to_kept_rows(tmp_path: Path, monkeyp
     with misbehaving(script) as server:
         path.write_text(yaml.safe_dump({**data, "teacher": {**data["teacher"], "base_url": server.url}}))
         recipe = load_recipe(path)
+        assert recipe.evaluate.ask_teacher  # so that the report has its right answers, as the page says
         assert generate(recipe, run, quiet=True).answered == 8
     filter_run(recipe, run, path)
     (kept,) = read_jsonl(run.kept, Kept)
