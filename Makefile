@@ -70,7 +70,7 @@ chain: $(TRAIN) $(SERVE)  ## all stages of one recipe in turn: serve, generate, 
 	@exec $(PY) -m chain $(COMMON) $(value ARGS)
 
 experiment: $(TRAIN) $(SERVE)  ## compare trainings on one run: EXP=keep-rate|teachers|human|soft|seeds (docs/experiments.md)
-	@exec $(PY) -m experiments $(EXP) $(COMMON) $(value ARGS)
+	@exec $(PY) -m experiments $(or $(EXP),$(error experiment: give its name, EXP=keep-rate|teachers|human|soft|seeds)) $(COMMON) $(value ARGS)
 
 chat: $(TRAIN) $(SERVE) $(REVIEW)  ## talk to teacher, student before and student after on a local page, or in the terminal (ARGS=--terminal)
 	@exec $(PY) -m chat $(COMMON) $(value ARGS)

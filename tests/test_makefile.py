@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.arms import EXPERIMENTS
+
 ROOT = Path(__file__).parents[1]
 ODD = "http://a/v1?b=1&c='2',http://d/v1 4"
 OF_MAKE = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS")
@@ -69,6 +71,13 @@ def test_args_are_the_words_of_the_shell_and_a_variable_in_them_stays(clone: Pat
     command, variables = ([], {"ARGS": args}) if from_environment else ([f"ARGS={args}"], {})
     assert given(clone, "generate", "RECIPE=r", *command, TEAM_KEY="secret", **variables) == ["r", *words]
     assert given(clone, "serve", "RECIPE=r", *command, TEAM_KEY="secret", **variables) == ["r", f"--args={args}"]
+
+
+def test_an_experiment_without_a_name_is_told_the_names(clone: Path) -> None:
+    done = make(clone, "experiment", "RECIPE=r")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"give its name, EXP={'|'.join(EXPERIMENTS)}." in done.stderr
+    assert given(clone, "experiment", "EXP=seeds", "RECIPE=r") == ["seeds", "r"]
 
 
 @pytest.mark.parametrize("name", ["ARG", "RECIPES", "recipe"])
