@@ -140,6 +140,12 @@ def _prompt_row(row: Json, config: PromptsConfig) -> PromptRow:
             f"row has {', '.join(row) or 'no columns'}"
         )
     messages = parts.get("messages")
+    for turn in messages if isinstance(messages, list) else ():
+        if isinstance(turn, dict) and "role" not in turn:
+            raise ValueError(
+                f"a turn has {', '.join(turn) or 'nothing'}; it must have role (system, user or assistant) and "
+                'content, as in {"role": "user", "content": "Hi"}: rename its keys'
+            )
     if isinstance(messages, list) and any(_says_more(turn) for turn in messages):
         columns[config.columns.get("messages") or "messages"] = messages
     if isinstance(inner := columns.get("columns"), dict):  # a line of some run's prompts.jsonl

@@ -200,6 +200,7 @@ def test_a_files_count_takes_the_first_rows_and_no_row_twice(tmp_path: Path) -> 
         ("{}", "either `messages` or `prompt`"),
         ('{"prompt": "a", "messages": []}', "either `messages` or `prompt`"),
         ('{"messages": []}', "`messages` is empty"),
+        ('{"messages": [{"from": "human", "value": "Hi"}]}', "a turn has from, value; it must have role "),
         ('{"prompt": " "}', "the prompt is empty"),
         ('{"prompt": 3}', "$.prompt"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "assistant turn"),
