@@ -20,6 +20,7 @@ from filters.groups import AGREES, AgreesSettings, Checked
 from filters.rules import RULES, Rule
 from pipeline.errors import DistillError, RecipeError
 from pipeline.filters_config import FiltersConfig, RuleConfig
+from pipeline.recipe_errors import advice
 from pipeline.records import Reason
 from pipeline.user_code import load_function
 
@@ -169,7 +170,7 @@ def _explain(problem: "ErrorDetails", where: str, rule: str, model: type[RuleSet
         return f"{where}{key} is missing; the rule `{rule}` needs it"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-    return f"{where}{key} {message}{shown}" if key else f"{where} ({rule}): {message}"
+    return f"{where}{key} {message}{shown}{advice(problem)}" if key else f"{where} ({rule}): {message}"
 
 
 def _check_slots(wanted: list[str], known: set[str], where: str) -> None:

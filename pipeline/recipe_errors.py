@@ -70,15 +70,29 @@ def _explain(problem: "ErrorDetails", names: Sequence[str], recipe: type[Section
         message = f"takes keys ({known})" if known else "takes a mapping, `{key: value}`"
     secret = [*names[-1:]] == ["api_key_env"]  # a key may be there by mistake
     shown = "" if secret or isinstance(value, dict | BaseModel) else f", got {value!r}"
-    if problem["type"] == "string_type" and isinstance(value, bool | int | float | date) and not secret:
-        shown += " (as YAML reads yes, no, on and off)" if isinstance(value, bool) else ""
-        shown += "; put it in quotes"
+    if not secret:
+        shown += advice(problem)
+    if [*names[:2]] == ["prompts", "columns"] and names[-1] == "[key]":
+        shown += "; these map to your names, and the other columns travel along unnamed"
     if problem["type"] in ("list_type", "dict_type", "model_type") and where.startswith((ENV_PREFIX, "--")):
         section = _section_at(recipe, names)
         needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
         example = ", ".join(f'"{name}": …' for name in needed)
         shown = f"; give JSON: '{{{example}}}'" if example else "; give JSON"  # without the value: it may be a header
     return f"{where}: {key} {message}{shown}" if key else f"{where}: {message}"
+
+
+def advice(problem: "ErrorDetails") -> str:
+    """What to do about a value that YAML reads as another one than was meant; empty where nothing is known."""
+    kind, value = problem["type"], problem["input"]
+    if kind == "string_type" and isinstance(value, bool | int | float | date | dict):
+        read = "yes, no, on and off" if isinstance(value, bool) else "{…}" if isinstance(value, dict) else ""
+        return (f" (as YAML reads {read})" if read else "") + "; put it in quotes"
+    if kind in ("model_type", "dict_type", "list_type") and value is None:
+        return "; it is empty: remove its line, or fill it"
+    if kind == "invalid_key" and type(value) is int:
+        return "; a comma ends a value: write decimals with a point, as in 0.5"
+    return ""
 
 
 def explain_flag(error: SettingsError) -> str:

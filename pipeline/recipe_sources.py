@@ -13,6 +13,15 @@ from pipeline.errors import RecipeError
 from pipeline.section import Section, section_of
 
 ENV_PREFIX = "DISTILL_"
+QUOTE_START = "put a text that begins with `{`, `[`, `*`, `@`, `%` or a quote in quotes as a whole"
+YAML_FIXES = {  # by a part of PyYAML's message
+    "mapping values are not allowed": "put a text with `: ` in it in quotes; keys of one section begin in one column",
+    r"'\t' that cannot start": "indent with spaces, not with tabs",
+    "cannot start any token": QUOTE_START,
+    "<scalar>": QUOTE_START,
+    "undefined alias": QUOTE_START,
+    "unhashable key": QUOTE_START,
+}
 TEXTS = (("prompts", "slots"), ("evaluate", "unseen"))  # mappings to lists of texts
 
 
@@ -120,7 +129,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
         raise RecipeError(f"{path}: {reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        fix = next((f"; {fix}" for part, fix in YAML_FIXES.items() if part in said), "")
+        raise RecipeError(f"{path}: not YAML: {said}{fix}") from None
+    if data is None:
+        raise RecipeError(f"{path}: the recipe is empty; it needs name, teacher and prompts")
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
     return data

@@ -314,7 +314,11 @@ def test_reasoning_can_be_required() -> None:
         ({"rule": "length", "min_chars": 9, "max_chars": 3}, "min_chars 9 is over max_chars 3"),
         ({"rule": "banned_words"}, "filters.rules[0].words is missing"),
         ({"rule": "banned_words", "words": ["a", ""]}, "empty word"),
-        ({"rule": "banned_words", "words": ["a", 7]}, "filters.rules[0].words[1]"),
+        (
+            {"rule": "banned_words", "words": ["a", 7]},
+            "filters.rules[0].words[1] should be a valid string, got 7; put it in quotes",
+        ),
+        ({"rule": "banned_words", "words": [True]}, "got True (as YAML reads yes, no, on and off); put it in quotes"),
         ({"rule": "script_ratio", "script": "korean"}, "there are hangul, latin"),
         ({"rule": "script_ratio", "script": "hangul", "min_share": 50}, "got 50"),
         ({"rule": "foreign_script", "scripts": ["elvish"]}, "filters.rules[0].scripts[0] is not a script"),

@@ -187,6 +187,18 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
         ),
         ("sampling: {}", ["--train.compile", "x"], "--train.compile: train.compile should be 'auto', or should be a"),
         ("teacher: {model: m, headers: 3}", [], "{path}: teacher.headers takes a mapping, `{{key: value}}`"),
+        (
+            "teacher: {model: m, examples: [{prompt: p, answer: {x: 1}}]}",
+            [],
+            "examples[0].answer should be a valid string (as YAML reads {{…}}); put it in quotes",
+        ),
+        ("sampling:", [], ", got None; it is empty: remove its line, or fill it"),
+        ("sampling: {temperature: 0,5}", [], ", got 5; a comma ends a value: write decimals with a point, as in 0.5"),
+        (
+            "prompts: {file: a.csv, columns: {prompt: question, answer: answer}}",
+            [],
+            "got 'answer'; these map to your names, and the other columns travel along unnamed",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(path: Path, change: str, flags: list[str], said: str) -> None:
@@ -315,6 +327,26 @@ def test_a_file_that_is_no_recipe_is_one_line(path: Path, text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the recipe is empty"),
+        ("# name: x\n", "the recipe is empty"),
+        ("a: b: c\n", "; put a text with `: ` in it in quotes"),
+        ("a:\n\tb: c\n", "; indent with spaces, not with tabs"),
+        ("a: {b} c\n", "; put a text that begins with `{`"),
+        ("a: @b\n", "; put a text that begins with `{`"),
+        ("a: *b\n", "; put a text that begins with `{`"),
+        ("a: {{b}}\n", "; put a text that begins with `{`"),
+    ],
+)
+def test_a_slip_in_yaml_is_told_with_its_fix(path: Path, text: str, said: str) -> None:
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert said in str(caught.value)
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
