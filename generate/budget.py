@@ -30,7 +30,7 @@ from pipeline.records import Completion, Usage, read_json
 from pipeline.rundir import RunDir, write_json
 from pipeline.section import BudgetConfig
 
-AHEAD = 150  # percent of what is in flight that the file covers, so that it is written seldom
+AHEAD = 110  # percent of what is in flight that the file covers: some dozens of writes, not one for each request
 
 
 class Spend(msgspec.Struct, frozen=True):
