@@ -32,7 +32,7 @@ from evaluate.report.html import draw_svg
 from experiments.arms import EXPERIMENTS, Arm, Design, Setup
 from filters.run import recipe_rules
 from pipeline.errors import DataError
-from pipeline.lineage import spent_in_all
+from pipeline.lineage import spent_on_answers
 from pipeline.rundir import write_file
 from pipeline.students import AFTER, BEFORE, TEACHER
 
@@ -82,7 +82,7 @@ def compare(setup: Setup, design: Design) -> Comparison:
     reports = {arm.name: _report(arm) for arm in design.arms}
     columns = _columns(setup, design, reports)
     differences = list(_differences(columns))
-    spent = {name: _spent(report.lineage.get("generate") or {}) for name, report in reports.items()}
+    spent = {name: spent_on_answers(report.lineage.get("generate") or {}) for name, report in reports.items()}
     kind, remarks = setup.options.kind, list(_few(columns))
     if kind == "seeds":
         remarks += _spread(columns)
@@ -211,11 +211,6 @@ def _spread(columns: Sequence[Column]) -> Iterator[str]:
         if len(values) > 1:
             said = f"{show(mean(values))} on average over {len(values)} seeds, standard deviation {show(stdev(values))}"
             yield f"{column.title}: {said} ({show(min(values))} to {show(max(values))})"
-
-
-def _spent(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's answers have cost, those of earlier turns included. `asked`: its lineage of `generate`."""
-    return spent_in_all([asked.get("spent", {}), asked.get("user", {}).get("spent_before", {})])
 
 
 def _money(spent: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]) -> Iterator[str]:

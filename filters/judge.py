@@ -7,6 +7,7 @@ A verdict that cannot be read is asked for again with another seed, and after th
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -124,7 +125,11 @@ class Judge:
             write_jsonl(
                 file, (one for one in read_jsonl(folder / "questions.jsonl", Prompt) if questions[one.id] in left)
             )
-            generate(self._asking(file, attempt, properties, asked), asked, quiet=quiet, retry_failures=True)
+            try:
+                generate(self._asking(file, attempt, properties, asked), asked, quiet=quiet, retry_failures=True)
+            except DistillError as error:
+                why = f"the judge ({self.endpoint.section}): {self.in_users_keys(str(error))}"
+                raise type(error)(f"{why}; the verdicts so far are in {folder}") from error
             verdicts = _verdicts(asked, attempt, read) | verdicts
             failed = _failures(asked)
             unread |= {question: failed.get(question) for question in left}
@@ -169,7 +174,7 @@ class Judge:
         """What `generate` or a server says of the judge's own run, with the keys that the user's recipe has for it."""
         section = self.endpoint.section
         fix = f"; {section}.schema: false leaves response_format out" if "response_format" in words else ""
-        return words.replace("sampling.max_tokens", f"{section}.max_tokens") + fix
+        return re.sub(r"(?<![.\w])(?:sampling\.(?=max_tokens)|(?=budget\.))", f"{section}.", words) + fix
 
 
 def _earlier_verdicts(
@@ -235,11 +240,7 @@ def judge_rows(judge: Judge, run: RunDir, rows: Iterable[Completion], *, quiet: 
             attempts=attempt,
         )
 
-    try:
-        judgements, unread = judge.ask(folder, prompts, properties, read, quiet=quiet)
-    except DistillError as error:
-        words = judge.in_users_keys(str(error))
-        raise type(error)(f"the judge ({section}): {words}; the verdicts so far are in {folder}") from error
+    judgements, unread = judge.ask(folder, prompts, properties, read, quiet=quiet)
     judgements = {id_: msgspec.structs.replace(one, id=id_) for id_, one in judgements.items()}
     for id_, why in unread.items():
         judgements[id_] = Judgement(id=id_, score=None, version=version, attempts=config.attempts, error=why)

@@ -64,6 +64,11 @@ def spent_in_all(spent: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def spent_on_answers(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's answers have cost, those of earlier turns included. `asked`: its lineage of `generate`."""
+    return spent_in_all([asked.get("spent", {}), asked.get("user", {}).get("spent_before", {})])
+
+
 def rules_asked(filters: Mapping[str, Any]) -> int:
     """How many rules judged the answers, by the lineage's section `filters`; duplicates and the judge are one each."""
     return len(filters["rules"]) + bool(filters.get("dedup")) + bool(filters.get("judge"))

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from evaluate.document import Report, ShownAnswer
 from evaluate.report import charts, tables
 from filters.scripts import character_class
+from pipeline.lineage import spent_on_answers
 from pipeline.rundir import RunDir, write_file, write_json
 
 LANGUAGES = {
@@ -40,6 +41,7 @@ def render_html(report: Report) -> str:
         drops=charts.drop_bars(report.filters),
         loss=charts.loss_chart(report.training),
         nodes=tables.nodes(report),
+        spent=spent_on_answers(report.lineage.get("generate", {})),
         lineage=json.dumps(report.lineage, ensure_ascii=False, indent=2),
     )
 

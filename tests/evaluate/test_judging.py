@@ -162,7 +162,7 @@ def test_scores_and_pairs_of_all_students_share_the_judge_s_budget(tmp_path: Pat
         with pytest.raises(BudgetReached):
             judge("second", spent_in(tmp_path))  # it has scores to ask for
         shutil.rmtree(tmp_path / "evaluation/pairs")
-        with pytest.raises(BudgetReached):
+        with pytest.raises(BudgetReached, match=r"the judge \(evaluate.judge\): .* of evaluate.judge.budget.tokens "):
             judge("first", spent_in(tmp_path))  # it has pairs to ask about
         assert len(server.asked) == asked == 2 * 8 + 2 * 8
 

@@ -149,6 +149,19 @@ def test_what_was_not_measured_leaves_no_empty_section() -> None:
     assert "1,200 of 2,000 answers kept (60.0%)" in page and "0.001 USD" in page  # 1.2 USD for 1,200 rows
 
 
+def test_the_money_of_all_turns_is_told() -> None:
+    """`prompts.user`: the section has the last turn's spending, and what the turns before it and the user cost."""
+    asked = {
+        "spent": {"tokens": 5947, "usd": 0.0155},
+        "user": {"model": "u", "spent_before": {"tokens": 60053, "usd": 0.2978}},
+        "prompt_tokens": 5347,
+    }
+    page = render_html(make_report(lineage={"generate": asked}))
+    assert "66,000, failed attempts and the turns before counted" in page
+    assert "0.3133 USD" in page and "0.0155 USD" not in page
+    assert "prompt tokens of the last turn" in page
+
+
 def test_the_prompts_that_were_asked_are_called_what_they_are() -> None:
     report = full_report()
     assert report.probes

@@ -5,7 +5,8 @@ import pytest
 
 from evaluate.figures.quality import difference
 from evaluate.figures.statistics import Figure
-from experiments.results import _money, _spent
+from experiments.results import _money
+from pipeline.lineage import spent_on_answers
 
 ONE, OTHER = Figure(0.2, np.linspace(0.1, 0.3, 201)), Figure(0.0, np.zeros(201))
 BETTER = difference("accuracy", "b", "a", ONE, OTHER, "higher", "test")
@@ -28,9 +29,9 @@ def test_a_dollar_more_bought_something() -> None:
 )
 def test_the_turns_before_the_last_cost_too(last: float | None, before: float | None, usd: float | None) -> None:
     asked = {"spent": {"tokens": 10, "usd": last}, "user": {"spent_before": {"tokens": 30, "usd": before}}}
-    assert _spent(asked) == {"tokens": 40, "usd": usd}
+    assert spent_on_answers(asked) == {"tokens": 40, "usd": usd}
 
 
-def test_a_run_of_one_turn_costs_what_it_spent() -> None:
-    assert _spent({"spent": {"tokens": 10, "usd": 0.5}}) == {"tokens": 10, "usd": 0.5}
-    assert _spent({})["usd"] is None
+def test_a_run_of_one_turn_costs_what_itspent_on_answers() -> None:
+    assert spent_on_answers({"spent": {"tokens": 10, "usd": 0.5}}) == {"tokens": 10, "usd": 0.5}
+    assert spent_on_answers({})["usd"] is None
