@@ -175,6 +175,8 @@ def _as_training_found(found: Check | None) -> Found | None:
 def _unfiltered(seen: Evidence) -> Found | None:
     if (filters := seen.filters) is None:
         return None
+    if filters.rules is None:
+        return "unknown", None, "the lineage does not say which rules were asked", "filter again"
     finding = f"{filters.rules} rules judged {filters.rows:,} answers" if filters.rules else "the filters had no rule"
     return (
         "pass" if filters.rules else "fail",

@@ -37,7 +37,7 @@ class Filtered:
     rows: int
     kept: int
     keep_rate: float
-    rules: int  # that were asked, with duplicates and judge
+    rules: int | None  # that were asked, with duplicates and judge
     pass_rules: float | None = None  # share that no rule dropped, duplicates and judge aside
     failing: Mapping[str, float] = field(default_factory=dict)  # share that a rule would drop, whichever was first
     duplicates: float | None = None  # share that says the same as another; None: not looked for
@@ -98,7 +98,7 @@ def _filtered(run: RunDir, section: Mapping[str, Any] | None) -> Filtered | None
         rows=report.rows,
         kept=report.kept,
         keep_rate=report.useful_share,
-        rules=rules_asked(section) if section else 0,
+        rules=rules_asked(section) if section else None,
         pass_rules=1 - sum(share for rule, share in first.items() if rule not in (*DEDUP_RULES, JUDGE, SELECT)),
         failing={rule.rule: (rule.alone + rule.together) / report.rows for rule in report.rules},
         duplicates=sum(first.get(rule, 0) for rule in (EXACT, NEAR)) if EXACT in first else None,

@@ -172,6 +172,7 @@ REPORTS = {
         ("licence chain", {"checks": check("licence", "fail")}, "fail", None),
         ("1 no filter", {"filters": filtered()}, "pass", 2),
         ("1 no filter", {"filters": filtered(rules=0)}, "fail", 0),
+        ("1 no filter", {"filters": filtered(rules=None)}, "unknown", None),
         ("2 teacher far larger", {"checks": check("size_ratio", "pass", 10)}, "pass", 10),
         ("2 teacher far larger", {"checks": check("size_ratio", "warn", 200)}, "fail", 200),
         ("3 distilling the distilled", {"checks": check("chain", "pass", 0)}, "pass", 0),
@@ -334,6 +335,13 @@ def test_answers_of_which_one_is_selected_do_not_lower_the_keep_rate(run: RunDir
     assert points["keep rate"] == ("pass", 0.9)
     assert points["teacher's ability"] == ("pass", 0.9)
     assert points["1 no filter"] == ("pass", 4)  # three rules and the duplicates; to select is none
+
+
+def test_without_its_lineage_a_run_is_not_said_to_have_no_rule(run: RunDir, tmp_path: Path) -> None:
+    run.lineage.unlink()
+    found = check_run(load_recipe(tmp_path / "recipe.yaml"), run, None)
+    (point,) = [point for point in found.all if point.name == "1 no filter"]
+    assert (point.status, point.value) == ("unknown", None)
 
 
 def test_how_it_ends(run: RunDir, tmp_path: Path) -> None:
