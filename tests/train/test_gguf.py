@@ -1,6 +1,9 @@
 """A student as a GGUF file: read back, answered by llama.cpp as by transformers, and the Modelfile."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +150,36 @@ def test_what_ended_the_converter_is_told_and_not_its_progress(
     monkeypatch.setattr("train.publish.to_gguf._converter", lambda: "wheel")
     with pytest.raises(error, match=says):
         export_gguf(*taught, "f16")
+
+
+WAITING_CONVERTER = """
+import time
+with open({pipe!r}, "w") as pipe:
+    print("at work", file=pipe, flush=True)
+    time.sleep(60)
+    print("went on", file=pipe)
+"""
+CONVERTING = """
+import sys
+from pathlib import Path
+from train.publish import to_gguf
+to_gguf._converter = lambda: sys.argv[1]
+to_gguf._convert(Path("model"), Path("file"), "f16")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no kernel tells it")
+def test_the_converter_ends_when_the_export_is_killed(tmp_path: Path) -> None:
+    pipe, stand_in = tmp_path / "pipe", tmp_path / "wheel" / "conversion"
+    os.mkfifo(pipe)
+    stand_in.mkdir(parents=True)
+    (stand_in / "base.py").write_text(WAITING_CONVERTER.format(pipe=str(pipe)))
+    process = subprocess.Popen([sys.executable, "-c", CONVERTING, str(stand_in.parent)])
+    with pipe.open() as said:
+        assert said.readline() == "at work\n"
+        process.kill()
+        assert said.read() == ""  # ends with the converter
+    process.wait()
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULTING, TAGGED])

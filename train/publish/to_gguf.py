@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.adapters import measure_weights
+from pipeline.child import PARENT
 from pipeline.errors import DistillError, UsageError
 from pipeline.loaded_model import stop_tokens
 from pipeline.models import cache_folder, check_sha256, fetch_wheel
@@ -62,9 +63,10 @@ def write_gguf(recipe: Recipe, folder: Path, target: Path, *, name: str, kind: s
 
 
 def _convert(folder: Path, file: Path, kind: str) -> None:
-    script = Path(__file__).with_name("gguf_converter.py")
-    command = [sys.executable, str(script), str(_converter()), str(folder), "--outfile", str(file), "--outtype", kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    script = [sys.executable, "-m", "train.publish.gguf_converter", str(_converter())]
+    command = [*script, str(folder), "--outfile", str(file), "--outtype", kind]
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no output"]
         why = next(filter(ERROR.match, reversed(said)), said[-1])  # not a progress bar
