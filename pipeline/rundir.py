@@ -194,8 +194,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that replaces `folder` if the block ends without an error. Otherwise `folder` stays as it is.
 
     What is in it is on disk before it has its name. Only one process at a time may do so: the caller holds the run, or
-    a `waiting_lock`.
+    a `waiting_lock`. A link stays, and the folder that it leads to is replaced. Raises UsageError if it is a file.
     """
+    if folder.is_symlink():
+        folder = folder.resolve()
+    if folder.is_file():
+        raise UsageError(f"{folder}: a file, but a folder is written there; move it away")
     building, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
 
     def clear() -> None:

@@ -193,6 +193,26 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
     assert (folder / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_is_linked_is_replaced_where_the_link_leads(tmp_path: Path) -> None:
+    folder, target = tmp_path / "export" / "model", tmp_path / "disk" / "model"
+    folder.parent.mkdir()
+    target.mkdir(parents=True)
+    folder.symlink_to(target)
+    for text in ("one", "two"):
+        with replacing_folder(folder) as building:
+            (building / "a").write_text(text)
+        assert folder.is_symlink() and not target.is_symlink() and (target / "a").read_text() == text
+    assert [path.name for path in (*folder.parent.iterdir(), *target.parent.iterdir())] == ["model", "model"]
+
+
+def test_a_file_in_the_place_of_a_folder_stays_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    refused = pytest.raises(UsageError, match="/model: a file, but a folder is written there; move it away")
+    with refused, replacing_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("old")
