@@ -407,9 +407,7 @@ def test_a_key_is_its_letter_and_where_it_types_no_latin_one_its_place(run: RunD
             before = browser_page.inner_text("#count")
             browser_page.dispatch_event("body", "keydown", {"key": key, "code": place})
             if key != "p":  # no key of the page, though it is where R is on other layouts
-                browser_page.wait_for_function(
-                    "old => document.querySelector('#count').innerText !== old", arg=before
-                )
+                browser_page.wait_for_function("old => document.querySelector('#count').innerText !== old", arg=before)
     assert [review.verdict for review in read_reviews(run).values()] == ["reject", "accept", "skip", "accept"]
 
 
