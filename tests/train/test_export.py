@@ -167,6 +167,40 @@ def test_an_adapter_is_exported_as_it_is_and_no_path_goes_with_it(trained: tuple
     logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.student.model), folder), folder)
 
 
+@pytest.mark.parametrize(
+    ("write", "name", "mine"),
+    [
+        (export_model, "adapter", "notes.md"),
+        (export_model, "adapter", ".git/HEAD"),
+        (partial(export_gguf, kind="f16"), "gguf", "tiny-q4_k_m.gguf"),
+        (export_dataset, "dataset", "data/more.jsonl"),
+    ],
+)
+def test_what_no_export_wrote_is_named_and_stays(
+    trained: tuple[Recipe, RunDir], tmp_path: Path, write: Any, name: str, mine: str
+) -> None:
+    recipe, run = trained[0], RunDir(shutil.copytree(trained[1].path, tmp_path / "tiny"))
+    shutil.rmtree(run.path / "export", ignore_errors=True)
+    file = run.path / "export" / name / mine
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    named = re.escape(f"export/{name}/{mine.removesuffix('/HEAD')}: no export wrote it")
+    with pytest.raises(UsageError, match=named):
+        write(recipe, run)
+    assert file.read_text() == "mine"
+
+
+def test_all_that_an_earlier_export_wrote_is_replaced(trained: tuple[Recipe, RunDir], tmp_path: Path) -> None:
+    recipe, run = trained[0], RunDir(shutil.copytree(trained[1].path, tmp_path / "tiny"))
+    old = ["README.md", "model-00001-of-00002.safetensors", "tokenizer.model", "Modelfile", "before-bf16.gguf"]
+    for written in (export_model(recipe, run), export_dataset(recipe, run)):
+        before = {path.relative_to(written) for path in written.rglob("*")}
+        for name in old:
+            (written / name).write_text("old")
+        assert (export_model if written.name == "adapter" else export_dataset)(recipe, run) == written
+        assert {path.relative_to(written) for path in written.rglob("*")} == before
+
+
 def logits(model: Any, folder: Path) -> torch.Tensor:
     ids = AutoTokenizer.from_pretrained(folder)("Story 3?", return_tensors="pt")
     with torch.no_grad():

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ LOADED = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|"
     r"model\.safetensors\.index\.json|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"merges\.txt|tokenizer\.model|chat_template\.jinja"
+)
+# What an export writes, besides other files of the student's folder.
+WRITTEN = re.compile(
+    rf"{LOADED.pattern}|lineage\.json|{re.escape(CARD)}|Modelfile|.+-({'|'.join(TYPES)})\.gguf|"
+    r"data(/(train|validation|test)\.jsonl)?"
 )
 
 
@@ -100,7 +106,7 @@ def export_model(
             "export with --merged"
         )
     folder = run.path / "export" / name
-    with replacing_folder(folder) as building:
+    with _replacing_export(folder, run) as building:
         source = after_training(recipe, run) if name == "merged" else run.student
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=lambda _, names: NOT_PASSED_ON & {*names})
         if name == "adapter":
@@ -120,7 +126,7 @@ def export_gguf(recipe: Recipe, run: RunDir, kind: str, *, repo: str | None = No
     """
     lineage = _student_lineage(recipe, run)
     folder = run.path / "export" / "gguf"
-    with replacing_folder(folder) as building:
+    with _replacing_export(folder, run) as building:
         file = write_gguf(recipe, after_training(recipe, run), building, name=lineage["name"], kind=kind)
         card = model_card(recipe, lineage, repo=repo or "gguf", adapter=False, gguf=file, data=data)
         _write(building, card, lineage, recipe)
@@ -138,7 +144,7 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
     sections = {name: section for name, section in read_lineage(run).items() if name in ("generate", "filters")}
     lineage = {"name": run.path.name, **sections}
     folder = run.path / "export" / "dataset"
-    with replacing_folder(folder) as building:
+    with _replacing_export(folder, run) as building:
         (building / "data").mkdir()
         columns: list[str] = []  # to declare in the card, once a tool is called
         for part, rows in rows_of.items():
@@ -151,6 +157,15 @@ def export_dataset(recipe: Recipe, run: RunDir, repo: str | None = None) -> Path
         card = dataset_card(recipe, lineage, counts, repo=repo or "dataset", columns=columns)
         _write(building, card, lineage, recipe)
     return folder
+
+
+def _replacing_export(folder: Path, run: RunDir) -> AbstractContextManager[Path]:
+    """As `replacing_folder`. Raises UsageError if there is something in the old folder that no export wrote."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not WRITTEN.fullmatch(name) and not (run.student / name).exists():
+            raise UsageError(f"{path}: no export wrote it, and this one replaces the folder; move it elsewhere")
+    return replacing_folder(folder)
 
 
 def _dataset_rows(rows: Sequence[Kept], recipe: Recipe, run: RunDir) -> Iterator[dict[str, Any]]:
