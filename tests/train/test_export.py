@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -568,6 +568,7 @@ class FakeHub:
         self.repos: dict[tuple[str, str], dict[str, Any]] = {}
         self.url = ""
         self.fails = 0  # with this status, where there is one
+        self.before_commit: Callable[[], None] = lambda: None
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 28, middlewares=[self._authorised])
@@ -606,6 +607,7 @@ class FakeHub:
         return web.json_response({"files": entries})
 
     async def _commit(self, request: web.Request) -> web.Response:
+        self.before_commit()
         for line in (await request.read()).splitlines():
             entry = json.loads(line)
             if entry["key"] == "deletedFile":
@@ -741,6 +743,23 @@ def test_a_push_replaces_another_model_and_leaves_what_was_put_there_by_hand(
         exported = {file.name for file in (trained[1].path / "export" / Path(done.stdout.split()[1]).name).iterdir()}
         assert f"{weights}.safetensors" in exported
         assert {*files} == exported | {*hand}
+
+
+def test_a_run_is_held_until_its_push_has_ended(trained: tuple[Recipe, RunDir], hub: FakeHub) -> None:
+    """The Hub's client reads small files last: another export would put its card beside these weights."""
+    said = list[str]()
+
+    def export_again() -> None:
+        try:
+            with trained[1].locked():
+                said.append("not held")
+        except UsageError as error:
+            said.append(str(error))
+
+    hub.before_commit = export_again
+    done = export(trained, "--push", "me/tiny", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert len(said) == 1 and "another process" in said[0] and "works on this run" in said[0]
 
 
 def test_a_push_takes_nothing_from_a_repository_without_an_export(trained: tuple[Recipe, RunDir], hub: FakeHub) -> None:

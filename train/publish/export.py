@@ -80,10 +80,10 @@ def main() -> None:
             folders = {"model": export_model(recipe, run, merged=options.merged, repo=options.push, data=data)}
         if options.dataset:
             folders["dataset"] = export_dataset(recipe, run, data)
-    for kind, exported in folders.items():
-        print(f"{kind}: {exported}")
-        if token is not None:
-            print(f"{kind}: {push(exported, options.push, kind=kind, token=token, public=options.public)}")
+        for kind, exported in folders.items():
+            print(f"{kind}: {exported}")
+            if token is not None:  # within the lock: files are read until the end, and an export replaces them
+                print(f"{kind}: {push(exported, options.push, kind=kind, token=token, public=options.public)}")
 
 
 def export_model(
