@@ -141,7 +141,10 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
         after_s = 0.0  # it is the endpoint that waits
     if job.attempts - blameless >= config.max_attempts or not (state.has_time or fault.error == "unreachable"):
         return Fail()
-    step = 1 if fault.error == "rate_limited" else job.attempts  # the endpoint's own pause grows already
+    step = job.attempts
+    if fault.error == "rate_limited":  # the endpoint's own pause grows already
+        # From its second refusal that counts on each waits a random time more: so not all come back at once.
+        step = 0 if fault.retry_after_s and job.attempts == 1 else 1
     return Retry(after_s, step, counted=not blameless)
 
 

@@ -85,7 +85,7 @@ def answer_questions(
     bursts: list[Burst] = []
     if timed:
         ask_prompts(greedy, folder / "warm-up", timed[:WARM_UP_REQUESTS])
-        config = GenerateConfig(concurrency=recipe.evaluate.speed_concurrency, give_up_s=GONE_S)
+        config = greedy.generate.model_copy(update={"concurrency": recipe.evaluate.speed_concurrency})
         bursts = _bursts(greedy.model_copy(update={"generate": config}), folder, timed, WARM_UP_REQUESTS)
     result = answer_probes(greedy, folder / "answers", prompts, asked)
     return msgspec.structs.replace(result, bursts=bursts)

@@ -198,13 +198,13 @@ def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> No
 @pytest.mark.parametrize(
     ("fault", "known", "verdict"),
     [
-        (error(429, **{"retry-after": "4"}), {}, Pause(4.0, Retry(4.0, step=1))),
+        (error(429, **{"retry-after": "4"}), {}, Pause(4.0, Retry(4.0, step=0))),
         (error(429), {**LAST, "quiet_s": QUIET_S - 1}, Pause(0.25, Retry(0.0, step=1, counted=False))),
         (error(429), {**LAST, "quiet_s": QUIET_S}, Pause(0.25, Fail())),
         (error(429), {}, Pause(0.25, Retry(0.0, step=1))),
         (error(429), {"step": 3}, Pause(1.0, Retry(0.0, step=1))),
         (error(429), {"step": 0}, Pause(0.0, Retry(0.0, step=1))),  # sent before the last step
-        (error(429, **{"retry-after": "99999"}), {}, Pause(99999.0, Retry(0.0, step=1))),  # the endpoint waits
+        (error(429, **{"retry-after": "99999"}), {}, Pause(99999.0, Retry(0.0, step=0))),  # the endpoint waits
         (error(500), {"attempts": 2}, Retry(0.0, step=2)),
         (error(503, **{"retry-after": "4"}), {}, Retry(4.0, step=1)),
         (error(500), {"failing": 8, "step": 2}, Pause(1.0, Retry(0.0, step=1), down=True)),
