@@ -416,7 +416,7 @@ def test_after_a_click_the_space_bar_judges_nothing(run: RunDir, browser_page: P
         browser_page.goto(url)
         browser_page.wait_for_selector("#text[data-id]")
         browser_page.click("[data-verdict='accept']")
-        browser_page.wait_for_function("document.querySelector('#count').textContent.startsWith('1 ')")
+        browser_page.wait_for_function("() => document.querySelector('#count').textContent.startsWith('1 ')")
         browser_page.keyboard.press("Space")
         press(browser_page, "r")
     assert [review.verdict for review in read_reviews(run).values()] == ["accept", "reject"]
