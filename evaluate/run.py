@@ -41,7 +41,7 @@ from evaluate.measure.serving import (
     measure_speed,
     serve_subject,
     speed_prompts,
-    with_rest,
+    with_rest_of_budget,
     with_server,
 )
 from evaluate.models import Subject, as_asked, choose_precision, digest_subject, never_asked, other_teacher, subjects
@@ -220,7 +220,7 @@ def _interview(
     asked = as_asked(plan.recipe, subject, prompts, told=told)
 
     def ask(server: Server | None, folder: Path) -> ProbeResult:
-        recipe = with_server(plan.recipe, server) if server else with_rest(plan.recipe, folder, name)
+        recipe = with_server(plan.recipe, server) if server else with_rest_of_budget(plan.recipe, folder, name)
         if name == "probes":
             return answer_probes(recipe, folder / name, prompts, asked)
         return answer_questions(recipe, folder / name, prompts, asked, asked[:timed])

@@ -174,7 +174,8 @@ class Judge:
         """What `generate` or a server says of the judge's own run, with the keys that the user's recipe has for it."""
         section = self.endpoint.section
         fix = f"; {section}.schema: false leaves response_format out" if "response_format" in words else ""
-        return re.sub(r"(?<![.\w])(?:sampling\.(?=max_tokens)|(?=budget\.))", f"{section}.", words) + fix
+        words = words.replace("sampling.max_tokens", f"{section}.max_tokens")
+        return re.sub(r"(?<![.\w])budget\.", f"{section}.budget.", words) + fix
 
 
 def _earlier_verdicts(

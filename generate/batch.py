@@ -225,9 +225,8 @@ class Batches:
 
     async def _submit(self, chunk: Chunk) -> None:
         """Uploads a chunk and creates its batch, unless an earlier call did, or nothing asks for its answers now."""
-        own = any(other.batch_id and other.status not in ENDED for other in self._folder.live)
         ahead = self._ahead.get(chunk.name)
-        if chunk.status == FULL and (own or (ahead and ahead <= await self._api.at_work())):
+        if chunk.status == FULL and (self._folder.any_at_work or (ahead and ahead <= await self._api.at_work())):
             return  # until one of them has ended
         file = self._folder.file(chunk, "input")
         # The file's id is on disk before a batch is created from it: without one there is no batch to look for.
@@ -279,8 +278,7 @@ class Batches:
         chunk.batch_id, chunk.status = None, FULL
         self._folder.save()
         self._ahead[chunk.name] = await self._api.at_work()  # also those of other runs
-        own = any(other.batch_id and other.status not in ENDED for other in self._folder.live)
-        if own or self._ahead[chunk.name]:
+        if self._folder.any_at_work or self._ahead[chunk.name]:
             self._run.say(f"batch {batch_id}: the account's limit is enqueued; it is created again when another ends")
         elif chunk.requests == 1:
             raise DistillError(

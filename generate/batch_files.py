@@ -75,6 +75,11 @@ class Folder:
         """The chunks that are not collected yet."""
         return [chunk for chunk in self.state.chunks if not chunk.collected]
 
+    @property
+    def any_at_work(self) -> bool:
+        """Whether a batch of this run has not ended."""
+        return any(chunk.batch_id and chunk.status not in ENDED for chunk in self.live)
+
     def save(self) -> None:
         write_json(self._file, self.state)
 

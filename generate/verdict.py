@@ -143,7 +143,7 @@ def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retr
         return Fail()
     step = job.attempts
     if fault.error == "rate_limited":  # the endpoint's own pause grows already
-        # From its second refusal that counts on each waits a random time more: so not all come back at once.
+        # From the second refusal that counts, a request waits a random time more: not all come back at once.
         step = 0 if fault.retry_after_s and job.attempts == 1 else 1
     return Retry(after_s, step, counted=not blameless)
 

@@ -70,8 +70,8 @@ class Server:
         try:
             for process in psutil.Process(self._guard.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    for open_ in process.net_connections("tcp"):
-                        if open_.status == psutil.CONN_LISTEN and open_.laddr.port == self.command.port:
+                    for connection in process.net_connections("tcp"):
+                        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.command.port:
                             return True
         except psutil.NoSuchProcess:
             return False

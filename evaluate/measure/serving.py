@@ -165,7 +165,7 @@ def ask_prompts(recipe: Recipe, folder: Path, prompts: Sequence[Prompt]) -> Summ
     return generate(_asking(recipe, folder), RunDir(folder, internal=True), quiet=True, retry_failures=True)
 
 
-def with_rest(recipe: Recipe, folder: Path, name: str) -> Recipe:
+def with_rest_of_budget(recipe: Recipe, folder: Path, name: str) -> Recipe:
     """The recipe with what its budget leaves after all that the teacher was asked in the folder, but for `name`."""
     journals = folder.rglob(RunDir(folder).completions.name)
     others = [RunDir(path.parent) for path in journals if folder / name not in path.parents]

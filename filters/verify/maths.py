@@ -32,8 +32,9 @@ def math(answer: Answer, settings: MathSettings) -> Verified:
         exact = part
     if exact is not None and not exact.strip():
         raise Unreadable("value", shown(part[-100:]))
-    arguments = exact, part, reference
-    found = call("filters.verify.algebra", "compare", *arguments, seconds=settings.seconds, load=("warm_up",))
+    found = call(
+        "filters.verify.algebra", "compare", exact, part, reference, seconds=settings.seconds, load=("warm_up",)
+    )
     if found["same"]:
         return Verified(result=found["result"])
     if found["result"] is None:

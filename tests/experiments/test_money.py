@@ -32,6 +32,6 @@ def test_the_turns_before_the_last_cost_too(last: float | None, before: float | 
     assert spent_on_answers(asked) == {"tokens": 40, "usd": usd}
 
 
-def test_a_run_of_one_turn_costs_what_itspent_on_answers() -> None:
+def test_a_run_of_one_turn_costs_what_it_spent() -> None:
     assert spent_on_answers({"spent": {"tokens": 10, "usd": 0.5}}) == {"tokens": 10, "usd": 0.5}
     assert spent_on_answers({})["usd"] is None
