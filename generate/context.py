@@ -23,6 +23,8 @@ from pipeline.rundir import RunDir
 
 Row = TypeVar("Row", Completion, Failure)
 
+SHOWN_CHARS = 300  # of a failure's message, to the user
+
 # How a run ends: None when every request was answered or has failed for good, else what the API is to raise.
 # KeyboardInterrupt: the user stopped it. BudgetReached: the next request could cost too much. Others: it cannot go on.
 Outcome = BaseException | None
@@ -142,12 +144,17 @@ class Run:
         return packed
 
     def record_failures(self, *failures: Failure) -> None:
-        """Writes the failures of requests, for good, to their journal, together, and counts them."""
+        """Writes the failures of requests, for good, to their journal, together, and counts them.
+
+        Tells the user of the first of each type of error.
+        """
         self.failures.append(*failures)
         for failure in failures:
             self.counters.failed += 1
             self.counters.settled_again += failure.id in self.failures.found.ids
             self.counters.errors[failure.error] += 1
+            if self.counters.errors[failure.error] == 1:
+                self.say(f"first request that failed for good with {failure.error}: {failure.message[:SHOWN_CHARS]}")
 
     def say_stopping(self) -> None:
         """Tells the user that the run ends when what is in flight has ended."""

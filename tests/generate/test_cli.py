@@ -15,6 +15,8 @@ import yaml
 from pipeline.records import Completion, read_jsonl
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
     MisbehavingServer,
     answer,
     completions,
@@ -76,6 +78,21 @@ def test_failures_end_it_with_4_and_can_be_asked_again(run: RunDir) -> None:
         assert str(run.failures) in err
         assert finish(start(server, run, 10))[0] == 4
         assert finish(start(server, run, 10, "--retry-failures"))[0] == 0
+
+
+def test_the_first_failure_of_each_kind_is_told_in_the_servers_words(run: RunDir) -> None:
+    long = "the prompt is too long: " + "x" * 900
+
+    def reply(_: Asked) -> Behaviour:
+        return answer() if len(server.asked) == 1 else error(400, long) if len(server.asked) % 2 else answer("")
+
+    with misbehaving(reply) as server:
+        code, _, err = finish(start(server, run, 9, "--generate.concurrency", "1"))
+    told = [line for line in err.splitlines() if "first request that failed for good" in line]
+    assert (code, len(told)) == (4, 2)
+    assert any("with empty_answer: the answer has no text" in line for line in told)
+    assert any("with bad_request: " in line and "the prompt is too long: xxx" in line for line in told)
+    assert max(map(len, told)) < 400
 
 
 def test_wrong_usage_ends_with_2_and_no_endpoint_with_1(run: RunDir) -> None:
