@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from pipeline.section import Section
 
 TOKEN_IDS = "return_tokens_as_token_ids"  # vLLM's: tokens are named by their ids, since the strings of two may be equal
+LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one: the budget counts by sampling.max_tokens
 LOGPROBS = ("logprobs", "top_logprobs", TOKEN_IDS)  # fields of a request
 
 
@@ -30,7 +31,7 @@ class SamplingConfig(Section):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        taken = {"temperature", "top_p", "max_tokens", "seed", "model", "messages", "stream", "n", "tools", *LOGPROBS}
+        taken = {"temperature", "top_p", "seed", "model", "messages", "stream", "n", "tools", *LIMITS, *LOGPROBS}
         if taken := taken & extra.keys():
             raise ValueError(
                 f"cannot hold {', '.join(sorted(taken))}: the recipe sets that elsewhere, or the client does"

@@ -250,8 +250,9 @@ def test_further_fields_of_a_request_are_sent_and_recorded(run: RunDir) -> None:
         generate(recipe_for(server, sampling={"extra": {"top_k": 20, "seed_of": None}}), run, quiet=True)
     assert {asked.body["top_k"] for asked in server.asked} == {20}
     assert {record.sampling["top_k"] for record in completions(run)} == {20}
-    with pytest.raises(ValueError, match="cannot hold model"):
-        recipe_for(server, sampling={"extra": {"model": "x"}})
+    for field in ("model", "max_completion_tokens"):  # the second would let answers pass max_tokens, and the budget
+        with pytest.raises(ValueError, match=f"cannot hold {field}"):
+            recipe_for(server, sampling={"extra": {field: 9}})
 
 
 def test_an_endpoint_that_is_down_for_a_while_costs_no_request(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
