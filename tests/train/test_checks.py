@@ -60,19 +60,31 @@ def test_answers_that_came_after_the_filters_warn(completed: int, bad_lines: int
     assert (check.finding, check.fix) == (behind if status == "warn" else ("1 rules judged 100 answers", ""))
 
 
-@pytest.mark.parametrize("edited", ["rules", "dedup", "select"])
-def test_filters_that_were_edited_since_they_ran_warn(edited: str) -> None:
+@pytest.mark.parametrize(
+    ("section", "change", "status"),
+    [
+        ("rules", [{"rule": "length", "min_chars": 6}], "warn"),
+        ("dedup", None, "warn"),
+        ("select", "first", "warn"),
+        ("judge", None, "warn"),
+        ("judge", {"model": "m", "min_score": 4}, "warn"),
+        ("judge", {"model": "m", "rubric": {"fit": "for a child"}}, "warn"),
+        ("judge", {"model": "another"}, "warn"),
+        ("judge", {"model": "m", "base_url": "http://b/v1", "attempts": 5, "budget": {"usd": 1}}, "pass"),
+    ],
+)
+def test_filters_that_were_edited_since_they_ran_warn(section: str, change: Any, status: str) -> None:
     recipe = make_recipe("x")
-    before = recipe.filters.model_validate({"rules": [{"rule": "length", "min_chars": 5}], "dedup": {}})
-    changes = {"rules": [{"rule": "length", "min_chars": 6}], "dedup": None, "select": "first"}
-    now = before.model_validate(before.model_dump() | {edited: changes[edited]})
+    given = {"rules": [{"rule": "length", "min_chars": 5}], "dedup": {}, "judge": {"model": "m"}}
+    before = recipe.filters.model_validate(given)
+    now = before.model_validate(before.model_dump() | {section: change})
     lineage = filtered(80)
     lineage["filters"] |= {"rules_digest": before.rules_digest}
-    lineage["filters"] |= before.model_dump(mode="json", include={"dedup", "select"})
-    for filters, status in ((before, "pass"), (now, "warn")):
-        given = recipe.model_copy(update={"filters": filters})
-        found = {check.name: check for check in row_checks(Parts(story_rows(3), [], []), lineage, given)}["filters"]
-        assert (found.status, f"filters.{edited}" in found.finding) == (status, status == "warn")
+    lineage["filters"] |= before.model_dump(mode="json", include={"dedup", "judge", "select"})
+    for filters, wanted in ((before, "pass"), (now, status)):
+        told = recipe.model_copy(update={"filters": filters})
+        found = {check.name: check for check in row_checks(Parts(story_rows(3), [], []), lineage, told)}["filters"]
+        assert (found.status, f"filters.{section} was" in found.finding) == (wanted, wanted == "warn")
 
 
 @pytest.mark.parametrize(("count", "status"), [(4999, "note"), (5000, "pass"), (50000, "pass"), (50001, "note")])

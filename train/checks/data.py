@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from train.trainer import Prepared
 
 DROPPED_SHARE = 0.1  # of the rows, too long: with more, the student never sees long answers
+JUDGED_BY = ("model", "rubric", "min_score")  # of the judge's settings
 LABELS = {  # what all rows must do, and the fix
     "vocabulary": (
         "have only tokens that the student knows",
@@ -112,8 +113,7 @@ def _filters(
     finding = f"{rules} rules judged {judged:,} answers"
     if behind := answers > judged + section.get("bad_lines", 0):
         finding, fix = f"{finding}, and the run has {answers:,}", "run `python -m filters` again"
-    now = {"rules_digest": config.rules_digest, **config.model_dump(mode="json", include={"dedup", "select"})}
-    if edited := [name for name in now if name in section and section[name] != now[name]]:
+    if edited := _edited(section, config):
         finding = f"{finding}; since then filters.{edited[0].removesuffix('_digest')} was changed in the recipe"
         fix = "run `python -m filters` again, or give `train` the flags that `filters` had"
     yield graded("filters", rules, finding, passes=rules > 0 and not behind and not edited, otherwise="warn", fix=fix)
@@ -126,6 +126,16 @@ def _filters(
     finding = f"{rate:.1%} {kept}; {SAFE_KEEP_RATE:.0%} or more is safe"
     fix = "see filter_report.json for what was dropped; fix the prompts, or take a teacher that can do this"
     yield graded("keep_rate", rate, finding, passes=rate >= SAFE_KEEP_RATE, otherwise="warn", fix=fix)
+
+
+def _edited(section: Mapping[str, Any], config: FiltersConfig) -> list[str]:
+    """What the recipe says otherwise than when the filters ran; of the judge, only what decides."""
+    now = config.model_dump(mode="json", include={"dedup", "judge", "select"})
+    then, now = {**section}, {"rules_digest": config.rules_digest, **now}
+    for one in (then, now):
+        if judge := one.get("judge"):
+            one["judge"] = {name: judge.get(name) for name in JUDGED_BY}
+    return [name for name in now if name in then and then[name] != now[name]]
 
 
 def _length(prepared: "Prepared", ids: Iterable[str], config: TrainConfig) -> Check:
