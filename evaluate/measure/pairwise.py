@@ -77,9 +77,9 @@ def _compared(run: RunDir) -> Path:
 
 
 def judged_fingerprint(judge: Judge, answers: Answers) -> str:
-    """Changes with the judge, its rubric, the questions, and any answer."""
+    """Changes with the judge, its rubric and attempts, the questions, and any answer."""
     rows = [row.id for key in sorted(answers) for row in answers[key].values()]
-    return digest(judge.version, QUESTION, *rows)
+    return digest(judge.version, str(judge.config.attempts), QUESTION, *rows)
 
 
 def judge_answers(judge: Judge, run: RunDir, answers: Answers) -> JudgeResult:

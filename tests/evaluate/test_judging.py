@@ -137,10 +137,25 @@ def test_what_was_judged_is_not_asked_again_and_a_new_answer_is(tmp_path: Path) 
         second = judge_answers(judge, RunDir(tmp_path), other)
         assert len(server.asked) == asked + 3  # one score, one pair in both orders
         stricter = find_judge(judging(server.url, rubric={"fit": "for a grown-up"}), RunDir(tmp_path))
-        assert stricter
+        patient = find_judge(judging(server.url, attempts=5), RunDir(tmp_path))
+        assert stricter and patient
         prints = {judged_fingerprint(judge, answers), judged_fingerprint(judge, other)}
-        assert len({*prints, judged_fingerprint(stricter, answers)}) == 3
+        assert len({*prints, judged_fingerprint(stricter, answers), judged_fingerprint(patient, answers)}) == 4
     assert second.scores["teacher"] == first.scores["teacher"]
+
+
+def test_with_more_attempts_only_what_could_not_be_read_is_asked_again(tmp_path: Path) -> None:
+    def script(asked: Asked) -> Behaviour:
+        hesitant = asked.text.rsplit("<answer>")[-1].startswith("\na1\n") and asked.body["temperature"] == 0
+        return answer("I cannot say." if hesitant else json.dumps({"fit": 3, "score": 4}))
+
+    answers = texts(student_after=lambda i: f"a{i}")
+    with misbehaving(script) as server:
+        for attempts, requests, scored in ((1, 8, 7), (2, 9, 8)):
+            judge = find_judge(judging(server.url, attempts=attempts), RunDir(tmp_path))
+            assert judge
+            result = judge_answers(judge, RunDir(tmp_path), answers)
+            assert (len(server.asked), len(result.scores["student_after"])) == (requests, scored)
 
 
 def spent_in(folder: Path) -> int:
