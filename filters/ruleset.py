@@ -194,7 +194,7 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         slots = {name: value if isinstance(value, str) else [*value] for name, value in answer.slots.items()}
         try:
             said = function(replace(answer, slots=slots), **arguments)  # a copy: the report counts the slots later
-        except Exception as error:  # named with its file, else nobody finds it
+        except (Exception, SystemExit) as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error
         try:

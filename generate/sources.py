@@ -236,7 +236,7 @@ def _guarded(path: Path, rows: Callable[[], Iterable[Json]], advice: str) -> Ite
         yield from rows()
     except DataError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"prompts.file {path}: {type(error).__name__}: {_line(error)}; {advice}") from error
 
 
@@ -297,5 +297,5 @@ def _finite(value: Any) -> Any:
     return None if math.isnan(value) else str(value)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

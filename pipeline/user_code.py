@@ -19,6 +19,11 @@ def load_function(path: Path, name: str, where: str) -> Callable[..., Any]:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise RecipeError(
+            f"{where}: {path}: it ends the program when it is imported (SystemExit: {error}); put what only a "
+            'script does below `if __name__ == "__main__":`'
+        ) from error
     except Exception as error:  # whatever a user's file may raise, it is the file that is wrong
         raise RecipeError(f"{where}: {path}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)

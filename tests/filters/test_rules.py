@@ -354,6 +354,7 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         "    return f'{digits} digits' if digits > most else None\n"
         "def number(answer): return 3\n"
         "def broken(answer): return 1 / 0\n"
+        "def ends(answer): raise SystemExit(0)\n"
         "from filters.answer import Verified\n"
         "from pipeline.records import Reason\n"
         "def whole(answer): return Verified(Reason(rule='any', note='no'), 0.5, 'one')\n"
@@ -379,6 +380,8 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
     )
     with pytest.raises(DistillError, match=r"mine\.py: broken raised ZeroDivisionError"):
         rule_set({**own, "name": "broken"}, recipe=recipe).reasons(answer)
+    with pytest.raises(DistillError, match=r"mine\.py: ends raised SystemExit: 0"):
+        rule_set({**own, "name": "ends"}, recipe=recipe).reasons(answer)
     (tmp_path / "mine.py").write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
@@ -393,4 +396,7 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
         rule_set({**own, "name": "change"}, recipe=recipe).reasons(answer)
     (tmp_path / "mine.py").write_text("def no_digits(answer:\n")
     with pytest.raises(RecipeError, match="SyntaxError"):
+        rule_set(own, recipe=recipe)
+    (tmp_path / "mine.py").write_text("def no_digits(answer): return None\nraise SystemExit(0)\n")  # as a script ends
+    with pytest.raises(RecipeError, match=r"mine\.py: it ends the program .*SystemExit: 0.*__main__"):
         rule_set(own, recipe=recipe)

@@ -353,6 +353,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
         ("p.py", "def rows():\n    yield {'prompt': float('nan')}\n", {}, "p.py: row 0: the prompt is empty"),
         ("p.parquet", b"PAR1\x15\x04", {}, "p.parquet: ArrowInvalid: Parquet file size is 6"),
         ("p.py", "def rows():\n    yield {'prompt': 'a'}\n    1/0\n", {}, "p.py: ZeroDivisionError: division by zero"),
+        ("p.py", "def rows():\n    yield {'prompt': 'a'}\n    raise SystemExit(0)\n", {}, "p.py: SystemExit: 0"),
         ("p.py", "def rows():\n    yield 'a'\n", {}, "p.py: row 0: a row is a dict, got str"),
         (
             "p.py",
