@@ -13,12 +13,13 @@ run's lock, which stays held until the last child is gone.
 """
 
 import asyncio
+import os
 import pickle
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -33,6 +34,8 @@ from pipeline.rundir import RunDir
 
 LINE_BYTES = 1 << 20
 STOP, END = signal.SIGUSR1, signal.SIGUSR2
+
+_parent: BinaryIO  # of a child: what its standard output was when it began
 
 
 async def send_from_workers(run: Run, *, signals: bool) -> Outcome:
@@ -138,6 +141,9 @@ class _Id(msgspec.Struct):
 
 def main() -> None:
     """A child: sends its partition."""
+    global _parent
+    _parent = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a user's own rows() prints must not come between the lines for the parent
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -198,8 +204,8 @@ async def _send(run: Run) -> Outcome:
 
 def _tell(kind: str, said: object) -> None:
     with suppress(BrokenPipeError):  # the parent has died: stdin's end says so too
-        sys.stdout.buffer.write(msgspec.json.encode([kind, said]) + b"\n")
-        sys.stdout.buffer.flush()
+        _parent.write(msgspec.json.encode([kind, said]) + b"\n")
+        _parent.flush()
 
 
 if __name__ == "__main__":

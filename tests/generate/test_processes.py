@@ -59,6 +59,21 @@ def test_every_request_is_asked_once_and_the_counts_are_their_sum(run: RunDir) -
     assert whole(run, 299)
 
 
+def test_what_a_users_rows_print_is_not_taken_for_the_counts(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text(
+        "import subprocess\n"
+        "def rows():\n"
+        "    print('reading')\n"
+        "    subprocess.run(['echo', 'reading'])\n"
+        "    for n in range(20):\n"
+        "        yield {'prompt': f'say {n}'}\n"
+    )
+    with misbehaving() as server:
+        summary = generate(recipe_for(server, prompts={"file": tmp_path / "p.py"}, generate=TWO), run, quiet=True)
+    assert (summary.answered, summary.failed) == (20, 0)
+    assert whole(run, 20)
+
+
 def test_what_ends_one_ends_all_with_its_error(run: RunDir) -> None:
     with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
         generate(recipe_for(server, 300, generate=TWO), run, quiet=True)
