@@ -24,7 +24,10 @@ from pipeline.rundir import replacing, write_json
 MOST_REQUESTS = 50_000  # per file (OpenAI, "Batch API", rate limits)
 MOST_BYTES = 190_000_000  # of 200 MB
 PATH = b"/v1/chat/completions"
-FIX = "it says which batches are under way: fix it, or move its folder away to ask again"
+FIX = (
+    "it says which batches are under way: fix it, or move its folder away to ask again; if it is of another version, "
+    "finish the batches with that one"
+)
 ENDED = ("completed", "failed", "expired", "cancelled")  # statuses of a batch
 FULL = "token_limit_exceeded"  # of a chunk: the account has its limit enqueued, so its batch is created later
 NO_LINE = Fault("no_response", "the batch ended without a line for this request")
@@ -47,7 +50,7 @@ class Chunk(msgspec.Struct, kw_only=True):
     collected: bool = False  # all that came of it is in the journals
 
 
-class State(msgspec.Struct, kw_only=True):
+class State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     key: str  # tells this run's batches from others of the same account
     chunks: list[Chunk] = []
 

@@ -30,6 +30,10 @@ from pipeline.records import Completion, Usage, read_json
 from pipeline.rundir import RunDir, write_json
 from pipeline.section import BudgetConfig
 
+FIX = (
+    "without it the budget cannot be kept; if it is of another version, finish the run with that one, or move the file "
+    "away and lower the budget by what is spent"
+)
 AHEAD = 110  # percent of what is in flight that the file covers: some dozens of writes, not one for each request
 
 
@@ -51,7 +55,7 @@ class Spend(msgspec.Struct, frozen=True):
         return Spend(self.tokens - other.tokens, self.cost - other.cost)
 
 
-class Account(msgspec.Struct, frozen=True, omit_defaults=True):
+class Account(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A spend file: what the journal does not say, and in `spend.json` also what the journal has cost."""
 
     unsaid: Spend = Spend()  # of attempts without an answer, and of requests in flight
@@ -289,7 +293,7 @@ def known_price(recipe: Recipe, key: str = "teacher.price") -> Price | None:
 
 def read_account(file: Path) -> Account:
     """A spend file; empty if there is none. Raises DataError."""
-    return read_json(file, Account, "without it the budget cannot be kept") or Account()
+    return read_json(file, Account, FIX) or Account()
 
 
 def write_account(file: Path, account: Account) -> None:

@@ -11,7 +11,7 @@ from generate.batch_api import BatchApi
 from generate.context import Run
 from generate.dry_run import dry_run
 from generate.run import generate
-from pipeline.errors import BudgetReached, DistillError
+from pipeline.errors import BudgetReached, DataError, DistillError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe
 from pipeline.rundir import RunDir
@@ -27,6 +27,18 @@ def left_at_work(fake: FakeBatches, recipe: Recipe, run: RunDir, *, retry_failur
     with pytest.raises(DistillError, match="the batches are under way"):
         generate(recipe, run, quiet=True, retry_failures=retry_failures)
     fake.failing_polls = 0
+
+
+def test_a_batch_of_another_version_is_not_asked_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with fake_batches() as fake:
+        recipe = batch_recipe(fake)
+        left_at_work(fake, recipe, run)
+        part = {"name": "001", "file_id": "file-1", "batch_id": "batch_1", "status": "validating", "collected": False}
+        (run.path / "batches/state.json").write_text(json.dumps({"key": "k", "parts": [part]}))
+        with pytest.raises(DataError, match=r"state\.json: .*field `parts`; .*of another version, .*with that one"):
+            generate(recipe, run, quiet=True)
+        assert set(fake.asked.values()) == {1}
 
 
 def tokens_spent(run: RunDir) -> int:

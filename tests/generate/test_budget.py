@@ -149,6 +149,12 @@ def test_what_the_journal_does_not_say_is_kept_in_a_file_and_counted_again(tmp_p
         Budget.open(recipe, run, Contents())
 
 
+def test_a_file_of_another_version_is_refused_and_not_read_as_nothing_spent(tmp_path: Path) -> None:
+    (tmp_path / "spend.json").write_text('{"tokens": 1987, "cost": 2587500000}')
+    with pytest.raises(DataError, match=r"spend\.json: .*field `tokens`; .*of another version, .*lower the budget"):
+        Budget.open(recipe_for("http://127.0.0.1:1/v1", budget={"tokens": 1000}), RunDir(tmp_path), Contents())
+
+
 def test_the_file_covers_what_is_in_flight_where_a_batch_was_cheaper_than_the_journal_says(tmp_path: Path) -> None:
     account = Account(unsaid=Spend(0, -10_000))
     budget = Budget(BudgetConfig(), PRICE, Spend(), file=tmp_path / "spend.json", account=account)
