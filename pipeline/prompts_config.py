@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.records import BOM, Asked, Json, Part, Prompt, as_text, question_text
-from pipeline.section import Section
+from pipeline.section import AnyValue, Section, json_value
 from pipeline.turns_and_tools import read_tools
 from pipeline.user_config import UserConfig
 
@@ -70,7 +70,7 @@ class PromptsConfig(Section):
     """The prompt's text: `{slot}` is replaced, `{{` and `}}` are braces."""
     slots: dict[str, Slot] = Field({})
     """The values of each slot: a list, or `{choose: k, from: […]}`. Numbers (007) and `yes` are texts, as written."""
-    reference: Any = None
+    reference: AnyValue = None
     """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace."""
     tools: list[dict[str, Any]] = Field([])
     """The functions that an answer may call, in the OpenAI format: a list, or a JSON file; a row may have its own."""
@@ -97,7 +97,8 @@ class PromptsConfig(Section):
     @classmethod
     def _read_tools(cls, given: Any) -> list[Json]:
         try:
-            return read_tools(Path(given).read_bytes().removeprefix(BOM) if isinstance(given, str | Path) else given)
+            given = Path(given).read_bytes().removeprefix(BOM) if isinstance(given, str | Path) else json_value(given)
+            return read_tools(given)
         except OSError as error:
             raise ValueError(f"{error.strerror}: give a list, or a JSON file of one") from None
 

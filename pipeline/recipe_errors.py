@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
@@ -85,7 +84,7 @@ def _explain(problem: "ErrorDetails", names: Sequence[str], recipe: type[Section
 def advice(problem: "ErrorDetails") -> str:
     """What to do about a value that YAML reads as another one than was meant; empty where nothing is known."""
     kind, value = problem["type"], problem["input"]
-    if kind == "string_type" and isinstance(value, bool | int | float | date | dict):
+    if kind == "string_type" and isinstance(value, bool | int | float | dict):
         read = "yes, no, on and off" if isinstance(value, bool) else "{…}" if isinstance(value, dict) else ""
         return (f" (as YAML reads {read})" if read else "") + "; put it in quotes"
     if kind in ("model_type", "dict_type", "list_type") and value is None:

@@ -21,6 +21,7 @@ YAML_FIXES = {  # by a part of PyYAML's message
     "<scalar>": QUOTE_START,
     "undefined alias": QUOTE_START,
     "unhashable key": QUOTE_START,
+    "recursion depth": "a value is nested too deeply; make it flatter, or text",
 }
 TEXTS = (("prompts", "slots"), ("evaluate", "unseen"))  # mappings to lists of texts
 
@@ -104,6 +105,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_Loader.yaml_implicit_resolvers = {  # dates are texts: JSON, and so a request, has none
+    first: [(tag, pattern) for tag, pattern in tags if tag != "tag:yaml.org,2002:timestamp"]
+    for first, tags in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _at(node: yaml.Node | None, *path: str | None) -> list[yaml.Node]:
     """What nested mappings have at a path of keys; None in it stands for every key."""
     found = [node]
@@ -128,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = "no such recipe" if isinstance(error, FileNotFoundError) else error.strerror
         raise RecipeError(f"{path}: {reason}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         said = " ".join(str(error).split())
         fix = next((f"; {fix}" for part, fix in YAML_FIXES.items() if part in said), "")
         raise RecipeError(f"{path}: not YAML: {said}{fix}") from None

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from pipeline.section import Section
+from pipeline.section import AnyValue, Section
 
 TOKEN_IDS = "return_tokens_as_token_ids"  # vLLM's: tokens are named by their ids, since the strings of two may be equal
 LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one: the budget counts by sampling.max_tokens
@@ -25,7 +25,7 @@ class SamplingConfig(Section):
     """The seed from which, with its id, each request's own seed is derived; null: none is sent."""
     logprobs: int | None = Field(None, ge=1, le=20)
     """Likeliest tokens to store per token of an answer, in logprobs.jsonl, for `train.kd.teacher: stored`."""
-    extra: dict[str, Any] = Field({})
+    extra: dict[str, AnyValue] = Field({})
     """Further fields of the request, sent as they are: `top_k`, `chat_template_kwargs`, …"""
 
     @field_validator("extra")

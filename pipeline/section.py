@@ -1,13 +1,15 @@
 """What all sections of a recipe share, and the small sections that several of them hold."""
 
+import math
 import re
 from collections.abc import Iterable
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 MOST_WEIGHT = 1000  # more is no weight: a port that was written after a space
+DEEPEST = 100  # levels of a value: deeper ones cannot be written, and an anchor within itself has no end
 
 
 class Section(BaseModel):
@@ -60,6 +62,24 @@ def weighted_urls(entries: Iterable[str]) -> dict[str, float]:
 
 
 Endpoints = Annotated[str, AfterValidator(lambda given: ",".join(checked_urls(given)))]  # with commas between them
+
+
+def json_value(given: Any, level: int = 0) -> Any:
+    """A value of any shape as JSON has it: a number that is a key becomes text. Raises ValueError if it is no JSON."""
+    if level > DEEPEST:
+        raise ValueError(f"is nested over {DEEPEST} levels deep; make it flatter, or text")
+    if isinstance(given, dict):
+        if wrong := [key for key in given if isinstance(key, bool) or not isinstance(key, str | int | float)]:
+            raise ValueError(f"has the key {wrong[0]!r}, as YAML reads it; put it in quotes")
+        return {str(key): json_value(value, level + 1) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [json_value(value, level + 1) for value in given]
+    if given is None or isinstance(given, str | int) or (isinstance(given, float) and math.isfinite(given)):
+        return given
+    raise ValueError(f"holds {given!r}, which JSON does not have; make it a text, in quotes")
+
+
+AnyValue = Annotated[Any, AfterValidator(json_value)]
 
 
 def _checked_name(given: str) -> str:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -17,6 +18,7 @@ from generate.progress import EndpointCounts
 from generate.run import generate
 from generate.targets import Target
 from pipeline.errors import BudgetReached, DistillError, RecipeError
+from pipeline.lineage import read_lineage
 from pipeline.rundir import RunDir
 from tests.servers.misbehaving_server import (
     Asked,
@@ -253,6 +255,18 @@ def test_further_fields_of_a_request_are_sent_and_recorded(run: RunDir) -> None:
     for field in ("model", "max_completion_tokens"):  # the second would let answers pass max_tokens, and the budget
         with pytest.raises(ValueError, match=f"cannot hold {field}"):
             recipe_for(server, sampling={"extra": {field: 9}})
+
+
+def test_a_date_in_a_further_field_is_sent_and_the_run_ends_well(run: RunDir, tmp_path: Path) -> None:
+    file = tmp_path / "dated.yaml"
+    with misbehaving() as server:
+        file.write_text(
+            f"name: t\nteacher: {{model: stub, base_url: '{server.url}'}}\nprompts: {{count: 1, template: hi}}\n"
+            "sampling: {extra: {metadata: {day: 2026-01-01}}}\n"
+        )
+        assert generate(file, run, quiet=True).answered == 1
+    assert server.asked[0].body["metadata"] == {"day": "2026-01-01"}
+    assert read_lineage(run)["generate"]["sampling"]["metadata"] == {"day": "2026-01-01"}
 
 
 def test_an_endpoint_that_is_down_for_a_while_costs_no_request(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

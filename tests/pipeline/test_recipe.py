@@ -193,6 +193,21 @@ def test_a_section_of_the_wrong_shape_is_an_error_and_no_crash(path: Path, secti
             "examples[0].answer should be a valid string (as YAML reads {{…}}); put it in quotes",
         ),
         ("sampling:", [], ", got None; it is empty: remove its line, or fill it"),
+        (
+            "sampling: {extra: {chat_template_kwargs: {on: 1}}}",
+            [],
+            "sampling.extra.chat_template_kwargs has the key True, as YAML reads it; put it in quotes",
+        ),
+        ("sampling: {extra: {stop: [.nan]}}", [], "sampling.extra.stop holds nan, which JSON does not have"),
+        ("sampling: {extra: {stop: &a [*a]}}", [], "sampling.extra.stop is nested over 100 levels deep"),
+        ("prompts: {count: 1, template: x, reference: {no: 1}}", [], "prompts.reference has the key False"),
+        (f"prompts: {{count: 1, template: x, reference: {'[' * 300}1{']' * 300}}}", [], "nested over 100 levels deep"),
+        (f"prompts: {{count: 1, template: x, reference: {'[' * 3000}1{']' * 3000}}}", [], "; a value is nested too"),
+        (
+            "prompts: {count: 1, template: x, tools: [{type: function, function: {name: f, parameters: {on: 1}}}]}",
+            [],
+            "prompts.tools has the key True, as YAML reads it; put it in quotes",
+        ),
         ("sampling: {temperature: 0,5}", [], ", got 5; a comma ends a value: write decimals with a point, as in 0.5"),
         (
             "prompts: {file: a.csv, columns: {prompt: question, answer: answer}}",
@@ -244,6 +259,17 @@ def test_values_of_slots_are_texts_as_they_are_written(path: Path) -> None:
     assert recipe.prompts.slots["a"] == [*written, "quoted"]
     assert slot_values(recipe.prompts.slots["b"]) == [*written, "quoted"]
     assert recipe.evaluate.unseen == {"a": ["8", "off"]}
+
+
+def test_dates_are_texts_as_they_are_written(path: Path) -> None:
+    path.write_text(
+        "name: 2026-01-01\nteacher: {model: m, query: {api-version: 2024-10-21}}\n"
+        "prompts: {count: 1, template: x, reference: 2026-01-01 10:00:00}\n"
+        "sampling: {extra: {metadata: {day: 2026-01-01}}}\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.teacher.query) == ("2026-01-01", {"api-version": "2024-10-21"})
+    assert (recipe.prompts.reference, recipe.sampling.extra["metadata"]["day"]) == ("2026-01-01 10:00:00", "2026-01-01")
 
 
 def test_the_user_and_the_judge_have_urls_as_the_teacher_has(path: Path) -> None:
