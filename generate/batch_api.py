@@ -36,12 +36,13 @@ class BatchApi:
             401: f"; {self.key}",
             404: "; does it have a Batch API? generate.mode online needs none",
         }
-        own = ("Content-Type", "Authorization")  # which the package sets
         self._section = teacher.section
+        headers = headers_of(teacher)
+        del headers["Content-Type"]  # which the package sets
         self.client = openai.AsyncOpenAI(
             api_key=key.get_secret_value() if key else "none",
             base_url=teacher.url,
-            default_headers={name: value for name, value in headers_of(teacher).items() if name not in own},
+            default_headers=headers,
             default_query=dict(teacher.query),
             http_client=openai.DefaultAsyncHttpxClient(  # proxy and certificates as in generate.client
                 proxy=proxy_of(teacher.url), verify=ssl.create_default_context(), trust_env=False

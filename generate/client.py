@@ -11,6 +11,7 @@ the teacher's Redactor.
 import asyncio
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from pipeline.teacher_config import TeacherConfig
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
 MOST_BYTES = 64 << 20  # of a reply: a longer one is no answer to a chat request
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, 5.6.2
 KEEPALIVE_S = 4.0  # vLLM closes an idle connection after 5: close first, so that none dies under a request
 
 
@@ -175,9 +177,13 @@ def check_teacher(teacher: TeacherConfig) -> None:
     """Raises RecipeError if a URL carries what belongs elsewhere, or a header cannot be sent."""
     for url in teacher.urls:
         check_url(url, f"{teacher.section}.base_url")
+    for key, name in (("api_key_header", teacher.api_key_header), *(("headers", name) for name in teacher.headers)):
+        if not HEADER_NAME.fullmatch(name):
+            raise RecipeError(f"teacher.{key}: {name!r} cannot name an HTTP header; write letters, digits and -")
+    own = {name.lower() for name in teacher.headers}
     for name, value in headers_of(teacher).items():
-        if not (name + value).isprintable():
-            where = teacher.api_key_env if name == teacher.api_key_header else f"teacher.headers.{name}"
+        if not value.isprintable():
+            where = f"teacher.headers.{name}" if name.lower() in own else teacher.api_key_env
             raise RecipeError(f"{where} holds a line break or another character that no HTTP header can carry")
 
 
@@ -196,10 +202,15 @@ def check_url(url: str, key: str) -> None:
 
 
 def headers_of(teacher: TeacherConfig) -> dict[str, str]:
-    """What goes with every request: the key, and the recipe's own headers with their variables filled in."""
-    headers = {"Content-Type": "application/json", "User-Agent": f"distillate/{versions()['distillate']}"}
-    own = {name: _filled(name, value) for name, value in teacher.headers.items()}
-    return {**headers, **teacher.key_header(), **own}
+    """What goes with every request: the key, and the recipe's own headers with their variables filled in.
+
+    One of the recipe's own takes the place of ours, in upper or lower case: HTTP does not tell these apart.
+    """
+    usual = {"Content-Type": "application/json", "User-Agent": f"distillate/{versions()['distillate']}"}
+    usual |= teacher.key_header()
+    spelt = {name.lower(): name for name in usual}
+    own = {spelt.get(name.lower(), name): _filled(name, value) for name, value in teacher.headers.items()}
+    return {**usual, **own}
 
 
 def _filled(name: str, value: str) -> str:

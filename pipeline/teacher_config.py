@@ -105,8 +105,11 @@ class TeacherConfig(Section):
 
     def key_header(self) -> dict[str, str]:
         """The header with the key, as it is sent; none without a key."""
-        key, bearer = self.api_key(), self.api_key_header.lower() == "authorization"
-        return {self.api_key_header: f"{'Bearer ' * bearer}{key.get_secret_value()}"} if key else {}
+        if (key := self.api_key()) is None:
+            return {}
+        if self.api_key_header.lower() == "authorization":
+            return {"Authorization": f"Bearer {key.get_secret_value()}"}
+        return {self.api_key_header: key.get_secret_value()}
 
     def api_key(self) -> SecretStr | None:
         """The key, from the environment only; None if the variable is unset or empty.

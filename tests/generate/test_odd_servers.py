@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from generate.client import check_teacher
+from generate.batch_api import BatchApi
+from generate.client import check_teacher, headers_of
 from generate.limits import Limits, TokenBucket
 from generate.reply import Answer, Fault, read_answer, read_error
 from generate.run import generate
@@ -280,6 +281,19 @@ def test_what_no_header_can_carry_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     teacher = {"model": "m", "base_url": "http://127.0.0.1:1/v1", "headers": {"X-Team": "${TEAM}"}}
     with pytest.raises(RecipeError, match=r"teacher\.headers\.X-Team holds a line break"):
         check_teacher(recipe_for("", teacher=teacher).teacher)
+    for name in ("X Team", "", "Größe", "X-Team:"):
+        for key, value in (("headers", {name: "a"}), ("api_key_header", name)):
+            with pytest.raises(RecipeError, match=f"teacher.{key}: '{name}' cannot name an HTTP header"):
+                check_teacher(recipe_for("", teacher={"model": "m", key: value}).teacher)
+
+
+@pytest.mark.parametrize("name", ["Authorization", "authorization"])
+def test_a_header_of_the_recipe_takes_the_place_of_the_key_s(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A server for which the user gave other credentials does not get the key, too."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another")
+    recipe = recipe_for("", teacher={"model": "m", "headers": {name: "Basic abc"}})
+    for sent in (headers_of(recipe.teacher), BatchApi(recipe, "run").client.default_headers):
+        assert [value for header, value in sent.items() if header.lower() == "authorization"] == ["Basic abc"]
 
 
 def test_the_environment_s_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
