@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.records import BOM, Asked, Json, Part, Prompt, as_text, question_text
-from pipeline.section import AnyValue, Section, json_value
+from pipeline.section import AnyValue, Section, as_given, json_value
 from pipeline.turns_and_tools import read_tools
 from pipeline.user_config import UserConfig
 
@@ -96,6 +96,7 @@ class PromptsConfig(Section):
     @field_validator("tools", mode="before")
     @classmethod
     def _read_tools(cls, given: Any) -> list[Json]:
+        given = as_given(given)
         try:
             given = Path(given).read_bytes().removeprefix(BOM) if isinstance(given, str | Path) else json_value(given)
             return read_tools(given)

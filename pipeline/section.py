@@ -79,6 +79,11 @@ def json_value(given: Any, level: int = 0) -> Any:
     raise ValueError(f"holds {given!r}, which JSON does not have; make it a text, in quotes")
 
 
+def as_given(value: Any) -> Any:
+    """A list, or the name of a file that holds it, which comes as the only item of a list if it is a flag's value."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
+
+
 AnyValue = Annotated[Any, AfterValidator(json_value)]
 
 

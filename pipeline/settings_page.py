@@ -40,6 +40,7 @@ variables, and variables override the file. In a variable a list or mapping is J
 Runs and model folders are relative to the working directory, as `--run` is. Files are relative to the recipe: the
 `file` of a filter rule, and
 {files}.
+Given as a flag or a variable, a file is relative to the working directory, too.
 
 This page is made by `python -m pipeline.settings_page > docs/settings.md`.
 """

@@ -9,7 +9,15 @@ import msgspec
 from pydantic import Field, SecretStr, field_validator
 
 from pipeline.records import BOM
-from pipeline.section import OtherModelConfig, PriceConfig, Section, VariableName, checked_urls, weighted_urls
+from pipeline.section import (
+    OtherModelConfig,
+    PriceConfig,
+    Section,
+    VariableName,
+    as_given,
+    checked_urls,
+    weighted_urls,
+)
 
 
 class Example(Section):
@@ -49,6 +57,7 @@ class TeacherConfig(Section):
     @field_validator("examples", mode="before")
     @classmethod
     def _read_examples(cls, given: Any) -> Any:
+        given = as_given(given)
         if not isinstance(given, str | Path):
             return given
         try:

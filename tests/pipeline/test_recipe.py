@@ -1,5 +1,6 @@
 """Recipes: what overrides what, and what a wrong one says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,23 @@ def test_tools_and_a_chat_template_may_begin_with_a_byte_order_mark(path: Path, 
     recipe = load_recipe(path)
     assert recipe.prompts.tools[0]["function"] == {"name": "f"}
     assert recipe.student is not None and recipe.student.chat_template == "{{ messages }}"
+
+
+def test_tools_and_examples_come_from_the_files_of_flags_and_variables(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tools, examples = [{"type": "function", "function": {"name": "f"}}], [{"prompt": "p", "answer": "a"}]
+    Path("tools.json").write_text(json.dumps(tools))
+    Path("shown.jsonl").write_text(json.dumps(examples[0]))
+    files = {"prompts.tools": "tools.json", "teacher.examples": "shown.jsonl"}
+    by_file = load_recipe(path, [part for key, name in files.items() for part in (f"--{key}", name)])
+    values = ["--prompts.tools", json.dumps(tools), "--teacher.examples", json.dumps(examples)]
+    assert by_file == load_recipe(path, values)
+    assert by_file.prompts.tools == tools and by_file.teacher.examples[0].answer == "a"
+    for key, name in files.items():
+        monkeypatch.setenv(f"DISTILL_{key.replace('.', '__').upper()}", name)
+    assert load_recipe(path) == by_file
 
 
 def test_examples_for_the_teacher_come_from_the_recipe_or_a_file_beside_it(path: Path, tmp_path: Path) -> None:
