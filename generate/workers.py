@@ -45,7 +45,7 @@ async def send_from_workers(run: Run, *, signals: bool) -> Outcome:
         with on_signals(workers.interrupt if signals else None):
             return await workers.send()
     finally:
-        workers.signal(signal.SIGKILL)
+        await workers.kill()
 
 
 class _Workers:
@@ -88,6 +88,11 @@ class _Workers:
         for child in self._children:
             with suppress(ProcessLookupError):
                 child.send_signal(number)
+
+    async def kill(self) -> None:
+        """Ends those that are left, and waits for it: until then they hold the run's lock."""
+        self.signal(signal.SIGKILL)
+        await asyncio.gather(*(child.wait() for child in self._children))
 
     def _only_of_parts(self) -> bool:
         """Whether what ended children is true of their parts, and perhaps not of the run."""

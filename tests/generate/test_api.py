@@ -76,6 +76,23 @@ async def test_a_cancelled_call_keeps_what_was_answered(tmp_path: Path) -> None:
         assert not failures(run)
 
 
+async def test_a_cancelled_call_of_several_processes_leaves_the_run_free(tmp_path: Path) -> None:
+    table = "TABLE = bytearray(b'x') * (300 << 20)\n"  # so that its process takes a while to die
+    (tmp_path / "p.py").write_text(f"{table}def rows():\n    return [{{'prompt': f'say {{n}}'}} for n in range(10)]\n")
+    run = RunDir(tmp_path / "run")
+    with misbehaving(lambda asked: answer(delay_s=60)) as server:
+        config = {"concurrency": 10, "request_timeout_s": 100, "processes": 2}
+        recipe = Recipe(**data(server, generate=config, prompts={"file": tmp_path / "p.py"}))
+        task = asyncio.create_task(agenerate(recipe, run, quiet=True))
+        while server.at_once < 10:  # noqa: ASYNC110, another thread's
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with run.locked():
+            pass
+
+
 async def test_in_a_running_loop_generate_says_what_to_use(tmp_path: Path) -> None:
     with misbehaving() as server, pytest.raises(UsageError, match=r"await agenerate\(\.\.\.\)"):
         generate(Recipe(**data(server)), tmp_path / "run")
