@@ -25,6 +25,7 @@ MESSAGE_CHARS = 1000  # of a server's words, kept in an error
 BROKEN_OFF = ("error", "abort", "insufficient_system_resource", "network_error")
 # A filter cut it: OpenAI's, which Gemini gives with a cause behind a colon; Gemini's own, through gateways; Zhipu's.
 FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
 
@@ -105,8 +106,8 @@ _decoder = msgspec.json.Decoder(_Reply)
 
 
 def shortened(said: str) -> str:
-    """One line of at most MESSAGE_CHARS characters that UTF-8 can write, and how many there were."""
-    line = " ".join(said.split()).encode(errors="replace").decode()
+    """One line of at most MESSAGE_CHARS characters that a file and a terminal can take, and how many there were."""
+    line = " ".join(CONTROL.sub(" ", said).split()).encode(errors="replace").decode()
     return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}… ({len(line)} characters)"
 
 

@@ -63,3 +63,10 @@ def test_a_proxy_s_password_is_hidden(
             said = ""
     assert failures(run) or said
     assert PASSWORD not in said + written(run) + "".join(capsys.readouterr())
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(run: RunDir) -> None:
+    words = "\x1b]52;c;ZXZpbA==\x07 gone\x1b[2J \x9b31m\x00 \u00e9"
+    with misbehaving(lambda asked: error(402, words)) as server, pytest.raises(DistillError) as caught:
+        generate(recipe_for(server), run, quiet=True)
+    assert "]52;c;ZXZpbA== gone [2J 31m é" in str(caught.value) and str(caught.value).isprintable()
