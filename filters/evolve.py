@@ -63,6 +63,9 @@ ABOUT = "Whoever answers a request is told this, and must be able to answer it:\
 BEFORE = "This was said before the request:\n<before>\n{before}\n</before>\n\n"
 REPLY = "Do not answer it. Reply with <request>, the new request, </request>, and nothing else."
 
+# Of sampling.extra: what goes with tools, which a round's questions have not, and what gives an answer its form.
+OF_ANSWERS = ("tool_choice", "parallel_tool_calls", "response_format", "structured_outputs")
+
 _TAGGED = re.compile(r"<request>(.*?)(?:</request>|$)", re.DOTALL)
 _AROUND = re.compile(r"^\W*(?:new|rewritten) (?:request|prompt)\W*:\s*|^[\"“]|[\"”]$", re.IGNORECASE)
 _OF_THE_TASK = re.compile(
@@ -191,7 +194,7 @@ def _recipe_of_round(recipe: Recipe, asked: RunDir, questions: Sequence[Prompt])
     file = folder / f"{asked.path.name}.questions.jsonl"
     write_jsonl(file, questions)
     others = [RunDir(path) for path in folder.iterdir() if path.is_dir() and path != asked.path]
-    extra = {name: value for name, value in recipe.sampling.extra.items() if name != "response_format"}
+    extra = {name: value for name, value in recipe.sampling.extra.items() if name not in OF_ANSWERS}
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-evolve-{asked.path.name}",

@@ -21,7 +21,15 @@ from pipeline.records import Completion, Prompt, read_jsonl
 from pipeline.rundir import RunDir
 from pipeline.teacher_config import TeacherConfig
 from tests.completion_fields import completion_fields
-from tests.servers.misbehaving_server import Asked, Behaviour, MisbehavingServer, answer, misbehaving, recipe_for
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    MisbehavingServer,
+    answer,
+    error,
+    misbehaving,
+    recipe_for,
+)
 
 SEEDS = 12
 
@@ -69,6 +77,20 @@ def test_each_round_asks_about_every_prompt_and_the_file_is_one_of_prompts(tmp_p
     assert len(families) == SEEDS and {part for _, part in families} > {"train"}  # a family is in one part
     assert [message.role for message in child.messages] == ["system", "user"]
     assert "48 prompts, 12 of them the recipe's own" in "\n".join(describe(report, Path("x")))
+
+
+def test_fields_that_go_with_tools_or_shape_an_answer_are_not_asked_with(tmp_path: Path) -> None:
+    """OpenAI and vLLM refuse `tool_choice` in a request that has no tools."""
+
+    def script(asked: Asked) -> Behaviour:
+        return error(400) if {*asked.body} & {"tool_choice", "structured_outputs"} else rewriting(asked)
+
+    extra = {"tool_choice": "required", "structured_outputs": {"choice": ["yes", "no"]}, "top_k": 7}
+    with misbehaving(script) as server:
+        recipe = recipe_of(server, tmp_path, sampling={"extra": extra})
+        report = evolve(recipe, RunDir(tmp_path / "run"), rounds=1, quiet=True)
+    assert (report.rounds[0].failed, report.rounds[0].new) == (0, SEEDS)
+    assert {asked.body["top_k"] for asked in server.asked} == {7}
 
 
 def test_a_setting_that_is_changed_back_brings_its_own_prompts_back(tmp_path: Path) -> None:
