@@ -60,7 +60,10 @@ class _Workers:
 
     async def send(self) -> Outcome:
         """Starts the children, listens to them until they end, and says how that was."""
-        count = self._run.recipe.generate.processes
+        config = self._run.recipe.generate
+        count = config.processes
+        if config.concurrency != "auto":  # each of them has a request in flight, at least
+            count = min(count, config.concurrency)
         ends = await self._send_all([Partition(part, count) for part in range(count)])
         if self._failed and self._only_of_parts() and not self._interrupted:
             self._failed.clear()

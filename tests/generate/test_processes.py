@@ -74,6 +74,12 @@ def test_what_a_users_rows_print_is_not_taken_for_the_counts(run: RunDir, tmp_pa
     assert whole(run, 20)
 
 
+def test_no_more_are_in_flight_than_the_recipe_says(run: RunDir) -> None:
+    with misbehaving(lambda asked: answer(delay_s=0.2)) as server:
+        summary = generate(recipe_for(server, 30, generate={"concurrency": 1, "processes": 3}), run, quiet=True)
+    assert (summary.answered, server.most_at_once) == (30, 1)
+
+
 def test_what_ends_one_ends_all_with_its_error(run: RunDir) -> None:
     with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
         generate(recipe_for(server, 300, generate=TWO), run, quiet=True)
