@@ -10,7 +10,7 @@ from peft import LoraConfig
 from pipeline.train_config import TrainConfig
 from train.machine import autocast
 from train.progress import NEVER
-from train.rates import epochs_of, warmup_steps
+from train.rates import epochs_of
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
@@ -20,8 +20,8 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **size, **kind)
 
 
-def training_arguments(config: TrainConfig, folder: Path, rows: int, *, checkpointing: bool) -> dict[str, Any]:
-    """What the trainers of all methods are told, as SFTConfig and DPOConfig take it."""
+def training_arguments(config: TrainConfig, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
+    """What the trainers of all methods are told, as SFTConfig and DPOConfig take it, but for the warm-up."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "tensorboard"))  # else beside checkpoints
     own_rate = config.learning_rate is None  # as a further method has
     return {
@@ -29,7 +29,6 @@ def training_arguments(config: TrainConfig, folder: Path, rows: int, *, checkpoi
         "output_dir": str(folder.resolve()),  # the best checkpoint is found again from any folder
         "num_train_epochs": epochs_of(config),
         "lr_scheduler_type": "cosine",
-        "warmup_steps": warmup_steps(config, rows),
         "gradient_checkpointing": checkpointing,
         "neftune_noise_alpha": config.neftune_alpha,
         "max_length": None,  # nothing is cut: rows that are too long are refused or dropped before

@@ -46,7 +46,7 @@ def prepare_dpo(start: Path, pairs: Pairs, recipe: Recipe, setting: Setting) -> 
         tokens, longest = micro_tokens(model, config, free), 2 * config.max_length
         share, micro = micro_rows(config, len(pairs["train"]), tokens, longest, processes)  # pairs
         checkpointing = wants_checkpointing(model, config, micro * longest, free, setting.console)
-        arguments = training_arguments(config, setting.folder, len(pairs["train"]), checkpointing=checkpointing) | {
+        arguments = training_arguments(config, setting.folder, checkpointing=checkpointing) | {
             "learning_rate": config.dpo.learning_rate,
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": micro,

@@ -5,6 +5,7 @@ from math import ceil
 from pipeline.recipe import Recipe
 from pipeline.train_config import TrainConfig
 
+FULL_STEPS = ("gold", "on_policy")  # methods whose epochs leave out the rows of a last step that is not full
 RATES = {
     "adapters": 2e-4,  # Dettmers et al. 2023, and TRL's scripts/sft.py
     "all weights of a pretrained student": 2e-5,  # TRL's scripts/sft.py
@@ -30,5 +31,10 @@ def epochs_of(config: TrainConfig) -> float:
 
 
 def warmup_steps(config: TrainConfig, rows: int) -> int:
-    """Its share of the steps, rounded down: the first of them has a rate of 0, so a short training gets none."""
-    return int(config.warmup * ceil(ceil(rows / config.batch_size) * epochs_of(config)))
+    """Its share of the steps, rounded down: the first of them has a rate of 0, so a short training gets none.
+
+    `rows` that are trained on. TRL's trainers for gold and on_policy leave out a step that is not full.
+    """
+    steps = rows / max(1, min(config.batch_size, rows))
+    of_epoch = int(steps) if config.method in FULL_STEPS else ceil(steps)
+    return int(config.warmup * ceil(of_epoch * epochs_of(config)))

@@ -48,6 +48,7 @@ from train.machine import (
     weights_dtype,
 )
 from train.progress import Milestones, TrainProgress, is_ended
+from train.rates import FULL_STEPS, warmup_steps
 from train.setting import Setting
 from train.soft import KdTrainer, TopKTrainer, load_teacher
 from train.student import load_tokenizer
@@ -118,10 +119,10 @@ class Prepared:
 
     @property
     def seen(self) -> str:
-        """How many rows an epoch trains on. TRL's trainers for gold and on_policy leave out a step that is not full."""
+        """How many rows an epoch trains on."""
         rows, args = len(self.rows["train"]), self.trainer.args
         full = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        left = rows % full if self.milestones.config.method in ("gold", "on_policy") else 0
+        left = rows % full if self.milestones.config.method in FULL_STEPS else 0
         return f"{rows - left} of {rows}" if left else f"{rows}"
 
     @property
@@ -200,6 +201,7 @@ def prepare(student: str, examples: Examples, setting: Setting) -> Prepared:
         shown = Lazy(prepared.rows["train"], examples["train"].__getitem__)
         differing = differing_prompts(trainer.train_dataset, shown, tokenizer)
         if shown and config.soft:
+            arguments["warmup_steps"] = trainer.args.warmup_steps
             prepared = replace(prepared, trainer=_with_teacher(prepared, shown, arguments, setting))
     return replace(prepared, faults=faults, differing=differing)
 
@@ -234,6 +236,7 @@ def ready(trainer: Any, dtype: torch.dtype, setting: Setting) -> Prepared:
     kept = {part: [i for i, n in enumerate(of) if n <= longest] for part, of in lengths.items()}
     trainer.train_dataset = trainer.train_dataset.select(kept["train"])
     trainer.eval_dataset = trainer.eval_dataset.select(kept["validation"])
+    trainer.args.warmup_steps = warmup_steps(config, len(kept["train"]))
     if 0 < len(kept["train"]) < processes.count:
         raise UsageError(
             f"{len(kept['train'])} rows to train on are fewer than {processes.count} processes; start at most "
@@ -343,7 +346,7 @@ def _trainer(model: Any, tokenizer: Any, examples: Examples, setting: Setting) -
         f"{precision(config.weights)}; attention: {attention}; {most:,} tokens per forward pass, at most"
         + ("; layers compiled in the first steps" if compiling else "")
     )
-    arguments = training_arguments(config, folder, len(examples["train"]), checkpointing=checkpointing)
+    arguments = training_arguments(config, folder, checkpointing=checkpointing)
     read = Lazy(examples["train"], lambda row: {name: row[name] for name in ("prompt", "completion", "tools")})
     settings: dict[str, Any] = {
         "model": model,

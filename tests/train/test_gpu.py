@@ -142,7 +142,7 @@ def test_a_card_without_bfloat16_trains_in_float16_with_loss_scaling(
     assert (weights_dtype(config.weights), autocast(config.weights), precision(config.weights)) == (stored, cast, said)
     assert half_dtype() == cast  # of a teacher, too
     assert choose_precision([]) == (str(cast).removeprefix("torch."), "cuda")  # of the evaluation, too
-    told = training_arguments(config, tmp_path, 8, checkpointing=False)
+    told = training_arguments(config, tmp_path, checkpointing=False)
     assert (told["fp16"], told["bf16"]) == (cast is torch.float16, cast is torch.bfloat16)
     assert optimizer_bytes(model(), config) == (14_000 if method == "full" else 0)
 

@@ -15,12 +15,15 @@ from pipeline.lineage import read_lineage
 from pipeline.records import Message, Preference, encode_line
 from pipeline.rundir import RunDir
 from pipeline.students import trained_section
-from tests.tiny_student import make_recipe, make_run, story_rows, tiny_model
+from tests.tiny_student import kept_row, make_recipe, make_run, story_rows, tiny_model
 from train.preferences import start_of
 from train.processes import ALONE
 from train.progress import Milestones
 from train.rates import warmup_steps
+from train.rows import to_examples
 from train.run import train_run, training_fingerprint
+from train.setting import Setting
+from train.trainer import prepare
 
 QUIET = Console(quiet=True)
 
@@ -47,6 +50,14 @@ def weights(folder: Path) -> torch.Tensor:
 def test_the_warm_up_is_its_share_of_the_steps_rounded_down(rows: int, epochs: float, steps: int) -> None:
     config = make_recipe("student", epochs=epochs, batch_size=8, warmup=0.05).train
     assert warmup_steps(config, rows) == steps
+
+
+def test_the_warm_up_does_not_count_rows_that_are_left_out(student: str, tmp_path: Path) -> None:
+    long = [kept_row(n, f"Long {n}?", "The cat sat. " * 20) for n in range(24)]
+    examples = {"train": to_examples([*story_rows(8), *long]), "validation": to_examples(story_rows(1))}
+    config = make_recipe(student, epochs=2, warmup=0.5, max_length=200, too_long="drop").train
+    trainer = prepare(student, examples, Setting(config, tmp_path, QUIET)).trainer
+    assert (len(trainer.train_dataset), trainer.args.warmup_steps) == (8, 2)  # of 4: 2 epochs, 8 rows, 4 a step
 
 
 def test_a_training_of_one_step_learns_something(student: str, tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ def test_the_loss_is_the_divergence_on_the_students_own_answers(
     assert loss == pytest.approx(by_hand(models, inputs, beta), rel=1e-3 if exact else 5e-2)
 
 
+def test_the_warm_up_counts_the_full_steps_alone(models: tuple[str, str], tmp_path: Path) -> None:
+    trainer = trainer_of(models, tmp_path, batch_size=3, warmup=0.5, on_policy={**SMALL, "epochs": 4})
+    assert trainer.args.warmup_steps == 2  # of 4: an epoch leaves out one of its 4 rows
+
+
 def test_it_starts_from_a_student_that_learned_from_answers(models: tuple[str, str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", story_rows(20))
     recipe = make_recipe(
