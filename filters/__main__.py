@@ -3,6 +3,7 @@
 Keeps the answers worth learning from, and says why it drops the others.
 """
 
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
@@ -75,4 +76,6 @@ def _print_notices(report: FilterReport, run: RunDir) -> None:
 
 
 if __name__ == "__main__":
+    # So the libraries of a user's rule make no threads: the processes that are forked from this one would lack them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_stage(main)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -91,6 +93,25 @@ def test_a_run_whose_worker_is_killed_keeps_its_old_files(tmp_path: Path, monkey
     with pytest.raises(DistillError, match="a filter process was killed"):
         stage.filter()
     assert stage.files() == old
+
+
+def test_a_users_rule_may_use_torch_as_it_is_imported(tmp_path: Path) -> None:
+    """OpenMP's threads do not live on in the processes of the filters, which would wait for them for ever."""
+    stage = Stage(tmp_path)
+    stage.completions(GOOD * 40)  # several blocks
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "square = torch.ones(600, 600)\n"
+        "square @ square\n"
+        "def score(answer):\n"
+        "    return None, float((square @ square)[0, 0])\n"
+    )
+    stage.rules([{"rule": "function", "file": "mine.py", "name": "score"}])
+    command = [sys.executable, "-m", "filters", str(stage.recipe), "--run", str(stage.run.path)]
+    usual = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=usual, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert stage.report()["kept"] == 200
 
 
 def test_a_worker_in_the_midst_of_a_block_ends_with_a_parent_that_is_killed(path: Path) -> None:
