@@ -1,6 +1,7 @@
 """The event loop of a stage that sends: uvloop where it is there; Ctrl-C and SIGTERM as calls in it."""
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -11,6 +12,19 @@ from pipeline.errors import UsageError
 
 Result = TypeVar("Result")
 
+_taken: set[int] = set()  # the signals that a loop has now
+
+
+def _leave_signals() -> None:
+    """In a process that is forked meanwhile, as by a Pool in a user's rows(): its signals are not the loop's."""
+    if _taken:
+        signal.set_wakeup_fd(-1)
+    for number in _taken:
+        signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_leave_signals)
+
 
 @contextmanager
 def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
@@ -20,6 +34,7 @@ def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
         return
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _taken.update(before)
     for number in before:
         loop.add_signal_handler(number, handle)
     try:
@@ -28,6 +43,7 @@ def on_signals(handle: Callable[[], object] | None) -> Iterator[None]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
+        _taken.clear()
 
 
 def run_loop(main: Coroutine[None, None, Result]) -> Result:

@@ -292,3 +292,26 @@ def test_a_journal_that_cannot_be_written_stops_the_run(run: RunDir, monkeypatch
         assert len(completions(run)) == 5
         assert generate(recipe_for(server, 100), run, quiet=True).resumed == 5
     assert len({record.id for record in completions(run)}) == len(completions(run)) == 100
+
+
+def test_a_process_that_a_users_rows_end_stops_nothing(run: RunDir, tmp_path: Path) -> None:
+    """As multiprocessing.Pool ends its own: by SIGTERM, which a process forked beside the loop shared with it."""
+    (tmp_path / "p.py").write_text(
+        "import multiprocessing, time\n"
+        "fork = multiprocessing.get_context('fork')\n"
+        "def work(pipe):\n"
+        "    pipe.send(None)\n"
+        "    time.sleep(5)\n"
+        "def rows():\n"
+        "    ours, theirs = fork.Pipe()\n"
+        "    worker = fork.Process(target=work, args=(theirs,))\n"
+        "    worker.start()\n"
+        "    ours.recv()\n"
+        "    worker.terminate()\n"
+        "    worker.join()\n"
+        "    assert worker.exitcode == -15\n"
+        "    return [{'prompt': f'say {n}'} for n in range(10)]\n"
+    )
+    with misbehaving() as server:
+        summary = generate(recipe_for(server, prompts={"file": tmp_path / "p.py"}), run, quiet=True)
+    assert summary.answered == 10
