@@ -58,8 +58,9 @@ def generate(
     `runs/<name of the recipe>` without one. The run is locked meanwhile. `quiet`: no progress. `retry_failures`: asks
     again what failed for good earlier. `write_batches` only writes batch files, and `collect` only takes in the output
     of one. `send` sends in place of this machine: a cluster (scale.generation).
-    Raises DistillError when it cannot go on (what was answered is kept, and the next call goes on from there),
-    KeyboardInterrupt after Ctrl-C. Failed requests raise nothing: `Summary.failed`.
+    Raises DistillError when it cannot go on (what was answered is kept, and the next call goes on from there), OSError
+    where a file or folder cannot be written, KeyboardInterrupt after Ctrl-C. Failed requests raise nothing:
+    `Summary.failed`.
     """
     recipe, run = _resolved(recipe, run)
     if collect is None:
@@ -117,7 +118,7 @@ def _resolved(recipe: Recipe | Path | str, run: RunDir | Path | str | None) -> t
         return recipe, run
     if re.match("[a-z0-9]+:/", str(run)):
         raise UsageError(f"{run}: a folder is needed here; for a run in a store: python -m generate RECIPE --run {run}")
-    run = RunDir(Path(run) if run is not None else Path("runs") / recipe.name)
+    run = RunDir(Path(run) if run else Path("runs") / recipe.name)
     return recipe, run
 
 

@@ -135,3 +135,19 @@ def test_importing_it_imports_nothing_else() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "generate" in loaded
     assert not {"aiohttp", "pydantic", "msgspec", "generate.run"} & set(loaded)
+
+
+def test_an_empty_name_of_a_run_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--run ""` is, from a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    with misbehaving() as server:
+        generate(Recipe(**data(server)), "", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_oserror_as_the_docs_say(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with misbehaving() as server, pytest.raises(NotADirectoryError):
+        generate(Recipe(**data(server)), tmp_path / "file" / "run", quiet=True)
+    said = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8").split()
+    assert "`OSError` where a file or folder cannot be written" in " ".join(said)
