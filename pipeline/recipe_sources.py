@@ -76,6 +76,22 @@ def check_variables(recipe: type[Section]) -> None:
                 f"{name}: no such key: {first}; there are {', '.join(recipe.model_fields)} "
                 f"({ENV_PREFIX}<SECTION>__<KEY>, with two underscores); unset or rename it"
             )
+        if (within := _mapping_above(recipe, [first, *keys])) is not None:
+            raise RecipeError(
+                f"{name}: {'.'.join(within)} is one value, in which a variable sets no key; give all of it as JSON in "
+                f"{ENV_PREFIX}{'__'.join(within).upper()}"
+            )
+
+
+def _mapping_above(section: type[Section] | None, keys: list[str]) -> list[str] | None:
+    """The first of the keys that lead to a mapping which is no section, if any follow; else None."""
+    for count, key in enumerate(keys, start=1):
+        if section is None:
+            return keys[: count - 1]
+        if key not in section.model_fields:
+            return None  # the check of the whole says so
+        section = section_of(section.model_fields[key])
+    return None
 
 
 class _Loader(yaml.SafeLoader):

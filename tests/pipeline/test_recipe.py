@@ -303,6 +303,19 @@ def test_a_mistyped_variable_is_refused_and_its_value_not_shown(
     assert "0.123" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["TEACHER__HEADERS__X_TEAM", "SAMPLING__EXTRA__TOP_K", "PROMPTS__SLOTS__A"])
+def test_a_variable_for_a_key_within_a_mapping_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """It would be the header `x_team`, or the text `5`, and take the place of all other keys."""
+    monkeypatch.setenv(f"DISTILL_{key}", "5")
+    whole = key.rpartition("__")[0]
+    named = whole.replace("__", ".").lower()
+    said = f"DISTILL_{key}: {named} is one value, .*; give all of it as JSON in DISTILL_{whole}$"
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(path)
+
+
 def test_a_list_in_a_variable_is_json(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_SERVE__ARGS", '["--a", "b"]')
     assert load_recipe(path).serve.args == ["--a", "b"]
