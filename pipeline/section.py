@@ -32,11 +32,12 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def checked_urls(given: str | list[str]) -> list[str]:
-    """Endpoints as a recipe keeps them: `URL`, or `URL WEIGHT`; of a text those between its commas.
+    """Endpoints as a recipe keeps them: `URL`, or `URL WEIGHT`; of each text those between its commas.
 
     Raises ValueError at one that is no http URL or has a wrong weight, or if there is none.
     """
-    weights = weighted_urls(given.split(",") if isinstance(given, str) else given)
+    texts = [given] if isinstance(given, str) else given
+    weights = weighted_urls(entry for text in texts for entry in text.split(","))
     if not weights:
         raise ValueError("needs at least one URL")
     for url in weights:

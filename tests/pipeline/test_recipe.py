@@ -283,6 +283,11 @@ def test_the_user_and_the_judge_have_urls_as_the_teacher_has(path: Path) -> None
     assert recipe.teacher.another(recipe.filters.judge, "judge").url_weights == {"https://a/v1": 1, "https://b/v1": 2}
 
 
+def test_urls_are_those_between_commas_in_a_list_too(path: Path) -> None:
+    path.write_text(GOOD.replace("some/teacher", "some/teacher, base_url: ['http://a/v1,http://b/v1 2', http://c/v1]"))
+    assert load_recipe(path).teacher.url_weights == {"http://a/v1": 1, "http://b/v1": 2, "http://c/v1": 1}
+
+
 @pytest.mark.parametrize(("name", "value"), [("DISTILL_SAMPLING__TOP_P", "9"), ("DISTILL_SAMPLING", '{"top_p": 9}')])
 def test_a_wrong_variable_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
