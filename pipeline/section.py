@@ -9,6 +9,7 @@ from pydantic import AfterValidator, AnyHttpUrl, BaseModel, ConfigDict, Field, T
 from pydantic.fields import FieldInfo
 
 MOST_WEIGHT = 1000  # more is no weight: a port that was written after a space
+MOST_USD = 1e9  # more is a slip, and a number that overflows in pico-dollars
 DEEPEST = 100  # levels of a value: deeper ones cannot be written, and an anchor within itself has no end
 
 
@@ -100,9 +101,9 @@ VariableName = Annotated[str, AfterValidator(_checked_name)]  # of an environmen
 class PriceConfig(Section):
     """What a model costs, in USD per million tokens."""
 
-    input: float = Field(ge=0)
+    input: float = Field(ge=0, le=MOST_USD)
     """USD per million prompt tokens."""
-    output: float = Field(ge=0)
+    output: float = Field(ge=0, le=MOST_USD)
     """USD per million completion tokens."""
 
 
@@ -122,7 +123,7 @@ class OtherModelConfig(Section):
 class BudgetConfig(Section):
     """What a run may spend at most, over all calls. A request in flight counts as the most that it can cost."""
 
-    usd: float | None = Field(None, gt=0)
+    usd: float | None = Field(None, gt=0, le=MOST_USD)
     """USD; null: no limit. Needs a price: of the table, or `price`."""
     tokens: int | None = Field(None, gt=0)
     """Prompt and completion tokens together; null: no limit."""

@@ -39,6 +39,8 @@ def test_flags_override_the_environment_which_overrides_the_yaml(path: Path, mon
         ("train.seed", str(1 << 32), "less than 4294967296, got '4294967296'"),
         ("train.epochs", "inf", "a finite number, got 'inf'"),
         ("generate.give_up_s", "nan", "a finite number, got 'nan'"),
+        ("budget.usd", "1e300", "less than or equal to 1000000000, got '1e300'"),
+        ("teacher.price.input", "1e300", "less than or equal to 1000000000, got '1e300'"),
     ],
 )
 def test_numbers_that_no_stage_can_use_are_refused(path: Path, key: str, value: str, error: str) -> None:
