@@ -71,7 +71,8 @@ class PromptsConfig(Section):
     slots: dict[str, Slot] = Field({})
     """The values of each slot: a list, or `{choose: k, from: […]}`. Numbers (007) and `yes` are texts, as written."""
     reference: AnyValue = None
-    """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace."""
+    """What a template's answers are held against, any value: `{slot}` in its texts is replaced, `{{` is a brace.
+    That of a flag or a variable is a text, also if it looks like JSON."""
     tools: list[dict[str, Any]] = Field([])
     """The functions that an answer may call, in the OpenAI format: a list, or a JSON file; a row may have its own."""
     file: Path | None = None
