@@ -13,6 +13,7 @@ from pathlib import Path
 from chain.last_words import last_words
 from chain.stages import REQUESTS_FAILED, judges, stage, teacher, teaches
 from evaluate.figures.accuracy import verify_rules
+from evaluate.measure.lm_eval import find_command
 from evaluate.measure.probes import read_probes
 from evaluate.models import never_asked, weights_elsewhere
 from filters.duplicates import dedup_sources
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         raise RecipeError(f"{options.recipe}: student is missing; the chain needs a model to train")
     for rules in (recipe_rules, verify_rules):  # a wrong setting is told before the answers are paid for
         rules(recipe, options.recipe)
+    if recipe.evaluate.lm_eval:
+        find_command()
     asks = pending(recipe, run)
     check_teachers(recipe, run, asks=bool(asks))
     if asks:

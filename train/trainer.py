@@ -297,7 +297,7 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
         model, stored = load_start(Path(student), weights_dtype(config.weights))
         return model, tokenizer, stored
     if config.loss_on == "all":
-        _check_marks(tokenizer)
+        check_marks(tokenizer)
     dtype = weights_dtype(config.weights)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -312,7 +312,7 @@ def _load(student: str, config: TrainConfig) -> tuple[Any, Any, torch.dtype]:
     return model, tokenizer, stored
 
 
-def _check_marks(tokenizer: Any) -> None:
+def check_marks(tokenizer: Any) -> None:
     """Raises RecipeError if neither the template nor TRL's version of it marks what the assistant says."""
     try:
         template = None if "generation %}" in tokenizer.chat_template else get_training_chat_template(tokenizer)

@@ -153,11 +153,21 @@ def test_a_missing_teacher_folder_stops_the_chain_with_one_line(recipe: Path, tm
         ({"method": "on_policy", "start": "nowhere"}, "nowhere: no student to start from"),
         ({"method": "dpo"}, "no student to start from"),
         ({"method": "qlora"}, "qlora needs a GPU"),
+        ({"padding_free": "true"}, "padding_free needs a GPU"),
+        ({"report_to": "[tensorboard]"}, "tensorboard is not installed"),
+        ({"method": "on_policy", "on_policy.rollouts": "vllm"}, "rollouts vllm needs a GPU"),
+        ({"loss_on": "all"}, "chat template does not mark what the assistant says"),
     ],
 )
 def test_what_cannot_be_trained_is_told_before_anything_is_asked(
-    recipe: Path, tmp_path: Path, given: dict[str, str], word: str, dry: list[str]
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    word: str,
+    dry: list[str],
 ) -> None:
+    monkeypatch.setattr("train.machine.find_spec", lambda package: None)
     student, other = tiny_model(tmp_path / "student"), tiny_model(tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["cat sat"])
@@ -193,6 +203,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_asked(
         ),
         (["--train.test_rows", "none.jsonl"], "train.test_rows none.jsonl: no such file"),
         (["--evaluate.probes_file", "none.jsonl"], "evaluate.probes_file none.jsonl: No such file"),
+        (["--evaluate.lm_eval", "[ifeval]"], "there is no `lm_eval_that_is_not_there` command"),
         (["--filters.dedup.against", "[none]"], r"filters\.dedup\.against\[0\]: none/kept\.jsonl: no such file"),
     ],
 )
@@ -200,6 +211,7 @@ def test_what_a_later_stage_lacks_is_told_before_anything_is_asked(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], word: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("evaluate.measure.lm_eval.COMMAND", "lm_eval_that_is_not_there")
     teacher, bare = tiny_model(tmp_path / "teacher", layers=4), tiny_model(tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     run = tmp_path / "run"

@@ -29,7 +29,7 @@ def extra_needed() -> Iterator[None]:
 
 @extra_needed()
 def check_trainable(recipe: Recipe, run: RunDir) -> None:
-    """Raises UsageError if a training would lack its teacher, its student, its test rows or a GPU."""
+    """Raises UsageError if a training would lack its teacher, its student, its test rows, a GPU or a package."""
     config = recipe.train
     check_start(recipe, run)
     if config.further and (config.start or config.method == "dpo"):  # otherwise a first student is trained then
@@ -38,14 +38,14 @@ def check_trainable(recipe: Recipe, run: RunDir) -> None:
         check_student(recipe)
     read_test_rows(config)
     check_followed(recipe)
-    if config.weights == "qlora":
+    if config.weights == "qlora" or config.padding_free or config.report_to or config.on_policy.rollouts == "vllm":
         from train.machine import check_machine  # here: torch takes time and memory
 
         check_machine(config, ALONE)
 
 
 def check_student(recipe: Recipe) -> None:
-    """Raises UsageError if the student, or the model that it is made of, cannot be read.
+    """Raises UsageError if the student, or the model that it is made of, cannot be read, or has no marks for loss_on.
 
     Of a model on the Hub only the tokenizer is fetched, or the configuration if layers are taken of it; an embedded
     model is not fetched.
@@ -65,7 +65,11 @@ def check_student(recipe: Recipe) -> None:
     elif student.built:  # it gets its chat template then
         read_tokenizer(resolved)
     else:
-        load_tokenizer(resolved)
+        tokenizer = load_tokenizer(resolved)
+        if recipe.train.loss_on == "all":
+            from train.trainer import check_marks  # here: trainers are slow to import
+
+            check_marks(tokenizer)
 
 
 @extra_needed()
