@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import LineTooLong
 
 from generate.client import headers_of, read_exception, words_of
 from generate.endpoint import TIMEOUT_WORKING_S
@@ -111,7 +112,7 @@ async def events(session: aiohttp.ClientSession, teacher: TeacherConfig, request
                 ended |= data == b"[DONE]"
             if not ended:
                 raise Refused(url, Fault("connection_lost", "the answer was cut off"))
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # ValueError: a line without an end
+    except (aiohttp.ClientError, LineTooLong, TimeoutError, OSError, ValueError) as error:
         raise Refused(url, read_exception(error, session.timeout.total or 0, words)) from None
 
 

@@ -379,6 +379,15 @@ async def test_a_streamed_thought_and_a_streamed_call_are_tokens_of_the_answer()
     assert said.tokens == 4
 
 
+async def test_a_streamed_line_that_is_too_long_is_a_fault() -> None:
+    line = b'data: {"choices": [{"index": 0, "delta": {"content": "' + b"L" * (1 << 20) + b'"}}]}\n\n'
+    with misbehaving(lambda asked: raw(line, content_type="text/event-stream")) as server:
+        teacher = recipe_for(server).teacher
+        async with streaming_session(teacher, timeout_s=5) as session:
+            with pytest.raises(DistillError, match=r"/chat/completions.*more than \d+ bytes"):
+                await stream(session, teacher, b'{"messages": [{"role": "user", "content": "say 1"}]}')
+
+
 def once(bad: Behaviour) -> Callable[[Asked], Behaviour]:
     return lambda asked: bad if asked.text == "say 1" and asked.attempt == 1 else answer()
 
