@@ -32,6 +32,7 @@ _decode = msgspec.json.Decoder(Verified).decode
 
 PASSED = Verified()
 FUNCTION = "function"  # the rule that is a user's own function
+CHANGEABLE = ("slots", "reference", "columns", "tools", "tool_calls")  # it gets copies: other rules read them
 
 
 class FunctionSettings(RuleSettings):
@@ -191,9 +192,9 @@ def _user_function(settings: FunctionSettings, where: str, folder: Path) -> Call
         raise RecipeError(f"{where}: {path}: {settings.name}(answer, …): {error}; got {arguments}") from None
 
     def check(answer: Answer, _: Any) -> Verified:
-        slots = {name: value if isinstance(value, str) else [*value] for name, value in answer.slots.items()}
+        copies = {name: msgspec.to_builtins(getattr(answer, name)) for name in CHANGEABLE}
         try:
-            said = function(replace(answer, slots=slots), **arguments)  # a copy: the report counts the slots later
+            said = function(replace(answer, **copies), **arguments)
         except (Exception, SystemExit) as error:  # named with its file, else nobody finds it
             message = f"{path}: {settings.name} raised {type(error).__name__}: {error}"
             raise DistillError(f"{message}; the answer begins with {answer.text[:60]!r}") from error

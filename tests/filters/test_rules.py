@@ -1,5 +1,6 @@
 """Each rule against a table of real cases; the chapter's five against the chapter's own function."""
 
+import copy
 import random
 import unicodedata
 from pathlib import Path
@@ -400,3 +401,22 @@ def test_a_users_own_rule(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def no_digits(answer): return None\nraise SystemExit(0)\n")  # as a script ends
     with pytest.raises(RecipeError, match=r"mine\.py: it ends the program .*SystemExit: 0.*__main__"):
         rule_set(own, recipe=recipe)
+
+
+def test_what_a_users_rule_does_to_an_answer_is_its_own(tmp_path: Path) -> None:
+    """The next rule, and the report, see the row as it is."""
+    (tmp_path / "mine.py").write_text(
+        "def take(answer):\n"
+        "    answer.reference.append(answer.text)\n"
+        "    answer.columns.pop('tags').clear()\n"
+        "    answer.slots.clear()\n"
+        "    answer.tools[0].clear()\n"
+        "    answer.tool_calls.clear()\n"
+    )
+    values = {"reference": ["2"], "columns": {"tags": ["a"]}, "tools": [{"type": "x"}], "tool_calls": [{"id": "1"}]}
+    answer, before = (Answer("1", "", "stop", {"n": "1"}, **copy.deepcopy(values)) for _ in range(2))
+    rules = rule_set(
+        {"rule": "function", "file": "mine.py", "name": "take"}, {"rule": "matches"}, recipe=tmp_path / "recipe.yaml"
+    )
+    assert [reason.rule for reason in rules.reasons(answer)] == ["matches"]
+    assert answer == before
