@@ -26,7 +26,7 @@ from generate.progress import Counters, Display, requests_of
 from generate.summary import Summary, save, save_asked, spent_of_run, sum_of_passes, summary_of
 from generate.turns import passes
 from generate.workers import send_from_workers
-from pipeline.errors import RecipeError, UsageError
+from pipeline.errors import DataError, RecipeError, UsageError
 from pipeline.lineage import read_lineage
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Failure, Prompt, asked_fields, encode_line
@@ -193,9 +193,15 @@ async def _send(run: Run, display: Display, *, signals: bool, send: Sender | Non
     if config.mode == "batch":
         outcome = await _send_batches(run, signals=signals)
     else:
-        send = send or (send_from_workers if config.processes > 1 else send_from_here)
+        here = send_from_workers if config.processes > 1 else send_from_here
         with served(config, run.counters, lambda: spent_of_run(run)["usd"]), display:
-            outcome = await send(run, signals=signals)
+            outcome = await (send or here)(run, signals=signals)
+        if not outcome and not send and run.counters.left:
+            file, still, total = run.recipe.prompts.file, run.counters.left, run.counters.total
+            return DataError(
+                f"{file}: {still} of {total} requests were not asked, because it gave other rows when read again; "
+                "it must give the same rows each time"
+            )
     if isinstance(outcome, KeyboardInterrupt):
         left = "still to come" if config.mode == "batch" else "still to ask"
         run.say(f"{run.counters.answered} answered in this call, {run.counters.left} {left}")

@@ -315,3 +315,19 @@ def test_a_process_that_a_users_rows_end_stops_nothing(run: RunDir, tmp_path: Pa
     with misbehaving() as server:
         summary = generate(recipe_for(server, prompts={"file": tmp_path / "p.py"}), run, quiet=True)
     assert summary.answered == 10
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_that_gives_other_prompts_the_second_time_is_told(run: RunDir, tmp_path: Path, processes: int) -> None:
+    (tmp_path / "p.py").write_text(
+        "from pathlib import Path\n"
+        "def rows():\n"
+        "    seen = Path(__file__).with_name('seen')\n"
+        "    count = 6 if seen.exists() else 10\n"
+        "    seen.touch()\n"
+        "    return [{'prompt': f'say {n}'} for n in range(count)]\n"
+    )
+    config = {"concurrency": 8, "processes": processes}
+    with misbehaving() as server, pytest.raises(DataError, match=r"p\.py: 4 of 10 requests were not asked.*same"):
+        generate(recipe_for(server, prompts={"file": tmp_path / "p.py"}, generate=config), run, quiet=True)
+    assert len(completions(run)) == 6
