@@ -146,14 +146,14 @@ class Run:
     def record_failures(self, *failures: Failure) -> None:
         """Writes the failures of requests, for good, to their journal, together, and counts them.
 
-        Tells the user of the first of each type of error.
+        Tells the user of the first of each type of error; the stage that an internal run belongs to tells of its own.
         """
         self.failures.append(*failures)
         for failure in failures:
             self.counters.failed += 1
             self.counters.settled_again += failure.id in self.failures.found.ids
             self.counters.errors[failure.error] += 1
-            if self.counters.errors[failure.error] == 1:
+            if self.counters.errors[failure.error] == 1 and not self.dir.internal:
                 self.say(f"first request that failed for good with {failure.error}: {failure.message[:SHOWN_CHARS]}")
 
     def say_stopping(self) -> None:

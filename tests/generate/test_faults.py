@@ -392,3 +392,13 @@ def test_a_token_budget_counts_what_a_lost_answer_may_have_cost(run: RunDir) -> 
 def test_a_budget_needs_a_price(run: RunDir) -> None:
     with pytest.raises(RecipeError, match=r"budget.usd is 5, but the price of stub is not known: set teacher.price"):
         generate(recipe_for("http://127.0.0.1:1/v1", budget={"usd": 5}), run, quiet=True)
+
+
+@pytest.mark.parametrize("internal", [False, True])
+def test_failures_of_an_internal_run_are_left_to_its_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], internal: bool
+) -> None:
+    """A judge's, for one: the stage tells of them with the keys that the user's recipe has."""
+    with misbehaving(one_bad(error(400, "too long"))) as server:
+        generate(recipe_for(server), RunDir(tmp_path / "run", internal=internal), quiet=True)
+    assert ("too long" in capsys.readouterr().err) != internal
