@@ -22,7 +22,7 @@ import msgspec
 from generate.batch_files import Chunk, under_way
 from generate.jobs import WHOLE, Partition
 from generate.journal import Contents, read_journal
-from generate.prices import PICO, Price, price_of
+from generate.prices import PICO, Price, dearer_by, price_of
 from generate.tokens import bound
 from pipeline.errors import BudgetReached, RecipeError
 from pipeline.recipe import Recipe
@@ -283,9 +283,11 @@ def known_price(recipe: Recipe, key: str = "teacher.price") -> Price | None:
     `key`: where a recipe says that price; the error names it.
     """
     price = price_of(recipe.teacher, recipe.generate.mode)
-    if recipe.budget.usd is not None and price is None:
+    dearer = None if recipe.teacher.price else dearer_by(recipe.sampling.extra)
+    if recipe.budget.usd is not None and (price is None or dearer):
+        known = f"only known without sampling.extra.{dearer}" if price else "not known"
         raise RecipeError(
-            f"budget.usd is {recipe.budget.usd:g}, but the price of {recipe.teacher.model} is not known: set "
+            f"budget.usd is {recipe.budget.usd:g}, but the price of {recipe.teacher.model} is {known}: set "
             f"{key}: {{input: …, output: …}}, in USD per million tokens"
         )
     return price

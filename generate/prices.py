@@ -8,13 +8,15 @@ think beyond `max_tokens` (Grok), whose cost no request can bound.
 """
 
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from pipeline.address import is_private
 from pipeline.teacher_config import TeacherConfig
 
 PICO = 10**12  # pico-dollars in a dollar: a price per token is a whole number of them
 PRICED_TOKENS = 100_000  # of a prompt; a longer one can cost more than the table says
+TABLE_TIERS = ("auto", "default", "flex")  # OpenAI's service_tier: what the table says, or less
 BATCH_SHARE = 2  # batches cost half: OpenAI's, Anthropic's and Google's
 
 SOURCES = {  # by how a model's name begins
@@ -95,6 +97,13 @@ def price_of(teacher: TeacherConfig, mode: Literal["online", "batch"] = "online"
         return None
     share = BATCH_SHARE if mode == "batch" else 1
     return Price(*(round(usd * PICO / 1_000_000 / share) for usd in listed))
+
+
+def dearer_by(extra: Mapping[str, Any]) -> str | None:
+    """The further field of a request that may make it dearer than the table says; None if none does."""
+    if extra.get("service_tier", "default") not in TABLE_TIERS:
+        return "service_tier"
+    return "models" if "models" in extra else None  # OpenRouter's: others that may answer instead
 
 
 def source_of(teacher: TeacherConfig) -> str | None:

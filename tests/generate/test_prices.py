@@ -1,9 +1,14 @@
 """The price table: names, snapshots and gateways, and where each price is from."""
 
+from typing import Any
+
 import pytest
 
+from generate.budget import known_price
 from generate.prices import PICO, PRICES, Price, price_of, source_of
+from pipeline.errors import RecipeError
 from pipeline.teacher_config import TeacherConfig
+from tests.servers.misbehaving_server import recipe_for
 
 HOSTED = "https://api.example.com/v1"
 
@@ -65,3 +70,26 @@ def test_the_recipe_s_own_price_comes_first() -> None:
 def test_one_private_endpoint_of_several_leaves_the_price_open() -> None:
     teacher = TeacherConfig(model="gpt-4.1", base_url=[HOSTED, "http://10.0.0.7:8000/v1"])
     assert price_of(teacher) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "price", "refused"),
+    [
+        ({"service_tier": "priority"}, None, "service_tier"),
+        ({"models": ["openai/gpt-5.5"]}, None, "models"),
+        ({"service_tier": "flex"}, None, None),
+        ({"service_tier": "priority"}, {"input": 3.5, "output": 14}, None),
+    ],
+)
+def test_a_dearer_way_to_be_answered_needs_its_own_price(
+    extra: dict[str, Any], price: dict[str, float] | None, refused: str | None
+) -> None:
+    """A budget in USD would be passed at the table's price."""
+    teacher = {"model": "gpt-4.1", "base_url": HOSTED, "price": price}
+    recipe = recipe_for(HOSTED, teacher=teacher, sampling={"extra": extra}, budget={"usd": 1})
+    if refused:
+        said = rf"gpt-4\.1 is only known without sampling\.extra\.{refused}: set teacher\.price"
+        with pytest.raises(RecipeError, match=said):
+            known_price(recipe)
+    else:
+        assert known_price(recipe) == price_of(recipe.teacher)
