@@ -63,7 +63,7 @@ ABOUT = "Whoever answers a request is told this, and must be able to answer it:\
 BEFORE = "This was said before the request:\n<before>\n{before}\n</before>\n\n"
 REPLY = "Do not answer it. Reply with <request>, the new request, </request>, and nothing else."
 
-# Of sampling.extra: what goes with tools, which a round's questions have not, and what gives an answer its form.
+# Fields of sampling.extra that are left out here: they need tools, which these questions lack, or shape the answers.
 OF_ANSWERS = ("tool_choice", "parallel_tool_calls", "response_format", "structured_outputs")
 
 _TAGGED = re.compile(r"<request>(.*?)(?:</request>|$)", re.DOTALL)
