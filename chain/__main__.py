@@ -74,13 +74,13 @@ def run_stages(recipe: Recipe, run: RunDir, options: Namespace, *, asks: bool) -
 
     heading(1, f"generate: {recipe.teacher.model} answers")
     # A server takes a minute to start: only where there may be something to ask it.
-    with teacher(recipe, run) if asks or judges(recipe) else nullcontext():
-        code = stage("generate", run, options.recipe, options.flags)
+    with teacher(recipe, run) if asks or judges(recipe) else nullcontext() as keep_up:
+        code = stage("generate", run, options.recipe, options.flags, keep_up)
         heading(2, "filters: what is worth learning from")
-        judged = stage("filters", run, options.recipe, options.flags)
+        judged = stage("filters", run, options.recipe, options.flags, keep_up)
     heading(3, f"train: {recipe.student.model} learns")
-    with teacher(recipe, run) if teaches(recipe) else nullcontext():
-        stage("train", run, options.recipe, options.flags)
+    with teacher(recipe, run) if teaches(recipe) else nullcontext() as keep_up:
+        stage("train", run, options.recipe, options.flags, keep_up)
     heading(4, "evaluate: what the student became")
     evaluated = stage("evaluate", run, options.recipe, options.flags)
 

@@ -2,8 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.address import is_loopback, is_port_open
@@ -28,18 +29,19 @@ class StageFailed(DistillError):
 
 
 @contextmanager
-def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
+def teacher(recipe: Recipe, run: RunDir) -> Iterator[Callable[[], object] | None]:
     """The recipe's endpoint, up: others' servers, or what listens there already, else the teacher is served here.
 
-    Raises DistillError with the server's last words if a stage failed and the server has ended.
+    Yields what keeps a server of ours up, for stages to call now and then; None if there is none. Raises DistillError
+    with the server's last words if a stage failed and the server has ended.
     """
     url = recipe.teacher.url
     if recipe.teacher.urls_file or not is_loopback(url):
-        yield
+        yield None
         return
     if is_port_open(url):
         print(f"using what answers at {url}; if it ends before this does, run the same command again", flush=True)
-        yield
+        yield None
         return
     _, host, port = address_of(recipe, TEACHER)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def teacher(recipe: Recipe, run: RunDir) -> Iterator[None]:
     with serving(recipe.teacher.model, host=host, port=port, config=recipe.serve, log=log) as server:
         print(f"ready at {server.base_url} after {server.startup_s:.0f} s", flush=True)
         try:
-            yield
+            yield lambda: server.keep_up(partial(print, flush=True))
         except StageFailed as failed:
             if server.wait(0) is not None:
                 raise server.failure("while it was asked") from failed
@@ -66,12 +68,14 @@ def teaches(recipe: Recipe) -> bool:
     return recipe.train.soft and recipe.train.kd.teacher == "served"
 
 
-def stage(name: str, run: RunDir, recipe: Path, flags: Sequence[str]) -> int:
-    """Runs one stage to its end. Returns 0, or 4 where some requests failed for good.
+def stage(
+    name: str, run: RunDir, recipe: Path, flags: Sequence[str], keep_up: Callable[[], object] | None = None
+) -> int:
+    """Runs one stage to its end, with its server kept up. Returns 0, or 4 where some requests failed for good.
 
     Raises StageFailed if it failed, KeyboardInterrupt if it was interrupted.
     """
-    code = run_child([sys.executable, "-m", name, str(recipe), "--run", str(run.path), *flags])
+    code = run_child([sys.executable, "-m", name, str(recipe), "--run", str(run.path), *flags], meanwhile=keep_up)
     if code not in (0, REQUESTS_FAILED):
         raise StageFailed(name, code)
     return code

@@ -4,18 +4,21 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pipeline.errors import INTERRUPTED
 
 PARENT = "DISTILLATE_PARENT"  # the variable that tells the child who started it
 PR_SET_PDEATHSIG = 1
+LOOK_S = 1.0  # between two calls of `meanwhile`
 MOST_INTERRUPTS = 3  # the first asks the child to stop, the second to stop at once, the third kills it
 
 
-def run_child(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
-    """Runs a command to its end. Returns its exit code, negative for a signal.
+def run_child(
+    command: Sequence[str], *, pass_fds: Sequence[int] = (), meanwhile: Callable[[], object] | None = None
+) -> int:
+    """Runs a command to its end, with a call of `meanwhile` every second. Returns its exit code, negative for a signal.
 
     Raises KeyboardInterrupt if it was interrupted. The child is in a process group of its own, so that Ctrl-C in a
     terminal reaches it once, through this process, and it keeps its time to end in order. It is told by SIGTERM, which
@@ -26,7 +29,10 @@ def run_child(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
     interrupts = 0
     while process.returncode is None:
         try:
-            process.wait()
+            process.wait(LOOK_S if meanwhile else None)
+        except subprocess.TimeoutExpired:
+            assert meanwhile is not None  # or there is no timeout
+            meanwhile()
         except KeyboardInterrupt:
             interrupts += 1
             process.send_signal(signal.SIGTERM if interrupts < MOST_INTERRUPTS else signal.SIGKILL)

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
             console.print(f"next, in another terminal: {next_command(recipe, options, server.base_url, name)}")
             console.print("Ctrl-C ends it")
             try:
-                server.wait()
+                while server.keep_up(console.print):
+                    server.wait()
             except KeyboardInterrupt:
                 console.print("ending vLLM")
                 raise

@@ -36,6 +36,7 @@ from serve.vllm_log import cause, last_line, tail
 POLL_S = 0.25
 ANSWER_S = 10.0  # for a server to say that it is ready
 STOP_S = 40.0  # more than the guard ever needs
+RESTARTS = 3  # of a server that ended by itself
 WRONG_USAGE = 2  # vLLM's exit code for a flag it does not know
 CAUSE_CHARS = 300
 
@@ -50,9 +51,10 @@ class Server:
         self.served_name = command.served_name
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(command.host, command.host)  # reached from this machine
         self.base_url = url_of(host, command.port)
-        self.log = log
+        self.log = self._first_log = log
         self.startup_s = 0.0  # seconds from the start of the process until it was ready
         self._guard = guard
+        self._restarts = 0
         self._peak = 0
 
     def peak_rss(self) -> int:
@@ -84,6 +86,25 @@ class Server:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._guard.wait(timeout)
         return None
+
+    def keep_up(self, say: Callable[[str], None]) -> bool:
+        """Starts the server again if it has ended by itself, as after a fault of a GPU, and says so. Waits for nothing.
+
+        Returns False if it has ended too often, or cannot be started. Each start has a log of its own.
+        """
+        if self.wait(0) is None:
+            return True
+        if self._restarts == RESTARTS:
+            return False
+        self._restarts += 1
+        say(f"{self.failure('while it was serving')}; starting it again ({self._restarts} of {RESTARTS})")
+        self.log = self._first_log.with_suffix(f".{self._restarts + 1}.log")
+        try:
+            with open_log(self.log) as output:
+                self._guard = _start(self.command, output)
+        except (OSError, UsageError):
+            return False
+        return True
 
     def failure(self, when: str) -> DistillError:
         """The error that says why the server ended."""

@@ -148,7 +148,7 @@ def test_a_running_server_is_never_started_again(
 def test_a_stage_that_was_killed_is_told_as_a_shell_tells_it(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chain.stages.run_child", lambda command: code)
+    monkeypatch.setattr("chain.stages.run_child", lambda command, **_: code)
     with pytest.raises(StageFailed, match=r"was ended by SIG(KILL|TERM); see why, and run") as caught:
         stage("train", RunDir(tmp_path), tmp_path / "recipe.yaml", [])
     assert caught.value.exit_code == 128 - code
@@ -170,7 +170,7 @@ def test_a_stage_that_failed_as_the_teacher_ended_is_told_with_the_cause(
         )
 
     monkeypatch.setattr("chain.stages.serving", serving)
-    monkeypatch.setattr("chain.stages.run_child", lambda command: 1)
+    monkeypatch.setattr("chain.stages.run_child", lambda command, **_: 1)
     recipe, run = recipe_for(f"http://127.0.0.1:{free_port()}/v1"), RunDir(tmp_path / "run")
     with pytest.raises(DistillError, match=says), teacher(recipe, run):
         stage("generate", run, tmp_path / "recipe.yaml", [])
@@ -204,7 +204,8 @@ def test_with_all_answers_there_the_teacher_is_served_for_the_stages_that_may_st
         yield SimpleNamespace(base_url="", startup_s=0.0)
         running.clear()
 
-    def note(name: str, *_: object) -> int:
+    def note(name: str, run: RunDir, recipe: Path, flags: object, keep_up: object = None) -> int:
+        assert (keep_up is not None) == bool(running)
         served.extend([name] * bool(running))
         return 4 if name == "filters" else 0
 

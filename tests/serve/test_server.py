@@ -7,15 +7,19 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
+from pipeline.child import run_child
 from pipeline.errors import DistillError, UsageError
 from pipeline.resources import GIB
 from pipeline.serve_config import ServeConfig
@@ -64,6 +68,25 @@ MACHINE = Machine(
 COMMAND = Command(
     argv=(), env={}, device="cpu", dtype="float32", host="127.0.0.1", port=1, served_name="big", memory=9 * GIB
 )
+
+
+# waits until the server is there
+ASKING = """
+import sys, time, urllib.request
+
+def answers():
+    try:
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], timeout=5).status == 200
+    except OSError:
+        return False
+
+deadline = time.monotonic() + 60
+while not answers():
+    if time.monotonic() > deadline:
+        sys.exit(1)
+    time.sleep(0.05)
+sys.exit(7)
+"""
 
 
 def get(url: str, path: str) -> bytes:
@@ -384,15 +407,37 @@ def test_killed_outright_it_leaves_nothing(stub, model, tmp_path, signum):
     wait_until(lambda: processes() == [])
 
 
-def test_a_server_that_dies_while_serving_is_exit_1_with_the_cause(stub, model, tmp_path):
+def test_a_server_that_ends_is_started_again_three_times_then_it_is_exit_1_with_the_cause(stub, model, tmp_path):
     processes = stub("late")
     process = start(tmp_path, model)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "ready after" in said
-    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert "ended while it was serving (exit code 1): ValueError: the weights are for another model" in line
+    url = read_until(process, "ready after").rsplit(" s: ", 1)[1].split()[0]
+    while process.poll() is None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            get(url, "/v1/models")
+        time.sleep(0.1)
+    assert process.stderr and process.returncode == 1
+    *told, error = [line for line in process.stderr.read().splitlines() if "vLLM ended" in line]
+    cause = "vLLM ended while it was serving (exit code 1): ValueError: the weights are for another model; its log: "
+    folder, port = tmp_path / "run", urlsplit(url).port
+    logs = [folder / f"serve-{port}.log", *(folder / f"serve-{port}.{number}.log" for number in (2, 3, 4))]
+    assert told == [f"{cause}{log}; starting it again ({number} of 3)" for number, log in enumerate(logs[:3], start=1)]
+    assert error == f"error: {cause}{logs[3]}"
+    assert all("stub engine started" in log.read_text() for log in logs)
     assert processes() == []
+
+
+def test_a_child_that_asks_a_server_finds_it_again_after_it_was_killed(stub, model, tmp_path):
+    stub("ok")
+    said = []
+    with serving(model, port=free_port(), config=SETTINGS, log=tmp_path / "log") as server:
+        engines = psutil.Process(server._guard.pid).children()
+        for process in engines:
+            process.kill()
+        psutil.wait_procs(engines)
+        asking = [sys.executable, "-c", ASKING, server.base_url.replace("/v1", "/health")]
+        assert run_child(asking, meanwhile=lambda: server.keep_up(said.append)) == 7
+        assert server.wait(0) is None
+    assert len(said) == 1 and "it was killed; out of memory?" in said[0] and said[0].endswith("again (1 of 3)")
 
 
 def test_errors_are_one_line_and_exit_2(stub, model, tmp_path):
