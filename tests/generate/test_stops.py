@@ -301,7 +301,7 @@ def test_a_process_that_a_users_rows_end_stops_nothing(run: RunDir, tmp_path: Pa
         "fork = multiprocessing.get_context('fork')\n"
         "def work(pipe):\n"
         "    pipe.send(None)\n"
-        "    time.sleep(5)\n"
+        "    time.sleep(60)\n"
         "def rows():\n"
         "    ours, theirs = fork.Pipe()\n"
         "    worker = fork.Process(target=work, args=(theirs,))\n"
