@@ -24,6 +24,7 @@ from scale.storage import Store, open_store, retried
 
 STATE_FILE = ".stored.json"
 CLUSTER, CLUSTER_FILE = "cluster", "cluster-store.txt"  # where driver and workers meet, and what records it
+WHOSE_PLACE = "run.txt"  # there: the run that was given the place
 RAY = "training-ray"  # where Ray Train keeps its books, in a local folder
 NOT_FILES = ("lease", "parts", CLUSTER, "training-rows", RAY)  # no files of the run are in these folders
 TRAIN_READS = ("kept.jsonl", "logprobs.jsonl", "preferences.jsonl")  # files of the run
@@ -65,7 +66,7 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
     """Where the driver and the workers of a run meet: always where they first did, which the run records.
 
     `asked`: a folder or URL, else it is below the run's own address. `folder`: the run's, or that of a pass of it.
-    Raises UsageError if the run has another place; as open_store.
+    Raises UsageError if the run has another place, or the place another run; as open_store.
     """
     record, home = run.path / CLUSTER_FILE, StoreState.read(run.path).url
     place = f"{home}/{CLUSTER}" if home else CLUSTER
@@ -80,8 +81,20 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
         )
     store = open_store("/".join((found, *folder.relative_to(run.path).parts)))
     if not record.exists():
+        if asked:
+            _take_place(run, asked, open_store(found))
         write_file(record, place.encode())
     return store
+
+
+def _take_place(run: RunDir, asked: str, store: Store) -> None:
+    """Makes a place this run's. Raises UsageError if another has it: each would take in the other's answers."""
+    if not store.put_new(WHOSE_PLACE, str(run.path.absolute()).encode()):
+        owner = (store.get(WHOSE_PLACE) or b"").decode()
+        raise UsageError(
+            f"--cluster-store {asked}: {owner} meets there; give this run a place of its own, as "
+            f"{asked.rstrip('/')}/{run.path.name}, or remove what is there if that run is gone"
+        )
 
 
 class Mirror:

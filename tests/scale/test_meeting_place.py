@@ -95,3 +95,22 @@ def test_each_pass_has_a_place_of_its_own_and_a_run_may_be_moved(tmp_path: Path)
         meeting_store(run, "s3://bucket/x", run.path)
     with pytest.raises(UsageError, match=r"^s3:/bucket/x: a store's URL begins with s3://"):
         meeting_store(run, "s3:/bucket/x", run.path)
+
+
+def test_two_runs_never_meet_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each reads, and removes, what the other's workers upload."""
+    monkeypatch.setattr(generation, "Cluster", lambda *_: FakeCluster())
+    one, two, place = RunDir(tmp_path / "one"), RunDir(tmp_path / "two"), str(tmp_path / "meet")
+
+    def ask(run: RunDir, place: str) -> int:
+        sender = generation.cluster_sender("auto", run, place)
+        generate(recipe_for(server, 20), run, quiet=True, send=sender)
+        return len(completions(run))
+
+    with misbehaving() as server:
+        assert ask(one, place) == 20
+        with pytest.raises(UsageError, match=rf"--cluster-store {place}: {one.path} meets there; .*, as {place}/two"):
+            ask(two, place)
+        assert ask(two, f"{place}/two") == 20
+        assert ask(one, place) == 20
+    assert len(server.asked) == 40
