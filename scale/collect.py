@@ -8,7 +8,8 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,12 +22,15 @@ from generate.tokens import bound
 from pipeline.records import Completion, Failure
 from scale.parts import part_name, part_names, read_part
 from scale.request_leases import Claim, Item, Leases, LeaseState
-from scale.storage import Store, read_record, retried
+from scale.storage import Store, TryAgain, read_record, retried
 from scale.worker import account_name
 
 LEASES_FILE = "leases.json"
 SPEND_FILE = "spend-cluster.json"
 NEEDED = "without it the budget cannot be kept"
+AGAIN_S = 1.0  # between two calls of a store that is away
+
+Result = TypeVar("Result")
 
 
 class Collector:
@@ -42,6 +46,7 @@ class Collector:
         self._read: list[str] = []  # parts whose rows are in the journals, and accounts of ended workers
         self._collecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving, self._changes, self._saved = asyncio.Lock(), 0, 0
+        self._patience_s, self._away = lease_s / 2, False  # after a whole lease without a word a worker ends
         budget = run.recipe.budget
         self.leases = Leases(
             _items_of(run, self._price),
@@ -87,7 +92,7 @@ class Collector:
         if account is None:  # it was leased nothing
             return
         async with self._collecting[name]:
-            claim = await asyncio.to_thread(read_record, self._store, account_name(name), Claim, NEEDED)
+            claim = await self._in_store(read_record, self._store, account_name(name), Claim, NEEDED)
             kinds: list[tuple[str, Any, Callable[[str, Any], None]]] = [
                 ("completions", Completion, self._take_answer),
                 ("failures", Failure, self._take_failure),
@@ -96,7 +101,7 @@ class Collector:
                 while True:
                     number = account.parts.get(kind, 0)
                     part = part_name(kind, name, number)
-                    lines = await asyncio.to_thread(read_part, self._store, part)
+                    lines = await self._in_store(read_part, self._store, part)
                     if not lines:
                         break
                     for line in lines:
@@ -140,8 +145,25 @@ class Collector:
             state.journal_bytes = self._run.completions.path.stat().st_size
             data, unsaid = msgspec.json.encode(state), state.unsaid
             read, self._read = self._read, []
-            await asyncio.to_thread(self._write, data, unsaid, read)
+            await self._in_store(self._write, data, unsaid, read)
             self._saved = changes
+
+    async def _in_store(self, call: Callable[..., Result], *given: Any) -> Result:
+        """Calls the store in a thread; again while it is away, as long as no worker ends for want of a word."""
+        until = monotonic() + self._patience_s
+        while True:
+            try:
+                result = await asyncio.to_thread(call, *given)
+            except TryAgain as error:
+                if monotonic() > until:
+                    raise
+                if not self._away:
+                    self._run.say(f"warning: {error}; trying again")
+                self._away = True
+                await asyncio.sleep(AGAIN_S)
+            else:
+                self._away = False
+                return result
 
     def _write(self, state: bytes, unsaid: Spend, read: list[str]) -> None:
         for journal in (self._run.completions, self._run.failures):

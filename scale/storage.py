@@ -30,7 +30,7 @@ WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)  # after an attempt to change an object
 
 
 class TryAgain(DistillError):
-    """The store was away, or had an error of its own: the same change may succeed a moment later."""
+    """The store was away, or had an error of its own: the same call may succeed a moment later."""
 
 
 def cloud_endpoint() -> str:
@@ -42,6 +42,7 @@ class Store(Protocol):
     """Every method raises DistillError when the store cannot be reached or refuses.
 
     `put` and `delete` try once (but large files, which go up in many requests) and raise TryAgain: see `retried`.
+    `get` raises it after several tries.
     """
 
     url: str
@@ -221,7 +222,7 @@ class Bucket:
             self._once.put(name, data)
 
     def get(self, name: str) -> bytes | None:
-        with self._explained(name):
+        with self._explained(name, TryAgain):
             try:
                 return bytes(self._store.get(name).bytes())
             except FileNotFoundError:

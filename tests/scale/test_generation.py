@@ -2,10 +2,12 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from moto.server import DomainDispatcherApplication
 
 from generate.budget import SharedBudget
 from generate.run import _opened
@@ -179,6 +181,28 @@ async def test_a_node_that_is_lost_before_its_first_part_is_in_s3_is_asked_again
     assert whole(run, 200)
     assert 200 + lost[0] <= asked <= 200 + lost[0] + 8 + 1  # and what was in flight
     assert 12 * asked <= summary_tokens(run) <= budget["tokens"]
+
+
+async def test_a_store_that_is_away_for_some_seconds_does_not_end_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, refused = DomainDispatcherApplication.__call__, Counter[str]()  # of what the driver asks
+    monkeypatch.setattr("scale.storage.WAITS_S", (0.01,) * 5)
+
+    def slow_down(self: Any, environ: dict[str, Any], start: Callable[..., object]) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if len(server.asked) < 60 or max(refused.values(), default=0) > 6:  # tries of one call, and of the next
+            return answers(self, environ, start)
+        refused[path] += environ["REQUEST_METHOD"] == "GET" or path.endswith("leases.json")
+        start("503 Slow Down", [])
+        return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", slow_down)
+    with misbehaving(lambda asked: answer(delay_s=0.05)) as server, object_storage():
+        store = open_store("s3://bucket/stories")
+        await drive(recipe_for(server, 200, budget={"tokens": 60_000}), run, FakeCluster(2), store=store)
+        assert len(server.asked) == 200
+    assert whole(run, 200)
 
 
 async def test_a_frozen_node_loses_its_lease_and_what_it_writes_late_is_dropped_or_counts_once(run: RunDir) -> None:

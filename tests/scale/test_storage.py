@@ -14,7 +14,7 @@ from moto.server import DomainDispatcherApplication
 from pipeline.errors import DataError, DistillError, UsageError
 from scale import run_lease
 from scale.run_lease import Lease, TakenOver
-from scale.storage import Folder, Store, open_store, retried
+from scale.storage import Folder, Store, TryAgain, open_store, retried
 from tests.servers.object_storage import post
 
 
@@ -83,6 +83,20 @@ def test_a_change_is_tried_again_only_while_this_machine_has_the_run(
     lost = 9
     retried(getattr(store, change), "a", *given, check=check)
     assert (store.get("a"), checks[3:]) == (given[0] if given else None, [0, 1, 2])
+
+
+def test_what_cannot_be_read_at_the_moment_may_be_read_again(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"s3://bucket/{tmp_path.name}")
+
+    def slow_down(self: Any, environ: dict[str, Any], start: Callable[..., object]) -> Iterable[bytes]:
+        start("503 Slow Down", [])
+        return [b""]
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", slow_down)
+    with pytest.raises(TryAgain, match=r"/a: .*503"):
+        store.get("a")
 
 
 @pytest.mark.parametrize(
