@@ -8,12 +8,14 @@ from typing import Any
 
 from pipeline.errors import RecipeError
 
+USER_CODE = "user_code_"  # begins the names of the modules
+
 
 def load_function(path: Path, name: str, where: str) -> Callable[..., Any]:
     """Imports the file and returns its function. Raises RecipeError that begins with `where`."""
     if not path.is_file():
         raise RecipeError(f"{where}: {path}: no such file; it is looked for beside the recipe")
-    spec = importlib.util.spec_from_file_location(f"user_code_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{USER_CODE}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise RecipeError(f"{where}: {path}: not a Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there

@@ -8,12 +8,15 @@ Ray repeats a task whose node was lost; if what a task had made is lost with its
 nothing.
 """
 
+import copyreg
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import _lru_cache_wrapper, lru_cache
 from io import BytesIO
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,9 +28,10 @@ from filters.minhash import GLIMPSE, Array, least_agreement
 from filters.run import Machine
 from filters.sketches import Reader, Source
 from filters.stream import SLOW_BLOCK, SMALLEST_BLOCK, Work, read_lines
-from pipeline.errors import DistillError, first_line
+from pipeline.errors import DistillError, UsageError, first_line
 from pipeline.filters_config import DedupConfig
 from pipeline.records import LONGEST_LINE
+from pipeline.user_code import USER_CODE
 from scale.cluster import Cluster
 from scale.near import PairSearch, candidates, entries_of, first_rows, merged, similarities
 
@@ -74,15 +78,22 @@ class Filtering:
     def in_blocks(self, path: Path, work: Work[Block], *, slow: bool) -> Generator[Block, None, None]:
         """As filters.stream.in_blocks. The sketches that it yields are without bands and glimpses."""
         for name, module in list(sys.modules.items()):
-            if name.startswith("user_code_"):  # the user's own: loaded by now, and no node has the file
+            if name.startswith(USER_CODE):  # the user's own: loaded by now, and no node has the file
                 self._ray.cloudpickle.register_pickle_by_value(module)
+        copyreg.pickle(_lru_cache_wrapper, _reduced)
         size = path.stat().st_size
         self._buckets = max(LEAST_BUCKETS, size // BUCKET)
         block = min(max(BLOCK, size // BLOCKS), LARGEST_BLOCK)
         if slow:
             block = min(max(size // (8 * self._ahead), SMALLEST_BLOCK), SLOW_BLOCK)
         check = self._task(_check, returns=2 + self._buckets)
-        work_ref = self._ray.put(work)
+        try:
+            work_ref = self._ray.put(work)
+        except (TypeError, PicklingError) as error:
+            raise UsageError(
+                f"a function of yours cannot go to the nodes ({first_line(error.__cause__ or error)}): make inside it "
+                "what it opens or locks, or filter on one machine"
+            ) from None
         with path.open("rb") as file:
             tasks = (check(lines, work_ref, self._buckets) for lines in _pieces(file, block))
             for (_, glimpses, *buckets), result in self._in_order(tasks, lambda refs: refs[0]):
@@ -159,6 +170,17 @@ class Filtering:
             raise DistillError(
                 f"the cluster lost work of the filters ({first_line(error)}); nothing was replaced, run again"
             ) from None
+
+
+def _reduced(cached: Any) -> Any:
+    """What pickle takes for a function with @lru_cache: its name, or of a user's file the function and its settings."""
+    if not cached.__module__.startswith(USER_CODE):
+        return cached.__qualname__
+    return _with_cache, (cached.__wrapped__, cached.cache_parameters())
+
+
+def _with_cache(function: Callable[..., Any], settings: dict[str, Any]) -> Any:
+    return lru_cache(**settings)(function)
 
 
 def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:

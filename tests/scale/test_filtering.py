@@ -85,6 +85,7 @@ class RayHere:
         return {"CPU": 2.0}
 
     def put(self, value: Any) -> Any:
+        self.cloudpickle.dumps(value)
         return value
 
     def get(self, ref: Any) -> Any:
@@ -124,9 +125,14 @@ def forget_user_code() -> None:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def test_the_files_are_those_of_one_machine_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on this process is the cluster."""
     monkeypatch.setitem(sys.modules, "ray", RayHere(pytest.importorskip("ray.cloudpickle")))  # type: ignore[arg-type]
     monkeypatch.setattr("scale.filtering.Cluster", lambda address, name: SimpleNamespace(close=lambda: None))
+
+
+def test_the_files_are_those_of_one_machine_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
     compare("here", 600, tmp_path, monkeypatch)
 
 
@@ -135,13 +141,15 @@ def test_the_files_are_those_of_one_machine(address: str, tmp_path: Path, monkey
     compare(address, ROWS, tmp_path, monkeypatch)
 
 
-def compare(address: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Filters the same run on one machine and on the cluster."""
+def compare(address: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: str = "") -> None:
+    """Filters the same run on one machine and on the cluster, by these rules of the user if any are given."""
     monkeypatch.setattr("scale.filtering.BLOCK", 1 << 17)
     outcome = []
     for more in ([], ["--cluster", address]):
         folder = tmp_path / ("cluster" if more else "alone")
         run = written(folder, rows)
+        if rules:
+            (folder / "my_rules.py").write_text(rules)
         monkeypatch.chdir(folder)
         forget_user_code()
         main(["recipe.yaml", "--run", "run", *more])
@@ -155,6 +163,40 @@ def compare(address: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert dropped["near_duplicate"] > rows / 30
     assert dropped["contamination"] >= 5
     assert b'"reference":7' in alone[0] + alone[1]
+
+
+CACHED = """
+from functools import cache, lru_cache
+
+@cache
+def windows(count):
+    return count and 1 + windows(count - 1)
+
+@lru_cache(maxsize=7)
+def has_window(text):
+    return windows(1) == 1 and "windowa" in text
+
+def no_window(answer):
+    return "a window" if has_window(answer.text) else None
+"""
+
+
+def test_a_function_of_the_user_may_use_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    compare("here", 600, tmp_path, monkeypatch, CACHED)
+
+
+def test_a_function_that_cannot_travel_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.errors import UsageError
+
+    here(monkeypatch)
+    run = written(tmp_path, 60)
+    code = "import threading\nLOCK = threading.Lock()\ndef no_window(answer):\n    with LOCK:\n        return None\n"
+    (tmp_path / "my_rules.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    forget_user_code()
+    with pytest.raises(UsageError, match=r"cannot go to the nodes \(cannot pickle '_thread.lock' object\): make"):
+        main(["recipe.yaml", "--run", str(run), "--cluster", "here"])
 
 
 @pytest.mark.slow
