@@ -74,11 +74,11 @@ def open_store(url: str | Path) -> Store:
     parts = urlsplit(str(url))
     if url == "":
         raise UsageError("no URL of a run is given")
+    if parts.scheme and (parts.query or parts.fragment):
+        raise UsageError(f"{url}: a path cannot have ? or # in it; write %3F or %23")
     if parts.scheme in CLOUDS:
         if not parts.netloc or not parts.path.strip("/"):
             raise UsageError(f"{url}: a bucket and a path are needed: {parts.scheme}://bucket/path")
-        if parts.query or parts.fragment:
-            raise UsageError(f"{url}: a path cannot have ? or # in it")
         store: Store = Bucket(str(url).rstrip("/"))
     elif parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):

@@ -109,6 +109,7 @@ def test_what_cannot_be_read_at_the_moment_may_be_read_again(
         ("", "no URL of a run is given"),  # else the working directory
         ("s3://bucket/exp#1", r"a path cannot have \? or # in it"),  # what is behind it would be lost
         ("s3://bucket/exp?2", r"a path cannot have \? or # in it"),
+        ("file:///runs/exp#1", r"a path cannot have \? or # in it; write %3F or %23"),
         ("s3://bucket//x", "no URL of a bucket and a path"),
         ("s3://buc ket/x", "no URL of a bucket and a path"),
     ],
