@@ -255,6 +255,8 @@ class Bucket:
         except (self._errors.BaseError, OSError) as error:
             kind = passing if isinstance(error, self._errors.GenericError) else DistillError
             raise kind(f"{self.url}/{name}: {_cause(str(error))}") from None
+        except ValueError:  # a line break, for one
+            raise DistillError(f"{self.url}: {name!r} has a character that no name there may have; rename it") from None
 
 
 def _cause(message: str) -> str:

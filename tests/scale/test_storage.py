@@ -120,6 +120,16 @@ def test_a_wrong_url_is_one_clear_error(server: str, url: str, words: str) -> No
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["two\nlines.txt", "a\tb.txt", "\udcff.txt"])
+def test_a_name_that_no_object_may_have_is_one_clear_error(server: str, tmp_path: Path, name: str) -> None:
+    store = open_store(f"s3://bucket/{tmp_path.name}%23%3F")
+    store.put("a", b"1")
+    assert (store.names(), store.get("a")) == (["a"], b"1")
+    with pytest.raises(DistillError, match="has a character that no name there may have; rename it") as caught:
+        store.put(name, b"1")
+    assert repr(name) in str(caught.value)
+
+
 def test_an_endpoint_without_its_scheme_is_one_clear_error(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.removeprefix("http://"))
     with pytest.raises(UsageError, match=r"AWS_ENDPOINT_URL is 127\.0\.0\.1:\d+; begin it with http:// or https://"):
