@@ -99,7 +99,7 @@ class Driver:
         self._workers: dict[str, _Followed] = {}
         self._silent = set(self._collector.state.accounts)  # lost, or another driver's: they may still upload
         self._aside: dict[str, float] = {}  # nodes where no worker could work, until when
-        self._errors: list[DistillError] = []
+        self._error: DistillError | None = None  # of the last such node
         self._interrupts = 0
         self._stopping = asyncio.Event()
         self._told: set[str] = set()
@@ -181,8 +181,8 @@ class Driver:
             now = monotonic()
             free = {node.id for node in nodes} - {worker.node.id for worker in self._workers.values()}
             ready = [node for node in nodes if node.id in free and self._aside.get(node.id, 0.0) <= now]
-            if not ready and not self._workers and self._errors:
-                return self._errors[0]
+            if nodes and not ready and not self._workers:
+                return self._error
             self._lead_to(weights, ready, now)
             self._show()
             await self._collector.save()
@@ -290,7 +290,7 @@ class Driver:
 
     def _put_aside(self, node: Node, error: DistillError) -> None:
         self._aside[node.id] = monotonic() + ASIDE_S
-        self._errors.append(error)
+        self._error = error
         self._tell([f"warning: {node.address}: {error}"])
 
     async def _until_ended(self) -> None:

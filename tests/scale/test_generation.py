@@ -22,7 +22,16 @@ from scale.cluster import Lost, Node
 from scale.generation import Driver
 from scale.storage import Folder, Store, open_store
 from scale.worker import Worker
-from tests.servers.misbehaving_server import answer, completions, error, failures, misbehaving, recipe_for
+from tests.servers.misbehaving_server import (
+    Asked,
+    Behaviour,
+    answer,
+    completions,
+    error,
+    failures,
+    misbehaving,
+    recipe_for,
+)
 from tests.servers.object_storage import object_storage
 
 pytestmark = pytest.mark.timeout(400)  # they start nodes and commands, which takes long on a busy machine
@@ -356,6 +365,29 @@ async def test_a_worker_may_take_longer_than_a_lease_to_start(run: RunDir, monke
 async def test_an_error_ends_the_run_when_no_node_can_work(run: RunDir) -> None:
     with misbehaving(lambda asked: error(401, "wrong key")) as server, pytest.raises(DistillError, match="wrong key"):
         await drive(recipe_for(server, 30), run, FakeCluster(2))
+
+
+async def test_the_error_that_ends_the_run_is_the_last_one(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ASIDE_S", 0.2)
+    said: dict[str, tuple[int, str]] = {}
+
+    async def break_and_heal(driver: Driver) -> None:
+        await until(driver, 20)
+        said[one.url] = (404, "no such model")
+        while driver._error is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        del said[one.url]
+        await until(driver, 100)
+        said.update({one.url: (401, "wrong key"), two.url: (401, "wrong key")})
+
+    def script(asked: Asked) -> Behaviour:
+        url = f"http://{asked.headers['Host']}/v1"
+        return error(*said[url]) if url in said else answer(delay_s=0.05)
+
+    with misbehaving(script) as one, misbehaving(script) as two, pytest.raises(DistillError, match="wrong key"):
+        teacher = {"model": "stub", "base_url": [one.url, two.url]}
+        recipe = recipe_for(one, 1000, teacher=teacher, generate={"concurrency": 4})
+        await drive(recipe, run, FakeCluster(2), break_and_heal)
 
 
 async def test_requests_that_are_all_refused_fail_or_end_it_as_on_one_machine(run: RunDir) -> None:
