@@ -224,7 +224,7 @@ def resolved(options: argparse.Namespace) -> list[str]:
 def torch_index(options: argparse.Namespace, flag: str) -> list[str]:
     """Where the CPU build of torch is, if the package index does not have it: the variable that `make setup` reads."""
     url = os.environ.get("TORCH_INDEX_URL")
-    return [flag, url] if url and not options.cuda else []
+    return [flag, url] if url and not options.cuda and {"train", "serve"} & set(options.groups) else []
 
 
 def normalised(name: str) -> str:

@@ -147,6 +147,25 @@ def options_of(folder: Path, *models: Path | str) -> argparse.Namespace:
     return argparse.Namespace(folder=folder, part=1 << 20, model=[str(model) for model in models], **asked)
 
 
+@pytest.mark.parametrize(
+    ("groups", "cuda", "asks"),
+    [
+        (["base", "ray"], False, False),
+        (["base", "train"], False, True),
+        (["serve"], False, True),
+        (["train"], True, False),
+    ],
+)
+def test_the_index_of_torch_is_asked_only_for_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: list[str], cuda: bool, asks: bool
+) -> None:
+    """It may be out of reach where packages are."""
+    monkeypatch.setenv("TORCH_INDEX_URL", "https://torch.example/cpu")
+    options = options_of(tmp_path / "house")
+    options.groups, options.cuda = groups, cuda
+    assert house.torch_index(options, "--index") == (["--index", "https://torch.example/cpu"] if asks else [])
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     models = [tmp_path / "runs" / run / "student" for run in "ab"]
     for model in models:
