@@ -11,6 +11,7 @@ from typing import Any
 
 import math_verify
 import sympy
+from math_verify.grader import is_equation, take_last_relation
 
 from filters.verify.extract import plain
 
@@ -122,7 +123,7 @@ def _decimals(number: float) -> int:
 def _number(value: Any) -> float | None:
     """A real number; None for anything else, and for a percentage, which math-verify also takes without its mark."""
     value = _right_side(value)
-    if not isinstance(value, sympy.Basic) or value.has(sympy.UnevaluatedExpr):
+    if not isinstance(value, sympy.Expr) or value.has(sympy.UnevaluatedExpr):
         return None
     value = value.doit()
     return float(value) if value.is_number and value.is_real else None
@@ -130,7 +131,7 @@ def _number(value: Any) -> float | None:
 
 def _normalised(value: Any) -> str:
     value = _right_side(value)
-    if isinstance(value, sympy.Basic):
+    if isinstance(value, sympy.Expr):
         value = value.doit()
         if value.is_number and value.is_real:
             return f"{float(value):.12g}"
@@ -138,5 +139,8 @@ def _normalised(value: Any) -> str:
 
 
 def _right_side(value: Any) -> Any:
-    """3 of x = 3."""
-    return value.rhs if isinstance(value, sympy.Eq) and value.lhs.is_Symbol else value
+    """3 of x = 3, of 1 + 2 = 3 and of the chain x = 6/2 = 3."""
+    if not is_equation(value):
+        return value
+    chained = not isinstance(value, sympy.Eq)
+    return take_last_relation(value).rhs if chained or value.lhs.is_Symbol or not value.lhs.free_symbols else value
