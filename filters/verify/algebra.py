@@ -39,6 +39,13 @@ _THEN_WORDS = re.compile(  # `5 apples`, `2/5, so we are done`
     r"[^\W\d_]+(?:[ ,.;:]+[^\W\d_]+)*",
     re.IGNORECASE,
 )
+_GAP = r"(?:\\[,;:! ]|[~\s])*"
+_UNIT = re.compile(  # `72 \text{ clips}`, `9\pi\,\mathrm{cm}^2`; none in `3\mathrm{i}` and `2 \text{ h } 30`
+    rf"(?:(?<=[\d)}}])|(?<=\\pi)){_GAP}\\(?:text|textrm|mbox|mathrm(?=\{{\w\w))\{{(?=[^{{}}]*[^\W\d_])"
+    rf"(?![^{{}}]*\b(?:{_NO_UNITS}|to|of|is|are|if|for|when|where|otherwise|choose|cis)\b)"
+    rf"[^{{}}\d]*\}}(?:\^\{{?[23]\}}?)?(?!{_GAP}(?:[\d(]|\\[dt]?frac|\\sqrt))",
+    re.IGNORECASE,
+)
 
 
 def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
@@ -82,11 +89,12 @@ def _until_stated(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    r"""A text without Markdown's emphasis and quotes, and with numbers as math-verify reads them.
+    r"""A text without Markdown's emphasis, quotes, `\$` and units in `\text{}`, with numbers as math-verify reads them.
 
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
+    text = _UNIT.sub("", text.replace("\\$", ""))
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
 

@@ -26,3 +26,41 @@ def test_the_last_side_of_an_equation_is_its_value(text: str, right: str, result
 def test_an_equation_to_solve_is_no_value() -> None:
     assert verify("math", "$2x + 3 = 7$", settings_of("math"), "7x").result == "Eq(2*x + 3, 7)"
     assert outcome(verify("math", "\\boxed{0 < x < 5}", settings_of("math"), "0 < x < 5")) == "passes"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\[ 48 + 24 = 72 \\text{ clips} \\]",
+        "\\[ \\text{Total} = 48 \\text{ clips} + 24 \\text{ clips} = 72 \\text{ clips} \\]",
+        "\\(72 \\text{ km/h}\\)",
+        "$x = 72\\,\\mathrm{cm}^2$",
+        "\\boxed{72 \\text{ square meters}}",
+        "She makes \\$72 every day.",
+        "The answer is **\\$72.00**.",
+        "\\[ 9 \\times \\$8 = \\$72 \\text{ per day} \\]",
+    ],
+)
+def test_units_and_dollar_signs_in_latex_do_not_count(text: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), "72")) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), "24")) == "math"
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("$16\\pi \\text{ cm}^2$", "16\\pi"),
+        ("$\\frac{3}{4} \\text{ cups}$", "3/4"),
+        ("$5 \\text{ or } 7$", "\\{5, 7\\}"),
+        ("\\boxed{5 \\text{ or } 7}", "\\{5, 7\\}"),
+    ],
+)
+def test_what_is_no_unit_stays(text: str, right: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), "5")) == "math"
+
+
+def test_hours_and_minutes_are_not_one_number() -> None:
+    for wrong in ("2", "30", "60", "230"):
+        said = verify("math", "$2 \\text{ hours } 30 \\text{ minutes}$", settings_of("math"), wrong)
+        assert outcome(said) == "math"
