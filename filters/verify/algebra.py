@@ -21,6 +21,11 @@ _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
 _SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # in a value by itself, in which 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
+_GROUPS = r"[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?![\d,])"
+_THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\}`
+    rf"(?<![\d.,])(?<!(?<!\\)[(\[])(?<![,;] )(?<!\\\{{){_GROUPS}"
+    rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
+)
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
 _QUOTES = str.maketrans("", "", '`"“”„‟«»‹›‘‚')  # not ’, which is also a prime
 _STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
@@ -95,6 +100,7 @@ def _plain(text: str) -> str:
     """
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
     text = _UNIT.sub("", text.replace("\\$", ""))
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
 

@@ -64,3 +64,24 @@ def test_hours_and_minutes_are_not_one_number() -> None:
     for wrong in ("2", "30", "60", "230"):
         said = verify("math", "$2 \\text{ hours } 30 \\text{ minutes}$", settings_of("math"), wrong)
         assert outcome(said) == "math"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("\\[ 200,000 - 130,000 = 70,000 \\]", "70000", "0"),
+        ("\\[ 2 \\times (3{,}000 + 1{,}200) = 8{,}400 \\]", "8400", "8"),
+        ("\\[ (3,000 + 1,200) \\times 2 = 8,400 \\]", "8400", "400"),
+        ("$x=1,234.50$", "1234.5", "1"),
+        ("$= 70{,}000$", "70000", "70"),
+        ("\\boxed{\\frac{1,000}{3}}", "1000/3", "1000"),
+        ("\\boxed{1,000\\pi}", "1000\\pi", "0"),
+        # several values
+        ("\\boxed{(100,200)}", "(100, 200)", "100200"),
+        ("\\boxed{\\{100,200\\}}", "\\{200, 100\\}", "100200"),
+        ("\\boxed{(5, 100,200)}", "(5, 100, 200)", "100200"),
+    ],
+)
+def test_a_comma_between_groups_of_digits_parts_no_values(text: str, right: str, wrong: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
