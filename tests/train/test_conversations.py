@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import trl
+from msgspec.structs import replace
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -18,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model
 from train.checks.data import row_checks
-from train.checks.pair import thoughts_check
+from train.checks.pair import thoughts_check, tools_check
 from train.publish.export import export_dataset
 from train.rows import Parts, to_examples
 from train.run import _of_teacher, train_run
@@ -27,7 +28,7 @@ from train.tokens import MASKED
 from train.trainer import prepare
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # as the makers of well-known models publish them
-QWEN3, QWEN25 = ((TEMPLATES / f"{name}.jinja").read_text() for name in ("qwen3", "qwen2_5"))
+QWEN3, QWEN25, LLAMA31 = ((TEMPLATES / f"{name}.jinja").read_text() for name in ("qwen3", "qwen2_5", "llama3_1"))
 # As TRL's training templates: the assistant's words are marked.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
@@ -215,6 +216,16 @@ def test_an_answer_of_tool_calls_is_trained_on_and_exported_with_its_tools(
 def test_a_template_without_tools_is_refused(student: Callable[[str], str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"check tools: the student's chat template does not render tool calls"):
         train_run(make_recipe(student(CHATML)), make_run(tmp_path / "run", tool_rows()))
+
+
+def test_a_template_that_takes_one_call_at_a_time_is_refused_for_rows_with_two(
+    student: Callable[[str], str], tmp_path: Path
+) -> None:
+    rows, model = tool_rows(), student(LLAMA31)
+    two = [{**call, "id": f"call_{n}"} for n, call in enumerate(2 * rows[0].tool_calls)]
+    with pytest.raises(DataError, match="check tools: the student's chat template refuses a turn with 2 tool calls"):
+        train_run(make_recipe(model), make_run(tmp_path / "run", [*rows[1:], replace(rows[0], tool_calls=two)]))
+    assert tools_check(AutoTokenizer.from_pretrained(model), rows).status == "pass"
 
 
 def test_samples_of_a_prompt_are_no_repeated_prompts() -> None:

@@ -61,7 +61,7 @@ def pair_checks(
     yield template_check(tokenizer, tokenizer_of(files), asked, told=told_only(recipe))
     yield markup_check(tokenizer, asked)
     if any(row.tools or row.tool_calls for row in rows):
-        yield tools_check(tokenizer)
+        yield tools_check(tokenizer, asked)
     if recipe.train.reasoning == "keep":
         yield thoughts_check(tokenizer, recipe.train)
     chains = [chain_check(name, known[name], read_card(known[name]), allowed=allow_chain) for name in taught]
@@ -160,13 +160,25 @@ def markup_check(student: Any, rows: Sequence[Kept]) -> Check:
     return graded("markup", len(found), finding, passes=not found, otherwise="fail", fix=fix)
 
 
-def tools_check(student: Any) -> Check:
-    """With a template that leaves out calls or their results, the student would learn from half a conversation."""
+def tools_check(student: Any, rows: Iterable[Kept]) -> Check:
+    """With a template that leaves out calls or their results, the student would learn from half a conversation.
+
+    Some templates refuse several calls in one turn: of each number of calls a conversation is rendered.
+    """
     from trl.chat_template_utils import supports_tool_calling
 
     able = supports_tool_calling(student)
     finding = f"the student's chat template {'renders' if able else 'does not render'} tool calls and their results"
     fix = "choose a student whose template does, as Qwen2.5's"
+    conversations: dict[int, list[Message]] = {}
+    for row in rows if able else ():
+        turns = [*row.messages, Message(role="assistant", content=row.text, tool_calls=row.tool_calls)]
+        conversations.setdefault(max(len(turn.tool_calls) for turn in turns), turns)
+    for calls, turns in conversations.items():
+        if isinstance(error := _render(student, template_turns(turns)), Exception):
+            able, finding = False, f"the student's chat template refuses a turn with {calls} tool calls: {error}"
+            fix += ", or drop such answers: {rule: tool_calls, max_calls: 1}"
+            break
     return graded("tools", float(able), finding, passes=able, otherwise="fail", fix=fix)
 
 
