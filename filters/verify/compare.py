@@ -74,11 +74,16 @@ def matches(answer: Answer, settings: MatchesSettings) -> Verified:
     wanted = reference if isinstance(reference, list) else [reference]
     if settings.form == "number":
         return _same_number(part, wanted, settings.tolerance)
-    texts = [one if isinstance(one, str) else canonical(one) for one in wanted]
+    texts = list(map(_as_text, wanted))
     result = settings.normalised(part)
     if result in map(settings.normalised, texts):
         return Verified(result=result)
     return Verified(Reason(rule="matches", found=shown(part), allowed=all_shown(texts)), result=result)
+
+
+def _as_text(reference: Any) -> str:
+    """A reference as it is compared with texts: 1.0, as pandas has an integer beside missing cells, is `1`."""
+    return reference if isinstance(reference, str) else canonical(reference)
 
 
 def _same_number(part: str, wanted: list[Any], tolerance: float | None) -> Verified:
@@ -131,7 +136,7 @@ class ChoiceSettings(PatternSettings, ReferenceSettings):
 
 def choice(answer: Answer, settings: ChoiceSettings) -> Verified:
     """Drops an answer that is not one of the labels, or not the row's own label."""
-    wanted = str(settings.reference_of(answer)) if settings.reference else None
+    wanted = _as_text(settings.reference_of(answer)) if settings.reference else None
     part = settings.part_of(answer)
     result = _label(part, settings.labels)
     if settings.labels and result not in map(folded, settings.labels):

@@ -129,6 +129,11 @@ def test_matches(settings: dict[str, Any], text: str, reference: Any, expected: 
         ({"reference": True, "labels": ["?", "!"]}, "!", "?", "choice", "!"),
         ({"reference": True, "labels": ["(A)", "(B)"]}, "**A**.", "(A)", "passes", "(a)"),
         ({"labels": ["Yes.", "No."]}, "yes", None, "passes", "yes."),
+        # a column of integers with a missing cell is one of floats in pandas
+        ({"reference": True, "labels": ["0", "1"]}, "1", 1.0, "passes", "1"),
+        ({"reference": True, "labels": ["0", "1"]}, "0", 1.0, "choice", "0"),
+        ({"reference": True}, "1", 1.0, "passes", "1"),
+        ({"reference": True, "labels": ["true", "false"]}, "True", True, "passes", "true"),
     ],
 )
 def test_choice(settings: dict[str, Any], text: str, reference: Any, expected: str, result: str | None) -> None:
