@@ -18,6 +18,10 @@ from filters.verify.extract import plain
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
 
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
+_CJK = r"\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff0f\uff1a-\uff1f"  # letters, and marks between them
+_GLUED = re.compile(  # where math-verify needs a blank: `정답은 1/2입니다`, `答案是72。`, `Answer:72`, `x≈3`
+    rf"(?:(?<=[{_CJK}≈~])|(?<=[^\W\d_]:))(?=-?[$€£¥₩]?\d)|(?<=[\d}})])(?=[{_CJK}?;—])"
+)
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
 _SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # in a value by itself, in which 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
@@ -39,8 +43,8 @@ _NO_UNITS = (  # words that make another value of the number before them
     "and|or|pi|in|mod|sqrt|(?:a|arc)?(?:sin|cos|tan|sec|csc|cot)h?|log|ln|exp|percent|factorial|squared|cubed|dozen|hundred|"
     "thousand|million|billion|hal(?:f|ves)|thirds?|quarters?|fifths?|tenths?|hundredths?|times|plus|minus|over"
 )
-_THEN_WORDS = re.compile(  # `5 apples`, `2/5, so we are done`
-    rf"([^\s\d]*\d\S*?)(?:[.,;:] +(?=\w+ )| +(?=[^\W\d_]{{3}}))(?!.*\b(?:{_NO_UNITS})\b)"
+_THEN_WORDS = re.compile(  # `5 apples`, `1/2 개`, `2/5, so we are done`
+    rf"([^\s\d]*\d\S*?)(?:[.,;:] +(?=\w+ )| +(?=[^\W\d_]{{3}}|[{_CJK}]))(?!.*\b(?:{_NO_UNITS})\b)"
     r"[^\W\d_]+(?:[ ,.;:]+[^\W\d_]+)*",
     re.IGNORECASE,
 )
@@ -101,6 +105,7 @@ def _plain(text: str) -> str:
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
     text = _UNIT.sub("", text.replace("\\$", ""))
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _GLUED.sub(" ", text)
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
 

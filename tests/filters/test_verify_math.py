@@ -85,3 +85,31 @@ def test_hours_and_minutes_are_not_one_number() -> None:
 def test_a_comma_between_groups_of_digits_parts_no_values(text: str, right: str, wrong: str) -> None:
     assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
     assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("정답은 1/2입니다.", "1/2", "1"),
+        ("답: 3/4개", "3/4", "3"),
+        ("정답은 2 1/2입니다.", "5/2", "1/2"),
+        ("총72개입니다.", "72", "7"),
+        ("정답은 $\\frac{1}{2}$입니다.", "1/2", "1"),
+        ("答案是72。", "72", "7"),
+        ("答案是 1/2。", "1/2", "1"),
+        ("答えは-3です。", "-3", "3"),
+        ("Answer:72", "72", "7"),
+        ("x≈3.14", "3.14", "3"),
+        ("Is it 1/2? Yes", "1/2", "1"),
+    ],
+)
+def test_letters_and_marks_may_stand_right_beside_a_number(text: str, right: str, wrong: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+
+
+@pytest.mark.parametrize("value", ["1/2개", "1/2입니다.", "$\\frac{1}{2}$입니다."])
+def test_a_pattern_may_find_a_number_with_its_korean_ending(value: str) -> None:
+    settings = settings_of("math", pattern="정답은 (.+)")
+    assert outcome(verify("math", f"정답은 {value}", settings, "1/2")) == "passes"
+    assert outcome(verify("math", f"정답은 {value}", settings, "1")) == "math"
