@@ -6,6 +6,7 @@ Either may never end or fill the memory, as 9**9**9 does: that is for the worker
 import logging
 import math
 import re
+import unicodedata
 from decimal import Decimal
 from typing import Any
 
@@ -22,6 +23,7 @@ _CJK = r"\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff0f\uff1a-\uff1f"  # l
 _GLUED = re.compile(  # where math-verify needs a blank: `정답은 1/2입니다`, `答案是72。`, `Answer:72`, `x≈3`
     rf"(?:(?<=[{_CJK}≈~])|(?<=[^\W\d_]:))(?=-?[$€£¥₩]?\d)|(?<=[\d}})])(?=[{_CJK}?;—])"
 )
+_SMALL = re.compile(r"(?P<power>(?<=[\d)])[⁺⁻]?[⁰¹²³⁴-⁹]+)|(?P<space>(?<=\d) ?)?[¼-¾⅐-⅞]")  # 10⁵, 2½; not cm²
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
 _SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # in a value by itself, in which 1 500/600 is mixed
 _MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
@@ -52,7 +54,7 @@ _GAP = r"(?:\\[,;:! ]|[~\s])*"
 _UNIT = re.compile(  # `72 \text{ clips}`, `9\pi\,\mathrm{cm}^2`; none in `3\mathrm{i}` and `2 \text{ h } 30`
     rf"(?:(?<=[\d)}}])|(?<=\\pi)){_GAP}\\(?:text|textrm|mbox|mathrm(?=\{{\w\w))\{{(?=[^{{}}]*[^\W\d_])"
     rf"(?![^{{}}]*\b(?:{_NO_UNITS}|to|of|is|are|if|for|when|where|otherwise|choose|cis)\b)"
-    rf"[^{{}}\d]*\}}(?:\^\{{?[23]\}}?)?(?!{_GAP}(?:[\d(]|\\[dt]?frac|\\sqrt))",
+    rf"[^{{}}\d]*\}}(?:\^\{{?[23]\}}?|[²³])?(?!{_GAP}(?:[\d(]|\\[dt]?frac|\\sqrt))",
     re.IGNORECASE,
 )
 
@@ -105,9 +107,15 @@ def _plain(text: str) -> str:
     text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
     text = _UNIT.sub("", text.replace("\\$", ""))
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
-    text = _GLUED.sub(" ", text)
+    text = _SMALL.sub(_full_size, _GLUED.sub(" ", text))
     text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
+
+
+def _full_size(small: re.Match[str]) -> str:
+    """`^5` for ⁵, `1/2` for ½."""
+    before = "^" if small["power"] else "" if small["space"] is None else " "
+    return before + unicodedata.normalize("NFKC", small[0].strip()).replace("\N{FRACTION SLASH}", "/").replace("−", "-")
 
 
 def _fraction(mixed: re.Match[str]) -> str | None:

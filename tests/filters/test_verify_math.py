@@ -113,3 +113,23 @@ def test_a_pattern_may_find_a_number_with_its_korean_ending(value: str) -> None:
     settings = settings_of("math", pattern="정답은 (.+)")
     assert outcome(verify("math", f"정답은 {value}", settings, "1/2")) == "passes"
     assert outcome(verify("math", f"정답은 {value}", settings, "1")) == "math"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("3 × 10⁵", "300000", "10"),
+        ("The answer is 2 × 10⁻³.", "0.002", "2"),
+        ("The answer is 5².", "25", "5"),
+        ("½", "1/2", "2"),
+        ("The answer is -½.", "-1/2", "1/2"),
+        ("She needs 2½ cups.", "5/2", "2"),
+        ("\\boxed{2 ⅓}", "7/3", "2/3"),
+        ("The area is 25 cm².", "25", "625"),
+        ("\\boxed{25 cm²}", "25", "625"),
+        ("$25\\text{ m}²$", "25", "625"),
+    ],
+)
+def test_small_digits_are_powers_and_fractions(text: str, right: str, wrong: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
