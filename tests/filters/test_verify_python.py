@@ -19,6 +19,10 @@ from tests.filters.verifying import outcome, settings_of, verify
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+CASE = (
+    "import unittest\nclass Tests(unittest.TestCase):\n    def test_add(self):\n        self.assertEqual(add(1, 2), 3)"
+)
+SUITE = "unittest.defaultTestLoader.loadTestsFromTestCase(Tests)"
 CHECK = "def check(candidate): assert candidate(1, 2) == 3"
 SECRET = "sk-do-not-tell"
 TAG = f"# of test process {os.getpid()}"
@@ -82,6 +86,11 @@ def isolated() -> bool:
         (ADD, CHECK, "unverified python", None),
         (ADD, [f"'Tests.'\nimport math\nMETADATA = {{'author': 'me'}}\n{CHECK}"], "unverified python", None),
         (ADD, f"class Tests:\n    {CHECK}\nif __name__ == '__main__':\n    check(add)", "unverified python", None),
+        # unittest only counts what fails
+        (ADD, f"{CASE}\nunittest.main(argv=[''], exit=False)", "unverified python", None),
+        (ADD, f"{CASE}\nunittest.TextTestRunner().run({SUITE})", "unverified python", None),
+        (ADD, f"{CASE}\nassert unittest.TextTestRunner().run({SUITE}).wasSuccessful()", "passes", 1.0),
+        ("add = max", f"{CASE}\nassert unittest.TextTestRunner().run({SUITE}).wasSuccessful()", "python error", 0.0),
         (ADD, "# nothing", "unverified python", None),
         (ADD, None, "unverified python", None),
         (ADD, [], "unverified python", None),
