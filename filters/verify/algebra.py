@@ -21,7 +21,7 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its
 _NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
 _CJK = r"\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff0f\uff1a-\uff1f"  # letters, and marks between them
 _GLUED = re.compile(  # where math-verify needs a blank: `정답은 1/2입니다`, `答案是72。`, `Answer:72`, `x≈3`
-    rf"(?:(?<=[{_CJK}≈~])|(?<=[^\W\d_]:))(?=-?[$€£¥₩]?\d)|(?<=[\d}})])(?=[{_CJK}?;—])"
+    rf"(?:(?<=[{_CJK}≈~])|(?<=[^\W\d_]:))(?=-?\$?\d)|(?<=[\d}})])(?=[{_CJK}?;—])"
 )
 _SMALL = re.compile(r"(?P<power>(?<=[\d)])[⁺⁻]?[⁰¹²³⁴-⁹]+)|(?P<space>(?<=\d) ?)?[¼-¾⅐-⅞]")  # 10⁵, 2½; not cm²
 _SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
@@ -33,7 +33,7 @@ _THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\
     rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
 )
 _EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
-_QUOTES = str.maketrans("", "", '`"“”„‟«»‹›‘‚')  # not ’, which is also a prime
+_NO_PART = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')  # of a value; not ’, which is also a prime
 _STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
     r"(?>.*answer)(?: is)?[:=]?\s*(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d)"
     r" ?[^\s\d.]*(?:\.\s|\n)",
@@ -65,7 +65,7 @@ def compare(exact: str | None, text: str, reference: str) -> dict[str, Any]:
     `exact` is nothing but the value, where it could be told from the text. Raises ValueError if the reference is no
     value.
     """
-    gold = _read(f"${_value(reference)}$")
+    gold = _read(f"${_without_words(_value(reference))}$")
     found = _read(f"${_without_words(_value(exact))}$" if exact else _until_stated(_plain(text)))
     if not gold:
         raise ValueError(f"the reference cannot be read: {reference[:80]}")
@@ -100,11 +100,11 @@ def _until_stated(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    r"""A text without Markdown's emphasis, quotes, `\$` and units in `\text{}`, with numbers as math-verify reads them.
+    r"""A text without emphasis, quotes, signs of money and units in `\text{}`, its numbers as math-verify reads them.
 
     That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
     """
-    text = _EMPHASIS.sub(r"\2", plain(text).translate(_QUOTES))
+    text = _EMPHASIS.sub(r"\2", plain(text).translate(_NO_PART))
     text = _UNIT.sub("", text.replace("\\$", ""))
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _SMALL.sub(_full_size, _GLUED.sub(" ", text))

@@ -133,3 +133,16 @@ def test_a_pattern_may_find_a_number_with_its_korean_ending(value: str) -> None:
 def test_small_digits_are_powers_and_fractions(text: str, right: str, wrong: str) -> None:
     assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
     assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+
+
+@pytest.mark.parametrize("reference", ["1/2개", "1/2입니다", "1/2 cups", "€1/2", "\\$0.50", "$\\frac{1}{2}$", "½"])
+def test_a_reference_is_read_as_an_answer_is(reference: str) -> None:
+    for right in ("\\boxed{\\frac{1}{2}}", "The answer is 0.5.", "It is €1/2."):
+        assert outcome(verify("math", right, settings_of("math"), reference)) == "passes"
+    assert outcome(verify("math", "The answer is 1.", settings_of("math"), reference)) == "math"
+
+
+@pytest.mark.parametrize("text", ["\\boxed{€1,250}", "\\boxed{1,250 ₩}", "$£1,250$", "총 ₩1,250입니다."])
+def test_signs_of_money_do_not_count(text: str) -> None:
+    assert outcome(verify("math", text, settings_of("math"), "1250")) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), "250")) == "math"
