@@ -312,15 +312,15 @@ def _arm(setup: Setup, name: str, rows: RunDir, test: Sequence[Kept], flags: lis
     shared = setup.folder / "test.jsonl"
     write_jsonl(shared, test)
     if rows.path != run.path:
-        prompts = rows.prompts if rows.prompts.is_file() else setup.base.prompts
-        for path in (rows.kept, rows.dropped, rows.filter_report, rows.preferences, prompts):
+        asked = rows if rows.prompts.is_file() else setup.base  # a share has rows alone
+        for path in (rows.kept, rows.dropped, rows.filter_report, rows.preferences, asked.prompts):
             target = run.path / path.name
             target.unlink(missing_ok=True)
             if path.is_file():
                 shutil.copyfile(path, target)
         run.logprobs.unlink(missing_ok=True)
-        if rows.logprobs.is_file():
-            run.logprobs.symlink_to(rows.logprobs.resolve())
+        if asked.logprobs.is_file():
+            run.logprobs.symlink_to(asked.logprobs.resolve())
         own, given = read_lineage(run), read_lineage(rows)
         if rows.kept in setup.read and rows.kept.stat().st_mtime_ns != setup.read[rows.kept]:
             raise UsageError(

@@ -49,12 +49,21 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_rows_that_are_too_long_count_for_no_step(recipe: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def setup(recipe: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr("experiments.arms.pending", lambda *given: 0)
     options = Namespace(shares="30,90", match="steps", kind="keep-rate")
-    setup = Setup(
-        load_recipe(recipe), recipe, [], run, run.path / "experiments" / "keep-rate", options, recipe.read_bytes()
-    )
+    folder = run.path / "experiments" / "keep-rate"
+    return Setup(load_recipe(recipe), recipe, [], run, folder, options, recipe.read_bytes())
+
+
+def test_a_share_has_what_the_teacher_said_of_its_answers(run: RunDir, setup: Setup) -> None:
+    run.logprobs.write_text("what the teacher said")
+    arms = EXPERIMENTS["keep-rate"].prepare(setup).arms
+    assert [arm.run.logprobs.read_text() for arm in arms] == ["what the teacher said"] * 2
+
+
+def test_rows_that_are_too_long_count_for_no_step(recipe: Path, setup: Setup) -> None:
     design = EXPERIMENTS["keep-rate"].prepare(setup)
     steps, left_out = [], []
     for arm in design.arms:
