@@ -252,8 +252,15 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is."""
+    """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is.
+
+    Who may open the folder may read its files: safetensors writes files that only their owner may read.
+    """
+    readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
+        mode = path.stat().st_mode
+        if mode | readable != mode:
+            path.chmod(mode | readable)
         sync_path(path)
     sync_path(folder)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import DataError, DistillError, RecipeError, UsageError
@@ -136,6 +137,19 @@ def test_what_is_in_a_new_folder_is_on_disk_before_it_has_its_name(
         (building / "data" / "weights").write_bytes(b"new")
     inside = [f"merged.tmp{part} unnamed" for part in ("", "/data", "/data/weights")]
     assert sorted(synced) == [". named", *inside]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_open_a_folder_may_read_the_weights_in_it(tmp_path: Path, umask: int, mode: int) -> None:
+    from safetensors.numpy import save_file
+
+    before = os.umask(umask)
+    try:
+        with replacing_folder(tmp_path / "model") as building:
+            save_file({"weight": np.zeros(1)}, building / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 KILLED = """
