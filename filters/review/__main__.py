@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
             if not sample.is_as_asked(options.sample, options.seed):
                 drawn = f"the sample of {len(sample.items)} answers with seed {sample.seed}"
                 print(f"this review goes on with {drawn}; for another one move {SAMPLE_FILES} away")
+            if session.gone:
+                gone = f"{session.gone} of these {len(sample.items)} answers are no longer in the run"
+                print(f"warning: {gone}, and count for nothing; for another sample move {SAMPLE_FILES} away")
             build = partial(_app, session)
             shown = f"review {session.done} of {len(sample.items)} done"
             serve_page(build, port=options.port, before=shown, after="Ctrl-C ends; every verdict is kept")

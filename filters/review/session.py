@@ -109,7 +109,10 @@ class Review(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(AbstractContextManager["Session"]):
-    """One person's review of a run; use as a context manager."""
+    """One person's review of a run; use as a context manager.
+
+    `gone`: answers of the sample that the run did not have any more when the review was opened.
+    """
 
     def __init__(self, run: RunDir, *, size: int, seed: int) -> None:
         """Continues the review where it was stopped, or draws a sample.
@@ -125,6 +128,7 @@ class Session(AbstractContextManager["Session"]):
             self._file.close()
             raise UsageError(f"{run.reviews}: another review of this run is open; go on there, or end it") from None
         sample = load_sample(run)
+        self.gone = 0 if sample is None else _gone(sample, run)
         if sample is None:
             sample = draw(run, size, seed)
             write_jsonl(run.review_sample, [sample])
@@ -178,6 +182,14 @@ class Session(AbstractContextManager["Session"]):
 def load_sample(run: RunDir) -> Sample | None:
     """The sample under review, if there is one. Raises DataError where it cannot be read."""
     return read_json(run.review_sample, Sample, f"move it and {run.reviews} away to start a new review")
+
+
+def _gone(sample: Sample, run: RunDir) -> int:
+    """How many answers of the sample the run has no more: another teacher or sampling has given it others."""
+    left = {item.id for item in sample.items}
+    for row in filtered_rows(run):
+        left.discard(row.id)
+    return len(left)
 
 
 def read_reviews(run: RunDir) -> dict[str, Review]:

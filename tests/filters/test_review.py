@@ -292,6 +292,20 @@ def test_a_sample_that_is_there_stays_and_another_one_that_was_asked_for_is_told
     assert (said in capsys.readouterr().out) == goes_on
 
 
+def test_a_sample_whose_answers_the_run_has_no_more_is_told_before_it_is_reviewed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("filters.review.__main__.serve_page", lambda *_, **__: None)
+    command = [str(recipe_path(run)), "--run", str(run.path)]
+    for _ in range(2):
+        main([*command, "--sample", "93"])
+    assert "no longer in the run" not in capsys.readouterr().out
+    run.kept.write_bytes(b"".join(encode_line(Kept(**fields(f"new{n}", NASTY))) for n in range(60)))  # asked anew
+    main(command)
+    said = "warning: 60 of these 93 answers are no longer in the run, and count for nothing; for another sample move"
+    assert said in capsys.readouterr().out
+
+
 def test_all_answers_of_a_run_are_as_many_as_were_asked_for(run: RunDir) -> None:
     assert draw(run, 100, seed=0).is_as_asked(100, None) and not draw(run, 100, seed=0).is_as_asked(92, None)
 
