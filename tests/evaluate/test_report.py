@@ -162,6 +162,12 @@ def test_the_money_of_all_turns_is_told() -> None:
     assert "prompt tokens of the last turn" in page
 
 
+def test_a_price_that_is_not_known_says_nothing_of_where_the_teacher_ran() -> None:
+    asked = {"endpoints": ["https://api.example/v1"], "spent": {"tokens": 7, "usd": None}}
+    page = render_html(make_report(lineage={"generate": asked}))
+    assert "<dt>money</dt><dd>no price is known</dd>" in page
+
+
 def test_the_prompts_that_were_asked_are_called_what_they_are() -> None:
     report = full_report()
     assert report.probes
