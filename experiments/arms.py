@@ -116,7 +116,7 @@ class Experiment:
 
 def _keep_rate(setup: Setup) -> Design:
     """The best shares of all answers except those to test prompts; answers that the rules drop are ranked, too."""
-    shares = parse_shares(setup.options.shares)
+    shares = parse_shares("--shares", setup.options.shares)
     base = _answered(setup, setup.base)
     test = part_rows(setup.rows(base), setup.recipe.prompts).test
     pool = _pool(setup, base, test)

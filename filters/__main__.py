@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         print_dry_run(dry_run(recipe, run, recipe_rules(recipe, options.recipe)), console)
         return
     if options.sweep is not None:
-        shares = parse_shares(options.sweep)
+        shares = parse_shares("--sweep", options.sweep)
         with run.locked():
             subsets = sweep(run, recipe_rules(recipe, options.recipe), shares)
         print_sweep(subsets, console)

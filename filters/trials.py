@@ -132,11 +132,11 @@ def _cell(flip: Flip | None, when: str) -> str:
     return f"{one_line(row.id, 12)}  [dim]{when}: {reasons}[/dim]\n{one_line(said(row), SHOWN_CHARS)}"
 
 
-def parse_shares(text: str) -> list[int]:
-    """Percents, rising. Raises UsageError."""
+def parse_shares(option: str, text: str) -> list[int]:
+    """The percents of an option, rising. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and 1 <= int(part) <= 100 for part in parts):
-        raise UsageError(f"--sweep wants percents from 1 to 100 with commas between, like 30,50,80; got {text!r}")
+        raise UsageError(f"{option} wants percents from 1 to 100 with commas between, like 30,50,80; got {text!r}")
     return sorted({int(part) for part in parts})
 
 

@@ -129,8 +129,8 @@ def test_a_margin_is_the_share_of_stricter_thresholds_that_still_pass() -> None:
 
 @pytest.mark.parametrize("text", ["", "30,,50", "0", "101", "half", "30.5"])
 def test_what_are_no_percents_is_said(text: str) -> None:
-    with pytest.raises(UsageError, match="percents from 1 to 100"):
-        parse_shares(text)
+    with pytest.raises(UsageError, match="--sweep wants percents from 1 to 100"):
+        parse_shares("--sweep", text)
 
 
 def test_a_run_that_is_not_filtered_is_not_ranked(recipe: Path) -> None:
