@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     experiment = EXPERIMENTS[options.kind]
     if recipe.student is None:
         raise RecipeError(f"{options.recipe}: student is missing; an experiment needs a model to train")
+    if recipe.train.method == "dpo" and options.kind in ("keep-rate", "human"):
+        raise UsageError(f"{options.kind}: train.method dpo learns from pairs, and its arms have none; choose another")
     for option, wanted in experiment.needs.items():
         if getattr(options, option) is None:
             raise UsageError(f"{options.kind} needs {wanted}")

@@ -430,6 +430,8 @@ def test_what_no_arm_could_do_is_said_before_anything_is_paid(recipe: Path, stag
         ("soft", ["--teacher.model", "gpt-4.1"], r"needs the teacher's weights, and gpt-4\.1 has none here"),
         ("soft", ["--train.kd.teacher", "stored"], "kd.teacher stored is not for method on_policy"),
         ("human", ["--human", str(tmp_path / "missing.jsonl")], "no such file"),
+        ("human", ["--train.method", "dpo"], "human: train.method dpo learns from pairs, and its arms have none"),
+        ("keep-rate", ["--train.method", "dpo"], "keep-rate: train.method dpo learns from pairs"),
         ("keep-rate", ["--shares", "30;50"], "--shares wants percents from 1 to 100"),
         ("teachers", ["--teacher.model", "m", "--b-model", "m"], "--b-model m: this is the recipe's own teacher"),
     ):
