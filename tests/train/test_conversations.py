@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Kept, Message, read_jsonl
 from tests.tiny_student import CHATML, kept_row, make_recipe, make_run, tiny_model
 from train.checks.data import row_checks
-from train.checks.pair import thoughts_check, tools_check
+from train.checks.pair import thoughts_check, told_only, tools_check
 from train.publish.export import export_dataset
 from train.rows import Parts, to_examples
 from train.run import _of_teacher, train_run
@@ -79,6 +79,13 @@ def told(student: str, own: str | None, **teacher: Any) -> Recipe:
     recipe["teacher"] |= teacher
     recipe["student"]["system"] = own
     return Recipe.model_validate(recipe)
+
+
+def test_a_teacher_that_was_told_nothing_is_not_said_to_have_been_told_a_system_message() -> None:
+    teacher = "the teacher was asked the prompts as they are"
+    student = "the student is asked the prompts with a system message of its own"
+    assert told_only(told("student", "Be short.")) == f"{teacher}; {student}"
+    assert told_only(told("student", None)) == ""
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def told_only(recipe: Recipe) -> str:
         return ""
     own = {None: "the prompts as they are", "": "the prompts without a system message"}
     asked = own.get(system, "the prompts with a system message of its own")
-    return f"only the teacher was told {told or 'their system message'}; the student is asked {asked}"
+    teacher = f"only the teacher was told {told}" if told else "the teacher was asked the prompts as they are"
+    return f"{teacher}; the student is asked {asked}"
 
 
 def template_check(student: Any, teacher: Any | None, rows: Iterable[Kept], *, told: str = "") -> Check:
