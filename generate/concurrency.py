@@ -30,6 +30,8 @@ STEP = 0.1  # of the limit found: probes go so far up and down
 STEP_RISES, STEP_KEEPS = 1.05, 0.975  # what a step up must bring, and what a step down may cost at most
 CALM_ANSWERS = 1024  # to judge a small step by
 HOLD_S = 60.0  # how long the limit stands after a rise that won nothing
+BEYOND = 0.05  # of the limit, up from the number that was refused, round by round
+LEAST_ROUND = 16  # answers, before the limit moves
 CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut was wrong
 
 
@@ -156,7 +158,7 @@ class ByClimbing(Concurrency):
         self._best = 0.0  # throughput: tokens per second
         self._base = limit  # the number that brought it
         # "double"; "doubt": measures once more, as a pause of a machine looks like the limit; then "settle": probes a
-        # little around. "avoid" once the server refused.
+        # little around. "avoid" once the server refused: back to the number that it refused, and on.
         self._phase = "double"
         self._step = 0  # 0: at the limit found; 1 and -1: probing above and below it
         self._next_step = 1
@@ -164,6 +166,7 @@ class ByClimbing(Concurrency):
         # Since the last episode of refusals began to end: when that was, and the replies since.
         self._since, self._answers, self._refused = 0.0, 0, 0
         self._refused_at: int | None = None  # the limit under which the episode now open began
+        self._ceiling = limit  # that of the last episode
         self._before: tuple[int, float] | None = None  # that of the episode before, and its answers per second
         self._hold_until = float("-inf")
 
@@ -177,20 +180,38 @@ class ByClimbing(Concurrency):
         if now - latency_s < self._round_at:
             return
         self._count += 1
+        if self._phase == "avoid":
+            self._regrow(now)
+            return
         self._tokens += max(tokens, 1)
         self._seconds += latency_s
         self._in_flight = max(self._in_flight, min(in_flight, self.limit))
-        size = {"settle": max(2 * self.limit, CALM_ANSWERS), "avoid": self.limit}.get(self._phase, self.limit // 2)
-        if self._count >= max(size, 16) and self._seconds > 0:
-            self._climb(self._in_flight * self._tokens / self._seconds, now)
+        size = max(2 * self.limit, CALM_ANSWERS) if self._phase == "settle" else self.limit // 2
+        if self._count >= max(size, LEAST_ROUND) and self._seconds > 0:
+            self._climb(self._in_flight * self._tokens / self._seconds)
             self._begin_round(now)
 
-    def _climb(self, throughput: float, now: float) -> None:
+    def _regrow(self, now: float) -> None:
+        """After each round of answers: half of the way back to the number that was refused, then a little beyond it.
+
+        Well beyond it nothing says that it is too much any more (a burst at the start was, or the server has more room
+        now): it climbs anew.
+        """
+        if self._count < max(self.limit, LEAST_ROUND):
+            return
+        self._count = 0
         if now < self._hold_until:
             return
-        if self._phase == "avoid":
-            self.limit = min(self.limit + max(1, self.limit // 50), MOST)
-        elif self._phase in ("double", "doubt"):
+        if self.limit > RISES * self._ceiling:
+            self._best, self._phase = 0.0, "double"
+            self._begin_round(now)
+            return
+        way = self._ceiling - self.limit
+        step = -(-way // 2) if way > 0 else max(1, round(BEYOND * self.limit))
+        self.limit = min(self.limit + step, MOST)
+
+    def _climb(self, throughput: float) -> None:
+        if self._phase in ("double", "doubt"):
             if throughput > RISES * self._best:
                 self._best, self._base, self._phase = throughput, self.limit, "double"
                 self.limit = min(2 * self.limit, MOST)
@@ -215,7 +236,7 @@ class ByClimbing(Concurrency):
         super().congested(sent, now)
 
     def _cut(self, now: float) -> None:
-        self._refused_at = self.limit
+        self._refused_at = self._ceiling = self.limit
         if now >= self._hold_until:
             self._move(max(1, int(self.limit * BACK_OFF)), now)
 
@@ -235,7 +256,7 @@ class ByClimbing(Concurrency):
         if before is None or overloaded or now < self._hold_until:
             return
         gain = rate / before[1] if before[1] else 1.0
-        rise = limit > before[0]
+        rise = limit >= RISES * before[0]  # this was one; else it has only grown back
         if gain > RISES if rise else (limit < before[0] and gain < CUT_KEEPS):
             self._move(min(2 * max(limit, before[0]), MOST), now)
         elif rise:

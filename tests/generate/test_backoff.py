@@ -114,6 +114,22 @@ def test_a_rate_limit_without_headers_is_kept_to(tmp_path: Path, monkeypatch: py
     assert model.asked < 1.5 * 600
 
 
+def test_a_first_burst_that_is_refused_does_not_keep_the_number_low(seconds: Seconds) -> None:
+    """50 requests a second, and answers take some 10 s: 64 at once are too many, 500 in flight are not."""
+    granted: deque[float] = deque()
+    rng = random.Random(1)
+
+    def serve(number: int, now: float) -> tuple[float, Answer | Fault]:
+        while granted and granted[0] <= now - 1.0:
+            granted.popleft()
+        if len(granted) >= 50:
+            return 0.05, REFUSED_1_S
+        granted.append(now)
+        return rng.uniform(5, 15), GOOD
+
+    assert seconds(serve, 3000, "auto") < 300  # 44 in flight, and 2% more each round, took 538 s
+
+
 @pytest.mark.parametrize("concurrency", [ByClimbing(64), ByQueue(276)], ids=["climbing", "queue"])
 def test_refusals_of_one_episode_are_one_cut(concurrency: ByClimbing | ByQueue) -> None:
     """64 refusals before any answer, or 30 timeouts at once: it fell to 1."""

@@ -129,15 +129,35 @@ def test_without_a_queue_to_look_at_it_climbs_to_where_throughput_ends(slots: in
     assert 0.8 * slots <= concurrency.limit <= max(1.4 * slots, 1.6 * START)
 
 
-def test_it_backs_off_once_a_latency_and_goes_on_slowly() -> None:
+def cut(concurrency: ByClimbing, now: float) -> None:
+    """All that is in flight is refused."""
+    for _ in range(concurrency.limit):
+        concurrency.congested(now - 10.0, now)
+
+
+def test_it_backs_off_once_a_latency_and_goes_back_by_halves() -> None:
     concurrency = ByClimbing(START)
     now = climb(concurrency, 10_000, 2000)
-    high = concurrency.limit
-    for _ in range(high):
-        concurrency.congested(now - 10.0, now)
-    assert concurrency.limit == int(high * 0.7)
-    climb(concurrency, 10_000, 10 * high, now)
-    assert int(high * 0.7) < concurrency.limit < high
+    assert concurrency.limit == 1024
+    cut(concurrency, now)
+    limits = [concurrency.limit]
+    for _ in range(5):
+        now = climb(concurrency, 10_000, concurrency.limit, now)
+        limits.append(concurrency.limit)
+    assert limits == [716, 716, 870, 947, 986, 1005]  # 70%, a round sent before, half of the rest
+
+
+@pytest.mark.parametrize(("slots", "least", "most"), [(10_000, 1000, 4096), (16, 64, 110)])
+def test_what_is_refused_no_longer_is_no_limit(slots: int, least: int, most: int) -> None:
+    """A burst was too much, or a server got more room: it stayed near the number that was refused once, 2% a round.
+
+    Beyond that number it climbs as at the start, so an endless queue that brings nothing is not filled.
+    """
+    concurrency = ByClimbing(START)
+    cut(concurrency, 0.0)
+    assert concurrency.limit == 44
+    climb(concurrency, slots, 15 * START + 3 * 1024)
+    assert least <= concurrency.limit <= most
 
 
 def test_it_never_falls_below_one() -> None:
