@@ -25,7 +25,7 @@ from pipeline.records import Failure
 FAILURES_IN_ROW = 8  # of different requests, and no answer between: then the endpoint is down
 REFUSED_ALIKE = 20  # different requests in a row, all refused alike: then the fault is not theirs
 PROBE_WAIT = wait_exponential(multiplier=0.5, max=30)  # seconds between probes of an endpoint that is down
-QUIET_S = 120.0  # without any answer, after which a 429 counts against its request; limits are by the minute
+QUIET_S = 120.0  # without any answer, after which a 429, 503 or 529 counts against its request
 REFUSED_WAIT = wait_exponential(multiplier=0.25, max=30)  # seconds of pause after a 429 without Retry-After
 
 OF_ONE_ENDPOINT = frozenset({"unauthorized", "not_found"})  # it may have been set up anew; another one still answers
@@ -36,6 +36,7 @@ FINAL = frozenset(  # sending the request again would bring the same, and may co
 REFUSALS = frozenset({"bad_request", "forbidden", "no_choices", "wrong_shape"})  # of all requests, if not of one
 REFUSED_LATER = "forbidden"  # the one of them that may begin in the middle of a call: a key has reached its limit
 CONGESTED = frozenset({"rate_limited", "timeout"})  # the endpoint has more than it can take
+OVERLOADED = (503, 529)  # statuses of a server whose queue is full, for one (529: Anthropic)
 
 
 class State(NamedTuple):
@@ -133,7 +134,8 @@ def decide(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Verd
 def _again(fault: Fault, job: Job, state: State, config: GenerateConfig) -> Retry | Fail:
     """Another attempt, unless the request has had all of them, or all of its time."""
     blameless = state.down or fault.error == "unreachable"
-    blameless |= fault.error == "rate_limited" and state.quiet_s < QUIET_S  # others are answered: its turn will come
+    refused = fault.error == "rate_limited" or fault.status in OVERLOADED
+    blameless |= refused and state.quiet_s < QUIET_S  # others are answered: its turn will come
     after_s = fault.retry_after_s
     if after_s > config.give_up_s:
         if not state.down and fault.error != "rate_limited":

@@ -130,6 +130,34 @@ def test_a_first_burst_that_is_refused_does_not_keep_the_number_low(seconds: Sec
     assert seconds(serve, 3000, "auto") < 300  # 44 in flight, and 2% more each round, took 538 s
 
 
+def full_queue(slots: int, queue: int) -> Server:
+    """A server that works on so many at once, a second each, and refuses what its queue has no place for."""
+    ends: deque[float] = deque()
+
+    def serve(number: int, now: float) -> tuple[float, Answer | Fault]:
+        while ends and ends[0] <= now:
+            ends.popleft()
+        if len(ends) >= slots + queue:
+            return 0.01, Fault("server_error", "the queue is full", 503)
+        ends.append(max(now, ends[-slots] if len(ends) >= slots else now) + 1.0)
+        return ends[-1] - now, GOOD
+
+    return serve
+
+
+@pytest.mark.parametrize("concurrency", [64, "auto"])
+def test_a_full_queue_fails_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrency: int | str) -> None:
+    """Ollama, Ray Serve and Envoy answer 503 then. What is sent is what fits, and each request's turn comes."""
+    model = Model(full_queue(slots=4, queue=16))
+    taken, _, counters = simulate(
+        {URL: model}, tmp_path, monkeypatch, 600, generate={"concurrency": concurrency, "max_attempts": 3}
+    )
+    assert (counters.answered, counters.failed) == (600, 0)
+    assert taken < 600 / 4 / 0.9
+    if concurrency == "auto":
+        assert model.asked < 1.5 * 600
+
+
 @pytest.mark.parametrize("concurrency", [ByClimbing(64), ByQueue(276)], ids=["climbing", "queue"])
 def test_refusals_of_one_episode_are_one_cut(concurrency: ByClimbing | ByQueue) -> None:
     """64 refusals before any answer, or 30 timeouts at once: it fell to 1."""

@@ -214,7 +214,7 @@ def test_a_file_with_fewer_rows_than_the_count_is_asked_once(
     [
         error(408),
         error(500),
-        error(503, retry_after="nonsense"),
+        error(502, retry_after="nonsense"),
         html(),
         html(502),
         raw(b'{"choices": [{"message": {"con'),
@@ -223,7 +223,7 @@ def test_a_file_with_fewer_rows_than_the_count_is_asked_once(
         cut(),
         reset(),
     ],
-    ids=["408", "500", "503", "html", "html-502", "half", "nothing", "error-200", "cut", "reset"],
+    ids=["408", "500", "502", "html", "html-502", "half", "nothing", "error-200", "cut", "reset"],
 )
 def test_what_can_heal_is_asked_again(run: RunDir, bad: Behaviour) -> None:
     with misbehaving(one_bad(bad, times=2)) as server:
@@ -233,8 +233,8 @@ def test_what_can_heal_is_asked_again(run: RunDir, bad: Behaviour) -> None:
     assert {record.attempts for record in completions(run) if record.slots["n"] != "3"} == {1}
 
 
-@pytest.mark.parametrize("bad", [error(429, "slow down", "rate_limit_exceeded"), error(429, retry_after="0.01")])
-def test_a_429_is_asked_again_and_does_not_count(run: RunDir, bad: Behaviour) -> None:
+@pytest.mark.parametrize("bad", [error(429, "no", "rate_limit_exceeded"), error(429, retry_after="0.01"), error(503)])
+def test_a_429_and_a_503_are_asked_again_and_do_not_count(run: RunDir, bad: Behaviour) -> None:
     with misbehaving(one_bad(bad, times=2)) as server:
         summary = generate(recipe_for(server), run, quiet=True)
     assert (summary.answered, summary.failed, len(server.asked)) == (10, 0, 12)

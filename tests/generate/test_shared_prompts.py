@@ -205,7 +205,7 @@ def test_a_server_that_refuses_n_is_told_once(run: RunDir, capsys: pytest.Captur
 
 
 def test_a_shared_request_that_failed_is_sent_again_as_it_was(run: RunDir) -> None:
-    with misbehaving(lambda asked: error(503) if asked.attempt == 1 else answer()) as server:
+    with misbehaving(lambda asked: error(500) if asked.attempt == 1 else answer()) as server:
         generate(recipe_of(server), run, quiet=True)
     assert asked_n(server) == [4] * 6
     assert {row.attempts for row in completions(run)} == {2}

@@ -93,6 +93,10 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
         {},
     ),
     "408 or 5xx": ([error(408), error(500), error(503), error(529)], {}),
+    "503 or 529 at the last attempt, something answered in the last two minutes": (
+        [error(503), error(529)],
+        {**LAST, "quiet_s": QUIET_S - 1},
+    ),
     "5xx at the last attempt": ([error(500)], LAST),
     "5xx with a `Retry-After` beyond `give_up_s`": ([error(503, **{"retry-after": "99999"})], {}),
     "connection refused, no route": (
@@ -207,6 +211,9 @@ def test_each_row_is_what_decide_says(reply: str, kind: str, verdict: str) -> No
         (error(429, **{"retry-after": "99999"}), {}, Pause(99999.0, Retry(0.0, step=0))),  # the endpoint waits
         (error(500), {"attempts": 2}, Retry(0.0, step=2)),
         (error(503, **{"retry-after": "4"}), {}, Retry(4.0, step=1)),
+        (error(503), {**LAST, "quiet_s": QUIET_S - 1}, Retry(0.0, step=CONFIG.max_attempts, counted=False)),
+        (error(503), {**LAST, "quiet_s": QUIET_S}, Fail()),
+        (error(500), {**LAST, "quiet_s": QUIET_S - 1}, Fail()),
         (error(500), {"failing": 8, "step": 2}, Pause(1.0, Retry(0.0, step=1), down=True)),
         (error(500), {"failing": 8, "step": 0}, Pause(0.0, Retry(0.0, step=1), down=True)),
         (error(500), {"failing": 8, "down": True}, Pause(0.5, Retry(0.0, step=1, counted=False), down=True)),
