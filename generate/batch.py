@@ -24,7 +24,6 @@ from generate.context import Run
 from generate.dialect import Dialect
 from generate.idset import IdSet
 from generate.jobs import Job, completed, failed
-from generate.prices import Price
 from generate.reply import Answer, Fault
 from generate.tokens import bound
 from generate.verdict import EndRun, State, decide, heals
@@ -260,7 +259,7 @@ class Batches:
         """Leaves a chunk that has no batch; its requests can be written again."""
         self._release(chunk)
         for id_ in self._folder.sent(chunk):
-            self._settle(id_, None)
+            self._settle(id_, None, chunk)
         chunk.collected = True
         self._folder.save()
         self._run.say(why)
@@ -306,13 +305,13 @@ class Batches:
         for id_, outcome in outcomes.items():
             # A call that was killed while it recorded has saved what the journal does not say.
             if not chunk.collecting or (id_ in self._reserved and _is_counted(outcome)):
-                self._settle(id_, outcome, chunk.price)
+                self._settle(id_, outcome, chunk)
         self._run.budget.save()
         chunk.collecting = True
         self._folder.save()
         self._record(outcomes, f"batch {batch.id}", sent)
         for id_ in sent:  # of a batch that failed, or charged by a call that was killed
-            self._settle(id_, None)
+            self._settle(id_, None, chunk)
         for journal in self._run.journals:
             journal.sync()
         chunk.collected = True
@@ -360,14 +359,19 @@ class Batches:
             self._run.record_failures(*failed(job, outcome, endpoint=self._url, sampling=sampling))
             self._done.add(id_)
 
-    def _settle(self, id_: str, outcome: Answer | Fault | None, price: Price | None = None) -> None:
+    def _settle(self, id_: str, outcome: Answer | Fault | None, chunk: Chunk) -> None:
         """Gives back what a request reserved, but for what it cost; None: no outcome, and no cost.
 
-        One that reserved nothing, as nobody asks for it, costs as much as all others, at this price.
+        One that reserved nothing, as nobody asks for it, costs as much as all others; if the provider did not count, as
+        much as a request of its chunk can cost on average.
         """
         usage, reserved = (outcome and outcome.usage) or Usage(), self._reserved.pop(id_, None)
         if outcome and (isinstance(outcome, Answer) or outcome.status == 200):
-            most = reserved or Reservation(usage.prompt_tokens or 0, usage.completion_tokens or 0, price=price)
+            most = reserved or Reservation(
+                usage.prompt_tokens or -(-chunk.prompt_tokens // chunk.requests),
+                usage.completion_tokens or chunk.completion_tokens // chunk.requests,
+                price=chunk.price,
+            )
             self._charge(most, usage, [usage] if reserved and isinstance(outcome, Answer) else [])
         elif reserved:
             self._limit.settle(reserved, None, billed=False)

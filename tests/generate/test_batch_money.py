@@ -193,6 +193,18 @@ def test_answers_that_were_bought_twice_are_paid_twice_after_a_download_that_bro
     assert (found.completed, found.cost_usd) == (5, (4 + 4 + 1) * 6)
 
 
+def test_answers_without_usage_that_nothing_asks_for_are_paid_at_their_most(run: RunDir) -> None:
+    """All four are answered another way while the batch is at work; those of the batch cost nothing."""
+    with fake_batches(outcome=lambda id_, body, batch: line(id_, body=reply("answer", usage=False))) as fake:
+        recipe = batch_recipe(fake, 4, teacher=priced(fake))
+        left_at_work(fake, recipe, run)
+        (chunk,) = json.loads((run.path / "batches/state.json").read_text())["chunks"]
+        answered_another_way(recipe, run)
+        found = generate(recipe, run, quiet=True)
+    most = 0.5 * (chunk["prompt_tokens"] + chunk["completion_tokens"])
+    assert most <= found.cost_usd < most + 0.5 * 4  # each request's part of it, rounded up
+
+
 @pytest.mark.parametrize("usage", [True, False])
 def test_a_call_that_is_killed_while_it_records_a_batch_loses_none_of_its_cost(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usage: bool
