@@ -258,8 +258,8 @@ def sync_tree(folder: Path) -> None:
     """
     readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
-        mode = path.stat().st_mode
-        if mode | readable != mode:
+        mode = path.lstat().st_mode
+        if mode | readable != mode and not path.is_symlink():
             path.chmod(mode | readable)
         sync_path(path)
     sync_path(folder)

@@ -89,10 +89,10 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
 
 def _take_place(run: RunDir, asked: str, store: Store) -> None:
     """Makes a place this run's. Raises UsageError if another has it: each would take in the other's answers."""
-    if not store.put_new(WHOSE_PLACE, str(run.path.absolute()).encode()):
-        owner = (store.get(WHOSE_PLACE) or b"").decode()
+    ours = str(run.path.absolute()).encode()
+    if not store.put_new(WHOSE_PLACE, ours) and (theirs := store.get(WHOSE_PLACE) or b"") != ours:
         raise UsageError(
-            f"--cluster-store {asked}: {owner} meets there; give this run a place of its own, as "
+            f"--cluster-store {asked}: {theirs.decode()} meets there; give this run a place of its own, as "
             f"{asked.rstrip('/')}/{run.path.name}, or remove what is there if that run is gone"
         )
 
