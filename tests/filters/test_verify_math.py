@@ -101,6 +101,8 @@ def test_a_comma_between_groups_of_digits_parts_no_values(text: str, right: str,
         ("Answer:72", "72", "7"),
         ("x≈3.14", "3.14", "3"),
         ("Is it 1/2? Yes", "1/2", "1"),
+        ("<think>It has 3 parts.</think>\n<answer>72</answer>", "72", "3"),
+        ("<answer>1/2</answer>", "1/2", "1"),
     ],
 )
 def test_letters_and_marks_may_stand_right_beside_a_number(text: str, right: str, wrong: str) -> None:
