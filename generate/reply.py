@@ -131,6 +131,8 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choices, usage, model = reply.choices[:most], read_usage(reply.usage), _text(reply.model)
     said = [_said_by(choice.message) for choice in choices]
+    if usage.completion_tokens == 0 and any(map(any, said)):  # a gateway that does not count
+        usage = msgspec.structs.replace(usage, completion_tokens=None)
     usages = [usage] if len(choices) == 1 else _divided(usage, said)
     outcomes = [_read(*one, model, words) for one in zip(choices, said, usages, strict=True)]
     return Choices(outcomes, usage)

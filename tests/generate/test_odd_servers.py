@@ -54,6 +54,7 @@ def answer_in(body: bytes) -> Answer:
         ({"prompt_tokens": -7, "completion_tokens": 5}, (None, None)),
         ({"prompt_tokens": 10**30, "completion_tokens": 5}, (None, None)),
         ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (None, None)),
+        ({"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}, (7, None)),  # of an answer that has a text
         ([], (None, None)),
         ("7", (None, None)),
     ],
@@ -63,9 +64,11 @@ def test_a_usage_that_is_no_count_costs_no_answer(usage: Any, counted: tuple[int
     assert (found.text, found.usage.prompt_tokens, found.usage.completion_tokens) == ("text", *counted)
 
 
-def test_a_usage_that_is_no_count_is_charged_in_full(run: RunDir) -> None:
+@pytest.mark.parametrize(("prompt", "completion"), [(-900, -900), (7, 0)])
+def test_a_usage_that_is_no_count_is_charged_in_full(run: RunDir, prompt: int, completion: int) -> None:
     """A negative one would give a budget back what was never there."""
-    with misbehaving(lambda asked: raw(said(usage={"prompt_tokens": -900, "completion_tokens": -900}))) as server:
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    with misbehaving(lambda asked: raw(said(usage=usage))) as server:
         recipe = recipe_for(server, 10, budget={"tokens": 1500}, sampling={"max_tokens": 500})
         with pytest.raises(DistillError, match=r"budget\.tokens"):
             generate(recipe, run, quiet=True)

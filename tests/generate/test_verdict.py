@@ -66,7 +66,7 @@ LAST = {"attempts": CONFIG.max_attempts}
 ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     "an answer": ([said()], {}),
     "`finish_reason: length`": ([said(finish_reason="length")], {}),
-    "no `usage`, or one that is no count (negative, not a number, a prompt of 0 tokens)": (
+    "no `usage`, or one that is no count (negative, not a number, a prompt or a text of 0 tokens)": (
         [said(usage=None), said(usage={"prompt_tokens": -1}), said(usage="7"), said(usage={"prompt_tokens": "x"})],
         {},
     ),
