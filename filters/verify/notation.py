@@ -1,0 +1,92 @@
+"""Numbers and values as people and models write them, in the way in which math-verify reads them.
+
+Pure: texts in, texts out. `filters.verify.algebra` has them read and compared.
+"""
+
+import re
+import unicodedata
+from decimal import Decimal
+
+from filters.verify.extract import plain
+
+_NUMBER = r"(?<![\w.,^/])(\d+(?:\.\d+)?|\.\d+)"
+_CJK = r"\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff01-\uff0f\uff1a-\uff1f"  # letters, and marks between them
+_GLUED = re.compile(  # where math-verify needs a blank: `1/2입니다`, `答案是72。`, `Answer:72`, `<answer>3</answer>`
+    rf"(?:(?<=[{_CJK}≈~>])|(?<=[^\W\d_]:))(?=-?\$?\d)|(?<=[\d}})])(?=[{_CJK}?;—<])"
+)
+_SMALL = re.compile(r"(?P<power>(?<=[\d)])[⁺⁻]?[⁰¹²³⁴-⁹]+)|(?P<space>(?<=\d) ?)?[¼-¾⅐-⅞]")  # 10⁵, 2½; not cm²
+_SCIENTIFIC = re.compile(_NUMBER + r"(?:e| ?[x×] ?10\^)([+-]?\d{1,2})(?![\w^]|\.\d)", re.IGNORECASE)
+_SPACE = re.compile(r"(?<=\d)(?<!\d{4}) (?=\d{3}(?![\d/]))")  # in a value by itself, in which 1 500/600 is mixed
+_MIXED = re.compile(r"(?<![\w.,^/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w^/]|\.\d)")
+_GROUPS = r"[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?![\d,])"
+_THOUSANDS = re.compile(  # none in the pair `(100,200)` and the set `\{100,200\}`
+    rf"(?<![\d.,])(?<!(?<!\\)[(\[])(?<![,;] )(?<!\\\{{){_GROUPS}"
+    rf"|(?<=[(\[]){_GROUPS}(?=\s*(?:[-+*/×÷^]|\\times|\\cdot|\\div))"
+)
+_EMPHASIS = re.compile(r"(?<![\w)\]}^*\\])(\*{1,3})(?=\S)(.+?)(?<=[^\s*])\1(?![\w(*])")  # none in 3*4 and 2**3
+_NO_PART = str.maketrans("", "", '`"“”„‟«»‹›‘‚€£¥₩₹')  # of a value; not ’, which is also a prime
+_STATED = re.compile(  # a value right after the last word `answer` that ends its sentence or line
+    r"(?>.*answer)(?: is)?[:=]?\s*(?:\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\\?\$?[\d.,/]*\d)"
+    r" ?[^\s\d.]*(?:\.\s|\n)",
+    re.IGNORECASE | re.DOTALL,
+)
+_DOLLARS = re.compile(r"(?<!\\)\$")
+_END = re.compile(r"(?<!\\)[.,;。*`\s]+$")
+_NO_UNITS = (  # words that make another value of the number before them
+    "and|or|pi|in|mod|sqrt|(?:a|arc)?(?:sin|cos|tan|sec|csc|cot)h?|log|ln|exp|percent|factorial|squared|cubed|dozen|hundred|"
+    "thousand|million|billion|hal(?:f|ves)|thirds?|quarters?|fifths?|tenths?|hundredths?|times|plus|minus|over"
+)
+_THEN_WORDS = re.compile(  # `5 apples`, `1/2 개`, `2/5, so we are done`
+    rf"([^\s\d]*\d\S*?)(?:[.,;:] +(?=\w+ )| +(?=[^\W\d_]{{3}}|[{_CJK}]))(?!.*\b(?:{_NO_UNITS})\b)"
+    r"[^\W\d_]+(?:[ ,.;:]+[^\W\d_]+)*",
+    re.IGNORECASE,
+)
+_GAP = r"(?:\\[,;:! ]|[~\s])*"
+_UNIT = re.compile(  # `72 \text{ clips}`, `9\pi\,\mathrm{cm}^2`; none in `3\mathrm{i}` and `2 \text{ h } 30`
+    rf"(?:(?<=[\d)}}])|(?<=\\pi)){_GAP}\\(?:text|textrm|mbox|mathrm(?=\{{\w\w))\{{(?=[^{{}}]*[^\W\d_])"
+    rf"(?![^{{}}]*\b(?:{_NO_UNITS}|to|of|is|are|if|for|when|where|otherwise|choose|cis)\b)"
+    rf"[^{{}}\d]*\}}(?:\^\{{?[23]\}}?|[²³])?(?!{_GAP}(?:[\d(]|\\[dt]?frac|\\sqrt))",
+    re.IGNORECASE,
+)
+
+
+def value_alone(text: str) -> str:
+    r"""A value without what stands around it (`$`, `**`, `\(…\)`, a full stop, plain words after it), for LaTeX."""
+    text = _END.sub("", _DOLLARS.sub("", text).lstrip("*` \n"))
+    for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(start) and text.endswith(end):
+            text = text[2:-2].strip()
+    value = _plain(_SPACE.sub("", text))
+    then_words = _THEN_WORDS.fullmatch(value)
+    return then_words[1] if then_words else value
+
+
+def value_within(text: str) -> str:
+    """A text without what follows its stated answer: math-verify would take a value from there."""
+    text = _plain(text)
+    stated = _STATED.match(text)
+    return stated[0] if stated else text
+
+
+def _plain(text: str) -> str:
+    r"""A text without emphasis, quotes, signs of money and units in `\text{}`, its numbers as math-verify reads them.
+
+    That is `1.5e3` as 1500, `1 1/2` as 3/2 and `10\,500` as 10500: it would read 1.5, 1 and 10 times 500.
+    """
+    text = _EMPHASIS.sub(r"\2", plain(text).translate(_NO_PART))
+    text = _UNIT.sub("", text.replace("\\$", ""))
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _SMALL.sub(_full_size, _GLUED.sub(" ", text))
+    text = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
+    return _MIXED.sub(lambda match: _fraction(match) or match[0], text)
+
+
+def _full_size(small: re.Match[str]) -> str:
+    """`^5` for ⁵, `1/2` for ½."""
+    before = "^" if small["power"] else "" if small["space"] is None else " "
+    return before + unicodedata.normalize("NFKC", small[0].strip()).replace("\N{FRACTION SLASH}", "/").replace("−", "-")
+
+
+def _fraction(mixed: re.Match[str]) -> str | None:
+    whole, above, below = map(int, mixed.groups())
+    return f"{whole * below + above}/{below}" if above < below else None
