@@ -2,9 +2,9 @@
 
 `Concurrency` is a fixed number. `auto` is one of two: `ByQueue`, on a server that shows its queue (vLLM's /metrics),
 keeps its batch full and the queue behind it short; `ByClimbing`, on any other, raises the number until throughput stops
-rising. Both back off on 429 and timeouts as TCP does (AIMD: additive increase, multiplicative decrease; Chiu and Jain
-1989), once per episode: what was sent before a cut says nothing about it. Latency is no guide here: a larger batch
-makes every answer slower and the whole faster.
+rising. Both back off on refusals and timeouts as TCP does (a multiplicative decrease; Chiu and Jain 1989), once per
+episode: what was sent before a cut says nothing about it. `ByClimbing` then goes back by halves (as BIC TCP; Xu,
+Harfoush and Rhee 2004). Latency is no guide here: a larger batch makes every answer slower and the whole faster.
 Pure: the time and the observations are passed in by generate.endpoint.
 """
 
