@@ -32,6 +32,7 @@ CALM_ANSWERS = 1024  # to judge a small step by
 HOLD_S = 60.0  # how long the limit stands after a rise that won nothing
 BEYOND = 0.05  # of the limit, up from the number that was refused, round by round
 LEAST_ROUND = 16  # answers, before the limit moves
+FILLED = 0.8  # of the limit must have been in flight for a round to say anything about it
 CUT_KEEPS = 0.85  # of its answers per second an endpoint that refuses must keep after a cut; else the cut was wrong
 
 
@@ -188,7 +189,8 @@ class ByClimbing(Concurrency):
         self._in_flight = max(self._in_flight, min(in_flight, self.limit))
         size = max(2 * self.limit, CALM_ANSWERS) if self._phase == "settle" else self.limit // 2
         if self._count >= max(size, LEAST_ROUND) and self._seconds > 0:
-            self._climb(self._in_flight * self._tokens / self._seconds)
+            if self._in_flight > FILLED * self.limit:  # else something else keeps requests back, as a rate that is told
+                self._climb(self._in_flight * self._tokens / self._seconds)
             self._begin_round(now)
 
     def _regrow(self, now: float) -> None:

@@ -16,7 +16,7 @@ from generate.limits import Limits
 from generate.progress import EndpointCounts
 from generate.reply import Answer, Fault
 from generate.targets import Target
-from generate.verdict import CONGESTED, FAILURES_IN_ROW, OVERLOADED, Pause, speaks_of_endpoint
+from generate.verdict import FAILURES_IN_ROW, OVERLOADED, Pause, speaks_of_endpoint
 from pipeline.recipe import Recipe
 
 TIMEOUT_S, TIMEOUT_WORKING_S = 300.0, 3600.0  # of an attempt, unless the recipe says
@@ -116,8 +116,13 @@ class Endpoint:
 
     def failed(self, request_id: str, fault: Fault, sent: float, now: float) -> None:
         self.counts.faults[fault.error] = self.counts.faults.get(fault.error, 0) + 1
-        goes_down = self.down_since is None and self.failing_with(request_id) >= FAILURES_IN_ROW
-        if fault.error in CONGESTED or (fault.status in OVERLOADED and goes_down):  # one alone has many causes
+        if fault.error == "rate_limited":
+            congested = not self.limits.paced(sent, now)
+        elif fault.status in OVERLOADED:  # one alone has many causes
+            congested = self.down_since is None and self.failing_with(request_id) >= FAILURES_IN_ROW
+        else:
+            congested = fault.error == "timeout"
+        if congested:
             self._concurrency.congested(sent, now)
         if speaks_of_endpoint(fault):
             self._failing.add(request_id)

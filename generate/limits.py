@@ -47,6 +47,11 @@ class TokenBucket:
         self._refill(now)
         self._level = min(self._level - units, self._size)
 
+    def binds(self, now: float) -> bool:
+        """Whether as much has been taken as the rate allows: less than half of what may go at once is left."""
+        self._refill(now)
+        return self._level < max(self._size / 2, 1.0)
+
     def _refill(self, now: float) -> None:
         self._level = min(self._level + (now - self._at) * self._rate, self._size)
         self._at = now
@@ -63,6 +68,7 @@ class Limits:
         self._buckets = {name: TokenBucket(rate * fraction, now) for name, rate in self._declared.items() if rate}
         self._told: set[tuple[str, float | None]] = set(self._declared.items())
         self._paused_until = 0.0
+        self._told_at: float | None = None  # when headers first told a limit
 
     @property
     def any(self) -> bool:
@@ -87,6 +93,15 @@ class Limits:
         for name, bucket in self._buckets.items():
             bucket.take(tokens if name == "tokens" else 1, now)
 
+    def paced(self, sent: float, now: float) -> bool:
+        """Whether a request that was sent then went out before the limits were told, or at the very rate they allow.
+
+        If it was refused, fewer in flight would not help: the rate is kept to, but for a moment. (How many tokens the
+        server takes a request for is not known, so their limit says nothing here.)
+        """
+        requests = self._buckets.get("requests")
+        return (self._told_at is not None and sent < self._told_at) or (requests is not None and requests.binds(now))
+
     def settle(self, estimated: int, used: int, now: float) -> None:
         """A request was estimated at so many tokens, and took so many."""
         if bucket := self._buckets.get("tokens"):
@@ -108,6 +123,7 @@ class Limits:
         """
         if "x-ratelimit-limit-requests" not in headers and "x-ratelimit-limit-tokens" not in headers:
             return None
+        self._told_at = self._told_at or now
         news = []
         for name in ("requests", "tokens"):
             said = _number(headers.get(f"x-ratelimit-limit-{name}", ""))

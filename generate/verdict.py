@@ -35,7 +35,6 @@ FINAL = frozenset(  # sending the request again would bring the same, and may co
 )
 REFUSALS = frozenset({"bad_request", "forbidden", "no_choices", "wrong_shape"})  # of all requests, if not of one
 REFUSED_LATER = "forbidden"  # the one of them that may begin in the middle of a call: a key has reached its limit
-CONGESTED = frozenset({"rate_limited", "timeout"})  # the endpoint has more than it can take
 OVERLOADED = (503, 529)  # statuses of a server whose queue is full, for one (529: Anthropic)
 
 

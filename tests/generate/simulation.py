@@ -5,7 +5,7 @@ A simulated hour takes a moment, so tests can bound the seconds that a run takes
 
 import asyncio
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class _Jumping(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0 if timeout is not None else None)
+        self.now += 1e-6  # else a wait that is too short to be seen beside the time of day never ends
         if not ready and timeout:
             self.now += timeout
         return ready
@@ -55,8 +56,8 @@ Server = Callable[[int, float], "tuple[float, Answer | Fault]"]  # number of the
 class Model:
     """A server as a function, and what it has seen."""
 
-    def __init__(self, serve: Server, slots: int | None = None) -> None:
-        self._serve, self._slots = serve, slots
+    def __init__(self, serve: Server, slots: int | None = None, headers: Mapping[str, str] | None = None) -> None:
+        self._serve, self._slots, self.headers = serve, slots, headers or {}
         self.asked = self.at_once = self.most_at_once = 0
         self.sent: list[float] = []
 
@@ -88,8 +89,8 @@ def simulate(
     class FakeClient:
         key = "KEY is not set"
 
-        def __init__(self, teacher: object, url: str, **_: object) -> None:
-            self._model = models[url]
+        def __init__(self, teacher: object, url: str, on_headers: Callable[..., None], **_: object) -> None:
+            self._model, self._on_headers = models[url], on_headers
 
         async def __aenter__(self) -> "FakeClient":
             return self
@@ -101,6 +102,7 @@ def simulate(
             try:
                 async with asyncio.timeout(timeout_s):
                     reply = await self._model.complete(clock.time())
+                    self._on_headers(self._model.headers)
                     return reply if isinstance(reply, Fault) else Choices([reply] * choices, reply.usage)
             except TimeoutError:
                 return Fault("timeout", "no whole answer")

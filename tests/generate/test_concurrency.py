@@ -129,6 +129,16 @@ def test_without_a_queue_to_look_at_it_climbs_to_where_throughput_ends(slots: in
     assert 0.8 * slots <= concurrency.limit <= max(1.4 * slots, 1.6 * START)
 
 
+def test_a_number_that_was_never_in_flight_is_not_judged() -> None:
+    """A rate limit that is told keeps requests back: what they bring is no sign that more would bring nothing."""
+    concurrency = ByClimbing(START)
+    for second in range(1000):
+        concurrency.answered(100, 10.0, START // 2, float(second))
+    assert concurrency.limit == START
+    climb(concurrency, 10_000, 2 * START, 1000.0)  # the rate was raised
+    assert concurrency.limit > START
+
+
 def cut(concurrency: ByClimbing, now: float) -> None:
     """All that is in flight is refused."""
     for _ in range(concurrency.limit):

@@ -80,6 +80,18 @@ def test_nothing_left_pauses_until_the_reset() -> None:
     assert limits.delay(1, 10.0) == pytest.approx(350)
 
 
+def test_a_refusal_at_the_rate_that_is_told_is_none_of_the_number_in_flight() -> None:
+    limits = Limits(None, None, now=0.0)
+    assert not limits.paced(sent=0.0, now=5.0)  # nothing is known
+    limits.learn({"x-ratelimit-limit-requests": "3000"}, now=5.0)  # 49 may go at once
+    assert limits.paced(sent=4.9, now=5.0)  # it went out before the rate was known
+    assert not limits.paced(sent=5.0, now=5.0)
+    for _ in range(30):
+        limits.take(1, now=5.0)
+    assert limits.paced(sent=5.0, now=5.0)  # they went out as fast as they may
+    assert not limits.paced(sent=5.0, now=6.0)
+
+
 def test_a_process_takes_its_part() -> None:
     limits = Limits(None, None, 0.0, fraction=0.5)
     limits.learn({"x-ratelimit-limit-requests": "2"}, 0.0)
