@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 WINDOW_S = 30.0  # seconds: the speed and the time left are measured over them
-PLAIN_INTERVAL_S = 5.0
+PLAIN_INTERVAL_S = 5.0  # between lines that are not in a terminal; later a 20th of the time so far, at most a minute
 SUMMED = (
     "answered",
     "failed",
@@ -162,7 +162,7 @@ class Display:
             self._samples.popleft()
         self._bar.update(self._task, total=counters.total, completed=counters.done, description=self._line(now))
         if self._bar.disable and not self._quiet and now >= self._next_line:
-            self._next_line = now + PLAIN_INTERVAL_S
+            self._next_line = now + max(PLAIN_INTERVAL_S, min(counters.seconds / 20, 60.0))
             self._console.print(
                 f"{counters.done}/{counters.total} · {self._line(now)}", highlight=False, soft_wrap=True
             )

@@ -3,13 +3,16 @@
 import asyncio
 import json
 import re
+from io import StringIO
 from pathlib import Path
 
 import httpx2
 import pytest
 from aiohttp import web
+from rich.console import Console
 from tenacity import wait_fixed
 
+from generate.progress import Counters, Display
 from generate.reply import retry_after, shortened
 from generate.run import generate, pending
 from pipeline.errors import UsageError
@@ -373,6 +376,19 @@ def test_plain_progress_goes_to_stderr(
     for part in ("tok/s", "0 failed", "left"):
         assert part in line
     assert capsys.readouterr().err == ""
+
+
+def test_the_log_of_a_long_night_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 0.0, StringIO()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Display(Counters(total=1, started=0.0), Console(file=written), quiet=False) as display:
+        for second in range(1, 10 * 3600 + 1):
+            now = float(second)
+            display.tick()
+            if second == 60:
+                assert written.getvalue().count("\n") == 12  # each 5 s
+    # 20 lines in 100 s, then ln(1200/100) / ln(1.05) = 51 until 1200 s, then one a minute: 580; it was 7,200
+    assert 640 < written.getvalue().count("\n") < 660
 
 
 @pytest.mark.parametrize(
