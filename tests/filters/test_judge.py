@@ -169,8 +169,8 @@ def test_a_row_with_a_verdict_is_left_alone(run: RunDir) -> None:
     """Its request failed in the first attempt, and the second brought the verdict: no later call asks again."""
 
     def script(asked: Asked) -> Behaviour:
-        overloaded = "story 1" in asked.text and asked.body["temperature"] == 0
-        return error(503, "overloaded") if overloaded and first else answer(verdict(1 if overloaded else 5))
+        broken = "story 1" in asked.text and asked.body["temperature"] == 0
+        return error(500, "broken") if broken and first else answer(verdict(1 if broken else 5))
 
     with misbehaving(script) as server:
         first, recipe = True, judging(server)
