@@ -167,7 +167,7 @@ class ByClimbing(Concurrency):
         # Since the last episode of refusals began to end: when that was, and the replies since.
         self._since, self._answers, self._refused = 0.0, 0, 0
         self._refused_at: int | None = None  # the limit under which the episode now open began
-        self._ceiling = limit  # that of the last episode
+        self._ceiling = limit  # the limit under which the last episode began, open or not
         self._before: tuple[int, float] | None = None  # that of the episode before, and its answers per second
         self._hold_until = float("-inf")
 
@@ -258,7 +258,7 @@ class ByClimbing(Concurrency):
         if before is None or overloaded or now < self._hold_until:
             return
         gain = rate / before[1] if before[1] else 1.0
-        rise = limit >= RISES * before[0]  # this was one; else it has only grown back
+        rise = limit >= RISES * before[0]  # doubled for the sake of that judgement; else it has only grown back
         if gain > RISES if rise else (limit < before[0] and gain < CUT_KEEPS):
             self._move(min(2 * max(limit, before[0]), MOST), now)
         elif rise:

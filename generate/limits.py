@@ -96,8 +96,8 @@ class Limits:
     def paced(self, sent: float, now: float) -> bool:
         """Whether a request that was sent then went out before the limits were told, or at the very rate they allow.
 
-        If it was refused, fewer in flight would not help: the rate is kept to, but for a moment. (How many tokens the
-        server takes a request for is not known, so their limit says nothing here.)
+        If it was refused, fewer in flight would not help: the client keeps to the rate already. The limit of tokens
+        does not count here, as nobody knows how many tokens the server reserves for a request.
         """
         requests = self._buckets.get("requests")
         return (self._told_at is not None and sent < self._told_at) or (requests is not None and requests.binds(now))

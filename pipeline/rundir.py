@@ -213,6 +213,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         with writing_weights(folder):
             yield building
+        share_files(building)
         sync_tree(building)
         with suppress(FileNotFoundError):
             folder.rename(old)
@@ -252,17 +253,19 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is.
+    """Returns when a folder, with all that is in it, is on disk: a power cut leaves it as it is."""
+    for path in folder.rglob("*"):
+        sync_path(path)
+    sync_path(folder)
 
-    Who may open the folder may read its files: safetensors writes files that only their owner may read.
-    """
+
+def share_files(folder: Path) -> None:
+    """Who may read a folder may read its files from now on: safetensors writes files for their owner alone."""
     readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode
         if mode | readable != mode and not path.is_symlink():
             path.chmod(mode | readable)
-        sync_path(path)
-    sync_path(folder)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -66,7 +66,7 @@ def meeting_store(run: RunDir, asked: str | None, folder: Path) -> Store:
     """Where the driver and the workers of a run meet: always where they first did, which the run records.
 
     `asked`: a folder or URL, else it is below the run's own address. `folder`: the run's, or that of a pass of it.
-    Raises UsageError if the run has another place, or the place another run; as open_store.
+    Raises UsageError if the run has another place, or if the place is another run's; as open_store.
     """
     record, home = run.path / CLUSTER_FILE, StoreState.read(run.path).url
     place = f"{home}/{CLUSTER}" if home else CLUSTER

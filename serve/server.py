@@ -98,6 +98,7 @@ class Server:
             return False
         self._restarts += 1
         say(f"{self.failure('while it was serving')}; starting it again ({self._restarts} of {RESTARTS})")
+        self.stop()  # a guard that was killed has left its server
         self.log = self._first_log.with_suffix(f".{self._restarts + 1}.log")
         try:
             with open_log(self.log) as output:

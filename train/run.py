@@ -30,7 +30,7 @@ from pipeline.reasoning import reasoning_form
 from pipeline.recipe import Recipe
 from pipeline.records import Kept
 from pipeline.resources import GIB
-from pipeline.rundir import RunDir, sync_path, sync_tree, write_jsonl, writing_weights
+from pipeline.rundir import RunDir, share_files, sync_path, sync_tree, write_jsonl, writing_weights
 from pipeline.students import origin_of, trained_section
 from pipeline.train_config import FURTHER
 from pipeline.turns_and_tools import template_turns
@@ -367,6 +367,7 @@ def _publish(
     write_lineage(RunDir(folder), lineage)
     (folder / CARD).write_text(model_card(recipe, lineage), encoding="utf-8")
     write_jsonl(work / run.test.name, test)
+    share_files(folder)
     sync_tree(folder)  # an older student and the checkpoints go only when this one is on disk
     further, of_answers = recipe.train.further, learned_from_answers(run.student)
     if of_answers or not further:

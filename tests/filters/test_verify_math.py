@@ -5,6 +5,12 @@ import pytest
 from tests.filters.verifying import outcome, settings_of, verify
 
 
+def check(text: str, right: str, wrong: str) -> None:
+    """The answer passes for the right reference, and is dropped for the wrong one."""
+    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
+    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+
+
 @pytest.mark.parametrize(
     ("text", "right", "result"),
     [
@@ -83,8 +89,7 @@ def test_hours_and_minutes_are_not_one_number() -> None:
     ],
 )
 def test_a_comma_between_groups_of_digits_parts_no_values(text: str, right: str, wrong: str) -> None:
-    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
-    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+    check(text, right, wrong)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +111,7 @@ def test_a_comma_between_groups_of_digits_parts_no_values(text: str, right: str,
     ],
 )
 def test_letters_and_marks_may_stand_right_beside_a_number(text: str, right: str, wrong: str) -> None:
-    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
-    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+    check(text, right, wrong)
 
 
 @pytest.mark.parametrize("value", ["1/2개", "1/2입니다.", "$\\frac{1}{2}$입니다."])
@@ -133,8 +137,7 @@ def test_a_pattern_may_find_a_number_with_its_korean_ending(value: str) -> None:
     ],
 )
 def test_small_digits_are_powers_and_fractions(text: str, right: str, wrong: str) -> None:
-    assert outcome(verify("math", text, settings_of("math"), right)) == "passes"
-    assert outcome(verify("math", text, settings_of("math"), wrong)) == "math"
+    check(text, right, wrong)
 
 
 @pytest.mark.parametrize("reference", ["1/2개", "1/2입니다", "1/2 cups", "€1/2", "\\$0.50", "$\\frac{1}{2}$", "½"])
