@@ -23,8 +23,10 @@ Shape = TypeVar("Shape")
 MESSAGE_CHARS = 1000  # of a server's words, kept in an error
 # Finish reasons. The answer is not whole: of vLLM, SGLang and gateways, DeepSeek, Zhipu.
 BROKEN_OFF = ("error", "abort", "insufficient_system_resource", "network_error")
-# A filter cut it: OpenAI's, which Gemini gives with a cause behind a colon; Gemini's own, through gateways; Zhipu's.
-FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
+# A filter cut it: OpenAI's, which Gemini gives with a cause behind a colon; and, through gateways, Gemini's own,
+# Anthropic's (`refusal`), Bedrock's and Zhipu's (`sensitive`).
+FILTERED = {"content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"}
+FILTERED |= {"refusal", "content_filtered", "guardrail_intervened"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what could move the cursor of a terminal, or worse
 GATEWAY_TIMEOUTS = (504, 524)  # the server behind it may go on
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that no waiting heals
@@ -125,8 +127,9 @@ def read_choices(body: bytes, words: Callable[[str], str] = shortened, most: int
     # A gateway passes on an error of the model behind it; without choices an empty one is an error, too.
     if reply.error or (reply.error is not None and not reply.choices):
         status = 200 if reply.choices else _status_in(reply.error)
-        kind = "rate_limited" if status == 429 else "error_in_answer"
-        return Fault(kind, words(str(reply.error)), status)
+        if status != 200:
+            return read_error(status, body, {}, words)
+        return Fault("error_in_answer", words(str(reply.error)), 200)
     if not reply.choices:
         return Fault("no_choices", f"no `choices` in the answer: {words(body.decode(errors='replace'))}", 200)
     choices, usage, model = reply.choices[:most], read_usage(reply.usage), _text(reply.model)

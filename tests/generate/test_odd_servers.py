@@ -527,7 +527,16 @@ def test_what_may_have_been_worked_on_is_charged(fault: Answer | Fault, billed: 
     assert fault.maybe_billed == billed
 
 
-@pytest.mark.parametrize("reason", ["content_filter", "content_filter: RECITATION", "SAFETY", "sensitive"])
+@pytest.mark.parametrize("code", [400, 401, 402, 403, 429, 502, 503])
+def test_an_error_in_a_reply_of_success_is_what_its_code_says(code: int) -> None:
+    body = json.dumps({"error": {"code": code, "message": "no"}}).encode()
+    assert read_answer(body) == read_error(code, body, {})
+
+
+CUT = ["content_filter", "content_filter: RECITATION", "SAFETY", "sensitive", "refusal", "guardrail_intervened"]
+
+
+@pytest.mark.parametrize("reason", CUT)
 def test_an_answer_that_a_filter_cut_is_none(reason: str) -> None:
     fault = read_answer(said("First, unplug the ket", reason))
     assert isinstance(fault, Fault)

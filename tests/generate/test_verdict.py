@@ -126,13 +126,13 @@ ROWS: dict[str, tuple[list[Answer | Fault], dict[str, Any]]] = {
     "an error object with status 200, in a choice too, or a finish reason `error`, `abort`, "
     "`insufficient_system_resource` or `network_error` (gateways, DeepSeek, Zhipu)": (
         [
-            read_answer(b'{"error": {"code": 502}}'),
+            read_answer(b'{"error": {"code": "overloaded"}}'),
             said("half", "insufficient_system_resource"),
             said("half", "network_error"),
         ],
         {},
     ),
-    "an error object with status 200, no choice and the `code` 429 (OpenRouter)": (
+    "an error object with status 200, no choice and a `code` that is an HTTP status, as 429 (OpenRouter)": (
         [read_answer(b'{"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-min"}}')],
         {},
     ),
