@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 
 TIMEOUT_S, TIMEOUT_WORKING_S = 300.0, 3600.0  # of an attempt, unless the recipe says
 ATTEMPTS_OF_TIME = 3  # the deadline of a request, in such times, unless the recipe says
+FULL_QUEUE = 0.25  # of the limit: so many more 503s and 529s than answers mean a full queue
 LEAST_OF_FIRST = 0.1  # of the first attempt's time: with less than that left, another attempt would only cost
 
 
@@ -47,6 +48,7 @@ class Endpoint:
         self._probe_at = 0.0  # when it is down
         self._probe_sent: float | None = None  # the probe in flight
         self._failing: set[str] = set()  # requests that failed since the last answer
+        self._overload = 0.0  # 503s and 529s beyond the answers
         self._steps, self._stepped_at = 0, float("-inf")  # of the backoff since the last answer
 
     @property
@@ -92,6 +94,7 @@ class Endpoint:
         self.counts.completion_tokens += answer.usage.completion_tokens or 0
         self._steps = 0
         self._failing.clear()
+        self._overload = max(0.0, self._overload - 1)
         if self.down_since is not None:
             self._say(f"{self.name} answers again, after {now - self.down_since:.0f} s")
             self.down_since = None
@@ -119,7 +122,9 @@ class Endpoint:
         if fault.error == "rate_limited":
             congested = not self.limits.paced(sent, now)
         elif fault.status in OVERLOADED:  # one alone has many causes
-            congested = self.down_since is None and self.failing_with(request_id) >= FAILURES_IN_ROW
+            many = max(FAILURES_IN_ROW, FULL_QUEUE * self.limit)
+            self._overload = min(self._overload + 1, many)
+            congested = self.down_since is None and self._overload >= many
         else:
             congested = fault.error == "timeout"
         if congested:

@@ -170,6 +170,13 @@ def test_a_full_queue_fails_no_request(tmp_path: Path, monkeypatch: pytest.Monke
         assert model.asked < 1.5 * 600
 
 
+def test_a_tenth_answered_with_503_is_no_full_queue(seconds: Seconds) -> None:
+    """Eight fail before the first answer comes, whatever is in flight. 200 slots need 90 s; it took 198 s."""
+    rng = random.Random(1)
+    busy = Fault("server_error", "busy", 503)
+    assert seconds(lambda number, now: (0.1, busy) if rng.random() < 0.1 else (9.0, GOOD), 2000, "auto", 200) < 130
+
+
 @pytest.mark.parametrize("concurrency", [ByClimbing(64), ByQueue(276)], ids=["climbing", "queue"])
 def test_refusals_of_one_episode_are_one_cut(concurrency: ByClimbing | ByQueue) -> None:
     """64 refusals before any answer, or 30 timeouts at once: it fell to 1."""
