@@ -218,13 +218,14 @@ def _human(setup: Setup) -> Design:
     }
     count = min(map(len, train.values()))
     pick = random.Random(setup.recipe.train.seed)
-    asked += [Prompt(id=row.prompt_id, **asked_fields(row)) for row in sources["human"]]
+    people = [Prompt(id=row.prompt_id, **asked_fields(row)) for row in sources["human"]]
     arms = []
     for name, title in (("teacher", "distilled"), ("human", "human")):
         chosen = RunDir(setup.folder / "rows" / title)
         chosen.path.mkdir(parents=True, exist_ok=True)
         write_jsonl(chosen.kept, pick.sample(train[name], count))
-        write_jsonl(chosen.prompts, asked)  # a probe must be new to both arms
+        # A probe must be new to both arms. Of a question, the last line counts: the run's has its reference.
+        write_jsonl(chosen.prompts, [*people, *asked])
         if name == "teacher":
             shutil.copyfile(base.lineage, chosen.lineage)
         accept = _accepting(setup, "filters", "prompts", "keep_rate") if name == "human" else []

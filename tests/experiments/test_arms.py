@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 import experiments.arms
+from evaluate.measure.probes import choose_questions
 from experiments.__main__ import share_measurements
 from experiments.arms import EXPERIMENTS, Arm, Setup, _other_teacher
 from pipeline.errors import UsageError
@@ -48,6 +49,27 @@ def test_people_are_taught_nothing_that_is_tested(tmp_path: Path) -> None:
         tested = [prompt for prompt in asked if recipe.prompts.part_of(prompt) == "test"]
         assert not trained & {recipe.prompts.position_of(prompt) for prompt in tested}
         assert len(parts.train) > 20
+
+
+def test_people_who_answer_the_questions_of_the_run_leave_them_their_references(tmp_path: Path) -> None:
+    path, people = tmp_path / "recipe.yaml", tmp_path / "human.jsonl"
+    prompts = {"template": "Hi", "count": 1, "test": 0.3}
+    verify = {"verify": [{"rule": "matches"}], "category": "topic"}
+    sections = {"teacher": {"model": "t"}, "student": {"model": "s"}, "prompts": prompts, "evaluate": verify}
+    path.write_text(json.dumps({"name": "x", **sections}))
+    recipe = load_recipe(path)
+    rows = [msgspec.structs.replace(kept_row(n, f"Question {n}", f"{n}"), columns={"topic": "a"}) for n in range(40)]
+    run = make_run(tmp_path / "run", rows)
+    run.dropped.write_bytes(b"")
+    run.lineage.write_text("{}")
+    asked = [Prompt(id=row.prompt_id, messages=row.messages, reference=row.text, columns=row.columns) for row in rows]
+    write_jsonl(run.prompts, asked)
+    people.write_text("".join(f'{{"prompt": "question  {n}", "completion": "{n}."}}\n' for n in range(60)))
+    setup = Setup(recipe, path, [], run, tmp_path / "experiment", Namespace(human=people), path.read_bytes())
+    tested = {prompt.id: prompt.reference for prompt in asked if recipe.prompts.part_of(prompt) == "test"}
+    assert len(tested) > 5
+    for arm in EXPERIMENTS["human"].prepare(setup).arms:
+        assert {prompt.id: prompt.reference for prompt in choose_questions(recipe, arm.run).seen} == tested
 
 
 def test_an_arm_has_the_pairs_and_the_logprobs_of_its_rows(tmp_path: Path) -> None:
