@@ -44,7 +44,8 @@ class VerifiedAnswers:
             right = [float(not reasons[prompt.id]) for prompt in prompts]
             share = ratio(right, [1.0] * len(right), drawn)
             assert share is not None
-            exact = share.prompts == len(prompts) or share.value in (0, 1)  # else some are not independent
+            alike = share.resampled.min() == share.resampled.max()  # as of one group: the bootstrap sees no spread
+            exact = share.prompts == len(prompts) or alike  # else some are not independent
             found[key] = replace(share, exact=wilson(share.value, int(share.prompts)) if exact else None)
         return found
 

@@ -400,3 +400,15 @@ def test_the_share_of_right_answers_to_groups_is_less_sure() -> None:
     assert grouped["all"].exact == wilson(1.0, 20)
     one, other = (share["half"].estimate() for share in (alone, grouped))
     assert 1.5 < (other.high - other.low) / (one.high - one.low) < 2  # the square root of 3
+
+
+@pytest.mark.parametrize(("groups", "wrong", "interval"), [(1, 1, (0.1444, 0.9933)), (3, 3, (0.1253, 0.8747))])
+def test_a_share_of_groups_that_are_all_alike_has_an_interval(
+    groups: int, wrong: int, interval: tuple[float, float]
+) -> None:
+    """Six answers of one group, five of them right; six of three groups, half of each right: no resample differs."""
+    prompts = [Prompt(id=f"p{n}", messages=[Message("user", f"q{n}")], columns={"of": n % groups}) for n in range(6)]
+    reasons = {f"p{n}": [Reason(rule="math")] * (n < wrong) for n in range(6)}
+    own = groups_of(prompts, PromptsConfig(file=Path("x.jsonl"), group="of"))
+    share = VerifiedAnswers({}, {"teacher": reasons}, {"verified": prompts}, own).shares(prompts)["teacher"].estimate()
+    assert (share.low, share.high) == pytest.approx(interval, abs=1e-4)  # Wilson's of as many as there are groups
